@@ -1,0 +1,1 @@
+"""Compile a Hugging Face decoder into a program that two parties run together."""

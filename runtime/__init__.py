@@ -1,0 +1,1 @@
+"""What a party needs to run a compiled program: ops, protocols, transport, roles."""

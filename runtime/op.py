@@ -1,0 +1,88 @@
+"""The `mpc` dialect: what an op is, and the registry that finds every op file by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Generator
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+
+from runtime.spec import Cost, Vis
+
+_LIBRARY = torch.library.Library("mpc", "DEF")
+
+REGISTRY: dict[str, type[Op]] = {}
+"""Every op of the dialect by its name, without the `mpc.` prefix."""
+
+
+class Op:
+    """One op of the dialect. A subclass registers itself as `torch.ops.mpc.<name>`.
+
+    name, schema: as torch.library takes them.
+    reference: the meaning in the clear on ordinary tensors; shapes come from it on fake tensors.
+    visibility: who may know the result, from who knows the tensor operands.
+    operands: for each tensor operand that is shared, the form the protocol takes it in:
+        "share" (any number of fractional bits), "fixed" (a share truncated to the program's
+        fractional bits), "masked" (opened to both under a mask, fixed), "sent" (opened to the
+        server under a mask that the client knows, fixed).
+    scale: fractional bits of the result from those of the operands.
+    cost: rounds and bytes from operand values that carry shapes (see `runtime.values`).
+    protocol: the two-party protocol, a generator that yields messages (see `runtime.executor`).
+    stock: the same op by CrypTen's own protocols, on CrypTen tensors.
+    """
+
+    name: ClassVar[str]
+    schema: ClassVar[str]
+    operands: ClassVar[dict[str, str]] = {}
+
+    @staticmethod
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def visibility(cls, *operands: Vis) -> Vis:
+        return reduce(Vis.join, operands, Vis.PUBLIC)
+
+    @classmethod
+    def scale(cls, *fracs: int, fixed: int) -> int:
+        """Fractional bits of the result; `fixed` are the program's own."""
+        return fixed
+
+    @classmethod
+    def cost(cls, *args: Any, **kwargs: Any) -> Cost:
+        raise NotImplementedError(f"mpc.{cls.name} has no cost formula")
+
+    @classmethod
+    def protocol(cls, ctx: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        raise NotImplementedError(f"mpc.{cls.name} has no protocol")
+
+    @classmethod
+    def stock(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"mpc.{cls.name} has no stock CrypTen protocol")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name in REGISTRY:
+            raise TypeError(
+                f"mpc.{cls.name} is defined by {REGISTRY[cls.name].__module__} already"
+            )
+        REGISTRY[cls.name] = cls
+        _LIBRARY.define(cls.name + cls.schema)
+        _LIBRARY.impl(cls.name, cls.reference, "CompositeExplicitAutograd")
+
+
+def target(name: str) -> Callable[..., Any]:
+    """The `torch.ops.mpc.<name>.default` overload, for building and matching graph nodes."""
+    overload: Callable[..., Any] = getattr(torch.ops.mpc, name).default
+    return overload
+
+
+def load_all() -> dict[str, type[Op]]:
+    """Import every file of `runtime.ops`, so that the registry is complete."""
+    package = importlib.import_module("runtime.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"runtime.ops.{module.name}")
+    return REGISTRY
