@@ -1,0 +1,217 @@
+"""What a protocol sees of its surroundings: who it runs for, and the correlated randomness.
+
+The same protocol code runs at the client, the server and the dealer. What the dealer must know to
+deal stands right beside its use, as the function that is passed to `deal`; the parties never call
+it. So the randomness can't disagree with the program, and its order is the program's own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+
+from runtime.correlations.prg import Prg, derive
+from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
+
+_ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.uint8: 1}
+
+
+class ByteSink(Interface):
+    """Where the dealer writes corrections for the server."""
+
+    def write(self, data: torch.Tensor) -> None: ...
+
+
+class ByteSource(Interface):
+    """Where the server reads corrections from the dealer."""
+
+    def read(self, nbytes: int) -> torch.Tensor: ...
+
+
+class Context(ABC):
+    """One party's side of a session. `fixed` is the number of fractional bits of the program."""
+
+    party: int
+
+    def __init__(self, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
+        self.device = torch.device(device)
+        self.fixed = fixed
+
+    @property
+    def tensor_device(self) -> torch.device:
+        """Where this party's shares are: a real device, or `meta` at the dealer."""
+        return self.device
+
+    @abstractmethod
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """A fresh uniform mask: additive shares at the parties, the mask itself at the dealer."""
+
+    @abstractmethod
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        """A fresh uniform mask that the client and the dealer know; a meta tensor at the server."""
+
+    @abstractmethod
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The static mask of a weight, known to the server and the dealer; meta at the client."""
+
+    @abstractmethod
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        """Additive shares modulo 2**32 or 2**64 of what `secret` returns; meta at the dealer."""
+
+    @abstractmethod
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """XOR shares of the uint8 tensor that `secret` returns; meta at the dealer."""
+
+    @abstractmethod
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        """A fresh uniform uint8 mask: XOR shares at the parties, the mask itself at the dealer."""
+
+    def public(self, value: torch.Tensor) -> torch.Tensor:
+        """This party's additive share of a public value: all of it at the client."""
+        return value if self.party != SERVER else torch.zeros_like(value)
+
+    def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        count = math.prod(shape)
+        raw = prg.read(count * _ITEM_BYTES[dtype])
+        return torch.from_numpy(raw).view(dtype).reshape(tuple(shape))
+
+
+class ClientContext(Context):
+    """The client reads every share of its own from one seed; nothing is sent to it."""
+
+    party = CLIENT
+
+    def __init__(self, seed: bytes, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
+        super().__init__(device, fixed)
+        self._prg = Prg(derive(seed, "shares"))
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return self._words(self._prg, shape, dtype).to(self.device)
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        return self.mask(shape, dtype)
+
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
+
+
+class ServerContext(Context):
+    """The server reads masks from its seed and corrections from the dealer's stream."""
+
+    party = SERVER
+
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
+        super().__init__(device, fixed)
+        self._seed = seed
+        self._prg = Prg(derive(seed, "shares"))
+        self._corrections = corrections
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return self._words(self._prg, shape, dtype).to(self.device)
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        prg = Prg(derive(self._seed, f"weight {name}"))
+        return self._words(prg, shape, torch.int64).to(self.device)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        raw = self._corrections.read(math.prod(shape) * _ITEM_BYTES[dtype])
+        return raw.view(dtype).reshape(tuple(shape)).to(self.device)
+
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.deal(shape, secret, torch.uint8)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
+
+
+class DealerContext(Context):
+    """The dealer knows both seeds, and writes what the server can't derive from its own."""
+
+    party = DEALER
+
+    def __init__(
+        self,
+        client_seed: bytes,
+        server_seed: bytes,
+        corrections: ByteSink,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
+        super().__init__(device, fixed)
+        self._server_seed = server_seed
+        self._client = Prg(derive(client_seed, "shares"))
+        self._server = Prg(derive(server_seed, "shares"))
+        self._corrections = corrections
+
+    @property
+    def tensor_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        client = self._words(self._client, shape, dtype)
+        server = self._words(self._server, shape, dtype)
+        return (client ^ server if dtype is torch.uint8 else client + server).to(self.device)
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._client, shape, torch.int64).to(self.device)
+
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        prg = Prg(derive(self._server_seed, f"weight {name}"))
+        return self._words(prg, shape, torch.int64).to(self.device)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        share = self._words(self._client, shape, dtype).numpy().reshape(-1)
+        value = secret().to("cpu", dtype).contiguous().numpy().reshape(-1)
+        combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
+        correction = combine(value, share, out=share)
+        self._corrections.write(torch.from_numpy(correction.view(np.uint8)))
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.deal(shape, secret, torch.uint8)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)

@@ -1,0 +1,69 @@
+"""What a protocol yields: the messages of one round, which the scheduler sends for it.
+
+A protocol is a generator. It yields a message, or a tuple of messages that belong to one round, and
+is resumed with what the other party sent. Protocols of independent ops, and the parts of one op
+joined by `together`, advance in lockstep and so share rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Swap:
+    """Each party sends `payload` to the other and gets the other's, of equal shape and type."""
+
+    payload: torch.Tensor
+
+
+@dataclass
+class ToServer:
+    """The client sends `payload`; the server, which passes a meta tensor, gets it."""
+
+    payload: torch.Tensor
+
+
+@dataclass
+class ToClient:
+    """The server sends `payload`; the client, which passes a meta tensor, gets it."""
+
+    payload: torch.Tensor
+
+
+Message = Swap | ToServer | ToClient
+Protocol = Generator[Any, Any, Any]
+
+
+def together(*protocols: Protocol) -> Protocol:
+    """Run protocols in lockstep, so that their messages share rounds; gives their results."""
+    results: list[Any] = [None] * len(protocols)
+    waiting: dict[int, tuple[Message, ...]] = {}
+
+    def advance(index: int, reply: Any) -> None:
+        try:
+            waiting[index] = as_tuple(protocols[index].send(reply))
+        except StopIteration as stop:
+            results[index] = stop.value
+
+    for index in range(len(protocols)):
+        advance(index, None)
+    while waiting:
+        batch = sorted(waiting.items())
+        waiting = {}
+        replies = yield tuple(message for _, messages in batch for message in messages)
+        start = 0
+        for index, messages in batch:
+            stop = start + len(messages)
+            reply = replies[start:stop]
+            advance(index, reply[0] if len(messages) == 1 else reply)
+            start = stop
+    return results
+
+
+def as_tuple(messages: Message | tuple[Message, ...]) -> tuple[Message, ...]:
+    return messages if isinstance(messages, tuple) else (messages,)

@@ -1,0 +1,69 @@
+"""Products of two shared values by Beaver triples (Beaver, CRYPTO 1991)."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.context import Context
+from runtime.kernels.matmul import matmul
+from runtime.messages import Protocol, Swap
+from runtime.spec import CLIENT, Cost
+from runtime.values import Masked
+
+
+def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protocol:
+    """Shares of the element-wise products x * y of several pairs, in one round.
+
+    In: pairs of additive shares modulo 2**64, broadcast against each other. Out: list of shares of
+    the products, with the sum of the fractional bits. Rounds 1, online 16 bytes per element of
+    each factor, offline 8 bytes per element of each product.
+    Each party sees x + a and y + b; a and b are fresh and uniform.
+    """
+    masks = [(ctx.mask(x.shape), ctx.mask(y.shape)) for x, y in pairs]
+    mine = [
+        share + mask
+        for pair, pair_masks in zip(pairs, masks, strict=True)
+        for share, mask in zip(pair, pair_masks, strict=True)
+    ]
+    theirs = yield tuple(Swap(share) for share in mine)
+    opened = [a + b for a, b in zip(mine, theirs, strict=True)]
+    products = []
+    for index, (a, b) in enumerate(masks):
+        x, y = opened[2 * index : 2 * index + 2]
+        products.append(product_of_masked(ctx, Masked(x, a, 0), Masked(y, b, 0)))
+    return products
+
+
+def multiply_cost(*sizes: tuple[int, int, int]) -> Cost:
+    """Cost of `multiply`; for each pair the element counts of x, of y and of their product."""
+    return Cost(
+        rounds=1,
+        online=sum(16 * (x + y) for x, y, _ in sizes),
+        offline=sum(8 * product for _, _, product in sizes),
+    )
+
+
+def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
+    """Share of the element-wise product of two opened wires. No rounds; offline 8 bytes per element.
+
+    x y = (x' - a)(y' - b) = x' y' - x' b - a y' + a b with x', y' public and a b dealt.
+    """
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    cross = ctx.deal(shape, lambda: x.mask * y.mask)
+    return combine(ctx, x, y, cross, torch.mul)
+
+
+def matmul_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
+    """Share of the batched matrix product of two opened wires; offline 8 bytes per result element."""
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    shape = (*batch, x.shape[-2], y.shape[-1])
+    cross = ctx.deal(shape, lambda: matmul(x.mask, y.mask))
+    return combine(ctx, x, y, cross, matmul)
+
+
+def combine(ctx: Context, x: Masked, y: Masked, cross: torch.Tensor, product) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """x' y' - x' [b] - [a] y' + [a b] with any bilinear product, in two products instead of three."""
+    if cross.is_meta:
+        return cross
+    mine = y.opened - y.mask if ctx.party == CLIENT else -y.mask
+    return product(x.opened, mine) - product(x.mask, y.opened) + cross
