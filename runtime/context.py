@@ -21,6 +21,16 @@ from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 _ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.uint8: 1}
 
 
+INDICATOR_WORDS = 4
+"""Words of an indicator row: one, and the first three powers of the low part of the mask."""
+
+
+def _spread(index: torch.Tensor, payload: torch.Tensor, windows: int) -> torch.Tensor:
+    rows = torch.zeros((*payload.shape, windows), dtype=torch.int64, device=payload.device)
+    rows.scatter_(2, index[:, None, None].expand(*payload.shape, 1), payload[:, :, None])
+    return rows
+
+
 class ByteSink(Interface):
     """Where the dealer writes corrections for the server."""
 
@@ -67,6 +77,18 @@ class Context(ABC):
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
         """Additive shares modulo 2**32 or 2**64 of what `secret` returns; meta at the dealer."""
+
+    def deal_indicator(
+        self,
+        count: int,
+        windows: int,
+        secret: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Shares modulo 2**64 of rows that are zero but in one window: [count, words, windows].
+
+        `secret` returns the windows [count] and what stands there [count, words].
+        """
+        return self.deal((count, INDICATOR_WORDS, windows), lambda: _spread(*secret(), windows))
 
     @abstractmethod
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:

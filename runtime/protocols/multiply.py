@@ -6,7 +6,8 @@ import torch
 
 from runtime.context import Context
 from runtime.kernels.matmul import matmul
-from runtime.messages import Protocol, Swap
+from runtime.messages import Protocol, together
+from runtime.protocols.opening import open_under
 from runtime.spec import CLIENT, Cost
 from runtime.values import Masked
 
@@ -20,13 +21,13 @@ def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protoco
     Each party sees x + a and y + b; a and b are fresh and uniform.
     """
     masks = [(ctx.mask(x.shape), ctx.mask(y.shape)) for x, y in pairs]
-    mine = [
-        share + mask
-        for pair, pair_masks in zip(pairs, masks, strict=True)
-        for share, mask in zip(pair, pair_masks, strict=True)
-    ]
-    theirs = yield tuple(Swap(share) for share in mine)
-    opened = [a + b for a, b in zip(mine, theirs, strict=True)]
+    opened = yield from together(
+        *(
+            open_under(ctx, share, mask)
+            for pair, pair_masks in zip(pairs, masks, strict=True)
+            for share, mask in zip(pair, pair_masks, strict=True)
+        )
+    )
     products = []
     for index, (a, b) in enumerate(masks):
         x, y = opened[2 * index : 2 * index + 2]

@@ -6,14 +6,23 @@ import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol, Swap
-from runtime.spec import Cost
+from runtime.spec import CLIENT, Cost
 from runtime.values import Masked, Shared
 
 
-def reconstruct(share: torch.Tensor) -> Protocol:
-    """Add the two parties' shares of a value that is safe to open; only for masked values."""
-    other = yield Swap(share)
-    return share + other
+def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: int = 0) -> Protocol:
+    """Open z = x + offset + r under the mask r, which must be fresh: 1 round, both directions.
+
+    Bytes: twice the words of x. The dealer gets a meta tensor and computes nothing.
+    """
+    if share.is_meta:
+        yield Swap(share)
+        return share
+    mine = share + mask
+    if offset and ctx.party == CLIENT:
+        mine += offset
+    other = yield Swap(mine)
+    return mine + other
 
 
 def open_masked(ctx: Context, x: Shared) -> Protocol:
@@ -24,7 +33,7 @@ def open_masked(ctx: Context, x: Shared) -> Protocol:
     Each party sees the other's share of z. z is uniform as r is, and used for this wire alone.
     """
     mask = ctx.mask(x.shape)
-    opened = yield from reconstruct(x.share + mask)
+    opened = yield from open_under(ctx, x.share, mask)
     return Masked(opened, mask, x.frac)
 
 

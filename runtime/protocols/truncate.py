@@ -6,11 +6,11 @@ import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol
-from runtime.protocols.opening import reconstruct
-from runtime.spec import CLIENT, HEADROOM_BITS, Cost
+from runtime.protocols.opening import open_under
+from runtime.spec import HEADROOM_BITS, Cost
 from runtime.values import logical_shift
 
-_OFFSET = 1 << HEADROOM_BITS
+OFFSET = 1 << HEADROOM_BITS
 
 
 class Truncation:
@@ -33,13 +33,6 @@ def top_bit(mask: torch.Tensor) -> torch.Tensor:
     return logical_shift(mask, 63)
 
 
-def open_offset(ctx: Context, share: torch.Tensor, mask: torch.Tensor) -> Protocol:
-    """Open z = x + 2**62 + r under the mask r."""
-    offset = _OFFSET if ctx.party == CLIENT else 0
-    opened = yield from reconstruct(share + mask + offset)
-    return opened
-
-
 def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     """Shares of x / 2**shift, rounded down or up at random with expectation x / 2**shift.
 
@@ -53,11 +46,13 @@ def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     (PETS 2020), section 4.
     """
     if shift <= 0:
-        return share << -shift
+        return share if share.is_meta else share << -shift
     mask = ctx.mask(share.shape)
     low = ctx.deal(share.shape, lambda: logical_shift(mask, shift))
     top = ctx.deal(share.shape, lambda: top_bit(mask))
-    opened = yield from open_offset(ctx, share, mask)
+    opened = yield from open_under(ctx, share, mask, OFFSET)
+    if opened.is_meta:
+        return opened
     parts = Truncation(opened, shift)
     return ctx.public(parts.base) - low + parts.wrap * top
 
