@@ -42,11 +42,11 @@ Protocol = Generator[Any, Any, Any]
 def together(*protocols: Protocol) -> Protocol:
     """Run protocols in lockstep, so that their messages share rounds; gives their results."""
     results: list[Any] = [None] * len(protocols)
-    waiting: dict[int, tuple[Message, ...]] = {}
+    waiting: dict[int, Message | tuple[Message, ...]] = {}
 
     def advance(index: int, reply: Any) -> None:
         try:
-            waiting[index] = as_tuple(protocols[index].send(reply))
+            waiting[index] = protocols[index].send(reply)
         except StopIteration as stop:
             results[index] = stop.value
 
@@ -55,15 +55,20 @@ def together(*protocols: Protocol) -> Protocol:
     while waiting:
         batch = sorted(waiting.items())
         waiting = {}
-        replies = yield tuple(message for _, messages in batch for message in messages)
+        replies = yield tuple(message for _, yielded in batch for message in as_tuple(yielded))
         start = 0
-        for index, messages in batch:
-            stop = start + len(messages)
-            reply = replies[start:stop]
-            advance(index, reply[0] if len(messages) == 1 else reply)
+        for index, yielded in batch:
+            stop = start + len(as_tuple(yielded))
+            advance(index, as_reply(yielded, replies[start:stop]))
             start = stop
     return results
 
 
-def as_tuple(messages: Message | tuple[Message, ...]) -> tuple[Message, ...]:
-    return messages if isinstance(messages, tuple) else (messages,)
+def as_tuple(yielded: Message | tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages of a round, of a protocol that may have yielded just one."""
+    return yielded if isinstance(yielded, tuple) else (yielded,)
+
+
+def as_reply(yielded: Message | tuple[Message, ...], replies: list[Any]) -> Any:
+    """What a protocol is resumed with: a list if it yielded a tuple, else the one reply."""
+    return replies if isinstance(yielded, tuple) else replies[0]

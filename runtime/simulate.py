@@ -14,7 +14,7 @@ import torch
 
 from runtime.context import ClientContext, Context, DealerContext, ServerContext
 from runtime.correlations.prg import Prg, new_seed
-from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_tuple
+from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_reply, as_tuple
 from runtime.spec import CLIENT, DEALER, SERVER, Cost
 from runtime.values import Shared, decode, encode
 
@@ -80,10 +80,10 @@ class Simulation:
         replies: list[Any] = [None] * 3
         rounds = online = 0
         while True:
-            waiting: list[tuple[Message, ...] | None] = [None] * 3
+            waiting: list[Any] = [None] * 3
             for party in (DEALER, CLIENT, SERVER):
                 try:
-                    waiting[party] = as_tuple(protocols[party].send(replies[party]))
+                    waiting[party] = protocols[party].send(replies[party])
                 except StopIteration as stop:
                     results[party] = stop.value
             client, server, dealer = waiting[CLIENT], waiting[SERVER], waiting[DEALER]
@@ -92,10 +92,13 @@ class Simulation:
                     raise RuntimeError("the three roles do not take the same number of rounds")
                 break
             rounds += 1
-            received, sent = self._deliver(client, server)
+            received, sent = self._deliver(as_tuple(client), as_tuple(server))
             online += sent
-            replies = [self._unwrap(client, received[0]), self._unwrap(server, received[1])]
-            replies.append(self._unwrap(dealer, [_as_meta(m.payload) for m in dealer]))
+            ghosts = [_as_meta(message.payload) for message in as_tuple(dealer)]
+            replies = [
+                as_reply(yielded, reply)
+                for yielded, reply in zip(waiting, (*received, ghosts), strict=True)
+            ]
         self.cost += Cost(rounds, online, self.corrections.total - before)
         return results
 
@@ -118,10 +121,6 @@ class Simulation:
         if self.record:
             self.transcript += [t.clone() for t in to_client + to_server if t is not None]
         return (to_client, to_server), sent
-
-    @staticmethod
-    def _unwrap(messages: tuple[Message, ...], replies: list[Any]) -> Any:
-        return replies[0] if len(messages) == 1 else replies
 
     def reveal(self, views: Sequence[Shared]) -> torch.Tensor:
         """The real numbers that a client's and a server's share stand for."""
