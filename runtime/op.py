@@ -27,8 +27,11 @@ class Op:
     operands: for each tensor operand that is shared, the form the protocol takes it in:
         "share" (any number of fractional bits), "fixed" (a share truncated to the program's
         fractional bits), "masked" (opened to both under a mask, fixed), "sent" (opened to the
-        server under a mask that the client knows, fixed).
-    scale: fractional bits of the result from those of the operands.
+        server under a mask that the client knows, fixed). `forms` says it where it depends on a
+        literal.
+    weights: operands that, when they are server-held constants, go under a static mask.
+    scale: fractional bits of the result; in place of a shared operand it gets
+        that operand's, in place of any other tensor its visibility.
     cost: rounds and bytes from operand values that carry shapes (see `runtime.values`).
     protocol: the two-party protocol, a generator that yields messages (see `runtime.executor`).
     stock: the same op by CrypTen's own protocols, on CrypTen tensors.
@@ -37,6 +40,7 @@ class Op:
     name: ClassVar[str]
     schema: ClassVar[str]
     operands: ClassVar[dict[str, str]] = {}
+    weights: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +51,12 @@ class Op:
         return reduce(Vis.join, operands, Vis.PUBLIC)
 
     @classmethod
-    def scale(cls, *fracs: int, fixed: int) -> int:
+    def forms(cls, *args: Any) -> dict[str, str]:
+        """`operands`, for a call with these arguments."""
+        return cls.operands
+
+    @classmethod
+    def scale(cls, *args: Any, fixed: int) -> int:
         """Fractional bits of the result; `fixed` are the program's own."""
         return fixed
 
@@ -66,9 +75,7 @@ class Op:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.name in REGISTRY:
-            raise TypeError(
-                f"mpc.{cls.name} is defined by {REGISTRY[cls.name].__module__} already"
-            )
+            raise TypeError(f"mpc.{cls.name} is defined by {REGISTRY[cls.name].__module__} already")
         REGISTRY[cls.name] = cls
         _LIBRARY.define(cls.name + cls.schema)
         _LIBRARY.impl(cls.name, cls.reference, "CompositeExplicitAutograd")

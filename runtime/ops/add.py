@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.local import as_share, ghost, shared_frac
+from runtime.spec import Cost
+from runtime.values import Shared
 
 
 class Add(Op):
@@ -16,3 +23,23 @@ class Add(Op):
     @staticmethod
     def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
+
+    operands = {"a": "share", "b": "share"}
+
+    @classmethod
+    def scale(cls, a: int | None, b: int | None, *, fixed: int) -> int:
+        return max([frac for frac in (a, b) if frac is not None], default=fixed)
+
+    @classmethod
+    def cost(cls, a: Any, b: Any, *, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
+        """Local: each party adds its shares, aligned to the larger number of fractional bits."""
+        yield from ()
+        frac = shared_frac(a, b, default=ctx.fixed)
+        left, right = as_share(ctx, a, frac), as_share(ctx, b, frac)
+        if left.is_meta or right.is_meta:
+            return Shared(ghost(left.shape, right.shape), frac)
+        return Shared(left + right, frac)

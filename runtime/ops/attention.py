@@ -1,22 +1,42 @@
-"""Grouped-query attention: softmax(cap(scale * q k^T) + mask) v."""
+"""Grouped-query attention as one op: scores, softmax and the weighted sum of the values."""
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
+import numpy as np
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol, together
 from runtime.op import Op
+from runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
+from runtime.protocols.opening import open_masked, open_masked_cost
+from runtime.protocols.power import power, power_cost
+from runtime.protocols.rows import EXP_FRAC, INVERSE, exponentials, exponentials_cost
+from runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
+from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.spec import Cost
+from runtime.values import Masked, Shared, encode
+
+MASKED_SCORE = -1e4
+"""A mask entry at or below this means: never look there."""
 
 
 class Attention(Op):
-    """Grouped-query attention: softmax(cap(scale * q k^T) + mask) v.
+    """softmax(cap(scale * q k^T) + mask) v, with grouped queries.
 
     q [B, H, N, D], k and v [B, G, L, D] with H a multiple of G, and an additive public mask that
-    broadcasts to [B, H, N, L] (an entry of -1e4 or below means: never look there). With `softcap` c > 0 the scaled scores
-    become c tanh(scores / c) before the mask (gemma2). Gives [B, H, N, D].
+    broadcasts to [B, H, N, L] (an entry of -1e4 or below means: never look there). With `softcap`
+    c > 0 the scaled scores become c tanh(scores / c) before the mask (gemma2). Gives [B, H, N, D].
     """
 
     name = "attention"
-    schema = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0) -> Tensor"
+    schema = (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0) -> Tensor"
+    )
+    operands = {"q": "masked", "k": "masked", "v": "masked"}
 
     @staticmethod
     def reference(
@@ -35,3 +55,116 @@ class Attention(Op):
         if mask is not None:
             scores = scores + mask
         return torch.matmul(torch.softmax(scores, -1), v)
+
+    @classmethod
+    def scale(cls, *args: object, fixed: int) -> int:
+        return fixed + INVERSE.out_frac
+
+    @classmethod
+    def cost(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        *,
+        fixed: int,
+    ) -> Cost:
+        rows = math.prod(q.shape[:-1])
+        length, features = v.shape[-2:]
+        scores = rows * length
+        valid, _ = _split_mask(mask, q, k)
+        total = Cost(offline=8 * scores)
+        if softcap:
+            total += truncate_cost(scores, q.frac + k.frac - round(math.log2(scale)) - fixed)
+            total += apply_cost(_cap(softcap), scores, fixed)
+        total += exponentials_cost(valid)
+        values = (
+            open_masked_cost(scores)
+            + Cost(offline=8 * rows * features)
+            + truncate_cost(rows * features, EXP_FRAC)
+        )
+        total += values.beside(power_cost(INVERSE, rows))
+        return total + multiply_cost((rows * features, rows, rows * features))
+
+    @classmethod
+    def protocol(
+        cls,
+        ctx: Context,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+    ) -> Protocol:
+        """Attention on opened queries, keys and values; scale must be a power of two.
+
+        Scores and weighted sums need no message of their own: both factors are open under masks.
+        The division by the sum of exponentials comes after the weighted sum, on D instead of L
+        elements a row, and its reciprocal runs beside the weighted sum. What each party sees is
+        what it sees in `exponentials`, `power`, `truncate` and `multiply`.
+        """
+        batch, heads, new, features = q.shape
+        groups, length = k.shape[1], k.shape[2]
+        # Heads of a group are further rows of one product.
+        folded = (batch, groups, heads // groups * new, features)
+        query = Masked(q.opened.reshape(folded), q.mask.reshape(folded), q.frac)
+        keys = Masked(k.opened.transpose(-1, -2), k.mask.transpose(-1, -2), k.frac)
+        share = matmul_of_masked(ctx, query, keys).reshape(-1, length)
+        frac = q.frac + k.frac - round(math.log2(scale))
+        if softcap:
+            share = yield from truncate(ctx, share, frac - ctx.fixed)
+            frac = ctx.fixed
+            share = yield from apply(ctx, _cap(softcap), share, frac)
+        valid, bias = _split_mask(mask, q, k)
+        if bias is not None and not share.is_meta:
+            share = share + ctx.public(encode(bias, frac).to(share.device))
+        powers = yield from exponentials(ctx, Shared(share, frac), valid)
+        total = powers[:, :1] if powers.is_meta else powers.sum(-1, keepdim=True)
+        weights = Shared(powers.reshape(*folded[:3], length), EXP_FRAC)
+        inverse, summed = yield from together(
+            power(ctx, total, INVERSE), _weighted_sum(ctx, weights, v)
+        )
+        (result,) = yield from multiply(ctx, (summed.reshape(-1, features), inverse))
+        return Shared(result.reshape(q.shape), ctx.fixed + INVERSE.out_frac)
+
+
+def _weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
+    opened = yield from open_masked(ctx, weights)
+    share = matmul_of_masked(ctx, opened, values)
+    summed = yield from truncate(ctx, share, weights.frac + values.frac - ctx.fixed)
+    return summed
+
+
+def _split_mask(
+    mask: torch.Tensor | None, q: Masked, k: Masked
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which scores count, bool [rows, L] on the CPU, and what is added to them, if anything."""
+    batch, heads, new, _ = q.shape
+    length = k.shape[2]
+    if mask is None:
+        return torch.ones((batch * heads * new, length), dtype=torch.bool), None
+    full = mask.cpu().expand(batch, heads, new, length).reshape(-1, length)
+    valid = full > MASKED_SCORE
+    bias = torch.where(valid, full, torch.zeros_like(full))
+    return valid, bias if bool(bias.any()) else None
+
+
+@cache
+def _cap(softcap: float) -> Function:
+    """softcap * tanh(x / softcap), on 256 windows that reach at least 8 softcap to either side."""
+    step_bits = math.ceil(math.log2(softcap / 16)) + 16
+    start = -128 * 2.0 ** (step_bits - 16)
+    out_frac = 60 - math.ceil(math.log2(softcap))
+    return saturating(
+        lambda x: softcap * np.tanh(x / softcap),
+        start,
+        256,
+        step_bits,
+        out_frac,
+        left=Tail(0, -softcap),
+        right=Tail(0, softcap),
+    )

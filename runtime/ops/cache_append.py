@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.spec import Cost
+from runtime.values import Masked
 
 
 class CacheAppend(Op):
@@ -16,3 +20,20 @@ class CacheAppend(Op):
     @staticmethod
     def reference(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return torch.cat([past, new], -2)
+
+    operands = {"past": "masked", "new": "masked"}
+
+    @classmethod
+    def cost(cls, past: Masked, new: Masked, *, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(cls, ctx: Context, past: Masked, new: Masked) -> Protocol:
+        """Concatenate two opened wires: an entry is opened once, when it enters the cache.
+
+        No messages; what was opened under its own mask stays as it is.
+        """
+        yield from ()
+        return Masked(
+            torch.cat([past.opened, new.opened], -2), torch.cat([past.mask, new.mask], -2), new.frac
+        )

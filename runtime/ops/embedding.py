@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.weights import send, send_cost, table_rows
+from runtime.spec import CLIENT, SERVER, Cost
+from runtime.values import Held, Shared, Weight
 
 
 class Embedding(Op):
@@ -16,3 +21,33 @@ class Embedding(Op):
     @staticmethod
     def reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(ids, weight)
+
+    operands = {"ids": "held"}
+    weights = ("weight",)
+
+    @classmethod
+    def cost(cls, ids: Held, weight: Weight, *, fixed: int) -> Cost:
+        tokens = ids.value.numel()
+        vocabulary, features = weight.shape
+        return send_cost(tokens * vocabulary) + Cost(offline=8 * tokens * features)
+
+    @classmethod
+    def protocol(cls, ctx: Context, ids: Held, weight: Weight) -> Protocol:
+        """The client's one-hot rows times the server's table.
+
+        In: token ids at the client, Weight [V, D]. Out: Shared with the weight's fractional bits.
+        Rounds 1, online 8 V bytes per token, client to server; offline 8 D bytes per token.
+        The server sees one-hot rows minus a fresh uniform mask; the client sees nothing. MERGE
+        (AAAI 2024) names this product as the cost of private embedding; the one-way form is rule 2
+        of docs/protocols.md.
+        """
+        shape = (*ids.shape, weight.shape[0])
+        if ctx.party == CLIENT:
+            rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+            rows.scatter_(-1, ids.value.to(ctx.device)[..., None], 1)
+        elif ctx.party == SERVER:
+            rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+        else:
+            rows = torch.empty(shape, dtype=torch.int64, device="meta")
+        sent = yield from send(ctx, Shared(rows, 0))
+        return Shared(table_rows(ctx, sent, weight), weight.frac)

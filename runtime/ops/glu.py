@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.ops.gelu import GELU, GELU_TANH
+from runtime.ops.silu import SILU
+from runtime.protocols.multiply import multiply, multiply_cost
+from runtime.protocols.rectify import rectify, rectify_cost
+from runtime.protocols.saturate import apply, apply_cost
+from runtime.spec import Cost
+from runtime.values import Shared
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
@@ -12,6 +21,8 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "relu": torch.relu,
 }
+
+FUNCTIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
 
 class Glu(Op):
@@ -23,3 +34,25 @@ class Glu(Op):
     @staticmethod
     def reference(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
         return ACTIVATIONS[act](gate) * up
+
+    operands = {"gate": "fixed", "up": "fixed"}
+
+    @classmethod
+    def scale(cls, *args: object, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, gate: Shared, up: Shared, act: str, *, fixed: int) -> Cost:
+        count = gate.share.numel()
+        first = rectify_cost(count) if act == "relu" else apply_cost(FUNCTIONS[act], count, fixed)
+        return first + multiply_cost((count, count, count))
+
+    @classmethod
+    def protocol(cls, ctx: Context, gate: Shared, up: Shared, act: str) -> Protocol:
+        """The activation's protocol, then one Beaver product."""
+        if act == "relu":
+            active = yield from rectify(ctx, gate.share)
+        else:
+            active = yield from apply(ctx, FUNCTIONS[act], gate.share, ctx.fixed)
+        (share,) = yield from multiply(ctx, (active, up.share))
+        return Shared(share, 2 * ctx.fixed)

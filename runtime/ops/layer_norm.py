@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.gain import apply_gain, gain_cost
+from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
+from runtime.protocols.weights import add_held
+from runtime.spec import Cost
+from runtime.values import Held, Shared, Weight
 
 
 class LayerNorm(Op):
     """LayerNorm over the last dimension."""
 
     name = "layer_norm"
-    schema = "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+    schema = "(Tensor x, Tensor? weight, Tensor? bias, float eps, float bound=0.0) -> Tensor"
 
     @staticmethod
-    def reference(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    def reference(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        bound: float = 0.0,
+    ) -> torch.Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    operands = {"x": "share"}
+    weights = ("weight",)
+
+    @classmethod
+    def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
+        return fixed if weight is None else 2 * fixed
+
+    @staticmethod
+    def _spec(x: Shared, eps: float, bound: float) -> RowNorm:
+        # Rows are centred as d x - sum(x), which is exact and local: they carry log2(d) bits more.
+        size = x.shape[-1]
+        return RowNorm(size, x.frac + math.log2(size), eps, bound)
+
+    @classmethod
+    def cost(
+        cls,
+        x: Shared,
+        weight: Weight | None,
+        bias: Held | None,
+        eps: float,
+        bound: float = 0.0,
+        *,
+        fixed: int,
+    ) -> Cost:
+        spec = cls._spec(x, eps, bound)
+        rows = math.prod(x.shape[:-1])
+        return normalize_cost(spec, rows) + gain_cost(x.shape, spec.out_frac, weight, fixed)
+
+    @classmethod
+    def protocol(
+        cls,
+        ctx: Context,
+        x: Shared,
+        weight: Weight | None,
+        bias: Held | None,
+        eps: float,
+        bound: float = 0.0,
+    ) -> Protocol:
+        """Centre the rows locally, then as `rms_norm`; the server adds the bias to its share."""
+        spec = cls._spec(x, eps, bound)
+        centred = x.share
+        if not centred.is_meta:
+            centred = centred * x.shape[-1] - centred.sum(-1, keepdim=True)
+        share = yield from normalize(ctx, centred, spec)
+        scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, 0.0)
+        if bias is None:
+            return scaled
+        return Shared(add_held(ctx, scaled.share, bias, scaled.frac), scaled.frac)

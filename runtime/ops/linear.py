@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.weights import add_held, linear
+from runtime.spec import Cost
+from runtime.values import Held, Sent, Shared, Weight
 
 
 class Linear(Op):
@@ -14,5 +21,26 @@ class Linear(Op):
     schema = "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"
 
     @staticmethod
-    def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def reference(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return torch.nn.functional.linear(x, weight, bias)
+
+    operands = {"x": "sent"}
+    weights = ("weight",)
+
+    @classmethod
+    def scale(cls, *args: object, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, x: Sent, weight: Weight, bias: Held | None = None, *, fixed: int) -> Cost:
+        rows = math.prod(x.shape[:-1])
+        return Cost(offline=8 * rows * weight.shape[0])
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Sent, weight: Weight, bias: Held | None = None) -> Protocol:
+        yield from ()
+        frac = x.frac + weight.frac
+        share = linear(ctx, x, weight)
+        return Shared(share if bias is None else add_held(ctx, share, bias, frac), frac)

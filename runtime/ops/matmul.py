@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.multiply import matmul_of_masked
+from runtime.spec import Cost
+from runtime.values import Masked, Shared
 
 
 class Matmul(Op):
@@ -16,3 +23,20 @@ class Matmul(Op):
     @staticmethod
     def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.matmul(a, b)
+
+    operands = {"a": "masked", "b": "masked"}
+
+    @classmethod
+    def scale(cls, *args: object, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, a: Masked, b: Masked, *, fixed: int) -> Cost:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        return Cost(offline=8 * math.prod((*batch, a.shape[-2], b.shape[-1])))
+
+    @classmethod
+    def protocol(cls, ctx: Context, a: Masked, b: Masked) -> Protocol:
+        """No message beyond the openings of the operands; see `matmul_of_masked`."""
+        yield from ()
+        return Shared(matmul_of_masked(ctx, a, b), a.frac + b.frac)

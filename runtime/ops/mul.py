@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.local import as_share, ghost
+from runtime.protocols.multiply import multiply, multiply_cost
+from runtime.protocols.weights import scale_by, send, send_cost
+from runtime.spec import Cost
+from runtime.values import Shared, Weight, encode
 
 
 class Mul(Op):
@@ -16,3 +26,39 @@ class Mul(Op):
     @staticmethod
     def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a * b
+
+    operands = {"a": "fixed", "b": "fixed"}
+    weights = ("a", "b")
+
+    @classmethod
+    def scale(cls, a: int | None, b: int | None, *, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, a: Any, b: Any, *, fixed: int) -> Cost:
+        size = math.prod(torch.broadcast_shapes(a.shape, b.shape))
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            return Cost()
+        if isinstance(a, Weight) or isinstance(b, Weight):
+            x = b if isinstance(a, Weight) else a
+            return send_cost(math.prod(x.shape)) + Cost(offline=8 * size)
+        return multiply_cost((math.prod(a.shape), math.prod(b.shape), size))
+
+    @classmethod
+    def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
+        """By a public factor: local. By a server-held constant: one message (`weights`). Else Beaver."""
+        frac = 2 * ctx.fixed
+        if isinstance(a, (torch.Tensor, Weight)):
+            a, b = b, a
+        if isinstance(b, torch.Tensor):
+            share = as_share(ctx, a, ctx.fixed)
+            if share.is_meta:
+                return Shared(ghost(a.shape, b.shape), frac)
+            return Shared(share * encode(b, ctx.fixed).to(share.device), frac)
+        if isinstance(b, Weight):
+            sent = yield from send(ctx, Shared(as_share(ctx, a, ctx.fixed), ctx.fixed))
+            return Shared(scale_by(ctx, sent, b), frac)
+        (share,) = yield from multiply(
+            ctx, (as_share(ctx, a, ctx.fixed), as_share(ctx, b, ctx.fixed))
+        )
+        return Shared(share, frac)

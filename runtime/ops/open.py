@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.opening import open_masked, open_masked_cost
+from runtime.spec import Cost
+from runtime.values import Masked, Shared
 
 
 class Open(Op):
@@ -16,3 +21,14 @@ class Open(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
+
+    operands = {"x": "fixed"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        return open_masked_cost(x.share.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        opened: Masked = yield from open_masked(ctx, x)
+        return opened

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol, ToClient
 from runtime.op import Op
-from runtime.spec import Vis
+from runtime.spec import CLIENT, SERVER, Cost, Vis
+from runtime.values import Held, Shared, decode
 
 
 class Reveal(Op):
@@ -21,3 +24,25 @@ class Reveal(Op):
     @classmethod
     def visibility(cls, *operands: Vis) -> Vis:
         return Vis.CLIENT
+
+    operands = {"x": "share"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        return Cost(rounds=1, online=8 * x.share.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        """The server sends its share; the client adds its own.
+
+        Rounds 1, online 8 bytes per element. The client sees the value, as it should; the server's
+        share of it is uniform beside the client's own.
+        """
+        if ctx.party == SERVER:
+            yield ToClient(x.share)
+            return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))
+        ghost = torch.empty(x.shape, dtype=torch.int64, device="meta")
+        share = yield ToClient(ghost)
+        if ctx.party == CLIENT:
+            return Held(Vis.CLIENT, decode(x.share + share, x.frac))
+        return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))

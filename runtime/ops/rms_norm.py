@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.gain import apply_gain, gain_cost
+from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
+from runtime.spec import Cost
+from runtime.values import Shared, Weight
 
 
 class RmsNorm(Op):
     """RMSNorm over the last dimension; the gain is `weight + offset` (gemma stores gain - 1)."""
 
     name = "rms_norm"
-    schema = "(Tensor x, Tensor? weight, float eps, float offset=0.0) -> Tensor"
+    schema = "(Tensor x, Tensor? weight, float eps, float offset=0.0, float bound=0.0) -> Tensor"
 
     @staticmethod
-    def reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:
+    def reference(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        offset: float = 0.0,
+        bound: float = 0.0,
+    ) -> torch.Tensor:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return y if weight is None else y * (weight + offset)
+
+    operands = {"x": "share"}
+    weights = ("weight",)
+
+    @classmethod
+    def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
+        return fixed if weight is None else 2 * fixed
+
+    @classmethod
+    def cost(
+        cls,
+        x: Shared,
+        weight: Weight | None,
+        eps: float,
+        offset: float = 0.0,
+        bound: float = 0.0,
+        *,
+        fixed: int,
+    ) -> Cost:
+        spec = RowNorm(x.shape[-1], x.frac, eps, bound)
+        rows = math.prod(x.shape[:-1])
+        return normalize_cost(spec, rows) + gain_cost(x.shape, spec.out_frac, weight, fixed)
+
+    @classmethod
+    def protocol(
+        cls,
+        ctx: Context,
+        x: Shared,
+        weight: Weight | None,
+        eps: float,
+        offset: float = 0.0,
+        bound: float = 0.0,
+    ) -> Protocol:
+        """`normalize`, then the gain by one message from the client to the server."""
+        spec = RowNorm(x.shape[-1], x.frac, eps, bound)
+        share = yield from normalize(ctx, x.share, spec)
+        scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, offset)
+        return scaled

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.local import ghost
+from runtime.spec import Cost
+from runtime.values import Shared, encode
+
+TABLE_FRAC = 16
+"""Fractional bits of the public cos and sin tables."""
 
 
 class Rotary(Op):
@@ -24,6 +32,36 @@ class Rotary(Op):
         size = cos.shape[-1]
         rot, rest = x[..., :size], x[..., size:]
         return torch.cat([rot * cos + rotate(rot, interleaved) * sin, rest], -1)
+
+    operands = {"x": "share"}
+
+    @classmethod
+    def scale(cls, x: int, *args: object, fixed: int) -> int:
+        return x + TABLE_FRAC
+
+    @classmethod
+    def cost(cls, x: Shared, *args: object, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(
+        cls,
+        ctx: Context,
+        x: Shared,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool = False,
+    ) -> Protocol:
+        """Local: a public linear map of each party's share, which gains 16 fractional bits."""
+        yield from ()
+        frac = x.frac + TABLE_FRAC
+        if x.share.is_meta:
+            return Shared(ghost(x.shape), frac)
+        size = cos.shape[-1]
+        rot, rest = x.share[..., :size], x.share[..., size:]
+        cosine, sine = (encode(table, TABLE_FRAC).to(rot.device) for table in (cos, sin))
+        turned = rot * cosine + rotate(rot, interleaved) * sine
+        return Shared(torch.cat([turned, rest << TABLE_FRAC], -1), frac)
 
 
 def rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:

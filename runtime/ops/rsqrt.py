@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.power import Power, power, power_cost
+from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.spec import FRACTIONAL_BITS, Cost
+from runtime.values import Shared
+
+SPEC = Power(-0.5, FRACTIONAL_BITS, 0, 44)
 
 
 class Rsqrt(Op):
@@ -16,3 +24,17 @@ class Rsqrt(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.rsqrt(x)
+
+    operands = {"x": "fixed"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        count = x.share.numel()
+        return power_cost(SPEC, count) + truncate_cost(count, SPEC.out_frac - fixed)
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        """Relative error 2**-13 for 2**-16 <= x < 2**29."""
+        share = yield from power(ctx, x.share, SPEC)
+        share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
+        return Shared(share, ctx.fixed)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.local import ghost
+from runtime.spec import Cost
+from runtime.values import Shared
 
 
 class Scale(Op):
@@ -16,3 +24,42 @@ class Scale(Op):
     @staticmethod
     def reference(x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * factor
+
+    @classmethod
+    def forms(cls, x: Any, factor: float) -> dict[str, str]:
+        return {"x": "share" if _power_of_two(factor) is not None else "fixed"}
+
+    @classmethod
+    def scale(cls, x: int, factor: float, *, fixed: int) -> int:
+        return x + _fraction(factor)[1]
+
+    @classmethod
+    def cost(cls, x: Shared, factor: float, *, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared, factor: float) -> Protocol:
+        """Local: shares times a 16-bit integer; a power of two only moves the binary point."""
+        yield from ()
+        mantissa, bits = _fraction(factor)
+        share = ghost(x.shape) if x.share.is_meta else x.share * mantissa
+        return Shared(share, x.frac + bits)
+
+
+_MANTISSA_BITS = 16
+
+
+def _power_of_two(factor: float) -> int | None:
+    mantissa, exponent = math.frexp(abs(factor))
+    return exponent - 1 if mantissa == 0.5 else None
+
+
+def _fraction(factor: float) -> tuple[int, int]:
+    """Integers m, t with factor = m * 2**-t up to one part in 2**16; m is +-1 for a power of two."""
+    if factor == 0:
+        return 0, 0
+    exponent = _power_of_two(factor)
+    if exponent is not None:
+        return (1 if factor > 0 else -1), -exponent
+    bits = max(0, _MANTISSA_BITS - math.frexp(factor)[1])
+    return round(factor * 2.0**bits), bits

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.weights import send, send_cost
+from runtime.spec import Cost
+from runtime.values import Sent, Shared
 
 
 class Send(Op):
@@ -16,3 +21,14 @@ class Send(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
+
+    operands = {"x": "fixed"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        return send_cost(x.share.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        sent: Sent = yield from send(ctx, x)
+        return sent

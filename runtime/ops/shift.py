@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.spec import CLIENT, Cost
+from runtime.values import Shared
 
 
 class Shift(Op):
@@ -16,3 +20,21 @@ class Shift(Op):
     @staticmethod
     def reference(x: torch.Tensor, amount: float) -> torch.Tensor:
         return x + amount
+
+    operands = {"x": "share"}
+
+    @classmethod
+    def scale(cls, x: int, amount: float, *, fixed: int) -> int:
+        return x
+
+    @classmethod
+    def cost(cls, x: Shared, amount: float, *, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared, amount: float) -> Protocol:
+        """Local: the client adds the number to its share."""
+        yield from ()
+        if ctx.party != CLIENT:
+            return x
+        return Shared(x.share + round(amount * 2.0**x.frac), x.frac)

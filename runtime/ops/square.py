@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.multiply import product_of_masked
+from runtime.spec import Cost
+from runtime.values import Masked, Shared
 
 
 class Square(Op):
@@ -16,3 +21,19 @@ class Square(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x * x
+
+    operands = {"x": "masked"}
+
+    @classmethod
+    def scale(cls, x: int, *, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, x: Masked, *, fixed: int) -> Cost:
+        return Cost(offline=8 * x.opened.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Masked) -> Protocol:
+        """No message beyond the opening of the operand: z**2 - 2 z r + r**2 with r**2 dealt."""
+        yield from ()
+        return Shared(product_of_masked(ctx, x, x), 2 * x.frac)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.local import ghost
+from runtime.spec import Cost
+from runtime.values import Shared
 
 
 class Sum(Op):
@@ -16,3 +21,21 @@ class Sum(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.sum(-1, keepdim=True)
+
+    operands = {"x": "share"}
+
+    @classmethod
+    def scale(cls, x: int, *, fixed: int) -> int:
+        return x
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        return Cost()
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        """Local: each party sums its shares."""
+        yield from ()
+        if x.share.is_meta:
+            return Shared(ghost((*x.shape[:-1], 1)), x.frac)
+        return Shared(x.share.sum(-1, keepdim=True), x.frac)

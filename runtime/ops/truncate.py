@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runtime.context import Context
+from runtime.messages import Protocol
 from runtime.op import Op
+from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.spec import Cost
+from runtime.values import Shared
 
 
 class Truncate(Op):
@@ -16,3 +21,14 @@ class Truncate(Op):
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
+
+    operands = {"x": "share"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        return truncate_cost(x.share.numel(), x.frac - fixed)
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        share = yield from truncate(ctx, x.share, x.frac - ctx.fixed)
+        return Shared(share, ctx.fixed)

@@ -38,7 +38,16 @@ _TABLES = 8
 # Bit positions in the byte of looked-up bits.
 _F, _E, _G, _L2, _Q2, _L1, _Q1, _L0 = range(_TABLES)
 # (digit of the window, relation) of each table, in the order of the bits.
-_LAYOUT = ((3, "top"), (3, "eq"), (3, "eq128"), (2, "lt"), (2, "eq"), (1, "lt"), (1, "eq"), (0, "lt"))
+_LAYOUT = (
+    (3, "top"),
+    (3, "eq"),
+    (3, "eq128"),
+    (2, "lt"),
+    (2, "eq"),
+    (1, "lt"),
+    (1, "eq"),
+    (0, "lt"),
+)
 
 Polynomial = dict[frozenset[int], int]
 
@@ -57,7 +66,9 @@ LESS_THAN: Polynomial = {
 def _subsets(items: frozenset[int]) -> list[frozenset[int]]:
     ordered = sorted(items)
     return [
-        frozenset(c) for size in range(len(ordered) + 1) for c in itertools.combinations(ordered, size)
+        frozenset(c)
+        for size in range(len(ordered) + 1)
+        for c in itertools.combinations(ordered, size)
     ]
 
 
@@ -108,7 +119,10 @@ def _relation_rows(relation: str) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little")
 
 
-_ROWS = {relation: torch.from_numpy(_relation_rows(relation)) for relation in ("lt", "eq", "eq128", "top")}
+_ROWS = {
+    relation: torch.from_numpy(_relation_rows(relation))
+    for relation in ("lt", "eq", "eq128", "top")
+}
 
 
 @dataclass
@@ -216,7 +230,9 @@ def _products(mask: torch.Tensor) -> torch.Tensor:
 def _open_bits(ctx: Context, window: Window, thresholds: list[int], mask: torch.Tensor) -> Protocol:
     """Look the digits of z - t up in the shared tables, and open the bits under `mask`."""
     if window.opened.is_meta:
-        ghost = torch.empty((len(thresholds), *window.opened.shape), dtype=torch.uint8, device="meta")
+        ghost = torch.empty(
+            (len(thresholds), *window.opened.shape), dtype=torch.uint8, device="meta"
+        )
         yield Swap(ghost)
         return ghost
     shifts = torch.tensor(thresholds, dtype=torch.int64, device=window.opened.device)
@@ -255,7 +271,10 @@ def _combination(bits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     if not bits.is_cuda:
         out = np.empty(bits.shape, np.int64 if words.dtype is torch.int64 else np.int32)
         _combine_cpu(
-            bits.numpy().reshape(-1), words.numpy().reshape(-1, WORDS), _COEFFICIENTS, out.reshape(-1)
+            bits.numpy().reshape(-1),
+            words.numpy().reshape(-1, WORDS),
+            _COEFFICIENTS,
+            out.reshape(-1),
         )
         return torch.from_numpy(out)
     coefficients = torch.from_numpy(_COEFFICIENTS).to(bits.device)[bits.long()].to(words.dtype)

@@ -142,5 +142,3 @@ def _evaluate_cpu(points, rows, c, windows, step_bits, drop, out):  # type: igno
             total += rows[i, 2, j] * c2a
             total -= rows[i, 3, j] * c[3, k]
         out[i] = total
-
-

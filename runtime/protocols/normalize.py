@@ -112,4 +112,3 @@ def normalize_cost(spec: RowNorm, rows: int) -> Cost:
     count = rows * spec.size
     opening = Cost(rounds=1, online=16 * count, offline=7 * 8 * count)
     return opening + power_cost(spec.inverse_root, rows) + open_masked_cost(rows)
-

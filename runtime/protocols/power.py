@@ -34,7 +34,10 @@ MAX_EXPONENT = 53
 _NORMAL_BITS = 53
 _HIGH_DROP = 24
 _SPLIT = 28
-"""Octaves below this are found in the low window, the others in the one 24 bits up."""
+"""With two windows, octaves below this are found in the low one, the others 24 bits up."""
+
+_LOW_ONLY = 29
+"""Up to this octave the low window does alone: it holds V < 2**30 with room for its sign."""
 
 _TABLE_FRAC = 60
 _MANTISSA_FRAC = 24
@@ -95,6 +98,8 @@ class Power:
     def thresholds(self) -> tuple[list[int], list[int]]:
         """Exponents j of the comparisons with 2**j, in the low and in the high window."""
         octaves = range(self.low + 1, self.high + 1)
+        if self.high <= _LOW_ONLY:
+            return list(octaves), []
         return [j for j in octaves if j < _SPLIT], [j for j in octaves if j >= _SPLIT]
 
     def gain(self, octave: int) -> int:
@@ -194,4 +199,3 @@ def _scales(
 
 def _normalizer(octave: int) -> int:
     return 1 << (_NORMAL_BITS - octave)
-

@@ -23,6 +23,9 @@ from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.spec import FRACTIONAL_BITS, Cost
 
 
+_POSITION_BITS = 14
+
+
 @dataclass(frozen=True)
 class Tail:
     """The function outside the table: slope * x + value, with an integer slope."""
@@ -64,7 +67,9 @@ def saturating(
 ) -> Function:
     """Fit `function` from `start` on, `windows` windows of 2**step_bits input units each."""
     scale = 2**FRACTIONAL_BITS
-    table = fit(function, FRACTIONAL_BITS, round(start * scale), windows, step_bits, out_frac)
+    # The cube of the position in a window must leave room for its coefficient.
+    drop = max(0, step_bits - _POSITION_BITS)
+    table = fit(function, FRACTIONAL_BITS, round(start * scale), windows, step_bits, out_frac, drop)
     # Inputs are known to one unit only, so the ends of the table keep a window's distance.
     step = 2**step_bits / scale
     return Function(table, start + step, start + (windows - 2) * step, left, right)
@@ -73,12 +78,14 @@ def saturating(
 def apply(ctx: Context, function: Function, share: torch.Tensor, out_frac: int) -> Protocol:
     """Shares modulo 2**64 of f(x) with `out_frac` fractional bits.
 
-    In: additive share of x with 16 fractional bits, any shape, |x| < 2**15 - high. Rounds: 3 with
-    a tail, else 2. What each party sees: the openings of a window, of comparison bits, of a
-    truncation and of a Beaver product, each under a fresh mask.
+    In: additive share of x with 16 fractional bits, any shape, |x| < 2**15 - high: modulo 2**64,
+    or modulo 2**32 (int32) where no tail has a slope. Rounds: 3 with a tail, else 2. What each
+    party sees: the openings of a window, of comparison bits, of a truncation and of a Beaver
+    product, each under a fresh mask.
     """
     shape = share.shape
-    window = yield from open_window(ctx, take_window(share, 0))
+    narrow = share if share.dtype is torch.int32 else take_window(share, 0)
+    window = yield from open_window(ctx, narrow)
     value = evaluate(ctx, window.opened, window.mask, function.table)
     shift = function.table.out_frac - out_frac
     tails = [tail for tail in (function.left, function.right) if tail]
@@ -97,7 +104,7 @@ def apply(ctx: Context, function: Function, share: torch.Tensor, out_frac: int) 
         flag = flags[index]
         if tail is function.right:
             flag = ctx.public(torch.ones_like(flag)) - flag
-        line = ctx.public(torch.full_like(flat, round(tail.value * 2**out_frac)))
+        line = ctx.public(torch.full_like(value, round(tail.value * 2**out_frac)))
         if tail.slope:
             line = line + tail.slope * (flat << (out_frac - FRACTIONAL_BITS))
         pairs.append((flag, line - value))

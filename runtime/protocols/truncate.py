@@ -62,5 +62,3 @@ def truncate_cost(count: int, shift: int) -> Cost:
     if shift <= 0:
         return Cost()
     return Cost(rounds=1, online=16 * count, offline=16 * count)
-
-

@@ -1,0 +1,42 @@
+"""Local arithmetic on values of different visibility."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from runtime.context import Context
+from runtime.spec import DEALER
+from runtime.values import Held, Masked, Shared, encode
+
+
+def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A meta tensor of the broadcast shape: what the dealer has in place of a share."""
+    shape = torch.broadcast_shapes(*(tuple(shape) for shape in shapes))
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def shared_frac(*values: Any, default: int) -> int:
+    """The largest number of fractional bits among the shared ones of `values`."""
+    return max((v.frac for v in values if isinstance(v, (Shared, Masked))), default=default)
+
+
+def as_share(ctx: Context, value: Any, frac: int) -> torch.Tensor:
+    """This party's additive share of any value, with at least its own fractional bits.
+
+    A share of a held value is the value at its holder and zero at the other; of a public one, the
+    value at the client and zero at the server. Nothing is sent.
+    """
+    if ctx.party == DEALER:
+        return ghost(value.shape)
+    if isinstance(value, Masked):
+        value = Shared(ctx.public(value.opened) - value.mask, value.frac)
+    if isinstance(value, Shared):
+        return value.share << (frac - value.frac) if frac != value.frac else value.share
+    if isinstance(value, Held):
+        if value.value.is_meta:
+            return torch.zeros(value.shape, dtype=torch.int64, device=ctx.device)
+        return encode(value.value, frac).to(ctx.device)
+    return ctx.public(encode(value, frac).to(ctx.device))
