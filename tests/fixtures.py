@@ -1,0 +1,64 @@
+"""Small handmade programs: what a compiler would emit for a one-layer decoder."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
+from runtime.spec import Vis
+
+VOCAB, WIDTH = 11, 8
+MODULE = "model.layers.0"
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    table = torch.randn(VOCAB, WIDTH, generator=generator)
+    return {
+        "embed.weight": table,
+        "norm.weight": torch.ones(WIDTH),
+        "up.weight": torch.randn(WIDTH, WIDTH, generator=generator),
+        "head.weight": table,
+    }
+
+
+def tiny(role: str = "server", **manifest: object) -> RoleProgram:
+    """Embedding, norm, linear, cache, head; every kind of argument appears once."""
+    secret = weights()
+    public = {"cos": torch.linspace(0.0, 1.0, 4)}
+    constants = [
+        TensorSpec(name, Vis.SERVER, "float32", tuple(value.shape))
+        for name, value in secret.items()
+    ]
+    constants += [
+        TensorSpec(name, Vis.PUBLIC, "float32", tuple(value.shape))
+        for name, value in public.items()
+    ]
+
+    def shared(name: str, target: str, *args: object, frac: int = 16) -> Instruction:
+        return Instruction(name, target, args, {}, Vis.SHARED, frac, MODULE, "modeling.py:7")
+
+    instructions = [
+        shared("embed", "mpc.embedding", Ref("ids"), Ref("embed.weight")),
+        shared("norm", "mpc.rms_norm", Ref("embed"), Ref("norm.weight"), 1e-6, 0.0),
+        shared("up", "mpc.linear", Ref("norm"), Ref("up.weight"), None),
+        shared("low", "mpc.shift", Ref("up"), float("-inf")),
+        shared("heads", "mpc.add", Ref("up"), [Ref("norm"), 1, "x", True, None]),
+        shared("cache.out", "mpc.cache_append", Ref("cache"), Ref("heads")),
+        shared("head", "mpc.linear", Ref("up"), Ref("head.weight")),
+        Instruction(
+            "logits", "mpc.reveal", (Ref("head"),), {"dtype": torch.float32}, Vis.CLIENT, 0
+        ),
+    ]
+    return RoleProgram(
+        role=role,
+        instructions=instructions,
+        inputs=[
+            InputSpec("ids", Vis.CLIENT, "int64", (1, "new")),
+            InputSpec("cache", Vis.SHARED, "float32", (1, 1, "past", WIDTH), 16, "cache.out"),
+        ],
+        outputs=["logits", "cache.out"],
+        constants=constants,
+        tensors={**public, **(secret if role == "server" else {})},
+        manifest={"model": "tiny", "vocab_size": VOCAB, "max_length": 16, **manifest},
+    )
