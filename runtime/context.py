@@ -51,6 +51,8 @@ class Context(ABC):
     def __init__(self, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
         self.device = torch.device(device)
         self.fixed = fixed
+        self.offline_bytes = 0
+        """Bytes of corrections so far: read at the server, written at the dealer."""
 
     @property
     def tensor_device(self) -> torch.device:
@@ -174,7 +176,9 @@ class ServerContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        raw = self._corrections.read(math.prod(shape) * _ITEM_BYTES[dtype])
+        size = math.prod(shape) * _ITEM_BYTES[dtype]
+        self.offline_bytes += size
+        raw = self._corrections.read(size)
         return raw.view(dtype).reshape(tuple(shape)).to(self.device)
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -229,11 +233,45 @@ class DealerContext(Context):
         value = secret().to("cpu", dtype).contiguous().numpy().reshape(-1)
         combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
         correction = combine(value, share, out=share)
+        self.offline_bytes += correction.nbytes
         self._corrections.write(torch.from_numpy(correction.view(np.uint8)))
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self.deal(shape, secret, torch.uint8)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
+
+
+class ShapeContext(Context):
+    """Nobody's side: for walking a program on shapes alone. It has no randomness."""
+
+    party = DEALER
+
+    @property
+    def tensor_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        return self.mask(shape, dtype)
+
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
 
     def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape, torch.uint8)

@@ -51,6 +51,12 @@ class Op:
         return reduce(Vis.join, operands, Vis.PUBLIC)
 
     @classmethod
+    def known_to(cls, *operands: Vis) -> Vis | None:
+        """Who can compute the op alone, in the clear; None if that takes the protocol."""
+        vis = cls.visibility(*operands)
+        return None if vis is Vis.SHARED else vis
+
+    @classmethod
     def forms(cls, *args: Any) -> dict[str, str]:
         """`operands`, for a call with these arguments."""
         return cls.operands

@@ -28,6 +28,11 @@ class Reveal(Op):
     operands = {"x": "share"}
 
     @classmethod
+    def known_to(cls, *operands: Vis) -> Vis | None:
+        """Only what the client knows already needs no message."""
+        return operands[0] if operands[0] in (Vis.PUBLIC, Vis.CLIENT) else None
+
+    @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
         return Cost(rounds=1, online=8 * x.share.numel())
 

@@ -1,0 +1,153 @@
+"""Predicted cost of a program at given lengths, from the ops' own formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+
+from runtime.context import ShapeContext
+from runtime.executor import Executor, Planned
+from runtime.program import RoleProgram
+from runtime.spec import FRACTIONAL_BITS, Cost, Vis
+from runtime.values import Held, Masked, Sent, Shared, Weight
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One instruction: what it is, what it gives, and what it costs."""
+
+    name: str
+    target: str
+    module: str
+    vis: Vis
+    shape: tuple[int, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """A program's cost for `new` tokens after `past` ones.
+
+    total.rounds is the critical path: instructions that do not depend on each other share rounds.
+    critical_path names the instructions on one longest path, in order.
+    """
+
+    new: int
+    past: int
+    rows: list[CostRow]
+    total: Cost
+    critical_path: list[str]
+
+
+class _CostWalker(Executor):
+    """Walks the instructions on shapes, and asks each op's formula instead of its protocol."""
+
+    def __init__(self, program: RoleProgram, fixed: int) -> None:
+        super().__init__(program, ShapeContext(fixed=fixed), None)
+        self.rows: list[CostRow] = []
+
+    def setup(self) -> None:
+        wanted = self._weight_names()
+        for spec in self.program.constants:
+            dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+            if spec.vis is Vis.PUBLIC:
+                self._held[spec.name] = self.program.tensors[spec.name]
+                continue
+            ghost = torch.empty(spec.shape, dtype=dtype, device="meta")
+            self._held[spec.name] = Held(spec.vis, ghost)
+            if spec.name in wanted:
+                self._weights[spec.name] = Weight(ghost, ghost, ghost, self.context.fixed)
+
+    def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
+        result = super()._start(planned, values)
+        instruction = planned.instruction
+        if planned.op is not None:
+            cost = self.record.by_instruction.get(instruction.name, Cost())
+            self.rows.append(
+                CostRow(
+                    instruction.name,
+                    instruction.target,
+                    instruction.module,
+                    instruction.vis,
+                    tuple(result.shape),
+                    cost,
+                )
+            )
+        return result
+
+    def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
+        op, instruction = planned.op, planned.instruction
+        if op is None:
+            raise TypeError(f"{instruction.target} has no cost formula")
+        cost = op.cost(**bound, fixed=self.context.fixed)
+        self.record.by_instruction[instruction.name] = cost
+        plain = op.reference(**{key: _plain(value) for key, value in bound.items()})
+        shape = plain.shape
+        ghost = torch.empty(shape, dtype=torch.int64, device="meta")
+        if op.name in ("open", "cache_append"):
+            return Masked(ghost, ghost, instruction.frac)
+        if op.name == "send":
+            return Sent(ghost, ghost, instruction.frac)
+        if op.name == "reveal":
+            return Held(Vis.CLIENT, ghost)
+        return Shared(ghost, instruction.frac)
+
+
+def _plain(value: Any) -> Any:
+    """A real-valued meta tensor in place of any tensor."""
+    if isinstance(value, Held):
+        return value.value
+    if isinstance(value, (Shared, Masked, Sent, Weight)):
+        return torch.empty(value.shape, dtype=torch.float64, device="meta")
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def cost_report(
+    program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
+) -> CostReport:
+    """Predict rounds and bytes of one step; no weights are needed, so any role's program will do."""
+    walker = _CostWalker(program, fixed)
+    walker.setup()
+    walker.step(ghost_inputs(program, new, past))
+    costs = walker.record.by_instruction
+    total = Cost()
+    for cost in costs.values():
+        total = total.beside(cost)
+    path = _critical_path(walker, costs)
+    rounds = sum(costs.get(name, Cost()).rounds for name in path)
+    return CostReport(
+        new, past, walker.rows, Cost(rounds, total.online, total.offline), path
+    )
+
+
+def ghost_inputs(program: RoleProgram, new: int, past: int) -> dict[str, Any]:
+    """Inputs of one step as shapes alone, in the forms that the program takes them in."""
+    lengths = {"new": new, "past": past, "past+new": past + new}
+    inputs: dict[str, Any] = {}
+    for spec in program.inputs:
+        shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
+        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+        ghost = torch.empty(shape, dtype=dtype, device="meta")
+        if spec.vis is Vis.SHARED:
+            words = torch.empty(shape, dtype=torch.int64, device="meta")
+            inputs[spec.name] = Masked(words, words, spec.frac)
+        else:
+            inputs[spec.name] = Held(spec.vis, ghost)
+    return inputs
+
+
+def _critical_path(walker: _CostWalker, costs: dict[str, Cost]) -> list[str]:
+    graph = nx.DiGraph()
+    names = [planned.instruction.name for planned in walker.plan]
+    graph.add_nodes_from(names)
+    for name, needed in zip(names, walker.dependencies, strict=True):
+        for index in needed:
+            source = names[index]
+            graph.add_edge(source, name, rounds=costs.get(source, Cost()).rounds)
+        # A last edge carries the rounds of the instruction itself.
+        graph.add_edge(name, (name, "done"), rounds=costs.get(name, Cost()).rounds)
+    path = nx.dag_longest_path(graph, weight="rounds")
+    return [name for name in path if isinstance(name, str)]

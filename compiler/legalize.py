@@ -1,0 +1,192 @@
+"""Fractional bits and openings: the last rewrite before lowering, made explicit in the graph.
+
+Each protocol says in which form it takes a shared operand (`Op.forms`). Here every wire gets its
+number of fractional bits, and where a consumer wants another form, the op that makes it: a
+truncation, an opening to both, or one to the server. A wire is converted to a form once, whatever
+its consumers, so that its mask is opened once. Products stay untruncated until somebody needs them
+otherwise: sums of products, residual additions and rotary embeddings take place at full scale, and
+one truncation follows instead of one for each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.errors import CompileError
+from runtime.op import REGISTRY, Op, target
+from runtime.spec import HEADROOM_BITS, Vis
+
+RANGE_MARGIN_BITS = 3
+"""A value may become 2**3 times as large as in calibration before it leaves the ring."""
+
+SCALAR_INPUT_BITS = 14
+"""Scalar functions take |x| < 2**14."""
+
+_NORM_MARGIN = 2.0**4
+"""The mean square of a row may become 2**4 times as large as in calibration."""
+
+_CONVERSIONS = {"masked": "open", "sent": "send"}
+_NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu")
+
+
+def op_of(node: fx.Node) -> type[Op] | None:
+    """The dialect op that a node calls, if it calls one."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = node.target._schema.name.partition("::")
+    return REGISTRY[name] if namespace == "mpc" else None
+
+
+def bind(op: type[Op], node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by parameter name, in the order of the schema."""
+    bound = inspect.signature(op.reference).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
+    """Set meta["frac"] and meta["form"] of every shared wire and insert the conversions.
+
+    Needs meta["vis"]; uses meta["absmax"] where ranges were calibrated. Raises CompileError that
+    names every value which leaves the ring.
+    """
+    _split_scales(graph_module)
+    _Legalizer(graph_module, fixed).run()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _split_scales(graph_module: fx.GraphModule) -> None:
+    """Take an attention scale that is no power of two out of the op: scores are not rescaled."""
+    for node in list(graph_module.graph.nodes):
+        if op_of(node) is not REGISTRY["attention"]:
+            continue
+        arguments = bind(REGISTRY["attention"], node)
+        if math.frexp(arguments["scale"])[0] == 0.5:
+            continue
+        query = arguments["q"]
+        with graph_module.graph.inserting_before(node):
+            scaled = graph_module.graph.call_function(
+                target("scale"), (query, float(arguments["scale"]))
+            )
+        scaled.meta = {**query.meta, "module": node.meta.get("module", "")}
+        scaled.meta.pop("name", None)
+        node.args = (scaled, *list(arguments.values())[1:])
+        node.args = (*node.args[:4], 1.0, arguments["softcap"])
+        node.kwargs = {}
+
+
+class _Legalizer:
+    def __init__(self, graph_module: fx.GraphModule, fixed: int) -> None:
+        self.graph = graph_module.graph
+        self.fixed = fixed
+        self.made: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.failures: dict[fx.Node, str] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            op = op_of(node)
+            if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:
+                self.mark(node, "masked", self.fixed)
+            elif op is not None and self.shared(node, op):
+                self.visit(node, op)
+            elif node.meta.get("vis") is Vis.SHARED and node.op == "call_function":
+                self.pass_through(node)
+            elif node.op == "output":
+                self.finish(node)
+        if self.failures:
+            raise CompileError("values that the ring cannot hold", self.failures)
+
+    @staticmethod
+    def shared(node: fx.Node, op: type[Op]) -> bool:
+        operands = [n.meta["vis"] for n in node.all_input_nodes if "vis" in n.meta]
+        return op.known_to(*operands) is None
+
+    def visit(self, node: fx.Node, op: type[Op]) -> None:
+        arguments = bind(op, node)
+        forms = op.forms(*arguments.values())
+        for parameter, value in arguments.items():
+            if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
+                arguments[parameter] = self.convert(value, forms.get(parameter, "fixed"))
+        node.args, node.kwargs = tuple(arguments.values()), {}
+        if op.name in ("rms_norm", "layer_norm"):
+            self.bound_norm(node, op)
+        elif op.name in _NARROW:
+            self.check(arguments[next(iter(arguments))], SCALAR_INPUT_BITS + self.fixed, 0)
+        frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
+        self.mark(node, {"open": "masked", "send": "sent", "cache_append": "masked"}.get(
+            op.name, "share"), frac)  # fmt: skip
+
+    def seen(self, value: Any) -> Any:
+        """What `Op.scale` gets in place of an argument."""
+        if not isinstance(value, fx.Node):
+            return value
+        vis = value.meta.get("vis", Vis.PUBLIC)
+        return value.meta["frac"] if vis is Vis.SHARED else vis
+
+    def pass_through(self, node: fx.Node) -> None:
+        """A structural op keeps form and scale; several inputs are first brought to one."""
+        inputs = [n for n in node.all_input_nodes if n.meta.get("vis") is not Vis.PUBLIC]
+        states = {(n.meta.get("form"), n.meta.get("frac")) for n in inputs}
+        if len(states) > 1:
+            for n in inputs:
+                if n.meta["vis"] is Vis.SHARED:
+                    node.replace_input_with(n, self.convert(n, "fixed"))
+            self.mark(node, "share", self.fixed)
+        else:
+            form, frac = states.pop()
+            self.mark(node, form or "share", self.fixed if frac is None else frac)
+
+    def finish(self, node: fx.Node) -> None:
+        """Cache outputs leave the step opened, as they enter the next one."""
+        for value in node.all_input_nodes:
+            if value.meta.get("vis") is Vis.SHARED:
+                node.replace_input_with(value, self.convert(value, "masked"))
+
+    def convert(self, node: fx.Node, form: str) -> fx.Node:
+        """The node in the wanted form; made once and reused."""
+        if form == "share" or node.meta["form"] == form:
+            return node
+        if node.meta["form"] == "masked" and form == "fixed":
+            return node
+        if form == "fixed":
+            if node.meta["frac"] == self.fixed:
+                return node
+            return self.insert(node, "truncate", "share")
+        return self.insert(self.convert(node, "fixed"), _CONVERSIONS[form], form)
+
+    def insert(self, node: fx.Node, name: str, form: str) -> fx.Node:
+        key = (node, name)
+        if key not in self.made:
+            with self.graph.inserting_after(node):
+                new = self.graph.call_function(target(name), (node,))
+            new.meta = {k: v for k, v in node.meta.items() if k != "name"}
+            if "name" in node.meta:
+                new.meta["name"] = f"{node.meta['name']}.{name}"
+            self.mark(new, form, self.fixed)
+            self.made[key] = new
+        return self.made[key]
+
+    def mark(self, node: fx.Node, form: str, frac: int) -> None:
+        node.meta["form"], node.meta["frac"] = form, frac
+        self.check(node, HEADROOM_BITS, frac)
+
+    def check(self, node: fx.Node, bits: int, frac: int) -> None:
+        absmax = node.meta.get("absmax")
+        if absmax and math.log2(absmax) + frac + RANGE_MARGIN_BITS > bits:
+            self.failures[node] = (
+                f"reaches {absmax:.3g} in calibration, which with {frac} fractional bits leaves "
+                f"no room in {bits} bits; compile with fewer fractional bits"
+            )
+
+    def bound_norm(self, node: fx.Node, op: type[Op]) -> None:
+        """Tell a norm how large a row it has to expect, from calibration."""
+        square = node.meta.get("mean_square", 0.0)
+        if square:
+            arguments = {**bind(op, node), "bound": float(square) * _NORM_MARGIN}
+            node.args = tuple(arguments.values())

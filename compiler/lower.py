@@ -1,0 +1,94 @@
+"""Legalized graph to instruction list: names, literals and order; every decision is made before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import assign_names
+from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
+from runtime.spec import ROLES, Vis
+from runtime.structural import encode_literal, target_name
+
+_KNOWN_TO = {
+    "client": (Vis.PUBLIC, Vis.CLIENT),
+    "server": (Vis.PUBLIC, Vis.SERVER),
+    "dealer": (Vis.PUBLIC,),
+}
+
+
+def lower(
+    graph_module: fx.GraphModule,
+    inputs: list[InputSpec],
+    constants: Mapping[str, tuple[torch.Tensor, Vis]],
+    fixed: int,
+) -> dict[str, RoleProgram]:
+    """One program per role. The instructions are the same, and so run in the same order.
+
+    A role that may not know a value runs its instruction on shapes alone: which ones follows from
+    the visibilities, so there is nothing to leave out. Its tensors hold what it may know.
+    """
+    graph = graph_module.graph
+    names = assign_names(graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, inputs, strict=True):
+        names[node] = spec.name
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+    instructions = [
+        _instruction(node, names) for node in graph.nodes if node.op == "call_function"
+    ]
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    outputs = [names[node] for node in output.args[0]]
+    renamed = [_with_frac(spec, fixed) for spec in inputs]
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    specs = [
+        TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
+        for name, (tensor, vis) in constants.items()
+        if name in used
+    ]
+    return {
+        role: RoleProgram(
+            role=role,
+            instructions=instructions,
+            inputs=renamed,
+            outputs=outputs,
+            constants=specs,
+            tensors={
+                spec.name: constants[spec.name][0] for spec in specs if spec.vis in _KNOWN_TO[role]
+            },
+        )
+        for role in ROLES
+    }
+
+
+def _with_frac(spec: InputSpec, fixed: int) -> InputSpec:
+    if spec.vis is not Vis.SHARED:
+        return spec
+    return InputSpec(spec.name, spec.vis, spec.dtype, spec.shape, fixed, spec.cache_output)
+
+
+def _instruction(node: fx.Node, names: dict[fx.Node, str]) -> Instruction:
+    def convert(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return Ref(names[arg])
+        if isinstance(arg, (list, tuple)):
+            return [convert(item) for item in arg]
+        return encode_literal(arg)
+
+    return Instruction(
+        name=names[node],
+        target=target_name(node.target),
+        args=tuple(convert(arg) for arg in node.args),
+        kwargs={key: convert(arg) for key, arg in node.kwargs.items()},
+        vis=node.meta.get("vis", Vis.PUBLIC),
+        frac=node.meta.get("frac", 0),
+        module=node.meta.get("module", ""),
+        source=node.meta.get("source", ""),
+    )
+
+

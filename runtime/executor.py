@@ -1,0 +1,379 @@
+"""Runs a program for one party: a dataflow scheduler that lets independent ops share rounds."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from typing import Protocol as Interface
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_reply, as_tuple
+from runtime.op import REGISTRY, Op, load_all
+from runtime.program import Instruction, Ref, RoleProgram
+from runtime.protocols.local import as_share
+from runtime.protocols.weights import share_weight
+from runtime.spec import CLIENT, DEALER, SERVER, Cost, Vis
+from runtime.structural import decode_literal, function
+from runtime.values import OWNER, Held, Masked, Sent, Shared, Weight, encode, visibility
+
+_INT32_LIMIT = 2**31 - 1
+
+
+class Exchange(Interface):
+    """The link to the other party: one call is one round."""
+
+    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor: ...
+
+
+@dataclass
+class StepRecord:
+    """What one step cost, counted as it ran: in all, and by instruction."""
+
+    total: Cost = Cost()
+    by_instruction: dict[str, Cost] = field(default_factory=dict)
+
+
+class Executor:
+    """One party's side of a session: `setup` once, then `step` for the prompt and each token."""
+
+    def __init__(self, program: RoleProgram, context: Context, link: Exchange | None) -> None:
+        """`link` is None at the dealer, which exchanges nothing with the two parties."""
+        load_all()
+        self.program = program
+        self.context = context
+        self.record = StepRecord()
+        self._link = link
+        self._held: dict[str, Any] = {}
+        self._weights: dict[str, Weight] = {}
+        self.plan = [Planned(instruction) for instruction in program.instructions]
+        index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
+        self.dependencies = [
+            {index[name] for name in planned.refs if name in index} for planned in self.plan
+        ]
+        self._consumers: list[list[int]] = [[] for _ in self.plan]
+        for i, needed in enumerate(self.dependencies):
+            for j in needed:
+                self._consumers[j].append(i)
+
+    def setup(self) -> None:
+        """Load the constants, and put the server's weights under their static masks."""
+        wanted = self._weight_names()
+        for spec in self.program.constants:
+            data = self.program.tensors.get(spec.name)
+            if spec.vis is Vis.PUBLIC:
+                if data is None:
+                    raise KeyError(f"the bundle lacks the public tensor {spec.name}")
+                self._held[spec.name] = data.to(self.context.device)
+                continue
+            dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+            if self.context.party != OWNER[spec.vis] or data is None:
+                data = torch.empty(spec.shape, dtype=dtype, device="meta")
+            self._held[spec.name] = Held(spec.vis, data)
+            if spec.name in wanted:
+                self._weights[spec.name] = self._drive(self._share_weight(spec.name, data))
+
+    def step(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the program once; gives its outputs by name. `record` then says what it cost."""
+        self.record = StepRecord()
+        values: dict[str, Any] = dict(inputs)
+        left = [len(needed) for needed in self.dependencies]
+        uses = self._uses()
+        ready = [i for i, count in enumerate(left) if count == 0]
+        waiting: dict[int, tuple[Protocol, Any]] = {}
+
+        def finish(i: int, result: Any) -> None:
+            values[self.plan[i].instruction.name] = result
+            for j in self._consumers[i]:
+                left[j] -= 1
+                if left[j] == 0:
+                    heapq.heappush(ready, j)
+            for name in self.plan[i].refs:
+                uses[name] -= 1
+                if uses[name] == 0:
+                    values.pop(name, None)
+
+        def advance(i: int, protocol: Protocol, reply: Any) -> None:
+            before = self.context.offline_bytes
+            try:
+                waiting[i] = (protocol, protocol.send(reply))
+            except StopIteration as stop:
+                finish(i, stop.value)
+            self._count(i, Cost(offline=self.context.offline_bytes - before))
+
+        while ready or waiting:
+            while ready:
+                i = heapq.heappop(ready)
+                result = self._start(self.plan[i], values)
+                if isinstance(result, _Running):
+                    advance(i, result.protocol, None)
+                else:
+                    finish(i, result)
+            if waiting:
+                batch = sorted(waiting.items())
+                waiting.clear()
+                messages = [as_tuple(yielded) for _, (_, yielded) in batch]
+                replies = iter(self._exchange([m for group in messages for m in group]))
+                self.record.total += Cost(rounds=1)
+                for (i, (protocol, yielded)), group in zip(batch, messages, strict=True):
+                    self._count(i, Cost(rounds=1, online=sum(map(_online_bytes, group))))
+                    reply = [next(replies) for _ in group]
+                    advance(i, protocol, as_reply(yielded, reply))
+        return {name: values[name] for name in self.program.outputs}
+
+    def _uses(self) -> dict[str, int]:
+        uses: dict[str, int] = {}
+        for planned in self.plan:
+            for name in planned.refs:
+                uses[name] = uses.get(name, 0) + 1
+        for name in self.program.outputs:
+            uses[name] = uses.get(name, 0) + 1
+        return uses
+
+    def _count(self, i: int, cost: Cost) -> None:
+        if cost == Cost():
+            return
+        name = self.plan[i].instruction.name
+        self.record.by_instruction[name] = self.record.by_instruction.get(name, Cost()) + cost
+        self.record.total += Cost(online=cost.online, offline=cost.offline)
+
+    def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
+        args = [self._resolve(arg, values) for arg in planned.instruction.args]
+        kwargs = {key: self._resolve(arg, values) for key, arg in planned.instruction.kwargs.items()}
+        op = planned.op
+        if op is None:
+            return apply_function(self.context, function(planned.instruction.target), args, kwargs)
+        operands = [visibility(value) for value in (*args, *kwargs.values()) if is_tensor(value)]
+        known = op.known_to(*operands)
+        if known is not None:
+            return apply_locally(known, op.reference, args, kwargs)
+        bound = planned.bind(args, kwargs)
+        for parameter in op.weights:
+            reference = planned.argument(parameter)
+            if isinstance(reference, Ref) and reference.name in self._weights:
+                bound[parameter] = self._weights[reference.name]
+        for parameter, form in op.forms(*bound.values()).items():
+            if form in ("share", "fixed") and isinstance(bound[parameter], Masked):
+                masked = bound[parameter]
+                bound[parameter] = Shared(as_share(self.context, masked, masked.frac), masked.frac)
+        return self._shared(planned, bound)
+
+    def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
+        """Begin the protocol of an op that nobody can compute alone."""
+        op = planned.op
+        if op is None:
+            raise TypeError(f"{planned.instruction.target} has no protocol")
+        return _Running(op.protocol(self.context, **bound))
+
+    def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
+        if isinstance(arg, Ref):
+            return values[arg.name] if arg.name in values else self._held[arg.name]
+        if isinstance(arg, (list, tuple)):
+            return [self._resolve(item, values) for item in arg]
+        return decode_literal(arg, self.context.device)
+
+    def _weight_names(self) -> set[str]:
+        """Server-held constants that an op wants under a static mask."""
+        held = {spec.name for spec in self.program.constants if spec.vis is Vis.SERVER}
+        names = set()
+        for planned in self.plan:
+            if planned.op is None or planned.instruction.vis is not Vis.SHARED:
+                continue
+            for parameter in planned.op.weights:
+                argument = planned.argument(parameter)
+                if isinstance(argument, Ref) and argument.name in held:
+                    names.add(argument.name)
+        return names
+
+    def _share_weight(self, name: str, data: torch.Tensor) -> Protocol:
+        fixed = self.context.fixed
+        if data.is_meta:
+            words = torch.empty(data.shape, dtype=torch.int32, device="meta")
+        else:
+            words = encode(data, fixed).to(self.context.device)
+            if words.numel() == 0 or int(words.abs().max()) <= _INT32_LIMIT:
+                words = words.to(torch.int32)
+        return share_weight(self.context, name, words, fixed)
+
+    def _drive(self, protocol: Protocol) -> Any:
+        reply = None
+        while True:
+            try:
+                yielded = protocol.send(reply)
+            except StopIteration as stop:
+                return stop.value
+            reply = as_reply(yielded, self._exchange(list(as_tuple(yielded))))
+
+    def _exchange(self, messages: Sequence[Message]) -> list[Any]:
+        """One round: everything that is due in either direction, in one message each way."""
+        party = self.context.party
+        if self._link is None or party == DEALER:
+            return [_ghost(message) for message in messages]
+        outgoing = [m.payload for m in messages if isinstance(m, (Swap, _sent_by(party)))]
+        expected = [m for m in messages if isinstance(m, (Swap, _sent_by(SERVER - party)))]
+        sizes = [m.payload.numel() * m.payload.element_size() for m in expected]
+        received = self._link.exchange(_pack(outgoing), sum(sizes))
+        parts = iter(torch.split(received, sizes) if sizes else ())
+        replies: list[Any] = []
+        for message in messages:
+            if isinstance(message, _sent_by(party)):
+                replies.append(None)
+            else:
+                replies.append(_unpack(next(parts), message.payload, self.context.device))
+        return replies
+
+
+@dataclass
+class _Running:
+    protocol: Protocol
+
+
+class Planned:
+    """An instruction with what can be looked up before the first step."""
+
+    def __init__(self, instruction: Instruction) -> None:
+        self.instruction = instruction
+        name = instruction.target
+        self.op: type[Op] | None = REGISTRY[name[4:]] if name.startswith("mpc.") else None
+        self.refs = list(_refs((*instruction.args, *instruction.kwargs.values())))
+        self._parameters: tuple[str, ...] = ()
+        if self.op is not None:
+            self._parameters = tuple(inspect.signature(self.op.reference).parameters)
+            self._defaults = {
+                key: parameter.default
+                for key, parameter in inspect.signature(self.op.reference).parameters.items()
+                if parameter.default is not inspect.Parameter.empty
+            }
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All parameters by name, in the order of the schema."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        return {key: given.get(key, self._defaults.get(key)) for key in self._parameters}
+
+    def argument(self, parameter: str) -> Any:
+        """The unresolved argument of a parameter."""
+        return self.bind(self.instruction.args, self.instruction.kwargs)[parameter]
+
+
+def _refs(args: Sequence[Any]) -> Iterator[str]:
+    for arg in args:
+        if isinstance(arg, Ref):
+            yield arg.name
+        elif isinstance(arg, (list, tuple)):
+            yield from _refs(arg)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a secret one."""
+    return isinstance(value, (torch.Tensor, Shared, Masked, Sent, Held, Weight))
+
+
+def apply_locally(
+    vis: Vis, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Run a plaintext function on public operands and those that one party holds.
+
+    Elsewhere the operands are meta tensors, and so is the result.
+    """
+    if vis is Vis.PUBLIC:
+        return call(*args, **kwargs)
+    away = any(isinstance(v, Held) and v.value.is_meta for v in (*args, *kwargs.values()))
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Held):
+            return value.value
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        return value.to("meta") if away and isinstance(value, torch.Tensor) else value
+
+    result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
+    return _wrap(result, lambda tensor: Held(vis, tensor))
+
+
+def apply_function(
+    context: Context, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Run a structural or public function; on secret values, on each tensor that they consist of."""
+    flat = [*args, *kwargs.values()]
+    flat += [item for arg in flat if isinstance(arg, list) for item in arg]
+    secret = [v for v in flat if isinstance(v, (Shared, Masked, Sent))]
+    if not secret:
+        held = [v for v in flat if isinstance(v, Held)]
+        return apply_locally(held[0].vis if held else Vis.PUBLIC, call, args, kwargs)
+    first = secret[0]
+    if any(type(v) is not type(first) for v in secret) or any(isinstance(v, Held) for v in flat):
+        frac = max(v.frac for v in secret)
+        first = Shared(as_share(context, first, frac), frac)
+
+        def unify(value: Any) -> Any:
+            if isinstance(value, list):
+                return [unify(item) for item in value]
+            if isinstance(value, (Shared, Masked, Held)):
+                return Shared(as_share(context, value, frac), frac)
+            return value
+
+        args = [unify(arg) for arg in args]
+        kwargs = {key: unify(arg) for key, arg in kwargs.items()}
+    if isinstance(first, Shared):
+        return _map(call, args, kwargs, "share", lambda s: Shared(s, first.frac))
+    opened = _map(call, args, kwargs, "opened", lambda tensor: tensor)
+    masks = _map(call, args, kwargs, "mask", lambda tensor: tensor)
+    kind = type(first)
+    if isinstance(opened, torch.Tensor):
+        return kind(opened, masks, first.frac)
+    return [kind(o, m, first.frac) for o, m in zip(opened, masks, strict=True)]
+
+
+def _map(
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    part: str,
+    wrap: Callable[[torch.Tensor], Any],
+) -> Any:
+    def strip(value: Any) -> Any:
+        if isinstance(value, (Shared, Masked, Sent)):
+            return value.share if isinstance(value, Shared) else getattr(value, part)
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
+    return _wrap(result, wrap)
+
+
+def _wrap(result: Any, wrap: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(result, torch.Tensor):
+        return wrap(result)
+    if isinstance(result, (list, tuple)):
+        return [_wrap(item, wrap) for item in result]
+    return result
+
+
+def _sent_by(party: int) -> type[Message]:
+    return ToServer if party == CLIENT else ToClient
+
+
+def _online_bytes(message: Message) -> int:
+    size = message.payload.numel() * message.payload.element_size()
+    return 2 * size if isinstance(message, Swap) else size
+
+
+def _ghost(message: Message) -> torch.Tensor:
+    return torch.empty(message.payload.shape, dtype=message.payload.dtype, device="meta")
+
+
+def _pack(payloads: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    if not payloads:
+        return None
+    parts = [p.to("cpu").contiguous().view(-1).view(torch.uint8) for p in payloads]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unpack(part: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if part.storage_offset() % like.element_size():
+        part = part.clone()
+    return part.view(like.dtype).reshape(like.shape).to(device)
+
