@@ -67,7 +67,6 @@ _COMPUTED: dict[str, type] = {
     "role": str,
     "ring_bits": int,
     "program_hash": str,
-    "aliases": dict,
     "files": dict,
     "digest": str,
 }
@@ -83,8 +82,12 @@ _MAY_HOLD = {
 # ------------------------------------------------------------------------------------ writing
 
 
+Content = bytes | Path | Callable[[Path], bytes]
+"""A file of a bundle: its bytes, a file to copy, or what makes it from the bundle's folder."""
+
+
 def save_bundle(
-    program: RoleProgram, path: str | Path, files: Mapping[str, bytes | Path] | None = None
+    program: RoleProgram, path: str | Path, files: Mapping[str, Content] | None = None
 ) -> Path:
     """Write the bundle of one role; `files` are further ones by their names in the bundle.
 
@@ -95,16 +98,16 @@ def save_bundle(
     validate(program, str(target))
     manifest = _describe(program)
     with replacing(target) as folder:
-        stored, manifest["aliases"] = _storable(program.tensors)
-        save_file(stored, folder / TENSORS)
+        stored, aliases = _storable(program.tensors)
+        save_file(stored, folder / TENSORS, metadata=aliases)
         (folder / PROGRAM).write_text(_pretty(encode_program(program)), encoding="utf-8")
         for name, content in (files or {}).items():
             place = folder / _inside(name, str(target))
             place.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                place.write_bytes(content)
-            else:
+            if isinstance(content, Path):
                 shutil.copyfile(content, place)
+            else:
+                place.write_bytes(content if isinstance(content, bytes) else content(folder))
         manifest["files"] = {
             file.relative_to(folder).as_posix(): {
                 "bytes": file.stat().st_size,
@@ -201,10 +204,13 @@ def _describe(program: RoleProgram) -> dict[str, Any]:
     return manifest
 
 
-def _storable(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
+def _storable(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors as safetensors takes them, and the names that stand for one stored already.
 
-    Tied weights (an embedding and a head) share memory, and are stored once.
+    Tied weights (an embedding and a head) share memory, and are stored once; the file's metadata
+    maps the other names to the stored one.
     """
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -244,7 +250,7 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     where = str(folder / PROGRAM)
     program = decode_program(_read_json(folder / PROGRAM), role, where)
     program.manifest = manifest
-    program.tensors = _load_tensors(folder / TENSORS, program, manifest["aliases"])
+    program.tensors = _load_tensors(folder / TENSORS, program)
     validate(program, where)
     found = program_hash(program)
     if found != manifest["program_hash"]:
@@ -315,17 +321,16 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise BundleError(f"{file}: does not match its SHA-256, it was damaged; {_COPY}")
 
 
-def _load_tensors(
-    file: Path, program: RoleProgram, aliases: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
+def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as reader:
+            aliases = reader.metadata() or {}
             stored = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file}: is not a safetensors file ({error}); {_COPY}") from error
     tensors = dict(stored)
     for name, other in aliases.items():
-        if not isinstance(other, str) or other not in stored:
+        if other not in stored:
             raise BundleError(f"{file}: has no tensor {other!r}, which {name!r} is; {_RECOMPILE}")
         tensors[name] = stored[other]
     return {name: tensors[name] for name in _in_order(program, tensors)}

@@ -336,14 +336,16 @@ def test_a_weight_in_the_clients_bundle(tmp_path: Path) -> None:
 
 def test_missing_and_unknown_tensors(server: Path) -> None:
     tensors = load_file(server / bundle.TENSORS)
-    save_file({k: v for k, v in tensors.items() if k != "up.weight"}, server / bundle.TENSORS)
+    tied = {"head.weight": "embed.weight"}
+    without = {k: v for k, v in tensors.items() if k != "up.weight"}
+    save_file(without, server / bundle.TENSORS, tied)
     resign(server)
     refused(server, "server", "'up.weight' is missing")
-    save_file(tensors | {"spare": torch.zeros(1)}, server / bundle.TENSORS)
+    save_file(tensors | {"spare": torch.zeros(1)}, server / bundle.TENSORS, tied)
     resign(server)
     refused(server, "server", "'spare'", "does not declare")
-    save_file(tensors, server / bundle.TENSORS)
-    resign(server, aliases={"head.weight": "nowhere"})
+    save_file(tensors, server / bundle.TENSORS, {"head.weight": "nowhere"})
+    resign(server)
     refused(server, "server", "nowhere")
 
 
