@@ -1,0 +1,115 @@
+"""Runs a program in the clear: the meaning that the parties' answer is compared with.
+
+Needs the server's program, which holds the weights. Nothing is rounded to fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from runtime.errors import PromptError
+from runtime.op import load_all
+from runtime.program import Ref, RoleProgram
+from runtime.spec import Vis
+from runtime.structural import decode_literal, function
+
+Choose = Callable[[torch.Tensor], int]
+
+
+class PlainExecutor:
+    """Calls each instruction's plaintext reference, in order."""
+
+    def __init__(self, program: RoleProgram, device: str = "cpu") -> None:
+        missing = [c.name for c in program.constants if c.name not in program.tensors]
+        if missing:
+            raise PromptError(
+                f"plaintext needs the weights, and the {program.role}'s bundle has none "
+                f"({missing[0]}); use the server's"
+            )
+        registry = load_all()
+        self.program = program
+        self.device = torch.device(device)
+        self._tensors = {name: t.to(self.device) for name, t in program.tensors.items()}
+        self._calls: list[Callable[..., Any]] = [
+            registry[item.target[4:]].reference
+            if item.target.startswith("mpc.")
+            else function(item.target)
+            for item in program.instructions
+        ]
+        self._last_use = self._liveness()
+
+    def start(self) -> dict[str, torch.Tensor]:
+        """Empty caches, for the first step."""
+        return {
+            spec.name: torch.zeros(
+                [0 if isinstance(size, str) else size for size in spec.shape],
+                dtype=getattr(torch, spec.dtype.removeprefix("torch.")),
+                device=self.device,
+            )
+            for spec in self.program.inputs
+            if spec.cache_output is not None
+        }
+
+    @torch.inference_mode()
+    def step(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One step: inputs by name, outputs by name."""
+        values: dict[str, Any] = {**self._tensors, **inputs}
+        for position, (item, call) in enumerate(
+            zip(self.program.instructions, self._calls, strict=True)
+        ):
+            args = [self._resolve(arg, values) for arg in item.args]
+            kwargs = {key: self._resolve(arg, values) for key, arg in item.kwargs.items()}
+            values[item.name] = call(*args, **kwargs)
+            for name in self._last_use.get(position, ()):
+                values.pop(name, None)
+        return {name: values[name] for name in self.program.outputs}
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        choose: Choose | None = None,
+        stop: Sequence[int] = (),
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Tokens after the prompt, each with the logits it was chosen from; greedy by default."""
+        (tokens,) = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
+        following = {
+            spec.name: spec.cache_output for spec in self.program.inputs if spec.cache_output
+        }
+        (logits,) = [name for name in self.program.outputs if name not in following.values()]
+        caches = self.start()
+        new = list(prompt)
+        for _ in range(max_tokens):
+            ids = torch.tensor([new], dtype=torch.int64, device=self.device)
+            outputs = self.step({tokens: ids, **caches})
+            caches = {name: outputs[output] for name, output in following.items()}
+            row = outputs[logits].reshape(-1, outputs[logits].shape[-1])[-1]
+            token = int(row.argmax()) if choose is None else choose(row)
+            yield token, row
+            if token in stop:
+                return
+            new = [token]
+
+    def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
+        if isinstance(arg, Ref):
+            return values[arg.name]
+        if isinstance(arg, (list, tuple)):
+            return [self._resolve(item, values) for item in arg]
+        return decode_literal(arg, self.device)
+
+    def _liveness(self) -> dict[int, list[str]]:
+        """Names whose value is not needed after an instruction, by its position."""
+        from runtime.bundle import refs
+
+        last: dict[str, int] = {}
+        for position, item in enumerate(self.program.instructions):
+            for ref in refs((item.args, item.kwargs)):
+                last[ref.name] = position
+        gone: dict[int, list[str]] = {}
+        for name, position in last.items():
+            if name not in self.program.outputs:
+                gone.setdefault(position, []).append(name)
+        return gone
