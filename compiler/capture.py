@@ -1,0 +1,282 @@
+"""One step of a decoder as an FX graph, with the KV cache as explicit inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from compiler.errors import CompileError
+from runtime.program import InputSpec
+from runtime.spec import Vis
+
+_NEW, _PAST = 3, 4
+"""Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
+
+
+@dataclass
+class Captured:
+    """A captured step.
+
+    graph_module: called as gm(input_ids, *caches), gives [logits, *caches]; weights and tables are
+    get_attr nodes by their name in the model. inputs: in the order of the placeholders.
+    constants: every get_attr target with its visibility: parameters and persistent buffers are the
+    server's, other buffers and literals are public. layers: number of cached layers.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: list[InputSpec]
+    constants: dict[str, Vis]
+    layers: int
+    vocab_size: int
+    max_length: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the step takes and gives a KV cache."""
+        return self.layers > 0
+
+
+class _CachedStep(nn.Module):
+    """input_ids [1, new] and per layer key and value [1, G, past, D] to logits and new caches."""
+
+    def __init__(self, model: nn.Module, keep_last: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.keep_last = keep_last
+
+    def forward(self, input_ids: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from transformers.cache_utils import DynamicCache
+
+        for cache in caches[1:]:
+            # One symbol for the past length of all layers: models mix them freely.
+            torch._check(cache.shape[2] == caches[0].shape[2])
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        past = DynamicCache(ddp_cache_data=pairs)
+        options = {"logits_to_keep": 1} if self.keep_last else {}
+        result = self.model(
+            input_ids=input_ids, past_key_values=past, use_cache=True, return_dict=True, **options
+        )
+        layers = result.past_key_values.layers
+        flat = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return (result.logits[:, -1:], *flat)
+
+
+class _PlainStep(nn.Module):
+    """input_ids [1, new] to the logits of every position."""
+
+    def __init__(self, model: nn.Module, hugging_face: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.hugging_face = hugging_face
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        if not self.hugging_face:
+            return (self.model(input_ids),)
+        return (self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits,)
+
+
+def capture(model: nn.Module, *, cache: bool = True) -> Captured:
+    """Export one step of a decoder; `new` and `past` tokens are dynamic, batch is one.
+
+    model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
+    [1, N, V] (captured without a cache). The one graph serves the prompt (past = 0), decoding
+    (new = 1) and anything between. Raises CompileError for other models, and for weights that are
+    not finite.
+    """
+    hugging_face = _check_architecture(model)
+    _check_weights(model)
+    model = model.eval()
+    if hugging_face:
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    with _quiet():
+        if cache and hugging_face:
+            return _capture_cached(model)
+        return _capture_plain(model, hugging_face)
+
+
+def _check_architecture(model: nn.Module) -> bool:
+    """Whether it is a Hugging Face decoder; refuses encoders and models that can't generate."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return False
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
+    if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
+    if name.endswith("ForMaskedLM") or not getattr(model, "can_generate", lambda: True)():
+        raise CompileError(f"{name} is an encoder; mergec compiles decoders such as GPT-2")
+    return True
+
+
+def _check_weights(model: nn.Module) -> None:
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise CompileError(f"weights are NaN or infinite: {shown}; repair the checkpoint")
+
+
+def _capture_cached(model: nn.Module) -> Captured:
+    config = model.config
+    parameters = inspect.signature(model.forward).parameters
+    example = torch.zeros((1, _PAST), dtype=torch.int64)
+    with torch.no_grad():
+        first = model(input_ids=example, use_cache=True, return_dict=True)
+    layers = first.past_key_values.layers
+    # Fresh tensors: a sliding window would have cut the model's own, which the mask makes needless.
+    caches = [
+        torch.zeros((1, tensor.shape[1], _PAST, tensor.shape[3]), dtype=tensor.dtype)
+        for layer in layers
+        for tensor in (layer.keys, layer.values)
+    ]
+    step = _CachedStep(model, "logits_to_keep" in parameters)
+    ids = torch.zeros((1, _NEW), dtype=torch.int64)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = _export(
+        step, (ids, *caches), ({1: dynamic}, tuple({2: dynamic} for _ in caches))
+    )
+    inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
+    for index, tensor in enumerate(caches):
+        name = f"cache.{index // 2}.{'key' if index % 2 == 0 else 'value'}"
+        shape = (1, tensor.shape[1], "past", tensor.shape[3])
+        inputs.append(InputSpec(name, Vis.SHARED, "torch.float64", shape, 0, f"{name}.next"))
+    return _finish(program, inputs, len(layers), config)
+
+
+def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
+    step = _PlainStep(model, hugging_face)
+    ids = torch.zeros((1, _NEW), dtype=torch.int64)
+    try:
+        program = _export(step, (ids,), ({1: torch.export.Dim.DYNAMIC},))
+    except (TypeError, AttributeError) as error:
+        raise CompileError(
+            f"{type(model).__name__} is no decoder that maps token ids [1, N] to logits: {error}"
+        ) from error
+    inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
+    return _finish(program, inputs, 0, getattr(model, "config", None))
+
+
+def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
+    try:
+        with torch.no_grad():
+            return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
+    except (TypeError, AttributeError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
+
+
+def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> Captured:
+    graph_module, constants = _unlift(program)
+    _inline_regions(graph_module)
+    _annotate(graph_module)
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    output.args = (list(output.args[0]),)
+    graph_module.graph.eliminate_dead_code()
+    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    graph_module.recompile()
+    logits = output.args[0][0].meta["val"]
+    return Captured(
+        graph_module,
+        inputs,
+        {name: vis for name, vis in constants.items() if name in used},
+        layers,
+        int(logits.shape[-1]),
+        getattr(config, "max_position_embeddings", None) if config is not None else None,
+    )
+
+
+def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
+    """Turn lifted parameters, buffers and literals into get_attr nodes; tied ones into one."""
+    signature = program.graph_signature
+    persistent = set(program.state_dict)
+    attributes: dict[str, torch.Tensor] = {}
+    visibility: dict[str, Vis] = {}
+    by_storage: dict[tuple[Any, ...], str] = {}
+    graph = program.graph
+    for spec, node in zip(signature.input_specs, list(graph.nodes), strict=False):
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
+            continue
+        source = spec.target
+        tensor = program.state_dict.get(source)
+        if tensor is None:
+            tensor = program.constants[source]
+        tensor = tensor.detach()
+        secret = spec.kind is torch.export.graph_signature.InputKind.PARAMETER
+        secret = secret or (source in persistent and spec.persistent is not False)
+        name = source.removeprefix("model.") if source.startswith("model.") else source
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if secret and tensor.numel():
+            name = by_storage.setdefault(key, name)
+        attributes[name] = tensor
+        visibility[name] = Vis.SERVER if secret else Vis.PUBLIC
+        with graph.inserting_before(node):
+            new = graph.get_attr(name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in attributes:
+            attributes[node.target] = operator.attrgetter(node.target)(program.graph_module)
+    return fx.GraphModule(attributes, graph), visibility
+
+
+def _inline_regions(graph_module: fx.GraphModule) -> None:
+    """Replace regions that only switch gradients or autocast by their bodies."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        (body_node, body), arguments = _region(graph_module, node)
+        mapping = dict(
+            zip([n for n in body.graph.nodes if n.op == "placeholder"], arguments, strict=True)
+        )
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, mapping)
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise CompileError("a region's result is used as a whole", {node: "cannot inline"})
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body_node.users:
+            graph.erase_node(body_node)
+
+
+def _region(graph_module: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node, Any], list[Any]]:
+    for index, arg in enumerate(node.args):
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            body = operator.attrgetter(str(arg.target))(graph_module)
+            if isinstance(body, fx.GraphModule):
+                return (arg, body), list(node.args[index + 1 :])
+    raise CompileError("control flow cannot be compiled", {node: "rewrite it without branches"})
+
+
+def _annotate(graph_module: fx.GraphModule) -> None:
+    """Short module path and source line of each node, for names, errors and inspection."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = [entry[0] for entry in stack.values()]
+        name = path[-1] if path else ""
+        name = re.sub(r"^L\['self'\]\.?", "", name).removeprefix("model.")
+        node.meta["module"] = "" if name == "model" else name
+        found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        node.meta["source"] = f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
