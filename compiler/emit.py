@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from compiler.onnx_export import ValueType, to_onnx
-from runtime.bundle import GRAPH, TOKENIZER, Content, dtype_name, replacing, save_bundle
+from runtime.bundle import GRAPH, TOKENIZER, Content, replacing, save_bundle
+from runtime.encoding import dtype_name
 from runtime.program import RoleProgram
 from runtime.spec import ROLES
 

@@ -17,7 +17,8 @@ import onnx
 import torch
 from onnx import AttributeProto, TensorProto, helper
 
-from runtime.bundle import TENSORS, dtype_name, refs
+from runtime.bundle import TENSORS
+from runtime.encoding import dtype_name, refs
 from runtime.errors import MergecError
 from runtime.program import Instruction, Ref, RoleProgram
 from runtime.version import VERSION
@@ -172,15 +173,13 @@ def _integral(value: object) -> bool:
 def _text(value: object) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_text(v) for v in value) + "]"
     return f"%{value.name}" if isinstance(value, Ref) else str(value)
 
 
 def _value_info(name: str, kind: ValueType) -> onnx.ValueInfoProto:
-    dtype = _TYPES.get(kind.dtype)
+    dtype = _TYPES.get(dtype_name(kind.dtype))
     if dtype is None:
         raise MergecError(f"{name!r} is of type {kind.dtype}, which ONNX has no name for")
     return helper.make_tensor_value_info(name, dtype, list(kind.shape))
@@ -192,7 +191,7 @@ def _external(
     """An initializer whose bytes are those of the safetensors file: both are little-endian rows."""
     tensor = onnx.TensorProto()
     tensor.name = name
-    tensor.data_type = _TYPES[dtype]
+    tensor.data_type = _TYPES[dtype_name(dtype)]
     tensor.dims.extend(shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", TENSORS), ("offset", place[0]), ("length", place[1])):

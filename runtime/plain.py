@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from runtime.encoding import refs
 from runtime.errors import PromptError
 from runtime.op import load_all
 from runtime.program import Ref, RoleProgram
@@ -102,8 +103,6 @@ class PlainExecutor:
 
     def _liveness(self) -> dict[int, list[str]]:
         """Names whose value is not needed after an instruction, by its position."""
-        from runtime.bundle import refs
-
         last: dict[str, int] = {}
         for position, item in enumerate(self.program.instructions):
             for ref in refs((item.args, item.kwargs)):

@@ -6,7 +6,7 @@ Only the `tokenizers` and `jinja2` packages are needed, so a client need not ins
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from runtime.errors import BundleError, PromptError
 
 VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+FILES = (VOCABULARY, SETTINGS, TEMPLATE)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -40,20 +41,24 @@ class Text:
     def load(cls, folder: str | Path) -> Text:
         """Read the tokenizer's files; BundleError when there are none, or damaged ones."""
         place = Path(folder)
-        file = place / VOCABULARY
-        if not file.is_file():
-            raise BundleError(
-                f"{file}: is missing; compile with a tokenizer, or give token numbers as prompt"
-            )
+        files = {name: place / name for name in FILES}
+        found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        return cls.from_files(found, str(place))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], where: str) -> Text:
+        """The same from the files' contents; `where` is named when they are of no use."""
+        if VOCABULARY not in files:
+            raise BundleError(f"{where}: has no {VOCABULARY}; compile with a tokenizer")
         try:
-            tokenizer = Tokenizer.from_file(str(file))
-            settings_file, template_file = place / SETTINGS, place / TEMPLATE
-            settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-            template = settings.get("chat_template")
-            if template_file.is_file():
-                template = template_file.read_text()
+            tokenizer = Tokenizer.from_str(files[VOCABULARY].decode())
+            settings = json.loads(files.get(SETTINGS, b"{}"))
+            template = files[TEMPLATE].decode() if TEMPLATE in files else None
         except Exception as error:  # the tokenizers package raises nothing narrower
-            raise BundleError(f"{place}: cannot be read ({error}); compile again") from error
+            raise BundleError(
+                f"{where}: the tokenizer cannot be read ({error}); compile again"
+            ) from error
+        template = template or settings.get("chat_template")
         return cls(tokenizer, settings, template if isinstance(template, str) else None)
 
     @property

@@ -31,24 +31,26 @@ def tiny(role: str = "server", **manifest: object) -> RoleProgram:
         for name, value in secret.items()
     ]
     constants += [
-        TensorSpec(name, Vis.PUBLIC, "float32", tuple(value.shape))
+        TensorSpec(name, Vis.PUBLIC, "torch.float32", tuple(value.shape))
         for name, value in public.items()
     ]
 
     def shared(name: str, target: str, *args: object, frac: int = 16) -> Instruction:
         return Instruction(name, target, args, {}, Vis.SHARED, frac, MODULE, "modeling.py:7")
 
+    public_length = Instruction("n", "aten.sym_size.int", (Ref("ids"), 1), {}, Vis.PUBLIC, 0)
     instructions = [
+        public_length,
+        Instruction("twice", "sym.mul", (Ref("n"), 2), {}, Vis.PUBLIC, 0),
         shared("embed", "mpc.embedding", Ref("ids"), Ref("embed.weight")),
         shared("norm", "mpc.rms_norm", Ref("embed"), Ref("norm.weight"), 1e-6, 0.0),
         shared("up", "mpc.linear", Ref("norm"), Ref("up.weight"), None),
         shared("low", "mpc.shift", Ref("up"), float("-inf")),
         shared("heads", "mpc.add", Ref("up"), [Ref("norm"), 1, "x", True, None]),
+        shared("rows", "aten.view.default", Ref("up"), [1, Ref("n"), WIDTH]),
         shared("cache.out", "mpc.cache_append", Ref("cache"), Ref("heads")),
         shared("head", "mpc.linear", Ref("up"), Ref("head.weight")),
-        Instruction(
-            "logits", "mpc.reveal", (Ref("head"),), {"dtype": torch.float32}, Vis.CLIENT, 0
-        ),
+        Instruction("logits", "mpc.reveal", (Ref("head"),), {}, Vis.CLIENT, 0),
     ]
     return RoleProgram(
         role=role,

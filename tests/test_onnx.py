@@ -37,7 +37,7 @@ def test_checks_and_loads(tmp_path: Path, role: str) -> None:
     onnx.checker.check_model(str(file))
     model = onnx.load(str(file))
     assert [node.name for node in model.graph.node] == [i.name for i in program.instructions]
-    assert {node.domain for node in model.graph.node} == {"mpc"}
+    assert {node.domain for node in model.graph.node} == {"aten", "mpc", "sym"}
     assert [o.name for o in model.graph.output] == program.outputs
     props = {p.key: p.value for p in model.metadata_props}
     assert props["role"] == role
@@ -87,6 +87,11 @@ def test_lengths_literals_and_origin(tmp_path: Path) -> None:
     mixed = {a.name: onnx.helper.get_attribute_value(a) for a in nodes["heads"].attribute}
     assert mixed == {"b": b"[%norm, 1, x, True, None]"}
     assert list(nodes["heads"].input) == ["up", "norm"]
+    view = {a.name: onnx.helper.get_attribute_value(a) for a in nodes["rows"].attribute}
+    assert view == {"size": b"[1, %n, 8]"}
+    assert list(nodes["rows"].input) == ["up", "n"]
+    twice = {a.name: onnx.helper.get_attribute_value(a) for a in nodes["twice"].attribute}
+    assert twice == {"arg1": 2}
     assert [v.name for v in model.graph.value_info] == ["norm"]
 
 
