@@ -1,0 +1,153 @@
+"""Graph helpers, and the text form in which graphs are read, compared and reported.
+
+Keys of node.meta: "val" example value (fake tensor with symbolic sizes); "module", "source" where
+the node comes from; "vis" who knows the value; "absmax", "mean_square" calibrated ranges; "form",
+"frac" how a shared wire is held (see legalize).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from runtime.spec import Vis
+from runtime.structural import target_name
+
+aten = torch.ops.aten
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Whether `node` is a call of one of these overloads."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_public(node: Any) -> bool:
+    """Whether an argument is known to all: a literal, or a node of public visibility."""
+    return not isinstance(node, fx.Node) or node.meta.get("vis") is Vis.PUBLIC
+
+
+def is_shared(node: Any) -> bool:
+    """Whether an argument is a node that nobody knows in the clear."""
+    return isinstance(node, fx.Node) and node.meta.get("vis") is Vis.SHARED
+
+
+def rank(node: fx.Node) -> int:
+    """Number of dimensions of the node's value."""
+    return len(node.meta["val"].shape)
+
+
+def last_dim(node: fx.Node, dim: int) -> bool:
+    """Whether `dim` is the node's last dimension."""
+    return dim in (-1, rank(node) - 1)
+
+
+def replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Put a call in the node's place: same users, same meta. The node is left dead."""
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    return new
+
+
+def insert(before: fx.Node, target: Any, args: tuple[Any, ...], val: Any, vis: Vis) -> fx.Node:
+    """A further node before another one, from the same place in the model."""
+    with before.graph.inserting_before(before):
+        new = before.graph.call_function(target, args)
+    new.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
+    new.meta |= {"val": val, "vis": vis}
+    return new
+
+
+def constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    """The tensor behind a get_attr node."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A unique, stable, readable name for every node: its module and what it does there."""
+    names: dict[fx.Node, str] = {}
+    taken: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            names[node] = str(node.target)
+            continue
+        op = target_name(node.target).split(".")[1]
+        module = node.meta.get("module", "")
+        name = f"{module}.{op}" if module else op
+        taken[name] = taken.get(name, 0) + 1
+        names[node] = name if taken[name] == 1 else f"{name}.{taken[name]}"
+    return names
+
+
+def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:
+    """The graph as text, one line per node; deterministic, so that it can be compared.
+
+    secret_only leaves out what all parties know: positions, masks, tables and lengths.
+    """
+    names = assign_names(graph_module.graph)
+    symbols = _symbols(graph_module.graph)
+    lines = []
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" or (secret_only and is_public(node) and node.op != "output"):
+            continue
+        if node.op == "output":
+            lines.append(f"return {_text(node.args[0], names)}")
+            continue
+        if node.op == "placeholder":
+            text = f"%{names[node]} = input"
+        else:
+            arguments = [_text(arg, names) for arg in node.args]
+            arguments += [f"{key}={_text(arg, names)}" for key, arg in node.kwargs.items()]
+            text = f"%{names[node]} = {target_name(node.target)}({', '.join(arguments)})"
+        lines.append(f"{text} : {_type(node, symbols)}")
+    return "\n".join(lines) + "\n"
+
+
+def _text(arg: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(arg, fx.Node):
+        return f"%{names[arg]}"
+    if isinstance(arg, (list, tuple)):
+        return f"[{', '.join(_text(item, names) for item in arg)}]"
+    return f"{arg:g}" if isinstance(arg, float) else str(arg)
+
+
+def _type(node: fx.Node, symbols: dict[str, str]) -> str:
+    parts = []
+    if "vis" in node.meta:
+        parts.append(node.meta["vis"].value)
+    if "form" in node.meta and node.meta.get("vis") is Vis.SHARED:
+        form = node.meta["form"]
+        parts.append(f"f{node.meta['frac']}" + ("" if form == "share" else f" {form}"))
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        parts.append("x".join(_size(size, symbols) for size in value.shape) or "scalar")
+    return " ".join(parts)
+
+
+def _size(size: Any, symbols: dict[str, str]) -> str:
+    text = str(size)
+    for symbol, name in symbols.items():
+        text = text.replace(symbol, name)
+    return "+".join(sorted(text.replace(" ", "").split("+"), reverse=True)) if "+" in text else text
+
+
+def _symbols(graph: fx.Graph) -> dict[str, str]:
+    """The names of the two symbolic lengths, from the inputs' shapes."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+            continue
+        sizes: Iterable[Any] = [s for s in value.shape if not isinstance(s, int)]
+        for size in sizes:
+            found.setdefault(str(size), "new" if len(value.shape) == 2 else "past")
+    return found

@@ -1,0 +1,180 @@
+"""What a pass is, how passes are found and ordered, and the manager that runs them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from compiler.errors import CompileError, InternalError
+from compiler.visibility import annotate_visibility
+from runtime.errors import MergecError
+from runtime.program import InputSpec
+from runtime.spec import Vis
+
+STAGES = ("canonicalize", "fuse", "dialect", "finish")
+"""canonicalize: fewer spellings of the same thing. fuse: recognize ops of the dialect by their
+pattern. dialect: what is left becomes ops of the dialect. finish: where values are revealed."""
+
+
+@dataclass
+class GraphInfo:
+    """What passes may know beside the graph; they may add constants."""
+
+    inputs: Sequence[InputSpec]
+    constants: dict[str, Vis]
+
+
+class Pass(PassBase):
+    """One rewrite. A subclass in a file of this package is found and run by itself.
+
+    stage, after: where in the order it runs; `after` holds names of passes of the same stage.
+    exact: whether the graph computes the same function; a lossy pass runs on request only.
+    """
+
+    stage: ClassVar[str]
+    after: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = True
+
+    def __init__(self, info: GraphInfo) -> None:
+        self.info = info
+        self.skips: list[tuple[str, str]] = []
+
+    @classmethod
+    def name(cls) -> str:
+        """The name of the file it stands in."""
+        return cls.__module__.rpartition(".")[2]
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        """Rewrite in place; gives the number of sites changed, 0 for an untouched graph."""
+        raise NotImplementedError
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Record why a site that looked like the pattern was left alone."""
+        self.skips.append((node.name, reason))
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run with visibilities up to date before and after; dead code is removed."""
+        annotate_visibility(graph_module, self.info.inputs, self.info.constants)
+        self.sites = self.run(graph_module)
+        if self.sites:
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+            annotate_visibility(graph_module, self.info.inputs, self.info.constants)
+        return PassResult(graph_module, self.sites > 0)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: sites changed, nodes before and after, seconds, and what it skipped."""
+
+    name: str
+    exact: bool
+    sites: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    skips: tuple[tuple[str, str], ...] = field(default=())
+
+
+def available() -> dict[str, type[Pass]]:
+    """Every pass of this package by name."""
+    package = importlib.import_module("passes")
+    found: dict[str, type[Pass]] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name == "base":
+            continue
+        contents = vars(importlib.import_module(f"passes.{module.name}")).values()
+        for item in contents:
+            if isinstance(item, type) and issubclass(item, Pass) and item is not Pass:
+                found[item.name()] = item
+    return found
+
+
+def ordered(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
+    """By stage, then `after`, then name. Raises InternalError on a cycle or an unknown stage."""
+    remaining = sorted(passes, key=lambda p: (STAGES.index(p.stage), p.name()))
+    names = {p.name() for p in remaining}
+    result: list[type[Pass]] = []
+    done: set[str] = set()
+    while remaining:
+        for candidate in remaining:
+            waits = {name for name in candidate.after if name in names} - done
+            first = candidate.stage == remaining[0].stage
+            if first and not waits:
+                break
+        else:
+            raise InternalError(f"passes wait for each other: {[p.name() for p in remaining]}")
+        remaining.remove(candidate)
+        result.append(candidate)
+        done.add(candidate.name())
+    return result
+
+
+def run_passes(
+    graph_module: fx.GraphModule, info: GraphInfo, passes: Sequence[type[Pass]]
+) -> list[PassReport]:
+    """Run the passes in the given order with torch's PassManager; names the one that fails."""
+    reports: list[PassReport] = []
+
+    def timed(kind: type[Pass]) -> PassBase:
+        return _Reporting(kind(info), reports)
+
+    manager = PassManager(passes=[timed(kind) for kind in passes], run_checks_after_each_pass=True)
+    manager.add_checks(_check_inputs(len(info.inputs)))
+    try:
+        manager(graph_module)
+    except Exception as error:
+        if isinstance(error, MergecError):
+            raise
+        cause = error.__cause__ or error
+        if isinstance(cause, CompileError):
+            raise cause from error
+        done = ", ".join(report.name for report in reports) or "none"
+        failed = passes[len(reports)].name() if len(reports) < len(passes) else "the last check"
+        raise InternalError(f"pass {failed} failed ({cause}); ran before it: {done}") from error
+    return reports
+
+
+class _Reporting(PassBase):
+    """Wraps a pass to note what it did."""
+
+    def __init__(self, inner: Pass, reports: list[PassReport]) -> None:
+        self.inner = inner
+        self.reports = reports
+        self.__name__ = inner.name()
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        before, start = len(graph_module.graph.nodes), time.perf_counter()
+        result = self.inner.call(graph_module)
+        self.reports.append(
+            PassReport(
+                self.inner.name(),
+                self.inner.exact,
+                self.inner.sites,
+                before,
+                len(graph_module.graph.nodes),
+                time.perf_counter() - start,
+                tuple(self.inner.skips),
+            )
+        )
+        return result
+
+
+def _check_inputs(count: int):  # type: ignore[no-untyped-def]
+    def check(graph_module: fx.GraphModule) -> None:
+        found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+        if found != count:
+            raise InternalError(f"the graph has {found} inputs instead of {count}")
+
+    return check
+
+

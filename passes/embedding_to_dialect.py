@@ -1,0 +1,32 @@
+"""Reading rows of a table becomes `mpc.embedding`."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_public, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class EmbeddingToDialect(Pass):
+    """Rows chosen by the client, of a table that the server holds.
+
+    Rows chosen by public positions stay with the server: nothing is sent for them.
+
+    Before:
+        %1 = aten.embedding.default(%weight, %input_ids)
+    After:
+        %1 = mpc.embedding(%input_ids, %weight)
+    """
+
+    stage = "dialect"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if calls(node, aten.embedding.default) and not is_public(node):
+                weight, ids = node.args[:2]
+                replace(node, target("embedding"), (ids, weight))
+                sites += 1
+        return sites

@@ -1,0 +1,193 @@
+"""Recognize attention: scores, mask, softmax and the weighted sum of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import aten, calls, insert, is_public, is_shared, last_dim, rank, replace
+from passes.base import Pass
+from runtime.op import target
+from runtime.spec import Vis
+
+
+class FuseAttention(Pass):
+    """One op that works on opened keys and values, with grouped queries left grouped.
+
+    Scores may be scaled anywhere, capped by a tanh (gemma2), masked by additions (most), by a
+    selection (gpt_neo) or with ALiBi in a fused product (bloom); keys and values may be repeated
+    for each group of queries.
+
+    Before:
+        %1 = aten.permute.default(%k, [0, 1, 3, 2])
+        %2 = aten.matmul.default(%q, %1)
+        %3 = aten.mul.Tensor(%2, 0.125)
+        %4 = aten.add.Tensor(%3, %mask)
+        %5 = aten.softmax.int(%4, -1)
+        %6 = aten.matmul.default(%5, %v)
+    After:
+        %6 = mpc.attention(%q, %k, %v, %mask, 0.125, 0.0)
+    """
+
+    stage = "fuse"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if calls(node, aten.softmax.int, aten._softmax.default) and is_shared(node):
+                sites += self._fuse(node)
+        return sites
+
+    def _fuse(self, softmax: fx.Node) -> int:
+        if not last_dim(softmax, softmax.args[1]):  # type: ignore[arg-type]
+            self.skip(softmax, "it is not over the last dimension")
+            return 0
+        scores = _Scores(softmax)
+        reason = scores.walk(softmax.args[0])
+        if reason:
+            self.skip(softmax, reason)
+            return 0
+        product = _weighted_sum(softmax)
+        if product is None:
+            self.skip(softmax, "its result is used for more than one weighted sum")
+            return 0
+        query, keys, values = scores.query, scores.keys, product.args[1]
+        flat = rank(product) == 3
+        if flat:
+            # Heads stand in the batch dimension (bloom): give them one of their own.
+            query, keys, values = (_unsqueeze(product, t) for t in (query, keys, values))
+        keys, values = _ungroup(keys), _ungroup(values)
+        mask = scores.mask(product, flat)
+        arguments = (query, keys, values, mask, scores.scale, scores.cap)
+        if flat:
+            val = product.meta["val"].unsqueeze(0)
+            whole = insert(product, target("attention"), arguments, val, Vis.SHARED)
+            replace(product, aten.select.int, (whole, 0, 0))
+        else:
+            replace(product, target("attention"), arguments)
+        return 1
+
+
+@dataclass
+class _Scores:
+    """The way from the softmax back to the product of queries and keys."""
+
+    softmax: fx.Node
+    scale: float = 1.0
+    cap: float = 0.0
+    terms: list[tuple[fx.Node, float]] = field(default_factory=list)
+    query: Any = None
+    keys: Any = None
+    _masked: list[fx.Node] = field(default_factory=list)
+
+    def walk(self, node: Any) -> str | None:
+        """Follow the scores upwards; gives the reason where that ends early."""
+        while True:
+            if calls(node, aten.matmul.default):
+                return self._product(node.args[0], node.args[1])
+            if calls(node, aten.baddbmm.default):
+                beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+                self.terms.append((node.args[0], self.scale * beta))
+                self.scale *= alpha
+                return self._product(node.args[1], node.args[2])
+            if calls(node, aten.reshape.default):
+                node = node.args[0]
+            elif calls(node, aten.add.Tensor) and is_public(node.args[1]) and self._open():
+                self.terms.append((node.args[1], self.scale))
+                node = node.args[0]
+            elif calls(node, aten.where.self) and is_public(node.args[0]) and is_public(node.args[2]):
+                self._masked.append(node)
+                node = node.args[1]
+            elif calls(node, aten.mul.Tensor) and calls(node.args[0], aten.tanh.default):
+                inner = node.args[0].args[0]
+                if not calls(inner, aten.div.Tensor) or inner.args[1] != node.args[1]:
+                    return "a tanh of the scores is no softcap"
+                if self.scale != 1.0:
+                    return "the capped scores are scaled"
+                self.cap = float(node.args[1])
+                node = inner.args[0]
+            elif calls(node, aten.mul.Tensor) and _number(node.args[1]) is not None:
+                self.scale *= _number(node.args[1])  # type: ignore[operator]
+                node = node.args[0]
+            elif calls(node, aten.div.Tensor) and _number(node.args[1]) is not None:
+                self.scale /= _number(node.args[1])  # type: ignore[operator]
+                node = node.args[0]
+            else:
+                return f"the scores come from {getattr(node, 'target', node)}"
+
+    def _open(self) -> bool:
+        """A term below the cap would have to pass through it."""
+        return self.cap == 0.0
+
+    def _product(self, query: Any, turned: Any) -> str | None:
+        if not calls(turned, aten.permute.default) or not is_shared(query):
+            return "the keys are not transposed"
+        order = list(range(rank(turned)))
+        order[-1], order[-2] = order[-2], order[-1]
+        if [d % len(order) for d in turned.args[1]] != order:
+            return "the keys are not transposed in their last two dimensions"
+        self.query, self.keys = query, turned.args[0]
+        return None
+
+    def mask(self, before: fx.Node, flat: bool) -> fx.Node | None:
+        """One public tensor with everything that is added to the scores."""
+        total: fx.Node | None = None
+        terms = list(self.terms)
+        for choice in self._masked:
+            zero = _public(before, aten.where.ScalarSelf, (choice.args[0], 0.0, choice.args[2]), choice)
+            terms.append((zero, 1.0))
+        for term, factor in terms:
+            if factor != 1.0:
+                term = _public(before, aten.mul.Tensor, (term, factor), term)
+            if flat and rank(term) == 3:
+                term = _public(before, aten.unsqueeze.default, (term, 0), term, unsqueeze=True)
+            total = term if total is None else _public(before, aten.add.Tensor, (total, term), total)
+        return total
+
+
+def _public(
+    before: fx.Node, call: Any, args: tuple[Any, ...], like: fx.Node, unsqueeze: bool = False
+) -> fx.Node:
+    val = like.meta["val"]
+    return insert(before, call, args, val.unsqueeze(0) if unsqueeze else val, Vis.PUBLIC)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, fx.Node) and value.op == "get_attr" and is_public(value):
+        tensor = value.graph.owning_module
+        item: Any = tensor
+        for part in str(value.target).split("."):
+            item = getattr(item, part)
+        return float(item) if isinstance(item, torch.Tensor) and item.numel() == 1 else None
+    return None
+
+
+def _weighted_sum(softmax: fx.Node) -> fx.Node | None:
+    node = softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if calls(user, aten.matmul.default) and user.args[0] is node:
+            return user
+        if not calls(user, aten.reshape.default):
+            return None
+        node = user
+    return None
+
+
+def _unsqueeze(before: fx.Node, node: fx.Node) -> fx.Node:
+    val = node.meta["val"].unsqueeze(0)
+    return insert(before, aten.unsqueeze.default, (node, 0), val, node.meta["vis"])
+
+
+def _ungroup(node: Any) -> Any:
+    """Take back the repetition of keys or values: reshape(expand(unsqueeze(x, 2)))."""
+    if calls(node, aten.reshape.default) and calls(node.args[0], aten.expand.default):
+        inner = node.args[0].args[0]
+        if calls(inner, aten.unsqueeze.default) and inner.args[1] in (2, -3) and rank(node) == 4:
+            return inner.args[0]
+    return node

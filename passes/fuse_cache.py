@@ -1,0 +1,37 @@
+"""Recognize that new keys and values are appended to the cache."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_shared, rank, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class FuseCache(Pass):
+    """The new entries are opened under their mask once, when they enter the cache.
+
+    Before:
+        %1 = aten.cat.default([%cache.0.key, %new], -2)
+    After:
+        %1 = mpc.cache_append(%cache.0.key, %new)
+    """
+
+    stage = "fuse"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if not calls(node, aten.cat.default) or len(node.args[0]) != 2:
+                continue
+            past, new = node.args[0]
+            if past.op != "placeholder" or not is_shared(past):
+                continue
+            dim = node.args[1] if len(node.args) > 1 else 0
+            if dim not in (-2, rank(node) - 2):
+                self.skip(node, "the cache does not grow along its last dimension but one")
+                continue
+            replace(node, target("cache_append"), (past, new))
+            sites += 1
+        return sites

@@ -1,0 +1,34 @@
+"""Recognize LayerNorm."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_shared, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class FuseLayerNorm(Pass):
+    """One op that opens its row once.
+
+    Before:
+        %1 = aten.layer_norm.default(%x, [64], %weight, %bias, 1e-05)
+    After:
+        %1 = mpc.layer_norm(%x, %weight, %bias, 1e-05)
+    """
+
+    stage = "fuse"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if not calls(node, aten.layer_norm.default) or not is_shared(node.args[0]):
+                continue
+            x, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+            if len(shape) != 1:
+                self.skip(node, "it spans several dimensions")
+                continue
+            replace(node, target("layer_norm"), (x, weight, bias, float(eps)))
+            sites += 1
+        return sites

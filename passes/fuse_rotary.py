@@ -1,0 +1,107 @@
+"""Recognize rotary position embeddings."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_public, is_shared, last_dim, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class FuseRotary(Pass):
+    """A public linear map of each share: no message, and one op instead of eight.
+
+    Halves (llama) or neighbours (gptj) are paired; features beyond the tables pass (phi).
+
+    Before:
+        %1 = aten.slice.Tensor(%x, 3, 0, 4)
+        %2 = aten.slice.Tensor(%x, 3, 4, 9223372036854775807)
+        %3 = aten.neg.default(%2)
+        %4 = aten.cat.default([%3, %1], -1)
+        %5 = aten.mul.Tensor(%x, %cos)
+        %6 = aten.mul.Tensor(%4, %sin)
+        %7 = aten.add.Tensor(%5, %6)
+    After:
+        %7 = mpc.rotary(%x, %cos, %sin, False)
+    """
+
+    stage = "fuse"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        return sum(self._fuse(node) for node in list(graph_module.graph.nodes))
+
+    def _fuse(self, node: fx.Node) -> int:
+        if not calls(node, aten.add.Tensor) or not all(
+            calls(arg, aten.mul.Tensor) for arg in node.args
+        ):
+            return 0
+        for direct, turned in (node.args, node.args[::-1]):
+            first, second = _by_table(direct), _by_table(turned)
+            if first is None or second is None:
+                continue
+            (x, cos), (other, sin) = first, second
+            interleaved = _quarter_turn(other, x)
+            if interleaved is None:
+                continue
+            whole, root = _with_rest(node, x)
+            replace(whole, target("rotary"), (root, cos, sin, interleaved))
+            return 1
+        return 0
+
+
+def _by_table(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """A secret factor and a public tensor."""
+    for secret, table in (node.args, node.args[::-1]):
+        if is_shared(secret) and isinstance(table, fx.Node) and is_public(table):
+            return secret, table
+    return None
+
+
+def _quarter_turn(node: Any, x: fx.Node) -> bool | None:
+    """Whether `node` is x with its pairs turned: None if not, else whether neighbours pair up."""
+    size = x.meta["val"].shape[-1]
+    if calls(node, aten.cat.default) and len(node.args[0]) == 2:
+        negated, first = node.args[0]
+        if calls(negated, aten.neg.default) and last_dim(node, _cat_dim(node)):
+            halves = _slice(negated.args[0], x) == (size // 2, size, 1)
+            return False if halves and _slice(first, x) == (0, size // 2, 1) else None
+    if calls(node, aten.reshape.default) and calls(node.args[0], aten.stack.default):
+        stacked = node.args[0]
+        parts = stacked.args[0]
+        if len(parts) == 2 and calls(parts[0], aten.neg.default) and stacked.args[1] == -1:
+            odd = _slice(parts[0].args[0], x) == (1, size, 2)
+            return True if odd and _slice(parts[1], x) == (0, size, 2) else None
+    return None
+
+
+def _cat_dim(node: fx.Node) -> int:
+    return node.args[1] if len(node.args) > 1 else 0  # type: ignore[return-value]
+
+
+def _slice(node: Any, x: fx.Node) -> tuple[int, int, int] | None:
+    """start, stop, step of a slice of x's last dimension."""
+    if not calls(node, aten.slice.Tensor) or node.args[0] is not x or not last_dim(x, node.args[1]):
+        return None
+    size = x.meta["val"].shape[-1]
+    start, stop, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+    stop = size if stop is None or stop == sys.maxsize else stop
+    return start or 0, min(stop, size), step
+
+
+def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The concatenation with the features that pass, and the whole input, if there are any."""
+    if len(node.users) == 1 and calls(x, aten.slice.Tensor):
+        (user,) = node.users
+        root = x.args[0]
+        size = x.meta["val"].shape[-1]
+        if calls(user, aten.cat.default) and len(user.args[0]) == 2 and user.args[0][0] is node:
+            rest = user.args[0][1]
+            whole = root.meta["val"].shape[-1]  # type: ignore[union-attr]
+            starts = _slice(x, root) == (0, size, 1)  # type: ignore[arg-type]
+            if starts and _slice(rest, root) == (size, whole, 1):  # type: ignore[arg-type]
+                return user, root  # type: ignore[return-value]
+    return node, x

@@ -1,0 +1,72 @@
+"""Products with a server-held matrix become `mpc.linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import aten, calls, constant, is_shared, replace
+from passes.base import Pass
+from runtime.op import target
+from runtime.spec import Vis
+
+
+class LinearToDialect(Pass):
+    """A matrix that stands the other way (GPT-2's Conv1D) is turned at compile time.
+
+    Before:
+        %1 = aten.addmm.default(%bias, %x, %weight)
+    After:
+        %1 = mpc.linear(%x, %weight.T, %bias)
+    """
+
+    stage = "dialect"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if calls(node, aten.linear.default) and is_shared(node.args[0]):
+                x, weight, bias = (*node.args, None)[:3]
+            elif calls(node, aten.addmm.default) and is_shared(node.args[1]) and not node.kwargs:
+                bias, x, weight = node.args
+                weight = self._turned(graph_module, weight)
+            elif calls(node, aten.matmul.default) and is_shared(node.args[0]):
+                x, other = node.args
+                bias, weight = None, self._second_factor(graph_module, other)
+            else:
+                continue
+            if constant(graph_module, weight) is None:
+                if not calls(node, aten.matmul.default):
+                    self.skip(node, "its matrix is computed from something else")
+                continue
+            replace(node, target("linear"), (x, weight, bias))
+            sites += 1
+        return sites
+
+    def _second_factor(self, graph_module: fx.GraphModule, node: Any) -> fx.Node | None:
+        """A matrix by which `x @ node` is linear(x, matrix)."""
+        if calls(node, aten.permute.default) and list(node.args[1]) == [1, 0]:
+            return node.args[0]
+        value = constant(graph_module, node)
+        if value is not None and value.dim() == 2:
+            return self._turned(graph_module, node)
+        return None
+
+    def _turned(self, graph_module: fx.GraphModule, node: Any) -> fx.Node | None:
+        value = constant(graph_module, node)
+        if value is None:
+            return None
+        name = f"{node.target}_turned"
+        owner: Any = graph_module
+        *path, leaf = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        if not hasattr(owner, leaf):
+            owner.register_buffer(leaf, value.T.contiguous())
+        self.info.constants[name] = self.info.constants.get(str(node.target), Vis.PUBLIC)
+        with graph_module.graph.inserting_after(node):
+            turned = graph_module.graph.get_attr(name)
+        turned.meta = {**node.meta, "val": torch.empty(value.T.shape, dtype=value.dtype, device="meta")}
+        return turned

@@ -1,0 +1,60 @@
+"""Open the logits to the client, as early as nothing else is learned by it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_shared
+from passes.base import Pass
+from runtime.op import target
+
+_INVERTIBLE = (aten.tanh.default, aten.neg.default)
+_BY_NUMBER = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+
+
+class RevealLogits(Pass):
+    """What the client computes from revealed numbers alone, it computes in the clear.
+
+    A final softcap (gemma2) is an invertible function of each logit: the client would learn the
+    same from its result.
+
+    Before:
+        %1 = aten.linear.default(%x, %weight)
+        %2 = aten.div.Tensor(%1, 30.0)
+        %3 = aten.tanh.default(%2)
+        %4 = aten.mul.Tensor(%3, 30.0)
+        return [%4, …]
+    After:
+        %1 = aten.linear.default(%x, %weight)
+        %2 = mpc.reveal(%1)
+        %3 = aten.div.Tensor(%2, 30.0)
+        %4 = aten.tanh.default(%3)
+        %5 = aten.mul.Tensor(%4, 30.0)
+        return [%5, …]
+    """
+
+    stage = "canonicalize"
+    after = ("unify_spellings",)
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+        logits = output.args[0][0]
+        if not is_shared(logits):
+            return 0
+        while len(logits.users) == 1 and _scalar(logits):
+            logits = logits.args[0]
+        users = list(logits.users)
+        with graph_module.graph.inserting_after(logits):
+            revealed = graph_module.graph.call_function(target("reveal"), (logits,))
+        revealed.meta = dict(logits.meta)
+        for user in users:
+            user.replace_input_with(logits, revealed)
+        return 1
+
+
+def _scalar(node: fx.Node) -> bool:
+    """Whether the node maps each logit by itself, or only picks some."""
+    if calls(node, *_INVERTIBLE, aten.slice.Tensor, aten.reshape.default):
+        return True
+    return calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float))
+

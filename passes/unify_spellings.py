@@ -1,0 +1,110 @@
+"""One spelling for each operation: functional calls, slices instead of splits, reshapes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import aten, calls, insert, rank, replace
+from passes.base import Pass
+
+_IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.add.Scalar: aten.add.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.bmm.default: aten.matmul.default,
+    aten.mm.default: aten.matmul.default,
+}
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+
+
+class UnifySpellings(Pass):
+    """Later patterns then need one form each.
+
+    Before:
+        %1 = aten.split.Tensor(%x, 4, -1)
+        %2 = getitem(%1, 1)
+        %3 = aten.div_.Tensor(%2, 8.0)
+    After:
+        %2 = aten.slice.Tensor(%x, -1, 4, 8)
+        %3 = aten.div.Tensor(%2, 8.0)
+    """
+
+    stage = "canonicalize"
+    after = ("remove_noops",)
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _IN_PLACE:
+                node.target = _IN_PLACE[node.target]
+                sites += 1
+            elif calls(node, aten.numpy_T.default, aten.t.default):
+                order = list(reversed(range(rank(node))))
+                replace(node, aten.permute.default, (node.args[0], order))
+                sites += 1
+            elif calls(node, aten.transpose.int):
+                dims = list(range(rank(node)))
+                a, b = node.args[1], node.args[2]
+                dims[a], dims[b] = dims[b], dims[a]
+                replace(node, aten.permute.default, (node.args[0], dims))
+                sites += 1
+            elif calls(node, aten.flatten.using_ints):
+                replace(node, aten.reshape.default, (node.args[0], _shape_of(node)))
+                sites += 1
+            elif calls(node, *_SPLITS):
+                sites += self._split(node)
+        return sites
+
+    def _split(self, node: fx.Node) -> int:
+        dim = _dim(node)
+        pieces = node.meta["val"]
+        offsets = [0]
+        for piece in pieces:
+            offsets.append(offsets[-1] + piece.shape[dim])
+        if not all(isinstance(offset, int) for offset in offsets):
+            self.skip(node, "its pieces depend on a length")
+            return 0
+        for user in list(node.users):
+            if not calls(user, operator.getitem):
+                self.skip(node, "it is used as a whole")
+                return 0
+        for user in list(node.users):
+            index = user.args[1]
+            replace(user, aten.slice.Tensor, (node.args[0], dim, offsets[index], offsets[index + 1]))
+        return 1
+
+
+def _dim(node: fx.Node) -> int:
+    if "dim" in node.kwargs:
+        return node.kwargs["dim"]  # type: ignore[return-value]
+    return node.args[2] if len(node.args) > 2 else 0  # type: ignore[return-value]
+
+
+def _shape_of(node: fx.Node) -> list[Any]:
+    """The node's shape as reshape arguments; lengths are taken from its operand at run time."""
+    source = node.args[0]
+    sizes: list[Any] = list(node.meta["val"].shape)
+    given: list[torch.SymInt | int] = list(source.meta["val"].shape)  # type: ignore[union-attr]
+    for index, size in enumerate(sizes):
+        if isinstance(size, int):
+            continue
+        for dim, candidate in enumerate(given):
+            if str(candidate) == str(size):
+                sizes[index] = insert(
+                    node, aten.sym_size.int, (source, dim), size, node.meta["vis"]
+                )
+                break
+    return sizes

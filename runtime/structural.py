@@ -1,0 +1,119 @@
+"""Functions that are no dialect ops: data movement on any value, and arithmetic on public ones.
+
+An instruction names one of these; nothing else can be called, and nothing is evaluated. Movement
+acts on every share and mask alike, so it costs nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MOVES = (
+    "reshape.default", "view.default", "_unsafe_view.default", "permute.default", "transpose.int",
+    "t.default", "unsqueeze.default", "squeeze.dim", "squeeze.default", "expand.default",
+    "slice.Tensor", "select.int", "cat.default", "stack.default", "index.Tensor",
+    "index_select.default", "gather.default", "repeat.default", "repeat_interleave.self_int",
+    "flatten.using_ints", "alias.default", "clone.default", "unflatten.int", "narrow.default",
+)  # fmt: skip
+"""Data movement, allowed on secret values."""
+
+PUBLIC = (
+    "sym_size.int", "arange.default", "arange.start", "arange.start_step", "full.default",
+    "zeros.default", "ones.default", "new_ones.default", "new_zeros.default", "new_full.default",
+    "ones_like.default", "zeros_like.default", "full_like.default", "scalar_tensor.default",
+    "add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar", "mul.Tensor",
+    "mul.Scalar", "div.Tensor", "div.Scalar", "neg.default", "pow.Tensor_Scalar", "pow.Scalar",
+    "pow.Tensor_Tensor", "sqrt.default", "rsqrt.default", "reciprocal.default", "exp.default",
+    "log.default", "sin.default", "cos.default", "tanh.default", "sigmoid.default", "abs.default",
+    "floor.default", "floor_divide.default", "remainder.Scalar", "maximum.default",
+    "minimum.default", "clamp.default", "cumsum.default", "sum.dim_IntList", "amax.default",
+    "eq.Tensor", "eq.Scalar", "ne.Tensor", "ne.Scalar", "le.Tensor", "le.Scalar", "lt.Tensor",
+    "lt.Scalar", "ge.Tensor", "ge.Scalar", "gt.Tensor", "gt.Scalar", "logical_and.default",
+    "logical_or.default", "logical_not.default", "bitwise_and.Tensor", "bitwise_or.Tensor",
+    "bitwise_not.default", "__and__.Tensor", "__or__.Tensor", "where.self", "where.Scalar",
+    "where.ScalarOther", "where.ScalarSelf", "masked_fill.Scalar", "tril.default", "triu.default",
+    "to.dtype", "to.dtype_layout", "to.device", "_to_copy.default", "type_as.default",
+    "outer.default", "matmul.default", "mm.default", "bmm.default", "embedding.default",
+    "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int",
+)  # fmt: skip
+"""Allowed on values that are public, or that one party knows."""
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "sym.add": operator.add,
+    "sym.sub": operator.sub,
+    "sym.mul": operator.mul,
+    "sym.floordiv": operator.floordiv,
+    "sym.mod": operator.mod,
+    "sym.neg": operator.neg,
+    "sym.getitem": operator.getitem,
+    "sym.max": max,
+    "sym.min": min,
+}
+
+
+def _overload(name: str) -> Callable[..., Any]:
+    packet, _, overload = name.partition(".")
+    result: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
+    return result
+
+
+TABLE: dict[str, Callable[..., Any]] = {
+    **{f"aten.{name}": _overload(name) for name in (*MOVES, *PUBLIC)},
+    **_SYMBOLIC,
+}
+# A view of a share may not be contiguous where the model's own tensor was.
+TABLE["aten.view.default"] = TABLE["aten._unsafe_view.default"] = torch.ops.aten.reshape.default
+
+MOVE_NAMES = frozenset({*(f"aten.{name}" for name in MOVES), "sym.getitem"})
+
+_NAMES: dict[Any, str] = {_overload(name): f"aten.{name}" for name in (*MOVES, *PUBLIC)}
+_NAMES |= {call: name for name, call in _SYMBOLIC.items()}
+_NAMES |= {torch.sym_max: "sym.max", torch.sym_min: "sym.min"}
+
+_LITERALS = {
+    f"torch.{name}": getattr(torch, name)
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+        "bool", "strided", "contiguous_format", "preserve_format",
+    )
+}  # fmt: skip
+_DEVICE = "torch.device"
+
+
+def function(target: str) -> Callable[..., Any]:
+    """The callable of an instruction's target; KeyError names one that is not allowed."""
+    try:
+        return TABLE[target]
+    except KeyError:
+        raise KeyError(f"{target} is no function that a program may call") from None
+
+
+def target_name(call: Any) -> str:
+    """The target of an instruction for a graph node's callable."""
+    if call in _NAMES:
+        return _NAMES[call]
+    if isinstance(call, torch._ops.OpOverload) and call.namespace == "mpc":
+        return f"mpc.{call._schema.name.partition('::')[2]}"
+    return str(call)
+
+
+def encode_literal(value: Any) -> Any:
+    """A literal argument as something that JSON can hold: dtypes and devices become strings."""
+    if isinstance(value, torch.device):
+        return _DEVICE
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    raise TypeError(f"{value!r} cannot be part of a program")
+
+
+def decode_literal(value: Any, device: torch.device) -> Any:
+    """The argument that a literal stands for; any device is the party's own."""
+    if isinstance(value, str):
+        return device if value == _DEVICE else _LITERALS.get(value, value)
+    return value
