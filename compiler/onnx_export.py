@@ -106,6 +106,18 @@ def to_onnx(
     return model
 
 
+def read_types(file: Path) -> dict[str, ValueType]:
+    """The types that `to_onnx` was given, from what it made."""
+    dtypes = {number: name for name, number in _TYPES.items()}
+    graph = onnx.load(str(file), load_external_data=False).graph
+    types = {}
+    for info in (*graph.value_info, *graph.output):
+        tensor = info.type.tensor_type
+        shape = tuple(size.dim_param or size.dim_value for size in tensor.shape.dim)
+        types[info.name] = ValueType(dtypes[tensor.elem_type], shape)
+    return types
+
+
 def _domain(item: Instruction) -> tuple[str, str]:
     domain, _, op = item.target.partition(".")
     return domain, op

@@ -82,15 +82,16 @@ def save_bundle(
 ) -> Path:
     """Write the bundle of one role; `files` are further ones by their names in the bundle.
 
-    `program.manifest` may hold any key of DESCRIPTION; all others are filled in here. A bundle that
-    stands at `path` already is replaced at once, or not at all.
+    `program.manifest` may hold any key of DESCRIPTION; afterwards it is the bundle's, complete. A
+    bundle that stands at `path` already is replaced at once, or not at all.
     """
     target = Path(path)
     validate(program, str(target))
-    manifest = _describe(program)
+    manifest = program.manifest = _describe(program)
     with replacing(target) as folder:
         stored, aliases = _storable(program.tensors)
-        save_file(stored, folder / TENSORS, metadata=aliases)
+        # With neither tensors nor metadata, empty metadata would give a file that is no JSON.
+        save_file(stored, folder / TENSORS, metadata=aliases or None)
         (folder / PROGRAM).write_text(_pretty(encode_program(program)), encoding="utf-8")
         for name, content in (files or {}).items():
             place = folder / _inside(name, str(target))

@@ -64,3 +64,48 @@ def tiny(role: str = "server", **manifest: object) -> RoleProgram:
         tensors={**public, **(secret if role == "server" else {})},
         manifest={"model": "tiny", "vocab_size": VOCAB, "max_length": 16, **manifest},
     )
+
+
+def decoder(role: str = "server", **manifest: object) -> RoleProgram:
+    """A program that runs: embedding, linear, a cache that nothing reads, tied head."""
+    secret = {k: v for k, v in weights().items() if k != "norm.weight"}
+
+    def make(name: str, target: str, *args: object, vis: Vis = Vis.SHARED, frac: int = 16):
+        module = "lm_head" if name.startswith(("head", "logits")) else MODULE
+        return Instruction(name, target, args, {}, vis, frac, module)
+
+    return RoleProgram(
+        role=role,
+        instructions=[
+            make("embed", "mpc.embedding", Ref("ids"), Ref("embed.weight")),
+            make("embed.send", "mpc.send", Ref("embed")),
+            make("up", "mpc.linear", Ref("embed.send"), Ref("up.weight"), frac=32),
+            make("up.truncate", "mpc.truncate", Ref("up")),
+            make("up.open", "mpc.open", Ref("up.truncate")),
+            make("row", "aten.unsqueeze.default", Ref("up.open"), 1),
+            make("cache.out", "mpc.cache_append", Ref("cache"), Ref("row")),
+            make("up.send", "mpc.send", Ref("up.truncate")),
+            make("head", "mpc.linear", Ref("up.send"), Ref("head.weight"), frac=32),
+            make("logits", "mpc.reveal", Ref("head"), vis=Vis.CLIENT, frac=0),
+        ],
+        inputs=[
+            InputSpec("ids", Vis.CLIENT, "int64", (1, "new")),
+            InputSpec("cache", Vis.SHARED, "float32", (1, 1, "past", WIDTH), 16, "cache.out"),
+        ],
+        outputs=["logits", "cache.out"],
+        constants=[
+            TensorSpec(name, Vis.SERVER, "torch.float32", tuple(value.shape))
+            for name, value in secret.items()
+        ],
+        tensors=secret if role == "server" else {},
+        manifest={"model": "decoder", "vocab_size": VOCAB, "max_length": 16, **manifest},
+    )
+
+
+def greedy(prompt: list[int], count: int) -> list[int]:
+    """What `decoder` says, computed without any of our code."""
+    held, tokens = weights(), list(prompt)
+    for _ in range(count):
+        hidden = held["up.weight"] @ held["embed.weight"][tokens[-1]]
+        tokens.append(int((held["head.weight"] @ hidden).argmax()))
+    return tokens[len(prompt) :]

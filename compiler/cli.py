@@ -1,0 +1,328 @@
+"""`mergec compile | inspect | run | demo`: the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text as RichText
+
+from runtime.errors import MergecError, PromptError
+from runtime.version import VERSION
+
+if TYPE_CHECKING:
+    from compiler.program import Answer, Program
+
+DEBUG = "MERGEC_DEBUG"
+DEMO_SOURCE = "smollm2"
+DEMO_PROMPT = "What is the capital of France?"
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+# typer brings its own copy of click since 0.2x, so the base of its errors is taken from typer.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="mergec",
+    help="Compile a decoder into a program that two parties run together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Mode(StrEnum):
+    """How the parties compute: mergec's own protocols, or CrypTen's stock ones."""
+
+    mergec = "mergec"
+    crypten = "crypten"
+
+
+class Device(StrEnum):
+    """Where the parties compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+FractionalBits = Annotated[
+    int | None, typer.Option(help="Fractional bits of a shared value.", min=8, max=24)
+]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Most tokens of prompt and answer together.", min=2)
+]
+Preset = Annotated[str | None, typer.Option(help="Named set of options.")]
+Disable = Annotated[
+    list[str] | None, typer.Option(help="Leave out a pass; may be given more than once.")
+]
+ModeOption = Annotated[Mode, typer.Option(help="Protocols: our own, or CrypTen's stock ones.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where the parties compute.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(f"mergec {VERSION}")
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_command(
+    source: Annotated[str, typer.Argument(help="Model folder, .gguf file, or `smollm2`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the three bundles.")],
+    fractional_bits: FractionalBits = None,
+    max_length: MaxLength = None,
+    preset: Preset = None,
+    disable: Disable = None,
+    device: DeviceOption = Device.cpu,
+) -> None:
+    """Compile a model into a bundle for each of client, server and dealer."""
+    options = _options(fractional_bits, max_length, preset, disable, device)
+    with _steps() as step:
+        program = _compile(source, options, step)
+        program.save(output, step)
+    out.print(f"{output}: {program.describe()}")
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Annotated[str, typer.Argument(help="Folder of bundles, or a model to compile.")],
+    new: Annotated[int, typer.Option(help="Tokens of the step.", min=1)] = 1,
+    past: Annotated[int, typer.Option(help="Tokens before it.", min=0)] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="The instructions as text.")] = False,
+) -> None:
+    """Show what a program does and costs, by op and by layer."""
+    from compiler.program import Program
+
+    with _steps() as step:
+        if Program.stands_at(source):
+            program = Program.load(source, roles=("client",))
+        else:
+            program = _compile(source, {}, step)
+        step("counting rounds and bytes")
+        inspection = program.inspect(new, past)
+    if graph:
+        sys.stdout.write(program.graph())
+    elif as_json:
+        sys.stdout.write(inspection.to_json() + "\n")
+    elif markdown:
+        sys.stdout.write(inspection.to_markdown())
+    else:
+        out.print(inspection.render())
+
+
+@app.command("run")
+def run_command(
+    bundles: Annotated[Path, typer.Argument(help="Folder of the three bundles.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    mode: ModeOption = Mode.mergec,
+    device: DeviceOption = Device.cpu,
+    max_tokens: MaxTokens = 32,
+    temperature: Annotated[float, typer.Option(help="0 takes the best token.", min=0.0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k best; 0 for all.", min=0)] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the best that sum to p.", min=0.0, max=1.0)
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling, not of masks.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Use the chat template; by default where there is one.")
+    ] = None,
+    check_plaintext: Annotated[
+        bool, typer.Option("--check-plaintext", help="Print plaintext's answer, too.")
+    ] = False,
+) -> None:
+    """Run all three roles on this machine, each in a process of its own."""
+    from compiler.program import Program
+
+    with _steps() as step:
+        step("reading the bundles")
+        program = Program.load(bundles)
+    _run(
+        program,
+        prompt,
+        check_plaintext=check_plaintext,
+        mode=mode.value,
+        device=device.value,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+    )
+
+
+@app.command("demo")
+def demo_command(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = DEMO_PROMPT,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundles.")] = Path(
+        "bundles/demo"
+    ),
+    mode: ModeOption = Mode.mergec,
+    device: DeviceOption = Device.cpu,
+    max_tokens: MaxTokens = 16,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Take bundles made before.")] = False,
+) -> None:
+    """Compile SmolLM2-135M-Instruct and let three processes answer a question."""
+    from compiler.program import Program
+
+    with _steps() as step:
+        if not (reuse and Program.stands_at(output)):
+            program = _compile(DEMO_SOURCE, {}, step)
+            program.save(output, step)
+            del program
+        step("reading the bundles")
+        program = Program.load(output)
+    _run(
+        program,
+        prompt,
+        check_plaintext=True,
+        mode=mode.value,
+        device=device.value,
+        max_tokens=max_tokens,
+    )
+
+
+def _options(
+    fractional_bits: int | None,
+    max_length: int | None,
+    preset: str | None,
+    disable: list[str] | None,
+    device: Device,
+) -> dict[str, Any]:
+    """What was given on the command line; the rest is CompileConfig's to decide."""
+    given: dict[str, Any] = {
+        "fractional_bits": fractional_bits,
+        "max_length": max_length,
+        "preset": preset,
+        "disable": tuple(disable) if disable else None,
+        "device": None if device is Device.cpu else device.value,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _compile(source: str, options: dict[str, Any], step: Step) -> Program:
+    from compiler.driver import compile_source
+
+    return compile_source(source, options, step)
+
+
+def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any) -> None:
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; say something with --prompt")
+    answer = program.generate_local(prompt, on_text=_write, on_start=_announce, **options)
+    sys.stdout.write("\n")
+    out.print()
+    out.print(answer.table())
+    if check_plaintext:
+        with _steps() as step:
+            step("the same in plaintext")
+            plain = program.plaintext(answer)
+        out.print(plain.comparison(answer))
+
+
+def _announce(prompt: str) -> None:
+    out.print(RichText(prompt, style="dim"))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Step:
+    """Names the step of a long work that is under way; a spinner on a terminal, else a line."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def __call__(self, what: str) -> None:
+        if self._progress is None:
+            err.print(f"{what} …", style="dim")
+            return
+        self.done()
+        self._task = self._progress.add_task(what, total=1)
+
+    def done(self) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=1)
+
+
+@contextmanager
+def _steps() -> Iterator[Step]:
+    if not err.is_terminal:
+        yield Step(None)
+        return
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
+        step = Step(progress)
+        yield step
+        step.done()
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command line; gives the exit code. Whatever goes wrong is one line on stderr."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    debug = bool(os.environ.get(DEBUG))
+    try:
+        code = app(args=arguments, prog_name="mergec", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except MergecError as error:
+        return _fail(str(error), FAILED, debug)
+    except _UsageError as error:
+        return _fail(f"{_message(error)}; see `mergec --help`", USAGE, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("stopped", style="red")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has what it wanted.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("compiler", "passes", "runtime"):
+            return _fail(f"internal error: {error}; set {DEBUG}=1 for more", FAILED, debug)
+        hint = "install mergec[compile]"
+        return _fail(f"the package {error.name!r} is needed here; {hint}", FAILED, debug)
+    except Exception as error:
+        kind = type(error).__name__
+        text = f"internal error: {kind}: {error}; set {DEBUG}=1 for the traceback and report it"
+        return _fail(text, FAILED, debug)
+
+
+def _message(error: Any) -> str:
+    return str(error.format_message()).rstrip(".")
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    err.print(RichText(f"error: {line}", style="red"), soft_wrap=True)
+    return code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""A compiled program: save it, load it, look into it, run it here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text as RichText
+
+from compiler.inspect import Inspection, graph_text, inspect_costs, readable
+from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle, role_path
+from runtime.encoding import program_hash
+from runtime.errors import BundleError, PromptError
+from runtime.program import RoleProgram
+from runtime.spec import ROLES
+from runtime.text import VOCABULARY, Stream, Text
+
+if TYPE_CHECKING:
+    from compiler.onnx_export import ValueType
+
+Progress = Callable[[str], object]
+
+CLOSE_CALL = 0.05
+"""Where plaintext's two best logits are closer than this, either token is right."""
+
+
+def _quiet(_: object) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the prompt or all decode steps took, counted at the transport of both parties."""
+
+    tokens: int
+    seconds: float
+    rounds: int
+    online: int
+    offline: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the client got, and what it took. `tokens` are without the prompt."""
+
+    text: str
+    prompt: list[int]
+    tokens: list[int]
+    phases: dict[str, Phase] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+    def table(self) -> RenderableType:
+        """Per token: seconds, bytes and rounds, prompt and decode apart; memory by process."""
+        table = Table(header_style="bold")
+        table.add_column("")
+        for name in ("tokens", "s/token", "online/token", "rounds/token", "offline/token"):
+            table.add_column(name, justify="right")
+        for name, phase in self.phases.items():
+            per = max(phase.tokens, 1)
+            table.add_row(
+                name,
+                f"{phase.tokens}",
+                f"{phase.seconds / per:.2f}",
+                readable(phase.online / per),
+                f"{phase.rounds / per:,.0f}",
+                readable(phase.offline / per),
+            )
+        peaks = ", ".join(f"{role} {readable(n)}" for role, n in self.peak_memory.items())
+        return Group(table, RichText(f"peak memory: {peaks}")) if peaks else table
+
+
+@dataclass(frozen=True)
+class PlainAnswer:
+    """What the program says in the clear. margins: how far the best logit leads the second."""
+
+    text: str
+    tokens: list[int]
+    margins: list[float]
+
+    def comparison(self, answer: Answer) -> RenderableType:
+        """Plaintext's text, and where the two part."""
+        verdict = RichText(self.verdict(answer))
+        return Group(RichText.assemble(("plaintext: ", "bold"), self.text), verdict)
+
+    def verdict(self, answer: Answer) -> str:
+        """One line: whether the tokens are the same, and if not, how close the call was."""
+        place = self.first_difference(answer)
+        if place is None:
+            return f"all {len(self.tokens)} tokens are the same"
+        margin = self.margins[place] if place < len(self.margins) else 0.0
+        close = "a close call" if margin < CLOSE_CALL else "no close call"
+        return (
+            f"the answers part at token {place + 1}, where plaintext's two best logits are "
+            f"{margin:.3f} apart ({close})"
+        )
+
+    def first_difference(self, answer: Answer) -> int | None:
+        """Position of the first token that differs, None if all are the same."""
+        pairs = zip(self.tokens, answer.tokens, strict=False)
+        for place, (mine, theirs) in enumerate(pairs):
+            if mine != theirs:
+                return place
+        shorter = min(len(self.tokens), len(answer.tokens))
+        return None if len(self.tokens) == len(answer.tokens) else shorter
+
+
+class Program:
+    """The three roles' programs and the client's tokenizer."""
+
+    def __init__(
+        self,
+        roles: Mapping[str, RoleProgram],
+        types: Mapping[str, ValueType] | None = None,
+        tokenizer_files: Mapping[str, bytes] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """`types` are those of results (`compiler.onnx_export`); `path` is where it is saved."""
+        self.roles = dict(roles)
+        self.path = path
+        self._types = dict(types or {})
+        self._files = dict(tokenizer_files or {})
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def any_role(self) -> RoleProgram:
+        """A role's program that is at hand: the instructions are the same in all."""
+        return next(iter(self.roles.values()))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is said of the program; complete, whether it was saved before or not."""
+        said = self.any_role.manifest
+        if "program_hash" not in said:
+            said["program_hash"] = program_hash(self.any_role)
+        return {key: default for key, (_, default) in DESCRIPTION.items()} | said
+
+    @staticmethod
+    def stands_at(path: str | Path) -> bool:
+        """Whether `path` is a folder of bundles."""
+        return any((role_path(path, role) / MANIFEST).is_file() for role in ROLES)
+
+    @classmethod
+    def load(cls, path: str | Path, roles: Sequence[str] = ROLES) -> Program:
+        """Read a folder of bundles; those of `roles` must be there and belong together."""
+        place = Path(path)
+        programs = {role: load_bundle(role_path(place, role), role) for role in roles}
+        hashes = {role: p.manifest["program_hash"] for role, p in programs.items()}
+        if len(set(hashes.values())) > 1:
+            listed = ", ".join(f"{role} {value[:12]}" for role, value in hashes.items())
+            raise BundleError(
+                f"{place}: the bundles are of different programs ({listed}); compile again"
+            )
+        folder = role_path(place, "client") / TOKENIZER
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        return cls(programs, None, files, place)
+
+    def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
+        """Write the three bundles to `path`: all, or none."""
+        from compiler.emit import emit
+        from compiler.onnx_export import read_types
+
+        missing = [role for role in ROLES if role not in self.roles]
+        if missing:
+            raise BundleError(f"the {missing[0]}'s program was not loaded; load all roles to save")
+        if not self._types and self.path is not None:
+            self._types = read_types(role_path(self.path, "client") / GRAPH)
+        self.path = emit(self.roles, self._types, path, self._files, progress)
+        return self.path
+
+    def describe(self) -> str:
+        """One line."""
+        manifest = self.manifest
+        lossy = ", lossy" if manifest["lossy"] else ""
+        return (
+            f"{manifest['model'] or 'program'}, "
+            f"{len(self.any_role.instructions)} instructions, "
+            f"{manifest['fractional_bits']} fractional bits{lossy}, "
+            f"program {manifest['program_hash'][:12]}"
+        )
+
+    def inspect(self, new: int = 1, past: int = 128) -> Inspection:
+        """Rounds and bytes of one step, by op and by layer."""
+        from compiler.cost import cost_report
+
+        manifest = self.manifest
+        limit = manifest["max_length"]
+        if limit and new + past > limit:
+            raise PromptError(
+                f"{new} new tokens after {past} are more than the {limit} of this program; "
+                "ask for fewer"
+            )
+        report = cost_report(self.any_role, new, past, manifest["fractional_bits"])
+        shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash")
+        facts = {key: manifest[key] for key in shown}
+        return inspect_costs(report, manifest["model"] or "program", manifest["passes"], facts)
+
+    def graph(self) -> str:
+        """The instructions as text."""
+        return graph_text(self.any_role)
+
+    def text(self) -> Text:
+        """The client's tokenizer."""
+        return Text.from_files(self._files, str(self.path or "the program"))
+
+    def generate_local(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 32,
+        mode: str = "mergec",
+        device: str = "cpu",
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        chat: bool | None = None,
+        on_text: Callable[[str], object] = _quiet,
+    ) -> Answer:
+        """Run client, server and dealer as processes on this machine, and give the answer.
+
+        `prompt` is text or token numbers. `chat` puts text into the model's chat template; None
+        does so where there is one. `on_text` gets the answer's text as it comes.
+        """
+        ids, text = self._tokens(prompt, chat, max_tokens)
+        from runtime.local import run_local
+
+        stream = Stream(text, on_text) if text is not None else None
+        result = run_local(
+            self._place(),
+            ids,
+            max_tokens=max_tokens,
+            mode=mode,
+            device=device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=stream.token if stream is not None else None,
+        )
+        return Answer(
+            text=stream.end() if stream is not None else "",
+            prompt=ids,
+            tokens=list(result.tokens),
+            phases={},
+            peak_memory={},
+        )
+
+    def plaintext(self, answer: Answer) -> PlainAnswer:
+        """The greedy continuation of the answer's prompt in the clear, as long as the answer."""
+        from runtime.plain import PlainExecutor
+
+        if "server" not in self.roles:
+            raise BundleError("plaintext needs the server's program; load it")
+        plain = PlainExecutor(self.roles["server"])
+        stop = self.manifest["stop_tokens"]
+        tokens, margins = [], []
+        for token, logits in plain.generate(answer.prompt, len(answer.tokens), stop=stop):
+            best = logits.topk(2).values
+            tokens.append(token)
+            margins.append(float(best[0] - best[1]))
+        text = self.text().decode(tokens) if self._has_text() else ""
+        return PlainAnswer(text, tokens, margins)
+
+    def _has_text(self) -> bool:
+        return VOCABULARY in self._files
+
+    def _tokens(
+        self, prompt: str | Sequence[int], chat: bool | None, max_tokens: int
+    ) -> tuple[list[int], Text | None]:
+        """The prompt's tokens, checked against the program's limits; and the tokenizer, if any."""
+        text = self.text() if self._has_text() or isinstance(prompt, str) else None
+        if isinstance(prompt, str) and text is not None:
+            if not prompt.strip():
+                raise PromptError("the prompt is empty; say something")
+            ids = text.encode(prompt, text.has_chat if chat is None else chat)
+        else:
+            ids = [int(token) for token in prompt]
+        self._check(ids, max_tokens)
+        return ids, text
+
+    def _check(self, ids: list[int], max_tokens: int) -> None:
+        """Refuse a prompt before any process is started; the client checks again for itself."""
+        vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
+        if not ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        for token in ids:
+            if vocabulary and not 0 <= token < vocabulary:
+                raise PromptError(
+                    f"the prompt's token {token} is not in the vocabulary of {vocabulary}; "
+                    "use the model's own tokenizer"
+                )
+        if limit and len(ids) + max_tokens > limit:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, which with {max_tokens} to generate is more "
+                f"than this program's {limit}; shorten it, ask for fewer, or compile with a larger "
+                "max_length"
+            )
+
+    def _place(self) -> Path:
+        """Where the bundles are; a program that was never saved goes to a temporary folder."""
+        if self.path is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="mergec-")
+            self.save(Path(self._temporary.name) / "program")
+        if self.path is None:
+            raise BundleError("the program could not be saved; save it yourself")
+        return self.path
