@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,13 @@ class Captured:
     layers: int
     vocab_size: int
     max_length: int | None = None
-    notes: list[str] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, Vis]]:
+        """Every constant by name, with its visibility."""
+        return {
+            name: (operator.attrgetter(name)(self.graph_module), vis)
+            for name, vis in self.constants.items()
+        }
 
     @property
     def cached(self) -> bool:

@@ -82,9 +82,9 @@ class _CostWalker(Executor):
         op, instruction = planned.op, planned.instruction
         if op is None:
             raise TypeError(f"{instruction.target} has no cost formula")
-        cost = op.cost(**bound, fixed=self.context.fixed)
+        cost = op.cost(*bound.values(), fixed=self.context.fixed)
         self.record.by_instruction[instruction.name] = cost
-        plain = op.reference(**{key: _plain(value) for key, value in bound.items()})
+        plain = op.reference(*map(_plain, bound.values()))
         shape = plain.shape
         ghost = torch.empty(shape, dtype=torch.int64, device="meta")
         if op.name in ("open", "cache_append"):

@@ -94,7 +94,7 @@ def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:
     secret_only leaves out what all parties know: positions, masks, tables and lengths.
     """
     names = assign_names(graph_module.graph)
-    symbols = _symbols(graph_module.graph)
+    symbols = length_symbols(graph_module.graph)
     lines = []
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" or (secret_only and is_public(node) and node.op != "output"):
@@ -140,8 +140,8 @@ def _size(size: Any, symbols: dict[str, str]) -> str:
     return "+".join(sorted(text.replace(" ", "").split("+"), reverse=True)) if "+" in text else text
 
 
-def _symbols(graph: fx.Graph) -> dict[str, str]:
-    """The names of the two symbolic lengths, from the inputs' shapes."""
+def length_symbols(graph: fx.Graph) -> dict[str, str]:
+    """The names, "new" and "past", of the symbolic lengths in the inputs' shapes."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         value = node.meta.get("val")

@@ -167,7 +167,7 @@ class Executor:
         op = planned.op
         if op is None:
             raise TypeError(f"{planned.instruction.target} has no protocol")
-        return _Running(op.protocol(self.context, **bound))
+        return _Running(op.protocol(self.context, *bound.values()))
 
     def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
         if isinstance(arg, Ref):
@@ -325,6 +325,8 @@ def apply_function(
     kind = type(first)
     if isinstance(opened, torch.Tensor):
         return kind(opened, masks, first.frac)
+    if not isinstance(opened, list):
+        return opened
     return [kind(o, m, first.frac) for o, m in zip(opened, masks, strict=True)]
 
 

@@ -1,0 +1,45 @@
+"""Options of a compilation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from compiler.errors import CompileError
+
+PRESETS = ("exact",)
+"""Sets of passes that may be asked for by name; `exact` computes what the model computes."""
+
+MAX_LENGTH = 4096
+"""Longest row of attention scores that the softmax takes."""
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How to compile a decoder; an unknown option is a TypeError.
+
+    fractional_bits: of every fixed-point number; the tables of the protocols are made for 16.
+    max_length: most tokens of prompt and answer together; the model's own limit if that is lower.
+    preset: which set of passes runs.
+    disable: names of passes to leave out.
+    extra_passes: further Pass classes, run in the order of their stage.
+    calibration: token sequences whose values tell how large each wire gets; by default fixed
+    pseudo-random ones, or the tokenizer's of a few sentences where there is a tokenizer.
+    """
+
+    fractional_bits: int = 16
+    max_length: int = 1024
+    preset: str = "exact"
+    disable: tuple[str, ...] = ()
+    extra_passes: tuple[Any, ...] = ()
+    calibration: tuple[tuple[int, ...], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.fractional_bits != 16:
+            raise CompileError(
+                f"fractional_bits is {self.fractional_bits}; the protocols' tables are made for 16"
+            )
+        if not 2 <= self.max_length <= MAX_LENGTH:
+            raise CompileError(f"max_length is {self.max_length}; it can be 2 to {MAX_LENGTH}")
+        if self.preset not in PRESETS:
+            raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")

@@ -1,0 +1,119 @@
+"""The whole compile on one page: capture, passes, verify, legalize, lower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compiler.config import CompileConfig
+from compiler.cost import cost_report
+from compiler.emit import shapes, tokenizer_files, value_types
+from compiler.ir import assign_names, length_symbols
+from compiler.legalize import legalize
+from compiler.load import load_model
+from compiler.lower import lower
+from compiler.pipeline import DialectProgram, to_dialect
+from compiler.program import Program
+from runtime.program import RoleProgram
+
+Progress = Callable[[str], object]
+
+COST_LENGTHS = {"prompt": (32, 0), "decode": (1, 128)}
+"""New and past tokens of the steps whose cost the manifest tells."""
+
+
+def _quiet(_: str) -> None:
+    """No progress."""
+
+
+def compile_decoder(
+    model: torch.nn.Module,
+    tokenizer: Any = None,
+    config: CompileConfig | None = None,
+    progress: Progress = _quiet,
+) -> Program:
+    """Compile a Hugging Face decoder, or any module of its kind, for client, server and dealer.
+
+    The tokenizer goes into the client's bundle; without one, prompts are token numbers.
+    """
+    config = config or CompileConfig()
+    progress("capturing the model and rewriting it")
+    dialect = to_dialect(model, config, tokenizer)
+    graph_module = dialect.graph_module
+    progress("placing truncations and openings")
+    legalize(graph_module, config.fractional_bits)
+    progress("lowering to instructions")
+    roles = lower(graph_module, dialect.inputs, dialect.constants, config.fractional_bits)
+    types = value_types(
+        graph_module, assign_names(graph_module.graph), length_symbols(graph_module.graph)
+    )
+    for program in roles.values():
+        program.manifest |= _describe(model, tokenizer, config, dialect)
+        program.manifest["shapes"] = shapes(program, types)
+    progress("counting rounds and bytes")
+    cost = _cost_summary(roles["client"], config)
+    for program in roles.values():
+        program.manifest["cost"] = cost
+    return Program(roles, types, tokenizer_files(tokenizer))
+
+
+def compile_source(
+    source: str | Path, options: Mapping[str, Any], progress: Progress = _quiet
+) -> Program:
+    """Compile a model folder, a .gguf file, or `smollm2`; `options` are CompileConfig's."""
+    config = CompileConfig(**options)
+    progress("loading the model")
+    model, tokenizer = load_model(source)
+    return compile_decoder(model, tokenizer, config, progress)
+
+
+def _describe(
+    model: torch.nn.Module, tokenizer: Any, config: CompileConfig, dialect: DialectProgram
+) -> dict[str, Any]:
+    return {
+        "model": _model_name(model),
+        "fractional_bits": config.fractional_bits,
+        "max_length": dialect.max_length,
+        "vocab_size": dialect.vocab_size,
+        "stop_tokens": _stop_tokens(model, tokenizer),
+        "lossy": any(report.sites and not report.exact for report in dialect.pass_report),
+        "passes": [
+            {"pass": report.name, "sites": report.sites, "exact": report.exact}
+            for report in dialect.pass_report
+        ],
+    }
+
+
+def _model_name(model: torch.nn.Module) -> str:
+    """The last part of the name or path it was loaded from, or its class."""
+    path = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    return Path(path).name or type(model).__name__
+
+
+def _stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer, by the model's generation settings and the tokenizer."""
+    found: list[Any] = []
+    for owner in (getattr(model, "generation_config", None), tokenizer):
+        token = getattr(owner, "eos_token_id", None)
+        found += token if isinstance(token, (list, tuple)) else [token]
+    return sorted({int(token) for token in found if token is not None})
+
+
+def _cost_summary(program: RoleProgram, config: CompileConfig) -> dict[str, Any]:
+    summary = {}
+    limit = program.manifest["max_length"]
+    for name, (new, past) in COST_LENGTHS.items():
+        new = min(new, limit) if limit else new
+        past = min(past, limit - new) if limit else past
+        total = cost_report(program, new, past, config.fractional_bits).total
+        summary[name] = {
+            "new": new,
+            "past": past,
+            "rounds": total.rounds,
+            "online": total.online,
+            "offline": total.offline,
+        }
+    return summary

@@ -1,0 +1,59 @@
+"""Range analysis: how large each value gets on calibration tokens. Changes no node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from runtime.op import target
+from runtime.program import InputSpec
+
+_DECODED = 2
+"""Tokens of each sequence that are fed one by one, after the others as a prompt."""
+
+
+def annotate_ranges(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[InputSpec],
+    sequences: Sequence[Sequence[int]],
+) -> None:
+    """Set meta["absmax"] of every float value, and meta["mean_square"] of the rows of a norm.
+
+    Runs each token sequence through the graph in the clear: most of it as a prompt, the last
+    tokens one by one. meta["mean_square"] is the largest mean square of a row, after centring for a
+    LayerNorm.
+    """
+    recorder = _Recorder(graph_module)
+    dtype = next((p.dtype for p in graph_module.parameters()), None)
+    dtype = dtype or next((b.dtype for b in graph_module.buffers() if b.is_floating_point()))
+    for sequence in sequences:
+        ids = torch.tensor([list(sequence)], dtype=torch.int64)
+        caches = [
+            torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+            for spec in inputs[1:]
+        ]
+        cut = max(1, len(sequence) - _DECODED) if caches else len(sequence)
+        pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
+        with torch.inference_mode():
+            for piece in pieces:
+                caches = list(recorder.run(piece, *caches)[1:])
+
+
+class _Recorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
+            largest = float(result.abs().max())
+            n.meta["absmax"] = max(largest, n.meta.get("absmax", 0.0))
+        if n.op == "call_function" and n.target in (target("rms_norm"), target("layer_norm")):
+            rows = self.env[n.args[0]].to(torch.float64)
+            if n.target is target("layer_norm"):
+                rows = rows - rows.mean(-1, keepdim=True)
+            largest = float(rows.square().mean(-1).max())
+            n.meta["mean_square"] = max(largest, n.meta.get("mean_square", 0.0))
+        return result
+
+
