@@ -27,8 +27,8 @@ class Sub(Op):
     operands = {"a": "share", "b": "share"}
 
     @classmethod
-    def scale(cls, a: int | None, b: int | None, *, fixed: int) -> int:
-        return max([frac for frac in (a, b) if frac is not None], default=fixed)
+    def scale(cls, a: object, b: object, *, fixed: int) -> int:
+        return max([frac for frac in (a, b) if isinstance(frac, int)], default=fixed)
 
     @classmethod
     def cost(cls, a: Any, b: Any, *, fixed: int) -> Cost:
