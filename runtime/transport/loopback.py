@@ -1,0 +1,98 @@
+"""The same interfaces within one process, by queues between threads: for tests."""
+
+from __future__ import annotations
+
+import queue
+
+import torch
+
+from runtime.errors import PartyError
+from runtime.spec import ROLES
+from runtime.transport.control import Message, Opcode
+from runtime.transport.dealer_link import AHEAD_BYTES, BLOCK_BYTES, DealerReceiver, DealerSender
+from runtime.transport.link import check_payload
+from runtime.transport.traffic import Traffic
+
+Pipe = queue.SimpleQueue[torch.Tensor | None]
+
+
+class LoopbackLink:
+    """One end of a link to another thread."""
+
+    def __init__(self, outbox: Pipe, inbox: Pipe, peer: str, timeout: float) -> None:
+        self.traffic = Traffic()
+        self._outbox, self._inbox = outbox, inbox
+        self._peer, self._timeout = peer, timeout
+
+    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
+        """As `Link.exchange`; here a message of another length than expected is noticed."""
+        if outgoing is not None and outgoing.numel():
+            check_payload(outgoing)
+            self._outbox.put(outgoing.clone())
+            self.traffic.sent += outgoing.numel()
+        reply = torch.empty(0, dtype=torch.uint8)
+        if incoming:
+            try:
+                received = self._inbox.get(timeout=self._timeout)
+            except queue.Empty as error:
+                reason = f"the {self._peer} sent nothing for {self._timeout:g} s"
+                raise PartyError(reason) from error
+            if received is None:
+                raise PartyError(f"the {self._peer} went away")
+            if received.numel() != incoming:
+                raise PartyError(
+                    f"the {self._peer} sent {received.numel()} bytes where {incoming} were due"
+                )
+            reply = received
+        self.traffic.received += incoming
+        self.traffic.rounds += 1
+        return reply
+
+    def close(self) -> None:
+        """Let the other end fail instead of waiting."""
+        self._outbox.put(None)
+
+
+def link_pair(timeout: float = 30.0) -> tuple[LoopbackLink, LoopbackLink]:
+    """The client's and the server's end of a link."""
+    one: Pipe = queue.SimpleQueue()
+    other: Pipe = queue.SimpleQueue()
+    return (
+        LoopbackLink(one, other, ROLES[1], timeout),
+        LoopbackLink(other, one, ROLES[0], timeout),
+    )
+
+
+class _QueueBlocks:
+    def __init__(self) -> None:
+        self._pipe: Pipe = queue.SimpleQueue()
+
+    def put(self, block: torch.Tensor) -> None:
+        self._pipe.put(block)
+
+    def end(self) -> None:
+        self._pipe.put(None)
+
+    def get(self) -> torch.Tensor | None:
+        return self._pipe.get()
+
+
+def dealer_pair(
+    block_bytes: int = BLOCK_BYTES, ahead_bytes: int = AHEAD_BYTES
+) -> tuple[DealerSender, DealerReceiver]:
+    """The two ends of a dealer's stream."""
+    blocks = _QueueBlocks()
+    return DealerSender(blocks, block_bytes), DealerReceiver(blocks, ahead_bytes)
+
+
+class LoopbackControl:
+    """The client's requests to one other role."""
+
+    def __init__(self) -> None:
+        self._pipe: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def send(self, opcode: Opcode, *numbers: int) -> None:
+        self._pipe.put(Message(opcode, numbers))
+
+    def receive(self) -> Message:
+        return self._pipe.get()

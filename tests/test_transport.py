@@ -1,0 +1,350 @@
+"""Transport: counters, streams, control messages, and what a missing or dead party gives."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from runtime.errors import PartyError
+from runtime.transport.communicator import Address
+from runtime.transport.control import PROTOCOL_VERSION, Hello, Message, Opcode, compare, unpack
+from runtime.transport.loopback import LoopbackControl, dealer_pair, link_pair
+from runtime.transport.traffic import Traffic
+from tests.roles import finish, free_port, outputs, run_roles, start
+
+HASH = "ab" * 32
+
+
+def flat(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------- in one process
+
+
+def test_loopback_exchange_both_ways_and_one_way() -> None:
+    client, server = link_pair()
+    seen: list[torch.Tensor] = []
+
+    def serve() -> None:
+        seen.append(server.exchange(flat(9), 3))
+        seen.append(server.exchange(None, 2))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert client.exchange(flat(1, 2, 3), 1).tolist() == [9]
+    assert client.exchange(flat(4, 5), 0).tolist() == []
+    thread.join()
+    assert [t.tolist() for t in seen] == [[1, 2, 3], [4, 5]]
+    assert client.traffic == Traffic(rounds=2, sent=5, received=1)
+    assert server.traffic == Traffic(rounds=2, sent=1, received=5)
+
+
+def test_loopback_notices_a_wrong_length_and_a_lost_peer() -> None:
+    client, server = link_pair(timeout=0.05)
+    client.exchange(flat(1, 2), 0)
+    with pytest.raises(PartyError, match="the client sent 2 bytes where 3 were due"):
+        server.exchange(None, 3)
+    with pytest.raises(PartyError, match=r"the client sent nothing for 0\.05 s"):
+        server.exchange(None, 3)
+    client.close()
+    with pytest.raises(PartyError, match="the client went away"):
+        server.exchange(None, 3)
+
+
+def test_a_message_must_be_flat_bytes() -> None:
+    client, _ = link_pair()
+    with pytest.raises(PartyError, match="flat uint8"):
+        client.exchange(torch.zeros(3), 0)
+    with pytest.raises(PartyError, match="flat uint8"):
+        client.exchange(torch.zeros(3, 3, dtype=torch.uint8), 0)
+
+
+def test_traffic_snapshot_difference_and_reset() -> None:
+    traffic = Traffic(rounds=3, sent=10, received=20, offline_received=5)
+    before = traffic.snapshot()
+    traffic.rounds += 1
+    traffic.sent += 7
+    assert traffic - before == Traffic(rounds=1, sent=7)
+    assert (before.online, before.offline) == (30, 5)
+    traffic.reset()
+    assert traffic == Traffic()
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_dealer_stream_is_a_byte_stream(block: int) -> None:
+    sender, receiver = dealer_pair(block_bytes=block)
+    whole = torch.arange(100, dtype=torch.uint8)
+    for part in whole.split(7):
+        sender.write(part)
+    sender.write(flat())
+    sender.flush()
+    read = torch.cat([receiver.read(n) for n in (0, 1, 13, 50, 0, 36)])
+    assert read.equal(whole)
+    assert (sender.sent, receiver.consumed, receiver.received) == (100, 100, 100)
+
+
+def test_dealer_stream_reads_are_aligned_and_own_their_memory() -> None:
+    sender, receiver = dealer_pair()
+    sender.write(flat(*range(17)))
+    sender.flush()
+    receiver.read(1)
+    part = receiver.read(16)
+    assert part.view(torch.int64).shape == (2,)
+
+
+def test_dealer_stream_small_writes_wait_for_a_block() -> None:
+    sender, receiver = dealer_pair(block_bytes=8)
+    sender.write(flat(1, 2, 3))
+    time.sleep(0.05)
+    assert receiver.received == 0
+    sender.write(flat(4, 5, 6, 7, 8))
+    assert receiver.read(8).tolist() == list(range(1, 9))
+
+
+def test_dealer_runs_ahead_up_to_the_limit() -> None:
+    sender, receiver = dealer_pair(block_bytes=10, ahead_bytes=30)
+    for _ in range(10):
+        sender.write(torch.zeros(10, dtype=torch.uint8))
+    deadline = time.monotonic() + 5
+    while receiver.received < 30 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert receiver.received == 30
+    assert receiver.read(100).numel() == 100
+
+
+def test_a_block_larger_than_the_limit_passes() -> None:
+    sender, receiver = dealer_pair(block_bytes=4, ahead_bytes=8)
+    sender.write(torch.zeros(20, dtype=torch.uint8))
+    assert receiver.read(20).numel() == 20
+
+
+def test_dealer_ends_before_it_should() -> None:
+    sender, receiver = dealer_pair()
+    sender.write(flat(1, 2))
+    sender.close()
+    with pytest.raises(PartyError, match="the dealer ended the session"):
+        receiver.read(3)
+
+
+def test_control_messages_keep_their_numbers() -> None:
+    control = LoopbackControl()
+    control.send(Opcode.STEP, 5, 0)
+    assert control.receive() == Message(Opcode.STEP, (5, 0))
+    with pytest.raises(PartyError, match=r"unknown request \(77\)"):
+        unpack(torch.tensor([77, 0]))
+
+
+MINE = Hello("client", "mergec", HASH)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (Hello("server", "crypten", HASH), "the server runs in mode crypten, this party in mode"),
+        (Hello("server", "mergec", "cd" * 32), "the server has the program cdcdcdcdcdcd, this"),
+        (Hello("client", "mergec", HASH), "joined in the place of the server but says it is the"),
+        (Hello("server", "mergec", HASH, fixed=14), "computes with 14 fractional bits"),
+        (Hello("server", "mergec", HASH, debug=1), "other debugging options"),
+        (Hello("server", "mergec", HASH, version=9), "speaks version 9 of the protocol"),
+    ],
+)
+def test_parties_that_disagree_are_told_in_what(theirs: Hello, message: str) -> None:
+    with pytest.raises(PartyError, match=message):
+        compare(MINE, Hello.from_words(theirs.words() + [0] * 4, 1), 1)
+
+
+def test_parties_that_agree_pass() -> None:
+    compare(MINE, Hello.from_words(Hello("server", "mergec", HASH).words(), 1), 1)
+    assert PROTOCOL_VERSION in MINE.words()
+
+
+def test_addresses() -> None:
+    assert Address.parse("tcp://127.0.0.1:29500") == Address("127.0.0.1", 29500)
+    assert Address.parse("tcp://127.0.0.1:1").loopback
+    assert not Address.parse("tcp://10.0.0.7:1").loopback
+    for text in ("127.0.0.1:29500", "tcp://host", "tcp://host:x", "file:///tmp/x", ""):
+        with pytest.raises(PartyError, match="not of the form"):
+            Address.parse(text)
+
+
+# ------------------------------------------------------------------------ in three processes
+
+
+def test_three_processes_exchange_stream_and_control() -> None:
+    printed = outputs(
+        """
+        communicator = join()
+        control = Control(communicator)
+        control.greet(Hello(role, "mergec", HASH))
+        if role == "client":
+            control.send(Opcode.STEP, 7, 3)
+            link = Link(communicator)
+            big = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
+            assert link.exchange(big[:5].clone(), 9).tolist() == list(range(9))
+            assert link.exchange(None, big.numel()).equal(big)
+            assert link.exchange(big, 0).numel() == 0
+            assert dealer_receiver(communicator).read(4).tolist() == [1, 2, 3, 4]
+            print(link.traffic.rounds, link.traffic.sent, link.traffic.received)
+            control.send(Opcode.END)
+        else:
+            message = control.receive()
+            assert message.opcode is Opcode.STEP and message.numbers[:2] == (7, 3)
+        if role == "server":
+            link = Link(communicator)
+            stream = dealer_receiver(communicator)
+            big = stream.read(24_000_000)
+            assert link.exchange(torch.arange(9, dtype=torch.uint8), 5).tolist() == [0] * 5
+            link.exchange(big, 0)
+            assert link.exchange(None, big.numel()).equal(big)
+            print(link.traffic.rounds, link.traffic.sent, link.traffic.received)
+            print(stream.consumed, link.traffic.offline_received)
+        if role == "dealer":
+            to_server, to_client = dealer_sender(communicator, 1), dealer_sender(communicator, 0)
+            data = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
+            for part in data.split(300_001):
+                to_server.write(part)
+            to_client.write(torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
+            to_client.close()
+            to_server.close()
+            print(communicator.traffic.offline_sent)
+        if role != "client":
+            assert control.receive().opcode is Opcode.END
+        communicator.leave()
+        """
+    )
+    assert printed["client"] == ["3 24000005 24000009"]
+    assert printed["server"] == ["3 24000009 24000005", "24000000 24000000"]
+    assert printed["dealer"] == ["24000004"]
+
+
+def test_crypten_runs_over_the_communicator_with_the_dealer_as_third_party() -> None:
+    printed = outputs(
+        """
+        from runtime import crypten_compat as crypten
+        crypten.use_provider("dealer")
+        communicator = join(third_party=True)
+        if role == "dealer":
+            crypten.serve_third_party()
+        else:
+            crypten.start_party()
+            x = crypten.cryptensor(torch.tensor([[1.5, -2.0, 3.0]]), src=0)
+            y = crypten.cryptensor(torch.tensor([[2.0], [4.0], [-1.0]]), src=1)
+            before = communicator.traffic.snapshot()
+            product = x.matmul(y)
+            spent = communicator.traffic - before
+            print(spent.rounds, spent.sent, spent.received)
+            print(product.get_plain_text().tolist())
+            text = product.get_plain_text(dst=0)
+            print(text.tolist() if role == "client" else "nothing")
+            print((communicator.traffic - before).rounds, communicator.traffic.offline > 0)
+            if role == "client":
+                crypten.end_third_party()
+        communicator.leave()
+        print("left")
+        """
+    )
+    # Both factors, three words each, go out once from either party.
+    assert printed["client"][0] == printed["server"][0] == "1 48 48"
+    assert abs(float(printed["client"][1].strip("[]")) + 8) < 1e-3
+    assert printed["server"][2] == "nothing"
+    assert printed["client"][3] == "3 True"
+    assert printed["server"][3] == "3 False"
+    assert printed["dealer"] == ["left"]
+
+
+FAIL = """
+    try:
+        communicator = join(join_timeout=LIMIT)
+        control = Control(communicator)
+        control.greet(Hello(role, MODE, HASH))
+    except PartyError as error:
+        print(error)
+        sys.stdout.flush()
+        import os
+        os._exit(3)
+"""
+
+
+def test_a_missing_dealer_is_named_by_both() -> None:
+    finished = run_roles(FAIL.replace("LIMIT", "4.0"), roles=("client", "server"))
+    for result in finished.values():
+        assert result.code == 3, result
+        assert "dealer" in result.out
+        assert "Traceback" not in result.err
+    assert "the dealer did not join within 4 s; start it with `python" in finished["client"].out
+
+
+def test_a_missing_client_is_named() -> None:
+    finished = run_roles(FAIL.replace("LIMIT", "2.0"), roles=("server",))
+    assert "the client did not join within 2 s; start it with" in finished["server"].out
+
+
+def test_different_modes_are_named_by_all_before_anything_is_sent() -> None:
+    script = FAIL.replace("LIMIT", "20.0").replace(
+        "MODE", "'crypten' if role == 'server' else 'mergec'"
+    )
+    finished = run_roles(script)
+    assert "the server runs in mode crypten" in finished["client"].out
+    assert "the server runs in mode crypten" in finished["dealer"].out
+    assert "runs in mode mergec, this party in mode crypten" in finished["server"].out
+    assert all(result.code == 3 for result in finished.values())
+
+
+def test_a_killed_party_ends_the_others() -> None:
+    script = """
+        communicator = join()
+        print("joined", flush=True)
+        try:
+            if role == "client":
+                Link(communicator).exchange(None, 8)
+            elif role == "server":
+                import time
+                time.sleep(60)
+            else:
+                Control(communicator).receive()
+        except PartyError as error:
+            print(error, flush=True)
+            import os
+            os._exit(3)
+    """
+    rendezvous = f"tcp://127.0.0.1:{free_port()}"
+    processes = {role: start(role, script, rendezvous) for role in ("client", "server", "dealer")}
+    try:
+        for process in processes.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "joined\n"
+        processes["server"].kill()
+        client = finish(processes["client"], 20)
+        dealer = finish(processes["dealer"], 20)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    assert (client.code, dealer.code) == (3, 3)
+    assert "the server went away" in client.out
+    assert "the client went away" in dealer.out
+    assert "Traceback" not in client.err + dealer.err
+
+
+def test_a_silent_party_is_named_after_the_timeout() -> None:
+    printed = run_roles(
+        """
+        communicator = join(timeout=1.0)
+        import time
+        if role == "client":
+            try:
+                Link(communicator).exchange(None, 8)
+            except PartyError as error:
+                print(error, flush=True)
+        else:
+            time.sleep(3)
+        import os
+        os._exit(0)
+        """
+    )
+    assert "the server sent nothing for 1 s" in printed["client"].out
