@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,7 @@ from runtime.errors import MergecError, PromptError
 from runtime.version import VERSION
 
 if TYPE_CHECKING:
-    from compiler.program import Answer, Program
+    from compiler.program import Program
 
 DEBUG = "MERGEC_DEBUG"
 DEMO_SOURCE = "smollm2"
@@ -88,10 +88,9 @@ def compile_command(
     max_length: MaxLength = None,
     preset: Preset = None,
     disable: Disable = None,
-    device: DeviceOption = Device.cpu,
 ) -> None:
-    """Compile a model into a bundle for each of client, server and dealer."""
-    options = _options(fractional_bits, max_length, preset, disable, device)
+    """Compile a model into one bundle per role."""
+    options = _options(fractional_bits, max_length, preset, disable)
     with _steps() as step:
         program = _compile(source, options, step)
         program.save(output, step)
@@ -107,7 +106,7 @@ def inspect_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="The instructions as text.")] = False,
 ) -> None:
-    """Show what a program does and costs, by op and by layer."""
+    """Show what a program costs, by op and by layer."""
     from compiler.program import Program
 
     with _steps() as step:
@@ -147,7 +146,7 @@ def run_command(
         bool, typer.Option("--check-plaintext", help="Print plaintext's answer, too.")
     ] = False,
 ) -> None:
-    """Run all three roles on this machine, each in a process of its own."""
+    """Run the three roles here, a process each."""
     from compiler.program import Program
 
     with _steps() as step:
@@ -179,7 +178,7 @@ def demo_command(
     max_tokens: MaxTokens = 16,
     reuse: Annotated[bool, typer.Option("--reuse", help="Take bundles made before.")] = False,
 ) -> None:
-    """Compile SmolLM2-135M-Instruct and let three processes answer a question."""
+    """Compile SmolLM2-135M and ask it something."""
     from compiler.program import Program
 
     with _steps() as step:
@@ -204,7 +203,6 @@ def _options(
     max_length: int | None,
     preset: str | None,
     disable: list[str] | None,
-    device: Device,
 ) -> dict[str, Any]:
     """What was given on the command line; the rest is CompileConfig's to decide."""
     given: dict[str, Any] = {
@@ -212,7 +210,6 @@ def _options(
         "max_length": max_length,
         "preset": preset,
         "disable": tuple(disable) if disable else None,
-        "device": None if device is Device.cpu else device.value,
     }
     return {key: value for key, value in given.items() if value is not None}
 
@@ -226,9 +223,10 @@ def _compile(source: str, options: dict[str, Any], step: Step) -> Program:
 def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any) -> None:
     if not prompt.strip():
         raise PromptError("the prompt is empty; say something with --prompt")
-    answer = program.generate_local(prompt, on_text=_write, on_start=_announce, **options)
-    sys.stdout.write("\n")
-    out.print()
+    out.print(RichText(f"> {prompt}", style="dim"))
+    with _waiting("client, server and dealer are starting") as first:
+        answer = program.generate_local(prompt, on_text=first(_write), **options)
+    sys.stdout.write("\n\n")
     out.print(answer.table())
     if check_plaintext:
         with _steps() as step:
@@ -237,13 +235,29 @@ def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any
         out.print(plain.comparison(answer))
 
 
-def _announce(prompt: str) -> None:
-    out.print(RichText(prompt, style="dim"))
-
-
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[Callable[[Callable[[str], None]], Callable[[str], None]]]:
+    """A spinner until the first text comes; gives what to wrap the writing of text in."""
+    spinner = err.status(what)
+
+    def first(write: Callable[[str], None]) -> Callable[[str], None]:
+        def stop_and_write(text: str) -> None:
+            spinner.stop()
+            write(text)
+
+        return stop_and_write
+
+    if err.is_terminal:
+        spinner.start()
+    try:
+        yield first
+    finally:
+        spinner.stop()
 
 
 class Step:
@@ -284,6 +298,7 @@ def run(arguments: list[str] | None = None) -> int:
     debug = bool(os.environ.get(DEBUG))
     try:
         code = app(args=arguments, prog_name="mergec", standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except MergecError as error:
         return _fail(str(error), FAILED, debug)
@@ -294,16 +309,17 @@ def run(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) has what it wanted.
-        sys.stdout = None  # type: ignore[assignment]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("compiler", "passes", "runtime"):
             return _fail(f"internal error: {error}; set {DEBUG}=1 for more", FAILED, debug)
         hint = "install mergec[compile]"
         return _fail(f"the package {error.name!r} is needed here; {hint}", FAILED, debug)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
         kind = type(error).__name__
-        text = f"internal error: {kind}: {error}; set {DEBUG}=1 for the traceback and report it"
+        said = " ".join(str(error).split())
+        text = f"internal error: {kind}: {said}; set {DEBUG}=1 for the traceback and report it"
         return _fail(text, FAILED, debug)
 
 
@@ -314,8 +330,10 @@ def _message(error: Any) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    err.print(RichText(f"error: {line}", style="red"), soft_wrap=True)
+    first, *details = message.strip().splitlines() or ["unknown"]
+    err.print(RichText(f"error: {first}", style="red"), soft_wrap=True)
+    for line in details:  # the nodes of the user's graph that are to blame, and why
+        err.print(RichText(line), soft_wrap=True)
     return code
 
 

@@ -67,7 +67,10 @@ def compile_source(
     config = CompileConfig(**options)
     progress("loading the model")
     model, tokenizer = load_model(source)
-    return compile_decoder(model, tokenizer, config, progress)
+    program = compile_decoder(model, tokenizer, config, progress)
+    for role in program.roles.values():
+        role.manifest["model"] = Path(source).stem
+    return program
 
 
 def _describe(

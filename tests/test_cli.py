@@ -1,0 +1,176 @@
+"""The command line: what it prints, how it fails, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compiler.cli as cli
+from compiler.program import Answer, Phase, Program
+from runtime.errors import PartyError
+from runtime.spec import ROLES
+from tests.fixtures import decoder, greedy
+from tests.test_program import TYPES
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = Program({role: decoder(role) for role in ROLES}, TYPES)
+    return program.save(tmp_path_factory.mktemp("cli") / "bundles")
+
+
+@pytest.fixture
+def bundles(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "bundles"))
+
+
+Failed = Any
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Failed:
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+
+    def check(arguments: list[str], code: int, *words: str) -> None:
+        assert cli.run(arguments) == code
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if not line.endswith("…")]
+        assert len(errors) == 1, printed.err
+        assert errors[0].startswith("error: ")
+        assert "Traceback" not in printed.err
+        for word in words:
+            assert word in errors[0]
+
+    return check
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("compile", "inspect", "run", "demo"))
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mergec ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["run"], "Missing"),
+        (["run", "somewhere"], "--prompt"),
+        (["run", "somewhere", "--prompt", "x", "--mode", "fast"], "--mode"),
+        (["run", "somewhere", "--prompt", "x", "--device", "tpu"], "--device"),
+        (["run", "somewhere", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["run", "somewhere", "--prompt", "x", "--top-p", "2"], "--top-p"),
+        (["run", "somewhere", "--prompt", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["run", "somewhere", "--prompt", "x", "--speed", "9"], "--speed"),
+        (["compile", "smollm2"], "--output"),
+        (["inspect", "x", "--new", "none"], "--new"),
+    ],
+)
+def test_usage(fails: Failed, arguments: list[str], words: str) -> None:
+    fails(arguments, cli.USAGE, words, "mergec --help")
+
+
+def test_bad_bundles(fails: Failed, bundles: Path, tmp_path: Path) -> None:
+    run = ["run", str(bundles), "--prompt", "x"]
+    fails(["run", str(tmp_path / "none"), "--prompt", "x"], cli.FAILED, "no such bundle")
+    tensors = bundles / "server" / "tensors.safetensors"
+    data = tensors.read_bytes()
+    tensors.write_bytes(data[:-9])
+    fails(run, cli.FAILED, "tensors.safetensors", "cut or changed")
+    tensors.write_bytes(data)
+    shutil.rmtree(bundles / "server")
+    shutil.copytree(bundles / "client", bundles / "server")
+    fails(run, cli.FAILED, "is the bundle of the client")
+    shutil.rmtree(bundles / "server")
+    fails(run, cli.FAILED, "server", "no such bundle")
+
+
+def test_bad_prompts(fails: Failed, bundles: Path) -> None:
+    fails(["run", str(bundles), "--prompt", "  "], cli.FAILED, "empty")
+    fails(["run", str(bundles), "--prompt", "hello"], cli.FAILED, "tokenizer")
+
+
+def test_compiling_onto_something_else(
+    fails: Failed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_compile", lambda *_: Program({r: decoder(r) for r in ROLES}, TYPES))
+    (tmp_path / "notes.txt").write_text("mine")
+    fails(["compile", "x", "-o", str(tmp_path)], cli.FAILED, "not a mergec bundle")
+    assert cli.run(["compile", "x", "-o", str(tmp_path / "new")]) == 0
+    assert Program.stands_at(tmp_path / "new")
+
+
+def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Failed) -> None:
+    assert cli.run(["inspect", str(bundles), "--json", "--past", "4"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["model"], data["past"]) == ("decoder", 4)
+    assert cli.run(["inspect", str(bundles), "--markdown", "--past", "4"]) == 0
+    assert "| mpc.linear |" in capsys.readouterr().out
+    assert cli.run(["inspect", str(bundles), "--past", "4"]) == 0
+    assert "mpc.linear" in capsys.readouterr().out
+    assert cli.run(["inspect", str(bundles), "--graph", "--past", "4"]) == 0
+    assert capsys.readouterr().out.startswith("%ids = input")
+    fails(["inspect", str(bundles), "--past", "99"], cli.FAILED, "more than the 16")
+    shutil.rmtree(bundles / "server")
+    assert cli.run(["inspect", str(bundles), "--json", "--past", "4"]) == 0
+
+
+def test_run_prints_answer_summary_and_plaintext(
+    bundles: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = greedy([3], 4)
+
+    def generate(self: Program, prompt: str, **options: Any) -> Answer:
+        options["on_text"]("to ")
+        options["on_text"]("be")
+        phases = {"prompt": Phase(1, 2.0, 40, 5_000_000, 70), "decode": Phase(3, 3.0, 90, 900, 0)}
+        return Answer("to be", [3], tokens, phases, {"client": 10**9})
+
+    monkeypatch.setattr(Program, "generate_local", generate)
+    assert cli.run(["run", str(bundles), "--prompt", "hi", "--check-plaintext"]) == 0
+    printed = capsys.readouterr().out
+    assert "> hi" in printed
+    assert "to be\n" in printed
+    for cell in ("2.00", "5.0 MB", "1.00", "300 B", "30", "client 1.0 GB"):
+        assert cell in printed
+    assert "all 4 tokens are the same" in printed
+
+
+def test_other_failures(
+    fails: Failed, bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = ["run", str(bundles), "--prompt", "hi"]
+
+    def failing(error: BaseException) -> None:
+        def generate(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Program, "generate_local", generate)
+
+    failing(PartyError("the server went away; start it again"))
+    fails(run, cli.FAILED, "the server went away")
+    failing(ZeroDivisionError("a\nb"))
+    fails(run, cli.FAILED, "internal error: ZeroDivisionError: a b", cli.DEBUG)
+    failing(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
+    fails(run, cli.FAILED, "'gguf'", "mergec[compile]")
+    failing(KeyboardInterrupt())
+    assert cli.run(run) == cli.INTERRUPTED
+    capsys.readouterr()
+    monkeypatch.setenv(cli.DEBUG, "1")
+    failing(PartyError("gone"))
+    assert cli.run(run) == cli.FAILED
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
+    command = f"{sys.executable} -m compiler.cli inspect {bundles} --graph --past 1 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "rror" not in done.stderr
