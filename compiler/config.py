@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from compiler.errors import CompileError
@@ -25,6 +25,7 @@ class CompileConfig:
     extra_passes: further Pass classes, run in the order of their stage.
     calibration: token sequences whose values tell how large each wire gets; by default fixed
     pseudo-random ones, or the tokenizer's of a few sentences where there is a tokenizer.
+    name: what the program is called in reports; the model's own name by default.
     """
 
     fractional_bits: int = 16
@@ -32,7 +33,8 @@ class CompileConfig:
     preset: str = "exact"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
-    calibration: tuple[tuple[int, ...], ...] = field(default=())
+    calibration: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.fractional_bits != 16:
