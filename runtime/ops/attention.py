@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from runtime.protocols.rows import EXP_FRAC, INVERSE, exponentials, exponentials
 from runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
 from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.spec import Cost
+from runtime.stock_domain import MASKED_OUT
 from runtime.values import Masked, Shared, encode
 
 MASKED_SCORE = -1e4
@@ -130,6 +132,30 @@ class Attention(Op):
         )
         (result,) = yield from multiply(ctx, (summed.reshape(-1, features), inverse))
         return Shared(result.reshape(q.shape), ctx.fixed + INVERSE.out_frac)
+
+    @classmethod
+    def stock(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+    ) -> Any:
+        """CrypTen's matrix products and softmax. The heads of a group are rows of one product."""
+        batch, heads, new, features = q.shape
+        groups, length = k.shape[1], k.shape[2]
+        query = q.reshape(batch, groups, heads // groups * new, features)
+        scores = query.matmul(k.transpose(-1, -2)).mul(float(scale))
+        if softcap > 0:
+            scores = scores.mul(1 / softcap).tanh().mul(float(softcap))
+        scores = scores.reshape(batch, heads, new, length)
+        if mask is not None:
+            # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
+            scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
+        weights = scores.softmax(-1).reshape(batch, groups, heads // groups * new, length)
+        return weights.matmul(v).reshape(batch, heads, new, features)
 
 
 def _weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:

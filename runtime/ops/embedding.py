@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
@@ -51,3 +53,13 @@ class Embedding(Op):
             rows = torch.empty(shape, dtype=torch.int64, device="meta")
         sent = yield from send(ctx, Shared(rows, 0))
         return Shared(table_rows(ctx, sent, weight), weight.frac)
+
+    @classmethod
+    def stock(cls, ids: Any, weight: Any) -> Any:
+        """The client's one-hot rows, shared, times the shared table: CrypTen's matrix product."""
+        from runtime import crypten_compat as crypten
+
+        rows = torch.zeros((*ids.shape, weight.shape[0]), device=weight.device)
+        if not ids.value.is_meta:
+            rows.scatter_(-1, ids.value.to(rows.device)[..., None], 1.0)
+        return crypten.cryptensor(rows, src=CLIENT).matmul(weight)

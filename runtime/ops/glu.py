@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.ops.gelu import GELU, GELU_TANH
+from runtime.ops.gelu import GELU, GELU_TANH, Gelu
 from runtime.ops.silu import SILU
 from runtime.protocols.multiply import multiply, multiply_cost
 from runtime.protocols.rectify import rectify, rectify_cost
@@ -56,3 +58,14 @@ class Glu(Op):
             active = yield from apply(ctx, FUNCTIONS[act], gate.share, ctx.fixed)
         (share,) = yield from multiply(ctx, (active, up.share))
         return Shared(share, 2 * ctx.fixed)
+
+    @classmethod
+    def stock(cls, gate: Any, up: Any, act: str) -> Any:
+        """CrypTen's activation, then its product."""
+        if act == "silu":
+            active = gate * gate.sigmoid()
+        elif act == "relu":
+            active = gate.relu()
+        else:
+            active = Gelu.stock(gate, act == "gelu_tanh")
+        return active * up

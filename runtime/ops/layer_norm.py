@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from runtime.protocols.gain import apply_gain, gain_cost
 from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
 from runtime.protocols.weights import add_held
 from runtime.spec import Cost
+from runtime.stock_domain import norm_factor
 from runtime.values import Held, Shared, Weight
 
 
@@ -80,3 +82,12 @@ class LayerNorm(Op):
         if bias is None:
             return scaled
         return Shared(add_held(ctx, scaled.share, bias, scaled.frac), scaled.frac)
+
+    @classmethod
+    def stock(cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0) -> Any:
+        """CrypTen's mean, square and inverse root of the row, brought into its domain first."""
+        factor = norm_factor(bound)
+        x = (x - x.mean(-1, keepdim=True)).mul(factor)
+        y = x * (x.square().mean(-1, keepdim=True) + eps * factor**2).inv_sqrt()
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias

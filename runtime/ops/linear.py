@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -44,3 +45,9 @@ class Linear(Op):
         frac = x.frac + weight.frac
         share = linear(ctx, x, weight)
         return Shared(share if bias is None else add_held(ctx, share, bias, frac), frac)
+
+    @classmethod
+    def stock(cls, x: Any, weight: Any, bias: Any = None) -> Any:
+        """CrypTen's matrix product with the shared weight, opened anew in every step."""
+        result = x.matmul(weight.transpose(0, 1))
+        return result if bias is None else result + bias

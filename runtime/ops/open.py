@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
@@ -32,3 +34,8 @@ class Open(Op):
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
         opened: Masked = yield from open_masked(ctx, x)
         return opened
+
+    @classmethod
+    def stock(cls, x: Any) -> Any:
+        """Nothing to do: CrypTen's products open what they need by themselves."""
+        return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
@@ -38,3 +40,11 @@ class Reciprocal(Op):
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)
+
+    @classmethod
+    def stock(cls, x: Any) -> Any:
+        """CrypTen's Newton iteration."""
+        from runtime import crypten_compat as crypten
+
+        with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
+            return x.reciprocal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from runtime.op import Op
 from runtime.protocols.gain import apply_gain, gain_cost
 from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
 from runtime.spec import Cost
+from runtime.stock_domain import norm_factor
 from runtime.values import Shared, Weight
 
 
@@ -69,3 +71,13 @@ class RmsNorm(Op):
         share = yield from normalize(ctx, x.share, spec)
         scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, offset)
         return scaled
+
+    @classmethod
+    def stock(cls, x: Any, weight: Any, eps: float, offset: float = 0.0, bound: float = 0.0) -> Any:
+        """CrypTen's square, mean and inverse root of the row, brought into its domain first."""
+        factor = norm_factor(bound)
+        x = x.mul(factor)
+        y = x * (x.square().mean(-1, keepdim=True) + eps * factor**2).inv_sqrt()
+        if weight is None:
+            return y
+        return y * (weight + float(offset))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
@@ -62,6 +64,23 @@ class Rotary(Op):
         cosine, sine = (encode(table, TABLE_FRAC).to(rot.device) for table in (cos, sin))
         turned = rot * cosine + rotate(rot, interleaved) * sine
         return Shared(torch.cat([turned, rest << TABLE_FRAC], -1), frac)
+
+    @classmethod
+    def stock(cls, x: Any, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> Any:
+        """CrypTen's products with public numbers: local, with local truncation."""
+        from runtime import crypten_compat as crypten
+
+        size = cos.shape[-1]
+        rot = x[..., :size]
+        if interleaved:
+            pair = crypten.stack([-rot[..., 1::2], rot[..., ::2]], -1)
+            quarter = pair.reshape(*rot.shape)
+        else:
+            quarter = crypten.cat([-rot[..., size // 2 :], rot[..., : size // 2]], -1)
+        turned = rot * cos.to(torch.float32) + quarter * sin.to(torch.float32)
+        if size == x.shape[-1]:
+            return turned
+        return crypten.cat([turned, x[..., size:]], -1)
 
 
 def rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -45,6 +45,11 @@ class Scale(Op):
         share = ghost(x.shape) if x.share.is_meta else x.share * mantissa
         return Shared(share, x.frac + bits)
 
+    @classmethod
+    def stock(cls, x: Any, factor: float) -> Any:
+        """CrypTen's product with a public number: local, with local truncation."""
+        return x.mul(float(factor))
+
 
 _MANTISSA_BITS = 16
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from runtime.context import Context
@@ -32,3 +34,8 @@ class Send(Op):
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
         sent: Sent = yield from send(ctx, x)
         return sent
+
+    @classmethod
+    def stock(cls, x: Any) -> Any:
+        """Nothing to do: CrypTen's products open what they need by themselves."""
+        return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -36,3 +38,8 @@ class Tanh(Op):
         """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, +-1 beyond +-7.75."""
         share = yield from apply(ctx, TANH, x.share, ctx.fixed)
         return Shared(share, ctx.fixed)
+
+    @classmethod
+    def stock(cls, x: Any) -> Any:
+        """CrypTen's tanh, by its sigmoid."""
+        return x.tanh()
