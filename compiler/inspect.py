@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -71,9 +72,12 @@ class Inspection:
         for key, value in self.facts.items():
             shown.append(Text(f"  {key.replace('_', ' ')}: {value}"))
         for heading, (head, *body) in self._tables():
-            table = Table(title=heading, title_justify="left", header_style="bold")
+            table = Table(title=heading, title_justify="left", header_style="bold", box=SIMPLE)
             for index, name in enumerate(head):
-                table.add_column(name, justify="left" if index == 0 else "right")
+                if index == 0:
+                    table.add_column(name, min_width=max(len(row[0]) for row in body))
+                else:
+                    table.add_column(name, justify="right")
             for row in body:
                 last = row is body[-1] and row[0] == "total"
                 table.add_row(*(Text(cell) for cell in row), style="bold" if last else "")
@@ -82,7 +86,7 @@ class Inspection:
 
     def _tables(self) -> Iterable[tuple[str, list[list[str]]]]:
         yield "By op", _cost_cells("op", [*self.by_op, self.total])
-        yield "By layer", _cost_cells("layer", [*self.by_layer, self.total])
+        yield "By layer", _cost_cells("layer", [*self.by_layer, self.total], vis=False)
         if self.passes:
             keys = list(self.passes[0])
             rows = [[str(entry.get(key, "")) for key in keys] for entry in self.passes]
@@ -176,13 +180,14 @@ def _group(
     return sorted(rows, key=lambda row: (-row.online, row.key)) if by_cost else rows
 
 
-def _cost_cells(first: str, rows: Sequence[Row]) -> list[list[str]]:
-    head = [first, "count", "visibility", "rounds", "online", "offline", "share"]
+def _cost_cells(first: str, rows: Sequence[Row], *, vis: bool = True) -> list[list[str]]:
+    known = ["visibility"] if vis else []
+    head = [first, "count", *known, "rounds", "online", "offline", "share"]
     return [head] + [
         [
             row.key,
             f"{row.count:,}",
-            row.vis,
+            *([row.vis] if vis else []),
             f"{row.rounds:,}",
             readable(row.online),
             readable(row.offline),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
@@ -17,6 +19,7 @@ from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle,
 from runtime.encoding import program_hash
 from runtime.errors import BundleError, PromptError
 from runtime.program import RoleProgram
+from runtime.sampling import Sampling, choose
 from runtime.spec import ROLES
 from runtime.text import VOCABULARY, Stream, Text
 
@@ -51,12 +54,13 @@ class Answer:
     text: str
     prompt: list[int]
     tokens: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
     phases: dict[str, Phase] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
 
     def table(self) -> RenderableType:
         """Per token: seconds, bytes and rounds, prompt and decode apart; memory by process."""
-        table = Table(header_style="bold")
+        table = Table(header_style="bold", box=SIMPLE)
         table.add_column("")
         for name in ("tokens", "s/token", "online/token", "rounds/token", "offline/token"):
             table.add_column(name, justify="right")
@@ -230,6 +234,7 @@ class Program:
         `prompt` is text or token numbers. `chat` puts text into the model's chat template; None
         does so where there is one. `on_text` gets the answer's text as it comes.
         """
+        sampling = Sampling(temperature, top_k, top_p, seed)
         ids, text = self._tokens(prompt, chat, max_tokens)
         from runtime.local import run_local
 
@@ -240,22 +245,23 @@ class Program:
             max_tokens=max_tokens,
             mode=mode,
             device=device,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(
             text=stream.end() if stream is not None else "",
             prompt=ids,
             tokens=list(result.tokens),
+            sampling=sampling,
             phases={},
             peak_memory={},
         )
 
     def plaintext(self, answer: Answer) -> PlainAnswer:
-        """The greedy continuation of the answer's prompt in the clear, as long as the answer."""
+        """The prompt's continuation in the clear, chosen as the answer was and as long.
+
+        Sampled tokens can be compared only if the answer was drawn from a given seed.
+        """
         from runtime.plain import PlainExecutor
 
         if "server" not in self.roles:
@@ -263,7 +269,12 @@ class Program:
         plain = PlainExecutor(self.roles["server"])
         stop = self.manifest["stop_tokens"]
         tokens, margins = [], []
-        for token, logits in plain.generate(answer.prompt, len(answer.tokens), stop=stop):
+        sampling, generator = answer.sampling, answer.sampling.generator()
+
+        def pick(logits: torch.Tensor) -> int:
+            return choose(logits, sampling, generator)
+
+        for token, logits in plain.generate(answer.prompt, len(answer.tokens), pick, stop):
             best = logits.topk(2).values
             tokens.append(token)
             margins.append(float(best[0] - best[1]))

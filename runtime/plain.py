@@ -41,13 +41,19 @@ class PlainExecutor:
             for item in program.instructions
         ]
         self._last_use = self._liveness()
+        floating = [
+            self._tensors[c.name].dtype
+            for c in program.constants
+            if c.vis is Vis.SERVER and self._tensors[c.name].is_floating_point()
+        ]
+        self._dtype = floating[0] if floating else torch.get_default_dtype()
 
     def start(self) -> dict[str, torch.Tensor]:
-        """Empty caches, for the first step."""
+        """Empty caches, for the first step, in the model's own precision."""
         return {
             spec.name: torch.zeros(
                 [0 if isinstance(size, str) else size for size in spec.shape],
-                dtype=getattr(torch, spec.dtype.removeprefix("torch.")),
+                dtype=self._dtype,
                 device=self.device,
             )
             for spec in self.program.inputs

@@ -132,7 +132,7 @@ def test_run_prints_answer_summary_and_plaintext(
         options["on_text"]("to ")
         options["on_text"]("be")
         phases = {"prompt": Phase(1, 2.0, 40, 5_000_000, 70), "decode": Phase(3, 3.0, 90, 900, 0)}
-        return Answer("to be", [3], tokens, phases, {"client": 10**9})
+        return Answer("to be", [3], tokens, phases=phases, peak_memory={"client": 10**9})
 
     monkeypatch.setattr(Program, "generate_local", generate)
     assert cli.run(["run", str(bundles), "--prompt", "hi", "--check-plaintext"]) == 0
