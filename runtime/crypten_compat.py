@@ -118,6 +118,7 @@ with quiet():
 cat = crypten.cat
 stack = crypten.stack
 cryptensor = crypten.cryptensor
+no_grad = crypten.no_grad
 
 
 def is_secret(value: object) -> bool:
@@ -168,6 +169,7 @@ __all__ = [
     "cryptensor",
     "end_third_party",
     "is_secret",
+    "no_grad",
     "quiet",
     "restricted_loads",
     "serve_third_party",

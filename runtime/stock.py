@@ -1,0 +1,163 @@
+"""Runs a program by CrypTen's stock protocols: the baseline that ours are compared with.
+
+The weights are secret-shared at the start of the session, the client shares one-hot rows of its
+tokens, and every op on shares is CrypTen's own. What one party can compute alone it does, as in
+`runtime.executor`; instructions run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from runtime import crypten_compat as crypten
+from runtime.executor import Planned, apply_locally
+from runtime.op import load_all
+from runtime.program import Ref, RoleProgram
+from runtime.spec import FRACTIONAL_BITS, ROLES, SERVER, Vis
+from runtime.structural import decode_literal, function
+from runtime.values import OWNER, Held, visibility
+
+
+class StockExecutor:
+    """The client's or the server's side of a session; the dealer is CrypTen's third party."""
+
+    def __init__(self, program: RoleProgram, device: str = "cpu") -> None:
+        load_all()
+        self.program = program
+        self.device = torch.device(device)
+        self.party = ROLES.index(program.role)
+        crypten.cfg.encoder.precision_bits = program.manifest.get(
+            "fractional_bits", FRACTIONAL_BITS
+        )
+        self._held: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {}
+        self._plan = [Planned(instruction) for instruction in program.instructions]
+        self._last_use: dict[str, int] = {}
+        for i, planned in enumerate(self._plan):
+            self._last_use.update(dict.fromkeys(planned.refs, i))
+
+    def setup(self) -> None:
+        """Load the constants and share the server's."""
+        for spec in self.program.constants:
+            data = self.program.tensors.get(spec.name)
+            if spec.vis is Vis.PUBLIC:
+                if data is None:
+                    raise KeyError(f"the bundle lacks the public tensor {spec.name}")
+                self._held[spec.name] = data.to(self.device)
+                continue
+            if self.party != OWNER[spec.vis] or data is None:
+                dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+                data = torch.empty(spec.shape, dtype=dtype, device="meta")
+            self._held[spec.name] = Held(spec.vis, data)
+        for name in self._weight_names():
+            self._shared[name] = self._share(self._held[name])
+
+    def start(self) -> dict[str, Any]:
+        """Empty caches, for the first step."""
+        return {
+            spec.name: crypten.MPCTensor.from_shares(
+                torch.zeros(
+                    [0 if isinstance(size, str) else size for size in spec.shape],
+                    dtype=torch.int64,
+                    device=self.device,
+                )
+            )
+            for spec in self.program.inputs
+            if spec.cache_output is not None
+        }
+
+    def step(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the program once; gives its outputs by name."""
+        values: dict[str, Any] = dict(inputs)
+        outputs = set(self.program.outputs)
+        with crypten.quiet(), crypten.no_grad():
+            for i, planned in enumerate(self._plan):
+                values[planned.instruction.name] = self._run(planned, values)
+                for name in planned.refs:
+                    if self._last_use[name] == i and name not in outputs:
+                        values.pop(name, None)
+        return {name: values[name] for name in self.program.outputs}
+
+    def _run(self, planned: Planned, values: dict[str, Any]) -> Any:
+        instruction, op = planned.instruction, planned.op
+        args = [self._resolve(arg, values) for arg in instruction.args]
+        kwargs = {key: self._resolve(arg, values) for key, arg in instruction.kwargs.items()}
+        if op is None:
+            return self._move(function(instruction.target), args, kwargs)
+        known = op.known_to(*(_visibility(v) for v in (*args, *kwargs.values()) if _is_tensor(v)))
+        if known is not None:
+            return apply_locally(known, op.reference, args, kwargs)
+        bound = planned.bind(args, kwargs)
+        for parameter, value in bound.items():
+            if isinstance(value, Held) and op.operands.get(parameter) != "held":
+                argument = planned.argument(parameter)
+                name = argument.name if isinstance(argument, Ref) else ""
+                bound[parameter] = (
+                    self._shared[name] if name in self._shared else self._share(value)
+                )
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                bound[parameter] = value.to(torch.float32)
+        return op.stock(**bound)
+
+    def _move(self, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """A structural or public function: on secrets, on each party's shares."""
+        flat = [*args, *kwargs.values()]
+        flat += [item for arg in flat if isinstance(arg, list) for item in arg]
+        if not any(map(crypten.is_secret, flat)):
+            held = [value for value in flat if isinstance(value, Held)]
+            return apply_locally(held[0].vis if held else Vis.PUBLIC, call, args, kwargs)
+        several = any(isinstance(arg, list) and any(map(_is_tensor, arg)) for arg in args)
+
+        def strip(value: Any) -> Any:
+            if isinstance(value, list):
+                return [strip(item) for item in value]
+            if several and isinstance(value, (Held, torch.Tensor)):
+                value = self._share(value)
+            return value.share.data if crypten.is_secret(value) else value
+
+        result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
+        return _wrap(result)
+
+    def _share(self, value: Held | torch.Tensor) -> Any:
+        """Secret-share what one party holds; a public value is the client's share of itself."""
+        if isinstance(value, torch.Tensor):
+            return crypten.cryptensor(value.to(torch.float32), src=0)
+        data = value.value
+        if data.is_meta:
+            data = torch.zeros(data.shape)
+        return crypten.cryptensor(data.to(self.device, torch.float32), src=OWNER[value.vis])
+
+    def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
+        if isinstance(arg, Ref):
+            return values[arg.name] if arg.name in values else self._held[arg.name]
+        if isinstance(arg, (list, tuple)):
+            return [self._resolve(item, values) for item in arg]
+        return decode_literal(arg, self.device)
+
+    def _weight_names(self) -> list[str]:
+        """Server-held constants that an op on shares takes."""
+        held = {spec.name for spec in self.program.constants if OWNER.get(spec.vis) == SERVER}
+        names: dict[str, None] = {}
+        for planned in self._plan:
+            if planned.op is not None and planned.instruction.vis is Vis.SHARED:
+                names |= dict.fromkeys(name for name in planned.refs if name in held)
+        return list(names)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, Held)) or crypten.is_secret(value)
+
+
+def _visibility(value: Any) -> Vis:
+    return Vis.SHARED if crypten.is_secret(value) else visibility(value)
+
+
+def _wrap(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return crypten.MPCTensor.from_shares(result)
+    if isinstance(result, Sequence):
+        return [_wrap(item) for item in result]
+    return result
