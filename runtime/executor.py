@@ -143,7 +143,9 @@ class Executor:
 
     def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
         args = [self._resolve(arg, values) for arg in planned.instruction.args]
-        kwargs = {key: self._resolve(arg, values) for key, arg in planned.instruction.kwargs.items()}
+        kwargs = {
+            key: self._resolve(arg, values) for key, arg in planned.instruction.kwargs.items()
+        }
         op = planned.op
         if op is None:
             return apply_function(self.context, function(planned.instruction.target), args, kwargs)
@@ -378,4 +380,3 @@ def _unpack(part: torch.Tensor, like: torch.Tensor, device: torch.device) -> tor
     if part.storage_offset() % like.element_size():
         part = part.clone()
     return part.view(like.dtype).reshape(like.shape).to(device)
-

@@ -36,7 +36,7 @@ class Reciprocal(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Relative error 2**-15 for 2**-10 <= x < 2**18."""
+        """For 2**-10 <= x < 2**18: relative error below 2**-9, besides the rounding of the result."""
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)

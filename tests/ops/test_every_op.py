@@ -1,0 +1,191 @@
+"""For every op of the dialect: meaning, cost, scale and shape of its protocol, at once."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.op import REGISTRY, load_all
+from runtime.protocols.opening import open_masked
+from runtime.protocols.weights import send, share_weight
+from runtime.simulate import Simulation
+from runtime.spec import SERVER, Cost, Vis
+from runtime.values import Held, Masked, Sent, Shared, Weight, encode
+
+load_all()
+FIXED = 16
+GENERATOR = torch.Generator().manual_seed(7)
+
+
+def real(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR) * scale
+
+
+def spread(limit: float) -> torch.Tensor:
+    """The whole range of a scalar function, its edges, and far beyond its table."""
+    far = torch.tensor([-16_000.0, -64.0, 64.0, 16_000.0, 0.0, 2.0**-16, -(2.0**-16)])
+    return torch.cat([torch.linspace(-limit, limit, 3001, dtype=torch.float64), far.double()])
+
+
+ANGLES = real(3, 8)
+MASK = torch.full((1, 1, 4, 9), torch.finfo(torch.float32).min).triu(6)
+ALIBI = MASK + real(1, 6, 1, 9).float()
+PUBLIC = "public"
+"""Marks a tensor operand that all parties know."""
+
+# op, arguments, forms of operands where they are not the op's own, largest error. A fixed-point
+# operand is rounded to 2**-17; products of unit size and sums of 8 to 64 of them keep that to 1e-4.
+CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
+    ("add", [real(3, 4), real(4)], {}, 3e-5),
+    ("add", [real(3, 4), real(4)], {"b": PUBLIC}, 3e-5),
+    ("sub", [real(3, 4), real(3, 4)], {}, 3e-5),
+    ("scale", [real(3, 4), 0.125], {}, 1e-5),
+    ("scale", [real(3, 4), -4.0], {}, 1e-4),
+    ("scale", [real(3, 4), -0.3], {}, 3e-5),
+    ("shift", [real(3, 4), 1.5], {}, 2e-5),
+    ("sum", [real(3, 8)], {}, 1e-4),
+    ("mul", [real(3, 4), real(4)], {"b": "weight"}, 1e-4),
+    ("mul", [real(3, 4), real(3, 1)], {}, 1e-4),
+    ("mul", [real(3, 4), real(4)], {"b": PUBLIC}, 1e-4),
+    ("square", [real(3, 4)], {}, 1e-4),
+    ("linear", [real(2, 3, 8), real(5, 8), real(5)], {"weight": "weight", "bias": "held"}, 2e-4),
+    ("linear", [real(1, 8), real(5, 8), None], {"weight": "weight"}, 2e-4),
+    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": "weight"}, 1e-5),
+    ("matmul", [real(2, 3, 8), real(2, 8, 4)], {}, 2e-4),
+    ("silu", [spread(20)], {}, 5e-5),
+    ("gelu", [spread(10)], {}, 5e-5),
+    ("gelu", [spread(10), True], {}, 5e-5),
+    ("quick_gelu", [spread(10)], {}, 5e-5),
+    ("tanh", [spread(10)], {}, 5e-5),
+    ("sigmoid", [spread(20)], {}, 5e-5),
+    ("relu", [spread(20)], {}, 1e-5),
+    ("exp", [-spread(20).abs()], {}, 5e-5),
+    ("reciprocal", [spread(3)[3001:].abs().clamp(0.1, 100)], {}, 1e-3),
+    ("rsqrt", [spread(3).abs() + 0.1], {}, 1e-3),
+    ("glu", [real(3, 8, scale=3), real(3, 8), "silu"], {}, 2e-4),
+    ("glu", [real(3, 8, scale=3), real(3, 8), "gelu"], {}, 2e-4),
+    ("glu", [real(3, 8, scale=3), real(3, 8), "gelu_tanh"], {}, 2e-4),
+    ("glu", [real(3, 8, scale=3), real(3, 8), "relu"], {}, 2e-4),
+    ("rms_norm", [real(3, 64), real(64), 1e-5], {"weight": "weight"}, 2e-4),
+    ("rms_norm", [real(3, 64), real(64), 1e-5, 1.0], {"weight": "weight"}, 2e-4),
+    ("rms_norm", [real(3, 64), None, 1e-5], {}, 2e-4),
+    (
+        "layer_norm",
+        [real(3, 48) + 2, real(48), real(48), 1e-5],
+        {"weight": "weight", "bias": "held"},
+        2e-4,
+    ),
+    ("layer_norm", [real(3, 48) + 2, None, None, 1e-5], {}, 2e-4),
+    ("softmax", [real(5, 37, scale=8)], {}, 1e-4),
+    ("softmax", [torch.tensor([[1e4, -1e4, 1e4 - 1.0]], dtype=torch.float64)], {}, 1e-4),
+    ("rotary", [real(1, 2, 3, 8), ANGLES.cos(), ANGLES.sin()], {"cos": PUBLIC, "sin": PUBLIC}, 1e-4),
+    (
+        "rotary",
+        [real(1, 2, 3, 16), ANGLES.cos(), ANGLES.sin(), True],
+        {"cos": PUBLIC, "sin": PUBLIC},
+        1e-4,
+    ),
+    *(
+        ("attention", [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c],
+         {"mask": PUBLIC}, 3e-4)
+        for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
+    ),
+    ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),
+    ("truncate", [real(3, 4)], {}, 3e-5),
+    ("open", [real(3, 4)], {}, 1e-5),
+    ("send", [real(3, 4)], {}, 1e-5),
+    ("reveal", [real(3, 4)], {}, 1e-5),
+]  # fmt: skip
+
+
+def test_every_op_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "forms", "tolerance"),
+    CASES,
+    ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)],
+)
+def test_protocol(name: str, args: list[Any], forms: dict[str, str], tolerance: float) -> None:
+    op = REGISTRY[name]
+    simulation = Simulation(fixed=FIXED)
+    parameters = list(inspect.signature(op.reference).parameters)
+    wanted = {**op.forms(*args), **forms}
+    views = [
+        _views(simulation, wanted.get(parameter), parameter, arg)
+        for parameter, arg in zip(parameters, args, strict=False)
+    ]
+    simulation.cost = Cost()
+    results = simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
+    expected = op.reference(*args)
+    assert (_value(simulation, results) - expected).abs().max() < tolerance
+    assert all(tuple(result.shape) == tuple(expected.shape) for result in results)
+    assert simulation.cost == op.cost(*(view[2] for view in views), fixed=FIXED)
+    if isinstance(results[0], (Shared, Masked, Sent)):
+        seen = [_seen(view[0], arg) for view, arg in zip(views, args, strict=True)]
+        assert results[0].frac == op.scale(*seen, fixed=FIXED)
+
+
+def test_the_result_of_a_secret_is_never_public() -> None:
+    for op in REGISTRY.values():
+        for vis in (Vis.CLIENT, Vis.SERVER, Vis.SHARED):
+            assert op.visibility(vis, Vis.PUBLIC) is not Vis.PUBLIC
+        if op.name != "reveal":
+            assert op.visibility(Vis.CLIENT, Vis.SERVER) is Vis.SHARED
+            assert op.visibility(Vis.SHARED) is Vis.SHARED
+
+
+def test_reference_gives_shapes_on_fake_tensors() -> None:
+    for name, args, _, _ in CASES:
+        op = REGISTRY[name]
+        meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+        assert op.reference(*meta).shape == op.reference(*args).shape
+
+
+def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> list[Any]:
+    """What each role gets for an argument."""
+    if not isinstance(arg, torch.Tensor) or form == PUBLIC:
+        return [arg] * 3
+    if name == "ids":
+        return [Held(Vis.CLIENT, arg if p == 0 else arg.to("meta")) for p in range(3)]
+    if form == "held":
+        return [Held(Vis.SERVER, arg if p == SERVER else arg.to("meta")) for p in range(3)]
+    if form == "weight":
+        words = encode(arg, FIXED).to(torch.int32)
+        return simulation.run(
+            lambda ctx, p: share_weight(
+                ctx, name, words if p == SERVER else words.to("meta"), FIXED
+            )
+        )
+    shares = simulation.share(arg)
+    if form == "masked":
+        return simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))
+    if form == "sent":
+        return simulation.run(lambda ctx, p: send(ctx, shares[p]))
+    return shares
+
+
+def _value(simulation: Simulation, results: list[Any]) -> torch.Tensor:
+    client, server, dealer = results
+    if isinstance(client, Shared):
+        return simulation.reveal(results)
+    if isinstance(client, Held):
+        assert server.value.is_meta
+        assert dealer.value.is_meta
+        return client.value
+    opened = (
+        client.opened - dealer.mask if isinstance(client, Masked) else server.opened + dealer.mask
+    )
+    return opened.double() * 2.0**-client.frac
+
+
+def _seen(value: Any, arg: Any) -> Any:
+    if isinstance(value, (Shared, Masked, Sent)):
+        return value.frac
+    if isinstance(value, (Held, Weight)):
+        return Vis.SERVER
+    return Vis.PUBLIC if isinstance(arg, torch.Tensor) else arg

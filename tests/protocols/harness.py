@@ -1,0 +1,53 @@
+"""Short ways to run a protocol at all three roles and to put the result together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol
+from runtime.simulate import Simulation
+from runtime.spec import Cost
+from runtime.values import Shared
+
+
+def integers(simulation: Simulation, values: torch.Tensor) -> list[Shared]:
+    """Fresh shares of integers."""
+    return simulation.share(values, 0)
+
+
+def run(
+    simulation: Simulation, build: Callable[[Context, int], Protocol]
+) -> tuple[torch.Tensor, Cost]:
+    """The sum of the two parties' results, and what this run cost."""
+    simulation.cost = Cost()
+    client, server, dealer = simulation.run(build)
+    assert dealer.is_meta and dealer.shape == client.shape
+    return client + server, simulation.cost
+
+
+def run_list(
+    simulation: Simulation, build: Callable[[Context, int], Protocol]
+) -> tuple[list[torch.Tensor], Cost]:
+    """As `run`, for protocols that give several shares."""
+    simulation.cost = Cost()
+    client, server, _ = simulation.run(build)
+    return [a + b for a, b in zip(client, server, strict=True)], simulation.cost
+
+
+def uniform_bytes(payloads: Sequence[torch.Tensor]) -> float:
+    """Chi-square statistic of all bytes, in standard deviations from its mean."""
+    raw = torch.cat([p.contiguous().view(-1).view(torch.uint8) for p in payloads])
+    counts = torch.bincount(raw.long(), minlength=256).double()
+    expected = len(raw) / 256
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return (statistic - 255) / (2 * 255) ** 0.5
+
+
+def words(count: int, low: int, high: int, seed: int = 0) -> torch.Tensor:
+    """Seeded random int64 in [low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (count,), generator=generator)

@@ -1,0 +1,73 @@
+"""Piecewise polynomials: the overlapping windows make the unknown borrow harmless."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.protocols.interval import evaluate, evaluate_cost, fit
+from runtime.simulate import Simulation
+from tests.protocols.harness import run, words
+
+
+@pytest.mark.parametrize("step_bits", [6, 9])
+def test_every_value_of_a_small_domain(step_bits: int) -> None:
+    """All x in the table's domain, each under masks that make every borrow happen."""
+    windows, unit = 16, 8
+    table = fit(np.sin, unit, -(4 << step_bits), windows, step_bits, out_frac=40)
+    domain = torch.arange(table.start, table.start + (windows - 1) * 2**step_bits + 1)
+    simulation = Simulation()
+
+    def protocol(ctx, p):
+        yield from ()
+        mask = ctx.mask(domain.shape, torch.int32)
+        masks[p] = mask
+        opened = domain.to(torch.int32) + masks[2]
+        return evaluate(ctx, opened if p < 2 else opened.to("meta"), mask, table)
+
+    masks: dict[int, torch.Tensor] = {}
+    worst = 0.0
+    for _ in range(5):
+        # The dealer runs first, so that its mask is there when the parties look.
+        result, cost = run(simulation, protocol)
+        error = result.double() * 2.0**-40 - torch.sin(domain.double() * 2.0**-unit)
+        worst = max(worst, float(error.abs().max()))
+        assert cost == evaluate_cost(len(domain), table)
+    # The cubic's error on a window of width h and the one before: h**4 / 192 of the 4th derivative.
+    step = 2.0 ** (step_bits - unit)
+    assert worst < step**4 / 192 * 1.2 + 2**-30
+
+
+def test_more_elements_than_one_piece_holds() -> None:
+    table = fit(np.cos, 16, 0, 8, 14, out_frac=60)
+    values = words(10_000, 0, 7 * 2**14)
+    masks: dict[int, torch.Tensor] = {}
+    simulation = Simulation()
+
+    def protocol(ctx, p):
+        yield from ()
+        masks[p] = ctx.mask(values.shape, torch.int32)
+        opened = values.to(torch.int32) + masks[2]
+        return evaluate(ctx, opened if p < 2 else opened.to("meta"), masks[p], table)
+
+    result, _ = run(simulation, protocol)
+    error = result.double() * 2.0**-60 - torch.cos(values.double() * 2.0**-16)
+    assert error.abs().max() < 3e-5
+
+
+def test_dropped_bits_cost_at_most_one_unit_of_what_is_left() -> None:
+    table = fit(lambda x: x, 16, 0, 8, 18, out_frac=40, drop=4)
+    values = words(5_000, 0, 7 * 2**18)
+    masks: dict[int, torch.Tensor] = {}
+    simulation = Simulation()
+
+    def protocol(ctx, p):
+        yield from ()
+        masks[p] = ctx.mask(values.shape, torch.int32)
+        opened = values.to(torch.int32) + masks[2]
+        return evaluate(ctx, opened if p < 2 else opened.to("meta"), masks[p], table)
+
+    result, _ = run(simulation, protocol)
+    error = result.double() * 2.0**-40 - values.double() * 2.0**-16
+    assert error.abs().max() <= 2.0**-11

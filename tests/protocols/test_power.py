@@ -1,0 +1,40 @@
+"""Reciprocals and inverse square roots over every octave that they promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.protocols.power import Power, power, power_cost
+from runtime.simulate import Simulation
+from tests.protocols.harness import integers, run
+
+
+@pytest.mark.parametrize(
+    ("spec", "tolerance"),
+    [
+        (Power(-1.0, 17, 16, 29), 1e-5),
+        (Power(-1.0, 16, 6, 33), 2e-3),
+        (Power(-0.5, 37.17, 12, 53), 3e-5),
+        (Power(-0.5, 29.2, 0, 40), 2e-5),
+    ],
+)
+def test_relative_error_over_all_octaves(spec: Power, tolerance: float) -> None:
+    edges = [2**j + d for j in range(spec.low, spec.high + 1) for d in (-1, 0, 1)]
+    edges = [v for v in edges if v >= 2**spec.low]
+    spread = 2.0 ** torch.linspace(spec.low + 0.01, spec.high + 0.99, 3000, dtype=torch.float64)
+    values = torch.cat([spread.to(torch.int64), torch.tensor(edges)])
+    simulation = Simulation()
+    shares = integers(simulation, values)
+    result, cost = run(simulation, lambda ctx, p: power(ctx, shares[p].share, spec))
+    exact = (values.double() * 2.0**-spec.v_frac) ** spec.exponent
+    relative = (result.double() * 2.0**-spec.out_frac / exact - 1).abs()
+    assert relative.max() < tolerance
+    assert cost == power_cost(spec, len(values))
+
+
+def test_octaves_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="outside 0 to 53"):
+        Power(-1.0, 16, 0, 60)
+    with pytest.raises(ValueError, match="span too much"):
+        Power(-1.0, 16, 0, 40)

@@ -1,0 +1,105 @@
+"""What the protocols' security rests on: masks used once, uniform openings, equal shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.correlations.prg import Prg, derive, new_seed
+from runtime.ops.silu import SILU
+from runtime.protocols.compare import maximum, take_window
+from runtime.protocols.normalize import RowNorm, normalize
+from runtime.protocols.opening import open_masked
+from runtime.protocols.saturate import apply
+from runtime.protocols.truncate import truncate
+from runtime.protocols.weights import send
+from runtime.simulate import Simulation
+from tests.protocols.harness import integers, uniform_bytes
+
+COUNT = 4096
+LIMIT = 5.0
+"""Standard deviations; a uniform transcript exceeds them once in millions."""
+
+
+def _transcript(protocol, values: torch.Tensor) -> list[torch.Tensor]:
+    simulation = Simulation(record=True)
+    shares = integers(simulation, values)
+    simulation.run(lambda ctx, p: protocol(ctx, shares[p]))
+    return simulation.transcript
+
+
+PROTOCOLS = {
+    "open": open_masked,
+    "send": send,
+    "truncate": lambda ctx, x: truncate(ctx, x.share, 16),
+    "silu": lambda ctx, x: apply(ctx, SILU, x.share, 16),
+    "maximum": lambda ctx, x: maximum(
+        ctx, take_window(x.share.reshape(-1, 64), 0), torch.ones(COUNT // 64, 64, dtype=torch.bool)
+    ),
+    "normalize": lambda ctx, x: normalize(
+        ctx, x.share.reshape(-1, 64), RowNorm(64, 16, 1e-5, 2.0**10)
+    ),
+}
+
+
+def test_received_messages_are_uniform_for_fixed_secrets() -> None:
+    """All parties' messages for the same value in every place: no byte is more frequent."""
+    for name, protocol in PROTOCOLS.items():
+        for secret in (0, -(2**16), 123_456):
+            values = torch.full((COUNT,), secret)
+            score = uniform_bytes(_transcript(protocol, values))
+            assert abs(score) < LIMIT, f"{name} with secret {secret}: {score:.1f}"
+
+
+def test_opened_values_are_uniform_and_not_only_their_shares() -> None:
+    """Both messages of an opening add up to z = x + r: it must be uniform, too."""
+    for secret in (0, 1, -1, 2**40):
+        first, second = _transcript(open_masked, torch.full((COUNT * 4,), secret))
+        assert abs(uniform_bytes([first + second])) < LIMIT
+
+
+def test_transcripts_of_different_secrets_have_the_same_shape() -> None:
+    for name, protocol in PROTOCOLS.items():
+        shapes = []
+        for secret in (0, 5, -(2**20)):
+            transcript = _transcript(protocol, torch.full((COUNT,), secret))
+            shapes.append([(t.dtype, tuple(t.shape)) for t in transcript])
+        assert shapes[0] == shapes[1] == shapes[2], name
+
+
+def test_opening_the_same_value_twice_uses_fresh_masks() -> None:
+    simulation = Simulation()
+    shares = integers(simulation, torch.zeros(COUNT, dtype=torch.int64))
+    opened = [simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))[0] for _ in range(2)]
+    assert not bool((opened[0].opened == opened[1].opened).any())
+    assert not bool((opened[0].mask == opened[1].mask).any())
+
+
+def test_the_stream_never_repeats_and_depends_on_the_purpose() -> None:
+    seed = new_seed()
+    stream = Prg(seed)
+    blocks = torch.from_numpy(stream.read(1 << 20)).view(torch.int64)
+    again = torch.from_numpy(stream.read(1 << 20)).view(torch.int64)
+    assert len(torch.cat([blocks, again]).unique()) == 2 * len(blocks)
+    assert (Prg(derive(seed, "a")).read(64) != Prg(derive(seed, "b")).read(64)).any()
+    assert (Prg(seed).read(64) == Prg(seed).read(64)).all()
+    pieces = Prg(seed)
+    joined = torch.cat([torch.from_numpy(pieces.read(n)) for n in (1, 7, 24, 32)])
+    assert (joined.numpy() == Prg(seed).read(64)).all()
+
+
+def test_stream_is_aes_256_in_counter_mode() -> None:
+    """The block of the zero key at counter zero, from the AES-256 known answers (zero input)."""
+    expected = bytes.fromhex("dc95c078a2408989ad48a21492842087")
+    assert bytes(Prg(bytes(32)).read(16)) == expected
+
+
+def test_shares_of_a_mask_add_up_to_what_the_dealer_knows() -> None:
+    client, server, dealer = Simulation().contexts
+    for dtype in (torch.int64, torch.int32):
+        parts = [ctx.mask((100,), dtype) for ctx in (client, server, dealer)]
+        assert torch.equal(parts[0] + parts[1], parts[2])
+    bits = [ctx.mask_bits((100,)) for ctx in (client, server, dealer)]
+    assert torch.equal(bits[0] ^ bits[1], bits[2])
+    known = [ctx.client_mask((100,)) for ctx in (client, server, dealer)]
+    assert torch.equal(known[0], known[2])
+    assert known[1].is_meta
