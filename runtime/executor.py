@@ -34,7 +34,7 @@ class Exchange(Interface):
 class StepRecord:
     """What one step cost, counted as it ran: in all, and by instruction."""
 
-    total: Cost = Cost()
+    total: Cost = field(default_factory=Cost)
     by_instruction: dict[str, Cost] = field(default_factory=dict)
 
 
@@ -62,18 +62,18 @@ class Executor:
 
     def setup(self) -> None:
         """Load the constants, and put the server's weights under their static masks."""
-        wanted = self._weight_names()
+        wanted, device = self._weight_names(), self.context.device
         for spec in self.program.constants:
             data = self.program.tensors.get(spec.name)
             if spec.vis is Vis.PUBLIC:
                 if data is None:
                     raise KeyError(f"the bundle lacks the public tensor {spec.name}")
-                self._held[spec.name] = data.to(self.context.device)
+                self._held[spec.name] = data.to(device)
                 continue
             dtype = getattr(torch, spec.dtype.removeprefix("torch."))
             if self.context.party != OWNER[spec.vis] or data is None:
                 data = torch.empty(spec.shape, dtype=dtype, device="meta")
-            self._held[spec.name] = Held(spec.vis, data)
+            self._held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
             if spec.name in wanted:
                 self._weights[spec.name] = self._drive(self._share_weight(spec.name, data))
 
@@ -299,7 +299,7 @@ def apply_locally(
 def apply_function(
     context: Context, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a structural or public function; on secret values, on each tensor that they consist of."""
+    """Run a structural or public function; on secret values, on each tensor they consist of."""
     flat = [*args, *kwargs.values()]
     flat += [item for arg in flat if isinstance(arg, list) for item in arg]
     secret = [v for v in flat if isinstance(v, (Shared, Masked, Sent))]

@@ -57,14 +57,14 @@ class Op:
         return None if vis is Vis.SHARED else vis
 
     @classmethod
-    def forms(cls, *args: Any) -> dict[str, str]:
+    def forms(cls, *args: Any, **kwargs: Any) -> dict[str, str]:
         """`operands`, for a call with these arguments."""
         return cls.operands
 
     @classmethod
-    def scale(cls, *args: Any, fixed: int) -> int:
-        """Fractional bits of the result; `fixed` are the program's own."""
-        return fixed
+    def scale(cls, *args: Any, **kwargs: Any) -> int:
+        """Fractional bits of the result; the keyword `fixed` gives the program's own."""
+        return int(kwargs["fixed"])
 
     @classmethod
     def cost(cls, *args: Any, **kwargs: Any) -> Cost:

@@ -50,7 +50,7 @@ class Simulation:
 
     fixed: int = 16
     corrections: Corrections = field(default_factory=Corrections)
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     transcript: list[torch.Tensor] = field(default_factory=list)
     """Every payload that a party received, in order, when `record` is set."""
     record: bool = False

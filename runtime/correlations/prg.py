@@ -40,7 +40,7 @@ class Prg:
         """The next `nbytes` bytes of the stream, as a fresh uint8 array."""
         # update_into wants room for one more cipher block than it writes.
         buffer = np.empty(nbytes + _BLOCK, np.uint8)
-        view = memoryview(buffer)
+        view = buffer.data
         for start in range(0, nbytes, _CHUNK):
             size = min(_CHUNK, nbytes - start)
             self._stream.update_into(_ZEROS[:size], view[start : start + size + _BLOCK])

@@ -117,5 +117,3 @@ def _batched(a, b, out):  # type: ignore[no-untyped-def]
             factor = a[batch, row, k]
             for column in range(b.shape[2]):
                 out[batch, row, column] += factor * b[batch, k, column]
-
-

@@ -35,7 +35,7 @@ class Exp(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 4e-5 for -2**14 < x <= 1/4: cubics on windows of 1/4, 0 below -15.25. Not for larger x."""
+        """Error below 4e-5 for -2**14 < x <= 1/4: cubics on windows of 1/4, 0 below -15.25."""
         share = yield from apply(ctx, EXP, x.share, ctx.fixed)
         return Shared(share, ctx.fixed)
 

@@ -81,7 +81,7 @@ class LayerNorm(Op):
         scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, 0.0)
         if bias is None:
             return scaled
-        return Shared(add_held(ctx, scaled.share, bias, scaled.frac), scaled.frac)
+        return Shared(add_held(scaled.share, bias, scaled.frac), scaled.frac)
 
     @classmethod
     def stock(cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0) -> Any:

@@ -44,7 +44,7 @@ class Linear(Op):
         yield from ()
         frac = x.frac + weight.frac
         share = linear(ctx, x, weight)
-        return Shared(share if bias is None else add_held(ctx, share, bias, frac), frac)
+        return Shared(share if bias is None else add_held(share, bias, frac), frac)
 
     @classmethod
     def stock(cls, x: Any, weight: Any, bias: Any = None) -> Any:

@@ -46,7 +46,7 @@ class Mul(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
-        """By a public factor: local. By a server-held constant: one message (`weights`). Else Beaver."""
+        """Local by a public factor; one message by a server-held constant; else Beaver."""
         frac = 2 * ctx.fixed
         if isinstance(a, (torch.Tensor, Weight)):
             a, b = b, a

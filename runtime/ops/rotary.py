@@ -20,8 +20,8 @@ TABLE_FRAC = 16
 class Rotary(Op):
     """Rotary position embedding of the leading `cos.shape[-1]` features of x [B, H, N, D].
 
-    cos and sin are public and broadcast to [B, H, N, R] with R <= D; the other features pass. Pairs are the
-    two halves of the R features, or neighbours when `interleaved`.
+    cos and sin are public and broadcast to [B, H, N, R] with R <= D; the other features pass. Pairs
+    are the two halves of the R features, or neighbours when `interleaved`.
     """
 
     name = "rotary"

@@ -60,7 +60,7 @@ def _power_of_two(factor: float) -> int | None:
 
 
 def _fraction(factor: float) -> tuple[int, int]:
-    """Integers m, t with factor = m * 2**-t up to one part in 2**16; m is +-1 for a power of two."""
+    """Integers m, t: factor = m * 2**-t up to one part in 2**16; m is +-1 for a power of two."""
     if factor == 0:
         return 0, 0
     exponent = _power_of_two(factor)

@@ -36,7 +36,7 @@ class Sub(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
-        """Local: each party subtracts its shares, aligned to the larger number of fractional bits."""
+        """Local: each party subtracts its shares, aligned to the finer scale."""
         yield from ()
         frac = shared_frac(a, b, default=ctx.fixed)
         left, right = as_share(ctx, a, frac), as_share(ctx, b, frac)

@@ -75,12 +75,13 @@ def _subsets(items: frozenset[int]) -> list[frozenset[int]]:
 def _unmasking(polynomial: Polynomial) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tables that turn bits opened under a mask byte into the polynomial's value.
 
-    With bit_i = c_i + (1 - 2 c_i) rho_i the polynomial of the bits is one in the mask bits rho whose
-    coefficients depend on the opened byte c. Gives constants [256], coefficients [256, M], and the
-    values of the M products of mask bits for each mask byte [256, M].
+    With bit_i = c_i + (1 - 2 c_i) rho_i the polynomial of the bits is one in the mask bits rho,
+    whose coefficients depend on the opened byte c. Gives constants [256], coefficients [256, M],
+    and the values of the M products of mask bits for each mask byte [256, M].
     """
     monomials = sorted(
-        {s for term in polynomial for s in _subsets(term) if s}, key=lambda s: (len(s), sorted(s))
+        {s for term in polynomial for s in _subsets(term) if s},
+        key=lambda s: (len(s), sorted(s)),
     )
     column = {monomial: index for index, monomial in enumerate(monomials)}
     constants = np.zeros(256, np.int64)
@@ -178,7 +179,7 @@ def less_than(
     shape = (count, *window.opened.shape)
     mask = ctx.mask_bits(shape)
     words = ctx.deal((*shape, WORDS), lambda: _products(mask), dtype)
-    bits = yield from _open_bits(ctx, window, thresholds, mask)
+    bits = yield from _open_bits(window, thresholds, mask)
     return _unmask(ctx, bits, words)
 
 
@@ -203,7 +204,7 @@ def relu_below(ctx: Context, window: Window) -> Protocol:
         lambda: _products(bit_mask).to(torch.int32) * window.mask[None, :, None],
         torch.int32,
     )
-    bits = yield from _open_bits(ctx, window, [0], bit_mask)
+    bits = yield from _open_bits(window, [0], bit_mask)
     if bits.is_meta:
         return window.opened
     flag = _unmask(ctx, bits, words)[0]
@@ -227,7 +228,7 @@ def _products(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(_PRODUCTS).to(mask.device)[mask.long()]
 
 
-def _open_bits(ctx: Context, window: Window, thresholds: list[int], mask: torch.Tensor) -> Protocol:
+def _open_bits(window: Window, thresholds: list[int], mask: torch.Tensor) -> Protocol:
     """Look the digits of z - t up in the shared tables, and open the bits under `mask`."""
     if window.opened.is_meta:
         ghost = torch.empty(

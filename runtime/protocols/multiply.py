@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from runtime.context import Context
@@ -45,7 +47,7 @@ def multiply_cost(*sizes: tuple[int, int, int]) -> Cost:
 
 
 def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
-    """Share of the element-wise product of two opened wires. No rounds; offline 8 bytes per element.
+    """Share of the element-wise product of two opened wires: no rounds, offline 8 bytes each.
 
     x y = (x' - a)(y' - b) = x' y' - x' b - a y' + a b with x', y' public and a b dealt.
     """
@@ -55,15 +57,21 @@ def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
 
 
 def matmul_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
-    """Share of the batched matrix product of two opened wires; offline 8 bytes per result element."""
+    """Share of the batched matrix product of two opened wires; offline 8 bytes per result."""
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     shape = (*batch, x.shape[-2], y.shape[-1])
     cross = ctx.deal(shape, lambda: matmul(x.mask, y.mask))
     return combine(ctx, x, y, cross, matmul)
 
 
-def combine(ctx: Context, x: Masked, y: Masked, cross: torch.Tensor, product) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """x' y' - x' [b] - [a] y' + [a b] with any bilinear product, in two products instead of three."""
+def combine(
+    ctx: Context,
+    x: Masked,
+    y: Masked,
+    cross: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """x' y' - x' [b] - [a] y' + [a b] for any bilinear product, in two products, not three."""
     if cross.is_meta:
         return cross
     mine = y.opened - y.mask if ctx.party == CLIENT else -y.mask

@@ -108,11 +108,12 @@ class Power:
 
 
 def power(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
-    """Shares of (V * 2**-v_frac)**exponent with `spec.out_frac` fractional bits, relative error 2**-15.
+    """Shares of (V * 2**-v_frac)**exponent with `spec.out_frac` fractional bits.
 
-    In: additive share of the integer V, 0 < V < 2**54. Octaves beyond `spec` give a wrong finite
-    value. Rounds 7, or 8 where both windows are needed. What each party sees: openings of windows,
-    comparison bits, Beaver factors and truncations, each under a fresh mask.
+    In: additive share of the integer V, 0 < V < 2**54; octaves beyond `spec` give a wrong finite
+    value. Relative error 2**-15 where the gain keeps its 18 bits. Rounds 7, or 8 where both windows
+    are needed. What each party sees: openings of windows, comparison bits, Beaver factors and
+    truncations, each under a fresh mask.
     """
     shape = share.shape
     flat = share.reshape(-1)

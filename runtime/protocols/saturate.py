@@ -22,7 +22,6 @@ from runtime.protocols.multiply import multiply, multiply_cost
 from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.spec import FRACTIONAL_BITS, Cost
 
-
 _POSITION_BITS = 14
 
 

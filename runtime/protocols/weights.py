@@ -64,7 +64,7 @@ def times_weight(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """Share of `product(x, weight)`, bilinear, of the given shape. No rounds; offline 8 bytes each."""
+    """Share of the bilinear `product(x, weight)`: no rounds, offline 8 bytes per result."""
     cross = ctx.deal(shape, lambda: product(x.mask, weight.mask))
     if ctx.party == DEALER:
         return cross
@@ -91,11 +91,11 @@ def scale_by(ctx: Context, x: Sent, weight: Weight) -> torch.Tensor:
     return times_weight(ctx, x, weight, torch.mul, shape)
 
 
-def add_held(ctx: Context, share: torch.Tensor, held: Held, frac: int) -> torch.Tensor:
+def add_held(share: torch.Tensor, held: Held, frac: int) -> torch.Tensor:
     """The share plus a value that one party holds, who adds it alone; shapes broadcast."""
     shape = torch.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     if held.value.is_meta:
         return share.expand(shape)
-    return share + encode(held.value, frac)
+    return share + encode(held.value, frac).to(share.device)
