@@ -148,9 +148,7 @@ def _capture_cached(model: nn.Module) -> Captured:
     step = _CachedStep(model, "logits_to_keep" in parameters)
     ids = torch.zeros((1, _NEW), dtype=torch.int64)
     dynamic = torch.export.Dim.DYNAMIC
-    program = _export(
-        step, (ids, *caches), ({1: dynamic}, tuple({2: dynamic} for _ in caches))
-    )
+    program = _export(step, (ids, *caches), ({1: dynamic}, tuple({2: dynamic} for _ in caches)))
     inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
     for index, tensor in enumerate(caches):
         name = f"cache.{index // 2}.{'key' if index % 2 == 0 else 'value'}"

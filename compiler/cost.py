@@ -118,9 +118,7 @@ def cost_report(
         total = total.beside(cost)
     path = _critical_path(walker, costs)
     rounds = sum(costs.get(name, Cost()).rounds for name in path)
-    return CostReport(
-        new, past, walker.rows, Cost(rounds, total.online, total.offline), path
-    )
+    return CostReport(new, past, walker.rows, Cost(rounds, total.online, total.offline), path)
 
 
 def ghost_inputs(program: RoleProgram, new: int, past: int) -> dict[str, Any]:

@@ -39,9 +39,7 @@ def lower(
     for node in graph.nodes:
         if node.op == "get_attr":
             names[node] = str(node.target)
-    instructions = [
-        _instruction(node, names) for node in graph.nodes if node.op == "call_function"
-    ]
+    instructions = [_instruction(node, names) for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     outputs = [names[node] for node in output.args[0]]
     renamed = [_with_frac(spec, fixed) for spec in inputs]
@@ -90,5 +88,3 @@ def _instruction(node: fx.Node, names: dict[fx.Node, str]) -> Instruction:
         module=node.meta.get("module", ""),
         source=node.meta.get("source", ""),
     )
-
-

@@ -28,7 +28,7 @@ def annotate_ranges(
     """
     recorder = _Recorder(graph_module)
     dtype = next((p.dtype for p in graph_module.parameters()), None)
-    dtype = dtype or next((b.dtype for b in graph_module.buffers() if b.is_floating_point()))
+    dtype = dtype or next(b.dtype for b in graph_module.buffers() if b.is_floating_point())
     for sequence in sequences:
         ids = torch.tensor([list(sequence)], dtype=torch.int64)
         caches = [
@@ -55,5 +55,3 @@ class _Recorder(fx.Interpreter):
             largest = float(rows.square().mean(-1).max())
             n.meta["mean_square"] = max(largest, n.meta.get("mean_square", 0.0))
         return result
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from compiler.errors import CompileError
 from runtime.op import REGISTRY
 from runtime.spec import Vis

@@ -90,9 +90,7 @@ class ArithmeticToDialect(Pass):
                 amount = number if name == "add" else -number
                 replace(node, target("shift"), (value, amount))
             else:
-                negated = insert(
-                    node, target("scale"), (value, -1.0), node.meta["val"], Vis.SHARED
-                )
+                negated = insert(node, target("scale"), (value, -1.0), node.meta["val"], Vis.SHARED)
                 replace(node, target("shift"), (negated, number))
             return 1
         replace(node, target(name), (left, right))

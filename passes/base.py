@@ -176,5 +176,3 @@ def _check_inputs(count: int):  # type: ignore[no-untyped-def]
             raise InternalError(f"the graph has {found} inputs instead of {count}")
 
     return check
-
-

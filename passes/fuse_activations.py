@@ -63,7 +63,9 @@ class FuseActivations(Pass):
             if not is_shared(node) or node.op != "call_function":
                 continue
             if calls(node, aten.gelu.default):
-                replace(node, target("gelu"), (node.args[0], node.kwargs.get("approximate") == "tanh"))
+                replace(
+                    node, target("gelu"), (node.args[0], node.kwargs.get("approximate") == "tanh")
+                )
                 sites += 1
             elif node.target in _DIRECT and node.users:
                 replace(node, target(_DIRECT[node.target]), (node.args[0],))
@@ -126,4 +128,3 @@ def _evaluate(
             arguments.append(value)
         known[node] = node.target(*arguments)  # type: ignore[operator]
     return known[node]
-

@@ -98,7 +98,9 @@ class _Scores:
             elif calls(node, aten.add.Tensor) and is_public(node.args[1]) and self._open():
                 self.terms.append((node.args[1], self.scale))
                 node = node.args[0]
-            elif calls(node, aten.where.self) and is_public(node.args[0]) and is_public(node.args[2]):
+            elif (
+                calls(node, aten.where.self) and is_public(node.args[0]) and is_public(node.args[2])
+            ):
                 self._masked.append(node)
                 node = node.args[1]
             elif calls(node, aten.mul.Tensor) and calls(node.args[0], aten.tanh.default):
@@ -137,14 +139,18 @@ class _Scores:
         total: fx.Node | None = None
         terms = list(self.terms)
         for choice in self._masked:
-            zero = _public(before, aten.where.ScalarSelf, (choice.args[0], 0.0, choice.args[2]), choice)
+            zero = _public(
+                before, aten.where.ScalarSelf, (choice.args[0], 0.0, choice.args[2]), choice
+            )
             terms.append((zero, 1.0))
         for term, factor in terms:
             if factor != 1.0:
                 term = _public(before, aten.mul.Tensor, (term, factor), term)
             if flat and rank(term) == 3:
                 term = _public(before, aten.unsqueeze.default, (term, 0), term, unsqueeze=True)
-            total = term if total is None else _public(before, aten.add.Tensor, (total, term), total)
+            total = (
+                term if total is None else _public(before, aten.add.Tensor, (total, term), total)
+            )
         return total
 
 

@@ -25,7 +25,10 @@ class FuseLayerNorm(Pass):
         for node in list(graph_module.graph.nodes):
             if not calls(node, aten.layer_norm.default) or not is_shared(node.args[0]):
                 continue
-            x, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+            x, shape, weight, bias, eps = (
+                *node.args[:5],
+                *(None, None, 1e-5)[len(node.args) - 2 :],
+            )[:5]
             if len(shape) != 1:
                 self.skip(node, "it spans several dimensions")
                 continue

@@ -68,5 +68,8 @@ class LinearToDialect(Pass):
         self.info.constants[name] = self.info.constants.get(str(node.target), Vis.PUBLIC)
         with graph_module.graph.inserting_after(node):
             turned = graph_module.graph.get_attr(name)
-        turned.meta = {**node.meta, "val": torch.empty(value.T.shape, dtype=value.dtype, device="meta")}
+        turned.meta = {
+            **node.meta,
+            "val": torch.empty(value.T.shape, dtype=value.dtype, device="meta"),
+        }
         return turned

@@ -49,11 +49,11 @@ class RemoveNoops(Pass):
         return sites
 
     def _same_as(self, graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-        if calls(node, *_ALWAYS):
-            operand = node.args[0]
-        elif calls(node, *_CASTS) and _both_float(node):
-            operand = node.args[0]
-        elif calls(node, aten.slice.Tensor) and _whole(node):
+        if (
+            calls(node, *_ALWAYS)
+            or (calls(node, *_CASTS) and _both_float(node))
+            or (calls(node, aten.slice.Tensor) and _whole(node))
+        ):
             operand = node.args[0]
         elif calls(node, aten.cat.default):
             parts = [part for part in node.args[0] if not _empty(graph_module, part)]
@@ -69,7 +69,10 @@ def _both_float(node: fx.Node) -> bool:
     return (
         isinstance(source, torch.Tensor)
         and isinstance(result, torch.Tensor)
-        and (source.dtype == result.dtype or (source.is_floating_point() and result.is_floating_point()))
+        and (
+            source.dtype == result.dtype
+            or (source.is_floating_point() and result.is_floating_point())
+        )
     )
 
 

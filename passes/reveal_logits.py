@@ -57,4 +57,3 @@ def _scalar(node: fx.Node) -> bool:
     if calls(node, *_INVERTIBLE, aten.slice.Tensor, aten.reshape.default):
         return True
     return calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float))
-

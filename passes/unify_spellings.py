@@ -83,7 +83,9 @@ class UnifySpellings(Pass):
                 return 0
         for user in list(node.users):
             index = user.args[1]
-            replace(user, aten.slice.Tensor, (node.args[0], dim, offsets[index], offsets[index + 1]))
+            replace(
+                user, aten.slice.Tensor, (node.args[0], dim, offsets[index], offsets[index + 1])
+            )
         return 1
 
 
