@@ -18,6 +18,7 @@ from compiler.inspect import Inspection, graph_text, inspect_costs, readable
 from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle, role_path
 from runtime.encoding import program_hash
 from runtime.errors import BundleError, PromptError
+from runtime.generation import StepReport, check_prompt
 from runtime.program import RoleProgram
 from runtime.sampling import Sampling, choose
 from runtime.spec import ROLES
@@ -25,6 +26,7 @@ from runtime.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
     from compiler.onnx_export import ValueType
+    from runtime.local import LocalResult
 
 Progress = Callable[[str], object]
 
@@ -38,7 +40,10 @@ def _quiet(_: object) -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """What the prompt or all decode steps took, counted at the transport of both parties."""
+    """What a part of a session took in all, counted at the transport.
+
+    Online bytes are those of both directions, offline ones what the server used of the dealer's.
+    """
 
     tokens: int
     seconds: float
@@ -68,7 +73,7 @@ class Answer:
             per = max(phase.tokens, 1)
             table.add_row(
                 name,
-                f"{phase.tokens}",
+                f"{phase.tokens}" if phase.tokens else "",
                 f"{phase.seconds / per:.2f}",
                 readable(phase.online / per),
                 f"{phase.rounds / per:,.0f}",
@@ -245,7 +250,10 @@ class Program:
             max_tokens=max_tokens,
             mode=mode,
             device=device,
-            sampling=sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(
@@ -253,8 +261,8 @@ class Program:
             prompt=ids,
             tokens=list(result.tokens),
             sampling=sampling,
-            phases={},
-            peak_memory={},
+            phases=_phases(result),
+            peak_memory=dict(result.peak_memory),
         )
 
     def plaintext(self, answer: Answer) -> PlainAnswer:
@@ -295,26 +303,8 @@ class Program:
             ids = text.encode(prompt, text.has_chat if chat is None else chat)
         else:
             ids = [int(token) for token in prompt]
-        self._check(ids, max_tokens)
+        check_prompt(ids, max_tokens, self.manifest)
         return ids, text
-
-    def _check(self, ids: list[int], max_tokens: int) -> None:
-        """Refuse a prompt before any process is started; the client checks again for itself."""
-        vocabulary, limit = self.manifest["vocab_size"], self.manifest["max_length"]
-        if not ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        for token in ids:
-            if vocabulary and not 0 <= token < vocabulary:
-                raise PromptError(
-                    f"the prompt's token {token} is not in the vocabulary of {vocabulary}; "
-                    "use the model's own tokenizer"
-                )
-        if limit and len(ids) + max_tokens > limit:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, which with {max_tokens} to generate is more "
-                f"than this program's {limit}; shorten it, ask for fewer, or compile with a larger "
-                "max_length"
-            )
 
     def _place(self) -> Path:
         """Where the bundles are; a program that was never saved goes to a temporary folder."""
@@ -324,3 +314,22 @@ class Program:
         if self.path is None:
             raise BundleError("the program could not be saved; save it yourself")
         return self.path
+
+
+def _phases(result: LocalResult) -> dict[str, Phase]:
+    """The steps' reports summed: what came before the first, the prompt, and the decode steps."""
+    steps: dict[str, list[StepReport]] = {}
+    if result.setup is not None:
+        steps["setup"] = [result.setup]
+    for report in result.records:
+        steps.setdefault(report.phase, []).append(report)
+    return {
+        name: Phase(
+            tokens=sum(r.new for r in reports),
+            seconds=sum(r.seconds for r in reports),
+            rounds=sum(r.rounds for r in reports),
+            online=sum(r.sent + r.received for r in reports),
+            offline=sum(r.offline_bytes for r in reports),
+        )
+        for name, reports in steps.items()
+    }

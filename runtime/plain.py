@@ -98,7 +98,7 @@ class PlainExecutor:
             yield token, row
             if token in stop:
                 return
-            new = [token]
+            new = [token] if caches else [*new, token]
 
     def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
         if isinstance(arg, Ref):
