@@ -1,0 +1,233 @@
+"""Generation: what a role does for one step, and the client's loop from prompt to last token."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runtime.errors import BundleError, PromptError
+from runtime.program import InputSpec, RoleProgram
+from runtime.sampling import Sampling, choose
+from runtime.spec import CLIENT, ROLES, Vis
+from runtime.transport.traffic import Traffic
+from runtime.values import Held, Masked
+
+if TYPE_CHECKING:
+    from runtime.executor import Executor
+    from runtime.stock import StockExecutor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step took, as this party counted it at its transport."""
+
+    phase: str
+    new: int
+    past: int
+    seconds: float = 0.0
+    sent: int = 0
+    received: int = 0
+    rounds: int = 0
+    offline_bytes: int = 0
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def phase_of(past: int) -> str:
+    """The first step takes the prompt; every later one, the token before."""
+    return "decode" if past else "prompt"
+
+
+class Session(ABC):
+    """One role's executor and the caches that its steps hand on."""
+
+    def __init__(self, program: RoleProgram) -> None:
+        self.program = program
+        self.party = ROLES.index(program.role)
+        tokens = [spec for spec in program.inputs if spec.vis is Vis.CLIENT]
+        self.cache_specs = [spec for spec in program.inputs if spec.cache_output is not None]
+        following = {spec.cache_output for spec in self.cache_specs}
+        logits = [name for name in program.outputs if name not in following]
+        if len(tokens) != 1 or len(logits) != 1 or len(program.inputs) > 1 + len(following):
+            raise BundleError(
+                "the program is no decoder step of tokens and caches to logits; compile it again"
+            )
+        self._tokens, self._logits = tokens[0].name, logits[0]
+        self._caches: dict[str, Any] = {}
+
+    @property
+    def cached(self) -> bool:
+        """Whether a step takes up where the one before ended; else it needs all tokens again."""
+        return bool(self.cache_specs)
+
+    @abstractmethod
+    def setup(self) -> None:
+        """What is done once, before the first step."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """What this party sent and received so far."""
+
+    @abstractmethod
+    def _start(self) -> dict[str, Any]:
+        """Empty caches."""
+
+    @abstractmethod
+    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the program once."""
+
+    def step(self, new: int, past: int, ids: Sequence[int] | None = None) -> torch.Tensor | None:
+        """One step, the same at all roles; only the client has `ids`, and gets logits [V]."""
+        if past == 0:
+            self._caches = self._start()
+        if self.party == CLIENT:
+            tokens = torch.tensor([list(ids or ())], dtype=torch.int64)
+        else:
+            tokens = torch.empty((1, new), dtype=torch.int64, device="meta")
+        outputs = self._execute({self._tokens: Held(Vis.CLIENT, tokens), **self._caches})
+        self._caches = {
+            spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
+        }
+        logits = outputs[self._logits]
+        if self.party != CLIENT:
+            return None
+        value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
+        return value.reshape(-1, value.shape[-1])[-1]
+
+
+class MergecSession(Session):
+    """Steps by mergec's own protocols."""
+
+    def __init__(self, executor: Executor, counted: Callable[[], Traffic]) -> None:
+        super().__init__(executor.program)
+        self._executor = executor
+        self._counted = counted
+
+    def setup(self) -> None:
+        self._executor.setup()
+
+    def traffic(self) -> Traffic:
+        result = self._counted().snapshot()
+        # Corrections are counted as they are used: the stream runs ahead of the step.
+        result.offline_received = self._executor.context.offline_bytes
+        result.offline_sent = 0
+        return result
+
+    def _start(self) -> dict[str, Any]:
+        return {spec.name: self._empty(spec) for spec in self.cache_specs}
+
+    def _empty(self, spec: InputSpec) -> Masked:
+        context = self._executor.context
+        shape = [0 if isinstance(size, str) else size for size in spec.shape]
+        opened = torch.zeros(shape, dtype=torch.int64, device=context.tensor_device)
+        mask = torch.zeros(shape, dtype=torch.int64, device=context.device)
+        return Masked(opened, mask, spec.frac)
+
+    @torch.inference_mode()
+    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self._executor.step(inputs)
+
+
+class StockSession(Session):
+    """Steps by CrypTen's stock protocols; the dealer has no session, it serves the client."""
+
+    def __init__(self, executor: StockExecutor, counted: Callable[[], Traffic]) -> None:
+        super().__init__(executor.program)
+        self._executor = executor
+        self._counted = counted
+
+    def setup(self) -> None:
+        self._executor.setup()
+
+    def traffic(self) -> Traffic:
+        return self._counted().snapshot()
+
+    def _start(self) -> dict[str, Any]:
+        return self._executor.start()
+
+    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self._executor.step(inputs)
+
+
+def measured(session: Session, new: int, past: int, work: Callable[[], object]) -> StepReport:
+    """Do `work` and report what it took."""
+    before, began = session.traffic(), time.perf_counter()
+    work()
+    spent, seconds = session.traffic() - before, time.perf_counter() - began
+    return StepReport(
+        phase_of(past), new, past, seconds, spent.sent, spent.received, spent.rounds, spent.offline
+    )
+
+
+def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, Any]) -> None:
+    """Refuse what the program cannot run, before anything is sent."""
+    vocabulary, limit = manifest.get("vocab_size", 0), manifest.get("max_length", 0)
+    if max_tokens < 1:
+        raise PromptError(f"at least one token must be asked for, not {max_tokens}")
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one token")
+    for token in prompt:
+        if token < 0 or (vocabulary and token >= vocabulary):
+            raise PromptError(
+                f"the prompt's token {token} is not in the vocabulary of {vocabulary}; "
+                "use the model's own tokenizer"
+            )
+    if limit and len(prompt) + max_tokens > limit:
+        raise PromptError(
+            f"the prompt has {len(prompt)} tokens, which with {max_tokens} to generate is more "
+            f"than this program's {limit}; shorten it, ask for fewer, or compile with a larger "
+            "max_length"
+        )
+
+
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] = (),
+    announce: Callable[[int, int], object] = lambda _new, _past: None,
+    on_token: Callable[[int], object] = lambda _: None,
+    on_step: Callable[[StepReport], object] = lambda _: None,
+) -> list[int]:
+    """The client's loop; gives the tokens after the prompt, a stop token included.
+
+    announce: tells the other roles of a step before it begins. on_token, on_step: called with each
+    token and each step's report as they come.
+    """
+    check_prompt(prompt, max_tokens, session.program.manifest)
+    sampling = sampling or Sampling()
+    generator = sampling.generator()
+    tokens: list[int] = []
+    feed, past = list(prompt), 0
+    while True:
+        logits: list[torch.Tensor | None] = []
+
+        def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
+            announce(len(feed), past)
+            logits.append(session.step(len(feed), past, feed))
+
+        report = measured(session, len(feed), past, work)
+        row = logits[0]
+        if row is None:
+            raise BundleError("only the client sees logits; run this loop there")
+        token = choose(row, sampling, generator)
+        tokens.append(token)
+        if not session.cached and len(tokens) > 1:
+            report = StepReport(**{**report.json(), "phase": "decode"})
+        on_step(report)
+        on_token(token)
+        if token in stop or len(tokens) == max_tokens:
+            return tokens
+        if session.cached:
+            past += len(feed)
+            feed = [token]
+        else:
+            feed = [*prompt, *tokens]

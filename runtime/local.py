@@ -1,0 +1,306 @@
+"""All three roles on this machine: starts them, streams the answer, and watches over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import runtime
+from runtime import errors
+from runtime.bundle import read_manifest, role_path
+from runtime.errors import MergecError, PartyError
+from runtime.generation import StepReport, check_prompt
+from runtime.party import JOIN_TIMEOUT, REPLY_TIMEOUT
+from runtime.sampling import Sampling
+from runtime.spec import CLIENT, ROLES
+
+_GRACE = 1.0
+"""Seconds for the others to notice and to say what they saw, when one role has failed."""
+
+_EXIT_TIMEOUT = 20.0
+"""Seconds for a role to exit after it has said that the session is over."""
+
+
+@dataclass
+class LocalResult:
+    """What a local run gave. tokens: after the prompt, a stop token included.
+
+    records: one report per step, counted at the client, with the dealer's bytes that the server
+    used. setup: the same for what was done before the first step. peak_memory: largest resident
+    set by role, in bytes.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    records: list[StepReport] = field(default_factory=list)
+    setup: StepReport | None = None
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+
+def run_local(
+    bundle_dir: str | Path,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int = 32,
+    mode: str = "mergec",
+    device: str = "cpu",
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    ignore_stop: bool = False,
+    on_token: Callable[[int], object] | None = None,
+    on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
+    threads: int | None = None,
+    join_timeout: float = JOIN_TIMEOUT,
+    timeout: float = REPLY_TIMEOUT,
+) -> LocalResult:
+    """Run the three bundles below `bundle_dir` as processes on loopback; gives the answer.
+
+    on_token gets each token as it comes, on_event every event with the role that it is of. If a
+    role fails, all are ended, and its error is raised here.
+    """
+    Sampling(temperature, top_k, top_p, seed)
+    for role in ROLES:
+        manifest = read_manifest(role_path(bundle_dir, role), role)
+        if role == ROLES[CLIENT]:
+            check_prompt(prompt_ids, max_tokens, manifest)
+    arguments = [
+        "--rendezvous",
+        f"tcp://127.0.0.1:{_free_port()}",
+        *("--mode", mode, "--device", device),
+        *("--join-timeout", str(join_timeout), "--timeout", str(timeout), "--json"),
+    ]
+    asked = [
+        *("--prompt-ids", "-", "--max-tokens", str(max_tokens)),
+        *("--temperature", str(temperature), "--top-k", str(top_k), "--top-p", str(top_p)),
+        *(("--seed", str(seed)) if seed is not None else ()),
+        *(("--ignore-stop",) if ignore_stop else ()),
+    ]
+    environment = _environment(threads)
+    with ExitStack() as stack:
+        parties = {}
+        for role in ROLES:
+            command = [
+                *(sys.executable, "-m", "runtime.party", "--role", role),
+                *("--bundle", str(role_path(bundle_dir, role))),
+                *arguments,
+                *(asked if role == ROLES[CLIENT] else ()),
+            ]
+            parties[role] = stack.enter_context(_started(role, command, environment))
+        prompt = " ".join(map(str, prompt_ids))
+        return _Watch(parties, on_token, on_event).run(prompt)
+
+
+@dataclass
+class _Party:
+    role: str
+    process: subprocess.Popen[str]
+    errors: IO[str]
+    ended: bool = False
+    failure: tuple[str, str] | None = None
+    """Kind and message of the error that it told."""
+
+    def last_words(self) -> str:
+        self.errors.seek(0)
+        lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+@contextmanager
+def _started(role: str, command: list[str], environment: dict[str, str]) -> Iterator[_Party]:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE if role == ROLES[CLIENT] else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        try:
+            yield _Party(role, process, said)
+        finally:
+            _end(process)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+class _Watch:
+    """Reads what the three say until all have ended, or one has failed."""
+
+    def __init__(
+        self,
+        parties: dict[str, _Party],
+        on_token: Callable[[int], object] | None,
+        on_event: Callable[[str, Mapping[str, Any]], object] | None,
+    ) -> None:
+        self._parties = parties
+        self._on_token = on_token
+        self._on_event = on_event
+        self._events: queue.SimpleQueue[tuple[str, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._result = LocalResult()
+        self._offline: list[int] = []
+
+    def run(self, prompt: str) -> LocalResult:
+        for party in self._parties.values():
+            threading.Thread(target=self._read, args=(party,), daemon=True).start()
+        stdin = self._parties[ROLES[CLIENT]].process.stdin
+        if stdin is not None:
+            try:
+                stdin.write(prompt)
+                stdin.close()
+            except BrokenPipeError:
+                pass  # It has ended already, and says why.
+        running = set(self._parties)
+        while running:
+            role, event = self._events.get()
+            if event is not None:
+                self._take(role, event)
+                continue
+            running.discard(role)
+            if not self._ended_well(self._parties[role]):
+                self._fail(running)
+        self._result.records = [
+            _with_offline(record, offline)
+            for record, offline in zip(self._result.records, self._padded(), strict=True)
+        ]
+        return self._result
+
+    def _padded(self) -> list[int]:
+        missing = len(self._result.records) - len(self._offline)
+        return (self._offline + [0] * missing)[: len(self._result.records)]
+
+    def _read(self, party: _Party) -> None:
+        for line in party.process.stdout or ():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                self._events.put((party.role, event))
+        self._events.put((party.role, None))
+
+    def _take(self, role: str, event: dict[str, Any]) -> None:
+        kind, party = event["event"], self._parties[role]
+        client = role == ROLES[CLIENT]
+        if kind == "token" and client:
+            self._result.tokens.append(event["token"])
+            if self._on_token is not None:
+                self._on_token(event["token"])
+        elif kind == "step" and client:
+            self._result.records.append(StepReport(**event["report"]))
+        elif kind == "step" and role == "server":
+            self._offline.append(event["report"]["offline_bytes"])
+        elif kind == "ready" and client:
+            self._result.setup = StepReport(**event["report"])
+        elif kind == "end":
+            party.ended = True
+            self._result.peak_memory[role] = event["peak_bytes"]
+        elif kind == "error":
+            party.failure = (event["kind"], event["message"])
+        if self._on_event is not None:
+            self._on_event(role, event)
+
+    def _ended_well(self, party: _Party) -> bool:
+        try:
+            return party.process.wait(_EXIT_TIMEOUT) == 0 and party.ended
+        except subprocess.TimeoutExpired:
+            return False
+
+    def _fail(self, running: set[str]) -> None:
+        """Raise the error that explains the others."""
+        deadline = time.monotonic() + _GRACE
+        while running and (left := deadline - time.monotonic()) > 0:
+            try:
+                role, event = self._events.get(timeout=left)
+            except queue.Empty:
+                break
+            if event is None:
+                running.discard(role)
+            elif event["event"] == "error":
+                self._take(role, event)
+        told = [party for party in self._parties.values() if party.failure is not None]
+        silent = [
+            party
+            for party in self._parties.values()
+            if party.failure is None and party.process.poll() not in (None, 0)
+        ]
+        # A role that was killed says nothing, while those that lose it do.
+        if silent:
+            raise PartyError(_epitaph(silent[0]))
+        causes = [p for p in told if p.failure and not _is_consequence(p.failure[1])]
+        for party in causes or told:
+            if party.failure is not None:
+                kind, message = party.failure
+                found = getattr(errors, kind, MergecError)
+                raise found(message)
+        raise PartyError("a party ended before the session was over; start again")
+
+
+def _is_consequence(message: str) -> bool:
+    return any(text in message for text in ("went away", "sent nothing", "ended the session"))
+
+
+def _epitaph(party: _Party) -> str:
+    code = party.process.poll() or 0
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        memory = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"the {party.role} was ended by {name}{memory}; the others were stopped"
+    words = party.last_words()
+    return f"the {party.role} ended with code {code}{f': {words}' if words else ''}"
+
+
+def _with_offline(record: StepReport, offline: int) -> StepReport:
+    return StepReport(**{**record.json(), "offline_bytes": record.offline_bytes + offline})
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    """The parties' environment: the same code, an even part of the cores, no chatter of torch."""
+    root = str(Path(runtime.__file__).resolve().parent.parent)
+    path = os.environ.get("PYTHONPATH")
+    result = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    # Client and server compute at the same time; the dealer keeps a step ahead of the server.
+    share = str(threads or max(1, (os.cpu_count() or 2) // 2))
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        if threads is not None:
+            result[name] = share
+        else:
+            result.setdefault(name, share)
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
