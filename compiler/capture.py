@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from compiler.errors import CompileError
+from compiler.errors import CompileError, InternalError
 from runtime.program import InputSpec
 from runtime.spec import Vis
 
 _NEW, _PAST = 3, 4
 """Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
+
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+"""Regions that change nothing about the values."""
 
 
 @dataclass
@@ -87,7 +93,10 @@ class _PlainStep(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
         if not self.hugging_face:
-            return (self.model(input_ids),)
+            logits = self.model(input_ids)
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"it returns a {type(logits).__name__}")
+            return (logits,)
         return (self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits,)
 
 
@@ -99,6 +108,8 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     (new = 1) and anything between. Raises CompileError for other models, and for weights that are
     not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise CompileError(f"a {type(model).__name__} is no model; load it first, as an nn.Module")
     hugging_face = _check_architecture(model)
     _check_weights(model)
     model = model.eval()
@@ -126,7 +137,10 @@ def _check_architecture(model: nn.Module) -> bool:
 
 
 def _check_weights(model: nn.Module) -> None:
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise CompileError("the model has no weights yet: they are on the meta device; load them")
+    bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         raise CompileError(f"weights are NaN or infinite: {shown}; repair the checkpoint")
@@ -135,10 +149,7 @@ def _check_weights(model: nn.Module) -> None:
 def _capture_cached(model: nn.Module) -> Captured:
     config = model.config
     parameters = inspect.signature(model.forward).parameters
-    example = torch.zeros((1, _PAST), dtype=torch.int64)
-    with torch.no_grad():
-        first = model(input_ids=example, use_cache=True, return_dict=True)
-    layers = first.past_key_values.layers
+    layers = _cache_layers(model)
     # Fresh tensors: a sliding window would have cut the model's own, which the mask makes needless.
     caches = [
         torch.zeros((1, tensor.shape[1], _PAST, tensor.shape[3]), dtype=tensor.dtype)
@@ -155,6 +166,23 @@ def _capture_cached(model: nn.Module) -> Captured:
         shape = (1, tensor.shape[1], "past", tensor.shape[3])
         inputs.append(InputSpec(name, Vis.SHARED, "torch.float64", shape, 0, f"{name}.next"))
     return _finish(program, inputs, len(layers), config)
+
+
+def _cache_layers(model: nn.Module) -> list[Any]:
+    """What the model caches for each layer, after a short prompt."""
+    example = torch.zeros((1, _PAST), dtype=torch.int64)
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            result = model(input_ids=example, use_cache=True, return_dict=True)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise CompileError(f"{name} does not run on token ids: {_first_line(error)}") from error
+    layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
+    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        raise CompileError(
+            f"{name} keeps no keys and values of past tokens; mergec compiles decoders such as GPT-2"
+        )
+    return layers
 
 
 def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
@@ -177,20 +205,37 @@ def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) ->
     except (TypeError, AttributeError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
+        if isinstance(error, GuardOnDataDependentSymNode):
+            found = re.findall(r'File "([^"]+)", line (\d+)|\((\S+\.py):(\d+) in', str(error))
+            place = next((f"{(a or c).rsplit('/', 1)[-1]}:{b or d}" for a, b, c, d in found), "")
+            reason = f"it branches on secret numbers ({place}); rewrite it without branches"
+        elif reason.startswith("Constraints violated"):
+            reason = "it works for one number of tokens only"
         raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> Captured:
     graph_module, constants = _unlift(program)
-    _inline_regions(graph_module)
     _annotate(graph_module)
+    _inline_regions(graph_module)
+    _check_mutations(graph_module)
+    _name_inputs(graph_module, inputs)
     (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
     output.args = (list(output.args[0]),)
     graph_module.graph.eliminate_dead_code()
     used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
     graph_module.recompile()
     logits = output.args[0][0].meta["val"]
+    if logits.dim() != 3 or not logits.is_floating_point():
+        raise CompileError(
+            f"the model gives a tensor of {logits.dim()} dimensions and {logits.dtype} instead of "
+            "logits [1, N, V]"
+        )
     return Captured(
         graph_module,
         inputs,
@@ -242,10 +287,15 @@ def _inline_regions(graph_module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
+        if node.target.name() not in _REGIONS:
+            raise CompileError(
+                "control flow cannot be compiled", {node: "rewrite the model without branches"}
+            )
         (body_node, body), arguments = _region(graph_module, node)
         mapping = dict(
             zip([n for n in body.graph.nodes if n.op == "placeholder"], arguments, strict=True)
         )
+        _annotate(body)
         with graph.inserting_before(node):
             results = graph.graph_copy(body.graph, mapping)
         for user in list(node.users):
@@ -264,23 +314,61 @@ def _region(graph_module: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node,
             body = operator.attrgetter(str(arg.target))(graph_module)
             if isinstance(body, fx.GraphModule):
                 return (arg, body), list(node.args[index + 1 :])
-    raise CompileError("control flow cannot be compiled", {node: "rewrite it without branches"})
+    raise InternalError(f"{node.target} has no body")
+
+
+def _check_mutations(graph_module: fx.GraphModule) -> None:
+    """Refuse a write whose effect is read through another name: rewrites take it for a copy."""
+    base: dict[fx.Node, fx.Node] = {}
+    stale: dict[fx.Node, fx.Node] = {}
+    bad: dict[fx.Node, str] = {}
+    for node in graph_module.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand in stale:
+                bad[stale[operand]] = "writes to a tensor that is read by another name afterwards"
+        base[node] = node
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
+            continue
+        (first, *_) = node.all_input_nodes
+        if target._schema.is_mutable and target is not torch.ops.aten.detach_.default:
+            for other, root in base.items():
+                if root is base[first] and other is not node:
+                    stale[other] = node
+        elif any(result.alias_info for result in target._schema.returns):
+            base[node] = base[first]
+    if bad:
+        raise CompileError("writing in place cannot be compiled here", bad)
+
+
+def _name_inputs(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> None:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, inputs, strict=True):
+        node.meta["name"] = spec.name
 
 
 def _annotate(graph_module: fx.GraphModule) -> None:
     """Short module path and source line of each node, for names, errors and inspection."""
     for node in graph_module.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        path = [entry[0] for entry in stack.values()]
+        # torch puts a marker in place of the stack on nodes that it makes itself.
+        path = [entry[0] for key, entry in stack.items() if not key.startswith("_empty")]
         name = path[-1] if path else ""
         name = re.sub(r"^L\['self'\]\.?", "", name).removeprefix("model.")
-        node.meta["module"] = "" if name == "model" else name
+        # The export's own nodes, such as sizes of inputs, come from no module.
+        node.meta["module"] = "" if name == "model" or name.startswith("_empty_nn_module") else name
         found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
         node.meta["source"] = f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """torch logs and prints the errors that it raises, and the graph that it was at."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ def lower(
     instructions = [_instruction(node, names) for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     outputs = [names[node] for node in output.args[0]]
-    renamed = [_with_frac(spec, fixed) for spec in inputs]
+    caches = iter(outputs[1:])
+    renamed = [
+        replace(spec, frac=fixed, cache_output=next(caches)) if spec.cache_output else spec
+        for spec in inputs
+    ]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     specs = [
         TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
@@ -62,12 +67,6 @@ def lower(
         )
         for role in ROLES
     }
-
-
-def _with_frac(spec: InputSpec, fixed: int) -> InputSpec:
-    if spec.vis is not Vis.SHARED:
-        return spec
-    return InputSpec(spec.name, spec.vis, spec.dtype, spec.shape, fixed, spec.cache_output)
 
 
 def _instruction(node: fx.Node, names: dict[fx.Node, str]) -> Instruction:
