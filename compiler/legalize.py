@@ -75,7 +75,6 @@ def _split_scales(graph_module: fx.GraphModule) -> None:
                 target("scale"), (query, float(arguments["scale"]))
             )
         scaled.meta = {**query.meta, "module": node.meta.get("module", "")}
-        scaled.meta.pop("name", None)
         node.args = (scaled, *list(arguments.values())[1:])
         node.args = (*node.args[:4], 1.0, arguments["softcap"])
         node.kwargs = {}
@@ -166,8 +165,6 @@ class _Legalizer:
             with self.graph.inserting_after(node):
                 new = self.graph.call_function(target(name), (node,))
             new.meta = {k: v for k, v in node.meta.items() if k != "name"}
-            if "name" in node.meta:
-                new.meta["name"] = f"{node.meta['name']}.{name}"
             self.mark(new, form, self.fixed)
             self.made[key] = new
         return self.made[key]
@@ -185,8 +182,12 @@ class _Legalizer:
             )
 
     def bound_norm(self, node: fx.Node, op: type[Op]) -> None:
-        """Tell a norm how large a row it has to expect, from calibration."""
+        """Tell a norm how large a row it has to expect, from calibration.
+
+        Rounded up to a power of four: the program is public, and finer would say more about the
+        weights without changing a scale.
+        """
         square = node.meta.get("mean_square", 0.0)
         if square:
-            arguments = {**bind(op, node), "bound": float(square) * _NORM_MARGIN}
-            node.args = tuple(arguments.values())
+            bound = 4.0 ** math.ceil(math.log(square * _NORM_MARGIN, 4))
+            node.args = tuple({**bind(op, node), "bound": bound}.values())

@@ -1,0 +1,94 @@
+"""A whole session in one process, a thread per role: for tests, measurements and simulation.
+
+Shares, masks, messages and bytes are the real ones; only the separation is missing, so this
+protects nothing. Programs are served by `runtime.local` and `runtime.party`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from runtime.context import ClientContext, Context, DealerContext, ServerContext
+from runtime.correlations.prg import new_seed
+from runtime.executor import Executor, StepRecord
+from runtime.generation import MergecSession
+from runtime.program import RoleProgram
+from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.transport.loopback import dealer_pair, link_pair
+
+
+class InProcessSession:
+    """Set up on entry; each `step` runs all three roles and gives the client's logits."""
+
+    def __init__(self, programs: Mapping[str, RoleProgram], device: str = "cpu") -> None:
+        client_seed, server_seed = new_seed(), new_seed()
+        self._links = link_pair(timeout=600.0)
+        self._sender, receiver = dealer_pair()
+        fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
+        contexts: dict[int, Context] = {
+            CLIENT: ClientContext(client_seed, device, fixed),
+            SERVER: ServerContext(server_seed, receiver, device, fixed),
+            DEALER: DealerContext(client_seed, server_seed, self._sender, device, fixed),
+        }
+        self.executors = {
+            party: Executor(
+                programs[ROLES[party]], context, self._links[party] if party != DEALER else None
+            )
+            for party, context in contexts.items()
+        }
+        self._sessions = {
+            party: MergecSession(executor, lambda link=self._links[CLIENT]: link.traffic)  # type: ignore[misc]
+            for party, executor in self.executors.items()
+        }
+        self._pool = ThreadPoolExecutor(max_workers=len(ROLES))
+
+    def __enter__(self) -> InProcessSession:
+        self._all(lambda party: self._sessions[party].setup())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for link in self._links:
+            link.close()
+        self._sender.close()
+        self._pool.shutdown(wait=False)
+
+    @property
+    def record(self) -> StepRecord:
+        """What the last step cost, as the server counted it (the dealer's bytes go to it)."""
+        return self.executors[SERVER].record
+
+    def step(self, ids: Sequence[int], past: int) -> torch.Tensor:
+        """Logits [V] after `ids`, which follow `past` tokens of this session; 0 starts anew."""
+        results = self._all(
+            lambda party: self._sessions[party].step(
+                len(ids), past, list(ids) if party == CLIENT else None
+            )
+        )
+        logits: torch.Tensor = results[CLIENT]
+        return logits
+
+    def _all(self, work: Callable[[int], Any]) -> list[Any]:
+        def guarded(party: int) -> Any:
+            try:
+                result = work(party)
+                if party == DEALER:
+                    self._sender.flush()
+                return result
+            except BaseException:
+                # The other two would wait for this one's next message.
+                for link in self._links:
+                    link.close()
+                self._sender.close()
+                raise
+
+        return list(self._pool.map(guarded, range(len(ROLES))))
