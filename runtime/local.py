@@ -23,9 +23,12 @@ from runtime import errors
 from runtime.bundle import read_manifest, role_path
 from runtime.errors import MergecError, PartyError
 from runtime.generation import StepReport, check_prompt
-from runtime.party import JOIN_TIMEOUT, REPLY_TIMEOUT
+from runtime.party import REPLY_TIMEOUT
 from runtime.sampling import Sampling
 from runtime.spec import CLIENT, ROLES
+
+JOIN_TIMEOUT = 600.0
+"""Here a role that fails is noticed at once, and a large bundle takes long to load."""
 
 _GRACE = 1.0
 """Seconds for the others to notice and to say what they saw, when one role has failed."""

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,7 +80,7 @@ def run_party(options: Options, emit: Emit) -> None:
     program = load_bundle(options.bundle, options.role)
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
-    emit("loaded", program=program.manifest["program_hash"])
+    emit("loaded", pid=os.getpid(), program=program.manifest["program_hash"])
     # CrypTen comes with the transport, and takes a while to import.
     from runtime import crypten_compat as crypten
     from runtime.transport.communicator import CountingCommunicator
@@ -368,33 +369,36 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    """The process of a role. It never returns: connections may still wait in other threads."""
-    # While a wait is inside gloo, Python would not notice Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def play(argv: list[str] | None = None) -> int:
+    """Run a command line; gives the exit code. Whatever goes wrong is told in one line."""
     arguments = _parser().parse_args(argv)
-    keep_freed_memory()
-    code = 1
     try:
         if arguments.insecure_first_party:
             sys.stderr.write(FIRST_PARTY_WARNING + "\n")
         emit = _json_emitter() if arguments.json else _human_emitter(arguments)
         run_party(_options(arguments), emit)
-        code = 0
+        return 0
     except MergecError as error:
         _fail(arguments, type(error).__name__, str(error))
     except BrokenPipeError:
-        pass
+        pass  # Whoever started this role is gone.
     except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
         said = " ".join(str(error).split())
         hint = f"set {DEBUG}=1 for the traceback and report it"
         _fail(arguments, "InternalError", f"internal error: {type(error).__name__}: {said}; {hint}")
-    try:
+    return 1
+
+
+def main() -> NoReturn:
+    """The process of a role. It never returns: connections may still wait in other threads."""
+    # While a wait is inside gloo, Python would not notice Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
+    code = play()
+    with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:
-        pass
     os._exit(code)
 
 

@@ -1,0 +1,197 @@
+"""The client's loop on its own, and three roles of it in threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.context import ClientContext, Context, DealerContext, ServerContext
+from runtime.correlations.prg import new_seed
+from runtime.errors import BundleError, PromptError
+from runtime.executor import Executor
+from runtime.generation import MergecSession, Session, StepReport, check_prompt, generate
+from runtime.plain import PlainExecutor
+from runtime.program import InputSpec, RoleProgram
+from runtime.sampling import Sampling
+from runtime.spec import ROLES, Vis
+from runtime.transport.control import Opcode
+from runtime.transport.loopback import LoopbackControl, dealer_pair, link_pair
+from runtime.transport.traffic import Traffic
+from runtime.values import Held
+from tests import decoder
+
+MANIFEST = {"vocab_size": 10, "max_length": 8}
+
+
+class Counting(Session):
+    """Says token n + 1 after token n, and keeps what it was asked."""
+
+    def __init__(self, *, cached: bool = True, **manifest: Any) -> None:
+        cache = [InputSpec("c", Vis.SHARED, "float32", (1, 1, "past", 1), 16, "c.next")]
+        super().__init__(
+            RoleProgram(
+                "client",
+                [],
+                [InputSpec("ids", Vis.CLIENT, "int64", (1, "new")), *(cache if cached else [])],
+                ["logits", *(["c.next"] if cached else [])],
+                [],
+                manifest={**MANIFEST, **manifest},
+            )
+        )
+        self.counted = Traffic()
+
+    def setup(self) -> None: ...
+
+    def traffic(self) -> Traffic:
+        return self.counted.snapshot()
+
+    def _start(self) -> dict[str, Any]:
+        return {"c": 0} if self.cached else {}
+
+    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.counted.rounds += 2
+        self.counted.sent += 5
+        self.counted.received += 7
+        ids = inputs["ids"].value
+        logits = torch.nn.functional.one_hot((ids + 1) % 10, 10).to(torch.float64)
+        return {"logits": Held(Vis.CLIENT, logits), "c.next": inputs.get("c", 0) + ids.shape[1]}
+
+
+def run(session: Session, prompt: list[int], **options: Any) -> tuple[list[int], list[StepReport]]:
+    reports: list[StepReport] = []
+    tokens = generate(session, prompt, on_step=reports.append, **options)
+    return tokens, reports
+
+
+def test_prompt_then_one_token_at_a_time() -> None:
+    asked: list[tuple[int, int]] = []
+    streamed: list[int] = []
+    tokens, reports = run(
+        Counting(),
+        [4, 2, 1],
+        max_tokens=3,
+        announce=lambda new, past: asked.append((new, past)),
+        on_token=streamed.append,
+    )
+    assert tokens == streamed == [2, 3, 4]
+    assert asked == [(3, 0), (1, 3), (1, 4)]
+    assert [(r.phase, r.new, r.past) for r in reports] == [
+        ("prompt", 3, 0),
+        ("decode", 1, 3),
+        ("decode", 1, 4),
+    ]
+    assert {(r.rounds, r.sent, r.received) for r in reports} == {(2, 5, 7)}
+
+
+def test_without_a_cache_every_step_takes_all_tokens() -> None:
+    tokens, reports = run(Counting(cached=False), [4, 2, 1], max_tokens=3)
+    assert tokens == [2, 3, 4]
+    assert [(r.phase, r.new, r.past) for r in reports] == [
+        ("prompt", 3, 0),
+        ("decode", 4, 0),
+        ("decode", 5, 0),
+    ]
+
+
+def test_a_stop_token_ends_the_answer_and_is_part_of_it() -> None:
+    tokens, reports = run(Counting(), [1], max_tokens=7, stop=(4, 9))
+    assert tokens == [2, 3, 4]
+    assert len(reports) == 3
+
+
+def test_sampling_is_applied_and_repeatable() -> None:
+    options = {"max_tokens": 7, "sampling": Sampling(temperature=5.0, seed=4)}
+    first, _ = run(Counting(), [1], **options)
+    again, _ = run(Counting(), [1], **options)
+    assert first == again != [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([1, 10], 1, "token 10 is not in the vocabulary of 10"),
+        ([-1], 1, "token -1 is not in the vocabulary"),
+        ([1] * 6, 3, "has 6 tokens, which with 3 to generate is more than this program's 8"),
+        ([1], 0, "at least one token must be asked for"),
+    ],
+)
+def test_bad_prompts_are_refused_before_any_step(
+    prompt: list[int], max_tokens: int, message: str
+) -> None:
+    session = Counting()
+    with pytest.raises(PromptError, match=message):
+        generate(session, prompt, max_tokens=max_tokens)
+    assert session.counted == Traffic()
+    with pytest.raises(PromptError, match=message):
+        check_prompt(prompt, max_tokens, MANIFEST)
+
+
+def test_a_program_without_limits_takes_any_prompt() -> None:
+    check_prompt([99] * 100, 100, {"vocab_size": 0, "max_length": 0})
+
+
+def test_a_program_of_another_kind_is_refused() -> None:
+    program = decoder.program("client")
+    program.outputs.append("embed")
+    with pytest.raises(BundleError, match="no decoder step"):
+        MergecSession(Executor(program, ClientContext(new_seed()), None), Traffic)
+
+
+def test_three_roles_in_threads_say_what_plaintext_says() -> None:
+    client_link, server_link = link_pair()
+    sender, receiver = dealer_pair()
+    seeds = new_seed(), new_seed()
+    contexts: tuple[Context, ...] = (
+        ClientContext(seeds[0]),
+        ServerContext(seeds[1], receiver),
+        DealerContext(*seeds, sender),
+    )
+    links = (client_link, server_link, None)
+    sessions = [
+        MergecSession(
+            Executor(decoder.program(role), context, link),
+            (lambda link=link: link.traffic) if link else Traffic,
+        )
+        for role, context, link in zip(ROLES, contexts, links, strict=True)
+    ]
+    controls = LoopbackControl(), LoopbackControl()
+    offline: list[int] = []
+
+    def serve(session: MergecSession, control: LoopbackControl) -> None:
+        session.setup()
+        sender.flush()
+        while (message := control.receive()).opcode is Opcode.STEP:
+            before = session.traffic()
+            session.step(*message.numbers)
+            if session.party == 2:
+                sender.flush()
+            else:
+                offline.append((session.traffic() - before).offline)
+
+    threads = [
+        threading.Thread(target=serve, args=(session, control), daemon=True)
+        for session, control in zip(sessions[1:], controls, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    sessions[0].setup()
+    prompt = [5, 1, 7]
+    tokens, reports = run(
+        sessions[0],
+        prompt,
+        max_tokens=4,
+        announce=lambda *lengths: [c.send(Opcode.STEP, *lengths) for c in controls],
+    )
+    for control in controls:
+        control.send(Opcode.END)
+    for thread in threads:
+        thread.join(20)
+    plain = PlainExecutor(decoder.program())
+    assert tokens == [token for token, _ in plain.generate(prompt, 4)]
+    assert all(report.rounds > 0 and report.sent > 0 for report in reports)
+    assert len(offline) == 4
+    assert all(offline)
