@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,8 +208,7 @@ def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) ->
     except Exception as error:
         reason = _first_line(error)
         if isinstance(error, GuardOnDataDependentSymNode):
-            found = re.findall(r'File "([^"]+)", line (\d+)|\((\S+\.py):(\d+) in', str(error))
-            place = next((f"{(a or c).rsplit('/', 1)[-1]}:{b or d}" for a, b, c, d in found), "")
+            place = _user_line(str(error))
             reason = f"it branches on secret numbers ({place}); rewrite it without branches"
         elif reason.startswith("Constraints violated"):
             reason = "it works for one number of tokens only"
@@ -220,6 +220,22 @@ def _first_line(error: Exception) -> str:
 
 
 def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> Captured:
+    graph_module, constants = from_exported(program, inputs)
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    logits = output.args[0][0].meta["val"]
+    if logits.dim() != 3 or not logits.is_floating_point():
+        raise CompileError(
+            f"the model gives a tensor of {logits.dim()} dimensions and {logits.dtype} instead of "
+            "logits [1, N, V]"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]), longest)
+
+
+def from_exported(
+    program: Any, inputs: list[InputSpec]
+) -> tuple[fx.GraphModule, dict[str, Vis]]:
+    """An exported program as a graph whose constants are attributes, and who knows each of them."""
     graph_module, constants = _unlift(program)
     _annotate(graph_module)
     _inline_regions(graph_module)
@@ -228,22 +244,9 @@ def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> 
     (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
     output.args = (list(output.args[0]),)
     graph_module.graph.eliminate_dead_code()
-    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
     graph_module.recompile()
-    logits = output.args[0][0].meta["val"]
-    if logits.dim() != 3 or not logits.is_floating_point():
-        raise CompileError(
-            f"the model gives a tensor of {logits.dim()} dimensions and {logits.dtype} instead of "
-            "logits [1, N, V]"
-        )
-    return Captured(
-        graph_module,
-        inputs,
-        {name: vis for name, vis in constants.items() if name in used},
-        layers,
-        int(logits.shape[-1]),
-        getattr(config, "max_position_embeddings", None) if config is not None else None,
-    )
+    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    return graph_module, {name: vis for name, vis in constants.items() if name in used}
 
 
 def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
@@ -357,8 +360,15 @@ def _annotate(graph_module: fx.GraphModule) -> None:
         name = re.sub(r"^L\['self'\]\.?", "", name).removeprefix("model.")
         # The export's own nodes, such as sizes of inputs, come from no module.
         node.meta["module"] = "" if name == "model" or name.startswith("_empty_nn_module") else name
-        found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-        node.meta["source"] = f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+        node.meta["source"] = _user_line(node.meta.get("stack_trace") or "")
+
+
+def _user_line(trace: str) -> str:
+    """The innermost line of a stack trace that is the model's own, not torch's."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    ours = (str(Path(torch.__file__).parent), __file__, "<")
+    own = [frame for frame in frames if not frame[0].startswith(ours)]
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
     taken: dict[str, int] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
-            names[node] = str(node.target)
+            names[node] = node.meta.get("name", str(node.target))
             continue
         op = target_name(node.target).split(".")[1]
         module = node.meta.get("module", "")

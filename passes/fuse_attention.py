@@ -14,6 +14,10 @@ from runtime.op import target
 from runtime.spec import Vis
 
 
+_LOW = -1e4
+"""A score that stands for "not seen": exp of it is 0 beside any score that is seen."""
+
+
 class FuseAttention(Pass):
     """One op that works on opened keys and values, with grouped queries left grouped.
 
@@ -56,6 +60,9 @@ class FuseAttention(Pass):
             return 0
         query, keys, values = scores.query, scores.keys, product.args[1]
         flat = rank(product) == 3
+        if len({rank(t) for t in (query, keys, values)}) > 1:
+            self.skip(softmax, "heads are apart for the scores, and not for the weighted sum")
+            return 0
         if flat:
             # Heads stand in the batch dimension (bloom): give them one of their own.
             query, keys, values = (_unsqueeze(product, t) for t in (query, keys, values))
@@ -93,14 +100,13 @@ class _Scores:
                 self.terms.append((node.args[0], self.scale * beta))
                 self.scale *= alpha
                 return self._product(node.args[1], node.args[2])
-            if calls(node, aten.reshape.default):
+            if calls(node, aten.reshape.default) and _same_rows(node):
                 node = node.args[0]
-            elif calls(node, aten.add.Tensor) and is_public(node.args[1]) and self._open():
-                self.terms.append((node.args[1], self.scale))
-                node = node.args[0]
-            elif (
-                calls(node, aten.where.self) and is_public(node.args[0]) and is_public(node.args[2])
-            ):
+            elif calls(node, aten.add.Tensor) and self._open() and _public_term(node) is not None:
+                secret, term = _public_term(node)  # type: ignore[misc]
+                self.terms.append((term, self.scale))
+                node = secret
+            elif calls(node, aten.where.self) and self._open() and _hides(node):
                 self._masked.append(node)
                 node = node.args[1]
             elif calls(node, aten.mul.Tensor) and calls(node.args[0], aten.tanh.default):
@@ -161,6 +167,28 @@ def _public(
     return insert(before, call, args, val.unsqueeze(0) if unsqueeze else val, Vis.PUBLIC)
 
 
+def _same_rows(reshape: fx.Node) -> bool:
+    """Whether each row of scores stays one, in its place among the rows of its head."""
+    source: Any = reshape.args[0]
+    return [str(s) for s in source.meta["val"].shape[-2:]] == [
+        str(s) for s in reshape.meta["val"].shape[-2:]
+    ]
+
+
+def _public_term(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The secret and the public addend."""
+    for secret, term in (node.args, node.args[::-1]):
+        if is_shared(secret) and isinstance(term, fx.Node) and is_public(term):
+            return secret, term  # type: ignore[return-value]
+    return None
+
+
+def _hides(choice: fx.Node) -> bool:
+    """Whether the scores that are not chosen become so low that the softmax gives 0."""
+    low = _number(choice.args[2])
+    return is_public(choice.args[0]) and low is not None and low <= _LOW
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
@@ -179,7 +207,7 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if calls(user, aten.matmul.default) and user.args[0] is node:
             return user
-        if not calls(user, aten.reshape.default):
+        if not calls(user, aten.reshape.default) or not _same_rows(user):
             return None
         node = user
     return None
@@ -195,5 +223,9 @@ def _ungroup(node: Any) -> Any:
     if calls(node, aten.reshape.default) and calls(node.args[0], aten.expand.default):
         inner = node.args[0].args[0]
         if calls(inner, aten.unsqueeze.default) and inner.args[1] in (2, -3) and rank(node) == 4:
-            return inner.args[0]
+            one, groups, times, length, size = node.args[0].meta["val"].shape
+            if list(map(str, node.meta["val"].shape)) == list(
+                map(str, (one, groups * times, length, size))
+            ):
+                return inner.args[0]
     return node

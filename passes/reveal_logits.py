@@ -53,7 +53,11 @@ class RevealLogits(Pass):
 
 
 def _scalar(node: fx.Node) -> bool:
-    """Whether the node maps each logit by itself, or only picks some."""
-    if calls(node, *_INVERTIBLE, aten.slice.Tensor, aten.reshape.default):
+    """Whether the node's operand follows from its result, number by number."""
+    if calls(node, *_INVERTIBLE, aten.reshape.default):
         return True
-    return calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float))
+    if calls(node, aten.slice.Tensor):
+        # A choice of rows comes before the opening: the other rows are nobody's business.
+        whole: fx.Node = node.args[0]  # type: ignore[assignment]
+        return list(map(str, whole.meta["val"].shape)) == list(map(str, node.meta["val"].shape))
+    return calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float)) and bool(node.args[1])

@@ -66,7 +66,22 @@ class UnifySpellings(Pass):
                 sites += 1
             elif calls(node, *_SPLITS):
                 sites += self._split(node)
+            elif calls(node, aten.add.Tensor, aten.sub.Tensor) and "alpha" in node.kwargs:
+                self._alpha(node)
+                sites += 1
         return sites
+
+    @staticmethod
+    def _alpha(node: fx.Node) -> None:
+        """`add(x, y, alpha=a)` is `add(x, mul(y, a))`."""
+        addend: Any = node.args[1]
+        alpha = node.kwargs["alpha"]
+        if isinstance(addend, fx.Node):
+            val, vis = addend.meta["val"], addend.meta["vis"]
+            scaled: Any = insert(node, aten.mul.Tensor, (addend, alpha), val, vis)
+        else:
+            scaled = addend * alpha
+        node.args, node.kwargs = (node.args[0], scaled), {}
 
     def _split(self, node: fx.Node) -> int:
         dim = _dim(node)
