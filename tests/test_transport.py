@@ -131,6 +131,12 @@ def test_dealer_ends_before_it_should() -> None:
         receiver.read(3)
 
 
+def test_a_silent_dealer_is_named() -> None:
+    _, receiver = dealer_pair(timeout=0.05)
+    with pytest.raises(PartyError, match=r"the dealer sent nothing for 0\.05 s"):
+        receiver.read(1)
+
+
 def test_control_messages_keep_their_numbers() -> None:
     control = LoopbackControl()
     control.send(Opcode.STEP, 5, 0)
@@ -270,13 +276,18 @@ FAIL = """
 """
 
 
-def test_a_missing_dealer_is_named_by_both() -> None:
-    finished = run_roles(FAIL.replace("LIMIT", "4.0"), roles=("client", "server"))
-    for result in finished.values():
+def test_a_missing_dealer_is_named_by_both_and_a_second_server_is_sent_away() -> None:
+    rendezvous = f"tcp://127.0.0.1:{free_port()}"
+    script = FAIL.replace("LIMIT", "8.0")
+    started = [start(role, script, rendezvous) for role in ("client", "server", "server")]
+    client, *servers = [finish(process) for process in started]
+    for result in (client, *servers):
         assert result.code == 3, result
-        assert "dealer" in result.out
         assert "Traceback" not in result.err
-    assert "the dealer did not join within 4 s; start it with `python" in finished["client"].out
+    assert "the dealer did not join within 8 s; start it with `python" in client.out
+    second, first = sorted(result.out for result in servers)
+    assert "another server is at" in second
+    assert "dealer" in first
 
 
 def test_a_missing_client_is_named() -> None:

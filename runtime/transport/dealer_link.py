@@ -11,7 +11,12 @@ import torch
 
 from runtime.errors import PartyError
 from runtime.spec import DEALER
-from runtime.transport.communicator import IDLE_TIMEOUT, CountingCommunicator, peer_errors
+from runtime.transport.communicator import (
+    IDLE_TIMEOUT,
+    REPLY_TIMEOUT,
+    CountingCommunicator,
+    peer_errors,
+)
 from runtime.transport.link import check_payload
 
 BLOCK_BYTES = 1 << 20
@@ -88,10 +93,16 @@ class DealerReceiver:
     received: payload bytes that have come. consumed: those that were read.
     """
 
-    def __init__(self, blocks: BlockReader, ahead_bytes: int = AHEAD_BYTES) -> None:
+    def __init__(
+        self,
+        blocks: BlockReader,
+        ahead_bytes: int = AHEAD_BYTES,
+        timeout: float = REPLY_TIMEOUT,
+    ) -> None:
         self.received = 0
         self.consumed = 0
         self._blocks = blocks
+        self._timeout = timeout
         self._limit = ahead_bytes
         self._queue: deque[torch.Tensor] = deque()
         self._head = 0
@@ -140,7 +151,10 @@ class DealerReceiver:
                     "the dealer ended the session while randomness was due; "
                     "see its own message, and start all three again"
                 )
-            self._changed.wait()
+            if not self._changed.wait(self._timeout):
+                raise PartyError(
+                    f"the dealer sent nothing for {self._timeout:g} s; see what it is doing"
+                )
 
     def _advance(self, size: int) -> None:
         self.consumed += size
@@ -198,9 +212,7 @@ class GlooBlockWriter:
         """Wait for the oldest until no more than `limit` bytes are under way."""
         while self._pending and self._in_flight > limit - (not limit):
             data, work = self._pending.popleft()
-            # The party may leave its queue full until the client's next prompt.
-            with peer_errors(self._party, IDLE_TIMEOUT):
-                work.wait(timedelta(seconds=IDLE_TIMEOUT))  # type: ignore[attr-defined]
+            self._communicator.wait(self._party, work)
             self._in_flight -= data.numel()
 
 
@@ -236,4 +248,4 @@ def dealer_receiver(
     communicator: CountingCommunicator, ahead_bytes: int = AHEAD_BYTES
 ) -> DealerReceiver:
     """This party's stream from the dealer."""
-    return DealerReceiver(GlooBlockReader(communicator), ahead_bytes)
+    return DealerReceiver(GlooBlockReader(communicator), ahead_bytes, communicator.timeout)

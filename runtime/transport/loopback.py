@@ -78,11 +78,11 @@ class _QueueBlocks:
 
 
 def dealer_pair(
-    block_bytes: int = BLOCK_BYTES, ahead_bytes: int = AHEAD_BYTES
+    block_bytes: int = BLOCK_BYTES, ahead_bytes: int = AHEAD_BYTES, timeout: float = 30.0
 ) -> tuple[DealerSender, DealerReceiver]:
     """The two ends of a dealer's stream."""
     blocks = _QueueBlocks()
-    return DealerSender(blocks, block_bytes), DealerReceiver(blocks, ahead_bytes)
+    return DealerSender(blocks, block_bytes), DealerReceiver(blocks, ahead_bytes, timeout)
 
 
 class LoopbackControl:
