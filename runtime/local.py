@@ -285,13 +285,12 @@ def _with_offline(record: StepReport, offline: int) -> StepReport:
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    """The parties' environment: the same code, an even part of the cores, no chatter of torch."""
+    """The parties' environment: the same code, and an even part of the cores."""
     root = str(Path(runtime.__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
     result = {
         **os.environ,
         "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     # Client and server compute at the same time; the dealer keeps a step ahead of the server.
     share = str(threads or max(1, (os.cpu_count() or 2) // 2))

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Read when torch is imported: what goes wrong between parties is told by PartyError, in one line.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 import torch
 
 from runtime.bundle import TOKENIZER, load_bundle

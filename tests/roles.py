@@ -49,7 +49,6 @@ def environment() -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
 
 

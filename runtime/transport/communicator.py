@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -353,6 +354,8 @@ class CountingCommunicator(crypten.DistributedCommunicator):
 def _meet(role: str, address: Address, timeout: float) -> dist.Store:
     """Wait for the other roles at the client's store."""
     deadline = time.monotonic() + timeout
+    if role != ROLES[CLIENT]:
+        _await_listener(address, deadline, timeout)
     try:
         store = dist.TCPStore(
             address.host,
@@ -362,10 +365,11 @@ def _meet(role: str, address: Address, timeout: float) -> dist.Store:
             timeout=timedelta(seconds=timeout),
         )
     except RuntimeError as error:
-        if role != ROLES[CLIENT]:
-            raise PartyError(_did_not_join([ROLES[CLIENT]], address, timeout)) from error
-        reason = f"the client cannot listen at {address} ({_first_line(error)})"
-        raise PartyError(f"{reason}; choose another port") from error
+        if role == ROLES[CLIENT]:
+            reason = f"the client cannot listen at {address} ({_first_line(error)})"
+            raise PartyError(f"{reason}; choose another port") from error
+        reason = f"who listens at {address} is no client of mergec, or went away"
+        raise PartyError(f"{reason} ({_first_line(error)}); choose another port") from error
     missing = [other for other in ROLES if other != role]
     try:
         if store.add(f"joined {role}", 1) > 1:
@@ -382,6 +386,18 @@ def _meet(role: str, address: Address, timeout: float) -> dist.Store:
         raise PartyError(
             f"the client went away while waiting for the {waiting}; start all three again"
         ) from error
+
+
+def _await_listener(address: Address, deadline: float, timeout: float) -> None:
+    """Wait until somebody listens: the store's own attempts go on beyond its timeout."""
+    while True:
+        try:
+            with socket.create_connection((address.host, address.port), timeout):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PartyError(_did_not_join([ROLES[CLIENT]], address, timeout)) from error
+        time.sleep(_POLL)
 
 
 def _did_not_join(missing: Sequence[str], address: Address, timeout: float) -> str:
