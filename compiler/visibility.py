@@ -27,10 +27,11 @@ def annotate_visibility(
         elif node.op == "get_attr":
             node.meta["vis"] = constants.get(str(node.target), Vis.PUBLIC)
         elif node.op == "call_function":
-            node.meta["vis"] = _visibility(node)
+            node.meta["vis"] = visibility_of(node)
 
 
-def _visibility(node: fx.Node) -> Vis:
+def visibility_of(node: fx.Node) -> Vis:
+    """Who knows a call, from who knows its operands."""
     if node.target is torch.ops.aten.sym_size.int:
         return Vis.PUBLIC
     operands = [operand.meta["vis"] for operand in node.all_input_nodes]

@@ -1,0 +1,93 @@
+"""Write torch's fused attention out, so that one pattern recognizes all attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import aten, calls, is_shared, rank
+from compiler.shapes import insert_call, length
+from passes.base import Pass
+
+
+class ExpandSdpa(Pass):
+    """Modules of one's own call `scaled_dot_product_attention` or `nn.MultiheadAttention`.
+
+    Before:
+        %1 = aten.scaled_dot_product_attention.default(%q, %k, %v, None, 0.0, True)
+    After:
+        %1 = aten.full.default([%new, %new], -inf)
+        %2 = aten.triu.default(%1, 1)
+        %3 = aten.permute.default(%k, [0, 1, 3, 2])
+        %4 = aten.matmul.default(%q, %3)
+        %5 = aten.mul.Tensor(%4, 0.125)
+        %6 = aten.add.Tensor(%5, %2)
+        %7 = aten.softmax.int(%6, -1)
+        %8 = aten.matmul.default(%7, %v)
+    """
+
+    stage = "canonicalize"
+    after = ("remove_noops",)
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = [
+            node
+            for node in graph_module.graph.nodes
+            if calls(node, aten.scaled_dot_product_attention.default) and is_shared(node)
+        ]
+        return sum(map(self._expand, found))
+
+    def _expand(self, node: fx.Node) -> int:
+        query, key, value, mask, _, causal = (*node.args, *_DEFAULTS[len(node.args) - 3 :])[:6]
+        scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
+        if node.kwargs.get("dropout_p") or node.kwargs.get("attn_mask") is not None:
+            self.skip(node, "its mask is given by name")
+            return 0
+        features = query.meta["val"].shape[-1]
+        if not isinstance(features, int) or rank(query) not in (3, 4):
+            self.skip(node, "its queries are no [batch, heads, tokens, features]")
+            return 0
+        if grouped:
+            key, value = (_repeat(node, query, tensor) for tensor in (key, value))
+        order = [*range(rank(key) - 2), rank(key) - 1, rank(key) - 2]
+        scores = insert_call(
+            node, aten.matmul.default, query, insert_call(node, aten.permute.default, key, order)
+        )
+        factor = 1 / math.sqrt(features) if scale is None else scale
+        scores = insert_call(node, aten.mul.Tensor, scores, factor)
+        if causal:
+            mask = _causal(node, query, key)
+        elif mask is not None and mask.meta["val"].dtype is torch.bool:
+            hidden = insert_call(node, aten.logical_not.default, mask)
+            zeros = insert_call(node, aten.zeros_like.default, mask, dtype=query.meta["val"].dtype)
+            mask = insert_call(node, aten.masked_fill.Scalar, zeros, hidden, -math.inf)
+        if mask is not None:
+            scores = insert_call(node, aten.add.Tensor, scores, mask)
+        weights = insert_call(node, aten.softmax.int, scores, -1)
+        node.replace_all_uses_with(insert_call(node, aten.matmul.default, weights, value))
+        # It counts as random because of its dropout, so that nobody else would remove it.
+        node.graph.erase_node(node)
+        return 1
+
+
+_DEFAULTS: tuple[Any, ...] = (None, 0.0, False)
+
+
+def _repeat(before: fx.Node, query: fx.Node, tensor: fx.Node) -> fx.Node:
+    """Keys or values once for each query head of their group, as models write it themselves."""
+    batch, groups, size, features = (length(before, tensor, dim) for dim in range(4))
+    times = query.meta["val"].shape[1] // tensor.meta["val"].shape[1]
+    apart = insert_call(before, aten.unsqueeze.default, tensor, 2)
+    shape = [batch, groups, times, size, features]
+    wide = insert_call(before, aten.expand.default, apart, shape)
+    return insert_call(before, aten.reshape.default, wide, [batch, groups * times, size, features])
+
+
+def _causal(before: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+    shape = [length(before, query, -2), length(before, key, -2)]
+    dtype = query.meta["val"].dtype
+    hidden = insert_call(before, aten.full.default, shape, -math.inf, dtype=dtype)
+    return insert_call(before, aten.triu.default, hidden, 1)
