@@ -232,9 +232,7 @@ def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> 
     return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]), longest)
 
 
-def from_exported(
-    program: Any, inputs: list[InputSpec]
-) -> tuple[fx.GraphModule, dict[str, Vis]]:
+def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule, dict[str, Vis]]:
     """An exported program as a graph whose constants are attributes, and who knows each of them."""
     graph_module, constants = _unlift(program)
     _annotate(graph_module)

@@ -7,6 +7,7 @@ the node comes from; "vis" who knows the value; "absmax", "mean_square" calibrat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,6 +118,8 @@ def _text(arg: Any, names: dict[fx.Node, str]) -> str:
         return f"%{names[arg]}"
     if isinstance(arg, (list, tuple)):
         return f"[{', '.join(_text(item, names) for item in arg)}]"
+    if isinstance(arg, int) and arg == sys.maxsize:
+        return "end"
     return f"{arg:g}" if isinstance(arg, float) else str(arg)
 
 

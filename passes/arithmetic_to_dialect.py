@@ -46,13 +46,28 @@ class ArithmeticToDialect(Pass):
         )
 
     def _rewrite(self, graph_module: fx.GraphModule, node: fx.Node) -> int:
+        x: Any = node.args[0] if node.args else None
         if node.target in _BINARY and not node.kwargs:
             return self._binary(graph_module, node)
         if node.target in _UNARY:
             replace(node, target(_UNARY[node.target]), (node.args[0],))
         elif calls(node, aten.neg.default):
             replace(node, target("scale"), (node.args[0], -1.0))
-        elif calls(node, aten.div.Tensor) and self._number(graph_module, node.args[1]):
+        elif calls(node, aten.rsub.Scalar):
+            _, number, alpha = (*node.args, 1)[:3]
+            turned = insert(
+                node,
+                target("scale"),
+                (x, -float(alpha)),
+                node.meta["val"],
+                Vis.SHARED,  # type: ignore[arg-type]
+            )
+            replace(node, target("shift"), (turned, float(number)))  # type: ignore[arg-type]
+        elif (
+            calls(node, aten.div.Tensor)
+            and self._number(graph_module, node.args[1])
+            and _same_shape(node.args[0], node)
+        ):
             divisor = self._number(graph_module, node.args[1])
             replace(node, target("scale"), (node.args[0], 1.0 / divisor))  # type: ignore[operator]
         elif calls(node, aten.div.Tensor) and is_shared(node.args[1]):
@@ -64,7 +79,6 @@ class ArithmeticToDialect(Pass):
         elif calls(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
             replace(node, target("square"), (node.args[0],))
         elif calls(node, aten.pow.Tensor_Scalar) and node.args[1] == 3:
-            x: Any = node.args[0]
             square = insert(node, target("square"), (x,), node.meta["val"], Vis.SHARED)
             replace(node, target("mul"), (square, x))
         elif calls(node, aten.softmax.int) and last_dim(node, node.args[1]):  # type: ignore[arg-type]
@@ -82,7 +96,7 @@ class ArithmeticToDialect(Pass):
         left, right = node.args
         for value, other, sign in ((left, right, 1.0), (right, left, -1.0)):
             number = self._number(graph_module, other)
-            if number is None or not is_shared(value):
+            if number is None or not is_shared(value) or not _same_shape(value, node):
                 continue
             if name == "mul":
                 replace(node, target("scale"), (value, number))
@@ -116,3 +130,8 @@ class ArithmeticToDialect(Pass):
         tensor = constant(graph_module, value)
         public = tensor is not None and value.meta.get("vis") is Vis.PUBLIC
         return float(tensor) if public and tensor.numel() == 1 else None  # type: ignore[union-attr, arg-type]
+
+
+def _same_shape(value: Any, node: fx.Node) -> bool:
+    """A tensor of one number may add dimensions, which an attribute cannot."""
+    return str(value.meta["val"].shape) == str(node.meta["val"].shape)

@@ -100,7 +100,19 @@ def available() -> dict[str, type[Pass]]:
 
 
 def ordered(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
-    """By stage, then `after`, then name. Raises InternalError on a cycle or an unknown stage."""
+    """By stage, then `after`, then name.
+
+    Raises InternalError on a cycle, an unknown stage, or a wait for a pass of a later stage.
+    """
+    passes = list(passes)
+    stage = {p.name(): p.stage for p in passes}
+    for p in passes:
+        if p.stage not in STAGES:
+            known = ", ".join(STAGES)
+            raise InternalError(f"pass {p.name()} has stage {p.stage!r}; there are: {known}")
+        late = [n for n in p.after if STAGES.index(stage.get(n, p.stage)) > STAGES.index(p.stage)]
+        if late:
+            raise InternalError(f"pass {p.name()} waits for {late[0]}, which is of a later stage")
     remaining = sorted(passes, key=lambda p: (STAGES.index(p.stage), p.name()))
     names = {p.name() for p in remaining}
     result: list[type[Pass]] = []
@@ -124,12 +136,7 @@ def run_passes(
 ) -> list[PassReport]:
     """Run the passes in the given order with torch's PassManager; names the one that fails."""
     reports: list[PassReport] = []
-
-    def timed(kind: type[Pass]) -> PassBase:
-        return _Reporting(kind(info), reports)
-
-    manager = PassManager(passes=[timed(kind) for kind in passes], run_checks_after_each_pass=True)
-    manager.add_checks(_check_inputs(len(info.inputs)))
+    manager = PassManager(passes=[_Reporting(kind(info), reports) for kind in passes])
     try:
         manager(graph_module)
     except Exception as error:
@@ -139,7 +146,7 @@ def run_passes(
         if isinstance(cause, CompileError):
             raise cause from error
         done = ", ".join(report.name for report in reports) or "none"
-        failed = passes[len(reports)].name() if len(reports) < len(passes) else "the last check"
+        failed = passes[len(reports)].name()
         raise InternalError(f"pass {failed} failed ({cause}); ran before it: {done}") from error
     return reports
 
@@ -155,6 +162,7 @@ class _Reporting(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         before, start = len(graph_module.graph.nodes), time.perf_counter()
         result = self.inner.call(graph_module)
+        _check_inputs(graph_module, len(self.inner.info.inputs))
         self.reports.append(
             PassReport(
                 self.inner.name(),
@@ -169,10 +177,7 @@ class _Reporting(PassBase):
         return result
 
 
-def _check_inputs(count: int):  # type: ignore[no-untyped-def]
-    def check(graph_module: fx.GraphModule) -> None:
-        found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
-        if found != count:
-            raise InternalError(f"the graph has {found} inputs instead of {count}")
-
-    return check
+def _check_inputs(graph_module: fx.GraphModule, count: int) -> None:
+    found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    if found != count:
+        raise InternalError(f"the graph has {found} inputs instead of {count}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_public, replace
+from compiler.ir import aten, calls, constant, is_public, replace
 from passes.base import Pass
 from runtime.op import target
 
@@ -25,8 +25,12 @@ class EmbeddingToDialect(Pass):
     def run(self, graph_module: fx.GraphModule) -> int:
         sites = 0
         for node in list(graph_module.graph.nodes):
-            if calls(node, aten.embedding.default) and not is_public(node):
-                weight, ids = node.args[:2]
-                replace(node, target("embedding"), (ids, weight))
-                sites += 1
+            if not calls(node, aten.embedding.default) or is_public(node):
+                continue
+            weight, ids = node.args[:2]
+            if constant(graph_module, weight) is None:
+                self.skip(node, "its table is computed from something else")
+                continue
+            replace(node, target("embedding"), (ids, weight))
+            sites += 1
         return sites

@@ -59,6 +59,8 @@ class FuseActivations(Pass):
         for node in list(graph_module.graph.nodes):
             if calls(node, *_CURVED) and is_shared(node) and node.users:
                 sites += self._by_value(node)
+        # What a region was made of would be taken for activations of its own.
+        graph_module.graph.eliminate_dead_code()
         for node in list(graph_module.graph.nodes):
             if not is_shared(node) or node.op != "call_function":
                 continue

@@ -34,6 +34,9 @@ class FuseGlu(Pass):
                 kind = _activation(active)
                 if kind is None:
                     continue
+                if str(active.meta["val"].shape) != str(up.meta["val"].shape):
+                    self.skip(node, "gate and factor differ in shape")
+                    continue
                 if len(active.users) > 1:
                     self.skip(node, "the activation is used elsewhere too")
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from compiler.ir import aten, calls, is_shared, last_dim, replace
@@ -39,7 +40,9 @@ class FuseRmsNorm(Pass):
             if len(shape) != 1:  # type: ignore[arg-type]
                 self.skip(root, "it spans several dimensions")
                 return 0
-            replace(root, target("rms_norm"), (x, weight, float(eps or 0.0), 0.0))
+            if eps is None:
+                eps = torch.finfo(root.meta["val"].dtype).eps
+            replace(root, target("rms_norm"), (x, weight, float(eps), 0.0))  # type: ignore[arg-type]
             return 1
         if not calls(root, aten.rsqrt.default) or not is_shared(root):
             return 0
@@ -89,6 +92,8 @@ def _gain(product: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
         return None
     other = user.args[1] if user.args[0] is product else user.args[0]
     if not isinstance(other, fx.Node) or other.meta["vis"] not in (Vis.SERVER, Vis.PUBLIC):
+        return None
+    if list(other.meta["val"].shape) != [product.meta["val"].shape[-1]]:
         return None
     if other.op == "get_attr":
         return user, other, 0.0

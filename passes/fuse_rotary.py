@@ -47,6 +47,9 @@ class FuseRotary(Pass):
             interleaved = _quarter_turn(other, x)
             if interleaved is None:
                 continue
+            if any(table.meta["val"].shape[-1] != x.meta["val"].shape[-1] for table in (cos, sin)):
+                self.skip(node, "its tables have another width")
+                continue
             whole, root = _with_rest(node, x)
             replace(whole, target("rotary"), (root, cos, sin, interleaved))
             return 1

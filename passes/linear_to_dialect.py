@@ -29,7 +29,10 @@ class LinearToDialect(Pass):
         for node in list(graph_module.graph.nodes):
             if calls(node, aten.linear.default) and is_shared(node.args[0]):
                 x, weight, bias = (*node.args, None)[:3]
-            elif calls(node, aten.addmm.default) and is_shared(node.args[1]) and not node.kwargs:
+            elif calls(node, aten.addmm.default) and is_shared(node.args[1]):
+                if node.kwargs:
+                    self.skip(node, "it has factors of its own")
+                    continue
                 bias, x, weight = node.args
                 weight = self._turned(graph_module, weight)
             elif calls(node, aten.matmul.default) and is_shared(node.args[0]):

@@ -60,4 +60,6 @@ def _scalar(node: fx.Node) -> bool:
         # A choice of rows comes before the opening: the other rows are nobody's business.
         whole: fx.Node = node.args[0]  # type: ignore[assignment]
         return list(map(str, whole.meta["val"].shape)) == list(map(str, node.meta["val"].shape))
-    return calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float)) and bool(node.args[1])
+    return (
+        calls(node, *_BY_NUMBER) and isinstance(node.args[1], (int, float)) and bool(node.args[1])
+    )

@@ -126,7 +126,9 @@ def test_near_miss_rows_are_mixed_by_a_reshape() -> None:
     k, v = K[:, :, :3], V[:, :, :3]
     graph = Graph(attention(lambda m, s: s.reshape(1, 3, 4, 3).reshape(1, 4, 3, 3)), Q, k, v)
     leaves(graph, *NAMES, reason="the scores come from")
-    graph = Graph(attention(weights=lambda m, p: p.reshape(1, 3, 3, 4).reshape(1, 4, 3, 3)), Q, k, v)
+    graph = Graph(
+        attention(weights=lambda m, p: p.reshape(1, 3, 3, 4).reshape(1, 4, 3, 3)), Q, k, v
+    )
     leaves(graph, *NAMES, reason="more than one weighted sum")
 
 

@@ -1,0 +1,99 @@
+"""Client, server and dealer of a compiled program in threads of one process."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compiler.config import CompileConfig
+from compiler.driver import compile_decoder
+from compiler.program import Program
+from runtime.context import ClientContext, DealerContext, ServerContext
+from runtime.correlations.prg import new_seed
+from runtime.executor import Executor, StepRecord
+from runtime.program import RoleProgram
+from runtime.spec import CLIENT, DEALER, ROLES, Vis
+from runtime.transport.loopback import dealer_pair, link_pair
+from runtime.values import Held, Masked
+from tests.families import random_decoder
+
+TIMEOUT = 60.0
+
+
+@dataclass
+class Step:
+    """What one step gave at the client, and what it cost at each role."""
+
+    logits: torch.Tensor
+    records: list[StepRecord]
+
+
+@functools.cache
+def compiled(family: str) -> tuple[Any, Program]:
+    """A tiny decoder in float32 and its program; not to be changed."""
+    model = random_decoder(family).float()
+    return model, compile_decoder(model, config=CompileConfig(max_length=64))
+
+
+def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:
+    """Run the steps, each with its new tokens, over one cache; fails if a role fails."""
+    client_link, server_link = link_pair(TIMEOUT)
+    sender, receiver = dealer_pair()
+    client, server = new_seed(), new_seed()
+    contexts = [
+        ClientContext(client),
+        ServerContext(server, receiver),
+        DealerContext(client, server, sender),
+    ]
+    links = [client_link, server_link, None]
+    results: list[list[tuple[Any, StepRecord]]] = [[], [], []]
+    failures: list[str] = []
+
+    def run(party: int) -> None:
+        try:
+            executor = Executor(roles[ROLES[party]], contexts[party], links[party])
+            executor.setup()
+            caches: dict[str, Any] = {}
+            for ids in steps:
+                inputs = caches or empty_caches(executor.program, party)
+                tokens = torch.tensor([list(ids)], device="cpu" if party == CLIENT else "meta")
+                outputs = executor.step({"input_ids": Held(Vis.CLIENT, tokens), **inputs})
+                specs = executor.program.inputs[1:]
+                names = executor.program.outputs
+                caches = {
+                    spec.name: outputs[name] for spec, name in zip(specs, names[1:], strict=True)
+                }
+                results[party].append((outputs[names[0]], executor.record))
+            if party == DEALER:
+                sender.close()
+        except BaseException:
+            failures.append(f"{ROLES[party]}:\n{traceback.format_exc()}")
+            for link in (client_link, server_link):
+                link.close()
+            sender.close()
+
+    threads = [threading.Thread(target=run, args=(party,), daemon=True) for party in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * TIMEOUT)
+    assert not failures, "\n".join(failures)
+    return [
+        Step(rows[CLIENT][0].value, [record for _, record in rows])
+        for rows in zip(*results, strict=True)
+    ]
+
+
+def empty_caches(program: RoleProgram, party: int) -> dict[str, Masked]:
+    caches = {}
+    for spec in program.inputs[1:]:
+        zeros = torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=torch.int64)
+        mask = zeros.to("meta") if party == DEALER else zeros
+        caches[spec.name] = Masked(mask, zeros, spec.frac)
+    return caches

@@ -1,0 +1,306 @@
+"""The default passes, in their order, keep every family's meaning and find its structure."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+import passes
+from compiler.capture import Captured
+from compiler.config import CompileConfig
+from compiler.errors import CompileError, InternalError
+from compiler.ir import dump
+from compiler.pipeline import rewrite
+from compiler.verify import verify_dialect
+from passes.base import Pass, PassReport, available, ordered
+from runtime.op import load_all
+from runtime.spec import Vis
+from runtime.structural import target_name
+from tests.families import FAMILIES, LAYERS, LENGTHS, captured, error, expected, outputs
+
+load_all()
+
+ORDER = """
+canonicalize  remove_noops
+canonicalize  unify_spellings
+canonicalize  reveal_logits
+fuse          fuse_attention
+fuse          fuse_activations
+fuse          fuse_cache
+fuse          fuse_glu
+fuse          fuse_layer_norm
+fuse          fuse_rms_norm
+fuse          fuse_rotary
+dialect       embedding_to_dialect
+dialect       linear_to_dialect
+dialect       arithmetic_to_dialect
+"""
+
+REORDERED = 1e-9
+"""In float64, where sums are rounded in another order, and GELU's constants to 8 digits."""
+
+CASTS = 1e-6
+"""Some models compute parts in float32; a program has no such casts."""
+
+# Per layer: norms, activation with its kind, rotary embeddings.
+COVERAGE: dict[str, tuple[tuple[str, int, int], tuple[str, str | None], int]] = {
+    "gpt2": (("layer_norm", 2, 1), ("gelu", "tanh"), 0),
+    "llama": (("rms_norm", 2, 1), ("glu", "silu"), 2),
+    "qwen2": (("rms_norm", 2, 1), ("glu", "silu"), 2),
+    "qwen3": (("rms_norm", 4, 1), ("glu", "silu"), 2),
+    "mistral": (("rms_norm", 2, 1), ("glu", "silu"), 2),
+    "opt": (("layer_norm", 2, 1), ("relu", None), 0),
+    "gpt_neox": (("layer_norm", 2, 1), ("gelu", "erf"), 2),
+    "gpt_neo": (("layer_norm", 2, 1), ("gelu", "tanh"), 0),
+    "phi": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
+    "phi3": (("rms_norm", 2, 1), ("glu", "silu"), 2),
+    "gemma": (("rms_norm", 2, 1), ("glu", "gelu_tanh"), 2),
+    "gemma2": (("rms_norm", 4, 1), ("glu", "gelu_tanh"), 2),
+    "bloom": (("layer_norm", 2, 2), ("gelu", "tanh"), 0),
+    "falcon": (("layer_norm", 1, 1), ("gelu", "erf"), 2),
+    "gptj": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
+    "codegen": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
+    "stablelm": (("layer_norm", 2, 1), ("glu", "silu"), 2),
+    "olmo": (("layer_norm", 2, 1), ("glu", "silu"), 2),
+}
+
+
+@functools.cache
+def rewritten(family: str) -> tuple[Captured, list[PassReport]]:
+    step = captured(family)
+    return step, rewrite(step, CompileConfig())
+
+
+def in_double(step: Captured) -> Captured:
+    """The step without the model's excursions to float32, so that only rewrites can differ."""
+
+    def wide(arg: object) -> object:
+        return torch.float64 if arg is torch.float32 else arg
+
+    for node in list(step.graph_module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            step.graph_module.graph.erase_node(node)
+            continue
+        node.args = tuple(wide(arg) for arg in node.args)
+        node.kwargs = {key: wide(arg) for key, arg in node.kwargs.items()}
+    step.graph_module.recompile()
+    return step
+
+
+def shared_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and node.meta["vis"] is Vis.SHARED
+    ]
+
+
+def test_order() -> None:
+    lines = [f"{kind.stage:<13} {kind.name()}" for kind in ordered(available().values())]
+    assert lines == ORDER.strip().splitlines()
+
+
+def test_every_file_is_found() -> None:
+    files = {path.stem for path in Path(passes.__file__).parent.glob("*.py")}
+    assert set(available()) == files - {"__init__", "base"}
+    assert all(name == kind.name() for name, kind in available().items())
+
+
+def test_every_pass_has_tests_and_shows_what_it_does() -> None:
+    tested = {path.stem for path in (Path(__file__).parent / "passes").glob("test_*.py")}
+    for name, kind in available().items():
+        assert f"test_{name}" in tested
+        assert "Before:" in (kind.__doc__ or "")
+        assert "After:" in (kind.__doc__ or "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_meaning_stays(family: str) -> None:
+    original, step = in_double(captured(family)), in_double(captured(family))
+    rewrite(step, CompileConfig())
+    for new, past in LENGTHS:
+        before, after = outputs(original, new, past), outputs(step, new, past)
+        assert [error(a, b) < REORDERED for a, b in zip(before, after, strict=True)] == [
+            True
+        ] * len(before)
+        logits = outputs(rewritten(family)[0], new, past)[0]
+        assert error(logits, expected(family, new + past)) < CASTS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_structure_is_found(family: str) -> None:
+    (norm, norms, final), (activation, kind), rotary = COVERAGE[family]
+    step, reports = rewritten(family)
+    graph_module = step.graph_module
+    verify_dialect(graph_module)
+    nodes = shared_calls(graph_module)
+    count = Counter(target_name(node.target).removeprefix("mpc.") for node in nodes)
+    assert count["attention"] == LAYERS
+    assert count["cache_append"] == 2 * LAYERS
+    assert count[norm] == norms * LAYERS + final
+    assert count[activation] == LAYERS
+    assert count["rotary"] == rotary * LAYERS
+    for node in nodes:
+        if target_name(node.target) == "mpc.glu":
+            assert node.args[2] == kind
+        if target_name(node.target) == "mpc.gelu":
+            assert node.args[1] is (kind == "tanh")
+    spelled_out = {"softmax", "matmul", "exp", "rsqrt", "reciprocal", "tanh", "sigmoid", "square"}
+    spelled_out |= {"mul", "sum", "silu"}
+    assert not spelled_out & set(count)
+    found = {report.name: report for report in reports}
+    assert list(found) == [kind.name() for kind in ordered(available().values())]
+    assert not any(report.skips for report in reports), [r.skips for r in reports if r.skips]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])
+def test_a_second_time_nothing_is_left_to_do(family: str) -> None:
+    step = captured(family)
+    rewrite(step, CompileConfig())
+    before = dump(step.graph_module)
+    again = rewrite(step, CompileConfig())
+    assert [report.name for report in again if report.sites] == []
+    assert dump(step.graph_module) == before
+
+
+class _Extra(Pass):
+    """A pass of a user."""
+
+    stage = "finish"
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__name__.strip("_").lower()
+
+
+class _Doubles(_Extra):
+    """Doubles the logits at the client."""
+
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+        logits = output.args[0][0]
+        with graph_module.graph.inserting_before(output):
+            doubled = graph_module.graph.call_function(torch.ops.aten.add.Tensor, (logits, logits))
+        doubled.meta = dict(logits.meta)
+        output.args = ([doubled, *output.args[0][1:]],)
+        return 1
+
+
+class _DropsInput(_Extra):
+    """Loses a cache."""
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        last = [node for node in graph_module.graph.nodes if node.op == "placeholder"][-1]
+        for user in list(last.users):
+            user.replace_input_with(last, last.prev)
+        graph_module.graph.erase_node(last)
+        return 1
+
+
+class _Raises(_Extra):
+    """Stumbles."""
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        raise IndexError("list index out of range")
+
+
+class _Refuses(_Extra):
+    """Finds a fault of the model."""
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        raise CompileError("no such luck", {next(iter(graph_module.graph.nodes)): "a reason"})
+
+
+def test_a_pass_of_a_user_runs() -> None:
+    step = captured("gpt2")
+    reports = rewrite(step, CompileConfig(extra_passes=(_Doubles,)))
+    assert (reports[-1].name, reports[-1].sites, reports[-1].exact) == ("doubles", 1, False)
+    assert error(outputs(step, 5, 0)[0], 2 * expected("gpt2", 5)) < CASTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (_DropsInput, "pass dropsinput failed .*4 inputs instead of 5.*before it: remove_noops,"),
+        (_Raises, "pass raises failed .*list index out of range.*before it: remove_noops,"),
+    ],
+)
+def test_a_pass_that_breaks_is_named(kind: type[Pass], words: str) -> None:
+    with pytest.raises(InternalError, match=words):
+        rewrite(captured("gpt2"), CompileConfig(extra_passes=(kind,)))
+
+
+def test_an_error_of_the_model_passes_through() -> None:
+    with pytest.raises(CompileError, match="no such luck"):
+        rewrite(captured("gpt2"), CompileConfig(extra_passes=(_Refuses,)))
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(CompileError, match="unknown pass 'fuse_all'; there are: arithmetic_to_"):
+        rewrite(captured("gpt2"), CompileConfig(disable=("fuse_all",)))
+    with pytest.raises(CompileError, match="unknown preset 'fast'; there are: exact"):
+        CompileConfig(preset="fast")
+
+
+def test_a_pass_can_be_left_out() -> None:
+    step = captured("gpt2")
+    reports = rewrite(step, CompileConfig(disable=("fuse_layer_norm",)))
+    assert "fuse_layer_norm" not in [report.name for report in reports]
+    assert "aten.layer_norm.default" in {
+        target_name(n.target) for n in shared_calls(step.graph_module)
+    }
+
+
+def test_order_of_passes() -> None:
+    class First(_Extra):
+        """Waits for nobody."""
+
+        after = ("not_there",)
+
+    class Second(_Extra):
+        """Waits."""
+
+        stage = "finish"
+        after = ("third",)
+
+    class Third(_Extra):
+        """Is waited for."""
+
+    assert [kind.name() for kind in ordered([Third, Second, First])] == ["first", "third", "second"]
+
+    class Fourth(_Extra):
+        """Waits for one that waits for it."""
+
+        after = ("fifth",)
+
+    class Fifth(_Extra):
+        """Waits for one that waits for it."""
+
+        after = ("fourth",)
+
+    with pytest.raises(InternalError, match="wait for each other: .*fifth"):
+        ordered([Fourth, Fifth])
+
+    class Nowhere(_Extra):
+        """Has no place."""
+
+        stage = "later"
+
+    with pytest.raises(InternalError, match="nowhere.*stage 'later'.*canonicalize"):
+        ordered([Nowhere])
+
+    class Early(_Extra):
+        """Waits for a pass of a later stage."""
+
+        stage = "fuse"
+        after = ("third",)
+
+    with pytest.raises(InternalError, match="early.*later stage"):
+        ordered([Early, Third])

@@ -1,0 +1,95 @@
+"""An op without a protocol is reported with all its kind, before anything runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compiler.config import CompileConfig
+from compiler.driver import compile_decoder
+from compiler.errors import CompileError
+from compiler.pipeline import to_dialect
+from compiler.verify import verify_dialect
+from tests.families import VOCAB, WIDTH
+from tests.passes.harness import Graph, leaves, normal
+
+
+class Mixer(nn.Module):
+    """Sorts, which has no protocol."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ordered, _ = torch.sort(x, -1)
+        best = torch.topk(x, 4, -1).values
+        return ordered + best.sum(-1, keepdim=True)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([Mixer(), Mixer()])
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.ran = 0
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.erfinv(layer(x))
+        return self.head(x)
+
+
+def test_all_offenders_are_named_at_once() -> None:
+    with pytest.raises(CompileError) as caught:
+        compile_decoder(Decoder())
+    text = str(caught.value)
+    assert "the model has 6 ops that cannot be lowered" in text
+    for name, module in [("sort", "layers.0"), ("topk", "layers.1"), ("erfinv", "")]:
+        line = next(x for x in text.splitlines() if f"aten.{name}" in x and f"# {module}" in x)
+        assert re.search(r"^  %\w+ = aten\.\w+\.default\(.*\)   # .*test_verify\.py:\d+$", line)
+    assert text.count("has no protocol on secret values; add runtime/ops/") == 6
+    assert len(caught.value.nodes) == 6
+
+
+def test_nothing_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(*_: object) -> None:
+        raise AssertionError("calibration ran")
+
+    monkeypatch.setattr("compiler.pipeline.annotate_ranges", ran)
+    with pytest.raises(CompileError):
+        to_dialect(Decoder(), CompileConfig())
+
+
+def test_an_op_that_a_disabled_pass_would_have_made() -> None:
+    from tests.families import random_decoder
+
+    with pytest.raises(CompileError, match=r"5 ops .*(\n.*)*layer_norm"):
+        to_dialect(random_decoder("gpt2"), CompileConfig(disable=("fuse_layer_norm",)))
+
+
+def test_data_movement_and_public_arithmetic_pass() -> None:
+    graph = Graph(
+        lambda m, x: x.reshape(6).flip(0) if False else x.reshape(6)[None] + 0.0, normal(2, 3)
+    )
+    graph.run("arithmetic_to_dialect")
+    verify_dialect(graph.module)
+    public = Graph(lambda m, x: torch.cos(x) * 2.0, normal(2, 3), public=(0,))
+    leaves(public, "arithmetic_to_dialect")
+    verify_dialect(public.module)
+
+
+def test_unknown_functions_of_public_values() -> None:
+    graph = Graph(lambda m, x: torch.special.bessel_j0(x), normal(2, 3), public=(0,))
+    with pytest.raises(CompileError, match="no function that a program may call"):
+        verify_dialect(graph.module)
+
+
+def test_a_node_that_is_no_call() -> None:
+    graph = Graph(lambda m, x: x.reshape(6), normal(2, 3))
+    (node,) = [n for n in graph.module.graph.nodes if n.op == "call_function"]
+    node.op, node.target = "call_method", "reshape"
+    with pytest.raises(CompileError, match="a call_method node cannot be compiled"):
+        verify_dialect(graph.module)
