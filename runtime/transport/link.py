@@ -15,7 +15,6 @@ from runtime.spec import CLIENT, ROLES, SERVER
 from runtime.transport.communicator import CountingCommunicator
 from runtime.transport.traffic import Traffic
 
-
 _PORT_BYTES, _WORD_BYTES = 2, 32
 
 _AT_ONCE = 1 << 16
