@@ -116,7 +116,7 @@ class _Legalizer:
         if op.name in ("rms_norm", "layer_norm"):
             self.bound_norm(node, op)
         elif op.name in _NARROW:
-            self.check(arguments[next(iter(arguments))], SCALAR_INPUT_BITS + self.fixed, 0)
+            self.check_scalar(node, arguments[next(iter(arguments))])
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         self.mark(node, {"open": "masked", "send": "sent", "cache_append": "masked"}.get(
             op.name, "share"), frac)  # fmt: skip
@@ -179,6 +179,14 @@ class _Legalizer:
             self.failures[node] = (
                 f"reaches {absmax:.3g} in calibration, which with {frac} fractional bits leaves "
                 f"no room in {bits} bits; compile with fewer fractional bits"
+            )
+
+    def check_scalar(self, node: fx.Node, x: fx.Node) -> None:
+        absmax = x.meta.get("absmax")
+        if absmax and math.log2(absmax) + RANGE_MARGIN_BITS > SCALAR_INPUT_BITS:
+            self.failures[node] = (
+                f"its operand reaches {absmax:.3g} in calibration, and beyond that may grow by "
+                f"2**{RANGE_MARGIN_BITS}; its protocol takes |x| < 2**{SCALAR_INPUT_BITS}"
             )
 
     def bound_norm(self, node: fx.Node, op: type[Op]) -> None:

@@ -57,12 +57,21 @@ def _load(path: Path) -> tuple[Any, Any]:
     folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     try:
         with _silent():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, **options
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
             )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompileError(f"{path} cannot be loaded as a decoder: {reason}") from error
+    # The loader would make up random weights in their place.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CompileError(f"{path} cannot be loaded as a decoder: it lacks {missing[0]}{more}")
     try:
         with _silent():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)

@@ -1,0 +1,195 @@
+"""Where truncations and openings stand, and what leaves the ring."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from torch import fx
+
+from compiler.config import CompileConfig
+from compiler.errors import CompileError
+from compiler.ir import dump
+from compiler.legalize import RANGE_MARGIN_BITS, legalize
+from compiler.pipeline import to_dialect
+from runtime.spec import HEADROOM_BITS, Vis
+from runtime.structural import target_name
+from tests.families import random_decoder
+from tests.passes.harness import Graph, normal
+
+GOLDEN = Path(__file__).parent / "golden"
+FIXED = 16
+X, W = normal(1, 3, 8), normal(8, 8)
+ALL = ("remove_noops", "unify_spellings", "fuse_attention", "fuse_activations", "fuse_rms_norm",
+       "linear_to_dialect", "arithmetic_to_dialect")  # fmt: skip
+
+
+def legal(graph: Graph) -> Graph:
+    for name in ALL:
+        graph.run(name)
+    legalize(graph.module, FIXED)
+    assert graph.same()
+    return graph
+
+
+def named(graph: Graph, op: str) -> list[fx.Node]:
+    return [n for n in graph.module.graph.nodes if target_name(n.target) == f"mpc.{op}"]
+
+
+def test_a_wire_is_converted_once() -> None:
+    """Three products with weights and one with itself: one truncation, one message to the server."""
+
+    def body(m, x):
+        y = x @ m.w
+        return y @ m.a + y @ m.b + y @ m.c, y * y
+
+    graph = legal(Graph(body, X, w=W, a=W + 1, b=W + 2, c=W + 3))
+    count = Counter(target_name(n.target) for n in graph.module.graph.nodes)
+    (truncated,) = [n for n in named(graph, "truncate") if "linear" in str(n.args[0].target)]
+    sent = [n for n in named(graph, "send") if n.args[0] is truncated]
+    assert len(sent) == 1
+    assert len(sent[0].users) == 3
+    assert count["mpc.send"] == 2, "the input, and the product"
+
+
+def test_sums_of_products_are_truncated_once() -> None:
+    graph = legal(Graph(lambda m, x: (x @ m.w + x @ m.v + x) * 1.0, X, w=W, v=W + 1))
+    before = [n.meta["frac"] for n in named(graph, "add")]
+    assert before == [2 * FIXED, 2 * FIXED]
+
+
+def test_every_operand_is_in_the_form_its_op_takes() -> None:
+    from compiler.legalize import bind, op_of
+
+    program = to_dialect(random_decoder("gemma2").float(), CompileConfig())
+    legalize(program.graph_module, FIXED)
+    checked = 0
+    for node in program.graph_module.graph.nodes:
+        op = op_of(node)
+        if op is None or node.meta["vis"] is not Vis.SHARED:
+            continue
+        arguments = bind(op, node)
+        for parameter, form in op.forms(*arguments.values()).items():
+            value = arguments[parameter]
+            if not isinstance(value, fx.Node) or value.meta["vis"] is not Vis.SHARED:
+                continue
+            checked += 1
+            if form == "fixed":
+                assert value.meta["frac"] == FIXED
+            elif form != "share":
+                assert value.meta["form"] == form
+    assert checked > 50
+
+
+def test_cache_outputs_have_the_form_of_cache_inputs() -> None:
+    program = to_dialect(random_decoder("falcon").float(), CompileConfig())
+    legalize(program.graph_module, FIXED)
+    nodes = list(program.graph_module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"][1:]
+    for node in (*inputs, *nodes[-1].args[0][1:]):
+        assert (node.meta["form"], node.meta["frac"]) == ("masked", FIXED)
+
+
+def attention(scale: float) -> Graph:
+    def body(m, q, k, v):
+        return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
+
+    return legal(Graph(body, *(normal(1, 2, 3, 16, seed=i) for i in range(3))))
+
+
+def test_a_scale_that_is_a_power_of_two_is_free() -> None:
+    graph = attention(0.25)
+    assert not named(graph, "scale")
+    assert named(graph, "attention")[0].args[4] == 0.25
+
+
+def test_another_scale_goes_to_the_queries() -> None:
+    graph = attention(1 / math.sqrt(8))
+    (scale,) = named(graph, "scale")
+    (node,) = named(graph, "attention")
+    assert node.args[4] == 1.0
+    chain = node.args[0]
+    while chain is not scale:
+        chain = chain.args[0]
+    assert scale.args[1] == 1 / math.sqrt(8)
+
+
+def test_norms_learn_how_large_their_rows_get() -> None:
+    program = to_dialect(random_decoder("llama").float(), CompileConfig())
+    nodes = [n for n in program.graph_module.graph.nodes if "rms_norm" in str(n.target)]
+    squares = [node.meta["mean_square"] for node in nodes]
+    legalize(program.graph_module, FIXED)
+    for node, square in zip(nodes, squares, strict=True):
+        assert 0 < square < node.args[4]
+
+
+def test_a_value_without_headroom_is_named() -> None:
+    graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    (product,) = named(graph, "linear")
+    product.meta["module"], product.meta["source"] = "layers.0.up", "model.py:7"
+    limit = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 2 * FIXED)
+    product.meta["absmax"] = limit * 1.01
+    with pytest.raises(CompileError) as caught:
+        legalize(graph.module, FIXED)
+    text = str(caught.value)
+    assert re.match(r"values that the ring cannot hold\n  %\w+ = mpc.linear.default\(", text)
+    assert "# layers.0.up  model.py:7" in text
+    assert "reaches 1.36e+08 in calibration, which with 32 fractional bits" in text
+    assert list(caught.value.nodes) == [product]
+
+
+def test_a_value_with_just_enough_headroom_passes() -> None:
+    graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    named(graph, "linear")[0].meta["absmax"] = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 32)
+    legalize(graph.module, FIXED)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_scalar_functions_take_small_numbers_only(gated: bool) -> None:
+    def body(m, x):
+        y = x @ m.w
+        return y.sigmoid() * y if gated else y.sigmoid()
+
+    graph = Graph(body, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    (product,) = named(graph, "linear")
+    product.meta["absmax"] = 3000.0
+    with pytest.raises(CompileError, match=r"reaches 3e\+03 in calibration.*\|x\| < 2\*\*14"):
+        legalize(graph.module, FIXED)
+    graph = Graph(body, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    named(graph, "linear")[0].meta["absmax"] = 2000.0
+    legalize(graph.module, FIXED)
+
+
+def test_a_weight_too_large_for_the_ring_is_found_by_calibration() -> None:
+    model = random_decoder("gpt2").float()
+    model.transformer.h[1].mlp.c_proj.weight.data *= 1e12
+    program = to_dialect(model, CompileConfig())
+    with pytest.raises(CompileError, match=r"transformer\.h\.1\.mlp"):
+        legalize(program.graph_module, FIXED)
+
+
+@pytest.mark.parametrize(
+    ("family", "one_layer"), [("gpt2", {"n_layer": 1}), ("llama", {"num_hidden_layers": 1})]
+)
+def test_golden(family: str, one_layer: dict[str, int]) -> None:
+    program = to_dialect(random_decoder(family, **one_layer).float(), CompileConfig())
+    legalize(program.graph_module, FIXED)
+    text = dump(program.graph_module, secret_only=True)
+    path = GOLDEN / f"{family}.ir"
+    if os.environ.get("MERGEC_UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    wanted = path.read_text() if path.is_file() else ""
+    assert text == wanted, "MERGEC_UPDATE_GOLDEN=1 accepts the new text"
