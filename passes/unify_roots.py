@@ -1,0 +1,60 @@
+"""One spelling for inverse square roots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_public
+from compiler.shapes import insert_call
+from passes.base import Pass
+
+
+class UnifyRoots(Pass):
+    """A division by a root is a product with an inverse root, which is one protocol.
+
+    Before:
+        %1 = aten.sqrt.default(%x)
+        %2 = aten.div.Tensor(%y, %1)
+        %3 = aten.pow.Tensor_Scalar(%x, -0.5)
+    After:
+        %1 = aten.rsqrt.default(%x)
+        %2 = aten.mul.Tensor(%y, %1)
+        %3 = aten.rsqrt.default(%x)
+    """
+
+    stage = "canonicalize"
+    after = ("expand_composites", "unify_spellings")
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if is_public(node):
+                continue
+            root: Any = None
+            if calls(node, aten.div.Tensor):
+                root = _under_root(node.args[1])
+            elif calls(node, aten.reciprocal.default):
+                root = _under_root(node.args[0])
+            elif calls(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5:
+                root = node.args[0]
+            if root is None:
+                continue
+            result = insert_call(node, aten.rsqrt.default, root)
+            if calls(node, aten.div.Tensor):
+                result = insert_call(node, aten.mul.Tensor, node.args[0], result)
+            node.replace_all_uses_with(result)
+            sites += 1
+        return sites
+
+
+def _under_root(node: Any) -> Any:
+    """What a secret square root is taken of."""
+    if is_public(node):
+        return None
+    if calls(node, aten.sqrt.default):
+        return node.args[0]
+    if calls(node, aten.pow.Tensor_Scalar) and node.args[1] == 0.5:
+        return node.args[0]
+    return None
