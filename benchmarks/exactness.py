@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -50,7 +51,9 @@ class Outcome:
     text: str
 
 
-def measure(session: InProcessSession, model: torch.nn.Module, tokenizer, prompt: str, count: int) -> Outcome:  # type: ignore[no-untyped-def]
+def measure(
+    session: InProcessSession, model: torch.nn.Module, tokenizer: Any, prompt: str, count: int
+) -> Outcome:
     """Generate greedily under MPC, and ask plaintext about the same sequence at every step."""
     template = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -85,7 +88,8 @@ def measure(session: InProcessSession, model: torch.nn.Module, tokenizer, prompt
 def report(outcomes: list[Outcome], count: int) -> str:
     """The Markdown page."""
     worst = max(o.worst_error for o in outcomes)
-    total = sum(o.tokens for o in outcomes)
+    total, same = sum(o.tokens for o in outcomes), sum(o.same for o in outcomes)
+    close, wrong = sum(o.close_calls for o in outcomes), sum(o.wrong for o in outcomes)
     lines = [
         "# Exactness",
         "",
@@ -95,19 +99,16 @@ def report(outcomes: list[Outcome], count: int) -> str:
         f"where plaintext's two best logits are less than {CLOSE_CALL} apart. An answer ends at its",
         f"stop token, at the latest after {count} tokens. Made by `make exactness`.",
         "",
-        f"**{sum(o.same for o in outcomes)} of {total} tokens are plaintext's, "
-        f"{sum(o.close_calls for o in outcomes)} differ at a close call, "
-        f"{sum(o.wrong for o in outcomes)} otherwise; worst logit error {worst:.4f}.**",
+        f"**{same} of {total} tokens are plaintext's, {close} differ at a close call, {wrong} "
+        + f"otherwise; worst logit error {worst:.4f}.**",
         "",
         "| prompt | tokens | equal | close calls | wrong | worst logit error | answer |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for o in outcomes:
         text = " ".join(o.text.split()).replace("|", "\\|")
-        lines.append(
-            f"| {o.prompt} | {o.tokens} | {o.same} | {o.close_calls} | {o.wrong} "
-            f"| {o.worst_error:.4f} | {text[:70]} |"
-        )
+        counts = f"{o.tokens} | {o.same} | {o.close_calls} | {o.wrong} | {o.worst_error:.4f}"
+        lines.append(f"| {o.prompt} | {counts} | {text[:70]} |")
     return "\n".join(lines) + "\n"
 
 

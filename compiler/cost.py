@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 def cost_report(
     program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
 ) -> CostReport:
-    """Predict rounds and bytes of one step; no weights are needed, so any role's program will do."""
+    """Predict rounds and bytes of one step; it takes no weights, so any role's program will do."""
     walker = _CostWalker(program, fixed)
     walker.setup()
     walker.step(ghost_inputs(program, new, past))

@@ -75,7 +75,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     try:
         with _silent():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except Exception:  # a model without a tokenizer is fine: prompts are token numbers then
+    except Exception:  # noqa: BLE001  (without a tokenizer, prompts are token numbers)
         tokenizer = None
     return model.eval(), tokenizer
 

@@ -36,6 +36,8 @@ ALIBI = MASK + real(1, 6, 1, 9).float()
 PUBLIC = "public"
 """Marks a tensor operand that all parties know."""
 
+TABLES = {"cos": PUBLIC, "sin": PUBLIC}
+
 # op, arguments, forms of operands where they are not the op's own, largest error. A fixed-point
 # operand is rounded to 2**-17; products of unit size and sums of 8 to 64 of them keep that to 1e-4.
 CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
@@ -81,16 +83,15 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("layer_norm", [real(3, 48) + 2, None, None, 1e-5], {}, 2e-4),
     ("softmax", [real(5, 37, scale=8)], {}, 1e-4),
     ("softmax", [torch.tensor([[1e4, -1e4, 1e4 - 1.0]], dtype=torch.float64)], {}, 1e-4),
-    ("rotary", [real(1, 2, 3, 8), ANGLES.cos(), ANGLES.sin()], {"cos": PUBLIC, "sin": PUBLIC}, 1e-4),
-    (
-        "rotary",
-        [real(1, 2, 3, 16), ANGLES.cos(), ANGLES.sin(), True],
-        {"cos": PUBLIC, "sin": PUBLIC},
-        1e-4,
-    ),
+    ("rotary", [real(1, 2, 3, 8), ANGLES.cos(), ANGLES.sin()], TABLES, 1e-4),
+    ("rotary", [real(1, 2, 3, 16), ANGLES.cos(), ANGLES.sin(), True], TABLES, 1e-4),
     *(
-        ("attention", [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c],
-         {"mask": PUBLIC}, 3e-4)
+        (
+            "attention",
+            [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c],
+            {"mask": PUBLIC},
+            3e-4,
+        )
         for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
     ),
     ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),
@@ -98,7 +99,7 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("open", [real(3, 4)], {}, 1e-5),
     ("send", [real(3, 4)], {}, 1e-5),
     ("reveal", [real(3, 4)], {}, 1e-5),
-]  # fmt: skip
+]
 
 
 def test_every_op_has_a_case() -> None:

@@ -26,7 +26,7 @@ def test_within_one_unit_of_the_floor(shift: int) -> None:
 
 
 def test_every_small_value_under_every_small_mask() -> None:
-    """Exhaustive: all x below 2**8 in size, all masks with random bits in one low and one high byte."""
+    """Exhaustive: all x below 2**8 in size, all masks of one low byte and edges of the high one."""
     shift = 4
     x = torch.arange(-256, 256)[:, None]
     low = torch.arange(256)[None, :]
