@@ -90,17 +90,21 @@ def report(outcomes: list[Outcome], count: int) -> str:
     worst = max(o.worst_error for o in outcomes)
     total, same = sum(o.tokens for o in outcomes), sum(o.same for o in outcomes)
     close, wrong = sum(o.close_calls for o in outcomes), sum(o.wrong for o in outcomes)
+    verdict = (
+        f"**{same} of {total} tokens are plaintext's, {close} differ at a close call, {wrong} "
+        f"otherwise; worst logit error {worst:.4f}.**"
+    )
     lines = [
         "# Exactness",
         "",
         "SmolLM2-135M-Instruct, unchanged, 16 fractional bits, greedy. At every step plaintext",
-        "(float32) is asked about the sequence that was generated privately; its token is compared",
-        "with the private one, and all 49,152 logits with the revealed ones. A close call is a step",
-        f"where plaintext's two best logits are less than {CLOSE_CALL} apart. An answer ends at its",
-        f"stop token, at the latest after {count} tokens. Made by `make exactness`.",
+        "(float32) is asked about the sequence that was generated privately; its token is",
+        "compared with the private one, and all 49,152 logits with the revealed ones. A close",
+        f"call is a step where plaintext's two best logits are less than {CLOSE_CALL} apart. An",
+        f"answer ends at its stop token, at the latest after {count} tokens. Made by",
+        "`make exactness`.",
         "",
-        f"**{same} of {total} tokens are plaintext's, {close} differ at a close call, {wrong} "
-        + f"otherwise; worst logit error {worst:.4f}.**",
+        verdict,
         "",
         "| prompt | tokens | equal | close calls | wrong | worst logit error | answer |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
