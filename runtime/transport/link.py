@@ -54,11 +54,11 @@ class Link:
         """
         traffic = self._communicator.traffic
         reply = torch.empty(incoming, dtype=torch.uint8)
-        unread = memoryview(reply.numpy())
+        unread = reply.numpy().data
         unsent = memoryview(b"")
         if outgoing is not None and outgoing.numel():
             check_payload(outgoing)
-            unsent = memoryview(outgoing.numpy())
+            unsent = outgoing.numpy().data
             traffic.sent += outgoing.numel()
         traffic.received += incoming
         traffic.rounds += 1
