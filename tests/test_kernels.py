@@ -1,0 +1,48 @@
+"""Matrix products modulo 2**64: every path against torch's own int64 product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.kernels import matmul as kernels
+
+GENERATOR = torch.Generator().manual_seed(5)
+
+
+def words(*shape: int, bits: int = 63) -> torch.Tensor:
+    return torch.randint(-(2**bits), 2**bits - 1, shape, generator=GENERATOR)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_products_with_a_weight(rows: int, dtype: torch.dtype) -> None:
+    weight = words(37, 70, bits=31 if dtype is torch.int32 else 63).to(dtype)
+    x, y = words(2, rows, 70), words(rows, 37)
+    assert torch.equal(kernels.matmul_rows(x, weight), x @ weight.long().T)
+    assert torch.equal(kernels.matmul_columns(y, weight), y @ weight.long())
+
+
+def test_batched_products_broadcast() -> None:
+    a, b = words(2, 1, 5, 7), words(3, 7, 4)
+    assert torch.equal(kernels.matmul(a, b), torch.matmul(a, b))
+    turned = words(3, 4, 7).transpose(-1, -2)
+    assert torch.equal(kernels.matmul(a, turned), torch.matmul(a, turned))
+
+
+def test_limb_products_are_exact_at_the_largest_words() -> None:
+    """What CUDA uses, on the CPU."""
+    extreme = torch.full((3, 5000), -1)
+    assert torch.equal(kernels._limb_product(extreme, extreme.T), extreme @ extreme.T)
+    a, b = words(4, 300), words(300, 6)
+    assert torch.equal(kernels._limb_product(a, b), a @ b)
+
+
+def test_empty_and_meta_operands() -> None:
+    empty = kernels.matmul(words(1, 2, 3, 0), words(1, 2, 0, 4))
+    assert empty.shape == (1, 2, 3, 4)
+    assert not empty.any()
+    ghost = torch.empty(2, 70, dtype=torch.int64, device="meta")
+    weight = words(37, 70)
+    assert kernels.matmul_rows(ghost, weight).shape == (2, 37)
+    assert kernels.matmul_rows(ghost, weight).is_meta
