@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 import torch
@@ -16,8 +18,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.empty(_shape(a, b), dtype=torch.int64, device="meta")
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-    a3 = a.expand(*batch, rows, inner).reshape(-1, rows, inner)
-    b3 = b.expand(*batch, inner, columns).reshape(-1, inner, columns)
+    count = math.prod(batch)
+    a3 = a.expand(*batch, rows, inner).reshape(count, rows, inner)
+    b3 = b.expand(*batch, inner, columns).reshape(count, inner, columns)
     if a.is_cuda:
         out = torch.stack([_limb_product(x, y) for x, y in zip(a3, b3, strict=True)])
         return out.reshape(*batch, rows, columns)
