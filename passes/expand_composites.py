@@ -33,7 +33,7 @@ class ExpandComposites(Pass):
     """
 
     stage = "canonicalize"
-    after = ("remove_noops",)
+    after = ("publish_masks", "remove_noops")
 
     def run(self, graph_module: fx.GraphModule) -> int:
         sites = 0

@@ -88,12 +88,12 @@ def _centred(node: Any) -> Any:
     return None
 
 
-def _row(product: fx.Node, root: fx.Node, x: fx.Node) -> tuple[fx.Node | None] | None:
+def _row(product: fx.Node, root: fx.Node, x: fx.Node) -> tuple[Any] | None:
     """The gain (or None) in a product of the centred row, or of that and a gain, with its root."""
     if not calls(product, aten.mul.Tensor):
         return None
     first, second = product.args
-    other = second if first is root else first
+    other: Any = second if first is root else first
     if _centred(other) is x:
         return (None,)
     if calls(other, aten.mul.Tensor):

@@ -1,0 +1,53 @@
+"""Buffers that only say where a token may look are no secret of the server."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from compiler.ir import constant
+from passes.base import Pass
+from runtime.spec import Vis
+
+_SMALLEST = 4
+_LOW = -1e4
+
+
+class PublishMasks(Pass):
+    """A causal mask or a range of positions, kept as a persistent buffer, becomes public.
+
+    Such a buffer would count among the weights, although its content follows from its shape:
+    training has left nothing in it. Anything else that is persistent stays with the server.
+
+    Before:
+        %1 = aten.slice.Tensor(%bias, 2, 0, %new) : server
+    After:
+        %1 = aten.slice.Tensor(%bias, 2, 0, %new) : public
+    """
+
+    stage = "canonicalize"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = set()
+        for node in graph_module.graph.nodes:
+            value = constant(graph_module, node)
+            if value is None or self.info.constants.get(str(node.target)) is not Vis.SERVER:
+                continue
+            if _follows_from_shape(value):
+                found.add(str(node.target))
+        self.info.constants.update(dict.fromkeys(found, Vis.PUBLIC))
+        return len(found)
+
+
+def _follows_from_shape(value: torch.Tensor) -> bool:
+    plain = value.squeeze()
+    if plain.dim() == 1 and plain.dtype is torch.int64 and len(plain) >= _SMALLEST:
+        return torch.equal(plain, torch.arange(len(plain)))
+    if plain.dim() != 2 or plain.shape[0] != plain.shape[1] or len(plain) < _SMALLEST:
+        return False
+    seen = torch.ones_like(plain, dtype=torch.bool).tril()
+    inside, outside = plain[0, 0], plain[0, 1]
+    if not (bool((plain[seen] == inside).all()) and bool((plain[~seen] == outside).all())):
+        return False
+    pair = (float(inside), float(outside))
+    return pair in ((1.0, 0.0), (0.0, 1.0)) or (pair[0] == 0.0 and pair[1] <= _LOW)
