@@ -181,7 +181,8 @@ def _cache_layers(model: nn.Module) -> list[Any]:
     layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
     if not layers or not all(hasattr(layer, "keys") for layer in layers):
         raise CompileError(
-            f"{name} keeps no keys and values of past tokens; mergec compiles decoders such as GPT-2"
+            f"{name} keeps no keys and values of past tokens; "
+            "mergec compiles decoders such as GPT-2"
         )
     return layers
 
@@ -302,7 +303,8 @@ def _inline_regions(graph_module: fx.GraphModule) -> None:
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise CompileError("a region's result is used as a whole", {node: "cannot inline"})
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])  # type: ignore[index]
             graph.erase_node(user)
         graph.erase_node(node)
         if not body_node.users:

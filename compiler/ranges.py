@@ -49,7 +49,8 @@ class _Recorder(fx.Interpreter):
             largest = float(result.abs().max())
             n.meta["absmax"] = max(largest, n.meta.get("absmax", 0.0))
         if n.op == "call_function" and n.target in (target("rms_norm"), target("layer_norm")):
-            rows = self.env[n.args[0]].to(torch.float64)
+            operand: Any = n.args[0]
+            rows = self.env[operand].to(torch.float64)
             if n.target is target("layer_norm"):
                 rows = rows - rows.mean(-1, keepdim=True)
             largest = float(rows.square().mean(-1).max())

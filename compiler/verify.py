@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from compiler.errors import CompileError
 from runtime.op import REGISTRY
 from runtime.spec import Vis

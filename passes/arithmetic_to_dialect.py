@@ -54,15 +54,10 @@ class ArithmeticToDialect(Pass):
         elif calls(node, aten.neg.default):
             replace(node, target("scale"), (node.args[0], -1.0))
         elif calls(node, aten.rsub.Scalar):
-            _, number, alpha = (*node.args, 1)[:3]
-            turned = insert(
-                node,
-                target("scale"),
-                (x, -float(alpha)),
-                node.meta["val"],
-                Vis.SHARED,  # type: ignore[arg-type]
-            )
-            replace(node, target("shift"), (turned, float(number)))  # type: ignore[arg-type]
+            operands: Any = (*node.args, 1)
+            factor = -float(operands[2])
+            turned = insert(node, target("scale"), (x, factor), node.meta["val"], Vis.SHARED)
+            replace(node, target("shift"), (turned, float(operands[1])))
         elif (
             calls(node, aten.div.Tensor)
             and self._number(graph_module, node.args[1])
@@ -92,7 +87,8 @@ class ArithmeticToDialect(Pass):
         return 1
 
     def _binary(self, graph_module: fx.GraphModule, node: fx.Node) -> int:
-        name = _BINARY[node.target]
+        call: Any = node.target
+        name = _BINARY[call]
         left, right = node.args
         for value, other, sign in ((left, right, 1.0), (right, left, -1.0)):
             number = self._number(graph_module, other)

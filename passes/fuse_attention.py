@@ -13,7 +13,6 @@ from passes.base import Pass
 from runtime.op import target
 from runtime.spec import Vis
 
-
 _LOW = -1e4
 """A score that stands for "not seen": exp of it is 0 beside any score that is seen."""
 
@@ -58,7 +57,8 @@ class FuseAttention(Pass):
         if product is None:
             self.skip(softmax, "its result is used for more than one weighted sum")
             return 0
-        query, keys, values = scores.query, scores.keys, product.args[1]
+        query, keys = scores.query, scores.keys
+        values: Any = product.args[1]
         flat = rank(product) == 3
         if len({rank(t) for t in (query, keys, values)}) > 1:
             self.skip(softmax, "heads are apart for the scores, and not for the weighted sum")

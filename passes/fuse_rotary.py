@@ -81,8 +81,8 @@ def _quarter_turn(node: Any, x: fx.Node) -> bool | None:
     return None
 
 
-def _cat_dim(node: fx.Node) -> int:
-    return node.args[1] if len(node.args) > 1 else 0  # type: ignore[return-value]
+def _cat_dim(node: Any) -> int:
+    return node.args[1] if len(node.args) > 1 else 0
 
 
 def _slice(node: Any, x: fx.Node) -> tuple[int, int, int] | None:
@@ -90,12 +90,13 @@ def _slice(node: Any, x: fx.Node) -> tuple[int, int, int] | None:
     if not calls(node, aten.slice.Tensor) or node.args[0] is not x or not last_dim(x, node.args[1]):
         return None
     size = x.meta["val"].shape[-1]
-    start, stop, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+    given: list[Any] = [*node.args[2:], *(None, None, 1)[len(node.args) - 2 :]]
+    start, stop, step = given
     stop = size if stop is None or stop == sys.maxsize else stop
     return start or 0, min(stop, size), step
 
 
-def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _with_rest(node: Any, x: Any) -> tuple[fx.Node, fx.Node]:
     """The concatenation with the features that pass, and the whole input, if there are any."""
     if len(node.users) == 1 and calls(x, aten.slice.Tensor):
         (user,) = node.users
@@ -103,8 +104,8 @@ def _with_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
         size = x.meta["val"].shape[-1]
         if calls(user, aten.cat.default) and len(user.args[0]) == 2 and user.args[0][0] is node:
             rest = user.args[0][1]
-            whole = root.meta["val"].shape[-1]  # type: ignore[union-attr]
-            starts = _slice(x, root) == (0, size, 1)  # type: ignore[arg-type]
-            if starts and _slice(rest, root) == (size, whole, 1):  # type: ignore[arg-type]
-                return user, root  # type: ignore[return-value]
+            whole = root.meta["val"].shape[-1]
+            starts = _slice(x, root) == (0, size, 1)
+            if starts and _slice(rest, root) == (size, whole, 1):
+                return user, root
     return node, x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 
 
 class RemoveNoops(Pass):
-    """Secret arithmetic is over fixed-point numbers: a cast between float types means nothing there.
+    """Secret arithmetic is over fixed-point numbers: a cast between floats means nothing there.
 
     Before:
         %1 = aten.to.dtype(%x, torch.float32)
@@ -48,7 +49,7 @@ class RemoveNoops(Pass):
                 sites += 1
         return sites
 
-    def _same_as(self, graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    def _same_as(self, graph_module: fx.GraphModule, node: Any) -> fx.Node | None:
         if (
             calls(node, *_ALWAYS)
             or (calls(node, *_CASTS) and _both_float(node))
@@ -76,14 +77,14 @@ def _both_float(node: fx.Node) -> bool:
     )
 
 
-def _whole(node: fx.Node) -> bool:
+def _whole(node: Any) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and end in (None, sys.maxsize) and step == 1
+    return bool(start in (None, 0) and end in (None, sys.maxsize) and step == 1)
 
 
-def _empty(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _empty(graph_module: fx.GraphModule, node: Any) -> bool:
     while calls(node, *_ALWAYS):
         node = node.args[0]
     value = constant(graph_module, node)

@@ -57,7 +57,8 @@ class UnifySpellings(Pass):
                 sites += 1
             elif calls(node, aten.transpose.int):
                 dims = list(range(rank(node)))
-                a, b = node.args[1], node.args[2]
+                a: Any = node.args[1]
+                b: Any = node.args[2]
                 dims[a], dims[b] = dims[b], dims[a]
                 replace(node, aten.permute.default, (node.args[0], dims))
                 sites += 1
@@ -97,7 +98,7 @@ class UnifySpellings(Pass):
                 self.skip(node, "it is used as a whole")
                 return 0
         for user in list(node.users):
-            index = user.args[1]
+            index: Any = user.args[1]
             replace(
                 user, aten.slice.Tensor, (node.args[0], dim, offsets[index], offsets[index + 1])
             )

@@ -109,13 +109,13 @@ class StockExecutor:
         if not any(map(crypten.is_secret, flat)):
             held = [value for value in flat if isinstance(value, Held)]
             return apply_locally(held[0].vis if held else Vis.PUBLIC, call, args, kwargs)
-        several = any(isinstance(arg, list) and any(map(_is_tensor, arg)) for arg in args)
 
         def strip(value: Any) -> Any:
             if isinstance(value, list):
-                return [strip(item) for item in value]
-            if several and isinstance(value, (Held, torch.Tensor)):
-                value = self._share(value)
+                # Joined to a secret a value becomes one; a list of public indices stays as it is.
+                joined = any(map(crypten.is_secret, value))
+                known = (Held, torch.Tensor) if joined else ()
+                return [strip(self._share(v) if isinstance(v, known) else v) for v in value]
             return value.share.data if crypten.is_secret(value) else value
 
         result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})

@@ -72,7 +72,7 @@ def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[
                 results[party].append((outputs[names[0]], executor.record))
             if party == DEALER:
                 sender.close()
-        except BaseException:
+        except Exception:  # noqa: BLE001 - shown by the main thread
             failures.append(f"{ROLES[party]}:\n{traceback.format_exc()}")
             for link in (client_link, server_link):
                 link.close()

@@ -12,8 +12,20 @@ from torch import nn
 from compiler.capture import capture
 from compiler.errors import CompileError
 from runtime.spec import Vis
-from tests.families import FAMILIES, LAYERS, LENGTHS, VOCAB, WIDTH
-from tests.families import captured, decoder, error, expected, outputs, random_decoder, tokens
+from tests.families import (
+    FAMILIES,
+    LAYERS,
+    LENGTHS,
+    VOCAB,
+    WIDTH,
+    captured,
+    decoder,
+    error,
+    expected,
+    outputs,
+    random_decoder,
+    tokens,
+)
 
 TOLERANCE = 1e-12
 """The captured ops are the model's own, in float64."""

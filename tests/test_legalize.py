@@ -41,7 +41,7 @@ def named(graph: Graph, op: str) -> list[fx.Node]:
 
 
 def test_a_wire_is_converted_once() -> None:
-    """Three products with weights and one with itself: one truncation, one message to the server."""
+    """Three products with weights and one with itself: truncated once, sent once."""
 
     def body(m, x):
         y = x @ m.w

