@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Let glibc reuse freed memory instead of giving it back to the kernel.
 
     A step allocates and frees the same large buffers again and again. With the default settings
-    each is a fresh mapping whose every page faults: generating masks then runs at a twentieth of
-    the speed (docs/performance.md). Does nothing where the C library is not glibc.
+    each is a fresh mapping whose every page faults, which slows the making of masks down
+    (docs/performance.md). Does nothing where the C library is not glibc.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
