@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -52,6 +53,10 @@ class Captured:
             name: (operator.attrgetter(name)(self.graph_module), vis)
             for name, vis in self.constants.items()
         }
+
+    def copy(self) -> Captured:
+        """The same step, to be rewritten at will; the tensors are those of this one."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor, _ in self.tensors().values()})
 
     @property
     def cached(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from compiler.load import load_model
 from compiler.lower import lower
 from compiler.pipeline import DialectProgram, to_dialect
 from compiler.program import Program
+from passes.base import PassReport
 from runtime.program import RoleProgram
 
 Progress = Callable[[str], object]
@@ -83,10 +85,19 @@ def _describe(
         "vocab_size": dialect.vocab_size,
         "stop_tokens": _stop_tokens(model, tokenizer),
         "lossy": any(report.sites and not report.exact for report in dialect.pass_report),
-        "passes": [
-            {"pass": report.name, "sites": report.sites, "exact": report.exact}
-            for report in dialect.pass_report
-        ],
+        "passes": [_describe_pass(report) for report in dialect.pass_report],
+        "left_out": dialect.left_out,
+    }
+
+
+def _describe_pass(report: PassReport) -> dict[str, Any]:
+    return {
+        "pass": report.name,
+        "exact": report.exact,
+        "sites": report.sites,
+        "nodes_before": report.nodes_before,
+        "nodes_after": report.nodes_after,
+        "skips": [asdict(skip) for skip in report.skips],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from compiler.errors import CompileError
 from compiler.ranges import annotate_ranges
 from compiler.verify import verify_dialect
 from compiler.visibility import annotate_visibility
-from passes.base import GraphInfo, PassReport, available, ordered, run_passes
+from passes.base import GraphInfo, Pass, PassReport, available, ordered, run_passes
 from runtime.op import load_all
 from runtime.program import InputSpec
 from runtime.spec import Vis
@@ -33,6 +34,7 @@ class DialectProgram:
 
     graph_module: called as gm(input_ids, *caches). inputs: in the order of its placeholders.
     constants: tensor and visibility of every get_attr target. max_length: most tokens in all.
+    left_out: why a pass did not run, by its name.
     """
 
     graph_module: fx.GraphModule
@@ -41,6 +43,7 @@ class DialectProgram:
     pass_report: list[PassReport]
     vocab_size: int
     max_length: int
+    left_out: dict[str, str]
 
 
 def to_dialect(
@@ -50,9 +53,14 @@ def to_dialect(
 
     Raises CompileError that names every op that has no protocol, before anything runs.
     """
-    load_all()
     captured = capture(model, cache=cache)
-    reports = rewrite(captured, config)
+    return finish(captured, config, rewrite(captured, config), tokenizer)
+
+
+def finish(
+    captured: Captured, config: CompileConfig, reports: list[PassReport], tokenizer: Any = None
+) -> DialectProgram:
+    """Check a rewritten step and measure its ranges; `reports` are the passes' own."""
     graph_module = captured.graph_module
     annotate_visibility(graph_module, captured.inputs, captured.constants)
     verify_dialect(graph_module)
@@ -65,18 +73,40 @@ def to_dialect(
         reports,
         captured.vocab_size,
         min(captured.max_length or config.max_length, config.max_length),
+        left_out(config),
     )
 
 
-def rewrite(captured: Captured, config: CompileConfig) -> list[PassReport]:
-    """Run the passes that `config` asks for on a captured graph, in place."""
+def select(config: CompileConfig) -> list[type[Pass]]:
+    """The passes that `config` asks for, in their order."""
     known = available()
     unknown = [name for name in config.disable if name not in known]
     if unknown:
         raise CompileError(f"unknown pass {unknown[0]!r}; there are: {', '.join(sorted(known))}")
     chosen = [kind for name, kind in known.items() if kind.exact and name not in config.disable]
+    return ordered([*chosen, *config.extra_passes])
+
+
+def left_out(config: CompileConfig) -> dict[str, str]:
+    """Why each pass that `config` does not ask for was left out, by name."""
+    chosen = {kind.name() for kind in select(config)}
+    return {
+        name: "the option `disable` names it"
+        if name in config.disable
+        else f"it is lossy, and the preset {config.preset!r} does not ask for it"
+        for name in sorted(available())
+        if name not in chosen
+    }
+
+
+def rewrite(
+    captured: Captured, config: CompileConfig, passes: Sequence[type[Pass]] | None = None
+) -> list[PassReport]:
+    """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
+    load_all()
     info = GraphInfo(captured.inputs, captured.constants)
-    return run_passes(captured.graph_module, info, ordered([*chosen, *config.extra_passes]))
+    chosen = select(config) if passes is None else passes
+    return run_passes(captured.graph_module, info, chosen)
 
 
 def _calibration(tokenizer: Any, vocab_size: int) -> list[list[int]]:

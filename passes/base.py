@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from compiler.errors import CompileError, InternalError
+from compiler.ir import assign_names
 from compiler.visibility import annotate_visibility
 from runtime.errors import MergecError
 from runtime.program import InputSpec
@@ -45,7 +46,7 @@ class Pass(PassBase):
 
     def __init__(self, info: GraphInfo) -> None:
         self.info = info
-        self.skips: list[tuple[str, str]] = []
+        self.skips: list[tuple[fx.Node, str]] = []
 
     @classmethod
     def name(cls) -> str:
@@ -58,18 +59,38 @@ class Pass(PassBase):
 
     def skip(self, node: fx.Node, reason: str) -> None:
         """Record why a site that looked like the pattern was left alone."""
-        self.skips.append((node.name, reason))
+        self.skips.append((node, reason))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Run with visibilities up to date before and after; dead code is removed."""
         annotate_visibility(graph_module, self.info.inputs, self.info.constants)
         self.sites = self.run(graph_module)
+        self.explained = self._explain(graph_module)
         if self.sites:
             graph_module.graph.eliminate_dead_code()
             graph_module.graph.lint()
             graph_module.recompile()
             annotate_visibility(graph_module, self.info.inputs, self.info.constants)
         return PassResult(graph_module, self.sites > 0)
+
+    def _explain(self, graph_module: fx.GraphModule) -> tuple[Skip, ...]:
+        """What was skipped, in words that a reader of the graph's text finds there."""
+        names = assign_names(graph_module.graph) if self.skips else {}
+        found = []
+        for node, reason in self.skips:
+            module, source = node.meta.get("module", ""), node.meta.get("source", "")
+            found.append(Skip(names.get(node, node.name), module, source, reason))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A node that looked like a pass's pattern, where it comes from, and why it was left alone."""
+
+    node: str
+    module: str
+    source: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ class PassReport:
     nodes_before: int
     nodes_after: int
     seconds: float
-    skips: tuple[tuple[str, str], ...] = field(default=())
+    skips: tuple[Skip, ...] = field(default=())
 
 
 def available() -> dict[str, type[Pass]]:
@@ -171,7 +192,7 @@ class _Reporting(PassBase):
                 before,
                 len(graph_module.graph.nodes),
                 time.perf_counter() - start,
-                tuple(self.inner.skips),
+                self.inner.explained,
             )
         )
         return result

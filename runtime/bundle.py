@@ -54,6 +54,7 @@ DESCRIPTION: dict[str, tuple[type, Any]] = {
     "shapes": (dict, {}),
     "cost": (dict, {}),
     "passes": (list, []),
+    "left_out": (dict, {}),
 }
 """What a compiler says of a program in its manifest: type, and the value when it says nothing."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -88,10 +87,7 @@ def _captured(family: str) -> Captured:
 
 def captured(family: str) -> Captured:
     """The captured step of a family, to be rewritten at will."""
-    original = _captured(family)
-    # Weights are not copied: passes add constants and change none.
-    memo = {id(tensor): tensor for tensor, _ in original.tensors().values()}
-    return copy.deepcopy(original, memo)
+    return _captured(family).copy()
 
 
 def tokens(count: int = 9, seed: int = 0) -> torch.Tensor:
