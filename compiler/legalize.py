@@ -178,7 +178,7 @@ class _Legalizer:
         if absmax and math.log2(absmax) + frac + RANGE_MARGIN_BITS > bits:
             self.failures[node] = (
                 f"reaches {absmax:.3g} in calibration, which with {frac} fractional bits leaves "
-                f"no room in {bits} bits; compile with fewer fractional bits"
+                f"no room in {bits} bits; check this module's weights"
             )
 
     def check_scalar(self, node: fx.Node, x: fx.Node) -> None:
