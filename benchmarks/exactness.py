@@ -79,9 +79,10 @@ def measure(
         past += len(feed)
         feed = [token]
         sequence = [*sequence, token]
-        if token == tokenizer.eos_token_id:
-            break
-    outcome.text = tokenizer.decode(sequence[start:], skip_special_tokens=True)
+    answer = sequence[start:]
+    if tokenizer.eos_token_id in answer:
+        answer = answer[: answer.index(tokenizer.eos_token_id)]
+    outcome.text = tokenizer.decode(answer)
     return outcome
 
 
@@ -100,9 +101,8 @@ def report(outcomes: list[Outcome], count: int) -> str:
         "SmolLM2-135M-Instruct, unchanged, 16 fractional bits, greedy. At every step plaintext",
         "(float32) is asked about the sequence that was generated privately; its token is",
         "compared with the private one, and all 49,152 logits with the revealed ones. A close",
-        f"call is a step where plaintext's two best logits are less than {CLOSE_CALL} apart. An",
-        f"answer ends at its stop token, at the latest after {count} tokens. Made by",
-        "`make exactness`.",
+        f"call is a step where plaintext's two best logits are less than {CLOSE_CALL} apart. Each",
+        f"prompt gets {count} tokens, past a stop token, too. Made by `make exactness`.",
         "",
         verdict,
         "",
