@@ -75,19 +75,10 @@ class Attention(Op):
         fixed: int,
     ) -> Cost:
         rows = math.prod(q.shape[:-1])
-        length, features = v.shape[-2:]
-        scores = rows * length
-        valid, _ = _split_mask(mask, q, k)
-        total = Cost(offline=8 * scores)
-        if softcap:
-            total += truncate_cost(scores, q.frac + k.frac - round(math.log2(scale)) - fixed)
-            total += apply_cost(_cap(softcap), scores, fixed)
-        total += exponentials_cost(valid)
-        values = (
-            open_masked_cost(scores)
-            + Cost(offline=8 * rows * features)
-            + truncate_cost(rows * features, EXP_FRAC)
-        )
+        features = v.shape[-1]
+        valid, _ = split_mask(mask, q, k)
+        total = scores_cost(q, k, scale, softcap, fixed) + exponentials_cost(valid)
+        values = weighted_sum_cost(rows, v, EXP_FRAC, fixed)
         total += values.beside(power_cost(INVERSE, rows))
         return total + multiply_cost((rows * features, rows, rows * features))
 
@@ -109,28 +100,16 @@ class Attention(Op):
         elements a row, and its reciprocal runs beside the weighted sum. What each party sees is
         what it sees in `exponentials`, `power`, `truncate` and `multiply`.
         """
-        batch, heads, new, features = q.shape
-        groups, length = k.shape[1], k.shape[2]
-        # Heads of a group are further rows of one product.
-        folded = (batch, groups, heads // groups * new, features)
-        query = Masked(q.opened.reshape(folded), q.mask.reshape(folded), q.frac)
-        keys = Masked(k.opened.transpose(-1, -2), k.mask.transpose(-1, -2), k.frac)
-        share = matmul_of_masked(ctx, query, keys).reshape(-1, length)
-        frac = q.frac + k.frac - round(math.log2(scale))
-        if softcap:
-            share = yield from truncate(ctx, share, frac - ctx.fixed)
-            frac = ctx.fixed
-            share = yield from apply(ctx, _cap(softcap), share, frac)
-        valid, bias = _split_mask(mask, q, k)
-        if bias is not None and not share.is_meta:
-            share = share + ctx.public(encode(bias, frac).to(share.device))
-        powers = yield from exponentials(ctx, Shared(share, frac), valid)
+        found = yield from scores(ctx, q, k, scale, softcap)
+        valid, bias = split_mask(mask, q, k)
+        if bias is not None and not found.share.is_meta:
+            found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
+        powers = yield from exponentials(ctx, found, valid)
         total = powers[:, :1] if powers.is_meta else powers.sum(-1, keepdim=True)
-        weights = Shared(powers.reshape(*folded[:3], length), EXP_FRAC)
         inverse, summed = yield from together(
-            power(ctx, total, INVERSE), _weighted_sum(ctx, weights, v)
+            power(ctx, total, INVERSE), weighted_sum(ctx, Shared(powers, EXP_FRAC), v)
         )
-        (result,) = yield from multiply(ctx, (summed.reshape(-1, features), inverse))
+        (result,) = yield from multiply(ctx, (summed, inverse))
         return Shared(result.reshape(q.shape), ctx.fixed + INVERSE.out_frac)
 
     @classmethod
@@ -158,15 +137,58 @@ class Attention(Op):
         return weights.matmul(v).reshape(batch, heads, new, features)
 
 
-def _weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
-    opened = yield from open_masked(ctx, weights)
-    share = matmul_of_masked(ctx, opened, values)
+def scores(ctx: Context, q: Masked, k: Masked, scale: float, softcap: float) -> Protocol:
+    """Shared rows [B H N, L] of cap(scale q k^T): no message of their own but for the cap's."""
+    batch, heads, new, features = q.shape
+    groups, length = k.shape[1], k.shape[2]
+    # Heads of a group are further rows of one product.
+    folded = (batch, groups, heads // groups * new, features)
+    query = Masked(q.opened.reshape(folded), q.mask.reshape(folded), q.frac)
+    keys = Masked(k.opened.transpose(-1, -2), k.mask.transpose(-1, -2), k.frac)
+    share = matmul_of_masked(ctx, query, keys).reshape(-1, length)
+    frac = q.frac + k.frac - round(math.log2(scale))
+    if softcap:
+        share = yield from truncate(ctx, share, frac - ctx.fixed)
+        frac = ctx.fixed
+        share = yield from apply(ctx, _cap(softcap), share, frac)
+    return Shared(share, frac)
+
+
+def scores_cost(q: Masked, k: Masked, scale: float, softcap: float, fixed: int) -> Cost:
+    """Cost of `scores`."""
+    count = math.prod(q.shape[:-1]) * k.shape[2]
+    total = Cost(offline=8 * count)
+    if softcap:
+        total += truncate_cost(count, q.frac + k.frac - round(math.log2(scale)) - fixed)
+        total += apply_cost(_cap(softcap), count, fixed)
+    return total
+
+
+def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
+    """Shares, at the program's scale, of rows [B H N, D] of weights [B H N, L] times values.
+
+    Rounds 2: the weights are opened under a mask, the result truncated.
+    """
+    batch, groups, length, features = values.shape
+    folded = Shared(weights.share.reshape(batch, groups, -1, length), weights.frac)
+    opened = yield from open_masked(ctx, folded)
+    share = matmul_of_masked(ctx, opened, values).reshape(-1, features)
     summed = yield from truncate(ctx, share, weights.frac + values.frac - ctx.fixed)
     return summed
 
 
-def _split_mask(
-    mask: torch.Tensor | None, q: Masked, k: Masked
+def weighted_sum_cost(rows: int, values: Masked, frac: int, fixed: int) -> Cost:
+    """Cost of `weighted_sum` for that many rows of weights with `frac` fractional bits."""
+    length, features = values.shape[-2:]
+    return (
+        open_masked_cost(rows * length)
+        + Cost(offline=8 * rows * features)
+        + truncate_cost(rows * features, frac + values.frac - fixed)
+    )
+
+
+def split_mask(
+    mask: torch.Tensor | None, q: Any, k: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which scores count, bool [rows, L] on the CPU, and what is added to them, if anything."""
     batch, heads, new, _ = q.shape

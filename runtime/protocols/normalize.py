@@ -11,6 +11,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
 from runtime.protocols.power import MAX_EXPONENT, Power, power, power_cost
+from runtime.protocols.squares import DealtSquare
 from runtime.protocols.truncate import OFFSET, Truncation, top_bit
 from runtime.spec import FRACTIONAL_BITS, Cost
 from runtime.values import Shared, logical_shift
@@ -74,24 +75,14 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     root of each row. Each party sees z and the masked inverse root, both uniform.
     """
     mask = ctx.mask(share.shape)
-    narrow, wide = spec.square_shift, spec.shift
-    top = ctx.deal(share.shape, lambda: top_bit(mask))
-    small = ctx.deal(share.shape, lambda: logical_shift(mask, narrow))
-    small_square = ctx.deal(share.shape, lambda: logical_shift(mask, narrow) ** 2)
-    small_top = ctx.deal(share.shape, lambda: logical_shift(mask, narrow) * top_bit(mask))
+    wide = spec.shift
+    dealt = DealtSquare.deal(ctx, mask, spec.square_shift)
     large = ctx.deal(share.shape, lambda: logical_shift(mask, wide))
     opened = yield from open_under(ctx, share, mask, OFFSET)
     if opened.is_meta:
         total = torch.empty((*share.shape[:-1], 1), dtype=torch.int64, device="meta")
     else:
-        x = Truncation(opened, narrow)
-        square = (
-            ctx.public(x.base * x.base)
-            + small_square
-            + (x.wrap * x.wrap + 2 * x.base * x.wrap) * top
-            - 2 * x.base * small
-            - 2 * x.wrap * small_top
-        )
+        square = dealt.share(ctx, opened)
         total = square.sum(-1, keepdim=True) + ctx.public(torch.tensor(spec.eps_units))
     root = yield from power(ctx, total, spec.inverse_root)
     factor = yield from open_masked(ctx, Shared(root, spec.inverse_root.out_frac))
@@ -103,7 +94,7 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     x = Truncation(opened, wide)
     by_base = x.base * (ctx.public(factor.opened) - factor.mask)
     by_low = large * factor.opened - low_cross
-    by_top = x.wrap * (top * factor.opened - top_cross)
+    by_top = x.wrap * (dealt.top * factor.opened - top_cross)
     return by_base - by_low + by_top
 
 
