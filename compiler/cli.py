@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
+from compiler.config import PRESETS
 from runtime.errors import MergecError, PromptError
 from runtime.version import VERSION
 
@@ -62,7 +63,13 @@ FractionalBits = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together.", min=2)
 ]
-Preset = Annotated[str | None, typer.Option(help="Named set of options.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"Cheaper functions in place of the model's: {', '.join(PRESETS)}."),
+]
+Enable = Annotated[
+    list[str] | None, typer.Option(help="Run a lossy pass, too; may be given more than once.")
+]
 Disable = Annotated[
     list[str] | None, typer.Option(help="Leave out a pass; may be given more than once.")
 ]
@@ -87,10 +94,11 @@ def compile_command(
     fractional_bits: FractionalBits = None,
     max_length: MaxLength = None,
     preset: Preset = None,
+    enable: Enable = None,
     disable: Disable = None,
 ) -> None:
     """Compile a model into one bundle per role."""
-    options = _options(fractional_bits, max_length, preset, disable)
+    options = _options(fractional_bits, max_length, preset, enable, disable)
     with _steps() as step:
         program = _compile(source, options, step)
         program.save(output, step)
@@ -202,6 +210,7 @@ def _options(
     fractional_bits: int | None,
     max_length: int | None,
     preset: str | None,
+    enable: list[str] | None,
     disable: list[str] | None,
 ) -> dict[str, Any]:
     """What was given on the command line; the rest is CompileConfig's to decide."""
@@ -209,6 +218,7 @@ def _options(
         "fractional_bits": fractional_bits,
         "max_length": max_length,
         "preset": preset,
+        "enable": tuple(enable) if enable else None,
         "disable": tuple(disable) if disable else None,
     }
     return {key: value for key, value in given.items() if value is not None}

@@ -7,8 +7,15 @@ from typing import Any
 
 from compiler.errors import CompileError
 
-PRESETS = ("exact",)
-"""Sets of passes that may be asked for by name; `exact` computes what the model computes."""
+_MPCFORMER = ("quadratic_gelu", "quadratic_silu")
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "exact": (),
+    "mpcformer-2quad": (*_MPCFORMER, "softmax_2quad"),
+    "mpcformer-2relu": (*_MPCFORMER, "softmax_2relu"),
+    "thex": ("relu_activations", "softmax_2relu", "simplify_norms"),
+}
+"""Lossy passes that may be asked for by name, beside all exact ones; `exact` asks for none."""
 
 MAX_LENGTH = 4096
 """Longest row of attention scores that the softmax takes."""
@@ -20,7 +27,8 @@ class CompileConfig:
 
     fractional_bits: of every fixed-point number; the tables of the protocols are made for 16.
     max_length: most tokens of prompt and answer together; the model's own limit if that is lower.
-    preset: which set of passes runs.
+    preset: which lossy passes run, beside the exact ones; see PRESETS.
+    enable: names of further lossy passes to run.
     disable: names of passes to leave out.
     extra_passes: further Pass classes, run in the order of their stage.
     calibration: token sequences whose values tell how large each wire gets; by default fixed
@@ -31,6 +39,7 @@ class CompileConfig:
     fractional_bits: int = 16
     max_length: int = 1024
     preset: str = "exact"
+    enable: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     calibration: tuple[tuple[int, ...], ...] = ()

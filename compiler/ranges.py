@@ -26,20 +26,33 @@ def annotate_ranges(
     tokens one by one. meta["mean_square"] is the largest mean square of a row, after centring for a
     LayerNorm.
     """
-    recorder = _Recorder(graph_module)
-    dtype = next((p.dtype for p in graph_module.parameters()), None)
-    dtype = dtype or next(b.dtype for b in graph_module.buffers() if b.is_floating_point())
+    replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
+
+
+def replay(
+    interpreter: fx.Interpreter,
+    inputs: Sequence[InputSpec],
+    sequences: Sequence[Sequence[int]],
+    decoded: int = 0,
+) -> None:
+    """Run each sequence through a graph in the clear, for an interpreter that takes notes.
+
+    The last `decoded` tokens come one by one, with the cache of those before, which are a prompt.
+    """
+    module: Any = interpreter.module
+    dtype = next((p.dtype for p in module.parameters()), None)
+    dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     for sequence in sequences:
         ids = torch.tensor([list(sequence)], dtype=torch.int64)
         caches = [
             torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
             for spec in inputs[1:]
         ]
-        cut = max(1, len(sequence) - _DECODED) if caches else len(sequence)
+        cut = max(1, len(sequence) - decoded) if caches else len(sequence)
         pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
         with torch.inference_mode():
             for piece in pieces:
-                caches = list(recorder.run(piece, *caches)[1:])
+                caches = list(interpreter.run(piece, *caches)[1:])
 
 
 class _Recorder(fx.Interpreter):

@@ -20,17 +20,22 @@ from runtime.errors import MergecError
 from runtime.program import InputSpec
 from runtime.spec import Vis
 
-STAGES = ("canonicalize", "fuse", "dialect", "finish")
+STAGES = ("canonicalize", "fuse", "approximate", "dialect", "finish")
 """canonicalize: fewer spellings of the same thing. fuse: recognize ops of the dialect by their
-pattern. dialect: what is left becomes ops of the dialect. finish: where values are revealed."""
+pattern. approximate: put cheaper functions in their place, on request. dialect: what is left
+becomes ops of the dialect. finish: where values are revealed."""
 
 
 @dataclass
 class GraphInfo:
-    """What passes may know beside the graph; they may add constants."""
+    """What passes may know beside the graph; they may add constants.
 
-    inputs: Sequence[InputSpec]
+    calibration: token sequences on which a lossy pass may observe the graph.
+    """
+
+    inputs: list[InputSpec]
     constants: dict[str, Vis]
+    calibration: Sequence[Sequence[int]] = ()
 
 
 class Pass(PassBase):

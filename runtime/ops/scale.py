@@ -31,7 +31,7 @@ class Scale(Op):
 
     @classmethod
     def scale(cls, x: int, factor: float, *, fixed: int) -> int:
-        return x + _fraction(factor)[1]
+        return x + fraction(factor)[1]
 
     @classmethod
     def cost(cls, x: Shared, factor: float, *, fixed: int) -> Cost:
@@ -41,7 +41,7 @@ class Scale(Op):
     def protocol(cls, ctx: Context, x: Shared, factor: float) -> Protocol:
         """Local: shares times a 16-bit integer; a power of two only moves the binary point."""
         yield from ()
-        mantissa, bits = _fraction(factor)
+        mantissa, bits = fraction(factor)
         share = ghost(x.shape) if x.share.is_meta else x.share * mantissa
         return Shared(share, x.frac + bits)
 
@@ -59,7 +59,7 @@ def _power_of_two(factor: float) -> int | None:
     return exponent - 1 if mantissa == 0.5 else None
 
 
-def _fraction(factor: float) -> tuple[int, int]:
+def fraction(factor: float) -> tuple[int, int]:
     """Integers m, t: factor = m * 2**-t up to one part in 2**16; m is +-1 for a power of two."""
     if factor == 0:
         return 0, 0

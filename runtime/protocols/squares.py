@@ -40,7 +40,7 @@ class DealtSquare:
         )
 
     def share(self, ctx: Context, opened: torch.Tensor) -> torch.Tensor:
-        """Share of the square, once z is open: with x >> s = base - low + wrap top, multiply out."""
+        """Share of the square, once z is open: (base - low + wrap top)**2 multiplied out."""
         x = Truncation(opened, self.shift)
         return (
             ctx.public(x.base * x.base)
