@@ -87,7 +87,8 @@ def run_party(options: Options, emit: Emit) -> None:
     # CrypTen comes with the transport, and takes a while to import.
     from runtime import crypten_compat as crypten
     from runtime.transport.communicator import CountingCommunicator
-    from runtime.transport.control import Control, Hello
+    from runtime.transport.control import Control
+    from runtime.transport.hello import Hello
 
     stock = options.mode == "crypten"
     third_party = stock and not options.insecure_first_party
@@ -102,13 +103,7 @@ def run_party(options: Options, emit: Emit) -> None:
     )
     control = Control(communicator)
     control.greet(
-        Hello(
-            options.role,
-            options.mode,
-            program.manifest["program_hash"],
-            fixed=_fixed(program),
-            debug=int(options.insecure_first_party),
-        )
+        Hello.of(options.role, program.manifest, options.mode, int(options.insecure_first_party))
     )
     emit("joined")
     if stock:
@@ -124,7 +119,7 @@ def _run_mergec(
 ) -> None:
     from runtime.context import ClientContext, Context, DealerContext, ServerContext
     from runtime.executor import Executor
-    from runtime.transport.dealer_link import dealer_receiver, dealer_sender
+    from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
     from runtime.transport.link import Link
 
     fixed = _fixed(program)

@@ -18,8 +18,9 @@ import torch
 torch.set_num_threads(1)
 from runtime.errors import PartyError
 from runtime.transport.communicator import CountingCommunicator
-from runtime.transport.control import Control, Hello, Opcode
-from runtime.transport.dealer_link import dealer_receiver, dealer_sender
+from runtime.transport.control import Control, Opcode
+from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
+from runtime.transport.hello import Hello
 from runtime.transport.link import Link
 role, rendezvous = sys.argv[1:]
 HASH = "ab" * 32

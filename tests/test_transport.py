@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from runtime.errors import PartyError
-from runtime.transport.communicator import Address
-from runtime.transport.control import PROTOCOL_VERSION, Hello, Message, Opcode, compare, unpack
+from runtime.transport.address import Address
+from runtime.transport.control import Message, Opcode, unpack
+from runtime.transport.hello import PROTOCOL_VERSION, Hello, compare
 from runtime.transport.loopback import LoopbackControl, dealer_pair, link_pair
 from runtime.transport.traffic import Traffic
 from tests.roles import finish, free_port, outputs, run_roles, start
@@ -157,25 +158,40 @@ MINE = Hello("client", "mergec", HASH)
         (Hello("server", "mergec", HASH, fixed=14), "computes with 14 fractional bits"),
         (Hello("server", "mergec", HASH, debug=1), "other debugging options"),
         (Hello("server", "mergec", HASH, version=9), "speaks version 9 of the protocol"),
+        (Hello("server", "mergec", HASH, ring=32), "computes in a ring of 32 bits"),
+        (Hello("server", "mergec", HASH, ("fuse_glu:2",)), r"of other passes \(fuse_glu:2\)"),
     ],
 )
 def test_parties_that_disagree_are_told_in_what(theirs: Hello, message: str) -> None:
     with pytest.raises(PartyError, match=message):
-        compare(MINE, Hello.from_words(theirs.words() + [0] * 4, 1), 1)
+        compare(MINE, Hello.decode(theirs.encode(), "server"), "server")
 
 
 def test_parties_that_agree_pass() -> None:
-    compare(MINE, Hello.from_words(Hello("server", "mergec", HASH).words(), 1), 1)
-    assert PROTOCOL_VERSION in MINE.words()
+    compare(MINE, Hello.decode(Hello("server", "mergec", HASH).encode(), "server"), "server")
+    assert MINE.version == PROTOCOL_VERSION
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"\xff", b"{}", b"[" * 9999, b'{"version": 2}', b'{"version": true}']
+)
+def test_a_greeting_that_cannot_be_read_is_refused(data: bytes) -> None:
+    with pytest.raises(PartyError, match="the server sent a greeting that cannot be read"):
+        Hello.decode(data, "server")
 
 
 def test_addresses() -> None:
-    assert Address.parse("tcp://127.0.0.1:29500") == Address("127.0.0.1", 29500)
-    assert Address.parse("tcp://127.0.0.1:1").loopback
-    assert not Address.parse("tcp://10.0.0.7:1").loopback
+    assert Address.rendezvous("tcp://127.0.0.1:29500") == Address("127.0.0.1", 29500)
+    assert Address.parse("127.0.0.1:1").loopback
+    assert Address.parse("localhost:1").loopback
+    assert str(Address.parse("[::1]:7")) == "[::1]:7"
+    assert not Address.parse("10.0.0.7:1").loopback
+    for text in ("host", "host:x", "host:70000", "tcp://host:1", "", "host:1/x"):
+        with pytest.raises(PartyError, match="not of the form host:port"):
+            Address.parse(text)
     for text in ("127.0.0.1:29500", "tcp://host", "tcp://host:x", "file:///tmp/x", ""):
         with pytest.raises(PartyError, match="not of the form"):
-            Address.parse(text)
+            Address.rendezvous(text)
 
 
 # ------------------------------------------------------------------------ in three processes

@@ -14,12 +14,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -29,51 +26,17 @@ from torch.distributed import ReduceOp
 from runtime import crypten_compat as crypten
 from runtime.errors import PartyError
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER
+from runtime.transport.address import Address
+from runtime.transport.channel import REPLY_TIMEOUT
 from runtime.transport.traffic import Traffic
 
 JOIN_TIMEOUT = 30.0
 """Seconds that a party waits for the others to appear."""
 
-REPLY_TIMEOUT = 600.0
-"""Seconds that a party waits for a message that it is due; one step of the peer must fit in."""
-
 IDLE_TIMEOUT = 7 * 24 * 3600.0
 """Seconds that server and dealer wait for the client's next prompt."""
 
 _POLL = 0.02
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the parties meet: the client listens there."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """From `tcp://host:port`."""
-        try:
-            parts = urlsplit(text)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host = port = None
-        if host is None or port is None or parts.scheme != "tcp":
-            raise PartyError(f"the rendezvous {text!r} is not of the form tcp://127.0.0.1:29500")
-        return cls(host, port)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port}"
-
-    @property
-    def loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 @contextmanager
@@ -157,7 +120,7 @@ class CountingCommunicator(crypten.DistributedCommunicator):
         """
         found = cls(
             role,
-            Address.parse(rendezvous),
+            Address.rendezvous(rendezvous),
             third_party=third_party,
             join_timeout=join_timeout,
             timeout=timeout,
@@ -402,7 +365,7 @@ def _await_listener(address: Address, deadline: float, timeout: float) -> None:
 
 def _did_not_join(missing: Sequence[str], address: Address, timeout: float) -> str:
     commands = " and ".join(
-        f"`python -m runtime.party --role {role} --rendezvous {address} --bundle DIR`"
+        f"`python -m runtime.party --role {role} --rendezvous tcp://{address} --bundle DIR`"
         for role in missing
     )
     return (

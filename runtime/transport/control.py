@@ -14,66 +14,21 @@ import torch.distributed as dist
 from runtime.errors import PartyError
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER
 from runtime.transport.communicator import IDLE_TIMEOUT, CountingCommunicator, peer_errors
-
-PROTOCOL_VERSION = 1
-"""Raised with every change of what parties send each other."""
+from runtime.transport.hello import Hello, compare
 
 WORDS = 16
 """int64 words of every control message: an opcode, then its numbers."""
 
-MODES = ("mergec", "crypten")
-_HASH_WORDS = 4
+GREETING_BYTES = 1 << 14
+"""A greeting is padded to this length, as gloo gathers tensors of one shape."""
 
 
 class Opcode(enum.IntEnum):
     """What a control message says."""
 
-    HELLO = 1
-    STEP = 2
-    END = 3
-    ABORT = 4
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a party says of itself before any share is sent."""
-
-    role: str
-    mode: str
-    program_hash: str
-    version: int = PROTOCOL_VERSION
-    fixed: int = 16
-    debug: int = 0
-    """Options that change what is sent, such as insecure randomness."""
-
-    def words(self) -> list[int]:
-        data = bytes.fromhex(self.program_hash)
-        if len(data) != 8 * _HASH_WORDS:
-            raise PartyError(f"{self.program_hash!r} is not a SHA-256 program hash")
-        hashed = [
-            int.from_bytes(data[8 * i : 8 * i + 8], "big", signed=True) for i in range(_HASH_WORDS)
-        ]
-        return [
-            self.version,
-            ROLES.index(self.role),
-            MODES.index(self.mode),
-            *hashed,
-            self.fixed,
-            self.debug,
-        ]
-
-    @classmethod
-    def from_words(cls, words: list[int], rank: int) -> Hello:
-        version, role, mode, *rest = words
-        if version != PROTOCOL_VERSION:
-            # The meaning of the other words belongs to that version.
-            return cls(ROLES[rank], MODES[0], "", version)
-        data = b"".join(word.to_bytes(8, "big", signed=True) for word in rest[:_HASH_WORDS])
-        fixed, debug = rest[_HASH_WORDS : _HASH_WORDS + 2]
-        known = 0 <= role < len(ROLES) and 0 <= mode < len(MODES)
-        if not known:
-            raise PartyError(f"the {ROLES[rank]} sent a greeting that cannot be read")
-        return cls(ROLES[role], MODES[mode], data.hex(), version, fixed, debug)
+    STEP = 1
+    END = 2
+    ABORT = 3
 
 
 @dataclass(frozen=True)
@@ -82,34 +37,6 @@ class Message:
 
     opcode: Opcode
     numbers: tuple[int, ...] = ()
-
-
-def compare(mine: Hello, theirs: Hello, rank: int) -> None:
-    """PartyError that says what differs, and what to do about it, if anything does."""
-    peer = ROLES[rank]
-    if mine.version != theirs.version:
-        differing = f"speaks version {theirs.version} of the protocol, this party {mine.version}"
-        remedy = "install the same mergec everywhere"
-    elif theirs.role != peer:
-        differing = f"joined in the place of the {peer} but says it is the {theirs.role}"
-        remedy = "start each role once"
-    elif mine.mode != theirs.mode:
-        differing = f"runs in mode {theirs.mode}, this party in mode {mine.mode}"
-        remedy = "give all three the same --mode"
-    elif mine.program_hash != theirs.program_hash:
-        differing = (
-            f"has the program {theirs.program_hash[:12]}, this party {mine.program_hash[:12]}"
-        )
-        remedy = "give all three the bundles of one compilation"
-    elif mine.fixed != theirs.fixed:
-        differing = f"computes with {theirs.fixed} fractional bits, this party with {mine.fixed}"
-        remedy = "give all three the bundles of one compilation"
-    elif mine.debug != theirs.debug:
-        differing = "was started with other debugging options"
-        remedy = "start all three with the same"
-    else:
-        return
-    raise PartyError(f"the {peer} {differing}; {remedy}")
 
 
 class Control:
@@ -122,7 +49,10 @@ class Control:
 
     def greet(self, hello: Hello) -> None:
         """Compare versions, modes, programs and roles with the two others."""
-        mine = _pack(Opcode.HELLO, hello.words())
+        text = hello.encode().ljust(GREETING_BYTES)
+        if len(text) > GREETING_BYTES:
+            raise PartyError("the program has more passes than a greeting can name")
+        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         greetings = [torch.empty_like(mine) for _ in ROLES]
         peer = SERVER if self._communicator.rank == CLIENT else CLIENT
         with peer_errors(peer):
@@ -130,10 +60,8 @@ class Control:
         self._communicator.wait(peer, work)
         for rank, greeting in enumerate(greetings):
             if rank != self._communicator.rank:
-                opcode, *words = greeting.tolist()
-                if opcode != Opcode.HELLO:
-                    raise PartyError(f"the {ROLES[rank]} sent something else than a greeting")
-                compare(hello, Hello.from_words(words, rank), rank)
+                theirs = Hello.decode(greeting.numpy().tobytes(), ROLES[rank])
+                compare(hello, theirs, ROLES[rank])
 
     def send(self, opcode: Opcode, *numbers: int, to: tuple[int, ...] = (SERVER, DEALER)) -> None:
         """From the client: tell the others what comes next. Does not wait for them."""

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from datetime import timedelta
 from typing import Protocol
 
 import torch
 
 from runtime.errors import PartyError
-from runtime.spec import DEALER
-from runtime.transport.communicator import (
-    IDLE_TIMEOUT,
-    REPLY_TIMEOUT,
-    CountingCommunicator,
-    peer_errors,
-)
-from runtime.transport.link import check_payload
+from runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
 
 BLOCK_BYTES = 1 << 20
 """Small writes are put together into blocks of at least this size."""
 
 AHEAD_BYTES = 256 << 20
 """How much a party takes from the dealer before it is used."""
-
-IN_FLIGHT_BYTES = 32 << 20
-"""How much the dealer leaves under way before it waits."""
-
-_END = -1
 
 
 class BlockWriter(Protocol):
@@ -183,69 +170,33 @@ class DealerReceiver:
             self._changed.notify_all()
 
 
-class GlooBlockWriter:
-    """Blocks over the dealer's own connection to a party: the length, then the bytes."""
+class ChannelBlockWriter:
+    """Blocks as frames of a channel, cut to the length that the reader allows."""
 
-    def __init__(self, communicator: CountingCommunicator, party: int) -> None:
-        self._communicator = communicator
-        self._group = communicator.stream_groups[party]
-        self._party = party
-        self._pending: deque[tuple[torch.Tensor, object]] = deque()
-        self._in_flight = 0
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
 
     def put(self, block: torch.Tensor) -> None:
-        self._send(torch.tensor([block.numel()]))
-        self._send(block)
-        self._communicator.traffic.offline_sent += block.numel()
-        self._settle(IN_FLIGHT_BYTES)
+        data = block.numpy().data
+        for start in range(0, data.nbytes, MAX_BLOCK):
+            self._channel.send(Kind.BLOCK, data[start : start + MAX_BLOCK])
+        self._channel.traffic.offline_sent += data.nbytes
 
     def end(self) -> None:
-        self._send(torch.tensor([_END]))
-        self._settle(0)
-
-    def _send(self, data: torch.Tensor) -> None:
-        with peer_errors(self._party):
-            self._pending.append((data, self._group.send([data], 0, 0)))
-        self._in_flight += data.numel()
-
-    def _settle(self, limit: int) -> None:
-        """Wait for the oldest until no more than `limit` bytes are under way."""
-        while self._pending and self._in_flight > limit - (not limit):
-            data, work = self._pending.popleft()
-            self._communicator.wait(self._party, work)
-            self._in_flight -= data.numel()
+        self._channel.send(Kind.END)
 
 
-class GlooBlockReader:
-    """The party's end of the dealer's connection."""
+class ChannelBlockReader:
+    """The party's end of the same."""
 
-    def __init__(self, communicator: CountingCommunicator) -> None:
-        self._communicator = communicator
-        self._group = communicator.stream_groups[communicator.rank]
+    def __init__(self, channel: Channel, idle_timeout: float) -> None:
+        self._channel = channel
+        self._idle = idle_timeout
 
     def get(self) -> torch.Tensor | None:
-        # Between two prompts the dealer has nothing to send.
-        length = self._receive(torch.empty(1, dtype=torch.int64))
-        size = int(length)
-        if size == _END:
+        # Between two answers the dealer has nothing to send.
+        kind, payload = self._channel.receive_any((Kind.BLOCK, Kind.END), MAX_BLOCK, self._idle)
+        if kind is Kind.END:
             return None
-        block = self._receive(torch.empty(size, dtype=torch.uint8))
-        self._communicator.traffic.offline_received += size
-        return block
-
-    def _receive(self, into: torch.Tensor) -> torch.Tensor:
-        with peer_errors(DEALER, IDLE_TIMEOUT):
-            self._group.recv([into], 1, 0).wait(timedelta(seconds=IDLE_TIMEOUT))
-        return into
-
-
-def dealer_sender(communicator: CountingCommunicator, party: int) -> DealerSender:
-    """The dealer's stream to `party`."""
-    return DealerSender(GlooBlockWriter(communicator, party))
-
-
-def dealer_receiver(
-    communicator: CountingCommunicator, ahead_bytes: int = AHEAD_BYTES
-) -> DealerReceiver:
-    """This party's stream from the dealer."""
-    return DealerReceiver(GlooBlockReader(communicator), ahead_bytes, communicator.timeout)
+        self._channel.traffic.offline_received += payload.nbytes
+        return torch.frombuffer(payload, dtype=torch.uint8)

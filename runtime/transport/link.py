@@ -12,6 +12,7 @@ import torch
 
 from runtime.errors import PartyError
 from runtime.spec import CLIENT, ROLES, SERVER
+from runtime.transport.channel import check_payload
 from runtime.transport.communicator import CountingCommunicator
 from runtime.transport.traffic import Traffic
 
@@ -147,11 +148,3 @@ def _accept(listener: socket.socket, word: bytes, timeout: float) -> socket.sock
             link.close()
         except OSError as error:
             raise PartyError("the server does not answer; start all three again") from error
-
-
-def check_payload(data: torch.Tensor) -> None:
-    """A message is a flat run of bytes; anything else is a mistake of the caller."""
-    if data.dtype is not torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
-        raise PartyError(
-            f"a message must be a flat uint8 tensor on the CPU, not {data.dtype} {list(data.shape)}"
-        )

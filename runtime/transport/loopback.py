@@ -8,9 +8,9 @@ import torch
 
 from runtime.errors import PartyError
 from runtime.spec import ROLES
+from runtime.transport.channel import check_payload
 from runtime.transport.control import Message, Opcode
 from runtime.transport.dealer_link import AHEAD_BYTES, BLOCK_BYTES, DealerReceiver, DealerSender
-from runtime.transport.link import check_payload
 from runtime.transport.traffic import Traffic
 
 Pipe = queue.SimpleQueue[torch.Tensor | None]

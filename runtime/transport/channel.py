@@ -1,0 +1,427 @@
+"""A connection between two roles: numbered frames of bounded length, over TLS or plain TCP.
+
+A frame is a header of 16 bytes (kind, number of the frame, length) and its payload. Each side knows
+from the program which kinds may come next and how long they may be, so nothing is allocated because
+a peer said so, and a frame that is out of place, repeated or oversized ends the session. Nothing
+that comes in is ever executed or unpickled: payloads are tensors' bytes, numbers, or JSON objects.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from runtime.errors import PartyError
+from runtime.transport.traffic import Traffic
+
+REPLY_TIMEOUT = 600.0
+"""Seconds that a party waits for a message that it is due; one step of the peer must fit in."""
+
+MAX_BLOCK = 4 << 20
+"""Bytes of a frame of the dealer's stream at most."""
+
+HANDSHAKE_TIMEOUT = 10.0
+"""Seconds that a stranger may take to prove who it is."""
+
+_REASONS = {
+    "CERTIFICATE_EXPIRED": "says that this party's certificate has expired; run `mergec certs`, "
+    "or set the clocks",
+    "UNKNOWN_CA": "trusts another authority; use certificates of one `mergec certs`",
+    "CERTIFICATE_REQUIRED": "wants a certificate; give --certs",
+    "BAD_CERTIFICATE": "does not accept this party's certificate; run `mergec certs`, or set the "
+    "clocks",
+    "WRONG_VERSION_NUMBER": "speaks no TLS; start both with --certs, or neither",
+    "HTTP_REQUEST": "speaks no TLS; it is a web browser",
+}
+"""What OpenSSL's reasons mean here, by a part of their name."""
+
+_HEADER = struct.Struct("!BxxxIQ")
+_MAX_TEXT = 1 << 16
+"""Bytes of a frame of JSON at most."""
+
+_LAST_WORDS = 400
+"""Characters of an error message that are taken from a peer."""
+
+_AT_ONCE = 1 << 18
+_BUFFER = 1 << 16
+_LINGER = 1.0
+_KEEP_IDLE, _KEEP_EVERY, _KEEP_TRIES = 30, 10, 3
+
+
+class Kind(enum.IntEnum):
+    """What a frame holds."""
+
+    HELLO = 1
+    """JSON: what a role says of itself (`runtime.transport.hello`)."""
+    ERROR = 2
+    """JSON: why the sender ends the session; may come instead of any other."""
+    QUEUED = 3
+    """JSON: the session has to wait."""
+    ADMITTED = 4
+    """JSON: the session has a place, and its number."""
+    BEGIN = 5
+    """JSON: the client is about to ask for an answer."""
+    ACCEPTED = 6
+    """JSON: it may."""
+    REFUSED = 7
+    """JSON: it may not, and why; the session goes on."""
+    STEP = 8
+    """Two numbers: new and past tokens."""
+    ROUND = 9
+    """One party's message of a round."""
+    DONE = 10
+    """Empty: the answer is complete, or given up."""
+    END = 11
+    """Empty: the session is over."""
+    SEED = 12
+    """The dealer's seed for a party."""
+    BLOCK = 13
+    """A piece of the dealer's stream."""
+    MARK = 14
+    """Empty: what follows in the dealer's stream belongs to the next answer."""
+    PLAN = 15
+    """JSON: what to deal ahead of time."""
+    STORED = 16
+    """JSON: that is now stored."""
+
+
+class Channel:
+    """One end of a connection. One thread may receive while another sends.
+
+    peer: the other's role. name: who it is, by its certificate. traffic: payload bytes of rounds,
+    and the rounds; bytes of the dealer's stream and seeds count as offline.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        peer: str,
+        timeout: float = REPLY_TIMEOUT,
+        name: str = "",
+    ) -> None:
+        connection.setblocking(False)
+        self.peer = peer
+        self.name = name or peer
+        self.timeout = timeout
+        self.traffic = Traffic()
+        self._socket = connection
+        # OpenSSL allows one call at a time on a connection; all calls return at once.
+        self._lock = threading.Lock()
+        self._sent = self._received = 0
+        self._buffer = memoryview(bytearray(_BUFFER))
+        self._start = self._stop = 0
+
+    def fileno(self) -> int:
+        """For polling, together with `buffered`."""
+        return self._socket.fileno()
+
+    # ------------------------------------------------------------------------------- frames
+
+    def send(self, kind: Kind, payload: bytes | bytearray | memoryview = b"") -> None:
+        """Send one frame; PartyError if the peer does not take it in time."""
+        self._transfer(self._frame(kind, memoryview(payload)), None)
+
+    def send_json(self, kind: Kind, **fields: Any) -> None:
+        """Send a frame of JSON."""
+        self.send(kind, json.dumps(fields).encode())
+
+    def receive(self, kind: Kind, *, limit: int) -> memoryview:
+        """The payload of the next frame, which must be of this kind and at most `limit` long."""
+        return self.receive_any((kind,), limit)[1]
+
+    def receive_any(
+        self, kinds: Sequence[Kind], limit: int = _MAX_TEXT, timeout: float | None = None
+    ) -> tuple[Kind, memoryview]:
+        """The next frame, which must be one of `kinds`."""
+        incoming = _Incoming(lambda header: self._accept(kinds, 0, limit, header))
+        self._transfer([], incoming, timeout)
+        self._check_error(incoming)
+        return Kind(incoming.kind), incoming.payload
+
+    def receive_json(
+        self, *kinds: Kind, timeout: float | None = None
+    ) -> tuple[Kind, dict[str, Any]]:
+        """The next frame, of one of `kinds`, and the object that it holds."""
+        kind, payload = self.receive_any(kinds, timeout=timeout)
+        return kind, self.object(payload)
+
+    def object(self, payload: memoryview) -> dict[str, Any]:
+        """The JSON object in a payload."""
+        try:
+            found = json.loads(bytes(payload))
+        except (ValueError, RecursionError) as error:
+            raise self._strange("sent text that cannot be read") from error
+        if not isinstance(found, dict):
+            raise self._strange("sent text that cannot be read")
+        return found
+
+    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
+        """Send `outgoing` (1-D uint8 on the CPU) while receiving `incoming` bytes; one round.
+
+        Both parties call this for every round. A message of no bytes is not sent.
+        """
+        reply = torch.empty(incoming, dtype=torch.uint8)
+        unsent: list[memoryview] = []
+        if outgoing is not None and outgoing.numel():
+            check_payload(outgoing)
+            unsent = self._frame(Kind.ROUND, outgoing.numpy().data)
+            self.traffic.sent += outgoing.numel()
+        expected = None
+        if incoming:
+            into = reply.numpy().data
+            expected = _Incoming(
+                lambda header: self._accept((Kind.ROUND,), incoming, incoming, header, into)
+            )
+        self.traffic.received += incoming
+        self.traffic.rounds += 1
+        self._transfer(unsent, expected)
+        if expected is not None:
+            self._check_error(expected)
+        return reply
+
+    def _frame(self, kind: Kind, payload: memoryview) -> list[memoryview]:
+        header = _HEADER.pack(kind, self._sent, payload.nbytes)
+        self._sent = (self._sent + 1) & 0xFFFFFFFF
+        if payload.nbytes <= _BUFFER:
+            return [memoryview(header + bytes(payload))]
+        return [memoryview(header), payload]
+
+    def _accept(
+        self,
+        kinds: Sequence[Kind],
+        least: int,
+        most: int,
+        header: tuple[int, int, int],
+        into: memoryview | None = None,
+    ) -> memoryview:
+        """Where the payload goes, once the header has been found to be in order."""
+        kind, number, length = header
+        if number != self._received:
+            raise self._strange("sent a frame twice or out of order")
+        self._received = (self._received + 1) & 0xFFFFFFFF
+        if kind == Kind.ERROR and length <= _MAX_TEXT:
+            return memoryview(bytearray(length))
+        if kind not in kinds:
+            due = " or ".join(known.name for known in kinds)
+            raise self._strange(f"sent frame {kind} where {due} was due")
+        if not least <= length <= most:
+            due = f"{most}" if least == most else f"at most {most}"
+            raise self._strange(f"sent {length} bytes where {due} were due")
+        return memoryview(bytearray(length)) if into is None else into
+
+    def _check_error(self, incoming: _Incoming) -> None:
+        if incoming.kind == Kind.ERROR:
+            reason = str(self.object(incoming.payload).get("reason", ""))
+            raise PartyError(f"the {self.peer} says: {printable(reason)}")
+
+    def _strange(self, what: str) -> PartyError:
+        return PartyError(f"the {self.peer} {what}; install the same mergec everywhere")
+
+    # -------------------------------------------------------------------------------- bytes
+
+    def _transfer(
+        self, unsent: list[memoryview], incoming: _Incoming | None, timeout: float | None = None
+    ) -> None:
+        """Send and receive side by side: two full buffers must not wait for each other."""
+        limit = self.timeout if timeout is None else timeout
+        try:
+            while unsent or (incoming is not None and not incoming.complete):
+                moved = False
+                if unsent:
+                    count = self._give(unsent[0][:_AT_ONCE])
+                    moved = bool(count)
+                    unsent[0] = unsent[0][count:]
+                    if not unsent[0]:
+                        unsent.pop(0)
+                if incoming is not None and not incoming.complete:
+                    count = self._fill(incoming.rest)
+                    moved = moved or bool(count)
+                    incoming.advance(count)
+                if not moved:
+                    reading = incoming is not None and not incoming.complete
+                    self._wait(reading, bool(unsent), limit)
+        except TimeoutError as error:
+            raise PartyError(
+                f"the {self.peer} sent nothing for {limit:g} s; see what it is doing"
+            ) from error
+        except OSError as error:
+            raise self._lost(error, unsent) from error
+
+    def _give(self, data: memoryview) -> int:
+        """How much of `data` could be sent at once."""
+        try:
+            with self._lock:
+                return self._socket.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return 0
+
+    def _fill(self, into: memoryview) -> int:
+        """How much of `into` could be filled at once."""
+        if self._start == self._stop:
+            if into.nbytes >= _BUFFER:
+                return self._take(into)
+            self._stop = self._take(self._buffer)
+            self._start = 0
+        count = min(into.nbytes, self._stop - self._start)
+        into[:count] = self._buffer[self._start : self._start + count]
+        self._start += count
+        return count
+
+    def _take(self, into: memoryview) -> int:
+        try:
+            with self._lock:
+                count = self._socket.recv_into(into)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        if not count:
+            raise ConnectionResetError("closed by the peer")
+        return count
+
+    def _wait(self, reading: bool, writing: bool, limit: float) -> None:
+        events = (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
+        poll = select.poll()
+        poll.register(self._socket, events)
+        if not poll.poll(limit * 1000):
+            raise TimeoutError
+
+    def _lost(self, error: OSError, unsent: list[memoryview]) -> PartyError:
+        """The connection broke; where we were sending, the peer may have said why before."""
+        if unsent:
+            with suppress(OSError, PartyError):
+                incoming = _Incoming(lambda header: self._accept((), 0, 0, header))
+                while not incoming.complete and (count := self._fill(incoming.rest)):
+                    incoming.advance(count)
+                if incoming.complete and incoming.kind == Kind.ERROR:
+                    reason = str(self.object(incoming.payload).get("reason", ""))
+                    return PartyError(f"the {self.peer} says: {printable(reason)}")
+        if isinstance(error, ssl.SSLError):
+            # With TLS 1.3 a party learns only here that its certificate was not accepted.
+            return PartyError(explain(error, self.peer))
+        return PartyError(f"the {self.peer} went away; see its own message, and start again")
+
+    @property
+    def buffered(self) -> bool:
+        """Whether bytes have come in that polling the socket would not show."""
+        pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+        return self._start < self._stop or pending
+
+    def wait_readable(self, seconds: float, *others: int) -> bool:
+        """Whether something comes here within `seconds`; returns early when one of `others` does.
+
+        others: further file descriptors to look at.
+        """
+        if self.buffered:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        for other in others:
+            poll.register(other, select.POLLIN)
+        return any(descriptor == self.fileno() for descriptor, _ in poll.poll(seconds * 1000))
+
+    # ---------------------------------------------------------------------------------- end
+
+    def fail(self, reason: str) -> None:
+        """Tell the peer why the session ends here, and close. Takes a second at most."""
+        with suppress(OSError, PartyError):
+            self._transfer(
+                self._frame(Kind.ERROR, memoryview(json.dumps({"reason": reason}).encode())),
+                None,
+                _LINGER,
+            )
+            self._socket.shutdown(socket.SHUT_WR)
+            # Closing on unread data would make the kernel drop what was just sent.
+            deadline = time.monotonic() + _LINGER
+            while (left := deadline - time.monotonic()) > 0:
+                self._stop = self._start = 0
+                if not self._take(self._buffer):
+                    self._wait(True, False, left)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with suppress(OSError):
+            self._socket.close()
+
+
+class _Incoming:
+    """A frame that is being received."""
+
+    def __init__(self, accept: Callable[[tuple[int, int, int]], memoryview]) -> None:
+        self.kind = 0
+        self.complete = False
+        self.payload = memoryview(b"")
+        self.rest = memoryview(bytearray(_HEADER.size))
+        self._header = self.rest
+        self._accept = accept
+        self._in_payload = False
+
+    def advance(self, count: int) -> None:
+        self.rest = self.rest[count:]
+        if self.rest:
+            return
+        if not self._in_payload:
+            header = _HEADER.unpack(self._header)
+            self.kind = header[0]
+            self.payload = self.rest = self._accept(header)
+            self._in_payload = True
+        self.complete = not self.rest
+
+
+def printable(text: str) -> str:
+    """A peer's words as one short line that is safe to print."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * _LAST_WORDS])
+    return " ".join(shown.split())[:_LAST_WORDS]
+
+
+def keep_alive(connection: socket.socket, timeout: float) -> None:
+    """Let the kernel notice a peer that is cut off, also while neither side sends."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE") and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        idle = max(1, min(_KEEP_IDLE, int(timeout)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+        every = max(1, min(_KEEP_EVERY, int(timeout)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_TRIES)
+        connection.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * max(1.0, timeout))
+        )
+
+
+def check_payload(data: torch.Tensor) -> None:
+    """A message is a flat run of bytes; anything else is a mistake of the caller."""
+    if data.dtype is not torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
+        raise PartyError(
+            f"a message must be a flat uint8 tensor on the CPU, not {data.dtype} {list(data.shape)}"
+        )
+
+
+def explain(error: OSError, peer: str) -> str:
+    """What went wrong between two ends of TLS, and what to do."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = error.verify_message
+        if "not yet valid" in said or "expired" in said:
+            remedy = "run `mergec certs`, or set the clocks"
+        else:
+            remedy = "use certificates of one `mergec certs`"
+        return f"the {peer} has a certificate that will not do ({said}); {remedy}"
+    if isinstance(error, TimeoutError):
+        return f"the {peer} did not finish the handshake within {HANDSHAKE_TIMEOUT:g} s; try again"
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or ""
+        for part, meaning in _REASONS.items():
+            if part in reason:
+                return f"the {peer} {meaning}"
+        return f"the {peer} speaks no TLS of ours ({reason or error}); check the address"
+    return f"the {peer} went away in the handshake; see its own message, and try again"

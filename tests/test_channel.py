@@ -1,0 +1,310 @@
+"""Frames, TLS and certificates: what passes, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.certificates import CERTIFICATE, KEY, check_certificate, make_certificates
+from runtime.errors import MergecError, PartyError
+from runtime.transport.address import Address
+from runtime.transport.channel import Channel, Kind, printable
+from runtime.transport.connect import Security, accept, connect, listen
+from runtime.transport.dealer_link import (
+    ChannelBlockReader,
+    ChannelBlockWriter,
+    DealerReceiver,
+    DealerSender,
+)
+from runtime.transport.traffic import Traffic
+
+BIG = 3_000_001
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder, ("ann", "bob"))
+    return folder
+
+
+def pair(timeout: float = 10.0) -> tuple[Channel, Channel]:
+    one, other = socket.socketpair()
+    return Channel(one, "server", timeout), Channel(other, "client", timeout)
+
+
+def meet(
+    client: Security, server: Security, roles: tuple[str, ...] = ("client",)
+) -> tuple[Any, Any]:
+    """What connecting gave at either side: a channel, or the error."""
+
+    def attempt(call: Callable[[], Channel]) -> Channel | MergecError:
+        try:
+            return call()
+        except MergecError as error:
+            return error
+
+    with listen(Address("127.0.0.1", 0), server) as listener, ThreadPoolExecutor(1) as pool:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        accepted = pool.submit(attempt, lambda: accept(listener.accept()[0], server, roles, 5.0))
+        connected = attempt(lambda: connect(address, "server", client, 5.0, 5.0))
+        return connected, accepted.result()
+
+
+def flat(size: int) -> torch.Tensor:
+    return torch.arange(size, dtype=torch.int64).to(torch.uint8)
+
+
+@pytest.fixture(params=["plain", "tls"])
+def channels(request: pytest.FixtureRequest, certificates: Path) -> Iterator[tuple[Any, Any]]:
+    if request.param == "plain":
+        made = pair()
+    else:
+        client = Security("client", certificates / "ann")
+        made = meet(client, Security("server", certificates))
+    yield made
+    for channel in made:
+        channel.close()
+
+
+def test_rounds_cross_both_ways_at_once_and_are_counted(channels: tuple[Any, Any]) -> None:
+    client, server = channels
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(
+            lambda: [server.exchange(*m) for m in ((flat(BIG), 5), (None, BIG), (flat(3), 0))]
+        )
+        assert client.exchange(flat(5), BIG).equal(flat(BIG))
+        assert client.exchange(flat(BIG), 0).numel() == 0
+        assert client.exchange(None, 3).equal(flat(3))
+        first, second, third = served.result()
+    assert first.equal(flat(5))
+    assert second.equal(flat(BIG))
+    assert third.numel() == 0
+    assert client.traffic == Traffic(3, BIG + 5, BIG + 3)
+    assert server.traffic == Traffic(3, BIG + 3, BIG + 5)
+
+
+def test_two_large_messages_do_not_wait_for_each_other(channels: tuple[Any, Any]) -> None:
+    client, server = channels
+    size = 8_000_000
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(server.exchange, flat(size), size)
+        assert client.exchange(flat(size), size).equal(flat(size))
+        assert served.result().equal(flat(size))
+
+
+def test_one_thread_receives_while_another_sends(channels: tuple[Any, Any]) -> None:
+    party, dealer = channels
+    stream = DealerReceiver(ChannelBlockReader(party, 10.0), timeout=10.0)
+    with ThreadPoolExecutor(1) as pool:
+
+        def deal() -> list[bytes]:
+            sender = DealerSender(ChannelBlockWriter(dealer))
+            for part in flat(7_000_000).split(2_000_001):
+                sender.write(part)
+            sender.close()
+            return [bytes(dealer.receive(Kind.STEP, limit=16)) for _ in range(50)]
+
+        dealt = pool.submit(deal)
+        for number in range(50):
+            party.send(Kind.STEP, struct.pack("!qq", 1, number))
+        assert stream.read(7_000_000).equal(flat(7_000_000))
+        assert dealt.result()[-1] == struct.pack("!qq", 1, 49)
+    with pytest.raises(PartyError, match="the dealer ended the session"):
+        stream.read(1)
+    assert dealer.traffic.offline_sent == party.traffic.offline_received == 7_000_000
+
+
+def header(kind: int, number: int, length: int) -> bytes:
+    return struct.pack("!BxxxIQ", kind, number, length)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (header(9, 0, 2**63), "sent 9223372036854775808 bytes where 8 were due"),
+        (header(9, 0, 7) + b"x" * 7, "sent 7 bytes where 8 were due"),
+        (header(9, 1, 8), "sent a frame twice or out of order"),
+        (header(8, 0, 8), "sent frame 8 where ROUND was due"),
+        (header(2, 0, 2**40), "sent frame 2 where ROUND was due"),
+        (header(2, 0, 2) + b"[]", "sent text that cannot be read"),
+        (header(2, 0, 17) + b'{"reason": "no!"}', "the client says: no!"),
+        (header(9, 0, 8) + b"xyz", "the client went away"),
+        (b"GET / HTTP/1.1\r\n\r\n", "sent a frame twice or out of order"),
+        (b"", "the client went away"),
+    ],
+)
+def test_what_is_not_due_ends_the_session(data: bytes, message: str) -> None:
+    raw, other = socket.socketpair()
+    channel = Channel(other, "client", 5.0)
+    raw.sendall(data)
+    raw.close()
+    with pytest.raises(PartyError, match=message):
+        channel.exchange(None, 8)
+
+
+def test_a_replayed_frame_is_noticed() -> None:
+    raw, other = socket.socketpair()
+    channel = Channel(other, "client", 5.0)
+    frame = header(9, 0, 1) + b"x"
+    raw.sendall(frame + frame)
+    assert channel.exchange(None, 1).tolist() == [ord("x")]
+    with pytest.raises(PartyError, match="twice or out of order"):
+        channel.exchange(None, 1)
+
+
+def test_a_silent_peer_is_named_after_the_timeout() -> None:
+    client, _ = pair(0.05)
+    with pytest.raises(PartyError, match=r"the server sent nothing for 0\.05 s"):
+        client.exchange(None, 8)
+
+
+def test_a_peer_says_why_it_ends_the_session_also_to_one_that_sends() -> None:
+    client, server = pair()
+    with ThreadPoolExecutor(1) as pool:
+        failed = pool.submit(server.fail, "the disk is full\nreally\x1b[2J")
+        with pytest.raises(PartyError, match=r"^the server says: the disk is full really \[2J$"):
+            while True:
+                client.exchange(flat(1_000_000), 0)
+        client.close()
+        failed.result()
+
+
+def test_words_of_a_peer_are_safe_to_print() -> None:
+    assert printable("a\x00b\u202e\n" + "c" * 1000) == "a b " + "c" * 396
+
+
+def test_certificates_name_the_role_and_the_client(certificates: Path) -> None:
+    server, dealer = (Security(role, certificates) for role in ("server", "dealer"))
+    client, accepted = meet(Security("client", certificates / "ann"), server)
+    assert (client.peer, client.name) == ("server", "server")
+    assert (accepted.peer, accepted.name) == ("client", "ann")
+    assert accepted._socket.version() == "TLSv1.3"
+    for channel in (client, accepted):
+        channel.close()
+    # The dealer's certificate is good, but not for a client, and not for a server.
+    client, accepted = meet(dealer, server)
+    assert "was turned away: here the client may connect, not dealer" in str(accepted)
+    with pytest.raises(PartyError, match="the server says: here the client may connect"):
+        client.exchange(None, 1)
+    client, _ = meet(Security("client", certificates / "bob"), dealer)
+    assert "is dealer, not the server" in str(client)
+
+
+def test_strangers_are_told_apart(certificates: Path, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "other", ("ann",))
+    server = Security("server", certificates)
+    client, accepted = meet(Security("client", tmp_path / "other" / "ann"), server)
+    assert "the server has a certificate that will not do" in str(client)
+    assert "trusts another authority; use certificates of one `mergec certs`" in str(accepted)
+    plain, other = socket.socketpair()
+    plain.sendall(header(1, 0, 100) + bytes(100))
+    with pytest.raises(PartyError, match="the client speaks no TLS"):
+        accept(other, server, ("client",), 5.0)
+    plain.close()
+
+
+def test_expired_certificates_and_wrong_clocks(certificates: Path) -> None:
+    now = datetime.now(UTC)
+    place = certificates / "server"
+    assert check_certificate(place, "server", now) == ""
+    assert "expires in" in check_certificate(place, "server", now + timedelta(days=355))
+    with pytest.raises(MergecError, match=r"expired on .*; run `mergec certs`"):
+        check_certificate(place, "server", now + timedelta(days=400))
+    with pytest.raises(MergecError, match=r"is valid from .*; set the clock"):
+        check_certificate(place, "server", now - timedelta(days=1))
+
+
+def test_an_expired_certificate_of_a_peer_is_named_at_both_ends(tmp_path: Path) -> None:
+    make_certificates(tmp_path, ("ann",), 1, datetime.now(UTC) - timedelta(days=2))
+    security = Security("server", None, plaintext=True)
+    security.folder = tmp_path / "server"
+    client = Security("client", None, plaintext=True)
+    client.folder = tmp_path / "ann"
+    connected, accepted = meet(client, security)
+    assert "certificate has expired" in str(connected)
+    assert "expired; run `mergec certs`, or set the clocks" in str(accepted)
+
+
+def test_folders_that_will_not_do(certificates: Path, tmp_path: Path) -> None:
+    with pytest.raises(MergecError, match="is of the role client, this party is the server"):
+        Security("server", certificates / "ann")
+    with pytest.raises(MergecError, match="cannot be read"):
+        Security("server", tmp_path)
+    place = tmp_path / "server"
+    make_certificates(tmp_path)
+    (place / KEY).write_bytes((certificates / "server" / KEY).read_bytes())
+    with pytest.raises(MergecError, match="the key is not that of the certificate"):
+        Security("server", tmp_path)
+    (place / CERTIFICATE).write_bytes((certificates / "server" / CERTIFICATE).read_bytes())
+    with pytest.raises(MergecError, match="is not signed by the authority beside it"):
+        Security("server", tmp_path)
+    (place / KEY).write_text("no key")
+    with pytest.raises(MergecError, match="is not a private key"):
+        Security("server", tmp_path)
+
+
+def test_keys_are_for_their_owner_alone_and_further_clients_can_be_added(tmp_path: Path) -> None:
+    made = make_certificates(tmp_path, ("ann",))
+    assert [place.name for place in made] == ["server", "dealer", "ann"]
+    assert all((place / KEY).stat().st_mode & 0o077 == 0 for place in made)
+    assert [place.name for place in make_certificates(tmp_path, ("ann", "bob"))] == ["bob"]
+    client, server = meet(
+        Security("client", tmp_path / "bob"), Security("server", tmp_path / "server")
+    )
+    assert (client.name, server.name) == ("server", "bob")
+    (tmp_path / "bob" / KEY).chmod(0o644)
+    assert "others can read it" in check_certificate(tmp_path / "bob", "client")
+    with pytest.raises(MergecError, match="cannot name a client"):
+        make_certificates(tmp_path, ("server",))
+
+
+def test_plaintext_is_for_loopback_and_by_request(tmp_path: Path) -> None:
+    with pytest.raises(MergecError, match="connections need certificates; give --certs DIR"):
+        Security("server", None)
+    with pytest.raises(MergecError, match="exclude each other"):
+        Security("server", tmp_path, plaintext=True)
+    security = Security("server", None, plaintext=True)
+    with pytest.raises(MergecError, match="--plaintext is for loopback"):
+        listen(Address("0.0.0.0", 0), security)
+    with pytest.raises(MergecError, match="--plaintext is for loopback"):
+        connect(Address("192.0.2.1", 1), "server", security, 1.0, 1.0)
+
+
+def test_a_taken_port_and_a_missing_peer_are_named() -> None:
+    security = Security("server", None, plaintext=True)
+    with listen(Address("127.0.0.1", 0), security) as listener:
+        taken = Address("127.0.0.1", listener.getsockname()[1])
+        with pytest.raises(PartyError, match=f"cannot listen at {taken} .*; choose another"):
+            listen(taken, security)
+    with pytest.raises(PartyError, match=f"the dealer does not answer at {taken}"):
+        connect(taken, "dealer", security, 1.0, 0.0)
+
+
+def test_a_stranger_that_says_nothing_does_not_stay(certificates: Path) -> None:
+    one, other = socket.socketpair()
+    with pytest.raises(PartyError, match="did not finish the handshake"):
+        accept(other, Security("server", certificates), ("client",), 5.0, 0.05)
+    one.close()
+
+
+def test_a_channel_polls_also_what_it_has_read_already() -> None:
+    client, server = pair()
+    assert not client.wait_readable(0.0)
+    server.send(Kind.DONE)
+    server.send(Kind.END)
+    assert client.wait_readable(5.0)
+    assert client.receive_any((Kind.DONE,))[0] is Kind.DONE
+    assert client.wait_readable(0.0)
+    assert client.receive_any((Kind.DONE, Kind.END))[0] is Kind.END
+    threading.Timer(0.05, server.send_json, (Kind.QUEUED,), {"position": 3}).start()
+    assert client.receive_json(Kind.QUEUED, Kind.ADMITTED) == (Kind.QUEUED, {"position": 3})
