@@ -57,6 +57,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Stage(StrEnum):
+    """A graph as it was captured, or as the parties run it."""
+
+    before = "before"
+    after = "after"
+
+
 FractionalBits = Annotated[
     int | None, typer.Option(help="Fractional bits of a shared value.", min=8, max=24)
 ]
@@ -113,25 +120,48 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="The instructions as text.")] = False,
+    why_not: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Where a pass did not fire, and why.")
+    ] = None,
+    savings: Annotated[
+        bool, typer.Option("--savings", help="What each pass saves; recompiles the model often.")
+    ] = False,
+    dot: Annotated[Path | None, typer.Option(help="Write the graph for Graphviz.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="Write the graph for Netron.")] = None,
+    stage: Annotated[
+        Stage, typer.Option(help="The graph to print or write: before the passes, or after.")
+    ] = Stage.after,
+    preset: Preset = None,
+    disable: Disable = None,
 ) -> None:
-    """Show what a program costs, by op and by layer."""
+    """Show what a program costs, by op and by layer, and what each pass did."""
     from compiler.program import Program
 
+    options = _options(None, None, preset, disable)
     with _steps() as step:
-        if Program.stands_at(source):
-            program = Program.load(source, roles=("client",))
+        if not Program.stands_at(source):
+            program = _compile(source, options, step)
+        elif options:
+            raise MergecError(f"{source} is compiled already; give the model for other options")
         else:
-            program = _compile(source, {}, step)
-        step("counting rounds and bytes")
-        inspection = program.inspect(new, past)
-    if graph:
-        sys.stdout.write(program.graph())
-    elif as_json:
-        sys.stdout.write(inspection.to_json() + "\n")
+            program = Program.load(source, roles=("client",))
+        view = program.captured_graph if stage is Stage.before else program.graph
+        if dot is not None:
+            _write_file(dot, view.to_dot().encode())
+        if onnx is not None:
+            _write_file(onnx, view.to_onnx().SerializeToString())
+        if graph or (files := [path for path in (dot, onnx) if path is not None]):
+            sys.stdout.write(str(view) if graph else "".join(f"{path}\n" for path in files))
+            return
+        step("trying what each pass saves" if savings else "counting rounds and bytes")
+        inspection = program.inspect(new, past, savings=savings)
+    shown = inspection.why_not(why_not) if why_not else inspection
+    if as_json:
+        sys.stdout.write(shown.to_json() + "\n")
     elif markdown:
-        sys.stdout.write(inspection.to_markdown())
+        sys.stdout.write(shown.to_markdown())
     else:
-        out.print(inspection.render())
+        out.print(shown.render())
 
 
 @app.command("run")
@@ -228,6 +258,13 @@ def _compile(source: str, options: dict[str, Any], step: Step) -> Program:
     from compiler.driver import compile_source
 
     return compile_source(source, options, step)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise MergecError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any) -> None:

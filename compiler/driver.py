@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from compiler.capture import capture
 from compiler.config import CompileConfig
 from compiler.cost import cost_report
 from compiler.emit import shapes, tokenizer_files, value_types
+from compiler.history import History
 from compiler.ir import assign_names, length_symbols
 from compiler.legalize import legalize
 from compiler.load import load_model
 from compiler.lower import lower
-from compiler.pipeline import DialectProgram, to_dialect
+from compiler.pipeline import DialectProgram, finish, rewrite
 from compiler.program import Program
 from passes.base import PassReport
 from runtime.program import RoleProgram
@@ -43,7 +45,9 @@ def compile_decoder(
     """
     config = config or CompileConfig()
     progress("capturing the model and rewriting it")
-    dialect = to_dialect(model, config, tokenizer)
+    captured = capture(model)
+    history = History(captured.copy(), config, tokenizer)
+    dialect = finish(captured, config, rewrite(captured, config), tokenizer)
     graph_module = dialect.graph_module
     progress("placing truncations and openings")
     legalize(graph_module, config.fractional_bits)
@@ -59,7 +63,7 @@ def compile_decoder(
     cost = _cost_summary(roles["client"], config)
     for program in roles.values():
         program.manifest["cost"] = cost
-    return Program(roles, types, tokenizer_files(tokenizer))
+    return Program(roles, types, tokenizer_files(tokenizer), history=history)
 
 
 def compile_source(
@@ -93,6 +97,7 @@ def _describe(
 def _describe_pass(report: PassReport) -> dict[str, Any]:
     return {
         "pass": report.name,
+        "summary": report.summary,
         "exact": report.exact,
         "sites": report.sites,
         "nodes_before": report.nodes_before,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
@@ -13,20 +14,26 @@ from rich.table import Table
 from rich.text import Text
 
 from compiler.cost import CostReport, CostRow
-from runtime.program import Ref, RoleProgram
-from runtime.spec import Vis
+from compiler.errors import CompileError
+from runtime.program import Instruction, Ref, RoleProgram
+from runtime.spec import Cost, Vis
+
+if TYPE_CHECKING:
+    from compiler.history import Saving
+    from compiler.onnx_export import ValueType
 
 
 @dataclass(frozen=True)
 class Row:
     """Instructions of one kind, or of one place in the model.
 
-    rounds: those on the critical path, so that the rows add up to the rounds of a step.
-    share: of the step's online bytes.
+    shape: the most frequent one of the results. rounds: those on the critical path, so that the
+    rows add up to the rounds of a step. share: of the step's online bytes.
     """
 
     key: str
     count: int
+    shape: str
     vis: str
     rounds: int
     online: int
@@ -35,8 +42,63 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PassRow:
+    """What one pass did; the fields after `skips` only where its savings were asked for.
+
+    skips: node, module, source and reason of each site that it left alone. needed: why the model
+    cannot be compiled without it. without, with_it: what a step costs, and instructions: how many
+    there are, before and after it was added to the passes before it and the needed ones after it.
+    """
+
+    name: str
+    summary: str
+    exact: bool
+    sites: int
+    nodes_before: int
+    nodes_after: int
+    skips: list[dict[str, str]]
+    needed: str = ""
+    without: Cost | None = None
+    with_it: Cost | None = None
+    instructions: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], saving: Saving | None = None) -> PassRow:
+        """From a manifest's entry."""
+        row = cls(name=entry["pass"], **{k: v for k, v in entry.items() if k != "pass"})
+        if saving is None:
+            return row
+        return replace(row, **{k: v for k, v in vars(saving).items() if k != "name"})
+
+
+@dataclass(frozen=True)
+class WhyNot:
+    """Where a pass did not fire, and for what reason."""
+
+    name: str
+    verdict: str
+    skips: list[dict[str, str]]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def to_markdown(self) -> str:
+        table = [_markdown(self._cells())] if self.skips else []
+        return "\n\n".join([f"**{self.name}** {self.verdict}", *table]) + "\n"
+
+    def render(self) -> RenderableType:
+        """For a terminal."""
+        said = Text.assemble((self.name, "bold"), " ", self.verdict)
+        return Group(said, _table("", self._cells())) if self.skips else said
+
+    def _cells(self) -> list[list[str]]:
+        keys = ("node", "module", "source", "reason")
+        return [list(keys), *([skip[key] for key in keys] for skip in self.skips)]
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """The tables of one program at one step's lengths."""
+    """The tables of one program at one step's lengths. left_out: why other passes did not run."""
 
     model: str
     new: int
@@ -44,66 +106,92 @@ class Inspection:
     total: Row
     by_op: list[Row]
     by_layer: list[Row]
-    passes: list[dict[str, Any]] = field(default_factory=list)
+    passes: list[PassRow] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def lossy(self) -> list[str]:
+        """The passes that made the program compute another function than the model."""
+        return [row.name for row in self.passes if row.sites and not row.exact]
+
+    def why_not(self, name: str) -> WhyNot:
+        """Why the pass of this name did not fire, or where it did not."""
+        if name in self.left_out:
+            return WhyNot(name, f"did not run: {self.left_out[name]}", [])
+        found = [row for row in self.passes if row.name == name]
+        if not found:
+            known = sorted({*self.left_out, *(row.name for row in self.passes)})
+            listed = ", ".join(known) or "none that this program tells of"
+            raise CompileError(f"unknown pass {name!r}; there are: {listed}")
+        (row,) = found
+        changed = f"changed {row.sites:,} site{'s' if row.sites != 1 else ''}"
+        if row.skips:
+            return WhyNot(name, f"{changed} and left {len(row.skips):,} alone:", row.skips)
+        if row.sites:
+            return WhyNot(name, f"{changed}; no other looked like its pattern", [])
+        return WhyNot(name, f"found no site that looks like its pattern: {row.summary}", [])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     def to_markdown(self) -> str:
-        title = f"## {self.model}: a step of {self.new} new after {self.past} cached tokens"
-        facts = "\n".join(f"* {key.replace('_', ' ')}: {v}" for key, v in self.facts.items())
-        parts = [title, *([facts] if facts else [])]
+        facts = "\n".join(f"* {line}" for line in self._said())
+        parts = [f"## {self.title()}", *([facts] if facts else [])]
         for heading, cells in self._tables():
-            head, *body = cells
-            lines = [
-                f"| {' | '.join(head)} |",
-                f"|{'|'.join(['---'] + ['---:'] * (len(head) - 1))}|",
-            ]
-            lines += [f"| {' | '.join(row)} |" for row in body]
-            parts += [f"### {heading}", "\n".join(lines)]
-        return "\n\n".join(parts) + "\n"
+            parts += [f"### {heading}", _markdown(cells)]
+        return "\n\n".join([*parts, *self._notes()]) + "\n"
 
     def render(self) -> RenderableType:
         """For a terminal."""
-        shown: list[RenderableType] = [
-            Text(f"{self.model}: a step of {self.new} new after {self.past} cached tokens", "bold")
-        ]
-        for key, value in self.facts.items():
-            shown.append(Text(f"  {key.replace('_', ' ')}: {value}"))
-        for heading, (head, *body) in self._tables():
-            table = Table(title=heading, title_justify="left", header_style="bold", box=SIMPLE)
-            for index, name in enumerate(head):
-                if index == 0:
-                    table.add_column(name, min_width=max(len(row[0]) for row in body))
-                else:
-                    table.add_column(name, justify="right")
-            for row in body:
-                last = row is body[-1] and row[0] == "total"
-                table.add_row(*(Text(cell) for cell in row), style="bold" if last else "")
-            shown.append(table)
-        return Group(*shown)
+        shown: list[RenderableType] = [Text(self.title(), "bold")]
+        shown += [Text(f"  {line}", "yellow" if "lossy: " in line else "") for line in self._said()]
+        shown += [_table(heading, cells) for heading, cells in self._tables()]
+        return Group(*shown, *(Text(note) for note in self._notes()))
 
-    def _tables(self) -> Iterable[tuple[str, list[list[str]]]]:
-        yield "By op", _cost_cells("op", [*self.by_op, self.total])
-        yield "By layer", _cost_cells("layer", [*self.by_layer, self.total], vis=False)
-        if self.passes:
-            keys = list(self.passes[0])
-            rows = [[str(entry.get(key, "")) for key in keys] for entry in self.passes]
-            yield "Passes", [keys, *rows]
+    def title(self) -> str:
+        """One line: which program, which step."""
+        return f"{self.model}: a step of {self.new} new after {self.past} cached tokens"
+
+    def _said(self) -> Iterator[str]:
+        for key, value in self.facts.items():
+            if key != "lossy":
+                yield f"{key.replace('_', ' ')}: {value}"
+            elif value:
+                yield f"lossy: computes another function than the model, by {', '.join(self.lossy)}"
+            else:
+                yield "exact: computes what the model computes"
+
+    def _tables(self) -> Iterator[tuple[str, list[list[str]]]]:
+        yield "By op", _cost_cells("op", [*self.by_op, self.total], detail=True)
+        yield "By layer", _cost_cells("layer", [*self.by_layer, self.total])
+        fired = [row for row in self.passes if row.sites]
+        if fired:
+            yield "Passes", _pass_cells(fired)
+
+    def _notes(self) -> Iterator[str]:
+        idle = [row.name for row in self.passes if not row.sites]
+        if idle:
+            yield f"Ran and found nothing: {', '.join(idle)}."
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = [name for name, said in self.left_out.items() if said == reason]
+            yield f"Did not run: {', '.join(names)} ({reason})."
 
 
 def inspect_costs(
     report: CostReport,
     model: str = "program",
-    passes: Sequence[Mapping[str, Any]] = (),
+    passes: Sequence[PassRow] = (),
+    left_out: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Group a cost report by op and by layer."""
     path = frozenset(report.critical_path)
     everything = report.total
     count = len(report.rows)
-    total = Row("total", count, "", everything.rounds, everything.online, everything.offline, 1.0)
+    total = Row(
+        "total", count, "", "", everything.rounds, everything.online, everything.offline, 1.0
+    )
     return Inspection(
         model=model,
         new=report.new,
@@ -111,7 +199,8 @@ def inspect_costs(
         total=total,
         by_op=_group(report, path, lambda row: row.target, by_cost=True),
         by_layer=_group(report, path, lambda row: layer_of(row.module), by_cost=False),
-        passes=[dict(entry) for entry in passes],
+        passes=list(passes),
+        left_out=dict(left_out or {}),
         facts=dict(facts or {}),
     )
 
@@ -125,27 +214,41 @@ def layer_of(module: str) -> str:
     return module or "(model)"
 
 
-def graph_text(program: RoleProgram) -> str:
-    """The program as text, one line per instruction; stable, so that two can be compared."""
+def graph_text(program: RoleProgram, types: Mapping[str, ValueType] | None = None) -> str:
+    """The program as text, one line per instruction; stable, so that two can be compared.
+
+    `types` are those of results, where they are known.
+    """
+    known = types or {}
     lines = []
     for spec in program.inputs:
-        shape = "x".join(map(str, spec.shape)) or "scalar"
         then = f" -> {spec.cache_output}" if spec.cache_output else ""
-        lines.append(f"%{spec.name} = input : {spec.vis.value} {spec.dtype} {shape}{then}")
-    for constant in program.constants:
-        shape = "x".join(map(str, constant.shape)) or "scalar"
-        lines.append(f"%{constant.name} = constant : {constant.vis.value} {constant.dtype} {shape}")
-    for item in program.instructions:
-        args = [_text(arg) for arg in item.args]
-        args += [f"{key}={_text(arg)}" for key, arg in item.kwargs.items()]
-        frac = f" f{item.frac}" if item.vis is Vis.SHARED else ""
-        origin = "  # " + "  ".join(filter(None, (item.module, item.source)))
         lines.append(
-            f"%{item.name} = {item.target}({', '.join(args)}) : {item.vis.value}{frac}"
-            + (origin if origin.strip(" #") else "")
+            f"%{spec.name} = input : {spec.vis.value} {spec.dtype} {shape_text(spec.shape)}{then}"
         )
+    lines += [
+        f"%{spec.name} = constant : {spec.vis.value} {spec.dtype} {shape_text(spec.shape)}"
+        for spec in program.constants
+    ]
+    for item in program.instructions:
+        shape = f" {shape_text(known[item.name].shape)}" if item.name in known else ""
+        origin = "  # " + "  ".join(filter(None, (item.module, item.source)))
+        lines.append(instruction_text(item) + shape + (origin if origin.strip(" #") else ""))
     lines.append("return " + ", ".join(f"%{name}" for name in program.outputs))
     return "\n".join(lines) + "\n"
+
+
+def instruction_text(item: Instruction) -> str:
+    """An instruction's result, function, operands and visibility."""
+    args = [_text(arg) for arg in item.args]
+    args += [f"{key}={_text(arg)}" for key, arg in item.kwargs.items()]
+    frac = f" f{item.frac}" if item.vis is Vis.SHARED and item.frac else ""
+    return f"%{item.name} = {item.target}({', '.join(args)}) : {item.vis.value}{frac}"
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """`1x9xpast+new`."""
+    return "x".join(str(size).replace(" ", "") for size in shape) or "scalar"
 
 
 def readable(count: float, unit: str = "B") -> str:
@@ -166,10 +269,13 @@ def _group(
     rows = []
     for name, members in groups.items():
         online = sum(row.cost.online for row in members)
+        shapes = Counter(shape_text(row.shape) for row in members)
+        (frequent, _), *others = shapes.most_common()
         rows.append(
             Row(
                 key=name,
                 count=len(members),
+                shape=f"{frequent} and {len(others)} more" if others else frequent,
                 vis="/".join(sorted({row.vis.value for row in members})),
                 rounds=sum(row.cost.rounds for row in members if row.name in path),
                 online=online,
@@ -180,14 +286,14 @@ def _group(
     return sorted(rows, key=lambda row: (-row.online, row.key)) if by_cost else rows
 
 
-def _cost_cells(first: str, rows: Sequence[Row], *, vis: bool = True) -> list[list[str]]:
-    known = ["visibility"] if vis else []
+def _cost_cells(first: str, rows: Sequence[Row], *, detail: bool = False) -> list[list[str]]:
+    known = ["shape", "visibility"] if detail else []
     head = [first, "count", *known, "rounds", "online", "offline", "share"]
     return [head] + [
         [
             row.key,
             f"{row.count:,}",
-            *([row.vis] if vis else []),
+            *([row.shape, row.vis] if detail else []),
             f"{row.rounds:,}",
             readable(row.online),
             readable(row.offline),
@@ -195,6 +301,63 @@ def _cost_cells(first: str, rows: Sequence[Row], *, vis: bool = True) -> list[li
         ]
         for row in rows
     ]
+
+
+def _pass_cells(rows: Sequence[PassRow]) -> list[list[str]]:
+    priced = any(row.needed or row.without for row in rows)
+    head = ["pass", "", "sites", "nodes", *(["rounds", "online"] if priced else [])]
+    return [head] + [
+        [
+            row.name,
+            "exact" if row.exact else "lossy",
+            f"{row.sites:,}",
+            _both(row.nodes_before, row.nodes_after),
+            *(_saved(row) if priced else []),
+        ]
+        for row in rows
+    ]
+
+
+def _saved(row: PassRow) -> list[str]:
+    if row.without is None or row.with_it is None:
+        return ["needed", "needed"]
+    online = [readable(cost.online) for cost in (row.without, row.with_it)]
+    return [
+        _both(row.without.rounds, row.with_it.rounds),
+        " → ".join(online) if row.without.online != row.with_it.online else online[0],
+    ]
+
+
+def _both(before: int, after: int) -> str:
+    return f"{before:,} → {after:,}" if before != after else f"{before:,}"
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    head, *body = cells
+    numeric = [bool(body) and all(_numeric(row[i]) for row in body) for i in range(len(head))]
+    rules = ["---:" if right else "---" for right in numeric]
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(rules)}|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
+
+
+def _table(heading: str, cells: Sequence[Sequence[str]]) -> Table:
+    head, *body = cells
+    table = Table(title=heading, title_justify="left", header_style="bold", box=SIMPLE)
+    for index, name in enumerate(head):
+        if index == 0:
+            table.add_column(name, min_width=max(len(row[0]) for row in body))
+        else:
+            right = all(_numeric(row[index]) for row in body)
+            table.add_column(name, justify="right" if right else "left")
+    for row in body:
+        last = row is body[-1] and row[0] == "total"
+        table.add_row(*(Text(cell) for cell in row), style="bold" if last else "")
+    return table
+
+
+def _numeric(cell: str) -> bool:
+    """Whether a cell holds a figure, and so is aligned right."""
+    return (cell[:1].isdigit() and "x" not in cell) or cell in ("needed", "")
 
 
 def _text(value: Any) -> str:

@@ -94,23 +94,31 @@ def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:
 
     secret_only leaves out what all parties know: positions, masks, tables and lengths.
     """
-    names = assign_names(graph_module.graph)
-    symbols = length_symbols(graph_module.graph)
-    lines = []
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr" or (secret_only and is_public(node) and node.op != "output"):
-            continue
-        if node.op == "output":
-            lines.append(f"return {_text(node.args[0], names)}")
-            continue
-        if node.op == "placeholder":
-            text = f"%{names[node]} = input"
-        else:
-            arguments = [_text(arg, names) for arg in node.args]
-            arguments += [f"{key}={_text(arg, names)}" for key, arg in node.kwargs.items()]
-            text = f"%{names[node]} = {target_name(node.target)}({', '.join(arguments)})"
-        lines.append(f"{text} : {_type(node, symbols)}")
-    return "\n".join(lines) + "\n"
+    lines = node_lines(graph_module.graph, assign_names(graph_module.graph))
+    shown = [
+        line
+        for node, line in lines.items()
+        if not secret_only or not is_public(node) or node.op == "output"
+    ]
+    return "\n".join(shown) + "\n"
+
+
+def node_lines(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """The line of text that tells of each node; constants have none, they stand as arguments."""
+    symbols = length_symbols(graph)
+    return {node: _line(node, names, symbols) for node in graph.nodes if node.op != "get_attr"}
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str], symbols: dict[str, str]) -> str:
+    if node.op == "output":
+        return f"return {_text(node.args[0], names)}"
+    if node.op == "placeholder":
+        text = f"%{names[node]} = input"
+    else:
+        arguments = [_text(arg, names) for arg in node.args]
+        arguments += [f"{key}={_text(arg, names)}" for key, arg in node.kwargs.items()]
+        text = f"%{names[node]} = {target_name(node.target)}({', '.join(arguments)})"
+    return f"{text} : {_type(node, symbols)}"
 
 
 def _text(arg: Any, names: dict[fx.Node, str]) -> str:

@@ -14,7 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
-from compiler.inspect import Inspection, graph_text, inspect_costs, readable
+from compiler.graph_view import GraphView
+from compiler.inspect import Inspection, PassRow, inspect_costs, readable
 from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle, role_path
 from runtime.encoding import program_hash
 from runtime.errors import BundleError, PromptError
@@ -25,6 +26,7 @@ from runtime.spec import ROLES
 from runtime.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
+    from compiler.history import History
     from compiler.onnx_export import ValueType
     from runtime.local import LocalResult
 
@@ -127,10 +129,15 @@ class Program:
         types: Mapping[str, ValueType] | None = None,
         tokenizer_files: Mapping[str, bytes] | None = None,
         path: Path | None = None,
+        history: History | None = None,
     ) -> None:
-        """`types` are those of results (`compiler.onnx_export`); `path` is where it is saved."""
+        """`types` are those of results (`compiler.onnx_export`); `path` is where it is saved.
+
+        `history` tells how it was compiled; a program that was loaded has none.
+        """
         self.roles = dict(roles)
         self.path = path
+        self.history = history
         self._types = dict(types or {})
         self._files = dict(tokenizer_files or {})
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -175,14 +182,11 @@ class Program:
     def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
         """Write the three bundles to `path`: all, or none."""
         from compiler.emit import emit
-        from compiler.onnx_export import read_types
 
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
             raise BundleError(f"the {missing[0]}'s program was not loaded; load all roles to save")
-        if not self._types and self.path is not None:
-            self._types = read_types(role_path(self.path, "client") / GRAPH)
-        self.path = emit(self.roles, self._types, path, self._files, progress)
+        self.path = emit(self.roles, self._value_types(), path, self._files, progress)
         return self.path
 
     def describe(self) -> str:
@@ -196,8 +200,12 @@ class Program:
             f"program {manifest['program_hash'][:12]}"
         )
 
-    def inspect(self, new: int = 1, past: int = 128) -> Inspection:
-        """Rounds and bytes of one step, by op and by layer."""
+    def inspect(self, new: int = 1, past: int = 128, *, savings: bool = False) -> Inspection:
+        """Rounds and bytes of one step, by op and by layer, and what each pass did.
+
+        `savings` adds what each pass saves. That takes as long as some more compilations, and only
+        a program that was compiled here can tell.
+        """
         from compiler.cost import cost_report
 
         manifest = self.manifest
@@ -209,12 +217,44 @@ class Program:
             )
         report = cost_report(self.any_role, new, past, manifest["fractional_bits"])
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash")
-        facts = {key: manifest[key] for key in shown}
-        return inspect_costs(report, manifest["model"] or "program", manifest["passes"], facts)
+        return inspect_costs(
+            report,
+            manifest["model"] or "program",
+            self._passes(new, past, savings),
+            manifest["left_out"],
+            {key: manifest[key] for key in shown},
+        )
 
-    def graph(self) -> str:
-        """The instructions as text."""
-        return graph_text(self.any_role)
+    def _passes(self, new: int, past: int, savings: bool) -> list[PassRow]:
+        saved = {}
+        if savings:
+            saved = {saving.name: saving for saving in self._history().savings(new, past)}
+        return [PassRow.of(entry, saved.get(entry["pass"])) for entry in self.manifest["passes"]]
+
+    def _history(self) -> History:
+        if self.history is None:
+            raise BundleError(
+                "bundles do not hold the graph that they were compiled from; "
+                "inspect the model itself"
+            )
+        return self.history
+
+    @property
+    def graph(self) -> GraphView:
+        """The instructions: print it, or see its `to_dot` and `to_onnx`."""
+        return GraphView(self.any_role, self._value_types())
+
+    @property
+    def captured_graph(self) -> GraphView:
+        """The graph as captured, before any pass."""
+        return self._history().before
+
+    def _value_types(self) -> dict[str, ValueType]:
+        if not self._types and self.path is not None:
+            from compiler.onnx_export import read_types
+
+            self._types = read_types(role_path(self.path, self.any_role.role) / GRAPH)
+        return self._types
 
     def text(self) -> Text:
         """The client's tokenizer."""

@@ -47,7 +47,7 @@ class Decoder(nn.Module):
 def main() -> None:
     torch.manual_seed(0)
     program = compile_decoder(Decoder())
-    print(program.graph())
+    print(program.graph)
     answer = program.generate_local([1, 2, 3], max_tokens=4)
     print("private: ", answer.tokens)
     print("in clear:", program.plaintext(answer).tokens)

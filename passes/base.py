@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import time
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,11 @@ class Pass(PassBase):
         """The name of the file it stands in."""
         return cls.__module__.rpartition(".")[2]
 
+    @classmethod
+    def summary(cls) -> str:
+        """What it rewrites and why: the first paragraph of its docstring."""
+        return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
+
     def run(self, graph_module: fx.GraphModule) -> int:
         """Rewrite in place; gives the number of sites changed, 0 for an untouched graph."""
         raise NotImplementedError
@@ -100,9 +106,14 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: sites changed, nodes before and after, seconds, and what it skipped."""
+    """What one pass did.
+
+    summary: what it does. sites: how many it changed. nodes_before, nodes_after: of the graph.
+    skips: what it left alone.
+    """
 
     name: str
+    summary: str
     exact: bool
     sites: int
     nodes_before: int
@@ -192,6 +203,7 @@ class _Reporting(PassBase):
         self.reports.append(
             PassReport(
                 self.inner.name(),
+                self.inner.summary(),
                 self.inner.exact,
                 self.inner.sites,
                 before,

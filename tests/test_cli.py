@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 import compiler.cli as cli
@@ -119,8 +120,40 @@ def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Faile
     assert cli.run(["inspect", str(bundles), "--graph", "--past", "4"]) == 0
     assert capsys.readouterr().out.startswith("%ids = input")
     fails(["inspect", str(bundles), "--past", "99"], cli.FAILED, "more than the 16")
+    for option in (["--savings"], ["--stage", "before"]):
+        fails(["inspect", str(bundles), "--past", "4", *option], cli.FAILED, "the model itself")
+    fails(["inspect", str(bundles), "--disable", "x"], cli.FAILED, "compiled already")
+    fails(
+        ["inspect", str(bundles), "--past", "4", "--why-not", "x"], cli.FAILED, "unknown pass 'x'"
+    )
     shutil.rmtree(bundles / "server")
     assert cli.run(["inspect", str(bundles), "--json", "--past", "4"]) == 0
+
+
+def test_inspect_writes_files(bundles: Path, tmp_path: Path, fails: Failed, capsys: Any) -> None:
+    dot, onnx_file = tmp_path / "graph.dot", tmp_path / "graph.onnx"
+    assert cli.run(["inspect", str(bundles), "--dot", str(dot), "--onnx", str(onnx_file)]) == 0
+    assert capsys.readouterr().out.split() == [str(dot), str(onnx_file)]
+    assert dot.read_text().startswith("digraph step {")
+    onnx.checker.check_model(str(onnx_file))
+    fails(["inspect", str(bundles), "--dot", str(tmp_path)], cli.FAILED, "cannot be written")
+
+
+def test_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skip = {"node": "act", "module": "layers.1", "source": "m.py:3", "reason": "too wide"}
+    entry = {
+        "pass": "fuse_act", "summary": "", "exact": True, "sites": 0,
+        "nodes_before": 9, "nodes_after": 9, "skips": [skip],
+    }  # fmt: skip
+    roles = {
+        role: decoder(role, passes=[entry], left_out={"quad": "it is lossy"}) for role in ROLES
+    }
+    path = str(Program(roles, TYPES).save(tmp_path / "bundles"))
+    why_not = ["inspect", path, "--past", "4", "--why-not"]
+    assert cli.run([*why_not, "fuse_act", "--markdown"]) == 0
+    assert "| act | layers.1 | m.py:3 | too wide |" in capsys.readouterr().out
+    assert cli.run([*why_not, "quad"]) == 0
+    assert capsys.readouterr().out.strip() == "quad did not run: it is lossy"
 
 
 def test_run_prints_answer_summary_and_plaintext(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from compiler.cost import CostReport, CostRow
-from compiler.inspect import Inspection, graph_text, inspect_costs, layer_of, readable
+from compiler.errors import CompileError
+from compiler.inspect import (
+    Inspection,
+    PassRow,
+    graph_text,
+    inspect_costs,
+    layer_of,
+    readable,
+)
 from runtime.spec import Cost, Vis
 from tests.fixtures import tiny
 
@@ -23,8 +32,14 @@ def inspection() -> Inspection:
         CostRow("r", "mpc.reveal", "", Vis.CLIENT, (1, 4, 11), Cost(1, 50, 0)),
     ]
     report = CostReport(4, 0, rows, Cost(7, 1000, 100), ["e", "k", "s", "r"])
-    passes = [{"pass": "fuse_norm", "sites": 3}]
-    return inspect_costs(report, "tiny", passes, {"lossy": False})
+    skip = {"node": "act", "module": "model.layers.1", "source": "m.py:3", "reason": "too wide"}
+    passes = [
+        PassRow("fuse_norm", "One op for many.", True, 3, 40, 20, []),
+        PassRow("fuse_act", "Another.", False, 1, 20, 19, [skip]),
+        PassRow("fuse_more", "Yet another.", True, 0, 19, 19, []),
+    ]
+    left_out = {"quad": "it is lossy"}
+    return inspect_costs(report, "tiny", passes, left_out, {"lossy": True})
 
 
 def test_groups_add_up_to_the_total(inspection: Inspection) -> None:
@@ -53,14 +68,50 @@ def test_order(inspection: Inspection) -> None:
 def test_formats(inspection: Inspection) -> None:
     data = json.loads(inspection.to_json())
     assert data["total"]["online"] == 1000
-    assert data["passes"] == [{"pass": "fuse_norm", "sites": 3}]
+    assert [(row["name"], row["sites"]) for row in data["passes"]] == [
+        ("fuse_norm", 3), ("fuse_act", 1), ("fuse_more", 0),
+    ]  # fmt: skip
     markdown = inspection.to_markdown()
-    assert "| mpc.linear | 2 | shared | 1 | 400 B | 0 B | 40.0% |" in markdown
-    assert "| fuse_norm | 3 |" in markdown
+    assert "| mpc.linear | 2 | 1x4x8 | shared | 1 | 400 B | 0 B | 40.0% |" in markdown
+    assert "| fuse_norm | exact | 3 | 40 → 20 |" in markdown
+    assert "| fuse_act | lossy | 1 | 20 → 19 |" in markdown
+    assert "Ran and found nothing: fuse_more." in markdown
+    assert "Did not run: quad (it is lossy)." in markdown
     console = Console(width=120)
     with console.capture() as capture:
         console.print(inspection.render())
     assert "mpc.embedding" in capture.get()
+    assert "lossy: computes another function than the model, by fuse_act" in capture.get()
+
+
+def test_savings_are_told_where_they_are_known(inspection: Inspection) -> None:
+    norm, act, _ = inspection.passes
+    saved = replace(norm, without=Cost(9, 2000, 0), with_it=Cost(7, 1000, 0), instructions=(30, 20))
+    needed = replace(act, needed="an op that cannot be lowered")
+    markdown = replace(inspection, passes=[saved, needed]).to_markdown()
+    assert "| fuse_norm | exact | 3 | 40 → 20 | 9 → 7 | 2,000 B → 1,000 B |" in markdown
+    assert "| fuse_act | lossy | 1 | 20 → 19 | needed | needed |" in markdown
+
+
+def test_why_not(inspection: Inspection) -> None:
+    assert (
+        inspection.why_not("fuse_norm").verdict
+        == "changed 3 sites; no other looked like its pattern"
+    )
+    act = inspection.why_not("fuse_act")
+    assert act.verdict == "changed 1 site and left 1 alone:"
+    assert "| act | model.layers.1 | m.py:3 | too wide |" in act.to_markdown()
+    assert json.loads(act.to_json())["skips"][0]["reason"] == "too wide"
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(act.render())
+    assert "too wide" in capture.get()
+    assert "found no site" in inspection.why_not("fuse_more").verdict
+    assert inspection.why_not("quad").verdict == "did not run: it is lossy"
+    with pytest.raises(
+        CompileError, match="'fuse'; there are: fuse_act, fuse_more, fuse_norm, quad"
+    ):
+        inspection.why_not("fuse")
 
 
 def test_layers() -> None:

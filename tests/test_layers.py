@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOP = ("compiler", "passes")
 """Compiler modules that may know the passes; the others are used by passes."""
-KNOWS_PASSES = {"compiler.pipeline", "compiler.driver", "compiler.cli"}
+KNOWS_PASSES = {"compiler.pipeline", "compiler.history", "compiler.driver", "compiler.cli"}
 ABOVE_PASSES = {*KNOWS_PASSES, "compiler.program", "compiler.inspect", "compiler.emit"}
 
 
