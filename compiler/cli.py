@@ -132,12 +132,13 @@ def inspect_command(
         Stage, typer.Option(help="The graph to print or write: before the passes, or after.")
     ] = Stage.after,
     preset: Preset = None,
+    enable: Enable = None,
     disable: Disable = None,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
     from compiler.program import Program
 
-    options = _options(None, None, preset, disable)
+    options = _options(None, None, preset, enable, disable)
     with _steps() as step:
         if not Program.stands_at(source):
             program = _compile(source, options, step)
