@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from typing import Protocol as Interface
@@ -41,8 +41,17 @@ class StepRecord:
 class Executor:
     """One party's side of a session: `setup` once, then `step` for the prompt and each token."""
 
-    def __init__(self, program: RoleProgram, context: Context, link: Exchange | None) -> None:
-        """`link` is None at the dealer, which exchanges nothing with the two parties."""
+    def __init__(
+        self,
+        program: RoleProgram,
+        context: Context,
+        link: Exchange | None,
+        encoded: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """`link` is None at the dealer, which exchanges nothing with the two parties.
+
+        encoded: the server's weights as `encode_weights` gave them, which sessions can share.
+        """
         load_all()
         self.program = program
         self.context = context
@@ -50,6 +59,7 @@ class Executor:
         self._link = link
         self._held: dict[str, Any] = {}
         self._weights: dict[str, Weight] = {}
+        self._encoded = encoded or {}
         self.plan = [Planned(instruction) for instruction in program.instructions]
         index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
         self.dependencies = [
@@ -191,15 +201,32 @@ class Executor:
                     names.add(argument.name)
         return names
 
+    def encode_weights(self) -> dict[str, torch.Tensor]:
+        """The server's weights as integers, by name."""
+        encoded: dict[tuple[int, torch.Size], torch.Tensor] = {}
+        result = {}
+        for name in sorted(self._weight_names()):
+            data = self.program.tensors[name]
+            key = (data.data_ptr(), data.shape)  # tied weights are one tensor
+            if key not in encoded:
+                encoded[key] = self._encode(data)
+            result[name] = encoded[key]
+        return result
+
+    def _encode(self, data: torch.Tensor) -> torch.Tensor:
+        words = encode(data, self.context.fixed).to(self.context.device)
+        if words.numel() == 0 or int(words.abs().max()) <= _INT32_LIMIT:
+            words = words.to(torch.int32)
+        return words
+
     def _share_weight(self, name: str, data: torch.Tensor) -> Protocol:
-        fixed = self.context.fixed
         if data.is_meta:
             words = torch.empty(data.shape, dtype=torch.int32, device="meta")
+        elif name in self._encoded:
+            words = self._encoded[name].to(self.context.device)
         else:
-            words = encode(data, fixed).to(self.context.device)
-            if words.numel() == 0 or int(words.abs().max()) <= _INT32_LIMIT:
-                words = words.to(torch.int32)
-        return share_weight(self.context, name, words, fixed)
+            words = self._encode(data)
+        return share_weight(self.context, name, words, self.context.fixed)
 
     def _drive(self, protocol: Protocol) -> Any:
         reply = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,7 +186,19 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, 
         )
 
 
-def generate(
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer: what its step took, and the logits [V] that it was chosen from.
+
+    reports: one per step that led to it; several for the first token of a prompt fed in parts.
+    """
+
+    token: int
+    reports: tuple[StepReport, ...]
+    logits: torch.Tensor
+
+
+def answer(
     session: Session,
     prompt: Sequence[int],
     *,
@@ -194,40 +206,59 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     announce: Callable[[int, int], object] = lambda _new, _past: None,
-    on_token: Callable[[int], object] = lambda _: None,
-    on_step: Callable[[StepReport], object] = lambda _: None,
-) -> list[int]:
-    """The client's loop; gives the tokens after the prompt, a stop token included.
+    first: int = 0,
+) -> Iterator[Token]:
+    """The client's loop: the tokens after the prompt as they come, a stop token included.
 
-    announce: tells the other roles of a step before it begins. on_token, on_step: called with each
-    token and each step's report as they come.
+    announce: tells the other roles of a step before it begins. first: how much of the prompt the
+    first step takes, the others then one token each; 0 for all. The caller may leave the loop at
+    any token.
     """
     check_prompt(prompt, max_tokens, session.program.manifest)
     sampling = sampling or Sampling()
     generator = sampling.generator()
     tokens: list[int] = []
-    feed, past = list(prompt), 0
+    first = first if session.cached and 0 < first < len(prompt) else len(prompt)
+    feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
+    past = 0
     while True:
-        logits: list[torch.Tensor | None] = []
+        reports, row = [], None
+        for feed in feeds:
+            logits: list[torch.Tensor | None] = []
 
-        def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
-            announce(len(feed), past)
-            logits.append(session.step(len(feed), past, feed))
+            def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
+                announce(len(feed), past)
+                logits.append(session.step(len(feed), past, feed))
 
-        report = measured(session, len(feed), past, work)
-        row = logits[0]
+            report = measured(session, len(feed), past, work)
+            reports.append(replace(report, phase="decode" if tokens else "prompt"))
+            row = logits[0]
+            past += len(feed) if session.cached else 0
         if row is None:
             raise BundleError("only the client sees logits; run this loop there")
-        token = choose(row, sampling, generator)
-        tokens.append(token)
-        if not session.cached and len(tokens) > 1:
-            report = StepReport(**{**report.json(), "phase": "decode"})
-        on_step(report)
-        on_token(token)
-        if token in stop or len(tokens) == max_tokens:
-            return tokens
-        if session.cached:
-            past += len(feed)
-            feed = [token]
-        else:
-            feed = [*prompt, *tokens]
+        tokens.append(choose(row, sampling, generator))
+        yield Token(tokens[-1], tuple(reports), row)
+        if tokens[-1] in stop or len(tokens) == max_tokens:
+            return
+        feeds = [tokens[-1:] if session.cached else [*prompt, *tokens]]
+
+
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    *,
+    on_token: Callable[[int], object] = lambda _: None,
+    on_step: Callable[[StepReport], object] = lambda _: None,
+    **options: Any,
+) -> list[int]:
+    """`answer` with its options, all at once; gives the tokens.
+
+    on_token, on_step: called with each token and each step's report as they come.
+    """
+    tokens = []
+    for token in answer(session, prompt, **options):
+        tokens.append(token.token)
+        for report in token.reports:
+            on_step(report)
+        on_token(token.token)
+    return tokens

@@ -12,7 +12,7 @@ from runtime.context import ClientContext, Context, DealerContext, ServerContext
 from runtime.correlations.prg import new_seed
 from runtime.errors import BundleError, PromptError
 from runtime.executor import Executor
-from runtime.generation import MergecSession, Session, StepReport, check_prompt, generate
+from runtime.generation import MergecSession, Session, StepReport, answer, check_prompt, generate
 from runtime.plain import PlainExecutor
 from runtime.program import InputSpec, RoleProgram
 from runtime.sampling import Sampling
@@ -84,6 +84,25 @@ def test_prompt_then_one_token_at_a_time() -> None:
         ("decode", 1, 4),
     ]
     assert {(r.rounds, r.sent, r.received) for r in reports} == {(2, 5, 7)}
+
+
+def test_a_prompt_can_be_fed_in_parts() -> None:
+    asked: list[tuple[int, int]] = []
+    tokens, reports = run(
+        Counting(), [4, 2, 1], max_tokens=2, first=1, announce=lambda *step: asked.append(step)
+    )
+    assert tokens == [2, 3]
+    assert asked == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [report.phase for report in reports] == ["prompt"] * 3 + ["decode"]
+
+
+def test_the_loop_can_be_left_at_any_token() -> None:
+    session = Counting()
+    for token in answer(session, [4], max_tokens=5):
+        if token.token == 6:
+            break
+    assert int(token.logits.argmax()) == 6
+    assert session.counted.rounds == 4
 
 
 def test_without_a_cache_every_step_takes_all_tokens() -> None:
