@@ -70,6 +70,9 @@ FractionalBits = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together.", min=2)
 ]
+Weights = Annotated[
+    str | None, typer.Option(help="Weights in the clear at the `server`, or `shared` by the two.")
+]
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Cheaper functions in place of the model's: {', '.join(PRESETS)}."),
@@ -101,11 +104,19 @@ def compile_command(
     fractional_bits: FractionalBits = None,
     max_length: MaxLength = None,
     preset: Preset = None,
+    weights: Weights = None,
     enable: Enable = None,
     disable: Disable = None,
 ) -> None:
     """Compile a model into one bundle per role."""
-    options = _options(fractional_bits, max_length, preset, enable, disable)
+    options = _options(
+        fractional_bits=fractional_bits,
+        max_length=max_length,
+        preset=preset,
+        weights=weights,
+        enable=tuple(enable) if enable else None,
+        disable=tuple(disable) if disable else None,
+    )
     with _steps() as step:
         program = _compile(source, options, step)
         program.save(output, step)
@@ -237,21 +248,8 @@ def demo_command(
     )
 
 
-def _options(
-    fractional_bits: int | None,
-    max_length: int | None,
-    preset: str | None,
-    enable: list[str] | None,
-    disable: list[str] | None,
-) -> dict[str, Any]:
+def _options(**given: Any) -> dict[str, Any]:
     """What was given on the command line; the rest is CompileConfig's to decide."""
-    given: dict[str, Any] = {
-        "fractional_bits": fractional_bits,
-        "max_length": max_length,
-        "preset": preset,
-        "enable": tuple(enable) if enable else None,
-        "disable": tuple(disable) if disable else None,
-    }
     return {key: value for key, value in given.items() if value is not None}
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiler.errors import CompileError
+from runtime.spec import CHOICES
 
 _MPCFORMER = ("quadratic_gelu", "quadratic_silu")
 
@@ -29,6 +30,8 @@ class CompileConfig:
     max_length: most tokens of prompt and answer together; the model's own limit if that is lower.
     preset: which lossy passes run, beside the exact ones; see PRESETS.
     enable: names of further lossy passes to run.
+    weights: "server" leaves them in the clear at the server, which is cheapest; "shared" has the
+        server secret-share them at the start of a session, the setting of MERGE and CrypTen.
     disable: names of passes to leave out.
     extra_passes: further Pass classes, run in the order of their stage.
     calibration: token sequences whose values tell how large each wire gets; by default fixed
@@ -40,6 +43,7 @@ class CompileConfig:
     max_length: int = 1024
     preset: str = "exact"
     enable: tuple[str, ...] = ()
+    weights: str = "server"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     calibration: tuple[tuple[int, ...], ...] = ()
@@ -54,3 +58,6 @@ class CompileConfig:
             raise CompileError(f"max_length is {self.max_length}; it can be 2 to {MAX_LENGTH}")
         if self.preset not in PRESETS:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
+        for option, values in CHOICES.items():
+            if (given := getattr(self, option)) not in values:
+                raise CompileError(f"{option} is {given!r}; it can be: {', '.join(values)}")

@@ -57,6 +57,9 @@ class _CostWalker(Executor):
                 self._held[spec.name] = self.program.tensors[spec.name]
                 continue
             ghost = torch.empty(spec.shape, dtype=dtype, device="meta")
+            if spec.vis is Vis.SHARED:
+                self._share(spec.name, ghost, wanted)
+                continue
             self._held[spec.name] = Held(spec.vis, ghost)
             if spec.name in wanted:
                 self._weights[spec.name] = Weight(ghost, ghost, ghost, self.context.fixed)

@@ -85,6 +85,7 @@ def _describe(
     return {
         "model": _model_name(model),
         "fractional_bits": config.fractional_bits,
+        "weights": config.weights,
         "max_length": dialect.max_length,
         "vocab_size": dialect.vocab_size,
         "stop_tokens": _stop_tokens(model, tokenizer),

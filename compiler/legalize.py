@@ -92,6 +92,8 @@ class _Legalizer:
             op = op_of(node)
             if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:
                 self.mark(node, "masked", self.fixed)
+            elif node.op == "get_attr" and node.meta["vis"] is Vis.SHARED:
+                self.mark(node, "share", self.fixed)
             elif op is not None and self.shared(node, op):
                 self.visit(node, op)
             elif node.meta.get("vis") is Vis.SHARED and node.op == "call_function":
@@ -108,7 +110,7 @@ class _Legalizer:
 
     def visit(self, node: fx.Node, op: type[Op]) -> None:
         arguments = bind(op, node)
-        forms = op.forms(*arguments.values())
+        forms = op.forms(*map(self.known, arguments.values()))
         for parameter, value in arguments.items():
             if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
                 arguments[parameter] = self.convert(value, forms.get(parameter, "fixed"))
@@ -120,6 +122,11 @@ class _Legalizer:
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         self.mark(node, {"open": "masked", "send": "sent", "cache_append": "masked"}.get(
             op.name, "share"), frac)  # fmt: skip
+
+    @staticmethod
+    def known(value: Any) -> Any:
+        """What `Op.forms` gets in place of an argument."""
+        return value.meta.get("vis", Vis.PUBLIC) if isinstance(value, fx.Node) else value
 
     def seen(self, value: Any) -> Any:
         """What `Op.scale` gets in place of an argument."""

@@ -14,9 +14,10 @@ from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 from runtime.spec import ROLES, Vis
 from runtime.structural import encode_literal, target_name
 
+# The server shares a shared constant at the start of a session.
 _KNOWN_TO = {
     "client": (Vis.PUBLIC, Vis.CLIENT),
-    "server": (Vis.PUBLIC, Vis.SERVER),
+    "server": (Vis.PUBLIC, Vis.SERVER, Vis.SHARED),
     "dealer": (Vis.PUBLIC,),
 }
 

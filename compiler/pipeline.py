@@ -13,6 +13,7 @@ from compiler.capture import Captured, capture
 from compiler.config import CompileConfig
 from compiler.errors import CompileError
 from compiler.ranges import annotate_ranges
+from compiler.share_constants import share_constants
 from compiler.verify import verify_dialect
 from compiler.visibility import annotate_visibility
 from passes.base import GraphInfo, Pass, PassReport, available, ordered, run_passes
@@ -63,6 +64,8 @@ def finish(
     """Check a rewritten step and measure its ranges; `reports` are the passes' own."""
     graph_module = captured.graph_module
     annotate_visibility(graph_module, captured.inputs, captured.constants)
+    if config.weights == "shared":
+        share_constants(captured)
     verify_dialect(graph_module)
     sequences = config.calibration or _calibration(tokenizer, captured.vocab_size)
     annotate_ranges(graph_module, captured.inputs, sequences)

@@ -30,7 +30,7 @@ from runtime.encoding import (
 )
 from runtime.errors import BundleError
 from runtime.program import FORMAT_VERSION, RoleProgram
-from runtime.spec import FRACTIONAL_BITS, RING_BITS, ROLES
+from runtime.spec import CHOICES, FRACTIONAL_BITS, RING_BITS, ROLES
 from runtime.validate import validate
 from runtime.version import VERSION
 
@@ -50,6 +50,7 @@ DESCRIPTION: dict[str, tuple[type, Any]] = {
     "vocab_size": (int, 0),
     "stop_tokens": (list, []),
     "lossy": (bool, False),
+    "weights": (str, "server"),
     "mode": (str, "mergec"),
     "shapes": (dict, {}),
     "cost": (dict, {}),
@@ -171,7 +172,14 @@ def _describe(program: RoleProgram) -> dict[str, Any]:
         if not is_a(value, kind):
             raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {value!r}")
         manifest[key] = value
+    for key, values in CHOICES.items():
+        if manifest[key] not in values:
+            raise BundleError(_no_choice(key, manifest[key]))
     return manifest
+
+
+def _no_choice(key: str, value: object) -> str:
+    return f"the manifest's {key} is {value!r}; it can be: {', '.join(CHOICES[key])}"
 
 
 def _storable(
@@ -254,6 +262,9 @@ def read_manifest(path: str | Path, role: str | None = None) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not is_a(manifest.get(key), kind):
             raise BundleError(f"{file}: {key!r} is missing or not {kind.__name__}; {_COPY}")
+    for key, values in CHOICES.items():
+        if manifest[key] not in values:
+            raise BundleError(f"{file}: {_no_choice(key, manifest[key])}; {RECOMPILE}")
     if manifest["digest"] != _digest(manifest):
         raise BundleError(f"{file}: does not match its own digest, it was changed; {_COPY}")
     if manifest["role"] not in ROLES:

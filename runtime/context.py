@@ -53,6 +53,8 @@ class Context(ABC):
         self.fixed = fixed
         self.offline_bytes = 0
         """Bytes of corrections so far: read at the server, written at the dealer."""
+        self.constant_seed: bytes | None = None
+        """Seed of `constant_words`; the server has it from the client."""
 
     @property
     def tensor_device(self) -> torch.device:
@@ -70,6 +72,13 @@ class Context(ABC):
     @abstractmethod
     def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The static mask of a weight, known to the server and the dealer; meta at the client."""
+
+    def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Uniform words for the constant of this name, which all three roles know."""
+        if self.constant_seed is None:
+            raise RuntimeError("the client has not told the seed of shared constants")
+        prg = Prg(derive(self.constant_seed, name))
+        return self._words(prg, shape, torch.int64).to(self.device)
 
     @abstractmethod
     def deal(
@@ -118,6 +127,7 @@ class ClientContext(Context):
     def __init__(self, seed: bytes, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
         super().__init__(device, fixed)
         self._prg = Prg(derive(seed, "shares"))
+        self.constant_seed = derive(seed, "constants")
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return self._words(self._prg, shape, dtype).to(self.device)
@@ -203,6 +213,7 @@ class DealerContext(Context):
     ) -> None:
         super().__init__(device, fixed)
         self._server_seed = server_seed
+        self.constant_seed = derive(client_seed, "constants")
         self._client = Prg(derive(client_seed, "shares"))
         self._server = Prg(derive(server_seed, "shares"))
         self._corrections = corrections
@@ -260,6 +271,9 @@ class ShapeContext(Context):
         return self.mask(shape)
 
     def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
 
     def deal(

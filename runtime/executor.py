@@ -16,7 +16,8 @@ from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_rep
 from runtime.op import REGISTRY, Op, load_all
 from runtime.program import Instruction, Ref, RoleProgram
 from runtime.protocols.local import as_share
-from runtime.protocols.weights import share_weight
+from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
+from runtime.protocols.weights import Constant, share_weight
 from runtime.spec import CLIENT, DEALER, SERVER, Cost, Vis
 from runtime.structural import decode_literal, function
 from runtime.values import OWNER, Held, Masked, Sent, Shared, Weight, encode, visibility
@@ -58,7 +59,7 @@ class Executor:
         self.record = StepRecord()
         self._link = link
         self._held: dict[str, Any] = {}
-        self._weights: dict[str, Weight] = {}
+        self._weights: dict[str, Constant] = {}
         self._encoded = encoded or {}
         self.plan = [Planned(instruction) for instruction in program.instructions]
         index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
@@ -73,6 +74,8 @@ class Executor:
     def setup(self) -> None:
         """Load the constants, and put the server's weights under their static masks."""
         wanted, device = self._weight_names(), self.context.device
+        if any(spec.vis is Vis.SHARED for spec in self.program.constants):
+            self._drive(tell_constant_seed(self.context))
         for spec in self.program.constants:
             data = self.program.tensors.get(spec.name)
             if spec.vis is Vis.PUBLIC:
@@ -81,8 +84,11 @@ class Executor:
                 self._held[spec.name] = data.to(device)
                 continue
             dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-            if self.context.party != OWNER[spec.vis] or data is None:
+            if self.context.party != OWNER.get(spec.vis, SERVER) or data is None:
                 data = torch.empty(spec.shape, dtype=dtype, device="meta")
+            if spec.vis is Vis.SHARED:
+                self._share(spec.name, data, wanted)
+                continue
             self._held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
             if spec.name in wanted:
                 self._weights[spec.name] = self._drive(self._share_weight(spec.name, data))
@@ -164,14 +170,15 @@ class Executor:
         if known is not None:
             return apply_locally(known, op.reference, args, kwargs)
         bound = planned.bind(args, kwargs)
+        known_of = [visibility(v) if is_tensor(v) else v for v in bound.values()]
+        for parameter, form in op.forms(*known_of).items():
+            if form in ("share", "fixed") and isinstance(bound[parameter], Masked):
+                masked = bound[parameter]
+                bound[parameter] = Shared(as_share(self.context, masked, masked.frac), masked.frac)
         for parameter in op.weights:
             reference = planned.argument(parameter)
             if isinstance(reference, Ref) and reference.name in self._weights:
                 bound[parameter] = self._weights[reference.name]
-        for parameter, form in op.forms(*bound.values()).items():
-            if form in ("share", "fixed") and isinstance(bound[parameter], Masked):
-                masked = bound[parameter]
-                bound[parameter] = Shared(as_share(self.context, masked, masked.frac), masked.frac)
         return self._shared(planned, bound)
 
     def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
@@ -189,8 +196,8 @@ class Executor:
         return decode_literal(arg, self.context.device)
 
     def _weight_names(self) -> set[str]:
-        """Server-held constants that an op wants under a static mask."""
-        held = {spec.name for spec in self.program.constants if spec.vis is Vis.SERVER}
+        """The server's constants, held or shared, that an op wants under a static mask."""
+        held = {spec.name for spec in self.program.constants if spec.vis is not Vis.PUBLIC}
         names = set()
         for planned in self.plan:
             if planned.op is None or planned.instruction.vis is not Vis.SHARED:
@@ -218,6 +225,19 @@ class Executor:
         if words.numel() == 0 or int(words.abs().max()) <= _INT32_LIMIT:
             words = words.to(torch.int32)
         return words
+
+    def _share(self, name: str, data: torch.Tensor, wanted: set[str]) -> None:
+        """Share a constant of the server's; a weight is used under its static mask alone."""
+        fixed = self.context.fixed
+        words = (
+            self._encoded[name].to(torch.int64) if name in self._encoded else encode(data, fixed)
+        )
+        words = words if words.is_meta else words.to(self.context.device)
+        if name in wanted:
+            weight: Masked = self._drive(open_constant(self.context, name, words, fixed))
+            self._weights[name] = self._held[name] = weight
+        else:
+            self._held[name] = share_constant(self.context, name, words, fixed)
 
     def _share_weight(self, name: str, data: torch.Tensor) -> Protocol:
         if data.is_meta:

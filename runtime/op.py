@@ -27,9 +27,10 @@ class Op:
     operands: for each tensor operand that is shared, the form the protocol takes it in:
         "share" (any number of fractional bits), "fixed" (a share truncated to the program's
         fractional bits), "masked" (opened to both under a mask, fixed), "sent" (opened to the
-        server under a mask that the client knows, fixed). `forms` says it where it depends on a
-        literal.
-    weights: operands that, when they are server-held constants, go under a static mask.
+        server under a mask that the client knows, fixed). `forms` says it where it depends on the
+        arguments.
+    weights: operands that, when they are constants of the server's, held or shared, go under a
+        static mask.
     scale: fractional bits of the result; in place of a shared operand it gets
         that operand's, in place of any other tensor its visibility.
     cost: rounds and bytes from operand values that carry shapes (see `runtime.values`).
@@ -58,7 +59,7 @@ class Op:
 
     @classmethod
     def forms(cls, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """`operands`, for a call with these arguments."""
+        """`operands`, for a call with these arguments; in place of a tensor its visibility."""
         return cls.operands
 
     @classmethod

@@ -44,7 +44,7 @@ class PlainExecutor:
         floating = [
             self._tensors[c.name].dtype
             for c in program.constants
-            if c.vis is Vis.SERVER and self._tensors[c.name].is_floating_point()
+            if c.vis is not Vis.PUBLIC and self._tensors[c.name].is_floating_point()
         ]
         self._dtype = floating[0] if floating else torch.get_default_dtype()
 

@@ -54,7 +54,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A constant of the program: a weight (server) or a table that all know (public)."""
+    """A constant: a weight (server, or shared) or a table that all know (public)."""
 
     name: str
     vis: Vis

@@ -19,6 +19,12 @@ CLIENT, SERVER, DEALER = 0, 1, 2
 
 ROLES = ("client", "server", "dealer")
 
+CHOICES = {"weights": ("server", "shared")}
+"""Options of a compilation, by the names that they have in its manifest, and what they can be.
+
+weights: who knows the weights while the program runs.
+"""
+
 
 class Vis(enum.Enum):
     """Who knows a value in the clear; `SHARED` is nobody, each party holds a share."""

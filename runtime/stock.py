@@ -48,10 +48,12 @@ class StockExecutor:
                     raise KeyError(f"the bundle lacks the public tensor {spec.name}")
                 self._held[spec.name] = data.to(self.device)
                 continue
-            if self.party != OWNER[spec.vis] or data is None:
+            owner = spec.vis if spec.vis in OWNER else Vis.SERVER
+            if self.party != OWNER[owner] or data is None:
                 dtype = getattr(torch, spec.dtype.removeprefix("torch."))
                 data = torch.empty(spec.shape, dtype=dtype, device="meta")
-            self._held[spec.name] = Held(spec.vis, data)
+            value = Held(owner, data)
+            self._held[spec.name] = self._share(value) if spec.vis is Vis.SHARED else value
         for name in self._weight_names():
             self._shared[name] = self._share(self._held[name])
 

@@ -10,9 +10,10 @@ from runtime.spec import ROLES, Vis
 from runtime.structural import TABLE
 from runtime.version import VERSION
 
+# A shared constant comes from the server's bundle; it is shared at the start of a session.
 _MAY_HOLD = {
     "client": frozenset({Vis.PUBLIC}),
-    "server": frozenset({Vis.PUBLIC, Vis.SERVER}),
+    "server": frozenset({Vis.PUBLIC, Vis.SERVER, Vis.SHARED}),
     "dealer": frozenset({Vis.PUBLIC}),
 }
 

@@ -35,10 +35,10 @@ class Step:
 
 
 @functools.cache
-def compiled(family: str) -> tuple[Any, Program]:
-    """A tiny decoder in float32 and its program; not to be changed."""
+def compiled(family: str, **options: Any) -> tuple[Any, Program]:
+    """A tiny decoder in float32 and its program, compiled with these options; not to be changed."""
     model = random_decoder(family).float()
-    return model, compile_decoder(model, config=CompileConfig(max_length=64))
+    return model, compile_decoder(model, config=CompileConfig(max_length=64, **options))
 
 
 def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:

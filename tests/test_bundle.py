@@ -19,7 +19,7 @@ from runtime.bundle import load_bundle, read_manifest, save_bundle
 from runtime.encoding import program_hash
 from runtime.errors import BundleError
 from runtime.program import Instruction, Ref, RoleProgram
-from runtime.spec import ROLES, Vis
+from runtime.spec import CHOICES, ROLES, Vis
 from tests.fixtures import tiny
 
 
@@ -258,6 +258,15 @@ def test_other_version(server: Path) -> None:
 
 def test_other_role(server: Path) -> None:
     refused(server, "client", "bundle of the server", "this party is the client")
+
+
+@pytest.mark.parametrize(("option", "values"), CHOICES.items())
+def test_unknown_choice(server: Path, option: str, values: tuple[str, ...]) -> None:
+    words = f"{option} is 'any'; it can be: {', '.join(values)}"
+    resign(server, **{option: "any"})
+    refused(server, "server", words)
+    with pytest.raises(BundleError, match=words):
+        save_bundle(tiny("server", **{option: "any"}), server)
 
 
 def test_other_ring(server: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import compiler.cli as cli
 from compiler.program import Answer, Phase, Program
 from runtime.errors import PartyError
-from runtime.spec import ROLES
+from runtime.spec import CHOICES, ROLES
 from tests.fixtures import decoder, greedy
 from tests.test_program import TYPES
 
@@ -77,6 +77,12 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_usage(fails: Failed, arguments: list[str], words: str) -> None:
     fails(arguments, cli.USAGE, words, "mergec --help")
+
+
+@pytest.mark.parametrize(("option", "values"), CHOICES.items())
+def test_values_of_options(fails: Failed, option: str, values: tuple[str, ...]) -> None:
+    given = ["compile", "smollm2", "-o", "somewhere", f"--{option}", "any"]
+    fails(given, cli.FAILED, f"{option} is 'any'; it can be: {', '.join(values)}")
 
 
 def test_bad_bundles(fails: Failed, bundles: Path, tmp_path: Path) -> None:

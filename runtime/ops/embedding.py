@@ -9,9 +9,10 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.weights import send, send_cost, table_rows
-from runtime.spec import CLIENT, SERVER, Cost
-from runtime.values import Held, Shared, Weight
+from runtime.protocols.local import as_share
+from runtime.protocols.weights import Constant, table_rows, table_rows_cost
+from runtime.spec import CLIENT, Cost
+from runtime.values import Held, Masked, Shared
 
 
 class Embedding(Op):
@@ -28,37 +29,34 @@ class Embedding(Op):
     weights = ("weight",)
 
     @classmethod
-    def cost(cls, ids: Held, weight: Weight, *, fixed: int) -> Cost:
-        tokens = ids.value.numel()
-        vocabulary, features = weight.shape
-        return send_cost(tokens * vocabulary) + Cost(offline=8 * tokens * features)
+    def cost(cls, ids: Held | torch.Tensor, weight: Constant, *, fixed: int) -> Cost:
+        if isinstance(ids, torch.Tensor):
+            return Cost()
+        return table_rows_cost(ids.value.numel(), weight)
 
     @classmethod
-    def protocol(cls, ctx: Context, ids: Held, weight: Weight) -> Protocol:
-        """The client's one-hot rows times the server's table.
+    def protocol(cls, ctx: Context, ids: Held | torch.Tensor, weight: Constant) -> Protocol:
+        """The client's one-hot rows times the table (`table_rows`); public ids only choose rows.
 
-        In: token ids at the client, Weight [V, D]. Out: Shared with the weight's fractional bits.
-        Rounds 1, online 8 V bytes per token, client to server; offline 8 D bytes per token.
-        The server sees one-hot rows minus a fresh uniform mask; the client sees nothing. MERGE
-        (AAAI 2024) names this product as the cost of private embedding; the one-way form is rule 2
-        of docs/protocols.md.
+        In: token ids at the client, constant [V, D]. Out: Shared with its fractional bits.
+        MERGE (AAAI 2024) names this product as the cost of private embedding; the one-way form is
+        rule 2 of docs/protocols.md.
         """
-        shape = (*ids.shape, weight.shape[0])
-        if ctx.party == CLIENT:
-            rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
-            rows.scatter_(-1, ids.value.to(ctx.device)[..., None], 1)
-        elif ctx.party == SERVER:
-            rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
-        else:
-            rows = torch.empty(shape, dtype=torch.int64, device="meta")
-        sent = yield from send(ctx, Shared(rows, 0))
-        return Shared(table_rows(ctx, sent, weight), weight.frac)
+        if isinstance(ids, Held):
+            rows = yield from table_rows(ctx, ids.value, weight)
+            return Shared(rows, weight.frac)
+        if not isinstance(weight, Masked):
+            raise TypeError("public rows of a table that the server holds take no protocol")
+        chosen = Masked(weight.opened[ids], weight.mask[ids], weight.frac)
+        return Shared(as_share(ctx, chosen, weight.frac), weight.frac)
 
     @classmethod
     def stock(cls, ids: Any, weight: Any) -> Any:
         """The client's one-hot rows, shared, times the shared table: CrypTen's matrix product."""
         from runtime import crypten_compat as crypten
 
+        if isinstance(ids, torch.Tensor):
+            return weight[ids]
         rows = torch.zeros((*ids.shape, weight.shape[0]), device=weight.device)
         if not ids.value.is_meta:
             rows.scatter_(-1, ids.value.to(rows.device)[..., None], 1.0)

@@ -12,10 +12,10 @@ from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.gain import apply_gain, gain_cost
 from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
-from runtime.protocols.weights import add_held
+from runtime.protocols.weights import Constant, add_held
 from runtime.spec import Cost
 from runtime.stock_domain import norm_factor
-from runtime.values import Held, Shared, Weight
+from runtime.values import Held, Shared
 
 
 class LayerNorm(Op):
@@ -51,8 +51,8 @@ class LayerNorm(Op):
     def cost(
         cls,
         x: Shared,
-        weight: Weight | None,
-        bias: Held | None,
+        weight: Constant | None,
+        bias: Held | Shared | None,
         eps: float,
         bound: float = 0.0,
         *,
@@ -67,12 +67,12 @@ class LayerNorm(Op):
         cls,
         ctx: Context,
         x: Shared,
-        weight: Weight | None,
-        bias: Held | None,
+        weight: Constant | None,
+        bias: Held | Shared | None,
         eps: float,
         bound: float = 0.0,
     ) -> Protocol:
-        """Centre the rows locally, then as `rms_norm`; the server adds the bias to its share."""
+        """Centre the rows locally, then as `rms_norm`; adding the bias is local."""
         spec = cls._spec(x, eps, bound)
         centred = x.share
         if not centred.is_meta:

@@ -10,9 +10,9 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.weights import add_held, linear
-from runtime.spec import Cost
-from runtime.values import Held, Sent, Shared, Weight
+from runtime.protocols.weights import Constant, Moving, add_held, linear
+from runtime.spec import Cost, Vis
+from runtime.values import Held, Shared
 
 
 class Linear(Op):
@@ -27,20 +27,27 @@ class Linear(Op):
     ) -> torch.Tensor:
         return torch.nn.functional.linear(x, weight, bias)
 
-    operands = {"x": "sent"}
     weights = ("weight",)
+
+    @classmethod
+    def forms(cls, x: Any, weight: Vis, bias: Any = None) -> dict[str, str]:
+        return {"x": "masked" if weight is Vis.SHARED else "sent"}
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:
         return 2 * fixed
 
     @classmethod
-    def cost(cls, x: Sent, weight: Weight, bias: Held | None = None, *, fixed: int) -> Cost:
+    def cost(
+        cls, x: Moving, weight: Constant, bias: Held | Shared | None = None, *, fixed: int
+    ) -> Cost:
         rows = math.prod(x.shape[:-1])
         return Cost(offline=8 * rows * weight.shape[0])
 
     @classmethod
-    def protocol(cls, ctx: Context, x: Sent, weight: Weight, bias: Held | None = None) -> Protocol:
+    def protocol(
+        cls, ctx: Context, x: Moving, weight: Constant, bias: Held | Shared | None = None
+    ) -> Protocol:
         yield from ()
         frac = x.frac + weight.frac
         share = linear(ctx, x, weight)

@@ -12,9 +12,12 @@ from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.local import as_share, ghost
 from runtime.protocols.multiply import multiply, multiply_cost
-from runtime.protocols.weights import scale_by, send, send_cost
+from runtime.protocols.weights import move, move_cost, scale_by
 from runtime.spec import Cost
-from runtime.values import Shared, Weight, encode
+from runtime.values import Masked, Shared, Weight, encode
+
+_CONSTANT = (Weight, Masked)
+"""What the server's constant can be; any other opened operand comes as a share (`operands`)."""
 
 
 class Mul(Op):
@@ -39,25 +42,26 @@ class Mul(Op):
         size = math.prod(torch.broadcast_shapes(a.shape, b.shape))
         if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
             return Cost()
-        if isinstance(a, Weight) or isinstance(b, Weight):
-            x = b if isinstance(a, Weight) else a
-            return send_cost(math.prod(x.shape)) + Cost(offline=8 * size)
+        if isinstance(a, _CONSTANT):
+            a, b = b, a
+        if isinstance(b, _CONSTANT):
+            return move_cost(math.prod(a.shape), b) + Cost(offline=8 * size)
         return multiply_cost((math.prod(a.shape), math.prod(b.shape), size))
 
     @classmethod
     def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
-        """Local by a public factor; one message by a server-held constant; else Beaver."""
+        """Local by a public factor; one opening by a constant; else Beaver."""
         frac = 2 * ctx.fixed
-        if isinstance(a, (torch.Tensor, Weight)):
+        if isinstance(a, (torch.Tensor, *_CONSTANT)):
             a, b = b, a
         if isinstance(b, torch.Tensor):
             share = as_share(ctx, a, ctx.fixed)
             if share.is_meta:
                 return Shared(ghost(a.shape, b.shape), frac)
             return Shared(share * encode(b, ctx.fixed).to(share.device), frac)
-        if isinstance(b, Weight):
-            sent = yield from send(ctx, Shared(as_share(ctx, a, ctx.fixed), ctx.fixed))
-            return Shared(scale_by(ctx, sent, b), frac)
+        if isinstance(b, _CONSTANT):
+            moved = yield from move(ctx, Shared(as_share(ctx, a, ctx.fixed), ctx.fixed), b)
+            return Shared(scale_by(ctx, moved, b), frac)
         (share,) = yield from multiply(
             ctx, (as_share(ctx, a, ctx.fixed), as_share(ctx, b, ctx.fixed))
         )

@@ -12,9 +12,10 @@ from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.gain import apply_gain, gain_cost
 from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
+from runtime.protocols.weights import Constant
 from runtime.spec import Cost
 from runtime.stock_domain import norm_factor
-from runtime.values import Shared, Weight
+from runtime.values import Shared
 
 
 class RmsNorm(Op):
@@ -45,7 +46,7 @@ class RmsNorm(Op):
     def cost(
         cls,
         x: Shared,
-        weight: Weight | None,
+        weight: Constant | None,
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
@@ -61,12 +62,12 @@ class RmsNorm(Op):
         cls,
         ctx: Context,
         x: Shared,
-        weight: Weight | None,
+        weight: Constant | None,
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
     ) -> Protocol:
-        """`normalize`, then the gain by one message from the client to the server."""
+        """`normalize`, then the gain by one opening of the rows."""
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
         share = yield from normalize(ctx, x.share, spec)
         scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, offset)

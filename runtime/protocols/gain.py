@@ -1,4 +1,4 @@
-"""The gain of a norm: a server-held vector times normalized rows."""
+"""The gain of a norm: a constant vector times normalized rows."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.protocols.weights import scale_by, send, send_cost
+from runtime.protocols.weights import Constant, move, move_cost, scale_by
 from runtime.spec import Cost
-from runtime.values import Shared, Weight
+from runtime.values import Shared
 
 
 def apply_gain(
-    ctx: Context, share: torch.Tensor, frac: int, weight: Weight | None, offset: float
+    ctx: Context, share: torch.Tensor, frac: int, weight: Constant | None, offset: float
 ) -> Protocol:
     """x * (weight + offset), truncated first.
 
     Out: Shared with twice the program's fractional bits, or with these where there is no weight.
     In: additive share [..., d] with `frac` fractional bits; weight [d]. Rounds 2 with a weight:
-    a truncation and a message from the client to the server (`weights.send`); else 1.
+    a truncation and the opening that the weight wants (`weights.move`); else 1.
     """
     rows = yield from truncate(ctx, share, frac - ctx.fixed)
     if weight is None:
         return Shared(rows, ctx.fixed)
-    sent = yield from send(ctx, Shared(rows, ctx.fixed))
-    scaled = scale_by(ctx, sent, weight)
+    moved = yield from move(ctx, Shared(rows, ctx.fixed), weight)
+    scaled = scale_by(ctx, moved, weight)
     if offset and not scaled.is_meta:
         scaled = scaled + rows * round(offset * 2.0**ctx.fixed)
     return Shared(scaled, 2 * ctx.fixed)
 
 
-def gain_cost(shape: Sequence[int], frac: int, weight: Weight | None, fixed: int) -> Cost:
+def gain_cost(shape: Sequence[int], frac: int, weight: Constant | None, fixed: int) -> Cost:
     """Cost of `apply_gain` for rows of this shape."""
     count = math.prod(shape)
     first = truncate_cost(count, frac - fixed)
-    return first if weight is None else first + send_cost(count) + Cost(offline=8 * count)
+    return first if weight is None else first + move_cost(count, weight) + Cost(offline=8 * count)

@@ -1,9 +1,10 @@
-"""Products with server-held constants: one message, from the client to the server.
+"""Products with the server's constants: one message of the moving factor.
 
-The server's constant W is hidden under a static mask B, known to server and dealer. W - B is given
-to the client once in a session. For a share x = xc + xs the client sends xc - a under a fresh mask
-a; the server then knows x - a and forms (x - a) W, the client a (W - B), and the dealer gives them
-shares of a B. So W is opened once in its lifetime, and x moves in one direction only.
+A constant is either shared between the two parties (`Masked`, see `shared_weights`) or held by the
+server (`Weight`). There W is hidden under a static mask B, known to server and dealer, and W - B is
+given to the client once in a session. For a share x = xc + xs the client sends xc - a under a fresh
+mask a; the server then knows x - a and forms (x - a) W, the client a (W - B), and the dealer gives
+them shares of a B. So W is opened once in its lifetime, and x moves in one direction only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ import torch
 from runtime.context import Context
 from runtime.kernels.matmul import matmul_columns, matmul_rows
 from runtime.messages import Protocol, ToClient, ToServer
+from runtime.protocols.opening import open_masked, open_masked_cost
+from runtime.protocols.shared_weights import times_shared_weight
 from runtime.spec import CLIENT, DEALER, SERVER, Cost
-from runtime.values import Held, Sent, Shared, Weight, encode
+from runtime.values import Held, Masked, Sent, Shared, Weight, encode
+
+Constant = Weight | Masked
+"""A constant in a product: held by the server, or shared."""
+
+Moving = Sent | Masked
+"""The other factor, in the form that the constant wants."""
 
 
 def send(ctx: Context, x: Shared) -> Protocol:
@@ -57,14 +66,29 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
     return Weight(encoded, difference, mask, frac)
 
 
+def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
+    """Open x as a product with `weight` wants it: to both if that is shared, else to the server."""
+    moved: Moving = yield from (open_masked if isinstance(weight, Masked) else send)(ctx, x)
+    return moved
+
+
+def move_cost(count: int, weight: Constant) -> Cost:
+    """Cost of `move` for `count` elements."""
+    return open_masked_cost(count) if isinstance(weight, Masked) else send_cost(count)
+
+
 def times_weight(
     ctx: Context,
-    x: Sent,
-    weight: Weight,
+    x: Moving,
+    weight: Constant,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
     """Share of the bilinear `product(x, weight)`: no rounds, offline 8 bytes per result."""
+    if isinstance(x, Masked) and isinstance(weight, Masked):
+        return times_shared_weight(ctx, x, weight, product, shape)
+    if not (isinstance(x, Sent) and isinstance(weight, Weight)):
+        raise TypeError(f"a {type(weight).__name__} is no factor of a {type(x).__name__}")
     cross = ctx.deal(shape, lambda: product(x.mask, weight.mask))
     if ctx.party == DEALER:
         return cross
@@ -73,29 +97,60 @@ def times_weight(
     return product(x.mask, weight.difference) + cross
 
 
-def linear(ctx: Context, x: Sent, weight: Weight) -> torch.Tensor:
+def linear(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
     """Share of x @ weight.T for x [..., I] and weight [O, I]."""
     shape = (*x.shape[:-1], weight.shape[0])
     return times_weight(ctx, x, weight, matmul_rows, shape)
 
 
-def table_rows(ctx: Context, x: Sent, weight: Weight) -> torch.Tensor:
-    """Share of x @ weight for x [..., V] and weight [V, D]."""
-    shape = (*x.shape[:-1], weight.shape[1])
-    return times_weight(ctx, x, weight, matmul_columns, shape)
+def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
+    """Shares of the rows of `weight` [V, D] that the client's ids [...] name: [..., D].
+
+    In: ids at the client, meta elsewhere. Rounds 1, online 8 V bytes per id, client to server;
+    offline 8 D bytes per id. The server sees one-hot rows e minus a fresh uniform mask a; the
+    client sees nothing. For a shared constant, e W = e z - (e - a) B - a B with z = W + B open and
+    a B dealt, where the client reads e z from z as rows.
+    """
+    shape = (*ids.shape, weight.shape[0])
+    if ctx.party == CLIENT:
+        rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+        rows.scatter_(-1, ids.to(ctx.device)[..., None], 1)
+    elif ctx.party == SERVER:
+        rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+    else:
+        rows = torch.empty(shape, dtype=torch.int64, device="meta")
+    sent: Sent = yield from send(ctx, Shared(rows, 0))
+    shape = (*ids.shape, weight.shape[1])
+    if not isinstance(weight, Masked):
+        return times_weight(ctx, sent, weight, matmul_columns, shape)
+    cross = ctx.deal(shape, lambda: matmul_columns(sent.mask, weight.mask))
+    if ctx.party == DEALER:
+        return cross
+    if ctx.party == SERVER:
+        return -matmul_columns(sent.opened, weight.mask) - cross
+    hidden = matmul_columns(rows - sent.mask, weight.mask) + cross
+    return weight.opened[ids.to(ctx.device)] - hidden
 
 
-def scale_by(ctx: Context, x: Sent, weight: Weight) -> torch.Tensor:
+def table_rows_cost(count: int, weight: Constant) -> Cost:
+    """Cost of `table_rows` for `count` ids."""
+    vocabulary, features = weight.shape
+    return send_cost(count * vocabulary) + Cost(offline=8 * count * features)
+
+
+def scale_by(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
     """Share of the element-wise product of x [..., D] and weight, broadcast."""
     shape = tuple(torch.broadcast_shapes(x.shape, weight.shape))
     return times_weight(ctx, x, weight, torch.mul, shape)
 
 
-def add_held(share: torch.Tensor, held: Held, frac: int) -> torch.Tensor:
-    """The share plus a value that one party holds, who adds it alone; shapes broadcast."""
+def add_held(share: torch.Tensor, held: Held | Shared, frac: int) -> torch.Tensor:
+    """The share plus a constant: its holder adds it alone, or each its share; shapes broadcast."""
     shape = torch.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
+    if isinstance(held, Shared):
+        return share + (held.share << (frac - held.frac))
     if held.value.is_meta:
         return share.expand(shape)
     return share + encode(held.value, frac).to(share.device)

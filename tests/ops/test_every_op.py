@@ -10,6 +10,7 @@ import torch
 
 from runtime.op import REGISTRY, load_all
 from runtime.protocols.opening import open_masked
+from runtime.protocols.shared_weights import open_constant, tell_constant_seed
 from runtime.protocols.weights import send, share_weight
 from runtime.simulate import Simulation
 from runtime.spec import SERVER, Cost, Vis
@@ -36,6 +37,9 @@ ALIBI = MASK + real(1, 6, 1, 9).float()
 PUBLIC = "public"
 """Marks a tensor operand that all parties know."""
 
+SHARED = "shared"
+"""Marks a constant that is shared, and opened under its static mask."""
+
 TABLES = {"cos": PUBLIC, "sin": PUBLIC}
 
 # op, arguments, forms of operands where they are not the op's own, largest error. A fixed-point
@@ -56,6 +60,22 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("linear", [real(2, 3, 8), real(5, 8), real(5)], {"weight": "weight", "bias": "held"}, 2e-4),
     ("linear", [real(1, 8), real(5, 8), None], {"weight": "weight"}, 2e-4),
     ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": "weight"}, 1e-5),
+    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": SHARED}, 1e-5),
+    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"ids": PUBLIC, "weight": SHARED}, 1e-5),
+    (
+        "linear",
+        [real(2, 3, 8), real(5, 8), real(5)],
+        {"x": "masked", "weight": SHARED, "bias": "share"},
+        2e-4,
+    ),
+    ("mul", [real(8), real(3, 8)], {"a": SHARED}, 1e-4),
+    ("rms_norm", [real(3, 64), real(64), 1e-5, 1.0], {"weight": SHARED}, 2e-4),
+    (
+        "layer_norm",
+        [real(3, 48) + 2, real(48), real(48), 1e-5],
+        {"weight": SHARED, "bias": "share"},
+        2e-4,
+    ),
     ("matmul", [real(2, 3, 8), real(2, 8, 4)], {}, 2e-4),
     ("silu", [spread(20)], {}, 5e-5),
     ("gelu", [spread(10)], {}, 5e-5),
@@ -151,6 +171,14 @@ def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> lis
     """What each role gets for an argument."""
     if not isinstance(arg, torch.Tensor) or form == PUBLIC:
         return [arg] * 3
+    if form == SHARED:
+        simulation.run(lambda ctx, p: tell_constant_seed(ctx))
+        words = encode(arg, FIXED)
+        return simulation.run(
+            lambda ctx, p: open_constant(
+                ctx, name, words if p == SERVER else words.to("meta"), FIXED
+            )
+        )
     if name == "ids":
         return [Held(Vis.CLIENT, arg if p == 0 else arg.to("meta")) for p in range(3)]
     if form == "held":

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
 from runtime.protocols.opening import open_masked
-from runtime.protocols.weights import linear, scale_by, send, send_cost, share_weight, table_rows
+from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
+from runtime.protocols.weights import (
+    add_held,
+    linear,
+    move,
+    move_cost,
+    scale_by,
+    send,
+    send_cost,
+    share_weight,
+    table_rows,
+    table_rows_cost,
+)
 from runtime.simulate import Simulation
-from runtime.spec import SERVER, Cost
-from tests.protocols.harness import integers, run, run_list, words
+from runtime.spec import CLIENT, SERVER, Cost
+from tests.protocols.harness import integers, run, run_list, uniform_bytes, words
 
 
 def test_all_pairs_of_small_numbers() -> None:
@@ -66,31 +79,82 @@ def test_server_held_constants_cost_one_message_to_the_server() -> None:
     weight = words(40, -(2**20), 2**20).reshape(5, 8).to(torch.int32)
     gain = words(8, -99, 99).to(torch.int32)
     shares = integers(simulation, x)
-
-    def held(value, p):
-        return value if p == SERVER else value.to("meta")
-
-    weights = simulation.run(lambda ctx, p: share_weight(ctx, "w", held(weight, p), 0))
-    gains = simulation.run(lambda ctx, p: share_weight(ctx, "g", held(gain, p), 0))
-    turned = simulation.run(
-        lambda ctx, p: share_weight(ctx, "t", held(weight.T.contiguous(), p), 0)
-    )
+    weights = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(weight, p), 0))
+    gains = simulation.run(lambda ctx, p: share_weight(ctx, "g", _held(gain, p), 0))
 
     def protocol(ctx, p):
         sent = yield from send(ctx, shares[p])
-        return torch.cat(
-            [
-                linear(ctx, sent, weights[p]),
-                scale_by(ctx, sent, gains[p]),
-                table_rows(ctx, sent, turned[p]),
-            ],
-            -1,
-        )
+        return torch.cat([linear(ctx, sent, weights[p]), scale_by(ctx, sent, gains[p])], -1)
 
     result, cost = run(simulation, protocol)
     product = x @ weight.long().T
-    assert torch.equal(result, torch.cat([product, x * gain, product], -1))
+    assert torch.equal(result, torch.cat([product, x * gain], -1))
     assert cost == send_cost(48) + Cost(offline=8 * result.numel())
+
+
+def test_shared_constants_cost_one_opening_of_the_other_factor() -> None:
+    """Twice with the same static masks: for a weight nothing is sent after the first opening."""
+    simulation = Simulation()
+    weight = words(40, -(2**63), 2**63 - 1).reshape(5, 8)
+    gain, bias = words(8, -99, 99), words(5, -(2**40), 2**40)
+    simulation.run(lambda ctx, p: tell_constant_seed(ctx))
+    assert simulation.cost == Cost(1, 32)
+    weights = simulation.run(lambda ctx, p: open_constant(ctx, "w", _held(weight, p), 0))
+    assert simulation.cost == Cost(2, 32 + 8 * 40)
+    gains = simulation.run(lambda ctx, p: open_constant(ctx, "g", _held(gain, p), 0))
+    biases = [
+        share_constant(ctx, "b", _held(bias, p), 3) for p, ctx in enumerate(simulation.contexts)
+    ]
+    for seed in (0, 1):
+        x = words(6 * 8, -(2**63), 2**63 - 1, seed).reshape(6, 8)
+        shares = integers(simulation, x)
+
+        def protocol(ctx, p, shares=shares):
+            moved = yield from move(ctx, shares[p], weights[p])
+            product = add_held(linear(ctx, moved, weights[p]), biases[p], 5)
+            return torch.cat([product, scale_by(ctx, moved, gains[p])], -1)
+
+        result, cost = run(simulation, protocol)
+        assert torch.equal(result, torch.cat([x @ weight.T + 4 * bias, x * gain], -1))
+        assert cost == move_cost(48, weights[0]) + Cost(offline=8 * result.numel())
+        assert cost.online == 16 * 48
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_of_a_table(shared: bool) -> None:
+    simulation = Simulation()
+    table = words(7 * 3, -(2**31), 2**31).reshape(7, 3)
+    ids = torch.tensor([[6, 0, 6], [1, 2, 3]])
+    simulation.run(lambda ctx, p: tell_constant_seed(ctx))
+    place = open_constant if shared else share_weight
+    weights = simulation.run(lambda ctx, p: place(ctx, "t", _held(table, p), 0))
+    result, cost = run(
+        simulation,
+        lambda ctx, p: table_rows(ctx, ids if p == CLIENT else ids.to("meta"), weights[p]),
+    )
+    assert torch.equal(result, table[ids])
+    assert cost == table_rows_cost(6, weights[0]) == Cost(1, 8 * 7 * 6, 8 * 3 * 6)
+
+
+def test_an_opened_constant_is_uniform_to_the_client() -> None:
+    """Without the server's part of the mask the client would know a constant of small numbers."""
+    simulation = Simulation()
+    constant = torch.full((4096,), 5)
+    simulation.run(lambda ctx, p: tell_constant_seed(ctx))
+    client, *_ = simulation.run(lambda ctx, p: open_constant(ctx, "w", _held(constant, p), 0))
+    shared = share_constant(simulation.contexts[CLIENT], "b", constant, 0)
+    assert abs(uniform_bytes([client.opened - client.mask])) < 5
+    assert abs(uniform_bytes([shared.share])) < 5
+    assert not bool((client.mask == shared.share).any()), "each name has words of its own"
+
+
+def test_the_server_needs_the_seed_of_shared_constants() -> None:
+    with pytest.raises(RuntimeError, match="has not told the seed"):
+        Simulation().contexts[SERVER].constant_words("w", (3,))
+
+
+def _held(value: torch.Tensor, party: int) -> torch.Tensor:
+    return value if party == SERVER else value.to("meta")
 
 
 def test_static_mask_depends_on_the_name_alone() -> None:
