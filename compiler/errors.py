@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import fx
+from typing import TYPE_CHECKING
 
 from runtime.errors import MergecError
+
+if TYPE_CHECKING:
+    # The command line reads the options' names without torch.
+    from torch import fx
 
 
 class CompileError(MergecError):
