@@ -114,8 +114,8 @@ def compile_command(
         max_length=max_length,
         preset=preset,
         weights=weights,
-        enable=tuple(enable) if enable else None,
-        disable=tuple(disable) if disable else None,
+        enable=enable,
+        disable=disable,
     )
     with _steps() as step:
         program = _compile(source, options, step)
@@ -143,13 +143,14 @@ def inspect_command(
         Stage, typer.Option(help="The graph to print or write: before the passes, or after.")
     ] = Stage.after,
     preset: Preset = None,
+    weights: Weights = None,
     enable: Enable = None,
     disable: Disable = None,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
     from compiler.program import Program
 
-    options = _options(None, None, preset, enable, disable)
+    options = _options(preset=preset, weights=weights, enable=enable, disable=disable)
     with _steps() as step:
         if not Program.stands_at(source):
             program = _compile(source, options, step)
@@ -250,7 +251,11 @@ def demo_command(
 
 def _options(**given: Any) -> dict[str, Any]:
     """What was given on the command line; the rest is CompileConfig's to decide."""
-    return {key: value for key, value in given.items() if value is not None}
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in given.items()
+        if value
+    }
 
 
 def _compile(source: str, options: dict[str, Any], step: Step) -> Program:
