@@ -73,6 +73,25 @@ def constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def add_constant(
+    before: fx.Node, constants: dict[str, Vis], name: str, value: torch.Tensor, vis: Vis
+) -> fx.Node:
+    """A further constant of the graph, read before a node; `name` may be a path of modules."""
+    module: Any = before.graph.owning_module
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    module.register_buffer(leaf, value)
+    constants[name] = vis
+    with before.graph.inserting_before(before):
+        node = before.graph.get_attr(name)
+    node.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
+    node.meta |= {"val": value.to("meta"), "vis": vis}
+    return node
+
+
 def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """A unique, stable, readable name for every node: its module and what it does there."""
     names: dict[fx.Node, str] = {}

@@ -19,6 +19,7 @@ from torch import fx
 
 from compiler.errors import CompileError
 from runtime.op import REGISTRY, Op, target
+from runtime.ops.ratio_attention import LARGEST_BOUND
 from runtime.spec import HEADROOM_BITS, Vis
 
 RANGE_MARGIN_BITS = 3
@@ -31,6 +32,7 @@ _NORM_MARGIN = 2.0**4
 """The mean square of a row may become 2**4 times as large as in calibration."""
 
 _CONVERSIONS = {"masked": "open", "sent": "send"}
+_ATTENTIONS = ("attention", "ratio_attention")
 _NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu")
 
 
@@ -64,9 +66,10 @@ def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
 def _split_scales(graph_module: fx.GraphModule) -> None:
     """Take an attention scale that is no power of two out of the op: scores are not rescaled."""
     for node in list(graph_module.graph.nodes):
-        if op_of(node) is not REGISTRY["attention"]:
+        op = op_of(node)
+        if op is None or op.name not in _ATTENTIONS:
             continue
-        arguments = bind(REGISTRY["attention"], node)
+        arguments = bind(op, node)
         if math.frexp(arguments["scale"])[0] == 0.5:
             continue
         query = arguments["q"]
@@ -75,9 +78,7 @@ def _split_scales(graph_module: fx.GraphModule) -> None:
                 target("scale"), (query, float(arguments["scale"]))
             )
         scaled.meta = {**query.meta, "module": node.meta.get("module", "")}
-        node.args = (scaled, *list(arguments.values())[1:])
-        node.args = (*node.args[:4], 1.0, arguments["softcap"])
-        node.kwargs = {}
+        node.args, node.kwargs = tuple((arguments | {"q": scaled, "scale": 1.0}).values()), {}
 
 
 class _Legalizer:
@@ -117,6 +118,8 @@ class _Legalizer:
         node.args, node.kwargs = tuple(arguments.values()), {}
         if op.name in ("rms_norm", "layer_norm"):
             self.bound_norm(node, op)
+        elif op.name == "ratio_attention":
+            arguments = self.bound_scores(node, arguments)
         elif op.name in _NARROW:
             self.check_scalar(node, arguments[next(iter(arguments))])
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
@@ -206,3 +209,19 @@ class _Legalizer:
         if square:
             bound = 4.0 ** math.ceil(math.log(square * _NORM_MARGIN, 4))
             node.args = tuple({**bind(op, node), "bound": bound}.values())
+
+    def bound_scores(self, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Tell how large scores get: a power of two, for the same reason."""
+        largest = node.meta.get("largest_score", 0.0)
+        if not largest:
+            return arguments
+        bound = 2.0 ** max(0, math.ceil(math.log2(largest) + RANGE_MARGIN_BITS))
+        limit = LARGEST_BOUND[arguments["kind"]]
+        if bound > limit:
+            self.failures[node] = (
+                f"its scores reach {largest:.3g} in calibration, and beyond that may grow by "
+                f"2**{RANGE_MARGIN_BITS}; {arguments['kind']} takes them up to {limit:g}"
+            )
+        arguments = arguments | {"bound": min(bound, limit)}
+        node.args = tuple(arguments.values())
+        return arguments

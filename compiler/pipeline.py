@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from compiler.capture import Captured, capture
-from compiler.config import CompileConfig
+from compiler.config import PRESETS, CompileConfig
 from compiler.errors import CompileError
 from compiler.ranges import annotate_ranges
 from compiler.share_constants import share_constants
@@ -55,7 +55,8 @@ def to_dialect(
     Raises CompileError that names every op that has no protocol, before anything runs.
     """
     captured = capture(model, cache=cache)
-    return finish(captured, config, rewrite(captured, config), tokenizer)
+    reports = rewrite(captured, config, tokenizer=tokenizer)
+    return finish(captured, config, reports, tokenizer)
 
 
 def finish(
@@ -67,7 +68,7 @@ def finish(
     if config.weights == "shared":
         share_constants(captured)
     verify_dialect(graph_module)
-    sequences = config.calibration or _calibration(tokenizer, captured.vocab_size)
+    sequences = _calibration(config, tokenizer, captured.vocab_size)
     annotate_ranges(graph_module, captured.inputs, sequences)
     return DialectProgram(
         graph_module,
@@ -83,10 +84,15 @@ def finish(
 def select(config: CompileConfig) -> list[type[Pass]]:
     """The passes that `config` asks for, in their order."""
     known = available()
-    unknown = [name for name in config.disable if name not in known]
+    unknown = [name for name in (*config.enable, *config.disable) if name not in known]
     if unknown:
         raise CompileError(f"unknown pass {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-    chosen = [kind for name, kind in known.items() if kind.exact and name not in config.disable]
+    asked = {*PRESETS[config.preset], *config.enable}
+    chosen = [
+        kind
+        for name, kind in known.items()
+        if (kind.exact or name in asked) and name not in config.disable
+    ]
     return ordered([*chosen, *config.extra_passes])
 
 
@@ -103,17 +109,23 @@ def left_out(config: CompileConfig) -> dict[str, str]:
 
 
 def rewrite(
-    captured: Captured, config: CompileConfig, passes: Sequence[type[Pass]] | None = None
+    captured: Captured,
+    config: CompileConfig,
+    passes: Sequence[type[Pass]] | None = None,
+    tokenizer: Any = None,
 ) -> list[PassReport]:
     """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
     load_all()
-    info = GraphInfo(captured.inputs, captured.constants)
+    sequences = _calibration(config, tokenizer, captured.vocab_size)
+    info = GraphInfo(captured.inputs, captured.constants, sequences)
     chosen = select(config) if passes is None else passes
     return run_passes(captured.graph_module, info, chosen)
 
 
-def _calibration(tokenizer: Any, vocab_size: int) -> list[list[int]]:
-    """Evenly spread token numbers, and a few sentences where there is a tokenizer."""
+def _calibration(config: CompileConfig, tokenizer: Any, vocab_size: int) -> Sequence[Sequence[int]]:
+    """The user's sequences; or evenly spread token numbers, and sentences for the tokenizer."""
+    if config.calibration:
+        return config.calibration
     step = max(1, vocab_size // _CALIBRATION_TOKENS)
     spread = [(i * step + i) % vocab_size for i in range(_CALIBRATION_TOKENS)]
     if tokenizer is None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from runtime.op import target
+from runtime.ops.ratio_attention import base_scores
 from runtime.program import InputSpec
 
 _DECODED = 2
@@ -20,7 +21,9 @@ def annotate_ranges(
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sequence[int]],
 ) -> None:
-    """Set meta["absmax"] of every float value, and meta["mean_square"] of the rows of a norm.
+    """Set meta["absmax"] of every float value, and what ops say of rows of theirs.
+
+    meta["mean_square"] of a norm; meta["largest_score"] of a ratio_attention.
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
     tokens one by one. meta["mean_square"] is the largest mean square of a row, after centring for a
@@ -68,4 +71,8 @@ class _Recorder(fx.Interpreter):
                 rows = rows - rows.mean(-1, keepdim=True)
             largest = float(rows.square().mean(-1).max())
             n.meta["mean_square"] = max(largest, n.meta.get("mean_square", 0.0))
+        if n.op == "call_function" and n.target is target("ratio_attention"):
+            q, k, _, mask, *literals = self.fetch_args_kwargs_from_env(n)[0]
+            base, _ = base_scores(q, k, mask, *literals[:3])
+            n.meta["largest_score"] = max(float(base.abs().max()), n.meta.get("largest_score", 0.0))
         return result

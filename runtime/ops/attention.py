@@ -78,7 +78,7 @@ class Attention(Op):
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
         total = scores_cost(q, k, scale, softcap, fixed) + exponentials_cost(valid)
-        values = weighted_sum_cost(rows, v, EXP_FRAC, fixed)
+        values = weighted_sum_cost(rows, v, EXP_FRAC + v.frac - fixed)
         total += values.beside(power_cost(INVERSE, rows))
         return total + multiply_cost((rows * features, rows, rows * features))
 
@@ -107,7 +107,7 @@ class Attention(Op):
         powers = yield from exponentials(ctx, found, valid)
         total = powers[:, :1] if powers.is_meta else powers.sum(-1, keepdim=True)
         inverse, summed = yield from together(
-            power(ctx, total, INVERSE), weighted_sum(ctx, Shared(powers, EXP_FRAC), v)
+            power(ctx, total, INVERSE), weighted_sum(ctx, Shared(powers, EXP_FRAC), v, ctx.fixed)
         )
         (result,) = yield from multiply(ctx, (summed, inverse))
         return Shared(result.reshape(q.shape), ctx.fixed + INVERSE.out_frac)
@@ -164,8 +164,8 @@ def scores_cost(q: Masked, k: Masked, scale: float, softcap: float, fixed: int) 
     return total
 
 
-def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
-    """Shares, at the program's scale, of rows [B H N, D] of weights [B H N, L] times values.
+def weighted_sum(ctx: Context, weights: Shared, values: Masked, frac: int) -> Protocol:
+    """Shares of rows [B H N, D] of weights [B H N, L] times values, with `frac` fractional bits.
 
     Rounds 2: the weights are opened under a mask, the result truncated.
     """
@@ -173,17 +173,17 @@ def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
     folded = Shared(weights.share.reshape(batch, groups, -1, length), weights.frac)
     opened = yield from open_masked(ctx, folded)
     share = matmul_of_masked(ctx, opened, values).reshape(-1, features)
-    summed = yield from truncate(ctx, share, weights.frac + values.frac - ctx.fixed)
+    summed = yield from truncate(ctx, share, weights.frac + values.frac - frac)
     return summed
 
 
-def weighted_sum_cost(rows: int, values: Masked, frac: int, fixed: int) -> Cost:
-    """Cost of `weighted_sum` for that many rows of weights with `frac` fractional bits."""
+def weighted_sum_cost(rows: int, values: Masked, shift: int) -> Cost:
+    """Cost of `weighted_sum` for that many rows; shift: fractional bits that are dropped."""
     length, features = values.shape[-2:]
     return (
         open_masked_cost(rows * length)
         + Cost(offline=8 * rows * features)
-        + truncate_cost(rows * features, frac + values.frac - fixed)
+        + truncate_cost(rows * features, shift)
     )
 
 

@@ -57,6 +57,8 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("mul", [real(3, 4), real(3, 1)], {}, 1e-4),
     ("mul", [real(3, 4), real(4)], {"b": PUBLIC}, 1e-4),
     ("square", [real(3, 4)], {}, 1e-4),
+    ("quadratic", [real(3, 4), 0.125, 0.25, 0.5], {}, 1e-4),
+    ("quadratic", [real(3, 4), -0.3, 0.0, 1.7], {}, 1e-4),
     ("linear", [real(2, 3, 8), real(5, 8), real(5)], {"weight": "weight", "bias": "held"}, 2e-4),
     ("linear", [real(1, 8), real(5, 8), None], {"weight": "weight"}, 2e-4),
     ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": "weight"}, 1e-5),
@@ -112,6 +114,16 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
             {"mask": PUBLIC},
             3e-4,
         )
+        for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
+    ),
+    *(
+        (
+            "ratio_attention",
+            [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c, kind],
+            {"mask": PUBLIC},
+            1e-3,
+        )
+        for kind in ("2quad", "2relu")
         for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
     ),
     ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),

@@ -1,0 +1,45 @@
+"""Put squares in the place of the exponentials of attention."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compiler.ir import aten, calls, is_shared, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class Softmax2quad(Pass):
+    """softmax(x) becomes (x + 5)**2 / sum: neither a maximum nor an exponential is left.
+
+    Lossy. The 2Quad of MPCFormer (Li et al., ICLR 2023, section 3.2), whose models are trained anew
+    with it: scores below -5 gain weight again, where softmax gives them none. Masked entries weigh
+    nothing, and no row can sum to zero; see `mpc.ratio_attention`.
+
+    Before:
+        %1 = mpc.attention(%q, %k, %v, %mask, 0.125, 0.0)
+    After:
+        %1 = mpc.ratio_attention(%q, %k, %v, %mask, 0.125, 0.0, '2quad')
+    """
+
+    stage = "approximate"
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        return put_ratio(self, graph_module, "2quad")
+
+
+def put_ratio(rewrite: Pass, graph_module: fx.GraphModule, kind: str) -> int:
+    """Replace each attention by a ratio of this kind; gives their number."""
+    sites = 0
+    for node in list(graph_module.graph.nodes):
+        if calls(node, target("attention")):
+            replace(node, target("ratio_attention"), (*node.args[:5], _softcap(node), kind))
+            sites += 1
+        elif calls(node, aten.softmax.int, aten._softmax.default) and is_shared(node):
+            rewrite.skip(node, "it was not recognized as part of an attention")
+    return sites
+
+
+def _softcap(node: fx.Node) -> float:
+    return float(node.args[5]) if len(node.args) > 5 else 0.0  # type: ignore[arg-type]

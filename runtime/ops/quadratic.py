@@ -1,0 +1,60 @@
+"""a x**2 + b x + c with public coefficients: the cheap stand-in for GELU and SiLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol
+from runtime.op import Op
+from runtime.ops.scale import fraction
+from runtime.protocols.local import as_share
+from runtime.protocols.multiply import product_of_masked
+from runtime.spec import CLIENT, Cost
+from runtime.values import Masked, Shared
+
+
+class Quadratic(Op):
+    """a x**2 + b x + c, element by element; a, b and c are public numbers."""
+
+    name = "quadratic"
+    schema = "(Tensor x, float a, float b, float c) -> Tensor"
+
+    @staticmethod
+    def reference(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+        return a * x * x + b * x + c
+
+    operands = {"x": "masked"}
+
+    @classmethod
+    def scale(cls, x: int, a: float, b: float, c: float, *, fixed: int) -> int:
+        return 2 * fixed + fraction(a)[1]
+
+    @classmethod
+    def cost(cls, x: Masked, a: float, b: float, c: float, *, fixed: int) -> Cost:
+        return Cost(offline=8 * x.opened.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Masked, a: float, b: float, c: float) -> Protocol:
+        """No message beyond the opening of the operand: the square as in `square`, the rest local.
+
+        a is rounded to 16 bits; b and c to the result's scale, which has fraction(a)[1] bits more
+        than a square. So the error is that of the square, and 2**-16 of a x**2.
+        """
+        yield from ()
+        mantissa, bits = fraction(a)
+        square = product_of_masked(ctx, x, x)
+        frac = 2 * x.frac + bits
+        if square.is_meta:
+            return Shared(square, frac)
+        share = square * mantissa + as_share(ctx, x, x.frac) * round(b * 2.0 ** (x.frac + bits))
+        if ctx.party == CLIENT:
+            share = share + round(c * 2.0**frac)
+        return Shared(share, frac)
+
+    @classmethod
+    def stock(cls, x: Any, a: float, b: float, c: float) -> Any:
+        """CrypTen's square, by one opening of a masked value, and products with numbers."""
+        return x.square().mul(float(a)) + x.mul(float(b)) + float(c)

@@ -1,0 +1,296 @@
+"""Attention whose softmax is replaced by a ratio of squares or of rectified scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol, together
+from runtime.op import Op
+from runtime.ops.attention import (
+    MASKED_SCORE,
+    scores,
+    scores_cost,
+    split_mask,
+    weighted_sum,
+    weighted_sum_cost,
+)
+from runtime.protocols.multiply import multiply, multiply_cost
+from runtime.protocols.power import MAX_EXPONENT, Power, power, power_cost
+from runtime.protocols.rectify import rectify, rectify_cost
+from runtime.protocols.rows import MAX_ROW
+from runtime.protocols.squares import truncated_square, truncated_square_cost
+from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.spec import FRACTIONAL_BITS, Cost
+from runtime.values import Masked, Shared, encode
+
+OFFSET = 5.0
+"""c of (x + c)**2, as MPCFormer has it."""
+
+EPSILON = 2.0**-6
+"""Added to every weight that counts, so that no row sums to zero."""
+
+KINDS = ("2quad", "2relu")
+DEFAULT_BOUND = 64.0
+LARGEST_BOUND = {"2quad": 2.0**10, "2relu": 2.0**14}
+"""Scores beyond this do not fit; `bound` may not be larger."""
+
+_ROW_BITS = MAX_ROW.bit_length() - 1
+_SUM_BITS = 36
+"""Sums of opened weights stay below 2**36, which leaves values 2**10 of room in the ring."""
+
+_SUM_EXTRA = 6
+"""More bits of the weighted sum: it may be as small as EPSILON times a value."""
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Fractional bits of a row's weights, all derived from public numbers.
+
+    Rows are counted as if they had 4096 entries: a row of n is multiplied by the power of two that
+    brings n to (2048, 4096]. So the row's sum is its mean weight, at 12 bits more.
+    """
+
+    kind: str
+    bound: float
+
+    @property
+    def top(self) -> int:
+        """log2 of the largest weight."""
+        power_of_score = 2 if self.kind == "2quad" else 1
+        return math.ceil(power_of_score * math.log2(self.bound or DEFAULT_BOUND))
+
+    @property
+    def score_frac(self) -> int:
+        """Bits of a score before it becomes a weight."""
+        room = (MAX_EXPONENT - _ROW_BITS - self.top) // 2
+        return min(room, FRACTIONAL_BITS) if self.kind == "2quad" else FRACTIONAL_BITS
+
+    @property
+    def weight_frac(self) -> int:
+        """Bits of a weight."""
+        return 2 * self.score_frac if self.kind == "2quad" else self.score_frac
+
+    @property
+    def opened_frac(self) -> int:
+        """Bits of a weight when it is multiplied with a value."""
+        return min(self.weight_frac, _SUM_BITS - _ROW_BITS - self.top)
+
+    @property
+    def inverse(self) -> Power:
+        """1 / (mean weight of a row), which is at least EPSILON / 2 and at most 2**top."""
+        frac = self.weight_frac + _ROW_BITS
+        low = frac + int(math.log2(EPSILON)) - 2
+        return Power(-1.0, frac, low, frac + self.top)
+
+
+class RatioAttention(Op):
+    """w v / sum(w), with w = (s + 5)**2 or max(s, 0) of the scores s; masked entries weigh 0.
+
+    s = cap(scale * q k^T) + mask, with the shapes of `attention`. Every entry that the mask lets
+    count gets 2**-6 more weight, so that the sum is never zero: where all weights vanish, the row
+    is their plain mean. kind: "2quad", (x + c)**2 / sum with c = 5, the 2Quad of MPCFormer (Li et
+    al., ICLR 2023, section 3.2); "2relu", relu(x) / sum, after Mohassel and Zhang (SecureML, IEEE
+    S&P 2017). bound: a power of two that |s + 5| or |s| stays below, from calibration.
+    """
+
+    name = "ratio_attention"
+    schema = (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, str kind, "
+        "float bound=0.0) -> Tensor"
+    )
+    operands = {"q": "masked", "k": "masked", "v": "masked"}
+
+    @staticmethod
+    def reference(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        kind: str,
+        bound: float = 0.0,
+    ) -> torch.Tensor:
+        base, valid = base_scores(q, k, mask, scale, softcap, kind)
+        weights = base.square() if kind == "2quad" else base.relu()
+        weights = (weights + EPSILON) * valid
+        weights = weights / weights.sum(-1, keepdim=True)
+        return torch.matmul(weights, v.repeat_interleave(q.shape[-3] // v.shape[-3], -3))
+
+    @classmethod
+    def scale(cls, *args: Any, fixed: int) -> int:
+        kind, bound = (*args[6:], 0.0)[:2]
+        return fixed + _SUM_EXTRA + _Scales(kind, bound).inverse.out_frac
+
+    @classmethod
+    def cost(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        kind: str,
+        bound: float = 0.0,
+        *,
+        fixed: int,
+    ) -> Cost:
+        scales = _Scales(kind, bound)
+        rows, features = math.prod(q.shape[:-1]), v.shape[-1]
+        count = int(split_mask(mask, q, k)[0].sum())
+        frac = fixed if softcap else q.frac + k.frac - round(math.log2(scale))
+        total = scores_cost(q, k, scale, softcap, fixed)
+        if kind == "2quad":
+            total += truncated_square_cost(count)
+        else:
+            total += truncate_cost(count, frac - scales.score_frac) + rectify_cost(count)
+        values = truncate_cost(count, scales.weight_frac - scales.opened_frac)
+        dropped = scales.opened_frac + _ROW_BITS + v.frac - fixed - _SUM_EXTRA
+        values += weighted_sum_cost(rows, v, dropped)
+        total += values.beside(power_cost(scales.inverse, rows))
+        return total + multiply_cost((rows * features, rows, rows * features))
+
+    @classmethod
+    def protocol(
+        cls,
+        ctx: Context,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        kind: str,
+        bound: float = 0.0,
+    ) -> Protocol:
+        """Scores as in `attention`; then weights, their sum's inverse and the weighted sum.
+
+        2quad: the square comes from the opening that truncates the score, 1 round; 2relu: one
+        truncation and `rectify`, 4 rounds. The reciprocal runs beside the weighted sum, and both
+        are multiplied at last. There is no maximum and no exponential. Entries that the mask hides
+        are public: no protocol runs on them. Each party sees what it sees in `truncate`,
+        `rectify`, `power`, `weighted_sum` and `multiply`.
+        """
+        scales = _Scales(kind, bound)
+        found = yield from scores(ctx, q, k, scale, softcap)
+        valid, bias = split_mask(mask, q, k)
+        rows = _Rows(valid)
+        share = rows.take(found.share)
+        added = torch.zeros(rows.count, dtype=torch.float64)
+        if bias is not None:
+            added += bias[valid]
+        if kind == "2quad":
+            added += OFFSET
+        if not share.is_meta:
+            share = share + ctx.public(encode(added, found.frac).to(share.device))
+        if kind == "2quad":
+            share = yield from truncated_square(ctx, share, found.frac - scales.score_frac)
+        else:
+            share = yield from truncate(ctx, share, found.frac - scales.score_frac)
+            share = yield from rectify(ctx, share)
+        if not share.is_meta:
+            epsilon = torch.tensor(round(EPSILON * 2.0**scales.weight_frac), device=share.device)
+            share = share + ctx.public(epsilon)
+        weights = rows.put(share)
+        total = weights[:, :1] if weights.is_meta else weights.sum(-1, keepdim=True)
+        inverse, summed = yield from together(
+            power(ctx, total, scales.inverse), _weighted_sum(ctx, rows, share, v, scales)
+        )
+        (result,) = yield from multiply(ctx, (summed, inverse))
+        frac = ctx.fixed + _SUM_EXTRA + scales.inverse.out_frac
+        return Shared(result.reshape(q.shape), frac)
+
+    @classmethod
+    def stock(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        kind: str,
+        bound: float = 0.0,
+    ) -> Any:
+        """CrypTen's products, square or comparison, and reciprocal of the row's mean weight."""
+        from runtime import crypten_compat as crypten
+
+        batch, heads, new, features = q.shape
+        groups, length = k.shape[1], k.shape[2]
+        query = q.reshape(batch, groups, heads // groups * new, features)
+        found = query.matmul(k.transpose(-1, -2)).mul(float(scale))
+        if softcap > 0:
+            found = found.mul(1 / softcap).tanh().mul(float(softcap))
+        found = found.reshape(batch, heads, new, length)
+        flat, bias = split_mask(mask, q, k)
+        valid = flat.reshape(found.shape).to(torch.float32)
+        if bias is not None:
+            found = found + bias.reshape(found.shape).to(torch.float32)
+        weights = (found + OFFSET).square() if kind == "2quad" else found.relu()
+        # Divided by the number of entries, so that the sum stays where the reciprocal converges.
+        weights = (weights + EPSILON) * (valid / valid.sum(-1, keepdim=True))
+        with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
+            inverse = weights.sum(-1, keepdim=True).reciprocal()
+        weights = (weights * inverse).reshape(batch, groups, heads // groups * new, length)
+        return weights.matmul(v).reshape(batch, heads, new, features)
+
+
+def base_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is squared or rectified, in the clear, zero where masked; and which entries count."""
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    found = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if softcap > 0:
+        found = softcap * torch.tanh(found / softcap)
+    valid = torch.ones_like(found, dtype=torch.bool)
+    if mask is not None:
+        valid = (mask > MASKED_SCORE).expand_as(found)
+        found = found + torch.where(mask > MASKED_SCORE, mask, torch.zeros_like(mask))
+    if kind == "2quad":
+        found = found + OFFSET
+    return found * valid, valid
+
+
+class _Rows:
+    """The entries of rows [R, L] that count, as a flat tensor and back."""
+
+    def __init__(self, valid: torch.Tensor) -> None:
+        self.valid = valid
+        self.count = int(valid.sum())
+        # A row of n entries times 2**(12 - ceil(log2 n)).
+        bits = torch.ceil(torch.log2(valid.sum(-1, keepdim=True).to(torch.float64)))
+        self.factor = 1 << (_ROW_BITS - bits.to(torch.int64))
+
+    def take(self, share: torch.Tensor) -> torch.Tensor:
+        if share.is_meta:
+            return torch.empty(self.count, dtype=torch.int64, device="meta")
+        return share[self.valid.to(share.device)]
+
+    def put(self, share: torch.Tensor) -> torch.Tensor:
+        """Rows as if they had 4096 entries, zero where nothing counts."""
+        if share.is_meta:
+            return torch.empty(self.valid.shape, dtype=torch.int64, device="meta")
+        result = torch.zeros(self.valid.shape, dtype=torch.int64, device=share.device)
+        result[self.valid.to(share.device)] = share
+        return result * self.factor.to(share.device)
+
+
+def _weighted_sum(
+    ctx: Context, rows: _Rows, share: torch.Tensor, values: Masked, scales: _Scales
+) -> Protocol:
+    share = yield from truncate(ctx, share, scales.weight_frac - scales.opened_frac)
+    weights = Shared(rows.put(share), scales.opened_frac + _ROW_BITS)
+    result = yield from weighted_sum(ctx, weights, values, ctx.fixed + _SUM_EXTRA)
+    return result
