@@ -1,0 +1,122 @@
+"""Every preset compiles every family; what it costs is what was predicted."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from compiler import CompileConfig, Program, compile_decoder
+from compiler.config import PRESETS
+from compiler.cost import cost_report
+from compiler.errors import CompileError
+from compiler.legalize import legalize
+from compiler.pipeline import finish, rewrite
+from passes.base import available
+from runtime.inprocess import InProcessSession
+from runtime.plain import PlainExecutor
+from tests.families import FAMILIES, captured, random_decoder
+from tests.test_end_to_end import check
+
+LOSSY = tuple(name for name in PRESETS if name != "exact")
+PROMPT, ANSWER = [3, 14, 15, 92, 65, 35], [9, 26]
+TOLERANCE = 2e-2
+"""Of logits around 1, after two layers of approximate functions in fixed point."""
+
+
+@functools.cache
+def compiled(family: str, preset: str) -> Program:
+    model = random_decoder(family).float()
+    return compile_decoder(model, config=CompileConfig(max_length=64, preset=preset))
+
+
+def test_presets_name_lossy_passes() -> None:
+    for name, passes in PRESETS.items():
+        assert all(not available()[p].exact for p in passes)
+        assert bool(passes) == (name != "exact")
+    asked = {p for passes in PRESETS.values() for p in passes}
+    assert asked == {name for name, kind in available().items() if not kind.exact}
+
+
+def test_an_unknown_preset_lists_the_valid_ones() -> None:
+    with pytest.raises(CompileError, match=f"unknown preset 'fast'; .*{', '.join(PRESETS)}"):
+        CompileConfig(preset="fast")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", LOSSY)
+def test_every_family(family: str, preset: str) -> None:
+    config = CompileConfig(max_length=64, preset=preset)
+    step = captured(family)
+    reports = rewrite(step, config)
+    dialect = finish(step, config, reports)
+    legalize(dialect.graph_module, config.fractional_bits)
+    sites = {report.name: report.sites for report in reports}
+    assert any(sites[name] for name in PRESETS[preset])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("preset", LOSSY)
+def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
+    program = compiled(family, preset)
+    assert program.manifest["lossy"]
+    assert "lossy" in program.describe()
+    plain = PlainExecutor(program.roles["server"])
+    tokens = iter(ANSWER)
+    expected = [row for _, row in plain.generate(PROMPT, 3, lambda _: next(tokens, 0))]
+    steps = [(PROMPT, 0), *(([token], 6 + i) for i, token in enumerate(ANSWER))]
+    with InProcessSession(program.roles) as session:
+        for (ids, past), wanted in zip(steps, expected, strict=True):
+            logits = session.step(ids, past)
+            assert session.record.total == cost_report(program.any_role, len(ids), past).total
+            assert float((logits - wanted).abs().max()) < TOLERANCE
+
+
+def test_a_lossy_program_costs_less() -> None:
+    exact = cost_report(compiled("llama", "exact").any_role, 1, 32).total
+    for preset in LOSSY:
+        lossy = cost_report(compiled("llama", preset).any_role, 1, 32).total
+        assert lossy.rounds < exact.rounds
+        assert lossy.online < exact.online
+        assert lossy.offline < exact.offline
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        pytest.param(f, p, marks=() if (f, p) == ("gpt2", "mpcformer-2quad") else pytest.mark.slow)
+        for f in ("gpt2", "llama")
+        for p in LOSSY
+    ],
+)
+def test_in_three_processes(family: str, preset: str, tmp_path: Path) -> None:
+    compiled(family, preset).save(tmp_path / "bundles")
+    program = Program.load(tmp_path / "bundles")
+    check(program, prompt=PROMPT)
+    assert set(program.inspect(1, 16).lossy) <= set(PRESETS[preset])
+    assert program.inspect(1, 16).lossy
+
+
+def test_a_pass_of_its_own() -> None:
+    """`enable` asks for a pass that no preset has to bring."""
+    step = captured("llama")
+    reports = rewrite(step, CompileConfig(enable=("quadratic_silu",)))
+    found = {report.name: report for report in reports}
+    assert found["quadratic_silu"].sites == 2
+    assert "softmax_2quad" not in found
+    with pytest.raises(CompileError, match=r"unknown pass 'quad'; there are: .*quadratic_gelu"):
+        rewrite(captured("llama"), CompileConfig(enable=("quad",)))
+
+
+def test_calibration_by_the_user_decides() -> None:
+    config = CompileConfig(max_length=64, enable=("simplify_norms",), calibration=((1, 2, 3),))
+    gains = []
+    for used in (config, CompileConfig(max_length=64, enable=("simplify_norms",))):
+        step = captured("llama")
+        rewrite(step, used)
+        tensors = step.tensors()
+        gains.append(torch.cat([t for name, (t, _) in tensors.items() if name.endswith(".gain")]))
+    assert gains[0].shape == gains[1].shape
+    assert not torch.equal(gains[0], gains[1])
