@@ -137,6 +137,9 @@ def inspect_command(
     savings: Annotated[
         bool, typer.Option("--savings", help="What each pass saves; recompiles the model often.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page: graphs, costs, changes of each pass.")
+    ] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the graph for Graphviz.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="Write the graph for Netron.")] = None,
     stage: Annotated[
@@ -159,11 +162,14 @@ def inspect_command(
         else:
             program = Program.load(source, roles=("client",))
         view = program.captured_graph if stage is Stage.before else program.graph
+        if html is not None:
+            step("trying what each pass saves" if savings else "drawing the graphs")
+            _write_file(html, program.to_html(new, past, savings=savings).encode())
         if dot is not None:
             _write_file(dot, view.to_dot().encode())
         if onnx is not None:
             _write_file(onnx, view.to_onnx().SerializeToString())
-        if graph or (files := [path for path in (dot, onnx) if path is not None]):
+        if graph or (files := [path for path in (html, dot, onnx) if path is not None]):
             sys.stdout.write(str(view) if graph else "".join(f"{path}\n" for path in files))
             return
         step("trying what each pass saves" if savings else "counting rounds and bytes")

@@ -26,6 +26,7 @@ from runtime.spec import ROLES
 from runtime.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
+    from compiler.cost import CostReport
     from compiler.history import History
     from compiler.onnx_export import ValueType
     from runtime.local import LocalResult
@@ -206,21 +207,39 @@ class Program:
         `savings` adds what each pass saves. That takes as long as some more compilations, and only
         a program that was compiled here can tell.
         """
+        return self._inspect(self._costs(new, past), savings)
+
+    def to_html(self, new: int = 1, past: int = 128, *, savings: bool = False) -> str:
+        """The same as a page, with the graph before and after, and the changes of each pass.
+
+        A program that was loaded shows only the graph that the parties run.
+        """
+        from compiler.html import page
+
+        report = self._costs(new, past)
+        inspection = self._inspect(report, savings)
+        if self.history is None:
+            return page(inspection, report, self.graph)
+        return page(inspection, report, self.graph, self.history.before, self.history.changes)
+
+    def _costs(self, new: int, past: int) -> CostReport:
         from compiler.cost import cost_report
 
-        manifest = self.manifest
-        limit = manifest["max_length"]
+        limit = self.manifest["max_length"]
         if limit and new + past > limit:
             raise PromptError(
                 f"{new} new tokens after {past} are more than the {limit} of this program; "
                 "ask for fewer"
             )
-        report = cost_report(self.any_role, new, past, manifest["fractional_bits"])
+        return cost_report(self.any_role, new, past, self.manifest["fractional_bits"])
+
+    def _inspect(self, report: CostReport, savings: bool) -> Inspection:
+        manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash")
         return inspect_costs(
             report,
             manifest["model"] or "program",
-            self._passes(new, past, savings),
+            self._passes(report.new, report.past, savings),
             manifest["left_out"],
             {key: manifest[key] for key in shown},
         )

@@ -137,9 +137,11 @@ def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Faile
 
 
 def test_inspect_writes_files(bundles: Path, tmp_path: Path, fails: Failed, capsys: Any) -> None:
-    dot, onnx_file = tmp_path / "graph.dot", tmp_path / "graph.onnx"
-    assert cli.run(["inspect", str(bundles), "--dot", str(dot), "--onnx", str(onnx_file)]) == 0
-    assert capsys.readouterr().out.split() == [str(dot), str(onnx_file)]
+    html, dot, onnx_file = (tmp_path / f"graph.{kind}" for kind in ("html", "dot", "onnx"))
+    files = ["--html", str(html), "--dot", str(dot), "--onnx", str(onnx_file)]
+    assert cli.run(["inspect", str(bundles), "--past", "4", *files]) == 0
+    assert capsys.readouterr().out.split() == files[1::2]
+    assert html.read_text().startswith("<!doctype html>")
     assert dot.read_text().startswith("digraph step {")
     onnx.checker.check_model(str(onnx_file))
     fails(["inspect", str(bundles), "--dot", str(tmp_path)], cli.FAILED, "cannot be written")

@@ -1,0 +1,206 @@
+"""One self-contained page of an inspection: graphs, costs, and what each pass changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+
+from compiler.cost import CostReport
+from compiler.graph_view import GraphView, operands
+from compiler.inspect import Inspection, instruction_text, layer_of, readable, shape_text
+from compiler.layout import Layout, layered
+from runtime.program import Instruction
+from runtime.spec import Cost, Vis
+
+if TYPE_CHECKING:
+    from compiler.history import Change
+
+COLUMN, ROW = 190, 62
+"""Distances of nodes' centres in a layer, in pixels."""
+
+KINDS = {
+    "linear": ("linear", "matmul", "mm", "bmm", "addmm", "embedding", "baddbmm"),
+    "attention": ("attention", "scaled_dot_product_attention", "softmax", "_softmax"),
+    "norm": ("rms_norm", "layer_norm", "native_layer_norm", "rsqrt", "mean", "square", "pow"),
+    "activation": (
+        "glu", "gelu", "silu", "relu", "tanh", "sigmoid", "exp", "quick_gelu", "reciprocal", "sqrt",
+    ),
+    "opening": ("open", "send", "reveal", "truncate"),
+    "arithmetic": ("add", "sub", "mul", "div", "neg", "scale", "shift", "sum", "rotary"),
+}  # fmt: skip
+"""Ops by what they do for a model; all others move data."""
+
+_KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops}
+
+
+@dataclass
+class _Group:
+    """A layer, or a run of nodes that belong to none: its nodes, and values from elsewhere."""
+
+    key: str
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    index: dict[str, int] = field(default_factory=dict)
+    links: list[tuple[int, int]] = field(default_factory=list)
+
+
+def page(
+    inspection: Inspection,
+    report: CostReport,
+    after: GraphView,
+    before: GraphView | None = None,
+    changes: Sequence[Change] = (),
+) -> str:
+    """The page's text. Without `before` it shows the graph that the parties run alone."""
+    costs = {row.name: row.cost for row in report.rows}
+    path = set(report.critical_path)
+    shapes: list[Layout] = []
+    graphs = [_graph("after", "As the parties run it", after, shapes, costs, path)]
+    if before is not None:
+        graphs.insert(0, _graph("before", "As captured", before, shapes, {}, set()))
+    baseline = next((row for row in inspection.passes if row.without is not None), None)
+    folder = files("compiler") / "report"
+    names = ("page.html", "page.css", "page.js")
+    sources = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    environment = Environment(
+        loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "readable": readable,
+        "kind": lambda target: _kind(target.split(".")[1]),
+    }
+    return environment.get_template("page.html").render(
+        inspection=inspection,
+        baseline=baseline.without if baseline is not None else None,
+        changes={change.name: change for change in changes},
+        data={
+            "graphs": graphs,
+            "layouts": [_encode(shape) for shape in shapes],
+            "kinds": [*KINDS, "movement"],
+        },
+        peaks={
+            key: max([1, *(getattr(row, key) for row in inspection.by_op)])
+            for key in ("rounds", "online", "offline")
+        },
+        layer_peaks={
+            key: max([1, *(getattr(row, key) for row in inspection.by_layer)])
+            for key in ("rounds", "online", "offline")
+        },
+    )
+
+
+def _graph(
+    name: str,
+    title: str,
+    view: GraphView,
+    shapes: list[Layout],
+    costs: Mapping[str, Cost],
+    path: set[str],
+) -> dict[str, Any]:
+    """What the page's script draws: groups of nodes, each with the number of its layout.
+
+    Values that all parties know, such as masks and lengths, are left out, and so are checks, whose
+    values nobody takes.
+    """
+    groups, place = _groups(view, costs, path)
+    links = Counter(
+        (place[source], place[item.name])
+        for item in view.program.instructions
+        for source in operands(item)
+        if source in place and item.name in place and place[source] != place[item.name]
+    )
+    encoded = []
+    for group in groups:
+        shape = layered(len(group.nodes), group.links, COLUMN, ROW)
+        if shape not in shapes:
+            shapes.append(shape)
+        encoded.append({"key": group.key, "nodes": group.nodes, "layout": shapes.index(shape)})
+    return {
+        "name": name, "title": title, "groups": encoded, "links": sorted(links),
+        "hidden": len(view.program.instructions) - len(place),
+    }  # fmt: skip
+
+
+def _groups(
+    view: GraphView, costs: Mapping[str, Cost], path: set[str]
+) -> tuple[list[_Group], dict[str, int]]:
+    """Groups in order, and the number of the group in which each value is computed."""
+    program = view.program
+    groups: list[_Group] = []
+    layers: dict[str, int] = {}
+    place: dict[str, int] = {}
+    inputs = {spec.name: spec for spec in program.inputs}
+    taken = {name for item in program.instructions for name in operands(item)}
+    taken |= set(program.outputs)
+    for item in program.instructions:
+        if item.vis is Vis.PUBLIC or item.name not in taken:
+            continue
+        key = layer_of(item.module)
+        numbered = key.rpartition(".")[2].isdecimal()
+        if numbered and key in layers:
+            number = layers[key]
+        elif groups and groups[-1].key == key:
+            number = len(groups) - 1
+        else:
+            number = len(groups)
+            groups.append(_Group(key))
+            layers.setdefault(key, number)
+        group = groups[number]
+        target = _add(group, _node(item, view, costs.get(item.name, Cost()), item.name in path))
+        place[item.name] = number
+        for source in dict.fromkeys(operands(item)):
+            if source in inputs:
+                spec = inputs[source]
+                text = f"%{source} = input : {spec.vis.value} {shape_text(spec.shape)}"
+                made = {"name": source, "op": "input", "kind": "port", "text": text}
+                made |= {"vis": spec.vis.value, "shape": shape_text(spec.shape)}
+            elif source in place and place[source] != number:
+                made = {"name": source, "op": "from", "kind": "port"}
+            elif source not in place:
+                continue
+            else:
+                made = {"name": source}
+            start = group.index[source] if source in group.index else _add(group, made)
+            if (start, target) not in group.links:
+                group.links.append((start, target))
+    return groups, place
+
+
+def _add(group: _Group, node: dict[str, Any]) -> int:
+    group.index[node["name"]] = len(group.nodes)
+    group.nodes.append(node)
+    return group.index[node["name"]]
+
+
+def _node(item: Instruction, view: GraphView, cost: Cost, critical: bool) -> dict[str, Any]:
+    op = item.target.split(".")[1]
+    known = view.types.get(item.name)
+    shape = shape_text(known.shape) if known is not None else ""
+    node = {
+        "name": item.name, "op": op, "kind": _kind(op),
+        "vis": item.vis.value, "shape": shape, "module": item.module, "source": item.source,
+        "text": f"{instruction_text(item)} {shape}".rstrip(), "critical": critical,
+        "rounds": cost.rounds, "online": cost.online, "offline": cost.offline,
+    }  # fmt: skip
+    return {key: value for key, value in node.items() if value not in ("", 0, False)}
+
+
+def _kind(op: str) -> str:
+    return _KIND_OF.get(op.strip("_"), "movement")
+
+
+def _encode(layout: Layout) -> dict[str, Any]:
+    """A layout in whole pixels: places as one flat list, and of each edge one, too."""
+
+    def flat(points: Sequence[tuple[float, float]]) -> list[int]:
+        return [round(number) for point in points for number in point]
+
+    return {
+        "width": round(layout.width), "height": round(layout.height),
+        "places": flat(layout.places), "paths": [flat(path) for path in layout.paths],
+    }  # fmt: skip
