@@ -1,0 +1,133 @@
+"""Each nonlinearity by itself on 65,536 elements: CrypTen's stock protocol against ours.
+
+Usage: python benchmarks/elementwise.py; `make bench` runs it, too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Step, run
+
+from runtime.op import load_all
+from runtime.program import InputSpec, Instruction, Ref, RoleProgram
+from runtime.spec import FRACTIONAL_BITS, ROLES, Vis
+
+COUNT = 1 << 16
+RESULTS = Path(__file__).parent / "results"
+
+CASES: tuple[tuple[str, tuple[Any, ...], tuple[int, int], float, float], ...] = (
+    ("relu", (), (1, COUNT), -20.0, 20.0),
+    ("gelu", (), (1, COUNT), -8.0, 8.0),
+    ("silu", (), (1, COUNT), -12.0, 12.0),
+    ("tanh", (), (1, COUNT), -8.0, 8.0),
+    ("sigmoid", (), (1, COUNT), -12.0, 12.0),
+    ("exp", (), (1, COUNT), -12.0, 0.0),
+    ("reciprocal", (), (1, COUNT), 0.5, 64.0),
+    ("rsqrt", (), (1, COUNT), 0.5, 64.0),
+    ("log", (), (1, COUNT), 0.5, 64.0),
+    ("softmax", (), (512, 128), -8.0, 8.0),
+    ("rms_norm", (None, 1e-5), (64, 1024), -4.0, 4.0),
+    ("layer_norm", (None, None, 1e-5), (64, 1024), -4.0, 4.0),
+)
+"""Op, its further arguments, shape, and the interval that its inputs are spread over."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op in one mode. Errors are absolute, against float64."""
+
+    op: str
+    mode: str
+    elements: int
+    seconds: float
+    online_bytes: int
+    offline_bytes: int
+    rounds: int
+    largest_error: float
+    mean_error: float
+
+
+def program(role: str, op: str, arguments: tuple[Any, ...], shape: tuple[int, int]) -> RoleProgram:
+    """A program that applies one op to a shared input and reveals the result to the client."""
+    kind = load_all()[op]
+    form = kind.forms(None, *arguments).get(next(iter(kind.operands), ""), "share")
+    frac = kind.scale(FRACTIONAL_BITS, *arguments, fixed=FRACTIONAL_BITS)
+    convert = {"masked": "open", "sent": "send"}.get(form)
+    first = [Instruction("ready", f"mpc.{convert}", (Ref("x"),), {}, Vis.SHARED, 16)]
+    x = Ref("ready" if convert else "x")
+    return RoleProgram(
+        role,
+        [
+            *(first if convert else []),
+            Instruction("y", f"mpc.{op}", (x, *arguments), {}, Vis.SHARED, frac),
+            Instruction("seen", "mpc.reveal", (Ref("y"),), {}, Vis.CLIENT, 0),
+        ],
+        [InputSpec("x", Vis.SHARED, "float32", shape, FRACTIONAL_BITS)],
+        ["seen"],
+        [],
+        {},
+        {"fractional_bits": FRACTIONAL_BITS},
+    )
+
+
+def measure(case: tuple[str, tuple[Any, ...], tuple[int, int], float, float]) -> list[Row]:
+    """Both modes on the same inputs."""
+    op, arguments, shape, low, high = case
+    spread = torch.linspace(low, high, COUNT, dtype=torch.float64)
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
+    x = torch.round(spread[order].reshape(shape) * 2**FRACTIONAL_BITS) / 2**FRACTIONAL_BITS
+    expected = load_all()[op].reference(x, *arguments)
+    programs = {role: program(role, op, arguments, shape) for role in ROLES}
+    rows = []
+    for mode in ("crypten", "mergec"):
+        (taken,) = run(programs, [Step({"x": x}, repeats=3)], mode)
+        error = (taken.value.double() - expected).abs()
+        rows.append(
+            Row(
+                op,
+                mode,
+                COUNT,
+                taken.seconds,
+                taken.online,
+                taken.offline,
+                taken.rounds,
+                float(error.max()),
+                float(error.mean()),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown; ratios are against CrypTen's stock protocol in the same run."""
+    titles = "rounds", "online B", "offline B", "largest error", "mean error", "bytes ×", "time ×"
+    lines = [f"| op | mode | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
+    stock = {row.op: row for row in rows if row.mode == "crypten"}
+    for row in rows:
+        base = stock[row.op]
+        lines.append(
+            f"| {row.op} | {row.mode} | {row.rounds} | {row.online_bytes / row.elements:.1f} | "
+            f"{row.offline_bytes / row.elements:.1f} | {row.largest_error:.1e} | "
+            f"{row.mean_error:.1e} | {base.online_bytes / row.online_bytes:.1f} | "
+            f"{base.seconds / row.seconds:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> list[Row]:
+    known = load_all()
+    rows = [row for case in CASES if case[0] in known for row in measure(case)]
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
+    (RESULTS / "elementwise.json").write_text(text)
+    (RESULTS / "elementwise.md").write_text(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    print(table(main()))

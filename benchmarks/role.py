@@ -1,0 +1,144 @@
+"""One role of a measurement, as a process of its own; bench.py starts three of them.
+
+Each step of the job gets its inputs from a file, so that a step after 512 tokens needs no 512
+tokens before it. All roles begin a step together; bytes and rounds are counted at the transport.
+
+Usage: python benchmarks/role.py JOB.json ROLE
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from runtime import crypten_compat as crypten
+from runtime.bundle import load_bundle, role_path
+from runtime.context import ClientContext, DealerContext, ServerContext
+from runtime.correlations.prg import SEED_BYTES, new_seed
+from runtime.executor import Executor
+from runtime.memory import keep_freed_memory, peak_bytes
+from runtime.program import RoleProgram
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
+from runtime.stock import StockExecutor
+from runtime.transport.communicator import CountingCommunicator
+from runtime.transport.dealer_link import dealer_receiver, dealer_sender
+from runtime.transport.link import Link
+from runtime.values import Held, Masked
+
+
+def executor_of(
+    program: RoleProgram, communicator: CountingCommunicator, stock: bool, stack: ExitStack
+) -> tuple[Any, Any]:
+    """The executor, and what is to be done after each step."""
+    if stock:
+        crypten.start_party()
+        return StockExecutor(program), lambda: None
+    if communicator.rank == DEALER:
+        client_seed, server_seed = new_seed(), new_seed()
+        streams = {party: dealer_sender(communicator, party) for party in (CLIENT, SERVER)}
+        for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
+            streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
+            streams[party].flush()
+        context = DealerContext(client_seed, server_seed, streams[SERVER])
+        for stream in streams.values():
+            stack.callback(stream.close)
+        return Executor(program, context, None), streams[SERVER].flush
+    source = dealer_receiver(communicator)
+    seed = source.read(SEED_BYTES).numpy().tobytes()
+    if communicator.rank == CLIENT:
+        return Executor(program, ClientContext(seed), Link(communicator)), lambda: None
+    return Executor(program, ServerContext(seed, source), Link(communicator)), lambda: None
+
+
+def inputs_of(program: RoleProgram, path: Path, stock: bool) -> dict[str, Any]:
+    """The program's inputs as this role knows them."""
+    tensors = load_file(path)
+    inputs: dict[str, Any] = {}
+    for spec in program.inputs:
+        opened, mask = tensors[f"{spec.name}.opened"], tensors[f"{spec.name}.mask"]
+        if spec.vis is Vis.CLIENT:
+            known = program.role == ROLES[CLIENT]
+            inputs[spec.name] = Held(Vis.CLIENT, opened if known else opened.to("meta"))
+        elif stock:
+            share = opened - mask if program.role == ROLES[CLIENT] else -mask
+            inputs[spec.name] = crypten.MPCTensor.from_shares(share)
+        else:
+            dealer = program.role == ROLES[DEALER]
+            inputs[spec.name] = Masked(opened.to("meta") if dealer else opened, mask, spec.frac)
+    return inputs
+
+
+def main(job: dict[str, Any], role: str) -> None:
+    stock = job["mode"] == "crypten"
+    program = load_bundle(role_path(Path(job["bundle"]), role), role)
+    if stock:
+        crypten.use_provider("dealer")
+    communicator = CountingCommunicator.join(role, job["rendezvous"], third_party=stock)
+    if stock and role == ROLES[DEALER]:
+        crypten.serve_third_party()
+        say({"event": "end"})
+        communicator.leave()
+        return
+    with ExitStack() as stack:
+        executor, finish = executor_of(program, communicator, stock, stack)
+        executor.setup()
+        finish()
+        play(job, program, communicator, executor, finish)
+    if stock and role == ROLES[CLIENT]:
+        crypten.end_third_party()
+    communicator.leave()
+
+
+def play(
+    job: dict[str, Any],
+    program: RoleProgram,
+    communicator: CountingCommunicator,
+    executor: Any,
+    finish: Callable[[], object],
+) -> None:
+    """Run the steps of the job, and say what each took."""
+    role, stock = program.role, job["mode"] == "crypten"
+    for index, step in enumerate(job["steps"]):
+        seconds = []
+        for repeat in range(step["repeats"]):
+            path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
+            inputs = inputs_of(program, path, stock)
+            dist.barrier(communicator.main_group if stock else communicator.control_group)
+            before, began = communicator.traffic.snapshot(), time.perf_counter()
+            dealt = 0 if stock else executor.context.offline_bytes
+            with torch.inference_mode():
+                outputs = executor.step(inputs)
+            finish()
+            seconds.append(time.perf_counter() - began)
+            spent = communicator.traffic - before
+        if role == ROLES[CLIENT]:
+            (known,) = [v for v in outputs.values() if isinstance(v, Held)]
+            save_file({"value": known.value.contiguous()}, Path(job["folder"]) / f"{index}.out")
+        say({
+            "event": "step",
+            "seconds": statistics.median(seconds),
+            "rounds": spent.rounds,
+            "online": spent.online,
+            "offline": spent.offline if stock else executor.context.offline_bytes - dealt,
+            "peak": peak_bytes(),
+        })  # fmt: skip
+
+
+def say(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
