@@ -20,7 +20,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow check format exactness install clean
+.PHONY: help demo test test-slow check format exactness bench bench-quick install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -59,6 +59,12 @@ format: $(READY) ## format and fix what can be fixed
 
 exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
 	$(PYTHON) benchmarks/exactness.py
+
+bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/results
+	$(PYTHON) benchmarks/bench.py
+
+bench-quick: $(READY) ## one decode step in three settings
+	$(PYTHON) benchmarks/bench.py --quick
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

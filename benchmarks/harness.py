@@ -115,13 +115,7 @@ def _uniform(shape: torch.Size) -> torch.Tensor:
 def _start(job: Path, role: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     command = [sys.executable, str(ROLE), str(job), role]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=open(f"/tmp/lead/err-{role}", "w"),
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def _events(party: subprocess.Popen[str], role: str) -> list[dict[str, Any]]:
