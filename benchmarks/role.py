@@ -31,7 +31,7 @@ from runtime.program import RoleProgram
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.stock import StockExecutor
 from runtime.transport.communicator import CountingCommunicator
-from runtime.transport.dealer_link import dealer_receiver, dealer_sender
+from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
 from runtime.transport.link import Link
 from runtime.values import Held, Masked
 
