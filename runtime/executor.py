@@ -24,6 +24,9 @@ from runtime.values import OWNER, Held, Masked, Sent, Shared, Weight, encode, vi
 
 _INT32_LIMIT = 2**31 - 1
 
+_PIECE = 1 << 20
+"""Elements of a weight that are encoded at once."""
+
 
 class Exchange(Interface):
     """The link to the other party: one call is one round."""
@@ -221,10 +224,14 @@ class Executor:
         return result
 
     def _encode(self, data: torch.Tensor) -> torch.Tensor:
-        words = encode(data, self.context.fixed).to(self.context.device)
-        if words.numel() == 0 or int(words.abs().max()) <= _INT32_LIMIT:
-            words = words.to(torch.int32)
-        return words
+        """Fixed-point words, int32 where all fit, made in pieces: a weight in float64 is large."""
+        flat, fixed = data.reshape(-1), self.context.fixed
+        largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
+        narrow = round(largest * 2.0**fixed) <= _INT32_LIMIT
+        words = torch.empty(flat.shape, dtype=torch.int32 if narrow else torch.int64)
+        for piece, source in zip(words.split(_PIECE), flat.split(_PIECE), strict=True):
+            piece.copy_(encode(source, fixed))
+        return words.reshape(data.shape).to(self.context.device)
 
     def _share(self, name: str, data: torch.Tensor, wanted: set[str]) -> None:
         """Share a constant of the server's; a weight is used under its static mask alone."""

@@ -59,7 +59,7 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
         yield ToClient(encoded)
         return Weight(encoded, encoded, mask, frac)
     if ctx.party == SERVER:
-        yield ToClient(encoded.to(torch.int64) - mask)
+        yield ToClient(torch.sub(encoded, mask, out=mask))
         ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
         return Weight(encoded, ghost, ghost, frac)
     difference = yield ToClient(torch.empty(encoded.shape, dtype=torch.int64, device="meta"))
