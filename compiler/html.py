@@ -134,13 +134,14 @@ def _groups(
     groups: list[_Group] = []
     layers: dict[str, int] = {}
     place: dict[str, int] = {}
+    homes = _homes(program.instructions)
     inputs = {spec.name: spec for spec in program.inputs}
     taken = {name for item in program.instructions for name in operands(item)}
     taken |= set(program.outputs)
     for item in program.instructions:
         if item.vis is Vis.PUBLIC or item.name not in taken:
             continue
-        key = layer_of(item.module)
+        key = homes[item.name]
         numbered = key.rpartition(".")[2].isdecimal()
         if numbered and key in layers:
             number = layers[key]
@@ -169,6 +170,16 @@ def _groups(
             if (start, target) not in group.links:
                 group.links.append((start, target))
     return groups, place
+
+
+def _homes(instructions: Sequence[Instruction]) -> dict[str, str]:
+    """The layer of each instruction; what stands outside all modules goes to the first user's."""
+    homes: dict[str, str] = {}
+    wanted: dict[str, str] = {}
+    for item in reversed(instructions):
+        homes[item.name] = layer_of(item.module or wanted.get(item.name, ""))
+        wanted |= dict.fromkeys(operands(item), item.module or wanted.get(item.name, ""))
+    return homes
 
 
 def _add(group: _Group, node: dict[str, Any]) -> int:

@@ -224,7 +224,7 @@
     fit() {
       const { width, height } = this.svg.getBoundingClientRect();
       const across = (width - 30) / this.size.width;
-      const scale = Math.min(1, across, Math.max((height - 28) / this.size.height, 0.6));
+      const scale = Math.min(1, across, Math.max((height - 28) / this.size.height, 0.8));
       this.view = { scale, x: width / 2, y: 14 };
       this.place();
     }
