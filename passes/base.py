@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
 from torch import fx
@@ -25,6 +27,9 @@ STAGES = ("canonicalize", "fuse", "approximate", "dialect", "finish")
 """canonicalize: fewer spellings of the same thing. fuse: recognize ops of the dialect by their
 pattern. approximate: put cheaper functions in their place, on request. dialect: what is left
 becomes ops of the dialect. finish: where values are revealed."""
+
+ENTRY_POINTS = "mergec.passes"
+"""The group of entry points under which other packages offer passes."""
 
 
 @dataclass
@@ -56,8 +61,11 @@ class Pass(PassBase):
 
     @classmethod
     def name(cls) -> str:
-        """The name of the file it stands in."""
-        return cls.__module__.rpartition(".")[2]
+        """The name of its file; outside this package, that of the class in snake case."""
+        package, _, file = cls.__module__.rpartition(".")
+        if package == __package__:
+            return file
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).strip("_").lower()
 
     @classmethod
     def summary(cls) -> str:
@@ -123,7 +131,10 @@ class PassReport:
 
 
 def available() -> dict[str, type[Pass]]:
-    """Every pass of this package by name."""
+    """Every pass by name: those of this package, and those that other packages offer.
+
+    A package offers a pass as an entry point of the group `mergec.passes`.
+    """
     package = importlib.import_module("passes")
     found: dict[str, type[Pass]] = {}
     for module in pkgutil.iter_modules(package.__path__):
@@ -133,7 +144,26 @@ def available() -> dict[str, type[Pass]]:
         for item in contents:
             if isinstance(item, type) and issubclass(item, Pass) and item is not Pass:
                 found[item.name()] = item
+    for point in entry_points(group=ENTRY_POINTS):
+        kind = _load(point)
+        if found.setdefault(kind.name(), kind) is not kind:
+            raise CompileError(
+                f"the entry point {point.value} of {ENTRY_POINTS} has the name of another pass, "
+                f"{kind.name()!r}; rename its class"
+            )
     return found
+
+
+def _load(point: EntryPoint) -> type[Pass]:
+    """The pass behind an entry point."""
+    where = f"the entry point {point.value} of {ENTRY_POINTS}"
+    try:
+        kind = point.load()
+    except Exception as error:
+        raise CompileError(f"{where} cannot be loaded: {error}; repair its package") from error
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise CompileError(f"{where} is no subclass of passes.base.Pass; repair its package")
+    return kind
 
 
 def ordered(passes: Iterable[type[Pass]]) -> list[type[Pass]]:

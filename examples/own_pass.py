@@ -1,0 +1,59 @@
+"""A pass of your own, outside of mergec: ReLU in place of GELU, which changes the function.
+
+Given as an argument, as here. A package offers it to every compilation by an entry point:
+
+    [options.entry_points]
+    mergec.passes =
+        relu_for_gelu = my_package.my_module:ReluForGelu
+
+and as it is lossy, it then runs where it is asked for: `mergec compile … --enable relu_for_gelu`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from compiler import CompileConfig, compile_decoder
+from compiler.ir import calls, is_shared, replace
+from passes.base import Pass
+from runtime.op import target
+
+
+class ReluForGelu(Pass):
+    """A ReLU takes one comparison, where a GELU takes a table besides.
+
+    Before:
+        %1 = mpc.gelu(%x)
+    After:
+        %1 = mpc.relu(%x)
+    """
+
+    stage = "approximate"  # after "fuse", where the GELU is found
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = [node for node in graph_module.graph.nodes if calls(node, target("gelu"))]
+        for node in found:
+            if is_shared(node):
+                replace(node, target("relu"), (node.args[0],))
+            else:
+                self.skip(node, "somebody knows its operand, and computes it for nothing")
+        return len(found)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config)
+    for passes in ((), (ReluForGelu,)):
+        program = compile_decoder(model, config=CompileConfig(extra_passes=passes))
+        total = program.inspect(new=1, past=16).total
+        print(f"{total.rounds} rounds, {total.online:,} B online: {program.describe()}")
+
+
+if __name__ == "__main__":
+    main()
