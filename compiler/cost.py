@@ -90,7 +90,9 @@ class _CostWalker(Executor):
         plain = op.reference(*map(_plain, bound.values()))
         shape = plain.shape
         ghost = torch.empty(shape, dtype=torch.int64, device="meta")
-        if op.name in ("open", "cache_append"):
+        if op.name == "cache_append":
+            return type(bound["past"])(ghost, ghost, instruction.frac)
+        if op.name == "open":
             return Masked(ghost, ghost, instruction.frac)
         if op.name == "send":
             return Sent(ghost, ghost, instruction.frac)
@@ -134,7 +136,8 @@ def ghost_inputs(program: RoleProgram, new: int, past: int) -> dict[str, Any]:
         ghost = torch.empty(shape, dtype=dtype, device="meta")
         if spec.vis is Vis.SHARED:
             words = torch.empty(shape, dtype=torch.int64, device="meta")
-            inputs[spec.name] = Masked(words, words, spec.frac)
+            form = Sent if spec.form == "sent" else Masked
+            inputs[spec.name] = form(words, words, spec.frac)
         else:
             inputs[spec.name] = Held(spec.vis, ghost)
     return inputs

@@ -32,6 +32,7 @@ _NORM_MARGIN = 2.0**4
 """The mean square of a row may become 2**4 times as large as in calibration."""
 
 _CONVERSIONS = {"masked": "open", "sent": "send"}
+_RESULTS = {name: form for form, name in _CONVERSIONS.items()}
 _ATTENTIONS = ("attention", "ratio_attention")
 _NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu")
 
@@ -92,7 +93,7 @@ class _Legalizer:
         for node in list(self.graph.nodes):
             op = op_of(node)
             if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:
-                self.mark(node, "masked", self.fixed)
+                self.mark(node, self.cache_form(node), self.fixed)
             elif node.op == "get_attr" and node.meta["vis"] is Vis.SHARED:
                 self.mark(node, "share", self.fixed)
             elif op is not None and self.shared(node, op):
@@ -112,6 +113,8 @@ class _Legalizer:
     def visit(self, node: fx.Node, op: type[Op]) -> None:
         arguments = bind(op, node)
         forms = op.forms(*map(self.known, arguments.values()))
+        if op.name == "cache_append":
+            forms = dict.fromkeys(arguments, arguments["past"].meta["form"])
         for parameter, value in arguments.items():
             if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
                 arguments[parameter] = self.convert(value, forms.get(parameter, "fixed"))
@@ -123,8 +126,27 @@ class _Legalizer:
         elif op.name in _NARROW:
             self.check_scalar(node, arguments[next(iter(arguments))])
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
-        self.mark(node, {"open": "masked", "send": "sent", "cache_append": "masked"}.get(
-            op.name, "share"), frac)  # fmt: skip
+        if op.name == "cache_append":
+            self.mark(node, forms["past"], frac)
+        else:
+            self.mark(node, _RESULTS.get(op.name, "share"), frac)
+
+    def cache_form(self, cache: fx.Node) -> str:
+        """How a cache is kept: opened to the server alone where nothing else is asked of it."""
+        return "sent" if self.asked(cache) == {"sent"} else "masked"
+
+    def asked(self, value: fx.Node) -> set[str]:
+        """The forms in which ops take a value, however it is moved before."""
+        found: set[str] = set()
+        for user in value.users:
+            op = op_of(user)
+            if op is not None and op.name != "cache_append":
+                arguments = bind(op, user)
+                forms = op.forms(*map(self.known, arguments.values()))
+                found |= {forms.get(k, "fixed") for k, v in arguments.items() if v is value}
+            elif user.op == "call_function" and user.meta.get("vis") is Vis.SHARED:
+                found |= self.asked(user)
+        return found
 
     @staticmethod
     def known(value: Any) -> Any:
@@ -154,7 +176,7 @@ class _Legalizer:
     def finish(self, node: fx.Node) -> None:
         """Cache outputs leave the step opened, as they enter the next one."""
         for value in node.all_input_nodes:
-            if value.meta.get("vis") is Vis.SHARED:
+            if value.meta.get("vis") is Vis.SHARED and value.meta["form"] != "sent":
                 node.replace_input_with(value, self.convert(value, "masked"))
 
     def convert(self, node: fx.Node, form: str) -> fx.Node:

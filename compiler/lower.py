@@ -46,8 +46,10 @@ def lower(
     outputs = [names[node] for node in output.args[0]]
     caches = iter(outputs[1:])
     renamed = [
-        replace(spec, frac=fixed, cache_output=next(caches)) if spec.cache_output else spec
-        for spec in inputs
+        replace(spec, frac=fixed, form=node.meta["form"], cache_output=next(caches))
+        if spec.cache_output
+        else spec
+        for node, spec in zip(placeholders, inputs, strict=True)
     ]
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     specs = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -22,6 +22,9 @@ from runtime.program import (
 from runtime.spec import FRACTIONAL_BITS, RING_BITS, Vis
 
 RECOMPILE = "compile the model again"
+
+FORMS = ("masked", "sent")
+"""Forms of a cache: opened under a mask to both parties, or to the server alone."""
 
 LENGTHS = frozenset({"new", "past", "past+new"})
 """The lengths of a step that are known only when it runs."""
@@ -65,6 +68,7 @@ def encode_program(program: RoleProgram) -> dict[str, Any]:
                 "shape": list(i.shape),
                 "frac": i.frac,
                 "cache_output": i.cache_output,
+                "form": i.form,
             }
             for i in program.inputs
         ],
@@ -104,6 +108,7 @@ def decode_program(data: object, role: str, where: str) -> RoleProgram:
                 r.shape(LENGTHS),
                 r.whole("frac"),
                 None if cache is None else r.text("cache_output"),
+                r.one_of("form", FORMS),
             )
         )
     instructions = [
@@ -199,6 +204,12 @@ class _Record:
 
     def records(self, key: str) -> list[_Record]:
         return [_Record(item, self.where, f"{key}[{n}]") for n, item in enumerate(self.items(key))]
+
+    def one_of(self, key: str, values: Collection[str]) -> str:
+        value = self.text(key)
+        if value not in values:
+            raise self.wrong(f"the field {key!r} is {value!r}, not one of {', '.join(values)}")
+        return value
 
     def vis(self) -> Vis:
         try:

@@ -13,9 +13,9 @@ import torch
 from runtime.errors import BundleError, PromptError
 from runtime.program import InputSpec, RoleProgram
 from runtime.sampling import Sampling, choose
-from runtime.spec import CLIENT, ROLES, Vis
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.transport.traffic import Traffic
-from runtime.values import Held, Masked
+from runtime.values import Held, Masked, Sent
 
 if TYPE_CHECKING:
     from runtime.executor import Executor
@@ -122,12 +122,15 @@ class MergecSession(Session):
     def _start(self) -> dict[str, Any]:
         return {spec.name: self._empty(spec) for spec in self.cache_specs}
 
-    def _empty(self, spec: InputSpec) -> Masked:
+    def _empty(self, spec: InputSpec) -> Masked | Sent:
         context = self._executor.context
         shape = [0 if isinstance(size, str) else size for size in spec.shape]
-        opened = torch.zeros(shape, dtype=torch.int64, device=context.tensor_device)
-        mask = torch.zeros(shape, dtype=torch.int64, device=context.device)
-        return Masked(opened, mask, spec.frac)
+        words = torch.zeros(shape, dtype=torch.int64, device=context.device)
+        ghost = torch.empty(shape, dtype=torch.int64, device="meta")
+        if spec.form == "sent":
+            server = self.party == SERVER
+            return Sent(words if server else ghost, ghost if server else words, spec.frac)
+        return Masked(ghost if self.party == DEALER else words, words, spec.frac)
 
     @torch.inference_mode()
     def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:

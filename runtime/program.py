@@ -50,6 +50,9 @@ class InputSpec:
     frac: int = 0
     cache_output: str | None = None
     """For a cache input: the output that is its value in the next step."""
+    form: str = "masked"
+    """For a shared input: how it is held, opened under a mask to both ("masked") or to the server
+    alone ("sent")."""
 
 
 @dataclass(frozen=True)

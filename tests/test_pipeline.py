@@ -43,6 +43,7 @@ fuse          fuse_glu
 fuse          fuse_layer_norm
 fuse          fuse_rms_norm
 fuse          fuse_rotary
+approximate   fix_attention
 approximate   quadratic_gelu
 approximate   quadratic_silu
 approximate   relu_activations

@@ -49,14 +49,25 @@ class Attention(Op):
         scale: float,
         softcap: float = 0.0,
     ) -> torch.Tensor:
-        groups = q.shape[-3] // k.shape[-3]
-        k, v = (t.repeat_interleave(groups, -3) for t in (k, v))
+        weights = Attention.weights(q, k, mask, scale, softcap)
+        return torch.matmul(weights, v.repeat_interleave(q.shape[-3] // v.shape[-3], -3))
+
+    @staticmethod
+    def weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
+        """How much each token looks at each other one, [B, H, N, L], in the clear."""
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
         scores = torch.matmul(q, k.transpose(-1, -2)) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             scores = scores + mask
-        return torch.matmul(torch.softmax(scores, -1), v)
+        return torch.softmax(scores, -1)
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:

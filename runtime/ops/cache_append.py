@@ -10,7 +10,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.spec import Cost
-from runtime.values import Masked
+from runtime.values import Masked, Sent
 
 
 class CacheAppend(Op):
@@ -24,21 +24,21 @@ class CacheAppend(Op):
         return torch.cat([past, new], -2)
 
     operands = {"past": "masked", "new": "masked"}
+    """Or both "sent", where all that reads the cache is a product with a constant."""
 
     @classmethod
-    def cost(cls, past: Masked, new: Masked, *, fixed: int) -> Cost:
+    def cost(cls, past: Masked | Sent, new: Masked | Sent, *, fixed: int) -> Cost:
         return Cost()
 
     @classmethod
-    def protocol(cls, ctx: Context, past: Masked, new: Masked) -> Protocol:
+    def protocol(cls, ctx: Context, past: Masked | Sent, new: Masked | Sent) -> Protocol:
         """Concatenate two opened wires: an entry is opened once, when it enters the cache.
 
         No messages; what was opened under its own mask stays as it is.
         """
         yield from ()
-        return Masked(
-            torch.cat([past.opened, new.opened], -2), torch.cat([past.mask, new.mask], -2), new.frac
-        )
+        opened = torch.cat([past.opened, new.opened], -2)
+        return type(past)(opened, torch.cat([past.mask, new.mask], -2), new.frac)
 
     @classmethod
     def stock(cls, past: Any, new: Any) -> Any:

@@ -126,6 +126,11 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
         for kind in ("2quad", "2relu")
         for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
     ),
+    *(
+        ("constant_attention", [real(1, 2, n, 8), real(6, 5, 5).abs(), 3], forms, 5e-4)
+        for n in (3, 5, 9)
+        for forms in ({"weight": "weight"}, {"values": "masked", "weight": SHARED})
+    ),
     ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),
     ("truncate", [real(3, 4)], {}, 3e-5),
     ("open", [real(3, 4)], {}, 1e-5),

@@ -1,0 +1,109 @@
+"""Put a constant table in the place of what attention computes of queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import add_constant, aten, calls, insert, replace
+from compiler.legalize import bind
+from compiler.ranges import replay
+from passes.base import Pass
+from runtime.op import REGISTRY, target
+from runtime.ops.attention import Attention
+from runtime.spec import Vis
+
+
+class FixAttention(Pass):
+    """Attention weights become a table per head: no query, no key, no softmax, no round.
+
+    Lossy. The constant attention of MERGE (Liang et al., AAAI 2024), which trains its table; here
+    it is the mean of the model's own attention, per head and pair of positions, over the
+    calibration prompts. From the length P of the longest prompt on, tokens look as the P-th does:
+    at the same distances back, and at the first token, which takes up what a head has no use for.
+    So it is exact for heads that look by position alone, up to P tokens; calibrate with prompts as
+    long as those that you expect. Queries and keys are dropped, and with them rotary embeddings and
+    the cache of keys. The table follows from the weights, so the server holds it, and its product
+    with cached values costs no message.
+
+    Before:
+        %1 = mpc.cache_append(%cache.0.key, %k)
+        %2 = mpc.cache_append(%cache.0.value, %v)
+        %3 = mpc.attention(%q, %1, %2, %mask, 0.125, 0.0)
+        return [%3, %1, %2]
+    After:
+        %1 = aten.sym_size.int(%input_ids, 1)
+        %2 = mpc.cache_append(%cache.0.value, %v)
+        %3 = mpc.constant_attention(%2, %attention.table, %1)
+        return [%3, %2]
+    """
+
+    stage = "approximate"
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = [n for n in graph_module.graph.nodes if calls(n, target("attention"))]
+        if not found:
+            return 0
+        tables = _observe(graph_module, found, self.info.inputs, self.info.calibration)
+        ids = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
+        new = insert(found[0], aten.sym_size.int, (ids, 1), ids.meta["val"].shape[1], Vis.PUBLIC)
+        for node in found:
+            table = tables[node].to(node.meta["val"].dtype)
+            place = node.meta.get("module") or node.name
+            held = add_constant(node, self.info.constants, f"{place}.table", table, Vis.SERVER)
+            values = bind(REGISTRY["attention"], node)["v"]
+            replace(node, target("constant_attention"), (values, held, new))
+        graph_module.graph.eliminate_dead_code()
+        self._drop_caches(graph_module)
+        return len(found)
+
+    def _drop_caches(self, graph_module: fx.GraphModule) -> None:
+        """Take out the caches that nothing reads any more; the length of another stays."""
+        *_, output = graph_module.graph.nodes
+        placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        pairs = list(zip(placeholders[1:], self.info.inputs[1:], output.args[0][1:], strict=True))
+        dropped = [pair for pair in pairs if _unread(pair[0], pair[2], output)]
+        kept = [pair[0] for pair in pairs if pair not in dropped]
+        if not kept:
+            return
+        output.args = ([output.args[0][0], *(p[2] for p in pairs if p not in dropped)],)
+        for cache, spec, following in dropped:
+            graph_module.graph.erase_node(following)
+            for size in list(cache.users):
+                size.replace_input_with(cache, kept[0])
+            graph_module.graph.erase_node(cache)
+            self.info.inputs.remove(spec)
+
+
+def _unread(cache: fx.Node, following: fx.Node, output: fx.Node) -> bool:
+    """Whether a cache is only continued, and its number of tokens taken."""
+    return set(following.users) == {output} and all(
+        user is following or (calls(user, aten.sym_size.int) and user.args[1] == 2)
+        for user in cache.users
+    )
+
+
+def _observe(
+    graph_module: fx.GraphModule, nodes: list[fx.Node], inputs: Any, sequences: Any
+) -> dict[fx.Node, torch.Tensor]:
+    """The mean attention [H, P, P] of each node over the sequences, each as a prompt."""
+    size = max(map(len, sequences))
+    sums: dict[fx.Node, Any] = dict.fromkeys(nodes, 0.0)
+    counts = torch.zeros(size, 1)
+    for sequence in sequences:
+        counts[: len(sequence)] += 1
+
+    class Observer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            if n in sums:
+                q, k, _, *rest = self.fetch_args_kwargs_from_env(n)[0]
+                weights = Attention.weights(q, k, *rest)[0].to(torch.float64)
+                room = size - weights.shape[-1]
+                sums[n] = sums[n] + torch.nn.functional.pad(weights, (0, room, 0, room))
+            return super().run_node(n)
+
+    replay(Observer(graph_module), inputs, sequences)
+    return {node: total / counts for node, total in sums.items()}

@@ -1,0 +1,97 @@
+"""Attention by a table of the server's: the weighted sum of values without queries and keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from runtime.context import Context
+from runtime.kernels.matmul import matmul
+from runtime.messages import Protocol
+from runtime.op import Op
+from runtime.protocols.weights import Constant, Moving, times_weight
+from runtime.spec import Cost, Vis
+from runtime.values import Shared
+
+
+class ConstantAttention(Op):
+    """The last `new` rows of attention whose weights depend on positions alone.
+
+    values [B, G, L, D], weight [H, P, P] with H a multiple of G: row i of a head says how much the
+    i-th token looks at each token up to it. Tokens from the P-th on look as the last row does: at
+    the same distances back, and at the first token. Gives [B, H, new, D].
+    """
+
+    name = "constant_attention"
+    schema = "(Tensor values, Tensor weight, SymInt new) -> Tensor"
+    weights = ("weight",)
+
+    @staticmethod
+    def reference(values: torch.Tensor, weight: torch.Tensor, new: int) -> torch.Tensor:
+        return _weighted(values, weight, new, torch.matmul)
+
+    @classmethod
+    def forms(cls, values: Any, weight: Vis, new: Any) -> dict[str, str]:
+        return {"values": "masked" if weight is Vis.SHARED else "sent"}
+
+    @classmethod
+    def scale(cls, *args: object, fixed: int) -> int:
+        return 2 * fixed
+
+    @classmethod
+    def cost(cls, values: Moving, weight: Constant, new: int, *, fixed: int) -> Cost:
+        return Cost(offline=8 * math.prod(_shape(values, weight, new)))
+
+    @classmethod
+    def protocol(cls, ctx: Context, values: Moving, weight: Constant, new: int) -> Protocol:
+        """A product with a constant of the server's, bilinear in values and table: no message.
+
+        The table is opened under its static mask once in a session, each value once when it enters
+        the cache: to the server, or to both where the weights are shared. See `times_weight`.
+        Offline 8 bytes per result. MERGE (Liang et al., AAAI 2024) has the idea of a constant
+        attention; that it costs nothing online is due to the one-way form of the product.
+        """
+        yield from ()
+
+        def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return _weighted(x, w.to(torch.int64), new, matmul)
+
+        share = times_weight(ctx, values, weight, product, _shape(values, weight, new))
+        return Shared(share, values.frac + weight.frac)
+
+    @classmethod
+    def stock(cls, values: Any, weight: Any, new: int) -> Any:
+        """CrypTen's matrix product with the shared table, opened anew in every step."""
+        return _weighted(values, weight, new, lambda a, b: a.matmul(b))
+
+
+def _shape(values: Any, weight: Any, new: int) -> tuple[int, ...]:
+    return (values.shape[0], weight.shape[0], new, values.shape[-1])
+
+
+def _weighted(values: Any, table: Any, new: int, product: Any) -> Any:
+    """Works on real tensors, on shares as integers, and on CrypTen's tensors."""
+    batch, groups, length, features = values.shape
+    heads, size = table.shape[0], table.shape[-1]
+    place, counts = _places(new, length, size)
+    device = table.device
+    flat = table.reshape(heads, size * size)[:, place.reshape(-1).to(device)]
+    rows = flat * counts.reshape(-1).to(device)
+    # Heads of a group are further rows of one product.
+    rows = rows.reshape(1, groups, heads // groups * new, length)
+    return product(rows, values).reshape(batch, heads, new, features)
+
+
+def _places(new: int, length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in a head's table each weight [new, length] stands, and whether it counts (1 or 0)."""
+    row = torch.arange(length - new, length)[:, None]
+    column = torch.arange(length)[None, :]
+    late = row >= size
+    # The last row of the table ends at the token itself.
+    back = size - 1 - (row - column)
+    source = torch.where(late & (column > 0), back, column.expand(new, length))
+    counts = (column <= row) & (~late | (column == 0) | (back > 0))
+    place = row.clamp(max=size - 1) * size + source.clamp(0, size - 1)
+    return place, counts.to(torch.int64)

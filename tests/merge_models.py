@@ -1,0 +1,78 @@
+"""Models for which the lossy passes of MERGE are exact by construction."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+
+CODE = 16
+"""Entries of a code: as many +1 as -1, so that every row of codes has mean 0 and deviation 1."""
+
+VOCAB, POSITIONS = 40, CODE - 1
+
+
+def codes(count: int, seed: int = 0) -> torch.Tensor:
+    """Distinct codes [count, 16]."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.tensor([1.0, -1.0]).repeat(CODE // 2)
+    found: set[tuple[float, ...]] = set()
+    while len(found) < count:
+        found.add(tuple(signs[torch.randperm(CODE, generator=generator)].tolist()))
+    return torch.tensor(sorted(found), dtype=torch.float64)
+
+
+def position_codes() -> torch.Tensor:
+    """Codes [15, 16] that are orthogonal to each other: a Hadamard matrix's, by Sylvester."""
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    return reduce(torch.kron, [step] * 4)[1:]
+
+
+def gpt2(width: int, **settings: Any) -> Any:
+    """A GPT-2 in float64 of one layer and one head, all of whose weights are zero."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=POSITIONS,
+        n_embd=width,
+        n_layer=1,
+        n_head=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        **settings,
+    )
+    model = GPT2LMHeadModel(config).eval().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ln_" not in name:
+                parameter.zero_()
+    return model
+
+
+def looks_back() -> Any:
+    """Its attention looks at the token before, wherever that is; what follows is random.
+
+    A row is [token, position, room]: attention copies the token before into the room, so that all
+    rows have mean 0 and deviation 1 before the second norm, too.
+    """
+    model = gpt2(3 * CODE)
+    token, position, room = (slice(i * CODE, (i + 1) * CODE) for i in range(3))
+    block = model.transformer.h[0]
+    # Before the room is filled, a third of the row is 0.
+    scale = 1.5**0.5
+    seen = position_codes()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        model.transformer.wte.weight[:, token] = codes(VOCAB)
+        model.transformer.wpe.weight[:, position] = seen
+        queries, keys, values = block.attn.c_attn.weight.split(3 * CODE, dim=1)
+        queries[position, :CODE] = 16.0 * seen[1:].T @ seen[:-1] / CODE
+        keys[position, :CODE] = torch.eye(CODE, dtype=torch.float64)
+        values[token, :CODE] = torch.eye(CODE, dtype=torch.float64)
+        block.attn.c_proj.weight[:CODE, room] = torch.eye(CODE, dtype=torch.float64) / scale
+        for linear in (block.mlp.c_fc, block.mlp.c_proj):
+            for parameter in linear.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model

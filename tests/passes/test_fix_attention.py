@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import torch
+
+from compiler.capture import Captured, capture
+from compiler.config import CompileConfig
+from compiler.ir import dump
+from compiler.pipeline import rewrite
+from passes.base import PassReport
+from runtime.op import target
+from runtime.ops.attention import Attention
+from runtime.ops.constant_attention import ConstantAttention
+from runtime.spec import Vis
+from tests.families import captured
+from tests.merge_models import VOCAB, looks_back
+from tests.passes.harness import Graph, normal
+
+CALIBRATION = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3), (2, 7, 1, 8))
+ASKED = CompileConfig(enable=("fix_attention",), calibration=CALIBRATION)
+
+
+def outputs(step: Captured, ids: torch.Tensor, cut: int) -> torch.Tensor:
+    """Logits of the last token, of which those from `cut` on come one by one."""
+    caches = [
+        torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=torch.float64)
+        for spec in step.inputs[1:]
+    ]
+    pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
+    with torch.no_grad():
+        for piece in pieces:
+            logits, *caches = step.graph_module(piece, *caches)
+    return logits
+
+
+def fixed(step: Captured) -> tuple[Captured, dict[str, PassReport]]:
+    return step, {report.name: report for report in rewrite(step, ASKED)}
+
+
+def test_exact_for_a_head_that_looks_by_position() -> None:
+    """Within the calibrated length, and beyond it."""
+    model = looks_back()
+    step, reports = fixed(capture(model))
+    assert reports["fix_attention"].sites == 1
+    ids = torch.randint(0, VOCAB, (1, 14), generator=torch.Generator().manual_seed(1))
+    for length, cut in ((6, 6), (9, 4), (14, 12), (14, 14)):
+        with torch.no_grad():
+            wanted = model(input_ids=ids[:, :length]).logits[:, -1:]
+        assert float((outputs(step, ids[:, :length], cut) - wanted).abs().max()) < 1e-9
+
+
+def test_queries_keys_and_their_cache_are_gone() -> None:
+    step, _ = fixed(captured("llama"))
+    text = dump(step.graph_module)
+    assert [spec.name for spec in step.inputs] == ["input_ids", "cache.0.value", "cache.1.value"]
+    for gone in ("q_proj", "k_proj", "rotary", "softmax", "mpc.attention"):
+        assert gone not in text
+    assert text.count("mpc.constant_attention") == 2
+    tables = {name: vis for name, vis in step.constants.items() if name.endswith(".table")}
+    assert list(tables.values()) == [Vis.SERVER] * 2
+    assert rewrite(step, ASKED)[0].sites == 0
+    assert dump(step.graph_module) == text
+
+
+def test_the_table_is_the_mean_attention() -> None:
+    step, _ = fixed(captured("gpt2"))
+    table = step.tensors()["transformer.h.0.attn.table"][0]
+    assert table.shape == (4, 10, 10)
+    assert torch.allclose(table.sum(-1), torch.ones(4, 10, dtype=torch.float64))
+    assert not table.triu(1).any()
+
+
+def test_rows_beyond_the_table() -> None:
+    """As the last row: at the same distances, and at the first token."""
+    table = torch.rand(2, 4, 4, dtype=torch.float64).tril()
+    values = torch.eye(7, dtype=torch.float64)[None, None]
+    rows = ConstantAttention.reference(values, table, 7)[0]
+    assert torch.equal(rows[:, :4, :4], table)
+    assert not rows[:, :4, 4:].any()
+    for i in (4, 5, 6):
+        assert torch.equal(rows[:, i, 0], table[:, 3, 0])
+        assert torch.equal(rows[:, i, i - 2 : i + 1], table[:, 3, 1:])
+        assert not rows[:, i, 1 : i - 2].any()
+    assert torch.equal(ConstantAttention.reference(values, table, 2)[0], rows[:, -2:])
+
+
+def test_weights_are_those_of_attention() -> None:
+    q, k, v = normal(1, 4, 3, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2)
+    weights = Attention.weights(q, k, None, 0.5)
+    assert torch.equal(weights @ v.repeat_interleave(2, 1), Attention.reference(q, k, v, None, 0.5))
+
+
+def test_near_misses() -> None:
+    """Where another pass came first, and where no attention was recognized."""
+    step = captured("gpt2")
+    rewrite(step, CompileConfig(enable=("softmax_2quad",)))
+    before = dump(step.graph_module)
+    reports = {report.name: report for report in rewrite(step, ASKED)}
+    assert reports["fix_attention"].sites == 0
+    assert dump(step.graph_module) == before
+    graph = Graph(lambda m, q, k, v: (q @ k.transpose(-1, -2)) @ v, *(normal(1, 4, 3, 8),) * 3)
+    assert graph.run("fix_attention") == 0
+    assert not any(n.target is target("constant_attention") for n in graph.module.graph.nodes)
