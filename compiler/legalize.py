@@ -133,7 +133,8 @@ class _Legalizer:
 
     def cache_form(self, cache: fx.Node) -> str:
         """How a cache is kept: opened to the server alone where nothing else is asked of it."""
-        return "sent" if self.asked(cache) == {"sent"} else "masked"
+        appended = any(op_of(user) is REGISTRY["cache_append"] for user in cache.users)
+        return "sent" if appended and self.asked(cache) == {"sent"} else "masked"
 
     def asked(self, value: fx.Node) -> set[str]:
         """The forms in which ops take a value, however it is moved before."""

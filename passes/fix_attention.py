@@ -100,7 +100,7 @@ def _observe(
         def run_node(self, n: fx.Node) -> Any:
             if n in sums:
                 q, k, _, *rest = self.fetch_args_kwargs_from_env(n)[0]
-                weights = Attention.weights(q, k, *rest)[0].to(torch.float64)
+                weights = Attention.probabilities(q, k, *rest)[0].to(torch.float64)
                 room = size - weights.shape[-1]
                 sums[n] = sums[n] + torch.nn.functional.pad(weights, (0, room, 0, room))
             return super().run_node(n)

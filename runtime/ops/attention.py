@@ -49,11 +49,11 @@ class Attention(Op):
         scale: float,
         softcap: float = 0.0,
     ) -> torch.Tensor:
-        weights = Attention.weights(q, k, mask, scale, softcap)
+        weights = Attention.probabilities(q, k, mask, scale, softcap)
         return torch.matmul(weights, v.repeat_interleave(q.shape[-3] // v.shape[-3], -3))
 
     @staticmethod
-    def weights(
+    def probabilities(
         q: torch.Tensor,
         k: torch.Tensor,
         mask: torch.Tensor | None,

@@ -85,7 +85,7 @@ def test_rows_beyond_the_table() -> None:
 
 def test_weights_are_those_of_attention() -> None:
     q, k, v = normal(1, 4, 3, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2)
-    weights = Attention.weights(q, k, None, 0.5)
+    weights = Attention.probabilities(q, k, None, 0.5)
     assert torch.equal(weights @ v.repeat_interleave(2, 1), Attention.reference(q, k, v, None, 0.5))
 
 
