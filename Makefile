@@ -20,7 +20,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow check format exactness bench bench-quick install clean
+.PHONY: help demo test test-slow check format exactness pass-table bench bench-quick install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -65,6 +65,9 @@ bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/re
 
 bench-quick: $(READY) ## one decode step in three settings
 	$(PYTHON) benchmarks/bench.py --quick
+
+pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
+	$(PYTHON) benchmarks/pass_table.py
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,151 @@
+"""What each pass saves: GPT-2-base (random weights) and SmolLM2, a prompt of 64 and a decode step.
+
+Passes that the model cannot be compiled without make the first row; each further row adds one pass,
+in the order in which they run. Rounds and bytes are predicted for every row, and measured where
+`--measure` says: in the rows at both ends, in all, or in none. Writes docs/passes.md.
+Usage: python benchmarks/pass_table.py [--measure ends|all|none]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compiler import CompileConfig, compile_decoder
+from compiler.load import load_model
+from runtime.inprocess import InProcessSession
+from runtime.spec import Cost
+
+PROMPT, PAST = 64, 128
+STEPS = {"prompt": (PROMPT, 0), "decode": (1, PAST)}
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "passes.md"
+
+Costs = dict[str, Cost]
+"""By the name of the step."""
+
+
+@dataclass
+class Row:
+    """A program with one pass more than that of the row before."""
+
+    name: str
+    nodes: int
+    predicted: Costs
+    disabled: tuple[str, ...]
+    measured: Costs = field(default_factory=dict)
+
+
+def gpt2() -> tuple[Any, Any]:
+    """GPT-2-base with random weights: 12 layers of width 768, 50,257 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval(), None
+
+
+def predict(model: Any, tokenizer: Any) -> tuple[list[Row], list[str], int]:
+    """The rows, the names of needed passes, and the number of nodes as captured."""
+    program = compile_decoder(model, tokenizer)
+    history = program.history
+    if history is None:
+        raise RuntimeError("a program that was compiled here tells how")
+    savings = {step: history.savings(*lengths) for step, lengths in STEPS.items()}
+    needed = [saving.name for saving in savings["decode"] if saving.needed]
+    names = [saving.name for saving in savings["decode"] if not saving.needed]
+    compared = {step: [s for s in found if not s.needed] for step, found in savings.items()}
+    rows = []
+    for position, name in enumerate(["needed passes alone", *names]):
+        # Row 0 is what the first pass is compared with; row n is the program with the nth.
+        place = max(position - 1, 0)
+        pairs = {step: found[place] for step, found in compared.items()}
+        costs = {step: s.with_it if position else s.without for step, s in pairs.items()}
+        nodes = pairs["decode"].instructions
+        rows.append(
+            Row(name, nodes[1 if position else 0], costs, tuple(names[position:]))  # type: ignore[index, arg-type]
+        )
+    return rows, needed, len(history.before.program.instructions)
+
+
+def measure(model: Any, tokenizer: Any, row: Row, vocabulary: int) -> None:
+    """Compile the row's program, run its steps, and note what the server counted."""
+    config = CompileConfig(disable=row.disabled)
+    program = compile_decoder(model, tokenizer, config)
+    ids = [(17 * i + 5) % vocabulary for i in range(PAST + 1)]
+    with InProcessSession(program.roles) as session:
+        session.step(ids[:PROMPT], 0)
+        row.measured["prompt"] = session.record.total
+        for start in range(PROMPT, PAST, PROMPT):
+            session.step(ids[start : start + PROMPT], start)
+        session.step(ids[PAST:], PAST)
+        row.measured["decode"] = session.record.total
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown: rounds and online bytes of both steps, and whether they were measured, too."""
+    lines = [
+        "| with | nodes | prompt rounds | prompt online | decode rounds | decode online | measured |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        cells = [f"{row.nodes:,}"]
+        for step in STEPS:
+            cost = row.predicted[step]
+            cells += [f"{cost.rounds:,}", f"{cost.online / 1e6:,.2f} MB"]
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {verdict(row)} |")
+    return lines
+
+
+def verdict(row: Row) -> str:
+    """What the counters said."""
+    if not row.measured:
+        return ""
+    if all((m.rounds, m.online) == (row.predicted[s].rounds, row.predicted[s].online)
+           for s, m in row.measured.items()):  # fmt: skip
+        return "the same"
+    return "; ".join(
+        f"{step} {m.rounds:,} rounds, {m.online / 1e6:,.2f} MB" for step, m in row.measured.items()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
+    wanted = parser.parse_args().measure
+    lines = [
+        "# What each pass saves",
+        "",
+        f"A prompt of {PROMPT} tokens, and one decode step after {PAST} cached ones. The first row",
+        "is the program of those passes alone that the model cannot be compiled without; each",
+        "further row adds one pass, in the order in which they run, and holds the program of all",
+        "passes so far. Passes that change nothing in a model are left out, and so are lossy ones.",
+        "`nodes` are instructions of the program. Rounds and online bytes (both directions) are",
+        "predicted by the ops' formulas. `measured` tells what the counters of the transport said",
+        "when client, server and dealer ran that very program. Made by `make pass-table`.",
+    ]
+    for title, load in (("GPT-2-base, random weights", gpt2), ("SmolLM2-135M-Instruct", smollm2)):
+        model, tokenizer = load()
+        rows, needed, captured = predict(model, tokenizer)
+        for row in rows if wanted == "all" else rows[:: len(rows) - 1] if wanted == "ends" else ():
+            gc.collect()
+            measure(model, tokenizer, row, model.config.vocab_size)
+        lines += ["", f"## {title}", "", f"As captured: {captured:,} nodes of ATen. Needed: "]
+        lines[-1] += ", ".join(needed) + "."
+        lines += ["", *table(rows)]
+    text = "\n".join(lines) + "\n"
+    TARGET.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def smollm2() -> tuple[Any, Any]:
+    """The model and its tokenizer, from the package that ships them."""
+    return load_model("smollm2")
+
+
+if __name__ == "__main__":
+    main()
