@@ -89,7 +89,7 @@ def measure(model: Any, tokenizer: Any, row: Row, vocabulary: int) -> None:
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown: rounds and online bytes of both steps, and whether they were measured, too."""
     lines = [
-        "| with | nodes | prompt rounds | prompt online | decode rounds | decode online | measured |",
+        "| with | nodes | rounds, prompt | online | rounds, decode | online | measured |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:

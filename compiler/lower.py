@@ -31,7 +31,8 @@ def lower(
     """One program per role. The instructions are the same, and so run in the same order.
 
     A role that may not know a value runs its instruction on shapes alone: which ones follows from
-    the visibilities, so there is nothing to leave out. Its tensors hold what it may know.
+    the visibilities, so there is nothing to leave out. Its tensors hold what it may know. A graph
+    that was not legalized becomes a program to look at, which nobody can run.
     """
     graph = graph_module.graph
     names = assign_names(graph)
@@ -46,7 +47,7 @@ def lower(
     outputs = [names[node] for node in output.args[0]]
     caches = iter(outputs[1:])
     renamed = [
-        replace(spec, frac=fixed, form=node.meta["form"], cache_output=next(caches))
+        replace(spec, frac=fixed, form=node.meta.get("form", spec.form), cache_output=next(caches))
         if spec.cache_output
         else spec
         for node, spec in zip(placeholders, inputs, strict=True)
