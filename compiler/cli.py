@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
 from compiler.config import PRESETS
+from runtime.cli import (
+    Device,
+    DeviceOption,
+    MaxTokens,
+    app,
+    err,
+    main,
+    out,
+    waiting,
+    write,
+)
 from runtime.errors import MergecError, PromptError
-from runtime.version import VERSION
 
 if TYPE_CHECKING:
     from compiler.program import Program
 
-DEBUG = "MERGEC_DEBUG"
 DEMO_SOURCE = "smollm2"
 DEMO_PROMPT = "What is the capital of France?"
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-
-# typer brings its own copy of click since 0.2x, so the base of its errors is taken from typer.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
-
-app = typer.Typer(
-    name="mergec",
-    help="Compile a decoder into a program that two parties run together.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 class Mode(StrEnum):
@@ -48,13 +39,6 @@ class Mode(StrEnum):
 
     mergec = "mergec"
     crypten = "crypten"
-
-
-class Device(StrEnum):
-    """Where the parties compute."""
-
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Stage(StrEnum):
@@ -84,17 +68,6 @@ Disable = Annotated[
     list[str] | None, typer.Option(help="Leave out a pass; may be given more than once.")
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Protocols: our own, or CrypTen's stock ones.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where the parties compute.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        out.print(f"mergec {VERSION}")
-        raise typer.Exit
 
 
 @app.command("compile")
@@ -281,8 +254,8 @@ def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any
     if not prompt.strip():
         raise PromptError("the prompt is empty; say something with --prompt")
     out.print(RichText(f"> {prompt}", style="dim"))
-    with _waiting("client, server and dealer are starting") as first:
-        answer = program.generate_local(prompt, on_text=first(_write), **options)
+    with waiting("client, server and dealer are starting") as first:
+        answer = program.generate_local(prompt, on_text=first(write), **options)
     sys.stdout.write("\n\n")
     out.print(answer.table())
     if check_plaintext:
@@ -290,31 +263,6 @@ def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any
             step("the same in plaintext")
             plain = program.plaintext(answer)
         out.print(plain.comparison(answer))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-@contextmanager
-def _waiting(what: str) -> Iterator[Callable[[Callable[[str], None]], Callable[[str], None]]]:
-    """A spinner until the first text comes; gives what to wrap the writing of text in."""
-    spinner = err.status(what)
-
-    def first(write: Callable[[str], None]) -> Callable[[str], None]:
-        def stop_and_write(text: str) -> None:
-            spinner.stop()
-            write(text)
-
-        return stop_and_write
-
-    if err.is_terminal:
-        spinner.start()
-    try:
-        yield first
-    finally:
-        spinner.stop()
 
 
 class Step:
@@ -346,57 +294,6 @@ def _steps() -> Iterator[Step]:
         step = Step(progress)
         yield step
         step.done()
-
-
-def run(arguments: list[str] | None = None) -> int:
-    """Run a command line; gives the exit code. Whatever goes wrong is one line on stderr."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    debug = bool(os.environ.get(DEBUG))
-    try:
-        code = app(args=arguments, prog_name="mergec", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except MergecError as error:
-        return _fail(str(error), FAILED, debug)
-    except _UsageError as error:
-        return _fail(f"{_message(error)}; see `mergec --help`", USAGE, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped", style="red")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has what it wanted.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("compiler", "passes", "runtime"):
-            return _fail(f"internal error: {error}; set {DEBUG}=1 for more", FAILED, debug)
-        hint = "install mergec[compile]"
-        return _fail(f"the package {error.name!r} is needed here; {hint}", FAILED, debug)
-    except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
-        kind = type(error).__name__
-        said = " ".join(str(error).split())
-        text = f"internal error: {kind}: {said}; set {DEBUG}=1 for the traceback and report it"
-        return _fail(text, FAILED, debug)
-
-
-def _message(error: Any) -> str:
-    return str(error.format_message()).rstrip(".")
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    first, *details = message.strip().splitlines() or ["unknown"]
-    err.print(RichText(f"error: {first}", style="red"), soft_wrap=True)
-    for line in details:  # the nodes of the user's graph that are to blame, and why
-        err.print(RichText(line), soft_wrap=True)
-    return code
-
-
-def main() -> None:
-    """The console script."""
-    sys.exit(run())
 
 
 if __name__ == "__main__":

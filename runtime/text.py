@@ -6,7 +6,7 @@ Only the `tokenizers` and `jinja2` packages are needed, so a client need not ins
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,18 @@ class Text:
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
         """Tokens of a prompt; `chat` puts it into the model's template as the user's message."""
         if chat:
-            return list(self._tokenizer.encode(self.render(prompt), add_special_tokens=False).ids)
+            return self.encode_chat([{"role": "user", "content": prompt}])
         return list(self._tokenizer.encode(prompt).ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation, each message with its `role` and `content`."""
+        return list(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def render(self, prompt: str) -> str:
-        """The chat template with the prompt as its only message."""
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The chat template with these messages."""
         if self._template is None:
             raise PromptError("this model has no chat template; use --no-chat")
         environment = ImmutableSandboxedEnvironment(
@@ -86,7 +90,7 @@ class Text:
         environment.globals["strftime_now"] = _now
         try:
             return environment.from_string(self._template).render(
-                messages=[{"role": "user", "content": prompt}],
+                messages=list(messages),
                 add_generation_prompt=True,
                 **self._special,
             )

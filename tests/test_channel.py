@@ -299,12 +299,12 @@ def test_a_stranger_that_says_nothing_does_not_stay(certificates: Path) -> None:
 
 def test_a_channel_polls_also_what_it_has_read_already() -> None:
     client, server = pair()
-    assert not client.wait_readable(0.0)
+    assert client.readable(0.0) == set()
     server.send(Kind.DONE)
     server.send(Kind.END)
-    assert client.wait_readable(5.0)
+    assert client.readable(5.0) == {client.fileno()}
     assert client.receive_any((Kind.DONE,))[0] is Kind.DONE
-    assert client.wait_readable(0.0)
+    assert client.readable(0.0) == {client.fileno()}
     assert client.receive_any((Kind.DONE, Kind.END))[0] is Kind.END
     threading.Timer(0.05, server.send_json, (Kind.QUEUED,), {"position": 3}).start()
     assert client.receive_json(Kind.QUEUED, Kind.ADMITTED) == (Kind.QUEUED, {"position": 3})

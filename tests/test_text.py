@@ -35,12 +35,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+HI = [{"role": "user", "content": "hi"}]
+
+
 def test_plain_and_chat(folder: Path) -> None:
     text = Text.load(folder)
     assert text.has_chat
     assert text.decode(text.encode("hi you")) == "hi you"
     assert text.encode("hi")[0] == 256, "the tokenizer's own start token"
-    assert text.render("hi") == "<|user|>hi</s><|assistant|>"
+    assert text.render(HI) == "<|user|>hi</s><|assistant|>"
     chat = text.encode("hi", chat=True)
     assert (chat[0], chat[-1], len(chat)) == (258, 259, 5)
 
@@ -77,13 +80,13 @@ def test_template_in_the_settings_and_one_that_refuses(folder: Path) -> None:
     settings = {"chat_template": "{{ raise_exception('no users') }}"}
     (folder / SETTINGS).write_text(json.dumps(settings))
     with pytest.raises(PromptError, match="no users"):
-        Text.load(folder).render("hi")
+        Text.load(folder).render(HI)
 
 
 def test_a_template_cannot_reach_out(folder: Path) -> None:
     (folder / TEMPLATE).write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(PromptError, match="template fails"):
-        Text.load(folder).render("hi")
+        Text.load(folder).render(HI)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe"])

@@ -121,6 +121,7 @@ class Channel:
         self._sent = self._received = 0
         self._buffer = memoryview(bytearray(_BUFFER))
         self._start = self._stop = 0
+        self._unsent: list[memoryview] = []
 
     def fileno(self) -> int:
         """For polling, together with `buffered`."""
@@ -235,6 +236,8 @@ class Channel:
     ) -> None:
         """Send and receive side by side: two full buffers must not wait for each other."""
         limit = self.timeout if timeout is None else timeout
+        if unsent:
+            self._unsent = unsent
         try:
             while unsent or (incoming is not None and not incoming.complete):
                 moved = False
@@ -316,24 +319,21 @@ class Channel:
         pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
         return self._start < self._stop or pending
 
-    def wait_readable(self, seconds: float, *others: int) -> bool:
-        """Whether something comes here within `seconds`; returns early when one of `others` does.
-
-        others: further file descriptors to look at.
-        """
-        if self.buffered:
-            return True
+    def readable(self, seconds: float, *others: int) -> set[int]:
+        """Wait for something to come here, or at one of the other file descriptors; gives where."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        for other in others:
-            poll.register(other, select.POLLIN)
-        return any(descriptor == self.fileno() for descriptor, _ in poll.poll(seconds * 1000))
+        for descriptor in (self.fileno(), *others):
+            poll.register(descriptor, select.POLLIN)
+        found = {d for d, _ in poll.poll(0 if self.buffered else seconds * 1000)}
+        return found | {self.fileno()} if self.buffered else found
 
     # ---------------------------------------------------------------------------------- end
 
     def fail(self, reason: str) -> None:
         """Tell the peer why the session ends here, and close. Takes a second at most."""
         with suppress(OSError, PartyError):
+            if self._unsent:
+                raise ConnectionAbortedError  # within a frame nothing else can be said
             self._transfer(
                 self._frame(Kind.ERROR, memoryview(json.dumps({"reason": reason}).encode())),
                 None,

@@ -132,9 +132,7 @@ def _await(address: Address, role: str, join_timeout: float) -> socket.socket:
     deadline = time.monotonic() + join_timeout
     while True:
         try:
-            connection = socket.create_connection((address.host, address.port), join_timeout)
-            connection.settimeout(HANDSHAKE_TIMEOUT)
-            return connection
+            return socket.create_connection((address.host, address.port), HANDSHAKE_TIMEOUT)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             unknown = isinstance(error, (socket.gaierror, OverflowError))

@@ -99,6 +99,11 @@ class DealerReceiver:
         self._changed = threading.Condition()
         threading.Thread(target=self._fill, name="dealer-stream", daemon=True).start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come."""
+        return self._ended
+
     def read(self, nbytes: int) -> torch.Tensor:
         """The next `nbytes` bytes of the stream, in memory of their own; waits until they came."""
         first = self._first(nbytes)

@@ -1,0 +1,218 @@
+"""The client's side of a session with a server, for whatever shows the answers to a person."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runtime.bundle import TOKENIZER, load_bundle
+from runtime.context import ClientContext
+from runtime.encoding import is_a
+from runtime.errors import PartyError, PromptError
+from runtime.executor import Executor
+from runtime.generation import MergecSession, StepReport, Token, answer, check_prompt, measured
+from runtime.program import RoleProgram
+from runtime.sampling import Sampling
+from runtime.session import JOIN_TIMEOUT, SESSION, STEP, TIMEOUT, greet, join_dealer, read_token
+from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.text import VOCABULARY, Text
+from runtime.transport.address import Address
+from runtime.transport.channel import Channel, Kind, printable
+from runtime.transport.connect import Security, connect
+from runtime.transport.hello import Hello
+
+QUEUE_TIMEOUT = 3600.0
+"""Seconds that a client waits for a place at a server that is busy."""
+
+
+class Connection:
+    """A session with a server: opened once, then asked again and again.
+
+    Opening takes 8 bytes of traffic and of memory for each of the server's weights. One answer is
+    given at a time. After an error the session is over, and `open` begins a new one.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | RoleProgram,
+        *,
+        server: Address,
+        dealer: Address,
+        security: Security,
+        device: str = "cpu",
+        timeout: float = TIMEOUT,
+        join_timeout: float = JOIN_TIMEOUT,
+        on_wait: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """bundle: the client's, or its folder. on_wait: gets the place in a queue."""
+        if isinstance(bundle, RoleProgram):
+            self.program, self.text = bundle, None
+        else:
+            self.program = load_bundle(bundle, ROLES[CLIENT])
+            folder = Path(bundle) / TOKENIZER
+            self.text = Text.load(folder) if (folder / VOCABULARY).is_file() else None
+        self._server, self._dealer = server, dealer
+        self._security = security
+        self._device = device
+        self._timeout, self._join_timeout = timeout, join_timeout
+        self._on_wait = on_wait
+        self._channels: list[Channel] = []
+        self._session: MergecSession | None = None
+        self._busy = threading.Lock()
+        self.setup: StepReport | None = None
+        """What opening the session took."""
+
+    def __enter__(self) -> Connection:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    def open(self) -> None:
+        """Connect to server and dealer and take the hidden weights, if that was not done yet."""
+        if self.is_open:
+            return
+        try:
+            self._session = self._open()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _open(self) -> MergecSession:
+        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        channel = connect(
+            self._server, ROLES[SERVER], self._security, self._timeout, self._join_timeout
+        )
+        self._channels.append(channel)
+        greet(channel, hello, purpose=SESSION)
+        kind, fields = Kind.QUEUED, dict[str, Any]()
+        while kind is Kind.QUEUED:
+            kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED, timeout=QUEUE_TIMEOUT)
+            if kind is Kind.QUEUED and is_a(fields.get("position"), int):
+                self._on_wait(fields["position"])
+        token = read_token(fields, channel.peer)
+        dealer, seed = join_dealer(
+            self._dealer, hello, self._security, token, self._timeout, self._join_timeout
+        )
+        self._channels.append(dealer)
+        fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        executor = Executor(self.program, ClientContext(seed, self._device, fixed), channel)
+        session = MergecSession(executor, lambda: channel.traffic)
+        self.setup = measured(session, 0, 0, session.setup)
+        return session
+
+    def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
+        """Tokens of a text. chat: by the model's chat template; None does so where there is one."""
+        text = self._text()
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; say something")
+        return text.encode(prompt, text.has_chat if chat is None else chat)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation: of its `role`s and `content`s, by the chat template."""
+        return self._text().encode_chat(messages)
+
+    def _text(self) -> Text:
+        if self.text is None:
+            raise PromptError("this bundle has no tokenizer; give token numbers")
+        return self.text
+
+    def generate(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        max_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Iterator[Token]:
+        """The tokens after a prompt as they come, a stop token included.
+
+        Opens a session if there is none. stop: tokens that end the answer; the program's own by
+        default. Closing the iterator gives the answer up after the step that is under way; the
+        session stays open.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_prompt(ids, max_tokens, self.program.manifest)
+        ending = self.program.manifest.get("stop_tokens", ()) if stop is None else stop
+        if not self._busy.acquire(blocking=False):
+            raise PartyError("this session is giving another answer; open one more for this")
+        try:
+            self.open()
+            session, channels = self._session, self._channels
+            if session is None:
+                raise PartyError("the session is over; open a new one")
+            self._begin(channels[0], len(ids), max_tokens)
+
+            def announce(new: int, past: int) -> None:
+                for channel in channels:
+                    channel.send(Kind.STEP, STEP.pack(new, past))
+
+            tokens = answer(
+                session,
+                ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop=ending,
+                announce=announce,
+            )
+            yield from self._whole_steps(tokens)
+        finally:
+            self._busy.release()
+
+    def _begin(self, channel: Channel, length: int, tokens: int) -> None:
+        try:
+            channel.send_json(Kind.BEGIN, length=length, tokens=tokens)
+            kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if kind is Kind.REFUSED:
+            reason = printable(str(fields.get("reason", "")))
+            raise PromptError(f"the server does not take this prompt: {reason}")
+
+    def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        """Pass tokens on. What stops a step halfway ends the session; leaving later does not."""
+        try:
+            while True:
+                try:
+                    token = next(tokens, None)
+                except BaseException as error:
+                    self._abandon(error)
+                    raise
+                if token is None:
+                    return
+                yield token
+        finally:
+            try:
+                for channel in self._channels:
+                    channel.send(Kind.DONE)
+            except PartyError as error:  # the answer is there; the next one needs a new session
+                self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        reason = str(error) if isinstance(error, PartyError) else "it was stopped"
+        for channel in self._channels:
+            channel.fail(reason)
+        self._channels, self._session = [], None
+
+    def close(self) -> None:
+        """End the session."""
+        for channel in self._channels:
+            with suppress(PartyError):  # the other side may have ended it before
+                channel.send(Kind.END)
+            channel.close()
+        self._channels, self._session = [], None

@@ -1,0 +1,269 @@
+"""The dealer as a service: gives both parties of each session what `runtime.context` deals.
+
+A session's client and server come each on a connection of their own and show the same secret name,
+which the server chose and told the client. The dealer deals a step only when both ask for it.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import load_bundle
+from runtime.context import DealerContext
+from runtime.correlations.prg import derive, new_seed
+from runtime.errors import PartyError
+from runtime.executor import Executor
+from runtime.generation import MergecSession, measured
+from runtime.observe import Metrics, open_log
+from runtime.program import RoleProgram
+from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
+from runtime.session import IDLE_TIMEOUT, STEP, TIMEOUT, Plan, be_greeted, read_token
+from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.transport.address import Address
+from runtime.transport.channel import Channel, Kind
+from runtime.transport.connect import Security, accept, listen
+from runtime.transport.dealer_link import ChannelBlockWriter, DealerSender
+from runtime.transport.hello import Hello
+
+PARTIES = (ROLES[CLIENT], ROLES[SERVER])
+_REQUEST = 1 << 17
+
+
+@dataclass(frozen=True)
+class DealerSettings:
+    """How a dealer is started. Times in seconds; `sessions` counts those of all servers."""
+
+    bundle: Path
+    listen: Address
+    security: Security
+    sessions: int = 16
+    timeout: float = TIMEOUT
+    idle_timeout: float = IDLE_TIMEOUT
+    grace: float = 60.0
+    metrics: Address | None = None
+    threads: int = 1
+
+
+def deal(settings: DealerSettings) -> None:
+    """Deal until SIGTERM."""
+    prepare_to_fork()
+    log = open_log(ROLES[DEALER])
+    program = load_bundle(settings.bundle, ROLES[DEALER])
+    metrics = Metrics(ROLES[DEALER])
+    if settings.metrics is not None:
+        metrics.serve(settings.metrics)
+    with listen(settings.listen, settings.security) as listener:
+        log.info("listening", address=_name(listener), program=program.manifest["program_hash"])
+
+        def work(connection: socket.socket, parent: Parent) -> None:
+            use_threads(settings.threads)
+            _Session(settings, program, connection, parent, log).play()
+
+        Service(listener, work, DealerDesk(settings.sessions, metrics), settings.grace).run()
+    log.info("stopped")
+
+
+def _name(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return str(Address(host, port))
+
+
+@dataclass
+class _Pending:
+    """A session of which one party has come."""
+
+    first: Worker
+    role: str
+    seeds: tuple[str, str]
+    line: socket.socket
+    since: float
+
+
+class DealerDesk(Desk):
+    """Brings the two parties of a session together: the same seeds, and a line between both."""
+
+    def __init__(self, sessions: int, metrics: Metrics, wait: float = 60.0) -> None:
+        self._sessions = sessions
+        self._metrics = metrics
+        self._wait = wait
+        self._pending: dict[str, _Pending] = {}
+        self._servers: set[int] = set()
+
+    def asked(self, worker: Worker, message: dict[str, Any]) -> None:
+        if message["kind"] == "claim":
+            self._claim(worker, message["token"], message["role"])
+        elif message["kind"] == "step":
+            self._metrics.step(message["report"])
+        elif message["kind"] == "end":
+            self._metrics.ended.labels(message["how"]).inc()
+
+    def _claim(self, worker: Worker, token: str, role: str) -> None:
+        found = self._pending.get(token)
+        if found is None:
+            if len(self._servers) + len(self._pending) >= self._sessions:
+                worker.tell({"refused": f"it is busy with {self._sessions} sessions"})
+                return
+            # Seeds are fresh for every pair, so a name that comes again brings back no mask.
+            seeds = new_seed().hex(), new_seed().hex()
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._pending[token] = _Pending(worker, role, seeds, theirs, time.monotonic())
+            self._answer(worker, role, seeds, mine)
+        elif found.role == role:
+            worker.tell({"refused": f"another {role} has joined this session"})
+        else:
+            del self._pending[token]
+            self._answer(worker, role, found.seeds, found.line)
+
+    def _answer(
+        self, worker: Worker, role: str, seeds: tuple[str, str], line: socket.socket
+    ) -> None:
+        if role == ROLES[SERVER]:
+            self._servers.add(worker.pid)
+            self._metrics.running.set(len(self._servers))
+        shown = seeds if role == ROLES[SERVER] else seeds[:1]
+        worker.tell({"seeds": shown}, (line.fileno(),))
+        line.close()
+
+    def left(self, worker: Worker) -> None:
+        self._servers.discard(worker.pid)
+        self._metrics.running.set(len(self._servers))
+        self._forget(lambda pending: pending.first is worker)
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self._forget(lambda pending: now - pending.since > self._wait)
+
+    def _forget(self, gone: Any) -> None:
+        for token in [token for token, pending in self._pending.items() if gone(pending)]:
+            self._pending.pop(token).line.close()
+
+
+class _Session:
+    """One party's connection, in a process of its own."""
+
+    def __init__(
+        self,
+        settings: DealerSettings,
+        program: RoleProgram,
+        connection: socket.socket,
+        parent: Parent,
+        log: Any,
+    ) -> None:
+        self._settings = settings
+        self._program = program
+        self._connection = connection
+        self._parent = parent
+        self._log = log
+        self._channel: Channel | None = None
+        self._line: socket.socket | None = None
+        self._answering = False
+
+    def play(self) -> None:
+        how = played(self._run, self._fail, self._log)
+        if self._line is not None:
+            self._parent.tell(kind="end", how=how)
+
+    def _fail(self, reason: str) -> None:
+        if self._channel is not None:
+            self._channel.fail(reason)
+
+    def _run(self) -> None:
+        settings, parent = self._settings, self._parent
+        parent.idle = True
+        channel = self._channel = accept(
+            self._connection, settings.security, PARTIES, settings.timeout
+        )
+        hello = Hello.of(ROLES[DEALER], self._program.manifest)
+        fields = be_greeted(channel, hello, PARTIES)
+        token = read_token(fields, channel.peer)
+        self._log = self._log.bind(peer=channel.peer, name=channel.name, session=token[:8])
+        answer, descriptors = parent.ask(kind="claim", token=token, role=channel.peer)
+        if "refused" in answer:
+            raise PartyError(answer["refused"])
+        self._line = socket.socket(fileno=descriptors[0])
+        self._line.settimeout(settings.timeout)
+        seeds = [bytes.fromhex(seed) for seed in answer["seeds"]]
+        self._log.info("session joined")
+        if channel.peer == ROLES[CLIENT]:
+            channel.send(Kind.SEED, seeds[0])
+            self._relay(channel, self._line)
+        else:
+            channel.send(Kind.SEED, seeds[1])
+            self._deal(channel, self._line, seeds[0], seeds[1])
+        self._log.info("session ended")
+
+    def _next(self, channel: Channel, *others: int) -> tuple[Kind, memoryview]:
+        """The party's next request. Between answers the session may be ended."""
+        self._parent.idle = not self._answering
+        ready = channel.readable(self._settings.idle_timeout, *others)
+        if not ready:
+            raise PartyError("the session was idle for too long")
+        if channel.fileno() not in ready:
+            raise PartyError("the server went away; see its own message")
+        self._parent.idle = False
+        kind, payload = channel.receive_any((Kind.STEP, Kind.PLAN, Kind.DONE, Kind.END))
+        self._answering = kind is Kind.STEP
+        return kind, payload
+
+    def _relay(self, channel: Channel, line: socket.socket) -> None:
+        """Hand the client's requests to the process that deals."""
+        kind = Kind.STEP
+        while kind is not Kind.END:
+            # Nothing is ever said on the line to here: when it shows, the other end has closed.
+            kind, payload = self._next(channel, line.fileno())
+            try:
+                line.send(bytes([kind]) + payload)
+            except OSError as error:
+                raise PartyError("the server went away; see its own message") from error
+
+    def _deal(self, channel: Channel, line: socket.socket, client: bytes, server: bytes) -> None:
+        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        stream = DealerSender(ChannelBlockWriter(channel))
+        context = DealerContext(client, server, stream, fixed=fixed)
+        executor = Executor(self._program, context, None)
+        session = MergecSession(executor, lambda: channel.traffic)
+        session.setup()
+        limit = self._program.manifest["max_length"]
+        while True:
+            kind, payload = self._next(channel)
+            if kind is Kind.END:
+                return
+            self._agree(line, bytes([kind]) + payload)
+            if kind is Kind.PLAN:
+                plan = Plan.read(channel.object(payload), limit, channel.peer)
+                for answer in range(plan.answers):
+                    own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
+                    executor.context = DealerContext(*own, stream, fixed=fixed)
+                    for new, past in plan.steps():
+                        self._parent.check()
+                        self._step(session, stream, new, past)
+                    channel.send(Kind.MARK)
+            elif kind is Kind.STEP:
+                if len(payload) != STEP.size:
+                    raise PartyError("the server sent a step that cannot be read")
+                new, past = STEP.unpack(payload)
+                if new < 1 or past < 0 or (limit and new + past > limit):
+                    raise PartyError(f"{new} tokens after {past} are more than this program runs")
+                self._step(session, stream, new, past)
+
+    def _agree(self, line: socket.socket, asked: bytes) -> None:
+        """Wait until the client has asked for the same as the server."""
+        try:
+            said = line.recv(_REQUEST)
+        except TimeoutError as error:
+            raise PartyError("the client did not ask for what the server asks for") from error
+        if not said:
+            raise PartyError("the client went away; see its own message")
+        if said != asked:
+            raise PartyError("the client and the server ask for different steps")
+
+    def _step(self, session: MergecSession, stream: DealerSender, new: int, past: int) -> None:
+        def work() -> None:
+            session.step(new, past)
+            stream.flush()
+
+        self._parent.tell(kind="step", report=asdict(measured(session, new, past, work)))

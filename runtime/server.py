@@ -1,0 +1,345 @@
+"""The server as a service: one bundle, several clients at once, each in a session of its own.
+
+A session has masks of its own, so the client is sent W - B once per session: 8 bytes a weight. The
+server's own memory for a session is its share of the caches, as all sessions share the weights.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.bundle import load_bundle
+from runtime.context import ServerContext, ShapeContext
+from runtime.errors import PartyError
+from runtime.executor import Executor
+from runtime.generation import MergecSession, measured
+from runtime.observe import Metrics, open_log
+from runtime.program import RoleProgram
+from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
+from runtime.session import (
+    IDLE_TIMEOUT,
+    JOIN_TIMEOUT,
+    SESSION,
+    STEP,
+    TIMEOUT,
+    be_greeted,
+    join_dealer,
+    new_token,
+    whole,
+)
+from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.transport.address import Address
+from runtime.transport.channel import Channel, Kind
+from runtime.transport.connect import Security, accept, listen
+from runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+from runtime.transport.hello import Hello
+
+AHEAD_BYTES = 64 << 20
+"""What a session takes from the dealer before it is used."""
+
+_LOOK = 1.0
+"""Seconds between two looks at the dealer while the client thinks."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may ask of a server; 0 is no limit beyond the program's own.
+
+    sessions: at once, of all clients. client_sessions: of one client, by the name in its
+    certificate. queue: clients that may wait for a place. length: prompt and answer together.
+    tokens: of an answer. rate: tokens of prompts and answers per client and minute.
+    """
+
+    sessions: int = 4
+    client_sessions: int = 2
+    queue: int = 16
+    length: int = 0
+    tokens: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server is started. Times in seconds; grace: for answers to end at a shutdown."""
+
+    bundle: Path
+    listen: Address
+    security: Security
+    dealer: Address | None
+    limits: Limits = Limits()
+    device: str = "cpu"
+    timeout: float = TIMEOUT
+    idle_timeout: float = IDLE_TIMEOUT
+    join_timeout: float = JOIN_TIMEOUT
+    grace: float = 60.0
+    metrics: Address | None = None
+    threads: int = 1
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM."""
+    prepare_to_fork()
+    log = open_log(ROLES[SERVER])
+    program = load_bundle(settings.bundle, ROLES[SERVER])
+    fixed = program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+    encoded = Executor(program, ShapeContext(fixed=fixed), None).encode_weights()
+    metrics = Metrics(ROLES[SERVER])
+    if settings.metrics is not None:
+        metrics.serve(settings.metrics)
+    with listen(settings.listen, settings.security) as listener:
+        address = Address(*listener.getsockname()[:2])
+        log.info("listening", address=str(address), program=program.manifest["program_hash"])
+
+        def work(connection: socket.socket, parent: Parent) -> None:
+            use_threads(settings.threads)
+            _Session(settings, program, encoded, connection, parent, log).play()
+
+        Service(listener, work, ServerDesk(settings.limits, metrics), settings.grace).run()
+    log.info("stopped")
+
+
+class ServerDesk(Desk):
+    """Who gets a place, who waits, and who has asked for too much."""
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self._limits = limits
+        self._metrics = metrics
+        self._seated: dict[int, str] = {}
+        self._queue: list[Worker] = []
+        self._allowances: dict[str, Allowance] = {}
+
+    def asked(self, worker: Worker, message: dict[str, Any]) -> None:
+        if message["kind"] == "place":
+            worker.facts["name"] = message["name"]
+            self._queue.append(worker)
+            self._seat()
+            if worker in self._queue and len(self._queue) > self._limits.queue:
+                self._queue.remove(worker)
+                waiting, running = len(self._queue), len(self._seated)
+                worker.tell({"refused": f"it is busy: {running} sessions, {waiting} clients wait"})
+            self._count()
+        elif message["kind"] == "allowance":
+            worker.tell({"wait": self.allowance(worker.facts["name"]).wait()})
+        elif message["kind"] == "step":
+            self._metrics.step(message["report"])
+            self.allowance(worker.facts["name"]).spend(message["report"]["new"])
+        elif message["kind"] == "end":
+            self._metrics.ended.labels(message["how"]).inc()
+
+    def left(self, worker: Worker) -> None:
+        self._seated.pop(worker.pid, None)
+        if worker in self._queue:
+            self._queue.remove(worker)
+        self._seat()
+        self._count()
+
+    def _seat(self) -> None:
+        """Give free places to whoever has waited longest and may have one."""
+        for worker in list(self._queue):
+            name = worker.facts["name"]
+            taken = list(self._seated.values()).count(name)
+            full = len(self._seated) >= self._limits.sessions
+            if full or taken >= self._limits.client_sessions:
+                continue
+            self._queue.remove(worker)
+            self._seated[worker.pid] = name
+            worker.tell({"session": new_token()})
+        for position, worker in enumerate(self._queue, 1):
+            if worker.facts.get("position") != position:
+                worker.facts["position"] = position
+                worker.tell({"position": position})
+
+    def allowance(self, name: str) -> Allowance:
+        """A client's, kept across its sessions."""
+        if len(self._allowances) > 10_000:
+            self._allowances = {n: a for n, a in self._allowances.items() if a.wait()}
+        return self._allowances.setdefault(name, Allowance(self._limits.rate))
+
+    def _count(self) -> None:
+        self._metrics.running.set(len(self._seated))
+        self._metrics.waiting.set(len(self._queue))
+
+
+class Allowance:
+    """Tokens per minute: a bucket that a minute fills. An answer may overdraw it once."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._left = float(rate)
+        self._when = time.monotonic()
+
+    def spend(self, tokens: int) -> None:
+        self._refill()
+        self._left -= tokens
+
+    def wait(self) -> float:
+        """Seconds until the next answer may begin."""
+        self._refill()
+        return 0.0 if not self._rate or self._left >= 1 else (1 - self._left) * 60 / self._rate
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._rate, self._left + (now - self._when) * self._rate / 60)
+        self._when = now
+
+
+class _Session:
+    """One client's session, in a process of its own."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        program: RoleProgram,
+        encoded: dict[str, torch.Tensor],
+        connection: socket.socket,
+        parent: Parent,
+        log: Any,
+    ) -> None:
+        self._settings = settings
+        self._program = program
+        self._encoded = encoded
+        self._connection = connection
+        self._parent = parent
+        self._log = log
+        self._channel: Channel | None = None
+        self._dealer: Channel | None = None
+        self._seated = False
+
+    def play(self) -> None:
+        how = played(self._run, self._fail, self._log)
+        if self._seated:
+            self._parent.tell(kind="end", how=how)
+
+    def _fail(self, reason: str) -> None:
+        for channel in (self._channel, self._dealer):
+            if channel is not None:
+                channel.fail(reason)
+
+    def _run(self) -> None:
+        settings = self._settings
+        self._parent.idle = True
+        channel = self._channel = accept(
+            self._connection, settings.security, (ROLES[CLIENT],), settings.timeout
+        )
+        hello = Hello.of(ROLES[SERVER], self._program.manifest)
+        fields = be_greeted(channel, hello, (ROLES[CLIENT],))
+        if fields.get("purpose") != SESSION:
+            raise PartyError("the client wants something that is not offered here")
+        self._log = self._log.bind(client=channel.name)
+        token = self._place(channel)
+        self._log = self._log.bind(session=token[:8])
+        self._log.info("session began")
+        channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits))
+        if settings.dealer is None:
+            raise PartyError("this server knows no dealer; use stored randomness")
+        dealer, seed = join_dealer(
+            settings.dealer,
+            hello,
+            settings.security,
+            token,
+            settings.timeout,
+            settings.join_timeout,
+        )
+        self._dealer = dealer
+        blocks = ChannelBlockReader(dealer, settings.idle_timeout)
+        source = DealerReceiver(blocks, AHEAD_BYTES, settings.timeout)
+        context = ServerContext(seed, source, settings.device, hello.fixed)
+        executor = Executor(self._program, context, channel, self._encoded)
+        session = MergecSession(executor, lambda: channel.traffic)
+        self._parent.idle = False
+        session.setup()
+        self._answers(session, channel, dealer, source)
+        dealer.send(Kind.END)
+        dealer.close()
+        channel.close()
+        self._log.info("session ended")
+
+    def _place(self, channel: Channel) -> str:
+        """Wait for a place among the sessions; gives the session's secret name."""
+        self._parent.tell(kind="place", name=channel.name)
+        while True:
+            line = self._parent.line.fileno()
+            ready = channel.readable(self._settings.idle_timeout, line)
+            if channel.fileno() in ready:
+                channel.receive_any(())  # a client that waits has nothing to say
+            if line not in ready:
+                continue
+            message, _ = self._parent.hear()
+            if "refused" in message:
+                raise PartyError(f"{message['refused']}; try again later")
+            if "session" in message:
+                self._seated = True
+                return str(message["session"])
+            channel.send_json(Kind.QUEUED, position=message["position"])
+
+    def _answers(
+        self,
+        session: MergecSession,
+        channel: Channel,
+        dealer: Channel,
+        source: DealerReceiver,
+    ) -> None:
+        """Give answers until the client ends the session."""
+        while True:
+            self._await(channel, source)
+            kind, payload = channel.receive_any((Kind.BEGIN, Kind.END))
+            if kind is Kind.END:
+                return
+            fields = channel.object(payload)
+            length = whole(fields, "length", 1, 1 << 30, channel.peer)
+            tokens = whole(fields, "tokens", 1, 1 << 30, channel.peer)
+            refusal = self._refusal(length, tokens)
+            if refusal:
+                channel.send_json(Kind.REFUSED, reason=refusal)
+                continue
+            channel.send_json(Kind.ACCEPTED)
+            self._answer(session, channel, dealer, length + tokens)
+
+    def _await(self, channel: Channel, source: DealerReceiver) -> None:
+        """Let the client think. Between answers the session may be ended."""
+        self._parent.idle = True
+        deadline = time.monotonic() + self._settings.idle_timeout
+        while not channel.readable(_LOOK):
+            if source.ended:
+                raise PartyError("the dealer went away; see its own message")
+            if time.monotonic() > deadline:
+                raise PartyError("the session was idle for too long; begin another")
+        self._parent.idle = False
+
+    def _refusal(self, length: int, tokens: int) -> str:
+        """Why an answer of so many tokens cannot be given, if so."""
+        limits = self._settings.limits
+        most = [n for n in (limits.length, self._program.manifest["max_length"]) if n]
+        if most and length + tokens > min(most):
+            return f"prompt and answer may have {min(most)} tokens together"
+        if limits.tokens and tokens > limits.tokens:
+            return f"an answer may have {limits.tokens} tokens"
+        wait = self._parent.ask(kind="allowance")[0]["wait"]
+        if wait:
+            return f"{limits.rate} tokens a minute are used up; try again in {wait:.0f} s"
+        return ""
+
+    def _answer(
+        self, session: MergecSession, channel: Channel, dealer: Channel, limit: int
+    ) -> None:
+        """Take part in the steps of one answer; `limit`: of prompt and answer together."""
+        done = 0
+        while True:
+            kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
+            dealer.send(kind, payload)
+            if kind is Kind.DONE:
+                return
+            if len(payload) != STEP.size:
+                raise PartyError("the client sent a step that cannot be read")
+            new, past = STEP.unpack(payload)
+            if new < 1 or past != (done if session.cached else 0) or new + past > limit:
+                raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
+            report = measured(session, new, past, lambda: session.step(new, past))  # noqa: B023
+            done += new
+            self._parent.tell(kind="step", report=asdict(report))

@@ -1,0 +1,364 @@
+"""Client, server and dealer as they are deployed: answers, limits, shutdown, and faults."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runtime.certificates import make_certificates
+from runtime.cli import run
+from runtime.errors import PartyError, PromptError
+from runtime.observe import Metrics
+from runtime.server import Limits, ServerDesk
+from runtime.transport.address import Address
+from runtime.transport.connect import Security, listen
+from tests import decoder
+from tests.roles import ROOT, environment, free_port
+from tests.services import Deployment, deployment
+
+PROMPT = [5, 1, 7]
+TIMES = ("--timeout", "3", "--grace", "5")
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder.save(tmp_path_factory.mktemp("service"), model="tiny")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder, ("ann", "bob"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(bundles: Path, certificates: Path) -> Iterator[Deployment]:
+    """Three roles' worth of TLS, with room for two sessions."""
+    security = ("--certs", str(certificates), *TIMES)
+    metrics = ("--metrics", f"127.0.0.1:{free_port()}")
+    limits = ("--sessions", "2", "--queue", "1", "--tokens", "9")
+    with deployment(bundles, serve=(*security, *limits, *metrics), deal=security) as made:
+        made.metrics = metrics[1]
+        yield made
+
+
+@pytest.fixture
+def ann(certificates: Path) -> Security:
+    return Security("client", certificates / "ann")
+
+
+def tokens(connection, prompt=PROMPT, count=4):
+    return [token.token for token in connection.generate(prompt, max_tokens=count)]
+
+
+def test_a_session_gives_answer_after_answer(running, bundles, ann) -> None:
+    with running.connection(security=ann) as connection:
+        assert connection.setup.received > 0
+        for prompt in (PROMPT, [2], [3, 3, 3, 3]):
+            assert tokens(connection, prompt) == decoder.plaintext(bundles, prompt, 4)
+        # An answer that is given up after a token leaves the session as it was.
+        for token in connection.generate(PROMPT, max_tokens=9):
+            assert token.token == decoder.plaintext(bundles, PROMPT, 1)[0]
+            break
+        assert connection.is_open
+        assert tokens(connection) == decoder.plaintext(bundles, PROMPT, 4)
+
+
+def test_clients_are_served_side_by_side_and_wait_for_a_place(
+    running, bundles, certificates
+) -> None:
+    names = ["ann", "bob", "bob"]
+    places: list[int] = []
+    together = threading.Barrier(3)
+
+    def ask(number: int) -> list[int]:
+        security = Security("client", certificates / names[number])
+        connection = running.connection(security=security, on_wait=places.append)
+        together.wait()
+        with connection:
+            return tokens(connection, [number + 1, 4])
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(ask, range(3)))
+    assert answers == [decoder.plaintext(bundles, [n + 1, 4], 4) for n in range(3)]
+    assert places == [1]
+
+
+def test_a_full_queue_turns_clients_away(running, ann) -> None:
+    with running.connection(security=ann), running.connection(security=ann):
+        waiting = threading.Event()
+        third = running.connection(security=ann, on_wait=lambda _: waiting.set())
+        with ThreadPoolExecutor(1) as pool:
+            opened = pool.submit(third.open)
+            assert waiting.wait(10)
+            fourth = running.connection(security=ann)
+            with pytest.raises(PartyError, match="the server says: it is busy: 2 sessions, 1 cl"):
+                fourth.open()
+            third._channels[0].fail("changed my mind")
+            with pytest.raises(PartyError):
+                opened.result(10)
+
+
+def test_limits_refuse_a_prompt_and_leave_the_session_open(running, bundles, ann) -> None:
+    with running.connection(security=ann) as connection:
+        with pytest.raises(PromptError, match="an answer may have 9 tokens"):
+            tokens(connection, [1], 10)
+        with pytest.raises(PromptError, match="more than this program's 16"):
+            tokens(connection, [1] * 10, 9)
+        assert tokens(connection) == decoder.plaintext(bundles, PROMPT, 4)
+
+
+def test_a_certificate_of_another_role_is_turned_away(running, certificates) -> None:
+    dealer = Security("dealer", certificates)
+    with pytest.raises(PartyError, match="here the client may connect, not dealer"):
+        running.connection(security=dealer).open()
+
+
+def test_metrics_and_logs_tell_what_happened_but_no_secret(running, bundles, ann) -> None:
+    secret = [11, 11, 10, 12, 9, 8, 11]
+    with running.connection(security=ann) as connection:
+        said = tokens(connection, secret)
+    running.server.wait_for("session ended", 2)
+    page = urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10).read().decode()
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+    assert float(values['mergec_server_tokens_total{phase="prompt"}']) >= len(secret)
+    for name in ("rounds_total", 'bytes_total{kind="offline"}', 'sessions_ended_total{how="done"}'):
+        assert float(values[f"mergec_server_{name}"]) > 0
+    logs = running.server.output + running.dealer.output
+    assert '"client": "ann"' in logs
+    for shown in (str(secret)[1:-1], str(said)[1:-1], "weight", "Traceback"):
+        assert shown not in logs
+    held = decoder.weights()["embed.weight"].numpy().tobytes()
+    for name in ("client", "dealer"):
+        for file in (bundles / name).rglob("*"):
+            assert file.is_dir() or held[:64] not in file.read_bytes()
+    assert any(held[:64] in f.read_bytes() for f in (bundles / "server").rglob("*.safetensors"))
+
+
+def test_a_session_that_is_killed_ends_alone(running, bundles, certificates, ann) -> None:
+    bob = Security("client", certificates / "bob")
+    with running.connection(security=bob) as other:
+        before = {worker.pid for worker in running.server.workers}
+        connection = running.connection(security=ann)
+        answer = connection.generate(PROMPT, max_tokens=9)
+        next(answer)
+        (worker,) = [w for w in running.server.workers if w.pid not in before]
+        worker.kill()
+        with pytest.raises(PartyError, match="the server went away"):
+            list(answer)
+        assert tokens(other) == decoder.plaintext(bundles, PROMPT, 4)
+    with running.connection(security=ann) as again:
+        assert tokens(again) == decoder.plaintext(bundles, PROMPT, 4)
+
+
+def test_a_stopped_session_of_the_dealer_is_named_by_both_within_the_timeout(running, ann) -> None:
+    connection = running.connection(security=ann)
+    answer = connection.generate(PROMPT, max_tokens=9)
+    next(answer)
+    for worker in running.dealer.workers:
+        worker.suspend()
+    try:
+        began = time.monotonic()
+        with pytest.raises(PartyError, match="the server says: the dealer sent nothing for 3 s"):
+            list(answer)
+        assert time.monotonic() - began < 10
+    finally:
+        for worker in running.dealer.workers:
+            worker.kill()
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from runtime.client import Connection
+from runtime.transport.address import Address
+from runtime.observe import Metrics
+from runtime.server import Limits, ServerDesk
+from runtime.transport.address import Address
+from runtime.transport.connect import Security, listen
+bundle, server, dealer, certificates = sys.argv[1:]
+connection = Connection(
+    Path(bundle), server=Address.parse(server), dealer=Address.parse(dealer),
+    security=Security("client", Path(certificates)),
+)
+for token in connection.generate([5, 1, 7], max_tokens=9):
+    print("token", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_client_that_goes_away_frees_its_place(running, certificates, ann, how) -> None:
+    ended = sum(line["event"] == "session failed" for line in running.server.log)
+    places = (str(running.server.address), str(running.dealer.address))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", CLIENT, str(running.bundles / "client")),
+            *(*places, str(certificates / "ann")),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "token\n"
+        process.send_signal(how)
+        told = running.server.wait_for("session failed", ended + 1, 15)
+        went = "went away" if how == signal.SIGKILL else "sent nothing for 3 s"
+        assert went in told["reason"]
+        wait_until(lambda: not running.server.workers and not running.dealer.workers)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition, timeout: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_other_programs_are_named_at_both_ends(running, tmp_path, ann) -> None:
+    other = decoder.save(tmp_path / "other", passes=[{"pass": "fuse_glu", "sites": 2}])
+    connection = running.connection(security=ann)
+    mismatched = Deployment(other, running.server, running.dealer).connection(security=ann)
+    with pytest.raises(PartyError, match=r"the server has a program of other passes \(fuse_glu:2"):
+        mismatched.open()
+    named = "the client has a program of other passes (fuse_glu:2)"
+    wait_until(lambda: named in running.server.output)
+    connection.close()
+
+
+def test_the_command_line_streams_an_answer_over_tls(running, bundles, certificates) -> None:
+    config = certificates / "client.toml"
+    config.write_text(
+        f'server = "{running.server.address}"\ndealer = "{running.dealer.address}"\n'
+        f'certs = "{certificates / "bob"}"\nmax_tokens = 9\n'
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.cli",
+        "generate",
+        str(bundles),
+        "--ids",
+        "-p",
+        "5 1 7",
+    ]
+    done = subprocess.run(
+        [*command, "--config", str(config), "--max-tokens", "4"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(t) for t in decoder.plaintext(bundles, PROMPT, 4)]
+    assert "4 steps" in done.stderr
+
+
+# ------------------------------------------------------------------- services of their own
+
+
+def test_a_dealer_that_dies_ends_the_session_and_the_server_goes_on(bundles) -> None:
+    with deployment(bundles, serve=TIMES) as made:
+        connection = made.connection()
+        answer = connection.generate(PROMPT, max_tokens=9)
+        next(answer)
+        for process in (*made.dealer.workers, made.dealer.process):
+            process.kill()
+        with pytest.raises(PartyError, match="the server says: the dealer went away"):
+            list(answer)
+        with pytest.raises(PartyError, match="the dealer does not answer at"):
+            made.connection(join_timeout=0.0).open()
+        assert made.server.process.poll() is None
+        assert {"session failed"} <= {line["event"] for line in made.server.log}
+
+
+def test_sigterm_lets_an_answer_end_and_tells_the_idle(bundles) -> None:
+    with deployment(bundles, serve=("--grace", "20")) as made:
+        idle, busy = made.connection(), made.connection()
+        idle.open()
+        answer = busy.generate(PROMPT, max_tokens=4)
+        said = [next(answer).token]
+        made.server.process.terminate()
+        made.server.wait_for("session stopped")
+        with pytest.raises(PartyError, match="the server says: it is shutting down"):
+            tokens(idle)
+        assert said + [token.token for token in answer] == decoder.plaintext(bundles, PROMPT, 4)
+        assert made.server.process.wait(20) == 0
+        with pytest.raises(PartyError, match="the server"):
+            tokens(busy)
+
+
+@pytest.mark.slow
+def test_an_answer_that_outlasts_the_grace_is_told(bundles) -> None:
+    with deployment(bundles, serve=("--grace", "0.5")) as made:
+        answer = made.connection().generate(PROMPT, max_tokens=4)
+        next(answer)
+        made.server.process.terminate()
+        assert made.server.process.wait(20) == 0
+        with pytest.raises(PartyError, match="the server says: it is shutting down"):
+            list(answer)
+
+
+def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("runtime.server.time.monotonic", lambda: now[0])
+    desk = ServerDesk(Limits(rate=60), Metrics("server"))
+    ann, bob = desk.allowance("ann"), desk.allowance("bob")
+    ann.spend(90)  # an answer that has begun may end
+    assert (ann.wait(), bob.wait()) == (31.0, 0.0)
+    now[0] += 30.5
+    assert desk.allowance("ann").wait() == 0.5
+    now[0] += 1000
+    ann.spend(60)
+    assert ann.wait() == 1.0
+    assert ServerDesk(Limits(), Metrics("server")).allowance("ann").wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--listen", "nowhere"), "the address 'nowhere' is not of the form host:port"),
+        (("--certs", "nothing"), "nothing/authority.pem: cannot be read"),
+        (("--plaintext", "--listen", "0.0.0.0:0"), "--plaintext is for loopback; give --certs"),
+        ((), "connections need certificates; give --certs DIR"),
+        (("--plaintext", "--config", "none.toml"), "none.toml: cannot be read"),
+    ],
+)
+def test_mistakes_at_the_start_are_one_line(bundles, options, message, capsys) -> None:
+    assert run(["serve", str(bundles), *options]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_port_in_use_and_a_wrong_option_in_a_file_are_one_line(bundles, tmp_path, capsys) -> None:
+    config = tmp_path / "server.toml"
+    config.write_text("sesions = 4\n")
+    assert run(["serve", str(bundles), "--plaintext", "--config", str(config)]) == 1
+    assert "'sesions' is no option here; there are: bundle, certs" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert run(["deal", str(bundles), "--plaintext", "--metrics", address]) == 1
+        told = f"error: cannot listen at {address} (Address already in use); choose another"
+        assert f"{told} --metrics" in capsys.readouterr().err
+        with pytest.raises(PartyError, match="choose another --listen"):
+            listen(Address.parse(address), Security("dealer", None, plaintext=True))
