@@ -14,6 +14,8 @@ import pytest
 
 import compiler.cli as cli
 from compiler.program import Answer, Phase, Program
+from runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
+from runtime.cli import run as mergec
 from runtime.errors import PartyError
 from runtime.spec import CHOICES, ROLES
 from tests.fixtures import decoder, greedy
@@ -36,10 +38,10 @@ Failed = Any
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Failed:
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG, raising=False)
 
     def check(arguments: list[str], code: int, *words: str) -> None:
-        assert cli.run(arguments) == code
+        assert mergec(arguments) == code
         printed = capsys.readouterr()
         errors = [line for line in printed.err.splitlines() if not line.endswith("…")]
         assert len(errors) == 1, printed.err
@@ -52,10 +54,10 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--help"]) == 0
+    assert mergec(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("compile", "inspect", "run", "demo"))
-    assert cli.run(["--version"]) == 0
+    assert mergec(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mergec ")
 
 
@@ -76,33 +78,33 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_usage(fails: Failed, arguments: list[str], words: str) -> None:
-    fails(arguments, cli.USAGE, words, "mergec --help")
+    fails(arguments, USAGE, words, "mergec --help")
 
 
 @pytest.mark.parametrize(("option", "values"), CHOICES.items())
 def test_values_of_options(fails: Failed, option: str, values: tuple[str, ...]) -> None:
     given = ["compile", "smollm2", "-o", "somewhere", f"--{option}", "any"]
-    fails(given, cli.FAILED, f"{option} is 'any'; it can be: {', '.join(values)}")
+    fails(given, FAILED, f"{option} is 'any'; it can be: {', '.join(values)}")
 
 
 def test_bad_bundles(fails: Failed, bundles: Path, tmp_path: Path) -> None:
     run = ["run", str(bundles), "--prompt", "x"]
-    fails(["run", str(tmp_path / "none"), "--prompt", "x"], cli.FAILED, "no such bundle")
+    fails(["run", str(tmp_path / "none"), "--prompt", "x"], FAILED, "no such bundle")
     tensors = bundles / "server" / "tensors.safetensors"
     data = tensors.read_bytes()
     tensors.write_bytes(data[:-9])
-    fails(run, cli.FAILED, "tensors.safetensors", "cut or changed")
+    fails(run, FAILED, "tensors.safetensors", "cut or changed")
     tensors.write_bytes(data)
     shutil.rmtree(bundles / "server")
     shutil.copytree(bundles / "client", bundles / "server")
-    fails(run, cli.FAILED, "is the bundle of the client")
+    fails(run, FAILED, "is the bundle of the client")
     shutil.rmtree(bundles / "server")
-    fails(run, cli.FAILED, "server", "no such bundle")
+    fails(run, FAILED, "server", "no such bundle")
 
 
 def test_bad_prompts(fails: Failed, bundles: Path) -> None:
-    fails(["run", str(bundles), "--prompt", "  "], cli.FAILED, "empty")
-    fails(["run", str(bundles), "--prompt", "hello"], cli.FAILED, "tokenizer")
+    fails(["run", str(bundles), "--prompt", "  "], FAILED, "empty")
+    fails(["run", str(bundles), "--prompt", "hello"], FAILED, "tokenizer")
 
 
 def test_compiling_onto_something_else(
@@ -110,41 +112,39 @@ def test_compiling_onto_something_else(
 ) -> None:
     monkeypatch.setattr(cli, "_compile", lambda *_: Program({r: decoder(r) for r in ROLES}, TYPES))
     (tmp_path / "notes.txt").write_text("mine")
-    fails(["compile", "x", "-o", str(tmp_path)], cli.FAILED, "not a mergec bundle")
-    assert cli.run(["compile", "x", "-o", str(tmp_path / "new")]) == 0
+    fails(["compile", "x", "-o", str(tmp_path)], FAILED, "not a mergec bundle")
+    assert mergec(["compile", "x", "-o", str(tmp_path / "new")]) == 0
     assert Program.stands_at(tmp_path / "new")
 
 
 def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Failed) -> None:
-    assert cli.run(["inspect", str(bundles), "--json", "--past", "4"]) == 0
+    assert mergec(["inspect", str(bundles), "--json", "--past", "4"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["model"], data["past"]) == ("decoder", 4)
-    assert cli.run(["inspect", str(bundles), "--markdown", "--past", "4"]) == 0
+    assert mergec(["inspect", str(bundles), "--markdown", "--past", "4"]) == 0
     assert "| mpc.linear |" in capsys.readouterr().out
-    assert cli.run(["inspect", str(bundles), "--past", "4"]) == 0
+    assert mergec(["inspect", str(bundles), "--past", "4"]) == 0
     assert "mpc.linear" in capsys.readouterr().out
-    assert cli.run(["inspect", str(bundles), "--graph", "--past", "4"]) == 0
+    assert mergec(["inspect", str(bundles), "--graph", "--past", "4"]) == 0
     assert capsys.readouterr().out.startswith("%ids = input")
-    fails(["inspect", str(bundles), "--past", "99"], cli.FAILED, "more than the 16")
+    fails(["inspect", str(bundles), "--past", "99"], FAILED, "more than the 16")
     for option in (["--savings"], ["--stage", "before"]):
-        fails(["inspect", str(bundles), "--past", "4", *option], cli.FAILED, "the model itself")
-    fails(["inspect", str(bundles), "--disable", "x"], cli.FAILED, "compiled already")
-    fails(
-        ["inspect", str(bundles), "--past", "4", "--why-not", "x"], cli.FAILED, "unknown pass 'x'"
-    )
+        fails(["inspect", str(bundles), "--past", "4", *option], FAILED, "the model itself")
+    fails(["inspect", str(bundles), "--disable", "x"], FAILED, "compiled already")
+    fails(["inspect", str(bundles), "--past", "4", "--why-not", "x"], FAILED, "unknown pass 'x'")
     shutil.rmtree(bundles / "server")
-    assert cli.run(["inspect", str(bundles), "--json", "--past", "4"]) == 0
+    assert mergec(["inspect", str(bundles), "--json", "--past", "4"]) == 0
 
 
 def test_inspect_writes_files(bundles: Path, tmp_path: Path, fails: Failed, capsys: Any) -> None:
     html, dot, onnx_file = (tmp_path / f"graph.{kind}" for kind in ("html", "dot", "onnx"))
     files = ["--html", str(html), "--dot", str(dot), "--onnx", str(onnx_file)]
-    assert cli.run(["inspect", str(bundles), "--past", "4", *files]) == 0
+    assert mergec(["inspect", str(bundles), "--past", "4", *files]) == 0
     assert capsys.readouterr().out.split() == files[1::2]
     assert html.read_text().startswith("<!doctype html>")
     assert dot.read_text().startswith("digraph step {")
     onnx.checker.check_model(str(onnx_file))
-    fails(["inspect", str(bundles), "--dot", str(tmp_path)], cli.FAILED, "cannot be written")
+    fails(["inspect", str(bundles), "--dot", str(tmp_path)], FAILED, "cannot be written")
 
 
 def test_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +158,9 @@ def test_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     path = str(Program(roles, TYPES).save(tmp_path / "bundles"))
     why_not = ["inspect", path, "--past", "4", "--why-not"]
-    assert cli.run([*why_not, "fuse_act", "--markdown"]) == 0
+    assert mergec([*why_not, "fuse_act", "--markdown"]) == 0
     assert "| act | layers.1 | m.py:3 | too wide |" in capsys.readouterr().out
-    assert cli.run([*why_not, "quad"]) == 0
+    assert mergec([*why_not, "quad"]) == 0
     assert capsys.readouterr().out.strip() == "quad did not run: it is lossy"
 
 
@@ -176,7 +176,7 @@ def test_run_prints_answer_summary_and_plaintext(
         return Answer("to be", [3], tokens, phases=phases, peak_memory={"client": 10**9})
 
     monkeypatch.setattr(Program, "generate_local", generate)
-    assert cli.run(["run", str(bundles), "--prompt", "hi", "--check-plaintext"]) == 0
+    assert mergec(["run", str(bundles), "--prompt", "hi", "--check-plaintext"]) == 0
     printed = capsys.readouterr().out
     assert "> hi" in printed
     assert "to be\n" in printed
@@ -197,21 +197,21 @@ def test_other_failures(
         monkeypatch.setattr(Program, "generate_local", generate)
 
     failing(PartyError("the server went away; start it again"))
-    fails(run, cli.FAILED, "the server went away")
+    fails(run, FAILED, "the server went away")
     failing(ZeroDivisionError("a\nb"))
-    fails(run, cli.FAILED, "internal error: ZeroDivisionError: a b", cli.DEBUG)
+    fails(run, FAILED, "internal error: ZeroDivisionError: a b", DEBUG)
     failing(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
-    fails(run, cli.FAILED, "'gguf'", "mergec[compile]")
+    fails(run, FAILED, "'gguf'", "mergec[compile]")
     failing(KeyboardInterrupt())
-    assert cli.run(run) == cli.INTERRUPTED
+    assert mergec(run) == INTERRUPTED
     capsys.readouterr()
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(DEBUG, "1")
     failing(PartyError("gone"))
-    assert cli.run(run) == cli.FAILED
+    assert mergec(run) == FAILED
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
     command = f"{sys.executable} -m compiler.cli inspect {bundles} --graph --past 1 | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.mergec(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "rror" not in done.stderr
