@@ -213,5 +213,5 @@ def test_other_failures(
 
 def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
     command = f"{sys.executable} -m compiler.cli inspect {bundles} --graph --past 1 | true"
-    done = subprocess.mergec(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "rror" not in done.stderr
