@@ -47,7 +47,8 @@ def compile_decoder(
     progress("capturing the model and rewriting it")
     captured = capture(model)
     history = History(captured.copy(), config, tokenizer)
-    dialect = finish(captured, config, rewrite(captured, config), tokenizer)
+    reports = rewrite(captured, config, tokenizer=tokenizer)
+    dialect = finish(captured, config, reports, tokenizer)
     graph_module = dialect.graph_module
     progress("placing truncations and openings")
     legalize(graph_module, config.fractional_bits)

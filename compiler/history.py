@@ -21,7 +21,7 @@ from compiler.legalize import legalize
 from compiler.lower import lower
 from compiler.pipeline import finish, rewrite, select
 from compiler.visibility import annotate_visibility
-from passes.base import Pass
+from passes.base import Pass, PassReport
 from runtime.errors import MergecError
 from runtime.program import RoleProgram
 from runtime.spec import Cost
@@ -107,7 +107,7 @@ class History:
         found = []
         for kind in select(self._config):
             lines = node_lines(graph, names)
-            (report,) = rewrite(step, self._config, [kind])
+            (report,) = self._rewrite(step, [kind])
             if report.sites:
                 names = _keep_names(graph, names)
                 found.append(_compare(kind.name(), lines, node_lines(graph, names)))
@@ -147,7 +147,7 @@ class History:
         step, snapshots = self._captured.copy(), []
         for position, kind in enumerate(order):
             before = step.copy()
-            (report,) = rewrite(step, self._config, [kind])
+            (report,) = self._rewrite(step, [kind])
             if report.sites:
                 snapshots.append((position, before))
         program = self._program(step, [])
@@ -169,10 +169,13 @@ class History:
     def _program(self, step: Captured, rest: Sequence[type[Pass]]) -> RoleProgram:
         """What comes of a graph after the `rest` of the passes: the client's program."""
         config = self._config
-        dialect = finish(step, config, rewrite(step, config, rest), self._tokenizer)
+        dialect = finish(step, config, self._rewrite(step, rest), self._tokenizer)
         legalize(dialect.graph_module, config.fractional_bits)
         bits = config.fractional_bits
         return lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)["client"]
+
+    def _rewrite(self, step: Captured, passes: Sequence[type[Pass]]) -> list[PassReport]:
+        return rewrite(step, self._config, passes, self._tokenizer)
 
 
 def _keep_names(graph: fx.Graph, before: dict[fx.Node, str]) -> dict[fx.Node, str]:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from compiler.capture import Captured, capture
 from compiler.config import PRESETS, CompileConfig
 from compiler.errors import CompileError
+from compiler.ir import is_shared
 from compiler.ranges import annotate_ranges
 from compiler.share_constants import share_constants
 from compiler.verify import verify_dialect
@@ -68,6 +69,7 @@ def finish(
     if config.weights == "shared":
         share_constants(captured)
     verify_dialect(graph_module)
+    _check_result(graph_module)
     sequences = _calibration(config, tokenizer, captured.vocab_size)
     annotate_ranges(graph_module, captured.inputs, sequences)
     return DialectProgram(
@@ -79,6 +81,14 @@ def finish(
         min(captured.max_length or config.max_length, config.max_length),
         left_out(config),
     )
+
+
+def _check_result(graph_module: fx.GraphModule) -> None:
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    results: Any = output.args[0]
+    if all(map(is_shared, results)):
+        reason = "it is revealed to nobody; let the pass reveal_logits run"
+        raise CompileError("the client would not learn the result", {results[0]: reason})
 
 
 def select(config: CompileConfig) -> list[type[Pass]]:

@@ -70,6 +70,15 @@ def test_an_op_that_a_disabled_pass_would_have_made() -> None:
         to_dialect(random_decoder("gpt2"), CompileConfig(disable=("fuse_layer_norm",)))
 
 
+def test_a_result_that_nobody_learns() -> None:
+    from tests.families import random_decoder
+
+    with pytest.raises(
+        CompileError, match=r"would not learn the result(\n.*)*let .* reveal_logits"
+    ):
+        to_dialect(random_decoder("gpt2"), CompileConfig(disable=("reveal_logits",)))
+
+
 def test_data_movement_and_public_arithmetic_pass() -> None:
     graph = Graph(
         lambda m, x: x.reshape(6).flip(0) if False else x.reshape(6)[None] + 0.0, normal(2, 3)
