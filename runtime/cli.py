@@ -1,4 +1,4 @@
-"""The command line of a party: `mergec serve | deal | generate | chat | certs`.
+"""The command line of a party: `mergec serve | deal | generate | chat | prepare | certs`.
 
 `compiler.cli` adds the commands that need a compiler. Whatever goes wrong is one line on the error
 output, and an exit code.
@@ -26,6 +26,7 @@ from runtime.version import VERSION
 
 if TYPE_CHECKING:
     from runtime.client import Connection
+    from runtime.correlations.store import Store
     from runtime.transport.address import Address
     from runtime.transport.connect import Security
 
@@ -93,6 +94,12 @@ MetricsAt = Annotated[str | None, typer.Option("--metrics", help="host:port for 
 Threads = Annotated[int, typer.Option(help="Threads of each session.", min=1)]
 ServerAt = Annotated[str, typer.Option("--server", help="host:port of the server.")]
 DealerAt = Annotated[str, typer.Option("--dealer", help="host:port of the dealer.")]
+StoreAt = Annotated[
+    Path | None, typer.Option("--store", help="Take randomness from a store, not from the dealer.")
+]
+StoreKey = Annotated[
+    Path | None, typer.Option(help="File with the stores' key; else MERGEC_STORE_KEY has it.")
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads the input.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the best token.", min=0.0)]
 TopK = Annotated[int, typer.Option(help="Sample from the k best; 0 for all.", min=0)]
@@ -149,9 +156,15 @@ def serve_command(
     idle_timeout: IdleTimeout = 1800.0,
     grace: Grace = 60.0,
     metrics: MetricsAt = None,
+    stores: Annotated[
+        Path | None, typer.Option(help="Folder for randomness that clients have dealt ahead.")
+    ] = None,
+    store_key: StoreKey = None,
+    store_bytes: Annotated[int, typer.Option(help="Most bytes of a store.", min=1)] = 16 << 30,
     _config: Config = None,
 ) -> None:
     """Serve a model to clients, until SIGTERM."""
+    from runtime.correlations.store import read_key
     from runtime.server import Limits, ServerSettings, serve
 
     serve(
@@ -159,7 +172,7 @@ def serve_command(
             bundle=_folder(bundle, "server"),
             listen=_address(listen),
             security=_security("server", certs, plaintext),
-            dealer=_address(dealer),
+            dealer=_address(dealer) if dealer else None,
             limits=Limits(sessions, client_sessions, queue, length, tokens, rate),
             device=device.value,
             timeout=timeout,
@@ -167,6 +180,9 @@ def serve_command(
             grace=grace,
             metrics=_address(metrics) if metrics else None,
             threads=threads,
+            stores=stores,
+            store_key=read_key(store_key) if stores is not None else b"",
+            store_bytes=store_bytes,
         )
     )
 
@@ -203,12 +219,56 @@ def deal_command(
     )
 
 
+@app.command("prepare")
+def prepare_command(
+    bundle: Bundle,
+    store: Annotated[Path, typer.Option("--store", help="Folder for this party's stores.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to prepare for, in all.", min=1)],
+    answer: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 64,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt's first step.", min=1)] = 16,
+    store_key: StoreKey = None,
+    server: ServerAt = SERVER_ADDRESS,
+    dealer: DealerAt = DEALER_ADDRESS,
+    certs: Certs = None,
+    plaintext: Plaintext = False,
+    timeout: Timeout = 120.0,
+    _config: Config = None,
+) -> None:
+    """Have randomness dealt and stored, so that answers need no dealer.
+
+    A stored answer takes a prompt of at least --prompt tokens: these in one step, each further one
+    in a step of its own, at the expense of --answer.
+    """
+    from runtime.correlations.store import read_key
+    from runtime.session import Plan
+
+    key = read_key(store_key)
+    plan = Plan(-(-tokens // answer), prompt, answer)
+    connection = _connection(bundle, server, dealer, None, certs, plaintext, Device.cpu, timeout)
+    with err.status("dealing") as status:
+        place, size = connection.prepare(
+            plan,
+            store,
+            key,
+            lambda done, size: status.update(
+                f"{done} of {plan.answers} answers, {size / 1e6:.0f} MB"
+            ),
+        )
+    out.print(
+        f"{place}: {plan.answers} answers of {answer} tokens; at the server {size / 1e6:.1f} MB, "
+        f"{size / plan.answers / answer / 1e6:.3f} MB a token",
+        soft_wrap=True,
+    )
+
+
 @app.command("generate")
 def generate_command(
     bundle: Bundle,
     prompt: Prompt,
     server: ServerAt = SERVER_ADDRESS,
     dealer: DealerAt = DEALER_ADDRESS,
+    store: StoreAt = None,
+    store_key: StoreKey = None,
     certs: Certs = None,
     plaintext: Plaintext = False,
     ids: Annotated[bool, typer.Option("--ids", help="The prompt is token numbers.")] = False,
@@ -226,7 +286,10 @@ def generate_command(
     from runtime.sampling import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _connection(bundle, server, dealer, certs, plaintext, device, timeout) as connection:
+    opened = _store(store, store_key)
+    with _connection(
+        bundle, server, dealer, opened, certs, plaintext, device, timeout
+    ) as connection:
         asked = _numbers(text) if ids else connection.encode(text, chat)
         sampling = Sampling(temperature, top_k, top_p, seed)
         _answer(connection, asked, show_ids=ids, max_tokens=max_tokens, sampling=sampling)
@@ -237,6 +300,8 @@ def chat_command(
     bundle: Bundle,
     server: ServerAt = SERVER_ADDRESS,
     dealer: DealerAt = DEALER_ADDRESS,
+    store: StoreAt = None,
+    store_key: StoreKey = None,
     certs: Certs = None,
     plaintext: Plaintext = False,
     max_tokens: MaxTokens = 128,
@@ -253,7 +318,10 @@ def chat_command(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     turns: list[dict[str, str]] = []
-    with _connection(bundle, server, dealer, certs, plaintext, device, timeout) as connection:
+    opened = _store(store, store_key)
+    with _connection(
+        bundle, server, dealer, opened, certs, plaintext, device, timeout
+    ) as connection:
         while True:
             try:
                 said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()
@@ -317,6 +385,7 @@ def _connection(
     bundle: Path,
     server: str,
     dealer: str,
+    store: Store | None,
     certs: Path | None,
     plaintext: bool,
     device: Device,
@@ -327,12 +396,25 @@ def _connection(
     return Connection(
         _folder(bundle, "client"),
         server=_address(server),
-        dealer=_address(dealer),
+        dealer=_address(dealer) if store is None else None,
+        store=store,
         security=_security("client", certs, plaintext),
         device=device.value,
         timeout=timeout,
         on_wait=lambda place: err.print(f"waiting for a place, {place} in the queue", style="dim"),
     )
+
+
+def _store(place: Path | None, key: Path | None) -> Store | None:
+    """A store, or the first one in a folder of several that has something left."""
+    if place is None:
+        return None
+    from runtime.correlations.store import Store, read_key, stores_below
+
+    secret = read_key(key)
+    found = [Store.open(inner, secret) for inner in stores_below(place)]
+    usable = [store for store in found if store.left()]
+    return usable[0] if usable else (found[0] if found else Store.open(place, secret))
 
 
 def _folder(bundle: Path, role: str) -> Path:

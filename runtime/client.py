@@ -11,13 +11,26 @@ from typing import Any
 
 from runtime.bundle import TOKENIZER, load_bundle
 from runtime.context import ClientContext
+from runtime.correlations.store import Header, Store, StoreError, StoreWriter, is_store
 from runtime.encoding import is_a
-from runtime.errors import PartyError, PromptError
+from runtime.errors import MergecError, PartyError, PromptError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, StepReport, Token, answer, check_prompt, measured
 from runtime.program import RoleProgram
 from runtime.sampling import Sampling
-from runtime.session import JOIN_TIMEOUT, SESSION, STEP, TIMEOUT, greet, join_dealer, read_token
+from runtime.session import (
+    JOIN_TIMEOUT,
+    PREPARE,
+    SESSION,
+    STEP,
+    STORED,
+    TIMEOUT,
+    Plan,
+    greet,
+    join_dealer,
+    read_token,
+    whole,
+)
 from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.text import VOCABULARY, Text
 from runtime.transport.address import Address
@@ -41,21 +54,27 @@ class Connection:
         bundle: str | Path | RoleProgram,
         *,
         server: Address,
-        dealer: Address,
+        dealer: Address | None = None,
+        store: Store | None = None,
         security: Security,
         device: str = "cpu",
         timeout: float = TIMEOUT,
         join_timeout: float = JOIN_TIMEOUT,
         on_wait: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """bundle: the client's, or its folder. on_wait: gets the place in a queue."""
+        """bundle: the client's, or its folder. on_wait: gets the place in a queue.
+
+        dealer or store: where randomness comes from; a store does without the dealer.
+        """
+        if (dealer is None) == (store is None):
+            raise MergecError("randomness comes from a dealer or from a store; give one of them")
         if isinstance(bundle, RoleProgram):
             self.program, self.text = bundle, None
         else:
             self.program = load_bundle(bundle, ROLES[CLIENT])
             folder = Path(bundle) / TOKENIZER
             self.text = Text.load(folder) if (folder / VOCABULARY).is_file() else None
-        self._server, self._dealer = server, dealer
+        self._server, self._dealer, self._store = server, dealer, store
         self._security = security
         self._device = device
         self._timeout, self._join_timeout = timeout, join_timeout
@@ -94,26 +113,86 @@ class Connection:
 
     def _open(self) -> MergecSession:
         hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        store = self._store
+        wanted: dict[str, Any] = {"purpose": SESSION}
+        if store is not None:
+            if store.header.program != hello.program_hash:
+                raise StoreError(f"{store.folder}: is for another program; prepare again")
+            wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
+        channel, token = self._admitted(hello, wanted)
+        seed = self._join(hello, token) if store is None else store.seed
+        executor = Executor(self.program, self._context(seed), channel)
+        session = MergecSession(executor, lambda: channel.traffic)
+        self.setup = measured(session, 0, 0, session.setup)
+        return session
+
+    def _context(self, seed: bytes) -> ClientContext:
+        fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        return ClientContext(seed, self._device, fixed)
+
+    def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
+        """Connect to the server and wait for a place; gives the session's secret name."""
         channel = connect(
             self._server, ROLES[SERVER], self._security, self._timeout, self._join_timeout
         )
         self._channels.append(channel)
-        greet(channel, hello, purpose=SESSION)
+        greet(channel, hello, **wanted)
         kind, fields = Kind.QUEUED, dict[str, Any]()
         while kind is Kind.QUEUED:
             kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED, timeout=QUEUE_TIMEOUT)
             if kind is Kind.QUEUED and is_a(fields.get("position"), int):
                 self._on_wait(fields["position"])
-        token = read_token(fields, channel.peer)
+        return channel, read_token(fields, channel.peer)
+
+    def _join(self, hello: Hello, token: str) -> bytes:
+        """Connect to the dealer; gives this party's seed there."""
+        if self._dealer is None:
+            raise MergecError("no dealer was given; give one, or a store")
         dealer, seed = join_dealer(
             self._dealer, hello, self._security, token, self._timeout, self._join_timeout
         )
         self._channels.append(dealer)
-        fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-        executor = Executor(self.program, ClientContext(seed, self._device, fixed), channel)
-        session = MergecSession(executor, lambda: channel.traffic)
-        self.setup = measured(session, 0, 0, session.setup)
-        return session
+        return seed
+
+    def prepare(
+        self,
+        plan: Plan,
+        root: Path,
+        key: bytes,
+        on_answer: Callable[[int, int], object] = lambda _done, _size: None,
+    ) -> tuple[Path, int]:
+        """Have the dealer deal for later, and store it here and at the server; no session is open.
+
+        on_answer: gets how many answers are done, and their bytes at the server. Gives this party's
+        folder below `root`, and the bytes at the server.
+        """
+        if self.is_open:
+            raise MergecError("a session is open; close it before preparing")
+        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        try:
+            channel, token = self._admitted(hello, {"purpose": PREPARE})
+            seed = self._join(hello, token)
+            for other in self._channels:
+                other.send_json(Kind.PLAN, **plan.fields())
+            while True:
+                kind, fields = channel.receive_json(Kind.STORED, Kind.DONE)
+                size = whole(fields, "bytes", 0, 1 << 62, channel.peer)
+                if kind is Kind.DONE:
+                    break
+                on_answer(whole(fields, "answers", 1, plan.answers, channel.peer), size)
+            if not is_store(fields.get("store")):
+                raise PartyError("the server does not name what it stored; prepare again")
+            program = self.program.manifest["program_hash"]
+            header = Header(
+                fields["store"], ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens
+            )
+            with StoreWriter(root, header, key, seed) as writer:
+                writer.finish()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self.close()
+        return root / header.store, size
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
         """Tokens of a text. chat: by the model's chat template; None does so where there is one."""
@@ -155,7 +234,7 @@ class Connection:
             session, channels = self._session, self._channels
             if session is None:
                 raise PartyError("the session is over; open a new one")
-            self._begin(channels[0], len(ids), max_tokens)
+            first = self._begin(session, channels[0], len(ids), max_tokens)
 
             def announce(new: int, past: int) -> None:
                 for channel in channels:
@@ -168,21 +247,50 @@ class Connection:
                 sampling=sampling,
                 stop=ending,
                 announce=announce,
+                first=first,
             )
             yield from self._whole_steps(tokens)
         finally:
             self._busy.release()
 
-    def _begin(self, channel: Channel, length: int, tokens: int) -> None:
+    def _begin(self, session: MergecSession, channel: Channel, length: int, tokens: int) -> int:
+        """Ask for an answer; gives how many tokens of the prompt its first step takes (0: all)."""
         try:
-            channel.send_json(Kind.BEGIN, length=length, tokens=tokens)
-            kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
+            if self._store is None:
+                self._ask(channel, length=length, tokens=tokens)
+                return 0
+            header = self._store.header
+            room = header.tokens - (length - header.prompt) + 1
+            if length < header.prompt or tokens > room:
+                raise PromptError(
+                    f"a stored answer takes a prompt of at least {header.prompt} tokens, and has "
+                    f"room for {max(room, 0)} more after this one of {length}; prepare another "
+                    "store, or use the dealer"
+                )
+            for answer in self._store.left():
+                if self._ask(channel, length=length, tokens=tokens, answer=answer):
+                    session.use(self._context(self._store.take(answer)))
+                    return header.prompt
+                self._store.take(answer)  # the server has used it: a crash came between
+            raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
+        except MergecError as error:
+            if not isinstance(error, PromptError):
+                self._abandon(error)
+            raise
         except BaseException as error:
             self._abandon(error)
             raise
+
+    def _ask(self, channel: Channel, **wanted: int) -> bool:
+        """Whether the server takes part; not if it has used this answer of the store before."""
+        channel.send_json(Kind.BEGIN, **wanted)
+        kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
+        if kind is Kind.REFUSED and fields.get("used") is True and "answer" in wanted:
+            return False
         if kind is Kind.REFUSED:
             reason = printable(str(fields.get("reason", "")))
             raise PromptError(f"the server does not take this prompt: {reason}")
+        return True
 
     def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
         """Pass tokens on. What stops a step halfway ends the session; leaving later does not."""

@@ -235,9 +235,11 @@ class _Session:
             self._agree(line, bytes([kind]) + payload)
             if kind is Kind.PLAN:
                 plan = Plan.read(channel.object(payload), limit, channel.peer)
+                if context.offline_bytes:
+                    raise PartyError("this program needs the dealer at the start of each session")
                 for answer in range(plan.answers):
                     own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
-                    executor.context = DealerContext(*own, stream, fixed=fixed)
+                    session.use(DealerContext(*own, stream, fixed=fixed))
                     for new, past in plan.steps():
                         self._parent.check()
                         self._step(session, stream, new, past)

@@ -18,6 +18,7 @@ from runtime.transport.traffic import Traffic
 from runtime.values import Held, Masked, Sent
 
 if TYPE_CHECKING:
+    from runtime.context import Context
     from runtime.executor import Executor
     from runtime.stock import StockExecutor
 
@@ -111,6 +112,10 @@ class MergecSession(Session):
 
     def setup(self) -> None:
         self._executor.setup()
+
+    def use(self, context: Context) -> None:
+        """Take the masks of what follows from another source; the static ones stay."""
+        self._executor.context = context
 
     def traffic(self) -> Traffic:
         result = self._counted().snapshot()

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.bundle import load_bundle
-from runtime.context import ServerContext, ShapeContext
+from runtime.bundle import TENSORS, load_bundle
+from runtime.context import ByteSource, ServerContext, ShapeContext
+from runtime.correlations.store import (
+    Corrections,
+    Header,
+    Store,
+    StoreError,
+    StoreWriter,
+    is_store,
+    new_store,
+    stores_below,
+)
 from runtime.errors import PartyError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
@@ -25,9 +36,12 @@ from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fo
 from runtime.session import (
     IDLE_TIMEOUT,
     JOIN_TIMEOUT,
+    PREPARE,
     SESSION,
     STEP,
+    STORED,
     TIMEOUT,
+    Plan,
     be_greeted,
     join_dealer,
     new_token,
@@ -35,7 +49,7 @@ from runtime.session import (
 )
 from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.transport.address import Address
-from runtime.transport.channel import Channel, Kind
+from runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from runtime.transport.connect import Security, accept, listen
 from runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
 from runtime.transport.hello import Hello
@@ -80,6 +94,11 @@ class ServerSettings:
     grace: float = 60.0
     metrics: Address | None = None
     threads: int = 1
+    stores: Path | None = None
+    """Where randomness dealt ahead is kept, if clients may have some; then there is a key, too."""
+    store_key: bytes = b""
+    store_bytes: int = 16 << 30
+    """What one store may take on disk."""
 
 
 def serve(settings: ServerSettings) -> None:
@@ -90,6 +109,9 @@ def serve(settings: ServerSettings) -> None:
     fixed = program.manifest.get("fractional_bits", FRACTIONAL_BITS)
     encoded = Executor(program, ShapeContext(fixed=fixed), None).encode_weights()
     metrics = Metrics(ROLES[SERVER])
+    if settings.stores is not None:
+        found = [Store.open(place, settings.store_key) for place in stores_below(settings.stores)]
+        metrics.stored.set(sum(len(store.left()) for store in found))
     if settings.metrics is not None:
         metrics.serve(settings.metrics)
     with listen(settings.listen, settings.security) as listener:
@@ -129,6 +151,8 @@ class ServerDesk(Desk):
         elif message["kind"] == "step":
             self._metrics.step(message["report"])
             self.allowance(worker.facts["name"]).spend(message["report"]["new"])
+        elif message["kind"] == "stored":
+            self._metrics.stored.inc(message["answers"])
         elif message["kind"] == "end":
             self._metrics.ended.labels(message["how"]).inc()
 
@@ -189,6 +213,13 @@ class Allowance:
         self._when = now
 
 
+class _Nothing:
+    """Corrections where there are none: in the setup of a session from a store."""
+
+    def read(self, nbytes: int) -> torch.Tensor:
+        raise PartyError("this program cannot run from a store; begin a session with the dealer")
+
+
 class _Session:
     """One client's session, in a process of its own."""
 
@@ -229,13 +260,27 @@ class _Session:
         )
         hello = Hello.of(ROLES[SERVER], self._program.manifest)
         fields = be_greeted(channel, hello, (ROLES[CLIENT],))
-        if fields.get("purpose") != SESSION:
-            raise PartyError("the client wants something that is not offered here")
+        purpose = fields.get("purpose")
         self._log = self._log.bind(client=channel.name)
+        store = self._find_store(fields, channel) if purpose == STORED else None
         token = self._place(channel)
         self._log = self._log.bind(session=token[:8])
-        self._log.info("session began")
+        self._log.info("session began", purpose=str(purpose))
         channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits))
+        self._parent.idle = False
+        if store is not None:
+            self._serve_stored(store, channel)
+        elif purpose == PREPARE:
+            self._prepare(channel, self._join(hello, token))
+        elif purpose == SESSION:
+            self._serve_dealt(channel, self._join(hello, token))
+        else:
+            raise PartyError("the client wants something that is not offered here")
+        channel.close()
+        self._log.info("session ended")
+
+    def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
+        settings = self._settings
         if settings.dealer is None:
             raise PartyError("this server knows no dealer; use stored randomness")
         dealer, seed = join_dealer(
@@ -247,18 +292,111 @@ class _Session:
             settings.join_timeout,
         )
         self._dealer = dealer
-        blocks = ChannelBlockReader(dealer, settings.idle_timeout)
-        source = DealerReceiver(blocks, AHEAD_BYTES, settings.timeout)
-        context = ServerContext(seed, source, settings.device, hello.fixed)
-        executor = Executor(self._program, context, channel, self._encoded)
-        session = MergecSession(executor, lambda: channel.traffic)
-        self._parent.idle = False
-        session.setup()
-        self._answers(session, channel, dealer, source)
+        return dealer, seed
+
+    def _serve_dealt(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
+        """A session whose randomness the dealer gives as it goes."""
+        dealer, seed = joined
+        blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
+        source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
+        session = self._begin(channel, self._context(seed, source))
+
+        def watch() -> None:
+            if source.ended:
+                raise PartyError("the dealer went away; see its own message")
+
+        self._answers(session, channel, dealer.send, watch)
         dealer.send(Kind.END)
         dealer.close()
-        channel.close()
-        self._log.info("session ended")
+
+    def _serve_stored(self, store: Store, channel: Channel) -> None:
+        """A session whose randomness was dealt before."""
+        session = self._begin(channel, self._context(store.seed, _Nothing()))
+        open_file: list[Corrections] = []
+
+        def take(answer: int) -> None:
+            for file in open_file:
+                file.close()
+            seed = store.take(answer)
+            self._parent.tell(kind="stored", answers=-1)
+            open_file[:] = [store.corrections(answer)]
+            session.use(self._context(seed, open_file[0]))
+
+        self._answers(session, channel, lambda *_: None, lambda: None, take)
+        for file in open_file:
+            file.close()
+
+    def _context(self, seed: bytes, source: ByteSource) -> ServerContext:
+        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        return ServerContext(seed, source, self._settings.device, fixed)
+
+    def _begin(self, channel: Channel, context: ServerContext) -> MergecSession:
+        executor = Executor(self._program, context, channel, self._encoded)
+        session = MergecSession(executor, lambda: channel.traffic)
+        session.setup()
+        return session
+
+    def _find_store(self, fields: dict[str, Any], channel: Channel) -> Store:
+        """The store that the client has the other part of."""
+        settings, number = self._settings, fields.get("store")
+        if settings.stores is None or not is_store(number):
+            raise PartyError("no randomness is stored here; begin a session with the dealer")
+        place = settings.stores / str(number)
+        if not place.is_dir():
+            raise PartyError(f"there is no store {str(number)[:8]} here; run `mergec prepare`")
+        store = Store.open(place, settings.store_key)
+        header = store.header
+        if fields.get("plan") != header.common:
+            raise PartyError("the two parts of the store do not belong together; prepare again")
+        if header.client != channel.name:
+            raise PartyError("this store belongs to another client; prepare one for this")
+        if header.weights != self._weights_digest():
+            raise PartyError("the server has other weights than when it stored; prepare again")
+        return store
+
+    def _weights_digest(self) -> str:
+        return str(self._program.manifest["files"][TENSORS]["sha256"])
+
+    def _prepare(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
+        """Store what the dealer gives for a plan of the client's."""
+        settings, (dealer, seed) = self._settings, joined
+        if settings.stores is None:
+            raise PartyError("nothing can be stored here; the server needs --stores")
+        payload = channel.receive_any((Kind.PLAN,))[1]
+        plan = Plan.read(channel.object(payload), self._program.manifest["max_length"], "client")
+        dealer.send(Kind.PLAN, payload)
+        header = Header(
+            new_store(),
+            ROLES[SERVER],
+            self._program.manifest["program_hash"],
+            plan.answers,
+            plan.prompt,
+            plan.tokens,
+            channel.name,
+            self._weights_digest(),
+        )
+        try:
+            with StoreWriter(
+                settings.stores, header, settings.store_key, seed, settings.store_bytes
+            ) as writer:
+                done = 0
+                while done < plan.answers:
+                    kind, block = dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
+                    if kind is Kind.BLOCK:
+                        writer.write(block)
+                        continue
+                    writer.end_answer()
+                    done += 1
+                    channel.send_json(Kind.STORED, answers=done, bytes=writer.size)
+                writer.finish()
+        except StoreError as error:
+            self._log.error("cannot store", reason=str(error))
+            raise PartyError("the server cannot store so much; see its log") from error
+        dealer.send(Kind.END)
+        dealer.close()
+        self._parent.tell(kind="stored", answers=plan.answers)
+        self._log.info("stored", store=header.store, answers=plan.answers, bytes=writer.size)
+        channel.send_json(Kind.DONE, store=header.store, bytes=writer.size)
 
     def _place(self, channel: Channel) -> str:
         """Wait for a place among the sessions; gives the session's secret name."""
@@ -282,12 +420,17 @@ class _Session:
         self,
         session: MergecSession,
         channel: Channel,
-        dealer: Channel,
-        source: DealerReceiver,
+        relay: Callable[[Kind, memoryview], None],
+        watch: Callable[[], None],
+        take: Callable[[int], None] | None = None,
     ) -> None:
-        """Give answers until the client ends the session."""
+        """Give answers until the client ends the session.
+
+        relay: hands the client's requests on. watch: called while nothing happens. take: uses up
+        the answer of a store.
+        """
         while True:
-            self._await(channel, source)
+            self._await(channel, watch)
             kind, payload = channel.receive_any((Kind.BEGIN, Kind.END))
             if kind is Kind.END:
                 return
@@ -298,16 +441,22 @@ class _Session:
             if refusal:
                 channel.send_json(Kind.REFUSED, reason=refusal)
                 continue
+            if take is not None:
+                try:
+                    take(whole(fields, "answer", 0, 1 << 30, channel.peer))
+                except StoreError as error:
+                    self._log.warning("not given", reason=str(error))
+                    channel.send_json(Kind.REFUSED, reason="used up", used=True)
+                    continue
             channel.send_json(Kind.ACCEPTED)
-            self._answer(session, channel, dealer, length + tokens)
+            self._answer(session, channel, relay, length + tokens)
 
-    def _await(self, channel: Channel, source: DealerReceiver) -> None:
+    def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
         """Let the client think. Between answers the session may be ended."""
         self._parent.idle = True
         deadline = time.monotonic() + self._settings.idle_timeout
         while not channel.readable(_LOOK):
-            if source.ended:
-                raise PartyError("the dealer went away; see its own message")
+            watch()
             if time.monotonic() > deadline:
                 raise PartyError("the session was idle for too long; begin another")
         self._parent.idle = False
@@ -326,13 +475,17 @@ class _Session:
         return ""
 
     def _answer(
-        self, session: MergecSession, channel: Channel, dealer: Channel, limit: int
+        self,
+        session: MergecSession,
+        channel: Channel,
+        relay: Callable[[Kind, memoryview], None],
+        limit: int,
     ) -> None:
         """Take part in the steps of one answer; `limit`: of prompt and answer together."""
         done = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
-            dealer.send(kind, payload)
+            relay(kind, payload)
             if kind is Kind.DONE:
                 return
             if len(payload) != STEP.size:

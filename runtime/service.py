@@ -306,24 +306,24 @@ def played(session: Callable[[], None], fail: Callable[[str], None], log: Any) -
         session()
         return "done"
     except StoppingError as error:
-        fail(str(error))
         log.info("session stopped")
+        fail(str(error))
         return "stopped"
     except PartyError as error:
-        fail(str(error))
         log.warning("session failed", reason=str(error))
+        fail(str(error))
     except MergecError as error:
-        fail("it cannot go on; see its log")
         log.error("session failed", reason=str(error))
-    except MemoryError:
-        fail("it is out of memory; try again later")
-        log.error("session failed", reason="out of memory")
-    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
         fail("it cannot go on; see its log")
+    except MemoryError:
+        log.error("session failed", reason="out of memory")
+        fail("it is out of memory; try again later")
+    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
         # Not the message: it might hold values.
         log.error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
+        fail("it cannot go on; see its log")
     return "failed"

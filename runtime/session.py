@@ -25,8 +25,8 @@ TIMEOUT = 120.0
 IDLE_TIMEOUT = 1800.0
 """Seconds that a session may wait for its next prompt."""
 
-SESSION, PREPARE = "session", "prepare"
-"""What a client wants: answers, or randomness for later ones."""
+SESSION, PREPARE, STORED = "session", "prepare", "stored"
+"""What a client wants: answers, randomness for later ones, or answers by such."""
 
 STEP = struct.Struct("!qq")
 _TOKEN_BYTES = 32

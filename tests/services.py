@@ -111,8 +111,9 @@ class Deployment:
             "join_timeout": 5.0,
             **options,
         }
-        addresses = {"server": self.server.address, "dealer": self.dealer.address}
-        return Connection(self.bundles / "client", **{**addresses, **given})
+        if "dealer" not in given:
+            given["dealer"] = self.dealer.address
+        return Connection(self.bundles / "client", server=self.server.address, **given)
 
 
 @contextmanager

@@ -284,6 +284,7 @@ def test_a_dealer_that_dies_ends_the_session_and_the_server_goes_on(bundles) -> 
             process.kill()
         with pytest.raises(PartyError, match="the server says: the dealer went away"):
             list(answer)
+        made.dealer.process.wait()
         with pytest.raises(PartyError, match="the dealer does not answer at"):
             made.connection(join_timeout=0.0).open()
         assert made.server.process.poll() is None

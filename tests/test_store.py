@@ -1,0 +1,203 @@
+"""Randomness ahead of time: what is on disk, that it is used once, and answers without a dealer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime.correlations.prg import derive, new_seed
+from runtime.correlations.store import (
+    KEY_VARIABLE,
+    Header,
+    Store,
+    StoreError,
+    StoreWriter,
+    new_store,
+    read_key,
+    stores_below,
+)
+from runtime.errors import PartyError, PromptError
+from runtime.session import Plan
+from tests import decoder
+from tests.services import deployment
+
+KEY = bytes(range(32))
+PLAN = Plan(answers=3, prompt=2, tokens=5)
+
+
+def written(root: Path, answers: int = 3, blocks: tuple[bytes, ...] = (b"ab", b"c" * 3_000_000)):
+    seed = new_seed()
+    header = Header(new_store(), "server", "ab" * 32, answers, 2, 5)
+    with StoreWriter(root, header, KEY, seed) as writer:
+        for _ in range(answers):
+            for block in blocks:
+                writer.write(memoryview(block))
+            writer.end_answer()
+        writer.finish()
+    return Store.open(root / header.store, KEY), seed, writer.size
+
+
+def test_what_is_written_is_read_and_nothing_of_it_is_on_disk(tmp_path: Path) -> None:
+    store, seed, size = written(tmp_path)
+    on_disk = [file.read_bytes() for file in store.folder.iterdir()]
+    assert sum(map(len, on_disk)) == size
+    assert not any(seed in data or b"c" * 16 in data for data in on_disk)
+    assert store.take(1) == derive(seed, "answer 1")
+    corrections = store.corrections(1)
+    assert corrections.read(5).numpy().tobytes() == b"abccc"
+    assert corrections.read(2_999_997).eq(ord("c")).all()
+    with pytest.raises(StoreError, match="is too short for this answer"):
+        corrections.read(1)
+    corrections.close()
+    assert not (store.folder / "answer-000001.bin").exists()
+
+
+def test_an_answer_is_used_once_whoever_asks_and_after_a_crash(tmp_path: Path) -> None:
+    store, _, _ = written(tmp_path)
+    store.take(0)
+    with pytest.raises(StoreError, match="answer 0 is used up"):
+        Store.open(store.folder, KEY).take(0)
+    with (store.folder / "used").open("ab") as journal:
+        journal.write(b"\0\0\0")  # what a crash leaves of an entry
+    assert Store.open(store.folder, KEY).left() == [1, 2]
+    Store.open(store.folder, KEY).take(2)
+    assert Store.open(store.folder, KEY).left() == [1]
+    for missing in (3, -1):
+        with pytest.raises(StoreError, match="does not exist"):
+            store.take(missing)
+
+
+def grab(folder: Path, taken) -> None:
+    store = Store.open(folder, KEY)
+    for answer in range(store.header.answers):
+        try:
+            store.take(answer)
+        except StoreError:
+            continue
+        taken.put(answer)
+
+
+def test_processes_that_race_never_get_the_same_answer(tmp_path: Path) -> None:
+    store, _, _ = written(tmp_path, 40, (b"x",))
+    context = multiprocessing.get_context("fork")
+    taken = context.Queue()
+    racers = [context.Process(target=grab, args=(store.folder, taken)) for _ in range(3)]
+    for racer in racers:
+        racer.start()
+    found = sorted(taken.get(timeout=30) for _ in range(40))
+    for racer in racers:
+        racer.join(30)
+    assert found == list(range(40))
+    assert taken.empty()
+
+
+def test_the_journal_is_on_disk_before_the_seed_is_given(tmp_path: Path, monkeypatch) -> None:
+    store, _, _ = written(tmp_path)
+    seen = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(os.fstat(fd).st_size), real(fd)))
+    store.take(0)
+    assert seen == [8]
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"cannot note what is used \(No space left"):
+        store.take(1)
+
+
+@pytest.mark.parametrize("file", ["store.json", "seed.bin", "answer-000000.bin"])
+def test_damage_and_wrong_keys_are_named(tmp_path: Path, file: str) -> None:
+    store, _, _ = written(tmp_path)
+    with pytest.raises(StoreError, match="is damaged, or encrypted under another key"):
+        Store.open(store.folder, bytes(32))
+    target = store.folder / file
+    data = bytearray(target.read_bytes())
+    data[-20] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged"):
+        Store.open(store.folder, KEY).corrections(0).read(3_000_002)
+
+
+def test_chunks_cannot_change_places(tmp_path: Path) -> None:
+    store, _, _ = written(tmp_path)
+    one, other = (store.folder / f"answer-00000{n}.bin" for n in (0, 1))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(StoreError, match="is damaged"):
+        store.corrections(0).read(1)
+
+
+def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    header = Header(new_store(), "server", "ab" * 32, 1, 2, 5)
+    refused = pytest.raises(StoreError, match="a store may have 1000 bytes")
+    with refused, StoreWriter(tmp_path, header, KEY, new_seed(), 1000) as writer:
+        writer.write(memoryview(bytes(5_000_000)))
+    monkeypatch.setattr("runtime.correlations.store._sync", no_space)
+    refused = pytest.raises(StoreError, match=r"cannot be written .*; free some space")
+    with refused, StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
+        writer.finish()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StoreError, match="no such store"):
+        Store.open(tmp_path / "none", KEY)
+
+
+def no_space(_: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "key"
+    file.write_text(KEY.hex() + "\n")
+    assert read_key(file) == KEY
+    monkeypatch.setenv(KEY_VARIABLE, KEY.hex())
+    assert read_key(None) == KEY
+    for text in ("", "00" * 31, "xy" * 32):
+        monkeypatch.setenv(KEY_VARIABLE, text)
+        with pytest.raises(StoreError, match="no key of 64 hexadecimal digits"):
+            read_key(None)
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_key(tmp_path / "none")
+
+
+def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
+    bundles = decoder.save(tmp_path / "bundles")
+    key = tmp_path / "key"
+    key.write_text(KEY.hex())
+    theirs = tmp_path / "server"
+    options = ("--stores", str(theirs), "--store-key", str(key), "--timeout", "20")
+    with deployment(bundles, serve=options) as made:
+        seen: list[tuple[int, int]] = []
+        place, size = made.connection().prepare(
+            PLAN, tmp_path / "client", KEY, lambda *progress: seen.append(progress)
+        )
+        assert [done for done, _ in seen] == [1, 2, 3]
+        (other,) = stores_below(theirs)
+        assert other.name == place.name
+        assert size == sum(f.stat().st_size for f in other.iterdir())
+        made.dealer.end()
+
+        def ask(prompt: list[int], count: int) -> list[int]:
+            store = Store.open(place, KEY)
+            with made.connection(dealer=None, store=store) as connection:
+                return [t.token for t in connection.generate(prompt, max_tokens=count)]
+
+        # A prompt longer than the first step, one of just its length, and one that is too short.
+        assert ask([5, 1, 7, 2], 4) == decoder.plaintext(bundles, [5, 1, 7, 2], 4)
+        with pytest.raises(PromptError, match="takes a prompt of at least 2 tokens"):
+            ask([5], 2)
+        with pytest.raises(PromptError, match="has room for 4 more after this one of 4"):
+            ask([5, 1, 7, 2], 5)
+        assert (Store.open(place, KEY).left(), Store.open(other, KEY).left()) == ([1, 2], [1, 2])
+        # A client that crashed when only the server had noted an answer goes on with the next.
+        Store.open(other, KEY).take(1)
+        assert ask([5, 1], 6) == decoder.plaintext(bundles, [5, 1], 6)
+        with pytest.raises(PromptError, match="is used up; run `mergec prepare` again"):
+            ask([5, 1], 2)
+        (other / "store.json").rename(other / "gone")
+        with pytest.raises(PartyError, match="the server says: it cannot go on; see its log"):
+            ask([5, 1], 2)
+        assert "no such store" in made.server.output
