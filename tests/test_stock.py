@@ -19,8 +19,11 @@ TOLERANCES = {
     "exp": 5e-3,
     # Functions of exponentials, some through Newton's iteration from a fixed start.
     **dict.fromkeys(("sigmoid", "tanh", "softmax", "reciprocal", "rsqrt"), 5e-3),
+    **dict.fromkeys(("quadratic", "constant_attention"), 5e-4),
     # Those times numbers below 4.
     **dict.fromkeys(("silu", "quick_gelu", "gelu", "glu", "attention"), 1e-2),
+    # Weights near 100 times the reciprocal of their sum, which has 16 bits.
+    "ratio_attention": 3e-2,
     **dict.fromkeys(("rms_norm", "layer_norm"), 1e-2),
 }
 """Largest error of each op on the inputs below."""
@@ -74,6 +77,10 @@ SCRIPT = """
         ("attention", [q, k, v, None, 0.5], [S, S, S, P, P]),
         ("attention", [q, k, v, mask, 0.3, 2.0], [S, S, S, P, P, P]),
         ("attention", [q[:, :, :1], k[:, :, :1], v[:, :, :1], None, 0.5], [S, S, S, P, P]),
+        ("ratio_attention", [q, k, v, mask, 0.5, 0.0, "2quad"], [S, S, S, P, P, P, P]),
+        ("ratio_attention", [q, k, v, None, 0.5, 0.0, "2relu"], [S, S, S, P, P, P, P]),
+        ("constant_attention", [k, torch.rand(4, 6, 6, generator=generator).tril(), 3], [S, S, P]),
+        ("quadratic", [x, 0.125, 0.25, 0.5], [S, P, P, P]),
         ("rms_norm", [x, None, 1e-5], [S, P, P]),
         ("rms_norm", [wide, normal(8), 1e-5, 1.0, 900.0 * 16], [S, S, P, P, P]),
         ("layer_norm", [wide, normal(8), normal(8), 1e-5, 900.0 * 16], [S, S, S, P, P]),
