@@ -337,7 +337,9 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
     numeric = [bool(body) and all(_numeric(row[i]) for row in body) for i in range(len(head))]
     rules = ["---:" if right else "---" for right in numeric]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(rules)}|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
+    # A bar in a cell would begin another cell.
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in body]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def _table(heading: str, cells: Sequence[Sequence[str]]) -> Table:

@@ -32,7 +32,7 @@ def inspection() -> Inspection:
         CostRow("r", "mpc.reveal", "", Vis.CLIENT, (1, 4, 11), Cost(1, 50, 0)),
     ]
     report = CostReport(4, 0, rows, Cost(7, 1000, 100), ["e", "k", "s", "r"])
-    skip = {"node": "act", "module": "model.layers.1", "source": "m.py:3", "reason": "too wide"}
+    skip = {"node": "act", "module": "model.layers.1", "source": "m.py:3", "reason": "|x| is wide"}
     passes = [
         PassRow("fuse_norm", "One op for many.", True, 3, 40, 20, []),
         PassRow("fuse_act", "Another.", False, 1, 20, 19, [skip]),
@@ -100,12 +100,12 @@ def test_why_not(inspection: Inspection) -> None:
     )
     act = inspection.why_not("fuse_act")
     assert act.verdict == "changed 1 site and left 1 alone:"
-    assert "| act | model.layers.1 | m.py:3 | too wide |" in act.to_markdown()
-    assert json.loads(act.to_json())["skips"][0]["reason"] == "too wide"
+    assert r"| act | model.layers.1 | m.py:3 | \|x\| is wide |" in act.to_markdown()
+    assert json.loads(act.to_json())["skips"][0]["reason"] == "|x| is wide"
     console = Console(width=120)
     with console.capture() as capture:
         console.print(act.render())
-    assert "too wide" in capture.get()
+    assert "|x| is wide" in capture.get()
     assert "found no site" in inspection.why_not("fuse_more").verdict
     assert inspection.why_not("quad").verdict == "did not run: it is lossy"
     with pytest.raises(

@@ -138,7 +138,7 @@
     }
 
     node(node, group, parent, at) {
-      const classes = ["node", node.kind === "port" ? "port" : "", node.critical && node.rounds ? "on-path" : ""];
+      const classes = ["node", node.kind === "port" ? "port" : "", node.critical ? "on-path" : ""];
       const element = make("g", { class: classes.join(" ").trim(), transform: `translate(${at.x - NODE.width / 2} ${at.y - NODE.height / 2})`, "data-node": node.name }, parent);
       make("rect", { width: NODE.width, height: NODE.height, rx: 7 }, element);
       if (node.kind === "port") {
