@@ -66,8 +66,12 @@ def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.N
 def insert_constant(
     graph_module: fx.GraphModule, before: fx.Node, name: str, value: torch.Tensor
 ) -> fx.Node:
-    """A public constant before a node; the pass has to tell its name to `GraphInfo.constants`."""
-    graph_module.register_buffer(name, value, persistent=False)
+    """A public constant before a node; the pass has to tell its name to `GraphInfo.constants`.
+
+    A dotted name is that of an attribute of one of the model's modules.
+    """
+    path, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(path).register_buffer(leaf, value, persistent=False)
     with before.graph.inserting_before(before):
         node = before.graph.get_attr(name)
     node.meta = {key: before.meta.get(key, "") for key in ("module", "source")}

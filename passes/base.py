@@ -23,10 +23,10 @@ from runtime.errors import MergecError
 from runtime.program import InputSpec
 from runtime.spec import Vis
 
-STAGES = ("canonicalize", "fuse", "approximate", "dialect", "finish")
+STAGES = ("canonicalize", "fuse", "approximate", "dialect", "optimize", "finish")
 """canonicalize: fewer spellings of the same thing. fuse: recognize ops of the dialect by their
 pattern. approximate: put cheaper functions in their place, on request. dialect: what is left
-becomes ops of the dialect. finish: where values are revealed."""
+becomes ops of the dialect. optimize: fewer or cheaper ops of the dialect. finish: after all."""
 
 ENTRY_POINTS = "mergec.passes"
 """The group of entry points under which other packages offer passes."""
@@ -87,6 +87,7 @@ class Pass(PassBase):
         self.explained = self._explain(graph_module)
         if self.sites:
             graph_module.graph.eliminate_dead_code()
+            self._drop_unused_constants(graph_module)
             graph_module.graph.lint()
             graph_module.recompile()
             annotate_visibility(graph_module, self.info.inputs, self.info.constants)
@@ -100,6 +101,14 @@ class Pass(PassBase):
             module, source = node.meta.get("module", ""), node.meta.get("source", "")
             found.append(Skip(names.get(node, node.name), module, source, reason))
         return tuple(found)
+
+    def _drop_unused_constants(self, graph_module: fx.GraphModule) -> None:
+        """A matrix and its folded copies would all be held until the end of the compilation."""
+        used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+        for name in [name for name in self.info.constants if name not in used]:
+            path, _, leaf = name.rpartition(".")
+            delattr(graph_module.get_submodule(path), leaf)
+            del self.info.constants[name]
 
 
 @dataclass(frozen=True)

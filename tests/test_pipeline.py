@@ -53,6 +53,9 @@ approximate   softmax_2relu
 dialect       embedding_to_dialect
 dialect       linear_to_dialect
 dialect       arithmetic_to_dialect
+optimize      fold_norm_affine
+optimize      fold_attention_scale
+optimize      fold_scalars
 """
 
 REORDERED = 1e-9
@@ -81,6 +84,25 @@ COVERAGE: dict[str, tuple[tuple[str, int, int], tuple[str, str | None], int]] = 
     "codegen": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
     "stablelm": (("layer_norm", 2, 1), ("glu", "silu"), 2),
     "olmo": (("layer_norm", 2, 1), ("glu", "silu"), 2),
+}
+
+_TIED = {"fold_norm_affine": 1}
+"""The final norm keeps its gain where the head's matrix is the embedding's table."""
+
+# What looks like a pattern and is left alone.
+LEFT: dict[str, dict[str, int]] = {
+    "gpt2": _TIED,
+    "opt": _TIED,
+    "gpt_neo": _TIED,
+    "falcon": _TIED,
+    # Gains of queries and keys, which are rotated before they are multiplied.
+    "qwen3": {"fold_norm_affine": 2 * LAYERS},
+    # The factor of an embedding whose table is tied.
+    "gemma": {**_TIED, "fold_scalars": 1},
+    # Norms of what is added to the residual.
+    "gemma2": {"fold_norm_affine": 1 + 2 * LAYERS, "fold_scalars": 1},
+    # The norm of the embedding.
+    "bloom": {"fold_norm_affine": 2},
 }
 
 
@@ -170,7 +192,8 @@ def test_structure_is_found(family: str) -> None:
     found = {report.name: report for report in reports}
     exact = [kind for kind in available().values() if kind.exact]
     assert list(found) == [kind.name() for kind in ordered(exact)]
-    assert not any(report.skips for report in reports), [r.skips for r in reports if r.skips]
+    left = Counter(report.name for report in reports for _ in report.skips)
+    assert left == Counter(LEFT.get(family, {}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])

@@ -1,0 +1,52 @@
+"""Move numeric factors into the weights of the layer before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from compiler.factors import Absorber, split_factor
+from compiler.ir import calls
+from passes.base import Pass
+from runtime.op import target
+
+
+class FoldScalars(Pass):
+    """linear(x, W, b) * 0.3 is linear(x, 0.3 W, 0.3 b); tables of embeddings take it, too.
+
+    A factor that is no power of two needs its operand truncated, and leaves a result that is
+    truncated again: up to two rounds and 32 bytes an element. Powers of two are free where they
+    are. A table that is the head's matrix too (gemma) stays: its scaled copy would be one more
+    matrix to open when a session starts, and factors of an embedding need no truncation before.
+
+    Before:
+        %1 = mpc.linear(%x, %weight, None)
+        %2 = mpc.scale(%1, 0.22)
+    After:
+        %2 = mpc.linear(%x, %weight_folded, None)
+    """
+
+    stage = "optimize"
+    # The scale of queries is better split between their weights and the scores.
+    after = ("fold_attention_scale",)
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        sites = 0
+        for node in list(graph_module.graph.nodes):
+            if not calls(node, target("scale")):
+                continue
+            operand: Any = node.args[0]
+            factor: Any = node.args[1]
+            if factor == 0 or abs(split_factor(factor)[0]) == 1.0:
+                continue
+            found = Absorber.find(graph_module, node, operand)
+            if isinstance(found, str):
+                self.skip(node, found)
+                continue
+            found.multiply(graph_module, factor, self.info.constants)
+            node.replace_all_uses_with(operand)
+            # As a dead user it would bar the way of the next factor.
+            graph_module.graph.erase_node(node)
+            sites += 1
+        return sites
