@@ -50,7 +50,7 @@ class _CostWalker(Executor):
         self.rows: list[CostRow] = []
 
     def setup(self) -> None:
-        wanted = self._weight_names()
+        wanted = self._weight_bits()
         for spec in self.program.constants:
             dtype = getattr(torch, spec.dtype.removeprefix("torch."))
             if spec.vis is Vis.PUBLIC:
@@ -62,7 +62,9 @@ class _CostWalker(Executor):
                 continue
             self._held[spec.name] = Held(spec.vis, ghost)
             if spec.name in wanted:
-                self._weights[spec.name] = Weight(ghost, ghost, ghost, self.context.fixed)
+                self._weights[spec.name] = Weight(
+                    ghost, ghost, ghost, self.context.fixed + wanted[spec.name]
+                )
 
     def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
         result = super()._start(planned, values)

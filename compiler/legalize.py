@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import fx
 from compiler.errors import CompileError
 from runtime.op import REGISTRY, Op, target
 from runtime.ops.ratio_attention import LARGEST_BOUND
+from runtime.ops.rotary import TABLE_FRAC
 from runtime.spec import HEADROOM_BITS, Vis
 
 RANGE_MARGIN_BITS = 3
@@ -28,9 +30,13 @@ RANGE_MARGIN_BITS = 3
 SCALAR_INPUT_BITS = 14
 """Scalar functions take |x| < 2**14."""
 
+WEIGHT_BITS = 6
+"""Most fractional bits that a matrix has more than an activation, where the result leaves room."""
+
 _NORM_MARGIN = 2.0**4
 """The mean square of a row may become 2**4 times as large as in calibration."""
 
+_AT_FULL_SCALE = ("add", "sub", "shift", "sum")
 _CONVERSIONS = {"masked": "open", "sent": "send"}
 _RESULTS = {name: form for form, name in _CONVERSIONS.items()}
 _ATTENTIONS = ("attention", "ratio_attention")
@@ -86,6 +92,8 @@ class _Legalizer:
     def __init__(self, graph_module: fx.GraphModule, fixed: int) -> None:
         self.graph = graph_module.graph
         self.fixed = fixed
+        self.room = _room(graph_module)
+        self.single = _used_once(graph_module)
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
         self.failures: dict[fx.Node, str] = {}
 
@@ -125,6 +133,9 @@ class _Legalizer:
             arguments = self.bound_scores(node, arguments)
         elif op.name in _NARROW:
             self.check_scalar(node, arguments[next(iter(arguments))])
+        elif op.name == "linear":
+            arguments["bits"] = self.weight_bits(node)
+            node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         if op.name == "cache_append":
             self.mark(node, forms["past"], frac)
@@ -202,6 +213,13 @@ class _Legalizer:
             self.made[key] = new
         return self.made[key]
 
+    def weight_bits(self, node: fx.Node) -> int:
+        """How many bits more a matrix can have that nothing else uses."""
+        weight: Any = node.args[1]
+        if weight.op != "get_attr" or weight.target not in self.single:
+            return 0
+        return max(0, min(WEIGHT_BITS, math.floor(self.room[node]) - 2 * self.fixed))
+
     def mark(self, node: fx.Node, form: str, frac: int) -> None:
         node.meta["form"], node.meta["frac"] = form, frac
         self.check(node, HEADROOM_BITS, frac)
@@ -248,3 +266,44 @@ class _Legalizer:
         arguments = arguments | {"bound": min(bound, limit)}
         node.args = tuple(arguments.values())
         return arguments
+
+
+def _used_once(graph_module: fx.GraphModule) -> set[str]:
+    """Constants that a single node uses; a tied one has several get_attr nodes."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    users = Counter(str(node.target) for node in nodes for _ in node.users)
+    return {name for name, count in users.items() if count == 1}
+
+
+def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
+    """The most fractional bits that each value can have until it is truncated.
+
+    At full scale a value passes through movement, sums and rotary embeddings, and a LayerNorm
+    centres it; it has to fit all along. Where no range is known there are none to spare.
+    """
+    room: dict[fx.Node, float] = {}
+    for node in reversed(graph_module.graph.nodes):
+        absmax = node.meta.get("absmax")
+        room[node] = _fitting(absmax) if absmax else 0.0
+        for user in node.users:
+            op = op_of(user)
+            if user.meta.get("vis") is not Vis.SHARED:
+                continue
+            if op is None or op.name in _AT_FULL_SCALE:
+                left = room[user]
+            elif op.name == "rotary":
+                left = room[user] - TABLE_FRAC
+            elif op.name == "scale" and op.forms(*user.args)["x"] == "share":
+                left = room[user] - op.scale(0, *user.args[1:], fixed=0)
+            elif op.name == "layer_norm":
+                # It centres a row as d x - sum(x).
+                left = room[node] - math.log2(2 * node.meta["val"].shape[-1])
+            else:
+                continue
+            room[node] = min(room[node], left)
+    return room
+
+
+def _fitting(absmax: float) -> float:
+    """Fractional bits with which values up to `absmax` fit into the ring."""
+    return HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(absmax)

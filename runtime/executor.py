@@ -76,7 +76,7 @@ class Executor:
 
     def setup(self) -> None:
         """Load the constants, and put the server's weights under their static masks."""
-        wanted, device = self._weight_names(), self.context.device
+        wanted, device = self._weight_bits(), self.context.device
         if any(spec.vis is Vis.SHARED for spec in self.program.constants):
             self._drive(tell_constant_seed(self.context))
         for spec in self.program.constants:
@@ -94,7 +94,8 @@ class Executor:
                 continue
             self._held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
             if spec.name in wanted:
-                self._weights[spec.name] = self._drive(self._share_weight(spec.name, data))
+                bits = self.context.fixed + wanted[spec.name]
+                self._weights[spec.name] = self._drive(self._share_weight(spec.name, data, bits))
 
     def step(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run the program once; gives its outputs by name. `record` then says what it cost."""
@@ -198,62 +199,63 @@ class Executor:
             return [self._resolve(item, values) for item in arg]
         return decode_literal(arg, self.context.device)
 
-    def _weight_names(self) -> set[str]:
-        """The server's constants, held or shared, that an op wants under a static mask."""
+    def _weight_bits(self) -> dict[str, int]:
+        """The server's constants, held or shared, that an op wants under a static mask.
+
+        And how many fractional bits they have beyond the program's.
+        """
         held = {spec.name for spec in self.program.constants if spec.vis is not Vis.PUBLIC}
-        names = set()
+        bits: dict[str, int] = {}
         for planned in self.plan:
             if planned.op is None or planned.instruction.vis is not Vis.SHARED:
                 continue
             for parameter in planned.op.weights:
                 argument = planned.argument(parameter)
                 if isinstance(argument, Ref) and argument.name in held:
-                    names.add(argument.name)
-        return names
+                    bits[argument.name] = planned.argument("bits") or 0
+        return bits
 
     def encode_weights(self) -> dict[str, torch.Tensor]:
         """The server's weights as integers, by name."""
         encoded: dict[tuple[int, torch.Size], torch.Tensor] = {}
         result = {}
-        for name in sorted(self._weight_names()):
+        for name, bits in sorted(self._weight_bits().items()):
             data = self.program.tensors[name]
             key = (data.data_ptr(), data.shape)  # tied weights are one tensor
             if key not in encoded:
-                encoded[key] = self._encode(data)
+                encoded[key] = self._encode(data, self.context.fixed + bits)
             result[name] = encoded[key]
         return result
 
-    def _encode(self, data: torch.Tensor) -> torch.Tensor:
+    def _encode(self, data: torch.Tensor, frac: int) -> torch.Tensor:
         """Fixed-point words, int32 where all fit, made in pieces: a weight in float64 is large."""
-        flat, fixed = data.reshape(-1), self.context.fixed
+        flat = data.reshape(-1)
         largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
-        narrow = round(largest * 2.0**fixed) <= _INT32_LIMIT
+        narrow = round(largest * 2.0**frac) <= _INT32_LIMIT
         words = torch.empty(flat.shape, dtype=torch.int32 if narrow else torch.int64)
         for piece, source in zip(words.split(_PIECE), flat.split(_PIECE), strict=True):
-            piece.copy_(encode(source, fixed))
+            piece.copy_(encode(source, frac))
         return words.reshape(data.shape).to(self.context.device)
 
-    def _share(self, name: str, data: torch.Tensor, wanted: set[str]) -> None:
+    def _share(self, name: str, data: torch.Tensor, wanted: dict[str, int]) -> None:
         """Share a constant of the server's; a weight is used under its static mask alone."""
-        fixed = self.context.fixed
-        words = (
-            self._encoded[name].to(torch.int64) if name in self._encoded else encode(data, fixed)
-        )
+        frac = self.context.fixed + wanted.get(name, 0)
+        words = self._encoded[name].to(torch.int64) if name in self._encoded else encode(data, frac)
         words = words if words.is_meta else words.to(self.context.device)
         if name in wanted:
-            weight: Masked = self._drive(open_constant(self.context, name, words, fixed))
+            weight: Masked = self._drive(open_constant(self.context, name, words, frac))
             self._weights[name] = self._held[name] = weight
         else:
-            self._held[name] = share_constant(self.context, name, words, fixed)
+            self._held[name] = share_constant(self.context, name, words, frac)
 
-    def _share_weight(self, name: str, data: torch.Tensor) -> Protocol:
+    def _share_weight(self, name: str, data: torch.Tensor, frac: int) -> Protocol:
         if data.is_meta:
             words = torch.empty(data.shape, dtype=torch.int32, device="meta")
         elif name in self._encoded:
             words = self._encoded[name].to(self.context.device)
         else:
-            words = self._encode(data)
-        return share_weight(self.context, name, words, self.context.fixed)
+            words = self._encode(data, frac)
+        return share_weight(self.context, name, words, frac)
 
     def _drive(self, protocol: Protocol) -> Any:
         reply = None
@@ -311,8 +313,8 @@ class Planned:
         return {key: given.get(key, self._defaults.get(key)) for key in self._parameters}
 
     def argument(self, parameter: str) -> Any:
-        """The unresolved argument of a parameter."""
-        return self.bind(self.instruction.args, self.instruction.kwargs)[parameter]
+        """The unresolved argument of a parameter; None where the op has no such parameter."""
+        return self.bind(self.instruction.args, self.instruction.kwargs).get(parameter)
 
 
 def _refs(args: Sequence[Any]) -> Iterator[str]:

@@ -9,12 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from torch import fx
 
 from compiler.config import CompileConfig
 from compiler.errors import CompileError
 from compiler.ir import dump
-from compiler.legalize import RANGE_MARGIN_BITS, legalize
+from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
 from compiler.pipeline import to_dialect
 from runtime.spec import HEADROOM_BITS, Vis
 from runtime.structural import target_name
@@ -25,7 +26,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FIXED = 16
 X, W = normal(1, 3, 8), normal(8, 8)
 ALL = ("remove_noops", "unify_spellings", "fuse_attention", "fuse_activations", "fuse_rms_norm",
-       "linear_to_dialect", "arithmetic_to_dialect")  # fmt: skip
+       "fuse_layer_norm", "fuse_rotary", "linear_to_dialect", "arithmetic_to_dialect")  # fmt: skip
 
 
 def legal(graph: Graph) -> Graph:
@@ -150,6 +151,46 @@ def test_a_value_with_just_enough_headroom_passes() -> None:
         graph.run(name)
     named(graph, "linear")[0].meta["absmax"] = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 32)
     legalize(graph.module, FIXED)
+
+
+def with_range(body, absmax: float, **constants) -> list[int]:
+    """Additional bits of each matrix where every value reaches `absmax`."""
+    graph = Graph(body, X, w=W, **constants)
+    for name in ALL:
+        graph.run(name)
+    for node in graph.module.graph.nodes:
+        node.meta["absmax"] = absmax
+    legalize(graph.module, FIXED)
+    assert graph.same()
+    for node in named(graph, "linear"):
+        assert node.meta["frac"] == 2 * FIXED + node.args[3]
+    return [node.args[3] for node in named(graph, "linear")]
+
+
+def test_a_matrix_gets_the_bits_that_its_product_has_room_for() -> None:
+    room = HEADROOM_BITS - RANGE_MARGIN_BITS - 2 * FIXED
+    for spare, bits in ((10, WEIGHT_BITS), (WEIGHT_BITS, WEIGHT_BITS), (2.5, 2), (0, 0)):
+        assert with_range(lambda m, x: x @ m.w, 2.0 ** (room - spare)) == [bits]
+
+
+def test_a_product_has_to_fit_until_it_is_truncated() -> None:
+    """Through sums, a rotary embedding's 16 bits, and a LayerNorm that adds up its row."""
+    room = HEADROOM_BITS - RANGE_MARGIN_BITS - 2 * FIXED
+    added = 2.0 ** (room - 5)
+    assert with_range(lambda m, x: (x @ m.w + x).reshape(3, 8), added) == [5]
+    norm = 2.0 ** (room - 9)
+    assert with_range(lambda m, x: torch.nn.functional.layer_norm(x @ m.w + x, (8,)), norm) == [5]
+
+    def rotated(m, x):
+        y = x @ m.w
+        return y * m.cos + torch.cat([-y[..., 4:], y[..., :4]], -1) * m.sin
+
+    turned = 2.0 ** (room - 16 - 3)
+    assert with_range(rotated, turned, _cos=normal(3, 8), _sin=normal(3, 8)) == [3]
+
+
+def test_a_tied_matrix_has_the_bits_of_its_other_use() -> None:
+    assert with_range(lambda m, x: (x @ m.w, (x + 1.0) @ m.w), 1.0) == [0, 0]
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -16,37 +16,55 @@ from runtime.values import Held, Shared
 
 
 class Linear(Op):
-    """`x @ weight.T + bias`: `x` [..., I], `weight` [O, I], `bias` [O] give [..., O]."""
+    """`x @ weight.T + bias`: `x` [..., I], `weight` [O, I], `bias` [O] give [..., O].
+
+    `bits` is how many fractional bits more than the program's the weight, and so the result, has.
+    They cost nothing: the result is truncated anyway. The weight's rounding otherwise weighs most
+    in the error, as weights are far smaller than activations.
+    """
 
     name = "linear"
-    schema = "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"
+    schema = "(Tensor x, Tensor weight, Tensor? bias=None, int bits=0) -> Tensor"
 
     @staticmethod
     def reference(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, bits: int = 0
     ) -> torch.Tensor:
         return torch.nn.functional.linear(x, weight, bias)
 
     weights = ("weight",)
 
     @classmethod
-    def forms(cls, x: Any, weight: Vis, bias: Any = None) -> dict[str, str]:
+    def forms(cls, x: Any, weight: Vis, bias: Any = None, bits: int = 0) -> dict[str, str]:
         return {"x": "masked" if weight is Vis.SHARED else "sent"}
 
     @classmethod
-    def scale(cls, *args: object, fixed: int) -> int:
-        return 2 * fixed
+    def scale(
+        cls, x: object, weight: object, bias: object = None, bits: int = 0, *, fixed: int
+    ) -> int:
+        return 2 * fixed + bits
 
     @classmethod
     def cost(
-        cls, x: Moving, weight: Constant, bias: Held | Shared | None = None, *, fixed: int
+        cls,
+        x: Moving,
+        weight: Constant,
+        bias: Held | Shared | None = None,
+        bits: int = 0,
+        *,
+        fixed: int,
     ) -> Cost:
         rows = math.prod(x.shape[:-1])
         return Cost(offline=8 * rows * weight.shape[0])
 
     @classmethod
     def protocol(
-        cls, ctx: Context, x: Moving, weight: Constant, bias: Held | Shared | None = None
+        cls,
+        ctx: Context,
+        x: Moving,
+        weight: Constant,
+        bias: Held | Shared | None = None,
+        bits: int = 0,
     ) -> Protocol:
         yield from ()
         frac = x.frac + weight.frac
@@ -54,7 +72,7 @@ class Linear(Op):
         return Shared(share if bias is None else add_held(share, bias, frac), frac)
 
     @classmethod
-    def stock(cls, x: Any, weight: Any, bias: Any = None) -> Any:
+    def stock(cls, x: Any, weight: Any, bias: Any = None, bits: int = 0) -> Any:
         """CrypTen's matrix product with the shared weight, opened anew in every step."""
         result = x.matmul(weight.transpose(0, 1))
         return result if bias is None else result + bias
