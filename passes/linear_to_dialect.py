@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from compiler.ir import aten, calls, constant, is_shared, replace
+from compiler.shapes import insert_constant
 from passes.base import Pass
 from runtime.op import target
-from runtime.spec import Vis
 
 
 class LinearToDialect(Pass):
@@ -62,17 +61,7 @@ class LinearToDialect(Pass):
         if value is None:
             return None
         name = f"{node.target}_turned"
-        owner: Any = graph_module
-        *path, leaf = name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        if not hasattr(owner, leaf):
-            owner.register_buffer(leaf, value.T.contiguous())
-        self.info.constants[name] = self.info.constants.get(str(node.target), Vis.PUBLIC)
-        with graph_module.graph.inserting_after(node):
-            turned = graph_module.graph.get_attr(name)
-        turned.meta = {
-            **node.meta,
-            "val": torch.empty(value.T.shape, dtype=value.dtype, device="meta"),
-        }
+        turned = insert_constant(graph_module, node.next, name, value.T.contiguous())
+        turned.meta |= {"vis": node.meta["vis"], "module": node.meta.get("module", "")}
+        self.info.constants[name] = node.meta["vis"]
         return turned

@@ -81,7 +81,12 @@ def _whole(node: Any) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return bool(start in (None, 0) and end in (None, sys.maxsize) and step == 1)
+    if step != 1:
+        return False
+    if start in (None, 0) and end in (None, sys.maxsize):
+        return True
+    before, after = (str(value.meta["val"].shape) for value in (node.args[0], node))
+    return before == after
 
 
 def _empty(graph_module: fx.GraphModule, node: Any) -> bool:

@@ -56,6 +56,7 @@ dialect       arithmetic_to_dialect
 optimize      fold_norm_affine
 optimize      fold_attention_scale
 optimize      fold_scalars
+optimize      hoist_last_position
 """
 
 REORDERED = 1e-9
