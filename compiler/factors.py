@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from compiler.ir import calls, constant
-from compiler.moves import is_move
+from compiler.moves import is_move, known_size
 from compiler.weights import computable, insert_folded, uses, wide
 from runtime.op import target
 from runtime.spec import Vis
@@ -67,7 +67,7 @@ class Absorber:
             if any(user is not layer for user in uses(graph_module, weight)):
                 return f"a weight of {layer} is used elsewhere too, and would be kept twice"
         value = layer.meta["val"]
-        numbers = torch.arange(value.shape[-1]).expand([_size(size) for size in value.shape])
+        numbers = torch.arange(value.shape[-1]).expand([known_size(size) for size in value.shape])
         mine: list[torch.Tensor] = []
         others: list[torch.Tensor] = []
         for user, source, moved in _arrivals(layer, consumer, numbers):
@@ -129,15 +129,11 @@ def _moved(move: Any, numbers: torch.Tensor) -> torch.Tensor:
 
     def known(node: fx.Node) -> Any:
         value = constant(move.graph.owning_module, node)
-        return _size(node.meta["val"]) if value is None else value
+        return known_size(node.meta["val"]) if value is None else value
 
     args, kwargs = fx.map_arg((move.args[1:], move.kwargs), known)
     result: torch.Tensor = move.target(numbers, *args, **kwargs)
     return result
-
-
-def _size(size: Any) -> int:
-    return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def _weights(layer: fx.Node) -> list[Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from compiler.errors import CompileError
+from compiler.moves import is_move, known_size
 from runtime.op import REGISTRY, Op, target
 from runtime.ops.ratio_attention import LARGEST_BOUND
 from runtime.ops.rotary import TABLE_FRAC
@@ -66,6 +67,8 @@ def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
     """
     _split_scales(graph_module)
     _Legalizer(graph_module, fixed).run()
+    # Movements whose operand was converted instead of their result.
+    graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
 
@@ -88,12 +91,19 @@ def _split_scales(graph_module: fx.GraphModule) -> None:
         node.args, node.kwargs = tuple((arguments | {"q": scaled, "scale": 1.0}).values()), {}
 
 
+def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
+    """Whether nobody can compute a call alone."""
+    operands = [n.meta["vis"] for n in node.all_input_nodes if "vis" in n.meta]
+    return op.known_to(*operands) is None
+
+
 class _Legalizer:
     def __init__(self, graph_module: fx.GraphModule, fixed: int) -> None:
         self.graph = graph_module.graph
         self.fixed = fixed
         self.room = _room(graph_module)
         self.single = _used_once(graph_module)
+        self.wants = self.needed_forms()
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
         self.failures: dict[fx.Node, str] = {}
 
@@ -104,7 +114,7 @@ class _Legalizer:
                 self.mark(node, self.cache_form(node), self.fixed)
             elif node.op == "get_attr" and node.meta["vis"] is Vis.SHARED:
                 self.mark(node, "share", self.fixed)
-            elif op is not None and self.shared(node, op):
+            elif op is not None and _by_protocol(node, op):
                 self.visit(node, op)
             elif node.meta.get("vis") is Vis.SHARED and node.op == "call_function":
                 self.pass_through(node)
@@ -113,16 +123,40 @@ class _Legalizer:
         if self.failures:
             raise CompileError("values that the ring cannot hold", self.failures)
 
-    @staticmethod
-    def shared(node: fx.Node, op: type[Op]) -> bool:
-        operands = [n.meta["vis"] for n in node.all_input_nodes if "vis" in n.meta]
-        return op.known_to(*operands) is None
+    def needed_forms(self) -> dict[fx.Node, set[str]]:
+        """The forms in which each shared value is needed as a whole.
+
+        By its consumers, or by those of the parts that it is cut into, if all parts are needed in
+        the same form. Another part of it is then moved in that form, with no opening of its own.
+        """
+        wants: dict[fx.Node, set[str]] = {}
+        for node in reversed(self.graph.nodes):
+            if node.meta.get("vis") is not Vis.SHARED:
+                continue
+            found: set[str] = set()
+            for user in node.users:
+                op = op_of(user)
+                if op is not None and _by_protocol(user, op):
+                    arguments = bind(op, user)
+                    forms = self.forms(op, arguments)
+                    found |= {forms.get(k, "fixed") for k, v in arguments.items() if v is node}
+            parts = [user for user in node.users if is_move(user) and user.args[0] is node]
+            if len(parts) == len(node.users) > 0 and sum(map(_count, parts)) == _count(node):
+                found |= set.intersection(*(wants[part] for part in parts))
+            if found & set(_CONVERSIONS):
+                found.add("fixed")
+            wants[node] = found - {"share"}
+        return wants
+
+    def forms(self, op: type[Op], arguments: dict[str, Any]) -> dict[str, str]:
+        """The form in which a call takes each argument; a cache is appended to in its own."""
+        if op.name == "cache_append":
+            return dict.fromkeys(arguments, self.cache_form(arguments["past"]))
+        return op.forms(*map(self.known, arguments.values()))
 
     def visit(self, node: fx.Node, op: type[Op]) -> None:
         arguments = bind(op, node)
-        forms = op.forms(*map(self.known, arguments.values()))
-        if op.name == "cache_append":
-            forms = dict.fromkeys(arguments, arguments["past"].meta["form"])
+        forms = self.forms(op, arguments)
         for parameter, value in arguments.items():
             if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
                 arguments[parameter] = self.convert(value, forms.get(parameter, "fixed"))
@@ -197,11 +231,27 @@ class _Legalizer:
             return node
         if node.meta["form"] == "masked" and form == "fixed":
             return node
+        if form == "fixed" and node.meta["frac"] == self.fixed:
+            return node
+        if is_move(node) and form in self.wants[node.args[0]]:  # type: ignore[index]
+            return self.move(node, form)
         if form == "fixed":
-            if node.meta["frac"] == self.fixed:
-                return node
             return self.insert(node, "truncate", "share")
         return self.insert(self.convert(node, "fixed"), _CONVERSIONS[form], form)
+
+    def move(self, node: fx.Node, form: str) -> fx.Node:
+        """The same movement of its operand in the wanted form, which is made anyway."""
+        source: Any = node.args[0]
+        key = (node, form)
+        if key not in self.made:
+            converted = self.convert(source, form)
+            with self.graph.inserting_after(node):
+                args = (converted, *node.args[1:])
+                new = self.graph.call_function(node.target, args, node.kwargs)  # type: ignore[arg-type]
+            new.meta = {k: v for k, v in node.meta.items() if k != "name"}
+            self.mark(new, converted.meta["form"], converted.meta["frac"])
+            self.made[key] = new
+        return self.made[key]
 
     def insert(self, node: fx.Node, name: str, form: str) -> fx.Node:
         key = (node, name)
@@ -266,6 +316,11 @@ class _Legalizer:
         arguments = arguments | {"bound": min(bound, limit)}
         node.args = tuple(arguments.values())
         return arguments
+
+
+def _count(node: fx.Node) -> int:
+    """Elements at the lengths that the graph was captured with."""
+    return math.prod(map(known_size, node.meta["val"].shape))
 
 
 def _used_once(graph_module: fx.GraphModule) -> set[str]:

@@ -34,3 +34,8 @@ def keeps_rows(node: Any) -> bool:
     if wanted is aten.permute.default:
         return bool(node.args[1][-1] % dims == dims - 1)
     return wanted in (aten.alias.default, aten.clone.default)
+
+
+def known_size(size: Any) -> int:
+    """A size; of a variable one, that with which the graph was captured."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)

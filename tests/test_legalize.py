@@ -16,10 +16,10 @@ from compiler.config import CompileConfig
 from compiler.errors import CompileError
 from compiler.ir import dump
 from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
-from compiler.pipeline import to_dialect
+from compiler.pipeline import rewrite, to_dialect
 from runtime.spec import HEADROOM_BITS, Vis
 from runtime.structural import target_name
-from tests.families import random_decoder
+from tests.families import FAMILIES, captured, random_decoder
 from tests.passes.harness import Graph, normal
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,6 +55,67 @@ def test_a_wire_is_converted_once() -> None:
     assert len(sent) == 1
     assert len(sent[0].users) == 3
     assert count["mpc.send"] == 2, "the input, and the product"
+
+
+def test_a_part_of_an_opened_wire_needs_no_opening() -> None:
+    def body(m, x):
+        y = x @ m.w
+        return y @ m.a, y[:, -1:].reshape(1, 8) @ m.b
+
+    graph = legal(Graph(body, X, w=W, a=W + 1, b=W + 2))
+    once(graph.module)
+    assert len(named(graph, "send")) == 2, "the input, and the product"
+
+
+def test_parts_that_are_all_needed_are_opened_together() -> None:
+    def body(m, x):
+        gate, up = (x @ m.w).split(4, -1)
+        return gate * up
+
+    graph = legal(Graph(body, X, w=W))
+    assert [n.meta["val"].shape[-1] for n in named(graph, "truncate")] == [8, 4], "and the result"
+
+    def half(m, x):
+        y = x @ m.w
+        return y[..., :2] * y[..., 2:4]
+
+    graph = legal(Graph(half, X, w=W))
+    assert [n.meta["val"].shape[-1] for n in named(graph, "truncate")] == [2, 2, 2]
+
+
+def once(graph_module: fx.GraphModule) -> None:
+    """No element of a wire is opened, sent or truncated twice, by whatever movement it is reached.
+
+    Each conversion is traced back to what the wire is made of, and the elements are marked there.
+    """
+    from compiler.moves import is_move, known_size
+
+    seen: dict[tuple[fx.Node, str], torch.Tensor] = {}
+    for node in graph_module.graph.nodes:
+        if target_name(node.target) not in ("mpc.open", "mpc.send", "mpc.truncate"):
+            continue
+        moves = [node.args[0]]
+        while is_move(moves[-1]) or target_name(moves[-1].target) == "mpc.truncate":
+            if target_name(node.target) == "mpc.truncate" and not is_move(moves[-1]):
+                break
+            moves.append(moves[-1].args[0])
+        root = moves.pop()
+        shape = [known_size(size) for size in root.meta["val"].shape]
+        numbers = torch.arange(math.prod(shape)).reshape(shape)
+        for move in reversed([m for m in moves if is_move(m)]):
+            given = fx.map_arg(move.args[1:], lambda n: known_size(n.meta["val"]))
+            numbers = move.target(numbers, *given)
+        count = seen.setdefault((root, str(node.target)), torch.zeros(math.prod(shape)))
+        count[numbers.flatten()] += 1
+        assert count.max() == 1, node
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_wire_is_opened_twice(family: str) -> None:
+    step = captured(family)
+    rewrite(step, CompileConfig())
+    legalize(step.graph_module, FIXED)
+    once(step.graph_module)
 
 
 def test_sums_of_products_are_truncated_once() -> None:
