@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import calls, constant
-from compiler.moves import is_move, known_size
+from compiler.ir import calls
+from compiler.moves import is_move, known_size, moved
 from compiler.weights import computable, insert_folded, uses, wide
 from runtime.op import target
 from runtime.spec import Vis
@@ -70,10 +70,10 @@ class Absorber:
         numbers = torch.arange(value.shape[-1]).expand([known_size(size) for size in value.shape])
         mine: list[torch.Tensor] = []
         others: list[torch.Tensor] = []
-        for user, source, moved in _arrivals(layer, consumer, numbers):
+        for user, source, there in _arrivals(layer, consumer, numbers):
             places = [arg for arg in user.args if arg is source]
             wanted = user is consumer and source is operand and len(places) == 1
-            (mine if wanted else others).append(moved.flatten())
+            (mine if wanted else others).append(there.flatten())
         features = torch.cat(mine).unique() if mine else numbers
         if others and bool(torch.isin(features, torch.cat(others)).any()):
             return f"{layer} has other users, which take no factor"
@@ -120,20 +120,8 @@ def _arrivals(
         if user is consumer or not _lets_pass(user):
             yield user, node, numbers
         else:
-            moved = _moved(user, numbers) if is_move(user) else numbers
-            yield from _arrivals(user, consumer, moved)
-
-
-def _moved(move: Any, numbers: torch.Tensor) -> torch.Tensor:
-    """What a movement makes of the numbers, at the lengths that the graph was captured with."""
-
-    def known(node: fx.Node) -> Any:
-        value = constant(move.graph.owning_module, node)
-        return known_size(node.meta["val"]) if value is None else value
-
-    args, kwargs = fx.map_arg((move.args[1:], move.kwargs), known)
-    result: torch.Tensor = move.target(numbers, *args, **kwargs)
-    return result
+            there = moved(user, numbers) if is_move(user) else numbers
+            yield from _arrivals(user, consumer, there)
 
 
 def _weights(layer: fx.Node) -> list[Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from compiler.ir import aten, rank
+from compiler.ir import aten, constant, rank
 from runtime.structural import MOVE_NAMES, target_name
 
 
@@ -39,3 +40,15 @@ def keeps_rows(node: Any) -> bool:
 def known_size(size: Any) -> int:
     """A size; of a variable one, that with which the graph was captured."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
+
+
+def moved(move: Any, numbers: torch.Tensor) -> torch.Tensor:
+    """What a movement makes of the numbers, at the lengths that the graph was captured with."""
+
+    def known(node: fx.Node) -> Any:
+        value = constant(move.graph.owning_module, node)
+        return known_size(node.meta["val"]) if value is None else value
+
+    args, kwargs = fx.map_arg((move.args[1:], move.kwargs), known)
+    result: torch.Tensor = move.target(numbers, *args, **kwargs)
+    return result

@@ -16,6 +16,7 @@ from compiler.config import CompileConfig
 from compiler.errors import CompileError
 from compiler.ir import dump
 from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
+from compiler.moves import is_move, known_size, moved
 from compiler.pipeline import rewrite, to_dialect
 from runtime.spec import HEADROOM_BITS, Vis
 from runtime.structural import target_name
@@ -88,8 +89,6 @@ def once(graph_module: fx.GraphModule) -> None:
 
     Each conversion is traced back to what the wire is made of, and the elements are marked there.
     """
-    from compiler.moves import is_move, known_size
-
     seen: dict[tuple[fx.Node, str], torch.Tensor] = {}
     for node in graph_module.graph.nodes:
         if target_name(node.target) not in ("mpc.open", "mpc.send", "mpc.truncate"):
@@ -103,8 +102,7 @@ def once(graph_module: fx.GraphModule) -> None:
         shape = [known_size(size) for size in root.meta["val"].shape]
         numbers = torch.arange(math.prod(shape)).reshape(shape)
         for move in reversed([m for m in moves if is_move(m)]):
-            given = fx.map_arg(move.args[1:], lambda n: known_size(n.meta["val"]))
-            numbers = move.target(numbers, *given)
+            numbers = moved(move, numbers)
         count = seen.setdefault((root, str(node.target)), torch.zeros(math.prod(shape)))
         count[numbers.flatten()] += 1
         assert count.max() == 1, node
