@@ -35,6 +35,8 @@ class CompileConfig:
         server secret-share them at the start of a session, the setting of MERGE and CrypTen.
     disable: names of passes to leave out.
     extra_passes: further Pass classes, run in the order of their stage.
+    check_passes: run the graph in float64 before and after each exact pass, and refuse one that
+        changes an output.
     calibration: token sequences whose values tell how large each wire gets; by default fixed
     pseudo-random ones, or the tokenizer's of a few sentences where there is a tokenizer.
     name: what the program is called in reports; the model's own name by default.
@@ -47,6 +49,7 @@ class CompileConfig:
     weights: str = "server"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
+    check_passes: bool = False
     calibration: tuple[tuple[int, ...], ...] = ()
     name: str = ""
 

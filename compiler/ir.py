@@ -1,8 +1,8 @@
 """Graph helpers, and the text form in which graphs are read, compared and reported.
 
 Keys of node.meta: "val" example value (fake tensor with symbolic sizes); "module", "source" where
-the node comes from; "vis" who knows the value; "absmax", "mean_square" calibrated ranges; "form",
-"frac" how a shared wire is held (see legalize).
+the node comes from; "pass" which pass made it; "vis" who knows the value; "absmax", "mean_square"
+calibrated ranges; "form", "frac" how a shared wire is held (see legalize).
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def rewrite(
     sequences = _calibration(config, tokenizer, captured.vocab_size)
     info = GraphInfo(captured.inputs, captured.constants, sequences)
     chosen = select(config) if passes is None else passes
-    return run_passes(captured.graph_module, info, chosen)
+    tokens = sequences[0] if config.check_passes else ()
+    return run_passes(captured.graph_module, info, chosen, tokens)
 
 
 def _calibration(config: CompileConfig, tokenizer: Any, vocab_size: int) -> Sequence[Sequence[int]]:

@@ -11,7 +11,15 @@ from runtime.structural import MOVE_NAMES, TABLE, target_name
 
 
 def verify_dialect(graph_module: fx.GraphModule) -> None:
-    """Raise CompileError that names every node which no party could run.
+    """Raise CompileError that names every node which no party could run."""
+    bad = unlowerable(graph_module)
+    if bad:
+        many = f"{len(bad)} ops" if len(bad) > 1 else "an op"
+        raise CompileError(f"the model has {many} that cannot be lowered", bad)
+
+
+def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Every node which no party could run, and why.
 
     A shared value must come from an op of the dialect, or from a movement of data; a value that is
     public or held by one party from any function of `runtime.structural`.
@@ -33,6 +41,6 @@ def verify_dialect(graph_module: fx.GraphModule) -> None:
             )
         elif name not in TABLE:
             bad[node] = f"{name} is no function that a program may call"
-    if bad:
-        many = f"{len(bad)} ops" if len(bad) > 1 else "an op"
-        raise CompileError(f"the model has {many} that cannot be lowered", bad)
+        if node in bad and (maker := node.meta.get("pass")):
+            bad[node] += f"; made by the pass {maker}"
+    return bad

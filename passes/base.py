@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
+from compiler.contract import Contract
 from compiler.errors import CompileError, InternalError
 from compiler.ir import assign_names
 from compiler.visibility import annotate_visibility
@@ -208,11 +209,18 @@ def ordered(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
 
 
 def run_passes(
-    graph_module: fx.GraphModule, info: GraphInfo, passes: Sequence[type[Pass]]
+    graph_module: fx.GraphModule,
+    info: GraphInfo,
+    passes: Sequence[type[Pass]],
+    tokens: Sequence[int] = (),
 ) -> list[PassReport]:
-    """Run the passes in the given order with torch's PassManager; names the one that fails."""
+    """Run the passes in the given order with torch's PassManager; names the one that fails.
+
+    Each pass is held to `compiler.contract`; with `tokens`, also to the graph's outputs on them.
+    """
     reports: list[PassReport] = []
-    manager = PassManager(passes=[_Reporting(kind(info), reports) for kind in passes])
+    contract = Contract(graph_module, info.inputs, tokens)
+    manager = PassManager(passes=[_Reporting(kind(info), reports, contract) for kind in passes])
     try:
         manager(graph_module)
     except Exception as error:
@@ -230,31 +238,34 @@ def run_passes(
 class _Reporting(PassBase):
     """Wraps a pass to note what it did."""
 
-    def __init__(self, inner: Pass, reports: list[PassReport]) -> None:
+    def __init__(self, inner: Pass, reports: list[PassReport], contract: Contract) -> None:
         self.inner = inner
         self.reports = reports
+        self.contract = contract
         self.__name__ = inner.name()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        before, start = len(graph_module.graph.nodes), time.perf_counter()
+        known, start = set(graph_module.graph.nodes), time.perf_counter()
         result = self.inner.call(graph_module)
-        _check_inputs(graph_module, len(self.inner.info.inputs))
+        for node in graph_module.graph.nodes:
+            if node not in known:
+                node.meta["pass"] = self.inner.name()
+        self.contract.check(
+            graph_module,
+            sites=self.inner.sites,
+            exact=self.inner.exact,
+            final=STAGES.index(self.inner.stage) > STAGES.index("dialect"),
+        )
         self.reports.append(
             PassReport(
                 self.inner.name(),
                 self.inner.summary(),
                 self.inner.exact,
                 self.inner.sites,
-                before,
+                len(known),
                 len(graph_module.graph.nodes),
                 time.perf_counter() - start,
                 self.inner.explained,
             )
         )
         return result
-
-
-def _check_inputs(graph_module: fx.GraphModule, count: int) -> None:
-    found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
-    if found != count:
-        raise InternalError(f"the graph has {found} inputs instead of {count}")
