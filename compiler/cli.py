@@ -129,7 +129,7 @@ def inspect_command(
     options = _options(preset=preset, weights=weights, enable=enable, disable=disable)
     with _steps() as step:
         if not Program.stands_at(source):
-            program = _compile(source, options, step)
+            program = _compile(source, options, step, keep_history=True)
         elif options:
             raise MergecError(f"{source} is compiled already; give the model for other options")
         else:
@@ -237,10 +237,12 @@ def _options(**given: Any) -> dict[str, Any]:
     }
 
 
-def _compile(source: str, options: dict[str, Any], step: Step) -> Program:
+def _compile(
+    source: str, options: dict[str, Any], step: Step, *, keep_history: bool = False
+) -> Program:
     from compiler.driver import compile_source
 
-    return compile_source(source, options, step)
+    return compile_source(source, options, step, keep_history=keep_history)
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -68,15 +68,25 @@ def compile_decoder(
 
 
 def compile_source(
-    source: str | Path, options: Mapping[str, Any], progress: Progress = _quiet
+    source: str | Path,
+    options: Mapping[str, Any],
+    progress: Progress = _quiet,
+    *,
+    keep_history: bool = False,
 ) -> Program:
-    """Compile a model folder, a .gguf file, or `smollm2`; `options` are CompileConfig's."""
+    """Compile a model folder, a .gguf file, or `smollm2`; `options` are CompileConfig's.
+
+    keep_history: keep the model's own weights in memory beside the program's, so that the program
+    can tell how it was compiled.
+    """
     config = CompileConfig(**options)
     progress("loading the model")
     model, tokenizer = load_model(source)
     program = compile_decoder(model, tokenizer, config, progress)
     for role in program.roles.values():
         role.manifest["model"] = Path(source).stem
+    if not keep_history:
+        program.history = None
     return program
 
 
