@@ -20,7 +20,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow check format exactness pass-table bench bench-quick install clean
+.PHONY: help demo test test-slow fuzz check format exactness pass-table bench bench-quick install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -46,6 +46,9 @@ test: $(READY) ## the tests that take seconds
 
 test-slow: $(READY) ## the tests that take minutes
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; MERGEC_FUZZ_FRAMES=…
+	MERGEC_FUZZ_FRAMES=$${MERGEC_FUZZ_FRAMES:-100000} $(PYTHON) -m pytest tests/test_fuzz.py -q
 
 check: $(READY) ## format, lint, types and tests: what CI runs
 	$(PYTHON) -m ruff format --check .

@@ -163,7 +163,7 @@ class _Session:
         self._answering = False
 
     def play(self) -> None:
-        how = played(self._run, self._fail, self._log)
+        how = played(self._run, self._fail, lambda: self._log)
         if self._line is not None:
             self._parent.tell(kind="end", how=how)
 
@@ -230,9 +230,9 @@ class _Session:
         limit = self._program.manifest["max_length"]
         while True:
             kind, payload = self._next(channel)
+            self._agree(line, bytes([kind]) + payload)
             if kind is Kind.END:
                 return
-            self._agree(line, bytes([kind]) + payload)
             if kind is Kind.PLAN:
                 plan = Plan.read(channel.object(payload), limit, channel.peer)
                 if context.offline_bytes:

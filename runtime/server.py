@@ -243,7 +243,7 @@ class _Session:
         self._seated = False
 
     def play(self) -> None:
-        how = played(self._run, self._fail, self._log)
+        how = played(self._run, self._fail, lambda: self._log)
         if self._seated:
             self._parent.tell(kind="end", how=how)
 
@@ -404,9 +404,9 @@ class _Session:
         while True:
             line = self._parent.line.fileno()
             ready = channel.readable(self._settings.idle_timeout, line)
-            if channel.fileno() in ready:
-                channel.receive_any(())  # a client that waits has nothing to say
             if line not in ready:
+                if channel.fileno() in ready:
+                    channel.receive_any(())  # a client that waits has nothing to say
                 continue
             message, _ = self._parent.hear()
             if "refused" in message:

@@ -297,7 +297,7 @@ class Service:
                     os.kill(pid, signal.SIGKILL if last else signal.SIGTERM)
 
 
-def played(session: Callable[[], None], fail: Callable[[str], None], log: Any) -> str:
+def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
     """Run a worker's session; whatever ends it is logged, and told to the peer by `fail`.
 
     Gives how it ended. Only errors that are about the parties are told; others may name files here.
@@ -306,17 +306,17 @@ def played(session: Callable[[], None], fail: Callable[[str], None], log: Any) -
         session()
         return "done"
     except StoppingError as error:
-        log.info("session stopped")
+        log().info("session stopped")
         fail(str(error))
         return "stopped"
     except PartyError as error:
-        log.warning("session failed", reason=str(error))
+        log().warning("session failed", reason=str(error))
         fail(str(error))
     except MergecError as error:
-        log.error("session failed", reason=str(error))
+        log().error("session failed", reason=str(error))
         fail("it cannot go on; see its log")
     except MemoryError:
-        log.error("session failed", reason="out of memory")
+        log().error("session failed", reason="out of memory")
         fail("it is out of memory; try again later")
     except Exception as error:  # noqa: BLE001  (our bug: the others go on)
         frame = error.__traceback__
@@ -324,6 +324,6 @@ def played(session: Callable[[], None], fail: Callable[[str], None], log: Any) -
             frame = frame.tb_next
         place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
         # Not the message: it might hold values.
-        log.error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
+        log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
         fail("it cannot go on; see its log")
     return "failed"

@@ -203,5 +203,7 @@ class ChannelBlockReader:
         kind, payload = self._channel.receive_any((Kind.BLOCK, Kind.END), MAX_BLOCK, self._idle)
         if kind is Kind.END:
             return None
+        if not payload.nbytes:
+            raise PartyError(f"the {self._channel.peer} sent a block of nothing")
         self._channel.traffic.offline_received += payload.nbytes
         return torch.frombuffer(payload, dtype=torch.uint8)
