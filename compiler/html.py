@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,7 +13,7 @@ from compiler.cost import CostReport
 from compiler.graph_view import GraphView, operands
 from compiler.inspect import Inspection, instruction_text, layer_of, readable, shape_text
 from compiler.layout import Layout, layered
-from runtime.program import Instruction
+from runtime.program import InputSpec, Instruction
 from runtime.spec import Cost, Vis
 
 if TYPE_CHECKING:
@@ -40,8 +39,13 @@ _KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops}
 
 @dataclass
 class _Group:
-    """A layer, or a run of nodes that belong to none: its nodes, and values from elsewhere."""
+    """A layer, or a run of nodes that belong to none: its nodes, and values from elsewhere.
 
+    key: a name of its own; several runs may be of one module. index: numbers of nodes by name.
+    links: from node to node, by number.
+    """
+
+    module: str
     key: str
     nodes: list[dict[str, Any]] = field(default_factory=list)
     index: dict[str, int] = field(default_factory=dict)
@@ -108,18 +112,21 @@ def _graph(
     values nobody takes.
     """
     groups, place = _groups(view, costs, path)
-    links = Counter(
+    links = {
         (place[source], place[item.name])
         for item in view.program.instructions
         for source in operands(item)
         if source in place and item.name in place and place[source] != place[item.name]
-    )
+    }
     encoded = []
     for group in groups:
         shape = layered(len(group.nodes), group.links, COLUMN, ROW)
         if shape not in shapes:
             shapes.append(shape)
-        encoded.append({"key": group.key, "nodes": group.nodes, "layout": shapes.index(shape)})
+        number = shapes.index(shape)
+        encoded.append(
+            {"key": group.key, "module": group.module, "nodes": group.nodes, "layout": number}
+        )
     return {
         "name": name, "title": title, "groups": encoded, "links": sorted(links),
         "hidden": len(view.program.instructions) - len(place),
@@ -141,34 +148,30 @@ def _groups(
     for item in program.instructions:
         if item.vis is Vis.PUBLIC or item.name not in taken:
             continue
-        key = homes[item.name]
-        numbered = key.rpartition(".")[2].isdecimal()
-        if numbered and key in layers:
-            number = layers[key]
-        elif groups and groups[-1].key == key:
+        module = homes[item.name]
+        if module.rpartition(".")[2].isdecimal() and module in layers:
+            number = layers[module]
+        elif groups and groups[-1].module == module:
             number = len(groups) - 1
         else:
             number = len(groups)
-            groups.append(_Group(key))
-            layers.setdefault(key, number)
+            again = sum(group.module == module for group in groups)
+            groups.append(_Group(module, f"{module} ({again + 1})" if again else module))
+            layers.setdefault(module, number)
         group = groups[number]
         target = _add(group, _node(item, view, costs.get(item.name, Cost()), item.name in path))
         place[item.name] = number
         for source in dict.fromkeys(operands(item)):
-            if source in inputs:
-                spec = inputs[source]
-                text = f"%{source} = input : {spec.vis.value} {shape_text(spec.shape)}"
-                made = {"name": source, "op": "input", "kind": "port", "text": text}
-                made |= {"vis": spec.vis.value, "shape": shape_text(spec.shape)}
-            elif source in place and place[source] != number:
-                made = {"name": source, "op": "from", "kind": "port"}
-            elif source not in place:
-                continue
-            else:
-                made = {"name": source}
-            start = group.index[source] if source in group.index else _add(group, made)
-            if (start, target) not in group.links:
-                group.links.append((start, target))
+            if source not in group.index:
+                if source in inputs:
+                    _add(group, _input(inputs[source]))
+                elif source in place:
+                    _add(group, {"name": source, "op": "from", "kind": "port"})
+                else:
+                    continue
+            link = (group.index[source], target)
+            if link not in group.links:
+                group.links.append(link)
     return groups, place
 
 
@@ -186,6 +189,14 @@ def _add(group: _Group, node: dict[str, Any]) -> int:
     group.index[node["name"]] = len(group.nodes)
     group.nodes.append(node)
     return group.index[node["name"]]
+
+
+def _input(spec: InputSpec) -> dict[str, Any]:
+    shape = shape_text(spec.shape)
+    return {
+        "name": spec.name, "op": "input", "kind": "port", "vis": spec.vis.value, "shape": shape,
+        "text": f"%{spec.name} = input : {spec.vis.value} {shape}",
+    }  # fmt: skip
 
 
 def _node(item: Instruction, view: GraphView, cost: Cost, critical: bool) -> dict[str, Any]:

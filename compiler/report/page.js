@@ -29,16 +29,17 @@
 
   // ------------------------------------------------------------------------------ graphs
   const open = new Set();
+
   // One of the two graphs: where its nodes are, and what is in view.
   class View {
     constructor(graph) {
       this.graph = graph;
       this.where = new Map();
-      graph.groups.forEach((group, number) => {
+      graph.groups.forEach((group) => {
         group.real = group.nodes.filter((node) => node.kind !== "port");
         group.rounds = sum(group.real, (node) => (node.critical ? node.rounds : 0));
         group.online = sum(group.real, (node) => node.online);
-        group.real.forEach((node) => this.where.set(node.name, { node, group, number }));
+        group.real.forEach((node) => this.where.set(node.name, { node, group }));
       });
       this.peak = Math.max(1, ...graph.groups.flatMap((g) => g.real.map((n) => n.online || 0)));
       const pane = document.createElement("section");
@@ -148,7 +149,7 @@
         make("rect", { x: 0, y: 6, width: 4, height: NODE.height - 12, rx: 2, style: `fill:var(--${node.kind})` }, element);
         make("text", { class: "op", x: 13, y: 16 }, element, shorten(node.op, "600 12.5px", NODE.width - 50));
         const module = node.module || "";
-        const local = module.startsWith(`${group.key}.`) ? module.slice(group.key.length + 1) : module === group.key ? "" : module;
+        const local = module.startsWith(`${group.module}.`) ? module.slice(group.module.length + 1) : module === group.module ? "" : module;
         const shape = node.shape || "", font = "10.5px";
         make("text", { class: "at", x: 13, y: 30 }, element, shorten(local, font, NODE.width - 29 - measure(shape, font)));
         make("text", { class: "count", x: NODE.width - 8, y: 30 }, element, shape);
@@ -260,18 +261,8 @@
     }
   }
 
-
-
-
-
-
-
-  // ------------------------------------------------------------------------------ one node
   const detail = document.getElementById("detail");
   const names = (text) => (text ? [...text.split("  #")[0].matchAll(/%([\w.]+)/g)].map((m) => m[1]) : []);
-
-
-  // ------------------------------------------------------------------------------ moving about
 
   function redraw() { views.forEach((view) => { view.draw(); view.place(); }); }
 
