@@ -1,4 +1,4 @@
-"""The command line of a party: `mergec serve | deal | generate | chat | prepare | certs`.
+"""The command line of a party: `mergec serve | deal | generate | chat | prepare | certs | doctor`.
 
 `compiler.cli` adds the commands that need a compiler. Whatever goes wrong is one line on the error
 output, and an exit code.
@@ -135,6 +135,27 @@ def certs_command(
         out.print(str(place), soft_wrap=True)
     secret = folder / AUTHORITY_KEY
     err.print(f"give each role its own folder; keep {secret} to yourself", soft_wrap=True)
+
+
+@app.command("doctor")
+def doctor_command(
+    bundle: Annotated[Path | None, typer.Argument(help="A role's bundle to check, too.")] = None,
+    certs: Certs = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(help="host:port that should be free; may be repeated.")
+    ] = None,
+) -> None:
+    """Check this machine, and a bundle and certificates; say what is missing."""
+    from runtime.doctor import BAD, POOR, examine
+
+    styles = {BAD: "red", POOR: "yellow"}
+    bad = 0
+    for finding in examine(bundle, certs, tuple(listen or ())):
+        line = f"{finding.state:<5} {finding.what}: {finding.said}"
+        out.print(RichText(line, style=styles.get(finding.state, "")), soft_wrap=True)
+        bad += finding.state == BAD
+    if bad:
+        raise MergecError(f"{bad} of these will not do")
 
 
 @app.command("serve")
