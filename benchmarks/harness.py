@@ -46,8 +46,13 @@ class Taken:
     value: torch.Tensor
 
 
-def run(programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str) -> list[Taken]:
-    """Run the steps one after the other in three processes on loopback."""
+def run(
+    programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str, network: str = ""
+) -> list[Taken]:
+    """Run the steps one after the other in three processes on loopback.
+
+    network: profile that the link between client and server is slowed down to, if any (`network`).
+    """
     with tempfile.TemporaryDirectory(prefix="mergec-bench-") as name:
         folder = Path(name)
         for role in ROLES:
@@ -60,6 +65,7 @@ def run(programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str) -
             "bundle": name,
             "folder": name,
             "mode": mode,
+            "network": network,
             "rendezvous": f"tcp://127.0.0.1:{_free_port()}",
             "steps": [{"repeats": step.repeats} for step in steps],
         }

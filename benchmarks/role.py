@@ -27,17 +27,23 @@ from runtime.context import ClientContext, DealerContext, ServerContext
 from runtime.correlations.prg import SEED_BYTES, new_seed
 from runtime.executor import Executor
 from runtime.memory import keep_freed_memory, peak_bytes
+from runtime.network import NETWORKS
 from runtime.program import RoleProgram
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.stock import StockExecutor
 from runtime.transport.communicator import CountingCommunicator
+from runtime.transport.emulated import EmulatedLink
 from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
-from runtime.transport.link import Link
+from runtime.transport.link import Exchange, Link
 from runtime.values import Held, Masked
 
 
 def executor_of(
-    program: RoleProgram, communicator: CountingCommunicator, stock: bool, stack: ExitStack
+    program: RoleProgram,
+    communicator: CountingCommunicator,
+    stock: bool,
+    network: str,
+    stack: ExitStack,
 ) -> tuple[Any, Any]:
     """The executor, and what is to be done after each step."""
     if stock:
@@ -55,9 +61,12 @@ def executor_of(
         return Executor(program, context, None), streams[SERVER].flush
     source = dealer_receiver(communicator)
     seed = source.read(SEED_BYTES).numpy().tobytes()
+    link: Exchange = Link(communicator)
+    if network:
+        link = EmulatedLink(link, NETWORKS[network])
     if communicator.rank == CLIENT:
-        return Executor(program, ClientContext(seed), Link(communicator)), lambda: None
-    return Executor(program, ServerContext(seed, source), Link(communicator)), lambda: None
+        return Executor(program, ClientContext(seed), link), lambda: None
+    return Executor(program, ServerContext(seed, source), link), lambda: None
 
 
 def inputs_of(program: RoleProgram, path: Path, stock: bool) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def main(job: dict[str, Any], role: str) -> None:
         communicator.leave()
         return
     with ExitStack() as stack:
-        executor, finish = executor_of(program, communicator, stock, stack)
+        executor, finish = executor_of(program, communicator, stock, job["network"], stack)
         executor.setup()
         finish()
         play(job, program, communicator, executor, finish)

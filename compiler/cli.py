@@ -26,6 +26,7 @@ from runtime.cli import (
     write,
 )
 from runtime.errors import MergecError, PromptError
+from runtime.spec import CHOICES
 
 if TYPE_CHECKING:
     from compiler.program import Program
@@ -57,6 +58,13 @@ MaxLength = Annotated[
 Weights = Annotated[
     str | None, typer.Option(help="Weights in the clear at the `server`, or `shared` by the two.")
 ]
+Reveal = Annotated[
+    str | None, typer.Option(help="What the client learns: all `logits`, or the `token` alone.")
+]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(help=f"Network to choose protocols for: {', '.join(CHOICES['network'])}."),
+]
 Preset = Annotated[
     str | None,
     typer.Option(help=f"Cheaper functions in place of the model's: {', '.join(PRESETS)}."),
@@ -78,6 +86,8 @@ def compile_command(
     max_length: MaxLength = None,
     preset: Preset = None,
     weights: Weights = None,
+    reveal: Reveal = None,
+    network: NetworkOption = None,
     enable: Enable = None,
     disable: Disable = None,
 ) -> None:
@@ -87,6 +97,8 @@ def compile_command(
         max_length=max_length,
         preset=preset,
         weights=weights,
+        reveal=reveal,
+        network=network,
         enable=enable,
         disable=disable,
     )
@@ -120,13 +132,22 @@ def inspect_command(
     ] = Stage.after,
     preset: Preset = None,
     weights: Weights = None,
+    reveal: Reveal = None,
+    network: NetworkOption = None,
     enable: Enable = None,
     disable: Disable = None,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
     from compiler.program import Program
 
-    options = _options(preset=preset, weights=weights, enable=enable, disable=disable)
+    options = _options(
+        preset=preset,
+        weights=weights,
+        reveal=reveal,
+        network=network,
+        enable=enable,
+        disable=disable,
+    )
     with _steps() as step:
         if not Program.stands_at(source):
             program = _compile(source, options, step, keep_history=True)

@@ -33,6 +33,9 @@ class CompileConfig:
     enable: names of further lossy passes to run.
     weights: "server" leaves them in the clear at the server, which is cheapest; "shared" has the
         server secret-share them at the start of a session, the setting of MERGE and CrypTen.
+    reveal: "logits" tells the client the logits of each step, "token" the chosen token alone.
+    network: the network that protocols are chosen for, where one takes more bytes and another more
+        rounds.
     disable: names of passes to leave out.
     extra_passes: further Pass classes, run in the order of their stage.
     check_passes: run the graph in float64 before and after each exact pass, and refuse one that
@@ -47,6 +50,8 @@ class CompileConfig:
     preset: str = "exact"
     enable: tuple[str, ...] = ()
     weights: str = "server"
+    reveal: str = "logits"
+    network: str = "loopback"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool = False

@@ -42,7 +42,7 @@ class CostReport:
     critical_path: list[str]
 
 
-class _CostWalker(Executor):
+class CostWalker(Executor):
     """Walks the instructions on shapes, and asks each op's formula instead of its protocol."""
 
     def __init__(self, program: RoleProgram, fixed: int) -> None:
@@ -98,7 +98,7 @@ class _CostWalker(Executor):
             return Masked(ghost, ghost, instruction.frac)
         if op.name == "send":
             return Sent(ghost, ghost, instruction.frac)
-        if op.name == "reveal":
+        if instruction.vis is Vis.CLIENT:
             return Held(Vis.CLIENT, ghost)
         return Shared(ghost, instruction.frac)
 
@@ -116,7 +116,7 @@ def cost_report(
     program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
 ) -> CostReport:
     """Predict rounds and bytes of one step; it takes no weights, so any role's program will do."""
-    walker = _CostWalker(program, fixed)
+    walker = CostWalker(program, fixed)
     walker.setup()
     walker.step(ghost_inputs(program, new, past))
     costs = walker.record.by_instruction
@@ -145,7 +145,7 @@ def ghost_inputs(program: RoleProgram, new: int, past: int) -> dict[str, Any]:
     return inputs
 
 
-def _critical_path(walker: _CostWalker, costs: dict[str, Cost]) -> list[str]:
+def _critical_path(walker: CostWalker, costs: dict[str, Cost]) -> list[str]:
     graph = nx.DiGraph()
     names = [planned.instruction.name for planned in walker.plan]
     graph.add_nodes_from(names)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compiler.capture import capture
+from compiler.choose import choose_variants
 from compiler.config import CompileConfig
 from compiler.cost import cost_report
 from compiler.emit import shapes, tokenizer_files, value_types
@@ -21,6 +22,7 @@ from compiler.lower import lower
 from compiler.pipeline import DialectProgram, finish, rewrite
 from compiler.program import Program
 from passes.base import PassReport
+from runtime.network import NETWORKS
 from runtime.program import RoleProgram
 
 Progress = Callable[[str], object]
@@ -54,6 +56,7 @@ def compile_decoder(
     legalize(graph_module, config.fractional_bits)
     progress("lowering to instructions")
     roles = lower(graph_module, dialect.inputs, dialect.constants, config.fractional_bits)
+    choose_variants(roles, NETWORKS[config.network], config.fractional_bits)
     types = value_types(
         graph_module, assign_names(graph_module.graph), length_symbols(graph_module.graph)
     )
@@ -97,6 +100,8 @@ def _describe(
         "model": _model_name(model),
         "fractional_bits": config.fractional_bits,
         "weights": config.weights,
+        "reveal": config.reveal,
+        "network": config.network,
         "max_length": dialect.max_length,
         "vocab_size": dialect.vocab_size,
         "stop_tokens": _stop_tokens(model, tokenizer),

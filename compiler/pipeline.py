@@ -127,7 +127,7 @@ def rewrite(
     """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
     load_all()
     sequences = _calibration(config, tokenizer, captured.vocab_size)
-    info = GraphInfo(captured.inputs, captured.constants, sequences)
+    info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
     chosen = select(config) if passes is None else passes
     tokens = sequences[0] if config.check_passes else ()
     return run_passes(captured.graph_module, info, chosen, tokens)

@@ -20,6 +20,7 @@ from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle,
 from runtime.encoding import program_hash
 from runtime.errors import BundleError, PromptError
 from runtime.generation import StepReport, check_prompt
+from runtime.network import NETWORKS
 from runtime.program import RoleProgram
 from runtime.sampling import Sampling, choose
 from runtime.spec import ROLES
@@ -235,13 +236,18 @@ class Program:
 
     def _inspect(self, report: CostReport, savings: bool) -> Inspection:
         manifest = self.manifest
-        shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash")
+        shown = [
+            *("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash"),
+            *("weights", "reveal", "network"),
+        ]
+        seconds = NETWORKS[manifest["network"]].seconds(report.total)
         return inspect_costs(
             report,
             manifest["model"] or "program",
             self._passes(report.new, report.past, savings),
             manifest["left_out"],
-            {key: manifest[key] for key in shown},
+            {key: manifest[key] for key in shown}
+            | {"estimated_network_seconds": round(seconds, 4)},
         )
 
     def _passes(self, new: int, past: int, savings: bool) -> list[PassRow]:

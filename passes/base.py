@@ -37,12 +37,14 @@ ENTRY_POINTS = "mergec.passes"
 class GraphInfo:
     """What passes may know beside the graph; they may add constants.
 
-    calibration: token sequences on which a lossy pass may observe the graph.
+    calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
+    client learns of a step, "logits" or "token".
     """
 
     inputs: list[InputSpec]
     constants: dict[str, Vis]
     calibration: Sequence[Sequence[int]] = ()
+    reveal: str = "logits"
 
 
 class Pass(PassBase):

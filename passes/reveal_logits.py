@@ -1,10 +1,11 @@
-"""Open the logits to the client, as early as nothing else is learned by it."""
+"""Open the logits to the client, as early as nothing else is learned by it; or the token alone."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from compiler.ir import aten, calls, is_shared
+from compiler.shapes import insert_call
 from passes.base import Pass
 from runtime.op import target
 
@@ -16,7 +17,8 @@ class RevealLogits(Pass):
     """What the client computes from revealed numbers alone, it computes in the clear.
 
     A final softcap (gemma2) is an invertible function of each logit: the client would learn the
-    same from its result.
+    same from its result. Where the client is to learn the token alone, `mpc.reveal_token` takes the
+    last logits in place of all this.
 
     Before:
         %1 = aten.linear.default(%x, %weight)
@@ -41,6 +43,9 @@ class RevealLogits(Pass):
         logits = output.args[0][0]
         if not is_shared(logits):
             return 0
+        if self.info.reveal == "token":
+            output.replace_input_with(logits, insert_call(output, target("reveal_token"), logits))
+            return 1
         while len(logits.users) == 1 and _scalar(logits):
             logits = logits.args[0]
         users = list(logits.users)

@@ -51,6 +51,8 @@ DESCRIPTION: dict[str, tuple[type, Any]] = {
     "stop_tokens": (list, []),
     "lossy": (bool, False),
     "weights": (str, "server"),
+    "reveal": (str, "logits"),
+    "network": (str, "loopback"),
     "mode": (str, "mergec"),
     "shapes": (dict, {}),
     "cost": (dict, {}),

@@ -17,12 +17,11 @@ from runtime.errors import MergecError, PartyError, PromptError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, StepReport, Token, answer, check_prompt, measured
 from runtime.program import RoleProgram
-from runtime.sampling import Sampling
+from runtime.sampling import Sampling, draw_for
 from runtime.session import (
     JOIN_TIMEOUT,
     PREPARE,
     SESSION,
-    STEP,
     STORED,
     TIMEOUT,
     Plan,
@@ -30,6 +29,7 @@ from runtime.session import (
     join_dealer,
     read_token,
     whole,
+    write_step,
 )
 from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.text import VOCABULARY, Text
@@ -226,6 +226,7 @@ class Connection:
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
+        draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.get("stop_tokens", ()) if stop is None else stop
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is giving another answer; open one more for this")
@@ -234,11 +235,16 @@ class Connection:
             session, channels = self._session, self._channels
             if session is None:
                 raise PartyError("the session is over; open a new one")
+            if self._store is not None and draw.top_k:
+                raise PromptError(
+                    "stored randomness is for a choice among all tokens; leave top-k out, or use "
+                    "the dealer"
+                )
             first = self._begin(session, channels[0], len(ids), max_tokens)
 
             def announce(new: int, past: int) -> None:
                 for channel in channels:
-                    channel.send(Kind.STEP, STEP.pack(new, past))
+                    channel.send(Kind.STEP, write_step(new, past, draw))
 
             tokens = answer(
                 session,

@@ -15,10 +15,11 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from runtime.correlations.prg import Prg, derive
+from runtime.correlations.prg import Prg, derive, new_seed
+from runtime.sampling import Draw
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 
-_ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.uint8: 1}
+_ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: 1}
 
 
 INDICATOR_WORDS = 4
@@ -53,6 +54,8 @@ class Context(ABC):
         self.fixed = fixed
         self.offline_bytes = 0
         """Bytes of corrections so far: read at the server, written at the dealer."""
+        self.draw = Draw()
+        """How a token that is revealed alone is chosen in this step."""
         self.constant_seed: bytes | None = None
         """Seed of `constant_words`; the server has it from the client."""
 
@@ -79,6 +82,10 @@ class Context(ABC):
             raise RuntimeError("the client has not told the seed of shared constants")
         prg = Prg(derive(self.constant_seed, name))
         return self._words(prg, shape, torch.int64).to(self.device)
+
+    def private_words(self, shape: Sequence[int]) -> torch.Tensor:
+        """Fresh uniform words that the dealer alone knows."""
+        raise RuntimeError("only the dealer has words of its own")
 
     @abstractmethod
     def deal(
@@ -210,8 +217,11 @@ class DealerContext(Context):
         corrections: ByteSink,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        own_seed: bytes | None = None,
     ) -> None:
+        """own_seed: of `private_words`; a fresh one by default."""
         super().__init__(device, fixed)
+        self._own = Prg(own_seed or new_seed())
         self._server_seed = server_seed
         self.constant_seed = derive(client_seed, "constants")
         self._client = Prg(derive(client_seed, "shares"))
@@ -221,6 +231,9 @@ class DealerContext(Context):
     @property
     def tensor_device(self) -> torch.device:
         return torch.device("meta")
+
+    def private_words(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._own, shape, torch.int64).to(self.device)
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         client = self._words(self._client, shape, dtype)

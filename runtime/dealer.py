@@ -20,8 +20,9 @@ from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
 from runtime.observe import Metrics, open_log
 from runtime.program import RoleProgram
+from runtime.sampling import Draw
 from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
-from runtime.session import IDLE_TIMEOUT, STEP, TIMEOUT, Plan, be_greeted, read_token
+from runtime.session import IDLE_TIMEOUT, TIMEOUT, Plan, be_greeted, read_step, read_token
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.transport.address import Address
 from runtime.transport.channel import Channel, Kind
@@ -245,12 +246,10 @@ class _Session:
                         self._step(session, stream, new, past)
                     channel.send(Kind.MARK)
             elif kind is Kind.STEP:
-                if len(payload) != STEP.size:
-                    raise PartyError("the server sent a step that cannot be read")
-                new, past = STEP.unpack(payload)
+                new, past, draw = read_step(payload, channel.peer)
                 if new < 1 or past < 0 or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
-                self._step(session, stream, new, past)
+                self._step(session, stream, new, past, draw)
 
     def _agree(self, line: socket.socket, asked: bytes) -> None:
         """Wait until the client has asked for the same as the server."""
@@ -263,9 +262,16 @@ class _Session:
         if said != asked:
             raise PartyError("the client and the server ask for different steps")
 
-    def _step(self, session: MergecSession, stream: DealerSender, new: int, past: int) -> None:
+    def _step(
+        self,
+        session: MergecSession,
+        stream: DealerSender,
+        new: int,
+        past: int,
+        draw: Draw | None = None,
+    ) -> None:
         def work() -> None:
-            session.step(new, past)
+            session.step(new, past, draw=draw)
             stream.flush()
 
         self._parent.tell(kind="step", report=asdict(measured(session, new, past, work)))

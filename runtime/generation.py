@@ -12,7 +12,7 @@ import torch
 
 from runtime.errors import BundleError, PromptError
 from runtime.program import InputSpec, RoleProgram
-from runtime.sampling import Sampling, choose
+from runtime.sampling import Draw, Sampling, choose, draw_for
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.transport.traffic import Traffic
 from runtime.values import Held, Masked, Sent
@@ -83,8 +83,15 @@ class Session(ABC):
     def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run the program once."""
 
-    def step(self, new: int, past: int, ids: Sequence[int] | None = None) -> torch.Tensor | None:
-        """One step, the same at all roles; only the client has `ids`, and gets logits [V]."""
+    def step(
+        self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
+    ) -> torch.Tensor | None:
+        """One step, the same at all roles; only the client has `ids`, and gets a result.
+
+        The result is logits [V]; or, of a program that reveals the token alone, the token [1] that
+        was chosen as `draw` says, by default the best.
+        """
+        self._prepare(draw or Draw())
         if past == 0:
             self._caches = self._start()
         if self.party == CLIENT:
@@ -100,6 +107,9 @@ class Session(ABC):
             return None
         value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
         return value.reshape(-1, value.shape[-1])[-1]
+
+    def _prepare(self, draw: Draw) -> None:  # noqa: B027 - nothing to do by default
+        """Take note of how the step's token is to be chosen, where the parties choose it."""
 
 
 class MergecSession(Session):
@@ -136,6 +146,9 @@ class MergecSession(Session):
             server = self.party == SERVER
             return Sent(words if server else ghost, ghost if server else words, spec.frac)
         return Masked(ghost if self.party == DEALER else words, words, spec.frac)
+
+    def _prepare(self, draw: Draw) -> None:
+        self._executor.context.draw = draw
 
     @torch.inference_mode()
     def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +211,13 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, 
 class Token:
     """One token of an answer: what its step took, and the logits [V] that it was chosen from.
 
-    reports: one per step that led to it; several for the first token of a prompt fed in parts.
+    logits: None where the token alone is revealed. reports: one per step that led to the token;
+    several for the first token of a prompt fed in parts.
     """
 
     token: int
     reports: tuple[StepReport, ...]
-    logits: torch.Tensor
+    logits: torch.Tensor | None
 
 
 def answer(
@@ -225,6 +239,8 @@ def answer(
     check_prompt(prompt, max_tokens, session.program.manifest)
     sampling = sampling or Sampling()
     generator = sampling.generator()
+    draw = draw_for(sampling, session.program.manifest)
+    revealed = session.program.manifest.get("reveal", "logits") == "logits"
     tokens: list[int] = []
     first = first if session.cached and 0 < first < len(prompt) else len(prompt)
     feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
@@ -236,16 +252,16 @@ def answer(
 
             def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
                 announce(len(feed), past)
-                logits.append(session.step(len(feed), past, feed))
+                logits.append(session.step(len(feed), past, feed, draw))
 
             report = measured(session, len(feed), past, work)
             reports.append(replace(report, phase="decode" if tokens else "prompt"))
             row = logits[0]
             past += len(feed) if session.cached else 0
         if row is None:
-            raise BundleError("only the client sees logits; run this loop there")
-        tokens.append(choose(row, sampling, generator))
-        yield Token(tokens[-1], tuple(reports), row)
+            raise BundleError("only the client sees a result; run this loop there")
+        tokens.append(choose(row, sampling, generator) if revealed else int(row))
+        yield Token(tokens[-1], tuple(reports), row if revealed else None)
         if tokens[-1] in stop or len(tokens) == max_tokens:
             return
         feeds = [tokens[-1:] if session.cached else [*prompt, *tokens]]

@@ -18,6 +18,7 @@ from runtime.correlations.prg import new_seed
 from runtime.executor import Executor, StepRecord
 from runtime.generation import MergecSession
 from runtime.program import RoleProgram
+from runtime.sampling import Draw
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.transport.loopback import dealer_pair, link_pair
 
@@ -67,11 +68,14 @@ class InProcessSession:
         """What the last step cost, as the server counted it (the dealer's bytes go to it)."""
         return self.executors[SERVER].record
 
-    def step(self, ids: Sequence[int], past: int) -> torch.Tensor:
-        """Logits [V] after `ids`, which follow `past` tokens of this session; 0 starts anew."""
+    def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
+        """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
+
+        0 past tokens start anew. draw: how a token that is revealed alone is chosen.
+        """
         results = self._all(
             lambda party: self._sessions[party].step(
-                len(ids), past, list(ids) if party == CLIENT else None
+                len(ids), past, list(ids) if party == CLIENT else None, draw
             )
         )
         logits: torch.Tensor = results[CLIENT]

@@ -24,7 +24,7 @@ from runtime.bundle import read_manifest, role_path
 from runtime.errors import MergecError, PartyError
 from runtime.generation import StepReport, check_prompt
 from runtime.party import REPLY_TIMEOUT
-from runtime.sampling import Sampling
+from runtime.sampling import Sampling, draw_for
 from runtime.spec import CLIENT, ROLES
 
 JOIN_TIMEOUT = 600.0
@@ -75,11 +75,12 @@ def run_local(
     on_token gets each token as it comes, on_event every event with the role that it is of. If a
     role fails, all are ended, and its error is raised here.
     """
-    Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed)
     for role in ROLES:
         manifest = read_manifest(role_path(bundle_dir, role), role)
         if role == ROLES[CLIENT]:
             check_prompt(prompt_ids, max_tokens, manifest)
+            draw_for(sampling, manifest, mode)
     arguments = [
         "--rendezvous",
         f"tcp://127.0.0.1:{_free_port()}",

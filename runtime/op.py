@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -70,6 +70,11 @@ class Op:
     @classmethod
     def cost(cls, *args: Any, **kwargs: Any) -> Cost:
         raise NotImplementedError(f"mpc.{cls.name} has no cost formula")
+
+    @classmethod
+    def variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+        """Settings of its literals that compute the same at different cost, for the compiler."""
+        return ()
 
     @classmethod
     def protocol(cls, ctx: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:

@@ -39,7 +39,8 @@ from runtime.generation import (
 )
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.program import RoleProgram
-from runtime.sampling import Sampling
+from runtime.sampling import Draw, Sampling, draw_for
+from runtime.session import draw_of
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
 
 JOIN_TIMEOUT, REPLY_TIMEOUT = 30.0, 600.0
@@ -83,6 +84,7 @@ def run_party(options: Options, emit: Emit) -> None:
     program = load_bundle(options.bundle, options.role)
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
+        draw_for(options.sampling, program.manifest, options.mode)
     emit("loaded", pid=os.getpid(), program=program.manifest["program_hash"])
     # CrypTen comes with the transport, and takes a while to import.
     from runtime import crypten_compat as crypten
@@ -208,6 +210,7 @@ def _ask(
     """At the client: generate, telling the others of every step."""
     from runtime.transport.control import Opcode
 
+    draw = draw_for(options.sampling, session.program.manifest, options.mode)
     stop = () if options.ignore_stop else tuple(session.program.manifest.get("stop_tokens", ()))
     generate(
         session,
@@ -215,7 +218,9 @@ def _ask(
         max_tokens=options.max_tokens,
         sampling=options.sampling,
         stop=stop,
-        announce=lambda new, past: control.send(Opcode.STEP, new, past, to=others),
+        announce=lambda new, past: control.send(
+            Opcode.STEP, new, past, draw.units, draw.top_k, to=others
+        ),
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),
     )
@@ -235,14 +240,16 @@ def _serve(
             return
         if message.opcode is not Opcode.STEP:
             raise PartyError("the client gave up; see its own message")
-        new, past = message.numbers[:2]
+        new, past, units, top_k = message.numbers[:4]
         if new < 1 or past < 0 or (limit and new + past > limit):
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"
             )
 
-        def work(new: int = new, past: int = past) -> None:
-            session.step(new, past)
+        draw = draw_of(units, top_k, ROLES[CLIENT])
+
+        def work(new: int = new, past: int = past, draw: Draw = draw) -> None:
+            session.step(new, past, draw=draw)
             done()
 
         emit("step", report=measured(session, new, past, work).json())

@@ -1,14 +1,47 @@
-"""The next token from revealed logits: what the client does in the clear, alone."""
+"""The next token: how a client chooses it from revealed logits, or asks the parties to."""
 
 from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from runtime.errors import PromptError
+
+MAX_TOP_K = 8
+"""Most tokens that the parties choose from when the token alone is revealed: the cost of finding
+them without opening anything grows with their number (docs/protocols.md)."""
+
+MAX_TEMPERATURE = 64.0
+"""Largest temperature when the token alone is revealed: noise must fit beside the logits."""
+
+TEMPERATURE_BITS = 16
+"""Fractional bits of a temperature that the parties compute with."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the parties choose a token that is revealed alone. All three roles know it.
+
+    units: the temperature in units of 2**-16, 0 for the largest logit. top_k: choose from that many
+    tokens, 0 for all.
+    """
+
+    units: int = 0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.units <= MAX_TEMPERATURE * 2**TEMPERATURE_BITS:
+            raise PromptError(f"the temperature can be 0 to {MAX_TEMPERATURE:g} here")
+        if self.top_k and not 2 <= self.top_k <= MAX_TOP_K:
+            raise PromptError(
+                f"top-k is {self.top_k}; where the token alone is revealed it can be 1 to "
+                f"{MAX_TOP_K}, or 0 for all tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -39,10 +72,42 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def draw(self, vocabulary: int) -> Draw:
+        """The same choice by the parties, for a program that reveals the token alone."""
+        if self.top_p < 1:
+            raise PromptError(
+                "top-p needs the logits, and this program reveals the token alone; leave it out, "
+                'or compile with reveal="logits"'
+            )
+        if self.seed is not None:
+            raise PromptError(
+                "this program's tokens are drawn by noise that nobody may know; leave the seed "
+                'out, or compile with reveal="logits"'
+            )
+        if self.greedy or self.top_k == 1:
+            return Draw()
+        units = round(self.temperature * 2**TEMPERATURE_BITS)
+        return Draw(units, self.top_k if self.top_k < vocabulary else 0)
+
     def generator(self) -> torch.Generator:
         """The source of a run's choices."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
+
+
+def draw_for(sampling: Sampling, manifest: Mapping[str, Any], mode: str = "mergec") -> Draw:
+    """What the client asks the others for in each step of a program; PromptError if it cannot be.
+
+    Where the program reveals the logits the client chooses alone, and asks for nothing.
+    """
+    if manifest.get("reveal", "logits") == "logits":
+        return Draw()
+    draw = sampling.draw(int(manifest.get("vocab_size", 0)))
+    if mode == "crypten" and draw != Draw():
+        raise PromptError(
+            "CrypTen's stock protocols reveal the best token only; leave the temperature at 0"
+        )
+    return draw
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

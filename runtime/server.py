@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ from runtime.session import (
     JOIN_TIMEOUT,
     PREPARE,
     SESSION,
-    STEP,
     STORED,
     TIMEOUT,
     Plan,
     be_greeted,
     join_dealer,
     new_token,
+    read_step,
     whole,
 )
 from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
@@ -488,11 +489,10 @@ class _Session:
             relay(kind, payload)
             if kind is Kind.DONE:
                 return
-            if len(payload) != STEP.size:
-                raise PartyError("the client sent a step that cannot be read")
-            new, past = STEP.unpack(payload)
+            new, past, draw = read_step(payload, channel.peer)
             if new < 1 or past != (done if session.cached else 0) or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
-            report = measured(session, new, past, lambda: session.step(new, past))  # noqa: B023
+            work = partial(session.step, new, past, draw=draw)
+            report = measured(session, new, past, work)
             done += new
             self._parent.tell(kind="step", report=asdict(report))

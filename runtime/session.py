@@ -9,7 +9,8 @@ from typing import Any
 
 from runtime.correlations.prg import SEED_BYTES
 from runtime.encoding import is_a
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PromptError
+from runtime.sampling import Draw
 from runtime.spec import DEALER, ROLES
 from runtime.transport.address import Address
 from runtime.transport.channel import Channel, Kind
@@ -28,7 +29,7 @@ IDLE_TIMEOUT = 1800.0
 SESSION, PREPARE, STORED = "session", "prepare", "stored"
 """What a client wants: answers, randomness for later ones, or answers by such."""
 
-STEP = struct.Struct("!qq")
+_STEP = struct.Struct("!4q")
 _TOKEN_BYTES = 32
 
 
@@ -69,6 +70,27 @@ def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) ->
     if not is_a(value, int) or not least <= value <= most:
         raise PartyError(f"the {peer} asks for {key} {str(value)[:20]}, which can't be")
     return int(value)
+
+
+def write_step(new: int, past: int, draw: Draw) -> bytes:
+    """What the client asks for: so many tokens after so many, and how to choose the next one."""
+    return _STEP.pack(new, past, draw.units, draw.top_k)
+
+
+def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw]:
+    """New and past tokens, and the choice; bounds of the lengths are the caller's to check."""
+    if len(payload) != _STEP.size:
+        raise PartyError(f"the {peer} sent a step that cannot be read")
+    new, past, units, top_k = _STEP.unpack(payload)
+    return new, past, draw_of(units, top_k, peer)
+
+
+def draw_of(units: int, top_k: int, peer: str) -> Draw:
+    """The choice that a peer asks for, if there is such a one."""
+    try:
+        return Draw(units, top_k)
+    except PromptError as error:
+        raise PartyError(f"the {peer} asks for what cannot be drawn: {error}") from error
 
 
 def new_token() -> str:

@@ -19,10 +19,15 @@ CLIENT, SERVER, DEALER = 0, 1, 2
 
 ROLES = ("client", "server", "dealer")
 
-CHOICES = {"weights": ("server", "shared")}
+CHOICES = {
+    "weights": ("server", "shared"),
+    "reveal": ("logits", "token"),
+    "network": ("loopback", "lan", "wan"),
+}
 """Options of a compilation, by the names that they have in its manifest, and what they can be.
 
-weights: who knows the weights while the program runs.
+weights: who knows the weights while the program runs. reveal: what the client learns of a step.
+network: what protocols were chosen for (`runtime.network`).
 """
 
 

@@ -95,9 +95,9 @@ def test_lengths_matter_as_they_should(program: RoleProgram, report: CostReport)
 
 def test_values_are_forgotten_after_their_last_use(program: RoleProgram) -> None:
     """A session would otherwise hold every activation of every layer at once."""
-    from compiler.cost import _CostWalker, ghost_inputs
+    from compiler.cost import CostWalker, ghost_inputs
 
-    walker = _CostWalker(program, 16)
+    walker = CostWalker(program, 16)
     walker.setup()
     most = 0
     start = walker._start

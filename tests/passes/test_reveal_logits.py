@@ -62,3 +62,14 @@ def test_near_miss_not_invertible() -> None:
         assert graph.run(NAME) == 1
         assert first_of(graph) != "aten.linear.default"
         assert graph.same()
+
+
+def test_the_token_alone_takes_the_whole_logits() -> None:
+    """A softcap is no business of the client's then: it would need the logits for it."""
+    graph = Graph(lambda m, x: torch.tanh(linear(m, x) / 30.0) * 30.0, X, w=W)
+    graph.info.reveal = "token"
+    wanted = graph.before[0].argmax(-1)
+    assert graph.run(NAME) == 1
+    assert "aten.tanh.default" in graph.ops
+    assert graph.ops["mpc.reveal_token"] == 1
+    assert torch.equal(graph()[0], wanted)

@@ -1,0 +1,132 @@
+"""Tell the client the token that its logits choose, and nothing else of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol, ToClient
+from runtime.op import Op
+from runtime.protocols.argmax import (
+    Candidates,
+    again_cost,
+    best,
+    best_cost,
+    plan_for,
+    plans,
+)
+from runtime.protocols.compare import take_window
+from runtime.protocols.gumbel import gumbel
+from runtime.sampling import TEMPERATURE_BITS
+from runtime.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
+from runtime.values import Held, Shared
+
+
+class RevealToken(Op):
+    """Tell the client the token that its logits choose, and nothing else of them.
+
+    `logits` [..., V] give [...]. groups: sizes of the groups that are compared pair by pair, level
+    by level (`protocols.argmax`); by default what `plans` names first.
+    """
+
+    name = "reveal_token"
+    schema = "(Tensor logits, int[] groups=[]) -> Tensor"
+
+    @staticmethod
+    def reference(logits: torch.Tensor, groups: Sequence[int] = ()) -> torch.Tensor:
+        return logits.argmax(-1)
+
+    operands = {"logits": "share"}
+
+    @classmethod
+    def visibility(cls, *operands: Vis) -> Vis:
+        return Vis.CLIENT
+
+    @classmethod
+    def known_to(cls, *operands: Vis) -> Vis | None:
+        """Only what the client knows already needs no message."""
+        return operands[0] if operands[0] in (Vis.PUBLIC, Vis.CLIENT) else None
+
+    @classmethod
+    def variants(cls, logits: Shared, groups: Sequence[int] = ()) -> Iterable[dict[str, Any]]:
+        """Small groups cost fewer bytes, large ones fewer rounds."""
+        return ({"groups": list(sizes)} for sizes in plans(logits.shape[-1]))
+
+    @classmethod
+    def cost(
+        cls, logits: Shared, groups: Sequence[int] = (), *, fixed: int, top_k: int = 0
+    ) -> Cost:
+        """For a whole vocabulary to choose from, unless `top_k` tells how many tokens."""
+        rows, vocabulary = math.prod(logits.shape[:-1]), logits.shape[-1]
+        last = Cost(rounds=1, online=4 * rows)
+        if not top_k:
+            noise = Cost(offline=8 * rows * vocabulary)
+            return noise + best_cost(rows, vocabulary, 1, _groups(vocabulary, groups)) + last
+        few = best_cost(rows, vocabulary, top_k, plan_for(vocabulary, top_k))
+        one = again_cost(rows, top_k, 1, plan_for(top_k, 1))
+        return few + Cost(offline=8 * rows * top_k) + one + last
+
+    @classmethod
+    def protocol(cls, ctx: Context, logits: Shared, groups: Sequence[int] = ()) -> Protocol:
+        """The largest of logits + temperature * Gumbel noise, which is a draw from their softmax.
+
+        In: logits [..., V] with at least 16 fractional bits, |logit| + 37 temperature < 2**14.
+        `ctx.draw` has the public temperature, 0 for the largest logit itself, and the public number
+        of tokens to choose from. Out: held by the client. Rounds 3 for each level of groups and 1;
+        online and offline as in `protocols.argmax`, 4 bytes to the client, and 8 offline for each
+        candidate that gets noise.
+
+        The client sees the token; it learns no logit, nor by how much the token leads. The server
+        sees nothing but masked values. The noise is the dealer's: each party has a random share of
+        it, so no token can be traced back to the logits by undoing the noise. Logits and noise are
+        cut to 16 fractional bits, each by less than two units: of logits that are closer than
+        2**-15 any may win, and a token's probability is off by a factor of at most
+        exp(2**-13 / temperature). Source: Gumbel-max, as in Maddison, Tarlow and Minka (NeurIPS
+        2014).
+        """
+        shape, vocabulary = logits.shape[:-1], logits.shape[-1]
+        keys = take_window(logits.share.reshape(-1, vocabulary), logits.frac - FRACTIONAL_BITS)
+        candidates = Candidates(keys)
+        top_k = ctx.draw.top_k
+        sizes: Sequence[int] = _groups(vocabulary, groups)
+        if top_k:
+            few = plan_for(vocabulary, top_k)
+            candidates = yield from best(ctx, candidates, top_k, few)
+            sizes = plan_for(top_k, 1)
+        noisy = candidates.keys + _noise(ctx, candidates.keys.shape)
+        winner = yield from best(ctx, Candidates(noisy, candidates.labels), 1, sizes)
+        label = winner.labels.reshape(shape)
+        if ctx.party == SERVER:
+            yield ToClient(label)
+            return Held(Vis.CLIENT, torch.empty(shape, dtype=torch.int64, device="meta"))
+        share = yield ToClient(torch.empty(shape, dtype=torch.int32, device="meta"))
+        token = label + share if ctx.party == CLIENT else label
+        return Held(Vis.CLIENT, token.long())
+
+    @classmethod
+    def stock(cls, logits: Any, groups: Sequence[int] = ()) -> Any:
+        """CrypTen's argmax, revealed to the client; of equal logits any may win."""
+        index = logits.argmax(dim=-1, one_hot=False).get_plain_text(dst=CLIENT)
+        if index is None:
+            return Held(Vis.CLIENT, torch.empty(logits.shape[:-1], device="meta"))
+        return Held(Vis.CLIENT, index.long().reshape(logits.shape[:-1]))
+
+
+def _groups(vocabulary: int, given: Sequence[int]) -> Sequence[int]:
+    return given or next(iter(plans(vocabulary)))
+
+
+def _noise(ctx: Context, shape: Sequence[int]) -> torch.Tensor:
+    """Shares modulo 2**32 of temperature * noise, with 16 fractional bits, one unit off at most.
+
+    The noise is dealt with 16 fractional bits whatever the temperature, and zero times it at
+    temperature 0: so what is dealt says nothing of the request.
+    """
+    unit = ctx.deal(shape, lambda: gumbel(ctx.private_words(shape)))
+    if unit.is_meta:
+        return unit.to(torch.int32)
+    return take_window(unit * ctx.draw.units, TEMPERATURE_BITS)

@@ -1,0 +1,196 @@
+"""The best few of a row of candidates, by comparing all pairs of a group at once.
+
+Candidates have a secret key and a label: first their place, then a secret number. The keys of a
+group are opened under masks, z_i = x_i + r_i modulo 2**32, and so are the labels, y_i = l_i + s_i,
+once they are secret. For each pair the dealer has shared the digit tables of r_i - r_j, so that
+[x_i < x_j] follows from z_i - z_j (`digits`, `formula`). The number of comparisons that a
+candidate loses is its rank, and the ranks of a group are 0, 1, 2, ...; of equal keys the first one
+wins. Ranks are opened under masks rho, and looked up in shared one-hot rows of rho, and in the same
+times r_i and s_i. So for each place t among the best, the sums over i of [rank_i = t] x_i and of
+[rank_i = t] l_i are public combinations of dealt words. Three rounds take a group to its best; the
+winners of all groups are the next level's candidates.
+
+The digit-wise comparison is that of Garay, Schoenmakers and Villegas (PKC 2007) on the one-time
+truth tables of Ishai et al. (TCC 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol, Swap, together
+from runtime.protocols.digits import Digits
+from runtime.protocols.formula import Formula, open_bits
+from runtime.protocols.opening import open_under
+from runtime.spec import CLIENT, Cost
+
+DIGITS = Digits(8, 8, 8, 8)
+LESS_THAN = Formula(DIGITS.less)
+
+LOWEST = -(2**30)
+"""Key of what fills a group up; all others must be larger, and smaller than 2**30."""
+
+SIZES = (4, 8, 16, 32, 64)
+"""Groups that `plans` tries; ranks are opened in a byte each."""
+
+
+@dataclass
+class Candidates:
+    """Rows of candidates. keys: int32 share [R, n]. labels: the same, or None for their places."""
+
+    keys: torch.Tensor
+    labels: torch.Tensor | None = None
+
+
+def best(ctx: Context, candidates: Candidates, keep: int, sizes: Sequence[int]) -> Protocol:
+    """The `keep` largest keys of each row with their labels, largest first: Candidates [R, keep].
+
+    In: keys in (-2**30, 2**30) as shares modulo 2**32, more of them than `keep`. sizes: of the
+    groups, level by level, powers of two larger than `keep`; the last must leave one group. Of
+    equal keys the first comes first. Rounds 3 for each level; online 10 bytes a candidate (18 from
+    the second level on) and 2 a pair; offline 290 bytes a pair and 8 (12) a candidate times the
+    size of its group. Each party sees keys, labels, bits and ranks under fresh masks.
+    """
+    for size in sizes:
+        candidates = yield from _level(ctx, candidates, keep, size)
+    if candidates.keys.shape[1] != keep:
+        raise ValueError(f"groups of {list(sizes)} leave {candidates.keys.shape[1]} candidates")
+    return candidates
+
+
+def best_cost(rows: int, count: int, keep: int, sizes: Sequence[int]) -> Cost:
+    """Cost of `best` for this many rows of `count` candidates whose labels are their places."""
+    return _cost(rows, count, keep, sizes, secret_labels=False)
+
+
+def again_cost(rows: int, count: int, keep: int, sizes: Sequence[int]) -> Cost:
+    """Cost of `best` for candidates with secret labels."""
+    return _cost(rows, count, keep, sizes, secret_labels=True)
+
+
+def _cost(rows: int, count: int, keep: int, sizes: Sequence[int], *, secret_labels: bool) -> Cost:
+    total = Cost()
+    for size in sizes:
+        groups = -(-count // size)
+        members, pairs = rows * groups * size, rows * groups * size * (size - 1) // 2
+        words = 3 if secret_labels else 2
+        total += Cost(
+            rounds=3,
+            online=8 * (words - 1) * members + 2 * pairs + 2 * members,
+            offline=(DIGITS.table_bytes + LESS_THAN.words) * pairs + 4 * words * size * members,
+        )
+        count, secret_labels = groups * keep, True
+    return total
+
+
+def plans(count: int, least: int = SIZES[0]) -> Iterator[tuple[int, ...]]:
+    """Sizes of groups that leave one of `count` candidates: first small groups, then larger."""
+    if count <= SIZES[-1]:
+        yield (_power_of_two(count),)
+    for size in SIZES:
+        if least <= size < count:
+            for rest in plans(-(-count // size), size):
+                yield (size, *rest)
+
+
+def plan_for(count: int, keep: int) -> tuple[int, ...]:
+    """Sizes of groups that leave `keep` of `count` candidates, about a quarter at each level."""
+    size, sizes = 4 * _power_of_two(keep), []
+    while count > size:
+        sizes.append(size)
+        count = -(-count // size) * keep
+    return (*sizes, _power_of_two(count))
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two from 2 on that is not below `count`."""
+    return 1 << max(1, (count - 1).bit_length())
+
+
+def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protocol:
+    keys = _grouped(ctx, candidates.keys, size, LOWEST)
+    first, second = torch.triu_indices(size, size, 1)
+    masks = [ctx.mask(keys.shape, torch.int32)]
+    openings = [open_under(ctx, keys, masks[0])]
+    if candidates.labels is not None:
+        labels = _grouped(ctx, candidates.labels, size, 0)
+        masks.append(ctx.mask(keys.shape, torch.int32))
+        openings.append(open_under(ctx, labels, masks[1]))
+
+    def differences(words: torch.Tensor) -> torch.Tensor:
+        one, other = (words.index_select(-1, i.to(words.device)).long() for i in (first, second))
+        return (one - other).reshape(-1)
+
+    pairs = keys[..., 0].numel() * len(first)
+    tables = ctx.deal_bits(
+        (pairs, DIGITS.table_bytes), lambda: DIGITS.tables(differences(masks[0]))
+    )
+    bit_mask = ctx.mask_bits((pairs,))
+    words = LESS_THAN.deal(ctx, bit_mask, dtype=torch.int8)
+    rank_mask = ctx.mask(keys.shape, torch.int8)
+
+    def one_hot() -> torch.Tensor:
+        payload = torch.stack([torch.ones_like(masks[0]), *masks], -1)
+        rows = torch.zeros((*payload.shape, size), dtype=torch.int32, device=payload.device)
+        place = (rank_mask.long() & (size - 1))[..., None, None].expand(*payload.shape, 1)
+        return rows.scatter_(-1, place, payload[..., None])
+
+    rows = ctx.deal((*keys.shape, 1 + len(masks), size), one_hot, torch.int32)
+    opened = yield from together(*openings)
+    # Shares of [x_i < x_j] modulo 2**8.
+    bits = yield from open_bits(DIGITS.look_up(differences(opened[0]), tables), bit_mask)
+    less = LESS_THAN.evaluate(bits, words)[..., 0]
+    rank = yield from _open_ranks(ctx, less.reshape(*keys.shape[:-1], len(first)), rank_mask)
+    if keys.is_meta:
+        left = torch.empty((len(keys), keys.shape[1] * keep), dtype=torch.int32, device="meta")
+        return Candidates(left, left)
+    # [R, groups, size, 1 + masks, keep]: [rank = t], alone and times each mask.
+    slots = (rank[..., None] - torch.arange(keep, device=rank.device)) & (size - 1)
+    chosen = rows.gather(-1, slots[..., None, :].expand(*rows.shape[:-1], keep))
+    winning = [
+        _winners(known, chosen[..., 0, :], chosen[..., 1 + i, :]) for i, known in enumerate(opened)
+    ]
+    if candidates.labels is None:
+        places = torch.arange(keys[0].numel(), dtype=torch.int32, device=keys.device)
+        places = places.reshape(1, *keys.shape[1:])
+        winning.append(_winners(places, chosen[..., 0, :], torch.zeros_like(chosen[..., 0, :])))
+    return Candidates(*winning)
+
+
+def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torch.Tensor:
+    """Groups of `size`, the last of them filled up with a public number: [R, groups, size]."""
+    missing = -share.shape[1] % size
+    filled = torch.nn.functional.pad(share, (0, missing))
+    if missing and ctx.party == CLIENT:
+        filled[:, -missing:] = filling
+    return filled.reshape(len(share), -1, size)
+
+
+def _open_ranks(ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protocol:
+    """How many comparisons each candidate lost, plus its mask, modulo the size of its group.
+
+    In: shares of [x_i < x_j] for the pairs i < j, [R, groups, pairs]. Out: int64, like the mask.
+    Online 2 bytes a candidate.
+    """
+    if less.is_meta:
+        yield Swap(torch.empty(mask.shape, dtype=torch.uint8, device="meta"))
+        return less
+    size = mask.shape[-1]
+    first, second = torch.triu_indices(size, size, 1, device=less.device)
+    lost = mask.long()
+    lost.index_add_(-1, first, less.long())
+    # Of a pair the one that does not lose is lost by the other.
+    lost.index_add_(-1, second, ctx.public(torch.ones_like(less)).long() - less.long())
+    mine = (lost & 0xFF).to(torch.uint8)
+    other = yield Swap(mine)
+    return (mine.long() + other.long()) & (size - 1)
+
+
+def _winners(known: torch.Tensor, chosen: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """The sum over each group of [rank = t] (known - mask): int32 share [R, groups * keep]."""
+    total = known[..., None] * chosen - masked
+    return total.sum(-2, dtype=torch.int32).reshape(len(chosen), -1)

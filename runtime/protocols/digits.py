@@ -1,0 +1,140 @@
+"""Comparison of a public number with a secret mask, digit by digit, in tables that were dealt.
+
+For numbers of n digits the top bit of v - r, modulo their whole width, follows from one-bit
+relations of the digits v_j to those of r:
+
+    top digit       F = top bit of v - r     E = [v = r]     G = [v - r = half]
+    digits between  L_j = [v_j < r_j]        Q_j = [v_j = r_j]
+    lowest digit    L_0
+    borrow          L_{n-2} + Q_{n-2} (L_{n-3} + Q_{n-3} (... L_0))
+    top bit of the whole = F + (E - G) borrow
+
+as a borrow flips the top bit up at E and down at G. The dealer knows r and shares for each relation
+the table of its value at every v, one bit each; the parties look their public v up. Source: the
+digit-wise comparison of Garay, Schoenmakers and Villegas (PKC 2007) on the one-time truth tables of
+Ishai et al. (TCC 2013).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+
+from runtime.protocols.formula import Polynomial
+
+_NARROWEST, _WIDEST = 3, 10
+"""Tables of narrower digits do not fill a byte; those of wider ones would take too much memory."""
+
+
+class Digits:
+    """Numbers cut into digits of the given widths in bits (3 to 10), lowest first.
+
+    bits: number of relations, at most eight. table_bytes: of all tables of one number.
+    less: the top bit of v - r as a polynomial of the looked-up bits.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        self.width = sum(widths)
+        top = len(widths) - 1
+        self.layout = [(top, "top")]
+        if top:
+            self.layout += [(top, "equal"), (top, "half")]
+        for digit in range(top - 1, -1, -1):
+            self.layout += [(digit, "less"), (digit, "equal")] if digit else [(digit, "less")]
+        self.bits = len(self.layout)
+        starts = np.cumsum([0, *widths])
+        rows = [2 ** widths[digit] // 8 for digit, _ in self.layout]
+        self.table_bytes = sum(rows)
+        # Shift, mask and first byte of each relation's table.
+        self._places = np.array(
+            [
+                (starts[digit], 2 ** widths[digit] - 1, first)
+                for (digit, _), first in zip(self.layout, np.cumsum([0, *rows]), strict=False)
+            ],
+            np.int64,
+        )
+        self._relations = [(relation, widths[digit]) for digit, relation in self.layout]
+        self.less = self._less(top)
+
+    @staticmethod
+    def _less(top: int) -> Polynomial:
+        terms: Polynomial = {frozenset({0}): 1}
+        for first, sign in ((1, 1), (2, -1)) if top else ():
+            # Down the digits: a borrow comes from here, or through an equal digit from below.
+            chain = {first}
+            for step in range(top):
+                terms[frozenset(chain | {3 + 2 * step})] = sign
+                chain |= {4 + 2 * step}
+        return terms
+
+    def tables(self, mask: torch.Tensor) -> torch.Tensor:
+        """For each mask [n] its tables, packed: uint8 [n, table_bytes]. For the dealer."""
+        words = mask.long().reshape(-1)
+        parts = []
+        for (relation, width), (shift, ones, _) in zip(
+            self._relations, self._places.tolist(), strict=True
+        ):
+            rows = torch.from_numpy(_rows(relation, width)).to(mask.device)
+            parts.append(rows[(words >> shift) & ones])
+        return torch.cat(parts, 1)
+
+    def look_up(self, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """The looked-up bits of points [..., n] in tables [n, bytes], as one byte each."""
+        if points.is_meta:
+            return torch.empty(points.shape, dtype=torch.uint8, device="meta")
+        return look_up(points, tables, self._places)
+
+
+def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """Bit i of a result is the table's bit at the point's digit, as `places` [i] says.
+
+    points: int64 [..., n]. tables: packed bits, uint8 [n, bytes]. places: shift and mask of the
+    digit, and the first byte of its table. Gives uint8 [..., n].
+    """
+    if not points.is_cuda:
+        out = torch.empty(points.shape, dtype=torch.uint8)
+        count = len(tables)
+        _look_up_cpu(
+            points.contiguous().numpy().reshape(-1, count),
+            tables.numpy(),
+            places,
+            out.numpy().reshape(-1, count),
+        )
+        return out
+    byte = torch.zeros(points.shape, dtype=torch.uint8, device=points.device)
+    element = torch.arange(len(tables), device=points.device)
+    for position, (shift, ones, first) in enumerate(places.tolist()):
+        v = (points >> shift) & ones
+        packed = tables[element, first + (v >> 3)].long()
+        byte |= (((packed >> (v & 7)) & 1) << position).to(torch.uint8)
+    return byte
+
+
+@cache
+def _rows(relation: str, width: int) -> np.ndarray:
+    """For each digit r of a mask, the bits of the relation to every v, packed."""
+    if not _NARROWEST <= width <= _WIDEST:
+        raise ValueError(f"a digit has {width} bits; it needs at least 3 bits and at most 10")
+    size = 2**width
+    v, r = np.arange(size)[None, :], np.arange(size)[:, None]
+    bits = {
+        "less": v < r,
+        "equal": v == r,
+        "half": (v - r) % size == size // 2,
+        "top": (v - r) % size >= size // 2,
+    }[relation]
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+@numba.njit(cache=True, nogil=True)
+def _look_up_cpu(points, tables, places, out):  # type: ignore[no-untyped-def]
+    for t in range(points.shape[0]):
+        for i in range(points.shape[1]):
+            byte = 0
+            for k in range(places.shape[0]):
+                v = (points[t, i] >> places[k, 0]) & places[k, 1]
+                byte |= ((tables[i, places[k, 2] + (v >> 3)] >> (v & 7)) & 1) << k
+            out[t, i] = byte

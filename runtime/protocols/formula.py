@@ -1,0 +1,145 @@
+"""Polynomials of secret bits, evaluated on one opening of the bits under mask bits.
+
+A party holds XOR shares of up to eight bits b_i. They are opened as c_i = b_i xor rho_i, with
+fresh mask bits rho. As b_i = c_i + (1 - 2 c_i) rho_i, a multilinear polynomial of the bits is one
+of the mask bits, whose coefficients depend on the opened bits alone. The dealer shares the products
+of mask bits that occur, as words, and each times any further word that it knows: so the value, and
+the value times masked numbers, are public combinations of dealt words. One round, and the result is
+an arithmetic share at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numba
+import numpy as np
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol, Swap
+
+Polynomial = dict[frozenset[int], int]
+"""Factor of each product of bits; the empty product is the constant."""
+
+_BITS = 8
+
+
+class Formula:
+    """What turns opened bits and dealt words into shares of a polynomial's value.
+
+    words: how many words are dealt for each evaluation and each number that it multiplies.
+    """
+
+    def __init__(self, polynomial: Polynomial) -> None:
+        self.polynomial = polynomial
+        monomials: set[frozenset[int]] = {s for term in polynomial for s in _subsets(term)} | {
+            frozenset()
+        }
+        ordered = sorted(monomials, key=lambda s: (len(s), sorted(s)))
+        column = {monomial: index for index, monomial in enumerate(ordered)}
+        self.words = len(ordered)
+        self.coefficients = np.zeros((2**_BITS, self.words), np.int64)
+        self.products = np.zeros((2**_BITS, self.words), np.uint8)
+        for byte in range(2**_BITS):
+            bit = [(byte >> i) & 1 for i in range(_BITS)]
+            for term, factor in polynomial.items():
+                for chosen in _subsets(term):
+                    weight = factor
+                    for i in term:
+                        weight *= (1 - 2 * bit[i]) if i in chosen else bit[i]
+                    self.coefficients[byte, column[chosen]] += weight
+            for monomial, index in column.items():
+                self.products[byte, index] = all(bit[i] for i in monomial)
+
+    def deal(
+        self,
+        ctx: Context,
+        mask: torch.Tensor,
+        payload: Callable[[], torch.Tensor] | None = None,
+        payloads: int = 1,
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        """Shares of the payload times each product of mask bits: [*mask, payloads, words].
+
+        mask: uint8 [...], from `Context.mask_bits`. payload: what gives [..., payloads] at the
+        dealer, broadcast against the mask; one where there is none.
+        """
+
+        def secret() -> torch.Tensor:
+            products = torch.from_numpy(self.products).to(mask.device)[mask.long()].to(dtype)
+            products = products[..., None, :]
+            return products if payload is None else products * payload()[..., None].to(dtype)
+
+        return ctx.deal((*mask.shape, payloads, self.words), secret, dtype)
+
+    def evaluate(self, bits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """Shares of the value times each payload, [..., payloads], from the opened bits [...]."""
+        if bits.is_meta:
+            return torch.empty(words.shape[:-1], dtype=words.dtype, device="meta")
+        if bits.is_cuda:
+            rows = torch.from_numpy(self.coefficients).to(bits.device)[bits.long()]
+            return (rows[..., None, :].to(words.dtype) * words).sum(-1, dtype=words.dtype)
+        out = torch.empty(words.shape[:-1], dtype=words.dtype)
+        _evaluate_cpu(
+            bits.numpy().reshape(-1),
+            words.numpy().reshape(bits.numel(), -1, self.words),
+            self.coefficients,
+            out.numpy().reshape(bits.numel(), -1),
+        )
+        return out
+
+
+def open_bits(mine: torch.Tensor, mask: torch.Tensor) -> Protocol:
+    """Open XOR shares of eight bits a byte, uint8, under this party's share of their mask.
+
+    Rounds 1, online 2 bytes per element. Each party sees bits under fresh mask bits.
+    """
+    if mine.is_meta:
+        yield Swap(mine)
+        return mine
+    masked = mine ^ mask
+    other = yield Swap(masked)
+    return masked ^ other
+
+
+def negated(polynomial: Polynomial) -> Polynomial:
+    """1 minus a polynomial."""
+    return added({frozenset(): 1}, polynomial, -1)
+
+
+def added(one: Polynomial, other: Polynomial, factor: int = 1) -> Polynomial:
+    """The sum of a polynomial and a multiple of another."""
+    terms = {t: one.get(t, 0) + factor * other.get(t, 0) for t in [*one, *other]}
+    return {term: value for term, value in terms.items() if value}
+
+
+def shifted(polynomial: Polynomial, places: int) -> Polynomial:
+    """The polynomial of the bits `places` further up."""
+    return {frozenset(i + places for i in term): f for term, f in polynomial.items()}
+
+
+def conjunction(bits: Sequence[int]) -> Polynomial:
+    """Whether all the bits are set."""
+    return {frozenset(bits): 1}
+
+
+def _subsets(items: frozenset[int]) -> list[frozenset[int]]:
+    ordered = sorted(items)
+    return [
+        frozenset(c)
+        for size in range(len(ordered) + 1)
+        for c in itertools.combinations(ordered, size)
+    ]
+
+
+@numba.njit(cache=True, nogil=True)
+def _evaluate_cpu(bits, words, coefficients, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.shape[0]):
+        row = bits[i]
+        for p in range(words.shape[1]):
+            total = np.int64(0)
+            for j in range(words.shape[2]):
+                total += coefficients[row, j] * np.int64(words[i, p, j])
+            out[i, p] = total

@@ -1,0 +1,52 @@
+"""A link that is as slow as a network would make it: for measurements on one machine.
+
+Nothing in a session uses it by itself. Both ends must wrap their link, and run on one machine: what
+a message took is reckoned from when it was sent, by the machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+
+import torch
+
+from runtime.network import Network
+from runtime.transport.link import Exchange
+from runtime.transport.traffic import Traffic
+
+_STAMP = struct.Struct("<d")
+
+
+class EmulatedLink:
+    """Hands a message over when it would have come: latency, then its bytes at the bandwidth.
+
+    Each message carries the time at which it was sent, 8 bytes that are not counted as traffic. A
+    message waits for the one before it in its direction, as both share the line; the two directions
+    do not wait for each other. The profile's overhead is not added: this machine has its own.
+    """
+
+    def __init__(self, link: Exchange, network: Network) -> None:
+        self._link = link
+        self._network = network
+        self._line_free = 0.0
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._link.traffic
+
+    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
+        """As the wrapped link's, but later."""
+        sends = outgoing is not None and outgoing.numel() > 0
+        if outgoing is not None and sends:
+            stamp = torch.frombuffer(bytearray(_STAMP.pack(time.monotonic())), dtype=torch.uint8)
+            outgoing = torch.cat([stamp, outgoing])
+        reply = self._link.exchange(outgoing, incoming + _STAMP.size if incoming else 0)
+        self.traffic.sent -= _STAMP.size if sends else 0
+        if not incoming:
+            return reply
+        self.traffic.received -= _STAMP.size
+        (sent,) = _STAMP.unpack(reply[: _STAMP.size].numpy().tobytes())
+        self._line_free = max(self._line_free, sent) + incoming / self._network.bandwidth
+        time.sleep(max(0.0, self._line_free + self._network.latency - time.monotonic()))
+        return reply[_STAMP.size :]
