@@ -141,14 +141,13 @@ def _groups(
     groups: list[_Group] = []
     layers: dict[str, int] = {}
     place: dict[str, int] = {}
-    homes = _homes(program.instructions)
     inputs = {spec.name: spec for spec in program.inputs}
     taken = {name for item in program.instructions for name in operands(item)}
     taken |= set(program.outputs)
-    for item in program.instructions:
+    for item, path_in_model in _with_modules(program.instructions):
         if item.vis is Vis.PUBLIC or item.name not in taken:
             continue
-        module = homes[item.name]
+        module = layer_of(path_in_model)
         if module.rpartition(".")[2].isdecimal() and module in layers:
             number = layers[module]
         elif groups and groups[-1].module == module:
@@ -175,14 +174,23 @@ def _groups(
     return groups, place
 
 
-def _homes(instructions: Sequence[Instruction]) -> dict[str, str]:
-    """The layer of each instruction; what stands outside all modules goes to the first user's."""
-    homes: dict[str, str] = {}
-    wanted: dict[str, str] = {}
-    for item in reversed(instructions):
-        homes[item.name] = layer_of(item.module or wanted.get(item.name, ""))
-        wanted |= dict.fromkeys(operands(item), item.module or wanted.get(item.name, ""))
-    return homes
+def _with_modules(instructions: Sequence[Instruction]) -> list[tuple[Instruction, str]]:
+    """Instructions and their modules; one of no module goes to its first user, just before it."""
+    result: list[tuple[Instruction, str]] = []
+    waiting: dict[str, Instruction] = {}
+
+    def put(item: Instruction, module: str) -> None:
+        for name in operands(item):
+            if name in waiting:
+                put(waiting.pop(name), module)
+        result.append((item, module))
+
+    for item in instructions:
+        if item.module:
+            put(item, item.module)
+        else:
+            waiting[item.name] = item
+    return [*result, *((item, "") for item in waiting.values())]
 
 
 def _add(group: _Group, node: dict[str, Any]) -> int:
