@@ -31,6 +31,7 @@ from runtime.correlations.store import (
 from runtime.errors import PartyError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
+from runtime.memory import release_freed_memory
 from runtime.observe import Metrics, open_log
 from runtime.program import RoleProgram
 from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
@@ -109,6 +110,7 @@ def serve(settings: ServerSettings) -> None:
     program = load_bundle(settings.bundle, ROLES[SERVER])
     fixed = program.manifest.get("fractional_bits", FRACTIONAL_BITS)
     encoded = Executor(program, ShapeContext(fixed=fixed), None).encode_weights()
+    release_freed_memory()  # every session's process would copy it when it is used again
     metrics = Metrics(ROLES[SERVER])
     if settings.stores is not None:
         found = [Store.open(place, settings.store_key) for place in stores_below(settings.stores)]
@@ -335,6 +337,7 @@ class _Session:
         executor = Executor(self._program, context, channel, self._encoded)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
+        release_freed_memory()
         return session
 
     def _find_store(self, fields: dict[str, Any], channel: Channel) -> Store:
