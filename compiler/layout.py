@@ -45,7 +45,8 @@ def layered(count: int, edges: Sequence[tuple[int, int]], column: float, row: fl
             places[node] = (right + x * column, y * row)
         for edge, points in found[1].items():
             paths[edge] = [(right + x * column, y * row) for x, y in points]
-        right = max(places[node][0] for node in nodes) + column
+        bends = [x for edge in inside for x, _ in paths[edge]]
+        right = max([*bends, *(places[node][0] for node in nodes)]) + column
     return Layout(
         width=max(right - column, 0.0),
         height=max((y for _, y in places.values()), default=0.0),

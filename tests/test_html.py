@@ -39,6 +39,7 @@ def test_layout(count: int, data: st.DataObject) -> None:
     layout = layered(count, edges, 100.0, 50.0)
     assert len(set(layout.places)) == count, "no two in one place"
     for (a, b), path in zip(edges, layout.paths, strict=True):
+        assert all(0 <= x <= layout.width for x, _ in path)
         assert (path[0], path[-1]) == (layout.places[a], layout.places[b])
         heights = [y for _, y in path]
         assert heights == sorted(set(heights)), "edges lead down"
