@@ -10,19 +10,15 @@ from typing import Any
 import torch
 
 from compiler.capture import capture
-from compiler.choose import choose_variants
 from compiler.config import CompileConfig
 from compiler.cost import cost_report
 from compiler.emit import shapes, tokenizer_files, value_types
 from compiler.history import History
 from compiler.ir import assign_names, length_symbols
-from compiler.legalize import legalize
 from compiler.load import load_model
-from compiler.lower import lower
-from compiler.pipeline import DialectProgram, finish, rewrite
+from compiler.pipeline import DialectProgram, assemble, finish, rewrite
 from compiler.program import Program
 from passes.base import PassReport
-from runtime.network import NETWORKS
 from runtime.program import RoleProgram
 
 Progress = Callable[[str], object]
@@ -52,11 +48,8 @@ def compile_decoder(
     reports = rewrite(captured, config, tokenizer=tokenizer)
     dialect = finish(captured, config, reports, tokenizer)
     graph_module = dialect.graph_module
-    progress("placing truncations and openings")
-    legalize(graph_module, config.fractional_bits)
-    progress("lowering to instructions")
-    roles = lower(graph_module, dialect.inputs, dialect.constants, config.fractional_bits)
-    choose_variants(roles, NETWORKS[config.network], config.fractional_bits)
+    progress("placing truncations and openings, lowering to instructions")
+    roles = assemble(dialect, config)
     types = value_types(
         graph_module, assign_names(graph_module.graph), length_symbols(graph_module.graph)
     )

@@ -17,9 +17,8 @@ from compiler.emit import value_types
 from compiler.graph_view import GraphView
 from compiler.inspect import layer_of
 from compiler.ir import assign_names, length_symbols, node_lines
-from compiler.legalize import legalize
 from compiler.lower import lower
-from compiler.pipeline import finish, rewrite, select
+from compiler.pipeline import assemble, finish, rewrite, select
 from compiler.visibility import annotate_visibility
 from passes.base import Pass, PassReport
 from runtime.errors import MergecError
@@ -170,9 +169,7 @@ class History:
         """What comes of a graph after the `rest` of the passes: the client's program."""
         config = self._config
         dialect = finish(step, config, self._rewrite(step, rest), self._tokenizer)
-        legalize(dialect.graph_module, config.fractional_bits)
-        bits = config.fractional_bits
-        return lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)["client"]
+        return assemble(dialect, config)["client"]
 
     def _rewrite(self, step: Captured, passes: Sequence[type[Pass]]) -> list[PassReport]:
         return rewrite(step, self._config, passes, self._tokenizer)

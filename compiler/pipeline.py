@@ -10,16 +10,20 @@ import torch
 from torch import fx, nn
 
 from compiler.capture import Captured, capture
+from compiler.choose import choose_variants
 from compiler.config import PRESETS, CompileConfig
 from compiler.errors import CompileError
 from compiler.ir import is_shared
+from compiler.legalize import legalize
+from compiler.lower import lower
 from compiler.ranges import annotate_ranges
 from compiler.share_constants import share_constants
 from compiler.verify import verify_dialect
 from compiler.visibility import annotate_visibility
 from passes.base import GraphInfo, Pass, PassReport, available, ordered, run_passes
+from runtime.network import NETWORKS
 from runtime.op import load_all
-from runtime.program import InputSpec
+from runtime.program import InputSpec, RoleProgram
 from runtime.spec import Vis
 
 _SENTENCES = (
@@ -81,6 +85,15 @@ def finish(
         min(captured.max_length or config.max_length, config.max_length),
         left_out(config),
     )
+
+
+def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RoleProgram]:
+    """The program of each role: truncations and openings placed, protocols chosen."""
+    bits = config.fractional_bits
+    legalize(dialect.graph_module, bits)
+    roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
+    choose_variants(roles, NETWORKS[config.network], bits)
+    return roles
 
 
 def _check_result(graph_module: fx.GraphModule) -> None:
