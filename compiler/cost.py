@@ -41,6 +41,11 @@ class CostReport:
     total: Cost
     critical_path: list[str]
 
+    @property
+    def serial_rounds(self) -> int:
+        """Rounds if no two instructions shared any."""
+        return sum(row.cost.rounds for row in self.rows)
+
 
 class CostWalker(Executor):
     """Walks the instructions on shapes, and asks each op's formula instead of its protocol."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from runtime.spec import Vis
-from runtime.structural import target_name
+from runtime.structural import MOVE_NAMES, target_name
 
 aten = torch.ops.aten
 
@@ -93,19 +93,61 @@ def add_constant(
 
 
 def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """A unique, stable, readable name for every node: its module and what it does there."""
+    """A unique, stable, readable name for every node: its module and what it does there.
+
+    On the way to attention also for what: `layers.3.attn.q.rotary`, `layers.3.attn.mask`.
+    """
     names: dict[fx.Node, str] = {}
     taken: dict[str, int] = {}
+    parts = _attention_parts(graph)
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             names[node] = node.meta.get("name", str(node.target))
             continue
-        op = target_name(node.target).split(".")[1]
-        module = node.meta.get("module", "")
-        name = f"{module}.{op}" if module else op
+        here = node.meta.get("module", ""), target_name(node.target).split(".")[1]
+        module, what = parts.get(node, here)
+        name = f"{module}.{what}" if module else what
         taken[name] = taken.get(name, 0) + 1
         names[node] = name if taken[name] == 1 else f"{name}.{taken[name]}"
     return names
+
+
+_ATTENTIONS = ("mpc.attention", "mpc.ratio_attention")
+_ON_THE_WAY = MOVE_NAMES | {
+    f"mpc.{name}" for name in ("rotary", "scale", "truncate", "open", "send", "cache_append")
+}
+
+
+def _attention_parts(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
+    """Module and name of what makes queries, keys and values, of masks and tables."""
+    parts: dict[fx.Node, tuple[str, str]] = {}
+    for node in graph.nodes:
+        name = target_name(node.target) if node.op == "call_function" else ""
+        public = {}
+        if name == "mpc.rotary":
+            public = {"cos": node.args[1], "sin": node.args[2]}
+        elif name in _ATTENTIONS:
+            public = {"mask": node.args[3]}
+            for role, operand in zip("qkv", node.args, strict=False):
+                _name_chain(parts, role, node, operand)
+        for what, operand in public.items():
+            if isinstance(operand, fx.Node) and operand.op == "call_function":
+                parts.setdefault(operand, (operand.meta.get("module", ""), what))
+    return parts
+
+
+def _name_chain(
+    parts: dict[fx.Node, tuple[str, str]], role: str, attention: fx.Node, node: Any
+) -> None:
+    """Name the nodes between an operand of attention and the layer, or the cut, that makes it."""
+    user = attention
+    while isinstance(node, fx.Node) and node.op == "call_function" and node not in parts:
+        op = target_name(node.target)
+        others = [other for other in node.users if other is not user and other.op != "output"]
+        if op not in _ON_THE_WAY or others:
+            return
+        parts[node] = attention.meta.get("module", ""), f"{role}.{op.split('.')[1]}"
+        user, node = node, node.args[1] if op == "mpc.cache_append" else node.args[0]
 
 
 def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:

@@ -44,6 +44,10 @@ class RemoveNoops(Pass):
                 continue
             operand = self._same_as(graph_module, node)
             if operand is not None:
+                for user in node.users:
+                    # What is left may lie in memory in another order, which a view refuses.
+                    if calls(user, aten.view.default):
+                        user.target = aten.reshape.default
                 node.replace_all_uses_with(operand)
                 graph_module.graph.erase_node(node)
                 sites += 1

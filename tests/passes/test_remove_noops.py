@@ -40,3 +40,8 @@ def test_a_cast_to_whole_numbers_stays() -> None:
     graph.run(NAME)
     assert "aten.to.dtype" in graph.ops
     assert graph.same()
+
+
+def test_a_view_of_what_was_contiguous() -> None:
+    graph = Graph(lambda m, x: x.transpose(1, 2).contiguous().view(2, 12) * 2.0, normal(2, 3, 4))
+    assert "aten.reshape.default" in rewrites(graph, "remove_noops")

@@ -1,0 +1,92 @@
+"""Each exact pass keeps every family's meaning, alone and with all others; twice is once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from compiler.capture import Captured, capture
+from compiler.config import CompileConfig
+from compiler.contract import TOLERANCE
+from compiler.errors import CompileError
+from compiler.ir import dump
+from compiler.load import load_model, packaged_model
+from compiler.pipeline import rewrite, select
+from passes.base import STAGES, Pass
+from tests.families import FAMILIES, captured, random_decoder
+
+CHECKED = CompileConfig(check_passes=True)
+"""Runs the graph in float64 before and after each pass, see compiler.contract."""
+
+DIALECT = STAGES.index("dialect")
+PASSES = select(CompileConfig())
+OPTIMIZING = [kind for kind in PASSES if STAGES.index(kind.stage) > DIALECT]
+
+
+@functools.cache
+def in_dialect(family: str) -> Captured:
+    """A family's step with nothing but ops of the dialect, each pass checked on the way there."""
+    step = captured(family)
+    rewrite(step, CHECKED, [kind for kind in PASSES if kind not in OPTIMIZING])
+    return step
+
+
+def settles(step: Captured, passes: list[type[Pass]]) -> int:
+    """The passes keep the graph's outputs, and have nothing to do a second time; gives the sites.
+
+    A pass that finds nothing has not touched the graph: the contract sees to that, too.
+    """
+    first = rewrite(step, CHECKED, passes)
+    text = dump(step.graph_module)
+    again = rewrite(step, CompileConfig(), passes)
+    assert [(report.name, report.sites) for report in again if report.sites] == []
+    assert dump(step.graph_module) == text
+    return sum(report.sites for report in first)
+
+
+def test_the_tolerance_is_as_promised() -> None:
+    assert TOLERANCE == 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone(family: str) -> None:
+    for kind in OPTIMIZING:
+        settles(in_dialect(family).copy(), [kind])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_together(family: str) -> None:
+    assert settles(in_dialect(family).copy(), OPTIMIZING) > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_from_the_start(family: str) -> None:
+    assert settles(captured(family), PASSES) > 0
+
+
+@functools.cache
+def large(name: str) -> Captured:
+    """SmolLM2 itself, or GPT-2 base with random weights."""
+    if name == "smollm2":
+        try:
+            packaged_model(name)
+        except CompileError:
+            pytest.skip("its package is not installed")
+        model: Any = load_model(name)[0]
+    else:
+        base = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 128}
+        model = random_decoder("gpt2", **base, vocab_size=50257).float()
+    return capture(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2-base", "smollm2"])
+def test_real_sizes(name: str) -> None:
+    step = large(name).copy()
+    assert settles(step, PASSES) > 0
+    step = large(name).copy()
+    rewrite(step, CompileConfig(), [kind for kind in PASSES if kind not in OPTIMIZING])
+    for kind in OPTIMIZING:
+        settles(step.copy(), [kind])
