@@ -14,7 +14,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "exact": (),
     "mpcformer-2quad": (*_MPCFORMER, "softmax_2quad"),
     "mpcformer-2relu": (*_MPCFORMER, "softmax_2relu"),
+    "merge-er": ("resend_hidden",),
     "merge-mm": ("fix_attention",),
+    "merge": ("resend_hidden", "fix_attention"),
     "thex": ("relu_activations", "softmax_2relu", "simplify_norms"),
 }
 """Lossy passes that may be asked for by name, beside all exact ones; `exact` asks for none."""

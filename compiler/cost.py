@@ -10,7 +10,7 @@ import torch
 
 from runtime.context import ShapeContext
 from runtime.executor import Executor, Planned
-from runtime.program import RoleProgram
+from runtime.program import FINISH, Phase, RoleProgram, phase_of
 from runtime.spec import FRACTIONAL_BITS, Cost, Vis
 from runtime.values import Held, Masked, Sent, Shared, Weight
 
@@ -120,10 +120,16 @@ def _plain(value: Any) -> Any:
 def cost_report(
     program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
 ) -> CostReport:
-    """Predict rounds and bytes of one step; it takes no weights, so any role's program will do."""
+    """Predict rounds and bytes of one step; it takes no weights, so any role's program will do.
+
+    new, past: as `runtime.generation.Session.step` takes them.
+    """
+    phase = phase_of(new, past)
+    part = program.phase(phase)
     walker = CostWalker(program, fixed)
     walker.setup()
-    walker.step(ghost_inputs(program, new, past))
+    lengths = (past, 0) if phase == FINISH else (new, past)
+    walker.step(ghost_inputs(part, *lengths), part.outputs)
     costs = walker.record.by_instruction
     total = Cost()
     for cost in costs.values():
@@ -133,15 +139,18 @@ def cost_report(
     return CostReport(new, past, walker.rows, Cost(rounds, total.online, total.offline), path)
 
 
-def ghost_inputs(program: RoleProgram, new: int, past: int) -> dict[str, Any]:
+def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
     """Inputs of one step as shapes alone, in the forms that the program takes them in."""
     lengths = {"new": new, "past": past, "past+new": past + new}
     inputs: dict[str, Any] = {}
-    for spec in program.inputs:
+    for spec in part.inputs:
         shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
         dtype = getattr(torch, spec.dtype.removeprefix("torch."))
         ghost = torch.empty(shape, dtype=dtype, device="meta")
-        if spec.vis is Vis.SHARED:
+        if spec.form == "share":
+            words = torch.empty(shape, dtype=torch.int64, device="meta")
+            inputs[spec.name] = Shared(words, spec.frac)
+        elif spec.vis is Vis.SHARED:
             words = torch.empty(shape, dtype=torch.int64, device="meta")
             form = Sent if spec.form == "sent" else Masked
             inputs[spec.name] = form(words, words, spec.frac)

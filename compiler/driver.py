@@ -19,7 +19,7 @@ from compiler.load import load_model
 from compiler.pipeline import DialectProgram, assemble, finish, rewrite
 from compiler.program import Program
 from passes.base import PassReport
-from runtime.program import RoleProgram
+from runtime.program import FINISH, RoleProgram
 
 Progress = Callable[[str], object]
 
@@ -138,11 +138,8 @@ def _cost_summary(program: RoleProgram, config: CompileConfig) -> dict[str, Any]
         new = min(new, limit) if limit else new
         past = min(past, limit - new) if limit else past
         total = cost_report(program, new, past, config.fractional_bits).total
-        summary[name] = {
-            "new": new,
-            "past": past,
-            "rounds": total.rounds,
-            "online": total.online,
-            "offline": total.offline,
-        }
+        summary[name] = {"new": new, "past": past, **asdict(total)}
+    if program.resends:
+        total = cost_report(program, 0, 1, config.fractional_bits).total
+        summary[FINISH] = {"new": 0, "past": 1, **asdict(total)}
     return summary

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import assign_names
-from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
+from compiler.ir import assign_names, calls
+from runtime.op import target
+from runtime.program import (
+    DECODE,
+    FINISH,
+    PROMPT,
+    InputSpec,
+    Instruction,
+    Phase,
+    Ref,
+    RoleProgram,
+    TensorSpec,
+)
 from runtime.spec import ROLES, Vis
 from runtime.structural import encode_literal, target_name
 
@@ -52,6 +63,7 @@ def lower(
         else spec
         for node, spec in zip(placeholders, inputs, strict=True)
     ]
+    phases = _phases(graph, names, renamed, outputs, fixed)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     specs = [
         TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
@@ -68,9 +80,41 @@ def lower(
             tensors={
                 spec.name: constants[spec.name][0] for spec in specs if spec.vis in _KNOWN_TO[role]
             },
+            phases=phases,
         )
         for role in ROLES
     }
+
+
+def _phases(
+    graph: fx.Graph,
+    names: dict[fx.Node, str],
+    inputs: list[InputSpec],
+    outputs: list[str],
+    fixed: int,
+) -> list[Phase]:
+    """How a program is cut whose hidden state is carried from step to step."""
+    carried = [node for node in graph.nodes if calls(node, target("carry"))]
+    if not carried:
+        return []
+    entry, exit_ = (
+        InputSpec(
+            names[node],
+            Vis.SHARED,
+            str(node.meta["val"].dtype),
+            (1, "new", int(node.meta["val"].shape[-1])),
+            fixed,
+            form="share",
+        )
+        for node in carried
+    )
+    tokens, *caches = inputs
+    logits, *following = outputs
+    return [
+        Phase(PROMPT, (tokens, *caches), (exit_.name, *following)),
+        Phase(DECODE, (entry, *caches), (exit_.name, *following)),
+        Phase(FINISH, (exit_,), (logits,)),
+    ]
 
 
 def _instruction(node: fx.Node, names: dict[fx.Node, str]) -> Instruction:

@@ -74,7 +74,7 @@ def finish(
         share_constants(captured)
     verify_dialect(graph_module)
     _check_result(graph_module)
-    sequences = _calibration(config, tokenizer, captured.vocab_size)
+    sequences = _calibration(config, tokenizer, captured)
     annotate_ranges(graph_module, captured.inputs, sequences)
     return DialectProgram(
         graph_module,
@@ -139,19 +139,23 @@ def rewrite(
 ) -> list[PassReport]:
     """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
     load_all()
-    sequences = _calibration(config, tokenizer, captured.vocab_size)
+    sequences = _calibration(config, tokenizer, captured)
     info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
     chosen = select(config) if passes is None else passes
     tokens = sequences[0] if config.check_passes else ()
     return run_passes(captured.graph_module, info, chosen, tokens)
 
 
-def _calibration(config: CompileConfig, tokenizer: Any, vocab_size: int) -> Sequence[Sequence[int]]:
+def _calibration(
+    config: CompileConfig, tokenizer: Any, captured: Captured
+) -> Sequence[Sequence[int]]:
     """The user's sequences; or evenly spread token numbers, and sentences for the tokenizer."""
     if config.calibration:
         return config.calibration
-    step = max(1, vocab_size // _CALIBRATION_TOKENS)
-    spread = [(i * step + i) % vocab_size for i in range(_CALIBRATION_TOKENS)]
+    vocab_size = captured.vocab_size
+    size = min(_CALIBRATION_TOKENS, captured.max_length or _CALIBRATION_TOKENS)
+    step = max(1, vocab_size // size)
+    spread = [(i * step + i) % vocab_size for i in range(size)]
     if tokenizer is None:
         return [spread, spread[::-1]]
-    return [spread, *(tokenizer(text)["input_ids"][:_CALIBRATION_TOKENS] for text in _SENTENCES)]
+    return [spread, *(tokenizer(text)["input_ids"][:size] for text in _SENTENCES)]

@@ -59,8 +59,21 @@ def replay(
 
 
 class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        carried: list[Any] = [n for n in module.graph.nodes if n.target is target("carry")]
+        self._entering, self._leaving = carried or [None, None]
+        self._hidden: Any = None
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if n.op == "placeholder" and result.numel() == 0:
+            self._hidden = None  # Nothing is cached yet: a prompt.
+        if n is self._entering and self._hidden is not None:
+            # What the next step works on is not the token's row, but the hidden state before it.
+            result = self._hidden
+        elif n is self._leaving:
+            self._hidden = result
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
             largest = float(result.abs().max())
             n.meta["absmax"] = max(largest, n.meta.get("absmax", 0.0))

@@ -238,6 +238,9 @@ class _Session:
                 plan = Plan.read(channel.object(payload), limit, channel.peer)
                 if context.offline_bytes:
                     raise PartyError("this program needs the dealer at the start of each session")
+                if session.program.resends:
+                    # How many hidden states the last step takes is known only when it comes.
+                    raise PartyError("this program's answers cannot be dealt ahead of time")
                 for answer in range(plan.answers):
                     own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
                     session.use(DealerContext(*own, stream, fixed=fixed))
@@ -247,7 +250,7 @@ class _Session:
                     channel.send(Kind.MARK)
             elif kind is Kind.STEP:
                 new, past, draw = read_step(payload, channel.peer)
-                if new < 1 or past < 0 or (limit and new + past > limit):
+                if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 self._step(session, stream, new, past, draw)
 

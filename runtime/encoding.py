@@ -12,9 +12,13 @@ import torch
 
 from runtime.errors import BundleError
 from runtime.program import (
+    DECODE,
+    FINISH,
     FORMAT_VERSION,
+    PROMPT,
     InputSpec,
     Instruction,
+    Phase,
     Ref,
     RoleProgram,
     TensorSpec,
@@ -23,8 +27,8 @@ from runtime.spec import FRACTIONAL_BITS, RING_BITS, Vis
 
 RECOMPILE = "compile the model again"
 
-FORMS = ("masked", "sent")
-"""Forms of a cache: opened under a mask to both parties, or to the server alone."""
+FORMS = ("masked", "sent", "share")
+"""Forms of an input: opened under a mask to both parties or to the server alone, or not at all."""
 
 LENGTHS = frozenset({"new", "past", "past+new"})
 """The lengths of a step that are known only when it runs."""
@@ -60,18 +64,7 @@ def encode_program(program: RoleProgram) -> dict[str, Any]:
             {"name": c.name, "vis": c.vis.value, "dtype": c.dtype, "shape": list(c.shape)}
             for c in program.constants
         ],
-        "inputs": [
-            {
-                "name": i.name,
-                "vis": i.vis.value,
-                "dtype": i.dtype,
-                "shape": list(i.shape),
-                "frac": i.frac,
-                "cache_output": i.cache_output,
-                "form": i.form,
-            }
-            for i in program.inputs
-        ],
+        "inputs": [_encode_input(i) for i in program.inputs],
         "instructions": [
             {
                 "name": i.name,
@@ -86,31 +79,38 @@ def encode_program(program: RoleProgram) -> dict[str, Any]:
             for i in program.instructions
         ],
         "outputs": list(program.outputs),
+        "phases": [
+            {
+                "name": p.name,
+                "inputs": [_encode_input(i) for i in p.inputs],
+                "outputs": list(p.outputs),
+            }
+            for p in program.phases
+        ],
+    }
+
+
+def _encode_input(spec: InputSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "vis": spec.vis.value,
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "frac": spec.frac,
+        "cache_output": spec.cache_output,
+        "form": spec.form,
     }
 
 
 def decode_program(data: object, role: str, where: str) -> RoleProgram:
     """The inverse of `encode_program`; anything unexpected is named."""
     top = _Record(data, where, "the program")
-    top.only("constants", "inputs", "instructions", "outputs")
+    top.only("constants", "inputs", "instructions", "outputs", "phases")
     constants = [
         TensorSpec(r.text("name"), r.vis(), r.dtype(), cast(tuple[int, ...], r.shape(frozenset())))
         for r in top.records("constants")
     ]
-    inputs = []
-    for r in top.records("inputs"):
-        cache = r.get("cache_output")
-        inputs.append(
-            InputSpec(
-                r.text("name"),
-                r.vis(),
-                r.dtype(),
-                r.shape(LENGTHS),
-                r.whole("frac"),
-                None if cache is None else r.text("cache_output"),
-                r.one_of("form", FORMS),
-            )
-        )
+    inputs = [r.input_spec() for r in top.records("inputs")]
     instructions = [
         Instruction(
             r.text("name"),
@@ -124,10 +124,16 @@ def decode_program(data: object, role: str, where: str) -> RoleProgram:
         )
         for r in top.records("instructions")
     ]
-    outputs = [o for o in top.items("outputs") if isinstance(o, str)]
-    if len(outputs) != len(top.items("outputs")):
-        raise top.wrong("outputs must be names")
-    return RoleProgram(role, instructions, inputs, outputs, constants)
+    phases = [
+        Phase(
+            r.one_of("name", (PROMPT, DECODE, FINISH)),
+            tuple(i.input_spec() for i in r.records("inputs")),
+            tuple(r.names("outputs")),
+        )
+        for r in top.records("phases")
+    ]
+    outputs = top.names("outputs")
+    return RoleProgram(role, instructions, inputs, outputs, constants, phases=phases)
 
 
 def encode_literal(value: object, owner: str) -> Any:
@@ -204,6 +210,24 @@ class _Record:
 
     def records(self, key: str) -> list[_Record]:
         return [_Record(item, self.where, f"{key}[{n}]") for n, item in enumerate(self.items(key))]
+
+    def names(self, key: str) -> list[str]:
+        items = self.items(key)
+        if not all(isinstance(item, str) for item in items):
+            raise self.wrong(f"{key} must be names")
+        return items
+
+    def input_spec(self) -> InputSpec:
+        cache = self.get("cache_output")
+        return InputSpec(
+            self.text("name"),
+            self.vis(),
+            self.dtype(),
+            self.shape(LENGTHS),
+            self.whole("frac"),
+            None if cache is None else self.text("cache_output"),
+            self.one_of("form", FORMS),
+        )
 
     def one_of(self, key: str, values: Collection[str]) -> str:
         value = self.text(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from typing import Protocol as Interface
@@ -14,7 +14,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_reply, as_tuple
 from runtime.op import REGISTRY, Op, load_all
-from runtime.program import Instruction, Ref, RoleProgram
+from runtime.program import Instruction, Ref, RoleProgram, needed
 from runtime.protocols.local import as_share
 from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
 from runtime.protocols.weights import Constant, share_weight
@@ -69,9 +69,10 @@ class Executor:
         self.dependencies = [
             {index[name] for name in planned.refs if name in index} for planned in self.plan
         ]
+        self._defined = [(planned.instruction.name, planned.refs) for planned in self.plan]
         self._consumers: list[list[int]] = [[] for _ in self.plan]
-        for i, needed in enumerate(self.dependencies):
-            for j in needed:
+        for i, operands in enumerate(self.dependencies):
+            for j in operands:
                 self._consumers[j].append(i)
 
     def setup(self) -> None:
@@ -97,20 +98,25 @@ class Executor:
                 bits = self.context.fixed + wanted[spec.name]
                 self._weights[spec.name] = self._drive(self._share_weight(spec.name, data, bits))
 
-    def step(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Run the program once; gives its outputs by name. `record` then says what it cost."""
+    def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run what leads from `inputs` to `outputs`, by default the program's; gives them by name.
+
+        An input may stand for the result of an instruction. `record` then says what it cost.
+        """
         self.record = StepRecord()
+        wanted = self.program.outputs if outputs is None else outputs
+        active = set(needed(self._defined, inputs, wanted))
         values: dict[str, Any] = dict(inputs)
-        left = [len(needed) for needed in self.dependencies]
-        uses = self._uses()
-        ready = [i for i, count in enumerate(left) if count == 0]
+        left = [len(operands & active) for operands in self.dependencies]
+        uses = self._uses(active, wanted)
+        ready = [i for i in sorted(active) if left[i] == 0]
         waiting: dict[int, tuple[Protocol, Any]] = {}
 
         def finish(i: int, result: Any) -> None:
             values[self.plan[i].instruction.name] = result
             for j in self._consumers[i]:
                 left[j] -= 1
-                if left[j] == 0:
+                if left[j] == 0 and j in active:
                     heapq.heappush(ready, j)
             for name in self.plan[i].refs:
                 uses[name] -= 1
@@ -143,14 +149,14 @@ class Executor:
                     self._count(i, Cost(rounds=1, online=sum(map(_online_bytes, group))))
                     reply = [next(replies) for _ in group]
                     advance(i, protocol, as_reply(yielded, reply))
-        return {name: values[name] for name in self.program.outputs}
+        return {name: values[name] for name in wanted}
 
-    def _uses(self) -> dict[str, int]:
+    def _uses(self, active: Collection[int], wanted: Collection[str]) -> dict[str, int]:
         uses: dict[str, int] = {}
-        for planned in self.plan:
-            for name in planned.refs:
+        for i in active:
+            for name in self.plan[i].refs:
                 uses[name] = uses.get(name, 0) + 1
-        for name in self.program.outputs:
+        for name in wanted:
             uses[name] = uses.get(name, 0) + 1
         return uses
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import BundleError, PromptError
-from runtime.program import InputSpec, RoleProgram
+from runtime.program import FINISH, InputSpec, Phase, RoleProgram, phase_of
 from runtime.sampling import Draw, Sampling, choose, draw_for
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.transport.traffic import Traffic
-from runtime.values import Held, Masked, Sent
+from runtime.values import Held, Masked, Sent, Shared
 
 if TYPE_CHECKING:
     from runtime.context import Context
@@ -40,11 +40,6 @@ class StepReport:
         return asdict(self)
 
 
-def phase_of(past: int) -> str:
-    """The first step takes the prompt; every later one, the token before."""
-    return "decode" if past else "prompt"
-
-
 class Session(ABC):
     """One role's executor and the caches that its steps hand on."""
 
@@ -59,8 +54,8 @@ class Session(ABC):
             raise BundleError(
                 "the program is no decoder step of tokens and caches to logits; compile it again"
             )
-        self._tokens, self._logits = tokens[0].name, logits[0]
         self._caches: dict[str, Any] = {}
+        self._hidden: list[Any] = []
 
     @property
     def cached(self) -> bool:
@@ -80,8 +75,12 @@ class Session(ABC):
         """Empty caches."""
 
     @abstractmethod
-    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Run the program once."""
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        """Run what leads from the inputs to the outputs."""
+
+    @abstractmethod
+    def _join(self, values: Sequence[Any]) -> Any:
+        """Shares of rows [1, 1, E] as one of [1, n, E]."""
 
     def step(
         self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
@@ -89,24 +88,58 @@ class Session(ABC):
         """One step, the same at all roles; only the client has `ids`, and gets a result.
 
         The result is logits [V]; or, of a program that reveals the token alone, the token [1] that
-        was chosen as `draw` says, by default the best.
+        was chosen as `draw` says, by default the best. A program that resends its hidden state
+        takes the one before instead of `ids` after the first step, and gives no result; a last step
+        of no new tokens gives the logits of all `past` steps before it, [past, V], by one run of
+        the head.
         """
+        if not self.allows(new, past):
+            raise BundleError(f"a step of {new} tokens after {past} is out of turn")
         self._prepare(draw or Draw())
+        phase = self.program.phase(phase_of(new, past))
+        if phase.name == FINISH:
+            return self._finish(phase)
         if past == 0:
-            self._caches = self._start()
+            self._caches, self._hidden = self._start(), []
+        outputs = self._execute(
+            {phase.inputs[0].name: self._first(new, ids), **self._caches}, phase.outputs
+        )
+        self._caches = {
+            spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
+        }
+        first = outputs[phase.outputs[0]]
+        if self.program.resends:
+            self._hidden.append(first)
+            return None
+        logits = self._logits_at_client(first)
+        return None if logits is None else logits[-1]
+
+    def allows(self, new: int, past: int) -> bool:
+        """Whether a step of these lengths can come now."""
+        if new == 0:
+            return self.program.resends and past == len(self._hidden) > 0
+        return new > 0 and past >= 0 and (past == 0 or new == 1 or not self.program.resends)
+
+    def _finish(self, phase: Phase) -> torch.Tensor | None:
+        hidden, self._hidden = self._join(self._hidden), []
+        outputs = self._execute({phase.inputs[0].name: hidden}, phase.outputs)
+        return self._logits_at_client(outputs[phase.outputs[0]])
+
+    def _first(self, new: int, ids: Sequence[int] | None) -> Any:
+        """What a step works on: tokens, or the hidden state of the step before."""
+        if self._hidden:
+            return self._hidden[-1]
         if self.party == CLIENT:
             tokens = torch.tensor([list(ids or ())], dtype=torch.int64)
         else:
             tokens = torch.empty((1, new), dtype=torch.int64, device="meta")
-        outputs = self._execute({self._tokens: Held(Vis.CLIENT, tokens), **self._caches})
-        self._caches = {
-            spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
-        }
-        logits = outputs[self._logits]
+        return Held(Vis.CLIENT, tokens)
+
+    def _logits_at_client(self, logits: Any) -> torch.Tensor | None:
         if self.party != CLIENT:
             return None
         value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
-        return value.reshape(-1, value.shape[-1])[-1]
+        return value.reshape(-1, value.shape[-1])
 
     def _prepare(self, draw: Draw) -> None:  # noqa: B027 - nothing to do by default
         """Take note of how the step's token is to be chosen, where the parties choose it."""
@@ -151,8 +184,11 @@ class MergecSession(Session):
         self._executor.context.draw = draw
 
     @torch.inference_mode()
-    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return self._executor.step(inputs)
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        return self._executor.step(inputs, outputs)
+
+    def _join(self, values: Sequence[Any]) -> Any:
+        return Shared(torch.cat([value.share for value in values], 1), values[0].frac)
 
 
 class StockSession(Session):
@@ -172,8 +208,13 @@ class StockSession(Session):
     def _start(self) -> dict[str, Any]:
         return self._executor.start()
 
-    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return self._executor.step(inputs)
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        return self._executor.step(inputs, outputs)
+
+    def _join(self, values: Sequence[Any]) -> Any:
+        from runtime import crypten_compat as crypten
+
+        return crypten.cat(list(values), 1)
 
 
 def measured(session: Session, new: int, past: int, work: Callable[[], object]) -> StepReport:
@@ -182,7 +223,14 @@ def measured(session: Session, new: int, past: int, work: Callable[[], object]) 
     work()
     spent, seconds = session.traffic() - before, time.perf_counter() - began
     return StepReport(
-        phase_of(past), new, past, seconds, spent.sent, spent.received, spent.rounds, spent.offline
+        phase_of(new, past),
+        new,
+        past,
+        seconds,
+        spent.sent,
+        spent.received,
+        spent.rounds,
+        spent.offline,
     )
 
 
@@ -235,12 +283,24 @@ def answer(
     announce: tells the other roles of a step before it begins. first: how much of the prompt the
     first step takes, the others then one token each; 0 for all. The caller may leave the loop at
     any token.
+
+    A program that resends its hidden state knows no token before the last step: it takes all
+    `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
     """
     check_prompt(prompt, max_tokens, session.program.manifest)
     sampling = sampling or Sampling()
     generator = sampling.generator()
     draw = draw_for(sampling, session.program.manifest)
     revealed = session.program.manifest.get("reveal", "logits") == "logits"
+    if session.program.resends:
+        rows, reports = _resend(session, prompt, max_tokens, announce)
+        for row in rows:
+            token = choose(row, sampling, generator)
+            yield Token(token, tuple(reports), row)
+            if token in stop:
+                return
+            reports = []
+        return
     tokens: list[int] = []
     first = first if session.cached and 0 < first < len(prompt) else len(prompt)
     feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
@@ -265,6 +325,29 @@ def answer(
         if tokens[-1] in stop or len(tokens) == max_tokens:
             return
         feeds = [tokens[-1:] if session.cached else [*prompt, *tokens]]
+
+
+def _resend(
+    session: Session,
+    prompt: Sequence[int],
+    max_tokens: int,
+    announce: Callable[[int, int], object],
+) -> tuple[torch.Tensor, list[StepReport]]:
+    """The logits [max_tokens, V] of a program that resends its hidden state, and its reports."""
+    rows: torch.Tensor | None = None
+    reports = []
+    decoded = ((1, len(prompt) + i) for i in range(max_tokens - 1))
+    for new, past in ((len(prompt), 0), *decoded, (0, max_tokens)):
+
+        def step(new: int = new, past: int = past) -> None:
+            nonlocal rows
+            announce(new, past)
+            rows = session.step(new, past, prompt)
+
+        reports.append(measured(session, new, past, step))
+    if rows is None:
+        raise BundleError("only the client sees logits; run this loop there")
+    return rows, reports
 
 
 def generate(

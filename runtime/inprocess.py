@@ -71,7 +71,8 @@ class InProcessSession:
     def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
         """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
 
-        0 past tokens start anew. draw: how a token that is revealed alone is chosen.
+        0 past tokens start anew. draw: how a token that is revealed alone is chosen. See
+        `Session.step` for programs that resend their hidden state.
         """
         results = self._all(
             lambda party: self._sessions[party].step(

@@ -241,7 +241,7 @@ def _serve(
         if message.opcode is not Opcode.STEP:
             raise PartyError("the client gave up; see its own message")
         new, past, units, top_k = message.numbers[:4]
-        if new < 1 or past < 0 or (limit and new + past > limit):
+        if not session.allows(new, past) or (limit and new + past > limit):
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"
             )

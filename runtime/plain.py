@@ -13,7 +13,7 @@ import torch
 from runtime.encoding import refs
 from runtime.errors import PromptError
 from runtime.op import Op, load_all
-from runtime.program import Ref, RoleProgram
+from runtime.program import FINISH, Ref, RoleProgram, needed, phase_of
 from runtime.spec import Vis
 from runtime.structural import decode_literal, function
 
@@ -40,6 +40,10 @@ class PlainExecutor:
             else function(item.target)
             for item in program.instructions
         ]
+        self._defined = [
+            (item.name, [ref.name for ref in refs((item.args, item.kwargs))])
+            for item in program.instructions
+        ]
         self._last_use = self._liveness()
         floating = [
             self._tensors[c.name].dtype
@@ -61,18 +65,21 @@ class PlainExecutor:
         }
 
     @torch.inference_mode()
-    def step(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One step: inputs by name, outputs by name."""
+    def step(
+        self, inputs: dict[str, torch.Tensor], outputs: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run what leads from `inputs` to `outputs`, by default the program's; by name."""
+        wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = {**self._tensors, **inputs}
-        for position, (item, call) in enumerate(
-            zip(self.program.instructions, self._calls, strict=True)
-        ):
+        for position in needed(self._defined, inputs, wanted):
+            item = self.program.instructions[position]
             args = [self._resolve(arg, values) for arg in item.args]
             kwargs = {key: self._resolve(arg, values) for key, arg in item.kwargs.items()}
-            values[item.name] = call(*args, **kwargs)
+            values[item.name] = self._calls[position](*args, **kwargs)
             for name in self._last_use.get(position, ()):
-                values.pop(name, None)
-        return {name: values[name] for name in self.program.outputs}
+                if name not in wanted:
+                    values.pop(name, None)
+        return {name: values[name] for name in wanted}
 
     def generate(
         self,
@@ -88,6 +95,13 @@ class PlainExecutor:
         }
         (logits,) = [name for name in self.program.outputs if name not in following.values()]
         caches = self.start()
+        if self.program.resends:
+            for row in self._resend(prompt, max_tokens):
+                token = int(row.argmax()) if choose is None else choose(row)
+                yield token, row
+                if token in stop:
+                    return
+            return
         new = list(prompt)
         for _ in range(max_tokens):
             ids = torch.tensor([new], dtype=torch.int64, device=self.device)
@@ -99,6 +113,20 @@ class PlainExecutor:
             if token in stop:
                 return
             new = [token] if caches else [*new, token]
+
+    def _resend(self, prompt: Sequence[int], max_tokens: int) -> torch.Tensor:
+        """Logits [max_tokens, V] of a program whose hidden state is its next input."""
+        first: torch.Tensor = torch.tensor([list(prompt)], dtype=torch.int64, device=self.device)
+        caches, hidden = self.start(), []
+        for position in range(max_tokens):
+            phase = self.program.phase(phase_of(1, position))
+            outputs = self.step({phase.inputs[0].name: first, **caches}, phase.outputs)
+            caches = {s.name: outputs[s.cache_output] for s in phase.inputs if s.cache_output}
+            first = outputs[phase.outputs[0]]
+            hidden.append(first)
+        phase = self.program.phase(FINISH)
+        logits = self.step({phase.inputs[0].name: torch.cat(hidden, 1)}, phase.outputs)
+        return logits[phase.outputs[0]][0]
 
     def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
         if isinstance(arg, Ref):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +52,8 @@ class InputSpec:
     cache_output: str | None = None
     """For a cache input: the output that is its value in the next step."""
     form: str = "masked"
-    """For a shared input: how it is held, opened under a mask to both ("masked") or to the server
-    alone ("sent")."""
+    """For a shared input: how it is held, opened under a mask to both ("masked"), to the server
+    alone ("sent"), or not at all ("share")."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,30 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of the instructions that is run by itself: those that lead from inputs to outputs.
+
+    An input may be the result of an instruction, which then does not run. inputs: the first one is
+    what the phase works on, the caches follow. outputs: likewise.
+    """
+
+    name: str
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+
+
+PROMPT, DECODE, FINISH = "prompt", "decode", "finish"
+"""Phases of a program that resends its hidden state: tokens to hidden state, hidden state to hidden
+state, and all hidden states [1, new, E] to the logits of every token."""
+
+
 @dataclass
 class RoleProgram:
-    """What one role runs. `tensors` holds data for those constants that the role may know."""
+    """What one role runs. `tensors` holds data for those constants that the role may know.
+
+    phases: none where a step is always the whole program.
+    """
 
     role: str
     instructions: list[Instruction]
@@ -76,3 +98,39 @@ class RoleProgram:
     constants: list[TensorSpec]
     tensors: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+
+    @property
+    def resends(self) -> bool:
+        """Whether a step's hidden state is the next one's input, and tokens come at the end."""
+        return bool(self.phases)
+
+    def phase(self, name: str) -> Phase:
+        """A phase by its name; of a program without any, the whole of it."""
+        if not self.phases:
+            return Phase(name, tuple(self.inputs), tuple(self.outputs))
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def phase_of(new: int, past: int) -> str:
+    """The first step takes the prompt; every later one, the token before; the last one, nothing."""
+    if new == 0:
+        return FINISH
+    return DECODE if past else PROMPT
+
+
+def needed(
+    defined: Sequence[tuple[str, Collection[str]]], given: Collection[str], wanted: Collection[str]
+) -> list[int]:
+    """Which instructions lead from the given values to the wanted ones, in their order.
+
+    defined: name and operands of each instruction.
+    """
+    asked = set(wanted) - set(given)
+    found = []
+    for index in range(len(defined) - 1, -1, -1):
+        name, operands = defined[index]
+        if name in asked:
+            found.append(index)
+            asked.update(operand for operand in operands if operand not in given)
+    return found[::-1]

@@ -493,7 +493,8 @@ class _Session:
             if kind is Kind.DONE:
                 return
             new, past, draw = read_step(payload, channel.peer)
-            if new < 1 or past != (done if session.cached else 0) or new + past > limit:
+            turn = past == (done if session.cached else 0) or new == 0
+            if not session.allows(new, past) or not turn or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             work = partial(session.step, new, past, draw=draw)
             report = measured(session, new, past, work)

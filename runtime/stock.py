@@ -15,7 +15,7 @@ import torch
 from runtime import crypten_compat as crypten
 from runtime.executor import Planned, apply_locally
 from runtime.op import load_all
-from runtime.program import Ref, RoleProgram
+from runtime.program import Ref, RoleProgram, needed
 from runtime.spec import FRACTIONAL_BITS, ROLES, SERVER, Vis
 from runtime.structural import decode_literal, function
 from runtime.values import OWNER, Held, visibility
@@ -35,6 +35,7 @@ class StockExecutor:
         self._held: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}
         self._plan = [Planned(instruction) for instruction in program.instructions]
+        self._defined = [(planned.instruction.name, planned.refs) for planned in self._plan]
         self._last_use: dict[str, int] = {}
         for i, planned in enumerate(self._plan):
             self._last_use.update(dict.fromkeys(planned.refs, i))
@@ -71,17 +72,18 @@ class StockExecutor:
             if spec.cache_output is not None
         }
 
-    def step(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Run the program once; gives its outputs by name."""
+    def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run what leads from `inputs` to `outputs`, by default the program's."""
+        wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = dict(inputs)
-        outputs = set(self.program.outputs)
         with crypten.quiet(), crypten.no_grad():
-            for i, planned in enumerate(self._plan):
+            for i in needed(self._defined, inputs, wanted):
+                planned = self._plan[i]
                 values[planned.instruction.name] = self._run(planned, values)
                 for name in planned.refs:
-                    if self._last_use[name] == i and name not in outputs:
+                    if self._last_use[name] == i and name not in wanted:
                         values.pop(name, None)
-        return {name: values[name] for name in self.program.outputs}
+        return {name: values[name] for name in wanted}
 
     def _run(self, planned: Planned, values: dict[str, Any]) -> Any:
         instruction, op = planned.instruction, planned.op

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from runtime.encoding import RECOMPILE, dtype_name, refs
 from runtime.errors import BundleError
 from runtime.op import load_all
-from runtime.program import RoleProgram
+from runtime.program import DECODE, FINISH, PROMPT, RoleProgram, needed
 from runtime.spec import ROLES, Vis
 from runtime.structural import TABLE
 from runtime.version import VERSION
@@ -27,12 +29,36 @@ def validate(program: RoleProgram, where: str) -> None:
     for output in program.outputs:
         if output not in known:
             raise BundleError(f"{where}: the output {output!r} is never computed; {RECOMPILE}")
+    _check_phases(program, known, where)
     outputs = set(program.outputs)
     for spec in program.inputs:
         if spec.cache_output is not None and spec.cache_output not in outputs:
             raise BundleError(
                 f"{where}: the cache {spec.name!r} continues as {spec.cache_output!r}, which is no "
                 f"output; {RECOMPILE}"
+            )
+
+
+def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
+    """A phase must be able to compute its outputs, from its inputs and the constants alone."""
+    if program.phases and [p.name for p in program.phases] != [PROMPT, DECODE, FINISH]:
+        raise BundleError(f"{where}: the phases are not prompt, decode and finish; {RECOMPILE}")
+    defined = [
+        (item.name, [ref.name for ref in refs((item.args, item.kwargs))])
+        for item in program.instructions
+    ]
+    for phase in program.phases:
+        given = {spec.name for spec in phase.inputs}
+        missing = sorted((given | set(phase.outputs)) - set(known))
+        run = {defined[i][0] for i in needed(defined, given, phase.outputs)}
+        there = given | run | {constant.name for constant in program.constants}
+        missing += [
+            used for name, uses in defined if name in run for used in uses if used not in there
+        ]
+        if missing or not set(phase.outputs) <= there:
+            raise BundleError(
+                f"{where}: the phase {phase.name} lacks {(missing or phase.outputs)[0]!r}; "
+                f"{RECOMPILE}"
             )
 
 

@@ -76,3 +76,32 @@ def looks_back() -> Any:
             for parameter in linear.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def says_its_next_row() -> Any:
+    """Its hidden state is the row of the token that it says: each token has one that follows it.
+
+    A row is [token, position, room]. The first layer of the MLP gives a linear map twice, with
+    either sign, so that its ReLU loses nothing; the second puts the next token's code in place of
+    the token's and takes the position out.
+    """
+    model = gpt2(3 * CODE, activation_function="relu")
+    token, position = (slice(i * CODE, (i + 1) * CODE) for i in range(2))
+    block = model.transformer.h[0]
+    table = position_codes()
+    following = table.roll(-1, 0)
+    eye = torch.eye(2 * CODE, dtype=torch.float64)
+    step = torch.zeros(2 * CODE, 3 * CODE, dtype=torch.float64)
+    step[:CODE, token] = table.T @ following / CODE - eye[:CODE, :CODE]
+    step[CODE:, position] = -eye[:CODE, :CODE]
+    # Norms of rows of which a third, or two thirds, are 0.
+    with torch.no_grad():
+        model.transformer.wte.weight[:POSITIONS, token] = table
+        model.transformer.wpe.weight[:, position] = table
+        block.ln_2.weight.fill_((2 / 3) ** 0.5)
+        model.transformer.ln_f.weight.fill_((1 / 3) ** 0.5)
+        block.mlp.c_fc.weight[: 2 * CODE, : 2 * CODE] = eye
+        block.mlp.c_fc.weight[: 2 * CODE, 2 * CODE : 4 * CODE] = -eye
+        block.mlp.c_proj.weight[: 2 * CODE] = step
+        block.mlp.c_proj.weight[2 * CODE : 4 * CODE] = -step
+    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -51,7 +52,10 @@ class Counting(Session):
     def _start(self) -> dict[str, Any]:
         return {"c": 0} if self.cached else {}
 
-    def _execute(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _join(self, values: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         self.counted.rounds += 2
         self.counted.sent += 5
         self.counted.received += 7

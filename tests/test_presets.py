@@ -68,10 +68,16 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
     expected = [row for _, row in plain.generate(PROMPT, 3, lambda _: next(tokens, 0))]
     steps = [(PROMPT, 0), *(([token], 6 + i) for i, token in enumerate(ANSWER))]
     with InProcessSession(program.roles) as session:
-        for (ids, past), wanted in zip(steps, expected, strict=True):
-            logits = session.step(ids, past)
+        found = []
+        for ids, past in steps:
+            found.append(session.step(ids, past))
             assert session.record.total == cost_report(program.any_role, len(ids), past).total
-            assert float((logits - wanted).abs().max()) < TOLERANCE
+        if program.any_role.resends:
+            assert found == [None] * 3
+            found = list(session.step([], 3))
+            assert session.record.total == cost_report(program.any_role, 0, 3).total
+    for logits, wanted in zip(found, expected, strict=True):
+        assert float((logits - wanted).abs().max()) < TOLERANCE
 
 
 def test_a_lossy_program_costs_less() -> None:
@@ -80,7 +86,6 @@ def test_a_lossy_program_costs_less() -> None:
         lossy = cost_report(compiled("llama", preset).any_role, 1, 32).total
         assert lossy.rounds < exact.rounds
         assert lossy.online < exact.online
-        assert lossy.offline < exact.offline
 
 
 @pytest.mark.parametrize(

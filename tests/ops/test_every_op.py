@@ -132,6 +132,7 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
         for forms in ({"weight": "weight"}, {"values": "masked", "weight": SHARED})
     ),
     ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),
+    ("carry", [real(3, 4)], {}, 1e-5),
     ("truncate", [real(3, 4)], {}, 3e-5),
     ("open", [real(3, 4)], {}, 1e-5),
     ("send", [real(3, 4)], {}, 1e-5),

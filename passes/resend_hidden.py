@@ -1,0 +1,154 @@
+"""Let a step's hidden state be the next step's input, and decode all tokens at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from compiler.errors import CompileError
+from compiler.ir import aten, calls, insert, rank
+from passes.base import Pass
+from runtime.op import target
+from runtime.spec import Vis
+from runtime.structural import target_name
+
+
+class ResendHidden(Pass):
+    """No embedding and no sampling inside the loop: two values become what steps hand on.
+
+    Lossy. The embedding resending of MERGE (Liang et al., AAAI 2024), which trains models to it.
+    What the head reads, the result of the final norm (and of a projection to the embedding's size,
+    as in OPT), takes the place of the next token's row of the embedding table, and goes the way of
+    such a row: it is scaled (Gemma), projected (OPT), normalized (BLOOM), and a learned position is
+    added to it. The graph itself computes what it did; it is cut in three parts that are run by
+    themselves (`runtime.program.Phase`): tokens to hidden state, hidden state to hidden state, and
+    all hidden states to logits, which the head computes at once when the last step is done. So an
+    answer has as many tokens as were asked for: no stop token can end the loop. Exact where the
+    hidden state is the next token's row.
+
+    Before:
+        %1 = mpc.embedding(%input_ids, %embed.weight)
+        %2 = mpc.linear(%hidden, %head.weight, None)
+        %3 = mpc.reveal(%2)
+    After:
+        %1 = mpc.embedding(%input_ids, %embed.weight)
+        %2 = mpc.carry(%1)
+        %3 = mpc.carry(%hidden)
+        %4 = mpc.linear(%3, %head.weight, None)
+        %5 = mpc.reveal(%4)
+    """
+
+    stage = "dialect"
+    # The embedding and the head have to be recognized first.
+    after = ("arithmetic_to_dialect", "embedding_to_dialect", "linear_to_dialect")
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        if any(calls(node, target("carry")) for node in graph_module.graph.nodes):
+            return 0
+        ids, *caches = (n for n in graph_module.graph.nodes if n.op == "placeholder")
+        if not caches:
+            raise CompileError("embedding resending needs a model with a cache; this one has none")
+        table = _embedding(graph_module)
+        head = _head(graph_module)
+        state: Any = head.args[0]
+        if rank(state) != 3 or state.meta["val"].shape[-1] != table.meta["val"].shape[-1]:
+            reason = "its hidden state has not the shape of the embedding"
+            raise CompileError("embedding resending does not fit this model", {head: reason})
+        if str(state.meta["val"].shape[1]) != "1":
+            last = insert(
+                head, aten.slice.Tensor, (state, 1, -1), state.meta["val"][:, -1:], Vis.SHARED
+            )
+            head.replace_input_with(state, last)
+            state = last
+        leaving = insert(head, target("carry"), (state,), state.meta["val"], Vis.SHARED)
+        head.replace_input_with(state, leaving)
+        _keep_rows(head)
+        with graph_module.graph.inserting_after(table):
+            entering = graph_module.graph.call_function(target("carry"), (table,))
+        entering.meta = dict(table.meta)
+        table.replace_all_uses_with(entering, lambda user: user is not entering)
+        _measure(ids, entering)
+        return 1
+
+
+def _embedding(graph_module: fx.GraphModule) -> fx.Node:
+    """The one reading of a table by the client's tokens."""
+    found = [
+        node
+        for node in graph_module.graph.nodes
+        if calls(node, target("embedding")) and node.args[0].meta["vis"] is Vis.CLIENT
+    ]
+    if len(found) != 1:
+        reason = "embedding resending needs one embedding of the tokens"
+        raise CompileError(reason, dict.fromkeys(found, "reads the tokens"))
+    return found[0]
+
+
+def _head(graph_module: fx.GraphModule) -> fx.Node:
+    """The last product before the logits are revealed."""
+    revealed = [n for n in graph_module.graph.nodes if calls(n, target("reveal"))]
+    if not revealed:
+        raise CompileError(
+            "embedding resending lets the client choose all tokens at the end; compile it with "
+            'reveal="logits"'
+        )
+    node: Any = revealed[0]
+    while not calls(node, target("linear")):
+        operands = [n for n in node.all_input_nodes if n.meta["vis"] is Vis.SHARED]
+        if len(operands) != 1:
+            reason = "the logits come from no linear head"
+            raise CompileError("embedding resending does not fit this model", {node: reason})
+        (node,) = operands
+    return node
+
+
+def _keep_rows(head: fx.Node) -> None:
+    """Take out what would cut the logits of many steps down to the last."""
+    following = list(head.users)
+    while following:
+        node = following.pop()
+        following += node.users
+        if calls(node, aten.slice.Tensor) and node.args[1] == 1:
+            rows: Any = node.args[0]
+            node.replace_all_uses_with(rows)
+
+
+def _measure(ids: fx.Node, entering: fx.Node) -> None:
+    """Take the number of new tokens from what enters, where it is needed after that.
+
+    Raises CompileError for any other use of the tokens: a later step has none.
+    """
+    before = _ancestors(entering)
+    nodes = list(ids.graph.nodes)
+    # What else needs the size comes after what enters.
+    place = [node for node in nodes if node.op == "placeholder"][-1]
+    for node in nodes:
+        if node in before and node.op != "placeholder":
+            place.append(node)
+            place = node
+    sizes = [n for n in nodes if calls(n, aten.sym_size.int) and n.args[0] is ids]
+    for size in sizes:
+        with ids.graph.inserting_after(entering):
+            new = ids.graph.call_function(aten.sym_size.int, (entering, 1))
+        new.meta = dict(size.meta)
+        size.replace_all_uses_with(new, lambda user: user not in before)
+    bad = {
+        user: f"{target_name(user.target)} reads the tokens besides the embedding"
+        for user in ids.users
+        if user not in before and user.users
+    }
+    if bad:
+        raise CompileError("embedding resending does not fit this model", bad)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting += current.all_input_nodes
+    return found
