@@ -1,4 +1,4 @@
-"""The command line of a party: `mergec serve | deal | generate | chat | prepare | certs | doctor`.
+"""The party's commands: serve, deal, generate, chat, proxy, prepare, certs, doctor.
 
 `compiler.cli` adds the commands that need a compiler. Whatever goes wrong is one line on the error
 output, and an exit code.
@@ -360,6 +360,43 @@ def chat_command(
                 err.print(RichText(f"error: {error}", style="red"), soft_wrap=True)
 
 
+@app.command("proxy")
+def proxy_command(
+    bundle: Bundle,
+    server: ServerAt = SERVER_ADDRESS,
+    dealer: DealerAt = DEALER_ADDRESS,
+    store: StoreAt = None,
+    store_key: StoreKey = None,
+    certs: Certs = None,
+    plaintext: Plaintext = False,
+    host: Annotated[str, typer.Option(help="Where to listen for apps.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    expose: Annotated[bool, typer.Option("--expose", help="Let other machines ask.")] = False,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Web page elsewhere that may ask, as https://host.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(help="Sessions with the server.", min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.", min=0)] = 16,
+    device: DeviceOption = Device.cpu,
+    timeout: Timeout = 120.0,
+    grace: Grace = 5.0,
+    _config: Config = None,
+) -> None:
+    """Give apps on this machine OpenAI's interface to a server, and a chat page."""
+    if store is not None and sessions > 1:
+        raise MergecError("a store serves one session at a time; leave --sessions out")
+    from runtime.proxy.serve import ProxySettings, proxy
+    from runtime.transport.address import Address
+
+    proxy(
+        lambda: _connection(
+            bundle, server, dealer, _store(store, store_key), certs, plaintext, device, timeout
+        ),
+        ProxySettings(Address(host, port), expose, origin or (), sessions, queue, grace),
+        lambda url: err.print(f"chat at {url}, point apps at {url}/v1", soft_wrap=True),
+    )
+
+
 def _answer(
     connection: Connection, asked: list[int], *, show_ids: bool = False, **options: Any
 ) -> str:
@@ -510,7 +547,8 @@ def run(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("compiler", "passes", "runtime"):
             return _fail(f"internal error: {error}; set {DEBUG}=1 for more", FAILED, debug)
-        hint = "install mergec[compile]"
+        web = (error.name or "").split(".")[0] in ("fastapi", "pydantic", "starlette", "uvicorn")
+        hint = f"install mergec[{'proxy' if web else 'compile'}]"
         return _fail(f"the package {error.name!r} is needed here; {hint}", FAILED, debug)
     except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
         kind = type(error).__name__

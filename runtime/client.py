@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +84,8 @@ class Connection:
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
         """What opening the session took."""
+        self.limits: dict[str, int] = {}
+        """What the server allows its clients; see runtime.server.Limits."""
 
     def __enter__(self) -> Connection:
         self.open()
@@ -142,6 +144,7 @@ class Connection:
             kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED, timeout=QUEUE_TIMEOUT)
             if kind is Kind.QUEUED and is_a(fields.get("position"), int):
                 self._on_wait(fields["position"])
+        self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
         return channel, read_token(fields, channel.peer)
 
     def _join(self, hello: Hello, token: str) -> bytes:
@@ -217,7 +220,7 @@ class Connection:
         max_tokens: int = 32,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """The tokens after a prompt as they come, a stop token included.
 
         Opens a session if there is none. stop: tokens that end the answer; the program's own by

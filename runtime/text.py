@@ -78,6 +78,13 @@ class Text:
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def piece(self, token: int, after: Sequence[int] = ()) -> str:
+        """What a token adds to the text of those before it; a special token's name."""
+        # Some tokenizers drop the space of a text's first word: one token before is enough.
+        before = list(after[-1:])
+        added = self.decode([*before, token])[len(self.decode(before)) :]
+        return added or str(self._tokenizer.id_to_token(token) or "")
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The chat template with these messages."""
         if self._template is None:

@@ -30,11 +30,12 @@ class Role:
         # Opened for appending: reading here must not move where the processes write.
         self._folder = tempfile.TemporaryDirectory()
         self._file = Path(self._folder.name) / "log"
+        listen = ("--port", "0") if command == "proxy" else ("--listen", "127.0.0.1:0")
         with self._file.open("a") as log:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "runtime.cli", command, str(bundle)),
-                    *("--listen", "127.0.0.1:0", *options),
+                    *(*listen, *options),
                 ],
                 cwd=ROOT,
                 env=environment(),

@@ -1,0 +1,88 @@
+"""An answer as it comes from a session: parts of its text, and what its tokens took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import PartyError
+from runtime.generation import StepReport
+from runtime.proxy.reader import Piece, Place, Reader
+from runtime.proxy.replies import Usage
+from runtime.proxy.sessions import Job
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a token brought; at the end there may be text without one, and so without reports."""
+
+    piece: Piece
+    reports: tuple[StepReport, ...] = ()
+
+
+class Answer:
+    """Reads a job's tokens until one of them, or a stop string, ends the answer."""
+
+    def __init__(
+        self, job: Job, reader: Reader, length: int, stop: Container[int], log: Any
+    ) -> None:
+        """length: of the prompt, in tokens. stop: tokens that end an answer."""
+        self._job, self._reader, self._stop, self._log = job, reader, stop, log
+        self._length, self._count = length, 0
+        self._began = time.monotonic()
+        self._over = self._closed = False
+        self.finish = "length"
+        """Why the answer ended, once it has."""
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._length, self._count)
+
+    async def next(self) -> Part | None:
+        """The next part, None after the last; raises what ended the answer early."""
+        if self._over:
+            return None
+        token = await self._job.next()
+        if token is None:
+            return self._last(Piece())
+        self._count += 1
+        if token.token in self._stop:
+            self.finish = "stop"
+            return self._last(Piece(), token.reports)
+        piece = self._reader.token(token.token, token.logits)
+        if self._reader.stopped:
+            self.finish = "stop"
+            return self._last(piece, token.reports)
+        return Part(piece, token.reports)
+
+    def _last(self, piece: Piece, reports: tuple[StepReport, ...] = ()) -> Part:
+        self._over = True
+        rest = self._reader.end()
+        return Part(Piece(piece.text + rest.text, piece.places + rest.places), reports)
+
+    async def all(self) -> Piece:
+        """The whole text at once."""
+        text: list[str] = []
+        places: list[Place] = []
+        while (part := await self.next()) is not None:
+            text.append(part.piece.text)
+            places += part.piece.places
+        return Piece("".join(text), tuple(places))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Free the place, and log how it went, without a word of what was said."""
+        if self._closed:
+            return
+        self._closed = True
+        self._job.leave()
+        how = self.finish if self._over else "left"
+        told = {"prompt": self._length, "tokens": self._count}
+        took = round(time.monotonic() - self._began, 3)
+        if isinstance(error, PartyError):  # names roles and addresses, never a prompt
+            self._log.warning("answer failed", reason=str(error), seconds=took, **told)
+        elif isinstance(error, Exception):
+            self._log.warning("answer failed", kind=type(error).__name__, seconds=took, **told)
+        else:
+            self._log.info("answered", how=how, seconds=took, **told)

@@ -1,0 +1,307 @@
+"""The endpoint's routes: /v1/models, /v1/completions, /v1/chat/completions, and the page at /."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from runtime.errors import BundleError, MergecError
+from runtime.proxy.answer import Answer, Part
+from runtime.proxy.errors import ApiError, explain, invalid
+from runtime.proxy.reader import Reader
+from runtime.proxy.replies import ChatForm, CompletionForm, Form, cost
+from runtime.proxy.requests import ChatRequest, CompletionRequest, StreamOptions, Wanted
+from runtime.proxy.sessions import Sessions
+
+PAGE = "page.html"
+_PAGE_HEADERS = {
+    # The page is one file, and may speak to this endpoint alone.
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_LEFT = 499
+"""Status of a request whose client went away; nobody reads it."""
+
+_UNLIMITED = 1024
+"""Tokens of an answer where nothing limits it."""
+
+T = TypeVar("T")
+
+
+def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], log: Any) -> FastAPI:
+    """The endpoint. hosts: names it may be called by; origins: of web pages that may ask, too."""
+    endpoint = Endpoint(sessions, log)
+    app = FastAPI(
+        title="mergec", docs_url=None, redoc_url=None, openapi_url=None, lifespan=endpoint.lifespan
+    )
+    # A web page elsewhere could point a name of its own at this machine: its Host gives it away.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_api_route("/", endpoint.page, response_class=HTMLResponse)
+    app.add_api_route("/about", endpoint.about)
+    app.add_api_route("/v1/models", endpoint.models)
+    app.add_api_route("/v1/models/{name:path}", endpoint.model)
+    app.add_api_route("/v1/completions", endpoint.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/chat/completions", endpoint.chat, methods=["POST"], response_model=None)
+    app.add_exception_handler(RequestValidationError, _refuse_request)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    app.add_exception_handler(ClientDisconnect, _forget)
+    for kind in (ApiError, MergecError, Exception):
+        app.add_exception_handler(kind, _refuse)
+    return app
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    told = explain(error)
+    return JSONResponse(told.json(), told.status)
+
+
+async def _forget(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_LEFT)
+
+
+async def _refuse_request(_request: Request, error: Exception) -> Response:
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    told = invalid(found)
+    return JSONResponse(told.json(), told.status)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    message = f"there is no {request.method} {request.url.path} here"
+    return JSONResponse(ApiError(status, message, code="unknown_url").json(), status)
+
+
+class Endpoint:
+    """One model, answered by sessions with its server."""
+
+    def __init__(self, sessions: Sessions, log: Any) -> None:
+        if sessions.text is None:
+            raise BundleError("this bundle has no tokenizer; compile with one")
+        self._sessions, self._text, self._log = sessions, sessions.text, log
+        manifest = sessions.program.manifest
+        self._manifest = manifest
+        self._model = str(manifest["model"])
+        self._revealed = manifest.get("reveal", "logits") == "logits"
+        self._stop = frozenset(manifest.get("stop_tokens", ()))
+        self._fingerprint = f"mergec-{manifest['program_hash'][:12]}"
+        self._began = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, self._sessions.close)
+
+    # ------------------------------------------------------------------------------- routes
+
+    async def page(self) -> HTMLResponse:
+        """The chat page."""
+        text = (files("runtime.proxy") / PAGE).read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=_PAGE_HEADERS)
+
+    async def about(self) -> dict[str, Any]:
+        """What the page tells of the program and its sessions."""
+        manifest, sessions = self._manifest, self._sessions
+        return {
+            "model": self._model,
+            "chat": self._text.has_chat,
+            "lossy": bool(manifest.get("lossy")),
+            "weights": manifest.get("weights", "server"),
+            "reveal": "logits" if self._revealed else "token",
+            "max_length": self._room(),
+            "program": manifest["program_hash"],
+            "sessions": sessions.most,
+            "busy": sessions.busy,
+            "setup": cost([sessions.setup]) if sessions.setup else None,
+        }
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._described()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._described()
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._began,
+            "owned_by": "mergec",
+        }
+
+    async def complete(self, wanted: CompletionRequest, request: Request) -> Response:
+        self._check_model(wanted.model)
+        ids = self._text.encode(wanted.prompt) if isinstance(wanted.prompt, str) else wanted.prompt
+        return await self._reply(wanted, ids, CompletionForm, request)
+
+    async def chat(self, wanted: ChatRequest, request: Request) -> Response:
+        self._check_model(wanted.model)
+        if not self._text.has_chat:
+            raise ApiError(400, "this model has no chat template; use /v1/completions")
+        ids = self._text.encode_chat([message.turn() for message in wanted.messages])
+        return await self._reply(wanted, ids, ChatForm, request)
+
+    # ------------------------------------------------------------------------------- checks
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not here; ask for {self._model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _room(self) -> int:
+        """Most tokens of prompt and answer together, 0 for any number."""
+        limits = (self._manifest.get("max_length", 0), self._sessions.limits.get("length", 0))
+        return min((limit for limit in limits if limit), default=0)
+
+    def _tokens(self, wanted: Wanted, length: int) -> int:
+        """How many tokens to generate at most after a prompt of `length`."""
+        if not length:
+            raise ApiError(400, "the prompt is empty; say something", code="empty_prompt")
+        room, most = self._room(), self._sessions.limits.get("tokens", 0)
+        asked = wanted.most_tokens
+        if asked is None:
+            fits = [n for n in (room - length if room else 0, most) if n]
+            asked = max(min(fits, default=_UNLIMITED), 1)
+        if room and length + asked > room:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {room} tokens; the prompt has {length}, "
+                f"and {asked} are asked for. Shorten it, or ask for fewer",
+                param="messages" if isinstance(wanted, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        if most and asked > most:
+            raise ApiError(
+                400,
+                f"max_tokens: the server gives {most} tokens an answer, not {asked}",
+                param="max_tokens",
+                code="invalid_value",
+            )
+        return asked
+
+    # ------------------------------------------------------------------------------ answers
+
+    async def _reply(
+        self, wanted: Wanted, ids: list[int], form: type[Form], request: Request
+    ) -> Response:
+        best = wanted.best
+        if best is not None and not self._revealed:
+            raise ApiError(
+                400,
+                "this program reveals tokens alone, so there are no log-probabilities; leave "
+                "logprobs out",
+                param="logprobs",
+                code="unsupported_value",
+            )
+        tokens = self._tokens(wanted, len(ids))
+        # Where the parties choose the token, they find the best one unless told otherwise.
+        sampling = wanted.sampling(temperature=1.0 if self._revealed else 0.0)
+        job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
+        reader = Reader(self._text, wanted.stop or (), best)
+        answer = Answer(job, reader, len(ids), self._stop, self._log)
+        made = form(self._model, self._fingerprint, places=best is not None)
+        try:
+            if wanted.stream:
+                # Whatever is wrong shows with the first token, when a status can still be given.
+                first = await _unless_left(request, answer.next())
+                return _EventStream(_chunks(wanted, made, answer, first), answer)
+            whole = await _unless_left(request, answer.all())
+            answer.close()
+            return JSONResponse(made.whole(whole, answer.finish, answer.usage))
+        except BaseException as error:
+            answer.close(error)
+            raise
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is given up when the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chunks(
+    wanted: Wanted, form: Form, answer: Answer, first: Part | None
+) -> AsyncIterator[dict[str, Any]]:
+    """A stream's chunks, as OpenAI's clients expect them."""
+    options = wanted.stream_options or StreamOptions()
+    unused = {"usage": None} if options.include_usage else {}
+    opening = form.first()
+    if opening is not None:
+        yield {**opening, **unused}
+    part = first
+    while part is not None:
+        piece = part.piece
+        told = {"cost": cost(part.reports)} if options.include_cost and part.reports else {}
+        if piece.text or piece.places or told:
+            yield {**form.chunk(piece), **unused, **told}
+        part = await answer.next()
+    yield {**form.last(answer.finish), **unused}
+    if options.include_usage:
+        yield form.used(answer.usage)
+
+
+class _EventStream(StreamingResponse):
+    """Chunks as server-sent events. However it ends, the answer's place is freed."""
+
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], answer: Answer) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events(chunks), headers=headers, media_type="text/event-stream")
+        self._answer = answer
+
+    async def _events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+        try:
+            async for chunk in chunks:
+                yield _event(chunk)
+        except Exception as error:  # noqa: BLE001  (the status is sent: told within the stream)
+            self._answer.close(error)
+            yield _event(explain(error).json())
+            return
+        yield "data: [DONE]\n\n"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+def _event(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

@@ -1,0 +1,61 @@
+"""Errors in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runtime.errors import PartyError, PromptError
+
+INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
+
+
+class ApiError(Exception):
+    """What a request is answered with when it cannot be: an HTTP status, and OpenAI's fields."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.fields = {"message": message, "type": kind, "param": param, "code": code}
+
+    def json(self) -> dict[str, Any]:
+        return {"error": self.fields}
+
+
+def explain(error: BaseException) -> ApiError:
+    """Any error of an answer. Of one that is our own bug only the kind is told."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptError):
+        return ApiError(400, str(error), code="prompt_refused")
+    if isinstance(error, PartyError):
+        return ApiError(503, str(error), kind=UNAVAILABLE, code="party_unavailable")
+    return ApiError(500, f"internal error ({type(error).__name__})", kind=UNAVAILABLE)
+
+
+def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """From what pydantic found wrong with a request: the first of it."""
+    first = found[0]
+    code, where = str(first["type"]), [str(part) for part in first["loc"][1:]]
+    if code == "json_invalid":
+        return ApiError(400, "the body is not JSON; send a JSON object", code="invalid_json")
+    param = ".".join(where) or None
+    if code == "extra_forbidden":
+        return ApiError(
+            400, f"{param}: is not known here; leave it out", param=param, code="unknown_parameter"
+        )
+    if not where:
+        return ApiError(
+            400, "the body is no JSON object sent as application/json", code="invalid_json"
+        )
+    known = code if code == "unsupported_value" else "invalid_value"
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}", param=param, code=known)

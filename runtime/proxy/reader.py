@@ -1,0 +1,113 @@
+"""From tokens to the text of an answer, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runtime.text import Stream, Text
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token that might come at a place, and the logarithm of its probability there."""
+
+    text: str
+    logprob: float
+
+    @property
+    def bytes(self) -> list[int] | None:
+        """None for a token that is a part of a character."""
+        return None if _REPLACEMENT in self.text else list(self.text.encode())
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of an answer: the token there, the best ones, and where in the text it begins."""
+
+    chosen: Scored
+    best: tuple[Scored, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is certain to belong to the answer, and the places of the tokens in it."""
+
+    text: str = ""
+    places: tuple[Place, ...] = ()
+
+
+class Reader:
+    """Holds back what may be the beginning of a stop string, and parts of characters.
+
+    best: how many of the best tokens are named at each place; None leaves places out.
+    """
+
+    def __init__(self, text: Text, stop: Sequence[str] = (), best: int | None = None) -> None:
+        self._text, self._stop, self._best = text, tuple(stop), best
+        self._stream = Stream(text, self._add)
+        self._ids: list[int] = []
+        self._held = ""
+        self._given = 0
+        self._places: list[Place] = []
+        self.stopped = False
+        """Whether a stop string came: the answer ends before it."""
+
+    def _add(self, text: str) -> None:
+        self._held += text
+
+    def token(self, token: int, logits: torch.Tensor | None = None) -> Piece:
+        """Take a token and the logits [V] that it was chosen from."""
+        if self._best is not None and logits is not None:
+            self._places.append(self._place(token, logits, self._best))
+        self._ids.append(token)
+        self._stream.token(token)
+        return self._give()
+
+    def end(self) -> Piece:
+        """What is left when no token follows."""
+        if not self.stopped:
+            self._stream.end()
+        piece = self._give()
+        if self.stopped:
+            return piece
+        rest = Piece(piece.text + self._held, (*piece.places, *self._places))
+        self._held, self._places = "", []
+        return rest
+
+    def _give(self) -> Piece:
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            sure, self._held = self._held[: min(found)], ""
+        else:
+            kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            cut = len(self._held) - kept
+            sure, self._held = self._held[:cut], self._held[cut:]
+        self._given += len(sure)
+        places = [place for place in self._places if place.offset < self._given]
+        self._places = [] if self.stopped else self._places[len(places) :]
+        return Piece(sure, tuple(places))
+
+    def _place(self, token: int, logits: torch.Tensor, best: int) -> Place:
+        """Log-probabilities of the model itself, whatever the temperature."""
+        scores = torch.log_softmax(logits.detach().to("cpu", torch.float64).reshape(-1), -1)
+        order = torch.sort(scores, descending=True, stable=True).indices[:best].tolist()
+
+        def scored(token: int) -> Scored:
+            return Scored(self._text.piece(token, self._ids), float(scores[token]))
+
+        # Offsets count what was decoded so far; a part of a character begins where that one does.
+        offset = self._given + len(self._held)
+        return Place(scored(token), tuple(scored(other) for other in order), offset)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,144 @@
+"""Answers in OpenAI's two forms, whole or in chunks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.generation import StepReport
+from runtime.proxy.reader import Piece, Place, Scored
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of an answer."""
+
+    prompt: int
+    answer: int
+
+    def json(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.answer,
+            "total_tokens": self.prompt + self.answer,
+        }
+
+
+def cost(reports: Sequence[StepReport]) -> dict[str, Any]:
+    """What a token took, as this party counted it. bytes: online, both ways."""
+    return {
+        "phase": reports[0].phase,
+        "new": sum(report.new for report in reports),
+        "seconds": sum(report.seconds for report in reports),
+        "bytes": sum(report.sent + report.received for report in reports),
+        "rounds": sum(report.rounds for report in reports),
+        "offline_bytes": sum(report.offline_bytes for report in reports),
+    }
+
+
+class Form(ABC):
+    """The shape of the answers to one request. places: whether log-probabilities are asked for."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def __init__(self, model: str, fingerprint: str, *, places: bool) -> None:
+        self._places = places
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def whole(self, piece: Piece, finish: str, usage: Usage) -> dict[str, Any]:
+        """All of an answer at once."""
+        choice = self._choice(self._whole(piece.text), piece.places, finish)
+        return {**self._head, "object": self.kind, "choices": [choice], "usage": usage.json()}
+
+    def first(self) -> dict[str, Any] | None:
+        """A chunk before any text, if there is one."""
+        return None
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """A part of an answer."""
+        return self._chunk([self._choice(self._part(piece.text), piece.places, None)])
+
+    def last(self, finish: str) -> dict[str, Any]:
+        """Why the answer ended."""
+        return self._chunk([self._choice(self._part(""), (), finish)])
+
+    def used(self, usage: Usage) -> dict[str, Any]:
+        """How many tokens there were, after the end."""
+        return {**self._chunk([]), "usage": usage.json()}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": choices}
+
+    def _choice(
+        self, content: dict[str, Any], places: Sequence[Place], finish: str | None
+    ) -> dict[str, Any]:
+        named = self._named(places) if self._places and (places or finish is None) else None
+        return {"index": 0, **content, "logprobs": named, "finish_reason": finish}
+
+    @abstractmethod
+    def _whole(self, text: str) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _part(self, text: str) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _named(self, places: Sequence[Place]) -> dict[str, Any]:
+        """Log-probabilities."""
+
+
+class ChatForm(Form):
+    """Answers of /v1/chat/completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def first(self) -> dict[str, Any]:
+        return self._chunk(
+            [self._choice({"delta": {"role": "assistant", "content": ""}}, (), None)]
+        )
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def _named(self, places: Sequence[Place]) -> dict[str, Any]:
+        def named(scored: Scored) -> dict[str, Any]:
+            return {"token": scored.text, "logprob": scored.logprob, "bytes": scored.bytes}
+
+        content = [
+            {**named(place.chosen), "top_logprobs": [named(other) for other in place.best]}
+            for place in places
+        ]
+        return {"content": content, "refusal": None}
+
+
+class CompletionForm(Form):
+    """Answers of /v1/completions."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _named(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {
+            "tokens": [place.chosen.text for place in places],
+            "token_logprobs": [place.chosen.logprob for place in places],
+            "top_logprobs": [{o.text: o.logprob for o in place.best} for place in places],
+            "text_offset": [place.offset for place in places],
+        }

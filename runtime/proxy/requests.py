@@ -1,0 +1,211 @@
+"""What may be asked: the parameters of OpenAI's interface that mean something here.
+
+A parameter that would change an answer and is not offered is refused by name, unless it has a value
+that asks for nothing. Those that only say who asks are taken, and forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from runtime.sampling import Sampling
+
+MOST_STOPS, MOST_LOGPROBS, MOST_COMPLETION_LOGPROBS = 4, 20, 5
+COMPLETION_TOKENS = 16
+"""Tokens of a completion where none are asked for, as OpenAI has it."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+"""Parameters that are not offered, and their values that ask for nothing."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_prompt(value: Any) -> Any:
+    """The one prompt of a list of prompts."""
+    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
+    if several and len(value) > 1:
+        raise PydanticCustomError(
+            "unsupported_value", "one prompt at a time; send several requests"
+        )
+    found = value[0] if several else value
+    whole = isinstance(found, list) and found and all(type(item) is int for item in found)
+    if not whole and not isinstance(found, str):
+        raise PydanticCustomError("invalid_value", "must be a text or a list of token numbers")
+    return found
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Model):
+    """What a stream tells beside the text. include_cost: what each token took; ours alone."""
+
+    include_usage: bool = False
+    include_cost: bool = False
+    include_obfuscation: bool = False
+
+
+class Wanted(_Model):
+    """What both kinds of request share."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        BeforeValidator(_as_list),
+        Field(max_length=MOST_STOPS),
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    n: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    repetition_penalty: Any = None
+    min_p: Any = None
+    logit_bias: Any = None
+
+    @field_validator(*NEUTRAL, mode="before", check_fields=False)
+    @classmethod
+    def _neutral(cls, value: Any, info: Any) -> None:
+        if value is not None and value not in NEUTRAL[info.field_name]:
+            raise PydanticCustomError("unsupported_value", "is not offered here; leave it out")
+
+    @field_validator("stream_options")
+    @classmethod
+    def _streams(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise PydanticCustomError("invalid_value", "is for a stream; set stream, too")
+        return value
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens are asked for; None for as many as fit."""
+        return self.max_tokens
+
+    @property
+    def best(self) -> int | None:
+        """How many of the best tokens to name at each place; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, temperature: float) -> Sampling:
+        """How tokens are chosen; `temperature`: where the request has none."""
+        return Sampling(
+            temperature if self.temperature is None else self.temperature,
+            self.top_k or 0,
+            1.0 if self.top_p is None else self.top_p,
+            None if self.seed is None else self.seed % 2**63,
+        )
+
+
+class CompletionRequest(Wanted):
+    """A text to go on with."""
+
+    prompt: Annotated[str | list[int], BeforeValidator(_as_prompt)]
+    logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
+
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens or COMPLETION_TOKENS
+
+    @property
+    def best(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Model):
+    """A piece of a message; there are only texts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Model):
+    """What somebody said. Apps send an answer back with fields that are empty here."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+    annotations: Any = None
+
+    def turn(self) -> dict[str, str]:
+        """For a chat template, which knows no developers."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Wanted):
+    """A conversation to answer."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    parallel_tool_calls: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    service_tier: Any = None
+    store: Any = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError("invalid_value", "needs logprobs; set it to true")
+        return value
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def best(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,81 @@
+"""Starts the endpoint on a local port."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import uvicorn
+
+from runtime.client import Connection
+from runtime.errors import MergecError, PartyError
+from runtime.observe import open_log
+from runtime.proxy.app import make_app
+from runtime.proxy.sessions import Sessions
+from runtime.spec import CLIENT, ROLES
+from runtime.transport.address import Address
+
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """How the endpoint is started.
+
+    exposed: other machines may ask, too; their requests come in the clear. origins: of web pages
+    from elsewhere that may ask. sessions: with the server, at once. queue: requests that may wait
+    for one. grace: seconds for answers to end at a shutdown.
+    """
+
+    listen: Address
+    exposed: bool = False
+    origins: Sequence[str] = ()
+    sessions: int = 1
+    queue: int = 16
+    grace: float = 5.0
+
+
+def proxy(
+    connect: Callable[[], Connection],
+    settings: ProxySettings,
+    on_ready: Callable[[str], object] = lambda _: None,
+) -> None:
+    """Answer local apps until SIGTERM. on_ready: gets the endpoint's address."""
+    address = settings.listen
+    if not address.loopback and not settings.exposed:
+        raise MergecError(
+            f"{address} can be reached from other machines, where anybody could ask in your name "
+            "and in the clear; listen on 127.0.0.1, or say --expose"
+        )
+    log = open_log(ROLES[CLIENT])
+    with _listen(address) as listener:
+        sessions = Sessions(connect, settings.sessions, settings.queue)
+        hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
+        app = make_app(sessions, hosts, settings.origins, log)
+        bound = Address(*listener.getsockname()[:2])
+        log.info("listening", address=str(bound), model=sessions.program.manifest["model"])
+        on_ready(f"http://{bound}")
+        # uvicorn's own logs would name paths and exceptions; ours name lengths and reasons alone.
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.grace),
+        )
+        # uvicorn raises the signal that ended it once more.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[listener])
+    log.info("stopped")
+
+
+def _listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PartyError(f"cannot listen at {address} ({reason}); choose another --port") from error

@@ -1,0 +1,143 @@
+"""Sessions that are kept open for request after request, each driven by a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from typing import Any
+
+from runtime.client import Connection
+from runtime.errors import PartyError
+from runtime.generation import StepReport, Token
+from runtime.proxy.errors import LIMITED, ApiError
+
+
+class Job:
+    """A request on its way: a session's thread puts tokens in, the event loop takes them out."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Token | BaseException | None] = asyncio.Queue()
+        self._left = threading.Event()
+        self._future: Future[None] | None = None
+
+    async def next(self) -> Token | None:
+        """The next token, None after the last; raises what ended the answer."""
+        event = await self._events.get()
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    @property
+    def is_left(self) -> bool:
+        return self._left.is_set()
+
+    def leave(self) -> None:
+        """Nobody waits for the answer any more: it ends after the step that is under way."""
+        self._left.set()
+        if self._future is not None:
+            self._future.cancel()
+
+    def watch(self, future: Future[None]) -> None:
+        """Tell the end of the work that was begun for this."""
+        self._future = future
+        future.add_done_callback(self._ended)
+
+    def put(self, event: Token | BaseException | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the service is going down
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _ended(self, future: Future[None]) -> None:
+        if not future.cancelled():
+            self.put(future.exception())
+
+
+class Sessions:
+    """Up to `most` sessions with a server, and requests that wait for one, in their order.
+
+    A session costs 8 bytes of traffic and of memory for each of the server's weights, so it is
+    kept, and begun anew only where it ended: for being idle too long, or by a fault.
+    """
+
+    def __init__(self, connect: Callable[[], Connection], most: int, queue: int) -> None:
+        """Opens the first session; raises MergecError where that fails."""
+        self._connect = connect
+        first = connect()
+        first.open()
+        self.program, self.text = first.program, first.text
+        self.setup: StepReport | None = first.setup
+        """What opening the last session took."""
+        self.limits = first.limits
+        """What the server allows."""
+        self.most = min(most, self.limits.get("client_sessions") or most)
+        self._queue = queue
+        self._idle = [first]
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self.most, "session")
+        self._jobs: list[tuple[Job, Future[None]]] = []
+
+    @property
+    def busy(self) -> int:
+        """Requests that are being answered or wait."""
+        self._jobs = [(job, future) for job, future in self._jobs if not future.done()]
+        return len(self._jobs)
+
+    def ask(self, prompt: Sequence[int], **options: Any) -> Job:
+        """Have a prompt answered as soon as a session is free; options: Connection.generate's."""
+        waiting = max(self.busy - self.most, 0)
+        if self.busy >= self.most and waiting >= self._queue:
+            raise ApiError(
+                429,
+                f"{self.most} answers are under way and {waiting} requests wait; try again later",
+                kind=LIMITED,
+                code="too_many_requests",
+            )
+        job = Job()
+        future = self._threads.submit(self._work, job, list(prompt), options)
+        self._jobs.append((job, future))
+        job.watch(future)
+        return job
+
+    def _work(self, job: Job, prompt: list[int], options: dict[str, Any]) -> None:
+        with self._lock:
+            kept = [connection for connection in self._idle if connection.is_open]
+            connection = (kept or self._idle or [self._connect()])[0]
+            if connection in self._idle:
+                self._idle.remove(connection)
+        try:
+            with closing(self._answer(connection, prompt, options)) as tokens:
+                for token in tokens:
+                    job.put(token)
+                    if job.is_left:
+                        return
+        finally:
+            with self._lock:
+                self.setup, self.limits = connection.setup, connection.limits
+                self._idle.append(connection)
+
+    def _answer(
+        self, connection: Connection, prompt: list[int], options: dict[str, Any]
+    ) -> Generator[Token, None, None]:
+        """An answer's tokens. A session that ended while nobody looked is begun anew."""
+        kept, begun = connection.is_open, False
+        try:
+            with closing(connection.generate(prompt, **options)) as tokens:
+                for token in tokens:
+                    begun = True
+                    yield token
+            return
+        except PartyError:
+            if begun or not kept:
+                raise
+        yield from connection.generate(prompt, **options)
+
+    def close(self) -> None:
+        """End all sessions; waits for the steps under way."""
+        for job, _ in self._jobs:
+            job.leave()
+        self._threads.shutdown()
+        for connection in self._idle:
+            connection.close()

@@ -1,0 +1,297 @@
+"""Apps against client, server and dealer as three processes: OpenAI's own client, and a browser."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.bundle import load_bundle, role_path
+from runtime.cli import run
+from runtime.plain import PlainExecutor
+from tests import characters
+from tests.services import Deployment, Role, deployment, role
+
+openai = pytest.importorskip("openai", reason="the openai package is not installed")
+httpx = pytest.importorskip("httpx2", reason="comes with openai")
+
+MODEL, PROMPT = "tiny", "a "
+HI = [{"role": "user", "content": "a"}]
+"""By the chat template the same as PROMPT."""
+LONG = 80
+SAME = {"temperature": 0}
+TOLERANCE = 2e-2
+"""Of a log-probability: 16 fractional bits through one layer, and logits of about 20."""
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return characters.save(tmp_path_factory.mktemp("endpoint") / "bundles")
+
+
+@pytest.fixture(scope="module")
+def running(bundles: Path) -> Iterator[Deployment]:
+    with deployment(bundles, serve=("--timeout", "20")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def endpoint(running: Deployment) -> Iterator[Role]:
+    at = ("--server", str(running.server.address), "--dealer", str(running.dealer.address))
+    with role("proxy", running.bundles, *at, "--plaintext", "--queue", "2") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(endpoint: Role) -> str:
+    return f"http://{endpoint.address}"
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Any:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def said(bundles: Path) -> str:
+    """The greedy answer to PROMPT, by plaintext."""
+    return characters.plaintext(bundles, PROMPT, 12)
+
+
+def answered(endpoint: Role) -> list[dict[str, Any]]:
+    return [line for line in endpoint.log if line["event"] in ("answered", "answer failed")]
+
+
+def next_answered(endpoint: Role, before: int) -> dict[str, Any]:
+    deadline = time.monotonic() + 20
+    while len(answered(endpoint)) <= before:
+        assert time.monotonic() < deadline, endpoint.output
+        time.sleep(0.02)
+    return answered(endpoint)[before]
+
+
+def test_the_model_is_listed(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "mergec"
+
+
+def test_whole_answers(client: Any, said: str) -> None:
+    chat = client.chat.completions.create(model=MODEL, messages=HI, max_tokens=6, **SAME)
+    assert chat.choices[0].message.content == said[:6]
+    assert (chat.choices[0].finish_reason, chat.choices[0].message.role) == ("length", "assistant")
+    assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (2, 6)
+    ended = client.completions.create(model=MODEL, prompt="bad ", **SAME)
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("k", "stop")
+    numbers = client.completions.create(
+        model=MODEL, prompt=characters.ids(PROMPT), max_tokens=3, **SAME
+    )
+    assert numbers.choices[0].text == said[:3]
+
+
+def test_streams(client: Any, said: str) -> None:
+    asked = {"model": MODEL, "max_tokens": 5, "stream": True, **SAME}
+    told = {"stream_options": {"include_usage": True, "include_cost": True}}
+    chunks = list(client.chat.completions.create(messages=HI, extra_body=told, **asked))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].delta.content for chunk in chunks[1:-2]] == list(said[:5])
+    costs = [chunk.cost for chunk in chunks[1:-2]]
+    assert [cost["phase"] for cost in costs] == ["prompt", *["decode"] * 4]
+    assert all(cost["bytes"] > 0 and cost["rounds"] > 0 and cost["seconds"] > 0 for cost in costs)
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 7)
+    plain = list(client.completions.create(prompt=PROMPT, **asked))
+    assert "".join(chunk.choices[0].text for chunk in plain) == said[:5]
+    assert not any(hasattr(chunk, "cost") for chunk in plain)
+
+
+def test_an_answer_ends_before_a_stop_string(client: Any, said: str, endpoint: Role) -> None:
+    stop = said[3:6]
+    cut = said[: said.index(stop)]
+    asked = {"model": MODEL, "max_tokens": LONG, "stop": ["no way", stop], **SAME}
+    whole = client.chat.completions.create(messages=HI, **asked)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (cut, "stop")
+    assert whole.usage.completion_tokens == said.index(stop) + len(stop)
+    chunks = list(client.completions.create(prompt=PROMPT, stream=True, **asked))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == cut
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer(client: Any) -> None:
+    def ask(seed: int) -> str:
+        asked = {"max_tokens": 8, "temperature": 2, "seed": seed}
+        return client.completions.create(model=MODEL, prompt=PROMPT, **asked).choices[0].text
+
+    assert ask(7) == ask(7) != ask(8)
+
+
+def test_logprobs_are_the_models(client: Any, bundles: Path, said: str) -> None:
+    plain = PlainExecutor(load_bundle(role_path(bundles, "server"), "server"))
+    logits = [row for _, row in plain.generate(characters.ids(PROMPT), 3)]
+    wanted = [torch.log_softmax(row.double().reshape(-1), -1).max().item() for row in logits]
+    asked = {"model": MODEL, "max_tokens": 3, **SAME}
+    chat = client.chat.completions.create(messages=HI, logprobs=True, top_logprobs=2, **asked)
+    places = chat.choices[0].logprobs.content
+    assert "".join(place.token for place in places) == said[:3]
+    assert [place.logprob for place in places] == pytest.approx(wanted, abs=TOLERANCE)
+    for place in places:
+        assert place.bytes == list(place.token.encode())
+        assert place.top_logprobs[0].token == place.token
+        assert place.top_logprobs[1].logprob <= place.logprob
+    stream = client.completions.create(prompt=PROMPT, logprobs=1, stream=True, **asked)
+    found = [chunk.choices[0].logprobs for chunk in stream if chunk.choices[0].logprobs]
+    assert [token for part in found for token in part.tokens] == list(said[:3])
+    assert [offset for part in found for offset in part.text_offset] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "code", "message"),
+    [
+        ({"model": "gpt-4"}, "NotFoundError", "model_not_found", "ask for 'tiny'"),
+        ({"n": 2}, "BadRequestError", "unsupported_value", "n: is not offered here"),
+        ({"extra_body": {"colour": 1}}, "BadRequestError", "unknown_parameter", "colour: is not"),
+        ({"max_tokens": 95}, "BadRequestError", "context_length_exceeded", "length is 96 tokens"),
+        ({"messages": []}, "BadRequestError", "invalid_value", "messages: "),
+        (
+            {"messages": [{"role": "user", "content": "a" * 96}]},
+            "BadRequestError",
+            "context_length_exceeded",
+            "the prompt has 97",
+        ),
+    ],
+)
+def test_errors(client: Any, more: dict[str, Any], kind: str, code: str, message: str) -> None:
+    with pytest.raises(getattr(openai, kind)) as found:
+        client.chat.completions.create(**{"model": MODEL, "messages": HI, "max_tokens": 2, **more})
+    assert found.value.code == code
+    assert message in found.value.body["message"]
+
+
+def test_other_routes_and_bodies(url: str) -> None:
+    for method, path, body, code in (
+        ("GET", "/v1/embeddings", None, "unknown_url"),
+        ("GET", "/v1/completions", None, "unknown_url"),
+        ("POST", "/v1/completions", "{", "invalid_json"),
+        ("POST", "/v1/completions", "[]", "invalid_json"),
+    ):
+        headers = {"Content-Type": "application/json"}
+        found = httpx.request(method, f"{url}{path}", content=body, headers=headers)
+        assert found.status_code in (400, 404, 405)
+        assert found.json()["error"]["code"] == code
+
+
+def test_a_web_page_from_elsewhere_gets_nothing(url: str) -> None:
+    body = f'{{"model": "{MODEL}", "prompt": "a ", "max_tokens": 1}}'
+    simple = httpx.post(
+        f"{url}/v1/completions", content=body, headers={"Content-Type": "text/plain"}
+    )
+    assert simple.status_code == 400, "what a page may send without asking first"
+    origin = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    asked = httpx.options(f"{url}/v1/completions", headers=origin)
+    assert asked.status_code == 405
+    assert "access-control-allow-origin" not in asked.headers
+    renamed = httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"})
+    assert (renamed.status_code, MODEL in renamed.text) == (400, False)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_away_frees_the_place(
+    client: Any, endpoint: Role, running: Deployment, said: str, stream: bool
+) -> None:
+    before = len(answered(endpoint))
+    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
+    if stream:
+        with client.completions.create(stream=True, **asked) as chunks:
+            next(iter(chunks))
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.3).completions.create(**asked)
+    left = next_answered(endpoint, before)
+    assert left["how"] == "left"
+    assert left["tokens"] < LONG
+    again = client.completions.create(**{**asked, "max_tokens": 4})
+    assert again.choices[0].text == said[:4]
+    assert sum(line["event"] == "session began" for line in running.server.log) == 1
+
+
+def test_requests_wait_for_the_session_and_too_many_are_turned_away(
+    client: Any, endpoint: Role, url: str, said: str
+) -> None:
+    before = len(answered(endpoint))
+
+    def ask(number: int) -> str:
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": number, **SAME}
+        return client.completions.create(**asked).choices[0].text
+
+    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
+    with ThreadPoolExecutor(2) as pool, client.completions.create(stream=True, **asked) as chunks:
+        next(iter(chunks))
+        waiting = [pool.submit(ask, 3), pool.submit(ask, 4)]
+        while httpx.get(f"{url}/about").json()["busy"] < 3:
+            time.sleep(0.02)
+        with pytest.raises(openai.RateLimitError) as found:
+            ask(2)
+        assert found.value.code == "too_many_requests"
+        chunks.close()
+        assert [job.result() for job in waiting] == [said[:3], said[:4]]
+    assert next_answered(endpoint, before)["how"] == "left"
+
+
+def test_a_session_that_ended_is_begun_anew(
+    client: Any, endpoint: Role, running: Deployment, said: str
+) -> None:
+    began = sum(line["event"] == "session began" for line in running.server.log)
+    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
+    stream = iter(client.completions.create(stream=True, **asked))
+    next(stream)
+    for worker in running.server.workers:
+        worker.kill()
+    with pytest.raises(openai.APIError, match="the server went away"):
+        list(stream)
+    assert answered(endpoint)[-1]["event"] == "answer failed"
+    assert client.completions.create(**{**asked, "max_tokens": 3}).choices[0].text == said[:3]
+    for worker in running.server.workers:  # now while nobody asks
+        worker.kill()
+    assert client.completions.create(**{**asked, "max_tokens": 3}).choices[0].text == said[:3]
+    assert sum(line["event"] == "session began" for line in running.server.log) == began + 2
+
+
+def test_the_log_holds_lengths_and_no_words(client: Any, endpoint: Role) -> None:
+    before = len(answered(endpoint))
+    secret = "deaf bee fed"
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": secret}], max_tokens=9, **SAME
+    )
+    line = next_answered(endpoint, before)
+    assert (line["prompt"], line["tokens"]) == (len(secret) + 1, answer.usage.completion_tokens)
+    for word in (secret, answer.choices[0].message.content, "Traceback"):
+        assert word not in endpoint.output
+
+
+# ------------------------------------------------------------------------- at the start
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "0.0.0.0"), "0.0.0.0:8000 can be reached from other machines"),
+        (("--port", "TAKEN"), "(Address already in use); choose another --port"),
+        (("--port", "0"), "the server does not answer at 127.0.0.1:1 "),
+    ],
+)
+def test_mistakes_at_the_start_are_one_line(
+    bundles: Path, options: tuple[str, str], message: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("runtime.session.JOIN_TIMEOUT", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [o.replace("TAKEN", str(taken.getsockname()[1])) for o in options]
+        assert run(["proxy", str(bundles), "--plaintext", "--server", "127.0.0.1:1", *given]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert len(told.splitlines()) == 1
