@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +14,9 @@ from hypothesis import strategies as st
 
 from compiler import CompileConfig, Program, compile_decoder
 from compiler.layout import layered
+from tests.browser import chromium
 from tests.families import random_decoder
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 LAYER = "model.layers.1"
 
 
@@ -76,21 +75,8 @@ def test_a_loaded_program_shows_one_graph(program: Program, tmp_path: Path) -> N
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("chromium and its chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        f"user-data-dir={tmp_path / 'profile'}", "window-size=1400,900",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path / "profile") as driver:
+        yield driver
 
 
 def test_in_a_browser(browser: Any, program: Program, page: str, tmp_path: Path) -> None:

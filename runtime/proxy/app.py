@@ -180,30 +180,23 @@ class Endpoint:
         return min((limit for limit in limits if limit), default=0)
 
     def _tokens(self, wanted: Wanted, length: int) -> int:
-        """How many tokens to generate at most after a prompt of `length`."""
+        """How many tokens to generate at most after a prompt of `length`.
+
+        As many as fit, where more are asked for: apps ask for what other models can give.
+        """
         if not length:
             raise ApiError(400, "the prompt is empty; say something", code="empty_prompt")
         room, most = self._room(), self._sessions.limits.get("tokens", 0)
-        asked = wanted.most_tokens
-        if asked is None:
-            fits = [n for n in (room - length if room else 0, most) if n]
-            asked = max(min(fits, default=_UNLIMITED), 1)
-        if room and length + asked > room:
+        if room and length >= room:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {room} tokens; the prompt has {length}, "
-                f"and {asked} are asked for. Shorten it, or ask for fewer",
+                f"This model's maximum context length is {room} tokens, and the prompt has "
+                f"{length}; shorten it",
                 param="messages" if isinstance(wanted, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        if most and asked > most:
-            raise ApiError(
-                400,
-                f"max_tokens: the server gives {most} tokens an answer, not {asked}",
-                param="max_tokens",
-                code="invalid_value",
-            )
-        return asked
+        limits = (wanted.most_tokens, room and room - length, most)
+        return min((limit for limit in limits if limit), default=_UNLIMITED)
 
     # ------------------------------------------------------------------------------ answers
 
@@ -234,6 +227,9 @@ class Endpoint:
             whole = await _unless_left(request, answer.all())
             answer.close()
             return JSONResponse(made.whole(whole, answer.finish, answer.usage))
+        except ClientDisconnect:
+            answer.close()
+            raise
         except BaseException as error:
             answer.close(error)
             raise

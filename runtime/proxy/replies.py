@@ -36,7 +36,6 @@ def cost(reports: Sequence[StepReport]) -> dict[str, Any]:
         "seconds": sum(report.seconds for report in reports),
         "bytes": sum(report.sent + report.received for report in reports),
         "rounds": sum(report.rounds for report in reports),
-        "offline_bytes": sum(report.offline_bytes for report in reports),
     }
 
 

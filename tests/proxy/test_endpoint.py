@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runtime.bundle import load_bundle, role_path
 from runtime.cli import run
 from runtime.plain import PlainExecutor
 from tests import characters
+from tests.browser import chromium
 from tests.services import Deployment, Role, deployment, role
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
@@ -26,6 +28,8 @@ HI = [{"role": "user", "content": "a"}]
 """By the chat template the same as PROMPT."""
 LONG = 80
 SAME = {"temperature": 0}
+ENTER, ESCAPE = "\ue007", "\ue00c"
+"""Keys, as WebDriver names them."""
 TOLERANCE = 2e-2
 """Of a log-probability: 16 fractional bits through one layer, and logits of about 20."""
 
@@ -88,6 +92,8 @@ def test_whole_answers(client: Any, said: str) -> None:
     assert (chat.usage.prompt_tokens, chat.usage.completion_tokens) == (2, 6)
     ended = client.completions.create(model=MODEL, prompt="bad ", **SAME)
     assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("k", "stop")
+    fitting = client.completions.create(model=MODEL, prompt="a" * 95, max_tokens=4096, **SAME)
+    assert fitting.usage.total_tokens == characters.LENGTH
     numbers = client.completions.create(
         model=MODEL, prompt=characters.ids(PROMPT), max_tokens=3, **SAME
     )
@@ -155,13 +161,12 @@ def test_logprobs_are_the_models(client: Any, bundles: Path, said: str) -> None:
         ({"model": "gpt-4"}, "NotFoundError", "model_not_found", "ask for 'tiny'"),
         ({"n": 2}, "BadRequestError", "unsupported_value", "n: is not offered here"),
         ({"extra_body": {"colour": 1}}, "BadRequestError", "unknown_parameter", "colour: is not"),
-        ({"max_tokens": 95}, "BadRequestError", "context_length_exceeded", "length is 96 tokens"),
         ({"messages": []}, "BadRequestError", "invalid_value", "messages: "),
         (
             {"messages": [{"role": "user", "content": "a" * 96}]},
             "BadRequestError",
             "context_length_exceeded",
-            "the prompt has 97",
+            "length is 96 tokens, and the prompt has 97",
         ),
     ],
 )
@@ -273,6 +278,65 @@ def test_the_log_holds_lengths_and_no_words(client: Any, endpoint: Role) -> None
         assert word not in endpoint.output
 
 
+def test_the_page_needs_nothing_from_elsewhere(url: str) -> None:
+    found = httpx.get(url)
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    assert set(re.findall(r"https?://[\w./]+", found.text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"""src\s*=|@import|url\(""", found.text)
+
+
+def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Path) -> None:
+    with chromium(tmp_path / "profile") as browser:
+        browser.get(url)
+
+        def text(selector: str) -> list[str]:
+            return [found.text for found in browser.find_elements("css selector", selector)]
+
+        def wait_for(condition: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < deadline, text("main")
+                time.sleep(0.05)
+
+        wait_for(lambda: text("#who tr"))
+        assert text("#model") == [MODEL]
+        assert text("#who tr")[0].split() == ["Your", "words", "yes", "no", "no"]
+        assert "Opening the session took" in text("#setup")[0]
+        most, words = (browser.find_element("id", name) for name in ("most", "input"))
+        assert words == browser.switch_to.active_element
+        most.clear()
+        most.send_keys("5")
+        words.send_keys("a", ENTER)
+        wait_for(lambda: text(".turn.assistant .foot"))
+        assert text(".said") == ["a", said[:5]]
+        assert "5 tokens" in text(".foot")[0]
+        assert text("#tokens") == ["5"]
+        for figure in ("#speed", "#bytes", "#rounds"):
+            assert float(text(figure)[0]) > 0
+        assert len(browser.find_elements("css selector", "#steps i")) == 5
+
+        before = len(answered(endpoint))
+        most.clear()
+        most.send_keys(str(LONG))
+        words.send_keys("b", ENTER)
+        wait_for(lambda: len(text(".said")) == 4 and text(".said")[3])
+        words.send_keys(ESCAPE)
+        wait_for(lambda: len(text(".turn.assistant .foot")) == 2)
+        assert text(".foot")[1].startswith("stopped")
+        assert next_answered(endpoint, before)["how"] == "left"
+
+        root = browser.find_element("css selector", "html")
+        themes = []
+        for _ in range(2):
+            themes.append(root.get_attribute("data-theme"))
+            browser.find_element("id", "theme").click()
+        assert sorted(themes) == ["dark", "light"]
+        browser.find_element("id", "new").click()
+        assert not text(".turn")
+        assert browser.find_element("id", "hello").is_displayed()
+        assert not browser.get_log("browser")
+
+
 # ------------------------------------------------------------------------- at the start
 
 
@@ -281,13 +345,11 @@ def test_the_log_holds_lengths_and_no_words(client: Any, endpoint: Role) -> None
     [
         (("--host", "0.0.0.0"), "0.0.0.0:8000 can be reached from other machines"),
         (("--port", "TAKEN"), "(Address already in use); choose another --port"),
-        (("--port", "0"), "the server does not answer at 127.0.0.1:1 "),
     ],
 )
 def test_mistakes_at_the_start_are_one_line(
-    bundles: Path, options: tuple[str, str], message: str, capsys: Any, monkeypatch: Any
+    bundles: Path, options: tuple[str, str], message: str, capsys: Any
 ) -> None:
-    monkeypatch.setattr("runtime.session.JOIN_TIMEOUT", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         given = [o.replace("TAKEN", str(taken.getsockname()[1])) for o in options]
         assert run(["proxy", str(bundles), "--plaintext", "--server", "127.0.0.1:1", *given]) == 1
