@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import onnx
@@ -113,7 +114,7 @@ def test_shapes_stand_in_the_text(program: Program, tmp_path) -> None:
     (line,) = [
         li for li in str(program.graph).splitlines() if li.startswith("%model.layers.0.add ")
     ]
-    assert " : shared f38 1xnewx32" in line
+    assert re.search(r" : shared f\d+ 1xnewx32\b", line)
     loaded = Program.load(program.save(tmp_path / "bundles"), roles=("client",))
     assert str(loaded.graph) == str(program.graph)
     with pytest.raises(BundleError, match="inspect the model itself"):
