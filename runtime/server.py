@@ -26,6 +26,7 @@ from runtime.correlations.store import (
     StoreWriter,
     is_store,
     new_store,
+    remove_unfinished,
     stores_below,
 )
 from runtime.errors import PartyError
@@ -113,6 +114,7 @@ def serve(settings: ServerSettings) -> None:
     release_freed_memory()  # every session's process would copy it when it is used again
     metrics = Metrics(ROLES[SERVER])
     if settings.stores is not None:
+        log.info("cleaned", unfinished_stores=remove_unfinished(settings.stores))
         found = [Store.open(place, settings.store_key) for place in stores_below(settings.stores)]
         metrics.stored.set(sum(len(store.left()) for store in found))
     if settings.metrics is not None:

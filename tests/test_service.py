@@ -178,6 +178,26 @@ def test_a_stopped_session_of_the_dealer_is_named_by_both_within_the_timeout(run
             worker.kill()
 
 
+def test_strangers_hold_nobody_up_and_do_not_stay(running, bundles, ann) -> None:
+    strangers = []
+    for address in (running.server.address, running.dealer.address):
+        for said in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            bytes(100),
+            b"\x16\x03\x01\xff\xff" + bytes(50),
+        ):
+            stranger = socket.create_connection((address.host, address.port))
+            stranger.sendall(said)
+            strangers.append(stranger)
+    with running.connection(security=ann) as connection:
+        assert tokens(connection) == decoder.plaintext(bundles, PROMPT, 4)
+    wait_until(lambda: "speaks no TLS" in running.server.output)
+    for stranger in strangers:
+        stranger.close()
+    wait_until(lambda: not running.server.workers and not running.dealer.workers)
+
+
 CLIENT = """
 import sys
 from pathlib import Path

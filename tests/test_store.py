@@ -17,6 +17,7 @@ from runtime.correlations.store import (
     StoreWriter,
     new_store,
     read_key,
+    remove_unfinished,
     stores_below,
 )
 from runtime.errors import PartyError, PromptError
@@ -170,6 +171,14 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
     theirs = tmp_path / "server"
     options = ("--stores", str(theirs), "--store-key", str(key), "--timeout", "20")
     with deployment(bundles, serve=options) as made:
+        # A preparation that is killed leaves no half of a store, and does not stop the next one.
+        with pytest.raises(PartyError, match="the server went away"):
+            made.connection().prepare(
+                PLAN, tmp_path / "client", KEY, lambda *_: [w.kill() for w in made.server.workers]
+            )
+        assert not (tmp_path / "client").exists()
+        assert stores_below(theirs) == []
+        assert remove_unfinished(theirs) == 1
         seen: list[tuple[int, int]] = []
         place, size = made.connection().prepare(
             PLAN, tmp_path / "client", KEY, lambda *progress: seen.append(progress)

@@ -324,6 +324,16 @@ def stores_below(root: Path) -> list[Path]:
     return sorted(place for place in root.iterdir() if is_store(place.name))
 
 
+def remove_unfinished(root: Path) -> int:
+    """Remove what preparations that were killed left behind; gives how many."""
+    if not root.is_dir():
+        return 0
+    left = [place for place in root.iterdir() if place.name[:1] == "." and is_store(place.name[1:])]
+    for place in left:
+        shutil.rmtree(place, ignore_errors=True)
+    return len(left)
+
+
 def _answer_file(folder: Path, answer: int) -> Path:
     return folder / f"answer-{answer:06}.bin"
 
