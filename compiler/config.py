@@ -15,8 +15,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mpcformer-2quad": (*_MPCFORMER, "softmax_2quad"),
     "mpcformer-2relu": (*_MPCFORMER, "softmax_2relu"),
     "merge-er": ("resend_hidden",),
-    "merge-mm": ("fix_attention",),
-    "merge": ("resend_hidden", "fix_attention"),
+    "merge-mm": ("fix_attention", "merge_projections"),
+    "merge": ("resend_hidden", "fix_attention", "merge_projections"),
     "thex": ("relu_activations", "softmax_2relu", "simplify_norms"),
 }
 """Lossy passes that may be asked for by name, beside all exact ones; `exact` asks for none."""

@@ -53,6 +53,7 @@ approximate   softmax_2relu
 dialect       embedding_to_dialect
 dialect       linear_to_dialect
 dialect       arithmetic_to_dialect
+dialect       merge_projections
 dialect       resend_hidden
 optimize      fold_norm_affine
 optimize      fold_attention_scale

@@ -1,0 +1,184 @@
+"""Merge an attention's output projection with the first products of the MLP after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import add_constant, aten, calls, constant, insert, rank, replace
+from passes.base import Pass
+from passes.simplify_norms import affine, observe_norms
+from runtime.op import target
+from runtime.spec import Vis
+from runtime.structural import MOVE_NAMES, target_name
+
+
+@dataclass
+class _Site:
+    """out: the output projection. residual: what it is added to. firsts: what reads the norm."""
+
+    out: fx.Node
+    residual: fx.Node
+    norm: fx.Node
+    firsts: list[fx.Node]
+
+
+class MergeProjections(Pass):
+    """After a constant attention nothing but a norm stands between it and the MLP's activation.
+
+    Lossy. The merge module of MERGE (Liang et al., AAAI 2024): constant attention, concatenation,
+    linear, activation, linear, norm. With a the concatenated heads, x the residual stream, O the
+    output projection and W a first product of the MLP, a pre-norm decoder computes
+
+        h = x + O a,    m = W norm(h),    y = h + V act(m).
+
+    One thing is given up: the norm between gets constant statistics, as in `simplify_norms`, so
+    that norm(h) = gain * h + shift. The rest is algebra: m = (W gain O) a + (W gain) x + constant,
+    with W gain O merged at compile time. The residual stream, which MERGE's module drops there, is
+    kept in both places. What is saved is the norm with its rounds; a and x are sent to the server
+    at once. So it is exact where the rows of h have one mean and deviation. The value projection
+    could be merged, too, as the heads' sums commute with it: but then the whole width instead of a
+    head's goes through the table for each head, and bytes grow by that factor. It stays.
+
+    Before:
+        %1 = mpc.linear(%a, %o.weight, None)
+        %2 = mpc.add(%x, %1)
+        %3 = mpc.layer_norm(%2, %weight, %bias, 1e-05)
+        %4 = mpc.linear(%3, %fc.weight, %fc.bias)
+    After:
+        %1 = mpc.linear(%a, %o.weight, None)
+        %2 = mpc.add(%x, %1)
+        %3 = mpc.linear(%a, %fc.merged_weight, %fc.merged_bias)
+        %4 = mpc.linear(%x, %fc.residual_weight, None)
+        %5 = mpc.add(%3, %4)
+    """
+
+    stage = "dialect"
+    # It reads products and sums as ops of the dialect.
+    after = ("arithmetic_to_dialect", "linear_to_dialect")
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = [
+            site
+            for node in graph_module.graph.nodes
+            if calls(node, target("constant_attention"))
+            for site in self._match(graph_module, node)
+        ]
+        if not found:
+            return 0
+        norms = [site.norm for site in found]
+        statistics = observe_norms(graph_module, norms, self.info.inputs, self.info.calibration)
+        for site in found:
+            gain, shift = affine(graph_module, site.norm, *statistics[site.norm])
+            for first in site.firsts:
+                self._merge(graph_module, site, first, gain, shift)
+        return len(found)
+
+    def _match(self, graph_module: fx.GraphModule, attention: fx.Node) -> list[_Site]:
+        out = _following(attention, "linear")
+        if out is None or constant(graph_module, out.args[1]) is None:
+            return []  # Nothing that is left of an attention by an earlier run.
+        total = _following(out, "add")
+        if total is None:
+            self.skip(attention, "its projection is not added to the residual stream at once")
+            return []
+        last = _last_move(out)
+        residual: Any = total.args[1] if total.args[0] is last else total.args[0]
+        norms = [reader for reader in _readers(total) if _is_norm(reader)]
+        if len(norms) != 1 or rank(residual) != 3:
+            self.skip(attention, "no MLP with a norm of its own follows it")
+            return []
+        firsts = _readers(norms[0])
+        known = [f for f in firsts if calls(f, target("linear"))]
+        if len(known) != len(firsts) or any(
+            constant(graph_module, first.args[1]) is None for first in known
+        ):
+            self.skip(attention, "the norm after it is read by more than linear products")
+            return []
+        return [_Site(out, residual, norms[0], firsts)]
+
+    def _merge(
+        self,
+        graph_module: fx.GraphModule,
+        site: _Site,
+        first: fx.Node,
+        gain: torch.Tensor,
+        shift: torch.Tensor | None,
+    ) -> None:
+        def numbers(node: Any) -> torch.Tensor | None:
+            value = constant(graph_module, node)
+            return None if value is None else value.to(torch.float64)
+
+        weight: Any = numbers(first.args[1])
+        scaled = weight * gain.to(torch.float64)
+        merged = scaled @ numbers(site.out.args[1])
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        for given, factor in ((_bias(first), None), (_bias(site.out), scaled)):
+            value = numbers(given)
+            if value is not None:
+                bias = bias + (value if factor is None else factor @ value)
+        if shift is not None:
+            bias = bias + weight @ shift.to(torch.float64)
+        place = first.meta.get("module") or first.name
+        dtype = first.meta["val"].dtype
+
+        def held(name: str, value: torch.Tensor) -> fx.Node:
+            value = value.to(dtype)
+            return add_constant(first, self.info.constants, f"{place}.{name}", value, Vis.SERVER)
+
+        stream = site.residual.meta["val"]
+        val = stream[..., :1].expand(*stream.shape[:-1], len(weight))
+        heads = _rows(site.out.args[0])
+        by_heads = (heads, held("merged_weight", merged), held("merged_bias", bias))
+        left = insert(first, target("linear"), by_heads, val, Vis.SHARED)
+        by_stream = (site.residual, held("residual_weight", scaled), None)
+        right = insert(first, target("linear"), by_stream, val, Vis.SHARED)
+        if rank(first) == 3:
+            replace(first, target("add"), (left, right))
+            return
+        whole = insert(first, target("add"), (left, right), val, Vis.SHARED)
+        replace(first, aten.reshape.default, (whole, [-1, len(weight)]))
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return calls(node, target("rms_norm"), target("layer_norm"))
+
+
+def _last_move(node: fx.Node) -> fx.Node:
+    """What a value becomes by movement alone, as long as that has one reader."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if target_name(user.target) not in MOVE_NAMES:
+            break
+        node = user
+    return node
+
+
+def _following(node: fx.Node, op: str) -> fx.Node | None:
+    """The only reader of a value, after movement, if it is this op."""
+    users = list(_last_move(node).users)
+    return users[0] if len(users) == 1 and calls(users[0], target(op)) else None
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """All that reads a value, after movement."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        moved = target_name(user.target) in MOVE_NAMES
+        found += _readers(user) if moved else [user]
+    return found
+
+
+def _bias(linear: fx.Node) -> Any:
+    return linear.args[2] if len(linear.args) > 2 else None
+
+
+def _rows(node: Any) -> Any:
+    """Rows [1, N, E] before they were flattened to [N, E] (GPT-2)."""
+    while rank(node) == 2 and calls(node, aten.reshape.default):
+        node = node.args[0]
+    return node

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compiler.capture import Captured, capture
+from compiler.config import CompileConfig
+from compiler.ir import dump
+from compiler.pipeline import rewrite
+from passes.base import PassReport
+from runtime.spec import Vis
+from runtime.structural import target_name
+from tests.families import LAYERS, captured
+from tests.merge_models import VOCAB, looks_back
+from tests.passes.test_fix_attention import CALIBRATION, outputs
+
+PASSES = ("fix_attention", "merge_projections")
+ASKED = CompileConfig(enable=PASSES, calibration=CALIBRATION)
+
+
+def merged(step: Captured) -> dict[str, PassReport]:
+    return {report.name: report for report in rewrite(step, ASKED)}
+
+
+def norms(step: Captured) -> int:
+    names = [target_name(n.target) for n in step.graph_module.graph.nodes if n.op != "output"]
+    return sum(name in ("mpc.rms_norm", "mpc.layer_norm") for name in names)
+
+
+def test_exact_where_all_rows_have_the_same_statistics() -> None:
+    """Attention by position, and rows of mean 0 and deviation 1 between it and the MLP."""
+    model = looks_back()
+    step = capture(model)
+    reports = merged(step)
+    assert reports["merge_projections"].sites == 1
+    assert norms(step) == 2, "the first and the final one"
+    ids = torch.randint(0, VOCAB, (1, 12), generator=torch.Generator().manual_seed(2))
+    for length, cut in ((6, 6), (9, 4), (12, 12)):
+        with torch.no_grad():
+            wanted = model(input_ids=ids[:, :length]).logits[:, -1:]
+        assert float((outputs(step, ids[:, :length], cut) - wanted).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_the_norm_between_is_gone(family: str) -> None:
+    step = captured(family)
+    reports = merged(step)
+    assert reports["merge_projections"].sites == LAYERS
+    assert norms(step) == LAYERS + 1
+    made = {name: vis for name, vis in step.constants.items() if "merged_weight" in name}
+    assert len(made) == LAYERS * (2 if family == "llama" else 1)
+    assert set(made.values()) == {Vis.SERVER}
+    text = dump(step.graph_module)
+    assert merged(step)["merge_projections"].sites == 0
+    assert dump(step.graph_module) == text
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "not added to the residual stream at once"),
+        ("falcon", "no MLP with a norm of its own follows it"),
+        ("gptj", "no MLP with a norm of its own follows it"),
+    ],
+)
+def test_near_misses(family: str, reason: str) -> None:
+    """A norm stands between; attention and MLP are parallel."""
+    step = captured(family)
+    report = merged(step)["merge_projections"]
+    assert report.sites == 0
+    assert len(report.skips) == LAYERS
+    assert all(reason in str(skip) for skip in report.skips)
+
+
+def test_attention_that_is_not_constant_stays() -> None:
+    step, plain = captured("gpt2"), captured("gpt2")
+    rewrite(step, CompileConfig(enable=("merge_projections",)))
+    rewrite(plain, CompileConfig())
+    assert dump(step.graph_module) == dump(plain.graph_module)
