@@ -28,7 +28,7 @@ from torch import nn
 from compiler import CompileConfig, Program, compile_decoder
 from compiler.load import load_model
 from runtime.plain import PlainExecutor
-from runtime.spec import Vis
+from runtime.program import phase_of
 
 RESULTS = Path(__file__).parent / "results"
 STOCK_LAYERS = (1, 2)
@@ -116,18 +116,24 @@ def shortened(model: nn.Module, layers: int) -> nn.Module:
 def steps_of(
     program: Program, tokens: Sequence[int], shapes: Sequence[tuple[int, int]], repeats: int
 ) -> list[Step]:
-    """Inputs of each step: its tokens, and the caches that plaintext has after those before."""
+    """Inputs of each step: its tokens, and the caches that plaintext has after those before.
+
+    A program that resends its hidden state gets that of the step before instead of tokens.
+    """
     plain = PlainExecutor(program.roles["server"])
-    specs = plain.program.inputs
-    (ids,) = [spec.name for spec in specs if spec.vis is Vis.CLIENT]
     result = []
     for new, past in shapes:
-        caches = plain.start()
+        caches, hidden = plain.start(), None
         if past:
-            outputs = plain.step({ids: torch.tensor([list(tokens[:past])]), **caches})
-            caches = {s.name: outputs[s.cache_output] for s in specs if s.cache_output}
-        fed = torch.tensor([list(tokens[past : past + new])])
-        result.append(Step({ids: fed, **caches}, repeats if past else 1))
+            first = plain.program.phase(phase_of(past, 0))
+            fed = torch.tensor([list(tokens[:past])])
+            outputs = plain.step({first.inputs[0].name: fed, **caches}, first.outputs)
+            caches = {s.name: outputs[s.cache_output] for s in first.inputs if s.cache_output}
+            hidden = outputs[first.outputs[0]] if plain.program.resends else None
+        phase = plain.program.phase(phase_of(new, past))
+        fed = torch.tensor([list(tokens[past : past + new])]) if hidden is None else hidden
+        inputs = {phase.inputs[0].name: fed, **caches}
+        result.append(Step(inputs, repeats if past else 1, phase.name))
     return result
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from runtime.bundle import save_bundle
 from runtime.correlations.prg import Prg, new_seed
-from runtime.program import RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
+from runtime.program import PROMPT, InputSpec, RoleProgram
+from runtime.spec import CLIENT, ROLES, SERVER, Vis
 from runtime.values import encode
 
 ROLE = Path(__file__).with_name("role.py")
@@ -28,10 +28,14 @@ TIMEOUT = 3600.0
 
 @dataclass(frozen=True)
 class Step:
-    """Inputs of one step by name, in the clear, and how often to run it: the median counts."""
+    """Inputs of one step by name, in the clear, and how often to run it: the median counts.
+
+    phase: which part of the program is run, if it has parts.
+    """
 
     inputs: dict[str, torch.Tensor]
     repeats: int = 1
+    phase: str = PROMPT
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ def run(
         folder = Path(name)
         for role in ROLES:
             save_bundle(programs[role], folder / role)
-        specs = programs[ROLES[CLIENT]].inputs
         for index, step in enumerate(steps):
+            specs = programs[ROLES[CLIENT]].phase(step.phase).inputs
             for repeat in range(step.repeats):
                 _write_inputs(folder, f"{index}-{repeat}", step, specs)
         job = {
@@ -67,7 +71,7 @@ def run(
             "mode": mode,
             "network": network,
             "rendezvous": f"tcp://127.0.0.1:{_free_port()}",
-            "steps": [{"repeats": step.repeats} for step in steps],
+            "steps": [{"repeats": step.repeats, "phase": step.phase} for step in steps],
         }
         (folder / "job.json").write_text(json.dumps(job))
         parties = {role: _start(folder / "job.json", role) for role in ROLES}
@@ -91,26 +95,29 @@ def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path)
     )
 
 
-def _write_inputs(folder: Path, name: str, step: Step, specs: Sequence[Any]) -> None:
-    """Each role's view: opened values, and shares of fresh masks; the dealer's are the masks."""
+def _write_inputs(folder: Path, name: str, step: Step, specs: Sequence[InputSpec]) -> None:
+    """Each role's view: opened values or shares, and shares of fresh masks."""
     views: dict[str, dict[str, torch.Tensor]] = {role: {} for role in ROLES}
     for spec in specs:
-        value = step.inputs[spec.name]
-        if spec.vis is Vis.CLIENT:
-            for role in ROLES:
-                known = value if role == ROLES[CLIENT] else torch.zeros_like(value)
-                views[role] |= {f"{spec.name}.opened": known, f"{spec.name}.mask": known[..., :0]}
-            continue
-        shares = [_uniform(value.shape) for _ in range(2)]
-        opened = encode(value.double(), spec.frac) + shares[CLIENT] + shares[SERVER]
-        masks = {CLIENT: shares[CLIENT], SERVER: shares[SERVER], DEALER: shares[0] + shares[1]}
-        for party, mask in masks.items():
-            role = ROLES[party]
-            seen = torch.zeros_like(opened) if party == DEALER else opened
-            views[role] |= {f"{spec.name}.opened": seen, f"{spec.name}.mask": mask}
+        for role, (opened, mask) in zip(ROLES, _seen(spec, step.inputs[spec.name]), strict=True):
+            views[role] |= {f"{spec.name}.opened": opened, f"{spec.name}.mask": mask}
     for role, tensors in views.items():
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        contiguous = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
         save_file(contiguous, folder / f"{name}-{role}.safetensors")
+
+
+def _seen(spec: InputSpec, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What client, server and dealer hold of an input: a value and a mask, zeros where nothing."""
+    nothing = torch.zeros_like(value, dtype=torch.int64)
+    if spec.vis is Vis.CLIENT:
+        return [(value, nothing), (nothing, nothing), (nothing, nothing)]
+    words, client, server = encode(value.double(), spec.frac), *map(_uniform, [value.shape] * 2)
+    if spec.form == "share":
+        return [(client, nothing), (words - client, nothing), (nothing, nothing)]
+    if spec.form == "sent":
+        return [(nothing, client), (words - client, nothing), (nothing, client)]
+    opened = words + client + server
+    return [(opened, client), (opened, server), (nothing, client + server)]
 
 
 def _uniform(shape: torch.Size) -> torch.Tensor:

@@ -19,8 +19,10 @@ counted at the transport, both directions together. `crypten` is CrypTen's stock
 one-hot embedding and secret-shared weights; it ran {layers} layers, and the rest is extrapolated
 from the difference that a layer makes. All other rows are mergec's protocols. Errors are against
 the unchanged model in plaintext: a lossy preset that was not retrained is far from it. Seconds
-include the dealer, which works while the step runs. Memory is the larger of client's and
-server's. The × columns say how many times less than `crypten` and than `merge` a row takes.
+include the dealer, which works while the step runs. A preset that resends hidden states
+(`merge-er`, `merge`) runs the head once at the end of an answer; here each step includes it. Memory
+is the larger of client's and server's. The × columns say how many times less than `crypten` and
+than `merge` a row takes.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 

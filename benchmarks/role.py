@@ -28,14 +28,14 @@ from runtime.correlations.prg import SEED_BYTES, new_seed
 from runtime.executor import Executor
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.network import NETWORKS
-from runtime.program import RoleProgram
+from runtime.program import FINISH, Phase, RoleProgram
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.stock import StockExecutor
 from runtime.transport.communicator import CountingCommunicator
 from runtime.transport.emulated import EmulatedLink
 from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
 from runtime.transport.link import Exchange, Link
-from runtime.values import Held, Masked
+from runtime.values import Held, Masked, Sent, Shared
 
 
 def executor_of(
@@ -69,22 +69,42 @@ def executor_of(
     return Executor(program, ServerContext(seed, source), link), lambda: None
 
 
-def inputs_of(program: RoleProgram, path: Path, stock: bool) -> dict[str, Any]:
-    """The program's inputs as this role knows them."""
+def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any]:
+    """The phase's inputs as this role knows them."""
     tensors = load_file(path)
     inputs: dict[str, Any] = {}
-    for spec in program.inputs:
+    for spec in phase.inputs:
         opened, mask = tensors[f"{spec.name}.opened"], tensors[f"{spec.name}.mask"]
+        if role == ROLES[DEALER]:
+            opened = opened.to("meta")
         if spec.vis is Vis.CLIENT:
-            known = program.role == ROLES[CLIENT]
+            known = role == ROLES[CLIENT]
             inputs[spec.name] = Held(Vis.CLIENT, opened if known else opened.to("meta"))
         elif stock:
-            share = opened - mask if program.role == ROLES[CLIENT] else -mask
+            share = opened - mask if role == ROLES[CLIENT] else -mask
             inputs[spec.name] = crypten.MPCTensor.from_shares(share)
+        elif spec.form == "share":
+            inputs[spec.name] = Shared(opened, spec.frac)
+        elif spec.form == "sent":
+            server = role == ROLES[SERVER]
+            inputs[spec.name] = Sent(
+                opened if server else opened.to("meta"),
+                mask.to("meta") if server else mask,
+                spec.frac,
+            )
         else:
-            dealer = program.role == ROLES[DEALER]
-            inputs[spec.name] = Masked(opened.to("meta") if dealer else opened, mask, spec.frac)
+            inputs[spec.name] = Masked(opened, mask, spec.frac)
     return inputs
+
+
+def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A step up to the logits: a program that resends its hidden state finishes at once."""
+    outputs: dict[str, Any] = executor.step(inputs, phase.outputs)
+    if executor.program.resends:
+        last = executor.program.phase(FINISH)
+        hidden = outputs[phase.outputs[0]]
+        outputs = executor.step({last.inputs[0].name: hidden}, last.outputs)
+    return outputs
 
 
 def main(job: dict[str, Any], role: str) -> None:
@@ -118,15 +138,15 @@ def play(
     """Run the steps of the job, and say what each took."""
     role, stock = program.role, job["mode"] == "crypten"
     for index, step in enumerate(job["steps"]):
-        seconds = []
+        phase, seconds = program.phase(step["phase"]), []
         for repeat in range(step["repeats"]):
             path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
-            inputs = inputs_of(program, path, stock)
+            inputs = inputs_of(phase, role, path, stock)
             dist.barrier(communicator.main_group if stock else communicator.control_group)
             before, began = communicator.traffic.snapshot(), time.perf_counter()
             dealt = 0 if stock else executor.context.offline_bytes
             with torch.inference_mode():
-                outputs = executor.step(inputs)
+                outputs = one_step(executor, phase, inputs)
             finish()
             seconds.append(time.perf_counter() - began)
             spent = communicator.traffic - before
