@@ -16,15 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import steps_of
+from harness import run
 
 from compiler import CompileConfig, compile_decoder
 from compiler.load import load_model
-from runtime.inprocess import InProcessSession
 from runtime.spec import Cost
 
 PROMPT, PAST = 64, 128
 STEPS = {"prompt": (PROMPT, 0), "decode": (1, PAST)}
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "passes.md"
+
+INTRODUCTION = f"""# What each pass saves
+
+A prompt of {PROMPT} tokens, and one decode step after {PAST} cached ones. The first row is the
+program of those passes alone that the model cannot be compiled without; each further row adds one
+pass, in the order in which they run, and holds the program of all passes so far. Passes that change
+nothing in a model are left out, and so are lossy ones. `nodes` are instructions of the program.
+Rounds and online bytes (both directions) are predicted by the ops' formulas. `measured` tells what
+the counters of the transport said when client, server and dealer ran that very program in three
+processes. Made by `make pass-table`."""
 
 Costs = dict[str, Cost]
 """By the name of the step."""
@@ -72,21 +83,16 @@ def predict(model: Any, tokenizer: Any) -> tuple[list[Row], list[str], int]:
     return rows, needed, len(history.before.program.instructions)
 
 
-def measure(model: Any, tokenizer: Any, row: Row, vocabulary: int) -> None:
+def measure(model: Any, tokenizer: Any, row: Row) -> None:
     """Compile the row's program, run its steps, and note what the server counted."""
-    config = CompileConfig(disable=row.disabled)
-    program = compile_decoder(model, tokenizer, config)
-    ids = [(17 * i + 5) % vocabulary for i in range(PAST + 1)]
-    with InProcessSession(program.roles) as session:
-        session.step(ids[:PROMPT], 0)
-        row.measured["prompt"] = session.record.total
-        for start in range(PROMPT, PAST, PROMPT):
-            session.step(ids[start : start + PROMPT], start)
-        session.step(ids[PAST:], PAST)
-        row.measured["decode"] = session.record.total
+    program = compile_decoder(model, tokenizer, CompileConfig(disable=row.disabled))
+    ids = [(17 * i + 5) % model.config.vocab_size for i in range(PAST + 1)]
+    taken = run(program.roles, steps_of(program, ids, list(STEPS.values()), 1), "mergec")
+    for name, step in zip(STEPS, taken, strict=True):
+        row.measured[name] = Cost(step.rounds, step.online, step.offline)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row]) -> str:
     """Markdown: rounds and online bytes of both steps, and whether they were measured, too."""
     lines = [
         "| with | nodes | rounds, prompt | online | rounds, decode | online | measured |",
@@ -98,7 +104,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             cost = row.predicted[step]
             cells += [f"{cost.rounds:,}", f"{cost.online / 1e6:,.2f} MB"]
         lines.append(f"| {row.name} | {' | '.join(cells)} | {verdict(row)} |")
-    return lines
+    return "\n".join(lines)
 
 
 def verdict(row: Row) -> str:
@@ -117,29 +123,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
     wanted = parser.parse_args().measure
-    lines = [
-        "# What each pass saves",
-        "",
-        f"A prompt of {PROMPT} tokens, and one decode step after {PAST} cached ones. The first row",
-        "is the program of those passes alone that the model cannot be compiled without; each",
-        "further row adds one pass, in the order in which they run, and holds the program of all",
-        "passes so far. Passes that change nothing in a model are left out, and so are lossy ones.",
-        "`nodes` are instructions of the program. Rounds and online bytes (both directions) are",
-        "predicted by the ops' formulas. `measured` tells what the counters of the transport said",
-        "when client, server and dealer ran that very program. Made by `make pass-table`.",
-    ]
+    parts = [INTRODUCTION]
     for title, load in (("GPT-2-base, random weights", gpt2), ("SmolLM2-135M-Instruct", smollm2)):
         model, tokenizer = load()
         rows, needed, captured = predict(model, tokenizer)
-        for row in rows if wanted == "all" else rows[:: len(rows) - 1] if wanted == "ends" else ():
-            gc.collect()
-            measure(model, tokenizer, row, model.config.vocab_size)
-        lines += ["", f"## {title}", "", f"As captured: {captured:,} nodes of ATen. Needed: "]
-        lines[-1] += ", ".join(needed) + "."
-        lines += ["", *table(rows)]
-    text = "\n".join(lines) + "\n"
-    TARGET.write_text(text, encoding="utf-8")
-    print(text)
+        parts.append("")
+        chosen = {"all": rows, "ends": [rows[-1], rows[0]], "none": []}[wanted]
+        for row in [None, *chosen]:
+            if row is not None:
+                gc.collect()
+                measure(model, tokenizer, row)
+            parts[-1] = f"""## {title}
+
+As captured: {captured:,} nodes of ATen. Needed: {", ".join(needed)}.
+
+{table(rows)}"""
+            TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(TARGET.read_text(encoding="utf-8"))
 
 
 def smollm2() -> tuple[Any, Any]:
