@@ -13,7 +13,7 @@ from runtime.bundle import TOKENIZER, load_bundle
 from runtime.context import ClientContext
 from runtime.correlations.store import Header, Store, StoreError, StoreWriter, is_store
 from runtime.encoding import is_a
-from runtime.errors import MergecError, PartyError, PromptError
+from runtime.errors import LimitError, MergecError, PartyError, PromptError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, StepReport, Token, answer, check_prompt, measured
 from runtime.program import RoleProgram
@@ -298,7 +298,9 @@ class Connection:
             return False
         if kind is Kind.REFUSED:
             reason = printable(str(fields.get("reason", "")))
-            raise PromptError(f"the server does not take this prompt: {reason}")
+            told = f"the server does not take this prompt: {reason}"
+            wait = fields.get("wait")
+            raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
         return True
 
     def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:

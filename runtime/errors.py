@@ -15,6 +15,14 @@ class PromptError(MergecError):
     """The prompt cannot be run: empty, too long, or holding unknown tokens."""
 
 
+class LimitError(PromptError):
+    """The server answers no more for now; `wait` seconds later it may again."""
+
+    def __init__(self, message: str, wait: int) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
 class PartyError(MergecError):
     """A peer is missing, disagrees about the program, or went away."""
 

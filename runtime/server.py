@@ -6,6 +6,7 @@ server's own memory for a session is its share of the caches, as all sessions sh
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -445,7 +446,7 @@ class _Session:
             tokens = whole(fields, "tokens", 1, 1 << 30, channel.peer)
             refusal = self._refusal(length, tokens)
             if refusal:
-                channel.send_json(Kind.REFUSED, reason=refusal)
+                channel.send_json(Kind.REFUSED, **refusal)
                 continue
             if take is not None:
                 try:
@@ -467,18 +468,19 @@ class _Session:
                 raise PartyError("the session was idle for too long; begin another")
         self._parent.idle = False
 
-    def _refusal(self, length: int, tokens: int) -> str:
-        """Why an answer of so many tokens cannot be given, if so."""
+    def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
+        """Why an answer of so many tokens cannot be given, if so; and when it can be."""
         limits = self._settings.limits
         most = [n for n in (limits.length, self._program.manifest["max_length"]) if n]
         if most and length + tokens > min(most):
-            return f"prompt and answer may have {min(most)} tokens together"
+            return {"reason": f"prompt and answer may have {min(most)} tokens together"}
         if limits.tokens and tokens > limits.tokens:
-            return f"an answer may have {limits.tokens} tokens"
-        wait = self._parent.ask(kind="allowance")[0]["wait"]
+            return {"reason": f"an answer may have {limits.tokens} tokens"}
+        wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
         if wait:
-            return f"{limits.rate} tokens a minute are used up; try again in {wait:.0f} s"
-        return ""
+            used = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
+            return {"reason": used, "wait": wait}
+        return {}
 
     def _answer(
         self,

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from runtime.errors import BundleError, MergecError
+from runtime.errors import MergecError
 from runtime.proxy.answer import Answer, Part
 from runtime.proxy.errors import ApiError, explain, invalid
 from runtime.proxy.reader import Reader
@@ -74,7 +74,7 @@ def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], l
 
 async def _refuse(_request: Request, error: Exception) -> Response:
     told = explain(error)
-    return JSONResponse(told.json(), told.status)
+    return JSONResponse(told.json(), told.status, told.headers)
 
 
 async def _forget(_request: Request, _error: Exception) -> Response:
@@ -97,8 +97,6 @@ class Endpoint:
     """One model, answered by sessions with its server."""
 
     def __init__(self, sessions: Sessions, log: Any) -> None:
-        if sessions.text is None:
-            raise BundleError("this bundle has no tokenizer; compile with one")
         self._sessions, self._text, self._log = sessions, sessions.text, log
         manifest = sessions.program.manifest
         self._manifest = manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.errors import PartyError, PromptError
+from runtime.errors import LimitError, PartyError, PromptError
 
 INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
 
@@ -21,9 +21,12 @@ class ApiError(Exception):
         kind: str = INVALID,
         param: str | None = None,
         code: str | None = None,
+        wait: int | None = None,
     ) -> None:
+        """wait: seconds after which asking again makes sense."""
         super().__init__(message)
         self.status = status
+        self.headers = {} if wait is None else {"Retry-After": str(wait)}
         self.fields = {"message": message, "type": kind, "param": param, "code": code}
 
     def json(self) -> dict[str, Any]:
@@ -34,6 +37,8 @@ def explain(error: BaseException) -> ApiError:
     """Any error of an answer. Of one that is our own bug only the kind is told."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, LimitError):
+        return ApiError(429, str(error), kind=LIMITED, code="rate_limit_exceeded", wait=error.wait)
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="prompt_refused")
     if isinstance(error, PartyError):

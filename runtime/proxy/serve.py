@@ -18,7 +18,7 @@ from runtime.proxy.sessions import Sessions
 from runtime.spec import CLIENT, ROLES
 from runtime.transport.address import Address
 
-_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from runtime.client import Connection
-from runtime.errors import PartyError
+from runtime.errors import BundleError, PartyError
 from runtime.generation import StepReport, Token
 from runtime.proxy.errors import LIMITED, ApiError
 
@@ -63,9 +63,14 @@ class Sessions:
     """
 
     def __init__(self, connect: Callable[[], Connection], most: int, queue: int) -> None:
-        """Opens the first session; raises MergecError where that fails."""
+        """Opens the first session.
+
+        connect: makes a client, without a session yet. Raises MergecError where opening fails.
+        """
         self._connect = connect
         first = connect()
+        if first.text is None:
+            raise BundleError("this bundle has no tokenizer; compile with one")
         first.open()
         self.program, self.text = first.program, first.text
         self.setup: StepReport | None = first.setup

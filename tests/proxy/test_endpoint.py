@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import time
@@ -15,7 +16,10 @@ import torch
 
 from runtime.bundle import load_bundle, role_path
 from runtime.cli import run
+from runtime.errors import LimitError
 from runtime.plain import PlainExecutor
+from runtime.proxy.errors import explain
+from runtime.proxy.sessions import Sessions
 from tests import characters
 from tests.browser import chromium
 from tests.services import Deployment, Role, deployment, role
@@ -48,7 +52,7 @@ def running(bundles: Path) -> Iterator[Deployment]:
 @pytest.fixture(scope="module")
 def endpoint(running: Deployment) -> Iterator[Role]:
     at = ("--server", str(running.server.address), "--dealer", str(running.dealer.address))
-    with role("proxy", running.bundles, *at, "--plaintext", "--queue", "2") as made:
+    with role("proxy", running.bundles, *at, "--plaintext", "--queue", "2", "--grace", "1") as made:
         yield made
 
 
@@ -335,6 +339,49 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
         assert not text(".turn")
         assert browser.find_element("id", "hello").is_displayed()
         assert not browser.get_log("browser")
+
+
+def test_sigterm_ends_the_sessions(client: Any, endpoint: Role, running: Deployment) -> None:
+    before = sum(line["event"] == "session ended" for line in running.server.log)
+    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
+    stream = client.completions.create(stream=True, **asked)
+    next(iter(stream))
+    assert endpoint.stop() == 0
+    stream.close()
+    assert answered(endpoint)[-1]["how"] in ("left", "length")
+    assert endpoint.log[-1]["event"] == "stopped"
+    running.server.wait_for("session ended", before + 1)
+    assert "Traceback" not in endpoint.output
+
+
+# ---------------------------------------------------------------------- several sessions
+
+
+def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: str) -> None:
+    async def ask(sessions: Sessions, count: int) -> str:
+        job = sessions.ask(characters.ids(PROMPT), max_tokens=count)
+        tokens = []
+        while (token := await job.next()) is not None:
+            tokens.append(token.token)
+        return "".join(characters.SYMBOLS[token] for token in tokens)
+
+    async def ask_many(sessions: Sessions) -> None:
+        assert sessions.most == 2, "of the five that were wanted"
+        both = await asyncio.gather(ask(sessions, 9), ask(sessions, 8))
+        assert both == [said[:9], said[:8]]
+        await ask(sessions, 12)
+        with pytest.raises(LimitError) as found:
+            await ask(sessions, 4)
+        told = explain(found.value)
+        assert (told.status, told.fields["code"]) == (429, "rate_limit_exceeded")
+        assert 0 < int(told.headers["Retry-After"]) <= 60
+
+    with deployment(bundles, serve=("--client-sessions", "2", "--rate", "24")) as made:
+        sessions = Sessions(made.connection, most=5, queue=0)
+        asyncio.run(ask_many(sessions))
+        assert sum(line["event"] == "session began" for line in made.server.log) == 2
+        sessions.close()
+        made.server.wait_for("session ended", 2)
 
 
 # ------------------------------------------------------------------------- at the start
