@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.errors import PartyError
 from runtime.generation import StepReport
+from runtime.proxy.errors import place_of
 from runtime.proxy.reader import Piece, Place, Reader
 from runtime.proxy.replies import Usage
 from runtime.proxy.sessions import Job
@@ -83,6 +84,7 @@ class Answer:
         if isinstance(error, PartyError):  # names roles and addresses, never a prompt
             self._log.warning("answer failed", reason=str(error), seconds=took, **told)
         elif isinstance(error, Exception):
-            self._log.warning("answer failed", kind=type(error).__name__, seconds=took, **told)
+            kind, at = type(error).__name__, place_of(error)
+            self._log.warning("answer failed", kind=kind, at=at, seconds=took, **told)
         else:
             self._log.info("answered", how=how, seconds=took, **told)

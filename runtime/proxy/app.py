@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from runtime.errors import MergecError
 from runtime.proxy.answer import Answer, Part
-from runtime.proxy.errors import ApiError, explain, invalid
+from runtime.proxy.errors import ApiError, explain, invalid, place_of
 from runtime.proxy.reader import Reader
 from runtime.proxy.replies import ChatForm, CompletionForm, Form, cost
 from runtime.proxy.requests import ChatRequest, CompletionRequest, StreamOptions, Wanted
@@ -50,7 +50,12 @@ def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], l
     """The endpoint. hosts: names it may be called by; origins: of web pages that may ask, too."""
     endpoint = Endpoint(sessions, log)
     app = FastAPI(
-        title="mergec", docs_url=None, redoc_url=None, openapi_url=None, lifespan=endpoint.lifespan
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=endpoint.lifespan,
+        # A page may send a body of another type without asking first: it must not be read as JSON.
+        strict_content_type=True,
     )
     # A web page elsewhere could point a name of its own at this machine: its Host gives it away.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -68,13 +73,8 @@ def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], l
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(ClientDisconnect, _forget)
     for kind in (ApiError, MergecError, Exception):
-        app.add_exception_handler(kind, _refuse)
+        app.add_exception_handler(kind, endpoint.refuse)
     return app
-
-
-async def _refuse(_request: Request, error: Exception) -> Response:
-    told = explain(error)
-    return JSONResponse(told.json(), told.status, told.headers)
 
 
 async def _forget(_request: Request, _error: Exception) -> Response:
@@ -110,6 +110,13 @@ class Endpoint:
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, self._sessions.close)
+
+    async def refuse(self, _request: Request, error: Exception) -> Response:
+        """Answer an error; our own are logged without their messages, which may hold a prompt."""
+        told = explain(error)
+        if told.status == 500:
+            self._log.error("internal error", kind=type(error).__name__, at=place_of(error))
+        return JSONResponse(told.json(), told.status, told.headers)
 
     # ------------------------------------------------------------------------------- routes
 

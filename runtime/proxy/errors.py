@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import LimitError, PartyError, PromptError
@@ -44,6 +46,12 @@ def explain(error: BaseException) -> ApiError:
     if isinstance(error, PartyError):
         return ApiError(503, str(error), kind=UNAVAILABLE, code="party_unavailable")
     return ApiError(500, f"internal error ({type(error).__name__})", kind=UNAVAILABLE)
+
+
+def place_of(error: BaseException) -> str:
+    """File and line where an error arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
 def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
