@@ -46,7 +46,14 @@ def test_an_unknown_preset_lists_the_valid_ones() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", LOSSY)
+@pytest.mark.parametrize(
+    "preset",
+    # These have all passes between them.
+    [
+        pytest.param(p, marks=() if p in ("mpcformer-2quad", "thex", "merge") else pytest.mark.slow)
+        for p in LOSSY
+    ],
+)
 def test_every_family(family: str, preset: str) -> None:
     config = CompileConfig(max_length=64, preset=preset)
     step = captured(family)
