@@ -400,7 +400,10 @@ def proxy_command(
 def _answer(
     connection: Connection, asked: list[int], *, show_ids: bool = False, **options: Any
 ) -> str:
-    """Stream an answer, and say what it took. Ctrl-C ends it after the step under way."""
+    """Stream an answer, and say what it took.
+
+    Ctrl-C ends it after the step under way, so that the session stays; a second one, at once.
+    """
     from runtime.text import Stream
 
     stream = Stream(connection.text, write) if connection.text and not show_ids else None
@@ -408,6 +411,8 @@ def _answer(
 
     def stop(*_: object) -> None:
         nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
         stopped = True
 
     before = signal.signal(signal.SIGINT, stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -14,7 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from runtime.bundle import save_bundle
 from runtime.certificates import make_certificates
 from runtime.cli import run
 from runtime.errors import PartyError, PromptError
@@ -290,6 +295,35 @@ def test_the_command_line_streams_an_answer_over_tls(running, bundles, certifica
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(t) for t in decoder.plaintext(bundles, PROMPT, 4)]
     assert "4 steps" in done.stderr
+
+
+def test_a_chat_keeps_its_turns_and_goes_on_after_a_mistake(
+    running, bundles, certificates, tmp_path, monkeypatch, capsys
+) -> None:
+    words = list("abcdefghijklm")
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = Whitespace()
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    files = {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps({"chat_template": template}),
+    }
+    save_bundle(
+        decoder.program("client", model="tiny"),
+        tmp_path / "client",
+        {f"tokenizer/{name}": text.encode() for name, text in files.items()},
+    )
+    said = iter(["f b h", "a " * 14, "c", ""])
+    monkeypatch.setattr("builtins.input", lambda *_: next(said))
+    places = ["--server", str(running.server.address), "--dealer", str(running.dealer.address)]
+    secured = ["--certs", str(certificates / "ann"), "--max-tokens", "3"]
+    assert run(["chat", str(tmp_path), *places, *secured]) == 0
+    printed = capsys.readouterr()
+    first = decoder.plaintext(bundles, PROMPT, 3)
+    second = decoder.plaintext(bundles, [*PROMPT, *first, 2], 3)
+    expected = [" ".join(words[token] for token in turn) for turn in (first, second)]
+    assert printed.out.splitlines() == expected
+    assert "error: the prompt has 20 tokens, which with 3 to generate is more than" in printed.err
 
 
 # ------------------------------------------------------------------- services of their own
