@@ -21,6 +21,7 @@ from runtime.protocols.argmax import (
 )
 from runtime.protocols.compare import take_window
 from runtime.protocols.gumbel import gumbel
+from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.sampling import TEMPERATURE_BITS
 from runtime.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
 from runtime.values import Held, Shared
@@ -62,7 +63,8 @@ class RevealToken(Op):
     ) -> Cost:
         """For a whole vocabulary to choose from, unless `top_k` tells how many tokens."""
         rows, vocabulary = math.prod(logits.shape[:-1]), logits.shape[-1]
-        last = Cost(rounds=1, online=4 * rows)
+        last = truncate_cost(rows * vocabulary, logits.frac - _FINEST)
+        last += Cost(rounds=1, online=4 * rows)
         if not top_k:
             noise = Cost(offline=8 * rows * vocabulary)
             return noise + best_cost(rows, vocabulary, 1, _groups(vocabulary, groups)) + last
@@ -74,7 +76,8 @@ class RevealToken(Op):
     def protocol(cls, ctx: Context, logits: Shared, groups: Sequence[int] = ()) -> Protocol:
         """The largest of logits + temperature * Gumbel noise, which is a draw from their softmax.
 
-        In: logits [..., V] with at least 16 fractional bits, |logit| + 37 temperature < 2**14.
+        In: logits [..., V] with at least 16 fractional bits, |logit| + 37 temperature < 2**14;
+        beyond 48 bits they are truncated first, which takes a round and 16 bytes each.
         `ctx.draw` has the public temperature, 0 for the largest logit itself, and the public number
         of tokens to choose from. Out: held by the client. Rounds 3 for each level of groups and 1;
         online and offline as in `protocols.argmax`, 4 bytes to the client, and 8 offline for each
@@ -89,7 +92,10 @@ class RevealToken(Op):
         2014).
         """
         shape, vocabulary = logits.shape[:-1], logits.shape[-1]
-        keys = take_window(logits.share.reshape(-1, vocabulary), logits.frac - FRACTIONAL_BITS)
+        frac, share = logits.frac, logits.share.reshape(-1, vocabulary)
+        if frac > _FINEST:
+            share, frac = (yield from truncate(ctx, share, frac - _FINEST)), _FINEST
+        keys = take_window(share, frac - FRACTIONAL_BITS)
         candidates = Candidates(keys)
         top_k = ctx.draw.top_k
         sizes: Sequence[int] = _groups(vocabulary, groups)
@@ -114,6 +120,10 @@ class RevealToken(Op):
         if index is None:
             return Held(Vis.CLIENT, torch.empty(logits.shape[:-1], device="meta"))
         return Held(Vis.CLIENT, index.long().reshape(logits.shape[:-1]))
+
+
+_FINEST = FRACTIONAL_BITS + 32
+"""Most fractional bits of a share whose window of 32 bits above the 16th is exact at the top."""
 
 
 def _groups(vocabulary: int, given: Sequence[int]) -> Sequence[int]:

@@ -63,6 +63,14 @@ def test_extreme_and_close_logits() -> None:
     assert _draw(_logits(3, 9), frac=16).tolist() == _logits(3, 9).argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("frac", [16, 32, 47, 48, 49, 54])
+def test_any_number_of_fractional_bits(frac: int) -> None:
+    """A window further up than bit 32 would be no share modulo 2**32 any more."""
+    logits = _logits(40, 97).clamp(-60, 60)
+    assert torch.equal(_draw(logits, frac=frac), logits.argmax(-1))
+    assert set(_draw(logits, Draw(2**16, 2), frac=frac).tolist()) <= set(range(97))
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k"), [(1.0, 0), (0.5, 0), (3.0, 0), (1.0, 3), (2.0, 2)]
 )
