@@ -117,7 +117,9 @@ def _operands(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
         return (take(value.args[0], dim), *value.args[1:])
     if name in _BROADCAST or (name == "mpc.rotary" and inner):
         return tuple(_aligned(value, dim, arg, take) for arg in value.args)
-    if name == "mpc.attention" and dim == 2:
+    if name == "mpc.constant_attention" and dim == 2:
+        return (*value.args[:2], 1)
+    if name in ("mpc.attention", "mpc.ratio_attention") and dim == 2:
         query, keys, values, mask, *rest = value.args
         return take(query, dim), keys, values, _aligned(value, dim, mask, take), *rest
     if calls(value, aten.cat.default):

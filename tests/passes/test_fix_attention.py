@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compiler.capture import Captured, capture
@@ -87,6 +88,25 @@ def test_weights_are_those_of_attention() -> None:
     q, k, v = normal(1, 4, 3, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2)
     weights = Attention.probabilities(q, k, None, 0.5)
     assert torch.equal(weights @ v.repeat_interleave(2, 1), Attention.reference(q, k, v, None, 0.5))
+
+
+@pytest.mark.parametrize("name", ["fix_attention", "softmax_2quad"])
+def test_a_last_layer_computes_the_last_position_alone(name: str) -> None:
+    config = {"enable": (name,), "calibration": CALIBRATION}
+    step, whole = captured("gpt2"), captured("gpt2")
+    rewrite(step, CompileConfig(**config))
+    rewrite(whole, CompileConfig(**config, disable=("hoist_last_position",)))
+    ids = torch.randint(0, 97, (1, 8), generator=torch.Generator().manual_seed(3))
+    for cut in (8, 5):
+        assert float((outputs(step, ids, cut) - outputs(whole, ids, cut)).abs().max()) < 1e-12
+    ops = ("constant_attention", "ratio_attention")
+    rows = [
+        str(node.meta["val"].shape[2])
+        for node in step.graph_module.graph.nodes
+        if any(node.target is target(op) for op in ops)
+    ]
+    assert rows[-1] == "1"
+    assert rows[0] != "1"
 
 
 def test_near_misses() -> None:
