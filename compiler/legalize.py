@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from compiler.moves import is_move, known_size
 from runtime.op import REGISTRY, Op, target
 from runtime.ops.ratio_attention import LARGEST_BOUND
 from runtime.ops.rotary import TABLE_FRAC
+from runtime.protocols.saturate import MAX_INPUT_FRAC
 from runtime.spec import HEADROOM_BITS, Vis
 
 RANGE_MARGIN_BITS = 3
 """A value may become 2**3 times as large as in calibration before it leaves the ring."""
+
+SPARE_BITS = 5
+"""A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
 
 SCALAR_INPUT_BITS = 14
 """Scalar functions take |x| < 2**14."""
@@ -37,6 +42,7 @@ WEIGHT_BITS = 6
 _NORM_MARGIN = 2.0**4
 """The mean square of a row may become 2**4 times as large as in calibration."""
 
+_LOCAL = ("add", "sub", "scale", "shift", "sum", "rotary")
 _AT_FULL_SCALE = ("add", "sub", "shift", "sum")
 _CONVERSIONS = {"masked": "open", "sent": "send"}
 _RESULTS = {name: form for form, name in _CONVERSIONS.items()}
@@ -105,6 +111,7 @@ class _Legalizer:
         self.single = _used_once(graph_module)
         self.wants = self.needed_forms()
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.fine: dict[fx.Node, bool] = {}
         self.failures: dict[fx.Node, str] = {}
 
     def run(self) -> None:
@@ -159,7 +166,13 @@ class _Legalizer:
         forms = self.forms(op, arguments)
         for parameter, value in arguments.items():
             if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
-                arguments[parameter] = self.convert(value, forms.get(parameter, "fixed"))
+                form = forms.get(parameter, "fixed")
+                fine = op.name == "linear" and self.fits_products(value)
+                arguments[parameter] = self.convert(value, form, fine)
+        if self.too_fine(node, op, arguments):
+            for parameter, value in arguments.items():
+                if isinstance(value, fx.Node) and value.meta.get("form") == "share":
+                    arguments[parameter] = self.convert(value, "fixed")
         node.args, node.kwargs = tuple(arguments.values()), {}
         if op.name in ("rms_norm", "layer_norm"):
             self.bound_norm(node, op)
@@ -206,6 +219,27 @@ class _Legalizer:
         vis = value.meta.get("vis", Vis.PUBLIC)
         return value.meta["frac"] if vis is Vis.SHARED else vis
 
+    def too_fine(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> bool:
+        """Whether a local op's result would leave the ring; its operands are truncated then.
+
+        Rows scaled by a gain carry 48 fractional bits, and a rotary embedding adds 16, say.
+        """
+        absmax = node.meta.get("absmax")
+        if op.name not in _LOCAL or not absmax:
+            return False
+        frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
+        return frac > 2 * self.fixed and frac > _fitting(absmax)
+
+    def fits_products(self, node: fx.Node) -> bool:
+        """Whether all products of a wire with weights can hold its fractional bits untruncated."""
+        while is_move(node):
+            node = node.args[0]  # type: ignore[assignment]
+        if node not in self.fine:
+            frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
+            # Decided once, as products are taken off the wire when it is opened for them.
+            self.fine[node] = all(frac <= self.room[product] for product in _products(node))
+        return self.fine[node]
+
     def pass_through(self, node: fx.Node) -> None:
         """A structural op keeps form and scale; several inputs are first brought to one."""
         inputs = [n for n in node.all_input_nodes if n.meta.get("vis") is not Vis.PUBLIC]
@@ -225,26 +259,32 @@ class _Legalizer:
             if value.meta.get("vis") is Vis.SHARED and value.meta["form"] != "sent":
                 node.replace_input_with(value, self.convert(value, "masked"))
 
-    def convert(self, node: fx.Node, form: str) -> fx.Node:
-        """The node in the wanted form; made once and reused."""
+    def convert(self, node: fx.Node, form: str, fine: bool = False) -> fx.Node:
+        """The node in the wanted form; made once and reused. `fine`: opened without truncation."""
         if form == "share" or node.meta["form"] == form:
             return node
-        if node.meta["form"] == "masked" and form == "fixed":
+        if node.meta["form"] == "masked" and form in ("fixed", "window"):
             return node
+        if form == "window":
+            if node.meta["frac"] <= MAX_INPUT_FRAC:
+                return node
+            form = "fixed"
         if form == "fixed" and node.meta["frac"] == self.fixed:
             return node
         if is_move(node) and form in self.wants[node.args[0]]:  # type: ignore[index]
-            return self.move(node, form)
+            return self.move(node, form, fine)
         if form == "fixed":
             return self.insert(node, "truncate", "share")
-        return self.insert(self.convert(node, "fixed"), _CONVERSIONS[form], form)
+        if not fine:
+            node = self.convert(node, "fixed")
+        return self.insert(node, _CONVERSIONS[form], form)
 
-    def move(self, node: fx.Node, form: str) -> fx.Node:
+    def move(self, node: fx.Node, form: str, fine: bool) -> fx.Node:
         """The same movement of its operand in the wanted form, which is made anyway."""
         source: Any = node.args[0]
         key = (node, form)
         if key not in self.made:
-            converted = self.convert(source, form)
+            converted = self.convert(source, form, fine)
             with self.graph.inserting_after(node):
                 args = (converted, *node.args[1:])
                 new = self.graph.call_function(node.target, args, node.kwargs)  # type: ignore[arg-type]
@@ -259,7 +299,7 @@ class _Legalizer:
             with self.graph.inserting_after(node):
                 new = self.graph.call_function(target(name), (node,))
             new.meta = {k: v for k, v in node.meta.items() if k != "name"}
-            self.mark(new, form, self.fixed)
+            self.mark(new, form, self.fixed if name == "truncate" else node.meta["frac"])
             self.made[key] = new
         return self.made[key]
 
@@ -268,7 +308,12 @@ class _Legalizer:
         weight: Any = node.args[1]
         if weight.op != "get_attr" or weight.target not in self.single:
             return 0
-        return max(0, min(WEIGHT_BITS, math.floor(self.room[node]) - 2 * self.fixed))
+        x: Any = node.args[0]
+        frac = x.meta["frac"] + self.fixed
+        most = min(WEIGHT_BITS, math.floor(self.room[node]) - frac)
+        if "window" in self.wants[node]:
+            most = min(most, MAX_INPUT_FRAC - frac)
+        return max(0, most)
 
     def mark(self, node: fx.Node, form: str, frac: int) -> None:
         node.meta["form"], node.meta["frac"] = form, frac
@@ -316,6 +361,16 @@ class _Legalizer:
         arguments = arguments | {"bound": min(bound, limit)}
         node.args = tuple(arguments.values())
         return arguments
+
+
+def _products(node: fx.Node) -> Iterator[fx.Node]:
+    """The linear layers that take a wire, however it is moved before."""
+    for user in node.users:
+        op = op_of(user)
+        if op is not None and op.name == "linear" and user.args[0] is node:
+            yield user
+        elif is_move(user):
+            yield from _products(user)
 
 
 def _count(node: fx.Node) -> int:

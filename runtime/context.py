@@ -94,7 +94,10 @@ class Context(ABC):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        """Additive shares modulo 2**32 or 2**64 of what `secret` returns; meta at the dealer."""
+        """Additive shares, in the ring of `dtype`, of what `secret` returns; meta at the dealer.
+
+        uint8 is no number here but eight bits: its shares are XOR shares (`deal_bits`).
+        """
 
     def deal_indicator(
         self,

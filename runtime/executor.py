@@ -182,7 +182,7 @@ class Executor:
         bound = planned.bind(args, kwargs)
         known_of = [visibility(v) if is_tensor(v) else v for v in bound.values()]
         for parameter, form in op.forms(*known_of).items():
-            if form in ("share", "fixed") and isinstance(bound[parameter], Masked):
+            if form in ("share", "fixed", "window") and isinstance(bound[parameter], Masked):
                 masked = bound[parameter]
                 bound[parameter] = Shared(as_share(self.context, masked, masked.frac), masked.frac)
         for parameter in op.weights:

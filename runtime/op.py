@@ -25,10 +25,11 @@ class Op:
     reference: the meaning in the clear on ordinary tensors; shapes come from it on fake tensors.
     visibility: who may know the result, from who knows the tensor operands.
     operands: for each tensor operand that is shared, the form the protocol takes it in:
-        "share" (any number of fractional bits), "fixed" (a share truncated to the program's
-        fractional bits), "masked" (opened to both under a mask, fixed), "sent" (opened to the
-        server under a mask that the client knows, fixed). `forms` says it where it depends on the
-        arguments.
+        "share" (any number of fractional bits), "window" (a share with no more than
+        `runtime.protocols.saturate.MAX_INPUT_FRAC` of them), "fixed" (a share truncated to the
+        program's fractional bits), "masked" (opened to both under a mask, fixed), "sent" (opened to
+        the server under a mask that the client knows, with as many as its products have room for).
+        `forms` says it where it depends on the arguments.
     weights: operands that, when they are constants of the server's, held or shared, go under a
         static mask.
     scale: fractional bits of the result; in place of a shared operand it gets

@@ -18,6 +18,7 @@ from compiler.ir import dump
 from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
 from compiler.moves import is_move, known_size, moved
 from compiler.pipeline import rewrite, to_dialect
+from runtime.protocols.saturate import MAX_INPUT_FRAC
 from runtime.spec import HEADROOM_BITS, Vis
 from runtime.structural import target_name
 from tests.families import FAMILIES, captured, random_decoder
@@ -140,6 +141,8 @@ def test_every_operand_is_in_the_form_its_op_takes() -> None:
             checked += 1
             if form == "fixed":
                 assert value.meta["frac"] == FIXED
+            elif form == "window":
+                assert value.meta["frac"] <= MAX_INPUT_FRAC
             elif form != "share":
                 assert value.meta["form"] == form
     assert checked > 50

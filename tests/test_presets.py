@@ -88,11 +88,11 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
 
 
 def test_a_lossy_program_costs_less() -> None:
+    """In rounds; in bytes a square opens more than a table takes."""
     exact = cost_report(compiled("llama", "exact").any_role, 1, 32).total
     for preset in LOSSY:
         lossy = cost_report(compiled("llama", preset).any_role, 1, 32).total
         assert lossy.rounds < exact.rounds
-        assert lossy.online < exact.online
 
 
 @pytest.mark.parametrize(

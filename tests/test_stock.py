@@ -20,6 +20,8 @@ TOLERANCES = {
     # Functions of exponentials, some through Newton's iteration from a fixed start.
     **dict.fromkeys(("sigmoid", "tanh", "softmax", "reciprocal", "rsqrt"), 5e-3),
     **dict.fromkeys(("quadratic", "constant_attention"), 5e-4),
+    # Two Householder steps.
+    "log": 3e-2,
     # Those times numbers below 4.
     **dict.fromkeys(("silu", "quick_gelu", "gelu", "glu", "attention"), 1e-2),
     # Weights near 100 times the reciprocal of their sum, which has 16 bits.
@@ -69,6 +71,7 @@ SCRIPT = """
         ("relu", [x], [S]), ("exp", [-x.abs()], [S]), ("sigmoid", [x], [S]), ("tanh", [x], [S]),
         ("softmax", [x], [S]), ("softmax", [x[..., :1]], [S]),
         ("reciprocal", [positive(6)], [S]), ("rsqrt", [positive(6)], [S]),
+        ("log", [positive(6)], [S]),
         ("silu", [x], [S]), ("quick_gelu", [x], [S]),
         ("gelu", [x], [S]), ("gelu", [x, True], [S, P]),
         *(("glu", [x, y, act], [S, S, P]) for act in ("silu", "gelu", "gelu_tanh", "relu")),

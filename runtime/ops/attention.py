@@ -12,11 +12,26 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol, together
 from runtime.op import Op
-from runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
+from runtime.protocols.multiply import matmul_of_masked
+from runtime.protocols.normalize import (
+    SCALED_FRAC,
+    open_row,
+    open_row_cost,
+    scale_rows,
+    scale_rows_cost,
+)
 from runtime.protocols.opening import open_masked, open_masked_cost
-from runtime.protocols.power import power, power_cost
-from runtime.protocols.rows import EXP_FRAC, INVERSE, exponentials, exponentials_cost
-from runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
+from runtime.protocols.power import octaves, octaves_cost
+from runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
+from runtime.protocols.saturate import (
+    MAX_INPUT_FRAC,
+    Function,
+    Tail,
+    apply,
+    apply_cost,
+    function_input,
+    saturating,
+)
 from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.spec import Cost
 from runtime.stock_domain import MASKED_OUT
@@ -71,7 +86,7 @@ class Attention(Op):
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:
-        return fixed + INVERSE.out_frac
+        return SCALED_FRAC
 
     @classmethod
     def cost(
@@ -89,9 +104,10 @@ class Attention(Op):
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
         total = scores_cost(q, k, scale, softcap, fixed) + exponentials_cost(valid)
-        values = weighted_sum_cost(rows, v, EXP_FRAC + v.frac - fixed)
-        total += values.beside(power_cost(INVERSE, rows))
-        return total + multiply_cost((rows * features, rows, rows * features))
+        values = weighted_sum_cost(rows, v)
+        spec = inverse(v.shape[-2])
+        total += values.beside(octaves_cost(spec, rows))
+        return total + scale_rows_cost(EXP_FRAC + v.frac, spec, rows, features)
 
     @classmethod
     def protocol(
@@ -108,20 +124,22 @@ class Attention(Op):
 
         Scores and weighted sums need no message of their own: both factors are open under masks.
         The division by the sum of exponentials comes after the weighted sum, on D instead of L
-        elements a row, and its reciprocal runs beside the weighted sum. What each party sees is
-        what it sees in `exponentials`, `power`, `truncate` and `multiply`.
+        elements a row, and its reciprocal runs beside the weighted sum. Rounds 5 and 3 for each
+        level of `peak`. What each party sees is what it sees in `exponentials`, `open_masked`,
+        `open_row`, `octaves` and `scale_rows`.
         """
         found = yield from scores(ctx, q, k, scale, softcap)
         valid, bias = split_mask(mask, q, k)
         if bias is not None and not found.share.is_meta:
             found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
         powers = yield from exponentials(ctx, found, valid)
-        total = powers[:, :1] if powers.is_meta else powers.sum(-1, keepdim=True)
-        inverse, summed = yield from together(
-            power(ctx, total, INVERSE), weighted_sum(ctx, Shared(powers, EXP_FRAC), v, ctx.fixed)
+        spec = inverse(v.shape[-2])
+        row, found = yield from together(
+            weighted_sum(ctx, Shared(powers, EXP_FRAC), v),
+            octaves(ctx, powers.sum(-1), spec),
         )
-        (result,) = yield from multiply(ctx, (summed, inverse))
-        return Shared(result.reshape(q.shape), ctx.fixed + INVERSE.out_frac)
+        result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, found, spec)
+        return Shared(result.reshape(q.shape), SCALED_FRAC)
 
     @classmethod
     def stock(
@@ -159,9 +177,12 @@ def scores(ctx: Context, q: Masked, k: Masked, scale: float, softcap: float) -> 
     share = matmul_of_masked(ctx, query, keys).reshape(-1, length)
     frac = q.frac + k.frac - round(math.log2(scale))
     if softcap:
-        share = yield from truncate(ctx, share, frac - ctx.fixed)
+        if frac > MAX_INPUT_FRAC:
+            share = yield from truncate(ctx, share, frac - ctx.fixed)
+            frac = ctx.fixed
+        narrow = function_input(ctx, Shared(share, frac))
         frac = ctx.fixed
-        share = yield from apply(ctx, _cap(softcap), share, frac)
+        share = yield from apply(ctx, _cap(softcap), narrow, frac)
     return Shared(share, frac)
 
 
@@ -170,31 +191,34 @@ def scores_cost(q: Masked, k: Masked, scale: float, softcap: float, fixed: int) 
     count = math.prod(q.shape[:-1]) * k.shape[2]
     total = Cost(offline=8 * count)
     if softcap:
-        total += truncate_cost(count, q.frac + k.frac - round(math.log2(scale)) - fixed)
-        total += apply_cost(_cap(softcap), count, fixed)
+        frac = q.frac + k.frac - round(math.log2(scale))
+        if frac > MAX_INPUT_FRAC:
+            total += truncate_cost(count, frac - fixed)
+        total += apply_cost(_cap(softcap), count)
     return total
 
 
-def weighted_sum(ctx: Context, weights: Shared, values: Masked, frac: int) -> Protocol:
-    """Shares of rows [B H N, D] of weights [B H N, L] times values, with `frac` fractional bits.
+def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
+    """The rows [B H N, D] of weights [B H N, L] times values, opened for `scale_rows`.
 
-    Rounds 2: the weights are opened under a mask, the result truncated.
+    Their fractional bits are those of both factors. Rounds 2: the weights are opened under a mask,
+    then the result.
     """
     batch, groups, length, features = values.shape
     folded = Shared(weights.share.reshape(batch, groups, -1, length), weights.frac)
     opened = yield from open_masked(ctx, folded)
     share = matmul_of_masked(ctx, opened, values).reshape(-1, features)
-    summed = yield from truncate(ctx, share, weights.frac + values.frac - frac)
-    return summed
+    row = yield from open_row(ctx, share)
+    return row
 
 
-def weighted_sum_cost(rows: int, values: Masked, shift: int) -> Cost:
-    """Cost of `weighted_sum` for that many rows; shift: fractional bits that are dropped."""
+def weighted_sum_cost(rows: int, values: Masked) -> Cost:
+    """Cost of `weighted_sum` for that many rows of weights."""
     length, features = values.shape[-2:]
     return (
         open_masked_cost(rows * length)
         + Cost(offline=8 * rows * features)
-        + truncate_cost(rows * features, shift)
+        + open_row_cost(rows * features)
     )
 
 

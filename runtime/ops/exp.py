@@ -10,7 +10,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
+from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -27,16 +27,16 @@ class Exp(Op):
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.exp(x)
 
-    operands = {"x": "fixed"}
+    operands = {"x": "window"}
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(EXP, x.share.numel(), fixed)
+        return apply_cost(EXP, x.share.numel())
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 4e-5 for -2**14 < x <= 1/4: cubics on windows of 1/4, 0 below -15.25."""
-        share = yield from apply(ctx, EXP, x.share, ctx.fixed)
+        """Error below 4e-5 for -2**14 < x <= 1/4: cubics on windows of 1/4, 0 from -15 down."""
+        share = yield from apply(ctx, EXP, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
+from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -38,16 +38,17 @@ class Gelu(Op):
     def reference(x: torch.Tensor, tanh: bool = False) -> torch.Tensor:
         return torch.nn.functional.gelu(x, approximate="tanh" if tanh else "none")
 
-    operands = {"x": "fixed"}
+    operands = {"x": "window"}
 
     @classmethod
     def cost(cls, x: Shared, tanh: bool = False, *, fixed: int) -> Cost:
-        return apply_cost(GELU_TANH if tanh else GELU, x.share.numel(), fixed)
+        return apply_cost(GELU_TANH if tanh else GELU, x.share.numel())
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared, tanh: bool = False) -> Protocol:
-        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, 0 and x beyond +-7.75."""
-        share = yield from apply(ctx, GELU_TANH if tanh else GELU, x.share, ctx.fixed)
+        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, 0 and x from +-7.25 on."""
+        function = GELU_TANH if tanh else GELU
+        share = yield from apply(ctx, function, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 
     @classmethod

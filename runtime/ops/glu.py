@@ -12,9 +12,8 @@ from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.ops.gelu import GELU, GELU_TANH, Gelu
 from runtime.ops.silu import SILU
-from runtime.protocols.multiply import multiply, multiply_cost
 from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.saturate import apply, apply_cost
+from runtime.protocols.saturate import apply, apply_cost, function_input
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -38,7 +37,7 @@ class Glu(Op):
     def reference(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
         return ACTIVATIONS[act](gate) * up
 
-    operands = {"gate": "fixed", "up": "fixed"}
+    operands = {"gate": "window", "up": "share"}
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:
@@ -47,17 +46,23 @@ class Glu(Op):
     @classmethod
     def cost(cls, gate: Shared, up: Shared, act: str, *, fixed: int) -> Cost:
         count = gate.share.numel()
-        first = rectify_cost(count) if act == "relu" else apply_cost(FUNCTIONS[act], count, fixed)
-        return first + multiply_cost((count, count, count))
+        shift = up.frac - fixed
+        if act == "relu":
+            return rectify_cost(count, shift)
+        return apply_cost(FUNCTIONS[act], count, shift)
 
     @classmethod
     def protocol(cls, ctx: Context, gate: Shared, up: Shared, act: str) -> Protocol:
-        """The activation's protocol, then one Beaver product."""
+        """The activation's protocol, which multiplies by `up` in the same two rounds.
+
+        Error of the activation as in its own op (|gate| < 2**14), times |up|, and that of rounding
+        `up` to 16 fractional bits, times |gate|.
+        """
+        narrow = function_input(ctx, gate)
         if act == "relu":
-            active = yield from rectify(ctx, gate.share)
+            share = yield from rectify(ctx, narrow, up)
         else:
-            active = yield from apply(ctx, FUNCTIONS[act], gate.share, ctx.fixed)
-        (share,) = yield from multiply(ctx, (active, up.share))
+            share = yield from apply(ctx, FUNCTIONS[act], narrow, ctx.fixed, up)
         return Shared(share, 2 * ctx.fixed)
 
     @classmethod

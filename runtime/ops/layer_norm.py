@@ -11,7 +11,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.gain import apply_gain, gain_cost
-from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
+from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
 from runtime.protocols.weights import Constant, add_held
 from runtime.spec import Cost
 from runtime.stock_domain import norm_factor
@@ -39,7 +39,7 @@ class LayerNorm(Op):
 
     @classmethod
     def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
-        return fixed if weight is None else 2 * fixed
+        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
 
     @staticmethod
     def _spec(x: Shared, eps: float, bound: float) -> RowNorm:
@@ -60,7 +60,7 @@ class LayerNorm(Op):
     ) -> Cost:
         spec = cls._spec(x, eps, bound)
         rows = math.prod(x.shape[:-1])
-        return normalize_cost(spec, rows) + gain_cost(x.shape, spec.out_frac, weight, fixed)
+        return normalize_cost(spec, rows) + gain_cost(x.shape, weight)
 
     @classmethod
     def protocol(
@@ -78,7 +78,7 @@ class LayerNorm(Op):
         if not centred.is_meta:
             centred = centred * x.shape[-1] - centred.sum(-1, keepdim=True)
         share = yield from normalize(ctx, centred, spec)
-        scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, 0.0)
+        scaled: Shared = yield from apply_gain(ctx, share, SCALED_FRAC, weight, 0.0)
         if bias is None:
             return scaled
         return Shared(add_held(scaled.share, bias, scaled.frac), scaled.frac)

@@ -40,9 +40,9 @@ class Linear(Op):
 
     @classmethod
     def scale(
-        cls, x: object, weight: object, bias: object = None, bits: int = 0, *, fixed: int
+        cls, x: int, weight: object, bias: object = None, bits: int = 0, *, fixed: int
     ) -> int:
-        return 2 * fixed + bits
+        return x + fixed + bits
 
     @classmethod
     def cost(

@@ -19,8 +19,8 @@ from runtime.ops.attention import (
     weighted_sum,
     weighted_sum_cost,
 )
-from runtime.protocols.multiply import multiply, multiply_cost
-from runtime.protocols.power import MAX_EXPONENT, Power, power, power_cost
+from runtime.protocols.normalize import SCALED_FRAC, scale_rows, scale_rows_cost
+from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
 from runtime.protocols.rectify import rectify, rectify_cost
 from runtime.protocols.rows import MAX_ROW
 from runtime.protocols.squares import truncated_square, truncated_square_cost
@@ -42,9 +42,6 @@ LARGEST_BOUND = {"2quad": 2.0**10, "2relu": 2.0**14}
 _ROW_BITS = MAX_ROW.bit_length() - 1
 _SUM_BITS = 36
 """Sums of opened weights stay below 2**36, which leaves values 2**10 of room in the ring."""
-
-_SUM_EXTRA = 6
-"""More bits of the weighted sum: it may be as small as EPSILON times a value."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class _Scales:
         """1 / (mean weight of a row), which is at least EPSILON / 2 and at most 2**top."""
         frac = self.weight_frac + _ROW_BITS
         low = frac + int(math.log2(EPSILON)) - 2
-        return Power(-1.0, frac, low, frac + self.top)
+        return Power(-1.0, frac, low, frac + self.top, FRACTIONAL_BITS)
 
 
 class RatioAttention(Op):
@@ -124,8 +121,7 @@ class RatioAttention(Op):
 
     @classmethod
     def scale(cls, *args: Any, fixed: int) -> int:
-        kind, bound = (*args[6:], 0.0)[:2]
-        return fixed + _SUM_EXTRA + _Scales(kind, bound).inverse.out_frac
+        return SCALED_FRAC
 
     @classmethod
     def cost(
@@ -151,10 +147,10 @@ class RatioAttention(Op):
         else:
             total += truncate_cost(count, frac - scales.score_frac) + rectify_cost(count)
         values = truncate_cost(count, scales.weight_frac - scales.opened_frac)
-        dropped = scales.opened_frac + _ROW_BITS + v.frac - fixed - _SUM_EXTRA
-        values += weighted_sum_cost(rows, v, dropped)
-        total += values.beside(power_cost(scales.inverse, rows))
-        return total + multiply_cost((rows * features, rows, rows * features))
+        values += weighted_sum_cost(rows, v)
+        total += values.beside(octaves_cost(scales.inverse, rows))
+        frac = scales.opened_frac + _ROW_BITS + v.frac
+        return total + scale_rows_cost(frac, scales.inverse, rows, features)
 
     @classmethod
     def protocol(
@@ -172,10 +168,10 @@ class RatioAttention(Op):
         """Scores as in `attention`; then weights, their sum's inverse and the weighted sum.
 
         2quad: the square comes from the opening that truncates the score, 1 round; 2relu: one
-        truncation and `rectify`, 4 rounds. The reciprocal runs beside the weighted sum, and both
-        are multiplied at last. There is no maximum and no exponential. Entries that the mask hides
+        truncation and `rectify`, 3 rounds. The reciprocal runs beside the weighted sum, which is
+        scaled by it at last. There is no maximum and no exponential. Entries that the mask hides
         are public: no protocol runs on them. Each party sees what it sees in `truncate`,
-        `rectify`, `power`, `weighted_sum` and `multiply`.
+        `rectify`, `octaves`, `weighted_sum` and `scale_rows`.
         """
         scales = _Scales(kind, bound)
         found = yield from scores(ctx, q, k, scale, softcap)
@@ -198,13 +194,13 @@ class RatioAttention(Op):
             epsilon = torch.tensor(round(EPSILON * 2.0**scales.weight_frac), device=share.device)
             share = share + ctx.public(epsilon)
         weights = rows.put(share)
-        total = weights[:, :1] if weights.is_meta else weights.sum(-1, keepdim=True)
-        inverse, summed = yield from together(
-            power(ctx, total, scales.inverse), _weighted_sum(ctx, rows, share, v, scales)
+        reciprocal, row = yield from together(
+            octaves(ctx, weights.sum(-1), scales.inverse),
+            _weighted_sum(ctx, rows, share, v, scales),
         )
-        (result,) = yield from multiply(ctx, (summed, inverse))
-        frac = ctx.fixed + _SUM_EXTRA + scales.inverse.out_frac
-        return Shared(result.reshape(q.shape), frac)
+        frac = scales.opened_frac + _ROW_BITS + v.frac
+        result = yield from scale_rows(ctx, row, frac, reciprocal, scales.inverse)
+        return Shared(result.reshape(q.shape), SCALED_FRAC)
 
     @classmethod
     def stock(
@@ -292,5 +288,5 @@ def _weighted_sum(
 ) -> Protocol:
     share = yield from truncate(ctx, share, scales.weight_frac - scales.opened_frac)
     weights = Shared(rows.put(share), scales.opened_frac + _ROW_BITS)
-    result = yield from weighted_sum(ctx, weights, values, ctx.fixed + _SUM_EXTRA)
-    return result
+    row = yield from weighted_sum(ctx, weights, values)
+    return row

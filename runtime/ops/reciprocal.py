@@ -36,7 +36,7 @@ class Reciprocal(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-10 <= x < 2**18: relative error below 2**-9, and the rounding of the result."""
+        """For 2**-10 <= x < 2**18: relative error below 2**-16, and the rounding of the result."""
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)

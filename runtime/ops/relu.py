@@ -10,6 +10,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.rectify import rectify, rectify_cost
+from runtime.protocols.saturate import function_input
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -24,7 +25,7 @@ class Relu(Op):
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x)
 
-    operands = {"x": "fixed"}
+    operands = {"x": "window"}
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -32,8 +33,8 @@ class Relu(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Exact for |x| < 2**15: the product of x and its sign bit."""
-        share = yield from rectify(ctx, x.share)
+        """Exact for |x| < 2**14: the product of x, rounded to 16 fractional bits, and its sign."""
+        share = yield from rectify(ctx, function_input(ctx, x))
         return Shared(share, ctx.fixed)
 
     @classmethod

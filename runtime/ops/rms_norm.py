@@ -11,7 +11,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.gain import apply_gain, gain_cost
-from runtime.protocols.normalize import RowNorm, normalize, normalize_cost
+from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
 from runtime.protocols.weights import Constant
 from runtime.spec import Cost
 from runtime.stock_domain import norm_factor
@@ -40,7 +40,7 @@ class RmsNorm(Op):
 
     @classmethod
     def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
-        return fixed if weight is None else 2 * fixed
+        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
 
     @classmethod
     def cost(
@@ -55,7 +55,7 @@ class RmsNorm(Op):
     ) -> Cost:
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
         rows = math.prod(x.shape[:-1])
-        return normalize_cost(spec, rows) + gain_cost(x.shape, spec.out_frac, weight, fixed)
+        return normalize_cost(spec, rows) + gain_cost(x.shape, weight)
 
     @classmethod
     def protocol(
@@ -70,7 +70,7 @@ class RmsNorm(Op):
         """`normalize`, then the gain by one opening of the rows."""
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
         share = yield from normalize(ctx, x.share, spec)
-        scaled: Shared = yield from apply_gain(ctx, share, spec.out_frac, weight, offset)
+        scaled: Shared = yield from apply_gain(ctx, share, SCALED_FRAC, weight, offset)
         return scaled
 
     @classmethod

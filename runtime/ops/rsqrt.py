@@ -36,7 +36,7 @@ class Rsqrt(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-16 <= x < 2**29: relative error below 2**-13, and the rounding of the result."""
+        """For 2**-16 <= x < 2**29: relative error below 2**-16, and the rounding of the result."""
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)

@@ -10,7 +10,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
+from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -29,16 +29,16 @@ class Silu(Op):
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x)
 
-    operands = {"x": "fixed"}
+    operands = {"x": "window"}
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(SILU, x.share.numel(), fixed)
+        return apply_cost(SILU, x.share.numel())
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 3e-5 for |x| < 2**14: cubics on windows of 1/4, 0 and x beyond +-15.5."""
-        share = yield from apply(ctx, SILU, x.share, ctx.fixed)
+        """Error below 3e-5 for |x| < 2**14: cubics on windows of 1/4, 0 and x from +-15 on."""
+        share = yield from apply(ctx, SILU, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 
     @classmethod

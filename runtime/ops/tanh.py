@@ -10,7 +10,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
+from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -27,16 +27,16 @@ class Tanh(Op):
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x)
 
-    operands = {"x": "fixed"}
+    operands = {"x": "window"}
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(TANH, x.share.numel(), fixed)
+        return apply_cost(TANH, x.share.numel())
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, +-1 beyond +-7.75."""
-        share = yield from apply(ctx, TANH, x.share, ctx.fixed)
+        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, +-1 from +-7.25 on."""
+        share = yield from apply(ctx, TANH, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 
     @classmethod

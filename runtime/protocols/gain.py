@@ -9,7 +9,6 @@ import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol
-from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.protocols.weights import Constant, move, move_cost, scale_by
 from runtime.spec import Cost
 from runtime.values import Shared
@@ -18,24 +17,23 @@ from runtime.values import Shared
 def apply_gain(
     ctx: Context, share: torch.Tensor, frac: int, weight: Constant | None, offset: float
 ) -> Protocol:
-    """x * (weight + offset), truncated first.
+    """x * (weight + offset).
 
-    Out: Shared with twice the program's fractional bits, or with these where there is no weight.
-    In: additive share [..., d] with `frac` fractional bits; weight [d]. Rounds 2 with a weight:
-    a truncation and the opening that the weight wants (`weights.move`); else 1.
+    In: additive share [..., d] with `frac` fractional bits; weight [d]. Out: Shared with the
+    weight's fractional bits besides; x itself where there is none. Rounds 1 with a weight: the
+    opening that it wants (`weights.move`). Normalized rows are at most sqrt(d), so that with 48
+    fractional bits gains up to 2**14 / sqrt(d) fit.
     """
-    rows = yield from truncate(ctx, share, frac - ctx.fixed)
     if weight is None:
-        return Shared(rows, ctx.fixed)
-    moved = yield from move(ctx, Shared(rows, ctx.fixed), weight)
+        return Shared(share, frac)
+    moved = yield from move(ctx, Shared(share, frac), weight)
     scaled = scale_by(ctx, moved, weight)
     if offset and not scaled.is_meta:
-        scaled = scaled + rows * round(offset * 2.0**ctx.fixed)
-    return Shared(scaled, 2 * ctx.fixed)
+        scaled = scaled + share * round(offset * 2.0**weight.frac)
+    return Shared(scaled, frac + weight.frac)
 
 
-def gain_cost(shape: Sequence[int], frac: int, weight: Constant | None, fixed: int) -> Cost:
+def gain_cost(shape: Sequence[int], weight: Constant | None) -> Cost:
     """Cost of `apply_gain` for rows of this shape."""
     count = math.prod(shape)
-    first = truncate_cost(count, frac - fixed)
-    return first if weight is None else first + move_cost(count, weight) + Cost(offline=8 * count)
+    return Cost() if weight is None else move_cost(count, weight) + Cost(offline=8 * count)

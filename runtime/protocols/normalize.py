@@ -1,23 +1,120 @@
-"""Division of rows by their root mean square, on a single opening of the row."""
+"""Division of rows by a power of a number of their own, on a single opening of the row."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.power import MAX_EXPONENT, Power, power, power_cost
-from runtime.protocols.squares import DealtSquare
+from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
+from runtime.protocols.squares import DealtSquare, truncated_square_cost
 from runtime.protocols.truncate import OFFSET, Truncation, top_bit
-from runtime.spec import FRACTIONAL_BITS, Cost
-from runtime.values import Shared, logical_shift
+from runtime.spec import FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
+from runtime.values import Masked, Shared, logical_shift
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row when no calibration gave one."""
+
+SCALED_FRAC = 2 * FRACTIONAL_BITS
+"""Fractional bits of scaled rows: 16 of the row, brought to its new size, times 16 of a mantissa.
+"""
+
+
+@dataclass
+class Row:
+    """Rows [R, d] opened as z = x + 2**62 + r, so that x >> s is known for every s.
+
+    opened: z. mask: this party's share of r; at the dealer r itself. top: shares of msb(r).
+    """
+
+    opened: torch.Tensor
+    mask: torch.Tensor
+    top: torch.Tensor
+
+
+def open_row(ctx: Context, share: torch.Tensor) -> Protocol:
+    """Open rows of |x| < 2**62 for `scale_rows`. Rounds 1, online 16 bytes, offline 8 an element.
+
+    Each party sees z, uniform as r is.
+    """
+    mask = ctx.mask(share.shape)
+    top = ctx.deal(share.shape, lambda: top_bit(mask))
+    opened = yield from open_under(ctx, share, mask, OFFSET)
+    return Row(opened, mask, top)
+
+
+def open_row_cost(count: int) -> Cost:
+    """Cost of `open_row` for `count` elements in all."""
+    return Cost(rounds=1, online=16 * count, offline=8 * count)
+
+
+def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Power) -> Protocol:
+    """Shares of the rows times the power of V that `octaves` found: [R, d], 32 fractional bits.
+
+    In: rows with `frac` fractional bits; `found` [R, levels] with 16 (`spec.mantissa_bits`). In
+    level k the row is needed times 2**(first_exponent - k): x >> s_k, a public combination of dealt
+    words of its opening, whose products with the k-th mantissa are formed on the mantissa's own
+    opening. As all mantissas but one are zero, the sum over k is the result. No range is lost, and
+    only what stays is rounded, at random: error two units of 2**-16 of the result, and relative
+    2**-14 at most from the mantissa.
+    Rounds 1, online 16 bytes a row and level, offline 8 bytes an element and level, and 16 more.
+    Each party sees the mantissas under fresh masks.
+    """
+    factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
+    shifts = _shifts(frac, spec)
+    down = [(k, s) for k, s in enumerate(shifts) if s > 0]
+    shape = row.opened.shape
+
+    def lows() -> torch.Tensor:
+        parts = [logical_shift(row.mask, s) for _, s in down]
+        return torch.stack(parts, -1) if parts else row.mask[..., None][..., :0]
+
+    def cross() -> torch.Tensor:
+        parts = [
+            (logical_shift(row.mask, s) if s > 0 else row.mask << -s) * factor.mask[:, k, None]
+            for k, s in enumerate(shifts)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def top_cross() -> torch.Tensor:
+        parts = [factor.mask[:, k, None] << (RING_BITS - s) for k, s in down]
+        return top_bit(row.mask) * sum(parts, torch.zeros_like(row.mask))
+
+    low = ctx.deal((*shape, len(down)), lows)
+    crossed = ctx.deal(shape, cross)
+    top_crossed = ctx.deal(shape, top_cross)
+    if row.opened.is_meta:
+        return row.opened
+    share = ctx.public(factor.opened) - factor.mask
+    result = crossed
+    wrap = torch.zeros(shape, dtype=torch.int64, device=row.opened.device)
+    for index, (k, s) in enumerate(down):
+        x, public = Truncation(row.opened, s), factor.opened[:, k, None]
+        result = result + x.base * share[:, k, None] - low[..., index] * public
+        wrap += x.wrap * public
+    for k, s in enumerate(shifts):
+        if s <= 0:
+            public = (row.opened - OFFSET) << -s
+            up = (row.mask << -s) * factor.opened[:, k, None]
+            result = result + public * share[:, k, None] - up
+    return result + wrap * row.top - (row.opened >= 0).to(torch.int64) * top_crossed
+
+
+def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:
+    """Cost of `scale_rows` for rows of that size."""
+    down = sum(s > 0 for s in _shifts(frac, spec))
+    words = down + 2
+    return open_masked_cost(rows * spec.octaves.levels) + Cost(offline=8 * words * rows * size)
+
+
+def _shifts(frac: int, spec: Power) -> list[int]:
+    first = frac - FRACTIONAL_BITS - spec.first_exponent
+    return [min(first + k, HEADROOM_BITS) for k in range(spec.octaves.levels)]
 
 
 @dataclass(frozen=True)
@@ -33,73 +130,57 @@ class RowNorm:
     eps: float
     bound: float
 
-    @property
+    @cached_property
     def square_shift(self) -> int:
         """Bits dropped before squaring, so that the sum of squares stays below 2**54."""
         room = (MAX_EXPONENT - math.log2(self.size * (self.bound or DEFAULT_BOUND))) / 2
         return max(0, math.ceil(self.frac - room))
 
-    @property
-    def shift(self) -> int:
-        """Bits dropped before the product with the inverse root: at least 16 stay."""
-        return max(0, math.floor(self.frac - FRACTIONAL_BITS))
-
-    @property
+    @cached_property
     def eps_units(self) -> int:
         """eps on the scale of the sum of squares."""
         return round(self.eps * self.size * 2.0 ** (2 * (self.frac - self.square_shift)))
 
-    @property
+    @cached_property
     def inverse_root(self) -> Power:
         """From the sum of squares to the factor of the row."""
         squares = 2 * (self.frac - self.square_shift) + math.log2(self.size)
-        # The row keeps a fraction of a bit more than 16 where `frac` is not an integer.
-        surplus = self.frac - self.shift - FRACTIONAL_BITS
+        # The row's own fraction of a bit, where `frac` is no integer, is left to the factor.
+        surplus = self.frac - math.floor(self.frac)
         low = max(0, math.floor(math.log2(max(1, self.eps_units))))
-        return Power(-0.5, squares - 2 * surplus, min(low, MAX_EXPONENT - 1), MAX_EXPONENT)
-
-    @property
-    def out_frac(self) -> int:
-        """Fractional bits of the normalized row."""
-        return FRACTIONAL_BITS + self.inverse_root.out_frac
+        low = min(low, MAX_EXPONENT - 1)
+        return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT, FRACTIONAL_BITS)
 
 
 def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
-    """Shares of x / sqrt(mean(x**2) + eps) for each row, with `spec.out_frac` fractional bits.
+    """Shares of x / sqrt(mean(x**2) + eps) for each row, with 32 fractional bits.
 
-    In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`.
-    Rounds 2 more than the inverse root's. The row is opened once, as z = x + 2**62 + r; with
-    x >> s = base - low + wrap top (`truncate`) the square is a public combination of dealt
-    low, low**2, top and low top, and the product with the opened inverse root one of dealt products
-    with its mask. Online 16 bytes per element and per row, offline 56 per element, and the inverse
-    root of each row. Each party sees z and the masked inverse root, both uniform.
+    In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`; beyond it
+    the result is wrong, but finite. Rounds 4. The row is opened once, as z = x + 2**62 + r, for its
+    squares (`DealtSquare`) as well as for `scale_rows`. Online 16 bytes per element, offline
+    32 and those of `scale_rows`; and the inverse root of each row (`octaves`). Each party sees z,
+    and what it sees in these two.
     """
-    mask = ctx.mask(share.shape)
-    wide = spec.shift
+    rows = share.reshape(-1, share.shape[-1])
+    mask = ctx.mask(rows.shape)
     dealt = DealtSquare.deal(ctx, mask, spec.square_shift)
-    large = ctx.deal(share.shape, lambda: logical_shift(mask, wide))
-    opened = yield from open_under(ctx, share, mask, OFFSET)
-    if opened.is_meta:
-        total = torch.empty((*share.shape[:-1], 1), dtype=torch.int64, device="meta")
+    opened = yield from open_under(ctx, rows, mask, OFFSET)
+    row = Row(opened, mask, dealt.top)
+    if rows.is_meta:
+        total = torch.empty(len(rows), dtype=torch.int64, device="meta")
     else:
-        square = dealt.share(ctx, opened)
-        total = square.sum(-1, keepdim=True) + ctx.public(torch.tensor(spec.eps_units))
-    root = yield from power(ctx, total, spec.inverse_root)
-    factor = yield from open_masked(ctx, Shared(root, spec.inverse_root.out_frac))
-    # The row is z's public part less two shared ones, each of which takes part in a product.
-    low_cross = ctx.deal(share.shape, lambda: logical_shift(mask, wide) * factor.mask)
-    top_cross = ctx.deal(share.shape, lambda: top_bit(mask) * factor.mask)
-    if opened.is_meta:
-        return opened
-    x = Truncation(opened, wide)
-    by_base = x.base * (ctx.public(factor.opened) - factor.mask)
-    by_low = large * factor.opened - low_cross
-    by_top = x.wrap * (dealt.top * factor.opened - top_cross)
-    return by_base - by_low + by_top
+        eps = torch.tensor(spec.eps_units, device=opened.device)
+        total = dealt.share(ctx, opened).sum(-1) + ctx.public(eps)
+    found = yield from octaves(ctx, total, spec.inverse_root)
+    result = yield from scale_rows(ctx, row, math.floor(spec.frac), found, spec.inverse_root)
+    return result.reshape(share.shape)
 
 
 def normalize_cost(spec: RowNorm, rows: int) -> Cost:
     """Cost of `normalize` for that many rows."""
     count = rows * spec.size
-    opening = Cost(rounds=1, online=16 * count, offline=7 * 8 * count)
-    return opening + power_cost(spec.inverse_root, rows) + open_masked_cost(rows)
+    return (
+        truncated_square_cost(count)
+        + octaves_cost(spec.inverse_root, rows)
+        + scale_rows_cost(math.floor(spec.frac), spec.inverse_root, rows, spec.size)
+    )

@@ -1,202 +1,307 @@
-"""Reciprocals and inverse square roots of positive shares over many octaves.
+"""Functions of positive shares over many octaves: reciprocals, inverse roots, logarithms.
 
-V in [2**j, 2**(j+1)) is brought to [2**53, 2**54) by a secret power of two, looked up there in one
-table of cubics, and scaled back by a secret constant. Both factors are public combinations of the
-comparison bits [V < 2**j], which all come from one or two openings of 32-bit windows of V.
+V is opened once, z = V + r. In every octave (or two) k that V may lie in, a table of cubics gives a
+mantissa m_k from that opening, without any message; it is right if V lies there. Where V lies
+follows from comparisons with powers of two, which need not be exact, as neighbouring tables
+overlap: with t the exponent, D = (z >> t) - (r >> t) is V >> t or one more, and [D is 0 or 1] is
+
+    true for V < 2**t,    false for V >= 2**(t + 1).
+
+D = 0 and D = 1 say that z >> t or (z >> t) - 1 equals r >> t, digit by digit, in shared tables of
+equality. These bits are opened, and in the same round the mantissas are, under masks: so
+h_k = [V in k] m_k is a public combination of dealt words, and a power is the sum of h_k 2**-k.
+Two rounds in all. Sources: equality of digits in one-time truth tables (Ishai et al., TCC 2013),
+piecewise polynomials on an opening (`interval`); the octaves in parallel are ours.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
+import numba
 import numpy as np
 import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol, together
-from runtime.protocols.compare import (
-    less_than,
-    less_than_cost,
-    open_window,
-    open_window_cost,
-    take_window,
-)
+from runtime.protocols.compare import WINDOW_BITS, take_window
+from runtime.protocols.formula import Formula, added, conjunction, open_bits
 from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
-from runtime.protocols.multiply import multiply, multiply_cost
 from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.spec import HEADROOM_BITS, Cost
+from runtime.protocols.truncate import NARROW_OFFSET, Truncation, top_bit, truncation_parts
+from runtime.spec import Cost
+from runtime.values import logical_shift
 
 MAX_EXPONENT = 53
 """V must be below 2**54."""
 
-_NORMAL_BITS = 53
-_HIGH_DROP = 24
-_SPLIT = 28
-"""With two windows, octaves below this are found in the low one, the others 24 bits up."""
+_DIGITS = 4
+"""Digits that V >> t is cut into: with two points to look up, a byte of bits."""
 
-_LOW_ONLY = 29
-"""Up to this octave the low window does alone: it holds V < 2**30 with room for its sign."""
+_STEP_BITS = 14
+_LEAST = 4
+"""A level of the table begins at 2**4 windows' sixteenth: V is shifted up to have these bits."""
 
 _TABLE_FRAC = 60
-_MANTISSA_FRAC = 24
-_GAIN_BITS = 18
-"""Bits that the gain of the largest V keeps at most, so that its value is good to 2**-18."""
+_NARROW_FRAC = _TABLE_FRAC - WINDOW_BITS
+_ROOM = 61
+"""Bits that the largest result may take."""
 
-_GAIN_ROOM = HEADROOM_BITS - _MANTISSA_FRAC - 1
-"""Bits that the gain of the smallest V may take."""
+_SHARED = 5
+"""Payloads of a comparison: one, and two words of each of the two mantissas that it chooses."""
+
+_ZERO_OR_ONE = Formula(added(conjunction(range(_DIGITS)), conjunction(range(_DIGITS, 2 * _DIGITS))))
 
 
-def _table(exponent: float) -> Table:
-    # Starts at 3/4: the high window is up to 1/16 off at its lowest octave.
+@dataclass(frozen=True)
+class Octaves:
+    """Tables side by side, each for `step` octaves of V in [2**low, 2**(high + 1)), and one more.
+
+    mantissa_bits: fractional bits of what a table gives, at most 28.
+    """
+
+    low: int
+    high: int
+    mantissa_bits: int
+    step: int
+    table: Table
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= MAX_EXPONENT:
+            raise ValueError(f"octaves {self.low} to {self.high} are outside 0 to {MAX_EXPONENT}")
+
+    @cached_property
+    def levels(self) -> int:
+        """Number of tables; the last one reaches an octave beyond `high`."""
+        return (self.high - self.low) // self.step + 1
+
+    @cached_property
+    def lift(self) -> int:
+        """Bits that V is shifted up by."""
+        return max(0, _LEAST - self.low)
+
+    def bottom(self, level: int) -> int:
+        """The exponent of the power of two at which a level begins, after `lift`."""
+        return self.low + self.lift + self.step * level
+
+    @cached_property
+    def layout(self) -> tuple[np.ndarray, int]:
+        """For each level but the first its digits: shift, ones, first byte. And all bytes."""
+        places = np.zeros((self.levels - 1, _DIGITS, 3), np.int64)
+        first = 0
+        for level in range(1, self.levels):
+            bottom = self.bottom(level)
+            # D is below 2**(high + 1 - bottom), and one bit more tells it from a negative one.
+            width = self.high + 2 + self.lift - bottom
+            cuts = [bottom + width * i // _DIGITS for i in range(_DIGITS + 1)]
+            for digit in range(_DIGITS):
+                ones = 2 ** (cuts[digit + 1] - cuts[digit]) - 1
+                places[level - 1, digit] = cuts[digit], ones, first
+                first += (ones >> 3) + 1
+        return places, first
+
+
+def level_table(function: Callable[[np.ndarray], np.ndarray], step: int) -> Table:
+    """f(w) for w in [1, 2**(step + 1)), in units of 2**-18, 16 windows a unit; below 4 in size."""
     return fit(
-        lambda w: np.maximum(w, 0.5) ** exponent,
-        unit_bits=_NORMAL_BITS,
-        start=24 << 48,
-        windows=64,
-        step_bits=48,
+        lambda w: function(np.maximum(w, 0.9)),
+        unit_bits=_STEP_BITS + _LEAST,
+        start=0,
+        windows=2 ** (_LEAST + 1 + step),
+        step_bits=_STEP_BITS,
         out_frac=_TABLE_FRAC,
-        drop=34,
     )
 
 
-_TABLES = {-0.5: _table(-0.5), -1.0: _table(-1.0)}
+@cache
+def _power_table(exponent: float, factor: float) -> Table:
+    return level_table(lambda w: factor * w**exponent, round(-1 / exponent))
 
 
 @dataclass(frozen=True)
 class Power:
     """(V * 2**-v_frac)**exponent for V in [2**low, 2**(high + 1)), exponent -1/2 or -1.
 
-    v_frac may be any real number, so that constant factors of V are free of charge.
-    out_frac is chosen so that the smallest result keeps 18 significant bits, or fewer where more
-    than 19 octaves of the result have to fit besides.
+    v_frac may be any real number, so that constant factors of V are free of charge. mantissa_bits:
+    those of the result's mantissa, a number in (1/4, 2).
     """
 
     exponent: float
     v_frac: float
     low: int
     high: int
+    mantissa_bits: int = 24
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low < self.high <= MAX_EXPONENT:
-            raise ValueError(f"octaves {self.low} to {self.high} are outside 0 to {MAX_EXPONENT}")
-        if self._gain_bits < 8:
+        if self.mantissa_bits + self.octaves.levels > _ROOM:
             raise ValueError(f"octaves {self.low} to {self.high} span too much for one scale")
 
-    @property
-    def _gain_bits(self) -> int:
-        span = math.ceil(-self.exponent * (self.high - self.low))
-        return min(_GAIN_BITS, _GAIN_ROOM - span)
+    @cached_property
+    def octaves(self) -> Octaves:
+        """The tables of mantissas: in each level the result is half of that in the one before."""
+        surplus = self.exponent * (self.low - self.v_frac) - self.first_exponent
+        step = round(-1 / self.exponent)
+        table = _power_table(self.exponent, 2.0**surplus)
+        return Octaves(self.low, self.high, self.mantissa_bits, step, table)
 
-    @property
+    @cached_property
+    def first_exponent(self) -> int:
+        """The result in level k is 2**(first_exponent - k) times its mantissa."""
+        return math.floor(self.exponent * (self.low - self.v_frac))
+
+    @cached_property
     def out_frac(self) -> int:
-        """Fractional bits of the result."""
-        return max(0, math.ceil(self._gain_bits - self.exponent * (self.high - self.v_frac)))
+        """Fractional bits of the result of `power`."""
+        return max(0, self.mantissa_bits - self.first_exponent + self.octaves.levels - 1)
 
-    @property
-    def thresholds(self) -> tuple[list[int], list[int]]:
-        """Exponents j of the comparisons with 2**j, in the low and in the high window."""
-        octaves = range(self.low + 1, self.high + 1)
-        if self.high <= _LOW_ONLY:
-            return list(octaves), []
-        return [j for j in octaves if j < _SPLIT], [j for j in octaves if j >= _SPLIT]
 
-    def gain(self, octave: int) -> int:
-        """What the mantissa of an octave is multiplied by."""
-        return round(2.0 ** (self.exponent * (octave - self.v_frac) + self.out_frac))
+def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
+    """What the table of V's level gives, and zero in the other levels: [n, levels]; and the level.
+
+    In: additive share [n] of the integer V in [2**low, 2**(high + 1)); other values give something
+    wrong, but of a table entry's size. Out: shares modulo 2**64 of f(V * 2**-bottom) with
+    `mantissa_bits` fractional bits, error that of the cubics (2**-18 relative for powers) and one
+    unit; and shares of [V is below level k] for all k but the first, [n, levels - 1].
+    Rounds 2, online 16 bytes, and 10 for each level. Each party sees V, the mantissas and the
+    bits of equality under fresh masks.
+    """
+    count, levels = len(share), spec.levels
+    mask = ctx.mask((count,))
+    places, size = spec.layout
+    if levels > 1:
+        tables = ctx.deal_bits((count, size), lambda: _one_hot(mask, places, size))
+    lifted = share if share.is_meta else share << spec.lift
+    opened = yield from open_under(ctx, lifted, mask)
+    value = evaluate(ctx, _positions(opened, spec), _positions(mask, spec), spec.table)
+    value = take_window(value, WINDOW_BITS).reshape(count, levels)
+    value_mask = ctx.mask((count, levels), torch.int32)
+    shift = _NARROW_FRAC - spec.mantissa_bits
+    mantissa = open_under(ctx, value, value_mask, NARROW_OFFSET)
+    low = ctx.deal((count,), lambda: truncation_parts(value_mask[:, -1], shift)[:, 1])
+    top = ctx.deal((count,), lambda: top_bit(value_mask[:, -1]))
+    if levels > 1:
+        bit_mask = ctx.mask_bits((count, levels - 1))
+        words = _ZERO_OR_ONE.deal(ctx, bit_mask, lambda: _payload(value_mask, shift), _SHARED)
+        equal = open_bits(_equalities(opened, tables, places), bit_mask)
+        value, bits = yield from together(mantissa, equal)
+    else:
+        value = yield from mantissa
+    below = torch.empty((count, levels - 1), dtype=torch.int64, device=share.device)
+    if share.is_meta:
+        return torch.empty((count, levels), dtype=torch.int64, device="meta"), below
+    parts = Truncation(value, shift)
+    result = torch.zeros((count, levels), dtype=torch.int64, device=share.device)
+    result[:, -1] = ctx.public(parts.base[:, -1]) - low + parts.wrap[:, -1] * top
+    if levels > 1:
+        found = _ZERO_OR_ONE.evaluate(bits, words)
+        below, low_here, top_here, low_before, top_before = found.unbind(-1)
+        # If V is below level k, then k and all above it are out, and it may be in k - 1.
+        result[:, 1:] -= parts.base[:, 1:] * below - low_here + parts.wrap[:, 1:] * top_here
+        before = parts.base[:, :-1] * below - low_before + parts.wrap[:, :-1] * top_before
+        result[:, :-1] += before
+    return result, below
+
+
+def find_octave_cost(spec: Octaves, count: int) -> Cost:
+    """Cost of `find_octave` for `count` elements."""
+    levels, size = spec.levels, spec.layout[1]
+    words = 2 + (levels - 1) * _SHARED * _ZERO_OR_ONE.words
+    return evaluate_cost(count * levels, spec.table) + Cost(
+        rounds=2,
+        online=(16 + 8 * levels + 2 * (levels - 1)) * count,
+        offline=(size + 8 * words) * count,
+    )
+
+
+def octaves(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
+    """Shares of the result's mantissa in the level of V, zero in the others: [n, levels].
+
+    (V * 2**-v_frac)**exponent is the sum over k of 2**(first_exponent - k) times the k-th. See
+    `find_octave`.
+    """
+    found, _ = yield from find_octave(ctx, share, spec.octaves)
+    return found
+
+
+def octaves_cost(spec: Power, count: int) -> Cost:
+    """Cost of `octaves` for `count` elements."""
+    return find_octave_cost(spec.octaves, count)
 
 
 def power(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
     """Shares of (V * 2**-v_frac)**exponent with `spec.out_frac` fractional bits.
 
-    In: additive share of the integer V, 0 < V < 2**54; octaves beyond `spec` give a wrong finite
-    value. Relative error 2**-15 where the gain keeps its 18 bits. Rounds 7, or 8 where both windows
-    are needed. What each party sees: openings of windows, comparison bits, Beaver factors and
-    truncations, each under a fresh mask.
+    In: additive share of the integer V in [2**low, 2**(high + 1)), any shape; other values give
+    something wrong, but no larger than the largest result. Relative error 2**-17 with mantissas of
+    20 bits or more. Rounds 2; see `find_octave`.
     """
-    shape = share.shape
-    flat = share.reshape(-1)
-    low, high = spec.thresholds
-    windows = yield from together(
-        *(open_window(ctx, take_window(flat, drop)) for drop, _ in _used(low, high))
-    )
-    flags = yield from together(
-        *(
-            less_than(ctx, window, [1 << (j - drop) for j in found])
-            for window, (drop, found) in zip(windows, _used(low, high), strict=True)
-        )
-    )
-    normal, gain = _scales(ctx, spec, low, high, flags)
-    if low and high:
-        # Below 2**28 the high window knows nothing; above, the low one is out of its range.
-        small = flags[1][0]
-        step = [] if small.is_meta else [normal[0] - normal[1], gain[0] - gain[1]]
-        picked = yield from multiply(ctx, *((small, d) for d in step or [small, small]))
-        if not small.is_meta:
-            normal = [normal[1] + picked[0]]
-            gain = [gain[1] + picked[1]]
-    (scaled,) = yield from multiply(ctx, (flat, normal[0]))
-    mask = ctx.mask(scaled.shape)
-    opened = yield from open_under(ctx, scaled, mask)
-    table = _TABLES[spec.exponent]
-    mantissa = evaluate(ctx, opened, mask, table)
-    mantissa = yield from truncate(ctx, mantissa, table.out_frac - _MANTISSA_FRAC)
-    (product,) = yield from multiply(ctx, (mantissa, gain[0]))
-    result = yield from truncate(ctx, product, _MANTISSA_FRAC)
-    return result.reshape(shape)
+    found = yield from octaves(ctx, share.reshape(-1), spec)
+    if not found.is_meta:
+        scale = spec.out_frac - spec.mantissa_bits + spec.first_exponent
+        shifts = torch.tensor([scale - k for k in range(found.shape[1])], device=found.device)
+        found = found << shifts
+    return found.sum(-1).reshape(share.shape)
 
 
 def power_cost(spec: Power, count: int) -> Cost:
     """Cost of `power` for `count` elements."""
-    low, high = spec.thresholds
-    opening, flags = Cost(), Cost()
-    for _, found in _used(low, high):
-        opening = opening.beside(open_window_cost(count))
-        flags = flags.beside(less_than_cost(count, len(found)))
-    triple = (count, count, count)
-    pick = multiply_cost(triple, triple) if low and high else Cost()
-    table = _TABLES[spec.exponent]
-    return (
-        opening
-        + flags
-        + pick
-        + multiply_cost(triple)
-        + Cost(rounds=1, online=16 * count)
-        + evaluate_cost(count, table)
-        + truncate_cost(count, table.out_frac - _MANTISSA_FRAC)
-        + multiply_cost(triple)
-        + truncate_cost(count, _MANTISSA_FRAC)
-    )
+    return octaves_cost(spec, count)
 
 
-def _used(low: list[int], high: list[int]) -> list[tuple[int, list[int]]]:
-    """The windows that are needed: how many low bits each leaves out, and its thresholds."""
-    return [(drop, found) for drop, found in ((0, low), (_HIGH_DROP, high)) if found]
+def _positions(words: torch.Tensor, spec: Octaves) -> torch.Tensor:
+    """V (or its mask) in the units of every level's table, flattened [n * levels]."""
+    if words.is_meta:
+        return torch.empty(len(words) * spec.levels, dtype=torch.int64, device="meta")
+    drops = [spec.bottom(k) - _STEP_BITS - _LEAST for k in range(spec.levels)]
+    parts = [logical_shift(words, d) if d >= 0 else words << -d for d in drops]
+    return torch.stack(parts, -1).reshape(-1)
 
 
-def _scales(
-    ctx: Context, spec: Power, low: list[int], high: list[int], flags: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Per window, shares of the power of two that normalizes V and of the gain that undoes it."""
-    normals, gains = [], []
-    for flag, (drop, found) in zip(flags, _used(low, high), strict=True):
-        if flag.is_meta:
-            ghost = torch.empty(flag.shape[1:], dtype=torch.int64, device="meta")
-            normals.append(ghost)
-            gains.append(ghost)
-            continue
-        # A value at least 2**j for the found thresholds up to j is in octave j.
-        first = spec.low if drop == 0 or not low else found[0] - 1
-        octaves = [first, *found]
-        for collect, weight in ((normals, _normalizer), (gains, spec.gain)):
-            weights = [weight(octave) for octave in octaves]
-            total = ctx.public(torch.full_like(flag[0], weights[-1]))
-            for index in range(len(found)):
-                total = total + flag[index] * (weights[index] - weights[index + 1])
-            collect.append(total)
-    return normals, gains
+def _payload(value_mask: torch.Tensor, shift: int) -> torch.Tensor:
+    """One, the words of the mantissa that a comparison shuts out, and of that which it lets in."""
+    parts = truncation_parts(value_mask, shift)
+    return torch.cat([parts[:, 1:], parts[:, :-1, 1:]], -1)
 
 
-def _normalizer(octave: int) -> int:
-    return 1 << (_NORMAL_BITS - octave)
+def _one_hot(mask: torch.Tensor, places: np.ndarray, size: int) -> torch.Tensor:
+    """For each digit of each level the packed bits [v = digit of r], [n, size]: for the dealer."""
+    out = np.zeros((len(mask), size), np.uint8)
+    _one_hot_cpu(mask.cpu().numpy(), places.reshape(-1, 3), out)
+    return torch.from_numpy(out).to(mask.device)
+
+
+def _equalities(opened: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """Bytes [n, levels - 1]: the digits of D equal those of r; four bits for D = 0, four for 1."""
+    shape = (len(opened), len(places))
+    if opened.is_meta:
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+    out = np.zeros(shape, np.uint8)
+    _equalities_cpu(opened.cpu().numpy(), tables.cpu().numpy(), places, out)
+    return torch.from_numpy(out).to(opened.device)
+
+
+@numba.njit(cache=True, nogil=True)
+def _one_hot_cpu(mask, places, out):  # type: ignore[no-untyped-def]
+    for i in range(mask.shape[0]):
+        for k in range(places.shape[0]):
+            v = (mask[i] >> places[k, 0]) & places[k, 1]
+            out[i, places[k, 2] + (v >> 3)] |= np.uint8(1 << (v & 7))
+
+
+@numba.njit(cache=True, nogil=True)
+def _equalities_cpu(opened, tables, places, out):  # type: ignore[no-untyped-def]
+    digits = places.shape[1]
+    for i in range(opened.shape[0]):
+        for k in range(places.shape[0]):
+            bottom = places[k, 0, 0]
+            byte = 0
+            for one in range(2):
+                point = opened[i] - (np.int64(one) << bottom)
+                for d in range(digits):
+                    v = (point >> places[k, d, 0]) & places[k, d, 1]
+                    bit = (tables[i, places[k, d, 2] + (v >> 3)] >> (v & 7)) & 1
+                    byte |= bit << (digits * one + d)
+            out[i, k] = byte

@@ -1,38 +1,74 @@
-"""max(x, 0)."""
+"""max(x, 0), alone or times another secret."""
 
 from __future__ import annotations
 
 import torch
 
 from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.protocols.compare import (
-    less_than,
-    less_than_cost,
-    open_window,
-    open_window_cost,
-    take_window,
+from runtime.messages import Protocol, together
+from runtime.protocols.compare import DIGITS, take_window
+from runtime.protocols.formula import Formula, negated, open_bits
+from runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from runtime.protocols.truncate import (
+    NARROW_OFFSET,
+    PARTS,
+    Truncation,
+    truncate,
+    truncate_cost,
+    truncation_parts,
 )
-from runtime.protocols.multiply import multiply, multiply_cost
 from runtime.spec import Cost
+from runtime.values import Shared
+
+_POSITIVE = Formula(negated(DIGITS.less))
 
 
-def rectify(ctx: Context, share: torch.Tensor) -> Protocol:
-    """Shares modulo 2**64 of max(x, 0), with the fractional bits of x.
+def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> Protocol:
+    """Shares modulo 2**64 of max(x, 0), with the fractional bits of x, or of max(x, 0) * factor.
 
-    In: additive share of an integer in [-2**31, 2**31), any shape. Rounds 3. Each party sees
-    a masked window, masked comparison bits and masked Beaver factors.
+    In: share of an integer in [-2**30, 2**30), modulo 2**64 or 2**32, any shape; a factor adds the
+    program's fractional bits. Rounds 2: the window is opened, then the bits of [x < 0]; [x >= 0] x
+    is a public combination of dealt words, as x is one of the words of its mask (`Truncation`).
+    Online 10 bytes per element, 32 more and a truncation's for a factor. Each party sees the
+    openings of a window, of bits and of the factor, each under a fresh mask.
     """
-    flat = share.reshape(-1)
-    window = yield from open_window(ctx, take_window(flat, 0))
-    negative = yield from less_than(ctx, window, [0])
-    keep = negative[0]
-    if not keep.is_meta:
-        keep = ctx.public(torch.ones_like(keep)) - keep
-    (product,) = yield from multiply(ctx, (keep, flat))
-    return product.reshape(share.shape)
+    narrow = share if share.dtype is torch.int32 else take_window(share, 0)
+    shape, count = narrow.shape, narrow.numel()
+    mask = ctx.mask((count,), torch.int32)
+    tables = ctx.deal_bits((count, DIGITS.table_bytes), lambda: DIGITS.tables(mask))
+    first = [open_under(ctx, narrow.reshape(-1), mask)]
+    if factor is not None:
+        first.append(truncate(ctx, factor.share.reshape(-1), factor.frac - ctx.fixed))
+    opened, *truncated = yield from together(*first)
+    bit_mask = ctx.mask_bits((count,))
+    found = DIGITS.look_up(opened if opened.is_meta else opened.long(), tables)
+    bits, *factors = yield from together(
+        open_bits(found, bit_mask),
+        *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
+    )
+
+    def payload() -> torch.Tensor:
+        parts = truncation_parts(mask, 0)
+        return torch.cat([parts, parts * factors[0].mask[:, None]], 1) if factors else parts
+
+    words = _POSITIVE.deal(ctx, bit_mask, payload, PARTS * (1 + len(factors)))
+    if narrow.is_meta:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+    parts = _POSITIVE.evaluate(bits, words)
+    if factors:
+        plain, crossed = parts.split(PARTS, 1)
+        parts = plain * factors[0].opened[:, None] - crossed
+    weights = Truncation(opened + NARROW_OFFSET, 0).weights
+    return (weights * parts).sum(1).reshape(shape)
 
 
-def rectify_cost(count: int) -> Cost:
-    """Cost of `rectify` for `count` elements."""
-    return open_window_cost(count) + less_than_cost(count, 1) + multiply_cost((count, count, count))
+def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:
+    """Cost of `rectify` for `count` elements; factor_shift: the bits that its factor loses."""
+    first = Cost(rounds=1, online=8 * count, offline=DIGITS.table_bytes * count)
+    second = Cost(rounds=1, online=2 * count)
+    words = PARTS * _POSITIVE.words
+    if factor_shift is not None:
+        first = first.beside(truncate_cost(count, factor_shift))
+        second = second.beside(open_masked_cost(count))
+        words *= 2
+    return first + second + Cost(offline=8 * words * count)

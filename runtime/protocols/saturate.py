@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol, together
-from runtime.protocols.compare import (
-    less_than,
-    less_than_cost,
-    open_window,
-    open_window_cost,
-    take_window,
-)
+from runtime.protocols.compare import WINDOW_BITS, take_window
+from runtime.protocols.digits import Digits
+from runtime.protocols.formula import Formula, added, negated, open_bits, shifted
 from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
-from runtime.protocols.multiply import multiply, multiply_cost
-from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from runtime.protocols.truncate import (
+    NARROW_OFFSET,
+    PARTS,
+    Truncation,
+    truncate,
+    truncate_cost,
+    truncation_parts,
+    unbiased_window,
+)
 from runtime.spec import FRACTIONAL_BITS, Cost
+from runtime.values import Shared
+
+MAX_INPUT_FRAC = 48
+"""Inputs may have up to this many fractional bits: 32 bits are left above the 16 that count."""
 
 _POSITION_BITS = 14
+
+_COARSE_DROP = 14
+"""Bits that comparisons with the ends of a table leave out: ends are known to 1/4."""
+
+_DIGITS = Digits(9, 9)
 
 
 @dataclass(frozen=True)
@@ -32,13 +46,21 @@ class Tail:
     slope: int
     value: float
 
+    @property
+    def payloads(self) -> int:
+        """Dealt words that make up the line: x takes three, a constant one, zero none."""
+        if self.slope:
+            return PARTS
+        return 1 if self.value else 0
+
 
 @dataclass(frozen=True, eq=False)
 class Function:
     """A scalar function on inputs with 16 fractional bits.
 
-    low, high: the table serves low <= x < high; below `low` the left tail holds, from `high` on
-    the right one (a missing tail: such inputs don't occur). Inputs must satisfy |x| < 2**15 - high.
+    low, high: multiples of 1/4. The table serves low <= x < high and 1/4 beyond; below `low` the
+    left tail holds, from `high` on the right one, and near them either. A missing tail: such inputs
+    don't occur. Inputs must satisfy |x| < 2**14.
     """
 
     table: Table
@@ -47,12 +69,27 @@ class Function:
     left: Tail | None
     right: Tail | None
 
+    @cached_property
     def thresholds(self) -> list[int]:
-        """Where a tail begins, in units of the input."""
-        scale = 2**FRACTIONAL_BITS
-        low = [round(self.low * scale)] if self.left else []
-        high = [round(self.high * scale)] if self.right else []
-        return low + high
+        """Where a tail begins, in quarters."""
+        ends = ((self.left, self.low), (self.right, self.high))
+        return [round(end * 4) for tail, end in ends if tail]
+
+    @cached_property
+    def pieces(self) -> list[tuple[Formula, Tail | None]]:
+        """When which part holds: the table (None) and each tail, from the compared bits."""
+        below = [shifted(_DIGITS.less, _DIGITS.bits * i) for i in range(len(self.thresholds))]
+        pieces: list[tuple[Formula, Tail | None]] = []
+        if self.left and self.right:
+            inside = added(below[1], below[0], -1)
+        else:
+            inside = below[0] if self.right else negated(below[0])
+        pieces.append((Formula(inside), None))
+        if self.left and self.left.payloads:
+            pieces.append((Formula(below[0]), self.left))
+        if self.right and self.right.payloads:
+            pieces.append((Formula(negated(below[-1])), self.right))
+        return pieces
 
 
 def saturating(
@@ -64,61 +101,134 @@ def saturating(
     left: Tail | None,
     right: Tail | None,
 ) -> Function:
-    """Fit `function` from `start` on, `windows` windows of 2**step_bits input units each."""
+    """Fit `function` from `start` on, `windows` windows of 2**step_bits input units each.
+
+    At least one tail; `out_frac` is that of the table, whose values must stay below 2**62.
+    """
     scale = 2**FRACTIONAL_BITS
     # The cube of the position in a window must leave room for its coefficient.
     drop = max(0, step_bits - _POSITION_BITS)
     table = fit(function, FRACTIONAL_BITS, round(start * scale), windows, step_bits, out_frac, drop)
-    # Inputs are known to one unit only, so the ends of the table keep a window's distance.
+    # Ends are compared to a quarter only, and the last window serves the one before it.
     step = 2**step_bits / scale
-    return Function(table, start + step, start + (windows - 2) * step, left, right)
+    low, end = start + max(step, 0.25), start + (windows - 1) * step
+    return Function(table, np.ceil(low * 4) / 4, np.floor(end * 4) / 4 - 0.25, left, right)
 
 
-def apply(ctx: Context, function: Function, share: torch.Tensor, out_frac: int) -> Protocol:
-    """Shares modulo 2**64 of f(x) with `out_frac` fractional bits.
+def function_input(ctx: Context, x: Shared) -> torch.Tensor:
+    """The window of x that `apply` takes; up to 48 fractional bits, of which 16 count."""
+    return unbiased_window(ctx, x.share, x.frac - FRACTIONAL_BITS)
 
-    In: additive share of x with 16 fractional bits, any shape, |x| < 2**15 - high: modulo 2**64,
-    or modulo 2**32 (int32) where no tail has a slope. Rounds: 3 with a tail, else 2. What each
-    party sees: the openings of a window, of comparison bits, of a truncation and of a Beaver
-    product, each under a fresh mask.
+
+def apply(
+    ctx: Context,
+    function: Function,
+    narrow: torch.Tensor,
+    out_frac: int,
+    factor: Shared | None = None,
+) -> Protocol:
+    """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, or of f(x) * factor.
+
+    In: int32 share of x with 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a
+    factor (Shared, the same shape) the result has the program's fractional bits besides. Rounds 2.
+    Online 18 bytes per element, 32 more and a truncation's for a factor. The value of the table is
+    opened under a mask as it is truncated, in the same round as the compared bits; what the dealer
+    shares are the products of mask bits times the words that make up the table's value, x, and
+    either times the factor's mask (`formula`, `Truncation`). Each party sees the openings of a
+    window, of the table's value, of bits and of the factor, each under a fresh mask.
     """
-    shape = share.shape
-    narrow = share if share.dtype is torch.int32 else take_window(share, 0)
-    window = yield from open_window(ctx, narrow)
-    value = evaluate(ctx, window.opened, window.mask, function.table)
-    shift = function.table.out_frac - out_frac
-    tails = [tail for tail in (function.left, function.right) if tail]
-    if not tails:
-        value = yield from truncate(ctx, value, shift)
-        return value.reshape(shape)
-    flags, value = yield from together(
-        less_than(ctx, window, function.thresholds()), truncate(ctx, value, shift)
-    )
-    flat = share.reshape(-1)
-    pairs = []
-    for index, tail in enumerate(tails):
-        if value.is_meta:
-            pairs.append((flags[index], value))
+    shape, count = narrow.shape, narrow.numel()
+    mask = ctx.mask((count,), torch.int32)
+    tables = ctx.deal_bits((count, _DIGITS.table_bytes), lambda: _DIGITS.tables(_coarse(mask)))
+    first = [open_under(ctx, narrow.reshape(-1), mask)]
+    if factor is not None:
+        flat = factor.share.reshape(-1)
+        first.append(truncate(ctx, flat, factor.frac - ctx.fixed))
+    opened, *truncated = yield from together(*first)
+    value = take_window(evaluate(ctx, opened, mask, function.table), WINDOW_BITS)
+    value_mask = ctx.mask((count,), torch.int32)
+    bit_mask = ctx.mask_bits((count,))
+    shift = function.table.out_frac - WINDOW_BITS - out_frac
+    second = [
+        open_bits(_compare(function, opened, tables), bit_mask),
+        open_under(ctx, value, value_mask, NARROW_OFFSET),
+        *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
+    ]
+    # The factor's mask has to be dealt before the words that are multiplied by it.
+    bits, value, *factors = yield from together(*second)
+    total = torch.zeros(count, dtype=torch.int64, device=narrow.device)
+    for formula, tail in function.pieces:
+        payloads = PARTS if tail is None else tail.payloads
+
+        def payload(tail: Tail | None = tail) -> torch.Tensor:
+            parts = _payload(tail, value_mask, mask, shift)
+            if not factors:
+                return parts
+            return torch.cat([parts, parts * factors[0].mask[:, None]], 1)
+
+        words = formula.deal(ctx, bit_mask, payload, payloads * (1 + len(factors)))
+        if narrow.is_meta:
             continue
-        flag = flags[index]
-        if tail is function.right:
-            flag = ctx.public(torch.ones_like(flag)) - flag
-        line = ctx.public(torch.full_like(value, round(tail.value * 2**out_frac)))
-        if tail.slope:
-            line = line + tail.slope * (flat << (out_frac - FRACTIONAL_BITS))
-        pairs.append((flag, line - value))
-    corrections = yield from multiply(ctx, *pairs)
-    if not value.is_meta:
-        for correction in corrections:
-            value = value + correction
-    return value.reshape(shape)
+        weights = _weights(tail, value, opened, shift, out_frac)
+        parts = formula.evaluate(bits, words)
+        if factors:
+            plain, crossed = parts.split(payloads, 1)
+            parts = plain * factors[0].opened[:, None] - crossed
+        total += (weights * parts).sum(1)
+    return total.reshape(shape)
 
 
-def apply_cost(function: Function, count: int, out_frac: int) -> Cost:
-    """Cost of `apply` for `count` elements."""
-    tails = len(function.thresholds())
-    middle = truncate_cost(count, function.table.out_frac - out_frac)
-    if tails:
-        middle = middle.beside(less_than_cost(count, tails))
-    total = open_window_cost(count) + evaluate_cost(count, function.table) + middle
-    return total + multiply_cost(*[(count, count, count)] * tails) if tails else total
+def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:
+    """Cost of `apply` for `count` elements; factor_shift: the bits that its factor loses."""
+    first = Cost(rounds=1, online=8 * count, offline=_DIGITS.table_bytes * count)
+    second = Cost(rounds=1, online=10 * count)
+    words = sum(
+        formula.words * (PARTS if tail is None else tail.payloads)
+        for formula, tail in function.pieces
+    )
+    if factor_shift is not None:
+        first = first.beside(truncate_cost(count, factor_shift))
+        second = second.beside(open_masked_cost(count))
+        words *= 2
+    return first + second + evaluate_cost(count, function.table) + Cost(offline=8 * words * count)
+
+
+def _coarse(words: torch.Tensor) -> torch.Tensor:
+    return words.long() >> _COARSE_DROP
+
+
+def _compare(function: Function, opened: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """The bits of all comparisons of an element in one byte."""
+    if opened.is_meta:
+        return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
+    thresholds = torch.tensor(function.thresholds, device=opened.device)
+    found = _DIGITS.look_up(_coarse(opened)[None, :] - thresholds[:, None], tables)
+    byte = found[0]
+    for i in range(1, len(found)):
+        byte = byte | found[i] << (_DIGITS.bits * i)
+    return byte
+
+
+def _payload(
+    tail: Tail | None, value_mask: torch.Tensor, mask: torch.Tensor, shift: int
+) -> torch.Tensor:
+    """What the dealer multiplies by the products of mask bits."""
+    if tail is None:
+        return truncation_parts(value_mask, shift)
+    parts = truncation_parts(mask, 0)
+    return parts if tail.slope else parts[:, :1]
+
+
+def _weights(
+    tail: Tail | None, value: torch.Tensor, opened: torch.Tensor, shift: int, out_frac: int
+) -> torch.Tensor:
+    """What the parties multiply the results by, so that they add up to the piece's value."""
+    if tail is None:
+        return Truncation(value, shift).weights
+    constant = round(tail.value * 2**out_frac)
+    if not tail.slope:
+        return torch.full((len(opened), 1), constant, device=opened.device)
+    weights = Truncation(opened + NARROW_OFFSET, 0).weights * tail.slope
+    weights <<= out_frac - FRACTIONAL_BITS
+    weights[:, 0] += constant
+    return weights

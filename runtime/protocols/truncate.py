@@ -6,53 +6,86 @@ import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol
+from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.opening import open_under
-from runtime.spec import HEADROOM_BITS, Cost
+from runtime.spec import HEADROOM_BITS, RING_BITS, Cost
 from runtime.values import logical_shift
 
 OFFSET = 1 << HEADROOM_BITS
+NARROW_OFFSET = 1 << (WINDOW_BITS - 2)
+"""What makes a value of less than 30 bits positive in a window of 32."""
+
+PARTS = 3
+"""Dealt words of a truncated value: see `Truncation`."""
 
 
 class Truncation:
-    """The public and the dealt part of a truncated value, once z = x + 2**62 + r is open.
+    """A truncated value as a public combination of dealt words, when z = x + 2**(n-2) + r is open.
 
-    floor(x / 2**shift) or one more = base - low + wrap * top, where `base` and `wrap` are public,
-    `low` = r >> shift and `top` = msb(r) are shared. Kept apart so that products with the truncated
-    value can be formed from the same opening (see the norms).
+    In a ring of n = 64 or 32 bits, for |x| < 2**(n - 2),
+
+        floor(x / 2**shift) or one more = base - low + wrap * top
+
+    where `base` and `wrap` are public, `low` = r >> shift and `top` = msb(r) are shared: as
+    x + 2**(n - 2) < 2**(n - 1), the sum wrapped exactly if r has its top bit set and z has not. The
+    result is right modulo 2**64 in either case. Kept apart so that products with the truncated
+    value can be formed from the same opening. With shift 0 it is x itself, lifted to 64 bits.
     """
 
     def __init__(self, opened: torch.Tensor, shift: int) -> None:
-        self.base = logical_shift(opened, shift) - (1 << (HEADROOM_BITS - shift))
-        # The sum wrapped exactly if r has its top bit set and z has not, as x + 2**62 < 2**63.
+        width = WINDOW_BITS if opened.dtype is torch.int32 else RING_BITS
+        self.base = _unsigned_shift(opened, shift) - (1 << (width - 2 - shift))
         no_top = (opened >= 0).to(torch.int64)
-        self.wrap = no_top << (64 - shift) if shift else torch.zeros_like(no_top)
+        self.wrap = no_top << (width - shift) if width - shift < RING_BITS else no_top * 0
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """[..., 3]: what `truncation_parts` are multiplied by to give the value."""
+        return torch.stack([self.base, torch.full_like(self.base, -1), self.wrap], -1)
+
+
+def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
+    """1, r >> shift and the top bit of r, [..., 3]: for the dealer."""
+    low = _unsigned_shift(mask, shift)
+    return torch.stack([torch.ones_like(low), low, top_bit(mask)], -1)
 
 
 def top_bit(mask: torch.Tensor) -> torch.Tensor:
-    """The most significant bit of 64-bit words."""
-    return logical_shift(mask, 63)
+    """The most significant bit of words of 64 or 32 bits, as int64."""
+    return (mask < 0).to(torch.int64)
+
+
+def _unsigned_shift(words: torch.Tensor, shift: int) -> torch.Tensor:
+    if words.dtype is torch.int32:
+        return (words.long() & 0xFFFFFFFF) >> shift
+    return logical_shift(words, shift)
 
 
 def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     """Shares of x / 2**shift, rounded down or up at random with expectation x / 2**shift.
 
     In: additive share of x modulo 2**64 with |x| < 2**62; 0 <= shift <= 62. A negative shift
-    multiplies by a power of two, locally. Out: additive share, error below one unit.
-    Rounds 1, online 16 bytes per element, offline 16 bytes per element.
-    Each party sees z = x + 2**62 + r, uniform as r is fresh and uniform modulo 2**64. The dealer
-    sees the shape. Source: the exact form of probabilistic truncation with a msb correction, as in
-    Escudero et al., "Improved Primitives for MPC over Mixed Arithmetic-Binary Circuits"
+    multiplies by a power of two, locally. Out: additive share, error at most one unit; from shift
+    33 on, 1.5 units at most. Rounds 1, online 16 bytes per element, offline 16. From shift 32 on
+    the parties drop 32 bits of their shares first, which is exact modulo 2**32 but for the carry (a
+    unit, half of it on average, is added), and open the 32-bit window of 30 bits: 8 bytes online.
+    Each party sees z = x + 2**62 + r, uniform as r is fresh and uniform modulo 2**64 (2**32). The
+    dealer sees the shape. Source: the exact form of probabilistic truncation with a msb correction,
+    as in Escudero et al., "Improved Primitives for MPC over Mixed Arithmetic-Binary Circuits"
     (CRYPTO 2020), section 5, and Dalskov et al., "Secure Evaluation of Quantized Neural Networks"
     (PETS 2020), section 4.
     """
     if shift <= 0:
         return share if share.is_meta else share << -shift
-    mask = ctx.mask(share.shape)
-    low = ctx.deal(share.shape, lambda: logical_shift(mask, shift))
+    offset = OFFSET
+    if shift >= WINDOW_BITS:
+        share, shift, offset = unbiased_window(ctx, share, WINDOW_BITS), shift - 32, NARROW_OFFSET
+    mask = ctx.mask(share.shape, share.dtype)
+    low = ctx.deal(share.shape, lambda: _unsigned_shift(mask, shift))
     top = ctx.deal(share.shape, lambda: top_bit(mask))
-    opened = yield from open_under(ctx, share, mask, OFFSET)
+    opened = yield from open_under(ctx, share, mask, offset)
     if opened.is_meta:
-        return opened
+        return low
     parts = Truncation(opened, shift)
     return ctx.public(parts.base) - low + parts.wrap * top
 
@@ -61,4 +94,10 @@ def truncate_cost(count: int, shift: int) -> Cost:
     """Cost of `truncate` for `count` elements."""
     if shift <= 0:
         return Cost()
-    return Cost(rounds=1, online=16 * count, offline=16 * count)
+    return Cost(rounds=1, online=(8 if shift >= WINDOW_BITS else 16) * count, offline=16 * count)
+
+
+def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tensor:
+    """`take_window` with the expected loss added: the error is in (-1, 1], and zero on average."""
+    window = take_window(share, drop)
+    return window if drop == 0 or window.is_meta else window + ctx.public(torch.ones_like(window))

@@ -34,6 +34,9 @@ def spread(limit: float) -> torch.Tensor:
 ANGLES = real(3, 8)
 MASK = torch.full((1, 1, 4, 9), torch.finfo(torch.float32).min).triu(6)
 ALIBI = MASK + real(1, 6, 1, 9).float()
+# All octaves of a positive number that 16 fractional bits can tell from zero.
+POSITIVE = torch.cat([torch.arange(1, 40), torch.exp2(torch.linspace(6, 44.9, 400).double())])
+POSITIVE = POSITIVE.round() * 2.0**-16
 PUBLIC = "public"
 """Marks a tensor operand that all parties know."""
 
@@ -88,6 +91,7 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("relu", [spread(20)], {}, 1e-5),
     ("exp", [-spread(20).abs()], {}, 5e-5),
     ("reciprocal", [spread(3)[3001:].abs().clamp(0.1, 100)], {}, 1e-3),
+    ("log", [POSITIVE], {}, 3e-5),
     ("rsqrt", [spread(3).abs() + 0.1], {}, 1e-3),
     ("glu", [real(3, 8, scale=3), real(3, 8), "silu"], {}, 2e-4),
     ("glu", [real(3, 8, scale=3), real(3, 8), "gelu"], {}, 2e-4),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 
-from runtime.protocols import compare
 from runtime.protocols.compare import (
-    LESS_THAN,
+    WORDS,
     less_than,
     less_than_cost,
     maximum,
@@ -23,54 +19,6 @@ from runtime.protocols.compare import (
 )
 from runtime.simulate import Simulation
 from tests.protocols.harness import integers, run, words
-
-
-def test_unmasking_is_exact_for_every_mask_and_every_bit_pattern() -> None:
-    """All 256 * 256 pairs of looked-up bits and mask bits give the polynomial's value."""
-    constants, coefficients, products = (
-        compare._CONSTANTS,
-        compare._COEFFICIENTS,
-        compare._PRODUCTS,
-    )
-    expected = np.array(
-        [
-            sum(f * all((byte >> i) & 1 for i in term) for term, f in LESS_THAN.items())
-            for byte in range(256)
-        ]
-    )
-    mask = np.arange(256)
-    for byte in range(256):
-        opened = byte ^ mask
-        value = constants[opened] + (coefficients[opened] * products[mask]).sum(1)
-        assert (value == expected[byte]).all()
-
-
-def test_polynomial_is_the_sign_of_the_difference_for_all_digit_patterns() -> None:
-    """Every order relation of the four digits of z - t and r, at both sides of the sign."""
-    digits = (0, 1, 127, 128, 129, 255)
-    for r3, d3 in itertools.product(digits, digits):
-        for lows in itertools.product((0, 1, 255), repeat=3):
-            for low_r in itertools.product((0, 1, 255), repeat=3):
-                r = int.from_bytes(bytes([*low_r, r3]), "little")
-                v = int.from_bytes(bytes([*lows, d3]), "little")
-                bits = _look_up(v, r)
-                value = sum(f * all(bits[i] for i in term) for term, f in LESS_THAN.items())
-                assert value == (((v - r) >> 31) & 1)
-
-
-def _look_up(v: int, r: int) -> list[int]:
-    out = []
-    for digit, relation in compare._LAYOUT:
-        a, b = (v >> (8 * digit)) & 255, (r >> (8 * digit)) & 255
-        out.append(
-            {
-                "lt": a < b,
-                "eq": a == b,
-                "eq128": (a - b) % 256 == 128,
-                "top": (a - b) % 256 >= 128,
-            }[relation]
-        )
-    return [int(bit) for bit in out]
 
 
 def test_all_pairs_of_small_values_and_thresholds() -> None:
@@ -105,7 +53,9 @@ def test_random_and_edge_values_on_the_whole_window(dtype: torch.dtype) -> None:
     result, cost = run(simulation, protocol)
     expected = torch.stack([(values < t) for t in thresholds]).to(dtype)
     assert torch.equal(result, expected)
-    assert cost.offline == 256 * len(values) + 33 * dtype.itemsize * len(thresholds) * len(values)
+    assert cost.offline == 256 * len(values) + WORDS * dtype.itemsize * len(thresholds) * len(
+        values
+    )
 
 
 def test_window_of_high_bits_is_exact_up_to_one_unit() -> None:

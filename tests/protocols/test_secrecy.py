@@ -6,13 +6,17 @@ import torch
 
 from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.ops.silu import SILU
+from runtime.ops.softmax import Softmax
 from runtime.protocols.compare import maximum, take_window
 from runtime.protocols.normalize import RowNorm, normalize
 from runtime.protocols.opening import open_masked
-from runtime.protocols.saturate import apply
+from runtime.protocols.power import Power, power
+from runtime.protocols.rectify import rectify
+from runtime.protocols.saturate import apply, function_input
 from runtime.protocols.truncate import truncate
 from runtime.protocols.weights import send
 from runtime.simulate import Simulation
+from runtime.values import Shared
 from tests.protocols.harness import integers, uniform_bytes
 
 COUNT = 4096
@@ -22,7 +26,7 @@ LIMIT = 5.0
 
 def _transcript(protocol, values: torch.Tensor) -> list[torch.Tensor]:
     simulation = Simulation(record=True)
-    shares = integers(simulation, values)
+    shares = simulation.share(values * 2.0**-16)
     simulation.run(lambda ctx, p: protocol(ctx, shares[p]))
     return simulation.transcript
 
@@ -31,7 +35,12 @@ PROTOCOLS = {
     "open": open_masked,
     "send": send,
     "truncate": lambda ctx, x: truncate(ctx, x.share, 16),
-    "silu": lambda ctx, x: apply(ctx, SILU, x.share, 16),
+    "truncate far": lambda ctx, x: truncate(ctx, x.share, 40),
+    "silu": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16),
+    "silu times itself": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16, x),
+    "relu": lambda ctx, x: rectify(ctx, x.share, x),
+    "softmax": lambda ctx, x: Softmax.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac)),
+    "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33)),
     "maximum": lambda ctx, x: maximum(
         ctx, take_window(x.share.reshape(-1, 64), 0), torch.ones(COUNT // 64, 64, dtype=torch.bool)
     ),

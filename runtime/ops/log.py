@@ -1,0 +1,62 @@
+"""Natural logarithm of positive numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.context import Context
+from runtime.messages import Protocol
+from runtime.op import Op
+from runtime.protocols.power import Octaves, find_octave, find_octave_cost, level_table
+from runtime.protocols.truncate import truncate, truncate_cost
+from runtime.spec import FRACTIONAL_BITS, Cost
+from runtime.values import Shared
+
+_FINE_BITS = 24
+_STEP = 2
+OCTAVES = Octaves(0, 44, _FINE_BITS, _STEP, level_table(np.log, _STEP))
+
+
+class Log(Op):
+    """Natural logarithm of positive numbers."""
+
+    name = "log"
+    schema = "(Tensor x) -> Tensor"
+
+    @staticmethod
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return torch.log(x)
+
+    operands = {"x": "fixed"}
+
+    @classmethod
+    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+        count = x.share.numel()
+        return find_octave_cost(OCTAVES, count) + truncate_cost(count, _FINE_BITS - fixed)
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+        """For 2**-16 <= x < 2**29: error below 2e-5; else something wrong, but finite.
+
+        log(w 4**k) = log(w) + k log(4): the table of the level k that x lies in gives log(w), and
+        k is the number of levels that x is not below. Rounds 3. Each party sees what it sees in
+        `find_octave` and `truncate`.
+        """
+        found, below = yield from find_octave(ctx, x.share.reshape(-1), OCTAVES)
+        share = found.sum(-1)
+        if not share.is_meta:
+            levels = ctx.public(torch.full_like(share, OCTAVES.levels - 1)) - below.sum(-1)
+            unit = math.log(2.0) * 2**_FINE_BITS
+            start = torch.full_like(share, round(FRACTIONAL_BITS * unit))
+            share = share + levels * round(_STEP * unit) - ctx.public(start)
+        share = yield from truncate(ctx, share, _FINE_BITS - ctx.fixed)
+        return Shared(share.reshape(x.shape), ctx.fixed)
+
+    @classmethod
+    def stock(cls, x: Any) -> Any:
+        """CrypTen's Householder iteration, for 1e-4 < x < 250."""
+        return x.log()

@@ -1,0 +1,109 @@
+"""Polynomials of opened bits, and the digit tables whose bits they take: exhaustive."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.protocols import peak, power, rectify, saturate
+from runtime.protocols.compare import DIGITS, LESS_THAN
+from runtime.protocols.digits import Digits
+from runtime.protocols.formula import Formula, added, conjunction, negated, open_bits, shifted
+from runtime.simulate import Simulation
+from tests.protocols.harness import run, words
+
+FORMULAS = {
+    "less than": LESS_THAN,
+    "at least": rectify._POSITIVE,
+    "less than, short": peak._LESS,
+    "zero or one": power._ZERO_OR_ONE,
+    "between": Formula(added(shifted(Digits(9, 9).less, 4), Digits(9, 9).less, -1)),
+    "outside": Formula(negated(Digits(9, 9).less)),
+    "all": Formula(conjunction(range(8))),
+}
+WIDTHS = [(8, 8, 8, 8), (9, 9), (5, 5, 6), (3,), (2, 3), (3, 2, 3)]
+
+
+def _value(formula: Formula, byte: int) -> int:
+    return sum(f * all((byte >> i) & 1 for i in term) for term, f in formula.polynomial.items())
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_unmasking_is_exact_for_every_mask_and_every_bit_pattern(name: str) -> None:
+    """All 256 * 256 pairs of bits and mask bits give the polynomial's value."""
+    formula = FORMULAS[name]
+    mask = np.arange(256)
+    for byte in range(256):
+        opened = byte ^ mask
+        value = (formula.coefficients[opened] * formula.products[mask].astype(int)).sum(1)
+        assert (value == _value(formula, byte)).all()
+
+
+@pytest.mark.parametrize("widths", [w for w in WIDTHS if sum(w) <= 8])
+def test_every_pair_of_small_numbers(widths: tuple[int, ...]) -> None:
+    digits = Digits(*widths)
+    size = 2**digits.width
+    mask, points = torch.arange(size), torch.arange(size)
+    # Tables of less than a byte are padded by none: only widths of three bits and more are used.
+    if min(widths) < 3:
+        with pytest.raises(ValueError, match="at least 3 bits"):
+            digits.tables(mask)
+        return
+    bits = digits.look_up(points[:, None].expand(size, size), digits.tables(mask))
+    less = Formula(digits.less)
+    values = torch.tensor([_value(less, byte) for byte in range(256)])[bits.long()]
+    expected = ((points[:, None] - mask[None, :]) >> (digits.width - 1)) & 1
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("widths", [w for w in WIDTHS if sum(w) > 8])
+def test_sign_of_the_difference_for_all_digit_patterns(widths: tuple[int, ...]) -> None:
+    """Every order relation of the digits, at both sides of the sign and of each borrow."""
+    digits = Digits(*widths)
+    edges = [sorted({0, 1, 2**w - 1, 2 ** (w - 1), 2 ** (w - 1) - 1}) for w in widths]
+    shifts = np.cumsum([0, *widths[:-1]])
+    numbers = torch.tensor(
+        [
+            sum(d << int(s) for d, s in zip(p, shifts, strict=True))
+            for p in itertools.product(*edges)
+        ]
+    )
+    less = Formula(digits.less)
+    table = torch.tensor([_value(less, byte) for byte in range(256)])
+    for start in range(0, len(numbers), 100):
+        mask = numbers[start : start + 100]
+        points = numbers[:, None].expand(len(numbers), len(mask))
+        values = table[digits.look_up(points, digits.tables(mask)).long()]
+        expected = ((points - mask[None, :]) >> (digits.width - 1)) & 1
+        assert torch.equal(values, expected)
+
+
+def test_layout_of_the_32_bit_window_is_one_byte() -> None:
+    assert DIGITS.bits == 8
+    assert saturate._DIGITS.bits * 2 == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_value_times_a_payload_in_any_ring(dtype: torch.dtype) -> None:
+    formula = FORMULAS["between"]
+    secret = torch.arange(256, dtype=torch.uint8)
+    size = 2 ** (8 * dtype.itemsize - 2)
+    payload = torch.stack([words(256, -size, size), torch.ones(256, dtype=torch.int64)], 1)
+    simulation = Simulation()
+    split = torch.from_numpy(np.random.default_rng(1).integers(0, 256, 256, np.uint8))
+
+    def protocol(ctx, p):
+        mask = ctx.mask_bits((256,))
+        dealt = formula.deal(ctx, mask, lambda: payload, 2, dtype)
+        mine = (split, split ^ secret, secret.to("meta"))[p]
+        bits = yield from open_bits(mine, mask)
+        return formula.evaluate(bits, dealt)
+
+    result, cost = run(simulation, protocol)
+    value = torch.tensor([_value(formula, byte) for byte in range(256)])
+    assert torch.equal(result, (value[:, None] * payload).to(dtype))
+    assert cost.rounds == 1
+    assert cost.online == 2 * 256
