@@ -47,7 +47,7 @@ _AT_FULL_SCALE = ("add", "sub", "shift", "sum")
 _CONVERSIONS = {"masked": "open", "sent": "send"}
 _RESULTS = {name: form for form, name in _CONVERSIONS.items()}
 _ATTENTIONS = ("attention", "ratio_attention")
-_NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu")
+_NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu", "reveal_token")
 
 
 def op_of(node: fx.Node) -> type[Op] | None:

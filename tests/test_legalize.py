@@ -255,6 +255,17 @@ def test_a_tied_matrix_has_the_bits_of_its_other_use() -> None:
     assert with_range(lambda m, x: (x @ m.w, (x + 1.0) @ m.w), 1.0) == [0, 0]
 
 
+def test_logits_to_choose_from_are_small_numbers() -> None:
+    graph = Graph(lambda m, x: x @ m.w, X, w=W)
+    graph.info.reveal = "token"
+    for name in (*ALL, "reveal_logits"):
+        graph.run(name)
+    (product,) = named(graph, "linear")
+    product.meta["absmax"] = 3000.0
+    with pytest.raises(CompileError, match=r"reaches 3e\+03 in calibration.*\|x\| < 2\*\*14"):
+        legalize(graph.module, FIXED)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_scalar_functions_take_small_numbers_only(gated: bool) -> None:
     def body(m, x):

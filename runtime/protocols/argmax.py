@@ -10,8 +10,9 @@ times r_i and s_i. So for each place t among the best, the sums over i of [rank_
 [rank_i = t] l_i are public combinations of dealt words. Three rounds take a group to its best; the
 winners of all groups are the next level's candidates.
 
-The digit-wise comparison is that of Garay, Schoenmakers and Villegas (PKC 2007) on the one-time
-truth tables of Ishai et al. (TCC 2013).
+`peak` finds the integer part of a maximum likewise; here keys have 32 bits and labels, and there
+may be more than one winner. The digit-wise comparison is that of Garay, Schoenmakers and Villegas
+(PKC 2007) on the one-time truth tables of Ishai et al. (TCC 2013).
 """
 
 from __future__ import annotations
@@ -23,13 +24,10 @@ import torch
 
 from runtime.context import Context
 from runtime.messages import Protocol, Swap, together
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, open_bits
+from runtime.protocols.compare import DIGITS, LESS_THAN
+from runtime.protocols.formula import open_bits
 from runtime.protocols.opening import open_under
 from runtime.spec import CLIENT, Cost
-
-DIGITS = Digits(8, 8, 8, 8)
-LESS_THAN = Formula(DIGITS.less)
 
 LOWEST = -(2**30)
 """Key of what fills a group up; all others must be larger, and smaller than 2**30."""
