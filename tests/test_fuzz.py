@@ -175,10 +175,8 @@ def mutations(draw: Any, original: list[bytes]) -> list[bytes]:
             case 4:
                 found[i] = frame[: draw(st.integers(0, len(frame)))]
             case 5:
-                claimed = draw(
-                    st.sampled_from([0, length - 1, length + 1, 2**33, 2**63, 2**64 - 1])
-                )
-                found[i] = HEADER.pack(kind, number, max(claimed, 0)) + frame[HEADER.size :]
+                wrong = [0, length // 2, min(length, 2**62) + 1, 2**33, 2**63, 2**64 - 1]
+                found[i] = HEADER.pack(kind, number, draw(st.sampled_from(wrong))) + frame[16:]
             case 6:
                 found[i] = HEADER.pack(draw(st.integers(0, 255)), number, length) + frame[16:]
             case 7:
