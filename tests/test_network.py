@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import threading
-import time
 
+import pytest
 import torch
 
 from runtime.network import Network
+from runtime.transport import emulated
 from runtime.transport.emulated import EmulatedLink
 from runtime.transport.loopback import link_pair
 
 SLOW = Network(latency=0.05, bandwidth=1e6)
 
 
-def _play(server, work) -> tuple[float, list[torch.Tensor]]:
-    """Run both ends; gives the client's seconds and what it received."""
+class Clock(threading.local):
+    """Stands in for `time`: sleeping moves the clock of the thread that sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stand_in = Clock()
+    monkeypatch.setattr(emulated, "time", stand_in)
+    return stand_in
+
+
+def _play(server, work) -> list[torch.Tensor]:
+    """Run both ends, the client's in this thread; gives what it received."""
     thread = threading.Thread(target=server)
     thread.start()
-    began = time.monotonic()
     received = work()
-    spent = time.monotonic() - began
     thread.join()
-    return spent, received
+    return received
 
 
 def _message(size: int) -> torch.Tensor:
     return torch.arange(size, dtype=torch.int64).to(torch.uint8)
 
 
-def test_a_round_takes_latency_and_bandwidth() -> None:
+def test_a_round_takes_latency_and_bandwidth(clock: Clock) -> None:
     client, server = (EmulatedLink(link, SLOW) for link in link_pair())
-    seconds, (reply,) = _play(
+    (reply,) = _play(
         lambda: server.exchange(_message(30_000), 10_000),
         lambda: [client.exchange(_message(10_000), 30_000)],
     )
     assert torch.equal(reply, _message(30_000))
-    assert 0.08 <= seconds < 1.0
+    assert clock.now == pytest.approx(0.08)
     assert (client.traffic.rounds, client.traffic.sent, client.traffic.received) == (
         1,
         10**4,
@@ -45,23 +63,21 @@ def test_a_round_takes_latency_and_bandwidth() -> None:
     assert (server.traffic.sent, server.traffic.received) == (30_000, 10**4)
 
 
-def test_messages_in_a_row_share_the_line_but_not_the_latency() -> None:
+def test_messages_in_a_row_share_the_line_but_not_the_latency(clock: Clock) -> None:
     client, server = (EmulatedLink(link, SLOW) for link in link_pair())
 
     def send() -> None:
         for _ in range(4):
             server.exchange(_message(20_000), 0)
 
-    seconds, received = _play(send, lambda: [client.exchange(None, 20_000) for _ in range(4)])
+    received = _play(send, lambda: [client.exchange(None, 20_000) for _ in range(4)])
     assert all(torch.equal(part, _message(20_000)) for part in received)
-    assert 0.05 + 4 * 0.02 <= seconds < 4 * 0.07
+    assert clock.now == pytest.approx(0.05 + 4 * 0.02)
     assert server.traffic.sent == client.traffic.received == 80_000
 
 
-def test_sending_waits_for_nobody() -> None:
+def test_sending_waits_for_nobody(clock: Clock) -> None:
     client, server = (EmulatedLink(link, SLOW) for link in link_pair())
-    seconds, (reply,) = _play(
-        lambda: server.exchange(None, 8), lambda: [client.exchange(_message(8), 0)]
-    )
+    (reply,) = _play(lambda: server.exchange(None, 8), lambda: [client.exchange(_message(8), 0)])
     assert reply.numel() == 0
-    assert seconds < SLOW.latency
+    assert clock.now == 0.0
