@@ -151,19 +151,31 @@ class Attention(Op):
         scale: float,
         softcap: float = 0.0,
     ) -> Any:
-        """CrypTen's matrix products and softmax. The heads of a group are rows of one product."""
-        batch, heads, new, features = q.shape
-        groups, length = k.shape[1], k.shape[2]
-        query = q.reshape(batch, groups, heads // groups * new, features)
-        scores = query.matmul(k.transpose(-1, -2)).mul(float(scale))
-        if softcap > 0:
-            scores = scores.mul(1 / softcap).tanh().mul(float(softcap))
-        scores = scores.reshape(batch, heads, new, length)
+        """CrypTen's matrix products and softmax."""
+        scores = stock_scores(q, k, scale, softcap)
         if mask is not None:
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
-        weights = scores.softmax(-1).reshape(batch, groups, heads // groups * new, length)
-        return weights.matmul(v).reshape(batch, heads, new, features)
+        return stock_weighted_sum(scores.softmax(-1), v)
+
+
+def stock_scores(q: Any, k: Any, scale: float, softcap: float) -> Any:
+    """Scores [B, H, N, L] of CrypTen tensors. The heads of a group are rows of one product."""
+    batch, heads, new, features = q.shape
+    groups, length = k.shape[1], k.shape[2]
+    query = q.reshape(batch, groups, heads // groups * new, features)
+    found = query.matmul(k.transpose(-1, -2)).mul(float(scale))
+    if softcap > 0:
+        found = found.mul(1 / softcap).tanh().mul(float(softcap))
+    return found.reshape(batch, heads, new, length)
+
+
+def stock_weighted_sum(weights: Any, v: Any) -> Any:
+    """The sum of values [B, G, L, D] by weights [B, H, N, L], as CrypTen tensors."""
+    batch, heads, new, length = weights.shape
+    groups, features = v.shape[1], v.shape[-1]
+    rows = weights.reshape(batch, groups, heads // groups * new, length)
+    return rows.matmul(v).reshape(batch, heads, new, features)
 
 
 def scores(ctx: Context, q: Masked, k: Masked, scale: float, softcap: float) -> Protocol:

@@ -16,6 +16,8 @@ from runtime.ops.attention import (
     scores,
     scores_cost,
     split_mask,
+    stock_scores,
+    stock_weighted_sum,
     weighted_sum,
     weighted_sum_cost,
 )
@@ -217,13 +219,7 @@ class RatioAttention(Op):
         """CrypTen's products, square or comparison, and reciprocal of the row's mean weight."""
         from runtime import crypten_compat as crypten
 
-        batch, heads, new, features = q.shape
-        groups, length = k.shape[1], k.shape[2]
-        query = q.reshape(batch, groups, heads // groups * new, features)
-        found = query.matmul(k.transpose(-1, -2)).mul(float(scale))
-        if softcap > 0:
-            found = found.mul(1 / softcap).tanh().mul(float(softcap))
-        found = found.reshape(batch, heads, new, length)
+        found = stock_scores(q, k, scale, softcap)
         flat, bias = split_mask(mask, q, k)
         valid = flat.reshape(found.shape).to(torch.float32)
         if bias is not None:
@@ -233,8 +229,7 @@ class RatioAttention(Op):
         weights = (weights + EPSILON) * (valid / valid.sum(-1, keepdim=True))
         with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
             inverse = weights.sum(-1, keepdim=True).reciprocal()
-        weights = (weights * inverse).reshape(batch, groups, heads // groups * new, length)
-        return weights.matmul(v).reshape(batch, heads, new, features)
+        return stock_weighted_sum(weights * inverse, v)
 
 
 def base_scores(
