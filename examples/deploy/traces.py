@@ -1,0 +1,83 @@
+"""Traces that a secret would leave in a capture, and the search for them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime.bundle import load_bundle
+from runtime.context import ShapeContext
+from runtime.executor import Executor
+from runtime.spec import Vis
+
+SHOWN = 4
+"""Numbers of a weight's row that count as a trace of it."""
+
+SHORTEST = 8
+"""Bytes of a trace: fewer would be found anywhere."""
+
+_CHUNK = 1 << 26
+_SIEVE_BITS = 24
+_SIEVED = np.uint64((1 << _SIEVE_BITS) - 1)
+
+
+def text_traces(text: str, ids: list[int]) -> dict[str, bytes]:
+    """How a text, or its tokens, could stand on the wire."""
+    found = {"text": text.encode()}
+    if len(ids) > 1:  # one number alone is found anywhere
+        found["token numbers as text"] = str(ids)[1:-1].encode()
+        for kind in ("<i8", ">i8", "<i4", ">i4", "<i2", ">i2"):
+            found[f"token numbers as {kind}"] = np.array(ids, dtype=kind).tobytes()
+    return {what: trace for what, trace in found.items() if len(trace) >= SHORTEST}
+
+
+def weight_traces(bundle: Path) -> set[bytes]:
+    """The first numbers of every row of every weight, as floats and as the fixed-point words.
+
+    Rows that begin with the same number four times, such as ones, would be found anywhere.
+    """
+    program = load_bundle(bundle, "server")
+    context = ShapeContext(fixed=program.manifest["fractional_bits"])
+    words = Executor(program, context, None).encode_weights()
+    public = {spec.name for spec in program.constants if spec.vis is Vis.PUBLIC}
+    found: set[bytes] = set()
+    for name, tensor in (*program.tensors.items(), *words.items()):
+        if name in public or tensor.dim() == 0 or tensor.shape[-1] < SHOWN:
+            continue
+        rows = tensor.reshape(-1, tensor.shape[-1])[:, :SHOWN]
+        rows = rows[(rows != rows[:, :1]).any(1)].contiguous()
+        wide = rows.numpy() if rows.is_floating_point() else rows.to(torch.int64).numpy()
+        found.update(row.tobytes() for row in wide)
+    return found
+
+
+def search(file: Path, texts: dict[str, bytes], rows: set[bytes]) -> Iterator[str]:
+    """What of these stands in a file, at any offset."""
+    if not file.stat().st_size:
+        return
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as kept:
+        yield from (
+            f"{file.name}: {what}" for what, trace in texts.items() if kept.find(trace) >= 0
+        )
+        begins = np.array([int.from_bytes(row[:8], "little") for row in rows], dtype=np.uint64)
+        sieve = np.zeros(1 << _SIEVE_BITS, dtype=bool)
+        sieve[begins & _SIEVED] = True
+        longest = max(map(len, rows), default=0)
+        for start in range(0, len(kept), _CHUNK):
+            part = kept[start : start + _CHUNK + longest]
+            for at in _candidates(part, begins, sieve):
+                if any(part[at : at + SHOWN * size] in rows for size in (4, 8)):
+                    yield f"{file.name}: a weight's row at byte {start + at}"
+
+
+def _candidates(part: bytes, begins: np.ndarray, sieve: np.ndarray) -> Iterator[int]:
+    """Where one of eight-byte words stands; the sieve passes over nearly all of the others."""
+    for offset in range(min(8, len(part) - 7)):
+        words = np.frombuffer(part, "<u8", (len(part) - offset) // 8, offset)
+        places = np.flatnonzero(sieve[words & _SIEVED])
+        found = places[np.isin(words[places], begins)]
+        yield from (offset + 8 * int(place) for place in found)
