@@ -64,7 +64,7 @@ def test_three_machines(tmp_path: Path) -> None:
         env={**environment(), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
@@ -84,7 +84,7 @@ def test_three_machines_in_namespaces(tmp_path: Path) -> None:
         env={**environment(), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
