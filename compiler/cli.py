@@ -13,7 +13,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
-from compiler.config import PRESETS
+from compiler.config import PAST, PRESETS
 from runtime.cli import (
     Device,
     DeviceOption,
@@ -75,6 +75,10 @@ Enable = Annotated[
 Disable = Annotated[
     list[str] | None, typer.Option(help="Leave out a pass; may be given more than once.")
 ]
+CheckPasses = Annotated[
+    bool,
+    typer.Option("--check-passes", help="Run the graph around each exact pass, too; slow."),
+]
 ModeOption = Annotated[Mode, typer.Option(help="Protocols: our own, or CrypTen's stock ones.")]
 
 
@@ -90,6 +94,7 @@ def compile_command(
     network: NetworkOption = None,
     enable: Enable = None,
     disable: Disable = None,
+    check_passes: CheckPasses = False,
 ) -> None:
     """Compile a model into one bundle per role."""
     options = _options(
@@ -101,6 +106,7 @@ def compile_command(
         network=network,
         enable=enable,
         disable=disable,
+        check_passes=check_passes,
     )
     with _steps() as step:
         program = _compile(source, options, step)
@@ -111,8 +117,13 @@ def compile_command(
 @app.command("inspect")
 def inspect_command(
     source: Annotated[str, typer.Argument(help="Folder of bundles, or a model to compile.")],
-    new: Annotated[int, typer.Option(help="Tokens of the step.", min=1)] = 1,
-    past: Annotated[int, typer.Option(help="Tokens before it.", min=0)] = 128,
+    new: Annotated[
+        int, typer.Option(help="Tokens of the step; 0 for the end of `merge-er`.", min=0)
+    ] = 1,
+    past: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens before it; by default {PAST}, or what fits.", min=0),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="The instructions as text.")] = False,
@@ -136,6 +147,7 @@ def inspect_command(
     network: NetworkOption = None,
     enable: Enable = None,
     disable: Disable = None,
+    check_passes: CheckPasses = False,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
     from compiler.program import Program
@@ -147,6 +159,7 @@ def inspect_command(
         network=network,
         enable=enable,
         disable=disable,
+        check_passes=check_passes,
     )
     with _steps() as step:
         if not Program.stands_at(source):

@@ -25,6 +25,10 @@ MAX_LENGTH = 4096
 """Longest row of attention scores that the softmax takes."""
 
 
+PAST = 128
+"""Tokens before the step that is inspected, where nothing is said and so many are allowed."""
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """How to compile a decoder; an unknown option is a TypeError.

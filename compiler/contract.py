@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from runtime.spec import Vis
 
 TOLERANCE = 1e-9
 """Relative to the largest value: in float64, where sums may be rounded in another order."""
+
+ROUNDED = 1e-5
+"""The same where weights are held in float32: new ones that passes compute from them are, too."""
 
 SAMPLES = ((5, 0), (1, 4))
 """New and past tokens of the steps that are compared: a prompt, and a token onto a cache."""
@@ -41,10 +45,17 @@ class Contract:
     """Compares a graph with what it was before a pass; `check` is called after each pass."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, inputs: Sequence[InputSpec], tokens: Sequence[int] = ()
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[InputSpec],
+        constants: Mapping[str, Vis],
+        tokens: Sequence[int] = (),
     ) -> None:
         """With `tokens` the graph is run on them before and after each exact pass, in float64."""
         self.inputs, self.tokens = inputs, tokens
+        weights = [name for name, vis in constants.items() if vis is Vis.SERVER]
+        held = {operator.attrgetter(name)(graph_module).dtype for name in weights}
+        self.tolerance = ROUNDED if torch.float32 in held else TOLERANCE
         load_all()
         self.calls = _calls(graph_module)
         self.state = _state(graph_module)
@@ -75,7 +86,7 @@ class Contract:
             )
         values, self.values = self.values, self._run(graph_module)
         if exact:
-            _compare(graph_module, values, self.values)
+            _compare(graph_module, values, self.values, self.tolerance)
         self.state = new
 
     def _run(self, graph_module: fx.GraphModule) -> Values:
@@ -156,19 +167,22 @@ def _added(
     return [n for n in graph_module.graph.nodes if n in after and n not in before]
 
 
-def _compare(graph_module: fx.GraphModule, before: Values, after: Values) -> None:
+def _compare(graph_module: fx.GraphModule, before: Values, after: Values, tolerance: float) -> None:
     """Raise InternalError that names the first node whose value has changed, if an output has."""
     for (new, past), old, now in zip(SAMPLES, before, after, strict=False):
+
+        def differs(name: str, old: Any = old, now: Any = now) -> bool:
+            return not _equal(old[name], now[name], tolerance)
+
         outputs = [name for name in old if name.startswith("output ")]
-        changed = [name for name in outputs if name not in now or not _equal(old[name], now[name])]
+        changed = [name for name in outputs if name not in now or differs(name)]
         if not changed:
             continue
         first = next(
             (
                 node
                 for node in graph_module.graph.nodes
-                if node.name in old and node.name in now
-                and not _equal(old[node.name], now[node.name])
+                if node.name in old and node.name in now and differs(node.name)
             ),
             None,
         )  # fmt: skip
@@ -178,10 +192,10 @@ def _compare(graph_module: fx.GraphModule, before: Values, after: Values) -> Non
         )
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _equal(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
     finite = a[a.isfinite()]
     scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    return torch.allclose(a, b, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)

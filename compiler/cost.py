@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class CostReport:
     """A program's cost for `new` tokens after `past` ones.
 
     total.rounds is the critical path: instructions that do not depend on each other share rounds.
-    critical_path names the instructions on one longest path, in order.
+    critical_path names the instructions on one longest path, in order. takers: how many
+    instructions take what an opening gives, for those that more than one does.
     """
 
     new: int
@@ -40,11 +42,18 @@ class CostReport:
     rows: list[CostRow]
     total: Cost
     critical_path: list[str]
+    takers: dict[str, int]
 
     @property
-    def serial_rounds(self) -> int:
-        """Rounds if no two instructions shared any."""
-        return sum(row.cost.rounds for row in self.rows)
+    def serial(self) -> Cost:
+        """What the step would take if no two instructions shared rounds."""
+        return sum((row.cost for row in self.rows), Cost())
+
+    @property
+    def unshared(self) -> Cost:
+        """The same if, besides, each instruction opened by itself what it takes."""
+        again = (row.cost for row in self.rows for _ in range(1, self.takers.get(row.name, 1)))
+        return sum(again, self.serial)
 
 
 class CostWalker(Executor):
@@ -53,6 +62,8 @@ class CostWalker(Executor):
     def __init__(self, program: RoleProgram, fixed: int) -> None:
         super().__init__(program, ShapeContext(fixed=fixed), None)
         self.rows: list[CostRow] = []
+        self.taken: list[str] = []
+        """Names of opened values, once for each instruction that takes one as it is opened."""
 
     def setup(self) -> None:
         wanted = self._weight_bits()
@@ -93,6 +104,9 @@ class CostWalker(Executor):
         if op is None:
             raise TypeError(f"{instruction.target} has no cost formula")
         cost = op.cost(*bound.values(), fixed=self.context.fixed)
+        if op.name != "cache_append":
+            opened = [name for name, value in bound.items() if isinstance(value, (Masked, Sent))]
+            self.taken += [planned.argument(name).name for name in opened]
         self.record.by_instruction[instruction.name] = cost
         plain = op.reference(*map(_plain, bound.values()))
         shape = plain.shape
@@ -136,7 +150,8 @@ def cost_report(
         total = total.beside(cost)
     path = _critical_path(walker, costs)
     rounds = sum(costs.get(name, Cost()).rounds for name in path)
-    return CostReport(new, past, walker.rows, Cost(rounds, total.online, total.offline), path)
+    total = Cost(rounds, total.online, total.offline)
+    return CostReport(new, past, walker.rows, total, path, _takers(walker))
 
 
 def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
@@ -157,6 +172,24 @@ def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, An
         else:
             inputs[spec.name] = Held(spec.vis, ghost)
     return inputs
+
+
+def _takers(walker: CostWalker) -> dict[str, int]:
+    """How often each opening is taken, however it is moved or cached before."""
+    plan = {planned.instruction.name: planned for planned in walker.plan}
+    found: Counter[str] = Counter()
+    for name in walker.taken:
+        sources, asked = set(), [name]
+        while asked:
+            planned = plan.get(asked.pop())
+            if planned is None:
+                continue
+            if planned.op is None or planned.op.name == "cache_append":
+                asked += planned.refs
+            else:
+                sources.add(planned.instruction.name)
+        found.update(sources)
+    return {name: count for name, count in found.items() if count > 1}
 
 
 def _critical_path(walker: CostWalker, costs: dict[str, Cost]) -> list[str]:

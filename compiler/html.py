@@ -13,7 +13,7 @@ from compiler.cost import CostReport
 from compiler.graph_view import GraphView, operands
 from compiler.inspect import Inspection, instruction_text, layer_of, readable, shape_text
 from compiler.layout import Layout, layered
-from runtime.program import InputSpec, Instruction
+from runtime.program import InputSpec, Instruction, RoleProgram, needed, phase_of
 from runtime.spec import Cost, Vis
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ def page(
 ) -> str:
     """The page's text. Without `before` it shows the graph that the parties run alone."""
     costs = {row.name: row.cost for row in report.rows}
-    path = set(report.critical_path)
+    marks = {name: {"critical": True} for name in report.critical_path}
+    marks |= {name: {"idle": True} for name in _idle(after.program, report)}
     shapes: list[Layout] = []
-    graphs = [_graph("after", "As the parties run it", after, shapes, costs, path)]
+    graphs = [_graph("after", "As the parties run it", after, shapes, costs, marks)]
     if before is not None:
-        graphs.insert(0, _graph("before", "As captured", before, shapes, {}, set()))
+        graphs.insert(0, _graph("before", "As captured", before, shapes, {}, {}))
     baseline = next((row for row in inspection.passes if row.without is not None), None)
     folder = files("compiler") / "report"
     names = ("page.html", "page.css", "page.js")
@@ -98,20 +99,29 @@ def page(
     )
 
 
+def _idle(program: RoleProgram, report: CostReport) -> set[str]:
+    """What does not run in this step, of a program that is cut in phases."""
+    names = {item.name for item in program.instructions}
+    phase = program.phase(phase_of(report.new, report.past))
+    defined = [(item.name, operands(item)) for item in program.instructions]
+    run = needed(defined, {spec.name for spec in phase.inputs}, phase.outputs)
+    return names - {defined[index][0] for index in run} if program.resends else set()
+
+
 def _graph(
     name: str,
     title: str,
     view: GraphView,
     shapes: list[Layout],
     costs: Mapping[str, Cost],
-    path: set[str],
+    marks: Mapping[str, dict[str, bool]],
 ) -> dict[str, Any]:
     """What the page's script draws: groups of nodes, each with the number of its layout.
 
     Values that all parties know, such as masks and lengths, are left out, and so are checks, whose
     values nobody takes.
     """
-    groups, place = _groups(view, costs, path)
+    groups, place = _groups(view, costs, marks)
     links = {
         (place[source], place[item.name])
         for item in view.program.instructions
@@ -134,7 +144,7 @@ def _graph(
 
 
 def _groups(
-    view: GraphView, costs: Mapping[str, Cost], path: set[str]
+    view: GraphView, costs: Mapping[str, Cost], marks: Mapping[str, dict[str, bool]]
 ) -> tuple[list[_Group], dict[str, int]]:
     """Groups in order, and the number of the group in which each value is computed."""
     program = view.program
@@ -158,7 +168,8 @@ def _groups(
             groups.append(_Group(module, f"{module} ({again + 1})" if again else module))
             layers.setdefault(module, number)
         group = groups[number]
-        target = _add(group, _node(item, view, costs.get(item.name, Cost()), item.name in path))
+        node = _node(item, view, costs.get(item.name, Cost()))
+        target = _add(group, node | marks.get(item.name, {}))
         place[item.name] = number
         for source in dict.fromkeys(operands(item)):
             if source not in group.index:
@@ -207,17 +218,17 @@ def _input(spec: InputSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _node(item: Instruction, view: GraphView, cost: Cost, critical: bool) -> dict[str, Any]:
+def _node(item: Instruction, view: GraphView, cost: Cost) -> dict[str, Any]:
     op = item.target.split(".")[1]
     known = view.types.get(item.name)
     shape = shape_text(known.shape) if known is not None else ""
     node = {
         "name": item.name, "op": op, "kind": _kind(op),
         "vis": item.vis.value, "shape": shape, "module": item.module, "source": item.source,
-        "text": f"{instruction_text(item)} {shape}".rstrip(), "critical": critical,
+        "text": f"{instruction_text(item)} {shape}".rstrip(),
         "rounds": cost.rounds, "online": cost.online, "offline": cost.offline,
     }  # fmt: skip
-    return {key: value for key, value in node.items() if value not in ("", 0, False)}
+    return {key: value for key, value in node.items() if value not in ("", 0)}
 
 
 def _kind(op: str) -> str:

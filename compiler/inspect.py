@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Row:
     """Instructions of one kind, or of one place in the model.
 
-    shape: the most frequent one of the results. rounds: those on the critical path, so that the
-    rows add up to the rounds of a step. share: of the step's online bytes.
+    shape: the most frequent one of the results, and how many others there are. rounds: those on
+    the critical path, so that the rows add up to the rounds of a step. share: of the step's online
+    bytes.
     """
 
     key: str
@@ -39,6 +40,27 @@ class Row:
     online: int
     offline: int
     share: float
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What a step of other lengths costs in all: a prompt, a token, the end of a session."""
+
+    step: str
+    new: int
+    past: int
+    rounds: int
+    online: int
+    offline: int
+
+
+@dataclass(frozen=True)
+class ScheduleRow:
+    """Rounds and online bytes of a step under one way of running its instructions."""
+
+    way: str
+    rounds: int
+    online: int
 
 
 @dataclass(frozen=True)
@@ -98,14 +120,20 @@ class WhyNot:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The tables of one program at one step's lengths. left_out: why other passes did not run."""
+    """The tables of one program at one step's lengths.
+
+    schedule: rounds before and after sharing openings and rounds. steps: the totals of other
+    steps. left_out: why other passes did not run.
+    """
 
     model: str
     new: int
     past: int
     total: Row
+    schedule: list[ScheduleRow]
     by_op: list[Row]
     by_layer: list[Row]
+    steps: list[StepRow] = field(default_factory=list)
     passes: list[PassRow] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +179,13 @@ class Inspection:
 
     def title(self) -> str:
         """One line: which program, which step."""
-        return f"{self.model}: a step of {self.new} new after {self.past} cached tokens"
+        return f"{self.model}: {self.step()}"
+
+    def step(self) -> str:
+        """Which step: its lengths."""
+        if self.new == 0:
+            return f"the last step, logits of {self.past} hidden states at once"
+        return f"a step of {self.new} new after {self.past} cached tokens"
 
     def _said(self) -> Iterator[str]:
         for key, value in self.facts.items():
@@ -165,6 +199,9 @@ class Inspection:
     def _tables(self) -> Iterator[tuple[str, list[list[str]]]]:
         yield "By op", _cost_cells("op", [*self.by_op, self.total], detail=True)
         yield "By layer", _cost_cells("layer", [*self.by_layer, self.total])
+        yield "Rounds", _schedule_cells(self.schedule)
+        if self.steps:
+            yield "Steps", _step_cells(self.steps)
         fired = [row for row in self.passes if row.sites]
         if fired:
             yield "Passes", _pass_cells(fired)
@@ -181,11 +218,12 @@ class Inspection:
 def inspect_costs(
     report: CostReport,
     model: str = "program",
+    steps: Mapping[str, Mapping[str, int]] | None = None,
     passes: Sequence[PassRow] = (),
     left_out: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Inspection:
-    """Group a cost report by op and by layer."""
+    """Group a cost report by op and by layer; `steps` are a manifest's costs of other steps."""
     path = frozenset(report.critical_path)
     everything = report.total
     count = len(report.rows)
@@ -197,8 +235,10 @@ def inspect_costs(
         new=report.new,
         past=report.past,
         total=total,
+        schedule=_schedule(report),
         by_op=_group(report, path, lambda row: row.target, by_cost=True),
         by_layer=_group(report, path, lambda row: layer_of(row.module), by_cost=False),
+        steps=[StepRow(name, **step) for name, step in (steps or {}).items()],
         passes=list(passes),
         left_out=dict(left_out or {}),
         facts=dict(facts or {}),
@@ -275,7 +315,7 @@ def _group(
             Row(
                 key=name,
                 count=len(members),
-                shape=f"{frequent} and {len(others)} more" if others else frequent,
+                shape=f"{frequent} +{len(others)}" if others else frequent,
                 vis="/".join(sorted({row.vis.value for row in members})),
                 rounds=sum(row.cost.rounds for row in members if row.name in path),
                 online=online,
@@ -298,6 +338,35 @@ def _cost_cells(first: str, rows: Sequence[Row], *, detail: bool = False) -> lis
             readable(row.online),
             readable(row.offline),
             f"{row.share:.1%}",
+        ]
+        for row in rows
+    ]
+
+
+def _schedule(report: CostReport) -> list[ScheduleRow]:
+    ways = {
+        "one instruction after the other, each opens what it takes": report.unshared,
+        "one instruction after the other, each value is opened once": report.serial,
+        "as run: what does not wait for each other shares rounds": report.total,
+    }
+    return [ScheduleRow(way, cost.rounds, cost.online) for way, cost in ways.items()]
+
+
+def _schedule_cells(rows: Sequence[ScheduleRow]) -> list[list[str]]:
+    body = [[row.way, f"{row.rounds:,}", readable(row.online)] for row in rows]
+    return [["instructions", "rounds", "online"], *body]
+
+
+def _step_cells(rows: Sequence[StepRow]) -> list[list[str]]:
+    head = ["step", "new", "past", "rounds", "online", "offline"]
+    return [head] + [
+        [
+            row.step,
+            f"{row.new:,}",
+            f"{row.past:,}",
+            f"{row.rounds:,}",
+            readable(row.online),
+            readable(row.offline),
         ]
         for row in rows
     ]
@@ -344,13 +413,18 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
 
 def _table(heading: str, cells: Sequence[Sequence[str]]) -> Table:
     head, *body = cells
-    table = Table(title=heading, title_justify="left", header_style="bold", box=SIMPLE)
+    table = Table(
+        title=heading, title_justify="left", header_style="bold", box=SIMPLE,
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
     for index, name in enumerate(head):
-        if index == 0:
-            table.add_column(name, min_width=max(len(row[0]) for row in body))
-        else:
-            right = all(_numeric(row[index]) for row in body)
-            table.add_column(name, justify="right" if right else "left")
+        # On a narrow terminal shapes and reasons give way, never a name or a figure.
+        yields = name in ("shape", "reason")
+        width = None if yields else max(len(row[index]) for row in [head, *body])
+        right = index > 0 and all(_numeric(row[index]) for row in body)
+        table.add_column(
+            name, min_width=width, justify="right" if right else "left", no_wrap=not yields
+        )
     for row in body:
         last = row is body[-1] and row[0] == "total"
         table.add_row(*(Text(cell) for cell in row), style="bold" if last else "")

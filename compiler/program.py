@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
+from compiler.config import PAST
 from compiler.graph_view import GraphView
 from compiler.inspect import Inspection, PassRow, inspect_costs, readable
 from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle, role_path
@@ -202,15 +203,20 @@ class Program:
             f"program {manifest['program_hash'][:12]}"
         )
 
-    def inspect(self, new: int = 1, past: int = 128, *, savings: bool = False) -> Inspection:
+    def inspect(
+        self, new: int = 1, past: int | None = None, *, savings: bool = False
+    ) -> Inspection:
         """Rounds and bytes of one step, by op and by layer, and what each pass did.
+
+        new, past: tokens of the step and before it; by default 128, or as many as are allowed. A
+        program that resends its hidden state ends with a step of no new tokens.
 
         `savings` adds what each pass saves. That takes as long as some more compilations, and only
         a program that was compiled here can tell.
         """
         return self._inspect(self._costs(new, past), savings)
 
-    def to_html(self, new: int = 1, past: int = 128, *, savings: bool = False) -> str:
+    def to_html(self, new: int = 1, past: int | None = None, *, savings: bool = False) -> str:
         """The same as a page, with the graph before and after, and the changes of each pass.
 
         A program that was loaded shows only the graph that the parties run.
@@ -223,10 +229,21 @@ class Program:
             return page(inspection, report, self.graph)
         return page(inspection, report, self.graph, self.history.before, self.history.changes)
 
-    def _costs(self, new: int, past: int) -> CostReport:
+    def _costs(self, new: int, past: int | None) -> CostReport:
         from compiler.cost import cost_report
 
         limit = self.manifest["max_length"]
+        resends = self.any_role.resends
+        if past is None:
+            # Of a program that resends its hidden state, only the prompt has several tokens.
+            past = 0 if resends and new > 1 else min(PAST, max(limit - new, 0)) if limit else PAST
+        if new == 0 and not (resends and past):
+            raise PromptError("a step needs a token; only merge-er ends with a step of none")
+        if resends and new > 1 and past:
+            raise PromptError(
+                f"this program takes one token after the prompt, not {new}; "
+                "ask for new=1, or for past=0"
+            )
         if limit and new + past > limit:
             raise PromptError(
                 f"{new} new tokens after {past} are more than the {limit} of this program; "
@@ -244,6 +261,7 @@ class Program:
         return inspect_costs(
             report,
             manifest["model"] or "program",
+            manifest["cost"],
             self._passes(report.new, report.past, savings),
             manifest["left_out"],
             {key: manifest[key] for key in shown}

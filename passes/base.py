@@ -221,7 +221,7 @@ def run_passes(
     Each pass is held to `compiler.contract`; with `tokens`, also to the graph's outputs on them.
     """
     reports: list[PassReport] = []
-    contract = Contract(graph_module, info.inputs, tokens)
+    contract = Contract(graph_module, info.inputs, info.constants, tokens)
     manager = PassManager(passes=[_Reporting(kind(info), reports, contract) for kind in passes])
     try:
         manager(graph_module)

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 import compiler.cli as cli
+from compiler.config import CompileConfig
 from compiler.program import Answer, Phase, Program
 from runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
 from runtime.cli import run as mergec
@@ -117,6 +118,20 @@ def test_compiling_onto_something_else(
     assert Program.stands_at(tmp_path / "new")
 
 
+def test_passes_are_checked_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compile_(_: str, options: dict[str, Any], *__: Any, **___: Any) -> Program:
+        asked.append(CompileConfig(**options).check_passes)
+        return Program({role: decoder(role) for role in ROLES}, TYPES)
+
+    monkeypatch.setattr(cli, "_compile", compile_)
+    for option in ([], ["--check-passes"]):
+        assert mergec(["compile", "x", "-o", str(tmp_path / "b"), *option]) == 0
+        assert mergec(["inspect", "x", "--past", "4", *option]) == 0
+    assert asked == [False, False, True, True]
+
+
 def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Failed) -> None:
     assert mergec(["inspect", str(bundles), "--json", "--past", "4"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -124,10 +139,16 @@ def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Faile
     assert mergec(["inspect", str(bundles), "--markdown", "--past", "4"]) == 0
     assert "| mpc.linear |" in capsys.readouterr().out
     assert mergec(["inspect", str(bundles), "--past", "4"]) == 0
-    assert "mpc.linear" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mpc.linear" in printed
+    assert "share" in printed
     assert mergec(["inspect", str(bundles), "--graph", "--past", "4"]) == 0
     assert capsys.readouterr().out.startswith("%ids = input")
     fails(["inspect", str(bundles), "--past", "99"], FAILED, "more than the 16")
+    assert mergec(["inspect", str(bundles), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["past"] == 15, "128 would not fit"
+    fails(["inspect", str(bundles), "--new", "17"], FAILED, "more than the 16")
+    fails(["inspect", str(bundles), "--new", "0"], FAILED, "a step needs a token")
     for option in (["--savings"], ["--stage", "before"]):
         fails(["inspect", str(bundles), "--past", "4", *option], FAILED, "the model itself")
     fails(["inspect", str(bundles), "--disable", "x"], FAILED, "compiled already")

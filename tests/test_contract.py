@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import fx
 
+from compiler.capture import capture
 from compiler.config import CompileConfig
 from compiler.errors import CompileError, InternalError
 from compiler.ir import calls
 from compiler.pipeline import rewrite
 from passes.base import Pass
 from runtime.op import target
-from tests.families import captured
+from tests.families import captured, random_decoder
 
 aten = torch.ops.aten
 
@@ -96,6 +97,14 @@ def test_changed_outputs_are_traced_to_the_first_node() -> None:
     assert "first node that differs: %attention_default = mpc.attention.default(" in text
     assert "transformer.h.0.attn" in text
     assert "\n" not in text
+
+
+def test_weights_in_float32() -> None:
+    """A weight that a pass computes is rounded, which is no fault; halving a scale is one."""
+    step = capture(random_decoder("llama").float())
+    rewrite(step.copy(), CompileConfig(check_passes=True))
+    with pytest.raises(InternalError, match=r"pass forgets failed .*first node that differs"):
+        rewrite(step, CompileConfig(extra_passes=(_Forgets,), check_passes=True))
 
 
 def test_a_lossy_pass_may_change_outputs() -> None:

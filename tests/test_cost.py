@@ -67,8 +67,20 @@ def test_every_role_predicts_the_same(report: CostReport) -> None:
 def test_totals_add_up(report: CostReport) -> None:
     assert report.total.online == sum(row.cost.online for row in report.rows)
     assert report.total.offline == sum(row.cost.offline for row in report.rows)
-    assert report.serial_rounds == sum(row.cost.rounds for row in report.rows)
-    assert report.total.rounds < report.serial_rounds, "rounds are shared"
+    assert report.serial.rounds == sum(row.cost.rounds for row in report.rows)
+    assert report.total.rounds < report.serial.rounds, "rounds are shared"
+
+
+def test_openings_are_shared(program: RoleProgram, report: CostReport) -> None:
+    """What a norm gives goes to queries, keys and values; what another gives, to gate and up."""
+    rows = {row.name: row for row in report.rows}
+    taken = {name.split(".", 3)[3]: n for name, n in report.takers.items() if ".layers.0." in name}
+    assert sorted(taken.values()) == [2, 3]
+    assert all(rows[name].target in ("mpc.open", "mpc.send") for name in report.takers)
+    again = [rows[name].cost for name, n in report.takers.items() for _ in range(n - 1)]
+    assert len(again) == 3 * LAYERS
+    assert report.unshared.online == report.serial.online + sum(cost.online for cost in again)
+    assert report.unshared.rounds == report.serial.rounds + len(again)
 
 
 def test_the_critical_path_is_one(program: RoleProgram, report: CostReport) -> None:

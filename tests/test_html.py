@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from compiler import CompileConfig, Program, compile_decoder
 from compiler.layout import layered
+from runtime.errors import PromptError
 from tests.browser import chromium
 from tests.families import random_decoder
 
@@ -65,6 +67,34 @@ def test_the_page_holds_tables_and_changes(program: Program, page: str) -> None:
         assert (f'id="pass-{entry.name}"' in page) == bool(entry.sites)
     assert "<ins>%model.layers.N.mlp" in page
     assert "<del>%model.layers.N.mlp" in page
+
+
+def own(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A group's nodes without its ports to others."""
+    return [node for node in nodes if node["kind"] != "port"]
+
+
+def test_a_step_of_a_program_in_phases() -> None:
+    """Nodes that another step runs are there, and marked."""
+    config = CompileConfig(max_length=64, preset="merge")
+    program = compile_decoder(random_decoder("llama").float(), config=config)
+    assert [row.step for row in program.inspect().steps] == ["prompt", "decode", "finish"]
+    for new, past in ((5, 0), (1, 8), (0, 8)):
+        text = program.to_html(new, past)
+        assert f"lossy: {', '.join(program.inspect(new, past).lossy)}<" in text
+        data = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+        groups = {group["key"]: group["nodes"] for group in data["graphs"][1]["groups"]}
+        nodes = [node for group in groups.values() for node in own(group)]
+        idle = {node["name"] for node in nodes if "idle" in node}
+        assert ("lm_head.linear" in idle) == (new > 0)
+        assert ("model.embed_tokens.embedding" in idle) == (past > 0)
+        assert (idle >= {node["name"] for node in own(groups[LAYER])}) == (new == 0)
+        assert not any("idle" in node and "online" in node for node in nodes)
+        assert (
+            sum(node.get("online", 0) for node in nodes) == program.inspect(new, past).total.online
+        )
+    with pytest.raises(PromptError, match="one token after the prompt, not 3"):
+        program.to_html(3, 8)
 
 
 def test_a_loaded_program_shows_one_graph(program: Program, tmp_path: Path) -> None:

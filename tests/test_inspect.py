@@ -31,7 +31,7 @@ def inspection() -> Inspection:
         CostRow("s", "mpc.silu", "model.layers.1.act", Vis.SHARED, (1, 4, 8), Cost(4, 150, 90)),
         CostRow("r", "mpc.reveal", "", Vis.CLIENT, (1, 4, 11), Cost(1, 50, 0)),
     ]
-    report = CostReport(4, 0, rows, Cost(7, 1000, 100), ["e", "k", "s", "r"])
+    report = CostReport(4, 0, rows, Cost(7, 1000, 100), ["e", "k", "s", "r"], {"e": 2})
     skip = {"node": "act", "module": "model.layers.1", "source": "m.py:3", "reason": "|x| is wide"}
     passes = [
         PassRow("fuse_norm", "One op for many.", True, 3, 40, 20, []),
@@ -39,7 +39,7 @@ def inspection() -> Inspection:
         PassRow("fuse_more", "Yet another.", True, 0, 19, 19, []),
     ]
     left_out = {"quad": "it is lossy"}
-    return inspect_costs(report, "tiny", passes, left_out, {"lossy": True})
+    return inspect_costs(report, "tiny", {}, passes, left_out, {"lossy": True})
 
 
 def test_groups_add_up_to_the_total(inspection: Inspection) -> None:
@@ -54,6 +54,13 @@ def test_groups_add_up_to_the_total(inspection: Inspection) -> None:
 def test_rounds_are_those_of_the_critical_path(inspection: Inspection) -> None:
     linear = next(r for r in inspection.by_op if r.key == "mpc.linear")
     assert (linear.count, linear.rounds, linear.online) == (2, 1, 400)
+
+
+def test_rounds_before_and_after(inspection: Inspection) -> None:
+    """Five instructions of 8 rounds in a row; one of them opens what two take."""
+    assert [(r.rounds, r.online) for r in inspection.schedule] == [(9, 1400), (8, 1000), (7, 1000)]
+    assert "each value is opened once | 8 | 1,000 B |" in inspection.to_markdown()
+    assert json.loads(inspection.to_json())["schedule"][2]["rounds"] == 7
 
 
 def test_order(inspection: Inspection) -> None:

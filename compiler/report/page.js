@@ -94,6 +94,7 @@
       const told = [many(group.real.length, "node")];
       if (group.rounds) told.push(many(group.rounds, "round"));
       if (group.online) told.push(bytes(group.online));
+      if (group.real.every((node) => node.idle)) told.push("not in this step");
       make("text", { class: "told", x: width - 14, y: 24 }, box, told.join("  ·  "));
       const hit = make("rect", { class: "hit", width, height: expanded ? 38 : height, rx: 10 }, box);
       hit.addEventListener("click", () => { if (!this.dragged) toggle(group.key, this); });
@@ -139,8 +140,8 @@
     }
 
     node(node, group, parent, at) {
-      const classes = ["node", node.kind === "port" ? "port" : "", node.critical ? "on-path" : ""];
-      const element = make("g", { class: classes.join(" ").trim(), transform: `translate(${at.x - NODE.width / 2} ${at.y - NODE.height / 2})`, "data-node": node.name }, parent);
+      const classes = ["node", node.kind === "port" ? "port" : "", node.critical ? "on-path" : "", node.idle ? "idle" : ""];
+      const element = make("g", { class: classes.filter(Boolean).join(" "), transform: `translate(${at.x - NODE.width / 2} ${at.y - NODE.height / 2})`, "data-node": node.name }, parent);
       make("rect", { width: NODE.width, height: NODE.height, rx: 7 }, element);
       if (node.kind === "port") {
         make("text", { class: "op", x: 10, y: 16 }, element, node.op);
@@ -187,6 +188,7 @@
       row("source", node.source);
       row("visibility", node.vis);
       row("rounds", node.rounds && `${node.rounds}${node.critical ? ", on the critical path" : ", beside others"}`);
+      row("runs", node.idle && "in other steps, not in this one");
       row("online", node.online && bytes(node.online));
       row("offline", node.offline && bytes(node.offline));
       const linked = (key, all) => {
