@@ -278,7 +278,8 @@ def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
         attributes[name] = tensor
         visibility[name] = Vis.SERVER if secret else Vis.PUBLIC
         with graph.inserting_before(node):
-            new = graph.get_attr(name)
+            # `Graph.get_attr` of torch 2.11 warns: the module that will own the name is made below.
+            new = graph.create_node("get_attr", name)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
