@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime import crypten_compat as crypten
 from runtime.bundle import load_bundle, role_path
-from runtime.context import ClientContext, DealerContext, ServerContext
+from runtime.context import ClientContext, Context, DealerContext, ServerContext
 from runtime.correlations.prg import SEED_BYTES, new_seed
 from runtime.executor import Executor
 from runtime.memory import keep_freed_memory, peak_bytes
@@ -64,9 +64,12 @@ def executor_of(
     link: Exchange = Link(communicator)
     if network:
         link = EmulatedLink(link, NETWORKS[network])
+    context: Context
     if communicator.rank == CLIENT:
-        return Executor(program, ClientContext(seed), link), lambda: None
-    return Executor(program, ServerContext(seed, source), link), lambda: None
+        context = ClientContext(seed)
+    else:
+        context = ServerContext(seed, source)
+    return Executor(program, context, link, Executor.take_weights(program)), lambda: None
 
 
 def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any]:

@@ -308,7 +308,8 @@ def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as reader:
             aliases = reader.metadata() or {}
-            stored = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            names = reader.keys()
+        stored = {name: _load_tensor(file, name) for name in names}
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file}: is not a safetensors file ({error}); {_COPY}") from error
     tensors = dict(stored)
@@ -317,6 +318,13 @@ def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
             raise BundleError(f"{file}: has no tensor {other!r}, which {name!r} is; {RECOMPILE}")
         tensors[name] = stored[other]
     return {name: tensors[name] for name in _in_order(program, tensors)}
+
+
+def _load_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor in a mapping of its own: its pages are given back when it is dropped."""
+    with safe_open(file, framework="pt") as reader:
+        tensor: torch.Tensor = reader.get_tensor(name)
+    return tensor
 
 
 def _in_order(program: RoleProgram, tensors: Mapping[str, Any]) -> list[str]:

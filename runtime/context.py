@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol as Interface
 
 import numpy as np
@@ -72,9 +72,13 @@ class Context(ABC):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         """A fresh uniform mask that the client and the dealer know; a meta tensor at the server."""
 
-    @abstractmethod
     def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The static mask of a weight, known to the server and the dealer; meta at the client."""
+        return next(self.weight_masks(name, [shape]))
+
+    @abstractmethod
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """The same in consecutive pieces, each made when it is asked for."""
 
     def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Uniform words for the constant of this name, which all three roles know."""
@@ -145,8 +149,8 @@ class ClientContext(Context):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
 
-    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        return (torch.empty(tuple(shape), dtype=torch.int64, device="meta") for shape in shapes)
 
     def deal(
         self,
@@ -186,9 +190,9 @@ class ServerContext(Context):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
 
-    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         prg = Prg(derive(self._seed, f"weight {name}"))
-        return self._words(prg, shape, torch.int64).to(self.device)
+        return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 
     def deal(
         self,
@@ -246,9 +250,9 @@ class DealerContext(Context):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self._words(self._client, shape, torch.int64).to(self.device)
 
-    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         prg = Prg(derive(self._server_seed, f"weight {name}"))
-        return self._words(prg, shape, torch.int64).to(self.device)
+        return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 
     def deal(
         self,
@@ -286,8 +290,8 @@ class ShapeContext(Context):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
 
-    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape)
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        return map(self.mask, shapes)
 
     def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)

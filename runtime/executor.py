@@ -11,14 +11,14 @@ from typing import Protocol as Interface
 
 import torch
 
-from runtime.context import Context
+from runtime.context import Context, ShapeContext
 from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_reply, as_tuple
 from runtime.op import REGISTRY, Op, load_all
 from runtime.program import Instruction, Ref, RoleProgram, needed
 from runtime.protocols.local import as_share
 from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
 from runtime.protocols.weights import Constant, share_weight
-from runtime.spec import CLIENT, DEALER, SERVER, Cost, Vis
+from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER, Cost, Vis
 from runtime.structural import decode_literal, function
 from runtime.values import OWNER, Held, Masked, Sent, Shared, Weight, encode, visibility
 
@@ -54,7 +54,7 @@ class Executor:
     ) -> None:
         """`link` is None at the dealer, which exchanges nothing with the two parties.
 
-        encoded: the server's weights as `encode_weights` gave them, which sessions can share.
+        encoded: the server's weights as `take_weights` gave them, which sessions can share.
         """
         load_all()
         self.program = program
@@ -63,7 +63,7 @@ class Executor:
         self._link = link
         self._held: dict[str, Any] = {}
         self._weights: dict[str, Constant] = {}
-        self._encoded = encoded or {}
+        self._encoded = dict(encoded or {})
         self.plan = [Planned(instruction) for instruction in program.instructions]
         index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
         self.dependencies = [
@@ -96,7 +96,9 @@ class Executor:
             self._held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
             if spec.name in wanted:
                 bits = self.context.fixed + wanted[spec.name]
-                self._weights[spec.name] = self._drive(self._share_weight(spec.name, data, bits))
+                self._weights[spec.name] = self._drive(
+                    share_weight(self.context, spec.name, self._words(spec.name, data, bits), bits)
+                )
 
     def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run what leads from `inputs` to `outputs`, by default the program's; gives them by name.
@@ -221,16 +223,27 @@ class Executor:
                     bits[argument.name] = planned.argument("bits") or 0
         return bits
 
-    def encode_weights(self) -> dict[str, torch.Tensor]:
-        """The server's weights as integers, by name."""
-        encoded: dict[tuple[int, torch.Size], torch.Tensor] = {}
-        result = {}
-        for name, bits in sorted(self._weight_bits().items()):
-            data = self.program.tensors[name]
-            key = (data.data_ptr(), data.shape)  # tied weights are one tensor
-            if key not in encoded:
-                encoded[key] = self._encode(data, self.context.fixed + bits)
-            result[name] = encoded[key]
+    @classmethod
+    def take_weights(cls, program: RoleProgram) -> dict[str, torch.Tensor]:
+        """The server's weights as integers, by name; at the other roles there are none.
+
+        The program gives up the real numbers that nothing else needs, one weight after the other,
+        so that not all are held twice.
+        """
+        fixed = program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        executor, tensors = cls(program, ShapeContext(fixed=fixed), None), program.tensors
+        kept = {name for planned in executor.plan for name in planned.in_the_clear()}
+        tied: dict[tuple[int, torch.Size, int], list[str]] = {}
+        for name, bits in sorted(executor._weight_bits().items()):
+            if name in tensors:
+                key = (tensors[name].data_ptr(), tensors[name].shape, bits)
+                tied.setdefault(key, []).append(name)
+        result: dict[str, torch.Tensor] = {}
+        for (_, _, bits), names in tied.items():
+            encoded = executor._encode(tensors[names[0]], fixed + bits)
+            result |= dict.fromkeys(names, encoded)
+            for name in set(names) - kept:
+                del tensors[name]
         return result
 
     def _encode(self, data: torch.Tensor, frac: int) -> torch.Tensor:
@@ -246,22 +259,20 @@ class Executor:
     def _share(self, name: str, data: torch.Tensor, wanted: dict[str, int]) -> None:
         """Share a constant of the server's; a weight is used under its static mask alone."""
         frac = self.context.fixed + wanted.get(name, 0)
-        words = self._encoded[name].to(torch.int64) if name in self._encoded else encode(data, frac)
-        words = words if words.is_meta else words.to(self.context.device)
+        words = self._words(name, data, frac)
         if name in wanted:
             weight: Masked = self._drive(open_constant(self.context, name, words, frac))
             self._weights[name] = self._held[name] = weight
         else:
             self._held[name] = share_constant(self.context, name, words, frac)
 
-    def _share_weight(self, name: str, data: torch.Tensor, frac: int) -> Protocol:
+    def _words(self, name: str, data: torch.Tensor, frac: int) -> torch.Tensor:
+        """A constant of the server's as integers; without data elsewhere."""
+        if name in self._encoded:
+            return self._encoded.pop(name).to(self.context.device)
         if data.is_meta:
-            words = torch.empty(data.shape, dtype=torch.int32, device="meta")
-        elif name in self._encoded:
-            words = self._encoded[name].to(self.context.device)
-        else:
-            words = self._encode(data, frac)
-        return share_weight(self.context, name, words, frac)
+            return torch.empty(data.shape, dtype=torch.int64, device="meta")
+        return self._encode(data, frac)
 
     def _drive(self, protocol: Protocol) -> Any:
         reply = None
@@ -317,6 +328,15 @@ class Planned:
         """All parameters by name, in the order of the schema."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         return {key: given.get(key, self._defaults.get(key)) for key in self._parameters}
+
+    def in_the_clear(self) -> list[str]:
+        """What the instruction reads but for weights, which it uses under their masks."""
+        names = list(self.refs)
+        if self.op is not None and self.instruction.vis is Vis.SHARED:
+            for argument in map(self.argument, self.op.weights):
+                if isinstance(argument, Ref):
+                    names.remove(argument.name)
+        return names
 
     def argument(self, parameter: str) -> Any:
         """The unresolved argument of a parameter; None where the op has no such parameter."""

@@ -146,7 +146,8 @@ def _run_mergec(
         context = ClientContext(seed, options.device, fixed)
     else:
         context = ServerContext(seed, source, options.device, fixed)
-    executor = Executor(program, context, Link(communicator))
+    link = Link(communicator)
+    executor = Executor(program, context, link, Executor.take_weights(program))
     session = MergecSession(executor, lambda: communicator.traffic)
     _set_up(session, emit)
     if options.role == ROLES[CLIENT]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from runtime.bundle import TENSORS, load_bundle
-from runtime.context import ByteSource, ServerContext, ShapeContext
+from runtime.context import ByteSource, ServerContext
 from runtime.correlations.store import (
     Corrections,
     Header,
@@ -110,8 +110,7 @@ def serve(settings: ServerSettings) -> None:
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
-    fixed = program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-    encoded = Executor(program, ShapeContext(fixed=fixed), None).encode_weights()
+    encoded = Executor.take_weights(program)
     release_freed_memory()  # every session's process would copy it when it is used again
     metrics = Metrics(ROLES[SERVER])
     if settings.stores is not None:

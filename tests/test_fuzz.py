@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 
 from runtime.bundle import load_bundle
 from runtime.client import Connection
-from runtime.context import ShapeContext
 from runtime.correlations.prg import new_seed
 from runtime.dealer import DealerSettings
 from runtime.dealer import _Session as DealerSession
@@ -287,7 +286,7 @@ class Wire:
 
 def play_server(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, Play]:
     program = load_bundle(recorded.bundles / "server", "server")
-    encoded = Executor(program, ShapeContext(), None).encode_weights()
+    encoded = Executor.take_weights(program)
     options = ServerSettings(Path(), NOWHERE, PLAIN["server"], NOWHERE, timeout=1.0)
 
     def play(client: list[bytes], dealer: list[bytes], fuzzed: int) -> list[bytes]:

@@ -41,8 +41,8 @@ def tell_constant_seed(ctx: Context) -> Protocol:
 def share_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Shared:
     """Shares of the server's constant, made without a message: for one that is only added.
 
-    In: int64 at the server, meta elsewhere. The client's share is `constant_words`, uniform and
-    independent of the constant.
+    In: int32 or int64 at the server, meta elsewhere. The client's share is `constant_words`,
+    uniform and independent of the constant.
     """
     if ctx.party == DEALER:
         return Shared(encoded, frac)
@@ -53,8 +53,8 @@ def share_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) ->
 def open_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Protocol:
     """Open the server's constant to both under its static mask: once in a session, by name.
 
-    In: int64 at the server, meta elsewhere. Out: Masked. Rounds 1, online 8 bytes per element,
-    server to client. The client sees W + s + B, uniform as B is and opened this once.
+    In: int32 or int64 at the server, meta elsewhere. Out: Masked. Rounds 1, online 8 bytes per
+    element, server to client. The client sees W + s + B, uniform as B is and opened this once.
     """
     mine = ctx.constant_words(f"mask {name}", encoded.shape)
     if ctx.party == DEALER:

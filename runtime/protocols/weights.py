@@ -9,6 +9,7 @@ them shares of a B. So W is opened once in its lifetime, and x moves in one dire
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,9 @@ Constant = Weight | Masked
 
 Moving = Sent | Masked
 """The other factor, in the form that the constant wants."""
+
+PIECE = 1 << 22
+"""Elements of a weight that are masked and sent at once."""
 
 
 def send(ctx: Context, x: Shared) -> Protocol:
@@ -51,19 +55,29 @@ def send_cost(count: int) -> Cost:
 def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Protocol:
     """Put a server-held constant under its static mask: once in a session, by name.
 
-    In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1, online 8 bytes
-    per element, server to client. The client sees W - B, uniform as B is and opened this once.
+    In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1 for each PIECE
+    elements, so that the server never holds a whole mask; online 8 bytes per element, server to
+    client. The client sees W - B, uniform as B is and opened this once.
     """
-    mask = ctx.weight_mask(name, encoded.shape)
+    ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
+    rows = max(1, PIECE // max(1, math.prod(encoded.shape[1:])))
+    shapes = [piece.shape for piece in ghost.split(rows)]
     if ctx.party == DEALER:
-        yield ToClient(encoded)
-        return Weight(encoded, encoded, mask, frac)
+        for shape in shapes:
+            yield ToClient(torch.empty(shape, dtype=torch.int64, device="meta"))
+        return Weight(ghost, ghost, ctx.weight_mask(name, encoded.shape), frac)
     if ctx.party == SERVER:
-        yield ToClient(torch.sub(encoded, mask, out=mask))
-        ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
+        masks = ctx.weight_masks(name, shapes)
+        for piece, mask in zip(encoded.split(rows), masks, strict=True):
+            yield ToClient(torch.sub(piece, mask, out=mask))
         return Weight(encoded, ghost, ghost, frac)
-    difference = yield ToClient(torch.empty(encoded.shape, dtype=torch.int64, device="meta"))
-    return Weight(encoded, difference, mask, frac)
+    if len(shapes) == 1:
+        difference = yield ToClient(ghost)
+        return Weight(ghost, difference, ghost, frac)
+    difference = torch.empty(encoded.shape, dtype=torch.int64, device=ctx.device)
+    for piece in difference.split(rows):
+        piece.copy_((yield ToClient(piece)))
+    return Weight(ghost, difference, ghost, frac)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from runtime.protocols import weights
 from runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
 from runtime.protocols.opening import open_masked
 from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
@@ -73,18 +74,24 @@ def test_matmul_of_opened_wires() -> None:
     assert cost == Cost(2, 16 * (30 + 20), 8 * 24)
 
 
-def test_server_held_constants_cost_one_message_to_the_server() -> None:
+@pytest.mark.parametrize("piece", [weights.PIECE, 16])
+def test_server_held_constants_cost_one_message_to_the_server(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pieces their masked words are sent in."""
+    monkeypatch.setattr(weights, "PIECE", piece)
     simulation = Simulation()
     x = words(6 * 8, -(2**63), 2**63 - 1).reshape(6, 8)
     weight = words(40, -(2**20), 2**20).reshape(5, 8).to(torch.int32)
     gain = words(8, -99, 99).to(torch.int32)
     shares = integers(simulation, x)
-    weights = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(weight, p), 0))
+    held = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(weight, p), 0))
+    assert simulation.cost == Cost(-(-40 // (piece // 8 * 8)), 8 * 40)
     gains = simulation.run(lambda ctx, p: share_weight(ctx, "g", _held(gain, p), 0))
 
     def protocol(ctx, p):
         sent = yield from send(ctx, shares[p])
-        return torch.cat([linear(ctx, sent, weights[p]), scale_by(ctx, sent, gains[p])], -1)
+        return torch.cat([linear(ctx, sent, held[p]), scale_by(ctx, sent, gains[p])], -1)
 
     result, cost = run(simulation, protocol)
     product = x @ weight.long().T
