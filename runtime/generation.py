@@ -93,6 +93,15 @@ class Session(ABC):
         of no new tokens gives the logits of all `past` steps before it, [past, V], by one run of
         the head.
         """
+        rows = self.rows(new, past, ids, draw)
+        return rows if rows is None or new == 0 else rows[-1]
+
+    def rows(
+        self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
+    ) -> torch.Tensor | None:
+        """As `step`, with all the rows that the program reveals: [1, V], unless a pass of one's own
+        keeps the logits of every new token.
+        """
         if not self.allows(new, past):
             raise BundleError(f"a step of {new} tokens after {past} is out of turn")
         self._prepare(draw or Draw())
@@ -111,8 +120,7 @@ class Session(ABC):
         if self.program.resends:
             self._hidden.append(first)
             return None
-        logits = self._logits_at_client(first)
-        return None if logits is None else logits[-1]
+        return self._logits_at_client(first)
 
     def allows(self, new: int, past: int) -> bool:
         """Whether a step of these lengths can come now."""

@@ -26,8 +26,14 @@ from runtime.transport.loopback import dealer_pair, link_pair
 class InProcessSession:
     """Set up on entry; each `step` runs all three roles and gives the client's logits."""
 
-    def __init__(self, programs: Mapping[str, RoleProgram], device: str = "cpu") -> None:
-        client_seed, server_seed = new_seed(), new_seed()
+    def __init__(
+        self,
+        programs: Mapping[str, RoleProgram],
+        device: str = "cpu",
+        seeds: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """seeds: the client's and the server's, to repeat a session word by word; else fresh."""
+        client_seed, server_seed = seeds or (new_seed(), new_seed())
         self._links = link_pair(timeout=600.0)
         self._sender, receiver = dealer_pair()
         fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
@@ -60,7 +66,7 @@ class InProcessSession:
     ) -> None:
         for link in self._links:
             link.close()
-        self._sender.close()
+        self._sender.abandon()
         self._pool.shutdown(wait=False)
 
     @property
@@ -75,10 +81,14 @@ class InProcessSession:
         `Session.step` for programs that resend their hidden state.
         """
         results = self._all(
-            lambda party: self._sessions[party].step(
-                len(ids), past, list(ids) if party == CLIENT else None, draw
-            )
+            lambda party: self._sessions[party].step(*_lengths(party, ids, past), draw)
         )
+        logits: torch.Tensor = results[CLIENT]
+        return logits
+
+    def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
+        """As `step`, with all the rows that the program reveals: see `Session.rows`."""
+        results = self._all(lambda party: self._sessions[party].rows(*_lengths(party, ids, past)))
         logits: torch.Tensor = results[CLIENT]
         return logits
 
@@ -93,7 +103,14 @@ class InProcessSession:
                 # The other two would wait for this one's next message.
                 for link in self._links:
                     link.close()
-                self._sender.close()
+                self._sender.abandon()
                 raise
 
         return list(self._pool.map(guarded, range(len(ROLES))))
+
+
+def _lengths(
+    party: int, ids: Sequence[int], past: int
+) -> tuple[int, int, Sequence[int] | None]:
+    """What a role is told of a step."""
+    return len(ids), past, list(ids) if party == CLIENT else None

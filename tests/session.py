@@ -76,7 +76,7 @@ def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[
             failures.append(f"{ROLES[party]}:\n{traceback.format_exc()}")
             for link in (client_link, server_link):
                 link.close()
-            sender.close()
+            sender.abandon()
 
     threads = [threading.Thread(target=run, args=(party,), daemon=True) for party in range(3)]
     for thread in threads:

@@ -108,14 +108,42 @@ def test_dealer_stream_small_writes_wait_for_a_block() -> None:
 
 def test_dealer_runs_ahead_up_to_the_limit() -> None:
     sender, receiver = dealer_pair(block_bytes=10, ahead_bytes=30)
-    for _ in range(10):
-        sender.write(torch.zeros(10, dtype=torch.uint8))
+
+    def deal() -> None:
+        for _ in range(10):
+            sender.write(torch.zeros(10, dtype=torch.uint8))
+
+    dealer = threading.Thread(target=deal)
+    dealer.start()
     deadline = time.monotonic() + 5
     while receiver.received < 30 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
     assert receiver.received == 30
+    # Besides, the receiving thread holds one block, one is handed over, and one is in hand.
+    assert sender.sent == 60
     assert receiver.read(100).numel() == 100
+    dealer.join()
+
+
+def test_a_dealer_that_nobody_listens_to_is_stopped() -> None:
+    sender, _ = dealer_pair(block_bytes=10, ahead_bytes=10)
+    stopped: list[str] = []
+
+    def deal() -> None:
+        try:
+            for _ in range(10):
+                sender.write(torch.zeros(10, dtype=torch.uint8))
+        except PartyError as error:
+            stopped.append(str(error))
+
+    dealer = threading.Thread(target=deal)
+    dealer.start()
+    time.sleep(0.05)
+    assert dealer.is_alive()
+    sender.abandon()
+    dealer.join(5)
+    assert stopped == ["the session ended while the dealer was at work"]
 
 
 def test_a_block_larger_than_the_limit_passes() -> None:

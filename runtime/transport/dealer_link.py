@@ -73,6 +73,10 @@ class DealerSender:
         self.flush()
         self._blocks.end()
 
+    def abandon(self) -> None:
+        """End the stream without the rest: nobody reads it any more."""
+        self._blocks.end()
+
 
 class DealerReceiver:
     """A party's end of a stream, filled by a thread as far ahead as `ahead_bytes` allow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 
 import torch
 
@@ -63,25 +64,40 @@ def link_pair(timeout: float = 30.0) -> tuple[LoopbackLink, LoopbackLink]:
     )
 
 
-class _QueueBlocks:
+class _Blocks:
+    """Hands blocks over one by one, so that a dealer in the same memory runs no further ahead."""
+
     def __init__(self) -> None:
-        self._pipe: Pipe = queue.SimpleQueue()
+        self._block: torch.Tensor | None = None
+        self._ended = False
+        self._changed = threading.Condition()
 
     def put(self, block: torch.Tensor) -> None:
-        self._pipe.put(block)
+        with self._changed:
+            self._changed.wait_for(lambda: self._block is None or self._ended)
+            if self._ended:
+                raise PartyError("the session ended while the dealer was at work")
+            self._block = block
+            self._changed.notify_all()
 
     def end(self) -> None:
-        self._pipe.put(None)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def get(self) -> torch.Tensor | None:
-        return self._pipe.get()
+        with self._changed:
+            self._changed.wait_for(lambda: self._block is not None or self._ended)
+            block, self._block = self._block, None
+            self._changed.notify_all()
+            return block
 
 
 def dealer_pair(
     block_bytes: int = BLOCK_BYTES, ahead_bytes: int = AHEAD_BYTES, timeout: float = 30.0
 ) -> tuple[DealerSender, DealerReceiver]:
     """The two ends of a dealer's stream."""
-    blocks = _QueueBlocks()
+    blocks = _Blocks()
     return DealerSender(blocks, block_bytes), DealerReceiver(blocks, ahead_bytes, timeout)
 
 
