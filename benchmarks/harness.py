@@ -70,7 +70,7 @@ def run(
             "folder": name,
             "mode": mode,
             "network": network,
-            "rendezvous": f"tcp://127.0.0.1:{_free_port()}",
+            "rendezvous": f"tcp://127.0.0.1:{free_port()}",
             "steps": [{"repeats": step.repeats, "phase": step.phase} for step in steps],
         }
         (folder / "job.json").write_text(json.dumps(job))
@@ -138,6 +138,7 @@ def _events(party: subprocess.Popen[str], role: str) -> list[dict[str, Any]]:
     return [event for line in output.splitlines() if (event := json.loads(line))["event"] == "step"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

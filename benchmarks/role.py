@@ -44,13 +44,17 @@ def executor_of(
     stock: bool,
     network: str,
     stack: ExitStack,
+    seeds: tuple[bytes, ...] = (),
 ) -> tuple[Any, Any]:
-    """The executor, and what is to be done after each step."""
+    """The executor, and what is to be done after each step.
+
+    seeds: the client's and the server's, to repeat a session word by word; else fresh ones.
+    """
     if stock:
         crypten.start_party()
         return StockExecutor(program), lambda: None
     if communicator.rank == DEALER:
-        client_seed, server_seed = new_seed(), new_seed()
+        client_seed, server_seed = seeds or (new_seed(), new_seed())
         streams = {party: dealer_sender(communicator, party) for party in (CLIENT, SERVER)}
         for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
             streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))

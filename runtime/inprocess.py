@@ -109,8 +109,6 @@ class InProcessSession:
         return list(self._pool.map(guarded, range(len(ROLES))))
 
 
-def _lengths(
-    party: int, ids: Sequence[int], past: int
-) -> tuple[int, int, Sequence[int] | None]:
+def _lengths(party: int, ids: Sequence[int], past: int) -> tuple[int, int, Sequence[int] | None]:
     """What a role is told of a step."""
     return len(ids), past, list(ids) if party == CLIENT else None

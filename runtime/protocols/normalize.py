@@ -132,8 +132,9 @@ class RowNorm:
 
     @cached_property
     def square_shift(self) -> int:
-        """Bits dropped before squaring, so that the sum of squares stays below 2**54."""
-        room = (MAX_EXPONENT - math.log2(self.size * (self.bound or DEFAULT_BOUND))) / 2
+        """Bits dropped before squaring: the sum of squares, and eps too, must be within 2**53."""
+        largest = max(self.bound or DEFAULT_BOUND, self.eps)
+        room = (MAX_EXPONENT - math.log2(self.size * largest)) / 2
         return max(0, math.ceil(self.frac - room))
 
     @cached_property

@@ -1,0 +1,257 @@
+"""Perplexity of SmolLM2 on a text under MPC arithmetic, against plaintext.
+
+The text is the standard library's help topics, in windows that each begin without a past. All three
+roles run in one process with the real protocols; `--check N` first plays N tokens in three
+processes as well, from the same seeds, and compares all logits bit for bit. Writes
+docs/perplexity.md. Usage: python benchmarks/perplexity.py [--tokens N] [--window N] [--check N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from harness import free_port
+from role import executor_of
+from safetensors.torch import load_file, save_file
+from torch import fx
+
+from compiler import CompileConfig, Program, compile_decoder
+from compiler.ir import aten, calls
+from compiler.load import load_model
+from passes.base import Pass
+from runtime.bundle import load_bundle, role_path
+from runtime.correlations.prg import new_seed
+from runtime.generation import MergecSession
+from runtime.inprocess import InProcessSession
+from runtime.kernels.matmul import set_threads
+from runtime.memory import keep_freed_memory
+from runtime.spec import CLIENT, ROLES
+from runtime.transport.communicator import CountingCommunicator
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "perplexity.md"
+
+ALLOWED = 1e-3
+"""Largest relative difference of the two perplexities."""
+
+CHUNK = 64
+"""New tokens of a step."""
+
+
+class KeepAllLogits(Pass):
+    """Logits of all new positions: a program for generation gives those of the last one only.
+
+    Before:
+        %1 = aten.slice.Tensor(%x, 1, -1, end)
+        %2 = aten.linear.default(%1, %weight)
+    After:
+        %1 = aten.linear.default(%x, %weight)
+    """
+
+    stage = "canonicalize"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+        node, sites = output.args[0][0], 0
+        while node.op == "call_function" and node.all_input_nodes:
+            source = node.args[0]
+            if calls(node, aten.slice.Tensor) and node.args[1:3] == (1, -1):
+                node.replace_all_uses_with(source)
+                sites += 1
+            node = source
+        return sites
+
+
+@dataclass
+class Score:
+    """Sums over the tokens predicted so far. Likelihoods are natural logarithms."""
+
+    tokens: int = 0
+    plain: float = 0.0
+    private: float = 0.0
+    worst_logit: float = 0.0
+    worst_token: float = 0.0
+    same_choice: int = 0
+
+    def add(self, private: torch.Tensor, plain: torch.Tensor, following: torch.Tensor) -> None:
+        """Logits [n, V] in float64, and the tokens [n] that follow."""
+        mine, theirs = (
+            rows.log_softmax(-1).gather(1, following[:, None])[:, 0] for rows in (private, plain)
+        )
+        self.tokens += len(following)
+        self.private -= float(mine.sum())
+        self.plain -= float(theirs.sum())
+        self.worst_token = max(self.worst_token, float((mine - theirs).abs().max()))
+        self.worst_logit = max(self.worst_logit, float((private - plain).abs().max()))
+        self.same_choice += int((private.argmax(-1) == plain.argmax(-1)).sum())
+
+    def perplexity(self, total: float) -> float:
+        return float(torch.tensor(total / self.tokens, dtype=torch.float64).exp())
+
+    @property
+    def difference(self) -> float:
+        """Of the private perplexity, relative to plaintext's."""
+        return self.perplexity(self.private) / self.perplexity(self.plain) - 1
+
+
+def text_tokens(tokenizer: Any, count: int) -> list[int]:
+    """The first tokens of the help topics, in alphabetical order."""
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    tokens: list[int] = tokenizer(text[: 16 * count])["input_ids"]
+    return tokens[:count]
+
+
+def chunks(tokens: list[int], window: int) -> list[tuple[list[int], int]]:
+    """New tokens and how many of their window come before them."""
+    return [
+        (tokens[first : min(first + CHUNK, start + window)], first - start)
+        for start in range(0, len(tokens), window)
+        for first in range(start, min(start + window, len(tokens)), CHUNK)
+    ]
+
+
+def measure(session: InProcessSession, model: Any, tokens: list[int], window: int) -> Score:
+    """Score every token that has one before it in its window."""
+    score = Score()
+    for index, (new, past) in enumerate(chunks(tokens, window)):
+        private = session.rows(new, past)
+        first = index // -(-window // CHUNK) * window
+        known = torch.tensor(tokens[first : first + past + len(new) + 1])
+        known = known[: min(window, len(tokens) - first)]
+        with torch.inference_mode():
+            plain = model(input_ids=known[None]).logits[0, past : past + len(new)].double()
+        following = known[past + 1 : past + len(new) + 1]
+        score.add(private[: len(following)], plain[: len(following)], following)
+        print(
+            f"{score.tokens} tokens: plaintext {score.perplexity(score.plain):.4f}, "
+            f"MPC {score.perplexity(score.private):.4f}, {score.difference:+.2e}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return score
+
+
+# ------------------------------------------------------------------ the same in three processes
+
+
+def same_in_processes(program: Program, tokens: list[int]) -> bool:
+    """Whether three processes give the logits of one process, bit for bit, from equal seeds."""
+    seeds = new_seed(), new_seed()
+    steps = chunks(tokens, len(tokens))
+    with InProcessSession(program.roles, seeds=seeds) as session:
+        here = torch.cat([session.rows(new, past) for new, past in steps])
+    with tempfile.TemporaryDirectory(prefix="mergec-perplexity-") as name:
+        folder = Path(name)
+        program.save(folder / "program")
+        job = {
+            "seeds": [seed.hex() for seed in seeds],
+            "rendezvous": f"tcp://127.0.0.1:{free_port()}",
+            "steps": steps,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, __file__, "--folder", name, "--role"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        parties = [subprocess.Popen([*command, role], env=environment) for role in ROLES]
+        try:
+            codes = [party.wait() for party in parties]
+        finally:
+            for party in parties:
+                party.kill()
+        if any(codes):
+            raise SystemExit("a role failed; see its message above")
+        there = load_file(folder / "logits.safetensors")["logits"]
+    return torch.equal(here, there)
+
+
+def play(folder: Path, role: str) -> None:
+    """One role of `same_in_processes`; the client writes its logits."""
+    job = json.loads((folder / "job.json").read_text())
+    seeds = tuple(bytes.fromhex(seed) for seed in job["seeds"])
+    program = load_bundle(role_path(folder / "program", role), role)
+    communicator = CountingCommunicator.join(role, job["rendezvous"], join_timeout=600.0)
+    rows = []
+    with ExitStack() as stack:
+        executor, finish = executor_of(program, communicator, False, "", stack, seeds)
+        session = MergecSession(executor, lambda: communicator.traffic)
+        session.setup()
+        finish()
+        for new, past in job["steps"]:
+            rows.append(session.rows(len(new), past, new if role == ROLES[CLIENT] else None))
+            finish()
+    if role == ROLES[CLIENT]:
+        save_file({"logits": torch.cat(rows)}, folder / "logits.safetensors")
+    communicator.leave()
+
+
+def report(score: Score, window: int, checked: int) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Perplexity",
+        "",
+        "SmolLM2-135M-Instruct, unchanged, preset `exact`, weights held by the server, 16 fractional",
+        f"bits, on the help topics of Python {platform.python_version()}'s standard library in",
+        f"alphabetical order. The text is cut into windows of {window} tokens; each token but a",
+        "window's first is predicted from those before it in its window. Plaintext is float32.",
+        f"Made by `make perplexity`, which runs all three roles in one process, {CHUNK} new tokens at",
+        "a time, with the real protocols, masks and messages.",
+    ]
+    if checked:
+        lines += [
+            f"The first {checked} tokens were played in three processes, too, from the same seeds:",
+            "all logits were the same, bit for bit.",
+        ]
+    lines += [
+        "",
+        "| | plaintext | MPC |",
+        "| --- | ---: | ---: |",
+        f"| perplexity on {score.tokens} tokens | {score.perplexity(score.plain):.5f} | "
+        f"{score.perplexity(score.private):.5f} |",
+        f"| relative difference | | {100 * score.difference:+.5f} % |",
+        f"| worst difference of a token's log-likelihood | | {score.worst_token:.5f} |",
+        f"| worst logit error | | {score.worst_logit:.5f} |",
+        f"| positions with the same best token | | {score.same_choice} of {score.tokens} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2_048)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--check", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=TARGET)
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    keep_freed_memory()
+    set_threads(1)
+    if options.role:
+        play(options.folder, options.role)
+        return
+    model, tokenizer = load_model("smollm2")
+    program = compile_decoder(model, tokenizer, CompileConfig(extra_passes=(KeepAllLogits,)))
+    tokens = text_tokens(tokenizer, options.tokens)
+    if options.check and not same_in_processes(program, tokens[: options.check]):
+        raise SystemExit("three processes gave other logits than one, from the same seeds")
+    with InProcessSession(program.roles) as session:
+        score = measure(session, model, tokens, options.window)
+    page = report(score, options.window, options.check)
+    options.output.write_text(page, encoding="utf-8")
+    print(page)
+    if abs(score.difference) > ALLOWED:
+        raise SystemExit(f"the perplexities differ by more than {ALLOWED:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Every input of a small domain, for each protocol; `test_formula` has those of bits and digits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from runtime.op import REGISTRY, load_all
+from runtime.ops.log import OCTAVES as LOG
+from runtime.protocols.argmax import Candidates, best
+from runtime.protocols.compare import maximum
+from runtime.protocols.multiply import multiply
+from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
+from runtime.protocols.power import Power, find_octave, power
+from runtime.protocols.rectify import rectify
+from runtime.protocols.squares import truncated_square
+from runtime.protocols.truncate import truncate
+from runtime.protocols.weights import linear, send, share_weight
+from runtime.simulate import Simulation
+from runtime.spec import FRACTIONAL_BITS, SERVER
+from runtime.values import Shared
+from tests.protocols.harness import integers, run
+
+load_all()
+BYTE = torch.arange(-128, 128)
+SMALL = torch.arange(-4096, 4096)
+FEW = (-2, -1, 0, 1)
+
+
+def _run(values: torch.Tensor, protocol) -> torch.Tensor:
+    simulation = Simulation()
+    shares = integers(simulation, values)
+    result, _ = run(simulation, lambda ctx, p: protocol(ctx, shares[p].share))
+    return result
+
+
+@pytest.mark.parametrize("shift", [1, 4, 12, 16, 31, 32, 33, 48, 62])
+def test_truncation_of_every_small_number(shift: int) -> None:
+    error = _run(SMALL, lambda ctx, x: truncate(ctx, x, shift)) - (SMALL >> shift)
+    assert set(error.tolist()) <= ({0, 1} if shift <= 32 else {-1, 0, 1, 2})
+
+
+def test_products_of_all_pairs_of_bytes() -> None:
+    x, y = BYTE[:, None].expand(256, 256), BYTE[None, :].expand(256, 256)
+    simulation = Simulation()
+    one, other = integers(simulation, x), integers(simulation, y)
+
+    def protocol(ctx, p):
+        (product,) = yield from multiply(ctx, (one[p].share, other[p].share))
+        return product
+
+    result, _ = run(simulation, protocol)
+    assert torch.equal(result, x * y)
+
+
+def test_a_held_weight_times_all_bytes() -> None:
+    simulation = Simulation()
+    shares = integers(simulation, BYTE[:, None])
+    words = BYTE[:, None].to(torch.int32)
+
+    def protocol(ctx, p):
+        weight = yield from share_weight(ctx, "w", words if p == SERVER else words.to("meta"), 0)
+        sent = yield from send(ctx, shares[p])
+        return linear(ctx, sent, weight)
+
+    result, _ = run(simulation, protocol)
+    assert torch.equal(result, BYTE[:, None] * BYTE[None, :])
+
+
+def test_rectification_and_squares_of_every_small_number() -> None:
+    assert torch.equal(_run(SMALL, rectify), SMALL.clamp(min=0))
+    assert torch.equal(_run(SMALL, lambda ctx, x: truncated_square(ctx, x, 0)), SMALL**2)
+    square = _run(SMALL, lambda ctx, x: truncated_square(ctx, x, 5))
+    low = SMALL >> 5
+    assert bool(((square == low**2) | (square == (low + 1) ** 2)).all())
+
+
+def test_maximum_and_place_of_every_row_of_four() -> None:
+    rows = torch.tensor(list(itertools.product(FEW, repeat=4)))
+    valid = torch.ones(rows.shape, dtype=torch.bool)
+    found = _run(rows, lambda ctx, x: maximum(ctx, x.to(torch.int32), valid))
+    assert torch.equal(found.long(), rows.max(1).values)
+    simulation = Simulation()
+    shares = [s.share.to(torch.int32) for s in integers(simulation, rows)]
+    client, server, _ = simulation.run(lambda ctx, p: best(ctx, Candidates(shares[p]), 3, (4,)))
+    ordered = rows.sort(dim=1, descending=True, stable=True)
+    assert torch.equal((client.keys + server.keys).long(), ordered.values[:, :3])
+    assert torch.equal((client.labels + server.labels).long(), ordered.indices[:, :3])
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -0.5])
+def test_powers_of_every_small_number(exponent: float) -> None:
+    spec = Power(exponent, 0, 0, 12, 24)
+    values = torch.arange(1, 2**13)
+    result = _run(values, lambda ctx, x: power(ctx, x, spec)).double() * 2.0**-spec.out_frac
+    exact = values.double() ** exponent
+    assert ((result / exact - 1).abs() < 2**-16).all()
+
+
+def test_every_small_number_lies_in_one_octave() -> None:
+    """And its level, the number of levels that it is not below, is the one whose table is used."""
+    values = torch.arange(1, 2**10)
+    simulation = Simulation()
+    shares = integers(simulation, values)
+    client, server, _ = simulation.run(lambda ctx, p: find_octave(ctx, shares[p].share, LOG))
+    found, below = (one + other for one, other in zip(client, server, strict=True))
+    assert bool(((found.abs() > 1).sum(1) <= 1).all())
+    level = LOG.levels - 1 - below.sum(1)
+    chosen = found.gather(1, level[:, None])[:, 0].double() * 2.0**-LOG.mantissa_bits
+    position = values.double() * 2.0 ** -torch.tensor(
+        [LOG.bottom(int(k)) - LOG.lift for k in level]
+    )
+    assert (chosen - position.log()).abs().max() < 2e-5
+
+
+def test_norms_of_every_small_row_of_two() -> None:
+    rows = torch.cartesian_prod(BYTE[96:160], BYTE[96:160])
+    spec = RowNorm(2, 6, 2.0**-8, 2.0**2)
+    result = _run(rows, lambda ctx, x: normalize(ctx, x, spec)).double() * 2.0**-SCALED_FRAC
+    real = rows.double() * 2.0**-6
+    exact = real * torch.rsqrt(real.square().mean(1, keepdim=True) + spec.eps)
+    assert (result - exact).abs().max() < 2**-15 + 2**-13
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu"])
+def test_functions_at_every_input_around_zero(name: str) -> None:
+    """A quarter to either side of zero, input by input, and the ends of the table likewise."""
+    op = REGISTRY[name]
+    places = [0] if name == "exp" else [0, -(16 << 16), 16 << 16, -(8 << 16), 8 << 16]
+    near = torch.arange(-(2**11), 2**11)
+    values = torch.cat([place + near for place in places])
+    simulation = Simulation()
+    shares = [Shared(s.share, FRACTIONAL_BITS) for s in integers(simulation, values)]
+    results = simulation.run(lambda ctx, p: op.protocol(ctx, shares[p]))
+    error = simulation.reveal(results) - op.reference(values.double() * 2.0**-FRACTIONAL_BITS)
+    assert error.abs().max() < 5e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid"])
+def test_functions_at_every_input_of_the_table(name: str) -> None:
+    """All 16-bit fractions from -20 to 20: 2.6 million inputs."""
+    op = REGISTRY[name]
+    for start in range(-20 << 16, 20 << 16, 1 << 15):
+        values = torch.arange(start, start + (1 << 15))
+        simulation = Simulation()
+        shares = [Shared(s.share, FRACTIONAL_BITS) for s in integers(simulation, values)]
+        results = simulation.run(lambda ctx, p, s=shares: op.protocol(ctx, s[p]))
+        error = simulation.reveal(results) - op.reference(values.double() * 2.0**-FRACTIONAL_BITS)
+        assert error.abs().max() < 5e-5
