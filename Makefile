@@ -20,7 +20,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow fuzz check format exactness pass-table bench bench-quick install clean
+.PHONY: help demo test test-slow fuzz check format exactness perplexity evidence pass-table bench bench-quick install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -62,6 +62,12 @@ format: $(READY) ## format and fix what can be fixed
 
 exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
 	$(PYTHON) benchmarks/exactness.py
+
+perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes docs/perplexity.md
+	$(PYTHON) benchmarks/perplexity.py --check 16
+
+evidence: $(READY) ## a million inputs for every protocol, 10^8 truncations; writes docs/evidence.md
+	$(PYTHON) -m tests.protocols.evidence
 
 bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/results
 	$(PYTHON) benchmarks/bench.py

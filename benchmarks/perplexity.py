@@ -199,24 +199,24 @@ def report(score: Score, window: int, checked: int) -> str:
     lines = [
         "# Perplexity",
         "",
-        "SmolLM2-135M-Instruct, unchanged, preset `exact`, weights held by the server, 16 fractional",
-        f"bits, on the help topics of Python {platform.python_version()}'s standard library in",
-        f"alphabetical order. The text is cut into windows of {window} tokens; each token but a",
-        "window's first is predicted from those before it in its window. Plaintext is float32.",
-        f"Made by `make perplexity`, which runs all three roles in one process, {CHUNK} new tokens at",
-        "a time, with the real protocols, masks and messages.",
+        "SmolLM2-135M-Instruct, unchanged, preset `exact`, weights held by the server, 16",
+        f"fractional bits, on the help topics of Python {platform.python_version()}'s standard",
+        f"library in alphabetical order. The text is cut into windows of {window} tokens; each",
+        "token but a window's first is predicted from those before it in its window. Plaintext",
+        f"is float32. Made by `make perplexity`, which takes {CHUNK} new tokens a step and runs",
+        "all three roles in one process, with the real protocols, masks and messages.",
     ]
     if checked:
         lines += [
             f"The first {checked} tokens were played in three processes, too, from the same seeds:",
             "all logits were the same, bit for bit.",
         ]
+    plain, private = score.perplexity(score.plain), score.perplexity(score.private)
     lines += [
         "",
         "| | plaintext | MPC |",
         "| --- | ---: | ---: |",
-        f"| perplexity on {score.tokens} tokens | {score.perplexity(score.plain):.5f} | "
-        f"{score.perplexity(score.private):.5f} |",
+        f"| perplexity on {score.tokens} tokens | {plain:.5f} | {private:.5f} |",
         f"| relative difference | | {100 * score.difference:+.5f} % |",
         f"| worst difference of a token's log-likelihood | | {score.worst_token:.5f} |",
         f"| worst logit error | | {score.worst_logit:.5f} |",
