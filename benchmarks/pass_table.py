@@ -19,7 +19,7 @@ import torch
 from bench import steps_of
 from harness import run
 
-from compiler import CompileConfig, compile_decoder
+from compiler import CompileConfig, Program, compile_decoder
 from compiler.load import load_model
 from runtime.spec import Cost
 
@@ -60,9 +60,8 @@ def gpt2() -> tuple[Any, Any]:
     return GPT2LMHeadModel(GPT2Config()).eval(), None
 
 
-def predict(model: Any, tokenizer: Any) -> tuple[list[Row], list[str], int]:
+def predict(program: Program) -> tuple[list[Row], list[str], int]:
     """The rows, the names of needed passes, and the number of nodes as captured."""
-    program = compile_decoder(model, tokenizer)
     history = program.history
     if history is None:
         raise RuntimeError("a program that was compiled here tells how")
@@ -83,10 +82,9 @@ def predict(model: Any, tokenizer: Any) -> tuple[list[Row], list[str], int]:
     return rows, needed, len(history.before.program.instructions)
 
 
-def measure(model: Any, tokenizer: Any, row: Row) -> None:
-    """Compile the row's program, run its steps, and note what the server counted."""
-    program = compile_decoder(model, tokenizer, CompileConfig(disable=row.disabled))
-    ids = [(17 * i + 5) % model.config.vocab_size for i in range(PAST + 1)]
+def measure(program: Program, row: Row) -> None:
+    """Run the steps of the row's program, and note what the server counted."""
+    ids = [(17 * i + 5) % program.manifest["vocab_size"] for i in range(PAST + 1)]
     taken = run(program.roles, steps_of(program, ids, list(STEPS.values()), 1), "mergec")
     for name, step in zip(STEPS, taken, strict=True):
         row.measured[name] = Cost(step.rounds, step.online, step.offline)
@@ -126,13 +124,16 @@ def main() -> None:
     parts = [INTRODUCTION]
     for title, load in (("GPT-2-base, random weights", gpt2), ("SmolLM2-135M-Instruct", smollm2)):
         model, tokenizer = load()
-        rows, needed, captured = predict(model, tokenizer)
+        whole = compile_decoder(model, tokenizer)
+        rows, needed, captured = predict(whole)
+        whole.history = None
         parts.append("")
         chosen = {"all": rows, "ends": [rows[-1], rows[0]], "none": []}[wanted]
         for row in [None, *chosen]:
             if row is not None:
                 gc.collect()
-                measure(model, tokenizer, row)
+                config = CompileConfig(disable=row.disabled)
+                measure(compile_decoder(model, tokenizer, config) if row.disabled else whole, row)
             parts[-1] = f"""## {title}
 
 As captured: {captured:,} nodes of ATen. Needed: {", ".join(needed)}.

@@ -26,6 +26,9 @@ from runtime.spec import Vis
 _NEW, _PAST = 3, 4
 """Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 """Regions that change nothing about the values."""
 
@@ -128,7 +131,7 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
 
 
 def _check_architecture(model: nn.Module) -> bool:
-    """Whether it is a Hugging Face decoder; refuses encoders and models that can't generate."""
+    """Whether it is a Hugging Face decoder; refuses what is none, or no dense one of attention."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         return False
@@ -137,6 +140,18 @@ def _check_architecture(model: nn.Module) -> bool:
         raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
     if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
         raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
+    experts = [getattr(config, key, None) for key in _EXPERTS]
+    if any(isinstance(count, int) and count > 1 for count in experts):
+        raise CompileError(
+            f"{name} is a mixture of experts, and which of them run would depend on secret values; "
+            "mergec compiles dense decoders"
+        )
+    stateful = sorted({*(getattr(config, "layer_types", None) or ())} - _ATTENTION_LAYERS)
+    if stateful:
+        raise CompileError(
+            f"{name} has layers of the type {stateful[0]}, which keep another state than keys and "
+            "values; mergec compiles decoders of attention layers"
+        )
     if name.endswith("ForMaskedLM") or not getattr(model, "can_generate", lambda: True)():
         raise CompileError(f"{name} is an encoder; mergec compiles decoders such as GPT-2")
     return True

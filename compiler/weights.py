@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import MutableMapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from compiler.errors import InternalError
-from compiler.ir import constant
+from compiler.ir import calls, constant
 from compiler.shapes import insert_constant
 from runtime.spec import Vis
 
@@ -33,6 +34,26 @@ def computable(graph_module: fx.GraphModule, node: Any) -> bool:
     """
     value = constant(graph_module, node)
     return value is not None and value.dtype in _EXACT
+
+
+def pure(node: fx.Node) -> bool:
+    """Whether a call gives the same value in each step, and nobody writes to it."""
+    if node.op != "call_function":
+        return False
+    written = any(
+        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+        for user in node.users
+    )
+    if calls(node, operator.getitem):
+        return not written
+    overload = node.target
+    return (
+        isinstance(overload, torch._ops.OpOverload)
+        and overload.namespace == "aten"
+        and not overload._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in overload.tags
+        and not written
+    )
 
 
 def wide(graph_module: fx.GraphModule, node: Any) -> torch.Tensor:

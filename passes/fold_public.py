@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from compiler.ir import calls, constant, is_public
+from compiler.ir import constant, is_public
 from compiler.shapes import insert_constant
+from compiler.weights import pure
 from passes.base import Pass
 from runtime.spec import Vis
 
@@ -39,7 +39,11 @@ class FoldPublic(Pass):
                 value = constant(graph_module, node)
                 if value is not None:
                     values[node] = value
-            elif _pure(node) and all(operand in values for operand in node.all_input_nodes):
+            elif (
+                is_public(node)
+                and pure(node)
+                and all(operand in values for operand in node.all_input_nodes)
+            ):
                 values[node] = _evaluate(node, values)
         sites = 0
         for node, value in values.items():
@@ -61,26 +65,6 @@ class FoldPublic(Pass):
         # A view would carry its whole storage into the bundles.
         folded = insert_constant(graph_module, node, name, value.detach().clone())
         node.replace_all_uses_with(folded)
-
-
-def _pure(node: fx.Node) -> bool:
-    """Whether a call gives the same value in each step, and nobody writes to it."""
-    if node.op != "call_function" or not is_public(node):
-        return False
-    written = any(
-        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
-        for user in node.users
-    )
-    if calls(node, operator.getitem):
-        return not written
-    overload = node.target
-    return (
-        isinstance(overload, torch._ops.OpOverload)
-        and overload.namespace == "aten"
-        and not overload._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in overload.tags
-        and not written
-    )
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from compiler.ir import aten, calls, insert, is_public, is_shared, last_dim, rank, replace
+from compiler.shapes import insert_call
 from passes.base import Pass
 from runtime.op import target
 from runtime.spec import Vis
@@ -60,6 +61,8 @@ class FuseAttention(Pass):
         query, keys = scores.query, scores.keys
         values: Any = product.args[1]
         flat = rank(product) == 3
+        if _heads_apart(query, keys, values):
+            query, keys = (_unsqueeze(product, t) for t in (query, keys))
         if len({rank(t) for t in (query, keys, values)}) > 1:
             self.skip(softmax, "heads are apart for the scores, and not for the weighted sum")
             return 0
@@ -106,6 +109,8 @@ class _Scores:
                 secret, term = _public_term(node)  # type: ignore[misc]
                 self.terms.append((term, self.scale))
                 node = secret
+            elif calls(node, aten.max.other, aten.maximum.default) and _keeps(node):
+                node = node.args[0]
             elif calls(node, aten.where.self) and self._open() and _hides(node):
                 self._masked.append(node)
                 node = node.args[1]
@@ -142,29 +147,18 @@ class _Scores:
 
     def mask(self, before: fx.Node, flat: bool) -> fx.Node | None:
         """One public tensor with everything that is added to the scores."""
-        total: fx.Node | None = None
-        terms = list(self.terms)
+        total: Any = None
+        terms: list[tuple[Any, float]] = list(self.terms)
         for choice in self._masked:
-            zero = _public(
-                before, aten.where.ScalarSelf, (choice.args[0], 0.0, choice.args[2]), choice
-            )
-            terms.append((zero, 1.0))
+            shown, _, low = choice.args
+            terms.append((insert_call(before, aten.where.ScalarSelf, shown, 0.0, low), 1.0))
         for term, factor in terms:
             if factor != 1.0:
-                term = _public(before, aten.mul.Tensor, (term, factor), term)
+                term = insert_call(before, aten.mul.Tensor, term, factor)
             if flat and rank(term) == 3:
-                term = _public(before, aten.unsqueeze.default, (term, 0), term, unsqueeze=True)
-            total = (
-                term if total is None else _public(before, aten.add.Tensor, (total, term), total)
-            )
+                term = insert_call(before, aten.unsqueeze.default, term, 0)
+            total = term if total is None else insert_call(before, aten.add.Tensor, total, term)
         return total
-
-
-def _public(
-    before: fx.Node, call: Any, args: tuple[Any, ...], like: fx.Node, unsqueeze: bool = False
-) -> fx.Node:
-    val = like.meta["val"]
-    return insert(before, call, args, val.unsqueeze(0) if unsqueeze else val, Vis.PUBLIC)
 
 
 def _same_rows(reshape: fx.Node) -> bool:
@@ -187,6 +181,20 @@ def _hides(choice: fx.Node) -> bool:
     """Whether the scores that are not chosen become so low that the softmax gives 0."""
     low = _number(choice.args[2])
     return is_public(choice.args[0]) and low is not None and low <= _LOW
+
+
+def _keeps(choice: fx.Node) -> bool:
+    """Whether a maximum changes nothing, as no number of its type is lower (xglm)."""
+    low, dtype = _number(choice.args[1]), choice.meta["val"].dtype
+    return low is not None and dtype.is_floating_point and low <= torch.finfo(dtype).min
+
+
+def _heads_apart(query: fx.Node, keys: fx.Node, values: fx.Node) -> bool:
+    """Whether heads stand in the batch dimension for the scores alone (gpt_neox_japanese)."""
+    if (rank(query), rank(keys), rank(values)) != (3, 3, 4):
+        return False
+    heads = [str(value.meta["val"].shape[0]) for value in (query, keys)]
+    return [*map(str, values.meta["val"].shape[:2])] == ["1", heads[0]] == ["1", heads[1]]
 
 
 def _number(value: Any) -> float | None:

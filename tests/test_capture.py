@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "encoder-decoder": (lambda: _t5("T5ForConditionalGeneration"), "is an encoder-decoder"),
     "half of t5": (lambda: _t5("T5EncoderModel"), "no language-model head"),
     "headless": (_headless, "LlamaModel has no language-model head; load it as AutoModelForCausal"),
-    "recurrent": (_recurrent, "MambaForCausalLM keeps no keys and values"),
+    "recurrent": (_recurrent, "MambaForCausalLM has layers of the type linear_attention"),
     "NaN": (lambda: _spoiled("head.weight", float("nan")), "NaN or infinite: head.weight"),
     "infinite buffer": (lambda: _spoiled("scale", float("inf")), "NaN or infinite: scale"),
     "no weights": (lambda: Bigram().to("meta"), "no weights yet"),

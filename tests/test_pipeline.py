@@ -51,6 +51,7 @@ approximate   simplify_norms
 approximate   softmax_2quad
 approximate   softmax_2relu
 dialect       embedding_to_dialect
+dialect       fold_weights
 dialect       linear_to_dialect
 dialect       arithmetic_to_dialect
 dialect       merge_projections

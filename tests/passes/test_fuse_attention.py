@@ -139,3 +139,50 @@ def test_near_miss_a_secret_bias() -> None:
 
 def test_a_number_added_to_all_scores_is_left() -> None:
     leaves(Graph(attention(lambda m, s: s + 1.0), Q, K, V), *NAMES, reason="the scores come from")
+
+
+def test_heads_in_the_batch_dimension_of_the_scores_alone() -> None:
+    """gpt_neox_japanese."""
+
+    def body(m, q, k, v):
+        scores = torch.baddbmm(m.zeros, q, k.transpose(1, 2), beta=1.0, alpha=0.5)
+        return torch.softmax(scores.view(1, 4, 3, 5) + m.mask, -1) @ v
+
+    graph = Graph(body, Q[0], K[0], V, _mask=CAUSAL, _zeros=Q.new_zeros(4, 3, 5))
+    assert rewrites(graph, *NAMES)["mpc.attention"] == 1
+
+
+def test_near_miss_other_heads_for_the_weighted_sum() -> None:
+    def body(m, q, k, v):
+        return torch.softmax((q @ k.transpose(1, 2)).view(2, 2, 3, 5), -1) @ v
+
+    graph = Graph(body, Q[0], K[0], V.reshape(2, 2, 5, 8))
+    leaves(graph, *NAMES, reason="heads are apart")
+
+
+def test_no_score_is_lower_than_the_lowest_number() -> None:
+    """xglm."""
+    lowest = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+    graph = Graph(
+        attention(lambda m, s: torch.max(s + m.mask, m.least)), Q, K, V, _mask=CAUSAL, _least=lowest
+    )
+    assert rewrites(graph, *NAMES)["mpc.attention"] == 1
+
+
+def test_near_miss_a_least_score() -> None:
+    graph = Graph(
+        attention(lambda m, s: torch.max(s + m.mask, m.least)), Q, K, V, _mask=CAUSAL, _least=LOW
+    )
+    leaves(graph, *NAMES, reason="the scores come from aten.max")
+
+
+def test_a_mask_of_terms_that_broadcast() -> None:
+    """mpt: one row of biases for each head, and a mask of each row."""
+
+    def scores(m, s):
+        return torch.where(m.seen, s + m.bias, m.low)
+
+    graph = Graph(attention(scores), Q, K, V, _bias=normal(4, 1, 5), _seen=~HIDDEN, _low=LOW)
+    assert rewrites(graph, *NAMES)["mpc.attention"] == 1
+    (node,) = [n for n in graph.module.graph.nodes if "attention" in str(n.target)]
+    assert list(node.args[3].meta["val"].shape) == [4, 3, 5]

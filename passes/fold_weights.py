@@ -1,0 +1,64 @@
+"""Compute once what the server would compute from its weights alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from compiler.ir import constant
+from compiler.moves import is_move
+from compiler.weights import insert_folded, pure
+from passes.base import Pass
+from runtime.spec import Vis
+
+
+class FoldWeights(Pass):
+    """A function of weights becomes a weight, which is masked and opened once in a session.
+
+    A norm's gain that a model stores less one (nemotron), say, where no fusion has taken it in.
+    Movement alone is left: a turned matrix would be kept twice.
+
+    Before:
+        %1 = aten.add.Tensor(%norm.weight, 1.0)
+        %2 = mpc.layer_norm(%x, %1, %norm.bias, 1e-05)
+    After:
+        %2 = mpc.layer_norm(%x, %norm.weight_folded, %norm.bias, 1e-05)
+    """
+
+    stage = "dialect"
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        known: dict[fx.Node, fx.Node | None] = {}
+        computed: set[fx.Node] = set()
+        for node in graph_module.graph.nodes:
+            if constant(graph_module, node) is not None:
+                known[node] = node if node.meta["vis"] is Vis.SERVER else None
+            elif pure(node) and all(operand in known for operand in node.all_input_nodes):
+                weights = (known[operand] for operand in node.all_input_nodes)
+                known[node] = next(filter(None, weights), None)
+                if not is_move(node) or computed.intersection(node.all_input_nodes):
+                    computed.add(node)
+        sites = 0
+        for node, origin in known.items():
+            wanted = any(user not in known for user in node.users)
+            if node not in computed or origin is None or not wanted:
+                continue
+            value = _evaluate(graph_module, node)
+            if isinstance(value, torch.Tensor):
+                folded = insert_folded(graph_module, node, origin, value, self.info.constants)
+                node.replace_all_uses_with(folded)
+                sites += 1
+        return sites
+
+
+def _evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    value = constant(graph_module, node)
+    if value is not None:
+        return value
+    args, kwargs = fx.map_arg(
+        (node.args, node.kwargs), lambda operand: _evaluate(graph_module, operand)
+    )
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
