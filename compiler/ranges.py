@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from compiler.errors import CompileError
 from runtime.op import target
 from runtime.ops.ratio_attention import base_scores
 from runtime.program import InputSpec
+from runtime.spec import Vis
 
 _DECODED = 2
 """Tokens of each sequence that are fed one by one, after the others as a prompt."""
@@ -27,7 +30,8 @@ def annotate_ranges(
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
     tokens one by one. meta["mean_square"] is the largest mean square of a row, after centring for a
-    LayerNorm.
+    LayerNorm. Raises CompileError that names the first secret value which is not finite. Needs
+    meta["vis"].
     """
     replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
 
@@ -42,15 +46,8 @@ def replay(
 
     The last `decoded` tokens come one by one, with the cache of those before, which are a prompt.
     """
-    module: Any = interpreter.module
-    dtype = next((p.dtype for p in module.parameters()), None)
-    dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     for sequence in sequences:
-        ids = torch.tensor([list(sequence)], dtype=torch.int64)
-        caches = [
-            torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
-            for spec in inputs[1:]
-        ]
+        ids, *caches = prompt(interpreter.module, inputs, sequence)
         cut = max(1, len(sequence) - decoded) if caches else len(sequence)
         pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
         with torch.inference_mode():
@@ -58,9 +55,24 @@ def replay(
                 caches = list(interpreter.run(piece, *caches)[1:])
 
 
+def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) -> list[torch.Tensor]:
+    """A graph's inputs for a whole sequence: the tokens [1, N], and caches without a token."""
+    dtype = next((p.dtype for p in module.parameters()), None)
+    dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
+    return [
+        torch.tensor([list(sequence)], dtype=torch.int64),
+        *(
+            torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+            for spec in inputs[1:]
+        ),
+    ]
+
+
 class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        # It would add to the text of an error.
+        self.extra_traceback = False
         carried: list[Any] = [n for n in module.graph.nodes if n.target is target("carry")]
         self._entering, self._leaving = carried or [None, None]
         self._hidden: Any = None
@@ -76,6 +88,13 @@ class _Recorder(fx.Interpreter):
             self._hidden = result
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
             largest = float(result.abs().max())
+            if not math.isfinite(largest) and n.meta["vis"] is not Vis.PUBLIC:
+                # A public mask may hold -inf.
+                reason = (
+                    "what it is computed from is finite, but the result holds inf or NaN; leave "
+                    "out a lossy pass, or calibrate with other prompts"
+                )
+                raise CompileError("a value is not finite in calibration", {n: reason})
             n.meta["absmax"] = max(largest, n.meta.get("absmax", 0.0))
         if n.op == "call_function" and n.target in (target("rms_norm"), target("layer_norm")):
             operand: Any = n.args[0]

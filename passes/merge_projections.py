@@ -35,13 +35,14 @@ class MergeProjections(Pass):
 
         h = x + O a,    m = W norm(h),    y = h + V act(m).
 
-    One thing is given up: the norm between gets constant statistics, as in `simplify_norms`, so
-    that norm(h) = gain * h + shift. The rest is algebra: m = (W gain O) a + (W gain) x + constant,
-    with W gain O merged at compile time. The residual stream, which MERGE's module drops there, is
-    kept in both places. What is saved is the norm with its rounds; a and x are sent to the server
-    at once. So it is exact where the rows of h have one mean and deviation. The value projection
-    could be merged, too, as the heads' sums commute with it: but then the whole width instead of a
-    head's goes through the table for each head, and bytes grow by that factor. It stays.
+    One thing is given up: the norm between gets constant statistics, estimated as `simplify_norms`
+    does, so that norm(h) = gain * h + shift. The rest is algebra:
+    m = (W gain O) a + (W gain) x + constant, with W gain O merged at compile time. The residual
+    stream, which MERGE's module drops there, is kept in both places. What is saved is the norm with
+    its rounds; a and x are sent to the server at once. So it is exact where the rows of h have one
+    mean and deviation. The value projection could be merged, too, as the heads' sums commute with
+    it: but then the whole width instead of a head's goes through the table for each head, and bytes
+    grow by that factor. It stays.
 
     Before:
         %1 = mpc.linear(%a, %o.weight, None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from compiler.config import CompileConfig
+from compiler.errors import CompileError
 from compiler.pipeline import to_dialect
 from compiler.ranges import annotate_ranges
 from runtime.program import InputSpec
@@ -95,3 +96,17 @@ def test_calibration_is_the_users_or_ours() -> None:
         return {"input_ids": [ord(letter) % VOCAB for letter in text]}
 
     assert largest(CompileConfig(), tokenizer) >= largest(CompileConfig()) * 0.9
+
+
+def test_the_first_value_that_is_not_finite_is_named() -> None:
+    def body(m, ids):
+        x = torch.nn.functional.embedding(ids, m.w)
+        return (x * 1e200).square() + 1.0
+
+    graph = Graph(body, torch.tensor([[1, 2]]), w=normal(4, 8))
+    with pytest.raises(CompileError, match="leave out a lossy pass") as caught:
+        annotate_ranges(graph.module, [IDS], [[1, 2]])
+    (node,) = caught.value.nodes
+    assert "pow" in target_name(node.target) or "square" in target_name(node.target)
+    assert "\n" in str(caught.value)
+    assert "While executing" not in str(caught.value)

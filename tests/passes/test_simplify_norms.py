@@ -68,19 +68,57 @@ def test_exact_where_all_rows_have_the_same_statistics(kind: str) -> None:
     assert set(made.values()) == {Vis.SERVER}
 
 
-def test_the_gain_is_that_of_a_typical_row() -> None:
-    model = Decoder(nn.RMSNorm(WIDTH, eps=0.0))
-    with torch.no_grad():
-        model.embed.weight[4] *= 1e6
+def nearest(rows: torch.Tensor) -> tuple[float, float]:
+    """Gain and shift that bring rows nearest to their LayerNorm."""
+    wanted = nn.functional.layer_norm(rows, (WIDTH,), eps=1e-5)
+    terms = torch.stack([rows.reshape(-1), torch.ones(rows.numel(), dtype=rows.dtype)], 1)
+    gain, shift = torch.linalg.lstsq(terms, wanted.reshape(-1, 1)).solution.reshape(-1).tolist()
+    return gain, shift
+
+
+def test_no_other_constants_are_nearer() -> None:
+    model = Decoder(nn.LayerNorm(WIDTH, elementwise_affine=False))
     step = capture(model)
-    rewrite(step, CONFIG)
+    rewrite(step, CompileConfig(enable=("simplify_norms",), calibration=((0, 3, 4, 7),)))
+    gain, shift = nearest(model.embed.weight[[0, 3, 4, 7]].detach())
     with torch.no_grad():
-        typical = model.embed.weight[torch.arange(VOCAB) != 4]
-        ratio = step.graph_module(IDS[:, :4])[0] / model(IDS[:, :4])
-        roots = typical.square().mean(-1).sqrt()
-    assert float(ratio.min()) > 0.3
-    assert float(ratio.max()) < 3.0
-    assert float(roots.max() / roots.min()) > 1.2
+        wanted = model.head(gain * model.embed(IDS[:, 5:6]) + shift)
+    assert float((step.graph_module(IDS[:, 5:6])[0] - wanted).abs().max()) < 1e-4
+
+
+class Gated(nn.Module):
+    """Layers that add what is quadratic in a norm's result."""
+
+    def __init__(self, table: torch.Tensor, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH, eps=1e-6) for _ in range(layers))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.double()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for norm, gate in zip(self.norms, self.gates, strict=True):
+            y = norm(x)
+            x = x + nn.functional.silu(gate(y)) * y
+        return self.head(x)
+
+
+def test_a_row_that_is_far_larger_does_not_grow_from_layer_to_layer() -> None:
+    """With each norm's gain taken from a typical row, it would reach 1e300."""
+    table = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1))
+    table[4] *= 1e3
+    model = Gated(table, layers=12)
+    step = capture(model)
+    ids = tuple(range(VOCAB))
+    reports = rewrite(step, CompileConfig(enable=("simplify_norms",), calibration=(ids,)))
+    assert next(r for r in reports if r.name == "simplify_norms").sites == 12
+    with torch.no_grad():
+        largest = float(model(IDS[:, 4:5]).abs().max())
+        found = float(step.graph_module(IDS[:, 4:5])[0].abs().max())
+    assert largest / 4 < found < 4 * largest
 
 
 def test_near_misses() -> None:
