@@ -58,8 +58,9 @@ class MergeProjections(Pass):
     """
 
     stage = "dialect"
-    # It reads products and sums as ops of the dialect.
-    after = ("arithmetic_to_dialect", "linear_to_dialect")
+    # It reads products and sums as ops of the dialect, and its statistics are those of the steps as
+    # they will be, of resent hidden states, too.
+    after = ("arithmetic_to_dialect", "linear_to_dialect", "resend_hidden")
     exact = False
 
     def run(self, graph_module: fx.GraphModule) -> int:

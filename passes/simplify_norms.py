@@ -14,6 +14,9 @@ from passes.base import Pass
 from runtime.op import REGISTRY, target
 from runtime.spec import Vis
 
+_RESENT = 2
+"""Steps that take a hidden state, of each sequence, in the estimate of constant norms."""
+
 
 class SimplifyNorms(Pass):
     """A norm becomes gain * x + shift: no square, no inverse root, no opening to both.
@@ -80,17 +83,52 @@ def observe_norms(
     """Mean and deviation for each norm, from what reaches it once those before it are constant.
 
     All sequences go through the graph together, node by node, and each norm is replaced as soon as
-    its operands are there.
+    its operands are there. Where hidden states are resent, the steps that take them count, too:
+    what a step takes depends on all norms, so that everything is run again with the hidden states
+    and caches of the time before, twice.
     """
+    carried = [n for n in graph_module.graph.nodes if calls(n, target("carry"))]
+
+    def first_steps() -> list[_Run]:
+        return [_Run(graph_module, prompt(graph_module, inputs, s)) for s in sequences]
+
+    runs = first_steps()
+    found = _in_step(graph_module, norms, runs)
+    for _ in range(_RESENT if carried else 0):
+        runs = [*first_steps(), *(run.next(*carried) for run in runs)]
+        found = _in_step(graph_module, norms, runs)
+    return found
+
+
+class _Run(fx.Interpreter):
+    """A step of one sequence, which is run node by node."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Any, resent: Any = None) -> None:
+        super().__init__(module)
+        self.inputs = inputs
+        self.args_iter = iter(inputs)
+        self.resent: dict[fx.Node, Any] = resent or {}
+
+    def take(self, node: fx.Node) -> None:
+        self.env[node] = self.resent[node] if node in self.resent else self.run_node(node)
+
+    def next(self, entering: fx.Node, leaving: fx.Node) -> _Run:
+        """The step after this one, which takes its hidden state and caches."""
+        *_, output = self.module.graph.nodes  # type: ignore[union-attr,misc]
+        caches = self.env[output][1:]
+        inputs = [self.inputs[0][:, -1:], *caches]
+        return _Run(self.module, inputs, {entering: self.env[leaving]})  # type: ignore[arg-type]
+
+
+def _in_step(
+    graph_module: fx.GraphModule, norms: list[fx.Node], runs: list[_Run]
+) -> dict[fx.Node, tuple[float, float]]:
     found: dict[fx.Node, tuple[float, float]] = {}
-    runs = [fx.Interpreter(graph_module) for _ in sequences]
-    for run, sequence in zip(runs, sequences, strict=True):
-        run.args_iter = iter(prompt(graph_module, inputs, sequence))
     with torch.inference_mode():
         for node in graph_module.graph.nodes:
             if node not in norms:
                 for run in runs:
-                    run.env[node] = run.run_node(node)
+                    run.take(node)
                 continue
             rows = [run.env[node.args[0]] for run in runs]
             found[node] = _statistics(node, torch.cat([_flat(r) for r in rows]))

@@ -10,7 +10,7 @@ from compiler.pipeline import rewrite
 from passes.base import PassReport
 from runtime.spec import Vis
 from runtime.structural import target_name
-from tests.families import LAYERS, captured
+from tests.families import LAYERS, captured, random_decoder
 from tests.merge_models import VOCAB, looks_back
 from tests.passes.test_fix_attention import CALIBRATION, outputs
 
@@ -77,3 +77,18 @@ def test_attention_that_is_not_constant_stays() -> None:
     rewrite(step, CompileConfig(enable=("merge_projections",)))
     rewrite(plain, CompileConfig())
     assert dump(step.graph_module) == dump(plain.graph_module)
+
+
+def test_resent_hidden_states_count() -> None:
+    """They are far longer here than the rows of the embedding."""
+    sizes = {}
+    for preset in ("merge-mm", "merge"):
+        model = random_decoder("llama")
+        with torch.no_grad():
+            model.model.embed_tokens.weight *= 1e-3
+            model.model.layers[0].self_attn.o_proj.weight *= 1e-3
+        step = capture(model)
+        rewrite(step, CompileConfig(preset=preset))
+        found = [v for n, (v, _) in step.tensors().items() if "layers.0" in n and "residual" in n]
+        sizes[preset] = float(found[0].abs().max())
+    assert sizes["merge"] < sizes["merge-mm"] / 10
