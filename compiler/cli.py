@@ -49,9 +49,6 @@ class Stage(StrEnum):
     after = "after"
 
 
-FractionalBits = Annotated[
-    int | None, typer.Option(help="Fractional bits of a shared value.", min=8, max=24)
-]
 MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together.", min=2)
 ]
@@ -86,7 +83,6 @@ ModeOption = Annotated[Mode, typer.Option(help="Protocols: our own, or CrypTen's
 def compile_command(
     source: Annotated[str, typer.Argument(help="Model folder, .gguf file, or `smollm2`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the three bundles.")],
-    fractional_bits: FractionalBits = None,
     max_length: MaxLength = None,
     preset: Preset = None,
     weights: Weights = None,
@@ -97,8 +93,10 @@ def compile_command(
     check_passes: CheckPasses = False,
 ) -> None:
     """Compile a model into one bundle per role."""
+    from runtime.bundle import check_place
+
+    check_place(output)
     options = _options(
-        fractional_bits=fractional_bits,
         max_length=max_length,
         preset=preset,
         weights=weights,
@@ -111,7 +109,7 @@ def compile_command(
     with _steps() as step:
         program = _compile(source, options, step)
         program.save(output, step)
-    out.print(f"{output}: {program.describe()}")
+    out.print(f"{output}: {program.describe()}", soft_wrap=True)
 
 
 @app.command("inspect")
@@ -150,7 +148,7 @@ def inspect_command(
     check_passes: CheckPasses = False,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
-    from compiler.program import Program
+    from compiler.program import Program, check_whole
 
     options = _options(
         preset=preset,
@@ -162,6 +160,7 @@ def inspect_command(
         check_passes=check_passes,
     )
     with _steps() as step:
+        check_whole(Path(source))
         if not Program.stands_at(source):
             program = _compile(source, options, step, keep_history=True)
         elif options:
@@ -245,6 +244,7 @@ def demo_command(
     """Compile SmolLM2-135M and ask it something."""
     from compiler.program import Program
 
+    _check_prompt(prompt)
     with _steps() as step:
         if not (reuse and Program.stands_at(output)):
             program = _compile(DEMO_SOURCE, {}, step)
@@ -287,8 +287,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any) -> None:
-    if not prompt.strip():
-        raise PromptError("the prompt is empty; say something with --prompt")
+    _check_prompt(prompt)
     out.print(RichText(f"> {prompt}", style="dim"))
     with waiting("client, server and dealer are starting") as first:
         answer = program.generate_local(prompt, on_text=first(write), **options)
@@ -299,6 +298,11 @@ def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any
             step("the same in plaintext")
             plain = program.plaintext(answer)
         out.print(plain.comparison(answer))
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise PromptError("the prompt is empty; say something with --prompt")
 
 
 class Step:

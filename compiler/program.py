@@ -167,6 +167,7 @@ class Program:
     def load(cls, path: str | Path, roles: Sequence[str] = ROLES) -> Program:
         """Read a folder of bundles; those of `roles` must be there and belong together."""
         place = Path(path)
+        check_whole(place)
         programs = {role: load_bundle(role_path(place, role), role) for role in roles}
         hashes = {role: p.manifest["program_hash"] for role, p in programs.items()}
         if len(set(hashes.values())) > 1:
@@ -397,6 +398,12 @@ class Program:
         if self.path is None:
             raise BundleError("the program could not be saved; save it yourself")
         return self.path
+
+
+def check_whole(path: Path) -> None:
+    """BundleError if `path` is the bundle of one role."""
+    if (path / MANIFEST).is_file():
+        raise BundleError(f"{path}: is the bundle of one role; give the folder that it is in")
 
 
 def _phases(result: LocalResult) -> dict[str, Phase]:

@@ -120,10 +120,7 @@ def save_bundle(
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of `path` when the block ends without an error."""
-    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
-        raise BundleError(
-            f"{path}: exists and is not a mergec bundle; choose another place or remove it"
-        )
+    check_place(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -148,6 +145,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(path: Path) -> None:
+    """BundleError if something stands at `path` that is no bundle, and would be replaced by one."""
+    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
+        raise BundleError(
+            f"{path}: exists and is not a mergec bundle; choose another place or remove it"
+        )
 
 
 def role_path(bundle_dir: str | Path, role: str) -> Path:

@@ -99,12 +99,16 @@ def test_bad_bundles(fails: Failed, bundles: Path, tmp_path: Path) -> None:
     shutil.rmtree(bundles / "server")
     shutil.copytree(bundles / "client", bundles / "server")
     fails(run, FAILED, "is the bundle of the client")
+    one = str(bundles / "client")
+    for command in (["run", one, "--prompt", "x"], ["inspect", one]):
+        fails(command, FAILED, "is the bundle of one role")
     shutil.rmtree(bundles / "server")
     fails(run, FAILED, "server", "no such bundle")
 
 
 def test_bad_prompts(fails: Failed, bundles: Path) -> None:
     fails(["run", str(bundles), "--prompt", "  "], FAILED, "empty")
+    fails(["demo", "--prompt", "  "], FAILED, "empty")
     fails(["run", str(bundles), "--prompt", "hello"], FAILED, "tokenizer")
 
 
@@ -113,7 +117,10 @@ def test_compiling_onto_something_else(
 ) -> None:
     monkeypatch.setattr(cli, "_compile", lambda *_: Program({r: decoder(r) for r in ROLES}, TYPES))
     (tmp_path / "notes.txt").write_text("mine")
-    fails(["compile", "x", "-o", str(tmp_path)], FAILED, "not a mergec bundle")
+    with monkeypatch.context() as patched:
+        # Before the model is compiled, which may take long.
+        patched.setattr(cli, "_compile", None)
+        fails(["compile", "x", "-o", str(tmp_path)], FAILED, "not a mergec bundle")
     assert mergec(["compile", "x", "-o", str(tmp_path / "new")]) == 0
     assert Program.stands_at(tmp_path / "new")
 
