@@ -7,6 +7,7 @@ SHELL := /bin/bash
 TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 ifdef MERGEC_PYTHON
 PYTHON := $(MERGEC_PYTHON)
@@ -20,7 +21,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow fuzz check format exactness perplexity evidence pass-table bench bench-quick install clean
+.PHONY: help demo test test-slow fuzz check format exactness perplexity evidence pass-table bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -69,11 +70,14 @@ perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes 
 evidence: $(READY) ## a million inputs for every protocol, 10^8 truncations; writes docs/evidence.md
 	$(PYTHON) -m tests.protocols.evidence
 
-bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/results
-	$(PYTHON) benchmarks/bench.py
+bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/results; BENCH_ARGS=--resume
+	$(PYTHON) benchmarks/bench.py $(BENCH_ARGS)
 
 bench-quick: $(READY) ## one decode step in three settings
-	$(PYTHON) benchmarks/bench.py --quick
+	$(PYTHON) benchmarks/bench.py --quick $(BENCH_ARGS)
+
+bench-small: $(READY) ## decoders of two layers by stock protocols and ours; writes docs/side-by-side.md
+	$(PYTHON) benchmarks/bench.py --small $(BENCH_ARGS)
 
 pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
 	$(PYTHON) benchmarks/pass_table.py

@@ -5,41 +5,55 @@ rounds are counted at the transport. Caches of past tokens are filled from plain
 after 512 tokens is measured without the 512 steps before it. CrypTen's stock protocols run the
 first layers only, and the rest is extrapolated from the difference that a layer makes.
 
-Writes benchmarks/results/latest.json, latest.md and two plots; `--quick` measures one decode step
-in three settings. Usage: python benchmarks/bench.py [--quick]
+Writes latest.json, latest.md and two plots to benchmarks/results, rows as they come: `--resume`
+takes up a run that was interrupted, on the same machine. What fails is a row of the table, too.
+`--quick` measures one decode step in three settings; `--small` a prompt and a decode step of two
+decoders of two layers, with nothing extrapolated, and writes docs/side-by-side.md.
+Usage: python benchmarks/bench.py [--quick | --small] [--resume] [--results DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import elementwise
 import torch
-from harness import Step, Taken, run
-from report import markdown, plots
+from harness import RunError, Step, Taken, run
+from report import FIGURES, Row, markdown, plots, side_by_side
 from rich.console import Console
 from torch import nn
 
 from compiler import CompileConfig, Program, compile_decoder
-from compiler.errors import CompileError
+from compiler.capture import Captured, capture
 from compiler.load import load_model
 from runtime.plain import PlainExecutor
 from runtime.program import phase_of
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LATEST = "latest.json"
+
 STOCK_LAYERS = (1, 2)
 """CrypTen's stock protocols run models of so many layers."""
 
-PROMPTS, PASTS = (16, 64, 128), (128, 512)
 LENGTH, OBSERVED = 1024, 128
+TEXT = ROOT / "docs" / "protocols.md"
+"""What SmolLM2 reads; models whose weights are random get pseudo-random tokens."""
 
-TEXT = Path(__file__).resolve().parent.parent / "docs" / "protocols.md"
-"""What SmolLM2 reads; GPT-2, whose weights are random, gets pseudo-random tokens."""
+Shape = tuple[int, int]
+"""New and past tokens of a step."""
+
+Loader = Callable[[], tuple[nn.Module, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -55,71 +69,101 @@ class Setting:
         return "crypten" if self.mode == "crypten" else self.preset
 
 
-@dataclass(frozen=True)
-class Row:
-    """One step of one model in one setting. Bytes are both directions together."""
-
-    model: str
-    phase: str
-    new_tokens: int
-    past: int
-    preset: str
-    weights: str
-    reveal: str
-    network: str
-    seconds: float
-    online_bytes: int
-    offline_bytes: int
-    rounds: int
-    peak_memory_bytes: int
-    worst_logit_error: float | None
-    extrapolated_from_layers: int | None
-
-
 BASELINE = Setting("exact", "shared", "crypten")
-LOSSY = ("mpcformer-2quad", "mpcformer-2relu", "thex", "merge-er", "merge-mm", "merge")
-FULL = (
-    BASELINE,
-    *(Setting(preset, "shared") for preset in LOSSY),
-    Setting("exact", "shared"),
-    Setting("exact", "server"),
-)
-QUICK = (BASELINE, Setting("merge", "shared"), Setting("exact", "server"))
+MERGE = Setting("merge", "shared")
+EXACT = Setting("exact", "server")
+LOSSY = ("mpcformer-2quad", "mpcformer-2relu", "thex", "merge-er", "merge-mm")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: each model in each setting, at these steps."""
+
+    models: Mapping[str, Loader]
+    settings: tuple[Setting, ...]
+    shapes: tuple[Shape, ...]
+    """Small steps first: a process's peak memory only grows."""
+
+
+@cache
 def gpt2() -> tuple[nn.Module, list[int]]:
     """GPT-2-base: 12 layers of width 768 and 50,257 tokens, random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")).eval()
-    return model, [(7919 * i + 13) % 50257 for i in range(LENGTH)]
+    return _random("gpt2")
 
 
+@cache
 def smollm2() -> tuple[nn.Module, list[int]]:
     """SmolLM2-135M-Instruct: 30 layers of width 576 and 49,152 tokens."""
     model, tokenizer = load_model("smollm2")
     return model, tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"][:LENGTH]
 
 
-MODELS = {"gpt2-base": gpt2, "smollm2-135m": smollm2}
+@cache
+def small_gpt2() -> tuple[nn.Module, list[int]]:
+    """Two layers of width 256 and 1,024 tokens, random weights."""
+    return _random("gpt2", vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=256)
+
+
+@cache
+def small_llama() -> tuple[nn.Module, list[int]]:
+    """The same in Llama's way."""
+    return _random(
+        "llama",
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+
+
+def _random(family: str, **options: Any) -> tuple[nn.Module, list[int]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    model = model.eval()
+    vocabulary: int = model.config.vocab_size
+    return model, [(7919 * i + 13) % vocabulary for i in range(LENGTH)]
+
+
+MODELS: dict[str, Loader] = {"gpt2-base": gpt2, "smollm2-135m": smollm2}
+FULL = Plan(
+    MODELS,
+    (
+        BASELINE,
+        *(Setting(preset, "shared") for preset in LOSSY),
+        MERGE,
+        Setting("exact", "shared"),
+        EXACT,
+    ),
+    ((1, 128), (1, 512), (16, 0), (64, 0), (128, 0)),
+)
+QUICK = Plan(MODELS, (BASELINE, MERGE, EXACT), ((1, 128),))
+SMALL = Plan(
+    {"gpt2-small": small_gpt2, "llama-small": small_llama}, (BASELINE, EXACT), ((1, 32), (32, 0))
+)
 
 
 def shortened(model: nn.Module, layers: int) -> nn.Module:
-    """The model's first layers, with its embedding, norm and head."""
-    body: Any = model.base_model
+    """A copy of the model's first layers, with its embedding, norm and head."""
+    result = copy.deepcopy(model)
+    body: Any = result.base_model
     name = "h" if hasattr(body, "h") else "layers"
     setattr(body, name, getattr(body, name)[:layers])
-    model.config.num_hidden_layers = layers
-    return model
+    result.config.num_hidden_layers = layers
+    return result
 
 
 def steps_of(
-    program: Program, tokens: Sequence[int], shapes: Sequence[tuple[int, int]], repeats: int
+    program: Program, tokens: Sequence[int], shapes: Sequence[Shape], repeats: int
 ) -> list[Step]:
     """Inputs of each step: its tokens, and the caches that plaintext has after those before.
 
-    A program that resends its hidden state gets that of the step before instead of tokens.
+    A program that resends its hidden state gets that of the step before instead of tokens. Decode
+    steps run `repeats` times, prompts once.
     """
     plain = PlainExecutor(program.roles["server"])
     result = []
@@ -140,7 +184,7 @@ def steps_of(
 
 @torch.inference_mode()
 def errors_of(
-    model: nn.Module, tokens: Sequence[int], shapes: Sequence[tuple[int, int]], taken: list[Taken]
+    model: nn.Module, tokens: Sequence[int], shapes: Sequence[Shape], taken: list[Taken]
 ) -> list[float]:
     """Largest difference of a logit from the unrewritten model's, by step."""
     result = []
@@ -150,88 +194,182 @@ def errors_of(
     return result
 
 
-def measure(
-    name: str, setting: Setting, shapes: Sequence[tuple[int, int]], layers: int | None = None
-) -> list[Row]:
-    """Compile once, and run every step."""
-    model, tokens = MODELS[name]()
-    if layers is not None:
-        model = shortened(model, layers)
-    # What a lossy pass observes: text of the same kind that no step is fed.
-    observed = tuple(tokens[-OBSERVED:]) if setting.preset in LOSSY else ()
-    config = CompileConfig(
-        preset=setting.preset, weights=setting.weights, calibration=(observed,) * bool(observed)
-    )
-    program = compile_decoder(model, config=config)
-    steps = steps_of(program, tokens, shapes, repeats=3)
-    taken = run(program.roles, steps, setting.mode)
-    errors = errors_of(model, tokens, shapes, taken)
-    return [
-        Row(
-            model=name,
-            phase="decode" if past else "prompt",
-            new_tokens=new,
-            past=past,
-            preset=setting.label,
-            weights=setting.weights,
-            reveal="logits",
-            network="loopback",
-            seconds=one.seconds,
-            online_bytes=one.online,
-            offline_bytes=one.offline,
-            rounds=one.rounds,
-            peak_memory_bytes=one.peak,
-            worst_logit_error=error,
-            extrapolated_from_layers=None,
+class Bench:
+    """The rows of a run, which are written to `folder` as they come."""
+
+    def __init__(self, plan: Plan, folder: Path, resume: bool) -> None:
+        self.rows: list[Row] = []
+        self._plan, self._folder = plan, folder
+        self._console = Console(stderr=True)
+        self._captured: dict[str, Captured] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        place, here = folder / "machine.json", machine()
+        if resume and place.exists():
+            if json.loads(place.read_text()) != here:
+                raise SystemExit(f"{folder}: holds rows of another machine; run without --resume")
+            if (folder / LATEST).exists():
+                self.rows = [Row(**row) for row in json.loads((folder / LATEST).read_text())]
+        place.write_text(json.dumps(here, indent=1) + "\n")
+
+    def run(self) -> None:
+        """Measure every row that is not there yet, or failed."""
+        for name in self._plan.models:
+            for setting in self._plan.settings:
+                done = {row.key for row in self.rows if not row.failed}
+                rows = [_row(name, setting, shape) for shape in self._plan.shapes]
+                rows = [row for row in rows if row.key not in done]
+                if not rows:
+                    continue
+                began = time.monotonic()
+                self._console.print(f"{name}: {setting.label}, weights {setting.weights}")
+                stock = setting.mode == "crypten"
+                rows = (self._extrapolate if stock else self._measure)(name, setting, rows)
+                self._console.print(f"  {time.monotonic() - began:.0f} s")
+                for reason in dict.fromkeys(row.failed for row in rows if row.failed):
+                    self._console.print(f"  failed: {reason}", markup=False)
+                self._keep(rows)
+            self._captured.clear()
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        """Add rows in the plan's order, in place of failed ones, and write all."""
+        known = {row.key: row for row in (*self.rows, *rows)}
+        planned = [
+            _row(name, setting, shape).key
+            for name in self._plan.models
+            for setting in self._plan.settings
+            for shape in self._plan.shapes
+        ]
+        self.rows = [known[key] for key in dict.fromkeys((*planned, *known)) if key in known]
+        fresh = self._folder / f"{LATEST}.new"
+        fresh.write_text(json.dumps([row.json() for row in self.rows], indent=1) + "\n")
+        fresh.replace(self._folder / LATEST)
+
+    def _measure(
+        self, name: str, setting: Setting, rows: Sequence[Row], layers: int | None = None
+    ) -> list[Row]:
+        """The rows, with what each step took or why it failed. Compiles once, runs every step."""
+        try:
+            found, reason = self._play(name, setting, [row.shape for row in rows], layers)
+        except Exception as error:  # noqa: BLE001  (the rest of the table still holds)
+            found, reason = [], f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return [
+            replace(
+                row,
+                seconds=taken.seconds,
+                online_bytes=taken.online,
+                offline_bytes=taken.offline,
+                rounds=taken.rounds,
+                peak_memory_bytes=taken.peak,
+                worst_logit_error=error,
+            )
+            for row, (taken, error) in zip(rows, found, strict=False)
+        ] + [replace(row, failed=reason) for row in rows[len(found) :]]
+
+    def _play(
+        self, name: str, setting: Setting, shapes: Sequence[Shape], layers: int | None
+    ) -> tuple[list[tuple[Taken, float]], str]:
+        """What the steps took, with their errors, up to the one that failed; and why that did."""
+        model, tokens = self._plan.models[name]()
+        if layers is not None:
+            model = shortened(model, layers)
+        key = f"{name}, {layers} layers"
+        if key not in self._captured:
+            self._captured[key] = capture(model)
+        # What a lossy pass observes: text of the same kind that no step is fed.
+        observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
+        config = CompileConfig(
+            preset=setting.preset, weights=setting.weights, calibration=observed
         )
-        for (new, past), one, error in zip(shapes, taken, errors, strict=True)
-    ]
+        program = compile_decoder(model, config=config, captured=self._captured[key])
+        steps = steps_of(program, tokens, shapes, repeats=3)
+        try:
+            taken, reason = run(program.roles, steps, setting.mode), ""
+        except RunError as error:
+            taken, reason = error.taken, str(error)
+        errors = errors_of(model, tokens, shapes[: len(taken)], taken)
+        return list(zip(taken, errors, strict=True)), reason
 
+    def _extrapolate(self, name: str, setting: Setting, rows: Sequence[Row]) -> list[Row]:
+        """CrypTen's stock protocols: one layer more costs what the second cost more than the first.
 
-def baseline(name: str, shapes: Sequence[tuple[int, int]]) -> list[Row]:
-    """CrypTen's stock protocols: one layer more costs what the second cost more than the first."""
-    model, _ = MODELS[name]()
-    total = model.config.num_hidden_layers
-    few, more = STOCK_LAYERS
-    rows = []
-    for short, long in zip(
-        measure(name, BASELINE, shapes, few), measure(name, BASELINE, shapes, more), strict=True
-    ):
+        Memory is not extrapolated: a process reuses for a layer what it freed after the one before.
+        """
+        model, _ = self._plan.models[name]()
+        total = model.config.num_hidden_layers
+        few, more = STOCK_LAYERS
+        if total <= more:
+            return self._measure(name, setting, rows)
+        shorter, longer = (self._measure(name, setting, rows, layers) for layers in STOCK_LAYERS)
         scale = (total - few) / (more - few)
-        grown = {
-            key: getattr(short, key) + scale * (getattr(long, key) - getattr(short, key))
-            for key in ("seconds", "online_bytes", "offline_bytes", "rounds", "peak_memory_bytes")
-        }
-        whole = {key: value if key == "seconds" else round(value) for key, value in grown.items()}
-        rows.append(replace(long, **whole, worst_logit_error=None, extrapolated_from_layers=more))
-    return rows
+        return [
+            _grown(short, long, scale)
+            if not (short.failed or long.failed)
+            else replace(row, failed=short.failed or long.failed)
+            for row, short, long in zip(rows, shorter, longer, strict=True)
+        ]
 
 
-def main() -> None:
+def _grown(short: Row, long: Row, scale: float) -> Row:
+    """The row of a model that has `scale` times the layers that `long` has beyond `short`."""
+    grown = {
+        key: getattr(short, key) + scale * (getattr(long, key) - getattr(short, key))
+        for key in FIGURES
+    }
+    return replace(
+        long,
+        **{key: value if key == "seconds" else round(value) for key, value in grown.items()},
+        peak_memory_bytes=None,
+        worst_logit_error=None,
+        extrapolated_from_layers=STOCK_LAYERS[1],
+    )
+
+
+def _row(name: str, setting: Setting, shape: Shape) -> Row:
+    """A row that is still to be measured."""
+    new, past = shape
+    phase = "decode" if past else "prompt"
+    return Row(name, phase, new, past, setting.label, setting.weights, "logits", "loopback")
+
+
+def machine() -> dict[str, Any]:
+    """What rows must have in common to stand in one table."""
+    info = Path("/proc/cpuinfo")
+    models = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    settings = QUICK if options.quick else FULL
-    # Small steps first: a process's peak memory only grows.
-    decode = [(1, past) for past in (PASTS[:1] if options.quick else PASTS)]
-    shapes = decode if options.quick else [*decode, *((new, 0) for new in PROMPTS)]
-    console, rows = Console(stderr=True), []
-    for name in MODELS:
-        for setting in settings:
-            console.print(f"{name}: {setting.label}, weights {setting.weights}")
-            stock = setting.mode == "crypten"
-            try:
-                rows += baseline(name, shapes) if stock else measure(name, setting, shapes)
-            except CompileError as error:
-                # A lossy preset may not suit a model; the rest of the table still holds.
-                console.print(f"left out: {error}")
-            RESULTS.mkdir(exist_ok=True)
-            text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-            (RESULTS / "latest.json").write_text(text)
-    small = [] if options.quick else elementwise.main()
-    (RESULTS / "latest.md").write_text(markdown(rows, small))
-    plots(rows, RESULTS)
-    print(markdown(rows, small))
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one decode step in three settings")
+    size.add_argument("--small", action="store_true", help="decoders of two layers")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--results", type=Path, help="folder to write to")
+    options = parser.parse_args(arguments)
+    plan = SMALL if options.small else QUICK if options.quick else FULL
+    folder = options.results or (RESULTS / "small" if options.small else RESULTS)
+    bench = Bench(plan, folder, options.resume)
+    bench.run()
+    if options.small:
+        text = side_by_side(bench.rows)
+        place = folder if options.results else ROOT / "docs"
+        (place / "side-by-side.md").write_text(text)
+    else:
+        small = elementwise.main(folder, resume=options.resume) if plan is FULL else []
+        text = markdown(bench.rows, small, machine())
+        (folder / "latest.md").write_text(text)
+        plots(bench.rows, folder)
+    print(text)
 
 
 if __name__ == "__main__":

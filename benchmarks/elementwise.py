@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Step, run
+from harness import RunError, Step, run
 
 from runtime.op import load_all
 from runtime.program import InputSpec, Instruction, Ref, RoleProgram
@@ -37,19 +37,26 @@ CASES: tuple[tuple[str, tuple[Any, ...], tuple[int, int], float, float], ...] = 
 """Op, its further arguments, shape, and the interval that its inputs are spread over."""
 
 
+MODES = ("crypten", "mergec")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One op in one mode. Errors are absolute, against float64."""
+    """One op in one mode. Errors are absolute, against float64.
+
+    failed: why there are no figures, where there are none.
+    """
 
     op: str
     mode: str
     elements: int
-    seconds: float
-    online_bytes: int
-    offline_bytes: int
-    rounds: int
-    largest_error: float
-    mean_error: float
+    seconds: float = 0.0
+    online_bytes: int = 0
+    offline_bytes: int = 0
+    rounds: int = 0
+    largest_error: float = 0.0
+    mean_error: float = 0.0
+    failed: str = ""
 
 
 def program(role: str, op: str, arguments: tuple[Any, ...], shape: tuple[int, int]) -> RoleProgram:
@@ -84,8 +91,12 @@ def measure(case: tuple[str, tuple[Any, ...], tuple[int, int], float, float]) ->
     expected = load_all()[op].reference(x, *arguments)
     programs = {role: program(role, op, arguments, shape) for role in ROLES}
     rows = []
-    for mode in ("crypten", "mergec"):
-        (taken,) = run(programs, [Step({"x": x}, repeats=3)], mode)
+    for mode in MODES:
+        try:
+            (taken,) = run(programs, [Step({"x": x}, repeats=3)], mode)
+        except RunError as error:
+            rows.append(Row(op, mode, COUNT, failed=str(error)))
+            continue
         error = (taken.value.double() - expected).abs()
         rows.append(
             Row(
@@ -107,25 +118,37 @@ def table(rows: list[Row]) -> str:
     """The rows as Markdown; ratios are against CrypTen's stock protocol in the same run."""
     titles = "rounds", "online B", "offline B", "largest error", "mean error", "bytes ×", "time ×"
     lines = [f"| op | mode | {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * len(titles)}"]
-    stock = {row.op: row for row in rows if row.mode == "crypten"}
+    stock = {row.op: row for row in rows if row.mode == "crypten" and not row.failed}
     for row in rows:
-        base = stock[row.op]
+        if row.failed:
+            lines.append(f"| {row.op} | {row.mode} | failed: {row.failed} |" + " |" * 6)
+            continue
+        base = stock.get(row.op)
+        ratios = (
+            f"{base.online_bytes / row.online_bytes:.1f} | {base.seconds / row.seconds:.1f}"
+            if base is not None
+            else " | "
+        )
         lines.append(
             f"| {row.op} | {row.mode} | {row.rounds} | {row.online_bytes / row.elements:.1f} | "
             f"{row.offline_bytes / row.elements:.1f} | {row.largest_error:.1e} | "
-            f"{row.mean_error:.1e} | {base.online_bytes / row.online_bytes:.1f} | "
-            f"{base.seconds / row.seconds:.1f} |"
+            f"{row.mean_error:.1e} | {ratios} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def main() -> list[Row]:
-    known = load_all()
-    rows = [row for case in CASES if case[0] in known for row in measure(case)]
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps([asdict(row) for row in rows], indent=1) + "\n"
-    (RESULTS / "elementwise.json").write_text(text)
-    (RESULTS / "elementwise.md").write_text(table(rows))
+def main(folder: Path = RESULTS, *, resume: bool = False) -> list[Row]:
+    """All rows, written to `folder` as they come. resume: keep those that are there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "elementwise.json"
+    rows: list[Row] = []
+    if resume and place.exists():
+        rows = [Row(**row) for row in json.loads(place.read_text()) if not row.get("failed")]
+    for case in CASES:
+        if sum(row.op == case[0] for row in rows) < len(MODES):
+            rows = [row for row in rows if row.op != case[0]] + measure(case)
+            place.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    (folder / "elementwise.md").write_text(table(rows))
     return rows
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,14 @@ from runtime.spec import CLIENT, ROLES, SERVER, Vis
 from runtime.values import encode
 
 ROLE = Path(__file__).with_name("role.py")
-TIMEOUT = 3600.0
+PARTIES = CLIENT, SERVER
+TIMEOUT = 1200.0
+"""Seconds that the steps of one run may take together."""
+
+_POLL = 0.05
+
+_GRACE = 2.0
+"""Seconds that the others have to fail, too, where one did: any of them may tell the cause."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,18 @@ class Taken:
     value: torch.Tensor
 
 
+class RunError(Exception):
+    """A run that did not come to its end: the steps before that, and why."""
+
+    def __init__(self, reason: str, taken: list[Taken]) -> None:
+        super().__init__(reason)
+        self.taken = taken
+
+
 def run(
     programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str, network: str = ""
 ) -> list[Taken]:
-    """Run the steps one after the other in three processes on loopback.
+    """Run the steps one after the other in three processes on loopback; RunError if one fails.
 
     network: profile that the link between client and server is slowed down to, if any (`network`).
     """
@@ -74,17 +90,23 @@ def run(
             "steps": [{"repeats": step.repeats, "phase": step.phase} for step in steps],
         }
         (folder / "job.json").write_text(json.dumps(job))
-        parties = {role: _start(folder / "job.json", role) for role in ROLES}
+        parties = {role: _start(folder, role) for role in ROLES}
         try:
-            events = {role: _events(party, role) for role, party in parties.items()}
+            failure = _wait(parties, folder)
         finally:
             for party in parties.values():
                 party.kill()
-        return [_taken(events, index, folder) for index in range(len(steps))]
+                party.wait()
+        events = {ROLES[party]: _events(folder / f"{ROLES[party]}.out") for party in PARTIES}
+        done = min(map(len, events.values()))
+        taken = [_taken(events, index, folder) for index in range(done)]
+        if failure or done < len(steps):
+            raise RunError(failure or "a role ended before the last step", taken)
+        return taken
 
 
 def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path) -> Taken:
-    client, server = (events[ROLES[party]][index] for party in (CLIENT, SERVER))
+    client, server = (events[ROLES[party]][index] for party in PARTIES)
     return Taken(
         seconds=max(client["seconds"], server["seconds"]),
         rounds=client["rounds"],
@@ -125,17 +147,40 @@ def _uniform(shape: torch.Size) -> torch.Tensor:
     return raw.view(torch.int64).reshape(shape).clone()
 
 
-def _start(job: Path, role: str) -> subprocess.Popen[str]:
+def _start(folder: Path, role: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROLE), str(job), role]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROLE), str(folder / "job.json"), role]
+    with (folder / f"{role}.out").open("wb") as out, (folder / f"{role}.err").open("wb") as err:
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=err)
 
 
-def _events(party: subprocess.Popen[str], role: str) -> list[dict[str, Any]]:
-    output, _ = party.communicate(timeout=TIMEOUT)
-    if party.returncode:
-        raise SystemExit(f"the {role} ended with code {party.returncode}; see its message above")
-    return [event for line in output.splitlines() if (event := json.loads(line))["event"] == "step"]
+def _wait(parties: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> str:
+    """Wait for all to end, or for one to fail; says why, or nothing."""
+    deadline = time.monotonic() + TIMEOUT
+    while any(party.poll() is None for party in parties.values()):
+        if any(party.returncode for party in parties.values()):
+            time.sleep(_GRACE)
+            break
+        if time.monotonic() > deadline:
+            return f"not done after {TIMEOUT:g} s"
+        time.sleep(_POLL)
+    return "; ".join(
+        f"the {role} ended with code {party.returncode}: {_last_words(folder, role)}"
+        for role, party in parties.items()
+        if party.poll()
+    )
+
+
+def _last_words(folder: Path, role: str) -> str:
+    lines = (folder / f"{role}.err").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+def _events(output: Path) -> list[dict[str, Any]]:
+    """What a role said of each step; the last line may have been cut off."""
+    lines = output.read_text().splitlines(keepends=True)
+    said = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [event for event in said if event["event"] == "step"]
 
 
 def free_port() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,61 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+FIGURES = ("seconds", "online_bytes", "offline_bytes", "rounds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of one model in one setting. Bytes are both directions together.
+
+    failed: why there are no figures, where there are none. Nothing is extrapolated but by
+    `extrapolated_from_layers`, and memory and errors never are.
+    """
+
+    model: str
+    phase: str
+    new_tokens: int
+    past: int
+    preset: str
+    weights: str
+    reveal: str
+    network: str
+    seconds: float = 0.0
+    online_bytes: int = 0
+    offline_bytes: int = 0
+    rounds: int = 0
+    peak_memory_bytes: int | None = None
+    worst_logit_error: float | None = None
+    extrapolated_from_layers: int | None = None
+    failed: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What tells the rows of a run apart."""
+        return (self.model, self.preset, self.weights, self.new_tokens, self.past)
+
+    def json(self) -> dict[str, Any]:
+        """As it is written: a failed row has no figures."""
+        blank = dict.fromkeys(FIGURES) if self.failed else {}
+        return asdict(self) | blank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """New and past tokens."""
+        return (self.new_tokens, self.past)
+
+
 HEAD = """# Benchmark
 
-Three processes on loopback that share this machine's cores, all in one run; bytes and rounds are
-counted at the transport, both directions together. `crypten` is CrypTen's stock protocols with
-one-hot embedding and secret-shared weights; it ran {layers} layers, and the rest is extrapolated
-from the difference that a layer makes. All other rows are mergec's protocols. Errors are against
-the unchanged model in plaintext: a lossy preset that was not retrained is far from it. Seconds
-include the dealer, which works while the step runs. A preset that resends hidden states
-(`merge-er`, `merge`) runs the head once at the end of an answer; here each step includes it. Memory
-is the larger of client's and server's. The × columns say how many times less than `crypten` and
-than `merge` a row takes.
+Three processes on loopback that share {cores} cores ({processor}), all in one run; bytes and
+rounds are counted at the transport, both directions together. `crypten` is CrypTen's stock
+protocols with one-hot embedding and secret-shared weights; it ran one and two layers, and the rest
+is extrapolated from the difference that a layer makes, but for memory. All other rows are mergec's
+protocols. Errors are against the unchanged model in plaintext: a lossy preset that was not
+retrained is far from it. Seconds include the dealer, which works while the step runs. A preset that
+resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each
+step includes it. Memory is the larger of client's and server's up to the end of the step. The ×
+columns say how many times less than `crypten` and than `merge` a row takes.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
@@ -42,58 +87,88 @@ ratios compare with the tables above.
 """
 
 COLUMNS = ("seconds", "online MB", "offline MB", "rounds", "peak GB", "worst error")
-RATIOS = ("time × crypten", "bytes × crypten", "time × merge", "bytes × merge")
+BASES = ("crypten", "merge")
+"""Rows that the others are compared with."""
 
 
-def markdown(rows: Sequence[Any], small: Sequence[Any]) -> str:
+SIDE_BY_SIDE = """# Stock protocols and ours, side by side
+
+Two-layer decoders of width 256 and 1,024 tokens with random weights, the same model in both
+settings, three processes on loopback. `crypten` runs every op by CrypTen's stock protocol with
+secret-shared weights and its trusted third party; `exact` is the default. Rounds and bytes are
+counted at the transport, both directions together; the × columns say how many times less than
+`crypten` in the same run a row takes. Made by `python benchmarks/bench.py --small`.
+"""
+
+
+def markdown(
+    rows: Sequence[Row], small: Sequence[elementwise.Row], machine: Mapping[str, Any]
+) -> str:
     """All tables: one per model and step, then the nonlinearities."""
-    layers = {row.extrapolated_from_layers for row in rows} - {None}
-    parts = [HEAD.format(layers=" and ".join(map(str, sorted(layers))))]
-    for key, group in _groups(rows).items():
-        model, new, past = key
-        step = f"decode after {past}" if past else f"prompt of {new}"
-        parts.append(f"## {model}, {step}\n\n{_table(group)}")
+    parts = [HEAD.format_map(machine), *_tables(rows)]
     if small:
         parts.append(f"## Nonlinearities, 65,536 elements\n\n{elementwise.table(list(small))}")
     return "\n".join([*parts, PUBLISHED])
 
 
-def _groups(rows: Sequence[Any]) -> dict[tuple[str, int, int], list[Any]]:
-    groups: dict[tuple[str, int, int], list[Any]] = {}
+def side_by_side(rows: Sequence[Row]) -> str:
+    """The tables of the small decoders."""
+    return "\n".join([SIDE_BY_SIDE, *_tables(rows)])
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
+    groups: dict[tuple[str, int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.model, row.new_tokens, row.past), []).append(row)
-    return groups
+    parts = []
+    for (model, new, past), group in groups.items():
+        step = f"decode after {past}" if past else f"prompt of {new}"
+        parts.append(f"## {model}, {step}\n\n{_table(group)}")
+    return parts
 
 
-def _table(rows: Sequence[Any]) -> str:
-    titles = [*COLUMNS, *RATIOS]
+def _table(rows: Sequence[Row]) -> str:
+    found = [row for row in rows if not row.failed]
+    bases = {name: next((r for r in found if r.preset == name), None) for name in BASES}
+    bases = {name: base for name, base in bases.items() if base is not None}
+    titles = [*COLUMNS, *(f"{what} × {name}" for name in bases for what in ("time", "bytes"))]
     lines = [
         f"| preset | weights | {' | '.join(titles)} |",
         f"| --- | --- |{' ---: |' * len(titles)}",
     ]
-    bases = [next((r for r in rows if r.preset == name), None) for name in ("crypten", "merge")]
     for row in rows:
-        error = "" if row.worst_logit_error is None else f"{row.worst_logit_error:.4f}"
-        cells = [
-            f"{row.seconds:.2f}",
-            f"{row.online_bytes / 1e6:,.1f}",
-            f"{row.offline_bytes / 1e6:,.1f}",
-            f"{row.rounds:,}",
-            f"{row.peak_memory_bytes / 1e9:.1f}",
-            error,
-        ]
-        for base in bases:
-            cells += ["", ""] if base is None else [
-                f"{base.seconds / row.seconds:,.1f}",
-                f"{base.online_bytes / row.online_bytes:,.1f}",
-            ]  # fmt: skip
+        if row.failed:
+            reason = row.failed.replace("|", "/")
+            cells = [f"failed: {reason}"] + [""] * (len(titles) - 1)
+        else:
+            cells = _cells(row, bases.values())
         lines.append(f"| {row.preset} | {row.weights} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plots(rows: Sequence[Any], folder: Path) -> None:
+def _cells(row: Row, bases: Iterable[Row]) -> list[str]:
+    peak, error = row.peak_memory_bytes, row.worst_logit_error
+    cells = [
+        f"{row.seconds:.2f}",
+        f"{row.online_bytes / 1e6:,.1f}",
+        f"{row.offline_bytes / 1e6:,.1f}",
+        f"{row.rounds:,}",
+        "" if peak is None else f"{peak / 1e9:.1f}",
+        "" if error is None else f"{error:.4f}",
+    ]
+    for base in bases:
+        cells += [
+            f"{base.seconds / row.seconds:,.1f}",
+            f"{base.online_bytes / row.online_bytes:,.1f}",
+        ]
+    return cells
+
+
+def plots(rows: Sequence[Row], folder: Path) -> None:
     """One picture for seconds and one for bytes: a decode step after 128 tokens, by setting."""
-    chosen = [row for row in rows if row.phase == "decode" and row.past == 128]
+    chosen = [row for row in rows if row.past == 128 and not row.failed]
+    if not chosen:
+        return
     for key, unit, scale in (("seconds", "seconds", 1.0), ("online_bytes", "online MB", 1e6)):
         models = list(dict.fromkeys(row.model for row in chosen))
         figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4), squeeze=False)

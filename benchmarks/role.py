@@ -149,7 +149,9 @@ def play(
         for repeat in range(step["repeats"]):
             path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
             inputs = inputs_of(phase, role, path, stock)
-            dist.barrier(communicator.main_group if stock else communicator.control_group)
+            group = communicator.main_group if stock else communicator.control_group
+            other = SERVER if role == ROLES[CLIENT] else CLIENT
+            communicator.wait(other, dist.barrier(group, async_op=True))
             before, began = communicator.traffic.snapshot(), time.perf_counter()
             dealt = 0 if stock else executor.context.offline_bytes
             with torch.inference_mode():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compiler.capture import capture
+from compiler.capture import Captured, capture
 from compiler.config import CompileConfig
 from compiler.cost import cost_report
 from compiler.emit import shapes, tokenizer_files, value_types
@@ -36,14 +36,16 @@ def compile_decoder(
     tokenizer: Any = None,
     config: CompileConfig | None = None,
     progress: Progress = _quiet,
+    captured: Captured | None = None,
 ) -> Program:
     """Compile a Hugging Face decoder, or any module of its kind, for client, server and dealer.
 
-    The tokenizer goes into the client's bundle; without one, prompts are token numbers.
+    The tokenizer goes into the client's bundle; without one, prompts are token numbers. captured:
+    what `capture` gave for this model, if it is compiled several times.
     """
     config = config or CompileConfig()
     progress("capturing the model and rewriting it")
-    captured = capture(model)
+    captured = capture(model) if captured is None else captured.copy()
     history = History(captured.copy(), config, tokenizer)
     reports = rewrite(captured, config, tokenizer=tokenizer)
     dialect = finish(captured, config, reports, tokenizer)
