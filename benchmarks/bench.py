@@ -277,9 +277,7 @@ class Bench:
             self._captured[key] = capture(model)
         # What a lossy pass observes: text of the same kind that no step is fed.
         observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
-        config = CompileConfig(
-            preset=setting.preset, weights=setting.weights, calibration=observed
-        )
+        config = CompileConfig(preset=setting.preset, weights=setting.weights, calibration=observed)
         program = compile_decoder(model, config=config, captured=self._captured[key])
         steps = steps_of(program, tokens, shapes, repeats=3)
         try:

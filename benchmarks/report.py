@@ -150,7 +150,7 @@ def _cells(row: Row, bases: Iterable[Row]) -> list[str]:
     peak, error = row.peak_memory_bytes, row.worst_logit_error
     cells = [
         f"{row.seconds:.2f}",
-        f"{row.online_bytes / 1e6:,.1f}",
+        f"{row.online_bytes / 1e6:,.2f}",
         f"{row.offline_bytes / 1e6:,.1f}",
         f"{row.rounds:,}",
         "" if peak is None else f"{peak / 1e9:.1f}",

@@ -37,7 +37,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def small_plan(bench: Any, *settings: Any) -> Any:
     def load() -> Any:
-        return bench._random("gpt2", vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=256)
+        return bench._random(
+            "gpt2", vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=256
+        )
 
     return bench.Plan({"tiny": load}, settings, ((1, 16), (4, 0)))
 
