@@ -36,7 +36,7 @@ from runtime.correlations.prg import new_seed
 from runtime.generation import MergecSession
 from runtime.inprocess import InProcessSession
 from runtime.kernels.matmul import set_threads
-from runtime.memory import keep_freed_memory
+from runtime.memory import keep_freed_memory, release_freed_memory
 from runtime.spec import CLIENT, ROLES
 from runtime.transport.communicator import CountingCommunicator
 
@@ -234,16 +234,18 @@ def main() -> None:
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    keep_freed_memory()
     set_threads(1)
     if options.role:
         play(options.folder, options.role)
         return
     model, tokenizer = load_model("smollm2")
     program = compile_decoder(model, tokenizer, CompileConfig(extra_passes=(KeepAllLogits,)))
+    program.history = None
     tokens = text_tokens(tokenizer, options.tokens)
     if options.check and not same_in_processes(program, tokens[: options.check]):
         raise SystemExit("three processes gave other logits than one, from the same seeds")
+    release_freed_memory()
+    keep_freed_memory()
     with InProcessSession(program.roles) as session:
         score = measure(session, model, tokens, options.window)
     page = report(score, options.window, options.check)

@@ -14,6 +14,7 @@ from typing import Protocol as Interface
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.sampling import Draw
@@ -58,6 +59,8 @@ class Context(ABC):
         """How a token that is revealed alone is chosen in this step."""
         self.constant_seed: bytes | None = None
         """Seed of `constant_words`; the server has it from the client."""
+        self._spent = WeakIdKeyDictionary()
+        self._static: set[str] = set()
 
     @property
     def tensor_device(self) -> torch.device:
@@ -78,7 +81,22 @@ class Context(ABC):
 
     @abstractmethod
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
-        """The same in consecutive pieces, each made when it is asked for."""
+        """The same in consecutive pieces, each made when it is asked for.
+
+        RuntimeError if it was asked for before: a second constant under the same mask would tell
+        the client the difference of the two.
+        """
+
+    def spend(self, mask: torch.Tensor) -> None:
+        """Note that a value is opened under `mask`; RuntimeError if one was before."""
+        if mask in self._spent:
+            raise RuntimeError("a second value would be opened under the same mask")
+        self._spent[mask] = True
+
+    def _spend_name(self, name: str) -> None:
+        if name in self._static:
+            raise RuntimeError(f"a second constant would be opened under the mask of {name}")
+        self._static.add(name)
 
     def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Uniform words for the constant of this name, which all three roles know."""
@@ -191,6 +209,7 @@ class ServerContext(Context):
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        self._spend_name(name)
         prg = Prg(derive(self._seed, f"weight {name}"))
         return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 
@@ -251,6 +270,7 @@ class DealerContext(Context):
         return self._words(self._client, shape, torch.int64).to(self.device)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        self._spend_name(name)
         prg = Prg(derive(self._server_seed, f"weight {name}"))
         return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 

@@ -11,6 +11,7 @@ import torch
 from compiler import Program
 from compiler.cost import cost_report
 from compiler.program import Answer
+from runtime.certificates import make_certificates
 from runtime.correlations.store import Store
 from runtime.errors import PromptError
 from runtime.inprocess import InProcessSession
@@ -18,6 +19,7 @@ from runtime.local import run_local
 from runtime.sampling import Sampling
 from runtime.session import Plan
 from runtime.spec import CLIENT, Vis
+from runtime.transport.connect import Security
 from tests.families import VOCAB, tokens
 from tests.services import deployment
 from tests.session import compiled
@@ -85,11 +87,16 @@ def test_three_processes(saved: Program) -> None:
         assert record.offline_bytes == predicted.offline
 
 
-def test_services_draw_as_the_client_asks(saved: Program) -> None:
-    """Request after request in one session: greedy, from the best two, and one that is refused."""
+def test_services_draw_as_the_client_asks(saved: Program, tmp_path: Path) -> None:
+    """Over TLS: greedy, from the best two, and a request that is refused, in one session."""
     assert saved.path is not None
     model, _ = compiled("llama")
-    with deployment(saved.path) as made, made.connection() as connection:
+    make_certificates(tmp_path, ("ann",))
+    certs = ("--certs", str(tmp_path))
+    with (
+        deployment(saved.path, serve=certs, deal=certs) as made,
+        made.connection(security=Security("client", tmp_path / "ann")) as connection,
+    ):
         for sampling in (Sampling(), Sampling(temperature=0.7, top_k=2)):
             text = list(STEPS[0])
             answer = connection.generate(text, max_tokens=2, sampling=sampling, stop=())

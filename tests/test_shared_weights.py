@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,12 +13,18 @@ from compiler.cost import cost_report
 from compiler.driver import compile_decoder
 from compiler.errors import CompileError
 from compiler.program import Answer
+from runtime.certificates import make_certificates
+from runtime.correlations.store import Store
 from runtime.local import run_local
+from runtime.session import Plan
 from runtime.spec import CLIENT, DEALER, SERVER, Vis
+from runtime.transport.connect import Security
 from tests.families import FAMILIES, random_decoder, tokens
+from tests.services import deployment
 from tests.session import compiled, play
 
 RUN = ("gpt2", "llama", "opt", "gemma")
+KEY = bytes.fromhex("ab" * 32)
 STEPS = ([int(t) for t in tokens(6)[0]], [7], [1, 2])
 
 
@@ -83,6 +92,33 @@ def test_three_processes(saved: Program) -> None:
     )
     assert ours.setup is not None
     assert ours.setup.sent + ours.setup.received == 32 + 8 * words, "each constant is opened once"
+
+
+def test_services_over_tls_and_from_a_store(saved: Program, tmp_path: Path) -> None:
+    """Each session has masks of its own for the shared constants; a store's serve all of its."""
+    assert saved.path is not None
+    make_certificates(tmp_path / "certs", ("ann",))
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    certs = ("--certs", str(tmp_path / "certs"))
+    stores = ("--stores", str(tmp_path / "server"), "--store-key", str(key))
+    ann = Security("client", tmp_path / "certs" / "ann")
+    prompt = STEPS[0]
+    with deployment(saved.path, serve=(*certs, *stores), deal=certs) as made:
+
+        def ask(**options: Any) -> list[int]:
+            with made.connection(security=ann, **options) as connection:
+                return [t.token for t in connection.generate(prompt, max_tokens=2, stop=())]
+
+        first = ask()
+        assert first == saved.plaintext(Answer("", prompt, first)).tokens
+        assert ask() == first
+        place, _ = made.connection(security=ann).prepare(
+            Plan(answers=2, prompt=2, tokens=len(prompt)), tmp_path / "client", KEY
+        )
+        made.dealer.end()
+        for _ in range(2):
+            assert ask(dealer=None, store=Store.open(place, KEY)) == first
 
 
 @pytest.mark.slow

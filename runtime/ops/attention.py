@@ -64,8 +64,7 @@ class Attention(Op):
         scale: float,
         softcap: float = 0.0,
     ) -> torch.Tensor:
-        weights = Attention.probabilities(q, k, mask, scale, softcap)
-        return torch.matmul(weights, v.repeat_interleave(q.shape[-3] // v.shape[-3], -3))
+        return plain_weighted_sum(Attention.probabilities(q, k, mask, scale, softcap), v)
 
     @staticmethod
     def probabilities(
@@ -76,13 +75,8 @@ class Attention(Op):
         softcap: float = 0.0,
     ) -> torch.Tensor:
         """How much each token looks at each other one, [B, H, N, L], in the clear."""
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            scores = scores + mask
-        return torch.softmax(scores, -1)
+        scores = plain_scores(q, k, scale, softcap)
+        return torch.softmax(scores if mask is None else scores + mask, -1)
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:
@@ -157,6 +151,18 @@ class Attention(Op):
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
         return stock_weighted_sum(scores.softmax(-1), v)
+
+
+def plain_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """cap(scale * q k^T) in the clear, [B, H, N, L], with queries grouped as in `Attention`."""
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    found = torch.matmul(q, k.transpose(-1, -2)) * scale
+    return softcap * torch.tanh(found / softcap) if softcap > 0 else found
+
+
+def plain_weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The sum of values [B, G, L, D] by weights [B, H, N, L], in the clear."""
+    return torch.matmul(weights, v.repeat_interleave(weights.shape[-3] // v.shape[-3], -3))
 
 
 def stock_scores(q: Any, k: Any, scale: float, softcap: float) -> Any:

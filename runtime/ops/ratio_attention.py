@@ -13,6 +13,8 @@ from runtime.messages import Protocol, together
 from runtime.op import Op
 from runtime.ops.attention import (
     MASKED_SCORE,
+    plain_scores,
+    plain_weighted_sum,
     scores,
     scores_cost,
     split_mask,
@@ -119,7 +121,7 @@ class RatioAttention(Op):
         weights = base.square() if kind == "2quad" else base.relu()
         weights = (weights + EPSILON) * valid
         weights = weights / weights.sum(-1, keepdim=True)
-        return torch.matmul(weights, v.repeat_interleave(q.shape[-3] // v.shape[-3], -3))
+        return plain_weighted_sum(weights, v)
 
     @classmethod
     def scale(cls, *args: Any, fixed: int) -> int:
@@ -241,10 +243,7 @@ def base_scores(
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is squared or rectified, in the clear, zero where masked; and which entries count."""
-    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    found = torch.matmul(q, k.transpose(-1, -2)) * scale
-    if softcap > 0:
-        found = softcap * torch.tanh(found / softcap)
+    found = plain_scores(q, k, scale, softcap)
     valid = torch.ones_like(found, dtype=torch.bool)
     if mask is not None:
         valid = (mask > MASKED_SCORE).expand_as(found)

@@ -140,7 +140,7 @@ def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protoc
     rows = ctx.deal((*keys.shape, 1 + len(masks), size), one_hot, torch.int32)
     opened = yield from together(*openings)
     # Shares of [x_i < x_j] modulo 2**8.
-    bits = yield from open_bits(DIGITS.look_up(differences(opened[0]), tables), bit_mask)
+    bits = yield from open_bits(ctx, DIGITS.look_up(differences(opened[0]), tables), bit_mask)
     less = LESS_THAN.evaluate(bits, words)[..., 0]
     rank = yield from _open_ranks(ctx, less.reshape(*keys.shape[:-1], len(first)), rank_mask)
     if keys.is_meta:
@@ -174,6 +174,7 @@ def _open_ranks(ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protoco
     In: shares of [x_i < x_j] for the pairs i < j, [R, groups, pairs]. Out: int64, like the mask.
     Online 2 bytes a candidate.
     """
+    ctx.spend(mask)
     if less.is_meta:
         yield Swap(torch.empty(mask.shape, dtype=torch.uint8, device="meta"))
         return less

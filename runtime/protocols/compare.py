@@ -79,7 +79,7 @@ def less_than(
     """
     mask = ctx.mask_bits((len(thresholds), *window.opened.shape))
     words = LESS_THAN.deal(ctx, mask, dtype=dtype)
-    bits = yield from _open_relations(window, thresholds, mask)
+    bits = yield from _open_relations(ctx, window, thresholds, mask)
     return LESS_THAN.evaluate(bits, words)[..., 0]
 
 
@@ -104,7 +104,7 @@ def relu_below(ctx: Context, window: Window) -> Protocol:
         payloads=2,
         dtype=torch.int32,
     )
-    bits = yield from _open_relations(window, [0], mask[None])
+    bits = yield from _open_relations(ctx, window, [0], mask[None])
     flag, masked = LESS_THAN.evaluate(bits[0], words).unbind(-1)
     return flag if bits.is_meta else window.opened * flag - masked
 
@@ -114,14 +114,16 @@ def relu_below_cost(count: int) -> Cost:
     return Cost(rounds=1, online=2 * count, offline=2 * WORDS * 4 * count)
 
 
-def _open_relations(window: Window, thresholds: list[int], mask: torch.Tensor) -> Protocol:
+def _open_relations(
+    ctx: Context, window: Window, thresholds: list[int], mask: torch.Tensor
+) -> Protocol:
     """Look the digits of z - t up in the shared tables, and open the bits under `mask`."""
     if window.opened.is_meta:
         points = torch.empty(mask.shape, dtype=torch.int64, device="meta")
     else:
         shifts = torch.tensor(thresholds, dtype=torch.int64, device=window.opened.device)
         points = window.opened.long()[None, :] - shifts[:, None]
-    bits = yield from open_bits(DIGITS.look_up(points, window.tables), mask)
+    bits = yield from open_bits(ctx, DIGITS.look_up(points, window.tables), mask)
     return bits
 
 

@@ -91,11 +91,13 @@ class Formula:
         return out
 
 
-def open_bits(mine: torch.Tensor, mask: torch.Tensor) -> Protocol:
+def open_bits(ctx: Context, mine: torch.Tensor, mask: torch.Tensor) -> Protocol:
     """Open XOR shares of eight bits a byte, uint8, under this party's share of their mask.
 
-    Rounds 1, online 2 bytes per element. Each party sees bits under fresh mask bits.
+    Rounds 1, online 2 bytes per element. Each party sees bits under fresh mask bits; RuntimeError
+    where these served before.
     """
+    ctx.spend(mask)
     if mine.is_meta:
         yield Swap(mine)
         return mine

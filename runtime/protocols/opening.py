@@ -13,8 +13,10 @@ from runtime.values import Masked, Shared
 def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: int = 0) -> Protocol:
     """Open z = x + offset + r under the mask r, which must be fresh: 1 round, both directions.
 
-    Bytes: twice the words of x. The dealer gets a meta tensor and computes nothing.
+    Bytes: twice the words of x. The dealer gets a meta tensor and computes nothing. RuntimeError
+    where the mask served before.
     """
+    ctx.spend(mask)
     if share.is_meta:
         yield Swap(share)
         return share

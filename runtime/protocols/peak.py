@@ -152,7 +152,7 @@ def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
     points = tables if values.is_meta else difference(opened)
     found = torch.empty(pairs, dtype=torch.uint8, device="meta")
     found = found if values.is_meta else _DIGITS.look_up(points, tables)
-    bits = yield from open_bits(found, bit_mask)
+    bits = yield from open_bits(ctx, found, bit_mask)
     less = _LESS.evaluate(bits, words)[:, 0]
     rank = yield from _open_ranks(ctx, less, rank_mask, level)
     groups = int(level.group[-1]) + 1
@@ -172,6 +172,7 @@ def _open_ranks(ctx: Context, less: torch.Tensor, mask: torch.Tensor, level: _Le
 
     What is opened is uniform modulo 256, as the mask is.
     """
+    ctx.spend(mask)
     if less.is_meta:
         yield Swap(torch.empty(len(level.members), dtype=torch.int8, device="meta"))
         return less

@@ -185,7 +185,7 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     if levels > 1:
         bit_mask = ctx.mask_bits((count, levels - 1))
         words = _ZERO_OR_ONE.deal(ctx, bit_mask, lambda: _payload(value_mask, shift), _SHARED)
-        equal = open_bits(_equalities(opened, tables, places), bit_mask)
+        equal = open_bits(ctx, _equalities(opened, tables, places), bit_mask)
         value, bits = yield from together(mantissa, equal)
     else:
         value = yield from mantissa

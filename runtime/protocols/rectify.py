@@ -43,7 +43,7 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
     bit_mask = ctx.mask_bits((count,))
     found = DIGITS.look_up(opened if opened.is_meta else opened.long(), tables)
     bits, *factors = yield from together(
-        open_bits(found, bit_mask),
+        open_bits(ctx, found, bit_mask),
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     )
 

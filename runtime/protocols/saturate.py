@@ -150,7 +150,7 @@ def apply(
     bit_mask = ctx.mask_bits((count,))
     shift = function.table.out_frac - WINDOW_BITS - out_frac
     second = [
-        open_bits(_compare(function, opened, tables), bit_mask),
+        open_bits(ctx, _compare(function, opened, tables), bit_mask),
         open_under(ctx, value, value_mask, NARROW_OFFSET),
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     ]

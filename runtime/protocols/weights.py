@@ -39,6 +39,7 @@ def send(ctx: Context, x: Shared) -> Protocol:
     The server sees x - a, uniform as a is fresh; the client sees nothing.
     """
     mask = ctx.client_mask(x.shape)
+    ctx.spend(mask)
     if ctx.party == CLIENT:
         yield ToServer(x.share - mask)
         return Sent(torch.empty(x.shape, dtype=torch.int64, device="meta"), mask, x.frac)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from runtime.messages import Message, Swap
 from runtime.op import REGISTRY, load_all
 from runtime.protocols.opening import open_masked
 from runtime.protocols.shared_weights import open_constant, tell_constant_seed
@@ -15,6 +17,7 @@ from runtime.protocols.weights import send, share_weight
 from runtime.simulate import Simulation
 from runtime.spec import SERVER, Cost, Vis
 from runtime.values import Held, Masked, Sent, Shared, Weight, encode
+from tests.protocols.harness import uniform_bytes
 
 load_all()
 FIXED = 16
@@ -145,15 +148,23 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
 ]
 
 
-def test_every_op_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(REGISTRY)
+LIMIT = 6.5
+"""Standard deviations; a uniform transcript exceeds them once in 10**8."""
+ENOUGH = 2**13
+"""Bytes that a statistic is made of."""
 
-
-@pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     ("name", "args", "forms", "tolerance"),
     CASES,
     ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)],
 )
+
+
+def test_every_op_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(REGISTRY)
+
+
+@every_case
 def test_protocol(name: str, args: list[Any], forms: dict[str, str], tolerance: float) -> None:
     op = REGISTRY[name]
     simulation = Simulation(fixed=FIXED)
@@ -172,6 +183,63 @@ def test_protocol(name: str, args: list[Any], forms: dict[str, str], tolerance: 
     if isinstance(results[0], (Shared, Masked, Sent)):
         seen = [_seen(view[0], arg) for view, arg in zip(views, args, strict=True)]
         assert results[0].frac == op.scale(*seen, fixed=FIXED)
+
+
+@every_case
+def test_messages_are_uniform_and_of_one_shape(
+    name: str, args: list[Any], forms: dict[str, str], tolerance: float
+) -> None:
+    """For fixed inputs: what each party receives, and what both open. Zeros look the same."""
+    shapes = []
+    for inputs in (args, [_zero(arg) for arg in args]):
+        wire = Wire(fixed=FIXED, record=True)
+        while sum(payload.nbytes for payload in wire.transcript) < ENOUGH:
+            _play(wire, name, inputs, forms)
+            if not wire.transcript:
+                break
+        for payloads in (wire.transcript, wire.sums, wire.differences):
+            assert not payloads or abs(uniform_bytes(payloads)) < LIMIT
+        shapes.append([(payload.dtype, payload.shape) for payload in wire.transcript])
+    assert shapes[0] == shapes[1]
+
+
+class Wire(Simulation):
+    """Keeps besides what the two messages of an opening add up to, and for bits their XOR."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sums: list[torch.Tensor] = []
+        self.differences: list[torch.Tensor] = []
+
+    def _deliver(self, client: Sequence[Message], server: Sequence[Message]) -> Any:
+        for mine, theirs in zip(client, server, strict=True):
+            if isinstance(mine, Swap):
+                self.sums.append(mine.payload + theirs.payload)
+                self.differences.append(mine.payload ^ theirs.payload)
+        return super()._deliver(client, server)
+
+
+def _play(wire: Wire, name: str, args: list[Any], forms: dict[str, str]) -> None:
+    """Run the op once, on fresh shares; only its own messages are kept."""
+    op = REGISTRY[name]
+    wanted = {**op.forms(*args), **forms}
+    # Every run is a session of its own, with static masks of its own.
+    simulation = Wire(fixed=FIXED)
+    views = [
+        _views(simulation, wanted.get(parameter), parameter, arg)
+        for parameter, arg in zip(inspect.signature(op.reference).parameters, args, strict=False)
+    ]
+    simulation.record = True
+    simulation.sums, simulation.differences = wire.sums, wire.differences
+    simulation.transcript = wire.transcript
+    simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
+
+
+def _zero(arg: Any) -> Any:
+    """Another input of the same shape; one that is positive where an op needs that."""
+    if not isinstance(arg, torch.Tensor) or arg.dtype is torch.float32:
+        return arg
+    return torch.ones_like(arg) if bool((arg > 0).all()) else torch.zeros_like(arg)
 
 
 def test_the_result_of_a_secret_is_never_public() -> None:

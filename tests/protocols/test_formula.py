@@ -99,7 +99,7 @@ def test_value_times_a_payload_in_any_ring(dtype: torch.dtype) -> None:
         mask = ctx.mask_bits((256,))
         dealt = formula.deal(ctx, mask, lambda: payload, 2, dtype)
         mine = (split, split ^ secret, secret.to("meta"))[p]
-        bits = yield from open_bits(mine, mask)
+        bits = yield from open_bits(ctx, mine, mask)
         return formula.evaluate(bits, dealt)
 
     result, cost = run(simulation, protocol)

@@ -166,5 +166,6 @@ def _held(value: torch.Tensor, party: int) -> torch.Tensor:
 
 def test_static_mask_depends_on_the_name_alone() -> None:
     server, dealer = Simulation().contexts[1:]
-    assert torch.equal(server.weight_mask("a", (3,)), dealer.weight_mask("a", (3,)))
-    assert not torch.equal(server.weight_mask("a", (3,)), server.weight_mask("b", (3,)))
+    mask = server.weight_mask("a", (3,))
+    assert torch.equal(mask, dealer.weight_mask("a", (3,)))
+    assert not torch.equal(mask, server.weight_mask("b", (3,)))

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.ops.silu import SILU
 from runtime.ops.softmax import Softmax
 from runtime.protocols.compare import maximum, take_window
+from runtime.protocols.formula import open_bits
 from runtime.protocols.normalize import RowNorm, normalize
-from runtime.protocols.opening import open_masked
+from runtime.protocols.opening import open_masked, open_under
 from runtime.protocols.power import Power, power
 from runtime.protocols.rectify import rectify
 from runtime.protocols.saturate import apply, function_input
 from runtime.protocols.truncate import truncate
-from runtime.protocols.weights import send
+from runtime.protocols.weights import send, share_weight
 from runtime.simulate import Simulation
+from runtime.spec import SERVER
 from runtime.values import Shared
 from tests.protocols.harness import integers, uniform_bytes
 
 COUNT = 4096
-LIMIT = 5.0
-"""Standard deviations; a uniform transcript exceeds them once in millions."""
+LIMIT = 6.5
+"""Standard deviations; a uniform transcript exceeds them once in 10**8."""
 
 
 def _transcript(protocol, values: torch.Tensor) -> list[torch.Tensor]:
@@ -81,6 +84,33 @@ def test_opening_the_same_value_twice_uses_fresh_masks() -> None:
     opened = [simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))[0] for _ in range(2)]
     assert not bool((opened[0].opened == opened[1].opened).any())
     assert not bool((opened[0].mask == opened[1].mask).any())
+
+
+def test_a_mask_that_would_be_used_twice_raises() -> None:
+    simulation = Simulation()
+    shares = integers(simulation, torch.zeros(3, dtype=torch.int64))
+
+    def words(ctx, p):
+        mask = ctx.mask((3,))
+        yield from open_under(ctx, shares[p].share, mask)
+        yield from open_under(ctx, shares[p].share, mask)
+
+    def bits(ctx, p):
+        mask = ctx.mask_bits((3,))
+        secret = torch.zeros(3, dtype=torch.uint8, device=ctx.tensor_device)
+        for _ in range(2):
+            yield from open_bits(ctx, secret, mask)
+
+    def weights(ctx, p):
+        words = torch.ones(3, dtype=torch.int32, device="cpu" if p == SERVER else "meta")
+        for _ in range(2):
+            yield from share_weight(ctx, "w", words, 0)
+
+    for protocol in (words, bits):
+        with pytest.raises(RuntimeError, match="opened under the same mask"):
+            simulation.run(protocol)
+    with pytest.raises(RuntimeError, match="a second constant would be opened under the mask of w"):
+        simulation.run(weights)
 
 
 def test_the_stream_never_repeats_and_depends_on_the_purpose() -> None:

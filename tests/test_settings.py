@@ -1,0 +1,79 @@
+"""Every preset, way to hold weights, way to reveal and network: the wire, and that it is blind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from compiler.config import PRESETS
+from compiler.cost import cost_report
+from runtime.inprocess import InProcessSession
+from runtime.program import RoleProgram
+from runtime.spec import CHOICES, Cost
+from runtime.transport.loopback import LoopbackLink
+from tests.session import compiled
+
+PROMPTS = ([3, 14, 15, 92, 65], [7, 7, 7, 7, 7])
+DECODED = ([9], [26])
+
+SETTINGS = list(itertools.product(PRESETS, CHOICES["weights"], CHOICES["reveal"], ("loopback",)))
+SETTINGS += [
+    ("exact", "server", *rest) for rest in itertools.product(CHOICES["reveal"], ("lan", "wan"))
+]
+FAST = {
+    ("exact", "server", "logits", "loopback"),
+    ("exact", "shared", "token", "loopback"),
+    ("exact", "server", "token", "wan"),
+    ("merge", "shared", "logits", "loopback"),
+    ("thex", "server", "token", "loopback"),
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights", "reveal", "network"),
+    [pytest.param(*s, marks=() if s in FAST else pytest.mark.slow) for s in SETTINGS],
+)
+def test_the_wire_is_as_predicted_and_the_same_for_any_prompt(
+    preset: str, weights: str, reveal: str, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"preset": preset, "weights": weights, "reveal": reveal, "network": network}
+    _, program = compiled("llama", **options)
+    transcripts = [_transcript(program.roles, prompt, monkeypatch) for prompt in PROMPTS]
+    assert transcripts[0] == transcripts[1]
+    assert sum(map(len, transcripts[0].values())) > 100
+
+
+def _transcript(
+    roles: Mapping[str, RoleProgram], prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[tuple[int, int]]]:
+    """Bytes out and in of every round, by whom they go to; each step costs what was predicted."""
+    seen: dict[str, list[tuple[int, int]]] = {"client": [], "server": []}
+    exchange = LoopbackLink.exchange
+
+    def recorded(link: LoopbackLink, outgoing: torch.Tensor | None, incoming: int) -> Any:
+        seen[link._peer].append((0 if outgoing is None else outgoing.numel(), incoming))
+        return exchange(link, outgoing, incoming)
+
+    program = roles["client"]
+    steps = [(prompt, 0), *(([*ids], len(prompt) + i) for i, ids in enumerate(DECODED))]
+    if program.resends:
+        steps.append(([], len(steps)))
+    with monkeypatch.context() as patch:
+        patch.setattr(LoopbackLink, "exchange", recorded)
+        with InProcessSession(roles) as session:
+            for ids, past in steps:
+                before = {peer: len(rounds) for peer, rounds in seen.items()}
+                session.step(ids, past)
+                report = cost_report(program, len(ids), past)
+                costs = {row.name: row.cost for row in report.rows if row.cost != Cost()}
+                assert session.record.by_instruction == costs
+                assert session.record.total == report.total
+                for peer, rounds in seen.items():
+                    step = rounds[before[peer] :]
+                    assert len(step) == report.total.rounds
+                    assert sum(out + back for out, back in step) == report.total.online
+    return seen
