@@ -47,15 +47,15 @@ approximate   fix_attention
 approximate   quadratic_gelu
 approximate   quadratic_silu
 approximate   relu_activations
-approximate   simplify_norms
 approximate   softmax_2quad
 approximate   softmax_2relu
+approximate   simplify_norms
 dialect       embedding_to_dialect
 dialect       fold_weights
 dialect       linear_to_dialect
 dialect       arithmetic_to_dialect
-dialect       merge_projections
 dialect       resend_hidden
+dialect       merge_projections
 optimize      fold_norm_affine
 optimize      fold_attention_scale
 optimize      fold_scalars
