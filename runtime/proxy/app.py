@@ -17,7 +17,7 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import MergecError
 from runtime.proxy.answer import Answer, Part
@@ -43,6 +43,9 @@ _LEFT = 499
 _UNLIMITED = 1024
 """Tokens of an answer where nothing limits it."""
 
+MOST_BODY = 1 << 20
+"""Bytes of a request: more than any prompt that a program takes."""
+
 T = TypeVar("T")
 
 
@@ -57,6 +60,7 @@ def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], l
         # A page may send a body of another type without asking first: it must not be read as JSON.
         strict_content_type=True,
     )
+    app.add_middleware(BodyLimit)
     # A web page elsewhere could point a name of its own at this machine: its Host gives it away.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if origins:
@@ -89,8 +93,37 @@ async def _refuse_request(_request: Request, error: Exception) -> Response:
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    message = f"there is no {request.method} {request.url.path} here"
-    return JSONResponse(ApiError(status, message, code="unknown_url").json(), status)
+    headers = {}
+    if status in (404, 405):
+        told = ApiError(
+            status, f"there is no {request.method} {request.url.path} here", code="unknown_url"
+        )
+    elif status == 413:
+        told = ApiError(status, f"a request may have {MOST_BODY} bytes", code="too_large")
+        headers = {"Connection": "close"}  # or the rest would be waited for
+    else:
+        told = ApiError(status, "the body cannot be read; send a JSON object", code="invalid_json")
+    return JSONResponse(told.json(), status, headers)
+
+
+class BodyLimit:
+    """Reads no more of a request than it may have: the rest would be kept in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MOST_BODY:
+                raise HTTPException(413)
+            return message
+
+        await self._app(scope, bounded, send)
 
 
 class Endpoint:

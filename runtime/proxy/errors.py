@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import LimitError, PartyError, PromptError
+from runtime.transport.channel import printable
 
 INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
 
@@ -29,7 +30,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = {} if wait is None else {"Retry-After": str(wait)}
-        self.fields = {"message": message, "type": kind, "param": param, "code": code}
+        # What a request said may be in both, whatever it is: made short, and fit to be sent.
+        self.fields = {
+            "message": printable(message),
+            "type": kind,
+            "param": None if param is None else printable(param),
+            "code": code,
+        }
 
     def json(self) -> dict[str, Any]:
         return {"error": self.fields}

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from runtime.sampling import Sampling
@@ -38,6 +45,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
 }
 """Parameters that are not offered, and their values that ask for nothing."""
+
+
+def _unicode(text: str) -> str:
+    """JSON can name halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("invalid_value", "is not Unicode text") from error
+    return text
+
+
+Words = Annotated[str, AfterValidator(_unicode)]
 
 
 def _as_list(value: Any) -> Any:
@@ -135,7 +154,7 @@ class Wanted(_Model):
 class CompletionRequest(Wanted):
     """A text to go on with."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_as_prompt)]
+    prompt: Annotated[Words | list[int], BeforeValidator(_as_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
 
     best_of: Any = None
@@ -155,14 +174,14 @@ class TextPart(_Model):
     """A piece of a message; there are only texts."""
 
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(_Model):
     """What somebody said. Apps send an answer back with fields that are empty here."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Words | list[TextPart]
     name: str | None = None
     refusal: None = None
     audio: None = None

@@ -18,6 +18,9 @@ from runtime.proxy.sessions import Sessions
 from runtime.spec import CLIENT, ROLES
 from runtime.transport.address import Address
 
+_CONNECTIONS = 256
+"""Connections at once, and so how much memory requests can take."""
+
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -65,6 +68,7 @@ def proxy(
             log_level="critical",
             access_log=False,
             server_header=False,
+            limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=int(settings.grace),
         )
         # uvicorn raises the signal that ended it once more.

@@ -8,9 +8,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -205,6 +207,66 @@ def test_a_web_page_from_elsewhere_gets_nothing(url: str) -> None:
     assert "access-control-allow-origin" not in asked.headers
     renamed = httpx.get(f"{url}/v1/models", headers={"Host": "evil.example"})
     assert (renamed.status_code, MODEL in renamed.text) == (400, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "message"),
+    [
+        ("[" * 100_000, 400, "invalid_json", "cannot be read; send a JSON object"),
+        ('{"model": "tiny", "prompt": "\xff"}'.encode("latin-1"), 400, "invalid_json", ""),
+        ('{"prompt": "' + "a" * (1 << 20), 413, "too_large", "may have 1048576 bytes"),
+        ('{"model": "%s", "prompt": "a"}' % ("m" * 9999), 404, "model_not_found", "mmm"),
+        ('{"model": "\\ud800", "prompt": "a"}', 404, "model_not_found", "is not here"),
+        ('{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_value", "is not Unicode text"),
+        ('{"model": "tiny", "\\ud800": 1, "prompt": "a"}', 400, "invalid_json", "no JSON object"),
+        ('{"model": "tiny", "prompt": [-1]}', 400, "prompt_refused", "-1"),
+        ('{"model": "tiny", "prompt": [1e400]}', 400, "invalid_value", "token numbers"),
+        ('{"model": "tiny", "prompt": [%s]}' % ("9" * 5000), 400, "invalid_json", "JSON"),
+        ('{"model": "tiny", "prompt": "a", "max_tokens": -1}', 400, "invalid_value", "max_tokens"),
+        ('{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "invalid_value", "temper"),
+        ('{"model": "tiny", "prompt": "a", "top_p": Infinity}', 400, "invalid_value", "top_p"),
+        ('{"model": "tiny", "prompt": {"a": 1}}', 400, "invalid_value", "prompt"),
+        ('{"model": ["tiny"], "prompt": "a"}', 400, "invalid_value", "model"),
+        ("null", 400, "invalid_json", "no JSON object"),
+        ("", 400, "invalid_json", "no JSON object"),
+    ],
+)
+def test_hostile_bodies(
+    url: str, endpoint: Role, body: str | bytes, status: int, code: str, message: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{url}/v1/completions", content=body, headers=headers)
+    told = found.json()["error"]
+    assert (found.status_code, told["code"]) == (status, code), told
+    assert message in told["message"]
+    assert len(found.content) < 1000
+    assert "internal error" not in endpoint.output
+
+
+def test_an_endless_body_is_not_kept(url: str, endpoint: Role) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        while True:
+            yield b"a" * 65536
+
+    resident = psutil.Process(endpoint.process.pid).memory_info().rss
+    with suppress(httpx.HTTPError):  # it may be cut off before the answer is read
+        headers = {"Content-Type": "application/json"}
+        found = httpx.post(f"{url}/v1/completions", content=chunks(), headers=headers)
+        assert found.status_code == 413
+    assert psutil.Process(endpoint.process.pid).memory_info().rss < resident + (32 << 20)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", ""]
+)
+def test_only_names_of_this_machine_are_answered(url: str, host: str) -> None:
+    body = {"model": MODEL, "prompt": "a ", "max_tokens": 1}
+    for found in (
+        httpx.get(f"{url}/v1/models", headers={"Host": host}),
+        httpx.post(f"{url}/v1/completions", json=body, headers={"Host": host}),
+    ):
+        assert (found.status_code, MODEL in found.text) == (400, False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
