@@ -430,9 +430,10 @@ def _answer(
                 if stopped:
                     break
         text = stream.end() if stream is not None else ""
-        write("\n")
     finally:
         signal.signal(signal.SIGINT, before)
+        if reports:
+            write("\n")  # also where the answer fails: an error starts a line of its own
     seconds, count = sum(r.seconds for r in reports), len(reports)
     online = sum(r.sent + r.received for r in reports)
     rounds = sum(r.rounds for r in reports)

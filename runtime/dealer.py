@@ -64,7 +64,8 @@ def deal(settings: DealerSettings) -> None:
             use_threads(settings.threads)
             _Session(settings, program, connection, parent, log).play()
 
-        Service(listener, work, DealerDesk(settings.sessions, metrics), settings.grace).run()
+        desk = DealerDesk(settings.sessions, metrics, settings.timeout)
+        Service(listener, work, desk, settings.grace).run()
     log.info("stopped")
 
 
@@ -87,7 +88,8 @@ class _Pending:
 class DealerDesk(Desk):
     """Brings the two parties of a session together: the same seeds, and a line between both."""
 
-    def __init__(self, sessions: int, metrics: Metrics, wait: float = 60.0) -> None:
+    def __init__(self, sessions: int, metrics: Metrics, wait: float) -> None:
+        """`wait`: seconds that a session's second party may take to come."""
         self._sessions = sessions
         self._metrics = metrics
         self._wait = wait
@@ -197,15 +199,20 @@ class _Session:
             self._deal(channel, self._line, seeds[0], seeds[1])
         self._log.info("session ended")
 
-    def _next(self, channel: Channel, *others: int) -> tuple[Kind, memoryview]:
-        """The party's next request. Between answers the session may be ended."""
+    def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
+        """Wait for the next request of either party. Between answers the session may be ended."""
         self._parent.idle = not self._answering
-        ready = channel.readable(self._settings.idle_timeout, *others)
+        parent = self._parent.line.fileno()
+        ready = channel.readable(self._settings.idle_timeout, parent, line.fileno())
+        if parent in ready:
+            self._parent.hear()  # it says nothing to a session that runs, but may have ended
         if not ready:
             raise PartyError("the session was idle for too long")
-        if channel.fileno() not in ready:
-            raise PartyError("the server went away; see its own message")
         self._parent.idle = False
+        return ready
+
+    def _request(self, channel: Channel) -> tuple[Kind, memoryview]:
+        """What this process's party asks for."""
         kind, payload = channel.receive_any((Kind.STEP, Kind.PLAN, Kind.DONE, Kind.END))
         self._answering = kind is Kind.STEP
         return kind, payload
@@ -215,7 +222,9 @@ class _Session:
         kind = Kind.STEP
         while kind is not Kind.END:
             # Nothing is ever said on the line to here: when it shows, the other end has closed.
-            kind, payload = self._next(channel, line.fileno())
+            if channel.fileno() not in self._wait(channel, line):
+                raise PartyError("the server went away; see its own message")
+            kind, payload = self._request(channel)
             try:
                 line.send(bytes([kind]) + payload)
             except OSError as error:
@@ -230,8 +239,7 @@ class _Session:
         session.setup()
         limit = self._program.manifest["max_length"]
         while True:
-            kind, payload = self._next(channel)
-            self._agree(line, bytes([kind]) + payload)
+            kind, payload = self._agreed(channel, line)
             if kind is Kind.END:
                 return
             if kind is Kind.PLAN:
@@ -254,16 +262,24 @@ class _Session:
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 self._step(session, stream, new, past, draw)
 
-    def _agree(self, line: socket.socket, asked: bytes) -> None:
-        """Wait until the client has asked for the same as the server."""
+    def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
+        """The next request, once both have made it: after the first of them the other is due."""
+        ready = self._wait(channel, line)
+        said = self._hear(line) if line.fileno() in ready else b""
+        kind, payload = self._request(channel)
+        if (said or self._hear(line)) != bytes([kind]) + payload:
+            raise PartyError("the client and the server ask for different steps")
+        return kind, payload
+
+    def _hear(self, line: socket.socket) -> bytes:
+        """What the client asks for."""
         try:
             said = line.recv(_REQUEST)
         except TimeoutError as error:
             raise PartyError("the client did not ask for what the server asks for") from error
         if not said:
             raise PartyError("the client went away; see its own message")
-        if said != asked:
-            raise PartyError("the client and the server ask for different steps")
+        return said
 
     def _step(
         self,

@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -18,6 +19,18 @@ from runtime.errors import PartyError
 from runtime.transport.address import Address
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
+
+class _ErrorOutput:
+    """Where the log goes. A disk that is full, and so cannot take it, must not end sessions."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def open_log(role: str) -> Any:
@@ -29,7 +42,7 @@ def open_log(role: str) -> Any:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _ErrorOutput())),
         cache_logger_on_first_use=False,
     )
     return structlog.get_logger(role=role)

@@ -27,6 +27,7 @@ from runtime.correlations.store import (
     StoreWriter,
     is_store,
     new_store,
+    remove_store,
     remove_unfinished,
     stores_below,
 )
@@ -400,9 +401,14 @@ class _Session:
             raise PartyError("the server cannot store so much; see its log") from error
         dealer.send(Kind.END)
         dealer.close()
+        try:
+            channel.send_json(Kind.DONE, store=header.store, bytes=writer.size)
+            channel.receive(Kind.END, limit=0)
+        except PartyError:
+            remove_store(settings.stores, header.store)  # the client may not have its part
+            raise
         self._parent.tell(kind="stored", answers=plan.answers)
         self._log.info("stored", store=header.store, answers=plan.answers, bytes=writer.size)
-        channel.send_json(Kind.DONE, store=header.store, bytes=writer.size)
 
     def _place(self, channel: Channel) -> str:
         """Wait for a place among the sessions; gives the session's secret name."""
@@ -461,7 +467,10 @@ class _Session:
         """Let the client think. Between answers the session may be ended."""
         self._parent.idle = True
         deadline = time.monotonic() + self._settings.idle_timeout
-        while not channel.readable(_LOOK):
+        line = self._parent.line.fileno()
+        while channel.fileno() not in (ready := channel.readable(_LOOK, line)):
+            if line in ready:
+                self._parent.hear()  # it says nothing to a session that runs, but may have ended
             watch()
             if time.monotonic() > deadline:
                 raise PartyError("the session was idle for too long; begin another")

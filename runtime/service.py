@@ -34,7 +34,11 @@ _DATAGRAM = 1 << 16
 _TICK = 0.5
 _LAST_GRACE = 5.0
 MAX_STRANGERS = 64
-"""Connections that have not shown who they are; beyond these nobody is accepted for the moment."""
+"""Connections that have not shown who they are. Beyond these, the one that has been silent longest
+gives way to a new one, so that a flood of connections costs no more memory and keeps nobody out."""
+
+_STRANGER_TIME = 1.0
+"""Seconds that every connection has to show who it is; meanwhile nobody is accepted."""
 
 
 def prepare_to_fork() -> None:
@@ -76,8 +80,9 @@ class Worker:
 
     pid: int
     line: socket.socket
-    known: bool = False
-    """Whether it knows who its peer is."""
+    stranger: bool = True
+    """Whether it does not know yet who its peer is, and was not sent away for another."""
+    since: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
     """What the desk keeps of it."""
 
@@ -185,8 +190,7 @@ class Service:
         self._selector.register(woken, selectors.EVENT_READ)
         listening = False
         while self._stop_at is None or self._workers:
-            strangers = sum(not worker.known for worker in self._workers.values())
-            wanted = self._stop_at is None and strangers < MAX_STRANGERS
+            wanted = self._stop_at is None and self._has_room()
             if wanted != listening:
                 if wanted:
                     self._selector.register(self._listener, selectors.EVENT_READ)
@@ -213,11 +217,26 @@ class Service:
         if number != signal.SIGCHLD and self._stop_at is None:
             self._stop_at = time.monotonic()
 
+    def _strangers(self) -> list[Worker]:
+        """The oldest first."""
+        return [worker for worker in self._workers.values() if worker.stranger]
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be taken."""
+        strangers = self._strangers()
+        full = len(strangers) >= MAX_STRANGERS
+        return not full or time.monotonic() - strangers[0].since > _STRANGER_TIME
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError:
             return  # it went away, or descriptors are short for the moment
+        strangers = self._strangers()
+        if len(strangers) >= MAX_STRANGERS:
+            strangers[0].stranger = False
+            with suppress(ProcessLookupError):
+                os.kill(strangers[0].pid, signal.SIGKILL)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             pid = os.fork()
@@ -260,7 +279,7 @@ class Service:
         except OSError:
             data = b""
         if data:
-            worker.known = True
+            worker.stranger = False
             self._desk.asked(worker, json.loads(data))
         else:
             self._selector.unregister(worker.line)

@@ -13,7 +13,7 @@ from runtime.errors import PartyError, PromptError
 from runtime.sampling import Draw
 from runtime.spec import DEALER, ROLES
 from runtime.transport.address import Address
-from runtime.transport.channel import Channel, Kind
+from runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, Kind
 from runtime.transport.connect import Security, connect
 from runtime.transport.hello import Hello, compare
 
@@ -43,7 +43,7 @@ def greet(channel: Channel, mine: Hello, **more: Any) -> dict[str, Any]:
 
 def be_greeted(channel: Channel, mine: Hello, roles: tuple[str, ...]) -> dict[str, Any]:
     """The other side of `greet`. Without certificates the peer's role is what it says it is."""
-    _, fields = channel.receive_json(Kind.HELLO)
+    _, fields = channel.receive_json(Kind.HELLO, timeout=min(channel.timeout, HANDSHAKE_TIMEOUT))
     channel.send_json(Kind.HELLO, **mine.fields())
     if channel.name == channel.peer and fields.get("role") in roles:
         channel.peer = channel.name = fields["role"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,56 @@ import psutil
 from runtime.client import Connection
 from runtime.transport.address import Address
 from runtime.transport.connect import Security
-from tests.roles import ROOT, environment
 
 START = 60.0
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
+
+
+def _play(arguments: list[str], output: Path) -> None:
+    """What `mergec` does, in a process and a group of its own, and with the output in a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    os.setpgid(0, 0)
+    sys.argv = ["mergec", *arguments]
+    from runtime.cli import main
+
+    main()
+
+
+class Process:
+    """A `mergec` command, forked from a process that has loaded what roles load."""
+
+    def __init__(self, arguments: list[str], output: Path) -> None:
+        output.touch()
+        self._process = CONTEXT.Process(target=_play, args=(arguments, output), daemon=True)
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float = START) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "hangs"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def signal_all(self, number: int) -> None:
+        """To its sessions' processes, too."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
 class Role:
@@ -31,18 +79,7 @@ class Role:
         self._folder = tempfile.TemporaryDirectory()
         self._file = Path(self._folder.name) / "log"
         listen = ("--port", "0") if command == "proxy" else ("--listen", "127.0.0.1:0")
-        with self._file.open("a") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "runtime.cli", command, str(bundle)),
-                    *(*listen, *options),
-                ],
-                cwd=ROOT,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self.process = Process([command, str(bundle), *listen, *options], self._file)
 
     @property
     def output(self) -> str:
@@ -88,6 +125,13 @@ class Role:
             self.process.kill()
         self.process.wait()
         self._folder.cleanup()
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,37 @@ def test_a_silent_peer_is_named_after_the_timeout() -> None:
         client.exchange(None, 8)
 
 
+def test_a_byte_now_and_then_is_no_progress_and_a_slow_message_is() -> None:
+    raw, other = socket.socketpair()
+    channel = Channel(other, "client", 0.4)
+    ended = threading.Event()
+
+    def trickle() -> None:
+        with suppress(OSError):
+            for byte in header(9, 0, 200) + bytes(200):
+                if ended.wait(0.05):
+                    return
+                raw.send(bytes([byte]))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(trickle)
+        with pytest.raises(PartyError, match=r"the client sent only \d+ bytes in 0\.4 s"):
+            channel.exchange(None, 200)
+        ended.set()
+    sender, receiver = pair(0.4)
+    data = header(9, 0, 600_000) + bytes(600_000)
+
+    def pieces() -> None:
+        for start in range(0, len(data), 100_000):
+            sender._socket.setblocking(True)
+            sender._socket.sendall(data[start : start + 100_000])
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pieces)
+        assert receiver.exchange(None, 600_000).numel() == 600_000
+
+
 def test_a_peer_says_why_it_ends_the_session_also_to_one_that_sends() -> None:
     client, server = pair()
     with ThreadPoolExecutor(1) as pool:
@@ -293,7 +326,7 @@ def test_a_taken_port_and_a_missing_peer_are_named() -> None:
 def test_a_stranger_that_says_nothing_does_not_stay(certificates: Path) -> None:
     one, other = socket.socketpair()
     with pytest.raises(PartyError, match="did not finish the handshake"):
-        accept(other, Security("server", certificates), ("client",), 5.0, 0.05)
+        accept(other, Security("server", certificates), ("client",), 0.05)
     one.close()
 
 
@@ -308,3 +341,12 @@ def test_a_channel_polls_also_what_it_has_read_already() -> None:
     assert client.receive_any((Kind.DONE, Kind.END))[0] is Kind.END
     threading.Timer(0.05, server.send_json, (Kind.QUEUED,), {"position": 3}).start()
     assert client.receive_json(Kind.QUEUED, Kind.ADMITTED) == (Kind.QUEUED, {"position": 3})
+
+
+def test_a_peer_that_ends_in_the_handshake_is_not_called_a_stranger(certificates: Path) -> None:
+    security = Security("server", certificates)
+    one, other = socket.socketpair()
+    one.sendall(b"\x16\x03\x01\x02\x00")
+    one.close()
+    with pytest.raises(PartyError, match="the client went away in the handshake"):
+        accept(other, security, ("client",), 5.0)

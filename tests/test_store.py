@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runtime.correlations.prg import derive, new_seed
@@ -23,7 +25,7 @@ from runtime.correlations.store import (
 from runtime.errors import PartyError, PromptError
 from runtime.session import Plan
 from tests import decoder
-from tests.services import deployment
+from tests.services import deployment, wait_until
 
 KEY = bytes(range(32))
 PLAN = Plan(answers=3, prompt=2, tokens=5)
@@ -187,6 +189,14 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
         (other,) = stores_below(theirs)
         assert other.name == place.name
         assert size == sum(f.stat().st_size for f in other.iterdir())
+        # A full disk ends the preparation, at both ends in one line, and leaves nothing behind.
+        server = psutil.Process(made.server.process.pid)
+        server.rlimit(psutil.RLIMIT_FSIZE, (len(made.server.output), resource.RLIM_INFINITY))
+        with pytest.raises(PartyError, match="the server says: the server cannot store so much"):
+            made.connection().prepare(PLAN, tmp_path / "client", KEY)
+        server.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        wait_until(lambda: not made.server.workers)
+        assert [file.name for file in theirs.iterdir()] == [place.name]
         made.dealer.end()
 
         def ask(prompt: list[int], count: int) -> list[int]:

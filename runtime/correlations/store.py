@@ -324,6 +324,11 @@ def stores_below(root: Path) -> list[Path]:
     return sorted(place for place in root.iterdir() if is_store(place.name))
 
 
+def remove_store(root: Path, number: str) -> None:
+    """Remove a store that the other party has no part of."""
+    shutil.rmtree(root / number, ignore_errors=True)
+
+
 def remove_unfinished(root: Path) -> int:
     """Remove what preparations that were killed left behind; gives how many."""
     if not root.is_dir():

@@ -32,7 +32,7 @@ MAX_BLOCK = 4 << 20
 """Bytes of a frame of the dealer's stream at most."""
 
 HANDSHAKE_TIMEOUT = 10.0
-"""Seconds that a stranger may take to prove who it is."""
+"""Seconds that a stranger may take to prove who it is, and then to say what it wants."""
 
 _REASONS = {
     "CERTIFICATE_EXPIRED": "says that this party's certificate has expired; run `mergec certs`, "
@@ -52,6 +52,9 @@ _MAX_TEXT = 1 << 16
 
 _LAST_WORDS = 400
 """Characters of an error message that are taken from a peer."""
+
+_PACE = 1 << 16
+"""Bytes that must move within a timeout, or the frame's end: a byte now and then is no progress."""
 
 _AT_ONCE = 1 << 18
 _BUFFER = 1 << 16
@@ -238,26 +241,28 @@ class Channel:
         limit = self.timeout if timeout is None else timeout
         if unsent:
             self._unsent = unsent
+        deadline, moved, heard = time.monotonic() + limit, 0, 0
         try:
             while unsent or (incoming is not None and not incoming.complete):
-                moved = False
+                given = taken = 0
                 if unsent:
-                    count = self._give(unsent[0][:_AT_ONCE])
-                    moved = bool(count)
-                    unsent[0] = unsent[0][count:]
+                    given = self._give(unsent[0][:_AT_ONCE])
+                    unsent[0] = unsent[0][given:]
                     if not unsent[0]:
                         unsent.pop(0)
                 if incoming is not None and not incoming.complete:
-                    count = self._fill(incoming.rest)
-                    moved = moved or bool(count)
-                    incoming.advance(count)
-                if not moved:
+                    taken = self._fill(incoming.rest)
+                    incoming.advance(taken)
+                moved += given + taken
+                heard += taken
+                if moved >= _PACE:
+                    deadline, moved, heard = time.monotonic() + limit, 0, 0
+                elif not given + taken:
                     reading = incoming is not None and not incoming.complete
-                    self._wait(reading, bool(unsent), limit)
+                    self._wait(reading, bool(unsent), deadline - time.monotonic())
         except TimeoutError as error:
-            raise PartyError(
-                f"the {self.peer} sent nothing for {limit:g} s; see what it is doing"
-            ) from error
+            what = f"sent only {heard} bytes in" if heard else "sent nothing for"
+            raise PartyError(f"the {self.peer} {what} {limit:g} s; see what it is doing") from error
         except OSError as error:
             raise self._lost(error, unsent) from error
 
@@ -295,7 +300,7 @@ class Channel:
         events = (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
         poll = select.poll()
         poll.register(self._socket, events)
-        if not poll.poll(limit * 1000):
+        if limit <= 0 or not poll.poll(limit * 1000):
             raise TimeoutError
 
     def _lost(self, error: OSError, unsent: list[memoryview]) -> PartyError:
@@ -308,7 +313,7 @@ class Channel:
                 if incoming.complete and incoming.kind == Kind.ERROR:
                     reason = str(self.object(incoming.payload).get("reason", ""))
                     return PartyError(f"the {self.peer} says: {printable(reason)}")
-        if isinstance(error, ssl.SSLError):
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             # With TLS 1.3 a party learns only here that its certificate was not accepted.
             return PartyError(explain(error, self.peer))
         return PartyError(f"the {self.peer} went away; see its own message, and start again")
@@ -417,8 +422,8 @@ def explain(error: OSError, peer: str) -> str:
             remedy = "use certificates of one `mergec certs`"
         return f"the {peer} has a certificate that will not do ({said}); {remedy}"
     if isinstance(error, TimeoutError):
-        return f"the {peer} did not finish the handshake within {HANDSHAKE_TIMEOUT:g} s; try again"
-    if isinstance(error, ssl.SSLError):
+        return f"the {peer} did not finish the handshake in time; see what it is doing"
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         reason = error.reason or ""
         for part, meaning in _REASONS.items():
             if part in reason:

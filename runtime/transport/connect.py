@@ -86,14 +86,13 @@ def accept(
     security: Security,
     roles: Sequence[str],
     timeout: float,
-    handshake_timeout: float = HANDSHAKE_TIMEOUT,
 ) -> Channel:
     """The channel of a connection that came in, once it has shown to be of one of `roles`.
 
     Without certificates the peer's role is the first of them until it says otherwise.
     """
     context = security.context(listening=True)
-    connection.settimeout(handshake_timeout)
+    connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
     peer = " or ".join(roles)
     with _one_line(peer):
         if context is None:
@@ -111,10 +110,14 @@ def accept(
 def connect(
     address: Address, role: str, security: Security, timeout: float, join_timeout: float
 ) -> Channel:
-    """A channel to the `role` at `address`; waits `join_timeout` seconds for it to appear."""
+    """A channel to the `role` at `address`.
+
+    Waits `join_timeout` seconds for it to appear, and not longer than for a message (`timeout`).
+    """
     security.check(address)
     context = security.context(listening=False)
-    connection = _await(address, role, join_timeout)
+    connection = _await(address, role, min(join_timeout, timeout))
+    connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
     with _one_line(role):
         if context is None:
             return _channel(connection, role, "", timeout)
@@ -132,7 +135,8 @@ def _await(address: Address, role: str, join_timeout: float) -> socket.socket:
     deadline = time.monotonic() + join_timeout
     while True:
         try:
-            return socket.create_connection((address.host, address.port), HANDSHAKE_TIMEOUT)
+            wait = min(HANDSHAKE_TIMEOUT, max(deadline - time.monotonic(), _POLL))
+            return socket.create_connection((address.host, address.port), wait)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             unknown = isinstance(error, (socket.gaierror, OverflowError))
