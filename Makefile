@@ -21,7 +21,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow fuzz check format exactness perplexity evidence pass-table bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow fuzz soak check format exactness perplexity evidence pass-table bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -50,6 +50,9 @@ test-slow: $(READY) ## the tests that take minutes
 
 fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; MERGEC_FUZZ_FRAMES=…
 	MERGEC_FUZZ_FRAMES=$${MERGEC_FUZZ_FRAMES:-100000} $(PYTHON) -m pytest tests/test_fuzz.py -q
+
+soak: $(READY) ## 200 answers while everything is killed at random; writes docs/soak.md
+	PYTHONPATH=. $(PYTHON) benchmarks/soak.py --output docs/soak.md
 
 check: $(READY) ## format, lint, types and tests: what CI runs
 	$(PYTHON) -m ruff format --check .
