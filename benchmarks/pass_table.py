@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,35 +119,42 @@ def verdict(row: Row) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
-    wanted = parser.parse_args().measure
-    parts = [INTRODUCTION]
-    for title, load in (("GPT-2-base, random weights", gpt2), ("SmolLM2-135M-Instruct", smollm2)):
-        model, tokenizer = load()
-        whole = compile_decoder(model, tokenizer)
-        rows, needed, captured = predict(whole)
-        whole.history = None
-        parts.append("")
-        chosen = {"all": rows, "ends": [rows[-1], rows[0]], "none": []}[wanted]
-        for row in [None, *chosen]:
-            if row is not None:
-                gc.collect()
-                config = CompileConfig(disable=row.disabled)
-                measure(compile_decoder(model, tokenizer, config) if row.disabled else whole, row)
-            parts[-1] = f"""## {title}
+def section(title: str, wanted: str) -> str:
+    """Heading and table of one model."""
+    model, tokenizer = MODELS[title]()
+    whole = compile_decoder(model, tokenizer)
+    rows, needed, captured = predict(whole)
+    whole.history = None
+    for row in {"all": rows, "ends": [rows[-1], rows[0]], "none": []}[wanted]:
+        gc.collect()
+        config = CompileConfig(disable=row.disabled)
+        measure(compile_decoder(model, tokenizer, config) if row.disabled else whole, row)
+    return f"""## {title}
 
 As captured: {captured:,} nodes of ATen. Needed: {", ".join(needed)}.
 
 {table(rows)}"""
-            TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(TARGET.read_text(encoding="utf-8"))
 
 
 def smollm2() -> tuple[Any, Any]:
     """The model and its tokenizer, from the package that ships them."""
     return load_model("smollm2")
+
+
+MODELS = {"GPT-2-base, random weights": gpt2, "SmolLM2-135M-Instruct": smollm2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
+    wanted = parser.parse_args().measure
+    # A process for each model: passes run on one core.
+    with ProcessPoolExecutor(len(MODELS), multiprocessing.get_context("spawn")) as pool:
+        parts = [INTRODUCTION]
+        for text in pool.map(section, MODELS, [wanted] * len(MODELS)):
+            parts.append(text)
+            TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(TARGET.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
