@@ -21,7 +21,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow fuzz soak check format exactness perplexity evidence pass-table bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow fuzz soak check format exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -84,6 +84,9 @@ bench-small: $(READY) ## decoders of two layers by stock protocols and ours; wri
 
 pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
 	$(PYTHON) benchmarks/pass_table.py
+
+families: $(READY) ## a small model of each family against its own logits; writes docs/families.md
+	$(PYTHON) examples/every_family.py --markdown > docs/families.new && mv docs/families.new docs/families.md
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

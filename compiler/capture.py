@@ -26,7 +26,6 @@ from runtime.spec import Vis
 _NEW, _PAST = 3, 4
 """Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -140,8 +139,11 @@ def _check_architecture(model: nn.Module) -> bool:
         raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
     if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
         raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
-    experts = [getattr(config, key, None) for key in _EXPERTS]
-    if any(isinstance(count, int) and count > 1 for count in experts):
+    # By their modules: configurations of dense models tell of experts, too.
+    if any(
+        "Experts" in type(m).__name__ or path.endswith("experts")
+        for path, m in model.named_modules()
+    ):
         raise CompileError(
             f"{name} is a mixture of experts, and which of them run would depend on secret values; "
             "mergec compiles dense decoders"

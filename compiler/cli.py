@@ -139,6 +139,7 @@ def inspect_command(
     stage: Annotated[
         Stage, typer.Option(help="The graph to print or write: before the passes, or after.")
     ] = Stage.after,
+    max_length: MaxLength = None,
     preset: Preset = None,
     weights: Weights = None,
     reveal: Reveal = None,
@@ -151,6 +152,7 @@ def inspect_command(
     from compiler.program import Program, check_whole
 
     options = _options(
+        max_length=max_length,
         preset=preset,
         weights=weights,
         reveal=reveal,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from compiler import compile_decoder
 from compiler.errors import CompileError
@@ -42,6 +43,8 @@ example = _example()
     ],
 )
 def test_logits_are_the_models(family: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no such family")
     measured = example.measure(family)
     assert measured.error < LOGIT_ERROR < 0.1 * measured.logit
 

@@ -10,7 +10,7 @@ them shares of a B. So W is opened once in its lifetime, and x moves in one dire
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,24 +61,29 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
     client. The client sees W - B, uniform as B is and opened this once.
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
-    rows = max(1, PIECE // max(1, math.prod(encoded.shape[1:])))
-    shapes = [piece.shape for piece in ghost.split(rows)]
+    shapes = [piece.shape for piece in _pieces(ghost)]
     if ctx.party == DEALER:
         for shape in shapes:
             yield ToClient(torch.empty(shape, dtype=torch.int64, device="meta"))
         return Weight(ghost, ghost, ctx.weight_mask(name, encoded.shape), frac)
     if ctx.party == SERVER:
         masks = ctx.weight_masks(name, shapes)
-        for piece, mask in zip(encoded.split(rows), masks, strict=True):
+        for piece, mask in zip(_pieces(encoded), masks, strict=True):
             yield ToClient(torch.sub(piece, mask, out=mask))
         return Weight(encoded, ghost, ghost, frac)
     if len(shapes) == 1:
         difference = yield ToClient(ghost)
         return Weight(ghost, difference, ghost, frac)
     difference = torch.empty(encoded.shape, dtype=torch.int64, device=ctx.device)
-    for piece in difference.split(rows):
+    for piece in _pieces(difference):
         piece.copy_((yield ToClient(piece)))
     return Weight(ghost, difference, ghost, frac)
+
+
+def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A weight in runs of rows of about PIECE elements; a single number is one."""
+    rows = max(1, PIECE // max(1, math.prod(weight.shape[1:])))
+    return weight.split(rows) if weight.dim() else (weight,)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
