@@ -99,6 +99,20 @@ def test_server_held_constants_cost_one_message_to_the_server(
     assert cost == send_cost(48) + Cost(offline=8 * result.numel())
 
 
+def test_a_constant_that_is_a_single_number() -> None:
+    simulation = Simulation()
+    x, factor = words(6, -(2**63), 2**63 - 1), torch.tensor(-77, dtype=torch.int32)
+    shares = integers(simulation, x)
+    held = simulation.run(lambda ctx, p: share_weight(ctx, "f", _held(factor, p), 0))
+    assert simulation.cost == Cost(1, 8)
+
+    def protocol(ctx, p):
+        sent = yield from send(ctx, shares[p])
+        return scale_by(ctx, sent, held[p])
+
+    assert torch.equal(run(simulation, protocol)[0], x * -77)
+
+
 def test_shared_constants_cost_one_opening_of_the_other_factor() -> None:
     """Twice with the same static masks: for a weight nothing is sent after the first opening."""
     simulation = Simulation()
