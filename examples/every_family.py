@@ -147,7 +147,7 @@ def main() -> None:
         lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *found]
         lines += [["refused", "because"], ["---"] * 2, *map(list, refused.items())]
         texts = [f"| {' | '.join(line)} |" for line in lines]
-        texts[len(found) + 2 : len(found) + 2] = ["", REFUSALS, ""]
+        texts[len(found) + 2 : len(found) + 2] = ["", REFUSALS]
         print("\n".join([INTRODUCTION, *texts]))
         return
     table = Table(*HEAD)
