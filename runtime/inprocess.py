@@ -35,7 +35,7 @@ class InProcessSession:
         """seeds: the client's and the server's, to repeat a session word by word; else fresh."""
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         self._links = link_pair(timeout=600.0)
-        self._sender, receiver = dealer_pair()
+        self._sender, receiver = dealer_pair(timeout=600.0)
         fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
         contexts: dict[int, Context] = {
             CLIENT: ClientContext(client_seed, device, fixed),

@@ -416,21 +416,21 @@ CHECKS = [
         "2^-10 <= x < 2^18",
         "2^-16 y + 1.5 units",
         positive("reciprocal", RECIPROCAL.low, RECIPROCAL.high + 1, _relative),
-        cost=20,
+        cost=4,
     ),
     Check(
         "1 / sqrt(x)",
         "2^-16 <= x < 2^29",
         "2^-16 y + 1.5 units",
         positive("rsqrt", RSQRT.low, RSQRT.high + 1, _relative),
-        cost=20,
+        cost=4,
     ),
     Check(
         "log(x)",
         "2^-16 <= x < 2^29",
         "2e-5 + 1.5 units",
         positive("log", LOG.low, LOG.high + 1, lambda exact: 2e-5 + 1.5 * UNIT),
-        cost=20,
+        cost=4,
     ),
 ]
 
