@@ -42,7 +42,7 @@ def test_octaves_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("spec", [Power(-1.0, 16, 6, 33), Power(-0.5, 29.2, 0, 40)])
 def test_beyond_the_octaves_nothing_is_larger_than_the_largest_result(spec: Power) -> None:
-    """Zero, negative and too large numbers: wrong, as promised, but no overflow for what follows."""
+    """Zero, negative and too large numbers: wrong, but no overflow for what follows."""
     beyond = [0, -1, -(2**spec.low), -(2**50), 2 ** (spec.high + 2), 2**62 - 1, -(2**62)]
     values = torch.tensor(beyond).repeat(200)
     simulation = Simulation()
