@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from compiler.errors import CompileError
+from compiler.ir import aten, calls
 from compiler.moves import is_move, known_size
 from runtime.op import REGISTRY, Op, target
 from runtime.ops.ratio_attention import LARGEST_BOUND
@@ -181,7 +182,9 @@ class _Legalizer:
         elif op.name in _NARROW:
             self.check_scalar(node, arguments[next(iter(arguments))])
         elif op.name == "linear":
-            arguments["bits"] = self.weight_bits(node)
+            arguments |= self.weight_bits(node)
+            if not arguments["parts"]:
+                del arguments["parts"]
             node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         if op.name == "cache_append":
@@ -303,15 +306,32 @@ class _Legalizer:
             self.made[key] = new
         return self.made[key]
 
-    def weight_bits(self, node: fx.Node) -> int:
-        """How many bits more a matrix can have that nothing else uses."""
+    def weight_bits(self, node: fx.Node) -> dict[str, Any]:
+        """How many bits more a matrix can have that nothing else uses, and parts of it by itself.
+
+        Several layers in one product each get what their own result leaves room for; the parts of
+        the product that then have more bits than the rest are taken out by `mpc.part`.
+        """
         weight: Any = node.args[1]
         if weight.op != "get_attr" or weight.target not in self.single:
-            return 0
-        x: Any = node.args[0]
+            return {"bits": 0, "parts": []}
+        columns = _columns(node)
+        most = [self.spare_bits(node, part) for part in columns]
+        bits = min(most, default=self.spare_bits(node, node))
+        if max(most, default=bits) == bits:
+            return {"bits": bits, "parts": []}
+        parts = []
+        for (part, (start, end)), own in zip(columns.items(), most, strict=True):
+            parts += [end - start, own - bits]
+            part.target, part.args = target("part"), (node, start, end, own - bits)
+        return {"bits": bits, "parts": parts}
+
+    def spare_bits(self, linear: fx.Node, result: fx.Node) -> int:
+        """How many bits more than usual a layer's matrix can have for this part of its result."""
+        x: Any = linear.args[0]
         frac = x.meta["frac"] + self.fixed
-        most = min(WEIGHT_BITS, math.floor(self.room[node]) - frac)
-        if "window" in self.wants[node]:
+        most = min(WEIGHT_BITS, math.floor(self.room[result]) - frac)
+        if "window" in self.wants[result]:
             most = min(most, MAX_INPUT_FRAC - frac)
         return max(0, most)
 
@@ -371,6 +391,22 @@ def _products(node: fx.Node) -> Iterator[fx.Node]:
             yield user
         elif is_move(user):
             yield from _products(user)
+
+
+def _columns(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
+    """The slices that cut a product into blocks of columns, in order; none if it is used whole."""
+    shape = node.meta["val"].shape
+    found: dict[fx.Node, tuple[int, int]] = {}
+    for user in node.users:
+        if not calls(user, aten.slice.Tensor) or len(user.args) != 4:
+            return {}
+        _, dim, start, end = user.args
+        if dim not in (-1, len(shape) - 1):
+            return {}
+        found[user] = (start, end)  # type: ignore[assignment]
+    blocks = sorted(found.items(), key=lambda item: item[1])
+    starts, ends = [start for _, (start, _) in blocks], [end for _, (_, end) in blocks]
+    return dict(blocks) if [*starts, shape[-1]] == [0, *ends] else {}
 
 
 def _count(node: fx.Node) -> int:

@@ -20,7 +20,17 @@ from runtime.protocols.shared_weights import open_constant, share_constant, tell
 from runtime.protocols.weights import Constant, share_weight
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER, Cost, Vis
 from runtime.structural import decode_literal, function
-from runtime.values import OWNER, Held, Masked, Sent, Shared, Weight, encode, visibility
+from runtime.values import (
+    OWNER,
+    Held,
+    Masked,
+    Sent,
+    Shared,
+    Weight,
+    encode,
+    scale_rows,
+    visibility,
+)
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -65,6 +75,7 @@ class Executor:
         self._weights: dict[str, Constant] = {}
         self._encoded = dict(encoded or {})
         self.plan = [Planned(instruction) for instruction in program.instructions]
+        self._parts = self._weight_parts()
         index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
         self.dependencies = [
             {index[name] for name in planned.refs if name in index} for planned in self.plan
@@ -223,6 +234,15 @@ class Executor:
                     bits[argument.name] = planned.argument("bits") or 0
         return bits
 
+    def _weight_parts(self) -> dict[str, Sequence[int]]:
+        """Constants some of whose rows have further fractional bits, see `mpc.linear`."""
+        found = {}
+        for planned in self.plan:
+            parts = planned.argument("parts") if planned.op is not None else None
+            if parts:
+                found[planned.argument("weight").name] = parts
+        return found
+
     @classmethod
     def take_weights(cls, program: RoleProgram) -> dict[str, torch.Tensor]:
         """The server's weights as integers, by name; at the other roles there are none.
@@ -240,15 +260,15 @@ class Executor:
                 tied.setdefault(key, []).append(name)
         result: dict[str, torch.Tensor] = {}
         for (_, _, bits), names in tied.items():
-            encoded = executor._encode(tensors[names[0]], fixed + bits)
+            encoded = executor._encode(names[0], tensors[names[0]], fixed + bits)
             result |= dict.fromkeys(names, encoded)
             for name in set(names) - kept:
                 del tensors[name]
         return result
 
-    def _encode(self, data: torch.Tensor, frac: int) -> torch.Tensor:
+    def _encode(self, name: str, data: torch.Tensor, frac: int) -> torch.Tensor:
         """Fixed-point words, int32 where all fit, made in pieces: a weight in float64 is large."""
-        flat = data.reshape(-1)
+        flat = scale_rows(data, self._parts.get(name, ())).reshape(-1)
         largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
         narrow = round(largest * 2.0**frac) <= _INT32_LIMIT
         words = torch.empty(flat.shape, dtype=torch.int32 if narrow else torch.int64)
@@ -272,7 +292,7 @@ class Executor:
             return self._encoded.pop(name).to(self.context.device)
         if data.is_meta:
             return torch.empty(data.shape, dtype=torch.int64, device="meta")
-        return self._encode(data, frac)
+        return self._encode(name, data, frac)
 
     def _drive(self, protocol: Protocol) -> Any:
         reply = None

@@ -7,6 +7,7 @@ tensors for every share and the real masks instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,17 @@ def encode(value: torch.Tensor, frac: int) -> torch.Tensor:
     if not value.is_floating_point():
         return value.to(torch.int64) << frac
     return torch.round(value.to(torch.float64) * 2.0**frac).to(torch.int64)
+
+
+def scale_rows(value: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
+    """The rows of a tensor, real numbers or words, times powers of two; exact.
+
+    parts: (rows, exponent, rows, exponent, ...), as `mpc.linear` takes them; none for no change.
+    """
+    if not parts or value.is_meta:
+        return value
+    factors = torch.repeat_interleave(2 ** torch.tensor(parts[1::2]), torch.tensor(parts[::2]))
+    return value * factors.to(value).reshape(-1, *[1] * (value.dim() - 1))
 
 
 def decode(value: torch.Tensor, frac: int) -> torch.Tensor:

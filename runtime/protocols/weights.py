@@ -20,7 +20,7 @@ from runtime.messages import Protocol, ToClient, ToServer
 from runtime.protocols.opening import open_masked, open_masked_cost
 from runtime.protocols.shared_weights import times_shared_weight
 from runtime.spec import CLIENT, DEALER, SERVER, Cost
-from runtime.values import Held, Masked, Sent, Shared, Weight, encode
+from runtime.values import Held, Masked, Sent, Shared, Weight, encode, scale_rows
 
 Constant = Weight | Masked
 """A constant in a product: held by the server, or shared."""
@@ -164,13 +164,20 @@ def scale_by(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
     return times_weight(ctx, x, weight, torch.mul, shape)
 
 
-def add_held(share: torch.Tensor, held: Held | Shared, frac: int) -> torch.Tensor:
-    """The share plus a constant: its holder adds it alone, or each its share; shapes broadcast."""
+def add_held(
+    share: torch.Tensor, held: Held | Shared, frac: int, parts: Sequence[int] = ()
+) -> torch.Tensor:
+    """The share plus a constant: its holder adds it alone, or each its share; shapes broadcast.
+
+    parts: which columns have more than `frac` fractional bits, see `mpc.linear`.
+    """
     shape = torch.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     if isinstance(held, Shared):
-        return share + (held.share << (frac - held.frac))
-    if held.value.is_meta:
+        words = scale_rows(held.share << (frac - held.frac), parts)
+    elif held.value.is_meta:
         return share.expand(shape)
-    return share + encode(held.value, frac).to(share.device)
+    else:
+        words = encode(scale_rows(held.value, parts), frac).to(share.device)
+    return share + words

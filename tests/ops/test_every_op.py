@@ -67,6 +67,7 @@ CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
     ("quadratic", [real(3, 4), -0.3, 0.0, 1.7], {}, 1e-4),
     ("linear", [real(2, 3, 8), real(5, 8), real(5)], {"weight": "weight", "bias": "held"}, 2e-4),
     ("linear", [real(1, 8), real(5, 8), None], {"weight": "weight"}, 2e-4),
+    ("part", [real(2, 7), 2, 5, 0], {}, 1e-5),
     ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": "weight"}, 1e-5),
     ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": SHARED}, 1e-5),
     ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"ids": PUBLIC, "weight": SHARED}, 1e-5),
