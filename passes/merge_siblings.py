@@ -37,8 +37,15 @@ class MergeSiblings(Pass):
     """
 
     stage = "optimize"
-    # The last layer's queries take the last position alone, and are no siblings of its keys.
-    after = ("fold_norm_affine", "fold_attention_scale", "fold_scalars", "hoist_last_position")
+    # The last layer's queries take the last position alone, and are no siblings of its keys; a
+    # layer behind one of the siblings is no longer next to it once they are one.
+    after = (
+        "fold_norm_affine",
+        "fold_attention_scale",
+        "fold_scalars",
+        "hoist_last_position",
+        "merge_chains",
+    )
 
     def run(self, graph_module: fx.GraphModule) -> int:
         children: dict[fx.Node, list[fx.Node]] = {}

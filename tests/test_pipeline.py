@@ -60,8 +60,8 @@ optimize      fold_norm_affine
 optimize      fold_attention_scale
 optimize      fold_scalars
 optimize      hoist_last_position
-optimize      merge_siblings
 optimize      merge_chains
+optimize      merge_siblings
 """
 
 REORDERED = 1e-9
