@@ -12,7 +12,7 @@ from tests.roles import Finished, run_roles
 TOLERANCES = {
     # Sums and moves: one unit of 2**-16 per encoded operand.
     **dict.fromkeys(("add", "sub", "sum", "shift", "open", "send", "truncate"), 1e-4),
-    **dict.fromkeys(("cache_append", "reveal", "embedding", "relu", "carry"), 1e-4),
+    **dict.fromkeys(("cache_append", "reveal", "embedding", "relu", "carry", "part"), 1e-4),
     # An index: the logits below are further apart than CrypTen's errors.
     "reveal_token": 0.5,
     # Products of numbers below 4: encoding, times the other factor, and local truncation.
@@ -69,7 +69,7 @@ SCRIPT = """
         ("linear", [x, table, None], [S, S, P]), ("linear", [x, table, normal(7)], [S, S, S]),
         ("embedding", [ids, table], ["client", S]),
         ("open", [x], [S]), ("send", [x], [S]), ("truncate", [x], [S]), ("reveal", [x], [S]),
-        ("carry", [x], [S]), ("reveal_token", [normal(1, 9)], [S]),
+        ("carry", [x], [S]), ("part", [x, 1, 3, 2], [S, P, P, P]), ("reveal_token", [normal(1, 9)], [S]),
         ("cache_append", [k[:, :, :0], k], [S, S]), ("cache_append", [k, v], [S, S]),
         ("relu", [x], [S]), ("exp", [-x.abs()], [S]), ("sigmoid", [x], [S]), ("tanh", [x], [S]),
         ("softmax", [x], [S]), ("softmax", [x[..., :1]], [S]),
