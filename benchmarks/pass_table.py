@@ -148,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
     wanted = parser.parse_args().measure
-    # A process for each model: passes run on one core.
-    with ProcessPoolExecutor(len(MODELS), multiprocessing.get_context("spawn")) as pool:
+    # A process for each model: passes run on one core. It gives its memory back when it is done.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(MODELS), spawn, max_tasks_per_child=1) as pool:
         parts = [INTRODUCTION]
         for text in pool.map(section, MODELS, [wanted] * len(MODELS)):
             parts.append(text)
