@@ -142,7 +142,8 @@ class Executor:
                 waiting[i] = (protocol, protocol.send(reply))
             except StopIteration as stop:
                 finish(i, stop.value)
-            self._count(i, Cost(offline=self.context.offline_bytes - before))
+            if self.context.offline_bytes != before:
+                self._count(i, Cost(offline=self.context.offline_bytes - before))
 
         while ready or waiting:
             while ready:
@@ -174,8 +175,6 @@ class Executor:
         return uses
 
     def _count(self, i: int, cost: Cost) -> None:
-        if cost == Cost():
-            return
         name = self.plan[i].instruction.name
         self.record.by_instruction[name] = self.record.by_instruction.get(name, Cost()) + cost
         self.record.total += Cost(online=cost.online, offline=cost.offline)

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from runtime.errors import PartyError
@@ -16,6 +17,9 @@ BLOCK_BYTES = 1 << 20
 
 AHEAD_BYTES = 256 << 20
 """How much a party takes from the dealer before it is used."""
+
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 class BlockWriter(Protocol):
@@ -96,6 +100,7 @@ class DealerReceiver:
         self._timeout = timeout
         self._limit = ahead_bytes
         self._queue: deque[torch.Tensor] = deque()
+        self._block = _NOTHING
         self._head = 0
         self._size = 0
         self._ended = False
@@ -110,33 +115,44 @@ class DealerReceiver:
 
     def read(self, nbytes: int) -> torch.Tensor:
         """The next `nbytes` bytes of the stream, in memory of their own; waits until they came."""
-        first = self._first(nbytes)
-        if first is not None:
-            return first
-        result = torch.empty(nbytes, dtype=torch.uint8)
+        start, stop = self._head, self._head + nbytes
+        if stop < self._block.nbytes:
+            # Most reads are small, and end within a block that no other thread looks at.
+            self._head = stop
+            self.consumed += nbytes
+            return torch.from_numpy(self._block[start:stop].copy())
+        if nbytes and self._block is _NOTHING:
+            self._next()
+            if self._block.nbytes == nbytes:
+                # Large ones are sent alone, and need no copy.
+                whole = self._block
+                self._advance(nbytes)
+                return torch.from_numpy(whole)
+        result = np.empty(nbytes, np.uint8)
         done = 0
         while done < nbytes:
-            with self._changed:
-                self._wait()
-                block, start = self._queue[0], self._head
-                size = min(nbytes - done, block.numel() - start)
-                self._advance(size)
-            # The queue holds the only other reference, so the copy needs no lock.
-            result[done : done + size] = block[start : start + size]
+            if self._block is _NOTHING:
+                self._next()
+            size = min(nbytes - done, self._block.nbytes - self._head)
+            result[done : done + size] = self._block[self._head : self._head + size]
+            self._advance(size)
             done += size
-        return result
+        return torch.from_numpy(result)
 
-    def _first(self, nbytes: int) -> torch.Tensor | None:
-        """The first block as it is, where just that is asked for: large ones are sent alone."""
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+    def _next(self) -> None:
         with self._changed:
             self._wait()
-            block = self._queue[0]
-            if self._head or block.numel() != nbytes:
-                return None
-            self._advance(nbytes)
-            return block
+            self._block = self._queue.popleft().numpy()
+
+    def _advance(self, size: int) -> None:
+        """Go on in the block; at its end there is room for another."""
+        self.consumed += size
+        self._head += size
+        if self._head == self._block.nbytes:
+            with self._changed:
+                self._size -= self._block.nbytes
+                self._block, self._head = _NOTHING, 0
+                self._changed.notify_all()
 
     def _wait(self) -> None:
         while not self._queue:
@@ -152,21 +168,12 @@ class DealerReceiver:
                     f"the dealer sent nothing for {self._timeout:g} s; see what it is doing"
                 )
 
-    def _advance(self, size: int) -> None:
-        self.consumed += size
-        self._size -= size
-        self._head += size
-        if self._head == self._queue[0].numel():
-            self._queue.popleft()
-            self._head = 0
-        self._changed.notify_all()
-
     def _fill(self) -> None:
         try:
             while (block := self._blocks.get()) is not None:
                 with self._changed:
                     # A block larger than the whole limit still has to pass.
-                    while self._queue and self._size + block.numel() > self._limit:
+                    while self._size and self._size + block.numel() > self._limit:
                         self._changed.wait()
                     self.received += block.numel()
                     self._queue.append(block)
