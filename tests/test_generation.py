@@ -165,8 +165,9 @@ def test_a_program_of_another_kind_is_refused() -> None:
 
 
 def test_three_roles_in_threads_say_what_plaintext_says() -> None:
-    client_link, server_link = link_pair()
-    sender, receiver = dealer_pair()
+    # Long enough for the kernels to be compiled on a busy machine.
+    client_link, server_link = link_pair(timeout=300.0)
+    sender, receiver = dealer_pair(timeout=300.0)
     seeds = new_seed(), new_seed()
     contexts: tuple[Context, ...] = (
         ClientContext(seeds[0]),
