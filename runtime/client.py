@@ -166,8 +166,8 @@ class Connection:
     ) -> tuple[Path, int]:
         """Have the dealer deal for later, and store it here and at the server; no session is open.
 
-        on_answer: gets how many answers are done, and their bytes at the server. Gives this party's
-        folder below `root`, and the bytes at the server.
+        on_answer: gets how many answers are done, and the bytes at the server so far. Gives this
+        party's folder below `root`, and the bytes at the server.
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
@@ -182,7 +182,7 @@ class Connection:
                 size = whole(fields, "bytes", 0, 1 << 62, channel.peer)
                 if kind is Kind.DONE:
                     break
-                on_answer(whole(fields, "answers", 1, plan.answers, channel.peer), size)
+                on_answer(whole(fields, "answers", 0, plan.answers, channel.peer), size)
             if not is_store(fields.get("store")):
                 raise PartyError("the server does not name what it stored; prepare again")
             program = self.program.manifest["program_hash"]

@@ -63,7 +63,7 @@ AHEAD_BYTES = 64 << 20
 """What a session takes from the dealer before it is used."""
 
 _LOOK = 1.0
-"""Seconds between two looks at the dealer while the client thinks."""
+"""Seconds between two looks at the dealer while the client thinks, or signs of life to it."""
 
 
 @dataclass(frozen=True)
@@ -386,15 +386,18 @@ class _Session:
             with StoreWriter(
                 settings.stores, header, settings.store_key, seed, settings.store_bytes
             ) as writer:
-                done = 0
+                done, told = 0, time.monotonic()
                 while done < plan.answers:
                     kind, block = dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
                     if kind is Kind.BLOCK:
                         writer.write(block)
-                        continue
-                    writer.end_answer()
-                    done += 1
-                    channel.send_json(Kind.STORED, answers=done, bytes=writer.size)
+                    else:
+                        writer.end_answer()
+                        done += 1
+                    # One answer may take longer than the client waits for a message.
+                    if kind is Kind.MARK or time.monotonic() - told > _LOOK:
+                        told = time.monotonic()
+                        channel.send_json(Kind.STORED, answers=done, bytes=writer.size)
                 writer.finish()
         except StoreError as error:
             self._log.error("cannot store", reason=str(error))
