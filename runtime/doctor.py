@@ -70,6 +70,7 @@ def _machine() -> Iterator[Finding]:
         yield Finding("packages", BAD, f"missing: {', '.join(missing)}; pip install mergec")
     else:
         yield Finding("packages", GOOD, "all there")
+        yield _kernels()
     for name, use in _OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             yield Finding(name, POOR, f"not installed; needed for {use} only")
@@ -100,6 +101,15 @@ def _aes() -> Finding:
     named = [flag for flag in ("aes", "vaes") if flag in flags]
     said = f"{rate / 1e9:.1f} GB/s, instructions: {' '.join(named) or 'none found'}"
     return Finding("AES", GOOD if rate > _SLOW_RATE else POOR, said)
+
+
+def _kernels() -> Finding:
+    from runtime.kernels.compiled import can_keep  # numba may be what is missing
+
+    if can_keep():
+        return Finding("kernels", GOOD, "compiled once")
+    told = "compiled anew at each start; set NUMBA_CACHE_DIR to a folder of this user's"
+    return Finding("kernels", POOR, told)
 
 
 def _processor_flags() -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 from runtime.certificates import make_certificates
 from runtime.cli import run
 from runtime.doctor import BAD, GOOD, POOR, examine
+from runtime.kernels.compiled import can_keep, compiled
 from tests import decoder
 
 
@@ -40,6 +41,27 @@ def test_what_will_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "it was cut or changed" in printed.out
     assert "is of the role dealer, this party is the server" in printed.out
     assert printed.err == "error: 3 of these will not do\n"
+
+
+def test_kernels_are_compiled_anew_where_they_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**options: object):
+        def wrap(function):
+            if options.get("cache"):
+                raise RuntimeError("cannot cache function: no locator available")
+            return function
+
+        return wrap
+
+    monkeypatch.setattr("runtime.kernels.compiled.numba.njit", refuse)
+    can_keep.cache_clear()
+    try:
+        assert compiled(parallel=True)(lambda: 5)() == 5
+        found = {finding.what: finding for finding in examine()}
+        assert (found["kernels"].state, "NUMBA_CACHE_DIR" in found["kernels"].said) == (POOR, True)
+    finally:
+        can_keep.cache_clear()
 
 
 def test_a_machine_with_too_little_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import numba
 import numpy as np
 import torch
 
+from runtime.kernels.compiled import compiled
+
 _LIMB_BITS = 16
 _FLOAT_EXACT_BITS = 53
 
@@ -90,7 +92,7 @@ def set_threads(count: int) -> None:
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@compiled(parallel=True)
 def _rows(x, weight, out):  # type: ignore[no-untyped-def]
     # One weight row at a time for all rows of x: the weights are read from memory once.
     for o in numba.prange(weight.shape[0]):
@@ -101,7 +103,7 @@ def _rows(x, weight, out):  # type: ignore[no-untyped-def]
             out[n, o] = total
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@compiled(parallel=True)
 def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
     # Each thread takes some of the weight's rows and sums into a part of its own, four at a time.
     # As many columns at once as keep the part's rows in the cache: at one row of x that is all of
@@ -132,7 +134,7 @@ def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
                 v += 1
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@compiled(parallel=True)
 def _batched(a, b, out):  # type: ignore[no-untyped-def]
     for index in numba.prange(a.shape[0] * a.shape[1]):
         batch, row = index // a.shape[1], index % a.shape[1]

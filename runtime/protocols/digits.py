@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 
+from runtime.kernels.compiled import compiled
 from runtime.protocols.formula import Polynomial
 
 _NARROWEST, _WIDEST = 3, 10
@@ -129,7 +129,7 @@ def _rows(relation: str, width: int) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little")
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _look_up_cpu(points, tables, places, out):  # type: ignore[no-untyped-def]
     for t in range(points.shape[0]):
         for i in range(points.shape[1]):

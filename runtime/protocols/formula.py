@@ -13,11 +13,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol, Swap
 
 Polynomial = dict[frozenset[int], int]
@@ -136,7 +136,7 @@ def _subsets(items: frozenset[int]) -> list[frozenset[int]]:
     ]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _evaluate_cpu(bits, words, coefficients, out):  # type: ignore[no-untyped-def]
     for i in range(bits.shape[0]):
         row = bits[i]

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 
 from runtime.context import INDICATOR_WORDS, Context
+from runtime.kernels.compiled import compiled
 from runtime.spec import Cost
 from runtime.values import logical_shift
 
@@ -127,7 +127,7 @@ def _unrolled(table: Table) -> np.ndarray:
     return np.ascontiguousarray(table.coefficients[order].T)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _evaluate_cpu(points, rows, c, windows, step_bits, drop, out):  # type: ignore[no-untyped-def]
     for i in range(points.shape[0]):
         z = points[i]

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-import numba
 import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol, together
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.formula import Formula, added, conjunction, open_bits
@@ -283,7 +283,7 @@ def _equalities(opened: torch.Tensor, tables: torch.Tensor, places: np.ndarray) 
     return torch.from_numpy(out).to(opened.device)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _one_hot_cpu(mask, places, out):  # type: ignore[no-untyped-def]
     for i in range(mask.shape[0]):
         for k in range(places.shape[0]):
@@ -291,7 +291,7 @@ def _one_hot_cpu(mask, places, out):  # type: ignore[no-untyped-def]
             out[i, places[k, 2] + (v >> 3)] |= np.uint8(1 << (v & 7))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _equalities_cpu(opened, tables, places, out):  # type: ignore[no-untyped-def]
     digits = places.shape[1]
     for i in range(opened.shape[0]):
