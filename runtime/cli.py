@@ -127,7 +127,7 @@ def certs_command(
     ] = None,
     days: Annotated[int, typer.Option(help="How long they are valid.", min=1, max=3650)] = 365,
 ) -> None:
-    """Make a private authority, and certificates for server, dealer and clients."""
+    """Make an authority, and certificates of all roles."""
     from runtime.certificates import AUTHORITY_KEY, make_certificates
 
     made = make_certificates(folder, tuple(client or ("client",)), days)
@@ -145,7 +145,7 @@ def doctor_command(
         list[str] | None, typer.Option(help="host:port that should be free; may be repeated.")
     ] = None,
 ) -> None:
-    """Check this machine, and a bundle and certificates; say what is missing."""
+    """Check this machine, a bundle, and certificates."""
     from runtime.doctor import BAD, POOR, examine
 
     styles = {BAD: "red", POOR: "yellow"}
@@ -168,7 +168,7 @@ def serve_command(
     sessions: Annotated[int, typer.Option(help="Sessions at once.", min=1)] = 4,
     client_sessions: Annotated[int, typer.Option(help="Of one client.", min=1)] = 2,
     queue: Annotated[int, typer.Option(help="Clients that may wait.", min=0)] = 16,
-    length: Annotated[int, typer.Option(help="Most tokens of a session; 0: any.", min=0)] = 0,
+    length: Annotated[int, typer.Option(help="Most tokens, with the prompt; 0: any.", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer; 0: any.", min=0)] = 0,
     rate: Annotated[int, typer.Option(help="Tokens per client, minute; 0: any.", min=0)] = 0,
     device: DeviceOption = Device.cpu,
@@ -188,7 +188,7 @@ def serve_command(
     from runtime.correlations.store import read_key
     from runtime.server import Limits, ServerSettings, serve
 
-    serve(
+    interrupted = serve(
         ServerSettings(
             bundle=_folder(bundle, "server"),
             listen=_address(listen),
@@ -206,6 +206,8 @@ def serve_command(
             store_bytes=store_bytes,
         )
     )
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command("deal")
@@ -225,7 +227,7 @@ def deal_command(
     """Deal correlated randomness to sessions, until SIGTERM."""
     from runtime.dealer import DealerSettings, deal
 
-    deal(
+    interrupted = deal(
         DealerSettings(
             bundle=_folder(bundle, "dealer"),
             listen=_address(listen),
@@ -238,6 +240,8 @@ def deal_command(
             threads=threads,
         )
     )
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command("prepare")
@@ -255,7 +259,7 @@ def prepare_command(
     timeout: Timeout = 120.0,
     _config: Config = None,
 ) -> None:
-    """Have randomness dealt and stored, so that answers need no dealer.
+    """Store randomness, so that answers need no dealer.
 
     A stored answer takes a prompt of at least --prompt tokens: these in one step, each further one
     in a step of its own, at the expense of --answer.
@@ -313,7 +317,11 @@ def generate_command(
     ) as connection:
         asked = _numbers(text) if ids else connection.encode(text, chat)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        _answer(connection, asked, show_ids=ids, max_tokens=max_tokens, sampling=sampling)
+        _, stopped = _answer(
+            connection, asked, show_ids=ids, max_tokens=max_tokens, sampling=sampling
+        )
+    if stopped:
+        raise KeyboardInterrupt
 
 
 @app.command("chat")
@@ -353,7 +361,7 @@ def chat_command(
             turns.append({"role": "user", "content": said})
             try:
                 asked = connection.encode_chat(turns)
-                text = _answer(connection, asked, max_tokens=max_tokens, sampling=sampling)
+                text, _ = _answer(connection, asked, max_tokens=max_tokens, sampling=sampling)
                 turns.append({"role": "assistant", "content": text})
             except MergecError as error:
                 turns.pop()
@@ -382,7 +390,7 @@ def proxy_command(
     grace: Grace = 5.0,
     _config: Config = None,
 ) -> None:
-    """Give apps on this machine OpenAI's interface to a server, and a chat page."""
+    """Offer OpenAI's interface and a chat page, here."""
     if store is not None and sessions > 1:
         raise MergecError("a store serves one session at a time; leave --sessions out")
     from runtime.proxy.serve import ProxySettings, proxy
@@ -399,8 +407,8 @@ def proxy_command(
 
 def _answer(
     connection: Connection, asked: list[int], *, show_ids: bool = False, **options: Any
-) -> str:
-    """Stream an answer, and say what it took.
+) -> tuple[str, bool]:
+    """Stream an answer, and say what it took; gives its text, and whether Ctrl-C ended it.
 
     Ctrl-C ends it after the step under way, so that the session stays; a second one, at once.
     """
@@ -442,7 +450,7 @@ def _answer(
         f"{rounds / count:.0f} rounds each",
         style="dim",
     )
-    return text
+    return text, stopped
 
 
 def _connection(
@@ -538,6 +546,8 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, prog_name="mergec", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MergecError as error:
         return _fail(str(error), FAILED, debug)

@@ -49,8 +49,8 @@ class DealerSettings:
     threads: int = 1
 
 
-def deal(settings: DealerSettings) -> None:
-    """Deal until SIGTERM."""
+def deal(settings: DealerSettings) -> bool:
+    """Deal until SIGTERM or SIGINT; gives whether it was the latter."""
     prepare_to_fork()
     log = open_log(ROLES[DEALER])
     program = load_bundle(settings.bundle, ROLES[DEALER])
@@ -65,8 +65,9 @@ def deal(settings: DealerSettings) -> None:
             _Session(settings, program, connection, parent, log).play()
 
         desk = DealerDesk(settings.sessions, metrics, settings.timeout)
-        Service(listener, work, desk, settings.grace).run()
+        interrupted = Service(listener, work, desk, settings.grace).run()
     log.info("stopped")
+    return interrupted
 
 
 def _name(listener: socket.socket) -> str:

@@ -106,8 +106,8 @@ class ServerSettings:
     """What one store may take on disk."""
 
 
-def serve(settings: ServerSettings) -> None:
-    """Serve until SIGTERM."""
+def serve(settings: ServerSettings) -> bool:
+    """Serve until SIGTERM or SIGINT; gives whether it was the latter."""
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
@@ -128,8 +128,10 @@ def serve(settings: ServerSettings) -> None:
             use_threads(settings.threads)
             _Session(settings, program, encoded, connection, parent, log).play()
 
-        Service(listener, work, ServerDesk(settings.limits, metrics), settings.grace).run()
+        desk = ServerDesk(settings.limits, metrics)
+        interrupted = Service(listener, work, desk, settings.grace).run()
     log.info("stopped")
+    return interrupted
 
 
 class ServerDesk(Desk):

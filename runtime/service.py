@@ -176,10 +176,14 @@ class Service:
         self._workers: dict[int, Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._stop_at: float | None = None
+        self._interrupted = False
         self._told = 0
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, and until the sessions under way have ended."""
+    def run(self) -> bool:
+        """Serve until SIGTERM or SIGINT, and until the sessions under way have ended.
+
+        Gives whether it was SIGINT: somebody at the keyboard.
+        """
         waker, woken = socket.socketpair()
         waker.setblocking(False)
         woken.setblocking(False)
@@ -212,10 +216,12 @@ class Service:
         signal.set_wakeup_fd(-1)
         waker.close()
         woken.close()
+        return self._interrupted
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD and self._stop_at is None:
             self._stop_at = time.monotonic()
+            self._interrupted = number == signal.SIGINT
 
     def _strangers(self) -> list[Worker]:
         """The oldest first."""

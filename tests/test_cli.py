@@ -232,7 +232,7 @@ def test_other_failures(
     fails(run, FAILED, "'gguf'", "mergec[compile]")
     failing(KeyboardInterrupt())
     assert mergec(run) == INTERRUPTED
-    capsys.readouterr()
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
     monkeypatch.setenv(DEBUG, "1")
     failing(PartyError("gone"))
     assert mergec(run) == FAILED

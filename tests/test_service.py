@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from runtime.bundle import save_bundle
 from runtime.certificates import make_certificates
-from runtime.cli import run
+from runtime.cli import INTERRUPTED, run
 from runtime.errors import PartyError, PromptError
 from runtime.observe import Metrics
 from runtime.server import Limits, ServerDesk
@@ -298,6 +298,25 @@ def test_the_command_line_streams_an_answer_over_tls(running, bundles, certifica
     assert "4 steps" in done.stderr
 
 
+def test_ctrl_c_ends_an_answer_after_the_step_under_way(
+    running, bundles, ann, monkeypatch, capsys
+) -> None:
+    def press(text: str) -> None:
+        sys.stdout.write(text)
+        if text.strip():
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("runtime.cli.write", press)
+    ended = sum(line["event"] == "session ended" for line in running.server.log)
+    places = ["--server", str(running.server.address), "--dealer", str(running.dealer.address)]
+    asked = ["--ids", "-p", "5 1 7", "--max-tokens", "9", "--certs", str(ann.folder)]
+    assert run(["generate", str(bundles), *places, *asked]) == INTERRUPTED
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(t) for t in decoder.plaintext(bundles, PROMPT, 1)]
+    assert printed.err.splitlines()[-1] == "stopped"
+    running.server.wait_for("session ended", ended + 1)
+
+
 def test_a_chat_keeps_its_turns_and_goes_on_after_a_mistake(
     running, bundles, certificates, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -360,6 +379,9 @@ def test_sigterm_lets_an_answer_end_and_tells_the_idle(bundles) -> None:
         assert made.server.process.wait(20) == 0
         with pytest.raises(PartyError, match="the server"):
             tokens(busy)
+        assert made.dealer.stop(signal.SIGINT) == INTERRUPTED
+        assert made.dealer.output.splitlines()[-1] == "stopped"
+        assert made.dealer.log[-1]["event"] == "stopped"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from runtime.bundle import load_bundle, role_path
-from runtime.cli import run
+from runtime.cli import INTERRUPTED, run
 from runtime.errors import LimitError
 from runtime.plain import PlainExecutor
 from runtime.proxy.errors import explain
@@ -444,6 +445,11 @@ def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: st
         assert sum(line["event"] == "session began" for line in made.server.log) == 2
         sessions.close()
         made.server.wait_for("session ended", 2)
+        at = ("--server", str(made.server.address), "--dealer", str(made.dealer.address))
+        with role("proxy", bundles, *at, "--plaintext") as stopped:
+            stopped.wait_for("listening")
+            assert stopped.stop(signal.SIGINT) == INTERRUPTED
+            assert stopped.output.splitlines()[-1] == "stopped"
 
 
 # ------------------------------------------------------------------------- at the start
