@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from runtime.bundle import load_bundle
-from runtime.context import ShapeContext
 from runtime.executor import Executor
 from runtime.spec import Vis
 
@@ -41,11 +40,10 @@ def weight_traces(bundle: Path) -> set[bytes]:
     Rows that begin with the same number four times, such as ones, would be found anywhere.
     """
     program = load_bundle(bundle, "server")
-    context = ShapeContext(fixed=program.manifest["fractional_bits"])
-    words = Executor(program, context, None).encode_weights()
+    numbers = [*program.tensors.items(), *Executor.take_weights(program).items()]
     public = {spec.name for spec in program.constants if spec.vis is Vis.PUBLIC}
     found: set[bytes] = set()
-    for name, tensor in (*program.tensors.items(), *words.items()):
+    for name, tensor in numbers:
         if name in public or tensor.dim() == 0 or tensor.shape[-1] < SHOWN:
             continue
         rows = tensor.reshape(-1, tensor.shape[-1])[:, :SHOWN]
