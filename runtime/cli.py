@@ -100,6 +100,10 @@ StoreAt = Annotated[
 StoreKey = Annotated[
     Path | None, typer.Option(help="File with the stores' key; else MERGEC_STORE_KEY has it.")
 ]
+Keep = Annotated[
+    Path | None,
+    typer.Option(help="Folder for hidden weights: a server with a --store-key sends them once."),
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads the input.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the best token.", min=0.0)]
 TopK = Annotated[int, typer.Option(help="Sample from the k best; 0 for all.", min=0)]
@@ -180,7 +184,13 @@ def serve_command(
     stores: Annotated[
         Path | None, typer.Option(help="Folder for randomness that clients have dealt ahead.")
     ] = None,
-    store_key: StoreKey = None,
+    store_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the key of stores, and of static masks that clients may keep hidden "
+            "weights for; MERGEC_STORE_KEY for stores alone."
+        ),
+    ] = None,
     store_bytes: Annotated[int, typer.Option(help="Most bytes of a store.", min=1)] = 16 << 30,
     _config: Config = None,
 ) -> None:
@@ -202,7 +212,7 @@ def serve_command(
             metrics=_address(metrics) if metrics else None,
             threads=threads,
             stores=stores,
-            store_key=read_key(store_key) if stores is not None else b"",
+            store_key=read_key(store_key) if stores or store_key else b"",
             store_bytes=store_bytes,
         )
     )
@@ -294,6 +304,7 @@ def generate_command(
     dealer: DealerAt = DEALER_ADDRESS,
     store: StoreAt = None,
     store_key: StoreKey = None,
+    keep: Keep = None,
     certs: Certs = None,
     plaintext: Plaintext = False,
     ids: Annotated[bool, typer.Option("--ids", help="The prompt is token numbers.")] = False,
@@ -313,7 +324,7 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     opened = _store(store, store_key)
     with _connection(
-        bundle, server, dealer, opened, certs, plaintext, device, timeout
+        bundle, server, dealer, opened, certs, plaintext, device, timeout, keep
     ) as connection:
         asked = _numbers(text) if ids else connection.encode(text, chat)
         sampling = Sampling(temperature, top_k, top_p, seed)
@@ -331,6 +342,7 @@ def chat_command(
     dealer: DealerAt = DEALER_ADDRESS,
     store: StoreAt = None,
     store_key: StoreKey = None,
+    keep: Keep = None,
     certs: Certs = None,
     plaintext: Plaintext = False,
     max_tokens: MaxTokens = 128,
@@ -349,7 +361,7 @@ def chat_command(
     turns: list[dict[str, str]] = []
     opened = _store(store, store_key)
     with _connection(
-        bundle, server, dealer, opened, certs, plaintext, device, timeout
+        bundle, server, dealer, opened, certs, plaintext, device, timeout, keep
     ) as connection:
         while True:
             try:
@@ -375,6 +387,7 @@ def proxy_command(
     dealer: DealerAt = DEALER_ADDRESS,
     store: StoreAt = None,
     store_key: StoreKey = None,
+    keep: Keep = None,
     certs: Certs = None,
     plaintext: Plaintext = False,
     host: Annotated[str, typer.Option(help="Where to listen for apps.")] = "127.0.0.1",
@@ -398,7 +411,15 @@ def proxy_command(
 
     proxy(
         lambda: _connection(
-            bundle, server, dealer, _store(store, store_key), certs, plaintext, device, timeout
+            bundle,
+            server,
+            dealer,
+            _store(store, store_key),
+            certs,
+            plaintext,
+            device,
+            timeout,
+            keep,
         ),
         ProxySettings(Address(host, port), expose, origin or (), sessions, queue, grace),
         lambda url: err.print(f"chat at {url}, point apps at {url}/v1", soft_wrap=True),
@@ -462,6 +483,7 @@ def _connection(
     plaintext: bool,
     device: Device,
     timeout: float,
+    keep: Path | None = None,
 ) -> Connection:
     from runtime.client import Connection
 
@@ -473,6 +495,7 @@ def _connection(
         security=_security("client", certs, plaintext),
         device=device.value,
         timeout=timeout,
+        keep=keep,
         on_wait=lambda place: err.print(f"waiting for a place, {place} in the queue", style="dim"),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.bundle import TOKENIZER, load_bundle
 from runtime.context import ClientContext
+from runtime.correlations.kept import Kept, is_name
 from runtime.correlations.store import Header, Store, StoreError, StoreWriter, is_store
 from runtime.encoding import is_a
 from runtime.errors import LimitError, MergecError, PartyError, PromptError
@@ -45,8 +46,9 @@ QUEUE_TIMEOUT = 3600.0
 class Connection:
     """A session with a server: opened once, then asked again and again.
 
-    Opening takes 8 bytes of traffic and of memory for each of the server's weights. One answer is
-    given at a time. After an error the session is over, and `open` begins a new one.
+    Opening takes 8 bytes of traffic and of memory for each of the server's weights; of traffic only
+    once, if they are kept and the server's masks stay. One answer is given at a time. After an
+    error the session is over, and `open` begins a new one.
     """
 
     def __init__(
@@ -61,8 +63,11 @@ class Connection:
         timeout: float = TIMEOUT,
         join_timeout: float = JOIN_TIMEOUT,
         on_wait: Callable[[int], object] = lambda _: None,
+        keep: Path | None = None,
     ) -> None:
         """bundle: the client's, or its folder. on_wait: gets the place in a queue.
+
+        keep: a folder for hidden weights, so that a server that has a key sends them once.
 
         dealer or store: where randomness comes from; a store does without the dealer.
         """
@@ -79,6 +84,8 @@ class Connection:
         self._device = device
         self._timeout, self._join_timeout = timeout, join_timeout
         self._on_wait = on_wait
+        self._keep = keep
+        self._masks: object = None
         self._channels: list[Channel] = []
         self._session: MergecSession | None = None
         self._busy = threading.Lock()
@@ -123,9 +130,21 @@ class Connection:
             wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
         channel, token = self._admitted(hello, wanted)
         seed = self._join(hello, token) if store is None else store.seed
-        executor = Executor(self.program, self._context(seed), channel)
+        return self._set_up(channel, self._context(seed))
+
+    def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
+        """Take the hidden weights; those of an earlier session if the server's masks stayed."""
+        here, found = None, None
+        if self._keep is not None and is_name(self._masks):
+            here = Kept(self._keep, self.program.manifest["program_hash"], str(self._masks))
+            found = here.load()
+        if self._masks is not None:
+            channel.send_json(Kind.KEPT, kept=found is not None)
+        executor = Executor(self.program, context, channel, kept=found)
         session = MergecSession(executor, lambda: channel.traffic)
         self.setup = measured(session, 0, 0, session.setup)
+        if here is not None and found is None:
+            here.save(executor.hidden_weights())
         return session
 
     def _context(self, seed: bytes) -> ClientContext:
@@ -145,6 +164,7 @@ class Connection:
             if kind is Kind.QUEUED and is_a(fields.get("position"), int):
                 self._on_wait(fields["position"])
         self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
+        self._masks = fields.get("masks")
         return channel, read_token(fields, channel.peer)
 
     def _join(self, hello: Hello, token: str) -> bytes:

@@ -196,9 +196,11 @@ class ServerContext(Context):
         corrections: ByteSource,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        weight_seed: bytes | None = None,
     ) -> None:
+        """weight_seed: of the static masks of weights; by default `seed`."""
         super().__init__(device, fixed)
-        self._seed = seed
+        self._weight_seed = weight_seed or seed
         self._prg = Prg(derive(seed, "shares"))
         self._corrections = corrections
 
@@ -210,7 +212,7 @@ class ServerContext(Context):
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
-        prg = Prg(derive(self._seed, f"weight {name}"))
+        prg = Prg(derive(self._weight_seed, f"weight {name}"))
         return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 
     def deal(
@@ -244,11 +246,15 @@ class DealerContext(Context):
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
         own_seed: bytes | None = None,
+        weight_seed: bytes | None = None,
     ) -> None:
-        """own_seed: of `private_words`; a fresh one by default."""
+        """own_seed: of `private_words`; a fresh one by default.
+
+        weight_seed: of the static masks of weights; by default the server's seed.
+        """
         super().__init__(device, fixed)
         self._own = Prg(own_seed or new_seed())
-        self._server_seed = server_seed
+        self._weight_seed = weight_seed or server_seed
         self.constant_seed = derive(client_seed, "constants")
         self._client = Prg(derive(client_seed, "shares"))
         self._server = Prg(derive(server_seed, "shares"))
@@ -271,7 +277,7 @@ class DealerContext(Context):
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
-        prg = Prg(derive(self._server_seed, f"weight {name}"))
+        prg = Prg(derive(self._weight_seed, f"weight {name}"))
         return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
 
     def deal(

@@ -22,7 +22,15 @@ from runtime.observe import Metrics, open_log
 from runtime.program import RoleProgram
 from runtime.sampling import Draw
 from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
-from runtime.session import IDLE_TIMEOUT, TIMEOUT, Plan, be_greeted, read_step, read_token
+from runtime.session import (
+    IDLE_TIMEOUT,
+    TIMEOUT,
+    Plan,
+    be_greeted,
+    read_masks,
+    read_step,
+    read_token,
+)
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.transport.address import Address
 from runtime.transport.channel import Channel, Kind
@@ -197,7 +205,7 @@ class _Session:
             self._relay(channel, self._line)
         else:
             channel.send(Kind.SEED, seeds[1])
-            self._deal(channel, self._line, seeds[0], seeds[1])
+            self._deal(channel, self._line, seeds[0], seeds[1], read_masks(fields, channel.peer))
         self._log.info("session ended")
 
     def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
@@ -231,10 +239,17 @@ class _Session:
             except OSError as error:
                 raise PartyError("the server went away; see its own message") from error
 
-    def _deal(self, channel: Channel, line: socket.socket, client: bytes, server: bytes) -> None:
+    def _deal(
+        self,
+        channel: Channel,
+        line: socket.socket,
+        client: bytes,
+        server: bytes,
+        masks: bytes | None,
+    ) -> None:
         fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
         stream = DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client, server, stream, fixed=fixed)
+        context = DealerContext(client, server, stream, fixed=fixed, weight_seed=masks)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()

@@ -17,7 +17,7 @@ from runtime.op import REGISTRY, Op, load_all
 from runtime.program import Instruction, Ref, RoleProgram, needed
 from runtime.protocols.local import as_share
 from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
-from runtime.protocols.weights import Constant, share_weight
+from runtime.protocols.weights import Constant, reuse_weight, share_weight
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER, Cost, Vis
 from runtime.structural import decode_literal, function
 from runtime.values import (
@@ -61,10 +61,13 @@ class Executor:
         context: Context,
         link: Exchange | None,
         encoded: Mapping[str, torch.Tensor] | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """`link` is None at the dealer, which exchanges nothing with the two parties.
 
         encoded: the server's weights as `take_weights` gave them, which sessions can share.
+        kept: `hidden_weights` of an earlier session under the same masks, at the client; anything
+        but None at the server. Then they are not sent.
         """
         load_all()
         self.program = program
@@ -74,6 +77,7 @@ class Executor:
         self._held: dict[str, Any] = {}
         self._weights: dict[str, Constant] = {}
         self._encoded = dict(encoded or {})
+        self._kept = kept
         self.plan = [Planned(instruction) for instruction in program.instructions]
         self._parts = self._weight_parts()
         index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
@@ -107,9 +111,17 @@ class Executor:
             self._held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
             if spec.name in wanted:
                 bits = self.context.fixed + wanted[spec.name]
-                self._weights[spec.name] = self._drive(
-                    share_weight(self.context, spec.name, self._words(spec.name, data, bits), bits)
-                )
+                words = self._words(spec.name, data, bits)
+                if self._kept is None:
+                    sent = share_weight(self.context, spec.name, words, bits)
+                    self._weights[spec.name] = self._drive(sent)
+                else:
+                    hidden = self._kept.get(spec.name, words)
+                    self._weights[spec.name] = reuse_weight(self.context, words, hidden, bits)
+
+    def hidden_weights(self) -> dict[str, torch.Tensor]:
+        """What the client has of the server's weights: W - B, by name."""
+        return {n: w.difference for n, w in self._weights.items() if isinstance(w, Weight)}
 
     def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
         """Run what leads from `inputs` to `outputs`, by default the program's; gives them by name.

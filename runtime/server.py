@@ -1,7 +1,8 @@
 """The server as a service: one bundle, several clients at once, each in a session of its own.
 
-A session has masks of its own, so the client is sent W - B once per session: 8 bytes a weight. The
-server's own memory for a session is its share of the caches, as all sessions share the weights.
+A session has masks of its own, so the client is sent W - B once per session: 8 bytes a weight. A
+server with a key uses the same static masks B again, and a client may keep W - B. The server's
+own memory for a session is its share of the caches, as all sessions share the weights.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 
-from runtime.bundle import TENSORS, load_bundle
+from runtime.bundle import load_bundle
 from runtime.context import ByteSource, ServerContext
+from runtime.correlations.kept import digest_of, mask_seed, name_of
 from runtime.correlations.store import (
     Corrections,
     Header,
@@ -52,7 +54,7 @@ from runtime.session import (
     read_step,
     whole,
 )
-from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER, Vis
 from runtime.transport.address import Address
 from runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from runtime.transport.connect import Security, accept, listen
@@ -102,6 +104,7 @@ class ServerSettings:
     stores: Path | None = None
     """Where randomness dealt ahead is kept, if clients may have some; then there is a key, too."""
     store_key: bytes = b""
+    """Of the stores, and of static masks that outlast a session."""
     store_bytes: int = 16 << 30
     """What one store may take on disk."""
 
@@ -112,6 +115,8 @@ def serve(settings: ServerSettings) -> bool:
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
     encoded = Executor.take_weights(program)
+    # Without a key nothing outlasts a session that would have to be told from other weights'.
+    digest = digest_of(encoded) if settings.store_key else ""
     release_freed_memory()  # every session's process would copy it when it is used again
     metrics = Metrics(ROLES[SERVER])
     if settings.stores is not None:
@@ -126,7 +131,7 @@ def serve(settings: ServerSettings) -> bool:
 
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)
-            _Session(settings, program, encoded, connection, parent, log).play()
+            _Session(settings, program, encoded, digest, connection, parent, log).play()
 
         desk = ServerDesk(settings.limits, metrics)
         interrupted = Service(listener, work, desk, settings.grace).run()
@@ -236,13 +241,14 @@ class _Session:
         settings: ServerSettings,
         program: RoleProgram,
         encoded: dict[str, torch.Tensor],
+        digest: str,
         connection: socket.socket,
         parent: Parent,
         log: Any,
     ) -> None:
         self._settings = settings
         self._program = program
-        self._encoded = encoded
+        self._encoded, self._digest = encoded, digest
         self._connection = connection
         self._parent = parent
         self._log = log
@@ -274,20 +280,34 @@ class _Session:
         token = self._place(channel)
         self._log = self._log.bind(session=token[:8])
         self._log.info("session began", purpose=str(purpose))
-        channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits))
+        masks = self._masks(purpose, store, channel.name)
+        offered = {"masks": name_of(masks)} if masks else {}
+        channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits), **offered)
         self._parent.idle = False
         if store is not None:
-            self._serve_stored(store, channel)
+            self._serve_stored(store, channel, masks)
         elif purpose == PREPARE:
             self._prepare(channel, self._join(hello, token))
         elif purpose == SESSION:
-            self._serve_dealt(channel, self._join(hello, token))
+            told = {"masks": masks.hex()} if masks else {}
+            self._serve_dealt(channel, self._join(hello, token, **told), masks)
         else:
             raise PartyError("the client wants something that is not offered here")
         channel.close()
         self._log.info("session ended")
 
-    def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
+    def _masks(self, purpose: object, store: Store | None, client: str) -> bytes | None:
+        """Seed of static masks that stay for this client's later sessions, if there are such."""
+        if any(spec.vis is Vis.SHARED for spec in self._program.constants):
+            return None
+        if store is not None:
+            return store.seed
+        if purpose != SESSION or not self._settings.store_key:
+            return None
+        program = self._program.manifest["program_hash"]
+        return mask_seed(self._settings.store_key, program, client, self._digest)
+
+    def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, bytes]:
         settings = self._settings
         if settings.dealer is None:
             raise PartyError("this server knows no dealer; use stored randomness")
@@ -298,16 +318,19 @@ class _Session:
             token,
             settings.timeout,
             settings.join_timeout,
+            **told,
         )
         self._dealer = dealer
         return dealer, seed
 
-    def _serve_dealt(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
+    def _serve_dealt(
+        self, channel: Channel, joined: tuple[Channel, bytes], masks: bytes | None
+    ) -> None:
         """A session whose randomness the dealer gives as it goes."""
         dealer, seed = joined
         blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
         source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
-        session = self._begin(channel, self._context(seed, source))
+        session = self._begin(channel, self._context(seed, source, masks), masks)
 
         def watch() -> None:
             if source.ended:
@@ -317,9 +340,9 @@ class _Session:
         dealer.send(Kind.END)
         dealer.close()
 
-    def _serve_stored(self, store: Store, channel: Channel) -> None:
+    def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
         """A session whose randomness was dealt before."""
-        session = self._begin(channel, self._context(store.seed, _Nothing()))
+        session = self._begin(channel, self._context(store.seed, _Nothing()), masks)
         open_file: list[Corrections] = []
 
         def take(answer: int) -> None:
@@ -334,15 +357,26 @@ class _Session:
         for file in open_file:
             file.close()
 
-    def _context(self, seed: bytes, source: ByteSource) -> ServerContext:
+    def _context(
+        self, seed: bytes, source: ByteSource, masks: bytes | None = None
+    ) -> ServerContext:
         fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-        return ServerContext(seed, source, self._settings.device, fixed)
+        return ServerContext(seed, source, self._settings.device, fixed, masks)
 
-    def _begin(self, channel: Channel, context: ServerContext) -> MergecSession:
-        executor = Executor(self._program, context, channel, self._encoded)
+    def _begin(
+        self, channel: Channel, context: ServerContext, masks: bytes | None
+    ) -> MergecSession:
+        """Hand the hidden weights over, unless these masks stay and the client has kept them."""
+        kept = False
+        if masks:
+            kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
+        executor = Executor(
+            self._program, context, channel, self._encoded, kept={} if kept else None
+        )
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
         release_freed_memory()
+        self._log.info("set up", kept=kept)
         return session
 
     def _find_store(self, fields: dict[str, Any], channel: Channel) -> Store:
@@ -359,12 +393,9 @@ class _Session:
             raise PartyError("the two parts of the store do not belong together; prepare again")
         if header.client != channel.name:
             raise PartyError("this store belongs to another client; prepare one for this")
-        if header.weights != self._weights_digest():
+        if header.weights != self._digest:
             raise PartyError("the server has other weights than when it stored; prepare again")
         return store
-
-    def _weights_digest(self) -> str:
-        return str(self._program.manifest["files"][TENSORS]["sha256"])
 
     def _prepare(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
         """Store what the dealer gives for a plan of the client's."""
@@ -382,7 +413,7 @@ class _Session:
             plan.prompt,
             plan.tokens,
             channel.name,
-            self._weights_digest(),
+            self._digest,
         )
         try:
             with StoreWriter(

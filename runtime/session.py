@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.correlations.kept import is_name
 from runtime.correlations.prg import SEED_BYTES
 from runtime.encoding import is_a
 from runtime.errors import PartyError, PromptError
@@ -52,12 +53,21 @@ def be_greeted(channel: Channel, mine: Hello, roles: tuple[str, ...]) -> dict[st
 
 
 def join_dealer(
-    address: Address, hello: Hello, security: Security, token: str, timeout: float, wait: float
+    address: Address,
+    hello: Hello,
+    security: Security,
+    token: str,
+    timeout: float,
+    wait: float,
+    **more: Any,
 ) -> tuple[Channel, bytes]:
-    """This party's channel to the dealer, and its seed there for the session named by `token`."""
+    """This party's channel to the dealer, and its seed there for the session named by `token`.
+
+    more: what else to tell the dealer; the server, a seed of static masks as `masks`.
+    """
     channel = connect(address, ROLES[DEALER], security, timeout, wait)
     try:
-        greet(channel, hello, session=token)
+        greet(channel, hello, session=token, **more)
         return channel, bytes(channel.receive(Kind.SEED, limit=SEED_BYTES))
     except PartyError as error:
         channel.fail(str(error))
@@ -104,6 +114,16 @@ def read_token(fields: dict[str, Any], peer: str) -> str:
     if not isinstance(token, str) or len(token) != 2 * _TOKEN_BYTES or not token.isalnum():
         raise PartyError(f"the {peer} names no session; install the same mergec everywhere")
     return token
+
+
+def read_masks(fields: dict[str, Any], peer: str) -> bytes | None:
+    """The seed of static masks that a server tells the dealer, if it does."""
+    told = fields.get("masks")
+    if told is None:
+        return None
+    if not is_name(told):
+        raise PartyError(f"the {peer} names masks that cannot be; install the same mergec")
+    return bytes.fromhex(told)
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,7 @@ def play_server(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
         dealt = Channel(ends[1][0], "dealer", 1.0)
         monkeypatch.setattr("runtime.session.connect", lambda *_: dealt)
         parent = Alone()
-        ServerSession(options, program, encoded, ends[0][0], parent, Log()).play()
+        ServerSession(options, program, encoded, "", ends[0][0], parent, Log()).play()
         parent.close()
         return wire.heard(ends[fuzzed][1], ends[fuzzed][0])
 

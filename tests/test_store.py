@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from runtime.bundle import TENSORS
 from runtime.correlations.prg import derive, new_seed
 from runtime.correlations.store import (
     KEY_VARIABLE,
@@ -235,7 +234,7 @@ def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> 
     now = iter(range(100))
     monkeypatch.setattr("runtime.server.time.monotonic", lambda: 0.6 * next(now))
     program = decoder.program("server")
-    program.manifest |= {"program_hash": "ab", "files": {TENSORS: {"sha256": "cd"}}}
+    program.manifest["program_hash"] = "ab"
     settings = ServerSettings(
         tmp_path, Address("127.0.0.1", 0), Security("server", None, plaintext=True), None,
         stores=tmp_path / "stores", store_key=KEY,
@@ -254,7 +253,7 @@ def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> 
         SimpleNamespace(tell=lambda **_: None),
         SimpleNamespace(info=lambda *_, **__: None),
     )
-    _Session(settings, program, {}, None, parent, log)._prepare(channel, (dealer, bytes(32)))
+    _Session(settings, program, {}, "cd", None, parent, log)._prepare(channel, (dealer, bytes(32)))
     progress = [fields["answers"] for kind, fields in said if kind is Kind.STORED]
     assert progress == [0, 0, 0, 0, 1]
     assert said[-1][0] is Kind.DONE

@@ -86,6 +86,20 @@ def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
     return weight.split(rows) if weight.dim() else (weight,)
 
 
+def reuse_weight(
+    ctx: Context, encoded: torch.Tensor, difference: torch.Tensor, frac: int
+) -> Weight:
+    """What `share_weight` gives client and server, without a message: the client has kept W - B.
+
+    difference: W - B under the same B of an earlier session, at the client; meta at the server. The
+    caller sees to it that B never hides another W (`runtime.correlations.kept`).
+    """
+    ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
+    if ctx.party == SERVER:
+        return Weight(encoded, ghost, ghost, frac)
+    return Weight(ghost, difference.to(ctx.device), ghost, frac)
+
+
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
     """Open x as a product with `weight` wants it: to both if that is shared, else to the server."""
     moved: Moving = yield from (open_masked if isinstance(weight, Masked) else send)(ctx, x)

@@ -97,6 +97,8 @@ class Kind(enum.IntEnum):
     """JSON: what to deal ahead of time."""
     STORED = 16
     """JSON: that is now stored."""
+    KEPT = 17
+    """JSON: whether the client has kept the hidden weights that the server named."""
 
 
 class Channel:
