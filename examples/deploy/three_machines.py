@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 MERGEC = (sys.executable, "-m", "compiler.cli")
 START = 120.0
 ROLES = ("client", "server", "dealer")
-PROMPTS = {"smollm2": "The capital of France is the city of", "tiny": "what is said here?"}
+PROMPTS = {"smollm2": "The capital of France is", "tiny": "what is said here?"}
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ class Deployment:
     def stop(self, machine: str) -> None:
         process = self._running.pop(machine)
         process.terminate()
-        print(f"\n[{machine}] stopped, exit code {process.wait(60)}", flush=True)
+        print(f"\n[{machine}] stopped, exit code {process.wait(START)}", flush=True)
 
     def close(self) -> None:
         for process in self._running.values():
-            process.terminate()
-            process.wait(60)
+            process.kill()
+            process.wait()
 
 
 def play(
