@@ -51,10 +51,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(bundles: Path, certificates: Path) -> Iterator[Deployment]:
     """Three roles' worth of TLS, with room for two sessions."""
     security = ("--certs", str(certificates), *TIMES)
-    metrics = ("--metrics", f"127.0.0.1:{free_port()}")
+    metrics, dealt = (("--metrics", f"127.0.0.1:{free_port()}") for _ in range(2))
     limits = ("--sessions", "2", "--queue", "1", "--tokens", "9")
-    with deployment(bundles, serve=(*security, *limits, *metrics), deal=security) as made:
-        made.metrics = metrics[1]
+    with deployment(
+        bundles, serve=(*security, *limits, *metrics), deal=(*security, *dealt)
+    ) as made:
+        made.metrics = {"server": metrics[1], "dealer": dealt[1]}
         yield made
 
 
@@ -135,20 +137,29 @@ def test_metrics_and_logs_tell_what_happened_but_no_secret(running, bundles, ann
     with running.connection(security=ann) as connection:
         said = tokens(connection, secret)
     running.server.wait_for("session ended", 2)
-    page = urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10).read().decode()
-    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
-    assert float(values['mergec_server_tokens_total{phase="prompt"}']) >= len(secret)
-    for name in ("rounds_total", 'bytes_total{kind="offline"}', 'sessions_ended_total{how="done"}'):
-        assert float(values[f"mergec_server_{name}"]) > 0
     logs = running.server.output + running.dealer.output
+    names = ["sessions", 'bytes_total{kind="offline"}', 'sessions_ended_total{how="done"}']
+    names += [f'step_seconds_count{{phase="{phase}"}}' for phase in ("prompt", "decode")]
+    for role, more in (("server", ["rounds_total", "queue", "stored_answers"]), ("dealer", [])):
+        url = f"http://{running.metrics[role]}/metrics"
+        page = urllib.request.urlopen(url, timeout=10).read().decode()
+        values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+        assert float(values[f'mergec_{role}_tokens_total{{phase="prompt"}}']) >= len(secret)
+        gauges = {"sessions", "queue", "stored_answers"}
+        for name in names + more:
+            assert float(values[f"mergec_{role}_{name}"]) > 0 or name in gauges
+        logs += page
     assert '"client": "ann"' in logs
     for shown in (str(secret)[1:-1], str(said)[1:-1], "weight", "Traceback"):
         assert shown not in logs
-    held = decoder.weights()["embed.weight"].numpy().tobytes()
-    for name in ("client", "dealer"):
-        for file in (bundles / name).rglob("*"):
-            assert file.is_dir() or held[:64] not in file.read_bytes()
-    assert any(held[:64] in f.read_bytes() for f in (bundles / "server").rglob("*.safetensors"))
+    held = [weight.numpy().tobytes()[:16] for weight in decoder.weights().values()]
+    kept = {
+        role: b"".join(f.read_bytes() for f in (bundles / role).rglob("*") if f.is_file())
+        for role in ("client", "server", "dealer")
+    }
+    for words in held:
+        found = [role for role, content in kept.items() if words in content]
+        assert found == ["server"]
 
 
 def test_a_session_that_is_killed_ends_alone(running, bundles, certificates, ann) -> None:
