@@ -39,7 +39,7 @@ def test_traces_are_found_wherever_they_are(
     assert len(rows) == 2 * count - 1, "a bias is in no product, so there are no words of it"
     texts = traces.text_traces("what is it", [3, 1, 4])
     assert set(texts) == {"text"} | {
-        f"token numbers as {kind}" for kind in ("<i8", ">i8", "<i4", ">i4")
+        f"token numbers as {kind}" for kind in ("<u8", ">u8", "<u4", ">u4")
     }, "three 16-bit numbers and '3, 1, 4' are too short to be told from chance"
     file.write_bytes(b"")
     assert not list(traces.search(file, texts, rows))

@@ -29,7 +29,8 @@ def text_traces(text: str, ids: list[int]) -> dict[str, bytes]:
     found = {"text": text.encode()}
     if len(ids) > 1:  # one number alone is found anywhere
         found["token numbers as text"] = str(ids)[1:-1].encode()
-        for kind in ("<i8", ">i8", "<i4", ">i4", "<i2", ">i2"):
+        sizes = (8, 4, 2) if max(ids) < 1 << 16 else (8, 4)
+        for kind in (f"{order}u{size}" for size in sizes for order in "<>"):
             found[f"token numbers as {kind}"] = np.array(ids, dtype=kind).tobytes()
     return {what: trace for what, trace in found.items() if len(trace) >= SHORTEST}
 
