@@ -85,6 +85,7 @@ def test_a_digest_tells_tensors_apart() -> None:
         {"a": words.reshape(2, 3)},
         {"a": words.to(torch.int64)},
         {"a": words + 1},
+        {"a": words[0]},
         {"a": words, "b": words},
     ]
     assert len({digest_of(tensors) for tensors in told}) == len(told)
