@@ -243,7 +243,8 @@ def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> 
     dealt = iter([(Kind.BLOCK, memoryview(bytes(100)))] * 8 + [(Kind.MARK, memoryview(b""))])
     plan = {"answers": 1, "prompt": 2, "tokens": 3}
     channel = SimpleNamespace(
-        name="ann", receive_any=lambda _: (Kind.PLAN, b""), receive=lambda *_, **__: b"", object=lambda _: plan,
+        name="ann", receive_any=lambda _: (Kind.PLAN, b""), receive=lambda *_, **__: b"",
+        object=lambda _: plan,
         send_json=lambda kind, **fields: said.append((kind, fields)),
     )  # fmt: skip
     dealer = SimpleNamespace(
