@@ -59,10 +59,10 @@ def executor_of(
         for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
             streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
             streams[party].flush()
-        context = DealerContext(client_seed, server_seed, streams[SERVER])
+        context = DealerContext(client_seed, server_seed, streams[CLIENT], streams[SERVER])
         for stream in streams.values():
             stack.callback(stream.close)
-        return Executor(program, context, None), streams[SERVER].flush
+        return Executor(program, context, None), lambda: [s.flush() for s in streams.values()]
     source = dealer_receiver(communicator)
     seed = source.read(SEED_BYTES).numpy().tobytes()
     link: Exchange = Link(communicator)
@@ -70,7 +70,7 @@ def executor_of(
         link = EmulatedLink(link, NETWORKS[network])
     context: Context
     if communicator.rank == CLIENT:
-        context = ClientContext(seed)
+        context = ClientContext(seed, source)
     else:
         context = ServerContext(seed, source)
     return Executor(program, context, link, Executor.take_weights(program)), lambda: None

@@ -290,7 +290,7 @@ def prepare_command(
             ),
         )
     out.print(
-        f"{place}: {plan.answers} answers of {answer} tokens; at the server {size / 1e6:.1f} MB, "
+        f"{place}: {plan.answers} answers of {answer} tokens; at both parties {size / 1e6:.1f} MB, "
         f"{size / plan.answers / answer / 1e6:.3f} MB a token",
         soft_wrap=True,
     )

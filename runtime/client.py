@@ -10,9 +10,17 @@ from types import TracebackType
 from typing import Any
 
 from runtime.bundle import TOKENIZER, load_bundle
-from runtime.context import ClientContext
+from runtime.context import ByteSource, ClientContext
 from runtime.correlations.kept import Kept, is_name
-from runtime.correlations.store import Header, Store, StoreError, StoreWriter, is_store
+from runtime.correlations.store import (
+    Corrections,
+    Header,
+    NoCorrections,
+    Store,
+    StoreError,
+    StoreWriter,
+    is_store,
+)
 from runtime.encoding import is_a
 from runtime.errors import LimitError, MergecError, PartyError, PromptError
 from runtime.executor import Executor
@@ -20,6 +28,7 @@ from runtime.generation import MergecSession, StepReport, Token, answer, check_p
 from runtime.program import RoleProgram
 from runtime.sampling import Sampling, draw_for
 from runtime.session import (
+    IDLE_TIMEOUT,
     JOIN_TIMEOUT,
     PREPARE,
     SESSION,
@@ -35,8 +44,9 @@ from runtime.session import (
 from runtime.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
 from runtime.text import VOCABULARY, Text
 from runtime.transport.address import Address
-from runtime.transport.channel import Channel, Kind, printable
+from runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
 from runtime.transport.connect import Security, connect
+from runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
 from runtime.transport.hello import Hello
 
 QUEUE_TIMEOUT = 3600.0
@@ -88,6 +98,7 @@ class Connection:
         self._masks: object = None
         self._channels: list[Channel] = []
         self._session: MergecSession | None = None
+        self._stored: Corrections | None = None
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
         """What opening the session took."""
@@ -129,8 +140,12 @@ class Connection:
                 raise StoreError(f"{store.folder}: is for another program; prepare again")
             wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
         channel, token = self._admitted(hello, wanted)
-        seed = self._join(hello, token) if store is None else store.seed
-        return self._set_up(channel, self._context(seed))
+        if store is not None:
+            return self._set_up(channel, self._context(store.seed, NoCorrections()))
+        dealer, seed = self._join(hello, token)
+        blocks = ChannelBlockReader(dealer, IDLE_TIMEOUT)
+        source = DealerReceiver(blocks, timeout=self._timeout)
+        return self._set_up(channel, self._context(seed, source))
 
     def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
         """Take the hidden weights; those of an earlier session if the server's masks stayed."""
@@ -147,9 +162,9 @@ class Connection:
             here.save(executor.hidden_weights())
         return session
 
-    def _context(self, seed: bytes) -> ClientContext:
+    def _context(self, seed: bytes, source: ByteSource) -> ClientContext:
         fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-        return ClientContext(seed, self._device, fixed)
+        return ClientContext(seed, source, self._device, fixed)
 
     def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
         """Connect to the server and wait for a place; gives the session's secret name."""
@@ -167,15 +182,15 @@ class Connection:
         self._masks = fields.get("masks")
         return channel, read_token(fields, channel.peer)
 
-    def _join(self, hello: Hello, token: str) -> bytes:
-        """Connect to the dealer; gives this party's seed there."""
+    def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
+        """Connect to the dealer; gives this party's seed there, too."""
         if self._dealer is None:
             raise MergecError("no dealer was given; give one, or a store")
         dealer, seed = join_dealer(
             self._dealer, hello, self._security, token, self._timeout, self._join_timeout
         )
         self._channels.append(dealer)
-        return seed
+        return dealer, seed
 
     def prepare(
         self,
@@ -186,30 +201,33 @@ class Connection:
     ) -> tuple[Path, int]:
         """Have the dealer deal for later, and store it here and at the server; no session is open.
 
-        on_answer: gets how many answers are done, and the bytes at the server so far. Gives this
-        party's folder below `root`, and the bytes at the server.
+        on_answer: gets how many answers are done, and their bytes at both parties. Gives this
+        party's folder below `root`, and the bytes at both.
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
         hello = Hello.of(ROLES[CLIENT], self.program.manifest)
         try:
             channel, token = self._admitted(hello, {"purpose": PREPARE})
-            seed = self._join(hello, token)
+            dealer, seed = self._join(hello, token)
             for other in self._channels:
                 other.send_json(Kind.PLAN, **plan.fields())
-            while True:
-                kind, fields = channel.receive_json(Kind.STORED, Kind.DONE)
-                size = whole(fields, "bytes", 0, 1 << 62, channel.peer)
-                if kind is Kind.DONE:
-                    break
-                on_answer(whole(fields, "answers", 0, plan.answers, channel.peer), size)
-            if not is_store(fields.get("store")):
-                raise PartyError("the server does not name what it stored; prepare again")
+            store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
+            if not isinstance(store, str) or not is_store(store):
+                raise PartyError("the server does not name what it stores; prepare again")
             program = self.program.manifest["program_hash"]
-            header = Header(
-                fields["store"], ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens
-            )
+            header = Header(store, ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens)
             with StoreWriter(root, header, key, seed) as writer:
+                for done in range(1, plan.answers + 1):
+                    while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
+                        writer.write(received[1])
+                    writer.end_answer()
+                    stored = {"answers": 0}
+                    while whole(stored, "answers", 0, plan.answers, channel.peer) < done:
+                        stored = channel.receive_json(Kind.STORED)[1]
+                    size = writer.size + whole(stored, "bytes", 0, 1 << 62, channel.peer)
+                    on_answer(done, size)
+                channel.receive_json(Kind.DONE)
                 writer.finish()
         except BaseException as error:
             self._abandon(error)
@@ -298,9 +316,10 @@ class Connection:
                 )
             for answer in self._store.left():
                 if self._ask(channel, length=length, tokens=tokens, answer=answer):
-                    session.use(self._context(self._store.take(answer)))
+                    self._use(session, self._store, answer)
                     return header.prompt
-                self._store.take(answer)  # the server has used it: a crash came between
+                # The server has used it: a crash came between.
+                self._use(session, self._store, answer)
             raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
         except MergecError as error:
             if not isinstance(error, PromptError):
@@ -309,6 +328,14 @@ class Connection:
         except BaseException as error:
             self._abandon(error)
             raise
+
+    def _use(self, session: MergecSession, store: Store, answer: int) -> None:
+        """Use up an answer of the store."""
+        if self._stored is not None:
+            self._stored.close()
+        seed = store.take(answer)
+        self._stored = store.corrections(answer)
+        session.use(self._context(seed, self._stored))
 
     def _ask(self, channel: Channel, **wanted: int) -> bool:
         """Whether the server takes part; not if it has used this answer of the store before."""
@@ -346,7 +373,7 @@ class Connection:
         reason = str(error) if isinstance(error, PartyError) else "it was stopped"
         for channel in self._channels:
             channel.fail(reason)
-        self._channels, self._session = [], None
+        self._forget()
 
     def close(self) -> None:
         """End the session."""
@@ -354,4 +381,20 @@ class Connection:
             with suppress(PartyError):  # the other side may have ended it before
                 channel.send(Kind.END)
             channel.close()
+        self._forget()
+
+    def _forget(self) -> None:
         self._channels, self._session = [], None
+        if self._stored is not None:
+            self._stored.close()
+            self._stored = None
+
+
+def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:
+    """The next block for an answer of a store, or that it is complete."""
+    try:
+        return dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
+    except PartyError:
+        # The dealer ends with the server, which says why.
+        while True:
+            server.receive_json(Kind.STORED)

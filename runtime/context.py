@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from runtime.correlations.dpf import SEED_WORDS, Correct, Keys
 from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.sampling import Draw
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
@@ -23,24 +24,14 @@ from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 _ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: 1}
 
 
-INDICATOR_WORDS = 4
-"""Words of an indicator row: one, and the first three powers of the low part of the mask."""
-
-
-def _spread(index: torch.Tensor, payload: torch.Tensor, windows: int) -> torch.Tensor:
-    rows = torch.zeros((*payload.shape, windows), dtype=torch.int64, device=payload.device)
-    rows.scatter_(2, index[:, None, None].expand(*payload.shape, 1), payload[:, :, None])
-    return rows
-
-
 class ByteSink(Interface):
-    """Where the dealer writes corrections for the server."""
+    """Where the dealer writes corrections for a party."""
 
     def write(self, data: torch.Tensor) -> None: ...
 
 
 class ByteSource(Interface):
-    """Where the server reads corrections from the dealer."""
+    """Where a party reads corrections from the dealer."""
 
     def read(self, nbytes: int) -> torch.Tensor: ...
 
@@ -54,7 +45,7 @@ class Context(ABC):
         self.device = torch.device(device)
         self.fixed = fixed
         self.offline_bytes = 0
-        """Bytes of corrections so far: read at the server, written at the dealer."""
+        """Bytes of corrections so far: read at a party, written to both at the dealer."""
         self.draw = Draw()
         """How a token that is revealed alone is chosen in this step."""
         self.constant_seed: bytes | None = None
@@ -121,17 +112,13 @@ class Context(ABC):
         uint8 is no number here but eight bits: its shares are XOR shares (`deal_bits`).
         """
 
-    def deal_indicator(
-        self,
-        count: int,
-        windows: int,
-        secret: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> torch.Tensor:
-        """Shares modulo 2**64 of rows that are zero but in one window: [count, words, windows].
+    @abstractmethod
+    def deal_keys(self, count: int, words: int, correct: Correct) -> Keys | None:
+        """Keys of `count` point functions (`correlations.dpf`); None at the dealer.
 
-        `secret` returns the windows [count] and what stands there [count, words].
+        correct: gives their corrections, uint64 [count, words], from the roots of client and
+        server, [count, 2] each. Both parties get them, and each has roots of its own.
         """
-        return self.deal((count, INDICATOR_WORDS, windows), lambda: _spread(*secret(), windows))
 
     @abstractmethod
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -151,18 +138,50 @@ class Context(ABC):
         return torch.from_numpy(raw).view(dtype).reshape(tuple(shape))
 
 
-class ClientContext(Context):
-    """The client reads every share of its own from one seed; nothing is sent to it."""
+class _PartyContext(Context):
+    """A party reads what is its own from one seed, and corrections from the dealer's stream."""
 
-    party = CLIENT
-
-    def __init__(self, seed: bytes, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
         super().__init__(device, fixed)
         self._prg = Prg(derive(seed, "shares"))
-        self.constant_seed = derive(seed, "constants")
+        self._corrections = corrections
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return self._words(self._prg, shape, dtype).to(self.device)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape, torch.uint8)
+
+    def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
+        roots = _unsigned(self._words(self._prg, (count, SEED_WORDS), torch.int64))
+        return Keys(roots, _unsigned(self._read((count, words), torch.int64)))
+
+    def _read(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * _ITEM_BYTES[dtype]
+        self.offline_bytes += size
+        return self._corrections.read(size).view(dtype).reshape(tuple(shape))
+
+
+class ClientContext(_PartyContext):
+    """The client reads every share of its own from its seed."""
+
+    party = CLIENT
+
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
+        super().__init__(seed, corrections, device, fixed)
+        self.constant_seed = derive(seed, "constants")
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
@@ -181,12 +200,9 @@ class ClientContext(Context):
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self.mask(shape, torch.uint8)
 
-    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
 
-
-class ServerContext(Context):
-    """The server reads masks from its seed and corrections from the dealer's stream."""
+class ServerContext(_PartyContext):
+    """The server reads masks from its seed; its shares are corrections."""
 
     party = SERVER
 
@@ -199,13 +215,8 @@ class ServerContext(Context):
         weight_seed: bytes | None = None,
     ) -> None:
         """weight_seed: of the static masks of weights; by default `seed`."""
-        super().__init__(device, fixed)
+        super().__init__(seed, corrections, device, fixed)
         self._weight_seed = weight_seed or seed
-        self._prg = Prg(derive(seed, "shares"))
-        self._corrections = corrections
-
-    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return self._words(self._prg, shape, dtype).to(self.device)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
@@ -221,20 +232,14 @@ class ServerContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        size = math.prod(shape) * _ITEM_BYTES[dtype]
-        self.offline_bytes += size
-        raw = self._corrections.read(size)
-        return raw.view(dtype).reshape(tuple(shape)).to(self.device)
+        return self._read(shape, dtype).to(self.device)
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self.deal(shape, secret, torch.uint8)
 
-    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
-
 
 class DealerContext(Context):
-    """The dealer knows both seeds, and writes what the server can't derive from its own."""
+    """The dealer knows both seeds, and writes what the parties can't derive from their own."""
 
     party = DEALER
 
@@ -242,7 +247,8 @@ class DealerContext(Context):
         self,
         client_seed: bytes,
         server_seed: bytes,
-        corrections: ByteSink,
+        to_client: ByteSink,
+        to_server: ByteSink,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
         own_seed: bytes | None = None,
@@ -258,7 +264,7 @@ class DealerContext(Context):
         self.constant_seed = derive(client_seed, "constants")
         self._client = Prg(derive(client_seed, "shares"))
         self._server = Prg(derive(server_seed, "shares"))
-        self._corrections = corrections
+        self._to_client, self._to_server = to_client, to_server
 
     @property
     def tensor_device(self) -> torch.device:
@@ -291,8 +297,20 @@ class DealerContext(Context):
         combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
         correction = combine(value, share, out=share)
         self.offline_bytes += correction.nbytes
-        self._corrections.write(torch.from_numpy(correction.view(np.uint8)))
+        self._to_server.write(torch.from_numpy(correction.view(np.uint8)))
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def deal_keys(self, count: int, words: int, correct: Correct) -> None:
+        client, server = (
+            _unsigned(self._words(prg, (count, SEED_WORDS), torch.int64))
+            for prg in (self._client, self._server)
+        )
+        corrections = correct((client, server))
+        if corrections.shape != (count, words):
+            raise ValueError(f"keys have {words} words, not {corrections.shape[1:]}")
+        for sink in (self._to_client, self._to_server):
+            self.offline_bytes += corrections.nbytes
+            sink.write(torch.from_numpy(corrections.reshape(-1).view(np.uint8)))
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self.deal(shape, secret, torch.uint8)
@@ -333,5 +351,12 @@ class ShapeContext(Context):
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self.mask(shape, torch.uint8)
 
+    def deal_keys(self, count: int, words: int, correct: Correct) -> None:
+        return None
+
     def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape, torch.uint8)
+
+
+def _unsigned(words: torch.Tensor) -> np.ndarray:
+    return words.numpy().view(np.uint64)

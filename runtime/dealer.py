@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from runtime.bundle import load_bundle
 from runtime.context import DealerContext
@@ -40,6 +43,9 @@ from runtime.transport.hello import Hello
 
 PARTIES = (ROLES[CLIENT], ROLES[SERVER])
 _REQUEST = 1 << 17
+_NOTHING = memoryview(b"")
+_PIECE = 1 << 16
+"""Bytes of the client's stream that are handed over at once."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class _Session:
         self._log.info("session ended")
 
     def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
-        """Wait for the next request of either party. Between answers the session may be ended."""
+        """Wait for this party, or for the other's. Between answers the session may be ended."""
         self._parent.idle = not self._answering
         parent = self._parent.line.fileno()
         ready = channel.readable(self._settings.idle_timeout, parent, line.fileno())
@@ -227,15 +233,19 @@ class _Session:
         return kind, payload
 
     def _relay(self, channel: Channel, line: socket.socket) -> None:
-        """Hand the client's requests to the process that deals."""
+        """Hand the client's requests to the process that deals, and to the client what it deals."""
         kind = Kind.STEP
         while kind is not Kind.END:
-            # Nothing is ever said on the line to here: when it shows, the other end has closed.
-            if channel.fileno() not in self._wait(channel, line):
-                raise PartyError("the server went away; see its own message")
+            if line.fileno() in self._wait(channel, line):
+                said = memoryview(line.recv(_REQUEST))
+                if not said:
+                    raise PartyError("the server went away; see its own message")
+                channel.send(Kind(said[0]), said[1:])
+                channel.traffic.offline_sent += len(said) - 1
+                continue
             kind, payload = self._request(channel)
             try:
-                line.send(bytes([kind]) + payload)
+                _tell(line, kind, payload)
             except OSError as error:
                 raise PartyError("the server went away; see its own message") from error
 
@@ -248,8 +258,8 @@ class _Session:
         masks: bytes | None,
     ) -> None:
         fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-        stream = DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client, server, stream, fixed=fixed, weight_seed=masks)
+        streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
+        context = DealerContext(client, server, *streams, fixed=fixed, weight_seed=masks)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
@@ -267,16 +277,17 @@ class _Session:
                     raise PartyError("this program's answers cannot be dealt ahead of time")
                 for answer in range(plan.answers):
                     own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
-                    session.use(DealerContext(*own, stream, fixed=fixed))
+                    session.use(DealerContext(*own, *streams, fixed=fixed))
                     for new, past in plan.steps():
                         self._parent.check()
-                        self._step(session, stream, new, past)
+                        self._step(session, streams, new, past)
                     channel.send(Kind.MARK)
+                    _tell(line, Kind.MARK)
             elif kind is Kind.STEP:
                 new, past, draw = read_step(payload, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
-                self._step(session, stream, new, past, draw)
+                self._step(session, streams, new, past, draw)
 
     def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
         """The next request, once both have made it: after the first of them the other is due."""
@@ -300,13 +311,39 @@ class _Session:
     def _step(
         self,
         session: MergecSession,
-        stream: DealerSender,
+        streams: Sequence[DealerSender],
         new: int,
         past: int,
         draw: Draw | None = None,
     ) -> None:
         def work() -> None:
             session.step(new, past, draw=draw)
-            stream.flush()
+            for stream in streams:
+                stream.flush()
 
         self._parent.tell(kind="step", report=asdict(measured(session, new, past, work)))
+
+
+class _LineBlockWriter:
+    """Blocks for the client, by way of the process that holds its connection."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+
+    def put(self, block: torch.Tensor) -> None:
+        data = block.numpy().data
+        try:
+            for start in range(0, data.nbytes, _PIECE):
+                _tell(self._line, Kind.BLOCK, data[start : start + _PIECE])
+        except TimeoutError as error:
+            raise PartyError("the client does not take what it asked for") from error
+        except OSError as error:
+            raise PartyError("the client went away; see its own message") from error
+
+    def end(self) -> None:
+        """The client ends its session itself."""
+
+
+def _tell(line: socket.socket, kind: Kind, payload: memoryview = _NOTHING) -> None:
+    """Say something to the process of the session's other party."""
+    line.sendmsg([bytes([kind]), payload])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ from runtime.executor import Executor, StepRecord
 from runtime.generation import MergecSession
 from runtime.program import RoleProgram
 from runtime.sampling import Draw
-from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER, Cost
 from runtime.transport.loopback import dealer_pair, link_pair
 
 
@@ -35,12 +36,14 @@ class InProcessSession:
         """seeds: the client's and the server's, to repeat a session word by word; else fresh."""
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         self._links = link_pair(timeout=600.0)
-        self._sender, receiver = dealer_pair(timeout=600.0)
+        streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
+        self._senders = streams[CLIENT][0], streams[SERVER][0]
+        sources = [source for _, source in streams]
         fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
         contexts: dict[int, Context] = {
-            CLIENT: ClientContext(client_seed, device, fixed),
-            SERVER: ServerContext(server_seed, receiver, device, fixed),
-            DEALER: DealerContext(client_seed, server_seed, self._sender, device, fixed),
+            CLIENT: ClientContext(client_seed, sources[CLIENT], device, fixed),
+            SERVER: ServerContext(server_seed, sources[SERVER], device, fixed),
+            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, fixed),
         }
         self.executors = {
             party: Executor(
@@ -66,13 +69,21 @@ class InProcessSession:
     ) -> None:
         for link in self._links:
             link.close()
-        self._sender.abandon()
+        for sender in self._senders:
+            sender.abandon()
         self._pool.shutdown(wait=False)
 
     @property
     def record(self) -> StepRecord:
-        """What the last step cost, as the server counted it (the dealer's bytes go to it)."""
-        return self.executors[SERVER].record
+        """What the last step cost, as the server counted it, and the dealer its own bytes."""
+        found, dealt = (self.executors[party].record for party in (SERVER, DEALER))
+        return StepRecord(
+            replace(found.total, offline=dealt.total.offline),
+            {
+                name: replace(cost, offline=dealt.by_instruction.get(name, Cost()).offline)
+                for name, cost in found.by_instruction.items()
+            },
+        )
 
     def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
         """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
@@ -97,13 +108,15 @@ class InProcessSession:
             try:
                 result = work(party)
                 if party == DEALER:
-                    self._sender.flush()
+                    for sender in self._senders:
+                        sender.flush()
                 return result
             except BaseException:
                 # The other two would wait for this one's next message.
                 for link in self._links:
                     link.close()
-                self._sender.abandon()
+                for sender in self._senders:
+                    sender.abandon()
                 raise
 
         return list(self._pool.map(guarded, range(len(ROLES))))

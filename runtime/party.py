@@ -132,18 +132,24 @@ def _run_mergec(
         for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
             streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
             streams[party].flush()
-        server = streams[SERVER]
-        context = DealerContext(client_seed, server_seed, server, options.device, fixed)
+        context = DealerContext(
+            client_seed, server_seed, streams[CLIENT], streams[SERVER], options.device, fixed
+        )
         session = MergecSession(Executor(program, context, None), lambda: communicator.traffic)
-        _set_up(session, emit, server.flush)
-        _serve(session, control, emit, server.flush)
+
+        def flush() -> None:
+            for stream in streams.values():
+                stream.flush()
+
+        _set_up(session, emit, flush)
+        _serve(session, control, emit, flush)
         for stream in streams.values():
             stream.close()
         return
     source = dealer_receiver(communicator)
     seed = source.read(SEED_BYTES).numpy().tobytes()
     if options.role == ROLES[CLIENT]:
-        context = ClientContext(seed, options.device, fixed)
+        context = ClientContext(seed, source, options.device, fixed)
     else:
         context = ServerContext(seed, source, options.device, fixed)
     link = Link(communicator)

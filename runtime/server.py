@@ -24,6 +24,7 @@ from runtime.correlations.kept import digest_of, mask_seed, name_of
 from runtime.correlations.store import (
     Corrections,
     Header,
+    NoCorrections,
     Store,
     StoreError,
     StoreWriter,
@@ -226,13 +227,6 @@ class Allowance:
         self._when = now
 
 
-class _Nothing:
-    """Corrections where there are none: in the setup of a session from a store."""
-
-    def read(self, nbytes: int) -> torch.Tensor:
-        raise PartyError("this program cannot run from a store; begin a session with the dealer")
-
-
 class _Session:
     """One client's session, in a process of its own."""
 
@@ -342,7 +336,7 @@ class _Session:
 
     def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
         """A session whose randomness was dealt before."""
-        session = self._begin(channel, self._context(store.seed, _Nothing()), masks)
+        session = self._begin(channel, self._context(store.seed, NoCorrections()), masks)
         open_file: list[Corrections] = []
 
         def take(answer: int) -> None:
@@ -415,6 +409,7 @@ class _Session:
             channel.name,
             self._digest,
         )
+        channel.send_json(Kind.ACCEPTED, store=header.store)
         try:
             with StoreWriter(
                 settings.stores, header, settings.store_key, seed, settings.store_bytes
@@ -438,7 +433,7 @@ class _Session:
         dealer.send(Kind.END)
         dealer.close()
         try:
-            channel.send_json(Kind.DONE, store=header.store, bytes=writer.size)
+            channel.send_json(Kind.DONE, bytes=writer.size)
             channel.receive(Kind.END, limit=0)
         except PartyError:
             remove_store(settings.stores, header.store)  # the client may not have its part

@@ -20,7 +20,7 @@ from runtime.values import Shared, decode, encode
 
 
 class Corrections:
-    """The dealer's byte stream to the server, in memory."""
+    """The dealer's byte stream to a party, in memory."""
 
     def __init__(self) -> None:
         self._data: list[np.ndarray] = []
@@ -49,7 +49,8 @@ class Simulation:
     """A session of three contexts in one process."""
 
     fixed: int = 16
-    corrections: Corrections = field(default_factory=Corrections)
+    to_client: Corrections = field(default_factory=Corrections)
+    to_server: Corrections = field(default_factory=Corrections)
     cost: Cost = field(default_factory=Cost)
     transcript: list[torch.Tensor] = field(default_factory=list)
     """Every payload that a party received, in order, when `record` is set."""
@@ -58,11 +59,16 @@ class Simulation:
     def __post_init__(self) -> None:
         client, server = new_seed(), new_seed()
         self.contexts: tuple[Context, Context, Context] = (
-            ClientContext(client, fixed=self.fixed),
-            ServerContext(server, self.corrections, fixed=self.fixed),
-            DealerContext(client, server, self.corrections, fixed=self.fixed),
+            ClientContext(client, self.to_client, fixed=self.fixed),
+            ServerContext(server, self.to_server, fixed=self.fixed),
+            DealerContext(client, server, self.to_client, self.to_server, fixed=self.fixed),
         )
         self._prg = Prg(new_seed())
+
+    @property
+    def dealt(self) -> int:
+        """Bytes that the dealer gave to both parties so far."""
+        return self.to_client.total + self.to_server.total
 
     def share(self, value: torch.Tensor, frac: int | None = None) -> list[Shared]:
         """The three views of a fresh sharing of real (or, with frac=0, integer) numbers."""
@@ -74,7 +80,7 @@ class Simulation:
 
     def run(self, build: Callable[[Context, int], Protocol]) -> list[Any]:
         """Run `build(ctx, party)` at the three roles in lockstep; gives the three results."""
-        before = self.corrections.total
+        before = self.dealt
         protocols = [build(self.contexts[party], party) for party in (CLIENT, SERVER, DEALER)]
         results: list[Any] = [None] * 3
         replies: list[Any] = [None] * 3
@@ -99,7 +105,7 @@ class Simulation:
                 as_reply(yielded, reply)
                 for yielded, reply in zip(waiting, (*received, ghosts), strict=True)
             ]
-        self.cost += Cost(rounds, online, self.corrections.total - before)
+        self.cost += Cost(rounds, online, self.dealt - before)
         return results
 
     def _deliver(

@@ -6,7 +6,7 @@ import functools
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from runtime.context import ClientContext, DealerContext, ServerContext
 from runtime.correlations.prg import new_seed
 from runtime.executor import Executor, StepRecord
 from runtime.program import RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, Vis
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Cost, Vis
 from runtime.transport.loopback import dealer_pair, link_pair
 from runtime.values import Held, Masked
 from tests.families import random_decoder
@@ -33,6 +33,15 @@ class Step:
     logits: torch.Tensor
     records: list[StepRecord]
 
+    @property
+    def by_instruction(self) -> dict[str, Cost]:
+        """Rounds and bytes as the server counted them, and the dealer's as both parties did."""
+        client, server = (self.records[party].by_instruction for party in (CLIENT, SERVER))
+        return {
+            name: replace(cost, offline=cost.offline + client.get(name, Cost()).offline)
+            for name, cost in server.items()
+        }
+
 
 @functools.cache
 def compiled(family: str, **options: Any) -> tuple[Any, Program]:
@@ -44,12 +53,13 @@ def compiled(family: str, **options: Any) -> tuple[Any, Program]:
 def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:
     """Run the steps, each with its new tokens, over one cache; fails if a role fails."""
     client_link, server_link = link_pair(TIMEOUT)
-    sender, receiver = dealer_pair()
+    streams = dealer_pair(), dealer_pair()
+    senders = [sender for sender, _ in streams]
     client, server = new_seed(), new_seed()
     contexts = [
-        ClientContext(client),
-        ServerContext(server, receiver),
-        DealerContext(client, server, sender),
+        ClientContext(client, streams[CLIENT][1]),
+        ServerContext(server, streams[SERVER][1]),
+        DealerContext(client, server, *senders),
     ]
     links = [client_link, server_link, None]
     results: list[list[tuple[Any, StepRecord]]] = [[], [], []]
@@ -71,12 +81,14 @@ def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[
                 }
                 results[party].append((outputs[names[0]], executor.record))
             if party == DEALER:
-                sender.close()
+                for sender in senders:
+                    sender.close()
         except Exception:  # noqa: BLE001 - shown by the main thread
             failures.append(f"{ROLES[party]}:\n{traceback.format_exc()}")
             for link in (client_link, server_link):
                 link.close()
-            sender.abandon()
+            for sender in senders:
+                sender.abandon()
 
     threads = [threading.Thread(target=run, args=(party,), daemon=True) for party in range(3)]
     for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import networkx as nx
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from compiler.cost import CostReport, cost_report
 from runtime.program import Ref, RoleProgram
-from runtime.spec import CLIENT, ROLES, SERVER, Cost
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Cost
 from tests.families import LAYERS, tokens
 from tests.session import compiled, play
 
@@ -30,11 +31,12 @@ def test_predicted_is_measured(family: str) -> None:
     for piece, step in zip(pieces, play(program.roles, pieces), strict=True):
         report = cost_report(program.roles["client"], len(piece), past)
         predicted = {row.name: row.cost for row in report.rows if row.cost != Cost()}
-        record = step.records[SERVER]
-        assert predicted == record.by_instruction
-        assert report.total == record.total
+        assert predicted == step.by_instruction
+        server, dealer = step.records[SERVER].total, step.records[DEALER].total
+        assert report.total == replace(server, offline=dealer.offline)
         client = step.records[CLIENT].total
         assert (client.rounds, client.online) == (report.total.rounds, report.total.online)
+        assert client.offline + server.offline == dealer.offline
         past += len(piece)
         with torch.no_grad():
             plain = model(input_ids=torch.tensor([ids[:past]]), use_cache=False).logits[:, -1:]

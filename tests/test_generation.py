@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.context import ClientContext, Context, DealerContext, ServerContext
+from runtime.context import (
+    ClientContext,
+    Context,
+    DealerContext,
+    ServerContext,
+    ShapeContext,
+)
 from runtime.correlations.prg import new_seed
 from runtime.errors import BundleError, PromptError
 from runtime.executor import Executor
@@ -161,18 +167,21 @@ def test_a_program_of_another_kind_is_refused() -> None:
     program = decoder.program("client")
     program.outputs.append("embed")
     with pytest.raises(BundleError, match="no decoder step"):
-        MergecSession(Executor(program, ClientContext(new_seed()), None), Traffic)
+        MergecSession(Executor(program, ShapeContext(), None), Traffic)
 
 
 def test_three_roles_in_threads_say_what_plaintext_says() -> None:
     # Long enough for the kernels to be compiled on a busy machine.
     client_link, server_link = link_pair(timeout=300.0)
-    sender, receiver = dealer_pair(timeout=300.0)
+    (to_client, at_client), (to_server, at_server) = (
+        dealer_pair(timeout=300.0),
+        dealer_pair(timeout=300.0),
+    )
     seeds = new_seed(), new_seed()
     contexts: tuple[Context, ...] = (
-        ClientContext(seeds[0]),
-        ServerContext(seeds[1], receiver),
-        DealerContext(*seeds, sender),
+        ClientContext(seeds[0], at_client),
+        ServerContext(seeds[1], at_server),
+        DealerContext(*seeds, to_client, to_server),
     )
     links = (client_link, server_link, None)
     sessions = [
@@ -187,12 +196,12 @@ def test_three_roles_in_threads_say_what_plaintext_says() -> None:
 
     def serve(session: MergecSession, control: LoopbackControl) -> None:
         session.setup()
-        sender.flush()
         while (message := control.receive()).opcode is Opcode.STEP:
             before = session.traffic()
             session.step(*message.numbers)
             if session.party == 2:
-                sender.flush()
+                for sender in (to_client, to_server):
+                    sender.flush()
             else:
                 offline.append((session.traffic() - before).offline)
 

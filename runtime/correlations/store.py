@@ -1,8 +1,8 @@
 """Randomness dealt ahead of time, on disk: for so many answers, each used once.
 
-A store is a folder that either party has under the same number. The client's holds a seed, the
-server's a seed and the dealer's corrections, one file per answer in the order of use. Both are
-encrypted by AES-256-GCM under a key of the party's own. An answer is entered in a journal, and the
+A store is a folder that either party has under the same number. It holds the party's seed and the
+dealer's corrections for it, one file per answer in the order of use, all encrypted by AES-256-GCM
+under a key of the party's own. An answer is entered in a journal, and the
 journal brought to disk, before a mask of it is used: what a crash interrupts is lost, never reused.
 """
 
@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from runtime.correlations.prg import SEED_BYTES, derive
 from runtime.encoding import is_a
-from runtime.errors import MergecError
+from runtime.errors import MergecError, PartyError
 
 KEY_VARIABLE = "MERGEC_STORE_KEY"
 FORMAT = 1
@@ -153,7 +153,7 @@ class Store:
         return derive(self.seed, f"answer {answer}")
 
     def corrections(self, answer: int) -> Corrections:
-        """At the server: the dealer's corrections for an answer that was taken."""
+        """The dealer's corrections for an answer that was taken."""
         return Corrections(self._file(answer), derive(self._key, f"answer {answer}"))
 
     def _file(self, answer: int) -> Path:
@@ -169,6 +169,13 @@ class Store:
 
     def _whole(self) -> int:
         return (self.folder / _JOURNAL).stat().st_size // _NUMBER.size
+
+
+class NoCorrections:
+    """Corrections where there are none: in the setup of a session from a store."""
+
+    def read(self, nbytes: int) -> torch.Tensor:
+        raise PartyError("this program cannot run from a store; begin a session with the dealer")
 
 
 class Corrections:

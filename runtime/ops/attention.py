@@ -266,6 +266,7 @@ def _cap(softcap: float) -> Function:
         256,
         step_bits,
         out_frac,
+        step_bits + 2,
         left=Tail(0, -softcap),
         right=Tail(0, softcap),
     )

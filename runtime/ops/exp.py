@@ -14,7 +14,7 @@ from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, 
 from runtime.spec import Cost
 from runtime.values import Shared
 
-EXP = saturating(np.exp, -15.5, 64, 14, 60, left=Tail(0, 0.0), right=None)
+EXP = saturating(np.exp, -15.5, 64, 14, 60, 16, left=Tail(0, 0.0), right=None)
 
 
 class Exp(Op):

@@ -24,8 +24,8 @@ def _gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-GELU = saturating(_gelu, -8, 128, 13, 58, left=Tail(0, 0.0), right=Tail(1, 0.0))
-GELU_TANH = saturating(_gelu_tanh, -8, 128, 13, 58, left=Tail(0, 0.0), right=Tail(1, 0.0))
+GELU = saturating(_gelu, -7, 128, 13, 58, 17, left=Tail(0, 0.0), right=Tail(1, 0.0))
+GELU_TANH = saturating(_gelu_tanh, -7, 128, 13, 58, 17, left=Tail(0, 0.0), right=Tail(1, 0.0))
 
 
 class Gelu(Op):

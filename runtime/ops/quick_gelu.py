@@ -15,7 +15,14 @@ from runtime.spec import Cost
 from runtime.values import Shared
 
 QUICK_GELU = saturating(
-    lambda x: x / (1 + np.exp(-1.702 * x)), -8, 128, 13, 58, left=Tail(0, 0.0), right=Tail(1, 0.0)
+    lambda x: x / (1 + np.exp(-1.702 * x)),
+    -8,
+    128,
+    13,
+    58,
+    14,
+    left=Tail(0, 0.0),
+    right=Tail(1, 0.0),
 )
 
 

@@ -15,7 +15,7 @@ from runtime.spec import Cost
 from runtime.values import Shared
 
 SIGMOID = saturating(
-    lambda x: 1 / (1 + np.exp(-x)), -16, 128, 14, 60, left=Tail(0, 0.0), right=Tail(0, 1.0)
+    lambda x: 1 / (1 + np.exp(-x)), -15, 128, 14, 60, 17, left=Tail(0, 0.0), right=Tail(0, 1.0)
 )
 
 

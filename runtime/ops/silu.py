@@ -15,7 +15,7 @@ from runtime.spec import Cost
 from runtime.values import Shared
 
 SILU = saturating(
-    lambda x: x / (1 + np.exp(-x)), -16, 128, 14, 57, left=Tail(0, 0.0), right=Tail(1, 0.0)
+    lambda x: x / (1 + np.exp(-x)), -15.5, 128, 14, 57, 16, left=Tail(0, 0.0), right=Tail(1, 0.0)
 )
 
 

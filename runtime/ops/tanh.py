@@ -14,7 +14,7 @@ from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, 
 from runtime.spec import Cost
 from runtime.values import Shared
 
-TANH = saturating(np.tanh, -8, 128, 13, 60, left=Tail(0, -1.0), right=Tail(0, 1.0))
+TANH = saturating(np.tanh, -7.5, 128, 13, 60, 16, left=Tail(0, -1.0), right=Tail(0, 1.0))
 
 
 class Tanh(Op):

@@ -17,11 +17,13 @@ Ishai et al. (TCC 2013).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
 
+from runtime.context import Context
 from runtime.kernels.compiled import compiled
 from runtime.protocols.formula import Polynomial
 
@@ -80,6 +82,15 @@ class Digits:
             rows = torch.from_numpy(_rows(relation, width)).to(mask.device)
             parts.append(rows[(words >> shift) & ones])
         return torch.cat(parts, 1)
+
+    @property
+    def dealt_bytes(self) -> int:
+        """What the dealer sends the server for one number."""
+        return self.table_bytes
+
+    def deal(self, ctx: Context, count: int, mask: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """XOR shares of the tables of the masks [count] that `mask` gives at the dealer."""
+        return ctx.deal_bits((count, self.table_bytes), lambda: self.tables(mask()))
 
     def look_up(self, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """The looked-up bits of points [..., n] in tables [n, bytes], as one byte each."""

@@ -4,9 +4,10 @@ With z = x + r open, write z = zh 2**s + zl and r = rh 2**s + rl. Then x = i 2**
 i = zh - rh and u = zl - rl in (-2**s, 2**s): the window i is at most one too high, and u makes up
 for it. So each polynomial is fitted to its window and the one before, and the borrow between the
 two parts of z never needs to be known. The dealer shares the one-hot row of rh times 1, rl, rl**2
-and rl**3; the value is then a public linear combination of these shares, without any message.
-Source: lookups by one-time truth tables (Ishai et al., TCC 2013) with the vector payload of
-FuseFSS (arXiv 2606.09551); the overlapping windows are ours (docs/protocols.md).
+and rl**3, as keys of a point function that each party expands; the value is then a public linear
+combination of these shares, without any message. Source: lookups by one-time truth tables (Ishai et
+al., TCC 2013) with the vector payload of FuseFSS (arXiv 2606.09551), compressed by distributed
+point functions (`correlations.dpf`); the overlapping windows are ours (docs/protocols.md).
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from functools import cache
 import numpy as np
 import torch
 
-from runtime.context import INDICATOR_WORDS, Context
+from runtime.context import Context
+from runtime.correlations.dpf import BLOCK_WORDS, Generator, Keys, grow, key_words, sharing_words
 from runtime.kernels.compiled import compiled
-from runtime.spec import Cost
-from runtime.values import logical_shift
+from runtime.spec import CLIENT, Cost
 
 _DEGREE = 3
-_CHUNK = 4096
-"""Elements per piece: the dealt rows of a piece stay in a few tens of megabytes."""
+_WORDS = _DEGREE + 1
+"""Words of a row: one, and the first three powers of the low part of the mask."""
+
+_BLOCKS = _WORDS // BLOCK_WORDS
+_PIECE = 64
+"""Elements that are expanded at once: their trees stay in the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,49 +80,62 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
     """Shares modulo 2**64 of f(x) with `table.out_frac` fractional bits, for x = opened - mask.
 
     In: opened public [n], int32 or int64; mask of the same type, used at the dealer only (where it
-    is r itself). No rounds, no online bytes; offline 32 bytes per element and window.
-    Neither party sees anything new: the rows are additive shares.
+    is r itself). No rounds, no online bytes; offline 64 bytes per element and 32 for each bit of a
+    window's number. Neither party sees anything new but keys of a point function.
     """
-    count = opened.numel()
-    out = torch.empty(count, dtype=torch.int64, device=opened.device)
-    for first in range(0, count, _CHUNK):
-        piece = slice(first, min(first + _CHUNK, count))
-        size = piece.stop - piece.start
-        rows = ctx.deal_indicator(size, table.windows, lambda p=piece: _rows(mask[p], table))  # type: ignore[misc]
-        if not rows.is_meta:
-            out[piece] = _evaluate(opened[piece].long() - table.start, rows, table)
-    return out
+    count, depth = opened.numel(), _depth(table)
+    generator = Generator(_BLOCKS)
+    keys = ctx.deal_keys(
+        count,
+        key_words(depth, _WORDS),
+        lambda roots: sharing_words(*_row(mask, table), depth, generator)(roots),
+    )
+    out = np.empty(count, np.int64)
+    if keys is None:
+        return torch.empty(count, dtype=torch.int64, device="meta")
+    points = opened.cpu().long().numpy() - table.start
+    for first in range(0, count, _PIECE):
+        piece = slice(first, first + _PIECE)
+        _evaluate(points[piece], _slice(keys, piece), table, ctx.party, generator, out[piece])
+    return torch.from_numpy(out).to(opened.device)
 
 
 def evaluate_cost(count: int, table: Table) -> Cost:
     """Cost of `evaluate` for `count` elements."""
-    return Cost(offline=8 * INDICATOR_WORDS * table.windows * count)
+    return Cost(offline=2 * 8 * key_words(_depth(table), _WORDS) * count)
 
 
-def _rows(mask: torch.Tensor, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
-    words = mask.long()
-    index = (words >> table.step_bits) & (table.windows - 1)
+def _depth(table: Table) -> int:
+    return table.windows.bit_length() - 1
+
+
+def _row(mask: torch.Tensor, table: Table) -> tuple[np.ndarray, np.ndarray]:
+    """The number of a mask's window and what stands there: for the dealer."""
+    words = mask.cpu().long().numpy()
     low = (words & ((1 << table.step_bits) - 1)) >> table.drop
-    return index, torch.stack([torch.ones_like(low), low, low * low, low * low * low], 1)
+    powers = np.stack([np.ones_like(low), low, low * low, low * low * low], 1)
+    return (words >> table.step_bits) & (table.windows - 1), powers
 
 
-def _evaluate(points: torch.Tensor, rows: torch.Tensor, table: Table) -> torch.Tensor:
-    if not points.is_cuda:
-        out = np.empty(len(points), np.int64)
-        _evaluate_cpu(
-            points.numpy(), rows.numpy(), _unrolled(table), table.windows, table.step_bits,
-            table.drop, out,
-        )  # fmt: skip
-        return torch.from_numpy(out)
-    window = torch.arange(table.windows, device=points.device)
-    index = (logical_shift(points, table.step_bits)[:, None] - window[None, :]) % table.windows
-    c0, c1, c2, c3 = torch.from_numpy(table.coefficients).to(points.device)[index].unbind(-1)
-    a = ((points & ((1 << table.step_bits) - 1)) >> table.drop)[:, None]
-    values = rows[:, 0] * (c0 + a * (c1 + a * (c2 + a * c3)))
-    values -= rows[:, 1] * (c1 + a * (2 * c2 + 3 * a * c3))
-    values += rows[:, 2] * (c2 + 3 * a * c3)
-    values -= rows[:, 3] * c3
-    return values.sum(1)
+def _slice(keys: Keys, piece: slice) -> Keys:
+    return Keys(keys.roots[piece], keys.corrections[piece])
+
+
+def _evaluate(
+    points: np.ndarray,
+    keys: Keys,
+    table: Table,
+    party: int,
+    generator: Generator,
+    out: np.ndarray,
+) -> None:
+    seeds, bits = grow(keys, _depth(table), party, generator)
+    _evaluate_cpu(
+        points, seeds, bits, generator.value(seeds), keys.corrections[:, -_WORDS:],
+        _unrolled(table), table.windows, table.step_bits, table.drop, out,
+    )  # fmt: skip
+    if party != CLIENT:
+        np.negative(out, out=out)
 
 
 @cache
@@ -128,7 +146,9 @@ def _unrolled(table: Table) -> np.ndarray:
 
 
 @compiled()
-def _evaluate_cpu(points, rows, c, windows, step_bits, drop, out):  # type: ignore[no-untyped-def]
+def _evaluate_cpu(  # type: ignore[no-untyped-def]
+    points, seeds, bits, blocks, last, c, windows, step_bits, drop, out
+):
     for i in range(points.shape[0]):
         z = points[i]
         a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
@@ -136,9 +156,15 @@ def _evaluate_cpu(points, rows, c, windows, step_bits, drop, out):  # type: igno
         total = np.int64(0)
         for j in range(windows):
             k = first + j
+            chosen = np.uint64(0) - np.uint64(bits[i, j])
+            s0, s1 = seeds[i, j, 0], seeds[i, j, 1]
+            row0 = np.int64((blocks[0, i, j, 0] ^ s0) + (chosen & last[i, 0]))
+            row1 = np.int64((blocks[0, i, j, 1] ^ s1) + (chosen & last[i, 1]))
+            row2 = np.int64((blocks[1, i, j, 0] ^ s0) + (chosen & last[i, 2]))
+            row3 = np.int64((blocks[1, i, j, 1] ^ s1) + (chosen & last[i, 3]))
             c2a = c[2, k] + 3 * a * c[3, k]
-            total += rows[i, 0, j] * (c[0, k] + a * (c[1, k] + a * (c[2, k] + a * c[3, k])))
-            total -= rows[i, 1, j] * (c[1, k] + a * (c[2, k] + c2a))
-            total += rows[i, 2, j] * c2a
-            total -= rows[i, 3, j] * c[3, k]
+            total += row0 * (c[0, k] + a * (c[1, k] + a * (c[2, k] + a * c[3, k])))
+            total -= row1 * (c[1, k] + a * (c[2, k] + c2a))
+            total += row2 * c2a
+            total -= row3 * c[3, k]
         out[i] = total

@@ -27,7 +27,7 @@ from runtime.spec import CLIENT, Cost
 GROUP = 16
 """Largest group that is compared pair by pair."""
 
-_DIGITS = Digits(5, 5, 6)
+_DIGITS = Digits(6, 5, 5)
 _LESS = Formula(_DIGITS.less)
 _INTEGER_DROP = 16
 
@@ -69,8 +69,8 @@ def _levels(valid: torch.Tensor) -> Iterator[_Level]:
     while GROUP**levels < longest:
         levels += 1
     for left in range(levels, 0, -1):
-        # The smallest group size that `left` levels can do with.
-        size = next(s for s in range(2, GROUP + 1) if s**left >= longest)
+        # The smallest groups whose winners the levels after this one can do with.
+        size = max(2, -(-longest // GROUP ** (left - 1)))
         groups = -(-counts // size)
         row = torch.repeat_interleave(torch.arange(len(counts)), counts)
         place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
@@ -96,7 +96,7 @@ def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     In: int32 share [R, L] of 16 fractional bits with differences inside [-2**15, 2**15) units;
     `valid`, public bool [R, L] with an entry in each row: the other entries are left out. Out: [R].
     Rounds 3 for each level, of which a row of 16**n entries takes n; online 6 bytes for each member
-    of a group and 2 for each pair; offline 52 bytes a pair and up to 64 a member. Each party
+    of a group and 2 for each pair; offline 44 bytes a pair and up to 64 a member. Each party
     sees integer parts, bits and ranks under fresh masks.
     """
     if share.is_meta:

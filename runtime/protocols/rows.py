@@ -23,7 +23,7 @@ EXP_FRAC = 17
 MAX_ROW = 4096
 """Longest row of scores."""
 
-_EXP = saturating(np.exp, -13.75, 64, 14, 58, left=Tail(0, 0.0), right=None)
+_EXP = saturating(np.exp, -13.75, 64, 14, 58, 16, left=Tail(0, 0.0), right=None)
 
 
 @cache
@@ -38,9 +38,9 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
 
     In: Shared [R, L], L <= 4096, valid entries in [-1.4e4, 1.4e4]; public bool [R, L] with an
     entry in each row. Out: [R, L], zero where `valid` is not set; error 4e-5 of the row's largest
-    entry, and below c - 13.25 all is zero. Rounds 2 more than `peak`. Scores are taken modulo 2**32
-    with 16 fractional bits (`take_window`), where differences up to 2**15 fit. Each party sees what
-    it sees in `peak` and `saturate.apply`.
+    entry; from c - 12.75 down an entry may be zero, and from c - 13.75 down it is. Rounds 2 more
+    than `peak`. Scores are taken modulo 2**32 with 16 fractional bits (`take_window`), where
+    differences up to 2**15 fit. Each party sees what it sees in `peak` and `saturate.apply`.
     """
     narrow = take_window(scores.share, scores.frac - FRACTIONAL_BITS)
     shift = yield from peak(ctx, narrow, valid)

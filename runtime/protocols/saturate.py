@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from runtime.messages import Protocol, together
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.digits import Digits
 from runtime.protocols.formula import Formula, added, negated, open_bits, shifted
+from runtime.protocols.halves import Halves
 from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
 from runtime.protocols.truncate import (
@@ -32,11 +34,6 @@ MAX_INPUT_FRAC = 48
 """Inputs may have up to this many fractional bits: 32 bits are left above the 16 that count."""
 
 _POSITION_BITS = 14
-
-_COARSE_DROP = 14
-"""Bits that comparisons with the ends of a table leave out: ends are known to 1/4."""
-
-_DIGITS = Digits(9, 9)
 
 
 @dataclass(frozen=True)
@@ -58,27 +55,37 @@ class Tail:
 class Function:
     """A scalar function on inputs with 16 fractional bits.
 
-    low, high: multiples of 1/4. The table serves low <= x < high and 1/4 beyond; below `low` the
-    left tail holds, from `high` on the right one, and near them either. A missing tail: such inputs
-    don't occur. Inputs must satisfy |x| < 2**14.
+    left, right: what holds outside the table. A missing tail: such inputs don't occur. Where it
+    begins is compared in units of 2**end_bits of x: within the first unit of the table, and the
+    last two, either may hold. Inputs must satisfy |x| < 2**14.
     """
 
     table: Table
-    low: float
-    high: float
+    end_bits: int
     left: Tail | None
     right: Tail | None
 
     @cached_property
     def thresholds(self) -> list[int]:
-        """Where a tail begins, in quarters."""
-        ends = ((self.left, self.low), (self.right, self.high))
-        return [round(end * 4) for tail, end in ends if tail]
+        """Where the middle begins and ends, if it does, in such units from the table's start.
+
+        In these, a number is taken as what it is or one more; and the last window of the table
+        serves the one before it.
+        """
+        end = ((self.table.windows - 1) << self.table.step_bits) >> self.end_bits
+        return [place for tail, place in ((self.left, 1), (self.right, end)) if tail]
+
+    @cached_property
+    def comparer(self) -> Digits | Halves:
+        """What compares with the thresholds: for two of them, one bit for each pays."""
+        width = WINDOW_BITS - self.end_bits
+        return Halves(width) if len(self.thresholds) > 1 else Digits(width - width // 2, width // 2)
 
     @cached_property
     def pieces(self) -> list[tuple[Formula, Tail | None]]:
         """When which part holds: the table (None) and each tail, from the compared bits."""
-        below = [shifted(_DIGITS.less, _DIGITS.bits * i) for i in range(len(self.thresholds))]
+        less, bits = self.comparer.less, self.comparer.bits
+        below = [shifted(less, bits * i) for i in range(len(self.thresholds))]
         pieces: list[tuple[Formula, Tail | None]] = []
         if self.left and self.right:
             inside = added(below[1], below[0], -1)
@@ -98,21 +105,23 @@ def saturating(
     windows: int,
     step_bits: int,
     out_frac: int,
+    end_bits: int,
     left: Tail | None,
     right: Tail | None,
 ) -> Function:
     """Fit `function` from `start` on, `windows` windows of 2**step_bits input units each.
 
-    At least one tail; `out_frac` is that of the table, whose values must stay below 2**62.
+    At least one tail, which must be right in the first unit of 2**end_bits and in the last two; a
+    unit is no less than a window. `out_frac` is that of the table, whose values must stay below
+    2**62.
     """
+    if end_bits < step_bits:
+        raise ValueError(f"ends in units of 2**{end_bits} cut windows of 2**{step_bits}")
     scale = 2**FRACTIONAL_BITS
     # The cube of the position in a window must leave room for its coefficient.
     drop = max(0, step_bits - _POSITION_BITS)
     table = fit(function, FRACTIONAL_BITS, round(start * scale), windows, step_bits, out_frac, drop)
-    # Ends are compared to a quarter only, and the last window serves the one before it.
-    step = 2**step_bits / scale
-    low, end = start + max(step, 0.25), start + (windows - 1) * step
-    return Function(table, np.ceil(low * 4) / 4, np.floor(end * 4) / 4 - 0.25, left, right)
+    return Function(table, end_bits, left, right)
 
 
 def function_input(ctx: Context, x: Shared) -> torch.Tensor:
@@ -139,7 +148,8 @@ def apply(
     """
     shape, count = narrow.shape, narrow.numel()
     mask = ctx.mask((count,), torch.int32)
-    tables = ctx.deal_bits((count, _DIGITS.table_bytes), lambda: _DIGITS.tables(_coarse(mask)))
+    comparer = function.comparer
+    dealt = comparer.deal(ctx, count, lambda: mask.long() >> function.end_bits)
     first = [open_under(ctx, narrow.reshape(-1), mask)]
     if factor is not None:
         flat = factor.share.reshape(-1)
@@ -150,7 +160,7 @@ def apply(
     bit_mask = ctx.mask_bits((count,))
     shift = function.table.out_frac - WINDOW_BITS - out_frac
     second = [
-        open_bits(ctx, _compare(function, opened, tables), bit_mask),
+        open_bits(ctx, _compare(function, opened, dealt), bit_mask),
         open_under(ctx, value, value_mask, NARROW_OFFSET),
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     ]
@@ -180,7 +190,7 @@ def apply(
 
 def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:
     """Cost of `apply` for `count` elements; factor_shift: the bits that its factor loses."""
-    first = Cost(rounds=1, online=8 * count, offline=_DIGITS.table_bytes * count)
+    first = Cost(rounds=1, online=8 * count, offline=function.comparer.dealt_bytes * count)
     second = Cost(rounds=1, online=10 * count)
     words = sum(
         formula.words * (PARTS if tail is None else tail.payloads)
@@ -193,19 +203,17 @@ def apply_cost(function: Function, count: int, factor_shift: int | None = None) 
     return first + second + evaluate_cost(count, function.table) + Cost(offline=8 * words * count)
 
 
-def _coarse(words: torch.Tensor) -> torch.Tensor:
-    return words.long() >> _COARSE_DROP
-
-
-def _compare(function: Function, opened: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tensor:
     """The bits of all comparisons of an element in one byte."""
     if opened.is_meta:
         return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
+    comparer = function.comparer
     thresholds = torch.tensor(function.thresholds, device=opened.device)
-    found = _DIGITS.look_up(_coarse(opened)[None, :] - thresholds[:, None], tables)
+    points = ((opened.long() - function.table.start) >> function.end_bits) - thresholds[:, None]
+    found = comparer.look_up(points, dealt)
     byte = found[0]
     for i in range(1, len(found)):
-        byte = byte | found[i] << (_DIGITS.bits * i)
+        byte = byte | found[i] << (comparer.bits * i)
     return byte
 
 

@@ -120,7 +120,7 @@ def test_what_is_dealt_does_not_depend_on_the_temperature() -> None:
         shares = simulation.share(_logits(1, 97), 32)
         simulation.run(lambda ctx, p, shares=shares: OP.protocol(ctx, shares[p]))
         sent = [tuple(t.shape) for t in simulation.transcript]
-        shapes.append((sent, simulation.corrections.total))
+        shapes.append((sent, simulation.dealt))
     assert shapes[0] == shapes[1] == shapes[2]
 
 

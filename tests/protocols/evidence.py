@@ -311,7 +311,8 @@ def table_edges(function: Function) -> list[int]:
     """Ends of windows, where tails begin, and the ends of the table."""
     table = function.table
     windows = [table.start + (i << table.step_bits) for i in range(table.windows + 1)]
-    return [*windows, *(t << 14 for t in function.thresholds)]
+    ends = (table.start + (t << function.end_bits) for t in function.thresholds)
+    return [*windows, *ends]
 
 
 def scalar(name: str, *rest: Any, low: int = -RANGE, high: int = RANGE) -> Callable[[int], Outcome]:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.protocols import peak, power, rectify, saturate
+from runtime.protocols import peak, power, rectify
 from runtime.protocols.compare import DIGITS, LESS_THAN
 from runtime.protocols.digits import Digits
 from runtime.protocols.formula import Formula, added, conjunction, negated, open_bits, shifted
+from runtime.protocols.halves import Halves
 from runtime.simulate import Simulation
+from runtime.spec import Cost
 from tests.protocols.harness import run, words
 
 FORMULAS = {
@@ -83,7 +85,25 @@ def test_sign_of_the_difference_for_all_digit_patterns(widths: tuple[int, ...]) 
 
 def test_layout_of_the_32_bit_window_is_one_byte() -> None:
     assert DIGITS.bits == 8
-    assert saturate._DIGITS.bits * 2 == 8
+
+
+@pytest.mark.parametrize("width", [3, 7, 8, 10])
+def test_half_of_every_pair_of_numbers(width: int) -> None:
+    """The top bit of v - r for all v and r, also where a key has fewer levels than a leaf."""
+    halves, numbers = Halves(width), torch.arange(2**width)
+    mask = numbers.repeat(max(1, 2 ** (8 - width)))
+    simulation = Simulation()
+
+    def protocol(ctx, p):
+        yield from ()
+        dealt = halves.deal(ctx, len(mask), lambda: mask)
+        points = numbers[:, None].expand(len(numbers), len(mask))
+        return halves.look_up(points, dealt) if p < 2 else None
+
+    client, server, _ = simulation.run(protocol)
+    expected = ((numbers[:, None] - mask[None, :]) >> (width - 1)) & 1
+    assert torch.equal((client ^ server).long(), expected)
+    assert simulation.cost == Cost(offline=halves.dealt_bytes * len(mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])

@@ -1,0 +1,110 @@
+"""Point functions: expanded keys add up to the table, for every place; keys look uniform."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.context import ShapeContext
+from runtime.correlations.dpf import (
+    LEAF_BITS,
+    Generator,
+    Keys,
+    grow,
+    key_words,
+    parities,
+    sharing_bits,
+    sharing_words,
+)
+from runtime.correlations.prg import Prg, new_seed
+from runtime.simulate import Simulation
+from tests.protocols.harness import uniform_bytes
+
+WORDS = 4
+
+
+def random_words(*shape: int) -> np.ndarray:
+    count = int(np.prod(shape))
+    return Prg(new_seed()).read(8 * count).view(np.uint64).reshape(shape)
+
+
+def keys_of(count: int, correct) -> tuple[Keys, Keys]:
+    roots = random_words(count, 2), random_words(count, 2)
+    corrections = correct(roots)
+    return Keys(roots[0], corrections), Keys(roots[1], corrections)
+
+
+def expanded(keys: Keys, depth: int, party: int, generator: Generator) -> np.ndarray:
+    """A party's share of the tables, uint64 [n, 2**depth, WORDS]: the definition, word by word."""
+    seeds, bits = grow(keys, depth, party, generator)
+    rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
+    rows = rows + bits[..., None] * keys.corrections[:, None, -WORDS:]
+    return rows if party == 0 else -rows
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 7])
+def test_words_stand_in_their_place_and_zeros_elsewhere(depth: int) -> None:
+    """Every place, several keys each."""
+    index = np.tile(np.arange(2**depth), 3)
+    payload = random_words(len(index), WORDS).view(np.int64)
+    generator = Generator(WORDS // 2)
+    client, server = keys_of(len(index), sharing_words(index, payload, depth, generator))
+    assert client.corrections.shape == (len(index), key_words(depth, WORDS))
+    total = expanded(client, depth, 0, generator) + expanded(server, depth, 1, generator)
+    wanted = np.zeros_like(total)
+    wanted[np.arange(len(index)), index] = payload.view(np.uint64)
+    assert np.array_equal(total, wanted)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_parities_tell_whether_the_index_is_before_every_place(depth: int) -> None:
+    size = LEAF_BITS << depth
+    index = np.arange(size)
+    generator = Generator(1)
+    keys = keys_of(size, sharing_bits(index, depth, generator))
+    places = np.broadcast_to(np.arange(size), (size, size)).copy()
+    found = [parities(key, places, depth, p, generator) for p, key in enumerate(keys)]
+    assert np.array_equal(found[0] ^ found[1], index[:, None] < places)
+
+
+def test_corrections_are_uniform_whatever_the_place_and_the_payload_are() -> None:
+    generator = Generator(2)
+    for place, entry in ((0, 0), (0, -1), (127, 1), (64, 2**40)):
+        index, payload = np.full(4096, place), np.full((4096, WORDS), entry)
+        (key, _) = keys_of(4096, sharing_words(index, payload, 7, generator))
+        for word in range(key.corrections.shape[1]):
+            column = torch.from_numpy(key.corrections[:, word].copy().view(np.int64))
+            assert abs(uniform_bytes([column])) < 5, f"word {word}, place {place}"
+
+
+def test_an_expanded_share_is_uniform_at_the_special_place_too() -> None:
+    index, payload = np.full(4096, 3), np.zeros((4096, WORDS), np.int64)
+    generator = Generator(2)
+    for party, key in enumerate(keys_of(4096, sharing_words(index, payload, 3, generator))):
+        for leaf in (3, 4):
+            words = expanded(key, 3, party, generator)[:, leaf].copy().view(np.int64)
+            assert abs(uniform_bytes([torch.from_numpy(words)])) < 5
+
+
+def test_each_call_takes_fresh_roots_and_both_parties_get_the_same_corrections() -> None:
+    simulation = Simulation()
+    index, generator = np.arange(8), Generator(1)
+    seen = []
+    for _ in range(2):
+        dealer, client, server = (
+            ctx.deal_keys(8, key_words(3, 2), sharing_bits(128 * index, 3, generator))
+            for ctx in (simulation.contexts[2], simulation.contexts[0], simulation.contexts[1])
+        )
+        assert dealer is None
+        assert np.array_equal(client.corrections, server.corrections)
+        seen += [client.roots, server.roots]
+    assert len(np.unique(np.concatenate(seen), axis=0)) == 4 * 8
+    assert simulation.dealt == 2 * 2 * 8 * 8 * key_words(3, 2)
+    assert ShapeContext().deal_keys(1, 1, sharing_bits(index, 3, generator)) is None
+
+
+def test_corrections_of_another_length_are_our_mistake() -> None:
+    dealer = Simulation().contexts[2]
+    with pytest.raises(ValueError, match="keys have 9 words, not"):
+        dealer.deal_keys(8, 9, sharing_bits(np.arange(8), 3, Generator(1)))
