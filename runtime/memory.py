@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import resource
+from pathlib import Path
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LIMIT = 2**31 - 1
+_STATUS = Path("/proc/self/status")
 
 
 def keep_freed_memory() -> None:
@@ -34,5 +36,13 @@ def release_freed_memory() -> None:
 
 
 def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident set of this process so far.
+
+    Where there is a /proc, from there: `getrusage` counts what a process was before it became this
+    program, which is its parent's memory.
+    """
+    try:
+        (line,) = (x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(line.split()[1]) * 1024

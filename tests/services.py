@@ -33,6 +33,8 @@ def _play(arguments: list[str], output: Path) -> None:
         os.dup2(descriptor, stream)
     os.close(descriptor)
     os.setpgid(0, 0)
+    # Where the tests are a shell's background job, SIGINT is ignored, and would be in here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["mergec", *arguments]
     from runtime.cli import main
 

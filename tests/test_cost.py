@@ -73,8 +73,10 @@ def test_totals_add_up(report: CostReport) -> None:
     assert report.total.rounds < report.serial.rounds, "rounds are shared"
 
 
-def test_openings_are_shared(program: RoleProgram, report: CostReport) -> None:
+def test_openings_are_shared() -> None:
     """What a norm gives goes to queries, keys and values; what another gives, to gate and up."""
+    apart = compiled("llama", disable=("merge_siblings",))[1]
+    report = cost_report(apart.roles["client"], 1, 7)
     rows = {row.name: row for row in report.rows}
     taken = {name.split(".", 3)[3]: n for name, n in report.takers.items() if ".layers.0." in name}
     assert sorted(taken.values()) == [2, 3]

@@ -1,7 +1,7 @@
 """Distributed point functions: two short keys for a table that is zero but in one, unknown place.
 
 The tree of Boyle, Gilboa and Ishai, "Function Secret Sharing: Improvements and Extensions" (CCS
-2016), section 3.2, evaluated on its whole domain, with keys dealt by the dealer. Each party grows a
+2016), figure 1, evaluated on its whole domain, with keys dealt by the dealer. Each party grows a
 binary tree from a root of its own. A node is a seed of 126 bits and a control bit; by it a
 correction word, the same for all nodes of a level, is added to the two children that a
 pseudo-random generator makes of the seed. The words are chosen so that the parties' nodes are equal
@@ -10,9 +10,8 @@ differ. So what equal leaves are turned into cancels out, and a last correction 
 special leaf's the wanted value.
 
 What a party sees are its root and the correction words. Each of them is masked by a child of the
-other party's node on the path, a pseudo-random value that it does not know (theorem 3.3 there): so
-they look uniform, whatever the place and the value are. A key is made of fresh roots and evaluated
-once.
+other party's node on the path, a pseudo-random value that it does not know: so they look uniform,
+whatever the place and the value are. A key is made of fresh roots and evaluated once.
 
 The generator is G_i(s) = AES_i(s) xor s with fixed public keys, one for each block of output, as in
 Wang et al., "Splinter" (NSDI 2017). In the ideal cipher model q evaluations of AES tell one of N
@@ -157,7 +156,7 @@ def sharing_words(
 def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct:
     """Corrections for tables of one bit that is set at `index` [n], below 128 * 2**depth.
 
-    A leaf holds 128 of them: the early termination of section 3.2 there.
+    A leaf holds 128 of them: the early termination of that paper.
     """
 
     def last(client: np.ndarray, server: np.ndarray, _bit: np.ndarray) -> np.ndarray:
