@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import elementwise
@@ -43,14 +44,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LATEST = "latest.json"
 
-STOCK_LAYERS = (2, 5)
+STOCK_LAYERS = (2, 8)
 """CrypTen's stock protocols run models of so many layers: what lies between has to outweigh chance.
 """
 
 LENGTH, OBSERVED = 1024, 128
-TEXT = ROOT / "docs" / "protocols.md"
-"""What SmolLM2 reads; models whose weights are random get pseudo-random tokens."""
-
 Shape = tuple[int, int]
 """New and past tokens of a step."""
 
@@ -94,9 +92,9 @@ def gpt2() -> tuple[nn.Module, list[int]]:
 
 @cache
 def smollm2() -> tuple[nn.Module, list[int]]:
-    """SmolLM2-135M-Instruct: 30 layers of width 576 and 49,152 tokens."""
+    """SmolLM2-135M-Instruct: 30 layers of width 576 and 49,152 tokens. It reads help topics."""
     model, tokenizer = load_model("smollm2")
-    return model, tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"][:LENGTH]
+    return model, help_topics(tokenizer, LENGTH)
 
 
 @cache
@@ -118,6 +116,13 @@ def small_llama() -> tuple[nn.Module, list[int]]:
         num_key_value_heads=2,
         max_position_embeddings=256,
     )
+
+
+def help_topics(tokenizer: Any, count: int) -> list[int]:
+    """The first tokens of the standard library's help topics, in alphabetical order."""
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    ids: list[int] = tokenizer(text[: 16 * count])["input_ids"]
+    return ids[:count]
 
 
 def _random(family: str, **options: Any) -> tuple[nn.Module, list[int]]:

@@ -18,10 +18,10 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from bench import help_topics
 from harness import free_port
 from role import executor_of
 from safetensors.torch import load_file, save_file
@@ -103,13 +103,6 @@ class Score:
     def difference(self) -> float:
         """Of the private perplexity, relative to plaintext's."""
         return self.perplexity(self.private) / self.perplexity(self.plain) - 1
-
-
-def text_tokens(tokenizer: Any, count: int) -> list[int]:
-    """The first tokens of the help topics, in alphabetical order."""
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
-    tokens: list[int] = tokenizer(text[: 16 * count])["input_ids"]
-    return tokens[:count]
 
 
 def chunks(tokens: list[int], window: int) -> list[tuple[list[int], int]]:
@@ -241,7 +234,7 @@ def main() -> None:
     model, tokenizer = load_model("smollm2")
     program = compile_decoder(model, tokenizer, CompileConfig(extra_passes=(KeepAllLogits,)))
     program.history = None
-    tokens = text_tokens(tokenizer, options.tokens)
+    tokens = help_topics(tokenizer, options.tokens)
     if options.check and not same_in_processes(program, tokens[: options.check]):
         raise SystemExit("three processes gave other logits than one, from the same seeds")
     release_freed_memory()
