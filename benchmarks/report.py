@@ -61,9 +61,9 @@ HEAD = """# Benchmark
 
 Three processes on loopback that share {cores} cores ({processor}), all in one run; bytes and
 rounds are counted at the transport, both directions together. `crypten` is CrypTen's stock
-protocols with one-hot embedding and secret-shared weights; it ran two and eight layers, and the rest
-is extrapolated from the difference that a layer makes, but for memory. All other rows are mergec's
-protocols. Errors are against the unchanged model in plaintext: a lossy preset that was not
+protocols with one-hot embedding and secret-shared weights; it ran two and eight layers, and the
+rest is extrapolated from the difference that a layer makes, but for memory. All other rows are
+mergec's protocols. Errors are against the unchanged model in plaintext: a lossy preset that was not
 retrained is far from it. Seconds include the dealer, which works while the step runs. A preset that
 resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each
 step includes it. Memory is the larger of client's and server's up to the end of the step. The ×
