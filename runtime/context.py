@@ -120,13 +120,13 @@ class Context(ABC):
         server, [count, 2] each. Both parties get them, and each has roots of its own.
         """
 
-    @abstractmethod
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         """XOR shares of the uint8 tensor that `secret` returns; meta at the dealer."""
+        return self.deal(shape, secret, torch.uint8)
 
-    @abstractmethod
     def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
         """A fresh uniform uint8 mask: XOR shares at the parties, the mask itself at the dealer."""
+        return self.mask(shape, torch.uint8)
 
     def public(self, value: torch.Tensor) -> torch.Tensor:
         """This party's additive share of a public value: all of it at the client."""
@@ -154,9 +154,6 @@ class _PartyContext(Context):
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return self._words(self._prg, shape, dtype).to(self.device)
-
-    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
         roots = _unsigned(self._words(self._prg, (count, SEED_WORDS), torch.int64))
@@ -197,9 +194,6 @@ class ClientContext(_PartyContext):
     ) -> torch.Tensor:
         return self.mask(shape, dtype)
 
-    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
-
 
 class ServerContext(_PartyContext):
     """The server reads masks from its seed; its shares are corrections."""
@@ -233,9 +227,6 @@ class ServerContext(_PartyContext):
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
         return self._read(shape, dtype).to(self.device)
-
-    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self.deal(shape, secret, torch.uint8)
 
 
 class DealerContext(Context):
@@ -312,12 +303,6 @@ class DealerContext(Context):
             self.offline_bytes += corrections.nbytes
             sink.write(torch.from_numpy(corrections.reshape(-1).view(np.uint8)))
 
-    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self.deal(shape, secret, torch.uint8)
-
-    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
-
 
 class ShapeContext(Context):
     """Nobody's side: for walking a program on shapes alone. It has no randomness."""
@@ -348,14 +333,8 @@ class ShapeContext(Context):
     ) -> torch.Tensor:
         return self.mask(shape, dtype)
 
-    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
-
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         return None
-
-    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.mask(shape, torch.uint8)
 
 
 def _unsigned(words: torch.Tensor) -> np.ndarray:
