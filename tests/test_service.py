@@ -48,7 +48,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(bundles: Path, certificates: Path) -> Iterator[Deployment]:
+def deployed(bundles: Path, certificates: Path) -> Iterator[Deployment]:
     """Three roles' worth of TLS, with room for two sessions."""
     security = ("--certs", str(certificates), *TIMES)
     metrics, dealt = (("--metrics", f"127.0.0.1:{free_port()}") for _ in range(2))
@@ -58,6 +58,13 @@ def running(bundles: Path, certificates: Path) -> Iterator[Deployment]:
     ) as made:
         made.metrics = {"server": metrics[1], "dealer": dealt[1]}
         yield made
+
+
+@pytest.fixture
+def running(deployed: Deployment) -> Deployment:
+    """With every place free: the sessions of the test before end on their own time."""
+    wait_until(lambda: not deployed.server.workers and not deployed.dealer.workers)
+    return deployed
 
 
 @pytest.fixture
