@@ -46,6 +46,7 @@ _REASONS = {
 }
 """What OpenSSL's reasons mean here, by a part of their name."""
 
+_NOTHING = memoryview(b"")
 _HEADER = struct.Struct("!BxxxIQ")
 _MAX_TEXT = 1 << 16
 """Bytes of a frame of JSON at most."""
@@ -253,15 +254,18 @@ class Channel:
                     if not unsent[0]:
                         unsent.pop(0)
                 if incoming is not None and not incoming.complete:
-                    taken = self._fill(incoming.rest)
-                    incoming.advance(taken)
+                    if not (unsent or heard or self.buffered):
+                        # The peer's message is hardly ever there yet: looking would cost a call.
+                        self._wait(select.POLLIN, deadline)
+                    taken = self._fill(incoming)
                 moved += given + taken
                 heard += taken
                 if moved >= _PACE:
                     deadline, moved, heard = time.monotonic() + limit, 0, 0
                 elif not given + taken:
                     reading = incoming is not None and not incoming.complete
-                    self._wait(reading, bool(unsent), deadline - time.monotonic())
+                    events = select.POLLIN if reading else 0
+                    self._wait(events | (select.POLLOUT if unsent else 0), deadline)
         except TimeoutError as error:
             what = f"sent only {heard} bytes in" if heard else "sent nothing for"
             raise PartyError(f"the {self.peer} {what} {limit:g} s; see what it is doing") from error
@@ -276,16 +280,36 @@ class Channel:
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             return 0
 
-    def _fill(self, into: memoryview) -> int:
-        """How much of `into` could be filled at once."""
-        if self._start == self._stop:
-            if into.nbytes >= _BUFFER:
-                return self._take(into)
-            self._stop = self._take(self._buffer)
-            self._start = 0
-        count = min(into.nbytes, self._stop - self._start)
-        into[:count] = self._buffer[self._start : self._start + count]
+    def _fill(self, incoming: _Incoming) -> int:
+        """How many bytes could be had of a frame at once."""
+        taken = 0
+        if not incoming.begun:
+            if self._stop - self._start < _HEADER.size:
+                taken = self._refill()
+                if self._stop - self._start < _HEADER.size:
+                    return taken
+            incoming.begin(_HEADER.unpack_from(self._buffer, self._start))
+            self._start += _HEADER.size
+            taken = _HEADER.size
+        elif self._start == self._stop:
+            if incoming.rest.nbytes >= _BUFFER:
+                taken = self._take(incoming.rest)
+                incoming.advance(taken)
+                return taken
+            taken = self._refill()
+        count = min(incoming.rest.nbytes, self._stop - self._start)
+        incoming.rest[:count] = self._buffer[self._start : self._start + count]
         self._start += count
+        incoming.advance(count)
+        return taken + count
+
+    def _refill(self) -> int:
+        """How much more could be read into the buffer, of which less than a header is in use."""
+        left = self._buffer[self._start : self._stop].tobytes()
+        self._buffer[: len(left)] = left
+        self._start, self._stop = 0, len(left)
+        count = self._take(self._buffer[len(left) :] if left else self._buffer)
+        self._stop += count
         return count
 
     def _take(self, into: memoryview) -> int:
@@ -298,11 +322,12 @@ class Channel:
             raise ConnectionResetError("closed by the peer")
         return count
 
-    def _wait(self, reading: bool, writing: bool, limit: float) -> None:
-        events = (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
+    def _wait(self, events: int, deadline: float) -> None:
+        # Not kept from call to call: two threads may wait at once, each for its own direction.
         poll = select.poll()
         poll.register(self._socket, events)
-        if limit <= 0 or not poll.poll(limit * 1000):
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
             raise TimeoutError
 
     def _lost(self, error: OSError, unsent: list[memoryview]) -> PartyError:
@@ -310,8 +335,8 @@ class Channel:
         if unsent:
             with suppress(OSError, PartyError):
                 incoming = _Incoming(lambda header: self._accept((), 0, 0, header))
-                while not incoming.complete and (count := self._fill(incoming.rest)):
-                    incoming.advance(count)
+                while not incoming.complete and self._fill(incoming):
+                    pass
                 if incoming.complete and incoming.kind == Kind.ERROR:
                     reason = str(self.object(incoming.payload).get("reason", ""))
                     return PartyError(f"the {self.peer} says: {printable(reason)}")
@@ -349,10 +374,9 @@ class Channel:
             self._socket.shutdown(socket.SHUT_WR)
             # Closing on unread data would make the kernel drop what was just sent.
             deadline = time.monotonic() + _LINGER
-            while (left := deadline - time.monotonic()) > 0:
-                self._stop = self._start = 0
+            while time.monotonic() < deadline:
                 if not self._take(self._buffer):
-                    self._wait(True, False, left)
+                    self._wait(select.POLLIN, deadline)
         self.close()
 
     def close(self) -> None:
@@ -362,26 +386,23 @@ class Channel:
 
 
 class _Incoming:
-    """A frame that is being received."""
+    """A frame that is being received. rest: what of the payload has not come yet."""
+
+    __slots__ = ("_accept", "begun", "complete", "kind", "payload", "rest")
 
     def __init__(self, accept: Callable[[tuple[int, int, int]], memoryview]) -> None:
-        self.kind = 0
-        self.complete = False
-        self.payload = memoryview(b"")
-        self.rest = memoryview(bytearray(_HEADER.size))
-        self._header = self.rest
         self._accept = accept
-        self._in_payload = False
+        self.begun = self.complete = False
+        self.kind = 0
+        self.payload = self.rest = _NOTHING
+
+    def begin(self, header: tuple[int, int, int]) -> None:
+        self.payload = self.rest = self._accept(header)
+        self.kind, self.begun = header[0], True
+        self.complete = not self.rest
 
     def advance(self, count: int) -> None:
         self.rest = self.rest[count:]
-        if self.rest:
-            return
-        if not self._in_payload:
-            header = _HEADER.unpack(self._header)
-            self.kind = header[0]
-            self.payload = self.rest = self._accept(header)
-            self._in_payload = True
         self.complete = not self.rest
 
 
