@@ -401,6 +401,7 @@ def proxy_command(
     device: DeviceOption = Device.cpu,
     timeout: Timeout = 120.0,
     grace: Grace = 5.0,
+    metrics: MetricsAt = None,
     _config: Config = None,
 ) -> None:
     """Offer OpenAI's interface and a chat page, here."""
@@ -421,7 +422,16 @@ def proxy_command(
             timeout,
             keep,
         ),
-        ProxySettings(Address(host, port), expose, origin or (), sessions, queue, grace),
+        ProxySettings(
+            listen=Address(host, port),
+            exposed=expose,
+            origins=origin or (),
+            sessions=sessions,
+            queue=queue,
+            grace=grace,
+            metrics=_address(metrics) if metrics else None,
+            stores=store,
+        ),
         lambda url: err.print(f"chat at {url}, point apps at {url}/v1", soft_wrap=True),
     )
 

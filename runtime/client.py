@@ -13,7 +13,6 @@ from runtime.bundle import TOKENIZER, load_bundle
 from runtime.context import ByteSource, ClientContext
 from runtime.correlations.kept import Kept, is_name
 from runtime.correlations.store import (
-    Corrections,
     Header,
     NoCorrections,
     Store,
@@ -98,7 +97,6 @@ class Connection:
         self._masks: object = None
         self._channels: list[Channel] = []
         self._session: MergecSession | None = None
-        self._stored: Corrections | None = None
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
         """What opening the session took."""
@@ -315,11 +313,11 @@ class Connection:
                     "store, or use the dealer"
                 )
             for answer in self._store.left():
-                if self._ask(channel, length=length, tokens=tokens, answer=answer):
-                    self._use(session, self._store, answer)
+                accepted = self._ask(channel, length=length, tokens=tokens, answer=answer)
+                session.use(self._context(*self._store.take(answer)))
+                if accepted:
                     return header.prompt
                 # The server has used it: a crash came between.
-                self._use(session, self._store, answer)
             raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
         except MergecError as error:
             if not isinstance(error, PromptError):
@@ -328,14 +326,6 @@ class Connection:
         except BaseException as error:
             self._abandon(error)
             raise
-
-    def _use(self, session: MergecSession, store: Store, answer: int) -> None:
-        """Use up an answer of the store."""
-        if self._stored is not None:
-            self._stored.close()
-        seed = store.take(answer)
-        self._stored = store.corrections(answer)
-        session.use(self._context(seed, self._stored))
 
     def _ask(self, channel: Channel, **wanted: int) -> bool:
         """Whether the server takes part; not if it has used this answer of the store before."""
@@ -385,9 +375,8 @@ class Connection:
 
     def _forget(self) -> None:
         self._channels, self._session = [], None
-        if self._stored is not None:
-            self._stored.close()
-            self._stored = None
+        if self._store is not None:
+            self._store.close()
 
 
 def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:

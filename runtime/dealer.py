@@ -107,6 +107,8 @@ class DealerDesk(Desk):
         """`wait`: seconds that a session's second party may take to come."""
         self._sessions = sessions
         self._metrics = metrics
+        self._running = metrics.gauge("sessions", "Sessions under way.")
+        self._ended = metrics.counter("sessions_ended", "Connections, by how they ended.", "how")
         self._wait = wait
         self._pending: dict[str, _Pending] = {}
         self._servers: set[int] = set()
@@ -117,7 +119,7 @@ class DealerDesk(Desk):
         elif message["kind"] == "step":
             self._metrics.step(message["report"])
         elif message["kind"] == "end":
-            self._metrics.ended.labels(message["how"]).inc()
+            self._ended.labels(message["how"]).inc()
 
     def _claim(self, worker: Worker, token: str, role: str) -> None:
         found = self._pending.get(token)
@@ -141,14 +143,14 @@ class DealerDesk(Desk):
     ) -> None:
         if role == ROLES[SERVER]:
             self._servers.add(worker.pid)
-            self._metrics.running.set(len(self._servers))
+            self._running.set(len(self._servers))
         shown = seeds if role == ROLES[SERVER] else seeds[:1]
         worker.tell({"seeds": shown}, (line.fileno(),))
         line.close()
 
     def left(self, worker: Worker) -> None:
         self._servers.discard(worker.pid)
-        self._metrics.running.set(len(self._servers))
+        self._running.set(len(self._servers))
         self._forget(lambda pending: pending.first is worker)
 
     def tick(self) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from runtime.correlations.store import left_below
 from runtime.errors import PartyError
 from runtime.transport.address import Address
 
@@ -49,35 +53,35 @@ def open_log(role: str) -> Any:
 
 
 class Metrics:
-    """The counters of a server or a dealer; its workers' reports are added up here."""
+    """What every role counts of the steps it takes part in, and what it has besides."""
 
     def __init__(self, role: str) -> None:
         self.registry = CollectorRegistry()
-        labels: dict[str, Any] = {
+        self._prefix = f"mergec_{role}"
+        self._labels: dict[str, Any] = {
             "registry": self.registry,
             "namespace": "mergec",
             "subsystem": role,
         }
-        self.running = Gauge("sessions", "Sessions under way.", **labels)
-        self.waiting = Gauge("queue", "Clients that wait for a session.", **labels)
-        self.ended = Counter("sessions_ended", "Sessions, by how they ended.", ["how"], **labels)
-        self.tokens = Counter("tokens", "Tokens that steps took.", ["phase"], **labels)
-        self.bytes = Counter("bytes", "Payload bytes.", ["kind"], **labels)
-        self.rounds = Counter("rounds", "Rounds between client and server.", **labels)
-        self.seconds = Histogram(
-            "step_seconds", "Seconds of a step.", ["phase"], buckets=_SECONDS, **labels
+        self._tokens = self.counter("tokens", "Tokens that steps took.", "phase")
+        self._bytes = self.counter("bytes", "Payload bytes.", "kind")
+        self._seconds = Histogram(
+            "step_seconds", "Seconds of a step.", ["phase"], buckets=_SECONDS, **self._labels
         )
-        self.stored = Gauge("stored_answers", "Answers that randomness is stored for.", **labels)
+
+    def gauge(self, name: str, told: str) -> Gauge:
+        """A number that goes up and down, of this role."""
+        return Gauge(name, told, **self._labels)
+
+    def counter(self, name: str, told: str, *label: str) -> Counter:
+        """A number that goes up, of this role."""
+        return Counter(name, told, label, **self._labels)
 
     def step(self, report: Mapping[str, Any]) -> None:
         """Count a step, from the fields of a StepReport."""
-        phase = report["phase"]
-        self.tokens.labels(phase).inc(report["new"])
-        self.bytes.labels("sent").inc(report["sent"])
-        self.bytes.labels("received").inc(report["received"])
-        self.bytes.labels("offline").inc(report["offline_bytes"])
-        self.rounds.inc(report["rounds"])
-        self.seconds.labels(phase).observe(report["seconds"])
+        self._tokens.labels(report["phase"]).inc(report["new"])
+        self._bytes.labels("offline").inc(report["offline_bytes"])
+        self._seconds.labels(report["phase"]).observe(report["seconds"])
 
     def serve(self, address: Address) -> None:
         """Answer Prometheus at an address, from a thread."""
@@ -88,3 +92,42 @@ class Metrics:
             raise PartyError(
                 f"cannot listen at {address} ({reason}); choose another --metrics"
             ) from error
+
+
+class PartyMetrics(Metrics):
+    """Of the client or the server, who have rounds with each other and may have stores."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        self._rounds = self.counter("rounds", "Rounds between client and server.")
+
+    def step(self, report: Mapping[str, Any]) -> None:
+        super().step(report)
+        self._bytes.labels("sent").inc(report["sent"])
+        self._bytes.labels("received").inc(report["received"])
+        self._rounds.inc(report["rounds"])
+
+    def watch(self, stores: Path) -> None:
+        """Tell what is left in a folder of stores, as it is on disk whenever somebody asks."""
+        self.registry.register(_Stores(self._prefix, stores))
+
+
+class _Stores(Collector):
+    """Answers and tokens that randomness is stored for."""
+
+    def __init__(self, prefix: str, root: Path) -> None:
+        self._prefix, self._root = prefix, root
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        families = [
+            GaugeMetricFamily(
+                f"{self._prefix}_stored_{what}",
+                f"{what.capitalize()} that randomness is stored for.",
+                labels=["client"],
+            )
+            for what in ("answers", "tokens")
+        ]
+        for client, left in left_below(self._root).items():
+            for family, count in zip(families, left, strict=True):
+                family.add_metric([client], count)
+        return families

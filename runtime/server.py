@@ -22,7 +22,6 @@ from runtime.bundle import load_bundle
 from runtime.context import ByteSource, ServerContext
 from runtime.correlations.kept import digest_of, mask_seed, name_of
 from runtime.correlations.store import (
-    Corrections,
     Header,
     NoCorrections,
     Store,
@@ -38,7 +37,7 @@ from runtime.errors import PartyError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
 from runtime.memory import release_freed_memory
-from runtime.observe import Metrics, open_log
+from runtime.observe import PartyMetrics, open_log
 from runtime.program import RoleProgram
 from runtime.service import Desk, Parent, Service, Worker, played, prepare_to_fork, use_threads
 from runtime.session import (
@@ -119,11 +118,16 @@ def serve(settings: ServerSettings) -> bool:
     # Without a key nothing outlasts a session that would have to be told from other weights'.
     digest = digest_of(encoded) if settings.store_key else ""
     release_freed_memory()  # every session's process would copy it when it is used again
-    metrics = Metrics(ROLES[SERVER])
+    metrics = PartyMetrics(ROLES[SERVER])
     if settings.stores is not None:
+        found = stores_below(settings.stores)
         log.info("cleaned", unfinished_stores=remove_unfinished(settings.stores))
-        found = [Store.open(place, settings.store_key) for place in stores_below(settings.stores)]
-        metrics.stored.set(sum(len(store.left()) for store in found))
+        for place in found:
+            try:
+                Store.open(place, settings.store_key)
+            except StoreError as error:  # of one client: the others are served
+                log.warning("a store that cannot be used", reason=str(error))
+        metrics.watch(settings.stores)
     if settings.metrics is not None:
         metrics.serve(settings.metrics)
     with listen(settings.listen, settings.security) as listener:
@@ -143,9 +147,12 @@ def serve(settings: ServerSettings) -> bool:
 class ServerDesk(Desk):
     """Who gets a place, who waits, and who has asked for too much."""
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, limits: Limits, metrics: PartyMetrics) -> None:
         self._limits = limits
         self._metrics = metrics
+        self._running = metrics.gauge("sessions", "Sessions under way.")
+        self._waiting = metrics.gauge("queue", "Clients that wait for a session.")
+        self._ended = metrics.counter("sessions_ended", "Sessions, by how they ended.", "how")
         self._seated: dict[int, str] = {}
         self._queue: list[Worker] = []
         self._allowances: dict[str, Allowance] = {}
@@ -165,10 +172,8 @@ class ServerDesk(Desk):
         elif message["kind"] == "step":
             self._metrics.step(message["report"])
             self.allowance(worker.facts["name"]).spend(message["report"]["new"])
-        elif message["kind"] == "stored":
-            self._metrics.stored.inc(message["answers"])
         elif message["kind"] == "end":
-            self._metrics.ended.labels(message["how"]).inc()
+            self._ended.labels(message["how"]).inc()
 
     def left(self, worker: Worker) -> None:
         self._seated.pop(worker.pid, None)
@@ -200,8 +205,8 @@ class ServerDesk(Desk):
         return self._allowances.setdefault(name, Allowance(self._limits.rate))
 
     def _count(self) -> None:
-        self._metrics.running.set(len(self._seated))
-        self._metrics.waiting.set(len(self._queue))
+        self._running.set(len(self._seated))
+        self._waiting.set(len(self._queue))
 
 
 class Allowance:
@@ -337,19 +342,12 @@ class _Session:
     def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
         """A session whose randomness was dealt before."""
         session = self._begin(channel, self._context(store.seed, NoCorrections()), masks)
-        open_file: list[Corrections] = []
 
         def take(answer: int) -> None:
-            for file in open_file:
-                file.close()
-            seed = store.take(answer)
-            self._parent.tell(kind="stored", answers=-1)
-            open_file[:] = [store.corrections(answer)]
-            session.use(self._context(seed, open_file[0]))
+            session.use(self._context(*store.take(answer)))
 
         self._answers(session, channel, lambda *_: None, lambda: None, take)
-        for file in open_file:
-            file.close()
+        store.close()
 
     def _context(
         self, seed: bytes, source: ByteSource, masks: bytes | None = None
@@ -438,7 +436,6 @@ class _Session:
         except PartyError:
             remove_store(settings.stores, header.store)  # the client may not have its part
             raise
-        self._parent.tell(kind="stored", answers=plan.answers)
         self._log.info("stored", store=header.store, answers=plan.answers, bytes=writer.size)
 
     def _place(self, channel: Channel) -> str:

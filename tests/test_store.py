@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
+import urllib.request
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +17,13 @@ import pytest
 
 from runtime.correlations.prg import derive, new_seed
 from runtime.correlations.store import (
+    CHUNK_BYTES,
     KEY_VARIABLE,
     Header,
     Store,
     StoreError,
     StoreWriter,
+    left_below,
     new_store,
     read_key,
     remove_unfinished,
@@ -31,7 +36,8 @@ from runtime.transport.address import Address
 from runtime.transport.channel import Kind
 from runtime.transport.connect import Security
 from tests import decoder
-from tests.services import deployment, wait_until
+from tests.roles import free_port
+from tests.services import deployment, role, wait_until
 
 KEY = bytes(range(32))
 PLAN = Plan(answers=3, prompt=2, tokens=5)
@@ -54,14 +60,15 @@ def test_what_is_written_is_read_and_nothing_of_it_is_on_disk(tmp_path: Path) ->
     on_disk = [file.read_bytes() for file in store.folder.iterdir()]
     assert sum(map(len, on_disk)) == size
     assert not any(seed in data or b"c" * 16 in data for data in on_disk)
-    assert store.take(1) == derive(seed, "answer 1")
-    corrections = store.corrections(1)
+    taken, corrections = store.take(1)
+    assert taken == derive(seed, "answer 1")
+    # Whatever ends the answer, nothing of it stays on disk.
+    assert not (store.folder / "answer-000001.bin").exists()
     assert corrections.read(5).numpy().tobytes() == b"abccc"
     assert corrections.read(2_999_997).eq(ord("c")).all()
     with pytest.raises(StoreError, match="is too short for this answer"):
         corrections.read(1)
-    corrections.close()
-    assert not (store.folder / "answer-000001.bin").exists()
+    store.close()
 
 
 def test_an_answer_is_used_once_whoever_asks_and_after_a_crash(tmp_path: Path) -> None:
@@ -129,7 +136,7 @@ def test_damage_and_wrong_keys_are_named(tmp_path: Path, file: str) -> None:
     data[-20] ^= 1
     target.write_bytes(data)
     with pytest.raises(StoreError, match="is damaged"):
-        Store.open(store.folder, KEY).corrections(0).read(3_000_002)
+        Store.open(store.folder, KEY).take(0)[1].read(3_000_002)
 
 
 def test_chunks_cannot_change_places(tmp_path: Path) -> None:
@@ -137,7 +144,7 @@ def test_chunks_cannot_change_places(tmp_path: Path) -> None:
     one, other = (store.folder / f"answer-00000{n}.bin" for n in (0, 1))
     one.write_bytes(other.read_bytes())
     with pytest.raises(StoreError, match="is damaged"):
-        store.corrections(0).read(1)
+        store.take(0)[1].read(1)
 
 
 def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatch) -> None:
@@ -145,6 +152,7 @@ def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatc
     refused = pytest.raises(StoreError, match="a store may have 1000 bytes")
     with refused, StoreWriter(tmp_path, header, KEY, new_seed(), 1000) as writer:
         writer.write(memoryview(bytes(5_000_000)))
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("runtime.correlations.store._sync", no_space)
     refused = pytest.raises(StoreError, match=r"cannot be written .*; free some space")
     with refused, StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
@@ -152,6 +160,96 @@ def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StoreError, match="no such store"):
         Store.open(tmp_path / "none", KEY)
+
+
+def prepare_and_die(root: Path, dies: bool) -> None:
+    header = Header(new_store(), "client", "ab" * 32, 1, 2, 5)
+    with StoreWriter(root, header, KEY, new_seed()):
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
+
+
+def test_the_next_preparation_removes_what_killed_ones_left_and_no_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    running = context.Process(target=prepare_and_die, args=(tmp_path, False))
+    running.start()
+    try:
+        wait_until(lambda: any(tmp_path.glob(".*/seed.bin")))
+        (beside,) = tmp_path.iterdir()
+        for _ in range(2):
+            killed = context.Process(target=prepare_and_die, args=(tmp_path, True))
+            killed.start()
+            killed.join(30)
+            assert len(list(tmp_path.iterdir())) == 2
+        store, _, _ = written(tmp_path)
+        assert set(tmp_path.iterdir()) == {beside, store.folder}
+    finally:
+        running.kill()
+        running.join(30)
+    assert remove_unfinished(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [store.folder]
+
+
+def test_a_long_answer_goes_to_disk_as_it_comes(tmp_path: Path, monkeypatch) -> None:
+    """At its end little is left to bring there: meanwhile the others wait."""
+    monkeypatch.setattr("runtime.correlations.store.SYNC_BYTES", 2 * CHUNK_BYTES)
+    header = Header(new_store(), "server", "ab" * 32, 1, 2, 5)
+    with StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
+        synced: list[int] = []
+        real = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_size), real(fd)))
+        writer.write(memoryview(bytes(7 * CHUNK_BYTES)))
+        assert len(synced) == 3
+        writer.write(memoryview(b"and a little"))
+        writer.end_answer()
+        writer.finish()
+    steps = [after - before for before, after in pairwise([0, *synced[:4]])]
+    assert max(steps) < 2.01 * CHUNK_BYTES
+    file = tmp_path / header.store / "answer-000000.bin"
+    assert synced[3] == file.stat().st_size, "whole, with what was still in a buffer"
+
+
+def test_what_is_left_is_read_from_disk(tmp_path: Path) -> None:
+    assert left_below(tmp_path / "none") == {}
+    store, _, _ = written(tmp_path)
+    written(tmp_path, 2)
+    assert left_below(tmp_path) == {"": (5, 25)}
+    store.take(1)
+    assert left_below(tmp_path) == {"": (4, 20)}
+    (store.folder / "store.json").write_text("{")
+    assert left_below(tmp_path) == {"": (2, 10)}
+
+
+def test_a_server_that_starts_tells_what_is_left(tmp_path: Path) -> None:
+    bundles = decoder.save(tmp_path / "bundles")
+    key, root = tmp_path / "key", tmp_path / "stores"
+    key.write_text(KEY.hex())
+    store, _, _ = written(root)
+    store.take(0)
+    damaged, _, _ = written(root)
+    (damaged.folder / "seed.bin").write_bytes(bytes(44))
+    (root / f".{new_store()}").mkdir()
+    metrics = f"127.0.0.1:{free_port()}"
+    options = ("--plaintext", "--stores", str(root), "--store-key", str(key), "--metrics", metrics)
+
+    def left() -> list[float]:
+        page = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10).read().decode()
+        return [
+            float(line.split()[1])
+            for what in ("answers", "tokens")
+            for line in page.splitlines()
+            if line.startswith(f"mergec_server_stored_{what}{{")
+        ]
+
+    with role("serve", bundles, *options) as server:
+        assert server.wait_for("cleaned")["unfinished_stores"] == 1
+        told = server.wait_for("a store that cannot be used")["reason"]
+        assert told.startswith(f"{damaged.folder}/seed.bin: is damaged")
+        assert server.address, "the other clients are served"
+        assert left() == [5, 25]
+        store.take(2)
+        assert left() == [4, 20]
 
 
 def no_space(_: Path) -> None:
@@ -186,7 +284,7 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
             )
         assert stores_below(tmp_path / "client") == []
         assert stores_below(theirs) == []
-        assert remove_unfinished(theirs) == 1
+        assert len(list(theirs.iterdir())) == 1, "which the next one removes"
         seen: list[tuple[int, int]] = []
         place, size = made.connection().prepare(
             PLAN, tmp_path / "client", KEY, lambda *progress: seen.append(progress)

@@ -14,6 +14,8 @@ import os
 import secrets
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,9 @@ from runtime.errors import MergecError, PartyError
 KEY_VARIABLE = "MERGEC_STORE_KEY"
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
+SYNC_BYTES = 32 << 20
+"""Bytes of an answer that may be in memory alone: the others wait while a party brings it to disk.
+A slow one takes this much long before they give up, and all of a long answer perhaps not."""
 
 _HEADER, _SEED, _JOURNAL = "store.json", "seed.bin", "used"
 _LENGTH = struct.Struct("!I")
@@ -104,41 +109,48 @@ class Store:
         self.folder = folder
         self.header = header
         self._key = key
+        self._open: Corrections | None = None
         self.seed = seed
         """Of what belongs to no answer: the static masks of weights."""
 
     @classmethod
     def open(cls, folder: Path, key: bytes) -> Store:
         """Read a store; StoreError when it is missing, damaged, or of another key."""
-        file = folder / _HEADER
-        try:
-            data = file.read_bytes()
-            found = json.loads(data)
-            header = Header(**found)
-            kinds = {"answers": int, "prompt": int, "tokens": int, "store": str, "format": int}
-            if header.format != FORMAT or not all(is_a(found[k], v) for k, v in kinds.items()):
-                raise ValueError("format")
-            sealed = (folder / _SEED).read_bytes()
-        except FileNotFoundError as error:
-            raise StoreError(f"{folder}: no such store; make one with `mergec prepare`") from error
-        except OSError as error:
-            raise StoreError(f"{folder}: cannot be read ({error.strerror})") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{file}: is damaged or of another version; prepare again") from error
+        data = _read(folder, _HEADER)
+        header = _header(folder, data)
+        sealed = _read(folder, _SEED)
         own = derive(key, f"store {header.store} {header.role}")
         seed = _unseal(own, 0, sealed, data, folder / _SEED)
         return cls(folder, header, own, seed)
 
     def left(self) -> list[int]:
         """Answers that have not been used, in order."""
-        used = self._used()
+        used = _used(self.folder)
         return [n for n in range(self.header.answers) if n not in used]
 
-    def take(self, answer: int) -> bytes:
-        """Use up an answer, for good; gives its seed. StoreError if it was used before."""
+    def take(self, answer: int) -> tuple[bytes, Corrections]:
+        """Use up an answer, for good; gives its seed and the dealer's corrections.
+
+        Ends with the answer taken before. StoreError if this one was used before.
+        """
+        self.close()
+        self._note(answer)
+        self._open = Corrections(
+            _answer_file(self.folder, answer), derive(self._key, f"answer {answer}")
+        )
+        return derive(self.seed, f"answer {answer}"), self._open
+
+    def close(self) -> None:
+        """Nobody needs the answer that was taken any more."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _note(self, answer: int) -> None:
+        """Enter an answer in the journal, and bring that to disk."""
         with (self.folder / _JOURNAL).open("ab+") as journal:
             fcntl.flock(journal, fcntl.LOCK_EX)
-            if not 0 <= answer < self.header.answers or answer in self._used():
+            if not 0 <= answer < self.header.answers or answer in _used(self.folder):
                 raise StoreError(f"{self.folder}: answer {answer} is used up or does not exist")
             try:
                 # A crash may have left half an entry; that answer was never begun.
@@ -150,22 +162,6 @@ class Store:
                 raise StoreError(
                     f"{self.folder}: cannot note what is used ({error.strerror}); free some space"
                 ) from error
-        return derive(self.seed, f"answer {answer}")
-
-    def corrections(self, answer: int) -> Corrections:
-        """The dealer's corrections for an answer that was taken."""
-        return Corrections(self._file(answer), derive(self._key, f"answer {answer}"))
-
-    def _file(self, answer: int) -> Path:
-        return _answer_file(self.folder, answer)
-
-    def _used(self) -> set[int]:
-        try:
-            data = (self.folder / _JOURNAL).read_bytes()
-        except FileNotFoundError:
-            return set()
-        whole = len(data) // _NUMBER.size * _NUMBER.size
-        return {number for (number,) in _NUMBER.iter_unpack(data[:whole])}
 
     def _whole(self) -> int:
         return (self.folder / _JOURNAL).stat().st_size // _NUMBER.size
@@ -179,12 +175,16 @@ class NoCorrections:
 
 
 class Corrections:
-    """Reads an answer's corrections from its file, and removes it when closed."""
+    """Reads an answer's corrections from its file, whose name is gone as soon as it is open.
+
+    So whatever ends the answer leaves nothing behind.
+    """
 
     def __init__(self, file: Path, key: bytes) -> None:
         self._path, self._key = file, key
         try:
             self._file = file.open("rb")
+            file.unlink()
         except OSError as error:
             raise StoreError(f"{file}: cannot be read ({error.strerror})") from error
         self._chunk = np.empty(0, np.uint8)
@@ -206,7 +206,6 @@ class Corrections:
     def close(self) -> None:
         """Nobody needs this any more."""
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
     def _next(self) -> bytes:
         head = self._file.read(_LENGTH.size)
@@ -236,12 +235,25 @@ class StoreWriter:
         self._number = 0
         self._gathered = bytearray()
         self._file: Any = None
-        with self._told():
-            root.mkdir(parents=True, exist_ok=True)
+        self._unsynced = 0
+        self._held = ExitStack()
+        try:
+            with self._told():
+                self._begin(seed)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _begin(self, seed: bytes) -> None:
+        root = self._target.parent
+        root.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(root)
+        with _locked(root):
             self._folder.mkdir(mode=0o700)
-            data = json.dumps(asdict(header)).encode()
-            self._put(_HEADER, data)
-            self._put(_SEED, _seal(self._key, 0, seed, data))
+            self._held.enter_context(_locked(self._folder))
+        data = json.dumps(asdict(self._header)).encode()
+        self._put(_HEADER, data)
+        self._put(_SEED, _seal(self._key, 0, seed, data))
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -252,9 +264,15 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        """Remove what is not finished."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what was not written cannot be, and is not needed
+                self._file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.close()
 
     def write(self, data: memoryview) -> None:
         """Corrections of the answer that is under way."""
@@ -266,7 +284,7 @@ class StoreWriter:
         """The answer is complete."""
         self._flush(len(self._gathered))
         with self._told():
-            os.fsync(self._file.fileno())
+            self._sync()
             self._file.close()
         self._file = None
         self._answer += 1
@@ -294,7 +312,15 @@ class StoreWriter:
             if self._file is None:
                 self._file = _answer_file(self._folder, self._answer).open("xb")
             self._file.write(_LENGTH.pack(len(sealed)) + sealed)
+            self._unsynced += len(sealed)
+            if self._unsynced >= SYNC_BYTES:
+                self._sync()
         self._number += 1
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
 
     def _put(self, name: str, data: bytes) -> None:
         with (self._folder / name).open("xb") as file:
@@ -326,9 +352,27 @@ class _Told:
 
 def stores_below(root: Path) -> list[Path]:
     """The folders of all stores in `root`."""
-    if not root.is_dir():
+    try:
+        return sorted(place for place in root.iterdir() if is_store(place.name))
+    except FileNotFoundError:
         return []
-    return sorted(place for place in root.iterdir() if is_store(place.name))
+    except OSError as error:
+        raise StoreError(f"{root}: cannot be read ({error.strerror})") from error
+
+
+def left_below(root: Path) -> dict[str, tuple[int, int]]:
+    """Answers and tokens that stores in `root` are left with, by the client who may use them.
+
+    No key is needed; those whose header cannot be read count for nothing.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for folder in stores_below(root):
+        with suppress(StoreError):
+            header = _header(folder, _read(folder, _HEADER))
+            left = header.answers - len(_used(folder))
+            answers, tokens = found.get(header.client, (0, 0))
+            found[header.client] = answers + left, tokens + left * header.tokens
+    return found
 
 
 def remove_store(root: Path, number: str) -> None:
@@ -338,12 +382,51 @@ def remove_store(root: Path, number: str) -> None:
 
 def remove_unfinished(root: Path) -> int:
     """Remove what preparations that were killed left behind; gives how many."""
+    removed = 0
     if not root.is_dir():
-        return 0
-    left = [place for place in root.iterdir() if place.name[:1] == "." and is_store(place.name[1:])]
-    for place in left:
-        shutil.rmtree(place, ignore_errors=True)
-    return len(left)
+        return removed
+    with _locked(root):
+        for place in root.iterdir():
+            if place.name[:1] == "." and is_store(place.name[1:]):
+                # A preparation that is under way holds its folder's lock.
+                with suppress(BlockingIOError), _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(place, ignore_errors=True)
+                    removed += 1
+    return removed
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder}: no such store; make one with `mergec prepare`") from error
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _header(folder: Path, data: bytes) -> Header:
+    try:
+        found = json.loads(data)
+        header = Header(**found)
+        numbers = all(is_a(found[k], int) for k in ("answers", "prompt", "tokens", "format"))
+        texts = all(is_a(found[k], str) for k in ("store", "client"))
+        if header.format != FORMAT or not numbers or not texts:
+            raise ValueError("format")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(
+            f"{folder / _HEADER}: is damaged or of another version; prepare again"
+        ) from error
+    return header
+
+
+def _used(folder: Path) -> set[int]:
+    """Answers in the journal. Half an entry, which a crash leaves, is none."""
+    try:
+        data = (folder / _JOURNAL).read_bytes()
+    except FileNotFoundError:
+        return set()
+    whole = len(data) // _NUMBER.size * _NUMBER.size
+    return {number for (number,) in _NUMBER.iter_unpack(data[:whole])}
 
 
 def _answer_file(folder: Path, answer: int) -> Path:
@@ -360,6 +443,17 @@ def _unseal(key: bytes, number: int, data: bytes, context: bytes, file: Path) ->
         return AESGCM(key).decrypt(number.to_bytes(_NONCE_BYTES, "big"), data, context)
     except InvalidTag as error:
         raise StoreError(f"{file}: is damaged, or encrypted under another key") from error
+
+
+@contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Holds a lock of the folder, which ends with the process at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

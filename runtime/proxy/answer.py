@@ -7,6 +7,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import Counter
+
 from runtime.errors import PartyError
 from runtime.generation import StepReport
 from runtime.proxy.errors import place_of
@@ -27,10 +29,20 @@ class Answer:
     """Reads a job's tokens until one of them, or a stop string, ends the answer."""
 
     def __init__(
-        self, job: Job, reader: Reader, length: int, stop: Container[int], log: Any
+        self,
+        job: Job,
+        reader: Reader,
+        length: int,
+        stop: Container[int],
+        log: Any,
+        answered: Counter,
     ) -> None:
-        """length: of the prompt, in tokens. stop: tokens that end an answer."""
-        self._job, self._reader, self._stop, self._log = job, reader, stop, log
+        """length: of the prompt, in tokens. stop: tokens that end an answer.
+
+        answered: counts answers by how they ended.
+        """
+        self._job, self._reader, self._stop = job, reader, stop
+        self._log, self._answered = log, answered
         self._length, self._count = length, 0
         self._began = time.monotonic()
         self._over = self._closed = False
@@ -78,7 +90,8 @@ class Answer:
             return
         self._closed = True
         self._job.leave()
-        how = self.finish if self._over else "left"
+        how = self.finish if self._over else "failed" if isinstance(error, Exception) else "left"
+        self._answered.labels(how).inc()
         told = {"prompt": self._length, "tokens": self._count}
         took = round(time.monotonic() - self._began, 3)
         if isinstance(error, PartyError):  # names roles and addresses, never a prompt

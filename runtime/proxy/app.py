@@ -255,7 +255,8 @@ class Endpoint:
         sampling = wanted.sampling(temperature=1.0 if self._revealed else 0.0)
         job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
         reader = Reader(self._text, wanted.stop or (), best)
-        answer = Answer(job, reader, len(ids), self._stop, self._log)
+        answered = self._sessions.answered
+        answer = Answer(job, reader, len(ids), self._stop, self._log, answered)
         made = form(self._model, self._fingerprint, places=best is not None)
         try:
             if wanted.stream:

@@ -7,12 +7,13 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 
 from runtime.client import Connection
 from runtime.errors import MergecError, PartyError
-from runtime.observe import open_log
+from runtime.observe import PartyMetrics, open_log
 from runtime.proxy.app import make_app
 from runtime.proxy.sessions import Sessions
 from runtime.spec import CLIENT, ROLES
@@ -30,7 +31,8 @@ class ProxySettings:
 
     exposed: other machines may ask, too; their requests come in the clear. origins: of web pages
     from elsewhere that may ask. sessions: with the server, at once. queue: requests that may wait
-    for one. grace: seconds for answers to end at a shutdown.
+    for one. grace: seconds for answers to end at a shutdown. metrics: where to answer Prometheus.
+    stores: the folder of stores that answers are taken from, if they are.
     """
 
     listen: Address
@@ -39,6 +41,8 @@ class ProxySettings:
     sessions: int = 1
     queue: int = 16
     grace: float = 5.0
+    metrics: Address | None = None
+    stores: Path | None = None
 
 
 def proxy(
@@ -54,8 +58,13 @@ def proxy(
             "and in the clear; listen on 127.0.0.1, or say --expose"
         )
     log = open_log(ROLES[CLIENT])
+    metrics = PartyMetrics(ROLES[CLIENT])
+    if settings.stores is not None:
+        metrics.watch(settings.stores)
     with _listen(address) as listener:
-        sessions = Sessions(connect, settings.sessions, settings.queue)
+        if settings.metrics is not None:
+            metrics.serve(settings.metrics)
+        sessions = Sessions(connect, settings.sessions, settings.queue, metrics)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
         app = make_app(sessions, hosts, settings.origins, log)
         bound = Address(*listener.getsockname()[:2])

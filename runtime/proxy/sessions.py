@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import asdict
 from typing import Any
 
 from runtime.client import Connection
 from runtime.errors import BundleError, PartyError
 from runtime.generation import StepReport, Token
+from runtime.observe import PartyMetrics
 from runtime.proxy.errors import LIMITED, ApiError
 
 
@@ -62,7 +64,9 @@ class Sessions:
     kept, and begun anew only where it ended: for being idle too long, or by a fault.
     """
 
-    def __init__(self, connect: Callable[[], Connection], most: int, queue: int) -> None:
+    def __init__(
+        self, connect: Callable[[], Connection], most: int, queue: int, metrics: PartyMetrics
+    ) -> None:
         """Opens the first session.
 
         connect: makes a client, without a session yet. Raises MergecError where opening fails.
@@ -83,15 +87,20 @@ class Sessions:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self.most, "session")
         self._jobs: list[tuple[Job, Future[None]]] = []
+        self._metrics = metrics
+        metrics.gauge("requests", "Requests that are answered or wait.").set_function(
+            lambda: self.busy
+        )
+        self.answered = metrics.counter("answers", "Answers, by how they ended.", "how")
 
     @property
     def busy(self) -> int:
-        """Requests that are being answered or wait."""
-        self._jobs = [(job, future) for job, future in self._jobs if not future.done()]
-        return len(self._jobs)
+        """Requests that are being answered or wait; may be asked for from any thread."""
+        return sum(not future.done() for _, future in list(self._jobs))
 
     def ask(self, prompt: Sequence[int], **options: Any) -> Job:
         """Have a prompt answered as soon as a session is free; options: Connection.generate's."""
+        self._jobs = [(job, future) for job, future in self._jobs if not future.done()]
         waiting = max(self.busy - self.most, 0)
         if self.busy >= self.most and waiting >= self._queue:
             raise ApiError(
@@ -115,6 +124,8 @@ class Sessions:
         try:
             with closing(self._answer(connection, prompt, options)) as tokens:
                 for token in tokens:
+                    for report in token.reports:
+                        self._metrics.step(asdict(report))
                     job.put(token)
                     if job.is_left:
                         return

@@ -20,11 +20,13 @@ import torch
 from runtime.bundle import load_bundle, role_path
 from runtime.cli import INTERRUPTED, run
 from runtime.errors import LimitError
+from runtime.observe import PartyMetrics
 from runtime.plain import PlainExecutor
 from runtime.proxy.errors import explain
 from runtime.proxy.sessions import Sessions
 from tests import characters
 from tests.browser import chromium
+from tests.roles import free_port
 from tests.services import Deployment, Role, deployment, role
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
@@ -55,7 +57,9 @@ def running(bundles: Path) -> Iterator[Deployment]:
 @pytest.fixture(scope="module")
 def endpoint(running: Deployment) -> Iterator[Role]:
     at = ("--server", str(running.server.address), "--dealer", str(running.dealer.address))
-    with role("proxy", running.bundles, *at, "--plaintext", "--queue", "2", "--grace", "1") as made:
+    more = ("--queue", "2", "--grace", "1", "--metrics", f"127.0.0.1:{free_port()}")
+    with role("proxy", running.bundles, *at, "--plaintext", *more) as made:
+        made.metrics = more[-1]
         yield made
 
 
@@ -345,6 +349,25 @@ def test_the_log_holds_lengths_and_no_words(client: Any, endpoint: Role) -> None
     assert "Traceback" not in endpoint.output
 
 
+def test_metrics_count_what_the_client_saw(client: Any, endpoint: Role) -> None:
+    def counted() -> dict[str, float]:
+        page = httpx.get(f"http://{endpoint.metrics}/metrics").text
+        lines = [line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#"]
+        return {name.removeprefix("mergec_client_"): float(value) for name, value in lines}
+
+    before = counted()
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, **SAME)
+    after = counted()
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert grown['tokens_total{phase="prompt"}'] == len(PROMPT)
+    assert grown['tokens_total{phase="decode"}'] == 2
+    assert grown['answers_total{how="length"}'] == 1
+    for kind in ("sent", "received", "offline"):
+        assert grown[f'bytes_total{{kind="{kind}"}}'] > 0
+    assert after["rounds_total"] > before["rounds_total"] > 0
+    assert after["requests"] == 0
+
+
 def test_the_page_needs_nothing_from_elsewhere(url: str) -> None:
     found = httpx.get(url)
     assert "default-src 'none'" in found.headers["content-security-policy"]
@@ -440,7 +463,7 @@ def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: st
         assert 0 < int(told.headers["Retry-After"]) <= 60
 
     with deployment(bundles, serve=("--client-sessions", "2", "--rate", "24")) as made:
-        sessions = Sessions(made.connection, most=5, queue=0)
+        sessions = Sessions(made.connection, most=5, queue=0, metrics=PartyMetrics("client"))
         asyncio.run(ask_many(sessions))
         assert sum(line["event"] == "session began" for line in made.server.log) == 2
         sessions.close()
