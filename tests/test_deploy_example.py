@@ -71,6 +71,12 @@ def test_three_machines(tmp_path: Path) -> None:
     assert said[0].endswith("client 127.0.0.2, server 127.0.0.3, dealer 127.0.0.4, wire 127.0.0.5.")
     assert said[-2:] == ["Nothing of them was there.", "The program's public hash was there."]
     assert "The answer without the dealer is the same." in said
+    back = {
+        line.split(": ")[0]: int(line.split(" to the server, ")[1].split()[0].replace(",", ""))
+        for line in said
+        if " to the server, " in line
+    }
+    assert back["The chat, weights kept"] < back["The first answer"] == back["The stored answer"]
     assert [line for line in said if "stopped" in line] == [
         f"[{role}] stopped, exit code 0" for role in ("dealer", "server")
     ]

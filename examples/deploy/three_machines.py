@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 MERGEC = (sys.executable, "-m", "compiler.cli")
 START = 120.0
 ROLES = ("client", "server", "dealer")
+CONNECTIONS = ("The first answer", "Preparing", "The chat, weights kept", "The stored answer")
 PROMPTS = {"smollm2": "The capital of France is", "tiny": "what is said here?"}
 
 
@@ -129,7 +130,6 @@ class Deployment:
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(HERE.parents[1]),
-            "MERGEC_STORE_KEY": secrets.token_hex(32),
         }
 
     def run(self, machine: str, *command: str, said: str = "") -> str:
@@ -199,7 +199,11 @@ def play(
         stack.callback(made.close)
         made.run("client", "compile", source, "-o", str(bundles))
         made.run("client", "certs", str(certs), "--client", "ann")
-        # On real machines each role has its own folder of both, and nothing of the others'.
+        keys = {}
+        for role in ("client", "server"):
+            keys[role] = ("--store-key", str(folder / f"{role}.key"))
+            (folder / f"{role}.key").write_text(secrets.token_hex(32))
+        # On real machines each role has its own folder of all these, and nothing of the others'.
         secured = {role: ("--certs", str(certs / role)) for role in ("server", "dealer", "ann")}
         if plaintext:
             secured = dict.fromkeys(secured, ("--plaintext",))
@@ -211,7 +215,7 @@ def play(
         server = made.start(
             "server", "serve", str(bundles / "server"), *secured["server"],
             "--listen", f"{machines['server'].address}:0", "--dealer", dealer,
-            "--stores", str(folder / "server-stores"),
+            "--stores", str(folder / "server-stores"), *keys["server"],
         )  # fmt: skip
         tap = (sys.executable, str(HERE / "wiretap.py"))
         server = made.start("wire", f"{machines['wire'].address}:0", server, str(wire), program=tap)
@@ -220,14 +224,16 @@ def play(
         asked = ("--prompt", prompt, "--no-chat", "--max-tokens", str(tokens))
         text = Text.load(bundles / "client" / "tokenizer")
         ids = text.encode(prompt)
-        answer = made.run("client", "generate", *client, "--dealer", dealer, *asked)
-        stored = ("--store", str(folder / "client-stores"))
+        keep = ("--keep", str(folder / "kept"))
+        answer = made.run("client", "generate", *client, *keep, "--dealer", dealer, *asked)
+        stored = ("--store", str(folder / "client-stores"), *keys["client"])
         made.run(
             "client", "prepare", *client, "--dealer", dealer, *stored,
             "--tokens", str(tokens), "--answer", str(tokens), "--prompt", str(len(ids)),
         )  # fmt: skip
         most = ("--max-tokens", str(tokens))
-        turn = made.run("client", "chat", *client, "--dealer", dealer, *most, said=f"{prompt}\n\n")
+        chat = ("chat", *client, *keep, "--dealer", dealer, *most)
+        turn = made.run("client", *chat, said=f"{prompt}\n\n")
         made.stop("dealer")
         again = made.run("client", "generate", *client, *stored, *asked)
         made.stop("server")
@@ -239,6 +245,9 @@ def play(
         for what, trace in traces.text_traces(said, text.encode(said)).items()
     }
     rows = traces.weight_traces(bundles / "server")
+    for number, what in enumerate(CONNECTIONS, 1):
+        up, down = ((wire / f"{number}.{way}").stat().st_size for way in ("up", "down"))
+        print(f"{what}: {up:,} bytes to the server, {down:,} back.")
     files = sorted(wire.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(

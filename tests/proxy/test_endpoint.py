@@ -401,8 +401,11 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
         assert text(".said") == ["a", said[:5]]
         assert "5 tokens" in text(".foot")[0]
         assert text("#tokens") == ["5"]
-        for figure in ("#speed", "#bytes", "#rounds"):
+        for figure in ("#speed", "#bytes", "#rounds", "#total"):
             assert float(text(figure)[0]) > 0
+        assert text("#first")[0].endswith(" s")
+        assert f"{text('#bytes')[0]} MB and {text('#rounds')[0]} rounds each" in text(".foot")[0]
+        assert not text(".wait")
         assert len(browser.find_elements("css selector", "#steps i")) == 5
 
         before = len(answered(endpoint))
