@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -50,7 +51,8 @@ def test_units(service: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_containers() -> None:
+def test_containers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bundles = decoder.save(tmp_path / "bundles")
     recipe = (FILES / "containers" / "Dockerfile").read_text()
     stages = dict.fromkeys(re.findall(r"^FROM \S+ AS (\S+)$", recipe, re.MULTILINE))
     for _, copied in re.findall(r"^COPY (--\S+ )?(\w\S*) ?.* /source", recipe, re.MULTILINE):
@@ -62,7 +64,17 @@ def test_containers() -> None:
         assert build["target"] == name
         assert name in stages
         assert (FILES / "containers" / build["context"] / build["dockerfile"]).exists()
-        assert f'ENTRYPOINT ["mergec", "{COMMANDS[name]}", "/bundle"' in recipe
+        stage = recipe.split(f" AS {name}\n")[1].split("\nFROM ")[0]
+        program, *arguments = json.loads(re.search(r"^ENTRYPOINT (.*)$", stage, re.MULTILINE)[1])
+        assert (program, arguments[0]) == ("mergec", COMMANDS[name])
+        places = {
+            "/bundle": str(bundles),
+            "/certs": str(tmp_path / "none"),
+            "/config.toml": str(FILES / "config" / f"{name}.toml"),
+        }
+        given = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in service.get("command", [])]
+        assert run([*(places.get(word, word) for word in arguments), *given]) == 1
+        assert "none/authority.pem: cannot be read" in capsys.readouterr().err, "all else is known"
         mounted = dict(volume.removesuffix(":ro").split(":") for volume in service["volumes"])
         assert {"/bundle", "/certs", "/config.toml"} == set(mounted.values())
         assert (FILES / "containers" / f"../config/{name}.toml").exists()
