@@ -1,12 +1,14 @@
 """Graph helpers, and the text form in which graphs are read, compared and reported.
 
 Keys of node.meta: "val" example value (fake tensor with symbolic sizes); "module", "source" where
-the node comes from; "pass" which pass made it; "vis" who knows the value; "absmax", "mean_square"
-calibrated ranges; "form", "frac" how a shared wire is held (see legalize).
+the node comes from; "pass" which pass made it; "vis" who knows the value; "range" its least and
+largest number in calibration, beside what `Op.measure` names; "form", "frac" how a shared wire is
+held (see legalize).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from runtime.op import REGISTRY, Op
 from runtime.spec import Vis
 from runtime.structural import MOVE_NAMES, target_name
 
@@ -23,6 +26,27 @@ aten = torch.ops.aten
 def calls(node: Any, *targets: Any) -> bool:
     """Whether `node` is a call of one of these overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def op_of(node: fx.Node) -> type[Op] | None:
+    """The dialect op that a node calls, if it calls one."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = node.target._schema.name.partition("::")
+    return REGISTRY[name] if namespace == "mpc" else None
+
+
+def bind(op: type[Op], node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by parameter name, in the order of the schema."""
+    bound = inspect.signature(op.reference).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def absmax(node: fx.Node) -> float:
+    """How large the node's value got in calibration; 0 where that is not known."""
+    least, most = node.meta.get("range", (0.0, 0.0))
+    return max(-least, most)
 
 
 def is_public(node: Any) -> bool:

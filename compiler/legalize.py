@@ -10,22 +10,21 @@ one truncation follows instead of one for each.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
 from compiler.errors import CompileError
-from compiler.ir import aten, calls
+from compiler.ir import absmax, aten, bind, calls, op_of
 from compiler.moves import is_move, known_size
 from runtime.op import REGISTRY, Op, target
 from runtime.ops.ratio_attention import LARGEST_BOUND
 from runtime.ops.rotary import TABLE_FRAC
-from runtime.protocols.saturate import MAX_INPUT_FRAC
+from runtime.protocols.rows import MAX_SPREAD
+from runtime.protocols.saturate import MAX_INPUT_FRAC, SCALAR_DOMAIN
 from runtime.spec import HEADROOM_BITS, Vis
 
 RANGE_MARGIN_BITS = 3
@@ -33,9 +32,6 @@ RANGE_MARGIN_BITS = 3
 
 SPARE_BITS = 5
 """A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
-
-SCALAR_INPUT_BITS = 14
-"""Scalar functions take |x| < 2**14."""
 
 WEIGHT_BITS = 6
 """Most fractional bits that a matrix has more than an activation, where the result leaves room."""
@@ -48,28 +44,12 @@ _AT_FULL_SCALE = ("add", "sub", "shift", "sum")
 _CONVERSIONS = {"masked": "open", "sent": "send"}
 _RESULTS = {name: form for form, name in _CONVERSIONS.items()}
 _ATTENTIONS = ("attention", "ratio_attention")
-_NARROW = ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "glu", "reveal_token")
-
-
-def op_of(node: fx.Node) -> type[Op] | None:
-    """The dialect op that a node calls, if it calls one."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    namespace, _, name = node.target._schema.name.partition("::")
-    return REGISTRY[name] if namespace == "mpc" else None
-
-
-def bind(op: type[Op], node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by parameter name, in the order of the schema."""
-    bound = inspect.signature(op.reference).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
     """Set meta["frac"] and meta["form"] of every shared wire and insert the conversions.
 
-    Needs meta["vis"]; uses meta["absmax"] where ranges were calibrated. Raises CompileError that
+    Needs meta["vis"]; uses meta["range"] where ranges were calibrated. Raises CompileError that
     names every value which leaves the ring.
     """
     _split_scales(graph_module)
@@ -175,12 +155,12 @@ class _Legalizer:
                 if isinstance(value, fx.Node) and value.meta.get("form") == "share":
                     arguments[parameter] = self.convert(value, "fixed")
         node.args, node.kwargs = tuple(arguments.values()), {}
+        self.check_domain(node, op)
+        self.check_scores(node)
         if op.name in ("rms_norm", "layer_norm"):
             self.bound_norm(node, op)
         elif op.name == "ratio_attention":
             arguments = self.bound_scores(node, arguments)
-        elif op.name in _NARROW:
-            self.check_scalar(node, arguments[next(iter(arguments))])
         elif op.name == "linear":
             arguments |= self.weight_bits(node)
             if not arguments["parts"]:
@@ -227,11 +207,11 @@ class _Legalizer:
 
         Rows scaled by a gain carry 48 fractional bits, and a rotary embedding adds 16, say.
         """
-        absmax = node.meta.get("absmax")
-        if op.name not in _LOCAL or not absmax:
+        largest = absmax(node)
+        if op.name not in _LOCAL or not largest:
             return False
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
-        return frac > 2 * self.fixed and frac > _fitting(absmax)
+        return frac > 2 * self.fixed and frac > _fitting(largest)
 
     def fits_products(self, node: fx.Node) -> bool:
         """Whether all products of a wire with weights can hold its fractional bits untruncated."""
@@ -340,19 +320,39 @@ class _Legalizer:
         self.check(node, HEADROOM_BITS, frac)
 
     def check(self, node: fx.Node, bits: int, frac: int) -> None:
-        absmax = node.meta.get("absmax")
-        if absmax and math.log2(absmax) + frac + RANGE_MARGIN_BITS > bits:
+        largest = absmax(node)
+        if largest and math.log2(largest) + frac + RANGE_MARGIN_BITS > bits:
             self.failures[node] = (
-                f"reaches {absmax:.3g} in calibration, which with {frac} fractional bits leaves "
+                f"reaches {largest:.3g} in calibration, which with {frac} fractional bits leaves "
                 f"no room in {bits} bits; check this module's weights"
             )
 
-    def check_scalar(self, node: fx.Node, x: fx.Node) -> None:
-        absmax = x.meta.get("absmax")
-        if absmax and math.log2(absmax) + RANGE_MARGIN_BITS > SCALAR_INPUT_BITS:
+    def check_domain(self, node: fx.Node, op: type[Op]) -> None:
+        """Whether the first operand stays where the protocol is right, with some margin."""
+        operand = node.args[0]
+        if not isinstance(operand, fx.Node) or "range" not in operand.meta:
+            return
+        least, most = operand.meta["range"]
+        low, high = op.domain
+        margin = 2.0**RANGE_MARGIN_BITS
+        if least * (1 / margin if least > 0 else margin) < low or most * margin > high:
             self.failures[node] = (
-                f"its operand reaches {absmax:.3g} in calibration, and beyond that may grow by "
-                f"2**{RANGE_MARGIN_BITS}; its protocol takes |x| < 2**{SCALAR_INPUT_BITS}"
+                f"its operand goes from {least:.3g} to {most:.3g} in calibration, and beyond that "
+                f"may grow by {margin:g}; its protocol takes {low:g} to {high:g}"
+            )
+
+    def check_scores(self, node: fx.Node) -> None:
+        """Whether an attention's scores, which are no value of the graph, fit its protocol."""
+        spread, uncapped = (node.meta.get(key, 0.0) for key in ("score_spread", "uncapped_score"))
+        if spread > MAX_SPREAD:
+            self.failures[node] = (
+                f"the scores of a row are {spread:.3g} apart in calibration; its protocol takes "
+                f"up to {MAX_SPREAD:g}"
+            )
+        if uncapped * 2.0**RANGE_MARGIN_BITS > SCALAR_DOMAIN[1]:
+            self.failures[node] = (
+                f"its scores reach {uncapped:.3g} in calibration, and beyond that may grow by "
+                f"{2**RANGE_MARGIN_BITS}; the cap's protocol takes them up to {SCALAR_DOMAIN[1]:g}"
             )
 
     def bound_norm(self, node: fx.Node, op: type[Op]) -> None:
@@ -429,8 +429,8 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
     """
     room: dict[fx.Node, float] = {}
     for node in reversed(graph_module.graph.nodes):
-        absmax = node.meta.get("absmax")
-        room[node] = _fitting(absmax) if absmax else 0.0
+        largest = absmax(node)
+        room[node] = _fitting(largest) if largest else 0.0
         for user in node.users:
             op = op_of(user)
             if user.meta.get("vis") is not Vis.SHARED:
@@ -450,6 +450,6 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
     return room
 
 
-def _fitting(absmax: float) -> float:
-    """Fractional bits with which values up to `absmax` fit into the ring."""
-    return HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(absmax)
+def _fitting(largest: float) -> float:
+    """Fractional bits with which values up to `largest` fit into the ring."""
+    return HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(largest)

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from compiler.errors import CompileError
+from compiler.ir import op_of
 from runtime.op import target
-from runtime.ops.ratio_attention import base_scores
 from runtime.program import InputSpec
 from runtime.spec import Vis
 
@@ -24,14 +24,11 @@ def annotate_ranges(
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sequence[int]],
 ) -> None:
-    """Set meta["absmax"] of every float value, and what ops say of rows of theirs.
-
-    meta["mean_square"] of a norm; meta["largest_score"] of a ratio_attention.
+    """Set meta["range"] of every float value, and what calls of the dialect measure (`Op.measure`).
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
-    tokens one by one. meta["mean_square"] is the largest mean square of a row, after centring for a
-    LayerNorm. Raises CompileError that names the first secret value which is not finite. Needs
-    meta["vis"].
+    tokens one by one. meta["range"] are the least and the largest number of a value. Raises
+    CompileError that names the first secret value which is not finite. Needs meta["vis"].
     """
     replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
 
@@ -87,24 +84,18 @@ class _Recorder(fx.Interpreter):
         elif n is self._leaving:
             self._hidden = result
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
-            largest = float(result.abs().max())
-            if not math.isfinite(largest) and n.meta["vis"] is not Vis.PUBLIC:
+            ends = float(result.min()), float(result.max())
+            if not all(map(math.isfinite, ends)) and n.meta["vis"] is not Vis.PUBLIC:
                 # A public mask may hold -inf.
                 reason = (
                     "what it is computed from is finite, but the result holds inf or NaN; leave "
                     "out a lossy pass, or calibrate with other prompts"
                 )
                 raise CompileError("a value is not finite in calibration", {n: reason})
-            n.meta["absmax"] = max(largest, n.meta.get("absmax", 0.0))
-        if n.op == "call_function" and n.target in (target("rms_norm"), target("layer_norm")):
-            operand: Any = n.args[0]
-            rows = self.env[operand].to(torch.float64)
-            if n.target is target("layer_norm"):
-                rows = rows - rows.mean(-1, keepdim=True)
-            largest = float(rows.square().mean(-1).max())
-            n.meta["mean_square"] = max(largest, n.meta.get("mean_square", 0.0))
-        if n.op == "call_function" and n.target is target("ratio_attention"):
-            q, k, _, mask, *literals = self.fetch_args_kwargs_from_env(n)[0]
-            base, _ = base_scores(q, k, mask, *literals[:3])
-            n.meta["largest_score"] = max(float(base.abs().max()), n.meta.get("largest_score", 0.0))
+            least, most = n.meta.get("range", ends)
+            n.meta["range"] = min(least, ends[0]), max(most, ends[1])
+        op = op_of(n)
+        if op is not None:
+            for name, value in op.measure(*self.fetch_args_kwargs_from_env(n)[0]).items():
+                n.meta[name] = max(value, n.meta.get(name, value))
         return result

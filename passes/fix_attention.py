@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import add_constant, aten, calls, insert, replace
-from compiler.legalize import bind
+from compiler.ir import add_constant, aten, bind, calls, insert, replace
 from compiler.ranges import replay
 from passes.base import Pass
 from runtime.op import REGISTRY, target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Generator, Iterable
 from functools import reduce
@@ -32,6 +33,9 @@ class Op:
         `forms` says it where it depends on the arguments.
     weights: operands that, when they are constants of the server's, held or shared, go under a
         static mask.
+    domain: the inputs, of the first operand, that the protocol is made for; beyond them the result
+        may be that of another input. The compiler refuses a program whose calibration comes near.
+    measure: what calibration has to know of a call, besides the size of its values.
     scale: fractional bits of the result; in place of a shared operand it gets
         that operand's, in place of any other tensor its visibility.
     cost: rounds and bytes from operand values that carry shapes (see `runtime.values`).
@@ -43,6 +47,7 @@ class Op:
     schema: ClassVar[str]
     operands: ClassVar[dict[str, str]] = {}
     weights: ClassVar[tuple[str, ...]] = ()
+    domain: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     @staticmethod
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +76,11 @@ class Op:
     @classmethod
     def cost(cls, *args: Any, **kwargs: Any) -> Cost:
         raise NotImplementedError(f"mpc.{cls.name} has no cost formula")
+
+    @classmethod
+    def measure(cls, *args: Any) -> dict[str, float]:
+        """Numbers by name, from the operands in the clear; over all calls the largest counts."""
+        return {}
 
     @classmethod
     def variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:

@@ -14,16 +14,20 @@ from torch import fx
 
 from compiler.config import CompileConfig
 from compiler.errors import CompileError
-from compiler.ir import dump
+from compiler.ir import bind, dump, op_of
 from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
 from compiler.moves import is_move, known_size, moved
 from compiler.pipeline import rewrite, to_dialect
+from compiler.ranges import annotate_ranges
+from runtime.op import REGISTRY, Op, load_all
+from runtime.program import InputSpec
 from runtime.protocols.saturate import MAX_INPUT_FRAC
 from runtime.spec import HEADROOM_BITS, Vis
 from runtime.structural import target_name
 from tests.families import FAMILIES, captured, random_decoder
 from tests.passes.harness import Graph, normal
 
+load_all()
 GOLDEN = Path(__file__).parent / "golden"
 FIXED = 16
 X, W = normal(1, 3, 8), normal(8, 8)
@@ -124,8 +128,6 @@ def test_sums_of_products_are_truncated_once() -> None:
 
 
 def test_every_operand_is_in_the_form_its_op_takes() -> None:
-    from compiler.legalize import bind, op_of
-
     program = to_dialect(random_decoder("gemma2").float(), CompileConfig())
     legalize(program.graph_module, FIXED)
     checked = 0
@@ -197,7 +199,7 @@ def test_a_value_without_headroom_is_named() -> None:
     (product,) = named(graph, "linear")
     product.meta["module"], product.meta["source"] = "layers.0.up", "model.py:7"
     limit = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 2 * FIXED)
-    product.meta["absmax"] = limit * 1.01
+    product.meta["range"] = (0.0, limit * 1.01)
     with pytest.raises(CompileError) as caught:
         legalize(graph.module, FIXED)
     text = str(caught.value)
@@ -211,17 +213,18 @@ def test_a_value_with_just_enough_headroom_passes() -> None:
     graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
     for name in ALL:
         graph.run(name)
-    named(graph, "linear")[0].meta["absmax"] = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 32)
+    limit = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 2 * FIXED)
+    named(graph, "linear")[0].meta["range"] = (-limit, 1.0)
     legalize(graph.module, FIXED)
 
 
-def with_range(body, absmax: float, **constants) -> list[int]:
-    """Additional bits of each matrix where every value reaches `absmax`."""
+def with_range(body, largest: float, **constants) -> list[int]:
+    """Additional bits of each matrix where every value reaches `largest`."""
     graph = Graph(body, X, w=W, **constants)
     for name in ALL:
         graph.run(name)
     for node in graph.module.graph.nodes:
-        node.meta["absmax"] = absmax
+        node.meta["range"] = (-largest, largest)
     legalize(graph.module, FIXED)
     assert graph.same()
     for node in named(graph, "linear"):
@@ -255,35 +258,72 @@ def test_a_tied_matrix_has_the_bits_of_its_other_use() -> None:
     assert with_range(lambda m, x: (x @ m.w, (x + 1.0) @ m.w), 1.0) == [0, 0]
 
 
-def test_logits_to_choose_from_are_small_numbers() -> None:
-    graph = Graph(lambda m, x: x @ m.w, X, w=W)
-    graph.info.reveal = "token"
-    for name in (*ALL, "reveal_logits"):
-        graph.run(name)
-    (product,) = named(graph, "linear")
-    product.meta["absmax"] = 3000.0
-    with pytest.raises(CompileError, match=r"reaches 3e\+03 in calibration.*\|x\| < 2\*\*14"):
-        legalize(graph.module, FIXED)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_scalar_functions_take_small_numbers_only(gated: bool) -> None:
-    def body(m, x):
-        y = x @ m.w
-        return y.sigmoid() * y if gated else y.sigmoid()
-
-    graph = Graph(body, X, w=W)
-    for name in ALL:
-        graph.run(name)
-    (product,) = named(graph, "linear")
-    product.meta["absmax"] = 3000.0
-    with pytest.raises(CompileError, match=r"reaches 3e\+03 in calibration.*\|x\| < 2\*\*14"):
-        legalize(graph.module, FIXED)
-    graph = Graph(body, X, w=W)
-    for name in ALL:
-        graph.run(name)
-    named(graph, "linear")[0].meta["absmax"] = 2000.0
+def calibrated(name: str, least: float, most: float) -> fx.Graph:
+    """A call of an op whose first operand goes from `least` to `most`."""
+    rest = {"glu": lambda y: (y, "silu"), "reveal_token": lambda y: ([4],)}.get(name, lambda y: ())
+    op = getattr(torch.ops.mpc, name)
+    graph = Graph(lambda m, x: op(x @ m.w, *rest(x @ m.v)), X, w=W, v=W + 1)
+    graph.run("linear_to_dialect")
+    for node in graph.module.graph.nodes:
+        node.meta["module"] = "layers.0"
+    named(graph, "linear")[0].meta["range"] = (least, most)
     legalize(graph.module, FIXED)
+    return graph
+
+
+# Of each function with a domain: what it takes, and what is too near to an end.
+SCALAR = [(-2000, 2000)], [(-3000, 1), (-1, 3000)]
+DOMAINS = {
+    **dict.fromkeys(
+        ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "relu", "glu", "reveal_token"), SCALAR
+    ),
+    "exp": ([(-2000, 0), (-9, 0.03)], [(-3000, 0), (-1, 0.1)]),
+    "reciprocal": ([(0.008, 3e4)], [(0.007, 1), (-1, 1), (1, 4e4)]),
+    "rsqrt": ([(2e-4, 6e7)], [(1e-4, 1), (0, 1), (1, 7e7)]),
+    "log": ([(2e-4, 6e7)], [(1e-4, 1), (-1, 1), (1, 7e7)]),
+}
+
+
+def test_every_domain_has_a_case() -> None:
+    assert {name for name, op in REGISTRY.items() if op.domain != Op.domain} == {*DOMAINS}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_calibration_near_the_end_of_a_domain_is_refused(name: str) -> None:
+    good, bad = DOMAINS[name]
+    for least, most in good:
+        assert named(calibrated(name, least, most), name)
+    for least, most in bad:
+        with pytest.raises(CompileError, match=rf"mpc\.{name}.* # layers\.0") as caught:
+            calibrated(name, least, most)
+        assert f"goes from {least:.3g} to {most:.3g} in calibration" in str(caught.value)
+
+
+def scored(size: float, softcap: float = 0.0) -> Graph:
+    """Attention of which a row's scores are 0 and `size`, as calibration sees it."""
+
+    def body(m, ids):
+        x = torch.nn.functional.embedding(ids, m.w)[None]
+        return torch.ops.mpc.attention(x, x, x, None, 1.0, softcap)
+
+    graph = Graph(body, torch.tensor([[0, 1]]), w=torch.eye(2, 16).double() * math.sqrt(size))
+    ids = InputSpec("ids", Vis.CLIENT, "torch.int64", (1, "new"))
+    annotate_ranges(graph.module, [ids], [[0, 1]])
+    return graph
+
+
+def test_scores_that_are_too_far_apart() -> None:
+    legalize(scored(27_000.0).module, FIXED)
+    graph = scored(40_000.0)
+    assert named(graph, "attention")[0].meta["score_spread"] == pytest.approx(40_000.0)
+    with pytest.raises(CompileError, match=r"(?s)mpc.attention.*4e\+04 apart .* up to 32000"):
+        legalize(graph.module, FIXED)
+
+
+def test_scores_that_are_too_large_to_be_capped() -> None:
+    legalize(scored(2000.0, softcap=20.0).module, FIXED)
+    with pytest.raises(CompileError, match=r"(?s)mpc.attention.*3e\+03 .*cap.* up to 16384"):
+        legalize(scored(3000.0, softcap=20.0).module, FIXED)
 
 
 def test_a_weight_too_large_for_the_ring_is_found_by_calibration() -> None:

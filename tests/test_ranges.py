@@ -7,6 +7,7 @@ import torch
 
 from compiler.config import CompileConfig
 from compiler.errors import CompileError
+from compiler.ir import absmax
 from compiler.pipeline import to_dialect
 from compiler.ranges import annotate_ranges
 from runtime.program import InputSpec
@@ -42,7 +43,8 @@ def test_largest_values_and_rows() -> None:
     graph, table = measured()
     annotate_ranges(graph.module, [IDS], [[1, 2], [2, 3]])
     rows = table[1:]
-    assert meta(graph, "aten.mul.Tensor")["absmax"] == pytest.approx(2 * rows.abs().max().item())
+    ends = (2 * rows.min().item(), 2 * rows.max().item())
+    assert meta(graph, "aten.mul.Tensor")["range"] == pytest.approx(ends)
     square = rows.square().mean(-1).max().item()
     assert meta(graph, "mpc.rms_norm")["mean_square"] == pytest.approx(square)
     centred = rows - rows.mean(-1, keepdim=True)
@@ -53,9 +55,8 @@ def test_largest_values_and_rows() -> None:
 def test_tokens_that_are_not_fed_do_not_count() -> None:
     graph, table = measured()
     annotate_ranges(graph.module, [IDS], [[0, 0]])
-    assert meta(graph, "aten.mul.Tensor")["absmax"] == pytest.approx(
-        2 * table[0].abs().max().item()
-    )
+    ends = (2 * table[0].min().item(), 2 * table[0].max().item())
+    assert meta(graph, "aten.mul.Tensor")["range"] == pytest.approx(ends)
 
 
 def test_the_cache_is_fed_as_in_a_session() -> None:
@@ -66,7 +67,7 @@ def test_the_cache_is_fed_as_in_a_session() -> None:
     with torch.no_grad():
         hidden = decoder("llama")(tokens(), output_hidden_states=True).hidden_states
     largest = max(
-        node.meta["absmax"]
+        absmax(node)
         for node in step.graph_module.graph.nodes
         if node.meta.get("module") == "model.layers.1" and "add" in node.name
     )
@@ -84,7 +85,7 @@ def test_calibration_is_the_users_or_ours() -> None:
     def largest(config: CompileConfig, tokenizer: object = None) -> float:
         program = to_dialect(random_decoder("gpt2").float(), config, tokenizer)
         nodes = program.graph_module.graph.nodes
-        return next(n.meta["absmax"] for n in nodes if "wte.embedding" in n.meta.get("module", "")
+        return next(absmax(n) for n in nodes if "wte.embedding" in n.meta.get("module", "")
                     or n.meta.get("module") == "transformer.wte")  # fmt: skip
 
     table = random_decoder("gpt2").transformer.wte.weight.float().abs().amax(1)

@@ -79,6 +79,20 @@ class Attention(Op):
         return torch.softmax(scores if mask is None else scores + mask, -1)
 
     @classmethod
+    def measure(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+    ) -> dict[str, float]:
+        found, valid = counted_scores(q, k, mask, scale, softcap)
+        spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
+        return {"score_spread": float(spread.max()), **largest_before_cap(q, k, scale, softcap)}
+
+    @classmethod
     def scale(cls, *args: object, fixed: int) -> int:
         return SCALED_FRAC
 
@@ -158,6 +172,26 @@ def plain_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float)
     k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     found = torch.matmul(q, k.transpose(-1, -2)) * scale
     return softcap * torch.tanh(found / softcap) if softcap > 0 else found
+
+
+def counted_scores(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores with what the mask adds to them, in the clear, and which of them count."""
+    found = plain_scores(q, k, scale, softcap)
+    if mask is None:
+        return found, torch.ones_like(found, dtype=torch.bool)
+    valid = mask > MASKED_SCORE
+    return found + mask.where(valid, 0.0), valid.expand_as(found)
+
+
+def largest_before_cap(
+    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
+) -> dict[str, float]:
+    """What `Op.measure` says of scores that are capped: how large they are before that."""
+    if not softcap:
+        return {}
+    return {"uncapped_score": float(plain_scores(q, k, scale, 0.0).abs().max())}
 
 
 def plain_weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

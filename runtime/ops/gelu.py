@@ -11,7 +11,14 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
+from runtime.protocols.saturate import (
+    SCALAR_DOMAIN,
+    Tail,
+    apply,
+    apply_cost,
+    function_input,
+    saturating,
+)
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -39,6 +46,7 @@ class Gelu(Op):
         return torch.nn.functional.gelu(x, approximate="tanh" if tanh else "none")
 
     operands = {"x": "window"}
+    domain = SCALAR_DOMAIN
 
     @classmethod
     def cost(cls, x: Shared, tanh: bool = False, *, fixed: int) -> Cost:

@@ -13,7 +13,7 @@ from runtime.op import Op
 from runtime.ops.gelu import GELU, GELU_TANH, Gelu
 from runtime.ops.silu import SILU
 from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.saturate import apply, apply_cost, function_input
+from runtime.protocols.saturate import SCALAR_DOMAIN, apply, apply_cost, function_input
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -38,6 +38,7 @@ class Glu(Op):
         return ACTIVATIONS[act](gate) * up
 
     operands = {"gate": "window", "up": "share"}
+    domain = SCALAR_DOMAIN
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:

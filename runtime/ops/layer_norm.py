@@ -38,6 +38,12 @@ class LayerNorm(Op):
     weights = ("weight",)
 
     @classmethod
+    def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
+        rows = x.double()
+        rows = rows - rows.mean(-1, keepdim=True)
+        return {"mean_square": float(rows.square().mean(-1).max())}
+
+    @classmethod
     def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
         return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
 

@@ -32,6 +32,7 @@ class Log(Op):
         return torch.log(x)
 
     operands = {"x": "fixed"}
+    domain = (2.0**-16, 2.0**29)
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -40,7 +41,9 @@ class Log(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-16 <= x < 2**29: error below 2e-5; else something wrong, but finite.
+        """For 2**-16 <= x < 2**29: error below 2e-5; at 0 the value of 0.9 * 2**-16.
+
+        Other inputs give something wrong, but no larger than the largest result.
 
         log(w 4**k) = log(w) + k log(4): the table of the level k that x lies in gives log(w), and
         k is the number of levels that x is not below. Rounds 3. Each party sees what it sees in

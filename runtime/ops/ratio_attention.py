@@ -12,8 +12,8 @@ from runtime.context import Context
 from runtime.messages import Protocol, together
 from runtime.op import Op
 from runtime.ops.attention import (
-    MASKED_SCORE,
-    plain_scores,
+    counted_scores,
+    largest_before_cap,
     plain_weighted_sum,
     scores,
     scores_cost,
@@ -117,11 +117,27 @@ class RatioAttention(Op):
         kind: str,
         bound: float = 0.0,
     ) -> torch.Tensor:
-        base, valid = base_scores(q, k, mask, scale, softcap, kind)
+        base, valid = _base_scores(q, k, mask, scale, softcap, kind)
         weights = base.square() if kind == "2quad" else base.relu()
         weights = (weights + EPSILON) * valid
         weights = weights / weights.sum(-1, keepdim=True)
         return plain_weighted_sum(weights, v)
+
+    @classmethod
+    def measure(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        kind: str,
+        bound: float = 0.0,
+    ) -> dict[str, float]:
+        base, _ = _base_scores(q, k, mask, scale, softcap, kind)
+        capped = largest_before_cap(q, k, scale, softcap)
+        return {"largest_score": float(base.abs().max()), **capped}
 
     @classmethod
     def scale(cls, *args: Any, fixed: int) -> int:
@@ -234,7 +250,7 @@ class RatioAttention(Op):
         return stock_weighted_sum(weights * inverse, v)
 
 
-def base_scores(
+def _base_scores(
     q: torch.Tensor,
     k: torch.Tensor,
     mask: torch.Tensor | None,
@@ -243,14 +259,10 @@ def base_scores(
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is squared or rectified, in the clear, zero where masked; and which entries count."""
-    found = plain_scores(q, k, scale, softcap)
-    valid = torch.ones_like(found, dtype=torch.bool)
-    if mask is not None:
-        valid = (mask > MASKED_SCORE).expand_as(found)
-        found = found + torch.where(mask > MASKED_SCORE, mask, torch.zeros_like(mask))
+    found, valid = counted_scores(q, k, mask, scale, softcap)
     if kind == "2quad":
         found = found + OFFSET
-    return found * valid, valid
+    return found.where(valid, 0.0), valid
 
 
 class _Rows:

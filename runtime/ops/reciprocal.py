@@ -28,6 +28,7 @@ class Reciprocal(Op):
         return torch.reciprocal(x)
 
     operands = {"x": "fixed"}
+    domain = (2.0**-10, 2.0**18)
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -36,7 +37,11 @@ class Reciprocal(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-10 <= x < 2**18: relative error below 2**-16, and the rounding of the result."""
+        """For 2**-10 <= x < 2**18: relative error below 2**-16, and the rounding of the result.
+
+        From 0 to 2**-10 it keeps to the value at the end, 2**10, or up to a ninth more. Other
+        inputs give something wrong, but no larger than that.
+        """
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)

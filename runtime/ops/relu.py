@@ -10,7 +10,7 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.saturate import function_input
+from runtime.protocols.saturate import SCALAR_DOMAIN, function_input
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -26,6 +26,7 @@ class Relu(Op):
         return torch.relu(x)
 
     operands = {"x": "window"}
+    domain = SCALAR_DOMAIN
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:

@@ -21,6 +21,7 @@ from runtime.protocols.argmax import (
 )
 from runtime.protocols.compare import take_window
 from runtime.protocols.gumbel import gumbel
+from runtime.protocols.saturate import SCALAR_DOMAIN
 from runtime.protocols.truncate import truncate, truncate_cost
 from runtime.sampling import TEMPERATURE_BITS
 from runtime.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
@@ -42,6 +43,7 @@ class RevealToken(Op):
         return logits.argmax(-1)
 
     operands = {"logits": "share"}
+    domain = SCALAR_DOMAIN
 
     @classmethod
     def visibility(cls, *operands: Vis) -> Vis:

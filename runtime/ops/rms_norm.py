@@ -39,6 +39,10 @@ class RmsNorm(Op):
     weights = ("weight",)
 
     @classmethod
+    def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
+        return {"mean_square": float(x.double().square().mean(-1).max())}
+
+    @classmethod
     def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
         return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
 

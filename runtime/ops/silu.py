@@ -10,7 +10,14 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
+from runtime.protocols.saturate import (
+    SCALAR_DOMAIN,
+    Tail,
+    apply,
+    apply_cost,
+    function_input,
+    saturating,
+)
 from runtime.spec import Cost
 from runtime.values import Shared
 
@@ -30,6 +37,7 @@ class Silu(Op):
         return torch.nn.functional.silu(x)
 
     operands = {"x": "window"}
+    domain = SCALAR_DOMAIN
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:

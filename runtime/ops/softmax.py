@@ -36,6 +36,10 @@ class Softmax(Op):
     operands = {"x": "share"}
 
     @classmethod
+    def measure(cls, x: torch.Tensor) -> dict[str, float]:
+        return {"score_spread": float((x.amax(-1) - x.amin(-1)).max())}
+
+    @classmethod
     def scale(cls, x: int, *, fixed: int) -> int:
         return SCALED_FRAC
 
@@ -55,9 +59,9 @@ class Softmax(Op):
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
         """exp(x - c) by rows with c near the maximum, divided by their sum; error below 1e-4.
 
-        For scores from -1.4e4 to 1.4e4 and rows up to 4096. Rounds 5 and 3 for each level of
-        `peak`. What each party sees is what it sees in `exponentials`, `open_row`, `octaves` and
-        `scale_rows`.
+        For rows up to 4096 whose scores are up to 3.2e4 apart (`rows.MAX_SPREAD`). Rounds 5 and 3
+        for each level of `peak`. What each party sees is what it sees in `exponentials`,
+        `open_row`, `octaves` and `scale_rows`.
         """
         rows = x.share.reshape(-1, x.shape[-1])
         valid = torch.ones(rows.shape, dtype=torch.bool)

@@ -23,6 +23,9 @@ EXP_FRAC = 17
 MAX_ROW = 4096
 """Longest row of scores."""
 
+MAX_SPREAD = 32_000.0
+"""How far apart the scores of a row may be; where they lie does not matter."""
+
 _EXP = saturating(np.exp, -13.75, 64, 14, 58, 16, left=Tail(0, 0.0), right=None)
 
 
@@ -36,11 +39,11 @@ def inverse(length: int) -> Power:
 def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     """Shares of exp(x - c) with 17 fractional bits, c in (max - 2, max] of the row's valid entries.
 
-    In: Shared [R, L], L <= 4096, valid entries in [-1.4e4, 1.4e4]; public bool [R, L] with an
-    entry in each row. Out: [R, L], zero where `valid` is not set; error 4e-5 of the row's largest
-    entry; from c - 12.75 down an entry may be zero, and from c - 13.75 down it is. Rounds 2 more
-    than `peak`. Scores are taken modulo 2**32 with 16 fractional bits (`take_window`), where
-    differences up to 2**15 fit. Each party sees what it sees in `peak` and `saturate.apply`.
+    In: Shared [R, L], L <= 4096, valid entries of a row at most 3.2e4 apart; public bool [R, L]
+    with an entry in each row. Out: [R, L], zero where `valid` is not set; error 4e-5 of the row's
+    largest entry; from c - 12.75 down an entry may be zero, and from c - 13.75 down it is. Rounds 2
+    more than `peak`. Scores are taken modulo 2**32 with 16 fractional bits (`take_window`), where
+    differences below 2**15 fit. Each party sees what it sees in `peak` and `saturate.apply`.
     """
     narrow = take_window(scores.share, scores.frac - FRACTIONAL_BITS)
     shift = yield from peak(ctx, narrow, valid)

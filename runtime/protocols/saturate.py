@@ -33,6 +33,9 @@ from runtime.values import Shared
 MAX_INPUT_FRAC = 48
 """Inputs may have up to this many fractional bits: 32 bits are left above the 16 that count."""
 
+SCALAR_DOMAIN = (-(2.0**14), 2.0**14)
+"""Inputs of the functions here: beyond them the 32-bit window wraps, and holds another number."""
+
 _POSITION_BITS = 14
 
 
@@ -57,7 +60,8 @@ class Function:
 
     left, right: what holds outside the table. A missing tail: such inputs don't occur. Where it
     begins is compared in units of 2**end_bits of x: within the first unit of the table, and the
-    last two, either may hold. Inputs must satisfy |x| < 2**14.
+    last two, either may hold. Up to the ends of `SCALAR_DOMAIN` inputs outside the table get their
+    tail; a missing one, or an input beyond these ends, gives the value of another input.
     """
 
     table: Table

@@ -94,7 +94,7 @@ def test_each_part_has_the_bits_that_it_has_room_for(weights: str) -> None:
     cut = [n for n in values if calls(n, aten.slice.Tensor)]
     assert len(cut) == LAYERS
     for node in cut:
-        node.meta["absmax"] = 2.0**23
+        node.meta["range"] = (0.0, 2.0**23)
     roles = assemble(dialect, config)
     products = [i for i in roles["client"].instructions if i.target == "mpc.linear"]
     found = [i.args[4][1::2] for i in products if len(i.args) > 4 and "self_attn" in i.args[1].name]
