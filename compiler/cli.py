@@ -110,6 +110,9 @@ def compile_command(
         program = _compile(source, options, step)
         program.save(output, step)
     out.print(f"{output}: {program.describe()}", soft_wrap=True)
+    if program.deviation:
+        said = f"lossy: it does not compute what the model does; {program.deviation}"
+        err.print(said, style="yellow", soft_wrap=True)
 
 
 @app.command("inspect")

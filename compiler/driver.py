@@ -12,11 +12,12 @@ import torch
 from compiler.capture import Captured, capture
 from compiler.config import CompileConfig
 from compiler.cost import cost_report
+from compiler.deviation import measure_deviation
 from compiler.emit import shapes, tokenizer_files, value_types
 from compiler.history import History
 from compiler.ir import assign_names, length_symbols
 from compiler.load import load_model
-from compiler.pipeline import DialectProgram, assemble, finish, rewrite
+from compiler.pipeline import DialectProgram, assemble, calibration, finish, rewrite
 from compiler.program import Program
 from passes.base import PassReport
 from runtime.program import FINISH, RoleProgram
@@ -45,8 +46,9 @@ def compile_decoder(
     """
     config = config or CompileConfig()
     progress("capturing the model and rewriting it")
-    captured = capture(model) if captured is None else captured.copy()
-    history = History(captured.copy(), config, tokenizer)
+    original = capture(model) if captured is None else captured
+    captured = original.copy()
+    history = History(original, config, tokenizer)
     reports = rewrite(captured, config, tokenizer=tokenizer)
     dialect = finish(captured, config, reports, tokenizer)
     graph_module = dialect.graph_module
@@ -58,6 +60,12 @@ def compile_decoder(
     for program in roles.values():
         program.manifest |= _describe(model, tokenizer, config, dialect)
         program.manifest["shapes"] = shapes(program, types)
+    if roles["server"].manifest["lossy"]:
+        progress("comparing the lossy program with the model")
+        sequences = calibration(config, tokenizer, captured)
+        deviation = measure_deviation(roles["server"], original, sequences)
+        for program in roles.values():
+            program.manifest["deviation"] = deviation
     progress("counting rounds and bytes")
     cost = _cost_summary(roles["client"], config)
     for program in roles.values():
@@ -82,7 +90,7 @@ def compile_source(
     model, tokenizer = load_model(source)
     program = compile_decoder(model, tokenizer, config, progress)
     for role in program.roles.values():
-        role.manifest["model"] = Path(source).stem
+        role.manifest["model"] = config.name or Path(source).stem
     if not keep_history:
         program.history = None
     return program
@@ -92,7 +100,7 @@ def _describe(
     model: torch.nn.Module, tokenizer: Any, config: CompileConfig, dialect: DialectProgram
 ) -> dict[str, Any]:
     return {
-        "model": _model_name(model),
+        "model": config.name or _model_name(model),
         "fractional_bits": config.fractional_bits,
         "weights": config.weights,
         "reveal": config.reveal,

@@ -74,7 +74,7 @@ def finish(
         share_constants(captured)
     verify_dialect(graph_module)
     _check_result(graph_module)
-    sequences = _calibration(config, tokenizer, captured)
+    sequences = calibration(config, tokenizer, captured)
     annotate_ranges(graph_module, captured.inputs, sequences)
     return DialectProgram(
         graph_module,
@@ -139,14 +139,14 @@ def rewrite(
 ) -> list[PassReport]:
     """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
     load_all()
-    sequences = _calibration(config, tokenizer, captured)
+    sequences = calibration(config, tokenizer, captured)
     info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
     chosen = select(config) if passes is None else passes
     tokens = sequences[0] if config.check_passes else ()
     return run_passes(captured.graph_module, info, chosen, tokens)
 
 
-def _calibration(
+def calibration(
     config: CompileConfig, tokenizer: Any, captured: Captured
 ) -> Sequence[Sequence[int]]:
     """The user's sequences; or evenly spread token numbers, and sentences for the tokenizer."""

@@ -204,6 +204,18 @@ class Program:
             f"program {manifest['program_hash'][:12]}"
         )
 
+    @property
+    def deviation(self) -> str:
+        """One sentence: how far a lossy program was from its model when it was compiled."""
+        said = self.manifest["deviation"]
+        if not said:
+            return ""
+        return (
+            f"on the calibration prompts the next token is the model's at {said['agreed']} of "
+            f"{said['places']} places, and logits are {said['mean']:.2g} apart in the mean and "
+            f"{said['worst']:.2g} at most, where the model's own vary by {said['spread']:.2g}"
+        )
+
     def inspect(
         self, new: int = 1, past: int | None = None, *, savings: bool = False
     ) -> Inspection:
@@ -266,6 +278,7 @@ class Program:
             self._passes(report.new, report.past, savings),
             manifest["left_out"],
             {key: manifest[key] for key in shown}
+            | ({"deviation": self.deviation} if self.deviation else {})
             | {"estimated_network_seconds": round(seconds, 4)},
         )
 

@@ -50,6 +50,7 @@ DESCRIPTION: dict[str, tuple[type, Any]] = {
     "vocab_size": (int, 0),
     "stop_tokens": (list, []),
     "lossy": (bool, False),
+    "deviation": (dict, {}),
     "weights": (str, "server"),
     "reveal": (str, "logits"),
     "network": (str, "loopback"),

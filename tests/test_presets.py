@@ -11,6 +11,7 @@ import torch
 from compiler import CompileConfig, Program, compile_decoder
 from compiler.config import PRESETS
 from compiler.cost import cost_report
+from compiler.deviation import CONTINUED
 from compiler.errors import CompileError
 from compiler.legalize import legalize
 from compiler.pipeline import finish, rewrite
@@ -70,6 +71,7 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
     program = compiled(family, preset)
     assert program.manifest["lossy"]
     assert "lossy" in program.describe()
+    assert program.deviation in program.inspect(1, 6).to_markdown()
     plain = PlainExecutor(program.roles["server"])
     tokens = iter(ANSWER)
     expected = [row for _, row in plain.generate(PROMPT, 3, lambda _: next(tokens, 0))]
@@ -85,6 +87,36 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
             assert session.record.total == cost_report(program.any_role, 0, 3).total
     for logits, wanted in zip(found, expected, strict=True):
         assert float((logits - wanted).abs().max()) < TOLERANCE
+
+
+def test_how_far_a_lossy_program_is_from_its_model_is_measured() -> None:
+    """As one finds by hand: the model's own logits after the text that the program has made."""
+    model = random_decoder("llama").float()
+    prompts = ((3, 14, 15, 92, 65, 35), (2, 71, 82, 81))
+    for preset in ("merge-er", "mpcformer-2quad"):
+        config = CompileConfig(max_length=64, preset=preset, calibration=prompts, name="mine")
+        program = compile_decoder(model, config=config)
+        plain = PlainExecutor(program.roles["server"])
+        apart, agreed = [], 0
+        for given in (prompts[0][:-CONTINUED], prompts[1][:1]):
+            text = list(given)
+            for token, found in list(plain.generate(given, CONTINUED)):
+                with torch.no_grad():
+                    wanted = model(torch.tensor([text])).logits[0, -1]
+                apart.append(float((found - wanted).abs().max()))
+                agreed += int(wanted.argmax()) == token
+                text.append(token)
+        said = program.manifest["deviation"]
+        assert program.manifest["model"] == "mine"
+        assert said["worst"] == pytest.approx(max(apart), rel=1e-4)
+        assert (said["agreed"], said["places"]) == (agreed, 2 * CONTINUED)
+        assert 0 < said["mean"] < said["worst"]
+        assert f"at {agreed} of 8 places" in program.deviation
+
+
+def test_an_exact_program_deviates_from_nothing() -> None:
+    assert compiled("llama", "exact").manifest["deviation"] == {}
+    assert compiled("llama", "exact").deviation == ""
 
 
 def test_a_lossy_program_costs_less() -> None:
