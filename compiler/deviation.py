@@ -49,7 +49,8 @@ def measure_deviation(
 
 def _model_logits(captured: Captured, pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """The model's logits after each piece of a text, [V]."""
-    found, text = [], []
+    found = []
+    text: list[int] = []
     caches: list[torch.Tensor] = []
     with torch.inference_mode():
         for piece in pieces:
