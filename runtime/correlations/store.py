@@ -388,8 +388,11 @@ def remove_unfinished(root: Path) -> int:
     with _locked(root):
         for place in root.iterdir():
             if place.name[:1] == "." and is_store(place.name[1:]):
-                # A preparation that is under way holds its folder's lock.
-                with suppress(BlockingIOError), _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                # A preparation that is under way holds its folder's lock, and may end right now.
+                with (
+                    suppress(BlockingIOError, FileNotFoundError),
+                    _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                ):
                     shutil.rmtree(place, ignore_errors=True)
                     removed += 1
     return removed
