@@ -429,6 +429,12 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
         assert browser.find_element("id", "hello").is_displayed()
         assert not browser.get_log("browser")
 
+        # What could not be asked is there to be changed.
+        words.send_keys("a" * LONG * 2, ENTER)
+        wait_for(lambda: text(".error"))
+        assert "maximum context length is 96 tokens" in text(".error")[0]
+        wait_for(lambda: words.get_attribute("value") == "a" * LONG * 2)
+
 
 def test_sigterm_ends_the_sessions(client: Any, endpoint: Role, running: Deployment) -> None:
     before = sum(line["event"] == "session ended" for line in running.server.log)
