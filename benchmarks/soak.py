@@ -89,7 +89,8 @@ class Service:
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
-        raise SystemExit(f"the {self.name} does not start; see {self._log}")
+        said = self._log.read_text().splitlines() or ["it says nothing"]
+        raise SystemExit(f"the {self.name} does not start: {said[-1]}")
 
     def metrics(self) -> dict[str, float]:
         page = urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=TIMEOUT).read()
