@@ -239,17 +239,12 @@ class _Session:
         kind = Kind.STEP
         while kind is not Kind.END:
             if line.fileno() in self._wait(channel, line):
-                said = memoryview(line.recv(_REQUEST))
-                if not said:
-                    raise PartyError("the server went away; see its own message")
+                said = memoryview(_hear(line, ROLES[SERVER]))
                 channel.send(Kind(said[0]), said[1:])
                 channel.traffic.offline_sent += len(said) - 1
                 continue
             kind, payload = self._request(channel)
-            try:
-                _tell(line, kind, payload)
-            except OSError as error:
-                raise PartyError("the server went away; see its own message") from error
+            _tell(line, ROLES[SERVER], kind, payload)
 
     def _deal(
         self,
@@ -284,7 +279,7 @@ class _Session:
                         self._parent.check()
                         self._step(session, streams, new, past)
                     channel.send(Kind.MARK)
-                    _tell(line, Kind.MARK)
+                    _tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
                 new, past, draw = read_step(payload, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
@@ -294,21 +289,11 @@ class _Session:
     def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
         """The next request, once both have made it: after the first of them the other is due."""
         ready = self._wait(channel, line)
-        said = self._hear(line) if line.fileno() in ready else b""
+        said = _hear(line, ROLES[CLIENT]) if line.fileno() in ready else b""
         kind, payload = self._request(channel)
-        if (said or self._hear(line)) != bytes([kind]) + payload:
+        if (said or _hear(line, ROLES[CLIENT])) != bytes([kind]) + payload:
             raise PartyError("the client and the server ask for different steps")
         return kind, payload
-
-    def _hear(self, line: socket.socket) -> bytes:
-        """What the client asks for."""
-        try:
-            said = line.recv(_REQUEST)
-        except TimeoutError as error:
-            raise PartyError("the client did not ask for what the server asks for") from error
-        if not said:
-            raise PartyError("the client went away; see its own message")
-        return said
 
     def _step(
         self,
@@ -334,18 +319,31 @@ class _LineBlockWriter:
 
     def put(self, block: torch.Tensor) -> None:
         data = block.numpy().data
-        try:
-            for start in range(0, data.nbytes, _PIECE):
-                _tell(self._line, Kind.BLOCK, data[start : start + _PIECE])
-        except TimeoutError as error:
-            raise PartyError("the client does not take what it asked for") from error
-        except OSError as error:
-            raise PartyError("the client went away; see its own message") from error
+        for start in range(0, data.nbytes, _PIECE):
+            _tell(self._line, ROLES[CLIENT], Kind.BLOCK, data[start : start + _PIECE])
 
     def end(self) -> None:
         """The client ends its session itself."""
 
 
-def _tell(line: socket.socket, kind: Kind, payload: memoryview = _NOTHING) -> None:
-    """Say something to the process of the session's other party."""
-    line.sendmsg([bytes([kind]), payload])
+def _tell(line: socket.socket, peer: str, kind: Kind, payload: memoryview = _NOTHING) -> None:
+    """Say something to the process of the session's other party; PartyError if it is gone."""
+    try:
+        line.sendmsg([bytes([kind]), payload])
+    except TimeoutError as error:
+        raise PartyError(f"the {peer} does not take what is due to it") from error
+    except OSError as error:
+        raise PartyError(f"the {peer} went away; see its own message") from error
+
+
+def _hear(line: socket.socket, peer: str) -> bytes:
+    """What that process says; PartyError if it says nothing in time, or is gone."""
+    try:
+        said = line.recv(_REQUEST)
+    except TimeoutError as error:
+        raise PartyError(f"the {peer} did not ask for what the other asks for") from error
+    except OSError:  # it left something unread
+        said = b""
+    if not said:
+        raise PartyError(f"the {peer} went away; see its own message")
+    return said

@@ -128,7 +128,10 @@ class Parent:
 
     def hear(self) -> tuple[dict[str, Any], list[int]]:
         """The parent's next message, and the descriptors that come with it."""
-        data, descriptors, _, _ = socket.recv_fds(self.line, _DATAGRAM, 1)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.line, _DATAGRAM, 1)
+        except ConnectionError:  # it left something unread
+            data, descriptors = b"", []
         if not data:
             raise StoppingError("the process that listens has ended; start it again")
         message: dict[str, Any] = json.loads(data)

@@ -22,10 +22,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from runtime.bundle import save_bundle
 from runtime.certificates import make_certificates
 from runtime.cli import INTERRUPTED, run
+from runtime.dealer import _hear, _tell
 from runtime.errors import PartyError, PromptError
 from runtime.observe import PartyMetrics
 from runtime.server import Limits, ServerDesk
+from runtime.service import Parent
 from runtime.transport.address import Address
+from runtime.transport.channel import Kind
 from runtime.transport.connect import Security, listen
 from tests import decoder
 from tests.roles import ROOT, environment, free_port
@@ -416,6 +419,32 @@ def test_an_answer_that_outlasts_the_grace_is_told(bundles) -> None:
         assert made.server.process.wait(20) == 0
         with pytest.raises(PartyError, match="the server says: it is shutting down"):
             list(answer)
+
+
+class Child(Parent):
+    """A session's line to its parent, without the handlers of signals."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self.line = line
+
+
+@pytest.mark.parametrize("unread", [b"", b"a request"])
+@pytest.mark.parametrize(
+    ("use", "told"),
+    [
+        (lambda line: _hear(line, "client"), "the client went away"),
+        (lambda line: _tell(line, "client", Kind.MARK), "the client went away"),
+        (lambda line: Child(line).hear(), "the process that listens has ended"),
+    ],
+)
+def test_a_process_that_finds_another_gone_says_so(use, told, unread) -> None:
+    """Whether or not it had read what it was sent, of which the kernel makes different errors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if unread:
+        ours.send(unread)
+    theirs.close()
+    with pytest.raises(PartyError, match=told):
+        use(ours)
 
 
 def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:
