@@ -430,7 +430,7 @@ def judge(soak: Soak, held: dict[str, dict[str, dict[str, int]]], seconds: float
         if any(after[what] for what in after if "sessions" in what or "waiting" in what):
             faults.append(f"{name}: sessions are left: {after}")
         log = (soak.folder / f"{name}.log").read_text()
-        found = re.search(r"^.*(Traceback|internal error)(.*\n?){,40}", log, re.MULTILINE)
+        found = re.search(r"^.*(Traceback|internal error)(.*\n?){,15}", log, re.MULTILINE)
         if found:
             faults.append(f"{name}: an error of our own in its log:\n{found[0]}")
     preparations = sum((client.preparations for client in soak.clients), collections.Counter())
