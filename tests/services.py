@@ -129,7 +129,7 @@ class Role:
         self._folder.cleanup()
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = START) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
@@ -155,7 +155,7 @@ class Deployment:
         given: dict[str, Any] = {
             "security": Security("client", None, plaintext=True),
             "timeout": 20.0,
-            "join_timeout": 5.0,
+            "join_timeout": 20.0,
             **options,
         }
         if "dealer" not in given:

@@ -187,14 +187,14 @@ def test_a_byte_now_and_then_is_no_progress_and_a_slow_message_is() -> None:
         with pytest.raises(PartyError, match=r"the client sent only \d+ bytes in 0\.4 s"):
             channel.exchange(None, 200)
         ended.set()
-    sender, receiver = pair(0.4)
+    sender, receiver = pair(2.0)
     data = header(9, 0, 600_000) + bytes(600_000)
 
     def pieces() -> None:
         for start in range(0, len(data), 100_000):
             sender._socket.setblocking(True)
             sender._socket.sendall(data[start : start + 100_000])
-            time.sleep(0.1)
+            time.sleep(0.4)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(pieces)

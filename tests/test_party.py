@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,12 +92,13 @@ def test_bundles_of_different_programs_are_named(tmp_path: Path, bundles: Path) 
     ],
 )
 def test_bad_requests_start_nothing(
-    bundles: Path, prompt: list[int], options: dict[str, Any], message: str
+    bundles: Path, prompt: list[int], options: dict[str, Any], message: str, monkeypatch: Any
 ) -> None:
-    began = time.monotonic()
+    started: list[Any] = []
+    monkeypatch.setattr("runtime.local.subprocess.Popen", lambda *args, **_: started.append(args))
     with pytest.raises(PromptError, match=message):
         run_local(bundles, prompt, **options)
-    assert time.monotonic() - began < 1
+    assert not started
 
 
 def test_missing_bundles_are_named(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def assert_one_line(result: Finished, message: str) -> None:
 
 
 def test_a_role_by_hand_and_a_role_that_never_comes(bundles: Path) -> None:
-    common = ("--bundle", str(bundles), "--join-timeout", "6")
+    common = ("--bundle", str(bundles), "--join-timeout", "15")
     at = ("--rendezvous", f"tcp://127.0.0.1:{free_port()}")
     client = launch("client", *common, *at, "--prompt-ids", "5 1 7", "--max-tokens", "3")
     server = launch("server", *common, *at)
     told = finish(client)
-    assert_one_line(told, "the dealer did not join within 6 s; start it with `python -m runtime")
+    assert_one_line(told, "the dealer did not join within 15 s; start it with `python -m runtime")
     assert_one_line(finish(server), "the dealer")
     assert told.out == ""
 

@@ -35,7 +35,7 @@ from tests.roles import ROOT, environment, free_port
 from tests.services import Deployment, deployment, wait_until
 
 PROMPT = [5, 1, 7]
-TIMES = ("--timeout", "5", "--grace", "5")
+TIMES = ("--timeout", "8", "--grace", "5")
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +199,9 @@ def test_a_stopped_session_of_the_dealer_is_named_by_both_within_the_timeout(run
         worker.suspend()
     try:
         began = time.monotonic()
-        with pytest.raises(PartyError, match="the server says: the dealer sent nothing for 5 s"):
+        with pytest.raises(PartyError, match="the server says: the dealer sent nothing for 8 s"):
             list(answer)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 40
     finally:
         for worker in running.dealer.workers:
             worker.kill()
@@ -233,7 +233,7 @@ def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
             slow.sendall(b"\x16\x03\x01\x02\x00")
             began = time.monotonic()
             with pytest.raises(OSError, match=r"reset|Broken"):
-                while time.monotonic() - began < 30:
+                while time.monotonic() - began < 60:
                     slow.sendall(b"\x01")
                     time.sleep(0.2)
 
@@ -275,8 +275,8 @@ def test_a_client_that_goes_away_frees_its_place(running, certificates, ann, how
     try:
         assert process.stdout.readline() == "token\n"
         process.send_signal(how)
-        told = running.server.wait_for("session failed", ended + 1, 15)
-        went = "went away" if how == signal.SIGKILL else "sent nothing for 5 s"
+        told = running.server.wait_for("session failed", ended + 1)
+        went = "went away" if how == signal.SIGKILL else "sent nothing for 8 s"
         assert went in told["reason"]
         wait_until(lambda: not running.server.workers and not running.dealer.workers)
     finally:

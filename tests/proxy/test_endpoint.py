@@ -84,7 +84,7 @@ def answered(endpoint: Role) -> list[dict[str, Any]]:
 
 
 def next_answered(endpoint: Role, before: int) -> dict[str, Any]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(answered(endpoint)) <= before:
         assert time.monotonic() < deadline, endpoint.output
         time.sleep(0.02)
@@ -383,7 +383,7 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
             return [found.text for found in browser.find_elements("css selector", selector)]
 
         def wait_for(condition: Callable[[], object]) -> None:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while not condition():
                 assert time.monotonic() < deadline, text("main")
                 time.sleep(0.05)
