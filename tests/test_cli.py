@@ -192,6 +192,28 @@ def test_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == "quad did not run: it is lossy"
 
 
+def test_compile_says_how_far_a_lossy_program_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deviation = {"places": 16, "agreed": 3, "worst": 37.25, "mean": 6.5, "spread": 4.0}
+    told = "next token is the model's at 3 of 16 places, and logits are 6.5 apart in the mean"
+
+    def compiled(**manifest: Any) -> Program:
+        return Program({role: decoder(role, **manifest) for role in ROLES}, TYPES)
+
+    monkeypatch.setattr(cli, "_compile", lambda *_: compiled(lossy=True, deviation=deviation))
+    path = str(tmp_path / "lossy")
+    assert mergec(["compile", "x", "-o", path]) == 0
+    said = capsys.readouterr().err
+    assert "does not compute what the model does" in said
+    assert told in said
+    assert mergec(["inspect", path, "--past", "4", "--markdown"]) == 0
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr(cli, "_compile", lambda *_: compiled())
+    assert mergec(["compile", "x", "-o", str(tmp_path / "exact")]) == 0
+    assert "lossy" not in capsys.readouterr().err
+
+
 def test_run_prints_answer_summary_and_plaintext(
     bundles: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
