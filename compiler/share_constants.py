@@ -9,9 +9,8 @@ from torch import fx
 
 from compiler.capture import Captured
 from compiler.ir import constant
-from compiler.shapes import insert_constant
 from compiler.visibility import annotate_visibility
-from runtime.op import REGISTRY
+from compiler.weights import evaluate, insert_evaluated
 from runtime.spec import Vis
 
 
@@ -27,14 +26,12 @@ def share_constants(captured: Captured) -> None:
         if node.op == "get_attr":
             values[node] = constant(graph_module, node)
         elif _constant(node) and all(operand in values for operand in node.all_input_nodes):
-            values[node] = _evaluate(node, values)
+            values[node] = evaluate(node, values.__getitem__)
     for node, value in values.items():
         held = isinstance(value, torch.Tensor) and node.meta["vis"] is Vis.SERVER
         if node.op != "get_attr" and held and any(user not in values for user in node.users):
-            name = _free_name(captured)
-            captured.constants[name] = Vis.SERVER
-            # A view would carry its whole storage into the bundle.
-            folded = insert_constant(graph_module, node, name, value.detach().clone())
+            known = captured.constants
+            folded = insert_evaluated(graph_module, node, "_shared", value, Vis.SERVER, known)
             node.replace_all_uses_with(folded, lambda user: user not in values)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -47,17 +44,3 @@ def share_constants(captured: Captured) -> None:
 def _constant(node: fx.Node) -> bool:
     """Whether a call gives the same value in each step, if its operands are constants."""
     return node.op == "call_function" and node.meta["vis"] in (Vis.PUBLIC, Vis.SERVER)
-
-
-def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "mpc":
-        target = REGISTRY[target._schema.name.partition("::")[2]].reference
-    with torch.no_grad():
-        return target(*args, **kwargs)
-
-
-def _free_name(captured: Captured) -> str:
-    taken = captured.constants
-    return next(n for i in range(len(taken) + 1) if (n := f"_shared_{i}") not in taken)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from compiler.errors import InternalError
-from compiler.ir import calls, constant
+from compiler.ir import calls, constant, op_of
 from compiler.shapes import insert_constant
 from runtime.spec import Vis
 
@@ -54,6 +54,33 @@ def pure(node: fx.Node) -> bool:
         and torch.Tag.nondeterministic_seeded not in overload.tags
         and not written
     )
+
+
+def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What a call gives in the clear, from the values of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    op = op_of(node)
+    function: Any = node.target if op is None else op.reference
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def insert_evaluated(
+    graph_module: fx.GraphModule,
+    before: fx.Node,
+    stem: str,
+    value: torch.Tensor,
+    vis: Vis,
+    known: MutableMapping[str, Vis],
+) -> fx.Node:
+    """A constant that was computed, before a node, under a name of its own that begins with `stem`.
+
+    It is told to `known`, which maps constants to visibilities.
+    """
+    name = next(n for i in range(len(known) + 1) if (n := f"{stem}_{i}") not in known)
+    known[name] = vis
+    # A view would carry its whole storage into the bundles.
+    return insert_constant(graph_module, before, name, value.detach().clone())
 
 
 def wide(graph_module: fx.GraphModule, node: Any) -> torch.Tensor:

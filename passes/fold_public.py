@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from compiler.ir import constant, is_public
-from compiler.shapes import insert_constant
-from compiler.weights import pure
+from compiler.weights import evaluate, insert_evaluated, pure
 from passes.base import Pass
 from runtime.spec import Vis
 
@@ -44,7 +43,7 @@ class FoldPublic(Pass):
                 and pure(node)
                 and all(operand in values for operand in node.all_input_nodes)
             ):
-                values[node] = _evaluate(node, values)
+                values[node] = evaluate(node, values.__getitem__)
         sites = 0
         for node, value in values.items():
             if node.op == "get_attr" or not isinstance(value, torch.Tensor):
@@ -54,20 +53,8 @@ class FoldPublic(Pass):
             if value.numel() > LARGEST:
                 self.skip(node, f"its value is large: {value.numel()} elements")
                 continue
-            self._fold(graph_module, node, value)
+            known = self.info.constants
+            folded = insert_evaluated(graph_module, node, "_folded", value, Vis.PUBLIC, known)
+            node.replace_all_uses_with(folded)
             sites += 1
         return sites
-
-    def _fold(self, graph_module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> None:
-        taken = self.info.constants
-        name = next(n for i in range(len(taken) + 1) if (n := f"_folded_{i}") not in taken)
-        taken[name] = Vis.PUBLIC
-        # A view would carry its whole storage into the bundles.
-        folded = insert_constant(graph_module, node, name, value.detach().clone())
-        node.replace_all_uses_with(folded)
-
-
-def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]

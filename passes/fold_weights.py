@@ -9,7 +9,7 @@ from torch import fx
 
 from compiler.ir import constant
 from compiler.moves import is_move
-from compiler.weights import insert_folded, pure
+from compiler.weights import evaluate, insert_folded, pure
 from passes.base import Pass
 from runtime.spec import Vis
 
@@ -45,7 +45,7 @@ class FoldWeights(Pass):
             wanted = any(user not in known for user in node.users)
             if node not in computed or origin is None or not wanted:
                 continue
-            value = _evaluate(graph_module, node)
+            value = _value(graph_module, node)
             if isinstance(value, torch.Tensor):
                 folded = insert_folded(graph_module, node, origin, value, self.info.constants)
                 node.replace_all_uses_with(folded)
@@ -53,12 +53,8 @@ class FoldWeights(Pass):
         return sites
 
 
-def _evaluate(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    value = constant(graph_module, node)
-    if value is not None:
-        return value
-    args, kwargs = fx.map_arg(
-        (node.args, node.kwargs), lambda operand: _evaluate(graph_module, operand)
-    )
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+def _value(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    held = constant(graph_module, node)
+    if held is not None:
+        return held
+    return evaluate(node, lambda operand: _value(graph_module, operand))
