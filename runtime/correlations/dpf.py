@@ -23,10 +23,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from runtime.kernels.aes import expand_keys
 from runtime.kernels.compiled import compiled
 
 SEED_WORDS = 2
@@ -64,11 +66,17 @@ class Generator:
     """
 
     def __init__(self, blocks: int) -> None:
-        names = ["left", "right", *(f"value {i}" for i in range(blocks))]
+        self._names = ["left", "right", *(f"value {i}" for i in range(blocks))]
         self._ciphers = [
-            Cipher(algorithms.AES(_fixed_key(name)), modes.ECB()).encryptor() for name in names
+            Cipher(algorithms.AES(_fixed_key(name)), modes.ECB()).encryptor()
+            for name in self._names
         ]
         self.blocks = blocks
+
+    @property
+    def round_keys(self) -> np.ndarray:
+        """The same ciphers for `runtime.kernels.aes`."""
+        return _round_keys(tuple(self._names))
 
     def children(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AES of seeds [..., 2] under the left and the right key; the seeds are yet to be added."""
@@ -87,6 +95,11 @@ class Generator:
 
 def _fixed_key(name: str) -> bytes:
     return hashlib.blake2b(f"mergec point function: {name}".encode(), digest_size=16).digest()
+
+
+@cache
+def _round_keys(names: tuple[str, ...]) -> np.ndarray:
+    return expand_keys([_fixed_key(name) for name in names])
 
 
 def key_words(depth: int, last: int) -> int:

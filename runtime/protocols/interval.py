@@ -21,6 +21,7 @@ import torch
 
 from runtime.context import Context
 from runtime.correlations.dpf import BLOCK_WORDS, Generator, Keys, grow, key_words, sharing_words
+from runtime.kernels.aes import LANES, grow_trees, values_of_leaves
 from runtime.kernels.compiled import compiled
 from runtime.spec import CLIENT, Cost
 
@@ -94,9 +95,8 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
     if keys is None:
         return torch.empty(count, dtype=torch.int64, device="meta")
     points = opened.cpu().long().numpy() - table.start
-    for first in range(0, count, _PIECE):
-        piece = slice(first, first + _PIECE)
-        _evaluate(points[piece], _slice(keys, piece), table, ctx.party, generator, out[piece])
+    expand = evaluate_by_instructions if LANES else evaluate_by_library
+    expand(points, keys, table, ctx.party, generator, out)
     return torch.from_numpy(out).to(opened.device)
 
 
@@ -117,11 +117,7 @@ def _row(mask: torch.Tensor, table: Table) -> tuple[np.ndarray, np.ndarray]:
     return (words >> table.step_bits) & (table.windows - 1), powers
 
 
-def _slice(keys: Keys, piece: slice) -> Keys:
-    return Keys(keys.roots[piece], keys.corrections[piece])
-
-
-def _evaluate(
+def evaluate_by_instructions(
     points: np.ndarray,
     keys: Keys,
     table: Table,
@@ -129,11 +125,30 @@ def _evaluate(
     generator: Generator,
     out: np.ndarray,
 ) -> None:
-    seeds, bits = grow(keys, _depth(table), party, generator)
-    _evaluate_cpu(
-        points, seeds, bits, generator.value(seeds), keys.corrections[:, -_WORDS:],
-        _unrolled(table), table.windows, table.step_bits, table.drop, out,
+    """Write this party's shares of the values at `points` [n], in units from the table's start."""
+    _evaluate_trees(
+        points, keys.roots, keys.corrections, _depth(table), party, generator.round_keys,
+        _planes(table), table.windows, table.step_bits, table.drop, out,
     )  # fmt: skip
+
+
+def evaluate_by_library(
+    points: np.ndarray,
+    keys: Keys,
+    table: Table,
+    party: int,
+    generator: Generator,
+    out: np.ndarray,
+) -> None:
+    """The same on processors without instructions for AES."""
+    for first in range(0, len(points), _PIECE):
+        piece = slice(first, first + _PIECE)
+        some = Keys(keys.roots[piece], keys.corrections[piece])
+        seeds, bits = grow(some, _depth(table), party, generator)
+        _evaluate_cpu(
+            points[piece], seeds, bits, generator.value(seeds), some.corrections[:, -_WORDS:],
+            _unrolled(table), table.windows, table.step_bits, table.drop, out[piece],
+        )  # fmt: skip
     if party != CLIENT:
         np.negative(out, out=out)
 
@@ -143,6 +158,57 @@ def _unrolled(table: Table) -> np.ndarray:
     """Coefficients [4, 2 * windows] so that window zh - j is read at j - zh + windows, in order."""
     order = (-np.arange(2 * table.windows)) % table.windows
     return np.ascontiguousarray(table.coefficients[order].T)
+
+
+@cache
+def _planes(table: Table) -> np.ndarray:
+    """What the words of a row are multiplied by, [6, 4 * windows], in the order of `_unrolled`.
+
+    As polynomials in the position: for the first two words of a row (one and r), that alternate,
+    four coefficients, and for the other two (r**2 and r**3) two.
+    """
+    c = _unrolled(table)
+    planes = np.zeros((6, c.shape[1], 2), np.int64)
+    planes[:4, :, 0] = c
+    planes[:3, :, 1] = -c[1], -2 * c[2], -3 * c[3]
+    planes[4:, :, 0] = c[2], 3 * c[3]
+    planes[4, :, 1] = -c[3]
+    return planes.reshape(6, -1)
+
+
+@compiled()
+def _evaluate_trees(  # type: ignore[no-untyped-def]
+    points, roots, corrections, depth, party, round_keys, planes, windows, step_bits, drop, out
+):
+    width = 2 * LANES
+    seeds, flags = np.empty((windows, width), np.uint64), np.empty((windows, width), np.uint64)
+    words = np.empty((depth + _BLOCKS, width), np.uint64)
+    rows = np.empty((_BLOCKS, LANES, windows, 2), np.uint64)
+    for start in range(0, points.shape[0], LANES):
+        for lane in range(LANES):
+            # Where no element is left, the last one's tree grows again.
+            i = min(start + lane, points.shape[0] - 1)
+            seeds[0, 2 * lane] = roots[i, 0] & ~np.uint64(3)
+            seeds[0, 2 * lane + 1] = roots[i, 1] & ~np.uint64(3)
+            for k in range(depth + _BLOCKS):
+                words[k, 2 * lane] = corrections[i, 2 * k]
+                words[k, 2 * lane + 1] = corrections[i, 2 * k + 1]
+        flags[0] = np.uint64(0) - np.uint64(party)
+        grow_trees(round_keys, seeds, flags, words, depth)
+        values_of_leaves(round_keys, seeds, flags, words, depth, rows)
+        for lane in range(min(LANES, points.shape[0] - start)):
+            z = points[start + lane]
+            a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
+            first = 2 * (windows - ((z >> step_bits) & (windows - 1)))
+            ones, squares = rows[0, lane].reshape(-1), rows[1, lane].reshape(-1)
+            total = np.int64(0)
+            for m in range(2 * windows):
+                k = first + m
+                low = planes[2, k] + a * planes[3, k]
+                low = planes[0, k] + a * (planes[1, k] + a * low)
+                total += np.int64(ones[m]) * low
+                total += np.int64(squares[m]) * (planes[4, k] + a * planes[5, k])
+            out[start + lane] = -total if party else total
 
 
 @compiled()

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from runtime.protocols.interval import evaluate, evaluate_cost, fit
+from runtime.correlations.dpf import Generator, Keys
+from runtime.correlations.prg import Prg, new_seed
+from runtime.kernels.aes import LANES
+from runtime.protocols.interval import (
+    evaluate,
+    evaluate_by_instructions,
+    evaluate_by_library,
+    evaluate_cost,
+    fit,
+)
 from runtime.simulate import Simulation
+from runtime.spec import CLIENT, SERVER
 from tests.protocols.harness import run, words
 
 
@@ -71,3 +86,41 @@ def test_dropped_bits_cost_at_most_one_unit_of_what_is_left() -> None:
     result, _ = run(simulation, protocol)
     error = result.double() * 2.0**-40 - values.double() * 2.0**-16
     assert error.abs().max() <= 2.0**-11
+
+
+@pytest.mark.skipif(not LANES, reason="this processor has no instructions for AES")
+@pytest.mark.parametrize("count", [1, 3, 131])
+@pytest.mark.parametrize("party", [CLIENT, SERVER])
+def test_instructions_and_library_grow_the_same_trees(party: int, count: int) -> None:
+    """Keys that belong to no table: whatever they expand to must be the same, to the bit."""
+    table = fit(np.tanh, 16, -(2**19), 64, 14, 40, drop=2)
+    generator = Generator(2)
+    prg = Prg(new_seed())
+    roots, corrections, points = (
+        prg.read(8 * count * each).view(np.uint64).reshape(count, each) for each in (2, 16, 1)
+    )
+    keys, points = Keys(roots, corrections), points.view(np.int64)[:, 0]
+    grown, expected = np.empty(count, np.int64), np.empty(count, np.int64)
+    evaluate_by_library(points, keys, table, party, generator, expected)
+    evaluate_by_instructions(points, keys, table, party, generator, grown)
+    assert np.array_equal(grown, expected)
+    assert generator.round_keys.shape == (4, 11, 2 * LANES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [["vaes"], ["avx512f"], ["aes"]])
+def test_processors_that_lack_instructions(missing: list[str], tmp_path: Path) -> None:
+    """The tests of this file in a process that takes its processor for a lesser one."""
+    script = (
+        "import sys, llvmlite.binding as binding, pytest\n"
+        "features = binding.get_host_cpu_features()\n"
+        f"features |= dict.fromkeys({missing}, False)\n"
+        "binding.get_host_cpu_features = lambda: features\n"
+        f"sys.exit(pytest.main(['-q', '-m', 'not slow', '-p', 'no:cacheprovider', {__file__!r}]))"
+    )
+    # Kernels of another width must not come from, or stay in, the cache.
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
