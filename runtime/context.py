@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
@@ -21,7 +22,13 @@ from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.sampling import Draw
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 
-_ITEM_BYTES = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: 1}
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.int16: np.dtype(np.int16),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+}
 
 
 class ByteSink(Interface):
@@ -133,9 +140,9 @@ class Context(ABC):
         return value if self.party != SERVER else torch.zeros_like(value)
 
     def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        count = math.prod(shape)
-        raw = prg.read(count * _ITEM_BYTES[dtype])
-        return torch.from_numpy(raw).view(dtype).reshape(tuple(shape))
+        kind = _NUMPY[dtype]
+        words = prg.read(math.prod(shape) * kind.itemsize).view(kind)
+        return torch.from_numpy(words.reshape(shape))
 
 
 class _PartyContext(Context):
@@ -160,7 +167,7 @@ class _PartyContext(Context):
         return Keys(roots, _unsigned(self._read((count, words), torch.int64)))
 
     def _read(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape) * _ITEM_BYTES[dtype]
+        size = math.prod(shape) * _NUMPY[dtype].itemsize
         self.offline_bytes += size
         return self._corrections.read(size).view(dtype).reshape(tuple(shape))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,15 @@ class StepRecord:
 
     total: Cost = field(default_factory=Cost)
     by_instruction: dict[str, Cost] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Spent:
+    """What an instruction took so far, counted many times in a step."""
+
+    rounds: int = 0
+    online: int = 0
+    offline: int = 0
 
 
 class Executor:
@@ -136,6 +146,8 @@ class Executor:
         uses = self._uses(active, wanted)
         ready = [i for i in sorted(active) if left[i] == 0]
         waiting: dict[int, tuple[Protocol, Any]] = {}
+        spent: defaultdict[int, _Spent] = defaultdict(_Spent)
+        rounds = 0
 
         def finish(i: int, result: Any) -> None:
             values[self.plan[i].instruction.name] = result
@@ -155,7 +167,7 @@ class Executor:
             except StopIteration as stop:
                 finish(i, stop.value)
             if self.context.offline_bytes != before:
-                self._count(i, Cost(offline=self.context.offline_bytes - before))
+                spent[i].offline += self.context.offline_bytes - before
 
         while ready or waiting:
             while ready:
@@ -170,12 +182,22 @@ class Executor:
                 waiting.clear()
                 messages = [as_tuple(yielded) for _, (_, yielded) in batch]
                 replies = iter(self._exchange([m for group in messages for m in group]))
-                self.record.total += Cost(rounds=1)
+                rounds += 1
                 for (i, (protocol, yielded)), group in zip(batch, messages, strict=True):
-                    self._count(i, Cost(rounds=1, online=sum(map(_online_bytes, group))))
+                    spent[i].rounds += 1
+                    spent[i].online += sum(map(_online_bytes, group))
                     reply = [next(replies) for _ in group]
                     advance(i, protocol, as_reply(yielded, reply))
+        self._note(rounds, spent)
         return {name: values[name] for name in wanted}
+
+    def _note(self, rounds: int, spent: Mapping[int, _Spent]) -> None:
+        for i, of in spent.items():
+            cost = Cost(of.rounds, of.online, of.offline)
+            self.record.by_instruction[self.plan[i].instruction.name] = cost
+        online = sum(of.online for of in spent.values())
+        offline = sum(of.offline for of in spent.values())
+        self.record.total = Cost(rounds, online, offline)
 
     def _uses(self, active: Collection[int], wanted: Collection[str]) -> dict[str, int]:
         uses: dict[str, int] = {}
@@ -185,11 +207,6 @@ class Executor:
         for name in wanted:
             uses[name] = uses.get(name, 0) + 1
         return uses
-
-    def _count(self, i: int, cost: Cost) -> None:
-        name = self.plan[i].instruction.name
-        self.record.by_instruction[name] = self.record.by_instruction.get(name, Cost()) + cost
-        self.record.total += Cost(online=cost.online, offline=cost.offline)
 
     def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
         args = [self._resolve(arg, values) for arg in planned.instruction.args]
@@ -319,17 +336,19 @@ class Executor:
         party = self.context.party
         if self._link is None or party == DEALER:
             return [_ghost(message) for message in messages]
-        outgoing = [m.payload for m in messages if isinstance(m, (Swap, _sent_by(party)))]
-        expected = [m for m in messages if isinstance(m, (Swap, _sent_by(SERVER - party)))]
-        sizes = [m.payload.numel() * m.payload.element_size() for m in expected]
-        received = self._link.exchange(_pack(outgoing), sum(sizes))
-        parts = iter(torch.split(received, sizes) if sizes else ())
+        sent, received = _sent_by(party), _sent_by(SERVER - party)
+        outgoing = [m.payload for m in messages if not isinstance(m, received)]
+        sizes = [0 if isinstance(m, sent) else m.payload.nbytes for m in messages]
+        reply = self._link.exchange(_pack(outgoing), sum(sizes))
         replies: list[Any] = []
-        for message in messages:
-            if isinstance(message, _sent_by(party)):
+        start = 0
+        for message, size in zip(messages, sizes, strict=True):
+            if isinstance(message, sent):
                 replies.append(None)
             else:
-                replies.append(_unpack(next(parts), message.payload, self.context.device))
+                part = reply[start : start + size] if size < len(reply) else reply
+                replies.append(_unpack(part, message.payload, self.context.device))
+            start += size
         return replies
 
 
@@ -474,7 +493,7 @@ def _sent_by(party: int) -> type[Message]:
 
 
 def _online_bytes(message: Message) -> int:
-    size = message.payload.numel() * message.payload.element_size()
+    size = message.payload.nbytes
     return 2 * size if isinstance(message, Swap) else size
 
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from runtime.kernels.aes import expand_keys
 from runtime.kernels.compiled import compiled
@@ -67,11 +67,14 @@ class Generator:
 
     def __init__(self, blocks: int) -> None:
         self._names = ["left", "right", *(f"value {i}" for i in range(blocks))]
-        self._ciphers = [
+        self.blocks = blocks
+
+    @cached_property
+    def _ciphers(self) -> list[CipherContext]:
+        return [
             Cipher(algorithms.AES(_fixed_key(name)), modes.ECB()).encryptor()
             for name in self._names
         ]
-        self.blocks = blocks
 
     @property
     def round_keys(self) -> np.ndarray:
@@ -93,6 +96,7 @@ class Generator:
         return out[: seeds.size].reshape(seeds.shape)
 
 
+@cache
 def _fixed_key(name: str) -> bytes:
     return hashlib.blake2b(f"mergec point function: {name}".encode(), digest_size=16).digest()
 

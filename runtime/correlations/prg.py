@@ -12,6 +12,9 @@ SEED_BYTES = 32
 _CHUNK = 1 << 20
 _ZEROS = memoryview(bytes(_CHUNK))
 _BLOCK = 16
+_WORD = 8
+_AHEAD = 1 << 15
+"""Bytes that are made at once for reads that are no longer."""
 
 
 def new_seed() -> bytes:
@@ -35,13 +38,27 @@ class Prg:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a seed has {SEED_BYTES} bytes, this one {len(seed)}")
         self._stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(_BLOCK))).encryptor()
+        self._ahead = np.empty(0, np.uint8)
+        self._used = 0
 
     def read(self, nbytes: int) -> np.ndarray:
-        """The next `nbytes` bytes of the stream, as a fresh uint8 array."""
+        """The next `nbytes` bytes of the stream, as a uint8 array that nothing else refers to."""
+        # Most reads are small. They share calls of the cipher, and lie side by side in one buffer.
+        start, stop = self._used, self._used + nbytes
+        if stop <= len(self._ahead):
+            self._used = stop
+            result = self._ahead[start:stop]
+            return result.copy() if start % _WORD else result
+        self._ahead, self._used = self._made(self._ahead[start:], max(nbytes, _AHEAD)), nbytes
+        return self._ahead[:nbytes]
+
+    def _made(self, first: np.ndarray, nbytes: int) -> np.ndarray:
+        """So many bytes, of which the first were made before."""
         # update_into wants room for one more cipher block than it writes.
         buffer = np.empty(nbytes + _BLOCK, np.uint8)
+        buffer[: len(first)] = first
         view = buffer.data
-        for start in range(0, nbytes, _CHUNK):
+        for start in range(len(first), nbytes, _CHUNK):
             size = min(_CHUNK, nbytes - start)
             self._stream.update_into(_ZEROS[:size], view[start : start + size + _BLOCK])
         return buffer[:nbytes]

@@ -21,7 +21,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched `a @ b` modulo 2**64, with broadcast batch dimensions; shapes only on meta."""
     if a.is_meta or b.is_meta:
         return torch.empty(_shape(a, b), dtype=torch.int64, device="meta")
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     count = math.prod(batch)
     a3 = a.expand(*batch, rows, inner).reshape(count, rows, inner)
@@ -62,7 +62,7 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return (*batch, a.shape[-2], b.shape[-1])
 
 

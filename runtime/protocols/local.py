@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.context import Context
@@ -14,7 +15,7 @@ from runtime.values import Held, Masked, Shared, encode
 
 def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """A meta tensor of the broadcast shape: what the dealer has in place of a share."""
-    shape = torch.broadcast_shapes(*(tuple(shape) for shape in shapes))
+    shape = np.broadcast_shapes(*(tuple(shape) for shape in shapes))
     return torch.empty(shape, dtype=dtype, device="meta")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from runtime.context import Context
@@ -51,14 +52,14 @@ def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
 
     x y = (x' - a)(y' - b) = x' y' - x' b - a y' + a b with x', y' public and a b dealt.
     """
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = np.broadcast_shapes(x.shape, y.shape)
     cross = ctx.deal(shape, lambda: x.mask * y.mask)
     return combine(ctx, x, y, cross, torch.mul)
 
 
 def matmul_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
     """Share of the batched matrix product of two opened wires; offline 8 bytes per result."""
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     shape = (*batch, x.shape[-2], y.shape[-1])
     cross = ctx.deal(shape, lambda: matmul(x.mask, y.mask))
     return combine(ctx, x, y, cross, matmul)
@@ -71,8 +72,11 @@ def combine(
     cross: torch.Tensor,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """x' y' - x' [b] - [a] y' + [a b] for any bilinear product, in two products, not three."""
+    """x' y' - x' [b] - [a] y' + [a b] for any bilinear product, in two products, not three.
+
+    The larger factor is usually the second, a cache: nothing of its size is made here.
+    """
     if cross.is_meta:
         return cross
-    mine = y.opened - y.mask if ctx.party == CLIENT else -y.mask
-    return product(x.opened, mine) - product(x.mask, y.opened) + cross
+    mine = x.opened - x.mask if ctx.party == CLIENT else -x.mask
+    return product(mine, y.opened) - product(x.opened, y.mask) + cross

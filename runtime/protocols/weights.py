@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from runtime.context import Context
@@ -174,7 +175,7 @@ def table_rows_cost(count: int, weight: Constant) -> Cost:
 
 def scale_by(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
     """Share of the element-wise product of x [..., D] and weight, broadcast."""
-    shape = tuple(torch.broadcast_shapes(x.shape, weight.shape))
+    shape = np.broadcast_shapes(x.shape, weight.shape)
     return times_weight(ctx, x, weight, torch.mul, shape)
 
 
@@ -185,7 +186,7 @@ def add_held(
 
     parts: which columns have more than `frac` fractional bits, see `mpc.linear`.
     """
-    shape = torch.broadcast_shapes(share.shape, held.shape)
+    shape = np.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     if isinstance(held, Shared):
