@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
 from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
 from runtime.protocols.squares import DealtSquare, truncated_square_cost
-from runtime.protocols.truncate import OFFSET, Truncation, top_bit
-from runtime.spec import FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
-from runtime.values import Masked, Shared, logical_shift
+from runtime.protocols.truncate import OFFSET, top_bit
+from runtime.spec import FRACTIONAL_BITS, HEADROOM_BITS, Cost
+from runtime.values import Masked, Shared
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row when no calibration gave one."""
@@ -67,42 +69,79 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
     """
     factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
     shifts = _shifts(frac, spec)
-    down = [(k, s) for k, s in enumerate(shifts) if s > 0]
     shape = row.opened.shape
-
-    def lows() -> torch.Tensor:
-        parts = [logical_shift(row.mask, s) for _, s in down]
-        return torch.stack(parts, -1) if parts else row.mask[..., None][..., :0]
-
-    def cross() -> torch.Tensor:
-        parts = [
-            (logical_shift(row.mask, s) if s > 0 else row.mask << -s) * factor.mask[:, k, None]
-            for k, s in enumerate(shifts)
-        ]
-        return torch.stack(parts).sum(0)
-
-    def top_cross() -> torch.Tensor:
-        parts = [factor.mask[:, k, None] << (RING_BITS - s) for k, s in down]
-        return top_bit(row.mask) * sum(parts, torch.zeros_like(row.mask))
-
-    low = ctx.deal((*shape, len(down)), lows)
-    crossed = ctx.deal(shape, cross)
-    top_crossed = ctx.deal(shape, top_cross)
+    dealt = cache(lambda: dealt_for_scaling(row.mask, factor.mask, shifts))
+    low = ctx.deal((*shape, sum(s > 0 for s in shifts)), lambda: dealt()[0])
+    crossed = ctx.deal(shape, lambda: dealt()[1])
+    top_crossed = ctx.deal(shape, lambda: dealt()[2])
     if row.opened.is_meta:
         return row.opened
     share = ctx.public(factor.opened) - factor.mask
-    result = crossed
-    wrap = torch.zeros(shape, dtype=torch.int64, device=row.opened.device)
-    for index, (k, s) in enumerate(down):
-        x, public = Truncation(row.opened, s), factor.opened[:, k, None]
-        result = result + x.base * share[:, k, None] - low[..., index] * public
-        wrap += x.wrap * public
-    for k, s in enumerate(shifts):
-        if s <= 0:
-            public = (row.opened - OFFSET) << -s
-            up = (row.mask << -s) * factor.opened[:, k, None]
-            result = result + public * share[:, k, None] - up
-    return result + wrap * row.top - (row.opened >= 0).to(torch.int64) * top_crossed
+    words = (row.opened, row.mask, row.top, low, crossed, top_crossed, factor.opened, share)
+    out = np.empty(shape, np.int64)
+    _scale_cpu(*(word.cpu().numpy() for word in words), np.array(shifts), out)
+    return torch.from_numpy(out).to(row.opened.device)
+
+
+def dealt_for_scaling(
+    mask: torch.Tensor, factors: torch.Tensor, shifts: list[int]
+) -> tuple[torch.Tensor, ...]:
+    """For the dealer, from the masks r [R, d] of rows and f [R, levels] of mantissas.
+
+    r >> s for the levels that shift down, [R, d, of those]; the sum of (r >> s) f over all levels,
+    and that of msb(r) 2**(64 - s) f over those, [R, d] each.
+    """
+    rows, size = mask.shape
+    out = [
+        np.empty(shape, np.int64)
+        for shape in ((rows, size, sum(s > 0 for s in shifts)), (rows, size), (rows, size))
+    ]
+    _deal_cpu(mask.cpu().numpy(), factors.cpu().numpy(), np.array(shifts), *out)
+    return tuple(map(torch.from_numpy, out))
+
+
+@compiled()
+def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore[no-untyped-def]
+    for i in range(mask.shape[0]):
+        for e in range(mask.shape[1]):
+            r = np.uint64(mask[i, e])
+            top = np.int64(r >> np.uint64(63))
+            total, wrapped, down = np.int64(0), np.int64(0), 0
+            for k in range(shifts.shape[0]):
+                s, factor = shifts[k], factors[i, k]
+                if s > 0:
+                    part = np.int64(r >> np.uint64(s))
+                    low[i, e, down] = part
+                    down += 1
+                    wrapped += factor << (64 - s)
+                else:
+                    part = np.int64(r << np.uint64(-s))
+                total += part * factor
+            crossed[i, e] = total
+            top_crossed[i, e] = top * wrapped
+
+
+@compiled()
+def _scale_cpu(  # type: ignore[no-untyped-def]
+    opened, mask, top, low, crossed, top_crossed, public, share, shifts, out
+):
+    for i in range(opened.shape[0]):
+        for e in range(opened.shape[1]):
+            z = opened[i, e]
+            total, wrap, down = crossed[i, e], np.int64(0), 0
+            for k in range(shifts.shape[0]):
+                s = shifts[k]
+                if s > 0:
+                    # As in `Truncation`, with the offset of 2**62.
+                    base = np.int64(np.uint64(z) >> np.uint64(s)) - (np.int64(1) << (62 - s))
+                    total += base * share[i, k] - low[i, e, down] * public[i, k]
+                    wrap += public[i, k] << (64 - s)
+                    down += 1
+                else:
+                    x = (z - (np.int64(1) << 62)) << -s
+                    total += x * share[i, k] - (mask[i, e] << -s) * public[i, k]
+            no_top = np.int64(z >= 0)
+            out[i, e] = total + no_top * (wrap * top[i, e] - top_crossed[i, e])
 
 
 def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:

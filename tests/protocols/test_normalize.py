@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
+from runtime.correlations.prg import Prg, new_seed
+from runtime.protocols.normalize import (
+    SCALED_FRAC,
+    RowNorm,
+    _scale_cpu,
+    dealt_for_scaling,
+    normalize,
+    normalize_cost,
+)
+from runtime.protocols.truncate import OFFSET, Truncation, top_bit
 from runtime.simulate import Simulation
+from runtime.values import logical_shift
 from tests.protocols.harness import integers, run
 
 EPS = 1e-5
@@ -43,3 +54,40 @@ def test_a_row_of_zeros_stays_zero() -> None:
     spec = RowNorm(64, 32, EPS, 2.0**10)
     result, _ = run(simulation, lambda ctx, p: normalize(ctx, shares[p].share, spec))
     assert (result.double() * 2.0**-SCALED_FRAC).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 62, 62], [-2, 0]])
+def test_kernels_compute_what_words_of_tensors_do(shifts: list[int]) -> None:
+    """To the bit, on words that belong to no row."""
+    prg, rows, size = Prg(new_seed()), 3, 11
+    down = [(k, s) for k, s in enumerate(shifts) if s > 0]
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(prg.read(8 * int(np.prod(shape))).view(np.int64).reshape(shape))
+
+    mask, factors = words(rows, size), words(rows, len(shifts))
+    low, crossed, top_crossed = dealt_for_scaling(mask, factors, shifts)
+    shifted = [logical_shift(mask, s) if s > 0 else mask << -s for s in shifts]
+    products = [part * factors[:, k, None] for k, part in enumerate(shifted)]
+    assert low.shape == (rows, size, len(down))
+    for index, (k, _) in enumerate(down):
+        assert torch.equal(low[..., index], shifted[k])
+    assert torch.equal(crossed, torch.stack(products).sum(0))
+    wrapped = sum((factors[:, k, None] << (64 - s) for k, s in down), torch.zeros_like(mask))
+    assert torch.equal(top_crossed, top_bit(mask) * wrapped)
+
+    opened, top, public, share = (words(rows, n) for n in (size, size, len(shifts), len(shifts)))
+    expected, wrap = crossed.clone(), torch.zeros_like(opened)
+    for index, (k, s) in enumerate(down):
+        x = Truncation(opened, s)
+        expected += x.base * share[:, k, None] - low[..., index] * public[:, k, None]
+        wrap += x.wrap * public[:, k, None]
+    for k, s in enumerate(shifts):
+        if s <= 0:
+            up = (mask << -s) * public[:, k, None]
+            expected += ((opened - OFFSET) << -s) * share[:, k, None] - up
+    expected += wrap * top - (opened >= 0).long() * top_crossed
+    found = np.empty((rows, size), np.int64)
+    given = (opened, mask, top, low, crossed, top_crossed, public, share)
+    _scale_cpu(*(word.numpy() for word in given), np.array(shifts), found)
+    assert np.array_equal(found, expected.numpy())
