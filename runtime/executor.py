@@ -346,7 +346,7 @@ class Executor:
             if isinstance(message, sent):
                 replies.append(None)
             else:
-                part = reply[start : start + size] if size < len(reply) else reply
+                part = reply[start : start + size] if size < reply.numel() else reply
                 replies.append(_unpack(part, message.payload, self.context.device))
             start += size
         return replies

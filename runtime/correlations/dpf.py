@@ -21,9 +21,10 @@ seeds from random with probability at most q N / 2**126.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -59,22 +60,28 @@ class Keys:
     corrections: np.ndarray
 
 
-class Generator:
-    """AES under fixed keys: the two children of a seed, and `blocks` blocks of a leaf's value.
+class _Ciphers(threading.local):
+    """The library's ciphers by name, made once in each thread: two must not use one at once."""
 
-    Not to be used by two threads at once.
-    """
+    def __init__(self) -> None:
+        self._made: dict[str, CipherContext] = {}
+
+    def __getitem__(self, name: str) -> CipherContext:
+        if name not in self._made:
+            cipher = Cipher(algorithms.AES(_fixed_key(name)), modes.ECB())
+            self._made[name] = cipher.encryptor()
+        return self._made[name]
+
+
+_CIPHERS = _Ciphers()
+
+
+class Generator:
+    """AES under fixed keys: the two children of a seed, and `blocks` blocks of a leaf's value."""
 
     def __init__(self, blocks: int) -> None:
         self._names = ["left", "right", *(f"value {i}" for i in range(blocks))]
         self.blocks = blocks
-
-    @cached_property
-    def _ciphers(self) -> list[CipherContext]:
-        return [
-            Cipher(algorithms.AES(_fixed_key(name)), modes.ECB()).encryptor()
-            for name in self._names
-        ]
 
     @property
     def round_keys(self) -> np.ndarray:
@@ -92,7 +99,7 @@ class Generator:
     def _encrypt(self, key: int, seeds: np.ndarray) -> np.ndarray:
         # update_into wants room for one more cipher block than it writes.
         out = np.empty(seeds.size + BLOCK_WORDS, np.uint64)
-        self._ciphers[key].update_into(seeds.data.cast("B"), out.view(np.uint8).data)
+        _CIPHERS[self._names[key]].update_into(seeds.data.cast("B"), out.view(np.uint8).data)
         return out[: seeds.size].reshape(seeds.shape)
 
 

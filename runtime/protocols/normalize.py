@@ -181,15 +181,21 @@ class RowNorm:
         """eps on the scale of the sum of squares."""
         return round(self.eps * self.size * 2.0 ** (2 * (self.frac - self.square_shift)))
 
-    @cached_property
+    @property
     def inverse_root(self) -> Power:
         """From the sum of squares to the factor of the row."""
-        squares = 2 * (self.frac - self.square_shift) + math.log2(self.size)
-        # The row's own fraction of a bit, where `frac` is no integer, is left to the factor.
-        surplus = self.frac - math.floor(self.frac)
-        low = max(0, math.floor(math.log2(max(1, self.eps_units))))
-        low = min(low, MAX_EXPONENT - 1)
-        return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT, FRACTIONAL_BITS)
+        return _inverse_root(self)
+
+
+@cache
+def _inverse_root(norm: RowNorm) -> Power:
+    """Norms are made anew in every step; the layout of what they look up is not."""
+    squares = 2 * (norm.frac - norm.square_shift) + math.log2(norm.size)
+    # The row's own fraction of a bit, where `frac` is no integer, is left to the factor.
+    surplus = norm.frac - math.floor(norm.frac)
+    low = max(0, math.floor(math.log2(max(1, norm.eps_units))))
+    low = min(low, MAX_EXPONENT - 1)
+    return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT, FRACTIONAL_BITS)
 
 
 def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:

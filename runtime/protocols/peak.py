@@ -12,8 +12,9 @@ Three rounds take a group of up to 16 to one, and two levels a row of 256.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -30,6 +31,9 @@ GROUP = 16
 _DIGITS = Digits(6, 5, 5)
 _LESS = Formula(_DIGITS.less)
 _INTEGER_DROP = 16
+
+_REMEMBERED = 1 << 16
+"""Entries of rows whose comparisons are kept: those of a decode step are, those of a prompt not."""
 
 
 @dataclass
@@ -61,8 +65,20 @@ class _Level:
         )
 
 
-def _levels(valid: torch.Tensor) -> Iterator[_Level]:
+def _levels(valid: torch.Tensor) -> Sequence[_Level]:
     """The comparisons of rows with these valid entries, level by level."""
+    if valid.numel() > _REMEMBERED:
+        return tuple(_plan(valid))
+    return _remembered(valid.numpy().tobytes(), valid.shape)
+
+
+@lru_cache(maxsize=2)
+def _remembered(valid: bytes, shape: Sequence[int]) -> Sequence[_Level]:
+    """The layers of a step have all the same: that of the last two steps is kept."""
+    return tuple(_plan(torch.frombuffer(bytearray(valid), dtype=torch.bool).reshape(shape)))
+
+
+def _plan(valid: torch.Tensor) -> Iterator[_Level]:
     counts = valid.sum(1)
     longest = int(counts.max())
     levels = 0
