@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from runtime.bundle import save_bundle
 from runtime.correlations.prg import Prg, new_seed
 from runtime.program import PROMPT, InputSpec, RoleProgram
 from runtime.spec import CLIENT, ROLES, SERVER, Vis
+from runtime.transport.lines import Lines
 from runtime.values import encode
 
 ROLE = Path(__file__).with_name("role.py")
@@ -69,7 +69,7 @@ class RunError(Exception):
 def run(
     programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str, network: str = ""
 ) -> list[Taken]:
-    """Run the steps one after the other in three processes on loopback; RunError if one fails.
+    """Run the steps one after the other in three processes, connected; RunError if one fails.
 
     network: profile that the link between client and server is slowed down to, if any (`network`).
     """
@@ -86,11 +86,11 @@ def run(
             "folder": name,
             "mode": mode,
             "network": network,
-            "rendezvous": f"tcp://127.0.0.1:{free_port()}",
             "steps": [{"repeats": step.repeats, "phase": step.phase} for step in steps],
         }
         (folder / "job.json").write_text(json.dumps(job))
-        parties = {role: _start(folder, role) for role in ROLES}
+        with Lines() as lines:
+            parties = {role: _start(folder, role, lines.of(role)) for role in ROLES}
         try:
             failure = _wait(parties, folder)
         finally:
@@ -147,11 +147,11 @@ def _uniform(shape: torch.Size) -> torch.Tensor:
     return raw.view(torch.int64).reshape(shape).clone()
 
 
-def _start(folder: Path, role: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, role: str, lines: Sequence[int]) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROLE), str(folder / "job.json"), role]
+    command = [sys.executable, str(ROLE), str(folder / "job.json"), role, *map(str, lines)]
     with (folder / f"{role}.out").open("wb") as out, (folder / f"{role}.err").open("wb") as err:
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=err, pass_fds=lines)
 
 
 def _wait(parties: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> str:
@@ -181,9 +181,3 @@ def _events(output: Path) -> list[dict[str, Any]]:
     lines = output.read_text().splitlines(keepends=True)
     said = [json.loads(line) for line in lines if line.endswith("\n")]
     return [event for event in said if event["event"] == "step"]
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

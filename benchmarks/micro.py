@@ -8,22 +8,28 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from runtime.certificates import make_certificates
 from runtime.correlations.prg import Prg, new_seed
 from runtime.kernels.matmul import matmul_rows, set_threads
 from runtime.memory import keep_freed_memory
-from runtime.spec import CLIENT, DEALER, ROLES
-from runtime.transport.communicator import CountingCommunicator
-from runtime.transport.link import Link
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER
+from runtime.transport.channel import Channel
+from runtime.transport.connect import Security
+from runtime.transport.lines import Lines, take
 
 REPEATS = 5
 STREAM_BYTES = 1 << 26
 ROWS, INNER, OUTER = 1, 576, 4096
-ROUNDS, MESSAGE_BYTES = 2000, 1024
+ROUNDS, MESSAGE_BYTES = 5000, 1024
+WAYS = "gloo", "plain", "tls"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -50,37 +56,63 @@ def stream_rates() -> tuple[float, float]:
     return default, stream_rate()
 
 
-def _again(*arguments: str) -> subprocess.Popen[str]:
+def _again(*arguments: str, lines: Sequence[int] = ()) -> subprocess.Popen[str]:
     """This script as another process that does one thing and prints what it found."""
-    return subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, *arguments, *map(str, lines)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=lines)
 
 
-def round_rates() -> list[float]:
-    """Rounds per second of two processes: by gloo's messages, and by our link."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    parties = [_again("round", role, address) for role in ROLES]
-    outputs = [party.communicate()[0] for party in parties]
-    return [float(rate) for rate in outputs[CLIENT].split()]
+def round_costs() -> list[float]:
+    """CPU microseconds that client and server together spend on a round between them."""
+    costs = []
+    with tempfile.TemporaryDirectory(prefix="mergec-micro-") as folder:
+        make_certificates(Path(folder), (ROLES[CLIENT],))
+        for way in WAYS:
+            with Lines() as lines:
+                parties = [
+                    _again("round", way, role, folder, lines=lines.of(role))
+                    for role in ROLES
+                    if role != ROLES[DEALER]
+                ]
+            costs.append(sum(float(party.communicate()[0]) for party in parties))
+    return costs
 
 
-def play_rounds(role: str, address: str) -> None:
-    """One role's part: messages of one kilobyte both ways."""
+def play_rounds(way: str, role: str, folder: str, *lines: str) -> None:
+    """One party's part: messages of one kilobyte both ways."""
     torch.set_num_threads(1)
-    communicator = CountingCommunicator.join(role, address)
-    if communicator.rank != DEALER:
-        mine, theirs = (torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(2))
-        peer, link = communicator.peer, Link(communicator)
+    peer = SERVER if role == ROLES[CLIENT] else CLIENT
+    mine, theirs = (torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(2))
+    if way == "gloo":
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", store, rank=ROLES.index(role), world_size=2)
 
-        def by_gloo() -> None:
-            works = communicator.isend(mine, peer), communicator.irecv(theirs, peer)
-            communicator.wait(peer, *works)
+        def once() -> None:
+            for work in (dist.isend(mine, peer), dist.irecv(theirs, peer)):
+                work.wait()
+    else:
+        link = _link(way, role, folder, [int(line) for line in lines])
 
-        for once in (by_gloo, lambda: link.exchange(mine, MESSAGE_BYTES)):
-            print(ROUNDS / seconds(lambda once=once: [once() for _ in range(ROUNDS)]))
-    communicator.leave()
+        def once() -> None:
+            link.exchange(mine, MESSAGE_BYTES)
+
+    for _ in range(ROUNDS // 10):
+        once()
+    before = time.process_time()
+    for _ in range(ROUNDS):
+        once()
+    print(1e6 * (time.process_time() - before) / ROUNDS)
+
+
+def _link(way: str, role: str, folder: str, lines: Sequence[int]) -> Channel:
+    if way == "plain":
+        return take(role, lines)[SERVER if role == ROLES[CLIENT] else CLIENT]
+    # The first of a party's lines goes to the other party.
+    line = socket.socket(fileno=lines[0])
+    serves = role == ROLES[SERVER]
+    context = Security(role, Path(folder)).context(listening=serves)
+    assert context is not None
+    return Channel(context.wrap_socket(line, server_side=serves), "other party")
 
 
 def matmul_rates() -> tuple[float, float, float]:
@@ -101,22 +133,23 @@ def main() -> None:
     set_threads(1)
     torch.set_num_threads(1)
     library, wide, narrow = matmul_rates()
-    gloo, link = round_rates()
+    gloo, plain_round, tls_round = round_costs()
     print("| what | rate | against the first |\n| --- | ---: | ---: |")
     print(f"| mask words, default memory settings | {plain / 1e9:.2f} GB/s | 1 |")
     print(f"| mask words, freed memory kept | {kept / 1e9:.2f} GB/s | {kept / plain:.1f} |")
     print(f"| int64 product at one row, torch | {library / 1e9:.2f} GMAC/s | 1 |")
     print(f"| the same, our kernel | {wide / 1e9:.2f} GMAC/s | {wide / library:.1f} |")
     print(f"| the same, int32 weights | {narrow / 1e9:.2f} GMAC/s | {narrow / library:.1f} |")
-    print(f"| rounds on loopback, gloo | {gloo:,.0f} per s | 1 |")
-    print(f"| rounds on loopback, our link | {link:,.0f} per s | {link / gloo:.1f} |")
+    print(f"| a round, torch.distributed over gloo | {gloo:.0f} us of CPU | 1 |")
+    for name, cost in (("our channel", plain_round), ("our channel, TLS 1.3", tls_round)):
+        print(f"| the same, {name} | {cost:.0f} us of CPU | {cost / gloo:.2f} |")
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["stream"]:
             print(stream_rate())
-        case ["round", role, address]:
-            play_rounds(role, address)
+        case ["round", *rest]:
+            play_rounds(*rest)
         case _:
             main()

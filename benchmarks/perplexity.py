@@ -15,15 +15,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench import help_topics
-from harness import free_port
-from role import executor_of
+from role import executor_of, peer_of
 from safetensors.torch import load_file, save_file
 from torch import fx
 
@@ -38,7 +36,7 @@ from runtime.inprocess import InProcessSession
 from runtime.kernels.matmul import set_threads
 from runtime.memory import keep_freed_memory, release_freed_memory
 from runtime.spec import CLIENT, ROLES
-from runtime.transport.communicator import CountingCommunicator
+from runtime.transport.lines import Lines, take
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "perplexity.md"
 
@@ -149,13 +147,20 @@ def same_in_processes(program: Program, tokens: list[int]) -> bool:
         program.save(folder / "program")
         job = {
             "seeds": [seed.hex() for seed in seeds],
-            "rendezvous": f"tcp://127.0.0.1:{free_port()}",
             "steps": steps,
         }
         (folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, __file__, "--folder", name, "--role"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-        parties = [subprocess.Popen([*command, role], env=environment) for role in ROLES]
+        with Lines() as lines:
+            parties = [
+                subprocess.Popen(
+                    [*command, role, "--lines", *map(str, lines.of(role))],
+                    env=environment,
+                    pass_fds=lines.of(role),
+                )
+                for role in ROLES
+            ]
         try:
             codes = [party.wait() for party in parties]
         finally:
@@ -167,24 +172,23 @@ def same_in_processes(program: Program, tokens: list[int]) -> bool:
     return torch.equal(here, there)
 
 
-def play(folder: Path, role: str) -> None:
+def play(folder: Path, role: str, descriptors: list[int]) -> None:
     """One role of `same_in_processes`; the client writes its logits."""
     job = json.loads((folder / "job.json").read_text())
     seeds = tuple(bytes.fromhex(seed) for seed in job["seeds"])
     program = load_bundle(role_path(folder / "program", role), role)
-    communicator = CountingCommunicator.join(role, job["rendezvous"], join_timeout=600.0)
+    channels = take(role, descriptors)
+    executor, finish, leave = executor_of(program, channels, seeds=seeds)
+    session = MergecSession(executor, lambda: channels[peer_of(role)].traffic)
+    session.setup()
+    finish()
     rows = []
-    with ExitStack() as stack:
-        executor, finish = executor_of(program, communicator, False, "", stack, seeds)
-        session = MergecSession(executor, lambda: communicator.traffic)
-        session.setup()
+    for new, past in job["steps"]:
+        rows.append(session.rows(len(new), past, new if role == ROLES[CLIENT] else None))
         finish()
-        for new, past in job["steps"]:
-            rows.append(session.rows(len(new), past, new if role == ROLES[CLIENT] else None))
-            finish()
+    leave()
     if role == ROLES[CLIENT]:
         save_file({"logits": torch.cat(rows)}, folder / "logits.safetensors")
-    communicator.leave()
 
 
 def report(score: Score, window: int, checked: int) -> str:
@@ -226,10 +230,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=TARGET)
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     set_threads(1)
     if options.role:
-        play(options.folder, options.role)
+        play(options.folder, options.role, options.lines)
         return
     model, tokenizer = load_model("smollm2")
     program = compile_decoder(model, tokenizer, CompileConfig(extra_passes=(KeepAllLogits,)))

@@ -3,7 +3,7 @@
 Each step of the job gets its inputs from a file, so that a step after 512 tokens needs no 512
 tokens before it. All roles begin a step together; bytes and rounds are counted at the transport.
 
-Usage: python benchmarks/role.py JOB.json ROLE
+Usage: python benchmarks/role.py JOB.json ROLE DESCRIPTOR DESCRIPTOR
 """
 
 from __future__ import annotations
@@ -12,68 +12,57 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from runtime import crypten_compat as crypten
 from runtime.bundle import load_bundle, role_path
-from runtime.context import ClientContext, Context, DealerContext, ServerContext
-from runtime.correlations.prg import SEED_BYTES, new_seed
 from runtime.executor import Executor
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.network import NETWORKS
+from runtime.party import compute, deal
 from runtime.program import FINISH, Phase, RoleProgram
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.stock import StockExecutor
-from runtime.transport.communicator import CountingCommunicator
+from runtime.transport.channel import Channel, Kind
+from runtime.transport.communicator import ChannelCommunicator
 from runtime.transport.emulated import EmulatedLink
-from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
-from runtime.transport.link import Exchange, Link
+from runtime.transport.lines import take
+from runtime.transport.traffic import Exchange, Traffic
 from runtime.values import Held, Masked, Sent, Shared
 
 
 def executor_of(
     program: RoleProgram,
-    communicator: CountingCommunicator,
-    stock: bool,
-    network: str,
-    stack: ExitStack,
+    channels: Mapping[int, Channel],
+    network: str = "",
     seeds: tuple[bytes, ...] = (),
-) -> tuple[Any, Any]:
-    """The executor, and what is to be done after each step.
+) -> tuple[Executor, Callable[[], object], Callable[[], object]]:
+    """The executor by our protocols, what is to be done after each step, and at the end.
 
-    seeds: the client's and the server's, to repeat a session word by word; else fresh ones.
+    network: that the link between client and server is slowed down to, if any. seeds: see `deal`.
     """
-    if stock:
-        crypten.start_party()
-        return StockExecutor(program), lambda: None
-    if communicator.rank == DEALER:
-        client_seed, server_seed = seeds or (new_seed(), new_seed())
-        streams = {party: dealer_sender(communicator, party) for party in (CLIENT, SERVER)}
-        for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
-            streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
-            streams[party].flush()
-        context = DealerContext(client_seed, server_seed, streams[CLIENT], streams[SERVER])
-        for stream in streams.values():
-            stack.callback(stream.close)
-        return Executor(program, context, None), lambda: [s.flush() for s in streams.values()]
-    source = dealer_receiver(communicator)
-    seed = source.read(SEED_BYTES).numpy().tobytes()
-    link: Exchange = Link(communicator)
+    if program.role == ROLES[DEALER]:
+        executor, streams = deal(program, channels, seeds=seeds)
+        return (
+            executor,
+            lambda: [stream.flush() for stream in streams],
+            lambda: [stream.close() for stream in streams],
+        )
+    link: Exchange = channels[peer_of(program.role)]
     if network:
         link = EmulatedLink(link, NETWORKS[network])
-    context: Context
-    if communicator.rank == CLIENT:
-        context = ClientContext(seed, source)
-    else:
-        context = ServerContext(seed, source)
-    return Executor(program, context, link, Executor.take_weights(program)), lambda: None
+    executor, source = compute(program, channels, link)
+    return executor, lambda: None, source.finish
+
+
+def peer_of(role: str) -> int:
+    """The computing party whose rounds a role waits for."""
+    return SERVER if role == ROLES[CLIENT] else CLIENT
 
 
 def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any]:
@@ -114,51 +103,70 @@ def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, A
     return outputs
 
 
-def main(job: dict[str, Any], role: str) -> None:
-    stock = job["mode"] == "crypten"
+def main(job: dict[str, Any], role: str, descriptors: Sequence[int]) -> None:
     program = load_bundle(role_path(Path(job["bundle"]), role), role)
-    if stock:
-        crypten.use_provider("dealer")
-    communicator = CountingCommunicator.join(role, job["rendezvous"], third_party=stock)
-    if stock and role == ROLES[DEALER]:
-        crypten.serve_third_party()
-        say({"event": "end"})
-        communicator.leave()
+    channels = take(role, descriptors)
+    if job["mode"] == "crypten":
+        stock(job, program, channels)
         return
-    with ExitStack() as stack:
-        executor, finish = executor_of(program, communicator, stock, job["network"], stack)
-        executor.setup()
-        finish()
-        play(job, program, communicator, executor, finish)
-    if stock and role == ROLES[CLIENT]:
+    executor, finish, leave = executor_of(program, channels, job["network"])
+    executor.setup()
+    finish()
+    counted = channels[peer_of(role)]
+    play(job, program, channels, executor, finish, lambda: counted.traffic)
+    leave()
+
+
+def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Channel]) -> None:
+    """The same by CrypTen's stock protocols, with the dealer as its third party."""
+    communicator = ChannelCommunicator(program.role, channels)
+    communicator.install()
+    crypten.use_provider("dealer")
+    if program.role == ROLES[DEALER]:
+        crypten.serve_third_party()
+        return
+    crypten.start_party()
+    executor = StockExecutor(program)
+    executor.setup()
+    play(job, program, channels, executor, lambda: None, lambda: communicator.traffic)
+    if program.role == ROLES[CLIENT]:
         crypten.end_third_party()
-    communicator.leave()
+
+
+def together(role: str, channels: Mapping[int, Channel], dealt: bool) -> None:
+    """Begin a step when both parties are ready; `dealt`: the dealer, too."""
+    if role == ROLES[DEALER]:
+        channels[CLIENT].receive(Kind.MARK, limit=0)
+        return
+    channels[peer_of(role)].send(Kind.MARK)
+    channels[peer_of(role)].receive(Kind.MARK, limit=0)
+    if dealt and role == ROLES[CLIENT]:
+        channels[DEALER].send(Kind.MARK)
 
 
 def play(
     job: dict[str, Any],
     program: RoleProgram,
-    communicator: CountingCommunicator,
+    channels: Mapping[int, Channel],
     executor: Any,
     finish: Callable[[], object],
+    counted: Callable[[], Traffic],
 ) -> None:
     """Run the steps of the job, and say what each took."""
-    role, stock = program.role, job["mode"] == "crypten"
+    role, by_crypten = program.role, job["mode"] == "crypten"
     for index, step in enumerate(job["steps"]):
         phase, seconds = program.phase(step["phase"]), []
         for repeat in range(step["repeats"]):
             path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
-            inputs = inputs_of(phase, role, path, stock)
-            group = communicator.main_group if stock else communicator.control_group
-            other = SERVER if role == ROLES[CLIENT] else CLIENT
-            communicator.wait(other, dist.barrier(group, async_op=True))
-            before, began = communicator.traffic.snapshot(), time.perf_counter()
-            dealt = 0 if stock else executor.context.offline_bytes
+            inputs = inputs_of(phase, role, path, by_crypten)
+            together(role, channels, not by_crypten)
+            before, began = counted().snapshot(), time.perf_counter()
+            dealt = 0 if by_crypten else executor.context.offline_bytes
             with torch.inference_mode():
                 outputs = one_step(executor, phase, inputs)
             finish()
             seconds.append(time.perf_counter() - began)
-            spent = communicator.traffic - before
+            spent = counted() - before
         if role == ROLES[CLIENT]:
             (known,) = [v for v in outputs.values() if isinstance(v, Held)]
             save_file({"value": known.value.contiguous()}, Path(job["folder"]) / f"{index}.out")
@@ -167,7 +175,7 @@ def play(
             "seconds": statistics.median(seconds),
             "rounds": spent.rounds,
             "online": spent.online,
-            "offline": spent.offline if stock else executor.context.offline_bytes - dealt,
+            "offline": spent.offline if by_crypten else executor.context.offline_bytes - dealt,
             "peak": peak_bytes(),
         })  # fmt: skip
 
@@ -179,4 +187,4 @@ def say(event: dict[str, Any]) -> None:
 if __name__ == "__main__":
     keep_freed_memory()
     torch.set_num_threads(1)
-    main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
+    main(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], list(map(int, sys.argv[3:])))

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import yaml
 
-from runtime.errors import MergecError
+from runtime.errors import MergecError, PartyError
+from runtime.spec import CLIENT, DEALER
 
 PROVIDERS = {"dealer": "TTP", "insecure-first-party": "TFP"}
 """Where CrypTen's correlated randomness comes from, and its own name for it."""
@@ -107,13 +108,73 @@ _prepare()
 with quiet():
     import crypten
     import crypten.communicator as communicator
-    from crypten.common.serial import restricted_loads
-    from crypten.communicator import DistributedCommunicator
+    import crypten.mpc.provider.ttp_provider as ttp_provider
+    from crypten.communicator import Communicator
     from crypten.config import cfg
     from crypten.cuda import CUDALongTensor
     from crypten.mpc import MPCTensor
     from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor
     from crypten.mpc.provider.ttp_provider import TTPClient, TTPServer
+
+
+class _Messages:
+    """What CrypTen's third party calls of torch.distributed, by the communicator in use."""
+
+    @staticmethod
+    def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
+        return communicator.get().isend(tensor, dst)
+
+    @staticmethod
+    def irecv(tensor: torch.Tensor, src: int, group: Any) -> Any:
+        return communicator.get().irecv(tensor, src)
+
+    @staticmethod
+    def barrier(group: Any) -> None:
+        """Nothing overtakes the seeds, as messages between two roles keep their order."""
+
+
+_PRODUCTS = {"mul", "matmul", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"}
+"""What CrypTen multiplies shares by."""
+
+_DEVICES = {"cpu", "cuda"}
+
+_MOST_ELEMENTS = 1 << 31
+"""Elements of a tensor that the third party is asked for, at most."""
+
+
+class _ThirdParty(TTPServer):
+    """CrypTen's third party, which looks at a request before it does what it says."""
+
+    def __init__(self) -> None:
+        self.device, self.ttp_group = "cpu", None
+        self._setup_generators()
+        running = communicator.get()
+        while (request := running.recv_obj(CLIENT)) != "terminate":
+            try:
+                function, self.device, args, kwargs = _read_request(request)
+                result = getattr(self, function)(*args, **kwargs)
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                raise PartyError(f"the client asks for what cannot be dealt ({error})") from error
+            running.send_obj(result.size(), CLIENT)
+            running.broadcast(result, DEALER)
+
+
+def _read_request(request: Any) -> tuple[str, str, tuple[Any, ...], dict[str, Any]]:
+    """What to call, on which device and with what; ValueError if the third party has no such."""
+    function, device = request["function"], request["device"] or "cpu"
+    args, kwargs = request["args"], request["kwargs"]
+    if function not in ttp_provider.TTP_FUNCTIONS or torch.device(device).type not in _DEVICES:
+        raise ValueError("no such function or device")
+    count = 2 if function in ("additive", "binary") else 1
+    shapes = [torch.empty(torch.Size(size), device="meta") for size in args[:count]]
+    if function == "additive":
+        if args[count] not in _PRODUCTS:
+            raise ValueError("no such product")
+        shapes.append(getattr(torch, args[count])(*shapes, *args[count + 1 :], **kwargs))
+    if max(shape.numel() for shape in shapes) > _MOST_ELEMENTS:
+        raise ValueError("more elements than a tensor may have")
+    return function, device, args, kwargs
+
 
 cat = crypten.cat
 stack = crypten.stack
@@ -131,6 +192,12 @@ def use_provider(name: str) -> None:
     cfg.mpc.provider = PROVIDERS[name]
 
 
+def install(kind: type) -> None:
+    """Let CrypTen use communicators of this kind, in place of its own over torch.distributed."""
+    communicator.DistributedCommunicator = kind
+    ttp_provider.dist = _Messages
+
+
 def start_party() -> None:
     """Agree with the other party, and with the dealer, on seeds; the communicator must be up."""
     with quiet():
@@ -144,13 +211,13 @@ def serve_third_party() -> None:
     # CrypTen draws the parties' seeds from torch's generator, which starts the same every time.
     torch.manual_seed(secrets.randbits(63))
     with quiet():
-        TTPServer()
+        _ThirdParty()
 
 
 def end_third_party() -> None:
     """At the client: let the dealer leave `serve_third_party`."""
     running = communicator.get()
-    running.send_obj("terminate", running.get_ttp_rank(), running.ttp_group)
+    running.send_obj("terminate", DEALER)
     TTPClient.uninit()
 
 
@@ -159,19 +226,18 @@ __all__ = [
     "ArithmeticSharedTensor",
     "BinarySharedTensor",
     "CUDALongTensor",
-    "DistributedCommunicator",
+    "Communicator",
     "MPCTensor",
     "TTPClient",
-    "TTPServer",
     "cat",
     "cfg",
     "communicator",
     "cryptensor",
     "end_third_party",
+    "install",
     "is_secret",
     "no_grad",
     "quiet",
-    "restricted_loads",
     "serve_third_party",
     "stack",
     "start_party",

@@ -6,15 +6,14 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,12 +22,19 @@ from runtime import errors
 from runtime.bundle import read_manifest, role_path
 from runtime.errors import MergecError, PartyError
 from runtime.generation import StepReport, check_prompt
-from runtime.party import REPLY_TIMEOUT
+from runtime.party import Options
 from runtime.sampling import Sampling, draw_for
 from runtime.spec import CLIENT, ROLES
+from runtime.transport.channel import REPLY_TIMEOUT
+from runtime.transport.lines import Lines
 
 JOIN_TIMEOUT = 600.0
 """Here a role that fails is noticed at once, and a large bundle takes long to load."""
+
+FIRST_PARTY_WARNING = (
+    "WARNING: with insecure_first_party the client makes all randomness: it can read every weight "
+    "and value. This is no security at all; use it for debugging only."
+)
 
 _GRACE = 1.0
 """Seconds for the others to notice and to say what they saw, when one role has failed."""
@@ -64,6 +70,7 @@ def run_local(
     top_p: float = 1.0,
     seed: int | None = None,
     ignore_stop: bool = False,
+    insecure_first_party: bool = False,
     on_token: Callable[[int], object] | None = None,
     on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
     threads: int | None = None,
@@ -73,7 +80,8 @@ def run_local(
     """Run the three bundles below `bundle_dir` as processes on loopback; gives the answer.
 
     on_token gets each token as it comes, on_event every event with the role that it is of. If a
-    role fails, all are ended, and its error is raised here.
+    role fails, all are ended, and its error is raised here. insecure_first_party: in mode crypten,
+    let the client make all randomness, as CrypTen does by default; for debugging only.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     for role in ROLES:
@@ -81,31 +89,38 @@ def run_local(
         if role == ROLES[CLIENT]:
             check_prompt(prompt_ids, max_tokens, manifest)
             draw_for(sampling, manifest, mode)
-    arguments = [
-        "--rendezvous",
-        f"tcp://127.0.0.1:{_free_port()}",
-        *("--mode", mode, "--device", device),
-        *("--join-timeout", str(join_timeout), "--timeout", str(timeout), "--json"),
-    ]
-    asked = [
-        *("--prompt-ids", "-", "--max-tokens", str(max_tokens)),
-        *("--temperature", str(temperature), "--top-k", str(top_k), "--top-p", str(top_p)),
-        *(("--seed", str(seed)) if seed is not None else ()),
-        *(("--ignore-stop",) if ignore_stop else ()),
-    ]
+    if insecure_first_party:
+        if mode != "crypten":
+            raise MergecError("insecure_first_party is for mode crypten only")
+        sys.stderr.write(FIRST_PARTY_WARNING + "\n")
     environment = _environment(threads)
+    jobs = {}
     with ExitStack() as stack:
         parties = {}
-        for role in ROLES:
-            command = [
-                *(sys.executable, "-m", "runtime.party", "--role", role),
-                *("--bundle", str(role_path(bundle_dir, role))),
-                *arguments,
-                *(asked if role == ROLES[CLIENT] else ()),
-            ]
-            parties[role] = stack.enter_context(_started(role, command, environment))
-        prompt = " ".join(map(str, prompt_ids))
-        return _Watch(parties, on_token, on_event).run(prompt)
+        with Lines() as lines:
+            for role in ROLES:
+                descriptors = lines.of(role)
+                job = Options(
+                    role=role,
+                    bundle=str(role_path(bundle_dir, role)),
+                    lines=descriptors,
+                    mode=mode,
+                    device=device,
+                    join_timeout=join_timeout,
+                    timeout=timeout,
+                    insecure_first_party=insecure_first_party,
+                )
+                if role == ROLES[CLIENT]:
+                    job = replace(
+                        job,
+                        prompt=list(prompt_ids),
+                        max_tokens=max_tokens,
+                        sampling=sampling,
+                        ignore_stop=ignore_stop,
+                    )
+                jobs[role] = job.json()
+                parties[role] = stack.enter_context(_started(role, descriptors, environment))
+        return _Watch(parties, on_token, on_event).run(jobs)
 
 
 @dataclass
@@ -124,12 +139,13 @@ class _Party:
 
 
 @contextmanager
-def _started(role: str, command: list[str], environment: dict[str, str]) -> Iterator[_Party]:
+def _started(role: str, lines: list[int], environment: dict[str, str]) -> Iterator[_Party]:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "runtime.party"],
             env=environment,
-            stdin=subprocess.PIPE if role == ROLES[CLIENT] else subprocess.DEVNULL,
+            pass_fds=lines,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
@@ -168,16 +184,13 @@ class _Watch:
         self._result = LocalResult()
         self._offline: list[int] = []
 
-    def run(self, prompt: str) -> LocalResult:
-        for party in self._parties.values():
+    def run(self, jobs: Mapping[str, str]) -> LocalResult:
+        for role, party in self._parties.items():
             threading.Thread(target=self._read, args=(party,), daemon=True).start()
-        stdin = self._parties[ROLES[CLIENT]].process.stdin
-        if stdin is not None:
-            try:
-                stdin.write(prompt)
-                stdin.close()
-            except BrokenPipeError:
-                pass  # It has ended already, and says why.
+            # What a role is to do holds the prompt, which no list of processes should show.
+            with suppress(BrokenPipeError), party.process.stdin or nullcontext() as stdin:
+                if stdin is not None:
+                    stdin.write(jobs[role] + "\n")
         running = set(self._parties)
         while running:
             role, event = self._events.get()
@@ -246,7 +259,7 @@ class _Watch:
                 running.discard(role)
             elif event["event"] == "error":
                 self._take(role, event)
-        told = [party for party in self._parties.values() if party.failure is not None]
+        failures = [party.failure for party in self._parties.values() if party.failure]
         silent = [
             party
             for party in self._parties.values()
@@ -255,17 +268,17 @@ class _Watch:
         # A role that was killed says nothing, while those that lose it do.
         if silent:
             raise PartyError(_epitaph(silent[0]))
-        causes = [p for p in told if p.failure and not _is_consequence(p.failure[1])]
-        for party in causes or told:
-            if party.failure is not None:
-                kind, message = party.failure
-                found = getattr(errors, kind, MergecError)
-                raise found(message)
-        raise PartyError("a party ended before the session was over; start again")
+        if not failures:
+            raise PartyError("a party ended before the session was over; start again")
+        kind, message = min(failures, key=lambda failure: _remoteness(failure[1]))
+        raise getattr(errors, kind, MergecError)(message)
 
 
-def _is_consequence(message: str) -> bool:
-    return any(text in message for text in ("went away", "sent nothing", "ended the session"))
+def _remoteness(message: str) -> int:
+    """How far an error is from what caused it: a role that gave up waiting is lost to the others."""
+    if "went away" in message or "ended the session" in message:
+        return 2
+    return 1 if "sent nothing" in message or "sent only" in message else 0
 
 
 def _epitaph(party: _Party) -> str:
@@ -301,9 +314,3 @@ def _environment(threads: int | None) -> dict[str, str]:
         else:
             result.setdefault(name, share)
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,33 +1,30 @@
-"""One role of a program as a process: `python -m runtime.party --role server --bundle DIR …`.
+"""One role of a program as a process of this machine, started by `runtime.local`.
 
-All three meet at the rendezvous, where the client listens, and compare versions, programs and modes
-before anything is shared. Then the client says what to run, step by step. With `--json` a role
-writes what happens to its standard output as JSON, one event a line.
+It inherits its connections to the two others (`runtime.transport.lines`), reads what it is to do
+from its input, as one line of JSON, and writes what happens to its output, one event a line. The
+roles compare versions, programs and modes before anything is shared. Then the client says what to
+run, step by step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
-
-# Read when torch is imported: what goes wrong between parties is told by PartyError, in one line.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from runtime.bundle import TOKENIZER, load_bundle
+from runtime.bundle import load_bundle
 from runtime.correlations.prg import SEED_BYTES, new_seed
-from runtime.errors import MergecError, PartyError, PromptError
+from runtime.errors import MergecError, PartyError
 from runtime.generation import (
     MergecSession,
     Session,
@@ -40,38 +37,57 @@ from runtime.generation import (
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.program import RoleProgram
 from runtime.sampling import Draw, Sampling, draw_for
-from runtime.session import draw_of
+from runtime.session import IDLE_TIMEOUT, read_step, write_step
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
-
-JOIN_TIMEOUT, REPLY_TIMEOUT = 30.0, 600.0
-DEBUG = "MERGEC_DEBUG"
-DEFAULT_RENDEZVOUS = "tcp://127.0.0.1:29500"
-
-FIRST_PARTY_WARNING = (
-    "WARNING: --insecure-first-party lets the client make all randomness: it can read every weight "
-    "and value. This is no security at all; use it for debugging only."
+from runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
+from runtime.transport.dealer_link import (
+    ChannelBlockReader,
+    ChannelBlockWriter,
+    DealerReceiver,
+    DealerSender,
 )
+from runtime.transport.hello import Hello, compare
+from runtime.transport.lines import take
+from runtime.transport.traffic import Traffic
+
+if TYPE_CHECKING:
+    from runtime.executor import Exchange, Executor
+
+DEBUG = "MERGEC_DEBUG"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a role is started with."""
+    """What a role is started with. lines: descriptors of its connections to the two others.
+
+    join_timeout, timeout: seconds that the others may take to load, and then to send a message.
+    The prompt and all that follows are the client's.
+    """
 
     role: str
-    bundle: Path
-    rendezvous: str = DEFAULT_RENDEZVOUS
+    bundle: str
+    lines: Sequence[int]
     mode: str = "mergec"
     device: str = "cpu"
-    join_timeout: float = JOIN_TIMEOUT
+    join_timeout: float = REPLY_TIMEOUT
     timeout: float = REPLY_TIMEOUT
     insecure_first_party: bool = False
-    prompt: tuple[int, ...] = ()
+    prompt: Sequence[int] = ()
     max_tokens: int = 32
     sampling: Sampling = field(default_factory=Sampling)
     ignore_stop: bool = False
 
+    def json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Options:
+        fields = json.loads(text)
+        return cls(**{**fields, "sampling": Sampling(**fields["sampling"])})
+
 
 Emit = Callable[..., None]
+Channels = Mapping[int, Channel]
 
 
 def run_party(options: Options, emit: Emit) -> None:
@@ -79,114 +95,123 @@ def run_party(options: Options, emit: Emit) -> None:
 
     emit(event, **fields): called with `loaded`, `joined`, `ready`, `token`, `step` and `end`.
     """
+    channels = take(options.role, options.lines, options.timeout)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise MergecError("there is no CUDA device here; use --device cpu")
-    program = load_bundle(options.bundle, options.role)
+    program = load_bundle(Path(options.bundle), options.role)
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
         draw_for(options.sampling, program.manifest, options.mode)
     emit("loaded", pid=os.getpid(), program=program.manifest["program_hash"])
-    # CrypTen comes with the transport, and takes a while to import.
-    from runtime import crypten_compat as crypten
-    from runtime.transport.communicator import CountingCommunicator
-    from runtime.transport.control import Control
-    from runtime.transport.hello import Hello
-
-    stock = options.mode == "crypten"
-    third_party = stock and not options.insecure_first_party
-    if stock:
-        crypten.use_provider("dealer" if third_party else "insecure-first-party")
-    communicator = CountingCommunicator.join(
-        options.role,
-        options.rendezvous,
-        third_party=third_party,
-        join_timeout=options.join_timeout,
-        timeout=options.timeout,
-    )
-    control = Control(communicator)
-    control.greet(
-        Hello.of(options.role, program.manifest, options.mode, int(options.insecure_first_party))
-    )
+    debug = int(options.insecure_first_party)
+    greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
     emit("joined")
-    if stock:
-        _run_stock(options, program, communicator, control, emit)
+    if options.mode == "crypten":
+        _run_stock(options, program, channels, emit)
     else:
-        _run_mergec(options, program, communicator, control, emit)
+        _run_mergec(options, program, channels, emit)
     emit("end", peak_bytes=peak_bytes())
-    communicator.leave()
 
 
-def _run_mergec(
-    options: Options, program: RoleProgram, communicator: Any, control: Any, emit: Emit
-) -> None:
-    from runtime.context import ClientContext, Context, DealerContext, ServerContext
+def greet(channels: Channels, hello: Hello, options: Options) -> None:
+    """Compare versions, modes, programs and roles with the two others."""
+    for channel in channels.values():
+        channel.send_json(Kind.HELLO, **hello.fields())
+    for channel in channels.values():
+        _, fields = channel.receive_json(Kind.HELLO, timeout=options.join_timeout)
+        compare(hello, Hello.read(fields, channel.peer), channel.peer)
+
+
+def deal(
+    program: RoleProgram,
+    channels: Channels,
+    device: str = "cpu",
+    seeds: tuple[bytes, ...] = (),
+) -> tuple[Executor, tuple[DealerSender, ...]]:
+    """The dealer's executor, and its streams to client and server, which get their seeds here.
+
+    seeds: the client's and the server's, to repeat a session word by word; else fresh ones.
+    """
+    from runtime.context import DealerContext
     from runtime.executor import Executor
-    from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
-    from runtime.transport.link import Link
 
-    fixed = _fixed(program)
-    context: Context
+    client_seed, server_seed = seeds or (new_seed(), new_seed())
+    for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
+        channels[party].send(Kind.SEED, seed)
+    client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
+    context = DealerContext(client_seed, server_seed, client, server, device, _fixed(program))
+    return Executor(program, context, None), (client, server)
+
+
+def compute(
+    program: RoleProgram,
+    channels: Channels,
+    link: Exchange,
+    device: str = "cpu",
+) -> tuple[Executor, DealerReceiver]:
+    """A computing party's executor over `link`, and its stream from the dealer."""
+    from runtime.context import ClientContext, ServerContext
+    from runtime.executor import Executor
+
+    dealer = channels[DEALER]
+    seed = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES))
+    source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
+    kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
+    context = kind(seed, source, device, _fixed(program))
+    return Executor(program, context, link, Executor.take_weights(program)), source
+
+
+def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
     if options.role == ROLES[DEALER]:
-        client_seed, server_seed = new_seed(), new_seed()
-        streams = {party: dealer_sender(communicator, party) for party in (CLIENT, SERVER)}
-        for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
-            streams[party].write(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
-            streams[party].flush()
-        context = DealerContext(
-            client_seed, server_seed, streams[CLIENT], streams[SERVER], options.device, fixed
-        )
-        session = MergecSession(Executor(program, context, None), lambda: communicator.traffic)
+        executor, streams = deal(program, channels, options.device)
+        session = MergecSession(executor, Traffic)
 
         def flush() -> None:
-            for stream in streams.values():
+            for stream in streams:
                 stream.flush()
 
         _set_up(session, emit, flush)
-        _serve(session, control, emit, flush)
-        for stream in streams.values():
+        _serve(session, channels[CLIENT], emit, flush)
+        for stream in streams:
             stream.close()
         return
-    source = dealer_receiver(communicator)
-    seed = source.read(SEED_BYTES).numpy().tobytes()
-    if options.role == ROLES[CLIENT]:
-        context = ClientContext(seed, source, options.device, fixed)
-    else:
-        context = ServerContext(seed, source, options.device, fixed)
-    link = Link(communicator)
-    executor = Executor(program, context, link, Executor.take_weights(program))
-    session = MergecSession(executor, lambda: communicator.traffic)
+    link = channels[SERVER if options.role == ROLES[CLIENT] else CLIENT]
+    executor, source = compute(program, channels, link, options.device)
+    session = MergecSession(executor, lambda: link.traffic)
     _set_up(session, emit)
     if options.role == ROLES[CLIENT]:
-        _ask(options, session, control, emit, (SERVER, DEALER))
+        _ask(options, session, [channels[SERVER], channels[DEALER]], emit)
     else:
-        _serve(session, control, emit)
+        _serve(session, link, emit)
+    # Who left at once would look, to a dealer that still sends, like one that was lost.
+    source.finish()
 
 
-def _run_stock(
-    options: Options, program: RoleProgram, communicator: Any, control: Any, emit: Emit
-) -> None:
+def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
+    # CrypTen takes a while to import.
     from runtime import crypten_compat as crypten
-    from runtime.transport.control import Opcode
+    from runtime.stock import StockExecutor
+    from runtime.transport.communicator import ChannelCommunicator
 
+    communicator = ChannelCommunicator(options.role, channels, IDLE_TIMEOUT)
+    communicator.install()
+    crypten.use_provider("insecure-first-party" if options.insecure_first_party else "dealer")
     if options.role == ROLES[DEALER]:
         emit("ready")
         if options.insecure_first_party:
-            while control.receive().opcode is not Opcode.END:
-                pass
+            channels[CLIENT].receive(Kind.END, limit=0)
         else:
             crypten.serve_third_party()
         return
-    from runtime.stock import StockExecutor
-
     crypten.start_party()
     session = StockSession(StockExecutor(program, options.device), lambda: communicator.traffic)
     _set_up(session, emit)
     if options.role == ROLES[SERVER]:
-        _serve(session, control, emit)
+        _serve(session, channels[CLIENT], emit)
         return
-    _ask(options, session, control, emit, (SERVER,))
+    _ask(options, session, [channels[SERVER]], emit)
     if options.insecure_first_party:
-        control.send(Opcode.END, to=(DEALER,))
+        channels[DEALER].send(Kind.END)
     else:
         crypten.end_third_party()
 
@@ -211,49 +236,43 @@ def _set_up(session: Session, emit: Emit, done: Callable[[], object] = lambda: N
     )
 
 
-def _ask(
-    options: Options, session: Session, control: Any, emit: Emit, others: tuple[int, ...]
-) -> None:
+def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Emit) -> None:
     """At the client: generate, telling the others of every step."""
-    from runtime.transport.control import Opcode
-
     draw = draw_for(options.sampling, session.program.manifest, options.mode)
     stop = () if options.ignore_stop else tuple(session.program.manifest.get("stop_tokens", ()))
+
+    def announce(new: int, past: int) -> None:
+        for channel in others:
+            channel.send(Kind.STEP, write_step(new, past, draw))
+
     generate(
         session,
         options.prompt,
         max_tokens=options.max_tokens,
         sampling=options.sampling,
         stop=stop,
-        announce=lambda new, past: control.send(
-            Opcode.STEP, new, past, draw.units, draw.top_k, to=others
-        ),
+        announce=announce,
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),
     )
-    control.send(Opcode.END, to=others)
+    for channel in others:
+        channel.send(Kind.END)
 
 
 def _serve(
-    session: Session, control: Any, emit: Emit, done: Callable[[], object] = lambda: None
+    session: Session, client: Channel, emit: Emit, done: Callable[[], object] = lambda: None
 ) -> None:
     """At server and dealer: run what the client asks for, until it ends the session."""
-    from runtime.transport.control import Opcode
-
     limit = session.program.manifest.get("max_length", 0)
     while True:
-        message = control.receive()
-        if message.opcode is Opcode.END:
+        kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
+        if kind is Kind.END:
             return
-        if message.opcode is not Opcode.STEP:
-            raise PartyError("the client gave up; see its own message")
-        new, past, units, top_k = message.numbers[:4]
+        new, past, draw = read_step(payload, client.peer)
         if not session.allows(new, past) or (limit and new + past > limit):
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"
             )
-
-        draw = draw_of(units, top_k, ROLES[CLIENT])
 
         def work(new: int = new, past: int = past, draw: Draw = draw) -> None:
             session.step(new, past, draw=draw)
@@ -266,162 +285,44 @@ def _fixed(program: RoleProgram) -> int:
     return int(program.manifest.get("fractional_bits", FRACTIONAL_BITS))
 
 
-# ------------------------------------------------------------------------------ command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m runtime.party", description="Play one role of a compiled program."
-    )
-    parser.add_argument("--role", choices=ROLES, required=True)
-    parser.add_argument("--bundle", type=Path, required=True, help="this role's bundle, or all")
-    parser.add_argument("--rendezvous", default=DEFAULT_RENDEZVOUS, help="the client listens here")
-    parser.add_argument("--mode", choices=("mergec", "crypten"), default="mergec")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT, metavar="SECONDS")
-    parser.add_argument("--timeout", type=float, default=REPLY_TIMEOUT, metavar="SECONDS")
-    parser.add_argument("--insecure-first-party", action="store_true", help="crypten, debugging")
-    parser.add_argument("--json", action="store_true", help="events as JSON lines")
-    client = parser.add_argument_group("client")
-    client.add_argument("--prompt", help="text, by the tokenizer in the bundle")
-    client.add_argument("--no-chat", action="store_true", help="no chat template")
-    client.add_argument("--prompt-ids", help="token numbers, or - to read them from the input")
-    client.add_argument("--max-tokens", type=int, default=32)
-    client.add_argument("--temperature", type=float, default=0.0)
-    client.add_argument("--top-k", type=int, default=0)
-    client.add_argument("--top-p", type=float, default=1.0)
-    client.add_argument("--seed", type=int)
-    client.add_argument("--ignore-stop", action="store_true", help="go on after a stop token")
-    return parser
-
-
-def _options(arguments: argparse.Namespace) -> Options:
-    bundle = arguments.bundle
-    if (bundle / arguments.role).is_dir():
-        bundle = bundle / arguments.role
-    if arguments.insecure_first_party and arguments.mode != "crypten":
-        raise MergecError("--insecure-first-party is for --mode crypten only")
-    return Options(
-        role=arguments.role,
-        bundle=bundle,
-        rendezvous=arguments.rendezvous,
-        mode=arguments.mode,
-        device=arguments.device,
-        join_timeout=arguments.join_timeout,
-        timeout=arguments.timeout,
-        insecure_first_party=arguments.insecure_first_party,
-        prompt=_prompt(arguments, bundle) if arguments.role == ROLES[CLIENT] else (),
-        max_tokens=arguments.max_tokens,
-        sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed),
-        ignore_stop=arguments.ignore_stop,
-    )
-
-
-def _prompt(arguments: argparse.Namespace, bundle: Path) -> tuple[int, ...]:
-    if arguments.prompt is not None:
-        text = _text(bundle)
-        if not arguments.prompt.strip():
-            raise PromptError("the prompt is empty; say something")
-        return tuple(text.encode(arguments.prompt, text.has_chat and not arguments.no_chat))
-    if arguments.prompt_ids is None:
-        raise PromptError("the client needs a prompt; give --prompt or --prompt-ids")
-    words = sys.stdin.read() if arguments.prompt_ids == "-" else arguments.prompt_ids
-    try:
-        return tuple(int(word) for word in words.replace(",", " ").split())
-    except ValueError as error:
-        raise PromptError("--prompt-ids takes whole numbers; say 17,4,9") from error
-
-
-def _text(bundle: Path) -> Any:
-    from runtime.text import Text
-
-    return Text.load(bundle / TOKENIZER)
-
-
-def _json_emitter() -> Emit:
-    def emit(event: str, **fields: Any) -> None:
-        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-        sys.stdout.flush()
-
-    return emit
-
-
-def _human_emitter(arguments: argparse.Namespace) -> Emit:
-    """The client's answer to the output, all else to the error output."""
-    from runtime.text import Stream
-
-    stream = None
-    if arguments.prompt is not None and arguments.role == ROLES[CLIENT]:
-        bundle = arguments.bundle
-        folder = bundle / arguments.role
-        stream = Stream(_text(folder if folder.is_dir() else bundle), _write)
-
-    def emit(event: str, **fields: Any) -> None:
-        if event == "token" and stream is not None:
-            stream.token(fields["token"])
-        elif event == "token":
-            _write(f"{fields['token']} ")
-        elif event == "end":
-            if stream is not None:
-                stream.end()
-            _write("\n" if arguments.role == ROLES[CLIENT] else "")
-        elif event in ("loaded", "joined", "ready"):
-            sys.stderr.write(f"{arguments.role}: {event}\n")
-
-    return emit
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
+def _emit(event: str, **fields: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()
 
 
-def play(argv: list[str] | None = None) -> int:
-    """Run a command line; gives the exit code. Whatever goes wrong is told in one line."""
-    arguments = _parser().parse_args(argv)
+def play(job: str) -> int:
+    """Run a role; gives the exit code. Whatever goes wrong is told in one event."""
     try:
-        if arguments.insecure_first_party:
-            sys.stderr.write(FIRST_PARTY_WARNING + "\n")
-        emit = _json_emitter() if arguments.json else _human_emitter(arguments)
-        run_party(_options(arguments), emit)
+        run_party(Options.read(job), _emit)
         return 0
     except MergecError as error:
-        _fail(arguments, type(error).__name__, str(error))
+        _fail(type(error).__name__, str(error))
     except BrokenPipeError:
         pass  # Whoever started this role is gone.
     except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
         said = " ".join(str(error).split())
         hint = f"set {DEBUG}=1 for the traceback and report it"
-        _fail(arguments, "InternalError", f"internal error: {type(error).__name__}: {said}; {hint}")
+        _fail("InternalError", f"internal error: {type(error).__name__}: {said}; {hint}")
     return 1
 
 
 def main() -> NoReturn:
-    """The process of a role. It never returns: connections may still wait in other threads."""
-    # While a wait is inside gloo, Python would not notice Ctrl-C.
+    """The process of a role. It never returns: the dealer's stream may wait in another thread."""
+    # The parent ends the run, and tells the user; three tracebacks would say less.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    code = play()
+    code = play(sys.stdin.readline())
     with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
-def _fail(arguments: argparse.Namespace, kind: str, message: str) -> None:
-    line = " ".join(message.split())
+def _fail(kind: str, message: str) -> None:
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    if arguments.json:
-        sys.stdout.write(json.dumps({"event": "error", "kind": kind, "message": line}) + "\n")
-    else:
-        sys.stderr.write(f"error: {line}\n")
+    _emit("error", kind=kind, message=" ".join(message.split()))
 
 
 if __name__ == "__main__":

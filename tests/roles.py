@@ -10,6 +10,9 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.spec import ROLES
+from runtime.transport.lines import Lines
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PREAMBLE = """
@@ -17,17 +20,11 @@ import sys
 import torch
 torch.set_num_threads(1)
 from runtime.errors import PartyError
-from runtime.transport.communicator import CountingCommunicator
-from runtime.transport.control import Control, Opcode
-from runtime.transport.gloo_stream import dealer_receiver, dealer_sender
-from runtime.transport.hello import Hello
-from runtime.transport.link import Link
-role, rendezvous = sys.argv[1:]
-HASH = "ab" * 32
-def join(**options):
-    options = {"join_timeout": 20.0, "timeout": 20.0, **options}
-    return CountingCommunicator.join(role, rendezvous, **options)
+from runtime.transport.lines import take
+role, *descriptors = sys.argv[1:]
+channels = take(role, list(map(int, descriptors)), 20.0)
 """
+"""`role`, and `channels` to the two others by their rank."""
 
 
 @dataclass
@@ -53,12 +50,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(role: str, script: str, rendezvous: str) -> subprocess.Popen[str]:
-    code = PREAMBLE + textwrap.dedent(script)
+def start(role: str, script: str, lines: Lines) -> subprocess.Popen[str]:
+    descriptors = lines.of(role)
     return subprocess.Popen(
-        [sys.executable, "-c", code, role, rendezvous],
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(script), role, *map(str, descriptors)],
         cwd=ROOT,
         env=environment(),
+        pass_fds=descriptors,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -75,12 +74,10 @@ def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def run_roles(
-    script: str, roles: tuple[str, ...] = ("client", "server", "dealer"), timeout: float = 60.0
-) -> dict[str, Finished]:
-    """Run the script as each role; a failure shows the output of all."""
-    rendezvous = f"tcp://127.0.0.1:{free_port()}"
-    processes = {role: start(role, script, rendezvous) for role in roles}
+def run_roles(script: str, timeout: float = 60.0) -> dict[str, Finished]:
+    """Run the script as each role, all connected; a failure shows the output of all."""
+    with Lines() as lines:
+        processes = {role: start(role, script, lines) for role in ROLES}
     try:
         return {role: finish(process, timeout) for role, process in processes.items()}
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,7 @@ from runtime.plain import PlainExecutor
 from runtime.program import InputSpec, RoleProgram
 from runtime.sampling import Sampling
 from runtime.spec import ROLES, Vis
-from runtime.transport.control import Opcode
-from runtime.transport.loopback import LoopbackControl, dealer_pair, link_pair
+from runtime.transport.loopback import dealer_pair, link_pair
 from runtime.transport.traffic import Traffic
 from runtime.values import Held
 from tests import decoder
@@ -191,14 +191,14 @@ def test_three_roles_in_threads_say_what_plaintext_says() -> None:
         )
         for role, context, link in zip(ROLES, contexts, links, strict=True)
     ]
-    controls = LoopbackControl(), LoopbackControl()
+    controls: tuple[queue.SimpleQueue[Any], ...] = queue.SimpleQueue(), queue.SimpleQueue()
     offline: list[int] = []
 
-    def serve(session: MergecSession, control: LoopbackControl) -> None:
+    def serve(session: MergecSession, control: queue.SimpleQueue[Any]) -> None:
         session.setup()
-        while (message := control.receive()).opcode is Opcode.STEP:
+        while (lengths := control.get()) is not None:
             before = session.traffic()
-            session.step(*message.numbers)
+            session.step(*lengths)
             if session.party == 2:
                 for sender in (to_client, to_server):
                     sender.flush()
@@ -217,10 +217,10 @@ def test_three_roles_in_threads_say_what_plaintext_says() -> None:
         sessions[0],
         prompt,
         max_tokens=4,
-        announce=lambda *lengths: [c.send(Opcode.STEP, *lengths) for c in controls],
+        announce=lambda *lengths: [control.put(lengths) for control in controls],
     )
     for control in controls:
-        control.send(Opcode.END)
+        control.put(None)
     for thread in threads:
         thread.join(20)
     plain = PlainExecutor(decoder.program())

@@ -7,18 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime.bundle import role_path
-from runtime.errors import BundleError, PartyError, PromptError
+from runtime.bundle import read_manifest, role_path
+from runtime.errors import BundleError, MergecError, PartyError, PromptError
 from runtime.local import run_local
-from runtime.party import play
+from runtime.party import Options, greet, play
+from runtime.spec import ROLES
+from runtime.transport.channel import Channel
+from runtime.transport.hello import Hello
+from runtime.transport.lines import Lines, take
 from tests import decoder
-from tests.roles import ROOT, Finished, environment, finish, free_port
+from tests.roles import ROOT, environment, finish
 
 PROMPT = [5, 1, 7]
 
@@ -106,91 +111,117 @@ def test_missing_bundles_are_named(tmp_path: Path) -> None:
         run_local(tmp_path / "nothing", [1], max_tokens=1)
 
 
-# ------------------------------------------------------------------------------- command line
+def test_the_insecure_provider_is_for_stock_protocols_and_warns_loudly(
+    bundles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MergecError, match="is for mode crypten only"):
+        run_local(bundles, PROMPT, max_tokens=1, insecure_first_party=True)
+    result = run_local(bundles, PROMPT, max_tokens=1, mode="crypten", insecure_first_party=True)
+    assert result.tokens == decoder.plaintext(bundles, PROMPT, 1)
+    assert result.records[0].offline_bytes == 0
+    assert "no security at all" in capsys.readouterr().err
 
 
-def launch(role: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "runtime.party", "--role", role, *arguments],
+# ------------------------------------------------------------------------------- one role alone
+
+
+def told(capsys: pytest.CaptureFixture[str], **fields: Any) -> tuple[str, str]:
+    """Kind and message of the error that a role ends with, before it needs the others."""
+    with Lines() as lines:
+        # The role closes what it was given.
+        given = [os.dup(descriptor) for descriptor in lines.of(fields["role"])]
+        assert play(Options(lines=given, **fields).json()) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    event = json.loads(last)
+    assert event["event"] == "error"
+    assert "\n" not in event["message"]
+    return event["kind"], event["message"]
+
+
+def test_wrong_bundles_and_options_are_told_in_one_line(
+    bundles: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, message = told(capsys, role="server", bundle=str(bundles / "client"))
+    assert kind == "BundleError"
+    assert "is the bundle of the client" in message
+    kind, message = told(capsys, role="client", bundle=str(bundles / "client"))
+    assert kind == "PromptError"
+    assert "the prompt is empty" in message
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    server = str(bundles / "server")
+    assert "no CUDA device here" in told(capsys, role="server", bundle=server, device="cuda")[1]
+
+
+def test_roles_of_different_modes_say_so_before_anything_is_sent(bundles: Path) -> None:
+    """In threads: each compares what the two others say of themselves."""
+    said: dict[str, str] = {}
+
+    def meet(role: str, mode: str, channels: dict[int, Channel]) -> None:
+        options = Options(role, str(bundles / role), (), mode, join_timeout=20.0)
+        manifest = read_manifest(role_path(bundles, role), role)
+        try:
+            greet(channels, Hello.of(role, manifest, mode), options)
+        except PartyError as error:
+            said[role] = str(error)
+
+    with Lines() as lines:
+        threads = [
+            threading.Thread(target=meet, args=(role, mode, take(role, given)))
+            for role, mode in zip(ROLES, ("mergec", "crypten", "mergec"), strict=True)
+            for given in [[os.dup(descriptor) for descriptor in lines.of(role)]]
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert "the server runs in mode crypten" in said["client"]
+    assert "the server runs in mode crypten" in said["dealer"]
+    assert "runs in mode mergec, this party in mode crypten" in said["server"]
+
+
+def test_a_silent_party_is_named_after_the_timeout(bundles: Path) -> None:
+    """The server is stopped, not ended: its connections stay open."""
+    stopped: list[int] = []
+
+    def stop(role: str, event: Mapping[str, Any]) -> None:
+        if (role, event["event"]) == ("server", "loaded"):
+            stopped.append(event["pid"])
+        if (role, event["event"]) == ("client", "token") and len(stopped) == 1:
+            os.kill(stopped[0], signal.SIGSTOP)
+            stopped.append(0)
+
+    with pytest.raises(PartyError, match=r"the \w+ sent nothing for 8 s"):
+        run_local(bundles, PROMPT, max_tokens=12, timeout=8.0, ignore_stop=True, on_event=stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
+
+
+def test_ctrl_c_ends_all_roles(bundles: Path) -> None:
+    """The signal goes to the whole group, as from a terminal."""
+    code = (
+        "from runtime.local import run_local\n"
+        f"run_local({str(bundles)!r}, {PROMPT}, max_tokens=12, ignore_stop=True,\n"
+        "          on_event=lambda role, event: print(event.get('pid', 0), flush=True))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env=environment(),
-        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-
-
-def assert_one_line(result: Finished, message: str) -> None:
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert result.code not in (0, None), result
-    assert len(errors) == 1, result
-    assert message in errors[0], result
-    assert "Traceback" not in result.err
-
-
-def test_a_role_by_hand_and_a_role_that_never_comes(bundles: Path) -> None:
-    common = ("--bundle", str(bundles), "--join-timeout", "15")
-    at = ("--rendezvous", f"tcp://127.0.0.1:{free_port()}")
-    client = launch("client", *common, *at, "--prompt-ids", "5 1 7", "--max-tokens", "3")
-    server = launch("server", *common, *at)
-    told = finish(client)
-    assert_one_line(told, "the dealer did not join within 15 s; start it with `python -m runtime")
-    assert_one_line(finish(server), "the dealer")
-    assert told.out == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--role", "client"], "the client needs a prompt; give --prompt"),
-        (["--role", "client", "--prompt-ids", "1,x"], "takes whole numbers"),
-        (["--role", "client", "--prompt-ids", "1,40"], "token 40 is not in the vocabulary"),
-        (["--role", "client", "--prompt-ids", ""], "the prompt is empty"),
-        (["--role", "client", "--prompt", "hello"], "compile with a tokenizer"),
-        (["--role", "client", "--prompt-ids", "1", "--top-k", "-3"], "top-k must be"),
-        (["--role", "server", "--rendezvous", "127.0.0.1:1"], "is not of the form tcp://"),
-        (["--role", "server", "--insecure-first-party"], "is for --mode crypten only"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_line(
-    bundles: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    code = play([*arguments, "--bundle", str(bundles), "--max-tokens", "3"])
-    told = capsys.readouterr().err
-    lines = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert code == 1
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert "Traceback" not in told
-
-
-def test_wrong_bundles_and_options_are_one_line(
-    bundles: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert play(["--role", "server", "--bundle", str(bundles / "client")]) == 1
-    assert "is the bundle of the client" in capsys.readouterr().err
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert play(["--role", "server", "--bundle", str(bundles), "--device", "cuda"]) == 1
-    assert "no CUDA device here" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as caught:
-        play(["--role", "server", "--bundle", str(bundles), "--mode", "fast"])
-    assert caught.value.code == 2
-    assert "invalid choice: 'fast'" in capsys.readouterr().err
-
-
-def test_errors_can_be_read_by_programs(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert play(["--role", "client", "--bundle", str(bundles), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert (told["event"], told["kind"]) == ("error", "PromptError")
-
-
-def test_the_insecure_provider_warns_loudly(
-    bundles: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--mode", "crypten", "--insecure-first-party", "--rendezvous", "nowhere"]
-    assert play(["--role", "server", "--bundle", str(bundles), *arguments]) == 1
-    assert "no security at all" in capsys.readouterr().err
+    assert process.stdout is not None
+    pids: list[int] = []
+    while len(pids) < 3:
+        pids += [pid for pid in [int(process.stdout.readline())] if pid]
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish(process)
+    assert "KeyboardInterrupt" in result.err
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_party_needs_nothing_of_the_compiler() -> None:

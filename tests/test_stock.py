@@ -38,11 +38,11 @@ SCRIPT = """
     from runtime.op import load_all
     from runtime.spec import Vis
     from runtime.values import Held
+    from runtime.transport.communicator import ChannelCommunicator
     crypten.use_provider("dealer")
-    communicator = join(third_party=True, join_timeout=60.0, timeout=60.0)
+    ChannelCommunicator(role, channels, 60.0).install()
     if role == "dealer":
         crypten.serve_third_party()
-        communicator.leave()
         sys.exit()
     crypten.start_party()
     ops = load_all()
@@ -137,7 +137,6 @@ SCRIPT = """
     if role == "client":
         crypten.end_third_party()
     print(json.dumps(steps))
-    communicator.leave()
 """
 
 

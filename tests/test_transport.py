@@ -1,4 +1,4 @@
-"""Transport: counters, streams, control messages, and what a missing or dead party gives."""
+"""Transport: counters, streams, and what a missing or dead party gives."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from runtime.errors import PartyError
+from runtime.spec import ROLES
 from runtime.transport.address import Address
-from runtime.transport.control import Message, Opcode, unpack
 from runtime.transport.hello import PROTOCOL_VERSION, Hello, compare
-from runtime.transport.loopback import LoopbackControl, dealer_pair, link_pair
+from runtime.transport.lines import Lines
+from runtime.transport.loopback import dealer_pair, link_pair
 from runtime.transport.traffic import Traffic
-from tests.roles import finish, free_port, outputs, run_roles, start
+from tests.roles import finish, outputs, start
 
 HASH = "ab" * 32
 
@@ -165,14 +166,6 @@ def test_a_silent_dealer_is_named() -> None:
         receiver.read(1)
 
 
-def test_control_messages_keep_their_numbers() -> None:
-    control = LoopbackControl()
-    control.send(Opcode.STEP, 5, 0)
-    assert control.receive() == Message(Opcode.STEP, (5, 0))
-    with pytest.raises(PartyError, match=r"unknown request \(77\)"):
-        unpack(torch.tensor([77, 0]))
-
-
 MINE = Hello("client", "mergec", HASH)
 
 
@@ -224,154 +217,74 @@ def test_addresses() -> None:
 # ------------------------------------------------------------------------ in three processes
 
 
-def test_three_processes_exchange_stream_and_control() -> None:
+def test_three_processes_exchange_and_stream() -> None:
     printed = outputs(
         """
-        communicator = join()
-        control = Control(communicator)
-        control.greet(Hello(role, "mergec", HASH))
-        if role == "client":
-            control.send(Opcode.STEP, 7, 3)
-            link = Link(communicator)
-            big = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
-            assert link.exchange(big[:5].clone(), 9).tolist() == list(range(9))
-            assert link.exchange(None, big.numel()).equal(big)
-            assert link.exchange(big, 0).numel() == 0
-            assert dealer_receiver(communicator).read(4).tolist() == [1, 2, 3, 4]
-            print(link.traffic.rounds, link.traffic.sent, link.traffic.received)
-            control.send(Opcode.END)
-        else:
-            message = control.receive()
-            assert message.opcode is Opcode.STEP and message.numbers[:2] == (7, 3)
-        if role == "server":
-            link = Link(communicator)
-            stream = dealer_receiver(communicator)
-            big = stream.read(24_000_000)
-            assert link.exchange(torch.arange(9, dtype=torch.uint8), 5).tolist() == [0] * 5
-            link.exchange(big, 0)
-            assert link.exchange(None, big.numel()).equal(big)
-            print(link.traffic.rounds, link.traffic.sent, link.traffic.received)
-            print(stream.consumed, link.traffic.offline_received)
+        from runtime.transport.channel import Kind
+        from runtime.transport.dealer_link import (
+            ChannelBlockReader, ChannelBlockWriter, DealerReceiver, DealerSender)
+        big = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
         if role == "dealer":
-            to_server, to_client = dealer_sender(communicator, 1), dealer_sender(communicator, 0)
-            data = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
-            for part in data.split(300_001):
+            to_client, to_server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (0, 1))
+            for part in big.split(300_001):
                 to_server.write(part)
             to_client.write(torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
             to_client.close()
             to_server.close()
-            print(communicator.traffic.offline_sent)
-        if role != "client":
-            assert control.receive().opcode is Opcode.END
-        communicator.leave()
-        """
-    )
-    assert printed["client"] == ["3 24000005 24000009"]
-    assert printed["server"] == ["3 24000009 24000005", "24000000 24000000"]
-    assert printed["dealer"] == ["24000004"]
-
-
-def test_crypten_runs_over_the_communicator_with_the_dealer_as_third_party() -> None:
-    printed = outputs(
-        """
-        from runtime import crypten_compat as crypten
-        crypten.use_provider("dealer")
-        communicator = join(third_party=True)
-        if role == "dealer":
-            crypten.serve_third_party()
+            assert bytes(channels[0].receive(Kind.STEP, limit=9)) == b"more"
+            print(*(channels[p].traffic.offline_sent for p in (0, 1)))
+            sys.exit()
+        stream = DealerReceiver(ChannelBlockReader(channels[2], 20.0), timeout=20.0)
+        link = channels[1 if role == "client" else 0]
+        if role == "client":
+            channels[2].send(Kind.STEP, b"more")
+            assert link.exchange(big[:5].clone(), 9).tolist() == list(range(9))
+            assert link.exchange(None, big.numel()).equal(big)
+            assert link.exchange(big, 0).numel() == 0
+            assert stream.read(4).tolist() == [1, 2, 3, 4]
         else:
-            crypten.start_party()
-            x = crypten.cryptensor(torch.tensor([[1.5, -2.0, 3.0]]), src=0)
-            y = crypten.cryptensor(torch.tensor([[2.0], [4.0], [-1.0]]), src=1)
-            before = communicator.traffic.snapshot()
-            product = x.matmul(y)
-            spent = communicator.traffic - before
-            print(spent.rounds, spent.sent, spent.received)
-            print(product.get_plain_text().tolist())
-            text = product.get_plain_text(dst=0)
-            print(text.tolist() if role == "client" else "nothing")
-            print((communicator.traffic - before).rounds, communicator.traffic.offline > 0)
-            if role == "client":
-                crypten.end_third_party()
-        communicator.leave()
-        print("left")
+            assert stream.read(24_000_000).equal(big)
+            assert link.exchange(torch.arange(9, dtype=torch.uint8), 5).tolist() == [0] * 5
+            link.exchange(big, 0)
+            assert link.exchange(None, big.numel()).equal(big)
+        stream.finish()
+        print(link.traffic.rounds, link.traffic.sent, link.traffic.received)
+        print(stream.consumed, channels[2].traffic.offline_received)
         """
     )
-    # Both factors, three words each, go out once from either party.
-    assert printed["client"][0] == printed["server"][0] == "1 48 48"
-    assert abs(float(printed["client"][1].strip("[]")) + 8) < 1e-3
-    assert printed["server"][2] == "nothing"
-    assert printed["client"][3] == "3 True"
-    assert printed["server"][3] == "3 False"
-    assert printed["dealer"] == ["left"]
+    assert printed["client"] == ["3 24000005 24000009", "4 4"]
+    assert printed["server"] == ["3 24000009 24000005", "24000000 24000000"]
+    assert printed["dealer"] == ["4 24000000"]
 
 
-FAIL = """
-    try:
-        communicator = join(join_timeout=LIMIT)
-        control = Control(communicator)
-        control.greet(Hello(role, MODE, HASH))
-    except PartyError as error:
-        print(error)
-        sys.stdout.flush()
-        import os
-        os._exit(3)
-"""
-
-
-def test_a_missing_dealer_is_named_by_both_and_a_second_server_is_sent_away() -> None:
-    rendezvous = f"tcp://127.0.0.1:{free_port()}"
-    script = FAIL.replace("LIMIT", "15.0")
-    started = [start(role, script, rendezvous) for role in ("client", "server", "server")]
-    client, *servers = [finish(process) for process in started]
-    for result in (client, *servers):
-        assert result.code == 3, result
-        assert "Traceback" not in result.err
-    assert "the dealer did not join within 15 s; start it with `python" in client.out
-    second, first = sorted(result.out for result in servers)
-    assert "another server is at" in second
-    assert "dealer" in first
-
-
-def test_a_missing_client_is_named() -> None:
-    finished = run_roles(FAIL.replace("LIMIT", "2.0"), roles=("server",))
-    assert "the client did not join within 2 s; start it with" in finished["server"].out
-
-
-def test_different_modes_are_named_by_all_before_anything_is_sent() -> None:
-    script = FAIL.replace("LIMIT", "50.0").replace(
-        "MODE", "'crypten' if role == 'server' else 'mergec'"
-    )
-    finished = run_roles(script)
-    assert "the server runs in mode crypten" in finished["client"].out
-    assert "the server runs in mode crypten" in finished["dealer"].out
-    assert "runs in mode mergec, this party in mode crypten" in finished["server"].out
-    assert all(result.code == 3 for result in finished.values())
+def test_a_stream_that_does_not_end_is_noticed() -> None:
+    sender, receiver = dealer_pair(timeout=0.05)
+    with pytest.raises(PartyError, match=r"the dealer sent nothing for 0\.05 s"):
+        receiver.finish()
+    sender.close()
+    receiver.finish()
 
 
 def test_a_killed_party_ends_the_others() -> None:
     script = """
-        communicator = join()
-        print("joined", flush=True)
+        from runtime.transport.channel import Kind
+        print("here", flush=True)
         try:
             if role == "client":
-                Link(communicator).exchange(None, 8)
+                channels[1].exchange(None, 8)
             elif role == "server":
-                import time
-                time.sleep(60)
+                sys.stdin.read()
             else:
-                Control(communicator).receive()
+                channels[0].receive(Kind.STEP, limit=8)
         except PartyError as error:
             print(error, flush=True)
-            import os
-            os._exit(3)
     """
-    rendezvous = f"tcp://127.0.0.1:{free_port()}"
-    processes = {role: start(role, script, rendezvous) for role in ("client", "server", "dealer")}
+    with Lines() as lines:
+        processes = {role: start(role, script, lines) for role in ROLES}
     try:
         for process in processes.values():
             assert process.stdout is not None
-            assert process.stdout.readline() == "joined\n"
+            assert process.stdout.readline() == "here\n"
         processes["server"].kill()
         client = finish(processes["client"])
         dealer = finish(processes["dealer"])
@@ -379,26 +292,6 @@ def test_a_killed_party_ends_the_others() -> None:
         for process in processes.values():
             process.kill()
             process.wait()
-    assert (client.code, dealer.code) == (3, 3)
     assert "the server went away" in client.out
     assert "the client went away" in dealer.out
     assert "Traceback" not in client.err + dealer.err
-
-
-def test_a_silent_party_is_named_after_the_timeout() -> None:
-    printed = run_roles(
-        """
-        communicator = join(timeout=1.0)
-        import time
-        if role == "client":
-            try:
-                Link(communicator).exchange(None, 8)
-            except PartyError as error:
-                print(error, flush=True)
-        else:
-            time.sleep(8)
-        import os
-        os._exit(0)
-        """
-    )
-    assert "the server sent nothing for 1 s" in printed["client"].out

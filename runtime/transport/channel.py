@@ -100,6 +100,8 @@ class Kind(enum.IntEnum):
     """JSON: that is now stored."""
     KEPT = 17
     """JSON: whether the client has kept the hidden weights that the server named."""
+    OBJECT = 18
+    """JSON: a plain object that CrypTen sends (`runtime.transport.communicator`)."""
 
 
 class Channel:

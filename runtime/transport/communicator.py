@@ -1,140 +1,100 @@
-"""CrypTen's communicator, with counters, timeouts and errors that name the party they are about.
+"""CrypTen's communicator over channels: its own protocols run over TLS, or between local processes.
 
-One TCP store at the client brings the three roles together; after that every pair has connections
-of its own, by gloo. Our own protocols send tensors only. CrypTen's trusted third party, which
-`crypten` mode uses, sends its requests as pickled objects, and reads them by CrypTen's restricted
-unpickler: use that mode among parties that trust each other, for comparison.
+A drop-in for CrypTen's communicator over torch.distributed, without pickle: a tensor's bytes have
+the length that its receiver expects, and objects are JSON of a few plain types. All is counted in
+the channels.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import socket
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed import ReduceOp
 
 from runtime import crypten_compat as crypten
-from runtime.errors import PartyError
+from runtime.errors import MergecError, PartyError
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER
-from runtime.transport.address import Address
-from runtime.transport.channel import REPLY_TIMEOUT
+from runtime.transport.channel import Channel, Kind
 from runtime.transport.traffic import Traffic
 
-JOIN_TIMEOUT = 30.0
-"""Seconds that a party waits for the others to appear."""
+_REDUCE: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.PRODUCT: torch.mul,
+    ReduceOp.MIN: torch.minimum,
+    ReduceOp.MAX: torch.maximum,
+    ReduceOp.BAND: torch.bitwise_and,
+    ReduceOp.BOR: torch.bitwise_or,
+    ReduceOp.BXOR: torch.bitwise_xor,
+}
 
-IDLE_TIMEOUT = 7 * 24 * 3600.0
-"""Seconds that server and dealer wait for the client's next prompt."""
-
-_POLL = 0.02
-
-
-@contextmanager
-def peer_errors(peer: int, timeout: float = REPLY_TIMEOUT) -> Iterator[None]:
-    """Turn gloo's errors into one that names the party that it waited for."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "imed out" in str(error):
-            reason = f"the {ROLES[peer]} sent nothing for {timeout:g} s; see what it is doing"
-        else:
-            reason = f"the {ROLES[peer]} went away; see its own message, and start all three again"
-        raise PartyError(reason) from error
+_DTYPES = {
+    str(dtype): dtype
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64)
+}
 
 
-class CountingCommunicator(crypten.DistributedCommunicator):
-    """The communicator of one role, installed as CrypTen's own.
+class ChannelCommunicator(crypten.Communicator):
+    """One role's communicator; `install` makes it the one that CrypTen uses.
 
-    traffic: what this party sent and received. Collectives between the two parties count as one
-    round, in which a party's tensor is sent once: what they are, whatever gloo makes of them.
-    `isend` and `irecv` count bytes only, as their caller decides what a round is.
+    Of the two computing parties each has a channel to the other; the dealer, CrypTen's trusted
+    third party where there is one, has a channel to both. A collective of the two is one round, in
+    which a party's tensor is sent once. Messages between the same two roles keep their order, so
+    those that CrypTen sends without waiting go out when the first of them is waited for.
     """
 
-    def __init__(
-        self, role: str, address: Address, *, third_party: bool, join_timeout: float, timeout: float
-    ) -> None:
-        self.role = role
-        self.rank = ROLES.index(role)
-        self.address = address
-        self.world_size = 2
-        self.timeout = timeout
-        self._limit = timedelta(seconds=timeout)
-        self.traffic = Traffic()
-        self.ttp_initialized = third_party
-        self.distributed_backend = "gloo"
-        self._name = role
-        self.reset_communication_stats()
-        deadline = time.monotonic() + join_timeout
-        self._store = _meet(role, address, join_timeout)
-        try:
-            self._connect(max(1.0, deadline - time.monotonic()))
-        except RuntimeError as error:
-            reason = f"the parties met at {address} but could not connect ({_first_line(error)})"
-            raise PartyError(f"{reason}; start all three again") from error
+    instance: ChannelCommunicator | None = None
+    # CrypTen reads these, and hands them back as `group`; here the peer says all.
+    main_group = ttp_group = ttp_comm_group = None
 
-    def _connect(self, join_timeout: float) -> None:
-        if self.address.loopback:
-            # By itself gloo listens at what the host name resolves to.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        limit = timedelta(seconds=join_timeout)
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("mergec", self._store),
-            rank=self.rank,
-            world_size=len(ROLES),
-            timeout=limit,
-        )
-        everyone = list(range(len(ROLES)))
-        self.ttp_group = dist.group.WORLD
-        self.ttp_comm_group = dist.new_group([CLIENT, DEALER], timeout=limit)
-        self.main_group = dist.new_group([CLIENT, SERVER], timeout=limit)
-        self.control_group = dist.new_group(everyone, timeout=limit)
-        # The dealer's streams have connections of their own, so that they never hold up a message.
-        self.stream_groups = {
-            party: dist.new_group([party, DEALER], timeout=limit) for party in (CLIENT, SERVER)
-        }
+    def __init__(
+        self, role: str, channels: Mapping[int, Channel], idle_timeout: float | None = None
+    ) -> None:
+        """channels: by the peer's rank, which is its place in `ROLES`.
+
+        idle_timeout: seconds that the dealer waits for a request; by default the channel's.
+        """
+        self.rank = ROLES.index(role)
+        self.world_size = 2
+        self.ttp_initialized = DEALER in {self.rank, *channels}
+        self.comm_time = 0.0
+        self._name = role
+        self._idle_timeout = idle_timeout
+        self._channels = dict(channels)
+        self._counted_from = Traffic()
+        self._unsent: dict[int, deque[torch.Tensor]] = {peer: deque() for peer in channels}
+        self._due: dict[int, deque[Any]] = {peer: deque() for peer in channels}
+
+    def install(self) -> None:
+        """Let CrypTen use this communicator, in place of its own over torch.distributed."""
+        crypten.install(ChannelCommunicator)
+        ChannelCommunicator.instance = self
 
     @classmethod
-    def join(
-        cls,
-        role: str,
-        rendezvous: str,
-        *,
-        third_party: bool = False,
-        join_timeout: float = JOIN_TIMEOUT,
-        timeout: float = REPLY_TIMEOUT,
-    ) -> CountingCommunicator:
-        """Meet the other two roles; PartyError names whoever does not come.
+    def is_initialized(cls) -> bool:
+        return cls.instance is not None
 
-        third_party: whether the dealer serves as CrypTen's trusted third party.
-        """
-        found = cls(
-            role,
-            Address.rendezvous(rendezvous),
-            third_party=third_party,
-            join_timeout=join_timeout,
-            timeout=timeout,
-        )
-        crypten.DistributedCommunicator.instance = found
-        return found
+    @classmethod
+    def get(cls) -> ChannelCommunicator | None:
+        return cls.instance
 
-    def leave(self, *, orderly: bool = True) -> None:
-        """Close all connections; `orderly` first waits for the others to get here."""
-        if orderly:
-            others = SERVER if self.rank == CLIENT else CLIENT
-            self._run([dist.barrier], others, self.control_group)
-        crypten.DistributedCommunicator.instance = None
-        dist.destroy_process_group()
+    @classmethod
+    def initialize(cls, *_: Any, **__: Any) -> None:
+        raise MergecError("CrypTen has no connections here; install a ChannelCommunicator first")
+
+    @classmethod
+    def shutdown(cls) -> None:
+        """Close all channels."""
+        running, cls.instance = cls.instance, None
+        if running is not None:
+            for channel in running._channels.values():
+                channel.close()
+
+    # ------------------------------------------------------------------------ who and how much
 
     def get_rank(self) -> int:
         return self.rank
@@ -142,255 +102,260 @@ class CountingCommunicator(crypten.DistributedCommunicator):
     def get_world_size(self) -> int:
         return self.world_size
 
+    def get_ttp_rank(self) -> int:
+        return DEALER
+
+    def set_name(self, name: str) -> None:
+        self._name = name
+
+    def get_name(self) -> str:
+        return self._name
+
     @property
     def peer(self) -> int:
         """The other computing party."""
         return SERVER - self.rank
 
-    # ---------------------------------------------------------------- between the two parties
+    @property
+    def traffic(self) -> Traffic:
+        """What the channels counted; what passes between a party and the dealer is offline."""
+        found = Traffic()
+        for peer, channel in self._channels.items():
+            counted = channel.traffic
+            if DEALER in (peer, self.rank):
+                found.offline_sent += counted.sent
+                found.offline_received += counted.received
+            else:
+                found.rounds += counted.rounds
+                found.sent += counted.sent
+                found.received += counted.received
+        return found
 
-    def _count(self, tensors: Sequence[torch.Tensor], *, sent: bool, received: bool) -> None:
-        size = sum(map(_nbytes, tensors))
-        self.traffic.rounds += 1
-        self.traffic.sent += size if sent else 0
-        self.traffic.received += size if received else 0
+    @property
+    def comm_rounds(self) -> int:
+        """Rounds of the two parties since CrypTen's statistics were reset."""
+        return (self.traffic - self._counted_from).rounds
 
-    def wait(self, peer: int, *works: Any) -> None:
-        """Let transfers from or to `peer` end; PartyError if they don't in time."""
-        # The groups' own timeout is that of joining.
-        with peer_errors(peer, self.timeout):
-            for work in works:
-                work.wait(self._limit)
+    @property
+    def comm_bytes(self) -> int:
+        """Bytes that this party has sent to and received from the other since then."""
+        return (self.traffic - self._counted_from).online
 
-    def _run(
-        self, calls: Sequence[Callable[..., Any]], peer: int | None = None, group: Any = None
-    ) -> None:
-        """Start collectives, of the two parties unless said otherwise, and wait for all."""
-        other = self.peer if peer is None else peer
-        with peer_errors(other):
-            works = [call(group=self._default(group), async_op=True) for call in calls]
-        self.wait(other, *works)
+    def reset_communication_stats(self) -> None:
+        self._counted_from = self.traffic
+        self.comm_time = 0.0
 
-    def isend(self, tensor: torch.Tensor, dst: int) -> Any:
-        self.traffic.sent += _nbytes(tensor)
-        with peer_errors(dst):
-            return self.main_group.send([tensor.data], dst, 0)
+    # -------------------------------------------------------------------------------- messages
 
-    def irecv(self, tensor: torch.Tensor, src: int | None = None) -> Any:
+    def _exchange(self, peer: int, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
+        """One round with a peer, after what is still under way to or from it."""
+        self._settle(peer)
+        return self._round(peer, outgoing, incoming)
+
+    def _round(self, peer: int, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
+        began = time.perf_counter()
+        reply = self._channel(peer).exchange(outgoing, incoming)
+        self.comm_time += time.perf_counter() - began
+        return reply
+
+    def _channel(self, peer: int) -> Channel:
+        if peer not in self._channels:
+            raise MergecError(f"there is no party {peer} that party {self.rank} could talk to")
+        return self._channels[peer]
+
+    def _settle(self, peer: int) -> None:
+        """Carry out what `isend` and `irecv` have begun: both ways at once, as far as that goes."""
+        self._channel(peer)
+        unsent, due = self._unsent[peer], self._due[peer]
+        while unsent or due:
+            outgoing = unsent.popleft() if unsent else None
+            into = due.popleft() if due else None
+            reply = self._round(peer, outgoing, 0 if into is None else _nbytes(into))
+            if into is not None:
+                _fill(into, reply)
+
+    def isend(self, tensor: Any, dst: int) -> _Pending:
+        self._channel(dst)
+        self._unsent[dst].append(_flat([tensor]))
+        return _Pending(lambda: self._settle(dst))
+
+    def irecv(self, tensor: Any, src: int | None = None) -> _Pending:
         source = self.peer if src is None else src
-        self.traffic.received += _nbytes(tensor)
-        with peer_errors(source):
-            return self.main_group.recv([tensor.data], source, 0)
+        self._channel(source)
+        self._due[source].append(tensor)
+        return _Pending(lambda: self._settle(source))
 
-    def send(self, tensor: torch.Tensor, dst: int) -> None:
-        self.traffic.rounds += 1
-        self.wait(dst, self.isend(tensor.cpu(), dst))
+    def send(self, tensor: Any, dst: int) -> None:
+        self._exchange(dst, _flat([tensor]), 0)
 
-    def recv(self, tensor: torch.Tensor, src: int | None = None) -> torch.Tensor:
-        self.traffic.rounds += 1
-        result = torch.empty_like(tensor, device="cpu")
-        self.wait(self.peer, self.irecv(result, src))
-        return result.to(tensor.device)
+    def recv(self, tensor: Any, src: int | None = None) -> Any:
+        source = self.peer if src is None else src
+        (result,) = _like([tensor], self._exchange(source, None, _nbytes(tensor)))
+        return result
 
-    # Gloo takes no CUDA tensors in some collectives, so all go by way of the CPU; and CrypTen's
-    # CUDALongTensor, which these may be given, is unwrapped by `_host` and restored by `_like`.
+    def barrier(self) -> None:
+        """A byte each way: whoever has got it knows that the other is here."""
+        self._exchange(self.peer, torch.zeros(1, dtype=torch.uint8), 1)
+
+    # ----------------------------------------------------------------------------- collectives
 
     def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:  # noqa: A002
         tensors = list(input) if batched else [input]
-        results = [_host(tensor, copy=True) for tensor in tensors]
-        self._count(results, sent=True, received=True)
-        self._run([partial(dist.all_reduce, result, op=op) for result in results])
-        outputs = [_like(r, tensor) for r, tensor in zip(results, tensors, strict=True)]
-        return outputs if batched else outputs[0]
+        mine = _flat(tensors)
+        theirs = _like(tensors, self._exchange(self.peer, mine, mine.numel()))
+        results = [_reduced(op, *both) for both in zip(tensors, theirs, strict=True)]
+        return results if batched else results[0]
 
     def reduce(self, input: Any, dst: int, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:  # noqa: A002
         tensors = list(input) if batched else [input]
-        results = [_host(tensor, copy=True) for tensor in tensors]
-        self._count(results, sent=dst != self.rank, received=dst == self.rank)
-        self._run([partial(dist.reduce, result, dst, op=op) for result in results])
         if dst != self.rank:
+            self._exchange(dst, _flat(tensors), 0)
             return None
-        outputs = [_like(r, tensor) for r, tensor in zip(results, tensors, strict=True)]
-        return outputs if batched else outputs[0]
+        theirs = _like(tensors, self._exchange(self.peer, None, sum(map(_nbytes, tensors))))
+        results = [_reduced(op, *both) for both in zip(tensors, theirs, strict=True)]
+        return results if batched else results[0]
 
     def all_gather(self, tensor: Any) -> list[Any]:
-        mine = _host(tensor)
-        results = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._count([mine], sent=True, received=True)
-        self._run([partial(dist.all_gather, results, mine)])
-        return [_like(result, tensor) for result in results]
+        (theirs,) = _like([tensor], self._exchange(self.peer, _flat([tensor]), _nbytes(tensor)))
+        return self._by_rank(tensor, theirs)
 
     def gather(self, tensor: Any, dst: int) -> list[Any]:
-        mine = _host(tensor)
-        here = dst == self.rank
-        results = [torch.empty_like(mine) for _ in range(self.world_size)] if here else []
-        self._count([mine], sent=not here, received=here)
-        self._run([partial(dist.gather, mine, results or None, dst)])
-        return [_like(result, tensor) for result in results] if here else [None]
+        if dst != self.rank:
+            self._exchange(dst, _flat([tensor]), 0)
+            return [None]
+        (theirs,) = _like([tensor], self._exchange(self.peer, None, _nbytes(tensor)))
+        return self._by_rank(tensor, theirs)
+
+    def _by_rank(self, mine: Any, theirs: Any) -> list[Any]:
+        return [mine.clone(), theirs] if self.rank == CLIENT else [theirs, mine.clone()]
 
     def scatter(self, scatter_list: Any, src: int, size: Any = None, device: Any = None) -> Any:
-        here = src == self.rank
-        if here:
-            parts = [_host(part) for part in scatter_list]
-            result = torch.empty_like(parts[self.rank])
-        else:
-            shape = scatter_list[self.rank].size() if size is None else size
-            parts, result = [], torch.empty(shape, dtype=torch.long)
-        self._count([result], sent=here, received=not here)
-        self._run([partial(dist.scatter, result, parts or None, src)])
-        return result if device is None else result.to(device)
-
-    def barrier(self) -> None:
-        self._count([], sent=False, received=False)
-        self._run([dist.barrier])
-
-    # ------------------------------------------------- also with CrypTen's trusted third party
+        """This party's part [size] of int64, of those that `src` has."""
+        if src == self.rank:
+            self._exchange(self.peer, _flat([scatter_list[self.peer]]), 0)
+            mine = scatter_list[self.rank]
+            return mine if device is None else mine.to(device)
+        shape = scatter_list[self.rank].size() if size is None else size
+        result = torch.empty(shape, dtype=torch.int64, device=device)
+        return self.recv(result, src)
 
     def broadcast(self, input: Any, src: int, group: Any = None, batched: bool = False) -> Any:  # noqa: A002
+        """`input`, overwritten with that of `src`. The dealer's goes to the client alone."""
         tensors = list(input) if batched else [input]
-        results = [_host(tensor) for tensor in tensors]
-        offline = group is not None and group is not self.main_group
-        if offline:
-            self._count_offline(sum(map(_nbytes, results)), sent=src == self.rank)
-        else:
-            self._count(results, sent=src == self.rank, received=src != self.rank)
-        calls = [partial(dist.broadcast, result, src) for result in results]
-        self._run(calls, self._other(src), group if offline else self.main_group)
-        for result, tensor in zip(results, tensors, strict=True):
-            if result.data_ptr() != tensor.data_ptr():
-                tensor.copy_(_like(result, tensor))
+        if src == self.rank:
+            other = CLIENT if self.rank == DEALER else self.peer
+            self._exchange(other, _flat(tensors), 0)
+            return input
+        replies = _like(tensors, self._exchange(src, None, sum(map(_nbytes, tensors))))
+        for tensor, reply in zip(tensors, replies, strict=True):
+            tensor.copy_(reply)
         return input
 
+    # --------------------------------------------------------------------------------- objects
+
     def send_obj(self, obj: Any, dst: int, group: Any = None) -> None:
-        data = torch.from_numpy(np.frombuffer(pickle.dumps(obj), np.uint8).copy())
-        self._count_object(data, dst, sent=True)
-        with peer_errors(dst):
-            parts = (torch.tensor([data.numel()]), data)
-            target = self._default(group)
-            works = [target.send([part], dist.get_group_rank(target, dst), 0) for part in parts]
-        self.wait(dst, *works)
+        """Send None, a bool, number, string, dtype, list, tuple, size, or dictionary of those."""
+        payload = json.dumps(_plain(obj)).encode()
+        self._settle(dst)
+        channel = self._channel(dst)
+        channel.send(Kind.OBJECT, payload)
+        channel.traffic.sent += len(payload)
+        channel.traffic.rounds += 1
 
     def recv_obj(self, src: int, group: Any = None) -> Any:
-        source = self._default(group)
-        size = torch.zeros(1, dtype=torch.int64)
+        self._settle(src)
+        channel = self._channel(src)
         # The third party has nothing to do between two prompts.
-        limit = timedelta(seconds=IDLE_TIMEOUT) if self.rank == DEALER else self._limit
-        with peer_errors(src, limit.total_seconds()):
-            source.recv([size], dist.get_group_rank(source, src), 0).wait(limit)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        with peer_errors(src):
-            work = source.recv([data], dist.get_group_rank(source, src), 0)
-        self.wait(src, work)
-        self._count_object(data, src, sent=False)
-        return crypten.restricted_loads(data.numpy().tobytes())
+        idle = self._idle_timeout if self.rank == DEALER else None
+        _, payload = channel.receive_any((Kind.OBJECT,), timeout=idle)
+        channel.traffic.received += payload.nbytes
+        channel.traffic.rounds += 1
+        try:
+            return _object(json.loads(bytes(payload)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise PartyError(f"the {channel.peer} sent an object that cannot be read") from error
 
     def broadcast_obj(self, obj: Any, src: int, group: Any = None) -> Any:
-        if self.rank == src:
-            self.send_obj(obj, self.peer, group)
-            return obj
-        return self.recv_obj(src, group)
-
-    def _default(self, group: Any) -> Any:
-        return self.main_group if group is None else group
-
-    def _other(self, src: int) -> int:
-        if src != self.rank:
-            return src
-        return CLIENT if self.rank == DEALER else self.peer
-
-    def _count_object(self, data: torch.Tensor, party: int, *, sent: bool) -> None:
-        size = data.numel() + 8
-        if DEALER in (party, self.rank):
-            self._count_offline(size, sent=sent)
-            return
-        self.traffic.rounds += 1
-        self.traffic.sent += size if sent else 0
-        self.traffic.received += 0 if sent else size
-
-    def _count_offline(self, size: int, *, sent: bool) -> None:
-        if sent:
-            self.traffic.offline_sent += size
-        else:
-            self.traffic.offline_received += size
+        if self.rank != src:
+            return self.recv_obj(src)
+        self.send_obj(obj, self.peer)
+        return obj
 
 
-def _meet(role: str, address: Address, timeout: float) -> dist.Store:
-    """Wait for the other roles at the client's store."""
-    deadline = time.monotonic() + timeout
-    if role != ROLES[CLIENT]:
-        _await_listener(address, deadline, timeout)
-    try:
-        store = dist.TCPStore(
-            address.host,
-            address.port,
-            is_master=role == ROLES[CLIENT],
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout),
-        )
-    except RuntimeError as error:
-        if role == ROLES[CLIENT]:
-            reason = f"the client cannot listen at {address} ({_first_line(error)})"
-            raise PartyError(f"{reason}; choose another port") from error
-        reason = f"who listens at {address} is no client of mergec, or went away"
-        raise PartyError(f"{reason} ({_first_line(error)}); choose another port") from error
-    missing = [other for other in ROLES if other != role]
-    try:
-        if store.add(f"joined {role}", 1) > 1:
-            raise PartyError(f"another {role} is at {address} already; end it, or choose another")
-        while True:
-            missing = [other for other in missing if not store.check([f"joined {other}"])]
-            if not missing:
-                return store
-            if time.monotonic() > deadline:
-                raise PartyError(_did_not_join(missing, address, timeout))
-            time.sleep(_POLL)
-    except RuntimeError as error:
-        waiting = " and the ".join(missing)
-        raise PartyError(
-            f"the client went away while waiting for the {waiting}; start all three again"
-        ) from error
+class _Pending:
+    """A message under way."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
 
 
-def _await_listener(address: Address, deadline: float, timeout: float) -> None:
-    """Wait until somebody listens: the store's own attempts go on beyond its timeout."""
-    while True:
-        try:
-            with socket.create_connection((address.host, address.port), timeout):
-                return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise PartyError(_did_not_join([ROLES[CLIENT]], address, timeout)) from error
-        time.sleep(_POLL)
+# Messages go by way of the CPU; CrypTen's CUDALongTensor, which these may be given, is unwrapped
+# by `_flat` and restored by `_like`.
 
 
-def _did_not_join(missing: Sequence[str], address: Address, timeout: float) -> str:
-    commands = " and ".join(
-        f"`python -m runtime.party --role {role} --rendezvous tcp://{address} --bundle DIR`"
-        for role in missing
-    )
-    return (
-        f"the {' and the '.join(missing)} did not join within {timeout:g} s; start "
-        f"{'it' if len(missing) == 1 else 'them'} with {commands}"
-    )
+def _flat(tensors: Sequence[Any]) -> torch.Tensor:
+    """The bytes of tensors, one after the other."""
+    parts = [tensor.data.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _like(tensors: Sequence[Any], data: torch.Tensor) -> list[Any]:
+    """Tensors of the shape, type and device of these, from their bytes."""
+    results: list[Any] = []
+    for tensor, part in zip(tensors, data.split([_nbytes(t) for t in tensors]), strict=True):
+        # A part of a larger message may begin anywhere, a tensor may not.
+        owned = part if len(tensors) == 1 else part.clone()
+        found = owned.view(tensor.dtype).reshape(tensor.size()).to(tensor.device)
+        wrapped = isinstance(tensor, crypten.CUDALongTensor)
+        results.append(crypten.CUDALongTensor(found) if wrapped else found)
+    return results
+
+
+def _fill(tensor: Any, data: torch.Tensor) -> None:
+    (found,) = _like([tensor], data)
+    tensor.copy_(found)
 
 
 def _nbytes(tensor: Any) -> int:
     return int(tensor.nelement()) * int(tensor.element_size())
 
 
-def _host(tensor: Any, *, copy: bool = False) -> torch.Tensor:
-    """A contiguous CPU tensor of the same data."""
-    plain: torch.Tensor = tensor.data
-    result = plain.cpu().contiguous()
-    return result.clone() if copy and result.data_ptr() == plain.data_ptr() else result
+def _reduced(op: Any, mine: Any, theirs: Any) -> Any:
+    if op not in _REDUCE:
+        raise MergecError(f"tensors of two parties cannot be joined by {op}")
+    return _REDUCE[op](mine, theirs)
 
 
-def _like(result: torch.Tensor, tensor: Any) -> Any:
-    """`result` where `tensor` is, and of its type."""
-    if isinstance(tensor, crypten.CUDALongTensor):
-        return crypten.CUDALongTensor(result.to(tensor.device))
-    return result.to(tensor.device)
+def _plain(value: Any) -> Any:
+    """An object as JSON: what JSON has no word for becomes a dictionary of one tagged entry."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.dtype) and str(value) in _DTYPES:
+        return {"dtype": str(value)}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _plain(item) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        tag = "size" if isinstance(value, torch.Size) else type(value).__name__
+        if tag in ("size", "list", "tuple"):
+            return {tag: [_plain(item) for item in value]}
+    raise MergecError(
+        f"a {type(value).__name__} cannot be sent as an object: parties send each other tensors "
+        "and plain values only; load models at each party from a file"
+    )
+
+
+def _object(value: Any) -> Any:
+    """The reverse of `_plain`; ValueError, TypeError or KeyError if it was not made by it."""
+    if not isinstance(value, (dict, list)):
+        return value
+    if isinstance(value, list) or len(value) != 1:
+        raise ValueError("not of one tagged entry")
+    ((tag, inner),) = value.items()
+    if tag == "dtype":
+        return _DTYPES[inner]
+    if tag == "dict" and isinstance(inner, dict):
+        return {key: _object(item) for key, item in inner.items()}
+    if tag not in ("size", "list", "tuple") or not isinstance(inner, list):
+        raise ValueError(f"unknown tag {tag}")
+    items = [_object(item) for item in inner]
+    return {"size": torch.Size, "list": list, "tuple": tuple}[tag](items)

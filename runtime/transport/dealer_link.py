@@ -139,6 +139,17 @@ class DealerReceiver:
             done += size
         return torch.from_numpy(result)
 
+    def finish(self) -> None:
+        """Wait for the dealer to end the stream, all of which has been read."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, self._timeout):
+                raise self._silent()
+        if self._failure is not None:
+            raise self._failure
+
+    def _silent(self) -> PartyError:
+        return PartyError(f"the dealer sent nothing for {self._timeout:g} s; see what it is doing")
+
     def _next(self) -> None:
         with self._changed:
             self._wait()
@@ -164,9 +175,7 @@ class DealerReceiver:
                     "see its own message, and start all three again"
                 )
             if not self._changed.wait(self._timeout):
-                raise PartyError(
-                    f"the dealer sent nothing for {self._timeout:g} s; see what it is doing"
-                )
+                raise self._silent()
 
     def _fill(self) -> None:
         try:

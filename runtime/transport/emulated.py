@@ -12,8 +12,7 @@ import time
 import torch
 
 from runtime.network import Network
-from runtime.transport.link import Exchange
-from runtime.transport.traffic import Traffic
+from runtime.transport.traffic import Exchange, Traffic
 
 _STAMP = struct.Struct("<d")
 

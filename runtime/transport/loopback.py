@@ -10,7 +10,6 @@ import torch
 from runtime.errors import PartyError
 from runtime.spec import ROLES
 from runtime.transport.channel import check_payload
-from runtime.transport.control import Message, Opcode
 from runtime.transport.dealer_link import AHEAD_BYTES, BLOCK_BYTES, DealerReceiver, DealerSender
 from runtime.transport.traffic import Traffic
 
@@ -26,7 +25,7 @@ class LoopbackLink:
         self._peer, self._timeout = peer, timeout
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
-        """As `Link.exchange`; here a message of another length than expected is noticed."""
+        """As `Channel.exchange`; here a message of another length than expected is noticed."""
         if outgoing is not None and outgoing.numel():
             check_payload(outgoing)
             self._outbox.put(outgoing.clone())
@@ -99,16 +98,3 @@ def dealer_pair(
     """The two ends of a dealer's stream."""
     blocks = _Blocks()
     return DealerSender(blocks, block_bytes), DealerReceiver(blocks, ahead_bytes, timeout)
-
-
-class LoopbackControl:
-    """The client's requests to one other role."""
-
-    def __init__(self) -> None:
-        self._pipe: queue.SimpleQueue[Message] = queue.SimpleQueue()
-
-    def send(self, opcode: Opcode, *numbers: int) -> None:
-        self._pipe.put(Message(opcode, numbers))
-
-    def receive(self) -> Message:
-        return self._pipe.get()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
 
 
 @dataclass
@@ -48,3 +51,15 @@ class Traffic:
         """Set all counters to zero."""
         self.rounds = self.sent = self.received = 0
         self.offline_sent = self.offline_received = 0
+
+
+class Exchange(Protocol):
+    """What a link between the two parties offers, over whatever transport: one call is one round.
+
+    `outgoing` is 1-D uint8 on the CPU, or None; the result has `incoming` bytes.
+    """
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor: ...
