@@ -275,7 +275,7 @@ class _Watch:
 
 
 def _remoteness(message: str) -> int:
-    """How far an error is from what caused it: a role that gave up waiting is lost to the others."""
+    """How far an error is from its cause: a role that gave up waiting is lost to the others."""
     if "went away" in message or "ended the session" in message:
         return 2
     return 1 if "sent nothing" in message or "sent only" in message else 0
