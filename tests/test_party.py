@@ -226,7 +226,7 @@ def test_ctrl_c_ends_all_roles(bundles: Path) -> None:
 
 def test_a_party_needs_nothing_of_the_compiler() -> None:
     code = (
-        "import sys, runtime.party, runtime.local, runtime.stock, runtime.transport.link\n"
+        "import sys, runtime.party, runtime.local, runtime.stock\n"
         "found = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(found & {'compiler', 'passes', 'transformers'}))\n"
         "print('crypten' in found)\n"

@@ -201,7 +201,6 @@ def test_a_greeting_that_cannot_be_read_is_refused(data: bytes) -> None:
 
 
 def test_addresses() -> None:
-    assert Address.rendezvous("tcp://127.0.0.1:29500") == Address("127.0.0.1", 29500)
     assert Address.parse("127.0.0.1:1").loopback
     assert Address.parse("localhost:1").loopback
     assert str(Address.parse("[::1]:7")) == "[::1]:7"
@@ -209,9 +208,6 @@ def test_addresses() -> None:
     for text in ("host", "host:x", "host:70000", "tcp://host:1", "", "host:1/x"):
         with pytest.raises(PartyError, match="not of the form host:port"):
             Address.parse(text)
-    for text in ("127.0.0.1:29500", "tcp://host", "tcp://host:x", "file:///tmp/x", ""):
-        with pytest.raises(PartyError, match="not of the form"):
-            Address.rendezvous(text)
 
 
 # ------------------------------------------------------------------------ in three processes

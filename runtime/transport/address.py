@@ -19,28 +19,13 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """From `host:port`; an IPv6 host stands in brackets."""
-        found = cls._split(f"tcp://{text}")
-        if found is None or "/" in text:
-            raise PartyError(f"the address {text!r} is not of the form host:port")
-        return found
-
-    @classmethod
-    def rendezvous(cls, text: str) -> Address:
-        """From `tcp://host:port`."""
-        found = cls._split(text)
-        if found is None:
-            raise PartyError(f"the rendezvous {text!r} is not of the form tcp://127.0.0.1:29500")
-        return found
-
-    @classmethod
-    def _split(cls, text: str) -> Address | None:
         try:
-            parts = urlsplit(text)
+            parts = urlsplit(f"tcp://{text}")
             host, port = parts.hostname, parts.port
         except ValueError:
-            return None
-        if host is None or port is None or parts.scheme != "tcp":
-            return None
+            host = port = None
+        if host is None or port is None or "/" in text:
+            raise PartyError(f"the address {text!r} is not of the form host:port")
         return cls(host, port)
 
     def __str__(self) -> str:
