@@ -375,7 +375,8 @@ def test_crypten_runs_with_the_dealer_as_third_party() -> None:
             print((communicator.traffic - before).rounds, communicator.traffic.offline)
             if role == "client":
                 crypten.end_third_party()
-        """
+        """,
+        timeout=120.0,
     )
     # Both factors, three words each, go out once from either party.
     assert printed["client"][0] == printed["server"][0] == "1 48 48"
