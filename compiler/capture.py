@@ -113,14 +113,14 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
 
     model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
     [1, N, V] (captured without a cache). The one graph serves the prompt (past = 0), decoding
-    (new = 1) and anything between. Raises CompileError for other models, and for weights that are
-    not finite.
+    (new = 1) and anything between. A model of 16-bit floats is captured in float32, which holds
+    its weights exactly. Raises CompileError for other models, and for weights that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise CompileError(f"a {type(model).__name__} is no model; load it first, as an nn.Module")
     hugging_face = _check_architecture(model)
     _check_weights(model)
-    model = model.eval()
+    model = _widened(model).eval()
     if hugging_face:
         model.set_attn_implementation("eager")  # type: ignore[operator]
     with _quiet():
@@ -167,6 +167,14 @@ def _check_weights(model: nn.Module) -> None:
     if bad:
         shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         raise CompileError(f"weights are NaN or infinite: {shown}; repair the checkpoint")
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    """A copy in float32 of a model that has 16-bit floats; others as they are."""
+    short = {torch.float16, torch.bfloat16}
+    if short.isdisjoint(tensor.dtype for tensor in model.state_dict().values()):
+        return model
+    return copy.deepcopy(model).float()
 
 
 def _capture_cached(model: nn.Module) -> Captured:

@@ -20,6 +20,7 @@ from tests.families import (
     WIDTH,
     captured,
     decoder,
+    empty_caches,
     error,
     expected,
     outputs,
@@ -129,6 +130,19 @@ def test_training_mode_and_attention_kind_do_not_matter() -> None:
     fused = LlamaForCausalLM._from_config(model.config, attn_implementation="sdpa").double()
     fused.load_state_dict(model.state_dict())
     assert error(outputs(capture(fused.train()), 5, 0)[0], wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_short_floats_is_computed_in_float32(dtype: torch.dtype) -> None:
+    model = random_decoder("llama").to(dtype)
+    step = capture(model)
+    caches = [cache.float() for cache in empty_caches(step)]
+    with torch.no_grad():
+        logits = step.graph_module(tokens()[:, :7], *caches)[0]
+    assert {tensor.dtype for tensor in model.parameters()} == {dtype}
+    wanted = model.float()(tokens()[:, :7]).logits[:, -1:]
+    assert (logits.dtype, wanted.dtype) == (torch.float32, torch.float32)
+    assert error(logits, wanted) < 1e-5
 
 
 def _bert(kind: str, **changes: Any) -> Any:
