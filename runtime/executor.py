@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from typing import Protocol as Interface
 
 import torch
 
@@ -21,6 +20,7 @@ from runtime.protocols.shared_weights import open_constant, share_constant, tell
 from runtime.protocols.weights import Constant, reuse_weight, share_weight
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER, Cost, Vis
 from runtime.structural import decode_literal, function
+from runtime.transport.traffic import Exchange
 from runtime.values import (
     OWNER,
     Held,
@@ -37,12 +37,6 @@ _INT32_LIMIT = 2**31 - 1
 
 _PIECE = 1 << 20
 """Elements of a weight that are encoded at once."""
-
-
-class Exchange(Interface):
-    """The link to the other party: one call is one round."""
-
-    def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor: ...
 
 
 @dataclass

@@ -48,10 +48,10 @@ from runtime.transport.dealer_link import (
 )
 from runtime.transport.hello import Hello, compare
 from runtime.transport.lines import take
-from runtime.transport.traffic import Traffic
+from runtime.transport.traffic import Exchange, Traffic
 
 if TYPE_CHECKING:
-    from runtime.executor import Exchange, Executor
+    from runtime.executor import Executor
 
 DEBUG = "MERGEC_DEBUG"
 
