@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -143,8 +144,8 @@ def _seen(spec: InputSpec, value: torch.Tensor) -> list[tuple[torch.Tensor, torc
 
 
 def _uniform(shape: torch.Size) -> torch.Tensor:
-    raw = torch.from_numpy(Prg(new_seed()).read(8 * shape.numel()))
-    return raw.view(torch.int64).reshape(shape).clone()
+    words = Prg(new_seed()).read(8 * shape.numel()).view(np.int64)
+    return torch.from_numpy(words).reshape(shape).clone()
 
 
 def _start(folder: Path, role: str, lines: Sequence[int]) -> subprocess.Popen[bytes]:
