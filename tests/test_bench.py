@@ -88,7 +88,10 @@ def test_a_role_that_fails_ends_its_run_alone(
 
 
 @pytest.mark.slow
-def test_the_baseline_is_extrapolated_but_not_its_memory(bench: Any, tmp_path: Path) -> None:
+def test_the_baseline_is_extrapolated_but_not_its_memory(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "STOCK_LAYERS", (1, 2))
     plan = small_plan(bench, bench.BASELINE, bench.MERGE, bench.EXACT)
     run = bench.Bench(plan, tmp_path, resume=False)
     run.run()
