@@ -285,7 +285,7 @@ class Bench:
         observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
         config = CompileConfig(preset=setting.preset, weights=setting.weights, calibration=observed)
         program = compile_decoder(model, config=config, captured=self._captured[key])
-        steps = steps_of(program, tokens, shapes, repeats=3)
+        steps = steps_of(program, tokens, shapes, repeats=7)
         try:
             taken, reason = run(program.roles, steps, setting.mode), ""
         except RunError as error:

@@ -13,8 +13,8 @@ from runtime.kernels.compiled import compiled
 _LIMB_BITS = 16
 _FLOAT_EXACT_BITS = 53
 
-_CACHED_WORDS = 1 << 12
-"""Words of a result that stay in a core's first cache while they are summed."""
+_CACHED_WORDS = 1 << 16
+"""Words of a weight that stay in a core's second cache while they are used."""
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -105,33 +105,20 @@ def _rows(x, weight, out):  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
-    # Each thread takes some of the weight's rows and sums into a part of its own, four at a time.
-    # As many columns at once as keep the part's rows in the cache: at one row of x that is all of
-    # them, and the weight is read from memory once and in order.
+    # Each thread takes some of the weight's rows and sums into a part of its own. As many of them
+    # at once as keep in a core's second cache, for all rows of x. Rows are taken out of their
+    # arrays first: only then is the innermost loop compiled to vector instructions.
     count, inner, columns = parts.shape[0], weight.shape[0], weight.shape[1]
-    width = max(64, _CACHED_WORDS // x.shape[0])
+    depth = max(8, _CACHED_WORDS // max(1, columns))
     for part in numba.prange(count):
         first, last = part * inner // count, (part + 1) * inner // count
-        for start in range(0, columns, width):
-            stop = min(start + width, columns)
-            v = first
-            while v + 4 <= last:
-                for n in range(x.shape[0]):
-                    a, b, c, d = x[n, v], x[n, v + 1], x[n, v + 2], x[n, v + 3]
-                    for i in range(start, stop):
-                        parts[part, n, i] += (
-                            a * np.int64(weight[v, i])
-                            + b * np.int64(weight[v + 1, i])
-                            + c * np.int64(weight[v + 2, i])
-                            + d * np.int64(weight[v + 3, i])
-                        )
-                v += 4
-            while v < last:
-                for n in range(x.shape[0]):
-                    a = x[n, v]
-                    for i in range(start, stop):
-                        parts[part, n, i] += a * np.int64(weight[v, i])
-                v += 1
+        for start in range(first, last, depth):
+            for n in range(x.shape[0]):
+                sums = parts[part, n]
+                for v in range(start, min(start + depth, last)):
+                    factor, row = x[n, v], weight[v]
+                    for i in range(columns):
+                        sums[i] += factor * np.int64(row[i])
 
 
 @compiled(parallel=True)
