@@ -59,15 +59,17 @@ class Row:
 
 HEAD = """# Benchmark
 
-Three processes on loopback that share {cores} cores ({processor}), all in one run; bytes and
+Three processes on one machine that share {cores} cores ({processor}), all in one run; bytes and
 rounds are counted at the transport, both directions together. `crypten` is CrypTen's stock
-protocols with one-hot embedding and secret-shared weights; it ran two and eight layers, and the
-rest is extrapolated from the difference that a layer makes, but for memory. All other rows are
-mergec's protocols. Errors are against the unchanged model in plaintext: a lossy preset that was not
-retrained is far from it. Seconds include the dealer, which works while the step runs. A preset that
-resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each
-step includes it. Memory is the larger of client's and server's up to the end of the step. The ×
-columns say how many times less than `crypten` and than `merge` a row takes.
+protocols with one-hot embedding and secret-shared weights, over the same connections as all other
+rows and not over gloo, which is slower; it ran two and eight layers, and the rest is extrapolated
+from the difference that a layer makes, but for memory. All other rows are mergec's protocols. A
+decode step's seconds are the median of several. Errors are against the unchanged model in
+plaintext: a lossy preset that was not retrained is far from it. Seconds include the dealer, which
+works while the step runs. A preset that resends hidden states (`merge-er`, `merge`) runs the head
+once at the end of an answer; here each step includes it. Memory is the larger of client's and
+server's up to the end of the step. The × columns say how many times less than `crypten` and than
+`merge` a row takes.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
