@@ -201,13 +201,15 @@ def _evaluate_trees(  # type: ignore[no-untyped-def]
             a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
             first = 2 * (windows - ((z >> step_bits) & (windows - 1)))
             ones, squares = rows[0, lane].reshape(-1), rows[1, lane].reshape(-1)
+            # Rows are taken out of the array first: only then are vector instructions used.
+            c0, c1, c2, c3, d0, d1 = (
+                planes[0, first:], planes[1, first:], planes[2, first:], planes[3, first:],
+                planes[4, first:], planes[5, first:],
+            )  # fmt: skip
             total = np.int64(0)
             for m in range(2 * windows):
-                k = first + m
-                low = planes[2, k] + a * planes[3, k]
-                low = planes[0, k] + a * (planes[1, k] + a * low)
-                total += np.int64(ones[m]) * low
-                total += np.int64(squares[m]) * (planes[4, k] + a * planes[5, k])
+                low = c0[m] + a * (c1[m] + a * (c2[m] + a * c3[m]))
+                total += np.int64(ones[m]) * low + np.int64(squares[m]) * (d0[m] + a * d1[m])
             out[start + lane] = -total if party else total
 
 
