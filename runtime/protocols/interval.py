@@ -23,7 +23,7 @@ from runtime.context import Context
 from runtime.correlations.dpf import BLOCK_WORDS, Generator, Keys, grow, key_words, sharing_words
 from runtime.kernels.aes import LANES, grow_trees, values_of_leaves
 from runtime.kernels.compiled import compiled
-from runtime.spec import CLIENT, Cost
+from runtime.spec import Cost
 
 _DEGREE = 3
 _WORDS = _DEGREE + 1
@@ -145,35 +145,48 @@ def evaluate_by_library(
         piece = slice(first, first + _PIECE)
         some = Keys(keys.roots[piece], keys.corrections[piece])
         seeds, bits = grow(some, _depth(table), party, generator)
-        _evaluate_cpu(
+        _evaluate_leaves(
             points[piece], seeds, bits, generator.value(seeds), some.corrections[:, -_WORDS:],
-            _unrolled(table), table.windows, table.step_bits, table.drop, out[piece],
+            party, _planes(table), table.windows, table.step_bits, table.drop, out[piece],
         )  # fmt: skip
-    if party != CLIENT:
-        np.negative(out, out=out)
-
-
-@cache
-def _unrolled(table: Table) -> np.ndarray:
-    """Coefficients [4, 2 * windows] so that window zh - j is read at j - zh + windows, in order."""
-    order = (-np.arange(2 * table.windows)) % table.windows
-    return np.ascontiguousarray(table.coefficients[order].T)
 
 
 @cache
 def _planes(table: Table) -> np.ndarray:
-    """What the words of a row are multiplied by, [6, 4 * windows], in the order of `_unrolled`.
+    """What the words of a row are multiplied by, [6, 4 * windows], two for each window.
 
-    As polynomials in the position: for the first two words of a row (one and r), that alternate,
-    four coefficients, and for the other two (r**2 and r**3) two.
+    Those of window zh - j are read at j - zh + windows, in order. As polynomials in the position:
+    for the first two words of a row (one and r), that alternate, four coefficients, and for the
+    other two (r**2 and r**3) two.
     """
-    c = _unrolled(table)
+    order = (-np.arange(2 * table.windows)) % table.windows
+    c = table.coefficients[order].T
     planes = np.zeros((6, c.shape[1], 2), np.int64)
     planes[:4, :, 0] = c
     planes[:3, :, 1] = -c[1], -2 * c[2], -3 * c[3]
     planes[4:, :, 0] = c[2], 3 * c[3]
     planes[4, :, 1] = -c[3]
     return planes.reshape(6, -1)
+
+
+@compiled(inline="always")
+def _sum_row(z, ones, squares, planes, windows, step_bits, drop):  # type: ignore[no-untyped-def]
+    """The value at z by a share of the row: in `ones` of one and r, in `squares` of r**2 and r**3.
+
+    The words of a window stand side by side.
+    """
+    a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
+    first = 2 * (windows - ((z >> step_bits) & (windows - 1)))
+    # Rows are taken out of the array first: only then are vector instructions used.
+    c0, c1, c2, c3, d0, d1 = (
+        planes[0, first:], planes[1, first:], planes[2, first:], planes[3, first:],
+        planes[4, first:], planes[5, first:],
+    )  # fmt: skip
+    total = np.int64(0)
+    for m in range(2 * windows):
+        low = c0[m] + a * (c1[m] + a * (c2[m] + a * c3[m]))
+        total += np.int64(ones[m]) * low + np.int64(squares[m]) * (d0[m] + a * d1[m])
+    return total
 
 
 @compiled()
@@ -197,42 +210,26 @@ def _evaluate_trees(  # type: ignore[no-untyped-def]
         grow_trees(round_keys, seeds, flags, words, depth)
         values_of_leaves(round_keys, seeds, flags, words, depth, rows)
         for lane in range(min(LANES, points.shape[0] - start)):
-            z = points[start + lane]
-            a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
-            first = 2 * (windows - ((z >> step_bits) & (windows - 1)))
-            ones, squares = rows[0, lane].reshape(-1), rows[1, lane].reshape(-1)
-            # Rows are taken out of the array first: only then are vector instructions used.
-            c0, c1, c2, c3, d0, d1 = (
-                planes[0, first:], planes[1, first:], planes[2, first:], planes[3, first:],
-                planes[4, first:], planes[5, first:],
+            total = _sum_row(
+                points[start + lane], rows[0, lane].reshape(-1), rows[1, lane].reshape(-1),
+                planes, windows, step_bits, drop,
             )  # fmt: skip
-            total = np.int64(0)
-            for m in range(2 * windows):
-                low = c0[m] + a * (c1[m] + a * (c2[m] + a * c3[m]))
-                total += np.int64(ones[m]) * low + np.int64(squares[m]) * (d0[m] + a * d1[m])
             out[start + lane] = -total if party else total
 
 
 @compiled()
-def _evaluate_cpu(  # type: ignore[no-untyped-def]
-    points, seeds, bits, blocks, last, c, windows, step_bits, drop, out
+def _evaluate_leaves(  # type: ignore[no-untyped-def]
+    points, seeds, bits, blocks, last, party, planes, windows, step_bits, drop, out
 ):
+    ones, squares = np.empty(2 * windows, np.uint64), np.empty(2 * windows, np.uint64)
     for i in range(points.shape[0]):
-        z = points[i]
-        a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
-        first = windows - ((z >> step_bits) & (windows - 1))
-        total = np.int64(0)
         for j in range(windows):
-            k = first + j
             chosen = np.uint64(0) - np.uint64(bits[i, j])
-            s0, s1 = seeds[i, j, 0], seeds[i, j, 1]
-            row0 = np.int64((blocks[0, i, j, 0] ^ s0) + (chosen & last[i, 0]))
-            row1 = np.int64((blocks[0, i, j, 1] ^ s1) + (chosen & last[i, 1]))
-            row2 = np.int64((blocks[1, i, j, 0] ^ s0) + (chosen & last[i, 2]))
-            row3 = np.int64((blocks[1, i, j, 1] ^ s1) + (chosen & last[i, 3]))
-            c2a = c[2, k] + 3 * a * c[3, k]
-            total += row0 * (c[0, k] + a * (c[1, k] + a * (c[2, k] + a * c[3, k])))
-            total -= row1 * (c[1, k] + a * (c[2, k] + c2a))
-            total += row2 * c2a
-            total -= row3 * c[3, k]
-        out[i] = total
+            for word in range(2):
+                seed = seeds[i, j, word]
+                ones[2 * j + word] = (blocks[0, i, j, word] ^ seed) + (chosen & last[i, word])
+                squares[2 * j + word] = (blocks[1, i, j, word] ^ seed) + (
+                    chosen & last[i, 2 + word]
+                )
+        total = _sum_row(points[i], ones, squares, planes, windows, step_bits, drop)
+        out[i] = -total if party else total
