@@ -48,6 +48,9 @@ STOCK_LAYERS = (2, 8)
 """CrypTen's stock protocols run models of so many layers: what lies between has to outweigh chance.
 """
 
+REPEATS = 7
+"""How often a decode step is run: the first of a process is slow, and the median counts."""
+
 LENGTH, OBSERVED = 1024, 128
 Shape = tuple[int, int]
 """New and past tokens of a step."""
@@ -164,12 +167,17 @@ def shortened(model: nn.Module, layers: int) -> nn.Module:
 
 
 def steps_of(
-    program: Program, tokens: Sequence[int], shapes: Sequence[Shape], repeats: int
+    program: Program,
+    tokens: Sequence[int],
+    shapes: Sequence[Shape],
+    repeats: int,
+    ahead: int = 0,
 ) -> list[Step]:
     """Inputs of each step: its tokens, and the caches that plaintext has after those before.
 
     A program that resends its hidden state gets that of the step before instead of tokens. Decode
-    steps run `repeats` times, prompts once.
+    steps run `repeats` times with the dealer at work, and `ahead` times with all dealt before;
+    prompts once: what is dealt for one may be more than a party takes ahead.
     """
     plain = PlainExecutor(program.roles["server"])
     result = []
@@ -184,7 +192,8 @@ def steps_of(
         phase = plain.program.phase(phase_of(new, past))
         fed = torch.tensor([list(tokens[past : past + new])]) if hidden is None else hidden
         inputs = {phase.inputs[0].name: fed, **caches}
-        result.append(Step(inputs, repeats if past else 1, phase.name))
+        often = (repeats, ahead) if past else (1, 0)
+        result.append(Step(inputs, often[0], phase.name, often[1]))
     return result
 
 
@@ -262,6 +271,8 @@ class Bench:
             replace(
                 row,
                 seconds=taken.seconds,
+                online_seconds=taken.online_seconds,
+                offline_seconds=taken.offline_seconds,
                 online_bytes=taken.online,
                 offline_bytes=taken.offline,
                 rounds=taken.rounds,
@@ -285,7 +296,8 @@ class Bench:
         observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
         config = CompileConfig(preset=setting.preset, weights=setting.weights, calibration=observed)
         program = compile_decoder(model, config=config, captured=self._captured[key])
-        steps = steps_of(program, tokens, shapes, repeats=7)
+        ahead = REPEATS if setting.mode == "mergec" else 0
+        steps = steps_of(program, tokens, shapes, REPEATS, ahead)
         try:
             taken, reason = run(program.roles, steps, setting.mode), ""
         except RunError as error:

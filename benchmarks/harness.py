@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from runtime.bundle import save_bundle
 from runtime.correlations.prg import Prg, new_seed
 from runtime.program import PROMPT, InputSpec, RoleProgram
-from runtime.spec import CLIENT, ROLES, SERVER, Vis
+from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from runtime.transport.lines import Lines
 from runtime.values import encode
 
@@ -39,19 +39,27 @@ _GRACE = 2.0
 class Step:
     """Inputs of one step by name, in the clear, and how often to run it: the median counts.
 
-    phase: which part of the program is run, if it has parts.
+    phase: which part of the program is run, if it has parts. ahead: how often to run it once more
+    with all of the dealer's randomness there before it begins.
     """
 
     inputs: dict[str, torch.Tensor]
     repeats: int = 1
     phase: str = PROMPT
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step took. peak: the larger of client's and server's resident set so far."""
+    """What one step took. peak: the larger of client's and server's resident set so far.
+
+    seconds: with the dealer at work on the same cores. online_seconds: with its randomness there
+    before, where that was run. offline_seconds: the dealer's processor time, where it has its own.
+    """
 
     seconds: float
+    online_seconds: float | None
+    offline_seconds: float | None
     rounds: int
     online: int
     offline: int
@@ -80,14 +88,17 @@ def run(
             save_bundle(programs[role], folder / role)
         for index, step in enumerate(steps):
             specs = programs[ROLES[CLIENT]].phase(step.phase).inputs
-            for repeat in range(step.repeats):
+            for repeat in range(step.repeats + step.ahead):
                 _write_inputs(folder, f"{index}-{repeat}", step, specs)
         job = {
             "bundle": name,
             "folder": name,
             "mode": mode,
             "network": network,
-            "steps": [{"repeats": step.repeats, "phase": step.phase} for step in steps],
+            "steps": [
+                {"repeats": step.repeats, "phase": step.phase, "ahead": step.ahead}
+                for step in steps
+            ],
         }
         (folder / "job.json").write_text(json.dumps(job))
         with Lines() as lines:
@@ -98,8 +109,8 @@ def run(
             for party in parties.values():
                 party.kill()
                 party.wait()
-        events = {ROLES[party]: _events(folder / f"{ROLES[party]}.out") for party in PARTIES}
-        done = min(map(len, events.values()))
+        events = {role: _events(folder / f"{role}.out") for role in ROLES}
+        done = min(len(events[ROLES[party]]) for party in PARTIES)
         taken = [_taken(events, index, folder) for index in range(done)]
         if failure or done < len(steps):
             raise RunError(failure or "a role ended before the last step", taken)
@@ -108,8 +119,12 @@ def run(
 
 def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path) -> Taken:
     client, server = (events[ROLES[party]][index] for party in PARTIES)
+    ahead = [party["online_seconds"] for party in (client, server)]
+    dealt = events[ROLES[DEALER]]
     return Taken(
         seconds=max(client["seconds"], server["seconds"]),
+        online_seconds=None if None in ahead else max(ahead),
+        offline_seconds=dealt[index]["processor_seconds"] if index < len(dealt) else None,
         rounds=client["rounds"],
         online=client["online"],
         offline=client["offline"] + server["offline"],

@@ -178,15 +178,15 @@ def play(folder: Path, role: str, descriptors: list[int]) -> None:
     seeds = tuple(bytes.fromhex(seed) for seed in job["seeds"])
     program = load_bundle(role_path(folder / "program", role), role)
     channels = take(role, descriptors)
-    executor, finish, leave = executor_of(program, channels, seeds=seeds)
-    session = MergecSession(executor, lambda: channels[peer_of(role)].traffic)
+    running = executor_of(program, channels, seeds=seeds)
+    session = MergecSession(running.executor, lambda: channels[peer_of(role)].traffic)
     session.setup()
-    finish()
+    running.finish()
     rows = []
     for new, past in job["steps"]:
         rows.append(session.rows(len(new), past, new if role == ROLES[CLIENT] else None))
-        finish()
-    leave()
+        running.finish()
+    running.leave()
     if role == ROLES[CLIENT]:
         save_file({"logits": torch.cat(rows)}, folder / "logits.safetensors")
 

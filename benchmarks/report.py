@@ -20,8 +20,10 @@ FIGURES = ("seconds", "online_bytes", "offline_bytes", "rounds")
 class Row:
     """One step of one model in one setting. Bytes are both directions together.
 
-    failed: why there are no figures, where there are none. Nothing is extrapolated but by
-    `extrapolated_from_layers`, and memory and errors never are.
+    seconds: with the dealer at work on the same cores. online_seconds: with its randomness there
+    before. offline_seconds: the dealer's processor time. failed: why there are no figures, where
+    there are none. Nothing is extrapolated but by `extrapolated_from_layers`, and memory and errors
+    never are.
     """
 
     model: str
@@ -33,6 +35,8 @@ class Row:
     reveal: str
     network: str
     seconds: float = 0.0
+    online_seconds: float | None = None
+    offline_seconds: float | None = None
     online_bytes: int = 0
     offline_bytes: int = 0
     rounds: int = 0
@@ -66,10 +70,12 @@ rows and not over gloo, which is slower; it ran two and eight layers, and the re
 from the difference that a layer makes, but for memory. All other rows are mergec's protocols. A
 decode step's seconds are the median of several. Errors are against the unchanged model in
 plaintext: a lossy preset that was not retrained is far from it. Seconds include the dealer, which
-works while the step runs. A preset that resends hidden states (`merge-er`, `merge`) runs the head
-once at the end of an answer; here each step includes it. Memory is the larger of client's and
-server's up to the end of the step. The × columns say how many times less than `crypten` and than
-`merge` a row takes.
+works on the same cores while the step runs; `dealt before` are those of a step whose randomness is
+there when it begins, `dealer s` the dealer's processor time. CrypTen's third party is asked as it
+goes, so that its rows have neither, and the × columns compare the first. A preset that resends
+hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each step
+includes it. Memory is the larger of client's and server's up to the end of the step. The × columns
+say how many times less than `crypten` and than `merge` a row takes.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
@@ -88,7 +94,16 @@ ratios compare with the tables above.
 | MERGE, ER and MM | 171 | 121.8 | 7.8 | 2.6 |
 """
 
-COLUMNS = ("seconds", "online MB", "offline MB", "rounds", "peak GB", "worst error")
+COLUMNS = (
+    "seconds",
+    "dealt before",
+    "dealer s",
+    "online MB",
+    "offline MB",
+    "rounds",
+    "peak GB",
+    "worst error",
+)
 BASES = ("crypten", "merge")
 """Rows that the others are compared with."""
 
@@ -152,6 +167,8 @@ def _cells(row: Row, bases: Iterable[Row]) -> list[str]:
     peak, error = row.peak_memory_bytes, row.worst_logit_error
     cells = [
         f"{row.seconds:.2f}",
+        "" if row.online_seconds is None else f"{row.online_seconds:.2f}",
+        "" if row.offline_seconds is None else f"{row.offline_seconds:.2f}",
         f"{row.online_bytes / 1e6:,.2f}",
         f"{row.offline_bytes / 1e6:,.1f}",
         f"{row.rounds:,}",

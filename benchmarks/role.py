@@ -1,7 +1,8 @@
 """One role of a measurement, as a process of its own; bench.py starts three of them.
 
 Each step of the job gets its inputs from a file, so that a step after 512 tokens needs no 512
-tokens before it. All roles begin a step together; bytes and rounds are counted at the transport.
+tokens before it. All roles begin a step together, or the parties begin when all that the dealer has
+for it is there; bytes and rounds are counted at the transport.
 
 Usage: python benchmarks/role.py JOB.json ROLE DESCRIPTOR DESCRIPTOR
 """
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from runtime import crypten_compat as crypten
 from runtime.bundle import load_bundle, role_path
-from runtime.executor import Executor
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.network import NETWORKS
 from runtime.party import compute, deal
@@ -35,20 +36,39 @@ from runtime.transport.lines import take
 from runtime.transport.traffic import Exchange, Traffic
 from runtime.values import Held, Masked, Sent, Shared
 
+_POLL = 0.001
+
+
+def _nothing(*_: Any) -> None:
+    """What a role has not to do."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """An executor, what is to be done after each step, and at the end.
+
+    dealt: waits until so many bytes of the dealer's are there that were not read yet.
+    """
+
+    executor: Any
+    finish: Callable[[], object] = _nothing
+    leave: Callable[[], object] = _nothing
+    dealt: Callable[[int], object] = _nothing
+
 
 def executor_of(
     program: RoleProgram,
     channels: Mapping[int, Channel],
     network: str = "",
     seeds: tuple[bytes, ...] = (),
-) -> tuple[Executor, Callable[[], object], Callable[[], object]]:
-    """The executor by our protocols, what is to be done after each step, and at the end.
+) -> Running:
+    """The executor by our protocols.
 
     network: that the link between client and server is slowed down to, if any. seeds: see `deal`.
     """
     if program.role == ROLES[DEALER]:
         executor, streams = deal(program, channels, seeds=seeds)
-        return (
+        return Running(
             executor,
             lambda: [stream.flush() for stream in streams],
             lambda: [stream.close() for stream in streams],
@@ -57,7 +77,12 @@ def executor_of(
     if network:
         link = EmulatedLink(link, NETWORKS[network])
     executor, source = compute(program, channels, link)
-    return executor, lambda: None, source.finish
+
+    def dealt(nbytes: int) -> None:
+        while source.received - source.consumed < nbytes:
+            time.sleep(_POLL)
+
+    return Running(executor, leave=source.finish, dealt=dealt)
 
 
 def peer_of(role: str) -> int:
@@ -109,12 +134,12 @@ def main(job: dict[str, Any], role: str, descriptors: Sequence[int]) -> None:
     if job["mode"] == "crypten":
         stock(job, program, channels)
         return
-    executor, finish, leave = executor_of(program, channels, job["network"])
-    executor.setup()
-    finish()
+    running = executor_of(program, channels, job["network"])
+    running.executor.setup()
+    running.finish()
     counted = channels[peer_of(role)]
-    play(job, program, channels, executor, finish, lambda: counted.traffic)
-    leave()
+    play(job, program, channels, running, lambda: counted.traffic)
+    running.leave()
 
 
 def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Channel]) -> None:
@@ -128,7 +153,7 @@ def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Chan
     crypten.start_party()
     executor = StockExecutor(program)
     executor.setup()
-    play(job, program, channels, executor, lambda: None, lambda: communicator.traffic)
+    play(job, program, channels, Running(executor), lambda: communicator.traffic)
     if program.role == ROLES[CLIENT]:
         crypten.end_third_party()
 
@@ -148,34 +173,46 @@ def play(
     job: dict[str, Any],
     program: RoleProgram,
     channels: Mapping[int, Channel],
-    executor: Any,
-    finish: Callable[[], object],
+    running: Running,
     counted: Callable[[], Traffic],
 ) -> None:
     """Run the steps of the job, and say what each took."""
     role, by_crypten = program.role, job["mode"] == "crypten"
+    context = None if by_crypten else running.executor.context
     for index, step in enumerate(job["steps"]):
-        phase, seconds = program.phase(step["phase"]), []
-        for repeat in range(step["repeats"]):
+        phase = program.phase(step["phase"])
+        live: list[float] = []
+        online: list[float] = []
+        processor: list[float] = []
+        offline = 0
+        for repeat in range(step["repeats"] + step["ahead"]):
+            ahead = repeat >= step["repeats"]
             path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
             inputs = inputs_of(phase, role, path, by_crypten)
             together(role, channels, not by_crypten)
-            before, began = counted().snapshot(), time.perf_counter()
-            dealt = 0 if by_crypten else executor.context.offline_bytes
+            if ahead and role != ROLES[DEALER]:
+                running.dealt(offline)
+                together(role, channels, dealt=False)
+            before, dealt = counted().snapshot(), context.offline_bytes if context else 0
+            began, busy = time.perf_counter(), time.process_time()
             with torch.inference_mode():
-                outputs = one_step(executor, phase, inputs)
-            finish()
-            seconds.append(time.perf_counter() - began)
+                outputs = one_step(running.executor, phase, inputs)
+            running.finish()
+            (online if ahead else live).append(time.perf_counter() - began)
+            processor.append(time.process_time() - busy)
             spent = counted() - before
+            offline = context.offline_bytes - dealt if context else spent.offline
         if role == ROLES[CLIENT]:
             (known,) = [v for v in outputs.values() if isinstance(v, Held)]
             save_file({"value": known.value.contiguous()}, Path(job["folder"]) / f"{index}.out")
         say({
             "event": "step",
-            "seconds": statistics.median(seconds),
+            "seconds": statistics.median(live),
+            "online_seconds": statistics.median(online) if online else None,
+            "processor_seconds": statistics.median(processor),
             "rounds": spent.rounds,
             "online": spent.online,
-            "offline": spent.offline if by_crypten else executor.context.offline_bytes - dealt,
+            "offline": offline,
             "peak": peak_bytes(),
         })  # fmt: skip
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 job, role = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
 if role == "client":
     save_file({"value": torch.ones(3)}, Path(job["folder"]) / "0.out")
-keys = ("seconds", "rounds", "online", "offline", "peak")
+keys = "seconds online_seconds processor_seconds rounds online offline peak".split()
 print(json.dumps({"event": "step", **dict.fromkeys(keys, 7)}), flush=True)
 if role == "server":
     sys.exit("no memory left")
@@ -56,6 +56,8 @@ def test_rows_are_written_and_only_what_failed_is_tried_again(
     assert rows[0]["seconds"] is None
     assert all(row["online_bytes"] > 0 and row["peak_memory_bytes"] > 0 for row in rows[2:])
     assert all(row["worst_logit_error"] < 0.02 for row in rows[2:])
+    assert all(row["offline_seconds"] > 0 for row in rows[2:])
+    assert [row["online_seconds"] is None for row in rows[2:]] == [False, True]
 
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("these rows are there already"))
     second = bench.Bench(plan, tmp_path, resume=True)
@@ -98,6 +100,7 @@ def test_the_baseline_is_extrapolated_but_not_its_memory(
     assert not any(row.failed for row in run.rows)
     stock, exact = run.rows[0], run.rows[-2]
     assert (stock.preset, stock.extrapolated_from_layers) == ("crypten", 2)
+    assert stock.online_seconds is stock.offline_seconds is None
     assert stock.peak_memory_bytes is None
     assert stock.online_bytes > 20 * exact.online_bytes
     bench.plots(
