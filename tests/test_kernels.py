@@ -23,6 +23,19 @@ def test_products_with_a_weight(rows: int, dtype: torch.dtype) -> None:
     assert torch.equal(kernels.matmul_columns(y, weight), y @ weight.long())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("outputs", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_in_groups_and_columns_in_runs(rows: int, outputs: int, dtype: torch.dtype) -> None:
+    """Groups of rows that are not full, and more columns than are multiplied at once."""
+    info = torch.iinfo(dtype)
+    for inner in (1, kernels._COLUMN, 2 * kernels._COLUMN + 9):
+        weight = words(outputs, inner, bits=info.bits - 1).to(dtype)
+        x = words(rows, inner)
+        weight[:, :2], x[:, 1:2] = info.min, -(2**63)
+        assert torch.equal(kernels.matmul_rows(x, weight), x @ weight.long().T)
+
+
 def test_batched_products_broadcast() -> None:
     a, b = words(2, 1, 5, 7), words(3, 7, 4)
     assert torch.equal(kernels.matmul(a, b), torch.matmul(a, b))

@@ -16,6 +16,9 @@ _FLOAT_EXACT_BITS = 53
 _CACHED_WORDS = 1 << 16
 """Words of a weight that stay in a core's second cache while they are used."""
 
+_COLUMN = 1024
+"""Columns of a weight that are multiplied at once: 64 rows of as many words are in that cache."""
+
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched `a @ b` modulo 2**64, with broadcast batch dimensions; shapes only on meta."""
@@ -42,8 +45,12 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if x.is_cuda:
         return _limb_product(flat, weight.T).reshape(shape)
-    result = np.empty((flat.shape[0], weight.shape[0]), np.int64)
-    _rows(flat.contiguous().numpy(), weight.numpy(), result)
+    if flat.shape[0] == 1:
+        result = np.empty((1, weight.shape[0]), np.int64)
+        _row(flat.contiguous().numpy()[0], weight.numpy(), result[0])
+    else:
+        result = np.zeros((flat.shape[0], weight.shape[0]), np.int64)
+        _rows(flat.contiguous().numpy(), weight.numpy(), result)
     return torch.from_numpy(result).reshape(shape)
 
 
@@ -93,14 +100,53 @@ def set_threads(count: int) -> None:
 
 
 @compiled(parallel=True)
-def _rows(x, weight, out):  # type: ignore[no-untyped-def]
-    # One weight row at a time for all rows of x: the weights are read from memory once.
+def _row(x, weight, out):  # type: ignore[no-untyped-def]
+    # As fast as the weights come from memory.
     for o in numba.prange(weight.shape[0]):
-        for n in range(x.shape[0]):
-            total = np.int64(0)
-            for i in range(x.shape[1]):
-                total += x[n, i] * np.int64(weight[o, i])
-            out[n, o] = total
+        row, total = weight[o], np.int64(0)
+        for i in range(x.shape[0]):
+            total += x[i] * np.int64(row[i])
+        out[o] = total
+
+
+@compiled(parallel=True)
+def _rows(x, weight, out):  # type: ignore[no-untyped-def]
+    # Four rows of the weight times two of x at once, so that each word that is loaded serves more
+    # than one product; the sums so far stand in `out`. Where fewer rows are left, the last one
+    # takes the others' places: its sum is written twice. Some columns of the weight at a time, few
+    # enough for the rows of x to stay in a core's second cache; each is read from memory once.
+    last, rows, inner = x.shape[0] - 1, weight.shape[0], x.shape[1]
+    for start in range(0, inner, _COLUMN):
+        stop = min(start + _COLUMN, inner)
+        for group in numba.prange((rows + 3) // 4):
+            o0, o1, o2, o3 = (
+                4 * group, min(4 * group + 1, rows - 1), min(4 * group + 2, rows - 1),
+                min(4 * group + 3, rows - 1),
+            )  # fmt: skip
+            w0, w1, w2, w3 = (
+                weight[o0, start:stop], weight[o1, start:stop], weight[o2, start:stop],
+                weight[o3, start:stop],
+            )  # fmt: skip
+            for n in range(0, x.shape[0], 2):
+                m = min(n + 1, last)
+                x0, x1 = x[n, start:stop], x[m, start:stop]
+                a0, a1, a2, a3 = out[n, o0], out[n, o1], out[n, o2], out[n, o3]
+                b0, b1, b2, b3 = out[m, o0], out[m, o1], out[m, o2], out[m, o3]
+                for i in range(stop - start):
+                    a, b = x0[i], x1[i]
+                    v0, v1, v2, v3 = (
+                        np.int64(w0[i]), np.int64(w1[i]), np.int64(w2[i]), np.int64(w3[i])
+                    )  # fmt: skip
+                    a0 += a * v0
+                    a1 += a * v1
+                    a2 += a * v2
+                    a3 += a * v3
+                    b0 += b * v0
+                    b1 += b * v1
+                    b2 += b * v2
+                    b3 += b * v3
+                out[n, o0], out[n, o1], out[n, o2], out[n, o3] = a0, a1, a2, a3
+                out[m, o0], out[m, o1], out[m, o2], out[m, o3] = b0, b1, b2, b3
 
 
 @compiled(parallel=True)
