@@ -18,6 +18,7 @@ from runtime.correlations.dpf import (
     sharing_words,
 )
 from runtime.correlations.prg import Prg, new_seed
+from runtime.kernels.aes import LANES, vectors
 from runtime.simulate import Simulation
 from tests.protocols.harness import uniform_bytes
 
@@ -102,6 +103,13 @@ def test_each_call_takes_fresh_roots_and_both_parties_get_the_same_corrections()
     assert len(np.unique(np.concatenate(seen), axis=0)) == 4 * 8
     assert simulation.dealt == 2 * 2 * 8 * 8 * key_words(3, 2)
     assert ShapeContext().deal_keys(1, 1, sharing_bits(index, 3, generator)) is None
+
+
+@pytest.mark.skipif(not LANES, reason="this processor has no instructions for AES")
+def test_vectors_begin_at_a_line_of_the_cache() -> None:
+    kept = [vectors(count) for count in range(1, 40)]
+    assert all(some.ctypes.data % 64 == 0 for some in kept)
+    assert [some.shape for some in kept] == [(count, 2 * LANES) for count in range(1, 40)]
 
 
 def test_corrections_of_another_length_are_our_mistake() -> None:

@@ -26,6 +26,9 @@ _ROUNDS = 10
 _KEYS = _ROUNDS + 1
 """Round keys of a cipher."""
 
+_LINE_WORDS = 8
+"""Words of a line of the cache. What lies in two of them takes twice as long to be read."""
+
 _WORD = ir.IntType(64)
 
 
@@ -152,6 +155,15 @@ def _value_of_leaf(  # type: ignore[no-untyped-def]
     ), generate
 
 
+@compiled()
+def vectors(count):  # type: ignore[no-untyped-def]
+    """Room for so many vectors, uint64 [count, 2 * LANES], each in one line of the cache."""
+    size = count * 2 * LANES
+    words = np.empty(size + _LINE_WORDS, np.uint64)
+    first = (-words.ctypes.data // 8) % _LINE_WORDS
+    return words[first : first + size].reshape(count, 2 * LANES)
+
+
 @intrinsic
 def _last_round(typing, states):  # type: ignore[no-untyped-def]
     """Put a vector through AES's last round with a key of zeros: it substitutes bytes."""
@@ -191,7 +203,9 @@ def expand_keys(keys: Sequence[bytes]) -> np.ndarray:
                 constant = constant << 1 ^ (0x11B if constant & 0x80 else 0)
             words.append(words[-4] ^ word)
         result.append(np.array(words, np.uint32).view(np.uint64).reshape(_KEYS, 2))
-    return np.tile(np.stack(result), (1, 1, LANES))
+    expanded = vectors(len(keys) * _KEYS).reshape(len(keys), _KEYS, -1)
+    expanded[:] = np.tile(np.stack(result), (1, 1, LANES))
+    return expanded
 
 
 @compiled()

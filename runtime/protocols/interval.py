@@ -21,7 +21,7 @@ import torch
 
 from runtime.context import Context
 from runtime.correlations.dpf import BLOCK_WORDS, Generator, Keys, grow, key_words, sharing_words
-from runtime.kernels.aes import LANES, grow_trees, values_of_leaves
+from runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
 from runtime.kernels.compiled import compiled
 from runtime.spec import Cost
 
@@ -193,9 +193,7 @@ def _sum_row(z, ones, squares, planes, windows, step_bits, drop):  # type: ignor
 def _evaluate_trees(  # type: ignore[no-untyped-def]
     points, roots, corrections, depth, party, round_keys, planes, windows, step_bits, drop, out
 ):
-    width = 2 * LANES
-    seeds, flags = np.empty((windows, width), np.uint64), np.empty((windows, width), np.uint64)
-    words = np.empty((depth + _BLOCKS, width), np.uint64)
+    seeds, flags, words = vectors(windows), vectors(windows), vectors(depth + _BLOCKS)
     rows = np.empty((_BLOCKS, LANES, windows, 2), np.uint64)
     for start in range(0, points.shape[0], LANES):
         for lane in range(LANES):
