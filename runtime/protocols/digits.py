@@ -18,7 +18,7 @@ Ishai et al. (TCC 2013).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class Digits:
             ],
             np.int64,
         )
-        self._relations = [(relation, widths[digit]) for digit, relation in self.layout]
+        self._widths = widths
         self.less = self._less(top)
 
     @staticmethod
@@ -74,14 +74,28 @@ class Digits:
 
     def tables(self, mask: torch.Tensor) -> torch.Tensor:
         """For each mask [n] its tables, packed: uint8 [n, table_bytes]. For the dealer."""
-        words = mask.long().reshape(-1)
-        parts = []
-        for (relation, width), (shift, ones, _) in zip(
-            self._relations, self._places.tolist(), strict=True
-        ):
-            rows = torch.from_numpy(_rows(relation, width)).to(mask.device)
-            parts.append(rows[(words >> shift) & ones])
-        return torch.cat(parts, 1)
+        words = mask.cpu().long().numpy().reshape(-1)
+        out = np.empty((len(words), self.table_bytes), np.uint8)
+        _write_tables(words, *self._blocks, out)
+        return torch.from_numpy(out)
+
+    @cached_property
+    def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tables of a digit, which stand side by side, for each of its values.
+
+        For each digit its shift, its mask, the first byte and the bytes of its tables, and where
+        they begin in what comes second: the tables of all digits, value by value.
+        """
+        places: list[tuple[int, ...]] = []
+        blocks = np.empty(0, np.uint8)
+        for digit in sorted({digit for digit, _ in self.layout}, reverse=True):
+            index = [i for i, (other, _) in enumerate(self.layout) if other == digit]
+            block = np.concatenate(
+                [_rows(self.layout[i][1], self._widths[digit]) for i in index], axis=1
+            )
+            places.append((*self._places[index[0]], block.shape[1], len(blocks)))
+            blocks = np.concatenate([blocks, block.reshape(-1)])
+        return np.array(places, np.int64), blocks
 
     @property
     def dealt_bytes(self) -> int:
@@ -138,6 +152,19 @@ def _rows(relation: str, width: int) -> np.ndarray:
         "top": (v - r) % size >= size // 2,
     }[relation]
     return np.packbits(bits, axis=1, bitorder="little")
+
+
+@compiled()
+def _write_tables(words, places, blocks, out):  # type: ignore[no-untyped-def]
+    for i in range(words.shape[0]):
+        row = out[i]
+        for k in range(places.shape[0]):
+            digit = (words[i] >> places[k, 0]) & places[k, 1]
+            # Rows are taken out of the array first: only then are vector instructions used.
+            source = blocks[places[k, 4] + digit * places[k, 3] :]
+            target = row[places[k, 2] :]
+            for b in range(places[k, 3]):
+                target[b] = source[b]
 
 
 @compiled()

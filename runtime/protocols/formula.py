@@ -68,9 +68,15 @@ class Formula:
         """
 
         def secret() -> torch.Tensor:
-            products = torch.from_numpy(self.products).to(mask.device)[mask.long()].to(dtype)
-            products = products[..., None, :]
-            return products if payload is None else products * payload()[..., None].to(dtype)
+            bits = mask.cpu().numpy().reshape(-1)
+            out = torch.empty((len(bits), payloads, self.words), dtype=dtype)
+            if payload is None:
+                return torch.from_numpy(np.take(self.products.astype(out.numpy().dtype), bits, 0))
+            factors = payload().cpu().long().expand(*mask.shape, payloads).contiguous()
+            _multiply_products(
+                bits, self.products, factors.numpy().reshape(-1, payloads), out.numpy()
+            )
+            return out
 
         return ctx.deal((*mask.shape, payloads, self.words), secret, dtype)
 
@@ -134,6 +140,16 @@ def _subsets(items: frozenset[int]) -> list[frozenset[int]]:
         for size in range(len(ordered) + 1)
         for c in itertools.combinations(ordered, size)
     ]
+
+
+@compiled()
+def _multiply_products(bits, products, factors, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.shape[0]):
+        row = products[bits[i]]
+        for p in range(factors.shape[1]):
+            factor, target = factors[i, p], out[i, p]
+            for j in range(products.shape[1]):
+                target[j] = factor * row[j]
 
 
 @compiled()
