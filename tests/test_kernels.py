@@ -43,6 +43,23 @@ def test_batched_products_broadcast() -> None:
     assert torch.equal(kernels.matmul(a, turned), torch.matmul(a, turned))
 
 
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("features", [1, 6])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_batched_products_with_a_part_of_a_tensor(
+    length: int, features: int, rows: int, groups: int
+) -> None:
+    """What a cache with room for more entries is: its rows are not side by side."""
+    part = words(2, groups, 12, features)[:, :, 2 : 2 + length]
+    first = words(2, groups, rows, length)
+    assert torch.equal(kernels.matmul(first, part), torch.matmul(first, part))
+    query, turned = words(2, groups, features, rows).mT, part.mT
+    assert torch.equal(kernels.matmul(query, turned), torch.matmul(query, turned))
+    strided = words(2, groups, features, 2 * length)[..., ::2]
+    assert torch.equal(kernels.matmul(query, strided), torch.matmul(query, strided))
+
+
 def test_limb_products_are_exact_at_the_largest_words() -> None:
     """What CUDA uses, on the CPU."""
     extreme = torch.full((3, 5000), -1)

@@ -32,9 +32,20 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda:
         out = torch.stack([_limb_product(x, y) for x, y in zip(a3, b3, strict=True)])
         return out.reshape(*batch, rows, columns)
-    result = np.zeros((a3.shape[0], rows, columns), np.int64)
-    _batched(a3.contiguous().numpy(), b3.contiguous().numpy(), result)
+    result = np.zeros((count, rows, columns), np.int64)
+    if result.size and inner:
+        turned = b3.stride(2) != 1 and b3.stride(1) == 1
+        b3 = b3 if turned or b3.stride(2) == 1 else b3.contiguous()
+        (_batched_dots if turned else _batched)(
+            a3.contiguous().numpy(), _flat(b3), b3.stride(0), b3.stride(2 if turned else 1), result
+        )
     return torch.from_numpy(result).reshape(*batch, rows, columns)
+
+
+def _flat(x: torch.Tensor) -> np.ndarray:
+    """The words from a tensor's first to its last as they lie in memory, with any between."""
+    length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((length,), (1,)).numpy()
 
 
 def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -168,10 +179,29 @@ def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
 
 
 @compiled(parallel=True)
-def _batched(a, b, out):  # type: ignore[no-untyped-def]
+def _batched(a, b, batch_step, row_step, out):  # type: ignore[no-untyped-def]
+    # b: the words of the second factors, which need not be side by side: a part of a longer cache.
+    columns = out.shape[2]
     for index in numba.prange(a.shape[0] * a.shape[1]):
         batch, row = index // a.shape[1], index % a.shape[1]
+        sums = out[batch, row]
         for k in range(a.shape[2]):
-            factor = a[batch, row, k]
-            for column in range(b.shape[2]):
-                out[batch, row, column] += factor * b[batch, k, column]
+            factor, first = a[batch, row, k], batch * batch_step + k * row_step
+            words = b[first : first + columns]
+            for column in range(columns):
+                sums[column] += factor * words[column]
+
+
+@compiled(parallel=True)
+def _batched_dots(a, b, batch_step, column_step, out):  # type: ignore[no-untyped-def]
+    # The same where it is the columns of b whose words are side by side: it is transposed.
+    inner = a.shape[2]
+    for index in numba.prange(a.shape[0] * a.shape[1]):
+        batch, row = index // a.shape[1], index % a.shape[1]
+        factors = a[batch, row]
+        for column in range(out.shape[2]):
+            first = batch * batch_step + column * column_step
+            words, total = b[first : first + inner], np.int64(0)
+            for k in range(inner):
+                total += factors[k] * words[k]
+            out[batch, row, column] = total
