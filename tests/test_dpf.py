@@ -11,18 +11,25 @@ from runtime.correlations.dpf import (
     LEAF_BITS,
     Generator,
     Keys,
+    correct_by_instructions,
+    correct_by_library,
     grow,
     key_words,
     parities,
+    parities_by_instructions,
+    parities_by_library,
     sharing_bits,
     sharing_words,
 )
 from runtime.correlations.prg import Prg, new_seed
 from runtime.kernels.aes import LANES, vectors
 from runtime.simulate import Simulation
+from runtime.spec import CLIENT, SERVER
 from tests.protocols.harness import uniform_bytes
 
 WORDS = 4
+
+instructions = pytest.mark.skipif(not LANES, reason="this processor has no instructions for AES")
 
 
 def random_words(*shape: int) -> np.ndarray:
@@ -105,7 +112,60 @@ def test_each_call_takes_fresh_roots_and_both_parties_get_the_same_corrections()
     assert ShapeContext().deal_keys(1, 1, sharing_bits(index, 3, generator)) is None
 
 
-@pytest.mark.skipif(not LANES, reason="this processor has no instructions for AES")
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_library_tells_the_same(depth: int) -> None:
+    """The definition again, by the code for processors without instructions for AES."""
+    size = LEAF_BITS << depth
+    index, generator = np.arange(size), Generator(1)
+    payload = np.zeros((size, 2), np.uint64)
+    payload[index, index % LEAF_BITS // 64] = np.uint64(1) << (index % 64).astype(np.uint64)
+    roots = random_words(size, 2), random_words(size, 2)
+    corrections = np.empty((size, key_words(depth, 2)), np.uint64)
+    correct_by_library(roots, index // LEAF_BITS, payload, depth, generator, False, corrections)
+    places = np.broadcast_to(index, (size, size)).copy()
+    found = np.empty((2, size, size), np.uint8)
+    for party, root in enumerate(roots):
+        keys = Keys(root, corrections)
+        parities_by_library(keys, places, depth, party, generator, found[party])
+    assert np.array_equal(found[0] ^ found[1], index[:, None] < places)
+
+
+@instructions
+@pytest.mark.parametrize("count", [1, 3, 131])
+@pytest.mark.parametrize("depth", [0, 1, 7])
+@pytest.mark.parametrize("additive", [True, False])
+def test_instructions_and_library_make_the_same_corrections(
+    additive: bool, depth: int, count: int
+) -> None:
+    generator = Generator(1 + additive)
+    roots = random_words(count, 2), random_words(count, 2)
+    index = random_words(count).view(np.int64) & (2**depth - 1)
+    payload = random_words(count, 2 * generator.blocks)
+    made, expected = np.empty((2, count, key_words(depth, payload.shape[1])), np.uint64)
+    correct_by_instructions(roots, index, payload, depth, generator, additive, made)
+    correct_by_library(roots, index, payload, depth, generator, additive, expected)
+    assert np.array_equal(made, expected)
+
+
+@instructions
+@pytest.mark.parametrize("count", [1, 3, 131])
+@pytest.mark.parametrize("depth", [0, 1, 8])
+@pytest.mark.parametrize("party", [CLIENT, SERVER])
+def test_instructions_and_library_find_the_same_parities(
+    party: int, depth: int, count: int
+) -> None:
+    """Keys that belong to no table, at places of each half and at both ends."""
+    generator, size = Generator(1), LEAF_BITS << depth
+    keys = Keys(random_words(count, 2), random_words(count, key_words(depth, 2)))
+    places = random_words(count, 5).view(np.int64) & (size - 1)
+    places[:, :3] = 0, size // 2, size - 1
+    found, expected = np.empty((2, count, 5), np.uint8)
+    parities_by_instructions(keys, places, depth, party, generator, found)
+    parities_by_library(keys, places, depth, party, generator, expected)
+    assert np.array_equal(found, expected)
+
+
+@instructions
 def test_vectors_begin_at_a_line_of_the_cache() -> None:
     kept = [vectors(count) for count in range(1, 40)]
     assert all(some.ctypes.data % 64 == 0 for some in kept)

@@ -29,7 +29,7 @@ from functools import cache
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from runtime.kernels.aes import expand_keys
+from runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
 from runtime.kernels.compiled import compiled
 
 SEED_WORDS = 2
@@ -121,27 +121,58 @@ def key_words(depth: int, last: int) -> int:
 def correct(
     roots: tuple[np.ndarray, np.ndarray],
     index: np.ndarray,
+    payload: np.ndarray,
     depth: int,
     generator: Generator,
-    last: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    additive: bool,
 ) -> np.ndarray:
-    """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + words of the last].
+    """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + W].
 
     roots: of client and server, uint64 [n, 2]. index: int64 [n], the special leaf's number, below
-    2**depth. last: the last correction word [n, W] from what the special leaf is turned into by
-    client and server, uint64 [n, W] each, and from the server's control bit there, uint8 [n].
+    2**depth. payload: uint64 [n, W], what this leaf has to become with the last correction: the
+    client's share minus the server's modulo 2**64 if `additive`, otherwise the XOR of both.
     """
+    out = np.empty((len(index), key_words(depth, payload.shape[1])), np.uint64)
+    fill = correct_by_instructions if LANES else correct_by_library
+    fill(roots, index, payload, depth, generator, additive, out)
+    return out
+
+
+def correct_by_instructions(
+    roots: tuple[np.ndarray, np.ndarray],
+    index: np.ndarray,
+    payload: np.ndarray,
+    depth: int,
+    generator: Generator,
+    additive: bool,
+    out: np.ndarray,
+) -> None:
+    """Write what `correct` gives."""
+    correct_paths(generator.round_keys, *roots, index, payload, depth, additive, out)
+
+
+def correct_by_library(
+    roots: tuple[np.ndarray, np.ndarray],
+    index: np.ndarray,
+    payload: np.ndarray,
+    depth: int,
+    generator: Generator,
+    additive: bool,
+    out: np.ndarray,
+) -> None:
+    """The same on processors without instructions for AES."""
     seeds = np.stack(roots) & ~_LOW
     bits = np.zeros(seeds.shape[:2], np.uint8)
     bits[1] = 1
-    words = np.empty((depth, *roots[0].shape), np.uint64)
     for level in range(depth):
         left, right = generator.children(seeds)
         turn = ((index >> (depth - 1 - level)) & 1).astype(np.uint8)
-        _correct_level(seeds, bits, left, right, turn, words[level])
-    value = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
-    final = last(value[0], value[1], bits[1])
-    return np.concatenate([words.transpose(1, 0, 2).reshape(len(index), -1), final], axis=1)
+        words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
+        _correct_level(seeds, bits, left, right, turn, words)
+    client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
+    last = payload - client + server if additive else payload ^ client ^ server
+    negative = additive & (bits[1] == 1)
+    out[:, SEED_WORDS * depth :] = np.where(negative[:, None], -last, last)
 
 
 def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -169,12 +200,8 @@ def sharing_words(
     Leaf by leaf the client's value plus its bit times the last correction word, minus the same of
     the server, is the table modulo 2**64.
     """
-
-    def last(client: np.ndarray, server: np.ndarray, bit: np.ndarray) -> np.ndarray:
-        difference = payload.astype(np.uint64) - client + server
-        return np.where(bit[:, None] == 1, -difference, difference)
-
-    return lambda roots: correct(roots, index, depth, generator, last)
+    index, words = np.ascontiguousarray(index), np.ascontiguousarray(payload).view(np.uint64)
+    return lambda roots: correct(roots, index, words, depth, generator, additive=True)
 
 
 def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct:
@@ -183,14 +210,13 @@ def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct
     A leaf holds 128 of them: the early termination of that paper.
     """
 
-    def last(client: np.ndarray, server: np.ndarray, _bit: np.ndarray) -> np.ndarray:
-        result = client ^ server
-        low = index % LEAF_BITS
-        word = (low >> 6)[:, None] == np.arange(BLOCK_WORDS)
-        one = np.uint64(1) << (low & 63).astype(np.uint64)
-        return np.where(word, result ^ one[:, None], result)
-
-    return lambda roots: correct(roots, index // LEAF_BITS, depth, generator, last)
+    index = np.ascontiguousarray(index, np.int64)
+    low = index % LEAF_BITS
+    one = np.uint64(1) << (low & 63).astype(np.uint64)
+    payload = np.where((low >> 6)[:, None] == np.arange(BLOCK_WORDS), one[:, None], np.uint64(0))
+    return lambda roots: correct(
+        roots, index // LEAF_BITS, payload, depth, generator, additive=False
+    )
 
 
 def parities(
@@ -202,11 +228,29 @@ def parities(
     place, those of the left neighbours that are passed by tell of all leaves before the last.
     Source: the prefix parities of Storrier et al., "Grotto" (CCS 2023).
     """
-    count, each = places.shape
+    places = np.ascontiguousarray(places)
+    found = np.empty(places.shape, np.uint8)
+    fill = parities_by_instructions if LANES else parities_by_library
+    fill(keys, places, depth, party, generator, found)
+    return found
+
+
+def parities_by_instructions(
+    keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator, out: np.ndarray
+) -> None:
+    """Write what `parities` gives."""
+    parities_before(generator.round_keys, keys.roots, keys.corrections, places, depth, party, out)
+
+
+def parities_by_library(
+    keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator, out: np.ndarray
+) -> None:
+    """The same on processors without instructions for AES."""
+    each = places.shape[1]
     seeds = np.repeat(keys.roots & ~_LOW, each, axis=0)
     bits = np.full(len(seeds), party, np.uint8)
-    found = np.zeros(len(seeds), np.uint8)
-    flat = places.reshape(-1)
+    out[:] = 0
+    found, flat = out.reshape(-1), places.reshape(-1)
     for level in range(depth):
         left, right = generator.children(seeds)
         word = keys.corrections[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
@@ -214,7 +258,6 @@ def parities(
         _step_down(seeds, bits, left, right, word, turns, each, found)
     leaves = generator.value(seeds)[0] ^ seeds
     _count_before(leaves, bits, keys.corrections[:, -BLOCK_WORDS:], flat, each, found)
-    return found.reshape(count, each)
 
 
 @compiled()

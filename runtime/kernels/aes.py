@@ -11,7 +11,7 @@ An array of nodes or of words holds vectors: for each of `LANES` trees two words
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -29,7 +29,11 @@ _KEYS = _ROUNDS + 1
 _LINE_WORDS = 8
 """Words of a line of the cache. What lies in two of them takes twice as long to be read."""
 
+_GROUPS = 8
+"""Vectors of paths that are gone down side by side: none of them waits for AES of another."""
+
 _WORD = ir.IntType(64)
+_PAIR = ir.VectorType(_WORD, 2)
 
 
 def _lanes() -> int:
@@ -75,6 +79,60 @@ class _Vectors:
         self._builder.store(value, self._at(index), align=8)
 
 
+class _Rows:
+    """An array of words, of which each lane has a row of its own, inside of an intrinsic."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, array: Any, rows: Any) -> None:
+        """rows: the lanes' rows; a pointer to words."""
+        made = context.make_array(kind)(context, builder, array)
+        data = builder.bitcast(made.data, _PAIR.as_pointer())
+        pairs = builder.lshr(builder.extract_value(made.shape, 1), _WORD(1))
+        self._builder = builder
+        self._starts = [
+            builder.gep(data, [builder.mul(builder.load(builder.gep(rows, [_WORD(i)])), pairs)])
+            for i in range(LANES)
+        ]
+
+    def load(self, pair: Any) -> Any:
+        """Words 2 * pair and the next of all rows."""
+        parts = [
+            self._builder.load(self._builder.gep(start, [pair]), align=8) for start in self._starts
+        ]
+        while len(parts) > 1:
+            order = _order(range(2 * parts[0].type.count))
+            halves = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self._builder.shuffle_vector(*both, order) for both in halves]
+        return parts[0]
+
+    def store(self, pair: Any, value: Any) -> None:
+        for lane, start in enumerate(self._starts):
+            place = self._builder.gep(start, [pair])
+            self._builder.store(_of_lane(self._builder, value, lane), place, align=8)
+
+
+def _order(places: Iterable[int]) -> Any:
+    """Which words a shuffle takes."""
+    chosen = list(places)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen)
+
+
+def _of_lane(builder: Any, value: Any, lane: int) -> Any:
+    """The two words of a lane."""
+    order = _order((2 * lane, 2 * lane + 1))
+    return builder.shuffle_vector(value, ir.Constant(_VECTOR, ir.Undefined), order)
+
+
+def _choose(builder: Any, wanted: Any, one: Any, other: Any) -> Any:
+    """`one` in lanes where `wanted` is all ones, `other` where it is all zeros."""
+    return builder.xor(other, builder.and_(wanted, builder.xor(one, other)))
+
+
+def _bit(builder: Any, words: Any, place: Any) -> Any:
+    """All ones where bit `place` of a word is set, all zeros elsewhere."""
+    found = builder.and_(builder.lshr(words, place), _all(1, 1))
+    return builder.sub(_all(0, 0), found)
+
+
 def _encrypt(builder: Any, state: Any, keys: _Vectors, number: Any) -> Any:
     """AES of a vector of blocks under the key of this number."""
     first = builder.mul(number, _WORD(_KEYS))
@@ -91,11 +149,19 @@ def _all(*words: int) -> Any:
 
 def _split(builder: Any, child: Any, bit: int) -> tuple[Any, Any]:
     """A child as seed, without its two lowest bits, and all ones where control bit `bit` is set."""
-    lowest = [2 * (i // 2) for i in range(_VECTOR.count)]
-    order = ir.Constant(ir.VectorType(ir.IntType(32), _VECTOR.count), lowest)
-    both = builder.shuffle_vector(child, ir.Constant(_VECTOR, ir.Undefined), order)
-    chosen = builder.and_(builder.lshr(both, _all(bit, bit)), _all(1, 1))
-    return builder.and_(child, _all(-4, -1)), builder.sub(_all(0, 0), chosen)
+    return builder.and_(child, _all(-4, -1)), _bit(builder, _lower(builder, child), _all(bit, bit))
+
+
+def _lower(builder: Any, words: Any) -> Any:
+    """The lower word of each lane, twice."""
+    order = _order(2 * (i // 2) for i in range(_VECTOR.count))
+    return builder.shuffle_vector(words, ir.Constant(_VECTOR, ir.Undefined), order)
+
+
+def _spread(builder: Any, word: Any) -> Any:
+    """A word in each place of a vector."""
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), word, _WORD(0))
+    return builder.shuffle_vector(first, first, _order([0] * _VECTOR.count))
 
 
 @intrinsic
@@ -139,13 +205,11 @@ def _value_of_leaf(  # type: ignore[no-untyped-def]
         value = builder.xor(_encrypt(builder, seed, ciphers, builder.add(block, _WORD(2))), seed)
         value = builder.add(value, builder.and_(chosen.load(leaf), corrections.load(word)))
         array = context.make_array(signature.args[7])(context, builder, args[7])
-        pair = ir.VectorType(_WORD, 2)
-        data = builder.bitcast(array.data, pair.as_pointer())
+        data = builder.bitcast(array.data, _PAIR.as_pointer())
         leaves = builder.extract_value(array.shape, 2)
         place = builder.add(builder.mul(builder.mul(block, _WORD(LANES)), leaves), leaf)
         for lane in range(LANES):
-            order = ir.Constant(ir.VectorType(ir.IntType(32), 2), [2 * lane, 2 * lane + 1])
-            own = builder.shuffle_vector(value, ir.Constant(_VECTOR, ir.Undefined), order)
+            own = _of_lane(builder, value, lane)
             builder.store(own, builder.gep(data, [place]), align=8)
             place = builder.add(place, leaves)
         return context.get_dummy_value()
@@ -153,6 +217,176 @@ def _value_of_leaf(  # type: ignore[no-untyped-def]
     return types.void(
         keys, seeds, flags, words, types.int64, types.int64, types.int64, out
     ), generate
+
+
+def _lanes_of(context: Any, builder: Any, kind: Any, rows: Any, group: Any) -> Any:
+    """Where the rows of a group of lanes are told."""
+    data = context.make_array(kind)(context, builder, rows).data
+    return builder.gep(data, [builder.mul(group, _WORD(LANES))])
+
+
+@intrinsic
+def _step_down(  # type: ignore[no-untyped-def]
+    typing, keys, seeds, flags, places, found, words, rows, group, level, shift
+):
+    """Take a group's nodes to the children that bit `shift` of their places tells.
+
+    In `found` the control bits of left children are added up that are left behind so.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        ciphers, nodes, chosen, wanted, passed = (
+            _Vectors(context, builder, signature.args[i], args[i]) for i in range(5)
+        )
+        group, level, shift = args[7:]
+        lanes = _lanes_of(context, builder, signature.args[6], args[6], group)
+        corrections = _Rows(context, builder, signature.args[5], args[5], lanes)
+        seed = nodes.load(group)
+        parent = builder.xor(seed, builder.and_(chosen.load(group), corrections.load(level)))
+        (left, left_flag), (right, right_flag) = (
+            _split(builder, builder.xor(_encrypt(builder, seed, ciphers, _WORD(bit)), parent), bit)
+            for bit in range(2)
+        )
+        turn = _bit(builder, wanted.load(group), _spread(builder, shift))
+        nodes.store(group, _choose(builder, turn, right, left))
+        chosen.store(group, _choose(builder, turn, right_flag, left_flag))
+        passed.store(group, builder.xor(passed.load(group), builder.and_(turn, left_flag)))
+        return context.get_dummy_value()
+
+    return types.void(
+        keys, seeds, flags, places, found, words, rows, types.int64, types.int64, types.int64
+    ), generate
+
+
+@intrinsic
+def _count_before(  # type: ignore[no-untyped-def]
+    typing, keys, seeds, flags, places, found, words, rows, group, level
+):
+    """Count the bits of a group's leaves before their places, and what was found on the way.
+
+    The sum of the two words of a lane in `found` is then odd where their XOR is one.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        ciphers, nodes, chosen, wanted, passed = (
+            _Vectors(context, builder, signature.args[i], args[i]) for i in range(5)
+        )
+        group, level = args[7:]
+        lanes = _lanes_of(context, builder, signature.args[6], args[6], group)
+        corrections = _Rows(context, builder, signature.args[5], args[5], lanes)
+        seed = nodes.load(group)
+        leaf = builder.xor(seed, builder.and_(chosen.load(group), corrections.load(level)))
+        leaf = builder.xor(leaf, _encrypt(builder, seed, ciphers, _WORD(2)))
+        # How many bits of each word are before the place, and then these bits: none where that is
+        # negative, and all from 64 on.
+        place = builder.and_(wanted.load(group), _all(127, 127))
+        bits = builder.sub(place, _all(0, 64))
+        some = builder.shl(_all(1, 1), builder.and_(bits, _all(63, 63)))
+        some = builder.or_(builder.sub(some, _all(1, 1)), _bit(builder, bits, _all(6, 6)))
+        before = builder.and_(some, builder.not_(_bit(builder, bits, _all(63, 63))))
+        name = f"llvm.ctpop.v{_VECTOR.count}i64"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(_VECTOR, (_VECTOR,)), name
+        )
+        count = builder.call(function, (builder.and_(leaf, before),))
+        left = builder.and_(passed.load(group), _all(1, 0))
+        passed.store(group, builder.add(count, left))
+        return context.get_dummy_value()
+
+    return types.void(
+        keys, seeds, flags, places, found, words, rows, types.int64, types.int64
+    ), generate
+
+
+@intrinsic
+def _correct_level(  # type: ignore[no-untyped-def]
+    typing, keys, seeds, flags, index, words, rows, group, level, shift
+):
+    """Write a level's correction words for a group of keys, and go down the paths of both parties.
+
+    seeds: client and server of each group. flags: the server's; the client's are the opposite.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        ciphers, nodes, chosen, wanted = (
+            _Vectors(context, builder, signature.args[i], args[i]) for i in range(4)
+        )
+        group, level, shift = args[6:]
+        lanes = _lanes_of(context, builder, signature.args[5], args[5], group)
+        corrections = _Rows(context, builder, signature.args[4], args[4], lanes)
+        first = builder.shl(group, _WORD(1))
+        turn = _bit(builder, wanted.load(group), _spread(builder, shift))
+        children = []
+        for party in range(2):
+            seed = nodes.load(builder.add(first, _WORD(party)))
+            children.append(
+                [builder.xor(_encrypt(builder, seed, ciphers, _WORD(i)), seed) for i in range(2)]
+            )
+        left, right = (builder.xor(children[0][i], children[1][i]) for i in range(2))
+        # The child that is left behind has to become the same at both, and its control bits, too;
+        # those of the other have to differ.
+        word = builder.and_(_choose(builder, turn, left, right), _all(-4, -1))
+        word = builder.or_(word, builder.and_(builder.xor(left, builder.not_(turn)), _all(1, 0)))
+        word = builder.or_(word, builder.and_(builder.xor(right, turn), _all(2, 0)))
+        corrections.store(level, word)
+        flag = chosen.load(group)
+        for party, own in enumerate((builder.not_(flag), flag)):
+            kept = _choose(builder, turn, children[party][1], children[party][0])
+            kept = builder.xor(kept, builder.and_(own, word))
+            nodes.store(builder.add(first, _WORD(party)), builder.and_(kept, _all(-4, -1)))
+        control = _bit(builder, _lower(builder, kept), builder.and_(turn, _all(1, 1)))
+        chosen.store(group, control)
+        return context.get_dummy_value()
+
+    return types.void(
+        keys, seeds, flags, index, words, rows, types.int64, types.int64, types.int64
+    ), generate
+
+
+def _finishing(additive: bool) -> Any:
+    """Writes block `block` of the last corrections of a group: pair `level` + `block` of its words.
+
+    payload: what leaves are to become, as the sum or difference modulo 2**64, or as the XOR.
+    """
+
+    @intrinsic
+    def finish(  # type: ignore[no-untyped-def]
+        typing, keys, seeds, flags, payload, words, rows, group, level, block
+    ):
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            ciphers, nodes, chosen = (
+                _Vectors(context, builder, signature.args[i], args[i]) for i in range(3)
+            )
+            group, level, block = args[6:]
+            lanes = _lanes_of(context, builder, signature.args[5], args[5], group)
+            wanted, corrections = (
+                _Rows(context, builder, signature.args[i], args[i], lanes) for i in (3, 4)
+            )
+            first = builder.shl(group, _WORD(1))
+            cipher = builder.add(block, _WORD(2))
+            values = []
+            for party in range(2):
+                seed = nodes.load(builder.add(first, _WORD(party)))
+                values.append(builder.xor(_encrypt(builder, seed, ciphers, cipher), seed))
+            word = wanted.load(block)
+            if additive:
+                word = builder.add(builder.sub(word, values[0]), values[1])
+                # Where it is the server that adds the word, what it adds is subtracted.
+                flag = chosen.load(group)
+                word = builder.sub(builder.xor(word, flag), flag)
+            else:
+                word = builder.xor(word, builder.xor(*values))
+            corrections.store(builder.add(level, block), word)
+            return context.get_dummy_value()
+
+        return types.void(
+            keys, seeds, flags, payload, words, rows, types.int64, types.int64, types.int64
+        ), generate
+
+    return finish
+
+
+_finish_sum, _finish_xor = _finishing(True), _finishing(False)
 
 
 @compiled()
@@ -230,3 +464,74 @@ def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-
     for block in range(out.shape[0]):
         for leaf in range(out.shape[2]):
             _value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+
+
+@compiled()
+def correct_paths(  # type: ignore[no-untyped-def]
+    keys, client, server, index, payload, depth, additive, out
+):
+    """The dealer's correction words: those of `depth` levels and the last, out [n, 2 * depth + W].
+
+    client, server: roots [n, 2]. index: [n], the special leaf's number. payload: [n, W], what that
+    leaf has to become; additive: as client's share minus the server's, otherwise as their XOR.
+    """
+    seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
+    rows = np.empty(_GROUPS * LANES, np.int64)
+    low, ones = ~np.uint64(3), ~np.uint64(0)
+    for start in range(0, index.shape[0], rows.shape[0]):
+        flags[:] = ones
+        for k in range(rows.shape[0]):
+            # Where no key is left, the last one is made again.
+            i = rows[k] = min(start + k, index.shape[0] - 1)
+            group, word = k // LANES, 2 * (k % LANES)
+            for half in range(2):
+                seeds[2 * group, word + half] = client[i, half] & low
+                seeds[2 * group + 1, word + half] = server[i, half] & low
+                turns[group, word + half] = index[i]
+        for level in range(depth):
+            for group in range(_GROUPS):
+                _correct_level(
+                    keys, seeds, flags, turns, out, rows, group, level, depth - 1 - level
+                )
+        for block in range(payload.shape[1] // 2):
+            for group in range(_GROUPS):
+                if additive:
+                    _finish_sum(keys, seeds, flags, payload, out, rows, group, depth, block)
+                else:
+                    _finish_xor(keys, seeds, flags, payload, out, rows, group, depth, block)
+
+
+@compiled()
+def parities_before(  # type: ignore[no-untyped-def]
+    keys, roots, words, places, depth, party, out
+):
+    """XOR shares of whether a place is behind the index: out uint8 [n, P] for places [n, P].
+
+    roots [n, 2] and words [n, 2 * depth + 2] are a party's keys of `correct_paths` by XOR. A leaf
+    holds 128 bits.
+    """
+    seeds, flags = vectors(_GROUPS), vectors(_GROUPS)
+    ends, found = vectors(_GROUPS), vectors(_GROUPS)
+    rows, low = np.empty(_GROUPS * LANES, np.int64), ~np.uint64(3)
+    flat, shares, each = places.reshape(-1), out.reshape(-1), places.shape[1]
+    for start in range(0, flat.shape[0], rows.shape[0]):
+        flags[:] = np.uint64(0) - np.uint64(party)
+        found[:] = np.uint64(0)
+        for k in range(rows.shape[0]):
+            # Where no place is left, the last one is gone to again.
+            path = min(start + k, flat.shape[0] - 1)
+            i = rows[k] = path // each
+            group, word = k // LANES, 2 * (k % LANES)
+            for half in range(2):
+                seeds[group, word + half] = roots[i, half] & low
+                ends[group, word + half] = flat[path]
+        for level in range(depth):
+            for group in range(_GROUPS):
+                _step_down(
+                    keys, seeds, flags, ends, found, words, rows, group, level, depth + 6 - level
+                )
+        for group in range(_GROUPS):
+            _count_before(keys, seeds, flags, ends, found, words, rows, group, depth)
+        for k in range(min(rows.shape[0], flat.shape[0] - start)):
+            group, word = k // LANES, 2 * (k % LANES)
+            shares[start + k] = (found[group, word] + found[group, word + 1]) & np.uint64(1)

@@ -110,13 +110,14 @@ def test_instructions_and_library_grow_the_same_trees(party: int, count: int) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [["vaes"], ["avx512f"], ["aes"]])
 def test_processors_that_lack_instructions(missing: list[str], tmp_path: Path) -> None:
-    """The tests of this file in a process that takes its processor for a lesser one."""
+    """The tests of all kernels in a process that takes its processor for a lesser one."""
+    files = [__file__, str(Path(__file__).parents[1] / "test_dpf.py")]
     script = (
         "import sys, llvmlite.binding as binding, pytest\n"
         "features = binding.get_host_cpu_features()\n"
         f"features |= dict.fromkeys({missing}, False)\n"
         "binding.get_host_cpu_features = lambda: features\n"
-        f"sys.exit(pytest.main(['-q', '-m', 'not slow', '-p', 'no:cacheprovider', {__file__!r}]))"
+        f"sys.exit(pytest.main(['-q', '-m', 'not slow', '-p', 'no:cacheprovider', *{files}]))"
     )
     # Kernels of another width must not come from, or stay in, the cache.
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
