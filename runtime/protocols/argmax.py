@@ -19,14 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from runtime.context import Context
-from runtime.messages import Protocol, Swap, together
+from runtime.messages import Protocol, together
 from runtime.protocols.compare import DIGITS, LESS_THAN
 from runtime.protocols.formula import open_bits
 from runtime.protocols.opening import open_under
+from runtime.protocols.ranks import Pairs
 from runtime.spec import CLIENT, Cost
 
 LOWEST = -(2**30)
@@ -111,7 +114,7 @@ def _power_of_two(count: int) -> int:
 
 def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protocol:
     keys = _grouped(ctx, candidates.keys, size, LOWEST)
-    first, second = torch.triu_indices(size, size, 1)
+    pairs = _pairs(keys.numel() // size, size)
     masks = [ctx.mask(keys.shape, torch.int32)]
     openings = [open_under(ctx, keys, masks[0])]
     if candidates.labels is not None:
@@ -119,35 +122,27 @@ def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protoc
         masks.append(ctx.mask(keys.shape, torch.int32))
         openings.append(open_under(ctx, labels, masks[1]))
 
-    def differences(words: torch.Tensor) -> torch.Tensor:
-        one, other = (words.index_select(-1, i.to(words.device)).long() for i in (first, second))
-        return (one - other).reshape(-1)
-
-    pairs = keys[..., 0].numel() * len(first)
+    count = len(pairs.first)
     tables = ctx.deal_bits(
-        (pairs, DIGITS.table_bytes), lambda: DIGITS.tables(differences(masks[0]))
+        (count, DIGITS.table_bytes), lambda: DIGITS.tables(pairs.differences(masks[0]))
     )
-    bit_mask = ctx.mask_bits((pairs,))
+    bit_mask = ctx.mask_bits((count,))
     words = LESS_THAN.deal(ctx, bit_mask, dtype=torch.int8)
     rank_mask = ctx.mask(keys.shape, torch.int8)
 
-    def one_hot() -> torch.Tensor:
-        payload = torch.stack([torch.ones_like(masks[0]), *masks], -1)
-        rows = torch.zeros((*payload.shape, size), dtype=torch.int32, device=payload.device)
-        place = (rank_mask.long() & (size - 1))[..., None, None].expand(*payload.shape, 1)
-        return rows.scatter_(-1, place, payload[..., None])
-
-    rows = ctx.deal((*keys.shape, 1 + len(masks), size), one_hot, torch.int32)
+    shape = (*keys.shape, 1 + len(masks), size)
+    rows = ctx.deal(shape, lambda: pairs.one_hot(rank_mask, *masks), torch.int32)
     opened = yield from together(*openings)
     # Shares of [x_i < x_j] modulo 2**8.
-    bits = yield from open_bits(ctx, DIGITS.look_up(differences(opened[0]), tables), bit_mask)
-    less = LESS_THAN.evaluate(bits, words)[..., 0]
-    rank = yield from _open_ranks(ctx, less.reshape(*keys.shape[:-1], len(first)), rank_mask)
+    points = tables[:, 0] if keys.is_meta else pairs.differences(opened[0])
+    bits = yield from open_bits(ctx, DIGITS.look_up(points, tables), bit_mask)
+    less = LESS_THAN.evaluate(bits, words)[:, 0]
+    rank = yield from pairs.open_ranks(ctx, less, rank_mask)
     if keys.is_meta:
         left = torch.empty((len(keys), keys.shape[1] * keep), dtype=torch.int32, device="meta")
         return Candidates(left, left)
     # [R, groups, size, 1 + masks, keep]: [rank = t], alone and times each mask.
-    slots = (rank[..., None] - torch.arange(keep, device=rank.device)) & (size - 1)
+    slots = (rank.long()[..., None] - torch.arange(keep, device=rank.device)) & (size - 1)
     chosen = rows.gather(-1, slots[..., None, :].expand(*rows.shape[:-1], keep))
     winning = [
         _winners(known, chosen[..., 0, :], chosen[..., 1 + i, :]) for i, known in enumerate(opened)
@@ -168,25 +163,12 @@ def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torc
     return filled.reshape(len(share), -1, size)
 
 
-def _open_ranks(ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protocol:
-    """How many comparisons each candidate lost, plus its mask, modulo the size of its group.
-
-    In: shares of [x_i < x_j] for the pairs i < j, [R, groups, pairs]. Out: int64, like the mask.
-    Online 2 bytes a candidate.
-    """
-    ctx.spend(mask)
-    if less.is_meta:
-        yield Swap(torch.empty(mask.shape, dtype=torch.uint8, device="meta"))
-        return less
-    size = mask.shape[-1]
-    first, second = torch.triu_indices(size, size, 1, device=less.device)
-    lost = mask.long()
-    lost.index_add_(-1, first, less.long())
-    # Of a pair the one that does not lose is lost by the other.
-    lost.index_add_(-1, second, ctx.public(torch.ones_like(less)).long() - less.long())
-    mine = (lost & 0xFF).to(torch.uint8)
-    other = yield Swap(mine)
-    return (mine.long() + other.long()) & (size - 1)
+@lru_cache(maxsize=8)
+def _pairs(groups: int, size: int) -> Pairs:
+    """All pairs in each of so many groups that lie one after the other."""
+    ends = torch.triu_indices(size, size, 1).numpy()
+    first, second = ((size * np.arange(groups)[:, None] + end).reshape(-1) for end in ends)
+    return Pairs(first, second, size * groups, size)
 
 
 def _winners(known: torch.Tensor, chosen: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

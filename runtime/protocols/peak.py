@@ -16,14 +16,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from runtime.context import Context
-from runtime.messages import Protocol, Swap
+from runtime.kernels.compiled import compiled
+from runtime.messages import Protocol
 from runtime.protocols.digits import Digits
 from runtime.protocols.formula import Formula, open_bits
 from runtime.protocols.opening import open_under
-from runtime.spec import CLIENT, Cost
+from runtime.protocols.ranks import Pairs
+from runtime.spec import Cost
 
 GROUP = 16
 """Largest group that is compared pair by pair."""
@@ -36,46 +39,49 @@ _REMEMBERED = 1 << 16
 """Entries of rows whose comparisons are kept: those of a decode step are, those of a prompt not."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Level:
     """Which of the values are compared.
 
-    members: values that are in a group of at least two. group: of each value, its number.
-    first, second: each pair, as positions in `members`. size: members of the largest group.
+    members: values that are in a group of at least two. pairs: of these. group: of each value, its
+    number. groups: how many there are.
     """
 
-    members: torch.Tensor
-    group: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
-    size: int
-
-    @property
-    def entries(self) -> int:
-        """Length of a one-hot row: a power of two that no rank reaches."""
-        return 1 << (self.size - 1).bit_length()
-
-    def to(self, device: torch.device) -> _Level:
-        return _Level(
-            self.members.to(device),
-            self.group.to(device),
-            self.first.to(device),
-            self.second.to(device),
-            self.size,
-        )
+    members: np.ndarray
+    pairs: Pairs
+    group: np.ndarray
+    groups: int
 
 
-def _levels(valid: torch.Tensor) -> Sequence[_Level]:
-    """The comparisons of rows with these valid entries, level by level."""
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The valid entries of rows, and how they are compared.
+
+    places: where they are among all, int64 [entries]. rows: in which row each is. levels: see
+    `_Level`.
+    """
+
+    places: torch.Tensor
+    rows: torch.Tensor
+    levels: Sequence[_Level]
+
+
+def entries_of(valid: torch.Tensor) -> Entries:
+    """The valid entries of rows, from public bool [R, L] with an entry in each row."""
     if valid.numel() > _REMEMBERED:
-        return tuple(_plan(valid))
+        return _find_entries(valid)
     return _remembered(valid.numpy().tobytes(), valid.shape)
 
 
 @lru_cache(maxsize=2)
-def _remembered(valid: bytes, shape: Sequence[int]) -> Sequence[_Level]:
+def _remembered(valid: bytes, shape: Sequence[int]) -> Entries:
     """The layers of a step have all the same: that of the last two steps is kept."""
-    return tuple(_plan(torch.frombuffer(bytearray(valid), dtype=torch.bool).reshape(shape)))
+    return _find_entries(torch.frombuffer(bytearray(valid), dtype=torch.bool).reshape(shape))
+
+
+def _find_entries(valid: torch.Tensor) -> Entries:
+    rows, columns = valid.nonzero(as_tuple=True)
+    return Entries(rows * valid.shape[1] + columns, rows, tuple(_plan(valid)))
 
 
 def _plan(valid: torch.Tensor) -> Iterator[_Level]:
@@ -100,8 +106,13 @@ def _plan(valid: torch.Tensor) -> Iterator[_Level]:
         position[members] = torch.arange(len(members))
         i, j = torch.triu_indices(size, size, 1)
         exists = table[:, j] >= 0
+        first, second = (position[table[:, k][exists]].numpy() for k in (i, j))
         yield _Level(
-            members, group, position[table[:, i][exists]], position[table[:, j][exists]], size
+            members.numpy(),
+            # A row of a power of two entries, which no rank reaches.
+            Pairs(first, second, len(members), 1 << (size - 1).bit_length()),
+            group.numpy(),
+            len(table),
         )
         counts, longest = groups, -(-longest // size)
 
@@ -115,12 +126,14 @@ def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     of a group and 2 for each pair; offline 44 bytes a pair and up to 64 a member. Each party
     sees integer parts, bits and ranks under fresh masks.
     """
+    entries = entries_of(valid)
     if share.is_meta:
-        values = torch.empty(int(valid.sum()), dtype=torch.int16, device="meta")
+        values = torch.empty(len(entries.places), dtype=torch.int16, device="meta")
     else:
         # Of x = a + b the integer parts of a and b give that of x, or one less.
-        values = ((share >> _INTEGER_DROP).to(torch.int16))[valid.to(share.device)]
-    for level in _levels(valid):
+        values = share.reshape(-1)[entries.places.to(share.device)]
+        values = (values >> _INTEGER_DROP).to(torch.int16)
+    for level in entries.levels:
         values = yield from _winners(ctx, values, level)
     return values.to(torch.int32) if values.is_meta else values.to(torch.int32) << _INTEGER_DROP
 
@@ -128,76 +141,59 @@ def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
 def peak_cost(valid: torch.Tensor) -> Cost:
     """Cost of `peak` for rows with these valid entries."""
     total = Cost()
-    for level in _levels(valid):
-        members, pairs = len(level.members), len(level.first)
+    for level in entries_of(valid).levels:
+        members, pairs = len(level.members), len(level.pairs.first)
         total += Cost(
             rounds=3,
             online=6 * members + 2 * pairs,
-            offline=(_DIGITS.table_bytes + _LESS.words) * pairs + 4 * level.entries * members,
+            offline=(_DIGITS.table_bytes + _LESS.words) * pairs + 4 * level.pairs.entries * members,
         )
     return total
 
 
 def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
     """The largest value of each group, int16 shares [groups]."""
-    if not values.is_meta:
-        level = level.to(values.device)
-    pairs, count = len(level.first), len(level.members)
-    mine = torch.empty(count, dtype=torch.int16, device="meta")
-    mine = mine if values.is_meta else values[level.members]
+    pairs, count = level.pairs, len(level.members)
     mask = ctx.mask((count,), torch.int16)
-
-    def difference(words: torch.Tensor) -> torch.Tensor:
-        first, second = level.first.to(words.device), level.second.to(words.device)
-        return words.long()[first] - words.long()[second]
-
-    tables = ctx.deal_bits((pairs, _DIGITS.table_bytes), lambda: _DIGITS.tables(difference(mask)))
-    bit_mask = ctx.mask_bits((pairs,))
+    tables = ctx.deal_bits(
+        (len(pairs.first), _DIGITS.table_bytes), lambda: _DIGITS.tables(pairs.differences(mask))
+    )
+    bit_mask = ctx.mask_bits((len(pairs.first),))
     words = _LESS.deal(ctx, bit_mask, dtype=torch.int8)
     rank_mask = ctx.mask((count,), torch.int8)
-    entries = level.entries
-
-    def one_hot() -> torch.Tensor:
-        rows = torch.zeros((count, 2, entries), dtype=torch.int16, device=mask.device)
-        place = (rank_mask.long() & (entries - 1))[:, None, None].expand(count, 2, 1)
-        payload = torch.stack([torch.ones_like(mask), mask], 1)[:, :, None]
-        return rows.scatter_(2, place, payload)
-
-    rows = ctx.deal((count, 2, entries), one_hot, torch.int16)
+    rows = ctx.deal((count, 2, pairs.entries), lambda: pairs.one_hot(rank_mask, mask), torch.int16)
+    if values.is_meta:
+        # What has no data is there for the shapes of messages alone.
+        yield from open_under(ctx, rows[:, 0, 0], mask)
+        yield from open_bits(ctx, tables[:, 0], bit_mask)
+        yield from pairs.open_ranks(ctx, words, rank_mask)
+        return torch.empty(level.groups, dtype=torch.int16, device="meta")
+    known = values.cpu().numpy()
+    mine = torch.from_numpy(known[level.members]).to(values.device)
     opened = yield from open_under(ctx, mine, mask)
-    points = tables if values.is_meta else difference(opened)
-    found = torch.empty(pairs, dtype=torch.uint8, device="meta")
-    found = found if values.is_meta else _DIGITS.look_up(points, tables)
+    found = _DIGITS.look_up(pairs.differences(opened), tables)
     bits = yield from open_bits(ctx, found, bit_mask)
     less = _LESS.evaluate(bits, words)[:, 0]
-    rank = yield from _open_ranks(ctx, less, rank_mask, level)
-    groups = int(level.group[-1]) + 1
-    if values.is_meta:
-        return torch.empty(groups, dtype=torch.int16, device="meta")
-    place = rank[:, None, None].expand(count, 2, 1)
-    chosen, masked = rows.gather(2, place)[:, :, 0].long().unbind(1)
-    # Values that nobody contests are their groups'; members that lost count as nothing.
-    kept = values.long().clone()
-    kept[level.members] = opened.long() * chosen - masked
-    winners = torch.zeros(groups, dtype=torch.int64, device=values.device)
-    return winners.index_add_(0, level.group, kept).to(torch.int16)
+    rank = yield from pairs.open_ranks(ctx, less, rank_mask)
+    winners = np.zeros(level.groups, np.int16)
+    _add_winners(
+        opened.cpu().numpy(), rank.cpu().numpy(), rows.cpu().numpy(), level.members,
+        known, level.group, winners,
+    )  # fmt: skip
+    return torch.from_numpy(winners).to(values.device)
 
 
-def _open_ranks(ctx: Context, less: torch.Tensor, mask: torch.Tensor, level: _Level) -> Protocol:
-    """How many comparisons each member lost, plus its mask, modulo `entries`: int64 [members].
-
-    What is opened is uniform modulo 256, as the mask is.
-    """
-    ctx.spend(mask)
-    if less.is_meta:
-        yield Swap(torch.empty(len(level.members), dtype=torch.int8, device="meta"))
-        return less
-    lost = mask.long()
-    lost.index_add_(0, level.first, less.long())
-    won = -less.long()
-    if ctx.party == CLIENT:
-        won = won + 1
-    lost.index_add_(0, level.second, won)
-    mine = lost.to(torch.int8)
-    other = yield Swap(mine)
-    return (mine + other).long() & (level.entries - 1)
+@compiled()
+def _add_winners(  # type: ignore[no-untyped-def]
+    opened, rank, rows, members, values, group, winners
+):
+    """Add up each group: members that lost count as nothing, and who has no rival as it is."""
+    last, next_member = rows.shape[2] - 1, 0
+    for i in range(values.shape[0]):
+        value = values[i]
+        if next_member < members.shape[0] and members[next_member] == i:
+            place = rank[next_member] & last
+            value = opened[next_member] * rows[next_member, 0, place]
+            value -= rows[next_member, 1, place]
+            next_member += 1
+        winners[group[i]] += value

@@ -11,7 +11,7 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.protocols.compare import take_window
-from runtime.protocols.peak import peak, peak_cost
+from runtime.protocols.peak import entries_of, peak, peak_cost
 from runtime.protocols.power import Power
 from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
 from runtime.spec import FRACTIONAL_BITS, Cost
@@ -47,14 +47,16 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     """
     narrow = take_window(scores.share, scores.frac - FRACTIONAL_BITS)
     shift = yield from peak(ctx, narrow, valid)
-    count = int(valid.sum())
+    entries = entries_of(valid)
     if narrow.is_meta:
-        yield from apply(ctx, _EXP, torch.empty(count, dtype=torch.int32, device="meta"), EXP_FRAC)
+        ghost = torch.empty(len(entries.places), dtype=torch.int32, device="meta")
+        yield from apply(ctx, _EXP, ghost, EXP_FRAC)
         return torch.empty(scores.shape, dtype=torch.int64, device="meta")
-    where = valid.to(narrow.device)
-    powers = yield from apply(ctx, _EXP, (narrow - shift[:, None])[where], EXP_FRAC)
+    places, rows = entries.places.to(narrow.device), entries.rows.to(narrow.device)
+    shifted = narrow.reshape(-1)[places] - shift[rows]
+    powers = yield from apply(ctx, _EXP, shifted, EXP_FRAC)
     result = torch.zeros(scores.shape, dtype=torch.int64, device=narrow.device)
-    result[where] = powers
+    result.view(-1)[places] = powers
     return result
 
 

@@ -1,0 +1,93 @@
+"""Ranks of the members of groups, from comparisons of all pairs: what `peak` and `argmax` share.
+
+Exactly one member of a group has each rank. Ranks are opened under masks rho, and looked up in
+shared one-hot rows of rho: a row says [rank = t] for each t, and times a mask of the member's value
+it makes [rank = t] times the value a public combination of dealt words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.context import Context
+from runtime.kernels.compiled import compiled
+from runtime.messages import Protocol, Swap
+from runtime.spec import CLIENT
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Which of n members are compared.
+
+    first, second: the positions of each pair's members, int64 [pairs]. members: n. entries: length
+    of a one-hot row, a power of two that no rank reaches.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    members: int
+    entries: int
+
+    def differences(self, words: torch.Tensor) -> torch.Tensor:
+        """The first member's word minus the second one's, as int64 [pairs], for words of n."""
+        out = torch.empty(len(self.first), dtype=torch.int64)
+        flat = words.cpu().long().numpy().reshape(-1)
+        _subtract(flat, self.first, self.second, out.numpy())
+        return out.to(words.device)
+
+    def one_hot(self, mask: torch.Tensor, *payload: torch.Tensor) -> torch.Tensor:
+        """One-hot rows of rank masks, times one and each payload [n]: for the dealer.
+
+        Gives [n, 1 + payloads, entries], of the payload's type.
+        """
+        words = torch.stack([torch.ones_like(payload[0]), *payload], -1).cpu()
+        words = words.reshape(self.members, -1)
+        out = torch.zeros((*words.shape, self.entries), dtype=words.dtype)
+        _write_one_hot(mask.cpu().numpy().reshape(-1), words.numpy(), out.numpy())
+        return out
+
+    def open_ranks(self, ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protocol:
+        """How many comparisons each member lost, plus its mask, modulo 256: int8 like the mask.
+
+        less: shares modulo 2**8 of [first < second], int8 [pairs]. Rounds 1, online 2 bytes a
+        member. What is opened is uniform modulo 256, as the mask is; RuntimeError where that served
+        before.
+        """
+        ctx.spend(mask)
+        if less.is_meta:
+            yield Swap(torch.empty(mask.shape, dtype=torch.int8, device="meta"))
+            return less
+        lost = mask.cpu().numpy().reshape(-1).copy()
+        won = int(ctx.party == CLIENT)
+        _count_losses(self.first, self.second, less.cpu().numpy(), won, lost)
+        mine = torch.from_numpy(lost).reshape(mask.shape).to(mask.device)
+        other = yield Swap(mine)
+        return mine + other
+
+
+@compiled()
+def _subtract(words, first, second, out):  # type: ignore[no-untyped-def]
+    for pair in range(first.shape[0]):
+        out[pair] = words[first[pair]] - words[second[pair]]
+
+
+@compiled()
+def _write_one_hot(mask, payload, out):  # type: ignore[no-untyped-def]
+    last = out.shape[2] - 1
+    for i in range(payload.shape[0]):
+        for k in range(payload.shape[1]):
+            out[i, k, mask[i] & last] = payload[i, k]
+
+
+@compiled()
+def _count_losses(first, second, less, won, lost):  # type: ignore[no-untyped-def]
+    """Add to each member the comparisons that it lost; of a pair the other one loses the rest.
+
+    won: this party's share of one.
+    """
+    for pair in range(first.shape[0]):
+        lost[first[pair]] += less[pair]
+        lost[second[pair]] += won - less[pair]
