@@ -18,7 +18,7 @@ import torch
 from runtime.bundle import load_bundle
 from runtime.context import DealerContext
 from runtime.correlations.prg import derive, new_seed
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PeerEndedError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
 from runtime.observe import Metrics, open_log
@@ -333,7 +333,7 @@ def _tell(line: socket.socket, peer: str, kind: Kind, payload: memoryview = _NOT
     except TimeoutError as error:
         raise PartyError(f"the {peer} does not take what is due to it") from error
     except OSError as error:
-        raise PartyError(f"the {peer} went away; see its own message") from error
+        raise PeerEndedError(f"the {peer} went away; see its own message") from error
 
 
 def _hear(line: socket.socket, peer: str) -> bytes:
@@ -345,5 +345,5 @@ def _hear(line: socket.socket, peer: str) -> bytes:
     except OSError:  # it left something unread
         said = b""
     if not said:
-        raise PartyError(f"the {peer} went away; see its own message")
+        raise PeerEndedError(f"the {peer} went away; see its own message")
     return said

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class MergecError(Exception):
-    """Base of every error that is reported as one line, without a traceback."""
+    """Base of every error that is reported as one line, without a traceback.
+
+    distance: where several roles fail together, the error of the least distance tells the cause.
+    """
+
+    distance: ClassVar[int] = 0
 
 
 class BundleError(MergecError):
@@ -25,6 +32,18 @@ class LimitError(PromptError):
 
 class PartyError(MergecError):
     """A peer is missing, disagrees about the program, or went away."""
+
+
+class PeerSilentError(PartyError):
+    """A peer sent nothing in time: it may have failed, or wait for a third."""
+
+    distance = 1
+
+
+class PeerEndedError(PartyError):
+    """A peer went away, or told that it ends the session: it knows why."""
+
+    distance = 2
 
 
 class RangeError(MergecError):

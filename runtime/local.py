@@ -270,15 +270,9 @@ class _Watch:
             raise PartyError(_epitaph(silent[0]))
         if not failures:
             raise PartyError("a party ended before the session was over; start again")
-        kind, message = min(failures, key=lambda failure: _remoteness(failure[1]))
-        raise getattr(errors, kind, MergecError)(message)
-
-
-def _remoteness(message: str) -> int:
-    """How far an error is from its cause: a role that gave up waiting is lost to the others."""
-    if "went away" in message or "ended the session" in message:
-        return 2
-    return 1 if "sent nothing" in message or "sent only" in message else 0
+        known = [(getattr(errors, kind, MergecError), message) for kind, message in failures]
+        kind, message = min(known, key=lambda failure: failure[0].distance)
+        raise kind(message)
 
 
 def _epitaph(party: _Party) -> str:

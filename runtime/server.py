@@ -33,7 +33,7 @@ from runtime.correlations.store import (
     remove_unfinished,
     stores_below,
 )
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PeerEndedError
 from runtime.executor import Executor
 from runtime.generation import MergecSession, measured
 from runtime.memory import release_freed_memory
@@ -333,7 +333,7 @@ class _Session:
 
         def watch() -> None:
             if source.ended:
-                raise PartyError("the dealer went away; see its own message")
+                raise PeerEndedError("the dealer went away; see its own message")
 
         self._answers(session, channel, dealer.send, watch)
         dealer.send(Kind.END)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,19 @@ def test_a_silent_party_is_named_after_the_timeout(bundles: Path) -> None:
         run_local(bundles, PROMPT, max_tokens=12, timeout=8.0, ignore_stop=True, on_event=stop)
     with pytest.raises(ProcessLookupError):
         os.kill(stopped[0], 0)
+
+
+def test_the_error_of_a_run_is_that_of_the_role_nearest_to_the_cause(
+    bundles: Path, tmp_path: Path
+) -> None:
+    """The server finds its bundle damaged; the others only lose it."""
+    place = shutil.copytree(bundles, tmp_path / "damaged")
+    tensors = max(role_path(place, "server").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(BundleError, match="damaged"):
+        run_local(place, PROMPT, max_tokens=2)
 
 
 def test_ctrl_c_ends_all_roles(bundles: Path) -> None:

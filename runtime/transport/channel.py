@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PeerEndedError, PeerSilentError
 from runtime.transport.traffic import Traffic
 
 REPLY_TIMEOUT = 600.0
@@ -232,7 +232,7 @@ class Channel:
     def _check_error(self, incoming: _Incoming) -> None:
         if incoming.kind == Kind.ERROR:
             reason = str(self.object(incoming.payload).get("reason", ""))
-            raise PartyError(f"the {self.peer} says: {printable(reason)}")
+            raise PeerEndedError(f"the {self.peer} says: {printable(reason)}")
 
     def _strange(self, what: str) -> PartyError:
         return PartyError(f"the {self.peer} {what}; install the same mergec everywhere")
@@ -270,7 +270,8 @@ class Channel:
                     self._wait(events | (select.POLLOUT if unsent else 0), deadline)
         except TimeoutError as error:
             what = f"sent only {heard} bytes in" if heard else "sent nothing for"
-            raise PartyError(f"the {self.peer} {what} {limit:g} s; see what it is doing") from error
+            reason = f"the {self.peer} {what} {limit:g} s; see what it is doing"
+            raise PeerSilentError(reason) from error
         except OSError as error:
             raise self._lost(error, unsent) from error
 
@@ -341,11 +342,11 @@ class Channel:
                     pass
                 if incoming.complete and incoming.kind == Kind.ERROR:
                     reason = str(self.object(incoming.payload).get("reason", ""))
-                    return PartyError(f"the {self.peer} says: {printable(reason)}")
+                    return PeerEndedError(f"the {self.peer} says: {printable(reason)}")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             # With TLS 1.3 a party learns only here that its certificate was not accepted.
             return PartyError(explain(error, self.peer))
-        return PartyError(f"the {self.peer} went away; see its own message, and start again")
+        return PeerEndedError(f"the {self.peer} went away; see its own message, and start again")
 
     @property
     def buffered(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PeerEndedError, PeerSilentError
 from runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
 
 BLOCK_BYTES = 1 << 20
@@ -147,8 +147,10 @@ class DealerReceiver:
         if self._failure is not None:
             raise self._failure
 
-    def _silent(self) -> PartyError:
-        return PartyError(f"the dealer sent nothing for {self._timeout:g} s; see what it is doing")
+    def _silent(self) -> PeerSilentError:
+        return PeerSilentError(
+            f"the dealer sent nothing for {self._timeout:g} s; see what it is doing"
+        )
 
     def _next(self) -> None:
         with self._changed:
@@ -170,7 +172,7 @@ class DealerReceiver:
             if self._failure is not None:
                 raise self._failure
             if self._ended:
-                raise PartyError(
+                raise PeerEndedError(
                     "the dealer ended the session while randomness was due; "
                     "see its own message, and start all three again"
                 )

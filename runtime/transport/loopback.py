@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from runtime.errors import PartyError
+from runtime.errors import PartyError, PeerEndedError, PeerSilentError
 from runtime.spec import ROLES
 from runtime.transport.channel import check_payload
 from runtime.transport.dealer_link import AHEAD_BYTES, BLOCK_BYTES, DealerReceiver, DealerSender
@@ -36,9 +36,9 @@ class LoopbackLink:
                 received = self._inbox.get(timeout=self._timeout)
             except queue.Empty as error:
                 reason = f"the {self._peer} sent nothing for {self._timeout:g} s"
-                raise PartyError(reason) from error
+                raise PeerSilentError(reason) from error
             if received is None:
-                raise PartyError(f"the {self._peer} went away")
+                raise PeerEndedError(f"the {self._peer} went away")
             if received.numel() != incoming:
                 raise PartyError(
                     f"the {self._peer} sent {received.numel()} bytes where {incoming} were due"
@@ -75,7 +75,7 @@ class _Blocks:
         with self._changed:
             self._changed.wait_for(lambda: self._block is None or self._ended)
             if self._ended:
-                raise PartyError("the session ended while the dealer was at work")
+                raise PeerEndedError("the session ended while the dealer was at work")
             self._block = block
             self._changed.notify_all()
 
