@@ -114,19 +114,35 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
     [1, N, V] (captured without a cache). The one graph serves the prompt (past = 0), decoding
     (new = 1) and anything between. A model of 16-bit floats is captured in float32, which holds
-    its weights exactly. Raises CompileError for other models, and for weights that are not finite.
+    its weights exactly. The model is left as it was. Raises CompileError for other models, and for
+    weights that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise CompileError(f"a {type(model).__name__} is no model; load it first, as an nn.Module")
     hugging_face = _check_architecture(model)
     _check_weights(model)
-    model = _widened(model).eval()
-    if hugging_face:
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-    with _quiet():
+    model = _widened(model)
+    with _quiet(), _inference(model, hugging_face):
         if cache and hugging_face:
             return _capture_cached(model)
         return _capture_plain(model, hugging_face)
+
+
+@contextlib.contextmanager
+def _inference(model: Any, hugging_face: bool) -> Iterator[None]:
+    """The model in evaluation mode, and with eager attention; as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation if hugging_face else None
+    model.eval()
+    if attention is not None:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if attention is not None:
+            model.set_attn_implementation(attention)
 
 
 def _check_architecture(model: nn.Module) -> bool:

@@ -82,6 +82,17 @@ def test_without_a_cache(family: str) -> None:
         assert error(logits, decoder(family)(ids).logits) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_model_is_left_as_it_was(family: str) -> None:
+    model = random_decoder(family).train()
+    model.get_submodule("lm_head").eval()
+    model.set_attn_implementation("sdpa")
+    modes = [module.training for module in model.modules()]
+    capture(model)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_module_of_ones_own() -> None:
     torch.manual_seed(1)
     model = Bigram()
