@@ -48,7 +48,8 @@ def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     """
     if share.is_meta:
         return torch.empty(share.shape, dtype=torch.int32, device="meta")
-    return logical_shift(share, drop).to(torch.int32)
+    # Up to 32 dropped bits the window has none of the copies of the sign that torch shifts in.
+    return (share >> drop if drop <= WINDOW_BITS else logical_shift(share, drop)).to(torch.int32)
 
 
 def open_window(ctx: Context, share: torch.Tensor) -> Protocol:

@@ -14,9 +14,9 @@ from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
 from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
-from runtime.protocols.squares import DealtSquare, truncated_square_cost
-from runtime.protocols.truncate import OFFSET, top_bit
-from runtime.spec import FRACTIONAL_BITS, HEADROOM_BITS, Cost
+from runtime.protocols.squares import deal_square, square_share, truncated_square_cost
+from runtime.protocols.truncate import OFFSET, base_of, top_bit, wrap_of
+from runtime.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
 from runtime.values import Masked, Shared
 
 DEFAULT_BOUND = 2.0**14
@@ -68,40 +68,40 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
     Each party sees the mantissas under fresh masks.
     """
     factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
-    shifts = _shifts(frac, spec)
-    shape = row.opened.shape
-    dealt = cache(lambda: dealt_for_scaling(row.mask, factor.mask, shifts))
-    low = ctx.deal((*shape, sum(s > 0 for s in shifts)), lambda: dealt()[0])
-    crossed = ctx.deal(shape, lambda: dealt()[1])
-    top_crossed = ctx.deal(shape, lambda: dealt()[2])
+    shifts, down = _shifts(frac, spec)
+    rows, size = row.opened.shape
+    count = rows * size
+
+    def parts(words: np.ndarray) -> tuple[np.ndarray, ...]:
+        low = words[: down * count].reshape(rows, size, down)
+        crossed, top_crossed = words[down * count :].reshape(2, rows, size)
+        return low, crossed, top_crossed
+
+    def secret() -> torch.Tensor:
+        words = np.empty((down + 2) * count, np.int64)
+        _deal_cpu(row.mask.cpu().numpy(), factor.mask.cpu().numpy(), shifts, *parts(words))
+        return torch.from_numpy(words)
+
+    dealt = ctx.deal(((down + 2) * count,), secret)
     if row.opened.is_meta:
         return row.opened
-    share = ctx.public(factor.opened) - factor.mask
-    words = (row.opened, row.mask, row.top, low, crossed, top_crossed, factor.opened, share)
-    out = np.empty(shape, np.int64)
-    _scale_cpu(*(word.cpu().numpy() for word in words), np.array(shifts), out)
+    out = np.empty((rows, size), np.int64)
+    _scale_cpu(
+        *(word.cpu().numpy() for word in (row.opened, row.mask, row.top)),
+        *parts(dealt.cpu().numpy()),
+        *(word.cpu().numpy() for word in (factor.opened, factor.mask)),
+        shifts, ctx.party == CLIENT, out,
+    )  # fmt: skip
     return torch.from_numpy(out).to(row.opened.device)
 
 
-def dealt_for_scaling(
-    mask: torch.Tensor, factors: torch.Tensor, shifts: list[int]
-) -> tuple[torch.Tensor, ...]:
+@compiled()
+def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore[no-untyped-def]
     """For the dealer, from the masks r [R, d] of rows and f [R, levels] of mantissas.
 
     r >> s for the levels that shift down, [R, d, of those]; the sum of (r >> s) f over all levels,
     and that of msb(r) 2**(64 - s) f over those, [R, d] each.
     """
-    rows, size = mask.shape
-    out = [
-        np.empty(shape, np.int64)
-        for shape in ((rows, size, sum(s > 0 for s in shifts)), (rows, size), (rows, size))
-    ]
-    _deal_cpu(mask.cpu().numpy(), factors.cpu().numpy(), np.array(shifts), *out)
-    return tuple(map(torch.from_numpy, out))
-
-
-@compiled()
-def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore[no-untyped-def]
     for i in range(mask.shape[0]):
         for e in range(mask.shape[1]):
             r = np.uint64(mask[i, e])
@@ -123,37 +123,43 @@ def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore
 
 @compiled()
 def _scale_cpu(  # type: ignore[no-untyped-def]
-    opened, mask, top, low, crossed, top_crossed, public, share, shifts, out
+    opened, mask, top, low, crossed, top_crossed, public, factor_mask, shifts, at_client, out
 ):
+    levels = shifts.shape[0]
     for i in range(opened.shape[0]):
+        factor = public[i]
+        share = (factor if at_client else np.zeros_like(factor)) - factor_mask[i]
+        wrap = np.int64(0)
+        for k in range(levels):
+            wrap += wrap_of(0, shifts[k], RING_BITS) * factor[k] if shifts[k] > 0 else 0
         for e in range(opened.shape[1]):
             z = opened[i, e]
-            total, wrap, down = crossed[i, e], np.int64(0), 0
-            for k in range(shifts.shape[0]):
+            total, down = crossed[i, e], 0
+            for k in range(levels):
                 s = shifts[k]
                 if s > 0:
-                    # As in `Truncation`, with the offset of 2**62.
-                    base = np.int64(np.uint64(z) >> np.uint64(s)) - (np.int64(1) << (62 - s))
-                    total += base * share[i, k] - low[i, e, down] * public[i, k]
-                    wrap += public[i, k] << (64 - s)
+                    total += base_of(z, s, RING_BITS) * share[k] - low[i, e, down] * factor[k]
                     down += 1
                 else:
                     x = (z - (np.int64(1) << 62)) << -s
-                    total += x * share[i, k] - (mask[i, e] << -s) * public[i, k]
+                    total += x * share[k] - (mask[i, e] << -s) * factor[k]
             no_top = np.int64(z >= 0)
             out[i, e] = total + no_top * (wrap * top[i, e] - top_crossed[i, e])
 
 
 def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:
     """Cost of `scale_rows` for rows of that size."""
-    down = sum(s > 0 for s in _shifts(frac, spec))
+    _, down = _shifts(frac, spec)
     words = down + 2
     return open_masked_cost(rows * spec.octaves.levels) + Cost(offline=8 * words * rows * size)
 
 
-def _shifts(frac: int, spec: Power) -> list[int]:
+@cache
+def _shifts(frac: int, spec: Power) -> tuple[np.ndarray, int]:
+    """By how many bits rows are shifted down in each level, and in how many they are."""
     first = frac - FRACTIONAL_BITS - spec.first_exponent
-    return [min(first + k, HEADROOM_BITS) for k in range(spec.octaves.levels)]
+    shifts = np.array([min(first + k, HEADROOM_BITS) for k in range(spec.octaves.levels)])
+    return shifts, int((shifts > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -203,20 +209,21 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
 
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`; beyond it
     the result is wrong, but finite. Rounds 4. The row is opened once, as z = x + 2**62 + r, for its
-    squares (`DealtSquare`) as well as for `scale_rows`. Online 16 bytes per element, offline
+    squares (`deal_square`) as well as for `scale_rows`. Online 16 bytes per element, offline
     32 and those of `scale_rows`; and the inverse root of each row (`octaves`). Each party sees z,
     and what it sees in these two.
     """
     rows = share.reshape(-1, share.shape[-1])
     mask = ctx.mask(rows.shape)
-    dealt = DealtSquare.deal(ctx, mask, spec.square_shift)
+    dealt = deal_square(ctx, mask, spec.square_shift)
     opened = yield from open_under(ctx, rows, mask, OFFSET)
-    row = Row(opened, mask, dealt.top)
+    row = Row(opened, mask, dealt[0])
     if rows.is_meta:
         total = torch.empty(len(rows), dtype=torch.int64, device="meta")
     else:
-        eps = torch.tensor(spec.eps_units, device=opened.device)
-        total = dealt.share(ctx, opened).sum(-1) + ctx.public(eps)
+        total = square_share(ctx, opened, dealt, spec.square_shift).sum(-1)
+        if ctx.party == CLIENT:
+            total += spec.eps_units
     found = yield from octaves(ctx, total, spec.inverse_root)
     result = yield from scale_rows(ctx, row, math.floor(spec.frac), found, spec.inverse_root)
     return result.reshape(share.shape)

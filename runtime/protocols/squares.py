@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import OFFSET, Truncation, top_bit
-from runtime.spec import Cost
-from runtime.values import logical_shift
+from runtime.protocols.truncate import OFFSET, base_of, wrap_of
+from runtime.spec import CLIENT, RING_BITS, Cost
+
+_DEALT = 4
+"""Dealt words of a square: see `deal_square`."""
 
 
-@dataclass
-class DealtSquare:
-    """Shares of what (x >> shift)**2 takes beside the opened z = x + 2**62 + r.
+def deal_square(ctx: Context, mask: torch.Tensor, shift: int) -> torch.Tensor:
+    """Shares of what (x >> shift)**2 takes beside the opened z = x + 2**62 + r: [4, ...].
 
-    top: msb(r). low: r >> shift. low_square, low_top: its square and its product with top.
+    msb(r); r >> shift; its square, and its product with msb(r). Offline 32 bytes per element.
     """
 
-    shift: int
-    top: torch.Tensor
-    low: torch.Tensor
-    low_square: torch.Tensor
-    low_top: torch.Tensor
+    def words() -> torch.Tensor:
+        out = torch.empty((_DEALT, *mask.shape), dtype=torch.int64)
+        _deal_cpu(mask.cpu().numpy().reshape(-1), shift, out.numpy().reshape(_DEALT, -1))
+        return out
 
-    @classmethod
-    def deal(cls, ctx: Context, mask: torch.Tensor, shift: int) -> DealtSquare:
-        """For values that are opened under `mask`; offline 32 bytes per element."""
-        shape = mask.shape
-        return cls(
-            shift,
-            ctx.deal(shape, lambda: top_bit(mask)),
-            ctx.deal(shape, lambda: logical_shift(mask, shift)),
-            ctx.deal(shape, lambda: logical_shift(mask, shift) ** 2),
-            ctx.deal(shape, lambda: logical_shift(mask, shift) * top_bit(mask)),
-        )
+    return ctx.deal((_DEALT, *mask.shape), words)
 
-    def share(self, ctx: Context, opened: torch.Tensor) -> torch.Tensor:
-        """Share of the square, once z is open: (base - low + wrap top)**2 multiplied out."""
-        x = Truncation(opened, self.shift)
-        return (
-            ctx.public(x.base * x.base)
-            + self.low_square
-            + (x.wrap * x.wrap + 2 * x.base * x.wrap) * self.top
-            - 2 * x.base * self.low
-            - 2 * x.wrap * self.low_top
-        )
+
+def square_share(
+    ctx: Context, opened: torch.Tensor, dealt: torch.Tensor, shift: int
+) -> torch.Tensor:
+    """Share of the square, once z is open: (base - low + wrap top)**2 multiplied out.
+
+    dealt: what `deal_square` gave; for base, low, wrap and top see `Truncation`.
+    """
+    out = torch.empty(opened.shape, dtype=torch.int64)
+    _square_cpu(
+        opened.cpu().numpy().reshape(-1), dealt.cpu().numpy().reshape(_DEALT, -1), shift,
+        ctx.party == CLIENT, out.numpy().reshape(-1),
+    )  # fmt: skip
+    return out.to(opened.device)
 
 
 def truncated_square(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
@@ -58,11 +52,29 @@ def truncated_square(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     bytes per element, offline 32. Each party sees z = x + 2**62 + r, uniform as r is fresh.
     """
     mask = ctx.mask(share.shape)
-    dealt = DealtSquare.deal(ctx, mask, shift)
+    dealt = deal_square(ctx, mask, shift)
     opened = yield from open_under(ctx, share, mask, OFFSET)
-    return opened if opened.is_meta else dealt.share(ctx, opened)
+    return opened if opened.is_meta else square_share(ctx, opened, dealt, shift)
 
 
 def truncated_square_cost(count: int) -> Cost:
     """Cost of `truncated_square` for `count` elements."""
-    return Cost(rounds=1, online=16 * count, offline=32 * count)
+    return Cost(rounds=1, online=16 * count, offline=8 * _DEALT * count)
+
+
+@compiled()
+def _deal_cpu(mask, shift, out):  # type: ignore[no-untyped-def]
+    tops, lows, squares, products = out[0], out[1], out[2], out[3]
+    for i in range(mask.shape[0]):
+        top, low = np.int64(mask[i] < 0), np.int64(np.uint64(mask[i]) >> np.uint64(shift))
+        tops[i], lows[i], squares[i], products[i] = top, low, low * low, low * top
+
+
+@compiled()
+def _square_cpu(opened, dealt, shift, at_client, out):  # type: ignore[no-untyped-def]
+    top, low, low_square, low_top = dealt[0], dealt[1], dealt[2], dealt[3]
+    for i in range(opened.shape[0]):
+        base, wrap = base_of(opened[i], shift, RING_BITS), wrap_of(opened[i], shift, RING_BITS)
+        public = base * base if at_client else np.int64(0)
+        mixed = wrap * (wrap + 2 * base) * top[i] - 2 * base * low[i] - 2 * wrap * low_top[i]
+        out[i] = public + low_square[i] + mixed

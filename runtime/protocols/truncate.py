@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.opening import open_under
-from runtime.spec import HEADROOM_BITS, RING_BITS, Cost
+from runtime.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from runtime.values import logical_shift
 
 OFFSET = 1 << HEADROOM_BITS
@@ -46,8 +48,23 @@ class Truncation:
 
 def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
     """1, r >> shift and the top bit of r, [..., 3]: for the dealer."""
-    low = _unsigned_shift(mask, shift)
-    return torch.stack([torch.ones_like(low), low, top_bit(mask)], -1)
+    out = torch.ones((*mask.shape, PARTS), dtype=torch.int64)
+    flat = out.numpy().reshape(-1, PARTS)
+    _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[:, 1], flat[:, 2])
+    return out
+
+
+def truncation_words(mask: torch.Tensor, shift: int) -> torch.Tensor:
+    """r >> shift and the top bit of r, [2, ...]: for the dealer."""
+    out = torch.empty((2, *mask.shape), dtype=torch.int64)
+    flat = out.numpy().reshape(2, -1)
+    _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[0], flat[1])
+    return out
+
+
+def width_of(words: torch.Tensor) -> int:
+    """The bits of a word: those of the ring that it is in."""
+    return 8 * words.element_size()
 
 
 def top_bit(mask: torch.Tensor) -> torch.Tensor:
@@ -81,13 +98,19 @@ def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     if shift >= WINDOW_BITS:
         share, shift, offset = unbiased_window(ctx, share, WINDOW_BITS), shift - 32, NARROW_OFFSET
     mask = ctx.mask(share.shape, share.dtype)
-    low = ctx.deal(share.shape, lambda: _unsigned_shift(mask, shift))
-    top = ctx.deal(share.shape, lambda: top_bit(mask))
+    words = ctx.deal((2, *share.shape), lambda: truncation_words(mask, shift))
     opened = yield from open_under(ctx, share, mask, offset)
     if opened.is_meta:
-        return low
-    parts = Truncation(opened, shift)
-    return ctx.public(parts.base) - low + parts.wrap * top
+        return words[0]
+    if opened.is_cuda:
+        parts = Truncation(opened, shift)
+        return ctx.public(parts.base) - words[0] + parts.wrap * words[1]
+    out = torch.empty(opened.shape, dtype=torch.int64)
+    _truncate_cpu(
+        opened.numpy().reshape(-1), words.numpy().reshape(2, -1), shift, width_of(opened),
+        ctx.party == CLIENT, out.numpy().reshape(-1),
+    )  # fmt: skip
+    return out
 
 
 def truncate_cost(count: int, shift: int) -> Cost:
@@ -100,4 +123,33 @@ def truncate_cost(count: int, shift: int) -> Cost:
 def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tensor:
     """`take_window` with the expected loss added: the error is in (-1, 1], and zero on average."""
     window = take_window(share, drop)
-    return window if drop == 0 or window.is_meta else window + ctx.public(torch.ones_like(window))
+    return window if drop == 0 or window.is_meta or ctx.party != CLIENT else window + 1
+
+
+@compiled(inline="always")
+def base_of(z, shift, width):  # type: ignore[no-untyped-def]
+    """`Truncation.base` of an opened word."""
+    unsigned = np.uint64(z) & (np.uint64(2**64 - 1) >> np.uint64(64 - width))
+    return np.int64(unsigned >> np.uint64(shift)) - (np.int64(1) << (width - 2 - shift))
+
+
+@compiled(inline="always")
+def wrap_of(z, shift, width):  # type: ignore[no-untyped-def]
+    """`Truncation.wrap` of an opened word; shifted in two steps, as 2**64 is no word."""
+    return np.int64(z >= 0) << (width - shift - 1) << 1
+
+
+@compiled()
+def _deal_cpu(mask, shift, width, low, top):  # type: ignore[no-untyped-def]
+    ones = np.uint64(2**64 - 1) >> np.uint64(64 - width)
+    for i in range(mask.shape[0]):
+        low[i] = np.int64((np.uint64(mask[i]) & ones) >> np.uint64(shift))
+        top[i] = np.int64(mask[i] < 0)
+
+
+@compiled()
+def _truncate_cpu(opened, words, shift, width, at_client, out):  # type: ignore[no-untyped-def]
+    low, top = words[0], words[1]
+    for i in range(opened.shape[0]):
+        base = base_of(opened[i], shift, width) if at_client else np.int64(0)
+        out[i] = base - low[i] + wrap_of(opened[i], shift, width) * top[i]

@@ -10,8 +10,8 @@ from runtime.correlations.prg import Prg, new_seed
 from runtime.protocols.normalize import (
     SCALED_FRAC,
     RowNorm,
+    _deal_cpu,
     _scale_cpu,
-    dealt_for_scaling,
     normalize,
     normalize_cost,
 )
@@ -56,8 +56,9 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert (result.double() * 2.0**-SCALED_FRAC).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("at_client", [False, True])
 @pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 62, 62], [-2, 0]])
-def test_kernels_compute_what_words_of_tensors_do(shifts: list[int]) -> None:
+def test_kernels_compute_what_words_of_tensors_do(shifts: list[int], at_client: bool) -> None:
     """To the bit, on words that belong to no row."""
     prg, rows, size = Prg(new_seed()), 3, 11
     down = [(k, s) for k, s in enumerate(shifts) if s > 0]
@@ -66,17 +67,19 @@ def test_kernels_compute_what_words_of_tensors_do(shifts: list[int]) -> None:
         return torch.from_numpy(prg.read(8 * int(np.prod(shape))).view(np.int64).reshape(shape))
 
     mask, factors = words(rows, size), words(rows, len(shifts))
-    low, crossed, top_crossed = dealt_for_scaling(mask, factors, shifts)
+    low, crossed, top_crossed = words(rows, size, len(down)), words(rows, size), words(rows, size)
+    dealt = (word.numpy() for word in (low, crossed, top_crossed))
+    _deal_cpu(mask.numpy(), factors.numpy(), np.array(shifts), *dealt)
     shifted = [logical_shift(mask, s) if s > 0 else mask << -s for s in shifts]
     products = [part * factors[:, k, None] for k, part in enumerate(shifted)]
-    assert low.shape == (rows, size, len(down))
     for index, (k, _) in enumerate(down):
         assert torch.equal(low[..., index], shifted[k])
     assert torch.equal(crossed, torch.stack(products).sum(0))
     wrapped = sum((factors[:, k, None] << (64 - s) for k, s in down), torch.zeros_like(mask))
     assert torch.equal(top_crossed, top_bit(mask) * wrapped)
 
-    opened, top, public, share = (words(rows, n) for n in (size, size, len(shifts), len(shifts)))
+    opened, top, public, hidden = (words(rows, n) for n in (size, size, len(shifts), len(shifts)))
+    share = (public if at_client else 0) - hidden
     expected, wrap = crossed.clone(), torch.zeros_like(opened)
     for index, (k, s) in enumerate(down):
         x = Truncation(opened, s)
@@ -88,6 +91,6 @@ def test_kernels_compute_what_words_of_tensors_do(shifts: list[int]) -> None:
             expected += ((opened - OFFSET) << -s) * share[:, k, None] - up
     expected += wrap * top - (opened >= 0).long() * top_crossed
     found = np.empty((rows, size), np.int64)
-    given = (opened, mask, top, low, crossed, top_crossed, public, share)
-    _scale_cpu(*(word.numpy() for word in given), np.array(shifts), found)
+    given = (opened, mask, top, low, crossed, top_crossed, public, hidden)
+    _scale_cpu(*(word.numpy() for word in given), np.array(shifts), at_client, found)
     assert np.array_equal(found, expected.numpy())

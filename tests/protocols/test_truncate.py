@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.protocols.truncate import Truncation, top_bit, truncate, truncate_cost
+from runtime.protocols import squares
+from runtime.protocols.truncate import (
+    Truncation,
+    _truncate_cpu,
+    top_bit,
+    truncate,
+    truncate_cost,
+    truncation_parts,
+    truncation_words,
+    width_of,
+)
 from runtime.simulate import Simulation
 from runtime.values import logical_shift
 from tests.protocols.harness import integers, run, words
@@ -36,6 +46,53 @@ def test_every_small_value_under_every_small_mask() -> None:
         parts = Truncation(opened, shift)
         result = parts.base - logical_shift(mask, shift) + parts.wrap * top_bit(mask)
         assert set((result - (x >> shift)).unique().tolist()) <= {0, 1}
+
+
+def _edges_and_words(dtype: torch.dtype) -> torch.Tensor:
+    info = torch.iinfo(dtype)
+    edges = torch.tensor([0, 1, -1, info.max, info.min, info.min + 1, info.max // 2, info.min // 2])
+    return torch.cat([edges, words(3_000, info.min, info.max)]).to(dtype)
+
+
+@pytest.mark.parametrize("at_client", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shift"),
+    [(torch.int32, 0), (torch.int32, 7), (torch.int32, 30)]
+    + [(torch.int64, shift) for shift in (0, 1, 16, 31, 62)],
+)
+def test_kernels_compute_what_words_of_tensors_do(
+    dtype: torch.dtype, shift: int, at_client: bool
+) -> None:
+    """To the bit, on words that belong to no value."""
+    mask = _edges_and_words(dtype)
+    opened = mask.flip(0)
+    low = logical_shift(mask.long() & (0xFFFFFFFF if dtype is torch.int32 else -1), shift)
+    parts = truncation_parts(mask[:, None], shift)
+    assert torch.equal(parts, torch.stack([torch.ones_like(low), low, top_bit(mask)], -1)[:, None])
+    assert torch.equal(truncation_words(mask, shift), torch.stack([low, top_bit(mask)]))
+
+    x, dealt = Truncation(opened, shift), words(2 * len(mask), -(2**63), 2**63 - 1).reshape(2, -1)
+    found = torch.empty(len(mask), dtype=torch.int64)
+    _truncate_cpu(opened.numpy(), dealt.numpy(), shift, width_of(opened), at_client, found.numpy())
+    assert torch.equal(found, (x.base if at_client else 0) - dealt[0] + x.wrap * dealt[1])
+
+
+@pytest.mark.parametrize("at_client", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 16, 62])
+def test_kernels_of_squares_compute_what_words_of_tensors_do(shift: int, at_client: bool) -> None:
+    mask = _edges_and_words(torch.int64)
+    low, found = logical_shift(mask, shift), torch.empty((4, len(mask)), dtype=torch.int64)
+    squares._deal_cpu(mask.numpy(), shift, found.numpy())
+    assert torch.equal(found, torch.stack([top_bit(mask), low, low * low, low * top_bit(mask)]))
+
+    opened = mask.flip(0)
+    x, dealt = Truncation(opened, shift), words(4 * len(mask), -(2**63), 2**63 - 1).reshape(4, -1)
+    share = torch.empty(len(mask), dtype=torch.int64)
+    squares._square_cpu(opened.numpy(), dealt.numpy(), shift, at_client, share.numpy())
+    top, low, low_square, low_top = dealt
+    expected = low_square + (x.wrap * x.wrap + 2 * x.base * x.wrap) * top
+    expected += (x.base * x.base if at_client else 0) - 2 * x.base * low - 2 * x.wrap * low_top
+    assert torch.equal(share, expected)
 
 
 def test_no_wrap_among_many_large_values() -> None:
