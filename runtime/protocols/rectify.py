@@ -9,18 +9,12 @@ from runtime.messages import Protocol, together
 from runtime.protocols.compare import DIGITS, take_window
 from runtime.protocols.formula import Formula, negated, open_bits
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.truncate import (
-    NARROW_OFFSET,
-    PARTS,
-    Truncation,
-    truncate,
-    truncate_cost,
-    truncation_parts,
-)
+from runtime.protocols.selection import Line, Selection
+from runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost
 from runtime.spec import Cost
 from runtime.values import Shared
 
-_POSITIVE = Formula(negated(DIGITS.less))
+_POSITIVE = Selection(Formula(negated(DIGITS.less)), Line())
 
 
 def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> Protocol:
@@ -28,7 +22,7 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
 
     In: share of an integer in [-2**30, 2**30), modulo 2**64 or 2**32, any shape; a factor adds the
     program's fractional bits. Rounds 2: the window is opened, then the bits of [x < 0]; [x >= 0] x
-    is a public combination of dealt words, as x is one of the words of its mask (`Truncation`).
+    is a public combination of dealt words, as x is one of the words of its mask (`selection`).
     Online 10 bytes per element, 32 more and a truncation's for a factor. Each party sees the
     openings of a window, of bits and of the factor, each under a fresh mask.
     """
@@ -47,28 +41,21 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     )
 
-    def payload() -> torch.Tensor:
-        parts = truncation_parts(mask, 0)
-        return torch.cat([parts, parts * factors[0].mask[:, None]], 1) if factors else parts
-
-    words = _POSITIVE.deal(ctx, bit_mask, payload, PARTS * (1 + len(factors)))
+    up = factors[0] if factors else None
+    words = _POSITIVE.deal(ctx, bit_mask, mask, up)
     if narrow.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    parts = _POSITIVE.evaluate(bits, words)
-    if factors:
-        plain, crossed = parts.split(PARTS, 1)
-        parts = plain * factors[0].opened[:, None] - crossed
-    weights = Truncation(opened + NARROW_OFFSET, 0).weights
-    return (weights * parts).sum(1).reshape(shape)
+    total = torch.zeros(count, dtype=torch.int64)
+    _POSITIVE.add(total, bits, words, opened + NARROW_OFFSET, up)
+    return total.reshape(shape).to(narrow.device)
 
 
 def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:
     """Cost of `rectify` for `count` elements; factor_shift: the bits that its factor loses."""
     first = Cost(rounds=1, online=8 * count, offline=DIGITS.table_bytes * count)
     second = Cost(rounds=1, online=2 * count)
-    words = PARTS * _POSITIVE.words
+    words = _POSITIVE.words(0 if factor_shift is None else 1)
     if factor_shift is not None:
         first = first.beside(truncate_cost(count, factor_shift))
         second = second.beside(open_masked_cost(count))
-        words *= 2
     return first + second + Cost(offline=8 * words * count)

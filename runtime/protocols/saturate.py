@@ -14,19 +14,12 @@ from runtime.context import Context
 from runtime.messages import Protocol, together
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, added, negated, open_bits, shifted
+from runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
 from runtime.protocols.halves import Halves
 from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
 from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.truncate import (
-    NARROW_OFFSET,
-    PARTS,
-    Truncation,
-    truncate,
-    truncate_cost,
-    truncation_parts,
-    unbiased_window,
-)
+from runtime.protocols.selection import Line, Selection
+from runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost, unbiased_window
 from runtime.spec import FRACTIONAL_BITS, Cost
 from runtime.values import Shared
 
@@ -46,12 +39,10 @@ class Tail:
     slope: int
     value: float
 
-    @property
-    def payloads(self) -> int:
-        """Dealt words that make up the line: x takes three, a constant one, zero none."""
-        if self.slope:
-            return PARTS
-        return 1 if self.value else 0
+    def line(self, out_frac: int) -> Line:
+        """The same of x with 16 fractional bits, with `out_frac` of them."""
+        scale = self.slope << (out_frac - FRACTIONAL_BITS)
+        return Line(0, scale, round(self.value * 2**out_frac))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,21 +77,28 @@ class Function:
         return Halves(width) if len(self.thresholds) > 1 else Digits(width - width // 2, width // 2)
 
     @cached_property
-    def pieces(self) -> list[tuple[Formula, Tail | None]]:
-        """When which part holds: the table (None) and each tail, from the compared bits."""
-        less, bits = self.comparer.less, self.comparer.bits
-        below = [shifted(less, bits * i) for i in range(len(self.thresholds))]
-        pieces: list[tuple[Formula, Tail | None]] = []
+    def inside(self) -> Formula:
+        """When the table holds, from the compared bits."""
         if self.left and self.right:
-            inside = added(below[1], below[0], -1)
-        else:
-            inside = below[0] if self.right else negated(below[0])
-        pieces.append((Formula(inside), None))
-        if self.left and self.left.payloads:
-            pieces.append((Formula(below[0]), self.left))
-        if self.right and self.right.payloads:
-            pieces.append((Formula(negated(below[-1])), self.right))
-        return pieces
+            return Formula(added(self._below[1], self._below[0], -1))
+        return Formula(self._below[0] if self.right else negated(self._below[0]))
+
+    @cached_property
+    def outside(self) -> list[tuple[Formula, Tail]]:
+        """When which tail holds; one that is zero adds nothing, and is left out."""
+        formulas = ((self._below[0], self.left), (negated(self._below[-1]), self.right))
+        return [(Formula(f), tail) for f, tail in formulas if tail and (tail.slope or tail.value)]
+
+    @property
+    def _below(self) -> list[Polynomial]:
+        less, bits = self.comparer.less, self.comparer.bits
+        return [shifted(less, bits * i) for i in range(len(self.thresholds))]
+
+    def selections(self, out_frac: int) -> tuple[Selection, list[Selection]]:
+        """What is added up with `out_frac` fractional bits: the table's value, and lines of x."""
+        shift = self.table.out_frac - WINDOW_BITS - out_frac
+        tails = [Selection(formula, tail.line(out_frac)) for formula, tail in self.outside]
+        return Selection(self.inside, Line(shift)), tails
 
 
 def saturating(
@@ -147,7 +145,7 @@ def apply(
     Online 18 bytes per element, 32 more and a truncation's for a factor. The value of the table is
     opened under a mask as it is truncated, in the same round as the compared bits; what the dealer
     shares are the products of mask bits times the words that make up the table's value, x, and
-    either times the factor's mask (`formula`, `Truncation`). Each party sees the openings of a
+    either times the factor's mask (`selection`). Each party sees the openings of a
     window, of the table's value, of bits and of the factor, each under a fresh mask.
     """
     shape, count = narrow.shape, narrow.numel()
@@ -162,7 +160,6 @@ def apply(
     value = take_window(evaluate(ctx, opened, mask, function.table), WINDOW_BITS)
     value_mask = ctx.mask((count,), torch.int32)
     bit_mask = ctx.mask_bits((count,))
-    shift = function.table.out_frac - WINDOW_BITS - out_frac
     second = [
         open_bits(ctx, _compare(function, opened, dealt), bit_mask),
         open_under(ctx, value, value_mask, NARROW_OFFSET),
@@ -170,40 +167,29 @@ def apply(
     ]
     # The factor's mask has to be dealt before the words that are multiplied by it.
     bits, value, *factors = yield from together(*second)
-    total = torch.zeros(count, dtype=torch.int64, device=narrow.device)
-    for formula, tail in function.pieces:
-        payloads = PARTS if tail is None else tail.payloads
-
-        def payload(tail: Tail | None = tail) -> torch.Tensor:
-            parts = _payload(tail, value_mask, mask, shift)
-            if not factors:
-                return parts
-            return torch.cat([parts, parts * factors[0].mask[:, None]], 1)
-
-        words = formula.deal(ctx, bit_mask, payload, payloads * (1 + len(factors)))
-        if narrow.is_meta:
-            continue
-        weights = _weights(tail, value, opened, shift, out_frac)
-        parts = formula.evaluate(bits, words)
-        if factors:
-            plain, crossed = parts.split(payloads, 1)
-            parts = plain * factors[0].opened[:, None] - crossed
-        total += (weights * parts).sum(1)
-    return total.reshape(shape)
+    up = factors[0] if factors else None
+    inside, tails = function.selections(out_frac)
+    dealt_inside = inside.deal(ctx, bit_mask, value_mask, up)
+    dealt_tails = [tail.deal(ctx, bit_mask, mask, up) for tail in tails]
+    if narrow.is_meta:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+    total = torch.zeros(count, dtype=torch.int64)
+    inside.add(total, bits, dealt_inside, value, up)
+    for tail, words in zip(tails, dealt_tails, strict=True):
+        tail.add(total, bits, words, opened + NARROW_OFFSET, up)
+    return total.reshape(shape).to(narrow.device)
 
 
 def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:
     """Cost of `apply` for `count` elements; factor_shift: the bits that its factor loses."""
     first = Cost(rounds=1, online=8 * count, offline=function.comparer.dealt_bytes * count)
     second = Cost(rounds=1, online=10 * count)
-    words = sum(
-        formula.words * (PARTS if tail is None else tail.payloads)
-        for formula, tail in function.pieces
-    )
+    factors = 0 if factor_shift is None else 1
+    inside, tails = function.selections(FRACTIONAL_BITS)
+    words = sum(selection.words(factors) for selection in (inside, *tails))
     if factor_shift is not None:
         first = first.beside(truncate_cost(count, factor_shift))
         second = second.beside(open_masked_cost(count))
-        words *= 2
     return first + second + evaluate_cost(count, function.table) + Cost(offline=8 * words * count)
 
 
@@ -219,28 +205,3 @@ def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tens
     for i in range(1, len(found)):
         byte = byte | found[i] << (comparer.bits * i)
     return byte
-
-
-def _payload(
-    tail: Tail | None, value_mask: torch.Tensor, mask: torch.Tensor, shift: int
-) -> torch.Tensor:
-    """What the dealer multiplies by the products of mask bits."""
-    if tail is None:
-        return truncation_parts(value_mask, shift)
-    parts = truncation_parts(mask, 0)
-    return parts if tail.slope else parts[:, :1]
-
-
-def _weights(
-    tail: Tail | None, value: torch.Tensor, opened: torch.Tensor, shift: int, out_frac: int
-) -> torch.Tensor:
-    """What the parties multiply the results by, so that they add up to the piece's value."""
-    if tail is None:
-        return Truncation(value, shift).weights
-    constant = round(tail.value * 2**out_frac)
-    if not tail.slope:
-        return torch.full((len(opened), 1), constant, device=opened.device)
-    weights = Truncation(opened + NARROW_OFFSET, 0).weights * tail.slope
-    weights <<= out_frac - FRACTIONAL_BITS
-    weights[:, 0] += constant
-    return weights

@@ -19,7 +19,7 @@ from tests.protocols.harness import run, words
 
 FORMULAS = {
     "less than": LESS_THAN,
-    "at least": rectify._POSITIVE,
+    "at least": rectify._POSITIVE.formula,
     "less than, short": peak._LESS,
     "zero or one": power._ZERO_OR_ONE,
     "between": Formula(added(shifted(Digits(9, 9).less, 4), Digits(9, 9).less, -1)),

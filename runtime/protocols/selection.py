@@ -1,0 +1,140 @@
+"""A line of a truncated secret where secret bits say so, and nothing elsewhere.
+
+A polynomial b of opened bits is a public combination of dealt words, and so is b times a masked
+number (`formula`). Of x that is open as z = x + 2**30 + r modulo 2**32, x >> shift is a public
+combination of 1, r >> shift and the top bit of r (`truncate.Truncation`). So
+
+    b (scale (x >> shift) + constant) = (scale base + constant) b - scale b low + scale wrap b top
+
+with `base` and `wrap` public, and b, b low and b top combinations of dealt words. For the same
+times y, open as y' = y + s, the dealer shares all the words once more times s: it is y' times what
+the first words give less what the second ones do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.context import Context
+from runtime.kernels.compiled import compiled
+from runtime.protocols.formula import Formula
+from runtime.protocols.truncate import PARTS
+from runtime.values import Masked
+
+
+@dataclass(frozen=True)
+class Line:
+    """scale * (x >> shift) + constant, modulo 2**64, of a number x of less than 30 bits."""
+
+    shift: int = 0
+    scale: int = 1
+    constant: int = 0
+
+    @property
+    def parts(self) -> int:
+        """Numbers that the dealer multiplies by the products of mask bits: 1, low and top."""
+        return PARTS if self.scale else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A line where a formula of bits says so."""
+
+    formula: Formula
+    line: Line
+
+    def words(self, factors: int = 0) -> int:
+        """How many words are dealt for an element."""
+        return self.formula.words * self.line.parts * (1 + factors)
+
+    def deal(
+        self, ctx: Context, bit_mask: torch.Tensor, mask: torch.Tensor, factor: Masked | None
+    ) -> torch.Tensor:
+        """Shares of the words for elements [n], int64 [n, parts, words of the formula].
+
+        bit_mask: uint8 [n], of the bits. mask: int32 [n], of x. factor: y, opened.
+        """
+        parts = self.line.parts * (1 if factor is None else 2)
+        shape = (len(mask), parts, self.formula.words)
+
+        def secret() -> torch.Tensor:
+            out = torch.empty(shape, dtype=torch.int64)
+            times = _words_of(factor.mask if factor else None)
+            _write_words(
+                bit_mask.cpu().numpy(), self.formula.products, mask.cpu().numpy(),
+                self.line.shift, self.line.parts, times, out.numpy(),
+            )  # fmt: skip
+            return out
+
+        return ctx.deal(shape, secret)
+
+    def add(
+        self,
+        total: torch.Tensor,
+        bits: torch.Tensor,
+        words: torch.Tensor,
+        opened: torch.Tensor,
+        factor: Masked | None,
+    ) -> None:
+        """Add shares of the value to `total`, int64 [n] on the CPU.
+
+        bits: uint8 [n], opened. words: of `deal`. opened: int32 [n], z. factor: as in `deal`.
+        """
+        line, times = self.line, _words_of(factor.opened if factor else None)
+        _add_line(
+            bits.cpu().numpy(), self.formula.coefficients, words.cpu().numpy(),
+            opened.cpu().numpy(), line.shift, line.scale, line.constant, times, total.numpy(),
+        )  # fmt: skip
+
+
+def _words_of(values: torch.Tensor | None) -> np.ndarray:
+    return np.empty(0, np.int64) if values is None else values.cpu().numpy()
+
+
+@compiled()
+def _write_words(  # type: ignore[no-untyped-def]
+    bits, products, mask, shift, parts, factors, out
+):
+    for i in range(mask.shape[0]):
+        row = products[bits[i]]
+        low = (np.int64(mask[i]) & 0xFFFFFFFF) >> shift
+        for part in range(out.shape[1]):
+            which = part % parts
+            number = low if which == 1 else np.int64(mask[i] < 0) if which else np.int64(1)
+            if part >= parts:
+                number *= factors[i]
+            target = out[i, part]
+            for j in range(products.shape[1]):
+                target[j] = number * row[j]
+
+
+@compiled()
+def _add_line(  # type: ignore[no-untyped-def]
+    bits, coefficients, words, opened, shift, scale, constant, factors, total
+):
+    crossed = factors.shape[0] > 0
+    parts = words.shape[1] // 2 if crossed else words.shape[1]
+    weights = np.zeros(PARTS, np.int64)
+    weights[1] = -scale
+    for i in range(opened.shape[0]):
+        z = np.int64(opened[i]) & 0xFFFFFFFF
+        weights[0] = scale * ((z >> shift) - (1 << (30 - shift))) + constant
+        # The sum with the mask wrapped if the mask has its top bit set and z has not.
+        weights[2] = scale << (32 - shift) if opened[i] >= 0 else 0
+        row = coefficients[bits[i]]
+        value = np.int64(0)
+        for part in range(words.shape[1]):
+            dealt = words[i, part]
+            found = np.int64(0)
+            for j in range(coefficients.shape[1]):
+                found += row[j] * dealt[j]
+            if not crossed:
+                value += weights[part] * found
+            elif part < parts:
+                value += weights[part] * found * factors[i]
+            else:
+                value -= weights[part - parts] * found
+        total[i] += value
