@@ -30,10 +30,10 @@ from runtime.messages import Protocol, together
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.formula import Formula, added, conjunction, open_bits
 from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
+from runtime.protocols.local import ghost
 from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import NARROW_OFFSET, Truncation, top_bit, truncation_parts
-from runtime.spec import Cost
-from runtime.values import logical_shift
+from runtime.protocols.truncate import NARROW_OFFSET, base_of, truncation_words, wrap_of
+from runtime.spec import CLIENT, DEALER, Cost
 
 MAX_EXPONENT = 53
 """V must be below 2**54."""
@@ -86,6 +86,11 @@ class Octaves:
     def bottom(self, level: int) -> int:
         """The exponent of the power of two at which a level begins, after `lift`."""
         return self.low + self.lift + self.step * level
+
+    @cached_property
+    def drops(self) -> np.ndarray:
+        """For each level the bits by which V is shifted down to the units of its table."""
+        return np.array([self.bottom(k) - _STEP_BITS - _LEAST for k in range(self.levels)])
 
     @cached_property
     def layout(self) -> tuple[np.ndarray, int]:
@@ -173,15 +178,16 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     places, size = spec.layout
     if levels > 1:
         tables = ctx.deal_bits((count, size), lambda: _one_hot(mask, places, size))
-    lifted = share if share.is_meta else share << spec.lift
+    lifted = share << spec.lift if spec.lift and not share.is_meta else share
     opened = yield from open_under(ctx, lifted, mask)
-    value = evaluate(ctx, _positions(opened, spec), _positions(mask, spec), spec.table)
+    # Only the dealer's mask is asked for.
+    masks = _positions(mask, spec) if ctx.party == DEALER else mask
+    value = evaluate(ctx, _positions(opened, spec), masks, spec.table)
     value = take_window(value, WINDOW_BITS).reshape(count, levels)
     value_mask = ctx.mask((count, levels), torch.int32)
     shift = _NARROW_FRAC - spec.mantissa_bits
     mantissa = open_under(ctx, value, value_mask, NARROW_OFFSET)
-    low = ctx.deal((count,), lambda: truncation_parts(value_mask[:, -1], shift)[:, 1])
-    top = ctx.deal((count,), lambda: top_bit(value_mask[:, -1]))
+    last = ctx.deal((2, count), lambda: truncation_words(value_mask[:, -1], shift))
     if levels > 1:
         bit_mask = ctx.mask_bits((count, levels - 1))
         words = _ZERO_OR_ONE.deal(ctx, bit_mask, lambda: _payload(value_mask, shift), _SHARED)
@@ -189,20 +195,16 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
         value, bits = yield from together(mantissa, equal)
     else:
         value = yield from mantissa
-    below = torch.empty((count, levels - 1), dtype=torch.int64, device=share.device)
     if share.is_meta:
-        return torch.empty((count, levels), dtype=torch.int64, device="meta"), below
-    parts = Truncation(value, shift)
-    result = torch.zeros((count, levels), dtype=torch.int64, device=share.device)
-    result[:, -1] = ctx.public(parts.base[:, -1]) - low + parts.wrap[:, -1] * top
+        return ghost((count, levels)), ghost((count, levels - 1))
+    found = torch.empty((count, 0, _SHARED), dtype=torch.int64, device=share.device)
     if levels > 1:
         found = _ZERO_OR_ONE.evaluate(bits, words)
-        below, low_here, top_here, low_before, top_before = found.unbind(-1)
-        # If V is below level k, then k and all above it are out, and it may be in k - 1.
-        result[:, 1:] -= parts.base[:, 1:] * below - low_here + parts.wrap[:, 1:] * top_here
-        before = parts.base[:, :-1] * below - low_before + parts.wrap[:, :-1] * top_before
-        result[:, :-1] += before
-    return result, below
+    result = np.empty((count, levels), np.int64)
+    _choose_cpu(
+        *(word.cpu().numpy() for word in (value, found, last)), shift, ctx.party == CLIENT, result
+    )
+    return torch.from_numpy(result).to(share.device), found[..., 0]
 
 
 def find_octave_cost(spec: Octaves, count: int) -> Cost:
@@ -255,15 +257,18 @@ def _positions(words: torch.Tensor, spec: Octaves) -> torch.Tensor:
     """V (or its mask) in the units of every level's table, flattened [n * levels]."""
     if words.is_meta:
         return torch.empty(len(words) * spec.levels, dtype=torch.int64, device="meta")
-    drops = [spec.bottom(k) - _STEP_BITS - _LEAST for k in range(spec.levels)]
-    parts = [logical_shift(words, d) if d >= 0 else words << -d for d in drops]
-    return torch.stack(parts, -1).reshape(-1)
+    out = np.empty((len(words), spec.levels), np.int64)
+    _positions_cpu(words.cpu().numpy(), spec.drops, out)
+    return torch.from_numpy(out.reshape(-1)).to(words.device)
 
 
 def _payload(value_mask: torch.Tensor, shift: int) -> torch.Tensor:
     """One, the words of the mantissa that a comparison shuts out, and of that which it lets in."""
-    parts = truncation_parts(value_mask, shift)
-    return torch.cat([parts[:, 1:], parts[:, :-1, 1:]], -1)
+    low, top = truncation_words(value_mask, shift).numpy()
+    out = np.ones((len(low), low.shape[1] - 1, _SHARED), np.int64)
+    out[..., 1], out[..., 2] = low[:, 1:], top[:, 1:]
+    out[..., 3], out[..., 4] = low[:, :-1], top[:, :-1]
+    return torch.from_numpy(out)
 
 
 def _one_hot(mask: torch.Tensor, places: np.ndarray, size: int) -> torch.Tensor:
@@ -281,6 +286,33 @@ def _equalities(opened: torch.Tensor, tables: torch.Tensor, places: np.ndarray) 
     out = np.zeros(shape, np.uint8)
     _equalities_cpu(opened.cpu().numpy(), tables.cpu().numpy(), places, out)
     return torch.from_numpy(out).to(opened.device)
+
+
+@compiled()
+def _positions_cpu(words, drops, out):  # type: ignore[no-untyped-def]
+    for i in range(words.shape[0]):
+        word = np.uint64(words[i])
+        for k in range(drops.shape[0]):
+            drop = drops[k]
+            moved = word >> np.uint64(drop) if drop >= 0 else word << np.uint64(-drop)
+            out[i, k] = np.int64(moved)
+
+
+@compiled()
+def _choose_cpu(value, found, last, shift, at_client, out):  # type: ignore[no-untyped-def]
+    levels = value.shape[1]
+    for i in range(value.shape[0]):
+        z = value[i, levels - 1]
+        base = base_of(z, shift, WINDOW_BITS) if at_client else np.int64(0)
+        out[i, levels - 1] = base - last[0, i] + wrap_of(z, shift, WINDOW_BITS) * last[1, i]
+        # If V is below level k, then k and all above it are out, and it may be in k - 1.
+        for k in range(levels - 1, 0, -1):
+            below, low, top, low_before, top_before = found[i, k - 1]
+            base, wrap = base_of(z, shift, WINDOW_BITS), wrap_of(z, shift, WINDOW_BITS)
+            out[i, k] -= base * below - low + wrap * top
+            z = value[i, k - 1]
+            base, wrap = base_of(z, shift, WINDOW_BITS), wrap_of(z, shift, WINDOW_BITS)
+            out[i, k - 1] = base * below - low_before + wrap * top_before
 
 
 @compiled()

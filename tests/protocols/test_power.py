@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from runtime.protocols.power import Power, power, power_cost
+from runtime.protocols.power import (
+    Octaves,
+    Power,
+    _choose_cpu,
+    _positions,
+    level_table,
+    power,
+    power_cost,
+)
+from runtime.protocols.truncate import Truncation
 from runtime.simulate import Simulation
-from tests.protocols.harness import integers, run
+from runtime.values import logical_shift
+from tests.protocols.harness import integers, run, words
 
 
 @pytest.mark.parametrize(
@@ -50,3 +61,35 @@ def test_beyond_the_octaves_nothing_is_larger_than_the_largest_result(spec: Powe
     result, _ = run(simulation, lambda ctx, p: power(ctx, shares[p].share, spec))
     largest = (2.0**spec.low * 2.0**-spec.v_frac) ** spec.exponent * 2.0**spec.out_frac
     assert result.double().abs().max() < 1.25 * largest
+
+
+@pytest.mark.parametrize(
+    "spec", [Octaves(0, 9, 16, 2, level_table(np.sqrt, 2)), Power(-1.0, 17, 16, 45).octaves]
+)
+def test_positions_are_shifted_words(spec: Octaves) -> None:
+    """To the bit, up for the lowest levels and down for the others."""
+    some = torch.cat([words(500, -(2**63), 2**63 - 1), torch.tensor([0, -1, -(2**63)])])
+    expected = [
+        logical_shift(some, drop) if drop >= 0 else some << -drop for drop in spec.drops.tolist()
+    ]
+    assert torch.equal(_positions(some, spec), torch.stack(expected, -1).reshape(-1))
+
+
+@pytest.mark.parametrize("at_client", [False, True])
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_the_level_is_chosen_as_words_of_tensors_say(levels: int, at_client: bool) -> None:
+    """To the bit, on words that belong to no value."""
+    count, shift = 70, 12
+    value = words(count * levels, -(2**31), 2**31 - 1).reshape(count, levels).int()
+    found = words(count * (levels - 1) * 5, -(2**63), 2**63 - 1, 1).reshape(count, levels - 1, 5)
+    last = words(2 * count, -(2**63), 2**63 - 1, 2).reshape(2, count)
+    out = np.empty((count, levels), np.int64)
+    _choose_cpu(value.numpy(), found.numpy(), last.numpy(), shift, at_client, out)
+
+    x, expected = Truncation(value, shift), torch.zeros((count, levels), dtype=torch.int64)
+    public = x.base[:, -1] if at_client else 0
+    expected[:, -1] = public - last[0] + x.wrap[:, -1] * last[1]
+    below, low, top, low_before, top_before = found.unbind(-1)
+    expected[:, 1:] -= x.base[:, 1:] * below - low + x.wrap[:, 1:] * top
+    expected[:, :-1] += x.base[:, :-1] * below - low_before + x.wrap[:, :-1] * top_before
+    assert np.array_equal(out, expected.numpy())
