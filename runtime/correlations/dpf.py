@@ -210,13 +210,9 @@ def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct
     A leaf holds 128 of them: the early termination of that paper.
     """
 
-    index = np.ascontiguousarray(index, np.int64)
-    low = index % LEAF_BITS
-    one = np.uint64(1) << (low & 63).astype(np.uint64)
-    payload = np.where((low >> 6)[:, None] == np.arange(BLOCK_WORDS), one[:, None], np.uint64(0))
-    return lambda roots: correct(
-        roots, index // LEAF_BITS, payload, depth, generator, additive=False
-    )
+    leaf, payload = np.empty(len(index), np.int64), np.zeros((len(index), BLOCK_WORDS), np.uint64)
+    _set_bits(index, leaf, payload)
+    return lambda roots: correct(roots, leaf, payload, depth, generator, additive=False)
 
 
 def parities(
@@ -258,6 +254,14 @@ def parities_by_library(
         _step_down(seeds, bits, left, right, word, turns, each, found)
     leaves = generator.value(seeds)[0] ^ seeds
     _count_before(leaves, bits, keys.corrections[:, -BLOCK_WORDS:], flat, each, found)
+
+
+@compiled()
+def _set_bits(index, leaf, payload):  # type: ignore[no-untyped-def]
+    """The leaf that holds a bit, and the leaf's words with this bit alone."""
+    for i in range(index.shape[0]):
+        leaf[i] = index[i] // LEAF_BITS
+        payload[i, (index[i] >> 6) % BLOCK_WORDS] = np.uint64(1) << np.uint64(index[i] & 63)
 
 
 @compiled()

@@ -282,10 +282,14 @@ def split_mask(
     length = k.shape[2]
     if mask is None:
         return torch.ones((batch * heads * new, length), dtype=torch.bool), None
-    full = mask.cpu().expand(batch, heads, new, length).reshape(-1, length)
-    valid = full > MASKED_SCORE
-    bias = torch.where(valid, full, torch.zeros_like(full))
-    return valid, bias if bool(bias.any()) else None
+    mask = mask.cpu()
+    valid = mask > MASKED_SCORE
+    bias = torch.where(valid, mask, 0.0)
+
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values.expand(batch, heads, new, length).reshape(-1, length)
+
+    return rows(valid), rows(bias) if bool(bias.any()) else None
 
 
 @cache

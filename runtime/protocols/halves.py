@@ -23,6 +23,7 @@ from runtime.correlations.dpf import (
     parities,
     sharing_bits,
 )
+from runtime.kernels.compiled import compiled
 from runtime.protocols.formula import Polynomial
 from runtime.spec import CLIENT
 
@@ -54,7 +55,7 @@ class Halves:
         """Keys of the masks [count] that `mask` gives at the dealer, modulo 2**width."""
 
         def correct(roots: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-            index = mask().cpu().numpy() & (2**self.width - 1)
+            index = mask().cpu().long().numpy() & (2**self.width - 1)
             return sharing_bits(index, self._depth, Generator(1))(roots)
 
         keys = ctx.deal_keys(count, key_words(self._depth, BLOCK_WORDS), correct)
@@ -64,13 +65,31 @@ class Halves:
         """XOR shares of the top bit of v - r for points v [T, n]: uint8 [T, n]."""
         if dealt.keys is None:
             return torch.empty(points.shape, dtype=torch.uint8, device="meta")
-        ones = 2**self.width - 1
-        first = points.cpu().numpy().T + 1
-        # v - r is in the upper half for the r from v + 1 on, half of all.
-        begin, end = first & ones, (first + (ones + 1) // 2) & ones
-        places = np.concatenate([begin, end], 1)
+        values = points.cpu().numpy()
+        places = np.empty((values.shape[1], 2 * len(values)), np.int64)
+        _find_places(values, self.width, places)
         found = parities(dealt.keys, places, self._depth, dealt.party, Generator(1))
-        result = found[:, : len(points)] ^ found[:, len(points) :]
-        if dealt.party == CLIENT:
-            result ^= (begin > end).astype(np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(result.T)).to(points.device)
+        out = torch.empty(points.shape, dtype=torch.uint8)
+        _join(found, places, dealt.party == CLIENT, out.numpy())
+        return out.to(points.device)
+
+
+@compiled()
+def _find_places(points, width, places):  # type: ignore[no-untyped-def]
+    """Between which places r is if v - r is in the upper half: from v + 1 on, half of all."""
+    ones, thresholds = (1 << width) - 1, points.shape[0]
+    for t in range(thresholds):
+        row = points[t]
+        for i in range(points.shape[1]):
+            places[i, t] = (row[i] + 1) & ones
+            places[i, thresholds + t] = (row[i] + 1 + (ones + 1) // 2) & ones
+
+
+@compiled()
+def _join(found, places, flips, out):  # type: ignore[no-untyped-def]
+    """Whether r is between the places; where they go past the end the client's share is flipped."""
+    thresholds = out.shape[0]
+    for i in range(found.shape[0]):
+        for t in range(thresholds):
+            bit = found[i, t] ^ found[i, thresholds + t]
+            out[t, i] = bit ^ (flips and places[i, t] > places[i, thresholds + t])

@@ -111,10 +111,21 @@ def _depth(table: Table) -> int:
 
 def _row(mask: torch.Tensor, table: Table) -> tuple[np.ndarray, np.ndarray]:
     """The number of a mask's window and what stands there: for the dealer."""
-    words = mask.cpu().long().numpy()
-    low = (words & ((1 << table.step_bits) - 1)) >> table.drop
-    powers = np.stack([np.ones_like(low), low, low * low, low * low * low], 1)
-    return (words >> table.step_bits) & (table.windows - 1), powers
+    words = mask.cpu().long().numpy().reshape(-1)
+    index, powers = np.empty(len(words), np.int64), np.empty((len(words), _WORDS), np.int64)
+    _write_rows(words, table.windows, table.step_bits, table.drop, index, powers)
+    return index, powers
+
+
+@compiled()
+def _write_rows(words, windows, step_bits, drop, index, powers):  # type: ignore[no-untyped-def]
+    ones = (np.int64(1) << step_bits) - 1
+    for i in range(words.shape[0]):
+        index[i] = (words[i] >> step_bits) & (windows - 1)
+        low, power = (words[i] & ones) >> drop, np.int64(1)
+        for k in range(powers.shape[1]):
+            powers[i, k] = power
+            power *= low
 
 
 def evaluate_by_instructions(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from runtime.context import Context
+from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol, together
 from runtime.protocols.compare import WINDOW_BITS, take_window
 from runtime.protocols.digits import Digits
@@ -198,10 +199,20 @@ def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tens
     if opened.is_meta:
         return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
     comparer = function.comparer
-    thresholds = torch.tensor(function.thresholds, device=opened.device)
-    points = ((opened.long() - function.table.start) >> function.end_bits) - thresholds[:, None]
-    found = comparer.look_up(points, dealt)
+    points = np.empty((len(function.thresholds), len(opened)), np.int64)
+    thresholds = np.array(function.thresholds)
+    start, end_bits = function.table.start, function.end_bits
+    _subtract_ends(opened.cpu().numpy(), start, end_bits, thresholds, points)
+    found = comparer.look_up(torch.from_numpy(points).to(opened.device), dealt)
     byte = found[0]
     for i in range(1, len(found)):
         byte = byte | found[i] << (comparer.bits * i)
     return byte
+
+
+@compiled()
+def _subtract_ends(opened, start, end_bits, thresholds, points):  # type: ignore[no-untyped-def]
+    for t in range(points.shape[0]):
+        row = points[t]
+        for i in range(row.shape[0]):
+            row[i] = ((np.int64(opened[i]) - start) >> end_bits) - thresholds[t]
