@@ -28,15 +28,30 @@ class Shared:
 
 
 @dataclass
+class Room:
+    """Tensors that begin with those of a cache [..., rows, D], and have room for rows to come.
+
+    used: how many rows belong to a cache already. They never change, as one cache may be continued
+    in two ways: rows are written behind them, and only to continue the longest cache.
+    """
+
+    opened: torch.Tensor
+    mask: torch.Tensor
+    used: int
+
+
+@dataclass
 class Masked:
     """A value opened once under a mask: both know `opened` = value * 2**frac + mask mod 2**64.
 
-    mask: this party's additive share of the mask; at the dealer, the mask itself.
+    mask: this party's additive share of the mask; at the dealer, the mask itself. room: of a cache,
+    what it is the beginning of.
     """
 
     opened: torch.Tensor
     mask: torch.Tensor
     frac: int
+    room: Room | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -47,12 +62,14 @@ class Masked:
 class Sent:
     """A value opened to the server alone: it knows `opened` = value * 2**frac - mask mod 2**64.
 
-    mask: known to the client and the dealer; a meta tensor at the server.
+    mask: known to the client and the dealer; a meta tensor at the server. room: of a cache, what
+    it is the beginning of.
     """
 
     opened: torch.Tensor
     mask: torch.Tensor
     frac: int
+    room: Room | None = None
 
     @property
     def shape(self) -> torch.Size:

@@ -10,7 +10,11 @@ from runtime.context import Context
 from runtime.messages import Protocol
 from runtime.op import Op
 from runtime.spec import Cost
-from runtime.values import Masked, Sent
+from runtime.values import Masked, Room, Sent
+
+_LEAST_ROOM = 64
+_SHARE_OF_ROOM = 4
+"""A cache that has outgrown its tensors gets room for so many rows, or a quarter of its length."""
 
 
 class CacheAppend(Op):
@@ -34,11 +38,21 @@ class CacheAppend(Op):
     def protocol(cls, ctx: Context, past: Masked | Sent, new: Masked | Sent) -> Protocol:
         """Concatenate two opened wires: an entry is opened once, when it enters the cache.
 
-        No messages; what was opened under its own mask stays as it is.
+        No messages; what was opened under its own mask stays as it is. The cache is not copied
+        while it has room (`Room`).
         """
         yield from ()
-        opened = torch.cat([past.opened, new.opened], -2)
-        return type(past)(opened, torch.cat([past.mask, new.mask], -2), new.frac)
+        length, total = past.shape[-2], past.shape[-2] + new.shape[-2]
+        room = past.room
+        if room is None or room.used != length or room.opened.shape[-2] < total:
+            more = max(_LEAST_ROOM, total // _SHARE_OF_ROOM)
+            opened, mask = (_longer(part, total + more) for part in (past.opened, past.mask))
+            room = Room(opened, mask, length)
+        for part, rows in ((room.opened, new.opened), (room.mask, new.mask)):
+            part[..., length:total, :] = rows
+        room.used = total
+        opened, mask = (part.narrow(-2, 0, total) for part in (room.opened, room.mask))
+        return type(past)(opened, mask, new.frac, room)
 
     @classmethod
     def stock(cls, past: Any, new: Any) -> Any:
@@ -46,3 +60,10 @@ class CacheAppend(Op):
         from runtime import crypten_compat as crypten
 
         return crypten.cat([past, new], -2)
+
+
+def _longer(part: torch.Tensor, rows: int) -> torch.Tensor:
+    """A tensor of so many rows that begins with `part`; without data where that has none."""
+    longer = part.new_empty((*part.shape[:-2], rows, part.shape[-1]))
+    longer[..., : part.shape[-2], :] = part
+    return longer
