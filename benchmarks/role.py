@@ -25,6 +25,7 @@ from runtime import crypten_compat as crypten
 from runtime.bundle import load_bundle, role_path
 from runtime.memory import keep_freed_memory, peak_bytes
 from runtime.network import NETWORKS
+from runtime.ops.cache_append import make_room
 from runtime.party import compute, deal
 from runtime.program import FINISH, Phase, RoleProgram
 from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
@@ -115,7 +116,16 @@ def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any
             )
         else:
             inputs[spec.name] = Masked(opened, mask, spec.frac)
+        if isinstance(inputs[spec.name], (Masked, Sent)):
+            inputs[spec.name] = in_room(inputs[spec.name])
     return inputs
+
+
+def in_room(cache: Masked | Sent) -> Masked | Sent:
+    """A cache as almost every step of a session finds it: with room for the next entry."""
+    room = make_room(cache, 1)
+    opened, mask = (part[..., : room.used, :] for part in (room.opened, room.mask))
+    return type(cache)(opened, mask, cache.frac, room)
 
 
 def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, Any]:

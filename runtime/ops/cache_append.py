@@ -45,9 +45,7 @@ class CacheAppend(Op):
         length, total = past.shape[-2], past.shape[-2] + new.shape[-2]
         room = past.room
         if room is None or room.used != length or room.opened.shape[-2] < total:
-            more = max(_LEAST_ROOM, total // _SHARE_OF_ROOM)
-            opened, mask = (_longer(part, total + more) for part in (past.opened, past.mask))
-            room = Room(opened, mask, length)
+            room = make_room(past, new.shape[-2])
         for part, rows in ((room.opened, new.opened), (room.mask, new.mask)):
             part[..., length:total, :] = rows
         room.used = total
@@ -60,6 +58,14 @@ class CacheAppend(Op):
         from runtime import crypten_compat as crypten
 
         return crypten.cat([past, new], -2)
+
+
+def make_room(cache: Masked | Sent, new: int) -> Room:
+    """A copy of a cache with room for `new` rows, and for more to come."""
+    length = cache.shape[-2]
+    rows = length + new + max(_LEAST_ROOM, (length + new) // _SHARE_OF_ROOM)
+    opened, mask = (_longer(part, rows) for part in (cache.opened, cache.mask))
+    return Room(opened, mask, length)
 
 
 def _longer(part: torch.Tensor, rows: int) -> torch.Tensor:
