@@ -20,8 +20,9 @@ import torch
 
 from runtime.context import Context
 from runtime.kernels.compiled import compiled
+from runtime.protocols.compare import WINDOW_BITS
 from runtime.protocols.formula import Formula
-from runtime.protocols.truncate import PARTS
+from runtime.protocols.truncate import PARTS, base_of, wrap_of
 from runtime.values import Masked
 
 
@@ -120,10 +121,8 @@ def _add_line(  # type: ignore[no-untyped-def]
     weights = np.zeros(PARTS, np.int64)
     weights[1] = -scale
     for i in range(opened.shape[0]):
-        z = np.int64(opened[i]) & 0xFFFFFFFF
-        weights[0] = scale * ((z >> shift) - (1 << (30 - shift))) + constant
-        # The sum with the mask wrapped if the mask has its top bit set and z has not.
-        weights[2] = scale << (32 - shift) if opened[i] >= 0 else 0
+        weights[0] = scale * base_of(opened[i], shift, WINDOW_BITS) + constant
+        weights[2] = scale * wrap_of(opened[i], shift, WINDOW_BITS)
         row = coefficients[bits[i]]
         value = np.int64(0)
         for part in range(words.shape[1]):
