@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ from runtime.values import (
 )
 
 _INT32_LIMIT = 2**31 - 1
+
+_CPU = torch.device("cpu")
+
+_PARTS: dict[type[Any], tuple[str, ...]] = {
+    Shared: ("share",),
+    Masked: ("opened", "mask"),
+    Sent: ("opened", "mask"),
+}
+"""The tensors that a secret value consists of, in their order."""
+
+_SECRET = tuple(_PARTS)
 
 _PIECE = 1 << 20
 """Elements of a weight that are encoded at once."""
@@ -82,17 +94,13 @@ class Executor:
         self._weights: dict[str, Constant] = {}
         self._encoded = dict(encoded or {})
         self._kept = kept
-        self.plan = [Planned(instruction) for instruction in program.instructions]
+        self.plan = [Planned(item, context.device) for item in program.instructions]
         self._parts = self._weight_parts()
-        index = {planned.instruction.name: i for i, planned in enumerate(self.plan)}
+        index = {planned.name: i for i, planned in enumerate(self.plan)}
         self.dependencies = [
             {index[name] for name in planned.refs if name in index} for planned in self.plan
         ]
-        self._defined = [(planned.instruction.name, planned.refs) for planned in self.plan]
-        self._consumers: list[list[int]] = [[] for _ in self.plan]
-        for i, operands in enumerate(self.dependencies):
-            for j in operands:
-                self._consumers[j].append(i)
+        self._schedules: dict[tuple[frozenset[str], tuple[str, ...]], _Schedule] = {}
 
     def setup(self) -> None:
         """Load the constants, and put the server's weights under their static masks."""
@@ -133,26 +141,25 @@ class Executor:
         An input may stand for the result of an instruction. `record` then says what it cost.
         """
         self.record = StepRecord()
-        wanted = self.program.outputs if outputs is None else outputs
-        active = set(needed(self._defined, inputs, wanted))
-        values: dict[str, Any] = dict(inputs)
-        left = [len(operands & active) for operands in self.dependencies]
-        uses = self._uses(active, wanted)
-        ready = [i for i in sorted(active) if left[i] == 0]
+        wanted = tuple(self.program.outputs if outputs is None else outputs)
+        schedule = self._schedule(frozenset(inputs), wanted)
+        values: dict[str, Any] = {**self._held, **inputs}
+        left, uses, ready = schedule.left.copy(), schedule.uses.copy(), schedule.ready.copy()
         waiting: dict[int, tuple[Protocol, Any]] = {}
         spent: defaultdict[int, _Spent] = defaultdict(_Spent)
         rounds = 0
 
         def finish(i: int, result: Any) -> None:
-            values[self.plan[i].instruction.name] = result
-            for j in self._consumers[i]:
+            planned = self.plan[i]
+            values[planned.name] = result
+            for j in schedule.consumers[i]:
                 left[j] -= 1
-                if left[j] == 0 and j in active:
+                if left[j] == 0:
                     heapq.heappush(ready, j)
-            for name in self.plan[i].refs:
+            for name in planned.refs:
                 uses[name] -= 1
                 if uses[name] == 0:
-                    values.pop(name, None)
+                    del values[name]
 
         def advance(i: int, protocol: Protocol, reply: Any) -> None:
             before = self.context.offline_bytes
@@ -188,42 +195,46 @@ class Executor:
     def _note(self, rounds: int, spent: Mapping[int, _Spent]) -> None:
         for i, of in spent.items():
             cost = Cost(of.rounds, of.online, of.offline)
-            self.record.by_instruction[self.plan[i].instruction.name] = cost
+            self.record.by_instruction[self.plan[i].name] = cost
         online = sum(of.online for of in spent.values())
         offline = sum(of.offline for of in spent.values())
         self.record.total = Cost(rounds, online, offline)
 
-    def _uses(self, active: Collection[int], wanted: Collection[str]) -> dict[str, int]:
-        uses: dict[str, int] = {}
-        for i in active:
-            for name in self.plan[i].refs:
-                uses[name] = uses.get(name, 0) + 1
-        for name in wanted:
-            uses[name] = uses.get(name, 0) + 1
-        return uses
+    def _schedule(self, given: frozenset[str], wanted: tuple[str, ...]) -> _Schedule:
+        """The schedule of a step, made when such a step is first run."""
+        if (given, wanted) not in self._schedules:
+            defined = [(planned.name, planned.refs) for planned in self.plan]
+            active = needed(defined, given, wanted)
+            uses = Counter(wanted)
+            consumers: list[list[int]] = [[] for _ in self.plan]
+            left = [0] * len(self.plan)
+            for i in active:
+                uses.update(self.plan[i].refs)
+                operands = self.dependencies[i].intersection(active)
+                left[i] = len(operands)
+                for j in operands:
+                    consumers[j].append(i)
+            ready = [i for i in active if not left[i]]
+            self._schedules[given, wanted] = _Schedule(consumers, left, dict(uses), ready)
+        return self._schedules[given, wanted]
 
     def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
-        args = [self._resolve(arg, values) for arg in planned.instruction.args]
-        kwargs = {
-            key: self._resolve(arg, values) for key, arg in planned.instruction.kwargs.items()
-        }
+        operands = [values[name] for name in planned.refs]
         op = planned.op
         if op is None:
-            return apply_function(self.context, function(planned.instruction.target), args, kwargs)
-        operands = [visibility(value) for value in (*args, *kwargs.values()) if is_tensor(value)]
-        known = op.known_to(*operands)
+            return apply_function(self.context, planned.call, operands)
+        known = op.known_to(*[visibility(value) for value in operands if is_tensor(value)])
         if known is not None:
-            return apply_locally(known, op.reference, args, kwargs)
-        bound = planned.bind(args, kwargs)
+            return apply_locally(known, planned.call, operands)
+        bound = dict(zip(planned.parameters, planned.arguments(operands), strict=True))
         known_of = [visibility(v) if is_tensor(v) else v for v in bound.values()]
         for parameter, form in op.forms(*known_of).items():
             if form in ("share", "fixed", "window") and isinstance(bound[parameter], Masked):
                 masked = bound[parameter]
                 bound[parameter] = Shared(as_share(self.context, masked, masked.frac), masked.frac)
-        for parameter in op.weights:
-            reference = planned.argument(parameter)
-            if isinstance(reference, Ref) and reference.name in self._weights:
-                bound[parameter] = self._weights[reference.name]
+        for parameter, name in planned.constants:
+            if name in self._weights:
+                bound[parameter] = self._weights[name]
         return self._shared(planned, bound)
 
     def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
@@ -232,13 +243,6 @@ class Executor:
         if op is None:
             raise TypeError(f"{planned.instruction.target} has no protocol")
         return _Running(op.protocol(self.context, *bound.values()))
-
-    def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
-        if isinstance(arg, Ref):
-            return values[arg.name] if arg.name in values else self._held[arg.name]
-        if isinstance(arg, (list, tuple)):
-            return [self._resolve(item, values) for item in arg]
-        return decode_literal(arg, self.context.device)
 
     def _weight_bits(self) -> dict[str, int]:
         """The server's constants, held or shared, that an op wants under a static mask.
@@ -250,10 +254,9 @@ class Executor:
         for planned in self.plan:
             if planned.op is None or planned.instruction.vis is not Vis.SHARED:
                 continue
-            for parameter in planned.op.weights:
-                argument = planned.argument(parameter)
-                if isinstance(argument, Ref) and argument.name in held:
-                    bits[argument.name] = planned.argument("bits") or 0
+            for _, name in planned.constants:
+                if name in held:
+                    bits[name] = planned.argument("bits") or 0
         return bits
 
     def _weight_parts(self) -> dict[str, Sequence[int]]:
@@ -351,40 +354,109 @@ class _Running:
     protocol: Protocol
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """What of a step follows from the names of its inputs and outputs, by instruction or value.
+
+    consumers: who waits for an instruction. left: for how many it waits itself. uses: how often a
+    value is read, wanted outputs once more. ready: the instructions that can start at once.
+    """
+
+    consumers: list[list[int]]
+    left: list[int]
+    uses: dict[str, int]
+    ready: list[int]
+
+
 class Planned:
-    """An instruction with what can be looked up before the first step."""
+    """An instruction as a function of its operands: all else is looked up before the first step.
 
-    def __init__(self, instruction: Instruction) -> None:
+    refs: the names of the operands, in the order of the arguments. parameters: of an op, the names
+    of its arguments. constants: those parameters that may be weights, and the names given for them.
+    """
+
+    def __init__(self, instruction: Instruction, device: torch.device = _CPU) -> None:
         self.instruction = instruction
-        name = instruction.target
-        self.op: type[Op] | None = REGISTRY[name[4:]] if name.startswith("mpc.") else None
-        self.refs = list(_refs((*instruction.args, *instruction.kwargs.values())))
-        self._parameters: tuple[str, ...] = ()
-        if self.op is not None:
-            self._parameters = tuple(inspect.signature(self.op.reference).parameters)
-            self._defaults = {
-                key: parameter.default
-                for key, parameter in inspect.signature(self.op.reference).parameters.items()
-                if parameter.default is not inspect.Parameter.empty
-            }
+        self.name, target = instruction.name, instruction.target
+        self.op: type[Op] | None = REGISTRY[target[4:]] if target.startswith("mpc.") else None
+        self.parameters: tuple[str, ...] = ()
+        self._keywords: tuple[str, ...] = ()
+        self._defaults: dict[str, Any] = {}
+        if self.op is None:
+            self._function = function(target)
+            self._keywords = tuple(instruction.kwargs)
+            arguments = [*instruction.args, *instruction.kwargs.values()]
+        else:
+            self._function = self.op.reference
+            self._defaults = _defaults(self.op.reference)
+            self.parameters = tuple(self._defaults)
+            arguments = list(self.bind(instruction.args, instruction.kwargs).values())
+        self.refs = list(_refs(arguments))
+        self._arguments = [_decoded(argument, device) for argument in arguments]
+        self._open = [(i, arg) for i, arg in enumerate(self._arguments) if any(_refs([arg]))]
+        weights = self.op.weights if self.op is not None else ()
+        named = [(parameter, self.argument(parameter)) for parameter in weights]
+        self.constants = [(key, arg.name) for key, arg in named if isinstance(arg, Ref)]
 
-    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All parameters by name, in the order of the schema."""
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        return {key: given.get(key, self._defaults.get(key)) for key in self._parameters}
+    def arguments(self, operands: Sequence[Any]) -> list[Any]:
+        """All arguments, with the operands in the places of the references."""
+        rest = iter(operands)
+        found = self._arguments.copy()
+        for place, argument in self._open:
+            found[place] = next(rest) if isinstance(argument, Ref) else _filled(argument, rest)
+        return found
+
+    def call(self, *operands: Any) -> Any:
+        """The function, or the op's meaning in the clear, of these operands."""
+        return self.apply(self.arguments(operands))
+
+    def apply(self, arguments: Sequence[Any]) -> Any:
+        """The same of all its arguments."""
+        if not self._keywords:
+            return self._function(*arguments)
+        cut = len(arguments) - len(self._keywords)
+        named = zip(self._keywords, arguments[cut:], strict=True)
+        return self._function(*arguments[:cut], **dict(named))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters of the op by name, in the order of the schema."""
+        return {**self._defaults, **dict(zip(self._defaults, args, strict=False)), **kwargs}
 
     def in_the_clear(self) -> list[str]:
         """What the instruction reads but for weights, which it uses under their masks."""
         names = list(self.refs)
-        if self.op is not None and self.instruction.vis is Vis.SHARED:
-            for argument in map(self.argument, self.op.weights):
-                if isinstance(argument, Ref):
-                    names.remove(argument.name)
+        if self.instruction.vis is Vis.SHARED:
+            for _, name in self.constants:
+                names.remove(name)
         return names
 
     def argument(self, parameter: str) -> Any:
-        """The unresolved argument of a parameter; None where the op has no such parameter."""
+        """The argument of a parameter as it is written; None where the op has no such parameter."""
         return self.bind(self.instruction.args, self.instruction.kwargs).get(parameter)
+
+
+@cache
+def _defaults(reference: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of an op, and what stands for those that are not given."""
+    parameters = inspect.signature(reference).parameters
+    return {
+        name: None if parameter.default is inspect.Parameter.empty else parameter.default
+        for name, parameter in parameters.items()
+    }
+
+
+def _decoded(arg: Any, device: torch.device) -> Any:
+    """An argument with its literals decoded; references stay."""
+    if isinstance(arg, (list, tuple)):
+        return [_decoded(item, device) for item in arg]
+    return arg if isinstance(arg, Ref) else decode_literal(arg, device)
+
+
+def _filled(arg: Any, operands: Iterator[Any]) -> Any:
+    """A decoded argument with the next operands in the places of its references."""
+    if isinstance(arg, list):
+        return [_filled(item, operands) for item in arg]
+    return next(operands) if isinstance(arg, Ref) else arg
 
 
 def _refs(args: Sequence[Any]) -> Iterator[str]:
@@ -400,16 +472,14 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, Shared, Masked, Sent, Held, Weight))
 
 
-def apply_locally(
-    vis: Vis, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
+def apply_locally(vis: Vis, call: Callable[..., Any], operands: Sequence[Any]) -> Any:
     """Run a plaintext function on public operands and those that one party holds.
 
     Elsewhere the operands are meta tensors, and so is the result.
     """
     if vis is Vis.PUBLIC:
-        return call(*args, **kwargs)
-    away = any(isinstance(v, Held) and v.value.is_meta for v in (*args, *kwargs.values()))
+        return call(*operands)
+    away = any(isinstance(value, Held) and value.value.is_meta for value in operands)
 
     def strip(value: Any) -> Any:
         if isinstance(value, Held):
@@ -418,24 +488,22 @@ def apply_locally(
             return [strip(item) for item in value]
         return value.to("meta") if away and isinstance(value, torch.Tensor) else value
 
-    result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
-    return _wrap(result, lambda tensor: Held(vis, tensor))
+    return _wrap(call(*map(strip, operands)), lambda tensor: Held(vis, tensor))
 
 
-def apply_function(
-    context: Context, call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
-    """Run a structural or public function; on secret values, on each tensor they consist of."""
-    flat = [*args, *kwargs.values()]
-    flat += [item for arg in flat if isinstance(arg, list) for item in arg]
-    secret = [v for v in flat if isinstance(v, (Shared, Masked, Sent))]
+def apply_function(context: Context, call: Callable[..., Any], operands: Sequence[Any]) -> Any:
+    """Run a structural or public function; on secret values, on each tensor they consist of.
+
+    An operand may be a list of values, as a function such as a split gives them.
+    """
+    flat = [v for operand in operands for v in (operand if type(operand) is list else [operand])]
+    secret = [value for value in flat if isinstance(value, _SECRET)]
+    held = [value for value in flat if isinstance(value, Held)]
     if not secret:
-        held = [v for v in flat if isinstance(v, Held)]
-        return apply_locally(held[0].vis if held else Vis.PUBLIC, call, args, kwargs)
-    first = secret[0]
-    if any(type(v) is not type(first) for v in secret) or any(isinstance(v, Held) for v in flat):
-        frac = max(v.frac for v in secret)
-        first = Shared(as_share(context, first, frac), frac)
+        return apply_locally(held[0].vis if held else Vis.PUBLIC, call, operands)
+    kind, frac = type(secret[0]), secret[0].frac
+    if held or any(type(value) is not kind for value in secret):
+        kind, frac = Shared, max(value.frac for value in secret)
 
         def unify(value: Any) -> Any:
             if isinstance(value, list):
@@ -444,34 +512,24 @@ def apply_function(
                 return Shared(as_share(context, value, frac), frac)
             return value
 
-        args = [unify(arg) for arg in args]
-        kwargs = {key: unify(arg) for key, arg in kwargs.items()}
-    if isinstance(first, Shared):
-        return _map(call, args, kwargs, "share", lambda s: Shared(s, first.frac))
-    opened = _map(call, args, kwargs, "opened", lambda tensor: tensor)
-    masks = _map(call, args, kwargs, "mask", lambda tensor: tensor)
-    kind = type(first)
-    if isinstance(opened, torch.Tensor):
-        return kind(opened, masks, first.frac)
-    if not isinstance(opened, list):
-        return opened
-    return [kind(o, m, first.frac) for o, m in zip(opened, masks, strict=True)]
+        operands = [unify(operand) for operand in operands]
+    results = [call(*[_part(v, name) for v in operands]) for name in _PARTS[kind]]
+    return _joined(kind, results, frac)
 
 
-def _map(
-    call: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    part: str,
-    wrap: Callable[[torch.Tensor], Any],
-) -> Any:
-    def strip(value: Any) -> Any:
-        if isinstance(value, (Shared, Masked, Sent)):
-            return value.share if isinstance(value, Shared) else getattr(value, part)
-        return [strip(item) for item in value] if isinstance(value, list) else value
+def _part(value: Any, name: str) -> Any:
+    if isinstance(value, _SECRET):
+        return getattr(value, name)
+    return [_part(item, name) for item in value] if type(value) is list else value
 
-    result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
-    return _wrap(result, wrap)
+
+def _joined(kind: type[Any], results: Sequence[Any], frac: int) -> Any:
+    """The secret value, or the list of them, of which a function gave each tensor by itself."""
+    if isinstance(results[0], torch.Tensor):
+        return kind(*results, frac)
+    if isinstance(results[0], (list, tuple)):
+        return [_joined(kind, parts, frac) for parts in zip(*results, strict=True)]
+    return results[0]
 
 
 def _wrap(result: Any, wrap: Callable[[torch.Tensor], Any]) -> Any:

@@ -7,7 +7,7 @@ tokens, and every op on shares is CrypTen's own. What one party can compute alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from runtime.executor import Planned, apply_locally
 from runtime.op import load_all
 from runtime.program import Ref, RoleProgram, needed
 from runtime.spec import FRACTIONAL_BITS, ROLES, SERVER, Vis
-from runtime.structural import decode_literal, function
 from runtime.values import OWNER, Held, visibility
 
 
@@ -34,7 +33,7 @@ class StockExecutor:
         )
         self._held: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}
-        self._plan = [Planned(instruction) for instruction in program.instructions]
+        self._plan = [Planned(item, self.device) for item in program.instructions]
         self._defined = [(planned.instruction.name, planned.refs) for planned in self._plan]
         self._last_use: dict[str, int] = {}
         for i, planned in enumerate(self._plan):
@@ -86,15 +85,14 @@ class StockExecutor:
         return {name: values[name] for name in wanted}
 
     def _run(self, planned: Planned, values: dict[str, Any]) -> Any:
-        instruction, op = planned.instruction, planned.op
-        args = [self._resolve(arg, values) for arg in instruction.args]
-        kwargs = {key: self._resolve(arg, values) for key, arg in instruction.kwargs.items()}
+        op = planned.op
+        operands = [values[n] if n in values else self._held[n] for n in planned.refs]
         if op is None:
-            return self._move(function(instruction.target), args, kwargs)
-        known = op.known_to(*(_visibility(v) for v in (*args, *kwargs.values()) if _is_tensor(v)))
+            return self._move(planned, operands)
+        known = op.known_to(*(_visibility(value) for value in operands if _is_tensor(value)))
         if known is not None:
-            return apply_locally(known, op.reference, args, kwargs)
-        bound = planned.bind(args, kwargs)
+            return apply_locally(known, planned.call, operands)
+        bound = dict(zip(planned.parameters, planned.arguments(operands), strict=True))
         for parameter, value in bound.items():
             if isinstance(value, Held) and op.operands.get(parameter) != "held":
                 argument = planned.argument(parameter)
@@ -106,13 +104,12 @@ class StockExecutor:
                 bound[parameter] = value.to(torch.float32)
         return op.stock(**bound)
 
-    def _move(self, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _move(self, planned: Planned, operands: Sequence[Any]) -> Any:
         """A structural or public function: on secrets, on each party's shares."""
-        flat = [*args, *kwargs.values()]
-        flat += [item for arg in flat if isinstance(arg, list) for item in arg]
+        flat = [v for value in operands for v in (value if isinstance(value, list) else [value])]
         if not any(map(crypten.is_secret, flat)):
             held = [value for value in flat if isinstance(value, Held)]
-            return apply_locally(held[0].vis if held else Vis.PUBLIC, call, args, kwargs)
+            return apply_locally(held[0].vis if held else Vis.PUBLIC, planned.call, operands)
 
         def strip(value: Any) -> Any:
             if isinstance(value, list):
@@ -122,8 +119,7 @@ class StockExecutor:
                 return [strip(self._share(v) if isinstance(v, known) else v) for v in value]
             return value.share.data if crypten.is_secret(value) else value
 
-        result = call(*map(strip, args), **{key: strip(value) for key, value in kwargs.items()})
-        return _wrap(result)
+        return _wrap(planned.apply([strip(v) for v in planned.arguments(operands)]))
 
     def _share(self, value: Held | torch.Tensor) -> Any:
         """Secret-share what one party holds; a public value is the client's share of itself."""
@@ -133,13 +129,6 @@ class StockExecutor:
         if data.is_meta:
             data = torch.zeros(data.shape)
         return crypten.cryptensor(data.to(self.device, torch.float32), src=OWNER[value.vis])
-
-    def _resolve(self, arg: Any, values: dict[str, Any]) -> Any:
-        if isinstance(arg, Ref):
-            return values[arg.name] if arg.name in values else self._held[arg.name]
-        if isinstance(arg, (list, tuple)):
-            return [self._resolve(item, values) for item in arg]
-        return decode_literal(arg, self.device)
 
     def _weight_names(self) -> list[str]:
         """Server-held constants that an op on shares takes."""
