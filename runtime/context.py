@@ -8,6 +8,7 @@ it. So the randomness can't disagree with the program, and its order is the prog
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,20 +16,22 @@ from typing import Protocol as Interface
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.correlations.dpf import SEED_WORDS, Correct, Keys
 from runtime.correlations.prg import Prg, derive, new_seed
 from runtime.sampling import Draw
 from runtime.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int64: np.dtype(np.int64),
     torch.int32: np.dtype(np.int32),
     torch.int16: np.dtype(np.int16),
     torch.int8: np.dtype(np.int8),
     torch.uint8: np.dtype(np.uint8),
 }
+"""The types of words that are masked, dealt and sent."""
+
+_UNSIGNED = np.dtype(np.uint64)
 
 
 class ByteSink(Interface):
@@ -50,6 +53,7 @@ class Context(ABC):
 
     def __init__(self, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
         self.device = torch.device(device)
+        self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
         self.offline_bytes = 0
         """Bytes of corrections so far: read at a party, written to both at the dealer."""
@@ -57,7 +61,7 @@ class Context(ABC):
         """How a token that is revealed alone is chosen in this step."""
         self.constant_seed: bytes | None = None
         """Seed of `constant_words`; the server has it from the client."""
-        self._spent = WeakIdKeyDictionary()
+        self._spent: dict[int, weakref.ref[torch.Tensor]] = {}
         self._static: set[str] = set()
 
     @property
@@ -87,9 +91,11 @@ class Context(ABC):
 
     def spend(self, mask: torch.Tensor) -> None:
         """Note that a value is opened under `mask`; RuntimeError if one was before."""
-        if mask in self._spent:
+        spent, key = self._spent, id(mask)
+        if key in spent:
             raise RuntimeError("a second value would be opened under the same mask")
-        self._spent[mask] = True
+        # The note goes with the mask: its place in memory may become another's.
+        spent[key] = weakref.ref(mask, lambda _: spent.pop(key))
 
     def _spend_name(self, name: str) -> None:
         if name in self._static:
@@ -101,7 +107,7 @@ class Context(ABC):
         if self.constant_seed is None:
             raise RuntimeError("the client has not told the seed of shared constants")
         prg = Prg(derive(self.constant_seed, name))
-        return self._words(prg, shape, torch.int64).to(self.device)
+        return self._words(prg, shape, torch.int64)
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
         """Fresh uniform words that the dealer alone knows."""
@@ -140,9 +146,11 @@ class Context(ABC):
         return value if self.party != SERVER else torch.zeros_like(value)
 
     def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        kind = _NUMPY[dtype]
-        words = prg.read(math.prod(shape) * kind.itemsize).view(kind)
-        return torch.from_numpy(words.reshape(shape))
+        return self._placed(torch.from_numpy(prg.words(shape, NUMPY[dtype])))
+
+    def _placed(self, words: torch.Tensor) -> torch.Tensor:
+        """Words on this party's device; most often they are there, and asking torch takes time."""
+        return words.to(self.device) if self._elsewhere else words
 
 
 class _PartyContext(Context):
@@ -160,14 +168,14 @@ class _PartyContext(Context):
         self._corrections = corrections
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return self._words(self._prg, shape, dtype).to(self.device)
+        return self._words(self._prg, shape, dtype)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
-        roots = _unsigned(self._words(self._prg, (count, SEED_WORDS), torch.int64))
+        roots = self._prg.words((count, SEED_WORDS), _UNSIGNED)
         return Keys(roots, _unsigned(self._read((count, words), torch.int64)))
 
     def _read(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape) * _NUMPY[dtype].itemsize
+        size = math.prod(shape) * NUMPY[dtype].itemsize
         self.offline_bytes += size
         return self._corrections.read(size).view(dtype).reshape(tuple(shape))
 
@@ -225,7 +233,7 @@ class ServerContext(_PartyContext):
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
         prg = Prg(derive(self._weight_seed, f"weight {name}"))
-        return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
+        return (self._words(prg, shape, torch.int64) for shape in shapes)
 
     def deal(
         self,
@@ -233,7 +241,7 @@ class ServerContext(_PartyContext):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        return self._read(shape, dtype).to(self.device)
+        return self._placed(self._read(shape, dtype))
 
 
 class DealerContext(Context):
@@ -269,20 +277,20 @@ class DealerContext(Context):
         return torch.device("meta")
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._own, shape, torch.int64).to(self.device)
+        return self._words(self._own, shape, torch.int64)
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         client = self._words(self._client, shape, dtype)
         server = self._words(self._server, shape, dtype)
-        return (client ^ server if dtype is torch.uint8 else client + server).to(self.device)
+        return client.bitwise_xor_(server) if dtype is torch.uint8 else client.add_(server)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._client, shape, torch.int64).to(self.device)
+        return self._words(self._client, shape, torch.int64)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
         prg = Prg(derive(self._weight_seed, f"weight {name}"))
-        return (self._words(prg, shape, torch.int64).to(self.device) for shape in shapes)
+        return (self._words(prg, shape, torch.int64) for shape in shapes)
 
     def deal(
         self,
@@ -290,7 +298,7 @@ class DealerContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        share = self._words(self._client, shape, dtype).numpy().reshape(-1)
+        share = self._client.words((math.prod(shape),), NUMPY[dtype])
         value = secret().to("cpu", dtype).contiguous().numpy().reshape(-1)
         combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
         correction = combine(value, share, out=share)
@@ -300,8 +308,7 @@ class DealerContext(Context):
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         client, server = (
-            _unsigned(self._words(prg, (count, SEED_WORDS), torch.int64))
-            for prg in (self._client, self._server)
+            prg.words((count, SEED_WORDS), _UNSIGNED) for prg in (self._client, self._server)
         )
         corrections = correct((client, server))
         if corrections.shape != (count, words):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -13,7 +16,7 @@ _CHUNK = 1 << 20
 _ZEROS = memoryview(bytes(_CHUNK))
 _BLOCK = 16
 _WORD = 8
-_AHEAD = 1 << 15
+_AHEAD = 1 << 16
 """Bytes that are made at once for reads that are no longer."""
 
 
@@ -51,6 +54,10 @@ class Prg:
             return result.copy() if start % _WORD else result
         self._ahead, self._used = self._made(self._ahead[start:], max(nbytes, _AHEAD)), nbytes
         return self._ahead[:nbytes]
+
+    def words(self, shape: Sequence[int], kind: np.dtype[Any]) -> np.ndarray:
+        """The next words of this type, in this shape; nothing else refers to them."""
+        return np.ndarray(tuple(shape), kind, self.read(math.prod(shape) * kind.itemsize).data)
 
     def _made(self, first: np.ndarray, nbytes: int) -> np.ndarray:
         """So many bytes, of which the first were made before."""

@@ -20,6 +20,7 @@ AHEAD_BYTES = 256 << 20
 
 
 _NOTHING = np.empty(0, np.uint8)
+_WORD = 8
 
 
 class BlockWriter(Protocol):
@@ -101,7 +102,7 @@ class DealerReceiver:
         self._limit = ahead_bytes
         self._queue: deque[torch.Tensor] = deque()
         self._block = _NOTHING
-        self._head = 0
+        self._base = self._head = 0
         self._size = 0
         self._ended = False
         self._failure: BaseException | None = None
@@ -114,13 +115,17 @@ class DealerReceiver:
         return self._ended
 
     def read(self, nbytes: int) -> torch.Tensor:
-        """The next `nbytes` bytes of the stream, in memory of their own; waits until they came."""
+        """The next `nbytes` bytes of the stream, which nothing else refers to; waits for them.
+
+        They begin where a word of 8 bytes may.
+        """
         start, stop = self._head, self._head + nbytes
         if stop < self._block.nbytes:
             # Most reads are small, and end within a block that no other thread looks at.
             self._head = stop
             self.consumed += nbytes
-            return torch.from_numpy(self._block[start:stop].copy())
+            found = self._block[start:stop]
+            return torch.from_numpy(found.copy() if (self._base + start) % _WORD else found)
         if nbytes and self._block is _NOTHING:
             self._next()
             if self._block.nbytes == nbytes:
@@ -156,6 +161,7 @@ class DealerReceiver:
         with self._changed:
             self._wait()
             self._block = self._queue.popleft().numpy()
+            self._base = self._block.ctypes.data
 
     def _advance(self, size: int) -> None:
         """Go on in the block; at its end there is room for another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,3 +143,29 @@ def test_shares_of_a_mask_add_up_to_what_the_dealer_knows() -> None:
     known = [ctx.client_mask((100,)) for ctx in (client, server, dealer)]
     assert torch.equal(known[0], known[2])
     assert known[1].is_meta
+
+
+def test_words_of_any_shape_are_the_stream_in_order_and_nobody_elses() -> None:
+    seed = new_seed()
+    stream, found = Prg(seed), []
+    shapes = [((3,), np.uint8), ((2, 5), np.int64), ((0, 4), np.int64), ((9_000,), np.int64),
+              ((), np.int32), ((7,), np.uint8), ((5,), np.int16), ((4, 3), np.uint64)]  # fmt: skip
+    for shape, kind in shapes * 3:
+        words = stream.words(shape, np.dtype(kind))
+        assert words.shape == shape
+        assert words.ctypes.data % words.itemsize == 0
+        found.append(words.tobytes())
+        words[...] = 0
+    joined = b"".join(found)
+    assert joined == Prg(seed).read(len(joined)).tobytes()
+
+
+def test_a_mask_may_lie_where_one_lay_that_is_gone() -> None:
+    context = Simulation().contexts[0]
+    places = set()
+    for _ in range(1000):
+        mask = context.mask((1,))
+        context.spend(mask)
+        places.add(id(mask))
+        del mask
+    assert len(places) < 1000
