@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
-from runtime.context import Context, ShapeContext
+from runtime.context import NUMPY, Context, ShapeContext
 from runtime.messages import Message, Protocol, Swap, ToClient, ToServer, as_reply, as_tuple
 from runtime.op import REGISTRY, Op, load_all
 from runtime.program import Instruction, Ref, RoleProgram, needed
@@ -335,18 +336,10 @@ class Executor:
             return [_ghost(message) for message in messages]
         sent, received = _sent_by(party), _sent_by(SERVER - party)
         outgoing = [m.payload for m in messages if not isinstance(m, received)]
-        sizes = [0 if isinstance(m, sent) else m.payload.nbytes for m in messages]
-        reply = self._link.exchange(_pack(outgoing), sum(sizes))
-        replies: list[Any] = []
-        start = 0
-        for message, size in zip(messages, sizes, strict=True):
-            if isinstance(message, sent):
-                replies.append(None)
-            else:
-                part = reply[start : start + size] if size < reply.numel() else reply
-                replies.append(_unpack(part, message.payload, self.context.device))
-            start += size
-        return replies
+        incoming = [m.payload for m in messages if not isinstance(m, sent)]
+        reply = self._link.exchange(_pack(outgoing), sum(p.nbytes for p in incoming))
+        parts = iter(_unpack(reply, incoming, self.context.device))
+        return [None if isinstance(m, sent) else next(parts) for m in messages]
 
 
 @dataclass
@@ -550,17 +543,25 @@ def _online_bytes(message: Message) -> int:
 
 
 def _ghost(message: Message) -> torch.Tensor:
-    return torch.empty(message.payload.shape, dtype=message.payload.dtype, device="meta")
+    """What the dealer has in place of a reply. It knows no payload either, most often."""
+    return message.payload if message.payload.is_meta else message.payload.to("meta")
 
 
 def _pack(payloads: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if not payloads:
         return None
-    parts = [p.to("cpu").contiguous().view(-1).view(torch.uint8) for p in payloads]
+    parts = [p.cpu().contiguous().view(-1).view(torch.uint8) for p in payloads]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _unpack(part: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if part.storage_offset() % like.element_size():
-        part = part.clone()
-    return part.view(like.dtype).reshape(like.shape).to(device)
+def _unpack(
+    reply: torch.Tensor, payloads: Sequence[torch.Tensor], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """The parts of a message, each like one of the payloads."""
+    data, start = reply.numpy(), 0
+    for like in payloads:
+        # A view by numpy takes a third of the time that slice, type and shape take in torch.
+        words = np.ndarray(like.shape, NUMPY[like.dtype], data.data, start)
+        part = torch.from_numpy(words if words.flags.aligned else words.copy())
+        start += words.nbytes
+        yield part if device.type == "cpu" else part.to(device)
