@@ -36,6 +36,19 @@ def test_rows_in_groups_and_columns_in_runs(rows: int, outputs: int, dtype: torc
         assert torch.equal(kernels.matmul_rows(x, weight), x @ weight.long().T)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 3), (6, 3), (21, kernels._CACHED_WORDS // 8)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_columns_in_groups_and_rows_in_runs(
+    rows: int, inner: int, columns: int, dtype: torch.dtype
+) -> None:
+    """Groups of rows that are not full, and more of them than are multiplied at once."""
+    info = torch.iinfo(dtype)
+    weight, x = words(inner, columns, bits=info.bits - 1).to(dtype), words(rows, inner)
+    weight[:2], x[:, :1] = info.min, -(2**63)
+    assert torch.equal(kernels.matmul_columns(x, weight), x @ weight.long())
+
+
 def test_batched_products_broadcast() -> None:
     a, b = words(2, 1, 5, 7), words(3, 7, 4)
     assert torch.equal(kernels.matmul(a, b), torch.matmul(a, b))
