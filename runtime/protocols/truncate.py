@@ -51,11 +51,11 @@ def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
     out = torch.ones((*mask.shape, PARTS), dtype=torch.int64)
     flat = out.numpy().reshape(-1, PARTS)
     _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[:, 1], flat[:, 2])
-    return out
+    return out.to(mask.device)
 
 
 def truncation_words(mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """r >> shift and the top bit of r, [2, ...]: for the dealer."""
+    """r >> shift and the top bit of r, [2, ...], on the CPU: for the dealer."""
     out = torch.empty((2, *mask.shape), dtype=torch.int64)
     flat = out.numpy().reshape(2, -1)
     _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[0], flat[1])
