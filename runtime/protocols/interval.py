@@ -205,7 +205,7 @@ def _evaluate_trees(  # type: ignore[no-untyped-def]
     points, roots, corrections, depth, party, round_keys, planes, windows, step_bits, drop, out
 ):
     seeds, flags, words = vectors(windows), vectors(windows), vectors(depth + _BLOCKS)
-    rows = np.empty((_BLOCKS, LANES, windows, 2), np.uint64)
+    rows = vectors(_BLOCKS * windows).reshape(_BLOCKS, LANES, windows, 2)
     for start in range(0, points.shape[0], LANES):
         for lane in range(LANES):
             # Where no element is left, the last one's tree grows again.
