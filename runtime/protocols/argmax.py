@@ -166,8 +166,9 @@ def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torc
 @lru_cache(maxsize=8)
 def _pairs(groups: int, size: int) -> Pairs:
     """All pairs in each of so many groups that lie one after the other."""
-    ends = torch.triu_indices(size, size, 1).numpy()
-    first, second = ((size * np.arange(groups)[:, None] + end).reshape(-1) for end in ends)
+    starts = size * np.arange(groups, dtype=np.int32)[:, None]
+    ends = torch.triu_indices(size, size, 1, dtype=torch.int32).numpy()
+    first, second = ((starts + end).reshape(-1) for end in ends)
     return Pairs(first, second, size * groups, size)
 
 

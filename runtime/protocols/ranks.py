@@ -22,7 +22,7 @@ from runtime.spec import CLIENT
 class Pairs:
     """Which of n members are compared.
 
-    first, second: the positions of each pair's members, int64 [pairs]. members: n. entries: length
+    first, second: the positions of each pair's members, int32 [pairs]. members: n. entries: length
     of a one-hot row, a power of two that no rank reaches.
     """
 

@@ -15,7 +15,7 @@ TYPES = [torch.int16, torch.int32]
 
 
 def _pairs(size: int) -> Pairs:
-    first, second = torch.triu_indices(size, size, 1).numpy()
+    first, second = torch.triu_indices(size, size, 1, dtype=torch.int32).numpy()
     return Pairs(first, second, size, 1 << (size - 1).bit_length())
 
 
