@@ -14,8 +14,9 @@ other party's node on the path, a pseudo-random value that it does not know: so 
 whatever the place and the value are. A key is made of fresh roots and evaluated once.
 
 The generator is G_i(s) = AES_i(s) xor s with fixed public keys, one for each block of output, as in
-Wang et al., "Splinter" (NSDI 2017). In the ideal cipher model q evaluations of AES tell one of N
-seeds from random with probability at most q N / 2**126.
+Wang et al., "Splinter" (NSDI 2017). Roots have 124 bits, as the two lowest of both words are left
+out: in the ideal cipher model q evaluations of AES tell one of N seeds from random with probability
+at most q N / 2**124.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ LEAF_BITS = 64 * BLOCK_WORDS
 """Bits of a table that one leaf holds."""
 
 _LOW = np.uint64(3)
-"""A seed's two lowest bits are zero: in a child they are control bits, for left and for right."""
+"""A seed's two lowest bits are zero: in a child they are control bits, for left and for right.
+
+In a root they are zero in both of its words.
+"""
 
 
 Correct = Callable[[tuple[np.ndarray, np.ndarray]], np.ndarray]

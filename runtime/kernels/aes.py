@@ -4,7 +4,8 @@ A library's cipher works on one buffer at a call. Trees of a hundred leaves, of 
 tens of thousands, then cost more for calls, and for buffers that are written and read again, than
 for the cipher. Here a tree stays in the first cache from its root to its leaves. `LANES` trees grow
 at a time, as many as one instruction encrypts blocks, and everything is done for all alike: neither
-time nor memory accesses depend on a seed.
+time nor memory accesses depend on a seed. Single paths are gone down likewise: the dealer's of both
+parties to the special leaf, and a party's to a public place.
 
 An array of nodes or of words holds vectors: for each of `LANES` trees two words of 64 bits.
 """
