@@ -146,15 +146,17 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     client sees nothing. For a shared constant, e W = e z - (e - a) B - a B with z = W + B open and
     a B dealt, where the client reads e z from z as rows.
     """
-    shape = (*ids.shape, weight.shape[0])
+    mask = ctx.client_mask((*ids.shape, weight.shape[0]))
+    ctx.spend(mask)
+    away = torch.empty(mask.shape, dtype=torch.int64, device="meta")
     if ctx.party == CLIENT:
-        rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
-        rows.scatter_(-1, ids.to(ctx.device)[..., None], 1)
-    elif ctx.party == SERVER:
-        rows = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+        # No row of zeros and a one is made: a prompt's are as many words as the vocabulary, each.
+        chosen = ids.to(ctx.device)[..., None]
+        rows = (-mask).scatter_add_(-1, chosen, torch.ones_like(chosen))
+        yield ToServer(rows)
     else:
-        rows = torch.empty(shape, dtype=torch.int64, device="meta")
-    sent: Sent = yield from send(ctx, Shared(rows, 0))
+        rows = yield ToServer(away)
+    sent = Sent(rows if ctx.party == SERVER else away, mask, 0)
     shape = (*ids.shape, weight.shape[1])
     if not isinstance(weight, Masked):
         return times_weight(ctx, sent, weight, matmul_columns, shape)
@@ -163,7 +165,7 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
         return cross
     if ctx.party == SERVER:
         return -matmul_columns(sent.opened, weight.mask) - cross
-    hidden = matmul_columns(rows - sent.mask, weight.mask) + cross
+    hidden = matmul_columns(rows, weight.mask) + cross
     return weight.opened[ids.to(ctx.device)] - hidden
 
 
