@@ -277,6 +277,7 @@ DOMAINS = {
     **dict.fromkeys(
         ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "relu", "glu", "reveal_token"), SCALAR
     ),
+    "reveal": ([(-4000, 4000)], [(-5000, 1), (-1, 5000)]),
     "exp": ([(-2000, 0), (-9, 0.03)], [(-3000, 0), (-1, 0.1)]),
     "reciprocal": ([(0.008, 3e4)], [(0.007, 1), (-1, 1), (1, 4e4)]),
     "rsqrt": ([(2e-4, 6e7)], [(1e-4, 1), (0, 1), (1, 7e7)]),

@@ -9,8 +9,13 @@ import torch
 from runtime.context import Context
 from runtime.messages import Protocol, ToClient
 from runtime.op import Op
-from runtime.spec import CLIENT, SERVER, Cost, Vis
+from runtime.protocols.compare import WINDOW_BITS
+from runtime.protocols.truncate import unbiased_window
+from runtime.spec import CLIENT, RING_BITS, SERVER, Cost, Vis
 from runtime.values import Held, Shared, decode
+
+REVEALED_FRAC = 16
+"""Fractional bits that the client sees, of a value that has no more than 48."""
 
 
 class Reveal(Op):
@@ -28,6 +33,7 @@ class Reveal(Op):
         return Vis.CLIENT
 
     operands = {"x": "share"}
+    domain = (-(2.0**15), 2.0**15)
 
     @classmethod
     def known_to(cls, *operands: Vis) -> Vis | None:
@@ -36,22 +42,25 @@ class Reveal(Op):
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return Cost(rounds=1, online=8 * x.share.numel())
+        return Cost(rounds=1, online=4 * x.share.numel())
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """The server sends its share; the client adds its own.
+        """The server sends a 32-bit window of its share; the client adds its own.
 
-        Rounds 1, online 8 bytes per element. The client sees the value, as it should; the server's
-        share of it is uniform beside the client's own.
+        Its lowest bit is the 16th behind the point, or bit 32 of the share if that is higher; the
+        result is at most one of its units off. Rounds 1, online 4 bytes per element. The client
+        sees the value, as it should; the server's window is uniform beside the client's own. The
+        bits below, which depend on the roundings of intermediate values, it does not see.
         """
+        drop = min(max(0, x.frac - REVEALED_FRAC), RING_BITS - WINDOW_BITS)
+        mine = unbiased_window(ctx, x.share, drop)
         if ctx.party == SERVER:
-            yield ToClient(x.share)
+            yield ToClient(mine)
             return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))
-        ghost = torch.empty(x.shape, dtype=torch.int64, device="meta")
-        share = yield ToClient(ghost)
+        other = yield ToClient(torch.empty(x.shape, dtype=torch.int32, device="meta"))
         if ctx.party == CLIENT:
-            return Held(Vis.CLIENT, decode(x.share + share, x.frac))
+            return Held(Vis.CLIENT, decode(mine + other, x.frac - drop))
         return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))
 
     @classmethod
