@@ -60,18 +60,20 @@ Loader = Callable[[], tuple[nn.Module, list[int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is compiled and run."""
+    """How a model is compiled and run. shapes: the steps that are measured, if not all."""
 
     preset: str
     weights: str
     mode: str = "mergec"
+    shapes: tuple[Shape, ...] = ()
 
     @property
     def label(self) -> str:
-        return "crypten" if self.mode == "crypten" else self.preset
+        return self.preset if self.mode == "mergec" else self.mode
 
 
 BASELINE = Setting("exact", "shared", "crypten")
+INSTALLED = Setting("exact", "shared", "crypten-gloo", ((1, 128),))
 MERGE = Setting("merge", "shared")
 EXACT = Setting("exact", "server")
 LOSSY = ("mpcformer-2quad", "mpcformer-2relu", "thex", "merge-er", "merge-mm")
@@ -143,6 +145,7 @@ FULL = Plan(
     MODELS,
     (
         BASELINE,
+        INSTALLED,
         *(Setting(preset, "shared") for preset in LOSSY),
         MERGE,
         Setting("exact", "shared"),
@@ -231,13 +234,12 @@ class Bench:
         for name in self._plan.models:
             for setting in self._plan.settings:
                 done = {row.key for row in self.rows if not row.failed}
-                rows = [_row(name, setting, shape) for shape in self._plan.shapes]
-                rows = [row for row in rows if row.key not in done]
+                rows = [row for row in self._planned(name, setting) if row.key not in done]
                 if not rows:
                     continue
                 began = time.monotonic()
                 self._console.print(f"{name}: {setting.label}, weights {setting.weights}")
-                stock = setting.mode == "crypten"
+                stock = setting.mode != "mergec"
                 rows = (self._extrapolate if stock else self._measure)(name, setting, rows)
                 self._console.print(f"  {time.monotonic() - began:.0f} s")
                 for reason in dict.fromkeys(row.failed for row in rows if row.failed):
@@ -245,14 +247,17 @@ class Bench:
                 self._keep(rows)
             self._captured.clear()
 
+    def _planned(self, name: str, setting: Setting) -> list[Row]:
+        return [_row(name, setting, shape) for shape in setting.shapes or self._plan.shapes]
+
     def _keep(self, rows: Sequence[Row]) -> None:
         """Add rows in the plan's order, in place of failed ones, and write all."""
         known = {row.key: row for row in (*self.rows, *rows)}
         planned = [
-            _row(name, setting, shape).key
+            row.key
             for name in self._plan.models
             for setting in self._plan.settings
-            for shape in self._plan.shapes
+            for row in self._planned(name, setting)
         ]
         self.rows = [known[key] for key in dict.fromkeys((*planned, *known)) if key in known]
         fresh = self._folder / f"{LATEST}.new"

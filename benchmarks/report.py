@@ -65,17 +65,19 @@ HEAD = """# Benchmark
 
 Three processes on one machine that share {cores} cores ({processor}), all in one run; bytes and
 rounds are counted at the transport, both directions together. `crypten` is CrypTen's stock
-protocols with one-hot embedding and secret-shared weights, over the same connections as all other
-rows and not over gloo, which is slower; it ran two and eight layers, and the rest is extrapolated
-from the difference that a layer makes, but for memory. All other rows are mergec's protocols. A
-decode step's seconds are the median of several. Errors are against the unchanged model in
-plaintext: a lossy preset that was not retrained is far from it. Seconds include the dealer, which
-works on the same cores while the step runs; `dealt before` are those of a step whose randomness is
-there when it begins, `dealer s` the dealer's processor time. CrypTen's third party is asked as it
-goes, so that its rows have neither, and the × columns compare the first. A preset that resends
-hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each step
-includes it. Memory is the larger of client's and server's up to the end of the step. The × columns
-say how many times less than `crypten` and than `merge` a row takes.
+protocols with one-hot embedding and secret-shared weights, with a third party that deals, over the
+same connections as all other rows. `crypten-gloo` is CrypTen as it is installed: over
+torch.distributed, without a third party, which is no security at all; there nothing is counted.
+Both ran two and eight layers, and the rest is extrapolated from the difference that a layer makes,
+but for memory. All other rows are mergec's protocols. A decode step's seconds are the median of
+several. Errors are against the unchanged model in plaintext: a lossy preset that was not retrained
+is far from it. Seconds include the dealer, which works on the same cores while the step runs;
+`dealt before` are those of a step whose randomness is there when it begins, `dealer s` the dealer's
+processor time. CrypTen's third party is asked as it goes, so its rows have neither. A preset that
+resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each
+step includes it. Memory is the larger of client's and server's up to the end of the step. The ×
+columns say how many times less than `crypten` and than `merge` a row takes, with the dealer at
+work.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
@@ -169,16 +171,16 @@ def _cells(row: Row, bases: Iterable[Row]) -> list[str]:
         f"{row.seconds:.2f}",
         "" if row.online_seconds is None else f"{row.online_seconds:.2f}",
         "" if row.offline_seconds is None else f"{row.offline_seconds:.2f}",
-        f"{row.online_bytes / 1e6:,.2f}",
-        f"{row.offline_bytes / 1e6:,.1f}",
-        f"{row.rounds:,}",
+        f"{row.online_bytes / 1e6:,.2f}" if row.rounds else "",
+        f"{row.offline_bytes / 1e6:,.1f}" if row.rounds else "",
+        f"{row.rounds:,}" if row.rounds else "",
         "" if peak is None else f"{peak / 1e9:.1f}",
         "" if error is None else f"{error:.4f}",
     ]
     for base in bases:
         cells += [
             f"{base.seconds / row.seconds:,.1f}",
-            f"{base.online_bytes / row.online_bytes:,.1f}",
+            f"{base.online_bytes / row.online_bytes:,.1f}" if row.rounds else "",
         ]
     return cells
 
@@ -192,7 +194,7 @@ def plots(rows: Sequence[Row], folder: Path) -> None:
         models = list(dict.fromkeys(row.model for row in chosen))
         figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4), squeeze=False)
         for axis, model in zip(axes[0], models, strict=True):
-            group = [row for row in chosen if row.model == model][::-1]
+            group = [row for row in chosen if row.model == model and getattr(row, key)][::-1]
             labels = [f"{row.preset} ({row.weights})" for row in group]
             bars = axis.barh(labels, [getattr(row, key) / scale for row in group], color="#3b6ea5")
             axis.bar_label(bars, fmt="%.3g", padding=3)

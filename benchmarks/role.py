@@ -10,6 +10,7 @@ Usage: python benchmarks/role.py JOB.json ROLE DESCRIPTOR DESCRIPTOR
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -141,8 +142,8 @@ def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, A
 def main(job: dict[str, Any], role: str, descriptors: Sequence[int]) -> None:
     program = load_bundle(role_path(Path(job["bundle"]), role), role)
     channels = take(role, descriptors)
-    if job["mode"] == "crypten":
-        stock(job, program, channels)
+    if job["mode"] != "mergec":
+        (stock if job["mode"] == "crypten" else stock_over_gloo)(job, program, channels)
         return
     running = executor_of(program, channels, job["network"])
     running.executor.setup()
@@ -168,6 +169,30 @@ def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Chan
         crypten.end_third_party()
 
 
+def stock_over_gloo(
+    job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Channel]
+) -> None:
+    """As CrypTen is installed: over torch.distributed, and without a third party.
+
+    Each party makes randomness as if it were trusted. Bytes and rounds are not counted.
+    """
+    if program.role == ROLES[DEALER]:
+        return
+    os.environ |= {
+        "DISTRIBUTED_BACKEND": "gloo",
+        "RENDEZVOUS": (Path(job["folder"]) / "meeting").as_uri(),
+        "WORLD_SIZE": str(len((CLIENT, SERVER))),
+        "RANK": str(ROLES.index(program.role)),
+    }
+    crypten.use_provider("insecure-first-party")
+    with crypten.quiet():
+        crypten.communicator._init(use_threads=False)
+    crypten.start_party()
+    executor = StockExecutor(program)
+    executor.setup()
+    play(job, program, channels, Running(executor), Traffic)
+
+
 def together(role: str, channels: Mapping[int, Channel], dealt: bool) -> None:
     """Begin a step when both parties are ready; `dealt`: the dealer, too."""
     if role == ROLES[DEALER]:
@@ -187,7 +212,7 @@ def play(
     counted: Callable[[], Traffic],
 ) -> None:
     """Run the steps of the job, and say what each took."""
-    role, by_crypten = program.role, job["mode"] == "crypten"
+    role, by_crypten = program.role, job["mode"] != "mergec"
     context = None if by_crypten else running.executor.context
     for index, step in enumerate(job["steps"]):
         phase = program.phase(step["phase"])

@@ -94,11 +94,14 @@ def test_the_baseline_is_extrapolated_but_not_its_memory(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "STOCK_LAYERS", (1, 2))
-    plan = small_plan(bench, bench.BASELINE, bench.MERGE, bench.EXACT)
+    installed = bench.replace(bench.INSTALLED, shapes=((1, 16),))
+    plan = small_plan(bench, bench.BASELINE, installed, bench.MERGE, bench.EXACT)
     run = bench.Bench(plan, tmp_path, resume=False)
     run.run()
     assert not any(row.failed for row in run.rows)
-    stock, exact = run.rows[0], run.rows[-2]
+    stock, over_gloo, exact = run.rows[0], run.rows[2], run.rows[-2]
+    assert (over_gloo.preset, over_gloo.rounds) == ("crypten-gloo", 0)
+    assert over_gloo.seconds > 0
     assert (stock.preset, stock.extrapolated_from_layers) == ("crypten", 2)
     assert stock.online_seconds is stock.offline_seconds is None
     assert stock.peak_memory_bytes is None
