@@ -233,8 +233,12 @@ class Channel:
 
     def _check_error(self, incoming: _Incoming) -> None:
         if incoming.kind == Kind.ERROR:
-            reason = str(self.object(incoming.payload).get("reason", ""))
-            raise PeerEndedError(f"the {self.peer} says: {printable(reason)}")
+            raise self._told(incoming)
+
+    def _told(self, incoming: _Incoming) -> PeerEndedError:
+        """The reason that a frame of this kind gives."""
+        reason = str(self.object(incoming.payload).get("reason", ""))
+        return PeerEndedError(f"the {self.peer} says: {printable(reason)}")
 
     def _strange(self, what: str) -> PartyError:
         return PartyError(f"the {self.peer} {what}; install the same mergec everywhere")
@@ -343,8 +347,7 @@ class Channel:
                 while not incoming.complete and self._fill(incoming):
                     pass
                 if incoming.complete and incoming.kind == Kind.ERROR:
-                    reason = str(self.object(incoming.payload).get("reason", ""))
-                    return PeerEndedError(f"the {self.peer} says: {printable(reason)}")
+                    return self._told(incoming)
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             # With TLS 1.3 a party learns only here that its certificate was not accepted.
             return PartyError(explain(error, self.peer))
