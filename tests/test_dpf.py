@@ -11,12 +11,11 @@ from runtime.correlations.dpf import (
     LEAF_BITS,
     Generator,
     Keys,
-    correct_by_instructions,
+    correct,
     correct_by_library,
     grow,
     key_words,
     parities,
-    parities_by_instructions,
     parities_by_library,
     sharing_bits,
     sharing_words,
@@ -141,8 +140,8 @@ def test_instructions_and_library_make_the_same_corrections(
     roots = random_words(count, 2), random_words(count, 2)
     index = random_words(count).view(np.int64) & (2**depth - 1)
     payload = random_words(count, 2 * generator.blocks)
-    made, expected = np.empty((2, count, key_words(depth, payload.shape[1])), np.uint64)
-    correct_by_instructions(roots, index, payload, depth, generator, additive, made)
+    made = correct(roots, index, payload, depth, generator, additive)
+    expected = np.empty_like(made)
     correct_by_library(roots, index, payload, depth, generator, additive, expected)
     assert np.array_equal(made, expected)
 
@@ -159,8 +158,8 @@ def test_instructions_and_library_find_the_same_parities(
     keys = Keys(random_words(count, 2), random_words(count, key_words(depth, 2)))
     places = random_words(count, 5).view(np.int64) & (size - 1)
     places[:, :3] = 0, size // 2, size - 1
-    found, expected = np.empty((2, count, 5), np.uint8)
-    parities_by_instructions(keys, places, depth, party, generator, found)
+    found = parities(keys, places, depth, party, generator)
+    expected = np.empty_like(found)
     parities_by_library(keys, places, depth, party, generator, expected)
     assert np.array_equal(found, expected)
 

@@ -137,22 +137,11 @@ def correct(
     client's share minus the server's modulo 2**64 if `additive`, otherwise the XOR of both.
     """
     out = np.empty((len(index), key_words(depth, payload.shape[1])), np.uint64)
-    fill = correct_by_instructions if LANES else correct_by_library
-    fill(roots, index, payload, depth, generator, additive, out)
+    if LANES:
+        correct_paths(generator.round_keys, *roots, index, payload, depth, additive, out)
+    else:
+        correct_by_library(roots, index, payload, depth, generator, additive, out)
     return out
-
-
-def correct_by_instructions(
-    roots: tuple[np.ndarray, np.ndarray],
-    index: np.ndarray,
-    payload: np.ndarray,
-    depth: int,
-    generator: Generator,
-    additive: bool,
-    out: np.ndarray,
-) -> None:
-    """Write what `correct` gives."""
-    correct_paths(generator.round_keys, *roots, index, payload, depth, additive, out)
 
 
 def correct_by_library(
@@ -164,7 +153,7 @@ def correct_by_library(
     additive: bool,
     out: np.ndarray,
 ) -> None:
-    """The same on processors without instructions for AES."""
+    """Write what `correct` gives, on processors without instructions for AES."""
     seeds = np.stack(roots) & ~_LOW
     bits = np.zeros(seeds.shape[:2], np.uint8)
     bits[1] = 1
@@ -230,22 +219,18 @@ def parities(
     """
     places = np.ascontiguousarray(places)
     found = np.empty(places.shape, np.uint8)
-    fill = parities_by_instructions if LANES else parities_by_library
-    fill(keys, places, depth, party, generator, found)
+    if LANES:
+        ciphers = generator.round_keys
+        parities_before(ciphers, keys.roots, keys.corrections, places, depth, party, found)
+    else:
+        parities_by_library(keys, places, depth, party, generator, found)
     return found
-
-
-def parities_by_instructions(
-    keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator, out: np.ndarray
-) -> None:
-    """Write what `parities` gives."""
-    parities_before(generator.round_keys, keys.roots, keys.corrections, places, depth, party, out)
 
 
 def parities_by_library(
     keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator, out: np.ndarray
 ) -> None:
-    """The same on processors without instructions for AES."""
+    """Write what `parities` gives, on processors without instructions for AES."""
     each = places.shape[1]
     seeds = np.repeat(keys.roots & ~_LOW, each, axis=0)
     bits = np.full(len(seeds), party, np.uint8)
