@@ -22,7 +22,7 @@ from runtime.context import Context
 from runtime.kernels.compiled import compiled
 from runtime.protocols.compare import WINDOW_BITS
 from runtime.protocols.formula import Formula
-from runtime.protocols.truncate import PARTS, base_of, wrap_of
+from runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
 from runtime.values import Masked
 
 
@@ -101,7 +101,7 @@ def _write_words(  # type: ignore[no-untyped-def]
 ):
     for i in range(mask.shape[0]):
         row = products[bits[i]]
-        low = (np.int64(mask[i]) & 0xFFFFFFFF) >> shift
+        low = low_of(mask[i], shift, WINDOW_BITS)
         for part in range(out.shape[1]):
             which = part % parts
             number = low if which == 1 else np.int64(mask[i] < 0) if which else np.int64(1)

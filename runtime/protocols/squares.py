@@ -9,7 +9,7 @@ from runtime.context import Context
 from runtime.kernels.compiled import compiled
 from runtime.messages import Protocol
 from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import OFFSET, base_of, wrap_of
+from runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
 from runtime.spec import CLIENT, RING_BITS, Cost
 
 _DEALT = 4
@@ -66,7 +66,7 @@ def truncated_square_cost(count: int) -> Cost:
 def _deal_cpu(mask, shift, out):  # type: ignore[no-untyped-def]
     tops, lows, squares, products = out[0], out[1], out[2], out[3]
     for i in range(mask.shape[0]):
-        top, low = np.int64(mask[i] < 0), np.int64(np.uint64(mask[i]) >> np.uint64(shift))
+        top, low = np.int64(mask[i] < 0), low_of(mask[i], shift, RING_BITS)
         tops[i], lows[i], squares[i], products[i] = top, low, low * low, low * top
 
 

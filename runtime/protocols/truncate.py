@@ -127,10 +127,16 @@ def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tenso
 
 
 @compiled(inline="always")
+def low_of(word, shift, width):  # type: ignore[no-untyped-def]
+    """A word of so many bits shifted down, its sign not copied: of a mask, a dealt word."""
+    unsigned = np.uint64(word) & (np.uint64(2**64 - 1) >> np.uint64(64 - width))
+    return np.int64(unsigned >> np.uint64(shift))
+
+
+@compiled(inline="always")
 def base_of(z, shift, width):  # type: ignore[no-untyped-def]
     """`Truncation.base` of an opened word."""
-    unsigned = np.uint64(z) & (np.uint64(2**64 - 1) >> np.uint64(64 - width))
-    return np.int64(unsigned >> np.uint64(shift)) - (np.int64(1) << (width - 2 - shift))
+    return low_of(z, shift, width) - (np.int64(1) << (width - 2 - shift))
 
 
 @compiled(inline="always")
@@ -141,9 +147,8 @@ def wrap_of(z, shift, width):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _deal_cpu(mask, shift, width, low, top):  # type: ignore[no-untyped-def]
-    ones = np.uint64(2**64 - 1) >> np.uint64(64 - width)
     for i in range(mask.shape[0]):
-        low[i] = np.int64((np.uint64(mask[i]) & ones) >> np.uint64(shift))
+        low[i] = low_of(mask[i], shift, width)
         top[i] = np.int64(mask[i] < 0)
 
 
