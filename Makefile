@@ -40,7 +40,7 @@ install: $(READY) ## create .venv and install everything
 	touch $@
 
 demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
-	$(PYTHON) -m compiler.cli demo
+	$(PYTHON) -m mergec demo
 
 test: $(READY) ## the tests that take seconds
 	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)

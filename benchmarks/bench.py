@@ -34,11 +34,11 @@ from report import FIGURES, Row, markdown, plots, side_by_side
 from rich.console import Console
 from torch import nn
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.capture import Captured, capture
-from compiler.load import load_model
-from runtime.plain import PlainExecutor
-from runtime.program import phase_of
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.load import load_model
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.program import phase_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from harness import RunError, Step, run
 
-from runtime.op import load_all
-from runtime.program import InputSpec, Instruction, Ref, RoleProgram
-from runtime.spec import FRACTIONAL_BITS, ROLES, Vis
+from mergec.runtime.core.spec import FRACTIONAL_BITS, ROLES, Vis
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram
 
 COUNT = 1 << 16
 RESULTS = Path(__file__).parent / "results"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from compiler import compile_decoder
-from compiler.load import load_model
-from runtime.inprocess import InProcessSession
-from runtime.kernels.matmul import set_threads
-from runtime.memory import keep_freed_memory
+from mergec import compile_decoder
+from mergec.compiler.frontend.load import load_model
+from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.kernels.matmul import set_threads
+from mergec.runtime.roles.inprocess import InProcessSession
 
 PROMPTS = (
     "What is the capital of France?",

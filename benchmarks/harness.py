@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.bundle import save_bundle
-from runtime.correlations.prg import Prg, new_seed
-from runtime.program import PROMPT, InputSpec, RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
-from runtime.transport.lines import Lines
-from runtime.values import encode
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
+from mergec.runtime.core.values import encode
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.program.bundle import save_bundle
+from mergec.runtime.program.program import PROMPT, InputSpec, RoleProgram
+from mergec.runtime.transport.lines import Lines
 
 ROLE = Path(__file__).with_name("role.py")
 PARTIES = CLIENT, SERVER

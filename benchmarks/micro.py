@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime.certificates import make_certificates
-from runtime.correlations.prg import Prg, new_seed
-from runtime.kernels.matmul import matmul_rows, set_threads
-from runtime.memory import keep_freed_memory
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER
-from runtime.transport.channel import Channel
-from runtime.transport.connect import Security
-from runtime.transport.lines import Lines, take
+from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.kernels.matmul import matmul_rows, set_threads
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.channel import Channel
+from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.lines import Lines, take
 
 REPEATS = 5
 STREAM_BYTES = 1 << 26

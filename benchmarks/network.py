@@ -17,9 +17,9 @@ from harness import Taken, run
 from rich.console import Console
 from rich.table import Table
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.cost import cost_report
-from runtime.network import NETWORKS
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.backend.cost import cost_report
+from mergec.runtime.core.network import NETWORKS
 
 STEP = (1, 128)
 """New and past tokens."""

@@ -21,9 +21,9 @@ import torch
 from bench import steps_of
 from harness import run
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.load import load_model
-from runtime.spec import Cost
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.frontend.load import load_model
+from mergec.runtime.core.spec import Cost
 
 PROMPT, PAST = 64, 128
 STEPS = {"prompt": (PROMPT, 0), "decode": (1, PAST)}

@@ -25,18 +25,18 @@ from role import executor_of, peer_of
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.ir import aten, calls
-from compiler.load import load_model
-from passes.base import Pass
-from runtime.bundle import load_bundle, role_path
-from runtime.correlations.prg import new_seed
-from runtime.generation import MergecSession
-from runtime.inprocess import InProcessSession
-from runtime.kernels.matmul import set_threads
-from runtime.memory import keep_freed_memory, release_freed_memory
-from runtime.spec import CLIENT, ROLES
-from runtime.transport.lines import Lines, take
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.frontend.load import load_model
+from mergec.compiler.graph.ir import aten, calls
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.memory import keep_freed_memory, release_freed_memory
+from mergec.runtime.core.spec import CLIENT, ROLES
+from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.kernels.matmul import set_threads
+from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.roles.inprocess import InProcessSession
+from mergec.runtime.session.generation import MergecSession
+from mergec.runtime.transport.lines import Lines, take
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "perplexity.md"
 

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import crypten_compat as crypten
-from runtime.bundle import load_bundle, role_path
-from runtime.memory import keep_freed_memory, peak_bytes
-from runtime.network import NETWORKS
-from runtime.ops.cache_append import make_room
-from runtime.party import compute, deal
-from runtime.program import FINISH, Phase, RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Vis
-from runtime.stock import StockExecutor
-from runtime.transport.channel import Channel, Kind
-from runtime.transport.communicator import ChannelCommunicator
-from runtime.transport.emulated import EmulatedLink
-from runtime.transport.lines import take
-from runtime.transport.traffic import Exchange, Traffic
-from runtime.values import Held, Masked, Sent, Shared
+from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
+from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
+from mergec.runtime.core.values import Held, Masked, Sent, Shared
+from mergec.runtime.crypten import compat as crypten
+from mergec.runtime.engine.stock import StockExecutor
+from mergec.runtime.ops.cache_append import make_room
+from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.program.program import FINISH, Phase, RoleProgram
+from mergec.runtime.roles.party import compute, deal
+from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.communicator import ChannelCommunicator
+from mergec.runtime.transport.emulated import EmulatedLink
+from mergec.runtime.transport.lines import take
+from mergec.runtime.transport.traffic import Exchange, Traffic
 
 _POLL = 0.001
 

@@ -33,15 +33,15 @@ from typing import Any
 
 import psutil
 
-from runtime.bundle import load_bundle, role_path
-from runtime.certificates import make_certificates
-from runtime.client import Connection
-from runtime.correlations.store import Store, stores_below
-from runtime.errors import MergecError
-from runtime.plain import PlainExecutor
-from runtime.session import Plan
-from runtime.transport.address import Address
-from runtime.transport.connect import Security
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.stores.store import Store, stores_below
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.connect import Security
 from tests import decoder
 from tests.roles import environment, free_port
 
@@ -308,7 +308,14 @@ class Soak:
         given = [text for pair in options.items() for text in pair]
         return Service(
             name,
-            [sys.executable, "-m", "runtime.cli", command, str(self.bundles), *given],
+            [
+                sys.executable,
+                "-m",
+                "mergec.runtime.cli",
+                command,
+                str(self.bundles),
+                *given,
+            ],
             metrics,
             self.folder / f"{name}.log",
         )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mergec import bare_names
+
 if TYPE_CHECKING:
-    from compiler.config import CompileConfig
-    from compiler.driver import compile_decoder
-    from compiler.program import Program
+    from mergec.compiler.config import CompileConfig
+    from mergec.compiler.driver import compile_decoder
+    from mergec.compiler.program import Program
 
 __all__ = ["CompileConfig", "Program", "compile_decoder"]
 
 _HOMES = {
-    "CompileConfig": "compiler.config",
-    "Program": "compiler.program",
-    "compile_decoder": "compiler.driver",
+    "CompileConfig": "mergec.compiler.config",
+    "Program": "mergec.compiler.program",
+    "compile_decoder": "mergec.compiler.driver",
 }
 
 
@@ -28,3 +30,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+if __name__ == "compiler":  # imported from a checkout without the prefix
+    bare_names.stand_for(__name__)

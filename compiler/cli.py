@@ -13,8 +13,8 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
-from compiler.config import PAST, PRESETS
-from runtime.cli import (
+from mergec.compiler.config import PAST, PRESETS
+from mergec.runtime.cli.commands import (
     Device,
     DeviceOption,
     MaxTokens,
@@ -25,11 +25,11 @@ from runtime.cli import (
     waiting,
     write,
 )
-from runtime.errors import MergecError, PromptError
-from runtime.spec import CHOICES
+from mergec.runtime.core.errors import MergecError, PromptError
+from mergec.runtime.core.spec import CHOICES
 
 if TYPE_CHECKING:
-    from compiler.program import Program
+    from mergec.compiler.program import Program
 
 DEMO_SOURCE = "smollm2"
 DEMO_PROMPT = "What is the capital of France?"
@@ -93,7 +93,7 @@ def compile_command(
     check_passes: CheckPasses = False,
 ) -> None:
     """Compile a model into one bundle per role."""
-    from runtime.bundle import check_place
+    from mergec.runtime.program.bundle import check_place
 
     check_place(output)
     options = _options(
@@ -152,7 +152,7 @@ def inspect_command(
     check_passes: CheckPasses = False,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
-    from compiler.program import Program, check_whole
+    from mergec.compiler.program import Program, check_whole
 
     options = _options(
         max_length=max_length,
@@ -215,7 +215,7 @@ def run_command(
     ] = False,
 ) -> None:
     """Run the three roles here, a process each."""
-    from compiler.program import Program
+    from mergec.compiler.program import Program
 
     with _steps() as step:
         step("reading the bundles")
@@ -247,7 +247,7 @@ def demo_command(
     reuse: Annotated[bool, typer.Option("--reuse", help="Take bundles made before.")] = False,
 ) -> None:
     """Compile SmolLM2-135M and ask it something."""
-    from compiler.program import Program
+    from mergec.compiler.program import Program
 
     _check_prompt(prompt)
     with _steps() as step:
@@ -279,7 +279,7 @@ def _options(**given: Any) -> dict[str, Any]:
 def _compile(
     source: str, options: dict[str, Any], step: Step, *, keep_history: bool = False
 ) -> Program:
-    from compiler.driver import compile_source
+    from mergec.compiler.driver import compile_source
 
     return compile_source(source, options, step, keep_history=keep_history)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compiler.errors import CompileError
-from runtime.spec import CHOICES
+from mergec.compiler.errors import CompileError
+from mergec.runtime.core.spec import CHOICES
 
 _MPCFORMER = ("quadratic_gelu", "quadratic_silu")
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from compiler.capture import Captured, capture
-from compiler.config import CompileConfig
-from compiler.cost import cost_report
-from compiler.deviation import measure_deviation
-from compiler.emit import shapes, tokenizer_files, value_types
-from compiler.history import History
-from compiler.ir import assign_names, length_symbols
-from compiler.load import load_model
-from compiler.pipeline import DialectProgram, assemble, calibration, finish, rewrite
-from compiler.program import Program
-from passes.base import PassReport
-from runtime.program import FINISH, RoleProgram
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.backend.deviation import measure_deviation
+from mergec.compiler.backend.emit import shapes, tokenizer_files, value_types
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.load import load_model
+from mergec.compiler.graph.ir import assign_names, length_symbols
+from mergec.compiler.graph.manager import PassReport
+from mergec.compiler.pipeline import DialectProgram, assemble, calibration, finish, rewrite
+from mergec.compiler.program import Program
+from mergec.compiler.report.history import History
+from mergec.runtime.program.program import FINISH, RoleProgram
 
 Progress = Callable[[str], object]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from runtime.errors import MergecError
+from mergec.runtime.core.errors import MergecError
 
 if TYPE_CHECKING:
     # The command line reads the options' names without torch.

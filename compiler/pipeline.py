@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from compiler.capture import Captured, capture
-from compiler.choose import choose_variants
-from compiler.config import PRESETS, CompileConfig
-from compiler.errors import CompileError
-from compiler.ir import is_shared
-from compiler.legalize import legalize
-from compiler.lower import lower
-from compiler.ranges import annotate_ranges
-from compiler.share_constants import share_constants
-from compiler.verify import verify_dialect
-from compiler.visibility import annotate_visibility
-from passes.base import GraphInfo, Pass, PassReport, available, ordered, run_passes
-from runtime.network import NETWORKS
-from runtime.op import load_all
-from runtime.program import InputSpec, RoleProgram
-from runtime.spec import Vis
+from mergec.compiler.backend.choose import choose_variants
+from mergec.compiler.backend.legalize import legalize
+from mergec.compiler.backend.lower import lower
+from mergec.compiler.backend.share_constants import share_constants
+from mergec.compiler.config import PRESETS, CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.graph.ir import is_shared
+from mergec.compiler.graph.manager import PassReport, ordered, run_passes
+from mergec.compiler.graph.ranges import annotate_ranges
+from mergec.compiler.graph.rewriting import GraphInfo, Pass
+from mergec.compiler.graph.verify import verify_dialect
+from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.passes import available
+from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import InputSpec, RoleProgram
 
 _SENTENCES = (
     "The capital of France is Paris, and it lies on the river Seine.",

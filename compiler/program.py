@@ -14,24 +14,31 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
 
-from compiler.config import PAST
-from compiler.graph_view import GraphView
-from compiler.inspect import Inspection, PassRow, inspect_costs, readable
-from runtime.bundle import DESCRIPTION, GRAPH, MANIFEST, TOKENIZER, load_bundle, role_path
-from runtime.encoding import program_hash
-from runtime.errors import BundleError, PromptError
-from runtime.generation import StepReport, check_prompt
-from runtime.network import NETWORKS
-from runtime.program import RoleProgram
-from runtime.sampling import Sampling, choose
-from runtime.spec import ROLES
-from runtime.text import VOCABULARY, Stream, Text
+from mergec.compiler.config import PAST
+from mergec.compiler.report.graph_view import GraphView
+from mergec.compiler.report.inspect import Inspection, PassRow, inspect_costs, readable
+from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.program.bundle import (
+    DESCRIPTION,
+    GRAPH,
+    MANIFEST,
+    TOKENIZER,
+    load_bundle,
+    role_path,
+)
+from mergec.runtime.program.encoding import program_hash
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.generation import StepReport, check_prompt
+from mergec.runtime.session.sampling import Sampling, choose
+from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
-    from compiler.cost import CostReport
-    from compiler.history import History
-    from compiler.onnx_export import ValueType
-    from runtime.local import LocalResult
+    from mergec.compiler.backend.cost import CostReport
+    from mergec.compiler.backend.onnx_export import ValueType
+    from mergec.compiler.report.history import History
+    from mergec.runtime.roles.local import LocalResult
 
 Progress = Callable[[str], object]
 
@@ -134,7 +141,7 @@ class Program:
         path: Path | None = None,
         history: History | None = None,
     ) -> None:
-        """`types` are those of results (`compiler.onnx_export`); `path` is where it is saved.
+        """`types` are those of results (`backend.onnx_export`); `path` is where it is saved.
 
         `history` tells how it was compiled; a program that was loaded has none.
         """
@@ -185,7 +192,7 @@ class Program:
 
     def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
         """Write the three bundles to `path`: all, or none."""
-        from compiler.emit import emit
+        from mergec.compiler.backend.emit import emit
 
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
@@ -234,7 +241,7 @@ class Program:
 
         A program that was loaded shows only the graph that the parties run.
         """
-        from compiler.html import page
+        from mergec.compiler.report.html import page
 
         report = self._costs(new, past)
         inspection = self._inspect(report, savings)
@@ -243,7 +250,7 @@ class Program:
         return page(inspection, report, self.graph, self.history.before, self.history.changes)
 
     def _costs(self, new: int, past: int | None) -> CostReport:
-        from compiler.cost import cost_report
+        from mergec.compiler.backend.cost import cost_report
 
         limit = self.manifest["max_length"]
         resends = self.any_role.resends
@@ -308,7 +315,7 @@ class Program:
 
     def _value_types(self) -> dict[str, ValueType]:
         if not self._types and self.path is not None:
-            from compiler.onnx_export import read_types
+            from mergec.compiler.backend.onnx_export import read_types
 
             self._types = read_types(role_path(self.path, self.any_role.role) / GRAPH)
         return self._types
@@ -338,7 +345,7 @@ class Program:
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         ids, text = self._tokens(prompt, chat, max_tokens)
-        from runtime.local import run_local
+        from mergec.runtime.roles.local import run_local
 
         stream = Stream(text, on_text) if text is not None else None
         result = run_local(
@@ -367,7 +374,7 @@ class Program:
 
         Sampled tokens can be compared only if the answer was drawn from a given seed.
         """
-        from runtime.plain import PlainExecutor
+        from mergec.runtime.engine.plain import PlainExecutor
 
         if "server" not in self.roles:
             raise BundleError("plaintext needs the server's program; load it")

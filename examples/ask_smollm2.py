@@ -6,8 +6,8 @@ import sys
 
 from rich.console import Console
 
-from compiler import compile_decoder
-from compiler.load import load_model
+from mergec import compile_decoder
+from mergec.compiler.frontend.load import load_model
 
 
 def main() -> None:

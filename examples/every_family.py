@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiler import CompileConfig, compile_decoder
-from compiler.errors import CompileError
-from runtime.inprocess import InProcessSession
+from mergec import CompileConfig, compile_decoder
+from mergec.compiler.errors import CompileError
+from mergec.runtime.roles.inprocess import InProcessSession
 
 SIZES: dict[str, int] = {
     "vocab_size": 96,

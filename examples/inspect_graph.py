@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compiler import compile_decoder
+from mergec import compile_decoder
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compiler import compile_decoder
+from mergec import compile_decoder
 
 
 class Block(nn.Module):

@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from compiler import CompileConfig, compile_decoder
-from compiler.ir import calls, is_shared, replace
-from passes.base import Pass
-from runtime.op import target
+from mergec import CompileConfig, compile_decoder
+from mergec.compiler.graph.ir import calls, is_shared, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 
 class ReluForGelu(Pass):

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, constant, insert, is_shared, last_dim, replace
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import aten, calls, constant, insert, is_shared, last_dim, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
 
 _BINARY = {aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul"}
 _UNARY = {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, is_public, is_shared, rank
-from compiler.shapes import insert_call, insert_constant, length
-from passes.base import Pass
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import aten, calls, is_public, is_shared, rank
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call, insert_constant, length
+from mergec.runtime.core.spec import Vis
 
 
 class ExpandComposites(Pass):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, rank
-from compiler.shapes import insert_call, length
-from passes.base import Pass
+from mergec.compiler.graph.ir import aten, calls, is_shared, rank
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call, length
 
 
 class ExpandSdpa(Pass):

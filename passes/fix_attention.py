@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import add_constant, aten, bind, calls, insert, replace
-from compiler.ranges import replay
-from passes.base import Pass
-from runtime.op import REGISTRY, target
-from runtime.ops.attention import Attention
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import add_constant, aten, bind, calls, insert, replace
+from mergec.compiler.graph.ranges import replay
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import REGISTRY, target
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.ops.attention import Attention
 
 
 class FixAttention(Pass):

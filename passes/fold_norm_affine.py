@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import calls, replace
-from compiler.moves import keeps_rows
-from compiler.weights import computable, insert_folded, uses, wide
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import calls, replace
+from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.weights import computable, insert_folded, uses, wide
+from mergec.runtime.core.op import target
 
 
 class FoldNormAffine(Pass):

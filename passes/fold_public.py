@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import constant, is_public
-from compiler.weights import evaluate, insert_evaluated, pure
-from passes.base import Pass
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import constant, is_public
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.weights import evaluate, insert_evaluated, pure
+from mergec.runtime.core.spec import Vis
 
 LARGEST = 1 << 16
 """Elements of a folded constant: a larger one is cheaper made in each step than kept by all."""

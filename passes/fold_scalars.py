@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from compiler.factors import Absorber, split_factor
-from compiler.ir import calls
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.factors import Absorber, split_factor
+from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 
 class FoldScalars(Pass):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import constant
-from compiler.moves import is_move
-from compiler.weights import evaluate, insert_folded, pure
-from passes.base import Pass
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import constant
+from mergec.compiler.graph.moves import is_move
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.weights import evaluate, insert_folded, pure
+from mergec.runtime.core.spec import Vis
 
 
 class FoldWeights(Pass):

@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, insert, is_public, is_shared, last_dim, rank, replace
-from compiler.shapes import insert_call
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import (
+    aten,
+    calls,
+    insert,
+    is_public,
+    is_shared,
+    last_dim,
+    rank,
+    replace,
+)
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
 
 _LOW = -1e4
 """A score that stands for "not seen": exp of it is 0 beside any score that is seen."""

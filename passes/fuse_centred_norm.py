@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, last_dim, rank
-from compiler.shapes import insert_call
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import aten, calls, is_shared, last_dim, rank
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
 
 
 class FuseCentredNorm(Pass):

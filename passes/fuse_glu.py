@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, replace
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, is_shared, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 
 class FuseGlu(Pass):

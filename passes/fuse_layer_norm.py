@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, replace
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, is_shared, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 
 class FuseLayerNorm(Pass):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, last_dim, replace
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import aten, calls, is_shared, last_dim, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
 
 
 class FuseRmsNorm(Pass):

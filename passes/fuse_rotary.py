@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_public, is_shared, last_dim, replace
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, is_public, is_shared, last_dim, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 
 class FuseRotary(Pass):

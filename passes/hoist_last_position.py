@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared, rank
-from compiler.shapes import insert_call
-from passes.base import Pass
-from runtime.structural import target_name
+from mergec.compiler.graph.ir import aten, calls, is_shared, rank
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
+from mergec.runtime.core.structural import target_name
 
 _ELEMENTWISE = frozenset(
     f"mpc.{name}" for name in ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu",

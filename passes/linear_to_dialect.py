@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, constant, is_shared, replace
-from compiler.shapes import insert_constant
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, constant, is_shared, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_constant
+from mergec.runtime.core.op import target
 
 
 class LinearToDialect(Pass):

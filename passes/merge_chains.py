@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import calls
-from compiler.weights import computable, insert_folded, uses, wide
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.weights import computable, insert_folded, uses, wide
+from mergec.runtime.core.op import target
 
 
 class MergeChains(Pass):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import add_constant, aten, calls, constant, insert, rank, replace
-from passes.base import Pass
-from passes.simplify_norms import affine, observe_norms
-from runtime.op import target
-from runtime.spec import Vis
-from runtime.structural import MOVE_NAMES, target_name
+from mergec.compiler.graph.ir import add_constant, aten, calls, constant, insert, rank, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.passes.simplify_norms import affine, observe_norms
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import MOVE_NAMES, target_name
 
 
 @dataclass

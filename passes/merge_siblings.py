@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, insert
-from compiler.shapes import evaluate, fake_mode
-from compiler.weights import computable, insert_folded, uses, wide
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, insert
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import evaluate, fake_mode
+from mergec.compiler.graph.weights import computable, insert_folded, uses, wide
+from mergec.runtime.core.op import target
 
 
 class MergeSiblings(Pass):
@@ -22,7 +22,7 @@ class MergeSiblings(Pass):
     local: one matrix product instead of two to four, one static mask, one message at the start of a
     session and one dealt product, and where all the parts are truncated alike, one truncation for
     all. Each part keeps the fractional bits that its own result leaves room for
-    (`compiler.legalize`), so that nothing is rounded more than in a product of its own.
+    (`compiler.backend.legalize`), so that nothing is rounded more than in a product of its own.
 
     A matrix that is used elsewhere too is left out: its copy would be opened once more when a
     session starts.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from compiler.ir import constant
-from passes.base import Pass
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import constant
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.spec import Vis
 
 _SMALLEST = 4
 _LOW = -1e4

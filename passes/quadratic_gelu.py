@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from compiler.ir import aten, calls, insert, replace
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import aten, calls, insert, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
 
 Coefficients = tuple[float, float, float]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.base import Pass
-from passes.quadratic_gelu import Coefficients, put_quadratic
+from mergec.compiler.graph.rewriting import Pass
+from mergec.passes.quadratic_gelu import Coefficients, put_quadratic
 
 SILU: Coefficients = (0.25, 0.5, 0.0)
 

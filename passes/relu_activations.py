@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from compiler.ir import calls, replace
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import calls, replace
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
 
 _OPS = ("gelu", "quick_gelu", "silu")
 _GATES = ("gelu", "gelu_tanh", "silu")

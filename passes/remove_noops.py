@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, constant
-from passes.base import Pass
+from mergec.compiler.graph.ir import aten, calls, constant
+from mergec.compiler.graph.rewriting import Pass
 
 _ALWAYS = (
     aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default,

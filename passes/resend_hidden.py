@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import fx
 
-from compiler.errors import CompileError
-from compiler.ir import aten, calls, insert, rank
-from passes.base import Pass
-from runtime.op import target
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import aten, calls, insert, rank
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
 
 
 class ResendHidden(Pass):
@@ -22,7 +22,7 @@ class ResendHidden(Pass):
     as in OPT), takes the place of the next token's row of the embedding table, and goes the way of
     such a row: it is scaled (Gemma), projected (OPT), normalized (BLOOM), and a learned position is
     added to it. The graph itself computes what it did; it is cut in three parts that are run by
-    themselves (`runtime.program.Phase`): tokens to hidden state, hidden state to hidden state, and
+    themselves (`RoleProgram.phase`): tokens to hidden state, hidden state to hidden state, and
     all hidden states to logits, which the head computes at once when the last step is done. So an
     answer has as many tokens as were asked for: no stop token can end the loop. Exact where the
     hidden state is the next token's row.

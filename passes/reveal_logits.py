@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_shared
-from compiler.shapes import insert_call
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.graph.ir import aten, calls, is_shared
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
+from mergec.runtime.core.op import target
 
 _INVERTIBLE = (aten.tanh.default, aten.neg.default)
 _BY_NUMBER = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import add_constant, aten, bind, calls, constant, insert, replace
-from compiler.ranges import prompt
-from passes.base import Pass
-from runtime.op import REGISTRY, target
-from runtime.spec import Vis
+from mergec.compiler.graph.ir import add_constant, aten, bind, calls, constant, insert, replace
+from mergec.compiler.graph.ranges import prompt
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import REGISTRY, target
+from mergec.runtime.core.spec import Vis
 
 _RESENT = 2
 """Steps that take a hidden state, of each sequence, in the estimate of constant norms."""

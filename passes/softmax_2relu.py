@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.base import Pass
-from passes.softmax_2quad import put_ratio
+from mergec.compiler.graph.rewriting import Pass
+from mergec.passes.softmax_2quad import put_ratio
 
 
 class Softmax2relu(Pass):

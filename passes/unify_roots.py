@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from compiler.ir import aten, calls, is_public
-from compiler.shapes import insert_call
-from passes.base import Pass
+from mergec.compiler.graph.ir import aten, calls, is_public
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
 
 
 class UnifyRoots(Pass):

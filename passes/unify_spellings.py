@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from compiler.ir import aten, calls, insert, rank, replace
-from passes.base import Pass
+from mergec.compiler.graph.ir import aten, calls, insert, rank, replace
+from mergec.compiler.graph.rewriting import Pass
 
 _IN_PLACE = {
     aten.add_.Tensor: aten.add.Tensor,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from runtime.bundle import TOKENIZER, role_path, save_bundle
-from runtime.spec import ROLES
-from runtime.text import SETTINGS, TEMPLATE, VOCABULARY
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.program.bundle import TOKENIZER, role_path, save_bundle
+from mergec.runtime.session.text import SETTINGS, TEMPLATE, VOCABULARY
 from tests import decoder
 
 SYMBOLS = " abcdefghijk"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime.bundle import load_bundle, role_path, save_bundle
-from runtime.plain import PlainExecutor
-from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
-from runtime.spec import ROLES, Vis
+from mergec.runtime.core.spec import ROLES, Vis
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.bundle import load_bundle, role_path, save_bundle
+from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 
 VOCAB, WIDTH, LENGTH = 13, 8, 16
 LAST = 2**63 - 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compiler.capture import Captured, capture
+from mergec.compiler.frontend.capture import Captured, capture
 
 VOCAB, LAYERS, HEADS, WIDTH = 97, 2, 4, 32
 LENGTHS = ((5, 0), (1, 5), (3, 4))

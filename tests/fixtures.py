@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from runtime.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
-from runtime.spec import Vis
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 
 VOCAB, WIDTH = 11, 8
 MODULE = "model.layers.0"

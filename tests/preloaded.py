@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from runtime import cli, client, dealer, server  # noqa: F401
-from runtime.service import prepare_to_fork
+from mergec.runtime.cli.commands import commands as cli  # noqa: F401
+from mergec.runtime.roles import (
+    client,  # noqa: F401
+    dealer,  # noqa: F401
+    server,  # noqa: F401
+)
+from mergec.runtime.roles.service import prepare_to_fork
 
 prepare_to_fork()

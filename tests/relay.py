@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from runtime.transport.address import Address
-from runtime.transport.channel import Kind
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.channel import Kind
 
 HEADER = struct.Struct("!BxxxIQ")
 UP, DOWN = "up", "down"

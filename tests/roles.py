@@ -10,8 +10,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.spec import ROLES
-from runtime.transport.lines import Lines
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.transport.lines import Lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,8 +19,8 @@ PREAMBLE = """
 import sys
 import torch
 torch.set_num_threads(1)
-from runtime.errors import PartyError
-from runtime.transport.lines import take
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.transport.lines import take
 role, *descriptors = sys.argv[1:]
 channels = take(role, list(map(int, descriptors)), 20.0)
 """

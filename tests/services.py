@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from runtime.client import Connection
-from runtime.transport.address import Address
-from runtime.transport.connect import Security
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.connect import Security
 
 START = 60.0
 
@@ -36,7 +36,7 @@ def _play(arguments: list[str], output: Path) -> None:
     # Where the tests are a shell's background job, SIGINT is ignored, and would be in here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["mergec", *arguments]
-    from runtime.cli import main
+    from mergec.runtime.cli.commands import main
 
     main()
 

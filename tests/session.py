@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from compiler.config import CompileConfig
-from compiler.driver import compile_decoder
-from compiler.program import Program
-from runtime.context import ClientContext, DealerContext, ServerContext
-from runtime.correlations.prg import new_seed
-from runtime.executor import Executor, StepRecord
-from runtime.program import RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Cost, Vis
-from runtime.transport.loopback import dealer_pair, link_pair
-from runtime.values import Held, Masked
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.driver import compile_decoder
+from mergec.compiler.program import Program
+from mergec.runtime.core.context import ClientContext, DealerContext, ServerContext
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost, Vis
+from mergec.runtime.core.values import Held, Masked
+from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.engine.executor import Executor, StepRecord
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from tests.families import random_decoder
 
 TIMEOUT = 60.0

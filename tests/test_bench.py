@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.spec import ROLES
+from mergec.runtime.core.spec import ROLES
 from tests.fixtures import tiny
 from tests.roles import ROOT
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import bundle, encoding
-from runtime.bundle import load_bundle, read_manifest, save_bundle
-from runtime.encoding import program_hash
-from runtime.errors import BundleError
-from runtime.program import Instruction, Ref, RoleProgram
-from runtime.spec import CHOICES, ROLES, Vis
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.spec import CHOICES, ROLES, Vis
+from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundle
+from mergec.runtime.program.encoding import program_hash
+from mergec.runtime.program.program import Instruction, Ref, RoleProgram, bundle, encoding
 from tests.fixtures import tiny
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from compiler.capture import capture
-from compiler.errors import CompileError
-from runtime.spec import Vis
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import capture
+from mergec.runtime.core.spec import Vis
 from tests.families import (
     FAMILIES,
     LAYERS,

@@ -16,18 +16,23 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.certificates import CERTIFICATE, KEY, check_certificate, make_certificates
-from runtime.errors import MergecError, PartyError
-from runtime.transport.address import Address
-from runtime.transport.channel import Channel, Kind, printable
-from runtime.transport.connect import Security, accept, connect, listen
-from runtime.transport.dealer_link import (
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.certificates import (
+    CERTIFICATE,
+    KEY,
+    check_certificate,
+    make_certificates,
+)
+from mergec.runtime.transport.channel import Channel, Kind, printable
+from mergec.runtime.transport.connect import Security, accept, connect, listen
+from mergec.runtime.transport.dealer_link import (
     ChannelBlockReader,
     ChannelBlockWriter,
     DealerReceiver,
     DealerSender,
 )
-from runtime.transport.traffic import Traffic
+from mergec.runtime.transport.traffic import Traffic
 
 BIG = 3_000_001
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compiler.cost import cost_report
-from runtime.network import MAKING, NETWORKS, Network
-from runtime.spec import CHOICES, ROLES, Cost
+from mergec.compiler.backend.cost import cost_report
+from mergec.runtime.core.network import MAKING, NETWORKS, Network
+from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from tests.session import compiled
 
 

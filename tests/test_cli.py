@@ -12,13 +12,13 @@ from typing import Any
 import onnx
 import pytest
 
-import compiler.cli as cli
-from compiler.config import CompileConfig
-from compiler.program import Answer, Phase, Program
-from runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
-from runtime.cli import run as mergec
-from runtime.errors import PartyError
-from runtime.spec import CHOICES, ROLES
+import mergec.compiler.cli as cli
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.program import Answer, Phase, Program
+from mergec.runtime.cli.commands import DEBUG, FAILED, INTERRUPTED, USAGE
+from mergec.runtime.cli.commands import run as mergec
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.spec import CHOICES, ROLES
 from tests.fixtures import decoder, greedy
 from tests.test_program import TYPES
 
@@ -262,6 +262,6 @@ def test_other_failures(
 
 
 def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
-    command = f"{sys.executable} -m compiler.cli inspect {bundles} --graph --past 1 | true"
+    command = f"{sys.executable} -m mergec inspect {bundles} --graph --past 1 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "rror" not in done.stderr

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch.distributed import ReduceOp
 
-from runtime import crypten_compat as crypten
-from runtime.certificates import make_certificates
-from runtime.errors import MergecError, PartyError
-from runtime.transport.channel import Channel, Kind
-from runtime.transport.communicator import ChannelCommunicator
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.crypten import compat as crypten
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.communicator import ChannelCommunicator
 from tests.roles import ROOT, environment, finish, free_port, outputs
 
 Pair = tuple[ChannelCommunicator, ChannelCommunicator]
@@ -243,11 +243,11 @@ def test_the_third_party_deals_only_what_crypten_asks_for(request_: Any, message
 OVER_TLS = """
     import json, sys, torch
     from pathlib import Path
-    from runtime import crypten_compat as crypten
-    from runtime.spec import CLIENT, ROLES, SERVER
-    from runtime.transport.address import Address
-    from runtime.transport.communicator import ChannelCommunicator
-    from runtime.transport.connect import Security, accept, connect, listen
+    from mergec.runtime.crypten import compat as crypten
+    from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
+    from mergec.runtime.transport.address import Address
+    from mergec.runtime.transport.communicator import ChannelCommunicator
+    from mergec.runtime.transport.connect import Security, accept, connect, listen
     torch.set_num_threads(1)
     role, port, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     security, address = Security(role, folder), Address("127.0.0.1", port)
@@ -322,7 +322,7 @@ def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Pat
     """For trusted clusters: where no ChannelCommunicator is installed, nothing is changed."""
     code = """
         import torch
-        from runtime import crypten_compat as crypten
+        from mergec.runtime.crypten import compat as crypten
         crypten.use_provider("insecure-first-party")
         with crypten.quiet(), crypten.no_grad():
             crypten.communicator._init(use_threads=False)
@@ -354,8 +354,8 @@ def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Pat
 def test_crypten_runs_with_the_dealer_as_third_party() -> None:
     printed = outputs(
         """
-        from runtime import crypten_compat as crypten
-        from runtime.transport.communicator import ChannelCommunicator
+        from mergec.runtime.crypten import compat as crypten
+        from mergec.runtime.transport.communicator import ChannelCommunicator
         communicator = ChannelCommunicator(role, channels)
         communicator.install()
         crypten.use_provider("dealer")

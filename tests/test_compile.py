@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.program import Answer
-from runtime.bundle import TENSORS, role_path
-from runtime.encoding import dtype_name
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.program import Answer
+from mergec.runtime.program.bundle import TENSORS, role_path
+from mergec.runtime.program.encoding import dtype_name
 
 PROMPT, COUNT = [5, 17, 3, 88, 41], 6
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import fx
 
-from compiler.capture import capture
-from compiler.config import CompileConfig
-from compiler.errors import CompileError, InternalError
-from compiler.ir import calls
-from compiler.pipeline import rewrite
-from passes.base import Pass
-from runtime.op import target
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.capture import capture
+from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.pipeline import rewrite
+from mergec.runtime.core.op import target
 from tests.families import captured, random_decoder
 
 aten = torch.ops.aten
@@ -147,7 +147,7 @@ class _MakesTooEarly(_Broken):
 
 
 def test_an_op_of_an_early_pass_is_refused_with_its_maker() -> None:
-    from compiler.verify import verify_dialect
+    from mergec.compiler.graph.verify import verify_dialect
 
     step = captured("gpt2")
     rewrite(step, CompileConfig(extra_passes=(_MakesTooEarly,)))

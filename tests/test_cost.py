@@ -9,9 +9,9 @@ import networkx as nx
 import pytest
 import torch
 
-from compiler.cost import CostReport, cost_report
-from runtime.program import Ref, RoleProgram
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER, Cost
+from mergec.compiler.backend.cost import CostReport, cost_report
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
+from mergec.runtime.program.program import Ref, RoleProgram
 from tests.families import LAYERS, tokens
 from tests.session import compiled, play
 
@@ -112,7 +112,7 @@ def test_lengths_matter_as_they_should(program: RoleProgram, report: CostReport)
 
 def test_values_are_forgotten_after_their_last_use(program: RoleProgram) -> None:
     """A session would otherwise hold every activation of every layer at once."""
-    from compiler.cost import CostWalker, ghost_inputs
+    from mergec.compiler.backend.cost import CostWalker, ghost_inputs
 
     walker = CostWalker(program, 16)
     walker.setup()

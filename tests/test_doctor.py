@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.certificates import make_certificates
-from runtime.cli import run
-from runtime.doctor import BAD, GOOD, POOR, examine
-from runtime.kernels.compiled import can_keep, compiled
+from mergec.runtime.cli.commands import run
+from mergec.runtime.cli.doctor import BAD, GOOD, POOR, examine
+from mergec.runtime.kernels.compiled import can_keep, compiled
+from mergec.runtime.transport.certificates import make_certificates
 from tests import decoder
 
 
@@ -54,7 +54,7 @@ def test_kernels_are_compiled_anew_where_they_cannot_be_kept(
 
         return wrap
 
-    monkeypatch.setattr("runtime.kernels.compiled.numba.njit", refuse)
+    monkeypatch.setattr("mergec.runtime.kernels.compiled.numba.njit", refuse)
     can_keep.cache_clear()
     try:
         assert compiled(parallel=True)(lambda: 5)() == 5
@@ -66,7 +66,7 @@ def test_kernels_are_compiled_anew_where_they_cannot_be_kept(
 
 def test_a_machine_with_too_little_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundles = decoder.save(tmp_path / "bundles")
-    monkeypatch.setattr("runtime.doctor._available", lambda: 1000)
+    monkeypatch.setattr("mergec.runtime.cli.doctor._available", lambda: 1000)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "2.9.1")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     found = {f.what: f for f in examine(bundles / "dealer")}

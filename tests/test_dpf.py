@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.context import ShapeContext
-from runtime.correlations.dpf import (
+from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.spec import CLIENT, SERVER
+from mergec.runtime.correlations.dpf import (
     LEAF_BITS,
     Generator,
     Keys,
@@ -20,10 +21,9 @@ from runtime.correlations.dpf import (
     sharing_bits,
     sharing_words,
 )
-from runtime.correlations.prg import Prg, new_seed
-from runtime.kernels.aes import LANES, vectors
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, SERVER
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.aes import LANES, vectors
 from tests.protocols.harness import uniform_bytes
 
 WORDS = 4

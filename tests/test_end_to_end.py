@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.cost import cost_report
-from compiler.program import Answer
-from runtime.local import run_local
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.program import Answer
+from mergec.runtime.roles.local import run_local
 
 PROMPT, TOKENS = [3, 14, 15, 92, 65, 35], 3
 SMALL = {

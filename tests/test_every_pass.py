@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from compiler.capture import Captured, capture
-from compiler.config import CompileConfig
-from compiler.contract import TOLERANCE
-from compiler.errors import CompileError
-from compiler.ir import dump
-from compiler.load import load_model, packaged_model
-from compiler.pipeline import rewrite, select
-from passes.base import STAGES, Pass
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.load import load_model, packaged_model
+from mergec.compiler.graph.contract import TOLERANCE
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.graph.rewriting import STAGES, Pass
+from mergec.compiler.pipeline import rewrite, select
 from tests.families import FAMILIES, captured, random_decoder
 
 CHECKED = CompileConfig(check_passes=True)
-"""Runs the graph in float64 before and after each pass, see compiler.contract."""
+"""Runs the graph in float64 before and after each pass, see mergec.compiler.graph.contract."""
 
 DIALECT = STAGES.index("dialect")
 PASSES = select(CompileConfig())

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.executor import Executor, Planned, _pack, _unpack
-from runtime.op import load_all
-from runtime.program import Instruction, Ref, RoleProgram
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, Vis
-from runtime.values import Held, Masked, Shared
+from mergec.runtime.core.spec import CLIENT, Vis
+from mergec.runtime.core.values import Held, Masked, Shared
+from mergec.runtime.engine.executor import Executor, Planned, _pack, _unpack
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 
 load_all()
 

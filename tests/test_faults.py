@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.correlations.store import stores_below
-from runtime.transport.channel import Kind
+from mergec.runtime.session.stores.store import stores_below
+from mergec.runtime.transport.channel import Kind
 from tests import decoder
 from tests.relay import DOWN, UP, Pair, Relay, Spot
 from tests.services import Process, Role, wait_until

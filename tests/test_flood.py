@@ -7,8 +7,8 @@ from typing import Any
 
 import psutil
 
-from runtime import service
-from runtime.service import Desk, Parent, Service, Worker
+from mergec.runtime.roles import service
+from mergec.runtime.roles.service import Desk, Parent, Service, Worker
 from tests.services import CONTEXT
 
 MOST = 4

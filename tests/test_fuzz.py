@@ -27,21 +27,21 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from runtime.bundle import load_bundle
-from runtime.client import Connection
-from runtime.correlations.prg import new_seed
-from runtime.dealer import DealerSettings
-from runtime.dealer import _Session as DealerSession
-from runtime.errors import MergecError, PartyError
-from runtime.executor import Executor
-from runtime.server import ServerSettings
-from runtime.server import _Session as ServerSession
-from runtime.service import Parent
-from runtime.session import new_token
-from runtime.transport.address import Address
-from runtime.transport.channel import Channel, Kind
-from runtime.transport.connect import Security
-from runtime.transport.hello import Hello, compare
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.program.bundle import load_bundle
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.dealer import DealerSettings
+from mergec.runtime.roles.dealer import _Session as DealerSession
+from mergec.runtime.roles.server import ServerSettings
+from mergec.runtime.roles.server import _Session as ServerSession
+from mergec.runtime.roles.service import Parent
+from mergec.runtime.session.handshake import new_token
+from mergec.runtime.session.hello import Hello, compare
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.connect import Security
 from tests import decoder
 from tests.services import role
 
@@ -292,7 +292,7 @@ def play_server(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
     def play(client: list[bytes], dealer: list[bytes], fuzzed: int) -> list[bytes]:
         ends = [wire.end(said) for said in (client, dealer)]
         dealt = Channel(ends[1][0], "dealer", 1.0)
-        monkeypatch.setattr("runtime.session.connect", lambda *_: dealt)
+        monkeypatch.setattr("mergec.runtime.session.handshake.connect", lambda *_: dealt)
         parent = Alone()
         ServerSession(options, program, encoded, "", ends[0][0], parent, Log()).play()
         parent.close()
@@ -328,8 +328,8 @@ def play_client(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
     def play(server: list[bytes], dealer: list[bytes], fuzzed: int) -> list[bytes]:
         ends = [wire.end(said) for said in (server, dealer)]
         channels = [Channel(ends[i][0], ("server", "dealer")[i], 1.0) for i in (0, 1)]
-        monkeypatch.setattr("runtime.client.connect", lambda *_: channels[0])
-        monkeypatch.setattr("runtime.session.connect", lambda *_: channels[1])
+        monkeypatch.setattr("mergec.runtime.roles.client.connect", lambda *_: channels[0])
+        monkeypatch.setattr("mergec.runtime.session.handshake.connect", lambda *_: channels[1])
         connection = Connection(program, server=NOWHERE, dealer=NOWHERE, security=PLAIN["client"])
         with suppress(MergecError):
             list(connection.generate([5, 1], max_tokens=2))

@@ -10,24 +10,31 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.context import (
+from mergec.runtime.core.context import (
     ClientContext,
     Context,
     DealerContext,
     ServerContext,
     ShapeContext,
 )
-from runtime.correlations.prg import new_seed
-from runtime.errors import BundleError, PromptError
-from runtime.executor import Executor
-from runtime.generation import MergecSession, Session, StepReport, answer, check_prompt, generate
-from runtime.plain import PlainExecutor
-from runtime.program import InputSpec, RoleProgram
-from runtime.sampling import Sampling
-from runtime.spec import ROLES, Vis
-from runtime.transport.loopback import dealer_pair, link_pair
-from runtime.transport.traffic import Traffic
-from runtime.values import Held
+from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.core.spec import ROLES, Vis
+from mergec.runtime.core.values import Held
+from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.program import InputSpec, RoleProgram
+from mergec.runtime.session.generation import (
+    MergecSession,
+    Session,
+    StepReport,
+    answer,
+    check_prompt,
+    generate,
+)
+from mergec.runtime.session.sampling import Sampling
+from mergec.runtime.transport.loopback import dealer_pair, link_pair
+from mergec.runtime.transport.traffic import Traffic
 from tests import decoder
 
 MANIFEST = {"vocab_size": 10, "max_length": 8}

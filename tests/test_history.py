@@ -8,9 +8,9 @@ from itertools import pairwise
 import onnx
 import pytest
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.history import Saving
-from runtime.errors import BundleError
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.report.history import Saving
+from mergec.runtime.core.errors import BundleError
 from tests.families import LAYERS, random_decoder
 
 LENGTHS = (1, 8)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.layout import layered
-from runtime.errors import PromptError
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.report.layout import layered
+from mergec.runtime.core.errors import PromptError
 from tests.browser import chromium
 from tests.families import random_decoder
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from compiler.cost import CostReport, CostRow
-from compiler.errors import CompileError
-from compiler.inspect import (
+from mergec.compiler.backend.cost import CostReport, CostRow
+from mergec.compiler.errors import CompileError
+from mergec.compiler.report.inspect import (
     Inspection,
     PassRow,
     graph_text,
@@ -18,7 +18,7 @@ from compiler.inspect import (
     layer_of,
     readable,
 )
-from runtime.spec import Cost, Vis
+from mergec.runtime.core.spec import Cost, Vis
 from tests.fixtures import tiny
 
 

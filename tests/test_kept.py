@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.correlations.kept import Kept, digest_of, is_name, mask_seed, name_of
-from runtime.correlations.store import Store
-from runtime.errors import MergecError
-from runtime.executor import Executor
-from runtime.session import Plan
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.stores.kept import Kept, digest_of, is_name, mask_seed, name_of
+from mergec.runtime.session.stores.store import Store
 from tests import decoder
 from tests.services import Deployment, deployment
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.kernels import matmul as kernels
+from mergec.runtime.kernels import matmul as kernels
 
 GENERATOR = torch.Generator().manual_seed(5)
 

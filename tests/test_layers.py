@@ -1,8 +1,9 @@
-"""Who may import whom: read from the source, and tried in fresh processes."""
+"""Who may import whom: a table of floors that holds every import, and fresh processes."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,81 +12,125 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP = ("compiler", "passes")
-"""Compiler modules that may know the passes; the others are used by passes."""
-KNOWS_PASSES = {"compiler.pipeline", "compiler.history", "compiler.driver", "compiler.cli"}
-ABOVE_PASSES = {
-    *KNOWS_PASSES,
+FOLDERS = ("compiler", "passes", "runtime")
+
+FLOORS = (
+    "mergec",
+    "compiler.cli",
+    "compiler.driver",
     "compiler.program",
-    "compiler.html",
-    "compiler.inspect",
-    "compiler.emit",
-}
+    "compiler.report",
+    "compiler.pipeline",
+    "compiler.backend",
+    "compiler.frontend",
+    "passes",
+    "compiler.graph",
+    "compiler.config",
+    "compiler.errors",
+    "runtime.cli",
+    "runtime.proxy",
+    "runtime.roles",
+    "runtime.session",
+    "runtime.engine",
+    "runtime.program",
+    "runtime.ops",
+    "runtime.protocols",
+    "runtime.transport",
+    "runtime.crypten",
+    "runtime.core",
+    "runtime.correlations",
+    "runtime.kernels",
+)
+"""From the top to the bottom. A module imports from its own floor and from those below it."""
+
+FORMER_PLACES = {"passes.base", "runtime.op"}
+"""Modules that only say where their contents went; nothing imports them."""
 
 
-def modules(package: str) -> dict[str, Path]:
+def _modules() -> dict[str, Path]:
     found = {}
-    for file in sorted((ROOT / package).rglob("*.py")):
-        parts = file.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    for file in sorted((ROOT / "mergec").glob("*.py")):
+        found["mergec" if file.stem == "__init__" else f"mergec.{file.stem}"] = file
     return found
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in the file, but not those for types alone."""
-    tree = ast.parse(file.read_text())
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            skipped.update(ast.walk(node))
-        if node in skipped:
-            continue
+MODULES = _modules()
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file, those for types alone included."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
+            assert node.level == 0, f"{module}: relative import"
             base = node.module or ""
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if name.removeprefix("mergec.") in MODULES else base
 
 
-def under(name: str, packages: set[str] | tuple[str, ...]) -> bool:
-    return any(name == p or name.startswith(p + ".") for p in packages)
+def _ours(module: str) -> list[str]:
+    return [
+        name.removeprefix("mergec.") for name in _imports(module) if name.split(".")[0] == "mergec"
+    ]
 
 
-@pytest.mark.parametrize("module", modules("runtime"))
-def test_runtime_is_the_bottom(module: str) -> None:
-    upward = [i for i in imports(modules("runtime")[module]) if under(i, (*TOP, "tests"))]
-    assert not upward, f"{module} imports {upward}: a party installs runtime alone"
+def _floor(module: str) -> int:
+    found = [n for n, floor in enumerate(FLOORS) if f"{module}.".startswith(f"{floor}.")]
+    assert found, f"{module} is on no floor: add its folder to FLOORS"
+    return found[0]
 
 
-@pytest.mark.parametrize("module", sorted(modules("compiler")))
-def test_only_the_driver_knows_the_passes(module: str) -> None:
-    found = list(imports(modules("compiler")[module]))
-    assert not any(under(i, ("tests",)) for i in found)
-    if module not in KNOWS_PASSES:
-        assert not [i for i in found if under(i, ("passes",))]
+ANYBODY = {"bare_names", "mergec.bare_names"}
+"""What the three folders need to be known by their bare names in a checkout."""
 
 
-@pytest.mark.parametrize("module", sorted(modules("passes")))
-def test_passes_use_the_core_alone(module: str) -> None:
-    upward = [i for i in imports(modules("passes")[module]) if under(i, {*ABOVE_PASSES, "tests"})]
-    assert not upward, f"{module} imports {upward}"
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_imports_point_down(module: str) -> None:
+    if module in FORMER_PLACES:
+        return
+    mine = _floor(module)
+    upward = [name for name in _ours(module) if name not in ANYBODY and _floor(name) < mine]
+    assert not upward, f"{module} imports {upward} from floors above its own"
 
 
-def test_capture_and_emit_are_strangers() -> None:
-    compiler = modules("compiler")
-    assert not any(under(i, ("compiler.emit",)) for i in imports(compiler["compiler.capture"]))
-    assert not any(under(i, ("compiler.capture",)) for i in imports(compiler["compiler.emit"]))
+def test_no_module_is_imported_by_its_bare_name() -> None:
+    bare = {
+        module: name
+        for module in MODULES
+        for name in _imports(module)
+        if name.split(".")[0] in (*FOLDERS, "tests")
+    }
+    assert not bare
+
+
+def test_former_places_are_not_used() -> None:
+    assert not [m for m in MODULES if set(_ours(m)) & FORMER_PLACES]
+
+
+def test_the_architecture_page_shows_the_same_floors() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    shown = re.findall(r"^\| `([\w./]+?)/?` \|", page.partition("## Floors")[2], re.MULTILINE)
+    assert tuple(name.replace("/", ".") for name in shown) == FLOORS
+
+
+def test_capture_and_emit_do_not_know_each_other() -> None:
+    assert "compiler.backend.emit" not in _ours("compiler.frontend.capture")
+    assert "compiler.frontend.capture" not in _ours("compiler.backend.emit")
 
 
 def test_spec_needs_the_standard_library_alone() -> None:
-    for name in imports(ROOT / "runtime/spec.py"):
+    for name in _imports("runtime.core.spec"):
         assert name.split(".")[0] in {*sys.stdlib_module_names, "__future__"}
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level packages, and ours in full, that a fresh process has after `statement`."""
+def _loaded_by(statement: str) -> set[str]:
+    """Every module that a fresh process has after `statement`."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -95,14 +140,51 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_a_party_loads_no_compiler() -> None:
-    loaded = loaded_by("import runtime.party")
-    assert not loaded & {"compiler", "passes", "transformers", "onnx", "accelerate"}
+    loaded = _loaded_by("import mergec.runtime.roles.party")
+    unwanted = {"mergec.compiler", "mergec.passes", "transformers", "onnx", "accelerate"}
+    assert not loaded & unwanted
 
 
-def test_the_core_loads_no_passes() -> None:
-    assert "passes" not in loaded_by("import compiler.ir")
+def test_the_graph_loads_no_passes() -> None:
+    assert "mergec.passes" not in _loaded_by("import mergec.compiler.graph.ir")
 
 
 def test_help_is_quick() -> None:
-    loaded = loaded_by("import compiler.cli, compiler")
+    loaded = _loaded_by("import mergec, mergec.compiler, mergec.compiler.cli")
     assert not loaded & {"torch", "transformers", "numba", "onnx", "networkx"}
+
+
+def test_bare_names_in_a_checkout_are_the_same_modules() -> None:
+    """`from compiler import compile_decoder` works there, and loads nothing twice."""
+    loaded = _loaded_by(
+        "import compiler.config, mergec.compiler.config\n"
+        "from compiler import compile_decoder\n"
+        "from passes.fuse_glu import FuseGlu\n"
+        "from runtime.core.spec import Vis\n"
+        "import runtime.ops.gelu\n"
+        "for name, module in list(sys.modules.items()):\n"
+        "    bare = name.removeprefix('mergec.')\n"
+        "    assert sys.modules.get(bare, module) is module, name\n"
+        "    if name.split('.')[0] in ('compiler', 'passes', 'runtime'):\n"
+        "        assert sys.modules['mergec.' + name] is module, name\n"
+        "assert compiler.config is mergec.compiler.config\n"
+    )
+    assert "mergec.compiler.driver" in loaded
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("from mergec.runtime.op import Op", "from mergec import Op"),
+        ("from passes.base import Pass", "from mergec import Pass"),
+    ],
+)
+def test_former_places_say_where_to_go(old: str, new: str) -> None:
+    name = old.split()[-1]
+    code = f"import warnings\n{new}\nnew = {name}\nwarnings.simplefilter('error')\n{old}"
+    failed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert "DeprecationWarning" in failed.stderr
+    assert new.split()[1] in failed.stderr.splitlines()[-1]
+    _loaded_by(f"{new}\nnew = {name}\n{old}\nassert new is {name}")

@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import fx
 
-from compiler.config import CompileConfig
-from compiler.errors import CompileError
-from compiler.ir import bind, dump, op_of
-from compiler.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
-from compiler.moves import is_move, known_size, moved
-from compiler.pipeline import rewrite, to_dialect
-from compiler.ranges import annotate_ranges
-from runtime.op import REGISTRY, Op, load_all
-from runtime.program import InputSpec
-from runtime.protocols.saturate import MAX_INPUT_FRAC
-from runtime.spec import HEADROOM_BITS, Vis
-from runtime.structural import target_name
+from mergec.compiler.backend.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import bind, dump, op_of
+from mergec.compiler.graph.moves import is_move, known_size, moved
+from mergec.compiler.graph.ranges import annotate_ranges
+from mergec.compiler.pipeline import rewrite, to_dialect
+from mergec.runtime.core.op import REGISTRY, Op
+from mergec.runtime.core.spec import HEADROOM_BITS, Vis
+from mergec.runtime.core.structural import target_name
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import InputSpec
+from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 from tests.families import FAMILIES, captured, random_decoder
 from tests.passes.harness import Graph, normal
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler.errors import CompileError
-from compiler.load import load_model, packaged_model
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.load import load_model, packaged_model
 from tests.families import VOCAB, error, random_decoder, tokens
 
 

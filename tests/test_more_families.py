@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from compiler import compile_decoder
-from compiler.errors import CompileError
+from mergec import compile_decoder
+from mergec.compiler.errors import CompileError
 
 _FILE = Path(__file__).parents[1] / "examples" / "every_family.py"
 

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-from runtime.network import Network
-from runtime.transport import emulated
-from runtime.transport.emulated import EmulatedLink
-from runtime.transport.loopback import link_pair
+from mergec.runtime.core.network import Network
+from mergec.runtime.transport import emulated
+from mergec.runtime.transport.emulated import EmulatedLink
+from mergec.runtime.transport.loopback import link_pair
 
 SLOW = Network(latency=0.05, bandwidth=1e6)
 

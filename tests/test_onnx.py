@@ -10,11 +10,11 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from compiler.onnx_export import ValueType, to_onnx
-from runtime.bundle import GRAPH, save_bundle
-from runtime.errors import MergecError
-from runtime.program import RoleProgram
-from runtime.spec import ROLES
+from mergec.compiler.backend.onnx_export import ValueType, to_onnx
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.program.bundle import GRAPH, save_bundle
+from mergec.runtime.program.program import RoleProgram
 from tests.fixtures import VOCAB, WIDTH, tiny, weights
 
 TYPES = {

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import read_manifest, role_path
-from runtime.errors import BundleError, MergecError, PartyError, PromptError
-from runtime.local import run_local
-from runtime.party import Options, greet, play
-from runtime.spec import ROLES
-from runtime.transport.channel import Channel
-from runtime.transport.hello import Hello
-from runtime.transport.lines import Lines, take
+from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PromptError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.program.bundle import read_manifest, role_path
+from mergec.runtime.roles.local import run_local
+from mergec.runtime.roles.party import Options, greet, play
+from mergec.runtime.session.hello import Hello
+from mergec.runtime.transport.channel import Channel
+from mergec.runtime.transport.lines import Lines, take
 from tests import decoder
 from tests.roles import ROOT, environment, finish
 
@@ -101,7 +101,9 @@ def test_bad_requests_start_nothing(
     bundles: Path, prompt: list[int], options: dict[str, Any], message: str, monkeypatch: Any
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("runtime.local.subprocess.Popen", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(
+        "mergec.runtime.roles.local.subprocess.Popen", lambda *args, **_: started.append(args)
+    )
     with pytest.raises(PromptError, match=message):
         run_local(bundles, prompt, **options)
     assert not started
@@ -213,7 +215,7 @@ def test_the_error_of_a_run_is_that_of_the_role_nearest_to_the_cause(
 def test_ctrl_c_ends_all_roles(bundles: Path) -> None:
     """The signal goes to the whole group, as from a terminal."""
     code = (
-        "from runtime.local import run_local\n"
+        "from mergec.runtime.roles.local import run_local\n"
         f"run_local({str(bundles)!r}, {PROMPT}, max_tokens=12, ignore_stop=True,\n"
         "          on_event=lambda role, event: print(event.get('pid', 0), flush=True))\n"
     )
@@ -240,9 +242,9 @@ def test_ctrl_c_ends_all_roles(bundles: Path) -> None:
 
 def test_a_party_needs_nothing_of_the_compiler() -> None:
     code = (
-        "import sys, runtime.party, runtime.local, runtime.stock\n"
-        "found = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(found & {'compiler', 'passes', 'transformers'}))\n"
+        "import sys, mergec.runtime.roles.party, mergec.runtime.engine.stock\n"
+        "found = set(sys.modules)\n"
+        "print(sorted(found & {'mergec.compiler', 'mergec.passes', 'transformers'}))\n"
         "print('crypten' in found)\n"
     )
     done = subprocess.run(
@@ -259,8 +261,8 @@ def test_a_party_needs_nothing_of_the_compiler() -> None:
 
 def test_crypten_is_imported_only_when_it_is_used() -> None:
     code = (
-        "import sys, runtime.party, runtime.local, runtime.op\n"
-        "runtime.op.load_all()\n"
+        "import sys, mergec.runtime.roles.party, mergec.runtime.ops\n"
+        "mergec.runtime.ops.load_all()\n"
         "print('crypten' in sys.modules)\n"
     )
     done = subprocess.run(

@@ -11,16 +11,18 @@ import torch
 from torch import fx
 
 import passes
-from compiler.capture import Captured
-from compiler.config import CompileConfig
-from compiler.errors import CompileError, InternalError
-from compiler.ir import dump
-from compiler.pipeline import rewrite
-from compiler.verify import verify_dialect
-from passes.base import Pass, PassReport, available, ordered
-from runtime.op import load_all
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.capture import Captured
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.graph.manager import PassReport, ordered
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.verify import verify_dialect
+from mergec.compiler.pipeline import rewrite
+from mergec.passes import available
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
+from mergec.runtime.ops import load_all
 from tests.families import FAMILIES, LAYERS, LENGTHS, captured, error, expected, outputs
 
 load_all()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from compiler.config import CompileConfig
-from compiler.errors import CompileError
-from compiler.pipeline import left_out, rewrite, select
-from passes.base import available
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.pipeline import left_out, rewrite, select
+from mergec.passes import available
 from tests.families import captured
 
 SOURCE = '''
-from passes.base import Pass
+from mergec.compiler.graph.rewriting import Pass
 
 class SwapFactors(Pass):
     """Changes nothing."""
@@ -67,7 +67,7 @@ def test_a_lossy_pass_runs_on_request(offer) -> None:
     [
         ("FuseGlu", "has the name of another pass, 'fuse_glu'"),
         ("Missing", "cannot be loaded: .*Missing"),
-        ("SwapFactors.run", "is no subclass of passes.base.Pass"),
+        ("SwapFactors.run", "is no subclass of mergec.compiler.graph.rewriting.Pass"),
     ],
 )
 def test_what_cannot_be_used_is_named(offer, value: str, words: str) -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler import CompileConfig, Program, compile_decoder
-from compiler.config import PRESETS
-from compiler.cost import cost_report
-from compiler.deviation import CONTINUED
-from compiler.errors import CompileError
-from compiler.legalize import legalize
-from compiler.pipeline import finish, rewrite
-from passes.base import available
-from runtime.inprocess import InProcessSession
-from runtime.plain import PlainExecutor
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.backend.deviation import CONTINUED
+from mergec.compiler.backend.legalize import legalize
+from mergec.compiler.config import PRESETS
+from mergec.compiler.errors import CompileError
+from mergec.compiler.pipeline import finish, rewrite
+from mergec.passes import available
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import FAMILIES, captured, random_decoder
 from tests.test_end_to_end import check
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler.onnx_export import ValueType
-from compiler.program import Answer, PlainAnswer, Program
-from runtime.bundle import role_path, save_bundle
-from runtime.errors import BundleError, PromptError
-from runtime.plain import PlainExecutor
-from runtime.spec import ROLES
+from mergec.compiler.backend.onnx_export import ValueType
+from mergec.compiler.program import Answer, PlainAnswer, Program
+from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.bundle import role_path, save_bundle
 from tests.fixtures import VOCAB, WIDTH, decoder, greedy, tiny, weights
 
 TYPES = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiler.config import CompileConfig
-from compiler.errors import CompileError
-from compiler.ir import absmax
-from compiler.pipeline import to_dialect
-from compiler.ranges import annotate_ranges
-from runtime.program import InputSpec
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import absmax
+from mergec.compiler.graph.ranges import annotate_ranges
+from mergec.compiler.pipeline import to_dialect
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
+from mergec.runtime.program.program import InputSpec
 from tests.families import VOCAB, captured, decoder, random_decoder, tokens
 from tests.passes.harness import Graph, normal
 

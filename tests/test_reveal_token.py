@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiler import Program
-from compiler.cost import cost_report
-from compiler.program import Answer
-from runtime.certificates import make_certificates
-from runtime.correlations.store import Store
-from runtime.errors import PromptError
-from runtime.inprocess import InProcessSession
-from runtime.local import run_local
-from runtime.sampling import Sampling
-from runtime.session import Plan
-from runtime.spec import CLIENT, Vis
-from runtime.transport.connect import Security
+from mergec import Program
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.program import Answer
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.core.spec import CLIENT, Vis
+from mergec.runtime.roles.inprocess import InProcessSession
+from mergec.runtime.roles.local import run_local
+from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.sampling import Sampling
+from mergec.runtime.session.stores.store import Store
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.connect import Security
 from tests.families import VOCAB, tokens
 from tests.services import deployment
 from tests.session import compiled

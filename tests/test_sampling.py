@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from runtime.errors import PromptError
-from runtime.sampling import Sampling, choose, probabilities
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.session.sampling import Sampling, choose, probabilities
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -5.0])
 

@@ -19,17 +19,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from runtime.bundle import save_bundle
-from runtime.certificates import make_certificates
-from runtime.cli import INTERRUPTED, run
-from runtime.dealer import _hear, _tell
-from runtime.errors import PartyError, PromptError
-from runtime.observe import PartyMetrics
-from runtime.server import Limits, ServerDesk
-from runtime.service import Parent
-from runtime.transport.address import Address
-from runtime.transport.channel import Kind
-from runtime.transport.connect import Security, listen
+from mergec.runtime.cli.commands import INTERRUPTED, run
+from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.program.bundle import save_bundle
+from mergec.runtime.roles.dealer import _hear, _tell
+from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.roles.server import Limits, ServerDesk
+from mergec.runtime.roles.service import Parent
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.connect import Security, listen
 from tests import decoder
 from tests.roles import ROOT, environment, free_port
 from tests.services import Deployment, deployment, wait_until
@@ -241,10 +241,10 @@ def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
 CLIENT = """
 import sys
 from pathlib import Path
-from runtime.client import Connection
-from runtime.service import prepare_to_fork
-from runtime.transport.address import Address
-from runtime.transport.connect import Security
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.service import prepare_to_fork
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.connect import Security
 prepare_to_fork()  # what takes long the first time must not be taken for silence
 bundle, server, dealer, certificates = sys.argv[1:]
 connection = Connection(
@@ -304,7 +304,7 @@ def test_the_command_line_streams_an_answer_over_tls(running, bundles, certifica
     command = [
         sys.executable,
         "-m",
-        "runtime.cli",
+        "mergec.runtime.cli",
         "generate",
         str(bundles),
         "--ids",
@@ -332,7 +332,7 @@ def test_ctrl_c_ends_an_answer_after_the_step_under_way(
         if text.strip():
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("runtime.cli.write", press)
+    monkeypatch.setattr("mergec.runtime.cli.commands.write", press)
     ended = sum(line["event"] == "session ended" for line in running.server.log)
     places = ["--server", str(running.server.address), "--dealer", str(running.dealer.address)]
     asked = ["--ids", "-p", "5 1 7", "--max-tokens", "9", "--certs", str(ann.folder)]
@@ -449,7 +449,7 @@ def test_a_process_that_finds_another_gone_says_so(use, told, unread) -> None:
 
 def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("runtime.server.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mergec.runtime.roles.server.time.monotonic", lambda: now[0])
     desk = ServerDesk(Limits(rate=60), PartyMetrics("server"))
     ann, bob = desk.allowance("ann"), desk.allowance("bob")
     ann.spend(90)  # an answer that has begun may end

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from compiler.config import PRESETS
-from compiler.cost import cost_report
-from runtime.inprocess import InProcessSession
-from runtime.program import RoleProgram
-from runtime.spec import CHOICES, Cost
-from runtime.transport.loopback import LoopbackLink
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.config import PRESETS
+from mergec.runtime.core.spec import CHOICES, Cost
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.roles.inprocess import InProcessSession
+from mergec.runtime.transport.loopback import LoopbackLink
 from tests.session import compiled
 
 PROMPTS = ([3, 14, 15, 92, 65], [7, 7, 7, 7, 7])

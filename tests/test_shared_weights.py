@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from compiler import CompileConfig, Program
-from compiler.cost import cost_report
-from compiler.driver import compile_decoder
-from compiler.errors import CompileError
-from compiler.program import Answer
-from runtime.certificates import make_certificates
-from runtime.correlations.store import Store
-from runtime.local import run_local
-from runtime.session import Plan
-from runtime.spec import CLIENT, DEALER, SERVER, Vis
-from runtime.transport.connect import Security
+from mergec import CompileConfig, Program
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.driver import compile_decoder
+from mergec.compiler.errors import CompileError
+from mergec.compiler.program import Answer
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Vis
+from mergec.runtime.roles.local import run_local
+from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.stores.store import Store
+from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.connect import Security
 from tests.families import FAMILIES, random_decoder, tokens
 from tests.services import deployment
 from tests.session import compiled, play

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from runtime.op import load_all
+from mergec.runtime.ops import load_all
 from tests.roles import Finished, run_roles
 
 TOLERANCES = {
@@ -34,11 +34,11 @@ TOLERANCES = {
 
 SCRIPT = """
     import json
-    from runtime import crypten_compat as crypten
-    from runtime.op import load_all
-    from runtime.spec import Vis
-    from runtime.values import Held
-    from runtime.transport.communicator import ChannelCommunicator
+    from mergec.runtime.crypten import compat as crypten
+    from mergec.runtime.ops import load_all
+    from mergec.runtime.core.spec import Vis
+    from mergec.runtime.core.values import Held
+    from mergec.runtime.transport.communicator import ChannelCommunicator
     crypten.use_provider("dealer")
     ChannelCommunicator(role, channels, 60.0).install()
     if role == "dealer":
@@ -114,8 +114,8 @@ SCRIPT = """
             error = float((found - expected).abs().max())
             errors[name] = max(errors.get(name, 0.0), error)
     print(json.dumps(errors), flush=True)
-    from runtime.plain import PlainExecutor
-    from runtime.stock import StockExecutor
+    from mergec.runtime.engine.plain import PlainExecutor
+    from mergec.runtime.engine.stock import StockExecutor
     from tests.stock_program import NEXT, PROMPT, program
     executor, plain = StockExecutor(program(role)), PlainExecutor(program("server"))
     executor.setup()

@@ -15,8 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
-from runtime.correlations.prg import derive, new_seed
-from runtime.correlations.store import (
+from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.correlations.prg import derive, new_seed
+from mergec.runtime.roles.server import ServerSettings, _Session
+from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.stores.store import (
     CHUNK_BYTES,
     KEY_VARIABLE,
     Header,
@@ -29,12 +32,9 @@ from runtime.correlations.store import (
     remove_unfinished,
     stores_below,
 )
-from runtime.errors import PartyError, PromptError
-from runtime.server import ServerSettings, _Session
-from runtime.session import Plan
-from runtime.transport.address import Address
-from runtime.transport.channel import Kind
-from runtime.transport.connect import Security
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.connect import Security
 from tests import decoder
 from tests.roles import free_port
 from tests.services import deployment, role, wait_until
@@ -153,7 +153,7 @@ def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatc
     with refused, StoreWriter(tmp_path, header, KEY, new_seed(), 1000) as writer:
         writer.write(memoryview(bytes(5_000_000)))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("runtime.correlations.store._sync", no_space)
+    monkeypatch.setattr("mergec.runtime.session.stores.store._sync", no_space)
     refused = pytest.raises(StoreError, match=r"cannot be written .*; free some space")
     with refused, StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
         writer.finish()
@@ -193,7 +193,7 @@ def test_the_next_preparation_removes_what_killed_ones_left_and_no_other(tmp_pat
 
 def test_a_long_answer_goes_to_disk_as_it_comes(tmp_path: Path, monkeypatch) -> None:
     """At its end little is left to bring there: meanwhile the others wait."""
-    monkeypatch.setattr("runtime.correlations.store.SYNC_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr("mergec.runtime.session.stores.store.SYNC_BYTES", 2 * CHUNK_BYTES)
     header = Header(new_store(), "server", "ab" * 32, 1, 2, 5)
     with StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
         synced: list[int] = []
@@ -330,7 +330,7 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
 def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> None:
     """One answer may be dealt for longer than the client waits for a message."""
     now = iter(range(100))
-    monkeypatch.setattr("runtime.server.time.monotonic", lambda: 0.6 * next(now))
+    monkeypatch.setattr("mergec.runtime.roles.server.time.monotonic", lambda: 0.6 * next(now))
     program = decoder.program("server")
     program.manifest["program_hash"] = "ab"
     settings = ServerSettings(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from runtime.errors import BundleError, PromptError
-from runtime.text import SETTINGS, TEMPLATE, VOCABULARY, Stream, Text
+from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.session.text import SETTINGS, TEMPLATE, VOCABULARY, Stream, Text
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 
-from runtime.errors import PartyError
-from runtime.spec import ROLES
-from runtime.transport.address import Address
-from runtime.transport.hello import PROTOCOL_VERSION, Hello, compare
-from runtime.transport.lines import Lines
-from runtime.transport.loopback import dealer_pair, link_pair
-from runtime.transport.traffic import Traffic
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.session.hello import PROTOCOL_VERSION, Hello, compare
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.lines import Lines
+from mergec.runtime.transport.loopback import dealer_pair, link_pair
+from mergec.runtime.transport.traffic import Traffic
 from tests.roles import finish, outputs, start
 
 HASH = "ab" * 32
@@ -220,8 +220,8 @@ def test_addresses() -> None:
 def test_three_processes_exchange_and_stream() -> None:
     printed = outputs(
         """
-        from runtime.transport.channel import Kind
-        from runtime.transport.dealer_link import (
+        from mergec.runtime.transport.channel import Kind
+        from mergec.runtime.transport.dealer_link import (
             ChannelBlockReader, ChannelBlockWriter, DealerReceiver, DealerSender)
         big = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
         if role == "dealer":
@@ -267,7 +267,7 @@ def test_a_stream_that_does_not_end_is_noticed() -> None:
 
 def test_a_killed_party_ends_the_others() -> None:
     script = """
-        from runtime.transport.channel import Kind
+        from mergec.runtime.transport.channel import Kind
         print("here", flush=True)
         try:
             if role == "client":

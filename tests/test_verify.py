@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from compiler.config import CompileConfig
-from compiler.driver import compile_decoder
-from compiler.errors import CompileError
-from compiler.pipeline import to_dialect
-from compiler.verify import verify_dialect
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.driver import compile_decoder
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.verify import verify_dialect
+from mergec.compiler.pipeline import to_dialect
 from tests.families import VOCAB, WIDTH
 from tests.passes.harness import Graph, leaves, normal
 
@@ -58,7 +58,7 @@ def test_nothing_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(*_: object) -> None:
         raise AssertionError("calibration ran")
 
-    monkeypatch.setattr("compiler.pipeline.annotate_ranges", ran)
+    monkeypatch.setattr("mergec.compiler.pipeline.annotate_ranges", ran)
     with pytest.raises(CompileError):
         to_dialect(Decoder(), CompileConfig())
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from compiler.visibility import annotate_visibility
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
 from tests.families import captured
 from tests.passes.harness import Graph, normal
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from runtime.executor import Executor
-from runtime.program import Instruction, Ref
-from runtime.spec import Vis
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.program.program import Instruction, Ref
 from tests.fixtures import decoder, tiny
 
 

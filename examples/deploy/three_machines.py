@@ -28,10 +28,10 @@ from pathlib import Path
 
 import traces
 
-from runtime.text import Text
+from mergec.runtime.session.text import Text
 
 HERE = Path(__file__).resolve().parent
-MERGEC = (sys.executable, "-m", "compiler.cli")
+MERGEC = (sys.executable, "-m", "mergec")
 START = 120.0
 ROLES = ("client", "server", "dealer")
 CONNECTIONS = ("The first answer", "Preparing", "The chat, weights kept", "The stored answer")

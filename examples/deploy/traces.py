@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.bundle import load_bundle
-from runtime.executor import Executor
-from runtime.spec import Vis
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.program.bundle import load_bundle
 
 SHOWN = 4
 """Numbers of a weight's row that count as a trace of it."""

@@ -30,8 +30,8 @@ from functools import cache
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
-from runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
+from mergec.runtime.kernels.compiled import compiled
 
 SEED_WORDS = 2
 """Words of 64 bits of a root, and of the correction word of a level."""

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.compiled import compiled
 
 _ROUNDS = 10
 _KEYS = _ROUNDS + 1

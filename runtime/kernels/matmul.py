@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.compiled import compiled
 
 _LIMB_BITS = 16
 _FLOAT_EXACT_BITS = 53

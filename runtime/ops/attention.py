@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, together
-from runtime.op import Op
-from runtime.protocols.multiply import matmul_of_masked
-from runtime.protocols.normalize import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Masked, Shared, encode
+from mergec.runtime.crypten.domain import MASKED_OUT
+from mergec.runtime.protocols.multiply import matmul_of_masked
+from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     open_row,
     open_row_cost,
     scale_rows,
     scale_rows_cost,
 )
-from runtime.protocols.opening import open_masked, open_masked_cost
-from runtime.protocols.power import octaves, octaves_cost
-from runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
-from runtime.protocols.saturate import (
+from mergec.runtime.protocols.opening import open_masked, open_masked_cost
+from mergec.runtime.protocols.power import octaves, octaves_cost
+from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
+from mergec.runtime.protocols.saturate import (
     MAX_INPUT_FRAC,
     Function,
     Tail,
@@ -32,10 +35,7 @@ from runtime.protocols.saturate import (
     function_input,
     saturating,
 )
-from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.spec import Cost
-from runtime.stock_domain import MASKED_OUT
-from runtime.values import Masked, Shared, encode
+from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 MASKED_SCORE = -1e4
 """A mask entry at or below this means: never look there."""

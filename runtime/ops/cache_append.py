@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.spec import Cost
-from runtime.values import Masked, Room, Sent
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Masked, Room, Sent
 
 _LEAST_ROOM = 64
 _SHARE_OF_ROOM = 4
@@ -55,7 +55,7 @@ class CacheAppend(Op):
     @classmethod
     def stock(cls, past: Any, new: Any) -> Any:
         """CrypTen's concatenation of shares: local."""
-        from runtime import crypten_compat as crypten
+        from mergec.runtime.crypten import compat as crypten
 
         return crypten.cat([past, new], -2)
 

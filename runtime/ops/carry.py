@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
 
 
 class Carry(Op):
     """Where a value may enter or leave a step: the identity, on a share at the program's scale.
 
-    See `runtime.program.Phase`.
+    See `runtime.program.program.Phase`.
     """
 
     name = "carry"

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.kernels.matmul import matmul
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.weights import Constant, Moving, times_weight
-from runtime.spec import Cost, Vis
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost, Vis
+from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.matmul import matmul
+from mergec.runtime.protocols.weights import Constant, Moving, times_weight
 
 
 class ConstantAttention(Op):

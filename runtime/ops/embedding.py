@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.local import as_share
-from runtime.protocols.weights import Constant, table_rows, table_rows_cost
-from runtime.spec import CLIENT, Cost
-from runtime.values import Held, Masked, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import CLIENT, Cost
+from mergec.runtime.core.values import Held, Masked, Shared
+from mergec.runtime.protocols.local import as_share
+from mergec.runtime.protocols.weights import Constant, table_rows, table_rows_cost
 
 
 class Embedding(Op):
@@ -54,7 +54,7 @@ class Embedding(Op):
     @classmethod
     def stock(cls, ids: Any, weight: Any) -> Any:
         """The client's one-hot rows, shared, times the shared table: CrypTen's matrix product."""
-        from runtime import crypten_compat as crypten
+        from mergec.runtime.crypten import compat as crypten
 
         if isinstance(ids, torch.Tensor):
             return weight[ids]

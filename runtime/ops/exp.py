@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.saturate import Tail, apply, apply_cost, function_input, saturating
 
 EXP = saturating(np.exp, -15.5, 64, 14, 60, 16, left=Tail(0, 0.0), right=None)
 

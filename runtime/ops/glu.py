@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.ops.gelu import GELU, GELU_TANH, Gelu
-from runtime.ops.silu import SILU
-from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.saturate import SCALAR_DOMAIN, apply, apply_cost, function_input
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.ops.gelu import GELU, GELU_TANH, Gelu
+from mergec.runtime.ops.silu import SILU
+from mergec.runtime.protocols.rectify import rectify, rectify_cost
+from mergec.runtime.protocols.saturate import SCALAR_DOMAIN, apply, apply_cost, function_input
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.gain import apply_gain, gain_cost
-from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
-from runtime.protocols.weights import Constant, add_held
-from runtime.spec import Cost
-from runtime.stock_domain import norm_factor
-from runtime.values import Held, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Held, Shared
+from mergec.runtime.crypten.domain import norm_factor
+from mergec.runtime.protocols.gain import apply_gain, gain_cost
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
+from mergec.runtime.protocols.weights import Constant, add_held
 
 
 class LayerNorm(Op):

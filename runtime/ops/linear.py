@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.weights import Constant, Moving, add_held, linear
-from runtime.spec import Cost, Vis
-from runtime.values import Held, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost, Vis
+from mergec.runtime.core.values import Held, Shared
+from mergec.runtime.protocols.weights import Constant, Moving, add_held, linear
 
 
 class Linear(Op):

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.local import as_share, ghost
-from runtime.protocols.multiply import multiply, multiply_cost
-from runtime.protocols.weights import move, move_cost, scale_by
-from runtime.spec import Cost
-from runtime.values import Masked, Shared, Weight, encode
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Masked, Shared, Weight, encode
+from mergec.runtime.protocols.local import as_share, ghost
+from mergec.runtime.protocols.multiply import multiply, multiply_cost
+from mergec.runtime.protocols.weights import move, move_cost, scale_by
 
 _CONSTANT = (Weight, Masked)
 """What the server's constant can be; any other opened operand comes as a share (`operands`)."""

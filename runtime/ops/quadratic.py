@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.ops.scale import fraction
-from runtime.protocols.local import as_share
-from runtime.protocols.multiply import product_of_masked
-from runtime.spec import CLIENT, Cost
-from runtime.values import Masked, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import CLIENT, Cost
+from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.ops.scale import fraction
+from mergec.runtime.protocols.local import as_share
+from mergec.runtime.protocols.multiply import product_of_masked
 
 
 class Quadratic(Op):

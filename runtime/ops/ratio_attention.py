@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, together
-from runtime.op import Op
-from runtime.ops.attention import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.values import Masked, Shared, encode
+from mergec.runtime.ops.attention import (
     counted_scores,
     largest_before_cap,
     plain_weighted_sum,
@@ -23,14 +25,12 @@ from runtime.ops.attention import (
     weighted_sum,
     weighted_sum_cost,
 )
-from runtime.protocols.normalize import SCALED_FRAC, scale_rows, scale_rows_cost
-from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
-from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.rows import MAX_ROW
-from runtime.protocols.squares import truncated_square, truncated_square_cost
-from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.spec import FRACTIONAL_BITS, Cost
-from runtime.values import Masked, Shared, encode
+from mergec.runtime.protocols.normalize import SCALED_FRAC, scale_rows, scale_rows_cost
+from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
+from mergec.runtime.protocols.rectify import rectify, rectify_cost
+from mergec.runtime.protocols.rows import MAX_ROW
+from mergec.runtime.protocols.squares import truncated_square, truncated_square_cost
+from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 OFFSET = 5.0
 """c of (x + c)**2, as MPCFormer has it."""
@@ -235,7 +235,7 @@ class RatioAttention(Op):
         bound: float = 0.0,
     ) -> Any:
         """CrypTen's products, square or comparison, and reciprocal of the row's mean weight."""
-        from runtime import crypten_compat as crypten
+        from mergec.runtime.crypten import compat as crypten
 
         found = stock_scores(q, k, scale, softcap)
         flat, bias = split_mask(mask, q, k)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.rectify import rectify, rectify_cost
-from runtime.protocols.saturate import SCALAR_DOMAIN, function_input
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.rectify import rectify, rectify_cost
+from mergec.runtime.protocols.saturate import SCALAR_DOMAIN, function_input
 
 
 class Relu(Op):

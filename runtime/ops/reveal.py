@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, ToClient
-from runtime.op import Op
-from runtime.protocols.compare import WINDOW_BITS
-from runtime.protocols.truncate import unbiased_window
-from runtime.spec import CLIENT, RING_BITS, SERVER, Cost, Vis
-from runtime.values import Held, Shared, decode
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, ToClient
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import CLIENT, RING_BITS, SERVER, Cost, Vis
+from mergec.runtime.core.values import Held, Shared, decode
+from mergec.runtime.protocols.compare import WINDOW_BITS
+from mergec.runtime.protocols.truncate import unbiased_window
 
 REVEALED_FRAC = 16
 """Fractional bits that the client sees, of a value that has no more than 48."""

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, ToClient
-from runtime.op import Op
-from runtime.protocols.argmax import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.draw import TEMPERATURE_BITS
+from mergec.runtime.core.messages import Protocol, ToClient
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
+from mergec.runtime.core.values import Held, Shared
+from mergec.runtime.protocols.argmax import (
     Candidates,
     again_cost,
     best,
@@ -19,13 +22,10 @@ from runtime.protocols.argmax import (
     plan_for,
     plans,
 )
-from runtime.protocols.compare import take_window
-from runtime.protocols.gumbel import gumbel
-from runtime.protocols.saturate import SCALAR_DOMAIN
-from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.sampling import TEMPERATURE_BITS
-from runtime.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
-from runtime.values import Held, Shared
+from mergec.runtime.protocols.compare import take_window
+from mergec.runtime.protocols.gumbel import gumbel
+from mergec.runtime.protocols.saturate import SCALAR_DOMAIN
+from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 
 class RevealToken(Op):

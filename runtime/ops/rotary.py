@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.local import ghost
-from runtime.spec import Cost
-from runtime.values import Shared, encode
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared, encode
+from mergec.runtime.protocols.local import ghost
 
 TABLE_FRAC = 16
 """Fractional bits of the public cos and sin tables."""
@@ -68,7 +68,7 @@ class Rotary(Op):
     @classmethod
     def stock(cls, x: Any, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> Any:
         """CrypTen's products with public numbers: local, with local truncation."""
-        from runtime import crypten_compat as crypten
+        from mergec.runtime.crypten import compat as crypten
 
         size = cos.shape[-1]
         rot = x[..., :size]

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.power import Power, power, power_cost
-from runtime.protocols.truncate import truncate, truncate_cost
-from runtime.spec import FRACTIONAL_BITS, Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.power import Power, power, power_cost
+from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 SPEC = Power(-0.5, FRACTIONAL_BITS, 0, 44)
 

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.op import Op
-from runtime.protocols.saturate import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.saturate import (
     SCALAR_DOMAIN,
     Tail,
     apply,
@@ -18,8 +20,6 @@ from runtime.protocols.saturate import (
     function_input,
     saturating,
 )
-from runtime.spec import Cost
-from runtime.values import Shared
 
 SILU = saturating(
     lambda x: x / (1 + np.exp(-x)), -15.5, 128, 14, 57, 16, left=Tail(0, 0.0), right=Tail(1, 0.0)

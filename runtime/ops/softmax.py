@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, together
-from runtime.op import Op
-from runtime.protocols.normalize import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     open_row,
     open_row_cost,
     scale_rows,
     scale_rows_cost,
 )
-from runtime.protocols.power import octaves, octaves_cost
-from runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.protocols.power import octaves, octaves_cost
+from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
 
 
 class Softmax(Op):

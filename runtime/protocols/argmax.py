@@ -24,13 +24,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, together
-from runtime.protocols.compare import DIGITS, LESS_THAN
-from runtime.protocols.formula import open_bits
-from runtime.protocols.opening import open_under
-from runtime.protocols.ranks import Pairs
-from runtime.spec import CLIENT, Cost
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.spec import CLIENT, Cost
+from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.formula import open_bits
+from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.ranks import Pairs
 
 LOWEST = -(2**30)
 """Key of what fills a group up; all others must be larger, and smaller than 2**30."""

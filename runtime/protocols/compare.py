@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, open_bits
-from runtime.protocols.opening import open_under
-from runtime.spec import Cost
-from runtime.values import logical_shift
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.protocols.digits import Digits
+from mergec.runtime.protocols.formula import Formula, open_bits
+from mergec.runtime.protocols.opening import open_under
 
 WINDOW_BITS = 32
 

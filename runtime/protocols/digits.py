@@ -23,9 +23,9 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.protocols.formula import Polynomial
+from mergec.runtime.core.context import Context
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.formula import Polynomial
 
 _NARROWEST, _WIDEST = 3, 10
 """Tables of narrower digits do not fill a byte; those of wider ones would take too much memory."""

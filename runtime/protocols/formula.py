@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol, Swap
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, Swap
+from mergec.runtime.kernels.compiled import compiled
 
 Polynomial = dict[frozenset[int], int]
 """Factor of each product of bits; the empty product is the constant."""

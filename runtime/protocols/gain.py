@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.protocols.weights import Constant, move, move_cost, scale_by
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.weights import Constant, move, move_cost, scale_by
 
 
 def apply_gain(

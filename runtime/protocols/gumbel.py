@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from runtime.spec import FRACTIONAL_BITS
-from runtime.values import encode, logical_shift
+from mergec.runtime.core.spec import FRACTIONAL_BITS
+from mergec.runtime.core.values import encode, logical_shift
 
 _UNIFORM_BITS = 52
 """Bits of the uniform numbers; with one more the largest would round to 1."""

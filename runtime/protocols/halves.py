@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.correlations.dpf import (
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
     LEAF_BITS,
     Generator,
@@ -23,9 +24,8 @@ from runtime.correlations.dpf import (
     parities,
     sharing_bits,
 )
-from runtime.kernels.compiled import compiled
-from runtime.protocols.formula import Polynomial
-from runtime.spec import CLIENT
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.formula import Polynomial
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,18 @@ from functools import cache
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.correlations.dpf import BLOCK_WORDS, Generator, Keys, grow, key_words, sharing_words
-from runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
-from runtime.kernels.compiled import compiled
-from runtime.spec import Cost
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.correlations.dpf import (
+    BLOCK_WORDS,
+    Generator,
+    Keys,
+    grow,
+    key_words,
+    sharing_words,
+)
+from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
+from mergec.runtime.kernels.compiled import compiled
 
 _DEGREE = 3
 _WORDS = _DEGREE + 1

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.spec import DEALER
-from runtime.values import Held, Masked, Shared, encode
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.spec import DEALER
+from mergec.runtime.core.values import Held, Masked, Shared, encode
 
 
 def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:

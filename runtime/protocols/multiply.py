@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.matmul import matmul
-from runtime.messages import Protocol, together
-from runtime.protocols.opening import open_under
-from runtime.spec import CLIENT, Cost
-from runtime.values import Masked
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.spec import CLIENT, Cost
+from mergec.runtime.core.values import Masked
+from mergec.runtime.kernels.matmul import matmul
+from mergec.runtime.protocols.opening import open_under
 
 
 def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protocol:

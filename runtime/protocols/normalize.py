@@ -9,15 +9,15 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol
-from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
-from runtime.protocols.squares import deal_square, square_share, truncated_square_cost
-from runtime.protocols.truncate import OFFSET, base_of, top_bit, wrap_of
-from runtime.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
-from runtime.values import Masked, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
+from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
+from mergec.runtime.protocols.squares import deal_square, square_share, truncated_square_cost
+from mergec.runtime.protocols.truncate import OFFSET, base_of, top_bit, wrap_of
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row when no calibration gave one."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, Swap
-from runtime.spec import CLIENT, Cost
-from runtime.values import Masked, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, Swap
+from mergec.runtime.core.spec import CLIENT, Cost
+from mergec.runtime.core.values import Masked, Shared
 
 
 def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: int = 0) -> Protocol:

@@ -19,14 +19,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, open_bits
-from runtime.protocols.opening import open_under
-from runtime.protocols.ranks import Pairs
-from runtime.spec import Cost
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.digits import Digits
+from mergec.runtime.protocols.formula import Formula, open_bits
+from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.ranks import Pairs
 
 GROUP = 16
 """Largest group that is compared pair by pair."""

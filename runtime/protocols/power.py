@@ -24,16 +24,16 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol, together
-from runtime.protocols.compare import WINDOW_BITS, take_window
-from runtime.protocols.formula import Formula, added, conjunction, open_bits
-from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
-from runtime.protocols.local import ghost
-from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import NARROW_OFFSET, base_of, truncation_words, wrap_of
-from runtime.spec import CLIENT, DEALER, Cost
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.spec import CLIENT, DEALER, Cost
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
+from mergec.runtime.protocols.formula import Formula, added, conjunction, open_bits
+from mergec.runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
+from mergec.runtime.protocols.local import ghost
+from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.truncate import NARROW_OFFSET, base_of, truncation_words, wrap_of
 
 MAX_EXPONENT = 53
 """V must be below 2**54."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol, Swap
-from runtime.spec import CLIENT
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, Swap
+from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.kernels.compiled import compiled
 
 
 @dataclass(frozen=True, eq=False)

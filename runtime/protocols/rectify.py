@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, together
-from runtime.protocols.compare import DIGITS, take_window
-from runtime.protocols.formula import Formula, negated, open_bits
-from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.selection import Line, Selection
-from runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.compare import DIGITS, take_window
+from mergec.runtime.protocols.formula import Formula, negated, open_bits
+from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.selection import Line, Selection
+from mergec.runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost
 
 _POSITIVE = Selection(Formula(negated(DIGITS.less)), Line())
 

@@ -8,14 +8,14 @@ from functools import cache
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.protocols.compare import take_window
-from runtime.protocols.peak import entries_of, peak, peak_cost
-from runtime.protocols.power import Power
-from runtime.protocols.saturate import Tail, apply, apply_cost, saturating
-from runtime.spec import FRACTIONAL_BITS, Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.compare import take_window
+from mergec.runtime.protocols.peak import entries_of, peak, peak_cost
+from mergec.runtime.protocols.power import Power
+from mergec.runtime.protocols.saturate import Tail, apply, apply_cost, saturating
 
 EXP_FRAC = 17
 """Fractional bits of an exponential: the largest one of a row is at least 1 and below 8."""

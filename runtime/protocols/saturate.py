@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol, together
-from runtime.protocols.compare import WINDOW_BITS, take_window
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
-from runtime.protocols.halves import Halves
-from runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
-from runtime.protocols.opening import open_masked, open_masked_cost, open_under
-from runtime.protocols.selection import Line, Selection
-from runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost, unbiased_window
-from runtime.spec import FRACTIONAL_BITS, Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
+from mergec.runtime.protocols.digits import Digits
+from mergec.runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
+from mergec.runtime.protocols.halves import Halves
+from mergec.runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
+from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.selection import Line, Selection
+from mergec.runtime.protocols.truncate import (
+    NARROW_OFFSET,
+    truncate,
+    truncate_cost,
+    unbiased_window,
+)
 
 MAX_INPUT_FRAC = 48
 """Inputs may have up to this many fractional bits: 32 bits are left above the 16 that count."""

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.protocols.compare import WINDOW_BITS
-from runtime.protocols.formula import Formula
-from runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
-from runtime.values import Masked
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.values import Masked
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.compare import WINDOW_BITS
+from mergec.runtime.protocols.formula import Formula
+from mergec.runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
 
 
 @dataclass(frozen=True)

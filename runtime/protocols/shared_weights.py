@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol, ToClient, ToServer
-from runtime.protocols.local import as_share
-from runtime.spec import CLIENT, DEALER, SERVER
-from runtime.values import Masked, Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, ToClient, ToServer
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
+from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.protocols.local import as_share
 
 _SEED_BYTES = 32
 

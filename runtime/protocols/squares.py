@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol
-from runtime.protocols.opening import open_under
-from runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
-from runtime.spec import CLIENT, RING_BITS, Cost
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import CLIENT, RING_BITS, Cost
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
 
 _DEALT = 4
 """Dealt words of a square: see `deal_square`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.compiled import compiled
-from runtime.messages import Protocol
-from runtime.protocols.compare import WINDOW_BITS, take_window
-from runtime.protocols.opening import open_under
-from runtime.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
-from runtime.values import logical_shift
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
+from mergec.runtime.protocols.opening import open_under
 
 OFFSET = 1 << HEADROOM_BITS
 NARROW_OFFSET = 1 << (WINDOW_BITS - 2)

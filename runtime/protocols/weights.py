@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from runtime.context import Context
-from runtime.kernels.matmul import matmul_columns, matmul_rows
-from runtime.messages import Protocol, ToClient, ToServer
-from runtime.protocols.opening import open_masked, open_masked_cost
-from runtime.protocols.shared_weights import times_shared_weight
-from runtime.spec import CLIENT, DEALER, SERVER, Cost
-from runtime.values import Held, Masked, Sent, Shared, Weight, encode, scale_rows
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol, ToClient, ToServer
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode, scale_rows
+from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
+from mergec.runtime.protocols.opening import open_masked, open_masked_cost
+from mergec.runtime.protocols.shared_weights import times_shared_weight
 
 Constant = Weight | Masked
 """A constant in a product: held by the server, or shared."""
@@ -93,7 +93,7 @@ def reuse_weight(
     """What `share_weight` gives client and server, without a message: the client has kept W - B.
 
     difference: W - B under the same B of an earlier session, at the client; meta at the server. The
-    caller sees to it that B never hides another W (`runtime.correlations.kept`).
+    caller sees to it that B never hides another W (`runtime.session.stores.kept`).
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     if ctx.party == SERVER:

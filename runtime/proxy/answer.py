@@ -9,12 +9,12 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from runtime.errors import PartyError
-from runtime.generation import StepReport
-from runtime.proxy.errors import place_of
-from runtime.proxy.reader import Piece, Place, Reader
-from runtime.proxy.replies import Usage
-from runtime.proxy.sessions import Job
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.proxy.errors import place_of
+from mergec.runtime.proxy.reader import Piece, Place, Reader
+from mergec.runtime.proxy.replies import Usage
+from mergec.runtime.proxy.sessions import Job
+from mergec.runtime.session.generation import StepReport
 
 
 @dataclass(frozen=True)

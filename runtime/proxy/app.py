@@ -19,13 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.errors import MergecError
-from runtime.proxy.answer import Answer, Part
-from runtime.proxy.errors import ApiError, explain, invalid, place_of
-from runtime.proxy.reader import Reader
-from runtime.proxy.replies import ChatForm, CompletionForm, Form, cost
-from runtime.proxy.requests import ChatRequest, CompletionRequest, StreamOptions, Wanted
-from runtime.proxy.sessions import Sessions
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.proxy.answer import Answer, Part
+from mergec.runtime.proxy.errors import ApiError, explain, invalid, place_of
+from mergec.runtime.proxy.reader import Reader
+from mergec.runtime.proxy.replies import ChatForm, CompletionForm, Form, cost
+from mergec.runtime.proxy.requests import ChatRequest, CompletionRequest, StreamOptions, Wanted
+from mergec.runtime.proxy.sessions import Sessions
 
 PAGE = "page.html"
 _PAGE_HEADERS = {
@@ -155,7 +155,7 @@ class Endpoint:
 
     async def page(self) -> HTMLResponse:
         """The chat page."""
-        text = (files("runtime.proxy") / PAGE).read_text(encoding="utf-8")
+        text = (files("mergec.runtime.proxy") / PAGE).read_text(encoding="utf-8")
         return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     async def about(self) -> dict[str, Any]:

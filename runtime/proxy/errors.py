@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import LimitError, PartyError, PromptError
-from runtime.transport.channel import printable
+from mergec.runtime.core.errors import LimitError, PartyError, PromptError
+from mergec.runtime.transport.channel import printable
 
 INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
 

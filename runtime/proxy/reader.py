@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.text import Stream, Text
+from mergec.runtime.session.text import Stream, Text
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.generation import StepReport
-from runtime.proxy.reader import Piece, Place, Scored
+from mergec.runtime.proxy.reader import Piece, Place, Scored
+from mergec.runtime.session.generation import StepReport
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from runtime.sampling import Sampling
+from mergec.runtime.session.sampling import Sampling
 
 MOST_STOPS, MOST_LOGPROBS, MOST_COMPLETION_LOGPROBS = 4, 20, 5
 COMPLETION_TOKENS = 16

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import uvicorn
 
-from runtime.client import Connection
-from runtime.errors import MergecError, PartyError
-from runtime.observe import PartyMetrics, open_log
-from runtime.proxy.app import make_app
-from runtime.proxy.sessions import Sessions
-from runtime.spec import CLIENT, ROLES
-from runtime.transport.address import Address
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.spec import CLIENT, ROLES
+from mergec.runtime.proxy.app import make_app
+from mergec.runtime.proxy.sessions import Sessions
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.observe import PartyMetrics, open_log
+from mergec.runtime.transport.address import Address
 
 _CONNECTIONS = 256
 """Connections at once, and so how much memory requests can take."""

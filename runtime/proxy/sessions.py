@@ -10,11 +10,11 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 from typing import Any
 
-from runtime.client import Connection
-from runtime.errors import BundleError, PartyError
-from runtime.generation import StepReport, Token
-from runtime.observe import PartyMetrics
-from runtime.proxy.errors import LIMITED, ApiError
+from mergec.runtime.core.errors import BundleError, PartyError
+from mergec.runtime.proxy.errors import LIMITED, ApiError
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.session.generation import StepReport, Token
 
 
 class Job:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from runtime.errors import PartyError
+from mergec.runtime.core.errors import PartyError
 
 
 @dataclass(frozen=True)

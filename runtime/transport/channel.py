@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.errors import PartyError, PeerEndedError, PeerSilentError
-from runtime.transport.traffic import Traffic
+from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
+from mergec.runtime.transport.traffic import Traffic
 
 REPLY_TIMEOUT = 600.0
 """Seconds that a party waits for a message that it is due; one step of the peer must fit in."""
@@ -68,7 +68,7 @@ class Kind(enum.IntEnum):
     """What a frame holds."""
 
     HELLO = 1
-    """JSON: what a role says of itself (`runtime.transport.hello`)."""
+    """JSON: what a role says of itself (`runtime.session.hello`)."""
     ERROR = 2
     """JSON: why the sender ends the session; may come instead of any other."""
     QUEUED = 3

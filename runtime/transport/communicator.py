@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.distributed import ReduceOp
 
-from runtime import crypten_compat as crypten
-from runtime.errors import MergecError, PartyError
-from runtime.spec import CLIENT, DEALER, ROLES, SERVER
-from runtime.transport.channel import Channel, Kind
-from runtime.transport.traffic import Traffic
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
+from mergec.runtime.crypten import compat as crypten
+from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.traffic import Traffic
 
 _REDUCE: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     ReduceOp.SUM: torch.add,

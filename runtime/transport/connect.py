@@ -15,11 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.certificates import AUTHORITY, CERTIFICATE, KEY, ROLE_URI, check_certificate
-from runtime.errors import MergecError, PartyError
-from runtime.spec import ROLES
-from runtime.transport.address import Address
-from runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, explain, keep_alive
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.certificates import (
+    AUTHORITY,
+    CERTIFICATE,
+    KEY,
+    ROLE_URI,
+    check_certificate,
+)
+from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, explain, keep_alive
 
 _POLL = 0.1
 _BACKLOG = 64

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from runtime.errors import PartyError, PeerEndedError, PeerSilentError
-from runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
+from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
+from mergec.runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
 
 BLOCK_BYTES = 1 << 20
 """Small writes are put together into blocks of at least this size."""

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from runtime.network import Network
-from runtime.transport.traffic import Exchange, Traffic
+from mergec.runtime.core.network import Network
+from mergec.runtime.transport.traffic import Exchange, Traffic
 
 _STAMP = struct.Struct("<d")
 

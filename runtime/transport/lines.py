@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from itertools import combinations
 from types import TracebackType
 
-from runtime.spec import ROLES
-from runtime.transport.channel import REPLY_TIMEOUT, Channel
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel
 
 
 class Lines:

@@ -7,11 +7,16 @@ import threading
 
 import torch
 
-from runtime.errors import PartyError, PeerEndedError, PeerSilentError
-from runtime.spec import ROLES
-from runtime.transport.channel import check_payload
-from runtime.transport.dealer_link import AHEAD_BYTES, BLOCK_BYTES, DealerReceiver, DealerSender
-from runtime.transport.traffic import Traffic
+from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.transport.channel import check_payload
+from mergec.runtime.transport.dealer_link import (
+    AHEAD_BYTES,
+    BLOCK_BYTES,
+    DealerReceiver,
+    DealerSender,
+)
+from mergec.runtime.transport.traffic import Traffic
 
 Pipe = queue.SimpleQueue[torch.Tensor | None]
 

@@ -13,7 +13,7 @@ class Traffic:
     """Payload bytes that this party sent and received, and the rounds that took.
 
     Between the two parties what one sends the other receives, so `sent + received` at either of
-    them is the bytes of `runtime.spec.Cost`. What comes from or goes to the dealer is offline, and
+    them is the bytes of `core.spec.Cost`. What comes from or goes to the dealer is offline, and
     takes no rounds.
     """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.context import ShapeContext
-from runtime.ops.cache_append import CacheAppend
-from runtime.protocols.local import ghost
-from runtime.values import Masked, Sent
+from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.values import Masked, Sent
+from mergec.runtime.ops.cache_append import CacheAppend
+from mergec.runtime.protocols.local import ghost
 
 GENERATOR = torch.Generator().manual_seed(3)
 

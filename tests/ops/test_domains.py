@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from runtime.op import REGISTRY, load_all
-from runtime.protocols.rows import MAX_SPREAD
-from runtime.protocols.saturate import MAX_INPUT_FRAC
-from runtime.simulate import Simulation
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.protocols.rows import MAX_SPREAD
+from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 
 load_all()
 UNIT = 2.0**-16

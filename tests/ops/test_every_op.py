@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.messages import Message, Swap
-from runtime.op import REGISTRY, load_all
-from runtime.protocols.opening import open_masked
-from runtime.protocols.shared_weights import open_constant, tell_constant_seed
-from runtime.protocols.weights import send, share_weight
-from runtime.simulate import Simulation
-from runtime.spec import SERVER, Cost, Vis
-from runtime.values import Held, Masked, Sent, Shared, Weight, encode
+from mergec.runtime.core.messages import Message, Swap
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import SERVER, Cost, Vis
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.protocols.opening import open_masked
+from mergec.runtime.protocols.shared_weights import open_constant, tell_constant_seed
+from mergec.runtime.protocols.weights import send, share_weight
 from tests.protocols.harness import uniform_bytes
 
 load_all()

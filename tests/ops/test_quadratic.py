@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.op import load_all
-from runtime.ops.quadratic import Quadratic
-from runtime.protocols.opening import open_masked
-from runtime.simulate import Simulation
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.ops.quadratic import Quadratic
+from mergec.runtime.protocols.opening import open_masked
 
 load_all()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.op import load_all
-from runtime.ops.ratio_attention import KINDS, LARGEST_BOUND, RatioAttention
-from runtime.protocols.opening import open_masked
-from runtime.simulate import Simulation
-from runtime.spec import Cost
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.ops.ratio_attention import KINDS, LARGEST_BOUND, RatioAttention
+from mergec.runtime.protocols.opening import open_masked
 
 load_all()
 GENERATOR = torch.Generator().manual_seed(3)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.op import REGISTRY, load_all
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, DEALER, SERVER, Vis
-from runtime.values import Shared, encode
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Vis
+from mergec.runtime.core.values import Shared, encode
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
 
 load_all()
 LENGTH = 4096

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.context import DealerContext
-from runtime.correlations.prg import Prg
-from runtime.errors import PromptError
-from runtime.op import REGISTRY, load_all
-from runtime.protocols.gumbel import gumbel
-from runtime.sampling import MAX_TOP_K, Draw, Sampling, draw_for
-from runtime.simulate import Simulation
-from runtime.spec import DEALER, Cost
+from mergec.runtime.core.context import DealerContext
+from mergec.runtime.core.draw import MAX_TOP_K, Draw
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import DEALER, Cost
+from mergec.runtime.correlations.prg import Prg
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.protocols.gumbel import gumbel
+from mergec.runtime.session.sampling import Sampling, draw_for
 
 load_all()
 OP = REGISTRY["reveal_token"]

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from compiler.capture import from_exported
-from compiler.ir import dump
-from compiler.visibility import annotate_visibility
-from passes.base import GraphInfo, Pass, available
-from runtime.op import load_all
-from runtime.program import InputSpec
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.frontend.capture import from_exported
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.graph.rewriting import GraphInfo, Pass
+from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.passes import available
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import InputSpec
 
 load_all()
 

@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiler.capture import Captured, capture
-from compiler.config import CompileConfig
-from compiler.ir import dump
-from compiler.pipeline import rewrite
-from passes.base import PassReport
-from runtime.op import target
-from runtime.ops.attention import Attention
-from runtime.ops.constant_attention import ConstantAttention
-from runtime.spec import Vis
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.graph.manager import PassReport
+from mergec.compiler.pipeline import rewrite
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.ops.attention import Attention
+from mergec.runtime.ops.constant_attention import ConstantAttention
 from tests.families import captured
 from tests.merge_models import VOCAB, looks_back
 from tests.passes.harness import Graph, normal

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compiler.factors import split_factor
+from mergec.compiler.graph.factors import split_factor
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 NAMES = ("remove_noops", "unify_spellings", "fuse_attention", "fuse_rms_norm", "fuse_rotary",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from runtime.spec import Vis
+from mergec.runtime.core.spec import Vis
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 NAMES = ("remove_noops", "unify_spellings", "fuse_rms_norm", "fuse_layer_norm",

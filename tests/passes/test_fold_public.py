@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from passes.fold_public import LARGEST
-from runtime.spec import Vis
+from mergec.passes.fold_public import LARGEST
+from mergec.runtime.core.spec import Vis
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 NAME = "fold_public"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.op import target
+from mergec.runtime.core.op import target
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 NAMES = ("remove_noops", "unify_spellings", "fuse_activations")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from runtime.structural import target_name
+from mergec.runtime.core.structural import target_name
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 NAMES = ("remove_noops", "unify_spellings", "fuse_attention", "fuse_activations", "fuse_glu",

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiler.capture import Captured, capture
-from compiler.config import CompileConfig
-from compiler.ir import dump
-from compiler.pipeline import rewrite
-from passes.base import PassReport
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.graph.manager import PassReport
+from mergec.compiler.pipeline import rewrite
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
 from tests.families import LAYERS, captured, random_decoder
 from tests.merge_models import VOCAB, looks_back
 from tests.passes.test_fix_attention import CALIBRATION, outputs

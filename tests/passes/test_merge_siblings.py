@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch.nn.functional as F
 
-from compiler.config import CompileConfig
-from compiler.ir import aten, calls
-from compiler.pipeline import assemble, to_dialect
-from runtime.inprocess import InProcessSession
-from runtime.plain import PlainExecutor
-from runtime.spec import Vis
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.graph.ir import aten, calls
+from mergec.compiler.pipeline import assemble, to_dialect
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import LAYERS, random_decoder
 from tests.passes.harness import Graph, leaves, normal, rewrites
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.spec import Vis
+from mergec.runtime.core.spec import Vis
 from tests.passes.harness import Graph, leaves, normal
 
 NAME = "publish_masks"

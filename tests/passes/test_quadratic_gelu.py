@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.op import target
+from mergec.runtime.core.op import target
 from tests.passes.harness import Graph, leaves, normal
 
 NAMES = ("fuse_activations", "fuse_glu", "quadratic_gelu")

@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from compiler import CompileConfig, compile_decoder
-from compiler.capture import capture
-from compiler.cost import cost_report
-from compiler.errors import CompileError
-from compiler.ir import dump
-from compiler.pipeline import rewrite
-from compiler.program import Program
-from runtime.encoding import decode_program, encode_program
-from runtime.errors import BundleError
-from runtime.inprocess import InProcessSession
-from runtime.plain import PlainExecutor
-from runtime.program import DECODE, FINISH, PROMPT
-from runtime.validate import validate
+from mergec import CompileConfig, compile_decoder
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import capture
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.pipeline import rewrite
+from mergec.compiler.program import Program
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.encoding import decode_program, encode_program
+from mergec.runtime.program.program import DECODE, FINISH, PROMPT
+from mergec.runtime.program.validate import validate
+from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import FAMILIES, captured, outputs
 from tests.merge_models import POSITIONS, says_its_next_row
 

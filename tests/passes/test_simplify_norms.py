@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from compiler.capture import capture
-from compiler.config import CompileConfig
-from compiler.ir import dump
-from compiler.pipeline import rewrite
-from runtime.spec import Vis
-from runtime.structural import target_name
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import capture
+from mergec.compiler.graph.ir import dump
+from mergec.compiler.pipeline import rewrite
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.structural import target_name
 
 VOCAB, WIDTH = 11, 8
 CONFIG = CompileConfig(enable=("simplify_norms",))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.ops.ratio_attention import EPSILON
+from mergec.runtime.ops.ratio_attention import EPSILON
 from tests.passes.harness import Graph, leaves, normal
 
 NAMES = ("remove_noops", "unify_spellings", "fuse_attention", "softmax_2quad")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.ops.ratio_attention import EPSILON
+from mergec.runtime.ops.ratio_attention import EPSILON
 from tests.passes.harness import Graph, leaves
 from tests.passes.test_softmax_2quad import CAUSAL, NAMES, K, Q, V, attention, run
 

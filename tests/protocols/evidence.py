@@ -16,24 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.op import REGISTRY, load_all
-from runtime.ops.attention import _cap
-from runtime.ops.log import OCTAVES as LOG
-from runtime.ops.reciprocal import SPEC as RECIPROCAL
-from runtime.ops.rsqrt import SPEC as RSQRT
-from runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
-from runtime.protocols.compare import less_than, maximum, open_window, take_window
-from runtime.protocols.multiply import multiply
-from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
-from runtime.protocols.peak import peak
-from runtime.protocols.rectify import rectify
-from runtime.protocols.saturate import Function, apply, function_input
-from runtime.protocols.squares import truncated_square
-from runtime.protocols.truncate import truncate
-from runtime.protocols.weights import linear, send, share_weight
-from runtime.simulate import Simulation
-from runtime.spec import FRACTIONAL_BITS, SERVER
-from runtime.values import Shared
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import FRACTIONAL_BITS, SERVER
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.ops.attention import _cap
+from mergec.runtime.ops.log import OCTAVES as LOG
+from mergec.runtime.ops.reciprocal import SPEC as RECIPROCAL
+from mergec.runtime.ops.rsqrt import SPEC as RSQRT
+from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
+from mergec.runtime.protocols.compare import less_than, maximum, open_window, take_window
+from mergec.runtime.protocols.multiply import multiply
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
+from mergec.runtime.protocols.peak import peak
+from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.saturate import Function, apply, function_input
+from mergec.runtime.protocols.squares import truncated_square
+from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.weights import linear, send, share_weight
 from tests.protocols.harness import integers, run, words
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence.md"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.context import Context
-from runtime.messages import Protocol
-from runtime.simulate import Simulation
-from runtime.spec import Cost
-from runtime.values import Shared
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
 
 
 def integers(simulation: Simulation, values: torch.Tensor) -> list[Shared]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.protocols.argmax import (
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.argmax import (
     LOWEST,
     SIZES,
     Candidates,
@@ -15,8 +17,6 @@ from runtime.protocols.argmax import (
     plan_for,
     plans,
 )
-from runtime.simulate import Simulation
-from runtime.spec import Cost
 from tests.protocols.harness import uniform_bytes, words
 
 TOP = 2**30 - 1

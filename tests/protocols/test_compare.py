@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.protocols.compare import (
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.compare import (
     WORDS,
     less_than,
     less_than_cost,
@@ -17,7 +18,6 @@ from runtime.protocols.compare import (
     relu_below_cost,
     take_window,
 )
-from runtime.simulate import Simulation
 from tests.protocols.harness import integers, run, words
 
 

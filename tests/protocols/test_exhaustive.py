@@ -7,20 +7,21 @@ import itertools
 import pytest
 import torch
 
-from runtime.op import REGISTRY, load_all
-from runtime.ops.log import OCTAVES as LOG
-from runtime.protocols.argmax import Candidates, best
-from runtime.protocols.compare import maximum
-from runtime.protocols.multiply import multiply
-from runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
-from runtime.protocols.power import Power, find_octave, power
-from runtime.protocols.rectify import rectify
-from runtime.protocols.squares import truncated_square
-from runtime.protocols.truncate import truncate
-from runtime.protocols.weights import linear, send, share_weight
-from runtime.simulate import Simulation
-from runtime.spec import FRACTIONAL_BITS, SERVER
-from runtime.values import Shared
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import FRACTIONAL_BITS, SERVER
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops import load_all
+from mergec.runtime.ops.log import OCTAVES as LOG
+from mergec.runtime.protocols.argmax import Candidates, best
+from mergec.runtime.protocols.compare import maximum
+from mergec.runtime.protocols.multiply import multiply
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
+from mergec.runtime.protocols.power import Power, find_octave, power
+from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.squares import truncated_square
+from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.weights import linear, send, share_weight
 from tests.protocols.harness import integers, run
 
 load_all()

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.protocols import peak, power, rectify
-from runtime.protocols.compare import DIGITS, LESS_THAN
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, added, conjunction, negated, open_bits, shifted
-from runtime.protocols.halves import Halves
-from runtime.simulate import Simulation
-from runtime.spec import Cost
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols import peak, power, rectify
+from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.digits import Digits
+from mergec.runtime.protocols.formula import (
+    Formula,
+    added,
+    conjunction,
+    negated,
+    open_bits,
+    shifted,
+)
+from mergec.runtime.protocols.halves import Halves
 from tests.protocols.harness import run, words
 
 FORMULAS = {

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.correlations.dpf import Generator, Keys
-from runtime.correlations.prg import Prg, new_seed
-from runtime.kernels.aes import LANES
-from runtime.protocols.interval import (
+from mergec.runtime.core.spec import CLIENT, SERVER
+from mergec.runtime.correlations.dpf import Generator, Keys
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.aes import LANES
+from mergec.runtime.protocols.interval import (
     evaluate,
     evaluate_by_instructions,
     evaluate_by_library,
     evaluate_cost,
     fit,
 )
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, SERVER
 from tests.protocols.harness import run, words
 
 

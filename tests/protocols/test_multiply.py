@@ -7,11 +7,17 @@ import itertools
 import pytest
 import torch
 
-from runtime.protocols import weights
-from runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
-from runtime.protocols.opening import open_masked
-from runtime.protocols.shared_weights import open_constant, share_constant, tell_constant_seed
-from runtime.protocols.weights import (
+from mergec.runtime.core.spec import CLIENT, SERVER, Cost
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols import weights
+from mergec.runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
+from mergec.runtime.protocols.opening import open_masked
+from mergec.runtime.protocols.shared_weights import (
+    open_constant,
+    share_constant,
+    tell_constant_seed,
+)
+from mergec.runtime.protocols.weights import (
     add_held,
     linear,
     move,
@@ -23,8 +29,6 @@ from runtime.protocols.weights import (
     table_rows,
     table_rows_cost,
 )
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, SERVER, Cost
 from tests.protocols.harness import integers, run, run_list, uniform_bytes, words
 
 

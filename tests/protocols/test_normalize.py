@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.correlations.prg import Prg, new_seed
-from runtime.protocols.normalize import (
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     RowNorm,
     _deal_cpu,
@@ -15,9 +17,7 @@ from runtime.protocols.normalize import (
     normalize,
     normalize_cost,
 )
-from runtime.protocols.truncate import OFFSET, Truncation, top_bit
-from runtime.simulate import Simulation
-from runtime.values import logical_shift
+from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit
 from tests.protocols.harness import integers, run
 
 EPS = 1e-5

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from runtime.protocols.peak import GROUP, peak, peak_cost
-from runtime.simulate import Simulation
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.peak import GROUP, peak, peak_cost
 from tests.protocols.harness import run, words
 
 UNIT = 2**16

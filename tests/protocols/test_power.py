@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.protocols.power import (
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.power import (
     Octaves,
     Power,
     _choose_cpu,
@@ -15,9 +17,7 @@ from runtime.protocols.power import (
     power,
     power_cost,
 )
-from runtime.protocols.truncate import Truncation
-from runtime.simulate import Simulation
-from runtime.values import logical_shift
+from mergec.runtime.protocols.truncate import Truncation
 from tests.protocols.harness import integers, run, words
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.protocols.ranks import Pairs
-from runtime.simulate import Simulation
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.ranks import Pairs
 
 TYPES = [torch.int16, torch.int32]
 

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.correlations.prg import Prg, derive, new_seed
-from runtime.ops.silu import SILU
-from runtime.ops.softmax import Softmax
-from runtime.protocols.compare import maximum, take_window
-from runtime.protocols.formula import open_bits
-from runtime.protocols.normalize import RowNorm, normalize
-from runtime.protocols.opening import open_masked, open_under
-from runtime.protocols.power import Power, power
-from runtime.protocols.rectify import rectify
-from runtime.protocols.saturate import apply, function_input
-from runtime.protocols.truncate import truncate
-from runtime.protocols.weights import send, share_weight
-from runtime.simulate import Simulation
-from runtime.spec import SERVER
-from runtime.values import Shared
+from mergec.runtime.core.spec import SERVER
+from mergec.runtime.core.values import Shared
+from mergec.runtime.correlations.prg import Prg, derive, new_seed
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops.silu import SILU
+from mergec.runtime.ops.softmax import Softmax
+from mergec.runtime.protocols.compare import maximum, take_window
+from mergec.runtime.protocols.formula import open_bits
+from mergec.runtime.protocols.normalize import RowNorm, normalize
+from mergec.runtime.protocols.opening import open_masked, open_under
+from mergec.runtime.protocols.power import Power, power
+from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.saturate import apply, function_input
+from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.weights import send, share_weight
 from tests.protocols.harness import integers, uniform_bytes
 
 COUNT = 4096

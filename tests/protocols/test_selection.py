@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.protocols.compare import LESS_THAN
-from runtime.protocols.digits import Digits
-from runtime.protocols.formula import Formula, added, open_bits, shifted
-from runtime.protocols.opening import open_masked, open_under
-from runtime.protocols.selection import Line, Selection
-from runtime.protocols.truncate import NARROW_OFFSET, Truncation, truncation_parts
-from runtime.simulate import Simulation
-from runtime.spec import CLIENT, DEALER, SERVER
-from runtime.values import Masked
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
+from mergec.runtime.core.values import Masked
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.compare import LESS_THAN
+from mergec.runtime.protocols.digits import Digits
+from mergec.runtime.protocols.formula import Formula, added, open_bits, shifted
+from mergec.runtime.protocols.opening import open_masked, open_under
+from mergec.runtime.protocols.selection import Line, Selection
+from mergec.runtime.protocols.truncate import NARROW_OFFSET, Truncation, truncation_parts
 from tests.protocols.harness import run, words
 
 FORMULAS = [

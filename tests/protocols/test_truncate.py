@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.protocols import squares
-from runtime.protocols.truncate import (
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols import squares
+from mergec.runtime.protocols.truncate import (
     Truncation,
     _truncate_cpu,
     top_bit,
@@ -16,8 +18,6 @@ from runtime.protocols.truncate import (
     truncation_words,
     width_of,
 )
-from runtime.simulate import Simulation
-from runtime.values import logical_shift
 from tests.protocols.harness import integers, run, words
 
 EDGE = 2**62 - 1

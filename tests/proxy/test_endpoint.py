@@ -17,13 +17,13 @@ import psutil
 import pytest
 import torch
 
-from runtime.bundle import load_bundle, role_path
-from runtime.cli import INTERRUPTED, run
-from runtime.errors import LimitError
-from runtime.observe import PartyMetrics
-from runtime.plain import PlainExecutor
-from runtime.proxy.errors import explain
-from runtime.proxy.sessions import Sessions
+from mergec.runtime.cli.commands import INTERRUPTED, run
+from mergec.runtime.core.errors import LimitError
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.proxy.errors import explain
+from mergec.runtime.proxy.sessions import Sessions
+from mergec.runtime.roles.observe import PartyMetrics
 from tests import characters
 from tests.browser import chromium
 from tests.roles import free_port

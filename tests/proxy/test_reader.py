@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from runtime.proxy.reader import Reader
-from runtime.text import Text
+from mergec.runtime.proxy.reader import Reader
+from mergec.runtime.session.text import Text
 from tests import characters
 
 TEXT = Text.from_files(characters.files(), "test")

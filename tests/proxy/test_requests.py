@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from runtime.proxy.errors import invalid
-from runtime.proxy.requests import ChatRequest, CompletionRequest
+from mergec.runtime.proxy.errors import invalid
+from mergec.runtime.proxy.requests import ChatRequest, CompletionRequest
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 PLAIN = {"model": "tiny", "prompt": "hi"}

@@ -1,0 +1,1 @@
+"""From a rewritten graph to bundles: fractional bits, costs, protocols, instructions, files."""

@@ -1,0 +1,94 @@
+"""Lowered programs to a directory of three bundles; decides nothing, only writes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import fx
+
+from mergec.compiler.backend.onnx_export import ValueType, to_onnx
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.program.bundle import GRAPH, TOKENIZER, Content, replacing, save_bundle
+from mergec.runtime.program.encoding import dtype_name
+from mergec.runtime.program.program import RoleProgram
+
+Progress = Callable[[str], object]
+
+
+def emit(
+    programs: Mapping[str, RoleProgram],
+    types: Mapping[str, ValueType],
+    path: str | Path,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    progress: Progress = lambda _: None,
+) -> Path:
+    """Write the bundles of all roles to `path`, all or none; the client's holds the tokenizer."""
+    target = Path(path)
+    with replacing(target) as folder:
+        for role in ROLES:
+            progress(f"writing the {role}'s bundle")
+            program = programs[role]
+            files: dict[str, Content] = {GRAPH: partial(_graph, program, types)}
+            if role == "client":
+                files |= {f"{TOKENIZER}/{k}": v for k, v in (tokenizer_files or {}).items()}
+            save_bundle(program, folder / role, files)
+            onnx.checker.check_model(str(folder / role / GRAPH))
+    return target
+
+
+def _graph(program: RoleProgram, types: Mapping[str, ValueType], folder: Path) -> bytes:
+    return bytes(to_onnx(program, types, folder).SerializeToString())
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """The files of a Hugging Face tokenizer, as its own `save_pretrained` writes them."""
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        place = Path(folder)
+        return {
+            file.relative_to(place).as_posix(): file.read_bytes()
+            for file in sorted(place.rglob("*"))
+            if file.is_file()
+        }
+
+
+def value_types(
+    graph_module: fx.GraphModule, names: Mapping[fx.Node, str], lengths: Mapping[str, str]
+) -> dict[str, ValueType]:
+    """Types of a graph's values from meta["val"]; `lengths` names its symbols."""
+    types: dict[str, ValueType] = {}
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node in names and isinstance(value, torch.Tensor):
+            shape = tuple(_length(size, lengths) for size in value.shape)
+            types[names[node]] = ValueType(dtype_name(value.dtype), shape)
+    return types
+
+
+def _length(size: Any, lengths: Mapping[str, str]) -> int | str:
+    if isinstance(size, int):
+        return size
+    text = str(size)
+    for symbol, name in lengths.items():
+        text = text.replace(symbol, name)
+    return text
+
+
+def shapes(program: RoleProgram, types: Mapping[str, ValueType]) -> dict[str, Any]:
+    """Inputs and outputs as the manifest lists them."""
+    return {
+        "inputs": {i.name: {"dtype": i.dtype, "shape": list(i.shape)} for i in program.inputs},
+        "outputs": {
+            name: {"dtype": types[name].dtype, "shape": list(types[name].shape)}
+            for name in program.outputs
+            if name in types
+        },
+    }

@@ -1,0 +1,455 @@
+"""Fractional bits and openings: the last rewrite before lowering, made explicit in the graph.
+
+Each protocol says in which form it takes a shared operand (`Op.forms`). Here every wire gets its
+number of fractional bits, and where a consumer wants another form, the op that makes it: a
+truncation, an opening to both, or one to the server. A wire is converted to a form once, whatever
+its consumers, so that its mask is opened once. Products stay untruncated until somebody needs them
+otherwise: sums of products, residual additions and rotary embeddings take place at full scale, and
+one truncation follows instead of one for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import absmax, aten, bind, calls, op_of
+from mergec.compiler.graph.moves import is_move, known_size
+from mergec.runtime.core.op import REGISTRY, Op, target
+from mergec.runtime.core.spec import HEADROOM_BITS, Vis
+from mergec.runtime.ops.ratio_attention import LARGEST_BOUND
+from mergec.runtime.ops.rotary import TABLE_FRAC
+from mergec.runtime.protocols.rows import MAX_SPREAD
+from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC, SCALAR_DOMAIN
+
+RANGE_MARGIN_BITS = 3
+"""A value may become 2**3 times as large as in calibration before it leaves the ring."""
+
+SPARE_BITS = 5
+"""A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
+
+WEIGHT_BITS = 6
+"""Most fractional bits that a matrix has more than an activation, where the result leaves room."""
+
+_NORM_MARGIN = 2.0**4
+"""The mean square of a row may become 2**4 times as large as in calibration."""
+
+_LOCAL = ("add", "sub", "scale", "shift", "sum", "rotary")
+_AT_FULL_SCALE = ("add", "sub", "shift", "sum")
+_CONVERSIONS = {"masked": "open", "sent": "send"}
+_RESULTS = {name: form for form, name in _CONVERSIONS.items()}
+_ATTENTIONS = ("attention", "ratio_attention")
+
+
+def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
+    """Set meta["frac"] and meta["form"] of every shared wire and insert the conversions.
+
+    Needs meta["vis"]; uses meta["range"] where ranges were calibrated. Raises CompileError that
+    names every value which leaves the ring.
+    """
+    _split_scales(graph_module)
+    _Legalizer(graph_module, fixed).run()
+    # Movements whose operand was converted instead of their result.
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _split_scales(graph_module: fx.GraphModule) -> None:
+    """Take an attention scale that is no power of two out of the op: scores are not rescaled."""
+    for node in list(graph_module.graph.nodes):
+        op = op_of(node)
+        if op is None or op.name not in _ATTENTIONS:
+            continue
+        arguments = bind(op, node)
+        if math.frexp(arguments["scale"])[0] == 0.5:
+            continue
+        query = arguments["q"]
+        with graph_module.graph.inserting_before(node):
+            scaled = graph_module.graph.call_function(
+                target("scale"), (query, float(arguments["scale"]))
+            )
+        scaled.meta = {**query.meta, "module": node.meta.get("module", "")}
+        node.args, node.kwargs = tuple((arguments | {"q": scaled, "scale": 1.0}).values()), {}
+
+
+def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
+    """Whether nobody can compute a call alone."""
+    operands = [n.meta["vis"] for n in node.all_input_nodes if "vis" in n.meta]
+    return op.known_to(*operands) is None
+
+
+class _Legalizer:
+    def __init__(self, graph_module: fx.GraphModule, fixed: int) -> None:
+        self.graph = graph_module.graph
+        self.fixed = fixed
+        self.room = _room(graph_module)
+        self.single = _used_once(graph_module)
+        self.wants = self.needed_forms()
+        self.made: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.fine: dict[fx.Node, bool] = {}
+        self.failures: dict[fx.Node, str] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            op = op_of(node)
+            if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:
+                self.mark(node, self.cache_form(node), self.fixed)
+            elif node.op == "get_attr" and node.meta["vis"] is Vis.SHARED:
+                self.mark(node, "share", self.fixed)
+            elif op is not None and _by_protocol(node, op):
+                self.visit(node, op)
+            elif node.meta.get("vis") is Vis.SHARED and node.op == "call_function":
+                self.pass_through(node)
+            elif node.op == "output":
+                self.finish(node)
+        if self.failures:
+            raise CompileError("values that the ring cannot hold", self.failures)
+
+    def needed_forms(self) -> dict[fx.Node, set[str]]:
+        """The forms in which each shared value is needed as a whole.
+
+        By its consumers, or by those of the parts that it is cut into, if all parts are needed in
+        the same form. Another part of it is then moved in that form, with no opening of its own.
+        """
+        wants: dict[fx.Node, set[str]] = {}
+        for node in reversed(self.graph.nodes):
+            if node.meta.get("vis") is not Vis.SHARED:
+                continue
+            found: set[str] = set()
+            for user in node.users:
+                op = op_of(user)
+                if op is not None and _by_protocol(user, op):
+                    arguments = bind(op, user)
+                    forms = self.forms(op, arguments)
+                    found |= {forms.get(k, "fixed") for k, v in arguments.items() if v is node}
+            parts = [user for user in node.users if is_move(user) and user.args[0] is node]
+            if len(parts) == len(node.users) > 0 and sum(map(_count, parts)) == _count(node):
+                found |= set.intersection(*(wants[part] for part in parts))
+            if found & set(_CONVERSIONS):
+                found.add("fixed")
+            wants[node] = found - {"share"}
+        return wants
+
+    def forms(self, op: type[Op], arguments: dict[str, Any]) -> dict[str, str]:
+        """The form in which a call takes each argument; a cache is appended to in its own."""
+        if op.name == "cache_append":
+            return dict.fromkeys(arguments, self.cache_form(arguments["past"]))
+        return op.forms(*map(self.known, arguments.values()))
+
+    def visit(self, node: fx.Node, op: type[Op]) -> None:
+        arguments = bind(op, node)
+        forms = self.forms(op, arguments)
+        for parameter, value in arguments.items():
+            if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
+                form = forms.get(parameter, "fixed")
+                fine = op.name == "linear" and self.fits_products(value)
+                arguments[parameter] = self.convert(value, form, fine)
+        if self.too_fine(node, op, arguments):
+            for parameter, value in arguments.items():
+                if isinstance(value, fx.Node) and value.meta.get("form") == "share":
+                    arguments[parameter] = self.convert(value, "fixed")
+        node.args, node.kwargs = tuple(arguments.values()), {}
+        self.check_domain(node, op)
+        self.check_scores(node)
+        if op.name in ("rms_norm", "layer_norm"):
+            self.bound_norm(node, op)
+        elif op.name == "ratio_attention":
+            arguments = self.bound_scores(node, arguments)
+        elif op.name == "linear":
+            arguments |= self.weight_bits(node)
+            if not arguments["parts"]:
+                del arguments["parts"]
+            node.args = tuple(arguments.values())
+        frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
+        if op.name == "cache_append":
+            self.mark(node, forms["past"], frac)
+        else:
+            self.mark(node, _RESULTS.get(op.name, "share"), frac)
+
+    def cache_form(self, cache: fx.Node) -> str:
+        """How a cache is kept: opened to the server alone where nothing else is asked of it."""
+        appended = any(op_of(user) is REGISTRY["cache_append"] for user in cache.users)
+        return "sent" if appended and self.asked(cache) == {"sent"} else "masked"
+
+    def asked(self, value: fx.Node) -> set[str]:
+        """The forms in which ops take a value, however it is moved before."""
+        found: set[str] = set()
+        for user in value.users:
+            op = op_of(user)
+            if op is not None and op.name != "cache_append":
+                arguments = bind(op, user)
+                forms = op.forms(*map(self.known, arguments.values()))
+                found |= {forms.get(k, "fixed") for k, v in arguments.items() if v is value}
+            elif user.op == "call_function" and user.meta.get("vis") is Vis.SHARED:
+                found |= self.asked(user)
+        return found
+
+    @staticmethod
+    def known(value: Any) -> Any:
+        """What `Op.forms` gets in place of an argument."""
+        return value.meta.get("vis", Vis.PUBLIC) if isinstance(value, fx.Node) else value
+
+    def seen(self, value: Any) -> Any:
+        """What `Op.scale` gets in place of an argument."""
+        if not isinstance(value, fx.Node):
+            return value
+        vis = value.meta.get("vis", Vis.PUBLIC)
+        return value.meta["frac"] if vis is Vis.SHARED else vis
+
+    def too_fine(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> bool:
+        """Whether a local op's result would leave the ring; its operands are truncated then.
+
+        Rows scaled by a gain carry 48 fractional bits, and a rotary embedding adds 16, say.
+        """
+        largest = absmax(node)
+        if op.name not in _LOCAL or not largest:
+            return False
+        frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
+        return frac > 2 * self.fixed and frac > _fitting(largest)
+
+    def fits_products(self, node: fx.Node) -> bool:
+        """Whether all products of a wire with weights can hold its fractional bits untruncated."""
+        while is_move(node):
+            node = node.args[0]  # type: ignore[assignment]
+        if node not in self.fine:
+            frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
+            # Decided once, as products are taken off the wire when it is opened for them.
+            self.fine[node] = all(frac <= self.room[product] for product in _products(node))
+        return self.fine[node]
+
+    def pass_through(self, node: fx.Node) -> None:
+        """A structural op keeps form and scale; several inputs are first brought to one."""
+        inputs = [n for n in node.all_input_nodes if n.meta.get("vis") is not Vis.PUBLIC]
+        states = {(n.meta.get("form"), n.meta.get("frac")) for n in inputs}
+        if len(states) > 1:
+            for n in inputs:
+                if n.meta["vis"] is Vis.SHARED:
+                    node.replace_input_with(n, self.convert(n, "fixed"))
+            self.mark(node, "share", self.fixed)
+        else:
+            form, frac = states.pop()
+            self.mark(node, form or "share", self.fixed if frac is None else frac)
+
+    def finish(self, node: fx.Node) -> None:
+        """Cache outputs leave the step opened, as they enter the next one."""
+        for value in node.all_input_nodes:
+            if value.meta.get("vis") is Vis.SHARED and value.meta["form"] != "sent":
+                node.replace_input_with(value, self.convert(value, "masked"))
+
+    def convert(self, node: fx.Node, form: str, fine: bool = False) -> fx.Node:
+        """The node in the wanted form; made once and reused. `fine`: opened without truncation."""
+        if form == "share" or node.meta["form"] == form:
+            return node
+        if node.meta["form"] == "masked" and form in ("fixed", "window"):
+            return node
+        if form == "window":
+            if node.meta["frac"] <= MAX_INPUT_FRAC:
+                return node
+            form = "fixed"
+        if form == "fixed" and node.meta["frac"] == self.fixed:
+            return node
+        if is_move(node) and form in self.wants[node.args[0]]:  # type: ignore[index]
+            return self.move(node, form, fine)
+        if form == "fixed":
+            return self.insert(node, "truncate", "share")
+        if not fine:
+            node = self.convert(node, "fixed")
+        return self.insert(node, _CONVERSIONS[form], form)
+
+    def move(self, node: fx.Node, form: str, fine: bool) -> fx.Node:
+        """The same movement of its operand in the wanted form, which is made anyway."""
+        source: Any = node.args[0]
+        key = (node, form)
+        if key not in self.made:
+            converted = self.convert(source, form, fine)
+            with self.graph.inserting_after(node):
+                args = (converted, *node.args[1:])
+                new = self.graph.call_function(node.target, args, node.kwargs)  # type: ignore[arg-type]
+            new.meta = {k: v for k, v in node.meta.items() if k != "name"}
+            self.mark(new, converted.meta["form"], converted.meta["frac"])
+            self.made[key] = new
+        return self.made[key]
+
+    def insert(self, node: fx.Node, name: str, form: str) -> fx.Node:
+        key = (node, name)
+        if key not in self.made:
+            with self.graph.inserting_after(node):
+                new = self.graph.call_function(target(name), (node,))
+            new.meta = {k: v for k, v in node.meta.items() if k != "name"}
+            self.mark(new, form, self.fixed if name == "truncate" else node.meta["frac"])
+            self.made[key] = new
+        return self.made[key]
+
+    def weight_bits(self, node: fx.Node) -> dict[str, Any]:
+        """How many bits more a matrix can have that nothing else uses, and parts of it by itself.
+
+        Several layers in one product each get what their own result leaves room for; the parts of
+        the product that then have more bits than the rest are taken out by `mpc.part`.
+        """
+        weight: Any = node.args[1]
+        if weight.op != "get_attr" or weight.target not in self.single:
+            return {"bits": 0, "parts": []}
+        columns = _columns(node)
+        most = [self.spare_bits(node, part) for part in columns]
+        bits = min(most, default=self.spare_bits(node, node))
+        if max(most, default=bits) == bits:
+            return {"bits": bits, "parts": []}
+        parts = []
+        for (part, (start, end)), own in zip(columns.items(), most, strict=True):
+            parts += [end - start, own - bits]
+            part.target, part.args = target("part"), (node, start, end, own - bits)
+        return {"bits": bits, "parts": parts}
+
+    def spare_bits(self, linear: fx.Node, result: fx.Node) -> int:
+        """How many bits more than usual a layer's matrix can have for this part of its result."""
+        x: Any = linear.args[0]
+        frac = x.meta["frac"] + self.fixed
+        most = min(WEIGHT_BITS, math.floor(self.room[result]) - frac)
+        if "window" in self.wants[result]:
+            most = min(most, MAX_INPUT_FRAC - frac)
+        return max(0, most)
+
+    def mark(self, node: fx.Node, form: str, frac: int) -> None:
+        node.meta["form"], node.meta["frac"] = form, frac
+        self.check(node, HEADROOM_BITS, frac)
+
+    def check(self, node: fx.Node, bits: int, frac: int) -> None:
+        largest = absmax(node)
+        if largest and math.log2(largest) + frac + RANGE_MARGIN_BITS > bits:
+            self.failures[node] = (
+                f"reaches {largest:.3g} in calibration, which with {frac} fractional bits leaves "
+                f"no room in {bits} bits; check this module's weights"
+            )
+
+    def check_domain(self, node: fx.Node, op: type[Op]) -> None:
+        """Whether the first operand stays where the protocol is right, with some margin."""
+        operand = node.args[0]
+        if not isinstance(operand, fx.Node) or "range" not in operand.meta:
+            return
+        least, most = operand.meta["range"]
+        low, high = op.domain
+        margin = 2.0**RANGE_MARGIN_BITS
+        if least * (1 / margin if least > 0 else margin) < low or most * margin > high:
+            self.failures[node] = (
+                f"its operand goes from {least:.3g} to {most:.3g} in calibration, and beyond that "
+                f"may grow by {margin:g}; its protocol takes {low:g} to {high:g}"
+            )
+
+    def check_scores(self, node: fx.Node) -> None:
+        """Whether an attention's scores, which are no value of the graph, fit its protocol."""
+        spread, uncapped = (node.meta.get(key, 0.0) for key in ("score_spread", "uncapped_score"))
+        if spread > MAX_SPREAD:
+            self.failures[node] = (
+                f"the scores of a row are {spread:.3g} apart in calibration; its protocol takes "
+                f"up to {MAX_SPREAD:g}"
+            )
+        if uncapped * 2.0**RANGE_MARGIN_BITS > SCALAR_DOMAIN[1]:
+            self.failures[node] = (
+                f"its scores reach {uncapped:.3g} in calibration, and beyond that may grow by "
+                f"{2**RANGE_MARGIN_BITS}; the cap's protocol takes them up to {SCALAR_DOMAIN[1]:g}"
+            )
+
+    def bound_norm(self, node: fx.Node, op: type[Op]) -> None:
+        """Tell a norm how large a row it has to expect, from calibration.
+
+        Rounded up to a power of four: the program is public, and finer would say more about the
+        weights without changing a scale.
+        """
+        square = node.meta.get("mean_square", 0.0)
+        if square:
+            bound = 4.0 ** math.ceil(math.log(square * _NORM_MARGIN, 4))
+            node.args = tuple({**bind(op, node), "bound": bound}.values())
+
+    def bound_scores(self, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Tell how large scores get: a power of two, for the same reason."""
+        largest = node.meta.get("largest_score", 0.0)
+        if not largest:
+            return arguments
+        bound = 2.0 ** max(0, math.ceil(math.log2(largest) + RANGE_MARGIN_BITS))
+        limit = LARGEST_BOUND[arguments["kind"]]
+        if bound > limit:
+            self.failures[node] = (
+                f"its scores reach {largest:.3g} in calibration, and beyond that may grow by "
+                f"2**{RANGE_MARGIN_BITS}; {arguments['kind']} takes them up to {limit:g}"
+            )
+        arguments = arguments | {"bound": min(bound, limit)}
+        node.args = tuple(arguments.values())
+        return arguments
+
+
+def _products(node: fx.Node) -> Iterator[fx.Node]:
+    """The linear layers that take a wire, however it is moved before."""
+    for user in node.users:
+        op = op_of(user)
+        if op is not None and op.name == "linear" and user.args[0] is node:
+            yield user
+        elif is_move(user):
+            yield from _products(user)
+
+
+def _columns(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
+    """The slices that cut a product into blocks of columns, in order; none if it is used whole."""
+    shape = node.meta["val"].shape
+    found: dict[fx.Node, tuple[int, int]] = {}
+    for user in node.users:
+        if not calls(user, aten.slice.Tensor) or len(user.args) != 4:
+            return {}
+        _, dim, start, end = user.args
+        if dim not in (-1, len(shape) - 1):
+            return {}
+        found[user] = (start, end)  # type: ignore[assignment]
+    blocks = sorted(found.items(), key=lambda item: item[1])
+    starts, ends = [start for _, (start, _) in blocks], [end for _, (_, end) in blocks]
+    return dict(blocks) if [*starts, shape[-1]] == [0, *ends] else {}
+
+
+def _count(node: fx.Node) -> int:
+    """Elements at the lengths that the graph was captured with."""
+    return math.prod(map(known_size, node.meta["val"].shape))
+
+
+def _used_once(graph_module: fx.GraphModule) -> set[str]:
+    """Constants that a single node uses; a tied one has several get_attr nodes."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    users = Counter(str(node.target) for node in nodes for _ in node.users)
+    return {name for name, count in users.items() if count == 1}
+
+
+def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
+    """The most fractional bits that each value can have until it is truncated.
+
+    At full scale a value passes through movement, sums and rotary embeddings, and a LayerNorm
+    centres it; it has to fit all along. Where no range is known there are none to spare.
+    """
+    room: dict[fx.Node, float] = {}
+    for node in reversed(graph_module.graph.nodes):
+        largest = absmax(node)
+        room[node] = _fitting(largest) if largest else 0.0
+        for user in node.users:
+            op = op_of(user)
+            if user.meta.get("vis") is not Vis.SHARED:
+                continue
+            if op is None or op.name in _AT_FULL_SCALE:
+                left = room[user]
+            elif op.name == "rotary":
+                left = room[user] - TABLE_FRAC
+            elif op.name == "scale" and op.forms(*user.args)["x"] == "share":
+                left = room[user] - op.scale(0, *user.args[1:], fixed=0)
+            elif op.name == "layer_norm":
+                # It centres a row as d x - sum(x).
+                left = room[node] - math.log2(2 * node.meta["val"].shape[-1])
+            else:
+                continue
+            room[node] = min(room[node], left)
+    return room
+
+
+def _fitting(largest: float) -> float:
+    """Fractional bits with which values up to `largest` fit into the ring."""
+    return HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(largest)

@@ -1,0 +1,137 @@
+"""Legalized graph to instruction list: names, literals and order; every decision is made before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.graph.ir import assign_names, calls
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import ROLES, Vis
+from mergec.runtime.core.structural import encode_literal, target_name
+from mergec.runtime.program.program import (
+    DECODE,
+    FINISH,
+    PROMPT,
+    InputSpec,
+    Instruction,
+    Phase,
+    Ref,
+    RoleProgram,
+    TensorSpec,
+)
+
+# The server shares a shared constant at the start of a session.
+_KNOWN_TO = {
+    "client": (Vis.PUBLIC, Vis.CLIENT),
+    "server": (Vis.PUBLIC, Vis.SERVER, Vis.SHARED),
+    "dealer": (Vis.PUBLIC,),
+}
+
+
+def lower(
+    graph_module: fx.GraphModule,
+    inputs: list[InputSpec],
+    constants: Mapping[str, tuple[torch.Tensor, Vis]],
+    fixed: int,
+) -> dict[str, RoleProgram]:
+    """One program per role. The instructions are the same, and so run in the same order.
+
+    A role that may not know a value runs its instruction on shapes alone: which ones follows from
+    the visibilities, so there is nothing to leave out. Its tensors hold what it may know. A graph
+    that was not legalized becomes a program to look at, which nobody can run.
+    """
+    graph = graph_module.graph
+    names = assign_names(graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, inputs, strict=True):
+        names[node] = spec.name
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+    instructions = [_instruction(node, names) for node in graph.nodes if node.op == "call_function"]
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    outputs = [names[node] for node in output.args[0]]
+    caches = iter(outputs[1:])
+    renamed = [
+        replace(spec, frac=fixed, form=node.meta.get("form", spec.form), cache_output=next(caches))
+        if spec.cache_output
+        else spec
+        for node, spec in zip(placeholders, inputs, strict=True)
+    ]
+    phases = _phases(graph, names, renamed, outputs, fixed)
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    specs = [
+        TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
+        for name, (tensor, vis) in constants.items()
+        if name in used
+    ]
+    return {
+        role: RoleProgram(
+            role=role,
+            instructions=instructions,
+            inputs=renamed,
+            outputs=outputs,
+            constants=specs,
+            tensors={
+                spec.name: constants[spec.name][0] for spec in specs if spec.vis in _KNOWN_TO[role]
+            },
+            phases=phases,
+        )
+        for role in ROLES
+    }
+
+
+def _phases(
+    graph: fx.Graph,
+    names: dict[fx.Node, str],
+    inputs: list[InputSpec],
+    outputs: list[str],
+    fixed: int,
+) -> list[Phase]:
+    """How a program is cut whose hidden state is carried from step to step."""
+    carried = [node for node in graph.nodes if calls(node, target("carry"))]
+    if not carried:
+        return []
+    entry, exit_ = (
+        InputSpec(
+            names[node],
+            Vis.SHARED,
+            str(node.meta["val"].dtype),
+            (1, "new", int(node.meta["val"].shape[-1])),
+            fixed,
+            form="share",
+        )
+        for node in carried
+    )
+    tokens, *caches = inputs
+    logits, *following = outputs
+    return [
+        Phase(PROMPT, (tokens, *caches), (exit_.name, *following)),
+        Phase(DECODE, (entry, *caches), (exit_.name, *following)),
+        Phase(FINISH, (exit_,), (logits,)),
+    ]
+
+
+def _instruction(node: fx.Node, names: dict[fx.Node, str]) -> Instruction:
+    def convert(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return Ref(names[arg])
+        if isinstance(arg, (list, tuple)):
+            return [convert(item) for item in arg]
+        return encode_literal(arg)
+
+    return Instruction(
+        name=names[node],
+        target=target_name(node.target),
+        args=tuple(convert(arg) for arg in node.args),
+        kwargs={key: convert(arg) for key, arg in node.kwargs.items()},
+        vis=node.meta.get("vis", Vis.PUBLIC),
+        frac=node.meta.get("frac", 0),
+        module=node.meta.get("module", ""),
+        source=node.meta.get("source", ""),
+    )

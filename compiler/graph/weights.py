@@ -1,0 +1,115 @@
+"""Constants of a graph: who uses them, and new ones computed from them at compile time."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.errors import InternalError
+from mergec.compiler.graph.ir import calls, constant, op_of
+from mergec.compiler.graph.shapes import insert_constant
+from mergec.runtime.core.spec import Vis
+
+_DERIVED = re.compile(r"(_turned)?(_folded(_\d+)?)?$")
+_EXACT = (torch.float32, torch.float64)
+
+
+def uses(graph_module: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
+    """Every node that takes this constant, by whichever get_attr node (tied weights have two)."""
+    graph = graph_module.graph
+    named = [n for n in graph.nodes if n.op == "get_attr" and n.target == weight.target]
+    return [user for node in named for user in node.users]
+
+
+def computable(graph_module: fx.GraphModule, node: Any) -> bool:
+    """Whether a node is a constant that new ones can be computed from.
+
+    In types narrower than float32 a product of weights would be rounded by more than fixed point
+    does.
+    """
+    value = constant(graph_module, node)
+    return value is not None and value.dtype in _EXACT
+
+
+def pure(node: fx.Node) -> bool:
+    """Whether a call gives the same value in each step, and nobody writes to it."""
+    if node.op != "call_function":
+        return False
+    written = any(
+        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable
+        for user in node.users
+    )
+    if calls(node, operator.getitem):
+        return not written
+    overload = node.target
+    return (
+        isinstance(overload, torch._ops.OpOverload)
+        and overload.namespace == "aten"
+        and not overload._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in overload.tags
+        and not written
+    )
+
+
+def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What a call gives in the clear, from the values of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    op = op_of(node)
+    function: Any = node.target if op is None else op.reference
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def insert_evaluated(
+    graph_module: fx.GraphModule,
+    before: fx.Node,
+    stem: str,
+    value: torch.Tensor,
+    vis: Vis,
+    known: MutableMapping[str, Vis],
+) -> fx.Node:
+    """A constant that was computed, before a node, under a name of its own that begins with `stem`.
+
+    It is told to `known`, which maps constants to visibilities.
+    """
+    name = next(n for i in range(len(known) + 1) if (n := f"{stem}_{i}") not in known)
+    known[name] = vis
+    # A view would carry its whole storage into the bundles.
+    return insert_constant(graph_module, before, name, value.detach().clone())
+
+
+def wide(graph_module: fx.GraphModule, node: Any) -> torch.Tensor:
+    """A constant as float64, to be computed with."""
+    value = constant(graph_module, node)
+    if value is None:
+        raise InternalError(f"{node} is no constant")
+    return value.double()
+
+
+def insert_folded(
+    graph_module: fx.GraphModule,
+    before: fx.Node,
+    origin: fx.Node,
+    value: torch.Tensor,
+    known: MutableMapping[str, Vis],
+    leaf: str = "",
+) -> fx.Node:
+    """A constant computed from others, before a node, with the dtype and visibility of one of them.
+
+    It is named after that one, with another last part if `leaf` is given, and told to `known`,
+    which maps constants to visibilities.
+    """
+    path, _, last = str(origin.target).rpartition(".")
+    stem = f"{path}." * bool(path) + _DERIVED.sub("", leaf or last, count=1) + "_folded"
+    names = (stem if i == 0 else f"{stem}_{i + 1}" for i in range(len(known) + 1))
+    name = next(n for n in names if n not in known)
+    known[name] = origin.meta["vis"]
+    like = origin.meta["val"].dtype
+    node = insert_constant(graph_module, before, name, value.to(like).contiguous())
+    node.meta["vis"] = known[name]
+    return node

@@ -1,0 +1,1 @@
+"""What users see of a program: tables, graphs as text, DOT and ONNX, and the inspection page."""

@@ -1,0 +1,239 @@
+"""How a program came about: its graph as captured, what each pass changed, and what that saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from mergec.compiler.backend.cost import cost_report
+from mergec.compiler.backend.emit import value_types
+from mergec.compiler.backend.lower import lower
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import Captured
+from mergec.compiler.graph.ir import assign_names, length_symbols, node_lines
+from mergec.compiler.graph.manager import PassReport
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.compiler.pipeline import assemble, finish, rewrite, select
+from mergec.compiler.report.graph_view import GraphView
+from mergec.compiler.report.inspect import layer_of
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.program.program import RoleProgram
+
+_PLACE = re.compile(r"%[\w.]+")
+"""A value's name in a line of text."""
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """A change that a pass made in the same way in several layers.
+
+    In its lines `N` stands for a layer's own number, `N-1` for that of the one before.
+    """
+
+    layers: tuple[str, ...]
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one pass did to the graph.
+
+    rewired: how many further nodes only got another operand.
+    """
+
+    name: str
+    hunks: tuple[Hunk, ...]
+    rewired: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a step costs and how many instructions it has, without a pass and with it.
+
+    All passes before it run in both, and after it only those that are needed. `needed` says why the
+    model cannot be compiled without the pass; then there is nothing to compare with.
+    """
+
+    name: str
+    needed: str
+    without: Cost | None = None
+    with_it: Cost | None = None
+    instructions: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    name: str
+    needed: str
+    without: RoleProgram | None
+    with_it: RoleProgram
+
+
+class History:
+    """Replays a compilation pass by pass. Nothing is computed before it is asked for."""
+
+    def __init__(self, captured: Captured, config: CompileConfig, tokenizer: Any = None) -> None:
+        """`captured` is a graph that no pass has seen; it is copied and not changed."""
+        self._captured = captured
+        self._config = config
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def before(self) -> GraphView:
+        """The graph as captured, of ATen ops."""
+        step = self._captured.copy()
+        annotate_visibility(step.graph_module, step.inputs, step.constants)
+        graph = step.graph_module.graph
+        bits = self._config.fractional_bits
+        program = lower(step.graph_module, step.inputs, step.tensors(), bits)["client"]
+        types = value_types(step.graph_module, assign_names(graph), length_symbols(graph))
+        return GraphView(program, types)
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """What each pass that found something did, in the order in which they ran."""
+        step = self._captured.copy()
+        annotate_visibility(step.graph_module, step.inputs, step.constants)
+        graph = step.graph_module.graph
+        names = assign_names(graph)
+        found = []
+        for kind in select(self._config):
+            lines = node_lines(graph, names)
+            (report,) = self._rewrite(step, [kind])
+            if report.sites:
+                names = _keep_names(graph, names)
+                found.append(_compare(kind.name(), lines, node_lines(graph, names)))
+        return found
+
+    def savings(self, new: int, past: int) -> list[Saving]:
+        """What each pass saves in a step of these lengths; takes as long as so many compilations.
+
+        Passes that found nothing are left out.
+        """
+        bits = self._config.fractional_bits
+
+        def cost(program: RoleProgram) -> Cost:
+            return cost_report(program, new, past, bits).total
+
+        return [
+            Saving(trial.name, trial.needed)
+            if trial.without is None
+            else Saving(
+                trial.name,
+                "",
+                cost(trial.without),
+                cost(trial.with_it),
+                (len(trial.without.instructions), len(trial.with_it.instructions)),
+            )
+            for trial in self._trials
+        ]
+
+    @cached_property
+    def _trials(self) -> list[_Trial]:
+        """From the last pass to the first: can the model be compiled without it?
+
+        A pass that it can do without stays out when those before it are tried. So each trial is
+        the program that the next one is compared with, and the last is the one of needed passes.
+        """
+        order = select(self._config)
+        step, snapshots = self._captured.copy(), []
+        for position, kind in enumerate(order):
+            before = step.copy()
+            (report,) = self._rewrite(step, [kind])
+            if report.sites:
+                snapshots.append((position, before))
+        program = self._program(step, [])
+        left: set[type[Pass]] = set()
+        trials = []
+        for position, snapshot in reversed(snapshots):
+            kind = order[position]
+            rest = [later for later in order[position + 1 :] if later not in left]
+            try:
+                trial = self._program(snapshot, rest)
+            except MergecError as error:
+                trials.append(_Trial(kind.name(), str(error).splitlines()[0], None, program))
+                continue
+            trials.append(_Trial(kind.name(), "", trial, program))
+            left.add(kind)
+            program = trial
+        return trials[::-1]
+
+    def _program(self, step: Captured, rest: Sequence[type[Pass]]) -> RoleProgram:
+        """What comes of a graph after the `rest` of the passes: the client's program."""
+        config = self._config
+        dialect = finish(step, config, self._rewrite(step, rest), self._tokenizer)
+        return assemble(dialect, config)["client"]
+
+    def _rewrite(self, step: Captured, passes: Sequence[type[Pass]]) -> list[PassReport]:
+        return rewrite(step, self._config, passes, self._tokenizer)
+
+
+def _keep_names(graph: fx.Graph, before: dict[fx.Node, str]) -> dict[fx.Node, str]:
+    """Names of a rewritten graph in which nodes that are still there keep theirs."""
+    fresh = assign_names(graph)
+    names = {node: before[node] for node in graph.nodes if node in before}
+    taken = set(names.values())
+    for node in graph.nodes:
+        if node in names:
+            continue
+        name, count = fresh[node], 2
+        while name in taken:
+            name, count = f"{fresh[node]}.{count}", count + 1
+        names[node] = name
+        taken.add(name)
+    return names
+
+
+def _compare(name: str, before: dict[fx.Node, str], after: dict[fx.Node, str]) -> Change:
+    """What went and what came, by layer; layers in which the same happened are one hunk.
+
+    A node whose function is the same and whose operands moved on is no change of its own.
+    """
+    removed: dict[str, list[str]] = {}
+    added: dict[str, list[str]] = {}
+    rewired = 0
+    for node, line in before.items():
+        if node not in after:
+            removed.setdefault(_layer(node), []).append(line)
+        elif _PLACE.sub("%", after[node]) != _PLACE.sub("%", line):
+            removed.setdefault(_layer(node), []).append(line)
+            added.setdefault(_layer(node), []).append(after[node])
+        elif after[node] != line:
+            rewired += 1
+    for node, line in after.items():
+        if node not in before:
+            added.setdefault(_layer(node), []).append(line)
+    places: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for layer in dict.fromkeys([*removed, *added]):
+        key = (
+            tuple(_relative(line, layer) for line in removed.get(layer, ())),
+            tuple(_relative(line, layer) for line in added.get(layer, ())),
+        )
+        places.setdefault(key, []).append(layer)
+    hunks = tuple(Hunk(tuple(layers), *lines) for lines, layers in places.items())
+    return Change(name, hunks, rewired)
+
+
+def _layer(node: fx.Node) -> str:
+    return layer_of(node.meta.get("module", ""))
+
+
+def _relative(line: str, layer: str) -> str:
+    """The line with the layer's number as `N`, and other layers' by their distance from it."""
+    stem, _, number = layer.rpartition(".")
+    if not number.isdecimal():
+        return line
+
+    def distance(found: re.Match[str]) -> str:
+        away = int(found[2]) - int(number)
+        return f"{found[1]}N{away:+d}" if away else f"{found[1]}N"
+
+    return re.sub(rf"(\b{re.escape(stem)}\.|\bcache\.)(\d+)", distance, line)

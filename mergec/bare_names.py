@@ -1,0 +1,50 @@
+"""In a checkout, `import compiler` gives the module `mergec.compiler`, and so for its submodules.
+
+The folders `compiler`, `passes` and `runtime` stand at the top of a checkout, so Python also finds
+them without the prefix. Each of them calls `stand_for` then, so that no module is loaded twice
+under two names. An installed mergec has no such folders, and nothing here is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_standing: set[str] = set()
+"""The bare names of packages in use."""
+
+
+def stand_for(name: str) -> None:
+    """Let the package `name` be `mergec.<name>` in this process."""
+    sys.modules[name] = importlib.import_module(f"mergec.{name}")
+    if not _standing:
+        sys.meta_path.insert(0, _Finder())
+    _standing.add(name)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the submodules of packages that stand for others."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, rest = fullname.partition(".")
+        if package not in _standing or not rest:
+            return None
+        return ModuleSpec(fullname, _Same())
+
+
+class _Same(Loader):
+    """Gives the module of the full name. Its own spec, which importing replaces, is put back."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(f"mergec.{spec.name}")
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec

@@ -1,0 +1,1 @@
+"""The party's commands: serve, deal, generate, chat, proxy, prepare, certs, doctor."""

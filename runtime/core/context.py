@@ -1,0 +1,355 @@
+"""What a protocol sees of its surroundings: who it runs for, and the correlated randomness.
+
+The same protocol code runs at the client, the server and the dealer. What the dealer must know to
+deal stands right beside its use, as the function that is passed to `deal`; the parties never call
+it. So the randomness can't disagree with the program, and its order is the program's own.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+
+from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
+from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Keys
+from mergec.runtime.correlations.prg import Prg, derive, new_seed
+
+NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.int16: np.dtype(np.int16),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+}
+"""The types of words that are masked, dealt and sent."""
+
+_UNSIGNED = np.dtype(np.uint64)
+
+
+class ByteSink(Interface):
+    """Where the dealer writes corrections for a party."""
+
+    def write(self, data: torch.Tensor) -> None: ...
+
+
+class ByteSource(Interface):
+    """Where a party reads corrections from the dealer."""
+
+    def read(self, nbytes: int) -> torch.Tensor: ...
+
+
+class Context(ABC):
+    """One party's side of a session. `fixed` is the number of fractional bits of the program."""
+
+    party: int
+
+    def __init__(self, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
+        self.device = torch.device(device)
+        self._elsewhere = self.device.type != "cpu"
+        self.fixed = fixed
+        self.offline_bytes = 0
+        """Bytes of corrections so far: read at a party, written to both at the dealer."""
+        self.draw = Draw()
+        """How a token that is revealed alone is chosen in this step."""
+        self.constant_seed: bytes | None = None
+        """Seed of `constant_words`; the server has it from the client."""
+        self._spent: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._static: set[str] = set()
+
+    @property
+    def tensor_device(self) -> torch.device:
+        """Where this party's shares are: a real device, or `meta` at the dealer."""
+        return self.device
+
+    @abstractmethod
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """A fresh uniform mask: additive shares at the parties, the mask itself at the dealer."""
+
+    @abstractmethod
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        """A fresh uniform mask that the client and the dealer know; a meta tensor at the server."""
+
+    def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The static mask of a weight, known to the server and the dealer; meta at the client."""
+        return next(self.weight_masks(name, [shape]))
+
+    @abstractmethod
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """The same in consecutive pieces, each made when it is asked for.
+
+        RuntimeError if it was asked for before: a second constant under the same mask would tell
+        the client the difference of the two.
+        """
+
+    def spend(self, mask: torch.Tensor) -> None:
+        """Note that a value is opened under `mask`; RuntimeError if one was before."""
+        spent, key = self._spent, id(mask)
+        if key in spent:
+            raise RuntimeError("a second value would be opened under the same mask")
+        # The note goes with the mask: its place in memory may become another's.
+        spent[key] = weakref.ref(mask, lambda _: spent.pop(key))
+
+    def _spend_name(self, name: str) -> None:
+        if name in self._static:
+            raise RuntimeError(f"a second constant would be opened under the mask of {name}")
+        self._static.add(name)
+
+    def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Uniform words for the constant of this name, which all three roles know."""
+        if self.constant_seed is None:
+            raise RuntimeError("the client has not told the seed of shared constants")
+        prg = Prg(derive(self.constant_seed, name))
+        return self._words(prg, shape, torch.int64)
+
+    def private_words(self, shape: Sequence[int]) -> torch.Tensor:
+        """Fresh uniform words that the dealer alone knows."""
+        raise RuntimeError("only the dealer has words of its own")
+
+    @abstractmethod
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        """Additive shares, in the ring of `dtype`, of what `secret` returns; meta at the dealer.
+
+        uint8 is no number here but eight bits: its shares are XOR shares (`deal_bits`).
+        """
+
+    @abstractmethod
+    def deal_keys(self, count: int, words: int, correct: Correct) -> Keys | None:
+        """Keys of `count` point functions (`correlations.dpf`); None at the dealer.
+
+        correct: gives their corrections, uint64 [count, words], from the roots of client and
+        server, [count, 2] each. Both parties get them, and each has roots of its own.
+        """
+
+    def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """XOR shares of the uint8 tensor that `secret` returns; meta at the dealer."""
+        return self.deal(shape, secret, torch.uint8)
+
+    def mask_bits(self, shape: Sequence[int]) -> torch.Tensor:
+        """A fresh uniform uint8 mask: XOR shares at the parties, the mask itself at the dealer."""
+        return self.mask(shape, torch.uint8)
+
+    def public(self, value: torch.Tensor) -> torch.Tensor:
+        """This party's additive share of a public value: all of it at the client."""
+        return value if self.party != SERVER else torch.zeros_like(value)
+
+    def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._placed(torch.from_numpy(prg.words(shape, NUMPY[dtype])))
+
+    def _placed(self, words: torch.Tensor) -> torch.Tensor:
+        """Words on this party's device; most often they are there, and asking torch takes time."""
+        return words.to(self.device) if self._elsewhere else words
+
+
+class _PartyContext(Context):
+    """A party reads what is its own from one seed, and corrections from the dealer's stream."""
+
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
+        super().__init__(device, fixed)
+        self._prg = Prg(derive(seed, "shares"))
+        self._corrections = corrections
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return self._words(self._prg, shape, dtype)
+
+    def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
+        roots = self._prg.words((count, SEED_WORDS), _UNSIGNED)
+        return Keys(roots, _unsigned(self._read((count, words), torch.int64)))
+
+    def _read(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * NUMPY[dtype].itemsize
+        self.offline_bytes += size
+        return self._corrections.read(size).view(dtype).reshape(tuple(shape))
+
+
+class ClientContext(_PartyContext):
+    """The client reads every share of its own from its seed."""
+
+    party = CLIENT
+
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+    ) -> None:
+        super().__init__(seed, corrections, device, fixed)
+        self.constant_seed = derive(seed, "constants")
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        return (torch.empty(tuple(shape), dtype=torch.int64, device="meta") for shape in shapes)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        return self.mask(shape, dtype)
+
+
+class ServerContext(_PartyContext):
+    """The server reads masks from its seed; its shares are corrections."""
+
+    party = SERVER
+
+    def __init__(
+        self,
+        seed: bytes,
+        corrections: ByteSource,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+        weight_seed: bytes | None = None,
+    ) -> None:
+        """weight_seed: of the static masks of weights; by default `seed`."""
+        super().__init__(seed, corrections, device, fixed)
+        self._weight_seed = weight_seed or seed
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        self._spend_name(name)
+        prg = Prg(derive(self._weight_seed, f"weight {name}"))
+        return (self._words(prg, shape, torch.int64) for shape in shapes)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        return self._placed(self._read(shape, dtype))
+
+
+class DealerContext(Context):
+    """The dealer knows both seeds, and writes what the parties can't derive from their own."""
+
+    party = DEALER
+
+    def __init__(
+        self,
+        client_seed: bytes,
+        server_seed: bytes,
+        to_client: ByteSink,
+        to_server: ByteSink,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+        own_seed: bytes | None = None,
+        weight_seed: bytes | None = None,
+    ) -> None:
+        """own_seed: of `private_words`; a fresh one by default.
+
+        weight_seed: of the static masks of weights; by default the server's seed.
+        """
+        super().__init__(device, fixed)
+        self._own = Prg(own_seed or new_seed())
+        self._weight_seed = weight_seed or server_seed
+        self.constant_seed = derive(client_seed, "constants")
+        self._client = Prg(derive(client_seed, "shares"))
+        self._server = Prg(derive(server_seed, "shares"))
+        self._to_client, self._to_server = to_client, to_server
+
+    @property
+    def tensor_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def private_words(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._own, shape, torch.int64)
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        client = self._words(self._client, shape, dtype)
+        server = self._words(self._server, shape, dtype)
+        return client.bitwise_xor_(server) if dtype is torch.uint8 else client.add_(server)
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._client, shape, torch.int64)
+
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        self._spend_name(name)
+        prg = Prg(derive(self._weight_seed, f"weight {name}"))
+        return (self._words(prg, shape, torch.int64) for shape in shapes)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        share = self._client.words((math.prod(shape),), NUMPY[dtype])
+        value = secret().to("cpu", dtype).contiguous().numpy().reshape(-1)
+        combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
+        correction = combine(value, share, out=share)
+        self.offline_bytes += correction.nbytes
+        self._to_server.write(torch.from_numpy(correction.view(np.uint8)))
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def deal_keys(self, count: int, words: int, correct: Correct) -> None:
+        client, server = (
+            prg.words((count, SEED_WORDS), _UNSIGNED) for prg in (self._client, self._server)
+        )
+        corrections = correct((client, server))
+        if corrections.shape != (count, words):
+            raise ValueError(f"keys have {words} words, not {corrections.shape[1:]}")
+        for sink in (self._to_client, self._to_server):
+            self.offline_bytes += corrections.nbytes
+            sink.write(torch.from_numpy(corrections.reshape(-1).view(np.uint8)))
+
+
+class ShapeContext(Context):
+    """Nobody's side: for walking a program on shapes alone. It has no randomness."""
+
+    party = DEALER
+
+    @property
+    def tensor_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+        return map(self.mask, shapes)
+
+    def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def deal(
+        self,
+        shape: Sequence[int],
+        secret: Callable[[], torch.Tensor],
+        dtype: torch.dtype = torch.int64,
+    ) -> torch.Tensor:
+        return self.mask(shape, dtype)
+
+    def deal_keys(self, count: int, words: int, correct: Correct) -> None:
+        return None
+
+
+def _unsigned(words: torch.Tensor) -> np.ndarray:
+    return words.numpy().view(np.uint64)

@@ -1,0 +1,44 @@
+"""Network profiles: what a round and a byte between the parties cost in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergec.runtime.core.spec import Cost
+
+MAKING = 5e8
+"""Bytes of correlated randomness that a dealer makes in a second, ahead of the steps."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between the two parties.
+
+    latency: seconds from one party to the other. bandwidth: bytes per second, each way. overhead:
+    seconds that the parties' own machines spend on a round, whatever the network.
+    """
+
+    latency: float
+    bandwidth: float
+    overhead: float = 5e-5
+
+    def seconds(self, cost: Cost) -> float:
+        """An estimate of the time that the network takes, without what the parties compute.
+
+        Rounds take the latency and the overhead. Online bytes are counted in both directions, which
+        are used at once.
+        """
+        return cost.rounds * (self.latency + self.overhead) + cost.online / 2 / self.bandwidth
+
+    def weight(self, cost: Cost) -> float:
+        """What protocols are compared by: the network's seconds, and those of the dealer's work."""
+        return self.seconds(cost) + cost.offline / MAKING
+
+
+NETWORKS = {
+    "loopback": Network(latency=0.0, bandwidth=2e9),
+    "lan": Network(latency=2.5e-4, bandwidth=1.25e8),
+    "wan": Network(latency=2e-2, bandwidth=1.25e7),
+}
+"""loopback: two processes of one machine. lan: 1 Gbit/s, 0.25 ms one way. wan: 100 Mbit/s, 20 ms.
+"""

@@ -1,0 +1,74 @@
+"""Visibility, cost and ring constants: the bottom of the dependency tree."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+RING_BITS = 64
+"""Secret shares live in the integers modulo 2**64."""
+
+FRACTIONAL_BITS = 16
+"""Fractional bits of an activation after truncation, and of an encoded weight."""
+
+HEADROOM_BITS = 62
+"""A shared value x must satisfy |x| < 2**62: the faithful truncation needs one free bit."""
+
+CLIENT, SERVER, DEALER = 0, 1, 2
+"""Party numbers: the client owns the prompt, the server the weights, the dealer neither."""
+
+ROLES = ("client", "server", "dealer")
+
+CHOICES = {
+    "weights": ("server", "shared"),
+    "reveal": ("logits", "token"),
+    "network": ("loopback", "lan", "wan"),
+}
+"""Options of a compilation, by the names that they have in its manifest, and what they can be.
+
+weights: who knows the weights while the program runs. reveal: what the client learns of a step.
+network: what protocols were chosen for (`runtime.core.network`).
+"""
+
+
+class Vis(enum.Enum):
+    """Who knows a value in the clear; `SHARED` is nobody, each party holds a share."""
+
+    PUBLIC = "public"
+    CLIENT = "client"
+    SERVER = "server"
+    SHARED = "shared"
+
+    def join(self, other: Vis) -> Vis:
+        """Least upper bound in the lattice public < client, server < shared."""
+        if self is other or other is Vis.PUBLIC:
+            return self
+        if self is Vis.PUBLIC:
+            return other
+        return Vis.SHARED
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Communication of one op. Bytes are those sent by one party plus those sent by the other.
+
+    rounds: messages that must follow one another (both directions at once count as one).
+    online: bytes between client and server while the step runs.
+    offline: bytes from the dealer (corrections to correlated randomness; seeds are free).
+    """
+
+    rounds: int = 0
+    online: int = 0
+    offline: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Cost of one protocol after the other."""
+        return Cost(
+            self.rounds + other.rounds, self.online + other.online, self.offline + other.offline
+        )
+
+    def beside(self, other: Cost) -> Cost:
+        """Cost of two protocols run in lockstep: they share rounds."""
+        return Cost(
+            max(self.rounds, other.rounds), self.online + other.online, self.offline + other.offline
+        )

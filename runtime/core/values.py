@@ -1,0 +1,155 @@
+"""Values that a program handles: who holds what of a secret, as seen by one party.
+
+A tensor that a party may not know stands there as a meta tensor, so that shapes flow on all three
+sides: the dealer, which runs the same program to learn what randomness is needed, holds meta
+tensors for every share and the real masks instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergec.runtime.core.spec import CLIENT, SERVER, Vis
+
+
+@dataclass
+class Shared:
+    """An additive secret share: value * 2**frac = client's `share` + server's `share` mod 2**64."""
+
+    share: torch.Tensor
+    frac: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.share.shape
+
+
+@dataclass
+class Room:
+    """Tensors that begin with those of a cache [..., rows, D], and have room for rows to come.
+
+    used: how many rows belong to a cache already. They never change, as one cache may be continued
+    in two ways: rows are written behind them, and only to continue the longest cache.
+    """
+
+    opened: torch.Tensor
+    mask: torch.Tensor
+    used: int
+
+
+@dataclass
+class Masked:
+    """A value opened once under a mask: both know `opened` = value * 2**frac + mask mod 2**64.
+
+    mask: this party's additive share of the mask; at the dealer, the mask itself. room: of a cache,
+    what it is the beginning of.
+    """
+
+    opened: torch.Tensor
+    mask: torch.Tensor
+    frac: int
+    room: Room | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.opened.shape
+
+
+@dataclass
+class Sent:
+    """A value opened to the server alone: it knows `opened` = value * 2**frac - mask mod 2**64.
+
+    mask: known to the client and the dealer; a meta tensor at the server. room: of a cache, what
+    it is the beginning of.
+    """
+
+    opened: torch.Tensor
+    mask: torch.Tensor
+    frac: int
+    room: Room | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.opened.shape
+
+
+@dataclass
+class Held:
+    """A value that one party knows in the clear; a meta tensor at the others."""
+
+    vis: Vis
+    value: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+
+@dataclass
+class Weight:
+    """A server-held constant under a static mask that is opened once in a session.
+
+    encoded: value * 2**frac as integers, at the server. difference: encoded - mask mod 2**64, at
+    the client. mask: at the dealer. Each is a meta tensor elsewhere.
+    """
+
+    encoded: torch.Tensor
+    difference: torch.Tensor
+    mask: torch.Tensor
+    frac: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.encoded.shape
+
+
+Value = Shared | Masked | Sent | Held | Weight | torch.Tensor
+"""Anything but a plain torch.Tensor is secret from somebody; a plain one is public."""
+
+
+OWNER = {Vis.CLIENT: CLIENT, Vis.SERVER: SERVER}
+"""The party that knows a held value."""
+
+
+def visibility(value: object) -> Vis:
+    """Who knows `value` in the clear."""
+    if isinstance(value, Held):
+        return value.vis
+    if isinstance(value, Weight):
+        return Vis.SERVER
+    if isinstance(value, (Shared, Masked, Sent)):
+        return Vis.SHARED
+    return Vis.PUBLIC
+
+
+def encode(value: torch.Tensor, frac: int) -> torch.Tensor:
+    """Fixed-point integers of a real tensor, rounded to nearest. Works on meta tensors too."""
+    if not value.is_floating_point():
+        return value.to(torch.int64) << frac
+    return torch.round(value.to(torch.float64) * 2.0**frac).to(torch.int64)
+
+
+def scale_rows(value: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
+    """The rows of a tensor, real numbers or words, times powers of two; exact.
+
+    parts: (rows, exponent, rows, exponent, ...), as `mpc.linear` takes them; none for no change.
+    """
+    if not parts or value.is_meta:
+        return value
+    factors = torch.repeat_interleave(2 ** torch.tensor(parts[1::2]), torch.tensor(parts[::2]))
+    return value * factors.to(value).reshape(-1, *[1] * (value.dim() - 1))
+
+
+def decode(value: torch.Tensor, frac: int) -> torch.Tensor:
+    """The real numbers that fixed-point integers stand for."""
+    return value.to(torch.float64) * 2.0**-frac
+
+
+def logical_shift(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right as unsigned 64-bit words; torch's own shift copies the sign."""
+    if bits == 0:
+        return value
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

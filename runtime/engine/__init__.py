@@ -1,0 +1,1 @@
+"""Runs programs: under the protocols, in the clear, simulated, or by CrypTen's stock protocols."""

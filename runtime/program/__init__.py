@@ -1,0 +1,1 @@
+"""The program of one role: its data structure, its files, and the checks it must pass."""

@@ -1,0 +1,389 @@
+"""The bundle of a role on disk: a manifest, the program as JSON, tensors as safetensors.
+
+Nothing in a bundle is executable: no pickle, no code, only names of known ops and literals. A
+bundle is written beside its place and moved there whole; it is checked from the outside in when it
+is read, so that the first thing that is wrong is named, with the file that holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS, ROLES
+from mergec.runtime.core.version import VERSION
+from mergec.runtime.program.encoding import (
+    RECOMPILE,
+    canonical,
+    decode_program,
+    encode_program,
+    is_a,
+    program_hash,
+)
+from mergec.runtime.program.program import FORMAT_VERSION, RoleProgram
+from mergec.runtime.program.validate import validate
+
+MANIFEST, PROGRAM, TENSORS, GRAPH = (
+    "manifest.json",
+    "program.json",
+    "tensors.safetensors",
+    "graph.onnx",
+)
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files in a client bundle."""
+
+DESCRIPTION: dict[str, tuple[type, Any]] = {
+    "model": (str, ""),
+    "fractional_bits": (int, FRACTIONAL_BITS),
+    "max_length": (int, 0),
+    "vocab_size": (int, 0),
+    "stop_tokens": (list, []),
+    "lossy": (bool, False),
+    "deviation": (dict, {}),
+    "weights": (str, "server"),
+    "reveal": (str, "logits"),
+    "network": (str, "loopback"),
+    "mode": (str, "mergec"),
+    "shapes": (dict, {}),
+    "cost": (dict, {}),
+    "passes": (list, []),
+    "left_out": (dict, {}),
+}
+"""What a compiler says of a program in its manifest: type, and the value when it says nothing."""
+
+_COMPUTED: dict[str, type] = {
+    "format_version": int,
+    "mergec_version": str,
+    "torch_version": str,
+    "role": str,
+    "ring_bits": int,
+    "program_hash": str,
+    "files": dict,
+    "digest": str,
+}
+_COPY = "copy the bundle again, or compile the model again"
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+Content = bytes | Path | Callable[[Path], bytes]
+"""A file of a bundle: its bytes, a file to copy, or what makes it from the bundle's folder."""
+
+
+def save_bundle(
+    program: RoleProgram, path: str | Path, files: Mapping[str, Content] | None = None
+) -> Path:
+    """Write the bundle of one role; `files` are further ones by their names in the bundle.
+
+    `program.manifest` may hold any key of DESCRIPTION; afterwards it is the bundle's, complete. A
+    bundle that stands at `path` already is replaced at once, or not at all.
+    """
+    target = Path(path)
+    validate(program, str(target))
+    manifest = program.manifest = _describe(program)
+    with replacing(target) as folder:
+        stored, aliases = _storable(program.tensors)
+        # With neither tensors nor metadata, empty metadata would give a file that is no JSON.
+        save_file(stored, folder / TENSORS, metadata=aliases or None)
+        (folder / PROGRAM).write_text(_pretty(encode_program(program)), encoding="utf-8")
+        for name, content in (files or {}).items():
+            place = folder / _inside(name, str(target))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, place)
+            else:
+                place.write_bytes(content if isinstance(content, bytes) else content(folder))
+        manifest["files"] = {
+            file.relative_to(folder).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": _file_digest(file),
+            }
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        manifest["digest"] = _digest(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `path` when the block ends without an error."""
+    check_place(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise BundleError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(path: Path) -> None:
+    """BundleError if something stands at `path` that is no bundle, and would be replaced by one."""
+    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
+        raise BundleError(
+            f"{path}: exists and is not a mergec bundle; choose another place or remove it"
+        )
+
+
+def role_path(bundle_dir: str | Path, role: str) -> Path:
+    """Where the bundle of `role` stands in a directory of all three."""
+    return Path(bundle_dir) / role
+
+
+def _describe(program: RoleProgram) -> dict[str, Any]:
+    """The manifest but for the files: given keys checked, others filled in."""
+    computed = set(_COMPUTED)
+    unknown = sorted(set(program.manifest) - set(DESCRIPTION) - computed)
+    if unknown:
+        raise BundleError(f"the manifest cannot hold {unknown[0]!r}; known: {list(DESCRIPTION)}")
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "mergec_version": VERSION,
+        "torch_version": str(torch.__version__),
+        "role": program.role,
+        "ring_bits": RING_BITS,
+        "program_hash": program_hash(program),
+    }
+    for key, (kind, default) in DESCRIPTION.items():
+        value = program.manifest.get(key, default)
+        if not is_a(value, kind):
+            raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {value!r}")
+        manifest[key] = value
+    for key, values in CHOICES.items():
+        if manifest[key] not in values:
+            raise BundleError(_no_choice(key, manifest[key]))
+    return manifest
+
+
+def _no_choice(key: str, value: object) -> str:
+    return f"the manifest's {key} is {value!r}; it can be: {', '.join(CHOICES[key])}"
+
+
+def _storable(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors as safetensors takes them, and the names that stand for one stored already.
+
+    Tied weights (an embedding and a head) share memory, and are stored once; the file's metadata
+    maps the other names to the stored one.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        key = (
+            storage.data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        value = tensor.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in storages or (
+            value.untyped_storage().nbytes() != value.numel() * value.element_size()
+        ):
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        stored[name] = value
+    return stored, aliases
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def load_bundle(path: str | Path, role: str) -> RoleProgram:
+    """Read the bundle of `role` at `path`, after checking all that it says; BundleError if not."""
+    folder = Path(path)
+    manifest = read_manifest(folder, role)
+    _check_files(folder, manifest)
+    where = str(folder / PROGRAM)
+    program = decode_program(_read_json(folder / PROGRAM), role, where)
+    program.manifest = manifest
+    program.tensors = _load_tensors(folder / TENSORS, program)
+    validate(program, where)
+    found = program_hash(program)
+    if found != manifest["program_hash"]:
+        raise BundleError(
+            f"{where}: is the program {found[:12]}, the manifest speaks of "
+            f"{manifest['program_hash'][:12]}; {RECOMPILE}"
+        )
+    return program
+
+
+def read_manifest(path: str | Path, role: str | None = None) -> dict[str, Any]:
+    """The manifest of a bundle, checked by itself; the files it lists are not looked at."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is not a directory" if folder.exists() else "no such bundle"
+        raise BundleError(f"{folder}: {what}; make one with `mergec compile`")
+    file = folder / MANIFEST
+    if not file.exists() and any(role_path(folder, r).is_dir() for r in ROLES):
+        raise BundleError(
+            f"{folder}: holds the bundles of all roles; give one, as {folder / 'client'}"
+        )
+    manifest = _read_json(file)
+    if not isinstance(manifest, dict) or not is_a(manifest.get("format_version"), int):
+        raise BundleError(f"{file}: is not a mergec manifest; {_COPY}")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise BundleError(
+            f"{file}: has format version {manifest['format_version']}, this mergec ({VERSION}) "
+            f"reads {FORMAT_VERSION}; {RECOMPILE} with this version"
+        )
+    kinds = _COMPUTED | {key: kind for key, (kind, _) in DESCRIPTION.items()}
+    for key, kind in kinds.items():
+        if not is_a(manifest.get(key), kind):
+            raise BundleError(f"{file}: {key!r} is missing or not {kind.__name__}; {_COPY}")
+    for key, values in CHOICES.items():
+        if manifest[key] not in values:
+            raise BundleError(f"{file}: {_no_choice(key, manifest[key])}; {RECOMPILE}")
+    if manifest["digest"] != _digest(manifest):
+        raise BundleError(f"{file}: does not match its own digest, it was changed; {_COPY}")
+    if manifest["role"] not in ROLES:
+        raise BundleError(f"{file}: unknown role {manifest['role']!r}; {RECOMPILE}")
+    if role is not None and manifest["role"] != role:
+        raise BundleError(
+            f"{folder}: is the bundle of the {manifest['role']}, this party is the {role}; "
+            f"give the {role}'s bundle"
+        )
+    if manifest["ring_bits"] != RING_BITS:
+        raise BundleError(
+            f"{file}: is for a ring of {manifest['ring_bits']} bits, this mergec computes "
+            f"with {RING_BITS}; {RECOMPILE}"
+        )
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for needed in (PROGRAM, TENSORS):
+        if needed not in manifest["files"]:
+            raise BundleError(f"{folder / MANIFEST}: does not list {needed}; {RECOMPILE}")
+    for name, listed in manifest["files"].items():
+        if not isinstance(listed, dict):
+            raise BundleError(f"{folder / MANIFEST}: lists {name} without size and hash; {_COPY}")
+        file = folder / _inside(name, str(folder / MANIFEST))
+        if not file.is_file():
+            raise BundleError(f"{file}: is missing; {_COPY}")
+        size = file.stat().st_size
+        if size != listed.get("bytes"):
+            raise BundleError(
+                f"{file}: has {size} bytes instead of {listed.get('bytes')}, it was cut or "
+                f"changed; {_COPY}"
+            )
+        if _file_digest(file) != listed.get("sha256"):
+            raise BundleError(f"{file}: does not match its SHA-256, it was damaged; {_COPY}")
+
+
+def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            aliases = reader.metadata() or {}
+            names = reader.keys()
+        stored = {name: _load_tensor(file, name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{file}: is not a safetensors file ({error}); {_COPY}") from error
+    tensors = dict(stored)
+    for name, other in aliases.items():
+        if other not in stored:
+            raise BundleError(f"{file}: has no tensor {other!r}, which {name!r} is; {RECOMPILE}")
+        tensors[name] = stored[other]
+    return {name: tensors[name] for name in _in_order(program, tensors)}
+
+
+def _load_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor in a mapping of its own: its pages are given back when it is dropped."""
+    with safe_open(file, framework="pt") as reader:
+        tensor: torch.Tensor = reader.get_tensor(name)
+    return tensor
+
+
+def _in_order(program: RoleProgram, tensors: Mapping[str, Any]) -> list[str]:
+    """Tensor names in the order of the program's constants, unknown ones last."""
+    declared = [spec.name for spec in program.constants if spec.name in tensors]
+    return declared + sorted(set(tensors) - set(declared))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError as error:
+        raise BundleError(f"{file}: is missing; {_COPY}") from error
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); check the file") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: is not JSON, it was cut or damaged; {_COPY}") from error
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or any(
+        (role_path(folder, role) / MANIFEST).is_file() for role in ROLES
+    )
+
+
+def _inside(name: str, where: str) -> Path:
+    """A file name of a manifest; one that leads out of the bundle is refused."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\\" in name:
+        raise BundleError(f"{where}: the file name {name!r} leads out of the bundle; {RECOMPILE}")
+    return Path(*parts.parts)
+
+
+def _pretty(encoded: Mapping[str, Any]) -> str:
+    """One line per record: a program is read and compared by people, too."""
+    sections = []
+    for key, items in encoded.items():
+        lines = ",\n".join(f"  {json.dumps(item, allow_nan=False)}" for item in items)
+        sections.append(
+            f" {json.dumps(key)}: [\n{lines}\n ]" if items else f" {json.dumps(key)}: []"
+        )
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(canonical(rest)).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,126 @@
+"""Checks of a whole program: names, ops, shapes, and who may hold what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.spec import ROLES, Vis
+from mergec.runtime.core.structural import TABLE
+from mergec.runtime.core.version import VERSION
+from mergec.runtime.ops import load_all
+from mergec.runtime.program.encoding import RECOMPILE, dtype_name, refs
+from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram, needed
+
+# A shared constant comes from the server's bundle; it is shared at the start of a session.
+_MAY_HOLD = {
+    "client": frozenset({Vis.PUBLIC}),
+    "server": frozenset({Vis.PUBLIC, Vis.SERVER, Vis.SHARED}),
+    "dealer": frozenset({Vis.PUBLIC}),
+}
+
+
+def validate(program: RoleProgram, where: str) -> None:
+    """Check a program as a whole: names, ops, shapes, and who may hold what."""
+    if program.role not in ROLES:
+        raise BundleError(f"{where}: unknown role {program.role!r}; one of {', '.join(ROLES)}")
+    _check_tensors(program, where)
+    known = _check_values(program, where)
+    for output in program.outputs:
+        if output not in known:
+            raise BundleError(f"{where}: the output {output!r} is never computed; {RECOMPILE}")
+    _check_phases(program, known, where)
+    outputs = set(program.outputs)
+    for spec in program.inputs:
+        if spec.cache_output is not None and spec.cache_output not in outputs:
+            raise BundleError(
+                f"{where}: the cache {spec.name!r} continues as {spec.cache_output!r}, which is no "
+                f"output; {RECOMPILE}"
+            )
+
+
+def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
+    """A phase must be able to compute its outputs, from its inputs and the constants alone."""
+    if program.phases and [p.name for p in program.phases] != [PROMPT, DECODE, FINISH]:
+        raise BundleError(f"{where}: the phases are not prompt, decode and finish; {RECOMPILE}")
+    defined = [
+        (item.name, [ref.name for ref in refs((item.args, item.kwargs))])
+        for item in program.instructions
+    ]
+    for phase in program.phases:
+        given = {spec.name for spec in phase.inputs}
+        missing = sorted((given | set(phase.outputs)) - set(known))
+        run = {defined[i][0] for i in needed(defined, given, phase.outputs)}
+        there = given | run | {constant.name for constant in program.constants}
+        missing += [
+            used for name, uses in defined if name in run for used in uses if used not in there
+        ]
+        if missing or not set(phase.outputs) <= there:
+            raise BundleError(
+                f"{where}: the phase {phase.name} lacks {(missing or phase.outputs)[0]!r}; "
+                f"{RECOMPILE}"
+            )
+
+
+def _check_tensors(program: RoleProgram, where: str) -> None:
+    declared = {spec.name: spec for spec in program.constants}
+    may_hold = _MAY_HOLD[program.role]
+    for name, tensor in program.tensors.items():
+        if name not in declared:
+            raise BundleError(
+                f"{where}: the {program.role}'s bundle holds a tensor {name!r} that the program "
+                f"does not declare; {RECOMPILE}"
+            )
+        spec = declared[name]
+        if spec.vis not in may_hold:
+            raise BundleError(
+                f"{where}: the {program.role}'s bundle holds {name!r}, which is for the "
+                f"{spec.vis.value} alone; do not use it, {RECOMPILE}"
+            )
+        if dtype_name(tensor.dtype) != dtype_name(spec.dtype) or tuple(tensor.shape) != spec.shape:
+            raise BundleError(
+                f"{where}: the tensor {name!r} is {dtype_name(tensor.dtype)} "
+                f"{list(tensor.shape)} instead of {dtype_name(spec.dtype)} {list(spec.shape)}; "
+                f"{RECOMPILE}"
+            )
+    for spec in program.constants:
+        if spec.vis in may_hold and spec.name not in program.tensors:
+            raise BundleError(f"{where}: the tensor {spec.name!r} is missing; {RECOMPILE}")
+
+
+def _check_values(program: RoleProgram, where: str) -> dict[str, Vis]:
+    """Every value by name; each is defined once, before its use, by an op that is known."""
+    known: dict[str, Vis] = {}
+
+    def define(name: str, vis: Vis) -> None:
+        if name in known:
+            raise BundleError(f"{where}: {name!r} is defined twice; {RECOMPILE}")
+        known[name] = vis
+
+    for constant in program.constants:
+        define(constant.name, constant.vis)
+    for given in program.inputs:
+        define(given.name, given.vis)
+    registry = load_all()
+    for item in program.instructions:
+        dialect = item.target.removeprefix("mpc.")
+        is_op = dialect != item.target and dialect in registry
+        if not is_op and item.target not in TABLE:
+            raise BundleError(
+                f"{where}: {item.name!r} needs the op {item.target}, which this mergec "
+                f"({VERSION}) does not have; {RECOMPILE} with this version"
+            )
+        uses = [ref.name for ref in refs((item.args, item.kwargs))]
+        for used in uses:
+            if used not in known:
+                raise BundleError(
+                    f"{where}: {item.name!r} ({item.target}) uses {used!r} before it is defined; "
+                    f"{RECOMPILE}"
+                )
+        if is_op and item.vis is Vis.PUBLIC and any(known[u] is not Vis.PUBLIC for u in uses):
+            raise BundleError(
+                f"{where}: {item.name!r} ({item.target}) makes a secret public; do not use it, "
+                f"{RECOMPILE}"
+            )
+        define(item.name, item.vis)
+    return known

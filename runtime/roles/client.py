@@ -1,0 +1,396 @@
+"""The client's side of a session with a server, for whatever shows the answers to a person."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mergec.runtime.core.context import ByteSource, ClientContext
+from mergec.runtime.core.errors import LimitError, MergecError, PartyError, PromptError
+from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.program.bundle import TOKENIZER, load_bundle
+from mergec.runtime.program.encoding import is_a
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.generation import (
+    MergecSession,
+    StepReport,
+    Token,
+    answer,
+    check_prompt,
+    measured,
+)
+from mergec.runtime.session.handshake import (
+    IDLE_TIMEOUT,
+    JOIN_TIMEOUT,
+    PREPARE,
+    SESSION,
+    STORED,
+    TIMEOUT,
+    Plan,
+    greet,
+    join_dealer,
+    read_token,
+    whole,
+    write_step,
+)
+from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.sampling import Sampling, draw_for
+from mergec.runtime.session.stores.kept import Kept, is_name
+from mergec.runtime.session.stores.store import (
+    Header,
+    NoCorrections,
+    Store,
+    StoreError,
+    StoreWriter,
+    is_store,
+)
+from mergec.runtime.session.text import VOCABULARY, Text
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
+from mergec.runtime.transport.connect import Security, connect
+from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+
+QUEUE_TIMEOUT = 3600.0
+"""Seconds that a client waits for a place at a server that is busy."""
+
+
+class Connection:
+    """A session with a server: opened once, then asked again and again.
+
+    Opening takes 8 bytes of traffic and of memory for each of the server's weights; of traffic only
+    once, if they are kept and the server's masks stay. One answer is given at a time. After an
+    error the session is over, and `open` begins a new one.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path | RoleProgram,
+        *,
+        server: Address,
+        dealer: Address | None = None,
+        store: Store | None = None,
+        security: Security,
+        device: str = "cpu",
+        timeout: float = TIMEOUT,
+        join_timeout: float = JOIN_TIMEOUT,
+        on_wait: Callable[[int], object] = lambda _: None,
+        keep: Path | None = None,
+    ) -> None:
+        """bundle: the client's, or its folder. on_wait: gets the place in a queue.
+
+        keep: a folder for hidden weights, so that a server that has a key sends them once.
+
+        dealer or store: where randomness comes from; a store does without the dealer.
+        """
+        if (dealer is None) == (store is None):
+            raise MergecError("randomness comes from a dealer or from a store; give one of them")
+        if isinstance(bundle, RoleProgram):
+            self.program, self.text = bundle, None
+        else:
+            self.program = load_bundle(bundle, ROLES[CLIENT])
+            folder = Path(bundle) / TOKENIZER
+            self.text = Text.load(folder) if (folder / VOCABULARY).is_file() else None
+        self._server, self._dealer, self._store = server, dealer, store
+        self._security = security
+        self._device = device
+        self._timeout, self._join_timeout = timeout, join_timeout
+        self._on_wait = on_wait
+        self._keep = keep
+        self._masks: object = None
+        self._channels: list[Channel] = []
+        self._session: MergecSession | None = None
+        self._busy = threading.Lock()
+        self.setup: StepReport | None = None
+        """What opening the session took."""
+        self.limits: dict[str, int] = {}
+        """What the server allows its clients; see mergec.runtime.roles.server.Limits."""
+
+    def __enter__(self) -> Connection:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    def open(self) -> None:
+        """Connect to server and dealer and take the hidden weights, if that was not done yet."""
+        if self.is_open:
+            return
+        try:
+            self._session = self._open()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _open(self) -> MergecSession:
+        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        store = self._store
+        wanted: dict[str, Any] = {"purpose": SESSION}
+        if store is not None:
+            if store.header.program != hello.program_hash:
+                raise StoreError(f"{store.folder}: is for another program; prepare again")
+            wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
+        channel, token = self._admitted(hello, wanted)
+        if store is not None:
+            return self._set_up(channel, self._context(store.seed, NoCorrections()))
+        dealer, seed = self._join(hello, token)
+        blocks = ChannelBlockReader(dealer, IDLE_TIMEOUT)
+        source = DealerReceiver(blocks, timeout=self._timeout)
+        return self._set_up(channel, self._context(seed, source))
+
+    def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
+        """Take the hidden weights; those of an earlier session if the server's masks stayed."""
+        here, found = None, None
+        if self._keep is not None and is_name(self._masks):
+            here = Kept(self._keep, self.program.manifest["program_hash"], str(self._masks))
+            found = here.load()
+        if self._masks is not None:
+            channel.send_json(Kind.KEPT, kept=found is not None)
+        executor = Executor(self.program, context, channel, kept=found)
+        session = MergecSession(executor, lambda: channel.traffic)
+        self.setup = measured(session, 0, 0, session.setup)
+        if here is not None and found is None:
+            here.save(executor.hidden_weights())
+        return session
+
+    def _context(self, seed: bytes, source: ByteSource) -> ClientContext:
+        fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        return ClientContext(seed, source, self._device, fixed)
+
+    def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
+        """Connect to the server and wait for a place; gives the session's secret name."""
+        channel = connect(
+            self._server, ROLES[SERVER], self._security, self._timeout, self._join_timeout
+        )
+        self._channels.append(channel)
+        greet(channel, hello, **wanted)
+        kind, fields = Kind.QUEUED, dict[str, Any]()
+        while kind is Kind.QUEUED:
+            kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED, timeout=QUEUE_TIMEOUT)
+            if kind is Kind.QUEUED and is_a(fields.get("position"), int):
+                self._on_wait(fields["position"])
+        self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
+        self._masks = fields.get("masks")
+        return channel, read_token(fields, channel.peer)
+
+    def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
+        """Connect to the dealer; gives this party's seed there, too."""
+        if self._dealer is None:
+            raise MergecError("no dealer was given; give one, or a store")
+        dealer, seed = join_dealer(
+            self._dealer, hello, self._security, token, self._timeout, self._join_timeout
+        )
+        self._channels.append(dealer)
+        return dealer, seed
+
+    def prepare(
+        self,
+        plan: Plan,
+        root: Path,
+        key: bytes,
+        on_answer: Callable[[int, int], object] = lambda _done, _size: None,
+    ) -> tuple[Path, int]:
+        """Have the dealer deal for later, and store it here and at the server; no session is open.
+
+        on_answer: gets how many answers are done, and their bytes at both parties. Gives this
+        party's folder below `root`, and the bytes at both.
+        """
+        if self.is_open:
+            raise MergecError("a session is open; close it before preparing")
+        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        try:
+            channel, token = self._admitted(hello, {"purpose": PREPARE})
+            dealer, seed = self._join(hello, token)
+            for other in self._channels:
+                other.send_json(Kind.PLAN, **plan.fields())
+            store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
+            if not isinstance(store, str) or not is_store(store):
+                raise PartyError("the server does not name what it stores; prepare again")
+            program = self.program.manifest["program_hash"]
+            header = Header(store, ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens)
+            with StoreWriter(root, header, key, seed) as writer:
+                for done in range(1, plan.answers + 1):
+                    while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
+                        writer.write(received[1])
+                    writer.end_answer()
+                    stored = {"answers": 0}
+                    while whole(stored, "answers", 0, plan.answers, channel.peer) < done:
+                        stored = channel.receive_json(Kind.STORED)[1]
+                    size = writer.size + whole(stored, "bytes", 0, 1 << 62, channel.peer)
+                    on_answer(done, size)
+                channel.receive_json(Kind.DONE)
+                writer.finish()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self.close()
+        return root / header.store, size
+
+    def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
+        """Tokens of a text. chat: by the model's chat template; None does so where there is one."""
+        text = self._text()
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; say something")
+        return text.encode(prompt, text.has_chat if chat is None else chat)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation: of its `role`s and `content`s, by the chat template."""
+        return self._text().encode_chat(messages)
+
+    def _text(self) -> Text:
+        if self.text is None:
+            raise PromptError("this bundle has no tokenizer; give token numbers")
+        return self.text
+
+    def generate(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        max_tokens: int = 32,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Generator[Token, None, None]:
+        """The tokens after a prompt as they come, a stop token included.
+
+        Opens a session if there is none. stop: tokens that end the answer; the program's own by
+        default. Closing the iterator gives the answer up after the step that is under way; the
+        session stays open.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_prompt(ids, max_tokens, self.program.manifest)
+        draw = draw_for(sampling or Sampling(), self.program.manifest)
+        ending = self.program.manifest.get("stop_tokens", ()) if stop is None else stop
+        if not self._busy.acquire(blocking=False):
+            raise PartyError("this session is giving another answer; open one more for this")
+        try:
+            self.open()
+            session, channels = self._session, self._channels
+            if session is None:
+                raise PartyError("the session is over; open a new one")
+            if self._store is not None and draw.top_k:
+                raise PromptError(
+                    "stored randomness is for a choice among all tokens; leave top-k out, or use "
+                    "the dealer"
+                )
+            first = self._begin(session, channels[0], len(ids), max_tokens)
+
+            def announce(new: int, past: int) -> None:
+                for channel in channels:
+                    channel.send(Kind.STEP, write_step(new, past, draw))
+
+            tokens = answer(
+                session,
+                ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop=ending,
+                announce=announce,
+                first=first,
+            )
+            yield from self._whole_steps(tokens)
+        finally:
+            self._busy.release()
+
+    def _begin(self, session: MergecSession, channel: Channel, length: int, tokens: int) -> int:
+        """Ask for an answer; gives how many tokens of the prompt its first step takes (0: all)."""
+        try:
+            if self._store is None:
+                self._ask(channel, length=length, tokens=tokens)
+                return 0
+            header = self._store.header
+            room = header.tokens - (length - header.prompt) + 1
+            if length < header.prompt or tokens > room:
+                raise PromptError(
+                    f"a stored answer takes a prompt of at least {header.prompt} tokens, and has "
+                    f"room for {max(room, 0)} more after this one of {length}; prepare another "
+                    "store, or use the dealer"
+                )
+            for answer in self._store.left():
+                accepted = self._ask(channel, length=length, tokens=tokens, answer=answer)
+                session.use(self._context(*self._store.take(answer)))
+                if accepted:
+                    return header.prompt
+                # The server has used it: a crash came between.
+            raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
+        except MergecError as error:
+            if not isinstance(error, PromptError):
+                self._abandon(error)
+            raise
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _ask(self, channel: Channel, **wanted: int) -> bool:
+        """Whether the server takes part; not if it has used this answer of the store before."""
+        channel.send_json(Kind.BEGIN, **wanted)
+        kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
+        if kind is Kind.REFUSED and fields.get("used") is True and "answer" in wanted:
+            return False
+        if kind is Kind.REFUSED:
+            reason = printable(str(fields.get("reason", "")))
+            told = f"the server does not take this prompt: {reason}"
+            wait = fields.get("wait")
+            raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
+        return True
+
+    def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        """Pass tokens on. What stops a step halfway ends the session; leaving later does not."""
+        try:
+            while True:
+                try:
+                    token = next(tokens, None)
+                except BaseException as error:
+                    self._abandon(error)
+                    raise
+                if token is None:
+                    return
+                yield token
+        finally:
+            try:
+                for channel in self._channels:
+                    channel.send(Kind.DONE)
+            except PartyError as error:  # the answer is there; the next one needs a new session
+                self._abandon(error)
+
+    def _abandon(self, error: BaseException) -> None:
+        reason = str(error) if isinstance(error, PartyError) else "it was stopped"
+        for channel in self._channels:
+            channel.fail(reason)
+        self._forget()
+
+    def close(self) -> None:
+        """End the session."""
+        for channel in self._channels:
+            with suppress(PartyError):  # the other side may have ended it before
+                channel.send(Kind.END)
+            channel.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._channels, self._session = [], None
+        if self._store is not None:
+            self._store.close()
+
+
+def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:
+    """The next block for an answer of a store, or that it is complete."""
+    try:
+        return dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
+    except PartyError:
+        # The dealer ends with the server, which says why.
+        while True:
+            server.receive_json(Kind.STORED)

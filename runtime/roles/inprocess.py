@@ -1,0 +1,127 @@
+"""A whole session in one process, a thread per role: for tests, measurements and simulation.
+
+Shares, masks, messages and bytes are the real ones; only the separation is missing, so this
+protects nothing. Programs are served by `runtime.roles.local` and `runtime.roles.party`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
+from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER, Cost
+from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.engine.executor import Executor, StepRecord
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.generation import MergecSession
+from mergec.runtime.transport.loopback import dealer_pair, link_pair
+
+
+class InProcessSession:
+    """Set up on entry; each `step` runs all three roles and gives the client's logits."""
+
+    def __init__(
+        self,
+        programs: Mapping[str, RoleProgram],
+        device: str = "cpu",
+        seeds: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """seeds: the client's and the server's, to repeat a session word by word; else fresh."""
+        client_seed, server_seed = seeds or (new_seed(), new_seed())
+        self._links = link_pair(timeout=600.0)
+        streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
+        self._senders = streams[CLIENT][0], streams[SERVER][0]
+        sources = [source for _, source in streams]
+        fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
+        contexts: dict[int, Context] = {
+            CLIENT: ClientContext(client_seed, sources[CLIENT], device, fixed),
+            SERVER: ServerContext(server_seed, sources[SERVER], device, fixed),
+            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, fixed),
+        }
+        self.executors = {
+            party: Executor(
+                programs[ROLES[party]], context, self._links[party] if party != DEALER else None
+            )
+            for party, context in contexts.items()
+        }
+        self._sessions = {
+            party: MergecSession(executor, lambda link=self._links[CLIENT]: link.traffic)  # type: ignore[misc]
+            for party, executor in self.executors.items()
+        }
+        self._pool = ThreadPoolExecutor(max_workers=len(ROLES))
+
+    def __enter__(self) -> InProcessSession:
+        self._all(lambda party: self._sessions[party].setup())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for link in self._links:
+            link.close()
+        for sender in self._senders:
+            sender.abandon()
+        self._pool.shutdown(wait=False)
+
+    @property
+    def record(self) -> StepRecord:
+        """What the last step cost, as the server counted it, and the dealer its own bytes."""
+        found, dealt = (self.executors[party].record for party in (SERVER, DEALER))
+        return StepRecord(
+            replace(found.total, offline=dealt.total.offline),
+            {
+                name: replace(cost, offline=dealt.by_instruction.get(name, Cost()).offline)
+                for name, cost in found.by_instruction.items()
+            },
+        )
+
+    def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
+        """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
+
+        0 past tokens start anew. draw: how a token that is revealed alone is chosen. See
+        `Session.step` for programs that resend their hidden state.
+        """
+        results = self._all(
+            lambda party: self._sessions[party].step(*_lengths(party, ids, past), draw)
+        )
+        logits: torch.Tensor = results[CLIENT]
+        return logits
+
+    def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
+        """As `step`, with all the rows that the program reveals: see `Session.rows`."""
+        results = self._all(lambda party: self._sessions[party].rows(*_lengths(party, ids, past)))
+        logits: torch.Tensor = results[CLIENT]
+        return logits
+
+    def _all(self, work: Callable[[int], Any]) -> list[Any]:
+        def guarded(party: int) -> Any:
+            try:
+                result = work(party)
+                if party == DEALER:
+                    for sender in self._senders:
+                        sender.flush()
+                return result
+            except BaseException:
+                # The other two would wait for this one's next message.
+                for link in self._links:
+                    link.close()
+                for sender in self._senders:
+                    sender.abandon()
+                raise
+
+        return list(self._pool.map(guarded, range(len(ROLES))))
+
+
+def _lengths(party: int, ids: Sequence[int], past: int) -> tuple[int, int, Sequence[int] | None]:
+    """What a role is told of a step."""
+    return len(ids), past, list(ids) if party == CLIENT else None

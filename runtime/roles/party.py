@@ -1,0 +1,330 @@
+"""One role of a program as a process of this machine, started by `runtime.roles.local`.
+
+It inherits its connections to the two others (`runtime.transport.lines`), reads what it is to do
+from its input, as one line of JSON, and writes what happens to its output, one event a line. The
+roles compare versions, programs and modes before anything is shared. Then the client says what to
+run, step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
+from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from mergec.runtime.correlations.prg import SEED_BYTES, new_seed
+from mergec.runtime.program.bundle import load_bundle
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.generation import (
+    MergecSession,
+    Session,
+    StepReport,
+    StockSession,
+    check_prompt,
+    generate,
+    measured,
+)
+from mergec.runtime.session.handshake import IDLE_TIMEOUT, read_step, write_step
+from mergec.runtime.session.hello import Hello, compare
+from mergec.runtime.session.sampling import Sampling, draw_for
+from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
+from mergec.runtime.transport.dealer_link import (
+    ChannelBlockReader,
+    ChannelBlockWriter,
+    DealerReceiver,
+    DealerSender,
+)
+from mergec.runtime.transport.lines import take
+from mergec.runtime.transport.traffic import Exchange, Traffic
+
+if TYPE_CHECKING:
+    from mergec.runtime.engine.executor import Executor
+
+DEBUG = "MERGEC_DEBUG"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a role is started with. lines: descriptors of its connections to the two others.
+
+    join_timeout, timeout: seconds that the others may take to load, and then to send a message.
+    The prompt and all that follows are the client's.
+    """
+
+    role: str
+    bundle: str
+    lines: Sequence[int]
+    mode: str = "mergec"
+    device: str = "cpu"
+    join_timeout: float = REPLY_TIMEOUT
+    timeout: float = REPLY_TIMEOUT
+    insecure_first_party: bool = False
+    prompt: Sequence[int] = ()
+    max_tokens: int = 32
+    sampling: Sampling = field(default_factory=Sampling)
+    ignore_stop: bool = False
+
+    def json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> Options:
+        fields = json.loads(text)
+        return cls(**{**fields, "sampling": Sampling(**fields["sampling"])})
+
+
+Emit = Callable[..., None]
+Channels = Mapping[int, Channel]
+
+
+def run_party(options: Options, emit: Emit) -> None:
+    """Play a role from the first contact to the end of the session.
+
+    emit(event, **fields): called with `loaded`, `joined`, `ready`, `token`, `step` and `end`.
+    """
+    channels = take(options.role, options.lines, options.timeout)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise MergecError("there is no CUDA device here; use --device cpu")
+    program = load_bundle(Path(options.bundle), options.role)
+    if options.role == ROLES[CLIENT]:
+        check_prompt(options.prompt, options.max_tokens, program.manifest)
+        draw_for(options.sampling, program.manifest, options.mode)
+    emit("loaded", pid=os.getpid(), program=program.manifest["program_hash"])
+    debug = int(options.insecure_first_party)
+    greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
+    emit("joined")
+    if options.mode == "crypten":
+        _run_stock(options, program, channels, emit)
+    else:
+        _run_mergec(options, program, channels, emit)
+    emit("end", peak_bytes=peak_bytes())
+
+
+def greet(channels: Channels, hello: Hello, options: Options) -> None:
+    """Compare versions, modes, programs and roles with the two others."""
+    for channel in channels.values():
+        channel.send_json(Kind.HELLO, **hello.fields())
+    for channel in channels.values():
+        _, fields = channel.receive_json(Kind.HELLO, timeout=options.join_timeout)
+        compare(hello, Hello.read(fields, channel.peer), channel.peer)
+
+
+def deal(
+    program: RoleProgram,
+    channels: Channels,
+    device: str = "cpu",
+    seeds: tuple[bytes, ...] = (),
+) -> tuple[Executor, tuple[DealerSender, ...]]:
+    """The dealer's executor, and its streams to client and server, which get their seeds here.
+
+    seeds: the client's and the server's, to repeat a session word by word; else fresh ones.
+    """
+    from mergec.runtime.core.context import DealerContext
+    from mergec.runtime.engine.executor import Executor
+
+    client_seed, server_seed = seeds or (new_seed(), new_seed())
+    for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
+        channels[party].send(Kind.SEED, seed)
+    client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
+    context = DealerContext(client_seed, server_seed, client, server, device, _fixed(program))
+    return Executor(program, context, None), (client, server)
+
+
+def compute(
+    program: RoleProgram,
+    channels: Channels,
+    link: Exchange,
+    device: str = "cpu",
+) -> tuple[Executor, DealerReceiver]:
+    """A computing party's executor over `link`, and its stream from the dealer."""
+    from mergec.runtime.core.context import ClientContext, ServerContext
+    from mergec.runtime.engine.executor import Executor
+
+    dealer = channels[DEALER]
+    seed = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES))
+    source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
+    kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
+    context = kind(seed, source, device, _fixed(program))
+    return Executor(program, context, link, Executor.take_weights(program)), source
+
+
+def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
+    if options.role == ROLES[DEALER]:
+        executor, streams = deal(program, channels, options.device)
+        session = MergecSession(executor, Traffic)
+
+        def flush() -> None:
+            for stream in streams:
+                stream.flush()
+
+        _set_up(session, emit, flush)
+        _serve(session, channels[CLIENT], emit, flush)
+        for stream in streams:
+            stream.close()
+        return
+    link = channels[SERVER if options.role == ROLES[CLIENT] else CLIENT]
+    executor, source = compute(program, channels, link, options.device)
+    session = MergecSession(executor, lambda: link.traffic)
+    _set_up(session, emit)
+    if options.role == ROLES[CLIENT]:
+        _ask(options, session, [channels[SERVER], channels[DEALER]], emit)
+    else:
+        _serve(session, link, emit)
+    # Who left at once would look, to a dealer that still sends, like one that was lost.
+    source.finish()
+
+
+def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
+    # CrypTen takes a while to import.
+    from mergec.runtime.crypten import compat as crypten
+    from mergec.runtime.engine.stock import StockExecutor
+    from mergec.runtime.transport.communicator import ChannelCommunicator
+
+    communicator = ChannelCommunicator(options.role, channels, IDLE_TIMEOUT)
+    communicator.install()
+    crypten.use_provider("insecure-first-party" if options.insecure_first_party else "dealer")
+    if options.role == ROLES[DEALER]:
+        emit("ready")
+        if options.insecure_first_party:
+            channels[CLIENT].receive(Kind.END, limit=0)
+        else:
+            crypten.serve_third_party()
+        return
+    crypten.start_party()
+    session = StockSession(StockExecutor(program, options.device), lambda: communicator.traffic)
+    _set_up(session, emit)
+    if options.role == ROLES[SERVER]:
+        _serve(session, channels[CLIENT], emit)
+        return
+    _ask(options, session, [channels[SERVER]], emit)
+    if options.insecure_first_party:
+        channels[DEALER].send(Kind.END)
+    else:
+        crypten.end_third_party()
+
+
+def _set_up(session: Session, emit: Emit, done: Callable[[], object] = lambda: None) -> None:
+    before, began = session.traffic(), time.perf_counter()
+    session.setup()
+    done()
+    spent = session.traffic() - before
+    emit(
+        "ready",
+        report=StepReport(
+            "setup",
+            0,
+            0,
+            time.perf_counter() - began,
+            spent.sent,
+            spent.received,
+            spent.rounds,
+            spent.offline,
+        ).json(),
+    )
+
+
+def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Emit) -> None:
+    """At the client: generate, telling the others of every step."""
+    draw = draw_for(options.sampling, session.program.manifest, options.mode)
+    stop = () if options.ignore_stop else tuple(session.program.manifest.get("stop_tokens", ()))
+
+    def announce(new: int, past: int) -> None:
+        for channel in others:
+            channel.send(Kind.STEP, write_step(new, past, draw))
+
+    generate(
+        session,
+        options.prompt,
+        max_tokens=options.max_tokens,
+        sampling=options.sampling,
+        stop=stop,
+        announce=announce,
+        on_token=lambda token: emit("token", token=token),
+        on_step=lambda report: emit("step", report=report.json()),
+    )
+    for channel in others:
+        channel.send(Kind.END)
+
+
+def _serve(
+    session: Session, client: Channel, emit: Emit, done: Callable[[], object] = lambda: None
+) -> None:
+    """At server and dealer: run what the client asks for, until it ends the session."""
+    limit = session.program.manifest.get("max_length", 0)
+    while True:
+        kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
+        if kind is Kind.END:
+            return
+        new, past, draw = read_step(payload, client.peer)
+        if not session.allows(new, past) or (limit and new + past > limit):
+            raise PartyError(
+                f"the client asks for {new} tokens after {past}, which this program cannot run"
+            )
+
+        def work(new: int = new, past: int = past, draw: Draw = draw) -> None:
+            session.step(new, past, draw=draw)
+            done()
+
+        emit("step", report=measured(session, new, past, work).json())
+
+
+def _fixed(program: RoleProgram) -> int:
+    return int(program.manifest.get("fractional_bits", FRACTIONAL_BITS))
+
+
+def _emit(event: str, **fields: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def play(job: str) -> int:
+    """Run a role; gives the exit code. Whatever goes wrong is told in one event."""
+    try:
+        run_party(Options.read(job), _emit)
+        return 0
+    except MergecError as error:
+        _fail(type(error).__name__, str(error))
+    except BrokenPipeError:
+        pass  # Whoever started this role is gone.
+    except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
+        said = " ".join(str(error).split())
+        hint = f"set {DEBUG}=1 for the traceback and report it"
+        _fail("InternalError", f"internal error: {type(error).__name__}: {said}; {hint}")
+    return 1
+
+
+def main() -> NoReturn:
+    """The process of a role. It never returns: the dealer's stream may wait in another thread."""
+    # The parent ends the run, and tells the user; three tracebacks would say less.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
+    code = play(sys.stdin.readline())
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail(kind: str, message: str) -> None:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    _emit("error", kind=kind, message=" ".join(message.split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""A role that serves many sessions: one process listens, and forks one for every connection.
+
+A session's process shares the bundle's tensors with its parent, page by page, and ends with the
+session: whatever a session allocated, opened or broke goes with it. The parent touches neither TLS
+nor tensors. It decides what concerns all sessions (places, rates, pairs) and keeps the counters;
+processes ask it over a socket of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numba
+import torch
+
+from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows, set_threads
+from mergec.runtime.ops import load_all
+
+_DATAGRAM = 1 << 16
+_TICK = 0.5
+_LAST_GRACE = 5.0
+MAX_STRANGERS = 64
+"""Connections that have not shown who they are. Beyond these, the one that has been silent longest
+gives way to a new one, so that a flood of connections costs no more memory and keeps nobody out."""
+
+_STRANGER_TIME = 1.0
+"""Seconds that every connection has to show who it is; meanwhile nobody is accepted."""
+
+
+def prepare_to_fork() -> None:
+    """Load and compile whatever sessions compute with, so that their processes begin with it.
+
+    OpenMP's threads are lost in a fork and its state is not: until then torch has one thread, and
+    numba uses a pool of its own that starts anew in each process.
+    """
+    torch.set_num_threads(1)
+    numba.config.THREADING_LAYER = "workqueue"
+    keep_freed_memory()
+    load_all()
+    simulation = Simulation()
+    for op in ("softmax", "silu"):
+        x = simulation.share(torch.zeros(2, 2))
+        simulation.run(lambda ctx, party: REGISTRY[op].protocol(ctx, x[party]))  # noqa: B023
+    # The first time that shapes alone are joined, torch imports its whole compiler.
+    torch.cat([torch.empty(1, device="meta"), torch.empty(1, device="meta")])
+    words = torch.zeros(2, 2, dtype=torch.int64)
+    matmul(words, words)
+    for weight in (words, words.to(torch.int32)):
+        matmul_rows(words, weight)
+        matmul_columns(words, weight)
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads, in a session's process."""
+    torch.set_num_threads(count)
+    set_threads(count)
+
+
+class StoppingError(PartyError):
+    """The role was told to stop."""
+
+
+@dataclass
+class Worker:
+    """The parent's view of a session's process."""
+
+    pid: int
+    line: socket.socket
+    stranger: bool = True
+    """Whether it does not know yet who its peer is, and was not sent away for another."""
+    since: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the desk keeps of it."""
+
+    def tell(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+        """Answer it; one that is gone is noticed elsewhere."""
+        with suppress(OSError):
+            socket.send_fds(self.line, [json.dumps(message).encode()], list(descriptors))
+
+
+class Desk(ABC):
+    """What the parent decides for all sessions."""
+
+    @abstractmethod
+    def asked(self, worker: Worker, message: dict[str, Any]) -> None:
+        """A worker asks or tells something."""
+
+    @abstractmethod
+    def left(self, worker: Worker) -> None:
+        """A worker has ended, in whatever way."""
+
+    def tick(self) -> None:  # noqa: B027  (most desks have nothing to do)
+        """Called about twice a second."""
+
+
+class Parent:
+    """A session's line to the parent, and its part in a shutdown.
+
+    At the first SIGTERM a session that is `idle` ends, any other at its next `check`; at the second
+    it ends wherever it is.
+    """
+
+    def __init__(self, line: socket.socket) -> None:
+        self.line = line
+        self._idle = False
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
+
+    def tell(self, **message: Any) -> None:
+        """Report something."""
+        with suppress(OSError):
+            self.line.send(json.dumps(message).encode())
+
+    def hear(self) -> tuple[dict[str, Any], list[int]]:
+        """The parent's next message, and the descriptors that come with it."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.line, _DATAGRAM, 1)
+        except ConnectionError:  # it left something unread
+            data, descriptors = b"", []
+        if not data:
+            raise StoppingError("the process that listens has ended; start it again")
+        message: dict[str, Any] = json.loads(data)
+        return message, descriptors
+
+    def ask(self, **message: Any) -> tuple[dict[str, Any], list[int]]:
+        """Tell something that is answered at once."""
+        self.tell(**message)
+        return self.hear()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the session may be ended right now; set while nothing is under way."""
+        return self._idle
+
+    @idle.setter
+    def idle(self, value: bool) -> None:
+        self._idle = value
+        if value:
+            self.check()
+
+    def check(self) -> None:
+        """End the session if the role was told to stop."""
+        if self._stopping:
+            raise StoppingError("it is shutting down; try again later")
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self._stopping = self._stopping, True
+        if self._idle or again:
+            self.check()
+
+
+Work = Callable[[socket.socket, Parent], None]
+
+
+class Service:
+    """Listens, forks, and watches, until it is told to stop."""
+
+    def __init__(self, listener: socket.socket, work: Work, desk: Desk, grace: float) -> None:
+        """`work` plays a session in its own process; `grace`: seconds for answers to end."""
+        self._listener = listener
+        self._work = work
+        self._desk = desk
+        self._grace = grace
+        self._workers: dict[int, Worker] = {}
+        self._selector = selectors.DefaultSelector()
+        self._stop_at: float | None = None
+        self._interrupted = False
+        self._told = 0
+
+    def run(self) -> bool:
+        """Serve until SIGTERM or SIGINT, and until the sessions under way have ended.
+
+        Gives whether it was SIGINT: somebody at the keyboard.
+        """
+        waker, woken = socket.socketpair()
+        waker.setblocking(False)
+        woken.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, self._signalled)
+        self._listener.setblocking(False)
+        self._selector.register(woken, selectors.EVENT_READ)
+        listening = False
+        while self._stop_at is None or self._workers:
+            wanted = self._stop_at is None and self._has_room()
+            if wanted != listening:
+                if wanted:
+                    self._selector.register(self._listener, selectors.EVENT_READ)
+                else:
+                    self._selector.unregister(self._listener)
+                listening = wanted
+            for key, _ in self._selector.select(_TICK):
+                if key.fileobj is woken:
+                    with suppress(BlockingIOError):
+                        woken.recv(4096)
+                elif key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._hear(key.data)
+            self._reap()
+            self._press()
+            self._desk.tick()
+        self._listener.close()
+        signal.set_wakeup_fd(-1)
+        waker.close()
+        woken.close()
+        return self._interrupted
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGCHLD and self._stop_at is None:
+            self._stop_at = time.monotonic()
+            self._interrupted = number == signal.SIGINT
+
+    def _strangers(self) -> list[Worker]:
+        """The oldest first."""
+        return [worker for worker in self._workers.values() if worker.stranger]
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be taken."""
+        strangers = self._strangers()
+        full = len(strangers) >= MAX_STRANGERS
+        return not full or time.monotonic() - strangers[0].since > _STRANGER_TIME
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return  # it went away, or descriptors are short for the moment
+        strangers = self._strangers()
+        if len(strangers) >= MAX_STRANGERS:
+            strangers[0].stranger = False
+            with suppress(ProcessLookupError):
+                os.kill(strangers[0].pid, signal.SIGKILL)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError:
+            for end in (connection, ours, theirs):
+                end.close()
+            return
+        if pid == 0:
+            self._become_worker(connection, ours, theirs)
+        connection.close()
+        theirs.close()
+        ours.setblocking(False)
+        worker = self._workers[pid] = Worker(pid, ours)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _become_worker(
+        self, connection: socket.socket, ours: socket.socket, theirs: socket.socket
+    ) -> None:
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            parent = Parent(theirs)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._selector.close()
+            self._listener.close()
+            ours.close()
+            for worker in self._workers.values():
+                worker.line.close()
+            self._work(connection, parent)
+            code = 0
+        finally:
+            # Nothing of the parent's may run here again: no handlers, no buffers, no threads.
+            os._exit(code)
+
+    def _hear(self, worker: Worker) -> None:
+        try:
+            data = worker.line.recv(_DATAGRAM)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            worker.stranger = False
+            self._desk.asked(worker, json.loads(data))
+        else:
+            self._selector.unregister(worker.line)
+            worker.line.close()
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                worker = self._workers.pop(found[0], None)
+                if worker is not None:
+                    self._drain(worker)
+                    self._desk.left(worker)
+
+    def _drain(self, worker: Worker) -> None:
+        """Hear what it said before it ended."""
+        with suppress(OSError, ValueError):
+            while worker.line.fileno() >= 0 and (data := worker.line.recv(_DATAGRAM)):
+                self._desk.asked(worker, json.loads(data))
+        if worker.line.fileno() >= 0:
+            self._selector.unregister(worker.line)
+            worker.line.close()
+
+    def _press(self) -> None:
+        """Once told to stop: ask the workers, after the grace press them, and then kill."""
+        if self._stop_at is None:
+            return
+        passed = time.monotonic() - self._stop_at
+        steps = (0.0, self._grace, self._grace + _LAST_GRACE)
+        while self._told < len(steps) and passed >= steps[self._told]:
+            self._told += 1
+            last = self._told == len(steps)
+            for pid in self._workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if last else signal.SIGTERM)
+
+
+def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
+    """Run a worker's session; whatever ends it is logged, and told to the peer by `fail`.
+
+    Gives how it ended. Only errors that are about the parties are told; others may name files here.
+    """
+    try:
+        session()
+        return "done"
+    except StoppingError as error:
+        log().info("session stopped")
+        fail(str(error))
+        return "stopped"
+    except PartyError as error:
+        log().warning("session failed", reason=str(error))
+        fail(str(error))
+    except MergecError as error:
+        log().error("session failed", reason=str(error))
+        fail("it cannot go on; see its log")
+    except MemoryError:
+        log().error("session failed", reason="out of memory")
+        fail("it is out of memory; try again later")
+    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+        # Not the message: it might hold values.
+        log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
+        fail("it cannot go on; see its log")
+    return "failed"

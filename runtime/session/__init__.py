@@ -1,0 +1,1 @@
+"""One conversation between the roles: handshake, generation, sampling, text, stored randomness."""

@@ -1,0 +1,130 @@
+"""What roles say of themselves before any secret is shared, and how they see that they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, ROLES
+from mergec.runtime.program.encoding import is_a
+
+PROTOCOL_VERSION = 2
+"""Raised with every change of what parties send each other."""
+
+MODES = ("mergec", "crypten")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What must be the same at all roles, but for `role`; checked in the order of `compare`.
+
+    passes: names of the passes that shaped the program, with how often each applied.
+    debug: options that change what is sent, such as insecure randomness.
+    """
+
+    role: str
+    mode: str
+    program_hash: str
+    passes: tuple[str, ...] = ()
+    fixed: int = FRACTIONAL_BITS
+    ring: int = RING_BITS
+    debug: int = 0
+    version: int = PROTOCOL_VERSION
+
+    @classmethod
+    def of(
+        cls, role: str, manifest: Mapping[str, Any], mode: str = "mergec", debug: int = 0
+    ) -> Hello:
+        """A role's, from the manifest of its bundle."""
+        passes = [p for p in manifest.get("passes", ()) if isinstance(p, dict)]
+        return cls(
+            role,
+            mode,
+            manifest["program_hash"],
+            tuple(f"{p.get('pass')}:{p.get('sites')}" for p in passes),
+            manifest.get("fractional_bits", FRACTIONAL_BITS),
+            manifest.get("ring_bits", RING_BITS),
+            debug,
+        )
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def encode(self) -> bytes:
+        return json.dumps(self.fields()).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, peer: str) -> Hello:
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(peer) from error
+        return cls.read(found, peer)
+
+    @classmethod
+    def read(cls, found: Any, peer: str) -> Hello:
+        """From the peer's fields; others than these are not looked at."""
+        if not isinstance(found, dict) or not is_a(found.get("version"), int):
+            raise _unreadable(peer)
+        if found["version"] != PROTOCOL_VERSION:
+            # The meaning of the other fields belongs to that version.
+            return cls(peer, MODES[0], "", version=found["version"])
+        passes = found.get("passes")
+        if not isinstance(passes, list) or not all(isinstance(name, str) for name in passes):
+            raise _unreadable(peer)
+        kinds = {
+            "role": str,
+            "mode": str,
+            "program_hash": str,
+            "fixed": int,
+            "ring": int,
+            "debug": int,
+        }
+        if not all(is_a(found.get(key), kind) for key, kind in kinds.items()):
+            raise _unreadable(peer)
+        if found["role"] not in ROLES or found["mode"] not in MODES:
+            raise _unreadable(peer)
+        rest = {key: found[key] for key in kinds}
+        return cls(**rest, passes=tuple(passes), version=found["version"])
+
+
+def _unreadable(peer: str) -> PartyError:
+    return PartyError(f"the {peer} sent a greeting that cannot be read; install the same mergec")
+
+
+def compare(mine: Hello, theirs: Hello, peer: str) -> None:
+    """PartyError that says what differs, and what to do about it, if anything does."""
+    bundles = "give all three the bundles of one compilation"
+    if mine.version != theirs.version:
+        differing = f"speaks version {theirs.version} of the protocol, this party {mine.version}"
+        remedy = "install the same mergec everywhere"
+    elif theirs.role != peer:
+        differing = f"joined in the place of the {peer} but says it is the {theirs.role}"
+        remedy = "start each role once"
+    elif mine.mode != theirs.mode:
+        differing = f"runs in mode {theirs.mode}, this party in mode {mine.mode}"
+        remedy = "give all three the same --mode"
+    elif mine.ring != theirs.ring:
+        differing = f"computes in a ring of {theirs.ring} bits, this party of {mine.ring}"
+        remedy = "install the same mergec everywhere"
+    elif mine.fixed != theirs.fixed:
+        differing = f"computes with {theirs.fixed} fractional bits, this party with {mine.fixed}"
+        remedy = bundles
+    elif mine.passes != theirs.passes:
+        odd = sorted(set(mine.passes) ^ set(theirs.passes)) or ["their order"]
+        differing = f"has a program of other passes ({', '.join(odd)[:120]})"
+        remedy = bundles
+    elif mine.program_hash != theirs.program_hash:
+        differing = (
+            f"has the program {theirs.program_hash[:12]}, this party {mine.program_hash[:12]}"
+        )
+        remedy = bundles
+    elif mine.debug != theirs.debug:
+        differing = "was started with other debugging options"
+        remedy = "start all three with the same"
+    else:
+        return
+    raise PartyError(f"the {peer} {differing}; {remedy}")

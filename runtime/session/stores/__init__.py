@@ -1,0 +1,1 @@
+"""What outlives a session on disk: stored randomness, and the client's kept weights."""

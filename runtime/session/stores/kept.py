@@ -1,0 +1,80 @@
+"""Hidden weights, W - B, that a client keeps from one session to the next.
+
+The server derives the static masks B from its key, the client's name, and W itself, as integers. So
+a B never hides two different W, and W - B is the same message however often it is sent: it need not
+be sent again. It is uniform, and no secret by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mergec.runtime.core.errors import MergecError
+from mergec.runtime.correlations.prg import derive
+
+_DIGEST = "blake2b"
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of tensors by name: it differs if a name, a type, a shape or a number does."""
+    total = hashlib.blake2b(digest_size=32)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).numpy().view(np.uint8).data)
+    return total.hexdigest()
+
+
+def mask_seed(key: bytes, program: str, client: str, weights: str) -> bytes:
+    """Seed of the static masks for these weights (`digest_of` the words), and this client."""
+    return derive(key, f"masks of {weights} in {program} for {client}")
+
+
+def name_of(seed: bytes) -> str:
+    """What the masks of a seed are called; tells nothing about them, as `derive` is one-way."""
+    return derive(seed, "name of the masks").hex()
+
+
+def is_name(text: object) -> bool:
+    """Whether `text` can be such a name, and so part of a file's."""
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+class Kept:
+    """A client's folder of hidden weights, a file for each program and masks."""
+
+    def __init__(self, root: Path, program: str, name: str) -> None:
+        """`program`: its hash. `name`: of the masks, from the server."""
+        self._file = root / f"{program[:16]}-{name}.safetensors"
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """The hidden weights by name; None if they are not here, or were damaged."""
+        try:
+            with safe_open(self._file, framework="pt") as reader:
+                told = (reader.metadata() or {}).get(_DIGEST)
+                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None
+        return tensors if told == digest_of(tensors) else None
+
+    def save(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep them; MergecError if there is no room."""
+        unfinished = self._file.with_suffix(".unfinished")
+        here = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        try:
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            save_file(here, unfinished, {_DIGEST: digest_of(here)})
+            unfinished.rename(self._file)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise MergecError(
+                f"{self._file}: cannot be written ({error}); leave --keep out, or make room"
+            ) from error
