@@ -9,28 +9,22 @@ from typing import Any
 
 from torch import fx
 
-from mergec.compiler.graph.ir import aten, calls, is_shared, rank
+from mergec.compiler.graph.ir import aten, bind, calls, is_shared, op_of, rank
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
-from mergec.runtime.core.structural import target_name
-
-_ELEMENTWISE = frozenset(
-    f"mpc.{name}" for name in ("silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu",
-                               "square", "rsqrt", "reciprocal", "scale", "shift")
-)  # fmt: skip
-_BY_ROW = frozenset(f"mpc.{name}" for name in ("linear", "rms_norm", "layer_norm", "softmax"))
-_BROADCAST = frozenset(f"mpc.{name}" for name in ("add", "sub", "mul", "glu"))
+from mergec.runtime.core.op import LAST, Op
 
 Take = Callable[[Any, int], Any]
 
 
 class HoistLastPosition(Pass):
-    """Whatever works on each position alone commutes with the choice of the last one.
+    """An op that works on each position alone commutes with the selection of the last one.
 
-    So a prompt's other positions skip the final norm, and of the last layer the MLP, the output
-    projection, and the queries with their attention; their keys and values are all that is kept of
-    them. A last layer then costs a prompt of n tokens little more than its keys and values. A
-    single new token is its own last position: for decoding nothing changes.
+    `Op.last_position` says which ops do. The selection moves from the result to the operands, as
+    far up as it can. So a prompt's other positions skip the final norm, and in the last layer the
+    MLP, the output projection, and the queries with their attention; only their keys and values are
+    computed. A last layer then costs a prompt of n tokens little more than its keys and values. A
+    single new token is its own last position: decoding does not change.
 
     Before:
         %1 = mpc.rms_norm(%x, None, 1e-06)
@@ -60,13 +54,13 @@ class HoistLastPosition(Pass):
             if args is None:
                 continue
             row = self._rebuild(value, args, selection)
-            # Also a selection that was tried before: now it may be all that is used of its value.
+            # A selection that was tried before may be the only one left of its value.
             pending += row.all_input_nodes
             sites += 1
         return sites
 
     def _take(self, operand: Any, dim: int) -> fx.Node:
-        """The operand's last position, selected right after it is made, once for all users."""
+        """The operand's last position, selected once for all users, right after the operand."""
         if (operand, dim) not in self.taken:
             others = [user for user in operand.users if _selects(user) == dim]
             made = insert_call(operand.next, aten.slice.Tensor, operand, dim, -1, sys.maxsize)
@@ -79,7 +73,7 @@ class HoistLastPosition(Pass):
 
     @staticmethod
     def _rebuild(value: fx.Node, args: tuple[Any, ...], selection: fx.Node) -> fx.Node:
-        """Put the call on selected operands in the place of the selections of its result."""
+        """Replace the selections of a call's result by the call on selected operands."""
         graph = value.graph
         with graph.inserting_before(value):
             row = graph.call_function(value.target, args, value.kwargs)  # type: ignore[arg-type]
@@ -93,7 +87,7 @@ class HoistLastPosition(Pass):
 
 
 def _selects(node: fx.Node) -> int | None:
-    """The dimension, of variable length, of which a node is the last position alone."""
+    """The dimension of variable length whose last position a node selects; None if it does not."""
     if not calls(node, aten.slice.Tensor) or len(node.args) < 3:
         return None
     x: Any = node.args[0]
@@ -108,20 +102,12 @@ def _selects(node: fx.Node) -> int | None:
 
 
 def _operands(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
-    """The arguments that give the last position of a call alone; None if it mixes positions."""
-    name = target_name(value.target)
-    inner = dim < rank(value) - 1
+    """The arguments that compute a call's last position alone; None if it mixes positions."""
     if value.op != "call_function" or value.kwargs:
         return None
-    if name in _ELEMENTWISE or (name in _BY_ROW and inner):
-        return (take(value.args[0], dim), *value.args[1:])
-    if name in _BROADCAST or (name == "mpc.rotary" and inner):
-        return tuple(_aligned(value, dim, arg, take) for arg in value.args)
-    if name == "mpc.constant_attention" and dim == 2:
-        return (*value.args[:2], 1)
-    if name in ("mpc.attention", "mpc.ratio_attention") and dim == 2:
-        query, keys, values, mask, *rest = value.args
-        return take(query, dim), keys, values, _aligned(value, dim, mask, take), *rest
+    op = op_of(value)
+    if op is not None:
+        return _of_op(value, op, dim, take)
     if calls(value, aten.cat.default):
         parts, along = (*value.args, 0)[:2]
         if along % rank(value) == dim:  # type: ignore[operator]
@@ -130,8 +116,19 @@ def _operands(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
     return _moved(value, dim, take)
 
 
+def _of_op(value: fx.Node, op: type[Op], dim: int, take: Take) -> tuple[Any, ...] | None:
+    """As `_operands`, for an op of the dialect, which has its own rule."""
+    rule = op.last_position(dim - rank(value))
+    if rule is None:
+        return None
+    return tuple(
+        _aligned(value, dim, arg, take) if rule.get(name) is LAST else rule.get(name, arg)
+        for name, arg in list(bind(op, value).items())[: len(value.args)]
+    )
+
+
 def _aligned(value: fx.Node, dim: int, operand: Any, take: Take) -> Any:
-    """An operand that is broadcast to the result, at the result's last position."""
+    """The part of an operand that broadcasts to the result's last position."""
     if not isinstance(operand, fx.Node):
         return operand
     own = dim - (rank(value) - rank(operand))
@@ -140,7 +137,7 @@ def _aligned(value: fx.Node, dim: int, operand: Any, take: Take) -> Any:
 
 
 def _moved(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
-    """As `_operands`, for movement of a single operand."""
+    """As `_operands`, for a call that moves a single operand."""
     x: Any = value.args[0]
     rest: Any = value.args[1:]
     if calls(value, aten.permute.default):
@@ -159,7 +156,7 @@ def _moved(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
 
 
 def _reshaped(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
-    """A reshape keeps positions apart if the same dimension stands behind as many elements."""
+    """A reshape keeps positions apart if as many elements stand before the same dimension."""
     x: Any = value.args[0]
     sizes = list(value.meta["val"].shape)
     before = list(x.meta["val"].shape)

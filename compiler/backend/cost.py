@@ -104,18 +104,18 @@ class CostWalker(Executor):
         if op is None:
             raise TypeError(f"{instruction.target} has no cost formula")
         cost = op.cost(*bound.values(), fixed=self.context.fixed)
-        if op.name != "cache_append":
+        if op.result != "cache":
             opened = [name for name, value in bound.items() if isinstance(value, (Masked, Sent))]
             self.taken += [planned.argument(name).name for name in opened]
         self.record.by_instruction[instruction.name] = cost
         plain = op.reference(*map(_plain, bound.values()))
         shape = plain.shape
         ghost = torch.empty(shape, dtype=torch.int64, device="meta")
-        if op.name == "cache_append":
-            return type(bound["past"])(ghost, ghost, instruction.frac)
-        if op.name == "open":
+        if op.result == "cache":
+            return type(bound[op.tensors[0]])(ghost, ghost, instruction.frac)
+        if op.result == "masked":
             return Masked(ghost, ghost, instruction.frac)
-        if op.name == "send":
+        if op.result == "sent":
             return Sent(ghost, ghost, instruction.frac)
         if instruction.vis is Vis.CLIENT:
             return Held(Vis.CLIENT, ghost)
@@ -184,7 +184,7 @@ def _takers(walker: CostWalker) -> dict[str, int]:
             planned = plan.get(asked.pop())
             if planned is None:
                 continue
-            if planned.op is None or planned.op.name == "cache_append":
+            if planned.op is None or planned.op.result == "cache":
                 asked += planned.refs
             else:
                 sources.add(planned.instruction.name)

@@ -1,18 +1,18 @@
 """Fractional bits and openings: the last rewrite before lowering, made explicit in the graph.
 
-Each protocol says in which form it takes a shared operand (`Op.forms`). Here every wire gets its
-number of fractional bits, and where a consumer wants another form, the op that makes it: a
-truncation, an opening to both, or one to the server. A wire is converted to a form once, whatever
-its consumers, so that its mask is opened once. Products stay untruncated until somebody needs them
-otherwise: sums of products, residual additions and rotary embeddings take place at full scale, and
-one truncation follows instead of one for each.
+Each op states in which form its protocol takes a shared operand (`Op.forms`). This module assigns
+every shared value (every wire) its number of fractional bits. Where a consumer needs another form,
+it inserts the op that converts the value: a truncation, an opening to both parties, or one to the
+server. A wire is converted to a form once for all consumers, so that its mask is opened once.
+Products stay untruncated as long as their consumers allow: sums of products, residual additions and
+rotary embeddings work at full scale, and one truncation follows instead of one each.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -20,51 +20,50 @@ from torch import fx
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.ir import absmax, aten, bind, calls, op_of
 from mergec.compiler.graph.moves import is_move, known_size
-from mergec.runtime.core.op import REGISTRY, Op, target
-from mergec.runtime.core.spec import HEADROOM_BITS, Vis
-from mergec.runtime.ops.ratio_attention import LARGEST_BOUND
-from mergec.runtime.ops.rotary import TABLE_FRAC
-from mergec.runtime.protocols.rows import MAX_SPREAD
-from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC, SCALAR_DOMAIN
-
-RANGE_MARGIN_BITS = 3
-"""A value may become 2**3 times as large as in calibration before it leaves the ring."""
+from mergec.runtime.core.op import Form, Op, target
+from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS, Vis
+from mergec.runtime.ops.attention import ScoredAttention
+from mergec.runtime.ops.linear import Linear
+from mergec.runtime.ops.open import Open
+from mergec.runtime.ops.part import Part
+from mergec.runtime.ops.scale import Scale
+from mergec.runtime.ops.send import Send
+from mergec.runtime.ops.truncate import Truncate
+from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 
 SPARE_BITS = 5
 """A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
 
 WEIGHT_BITS = 6
-"""Most fractional bits that a matrix has more than an activation, where the result leaves room."""
+"""Most fractional bits that a matrix may have beyond an activation's, if its result has room."""
 
-_NORM_MARGIN = 2.0**4
-"""The mean square of a row may become 2**4 times as large as in calibration."""
-
-_LOCAL = ("add", "sub", "scale", "shift", "sum", "rotary")
-_AT_FULL_SCALE = ("add", "sub", "shift", "sum")
-_CONVERSIONS = {"masked": "open", "sent": "send"}
-_RESULTS = {name: form for form, name in _CONVERSIONS.items()}
-_ATTENTIONS = ("attention", "ratio_attention")
+_CONVERSIONS: dict[str, type[Op]] = {"masked": Open, "sent": Send}
+"""The op that brings a share into a form."""
 
 
 def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
-    """Set meta["frac"] and meta["form"] of every shared wire and insert the conversions.
+    """Set meta["frac"] and meta["form"] of every shared wire, and insert the conversions.
 
-    Needs meta["vis"]; uses meta["range"] where ranges were calibrated. Raises CompileError that
-    names every value which leaves the ring.
+    fixed: the program's fractional bits. Needs meta["vis"]; uses meta["range"] and what
+    `Op.measure` found, where calibration set them. Raises CompileError that names every value which
+    leaves the ring or the domain of a protocol.
     """
     _split_scales(graph_module)
     _Legalizer(graph_module, fixed).run()
-    # Movements whose operand was converted instead of their result.
+    # Movements may be unused now: their operand was converted instead of their result.
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
 
 
 def _split_scales(graph_module: fx.GraphModule) -> None:
-    """Take an attention scale that is no power of two out of the op: scores are not rescaled."""
+    """Move an attention's scale that is no power of two into its queries.
+
+    Its protocol can only move the binary point of the scores, not multiply them.
+    """
     for node in list(graph_module.graph.nodes):
         op = op_of(node)
-        if op is None or op.name not in _ATTENTIONS:
+        if op is None or not issubclass(op, ScoredAttention):
             continue
         arguments = bind(op, node)
         if math.frexp(arguments["scale"])[0] == 0.5:
@@ -72,14 +71,14 @@ def _split_scales(graph_module: fx.GraphModule) -> None:
         query = arguments["q"]
         with graph_module.graph.inserting_before(node):
             scaled = graph_module.graph.call_function(
-                target("scale"), (query, float(arguments["scale"]))
+                target(Scale.name), (query, float(arguments["scale"]))
             )
         scaled.meta = {**query.meta, "module": node.meta.get("module", "")}
         node.args, node.kwargs = tuple((arguments | {"q": scaled, "scale": 1.0}).values()), {}
 
 
 def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
-    """Whether nobody can compute a call alone."""
+    """Whether a call needs the protocol, because nobody can compute it alone."""
     operands = [n.meta["vis"] for n in node.all_input_nodes if "vis" in n.meta]
     return op.known_to(*operands) is None
 
@@ -114,8 +113,9 @@ class _Legalizer:
     def needed_forms(self) -> dict[fx.Node, set[str]]:
         """The forms in which each shared value is needed as a whole.
 
-        By its consumers, or by those of the parts that it is cut into, if all parts are needed in
-        the same form. Another part of it is then moved in that form, with no opening of its own.
+        Its consumers need it, or those of the parts that it is cut into, if all parts are needed in
+        the same form. Any other part is then cut from the converted value, with no opening of its
+        own.
         """
         wants: dict[fx.Node, set[str]] = {}
         for node in reversed(self.graph.nodes):
@@ -136,11 +136,13 @@ class _Legalizer:
             wants[node] = found - {"share"}
         return wants
 
-    def forms(self, op: type[Op], arguments: dict[str, Any]) -> dict[str, str]:
-        """The form in which a call takes each argument; a cache is appended to in its own."""
-        if op.name == "cache_append":
-            return dict.fromkeys(arguments, self.cache_form(arguments["past"]))
-        return op.forms(*map(self.known, arguments.values()))
+    def forms(self, op: type[Op], arguments: dict[str, Any]) -> Mapping[str, Form]:
+        """The form in which a call takes each argument; "cache" is resolved here."""
+        forms = op.forms(*map(self.known, arguments.values()))
+        if op.result != "cache":
+            return forms
+        form = self.cache_form(arguments[op.tensors[0]])
+        return {name: form if asked == "cache" else asked for name, asked in forms.items()}
 
     def visit(self, node: fx.Node, op: type[Op]) -> None:
         arguments = bind(op, node)
@@ -148,7 +150,7 @@ class _Legalizer:
         for parameter, value in arguments.items():
             if isinstance(value, fx.Node) and value.meta.get("vis") is Vis.SHARED:
                 form = forms.get(parameter, "fixed")
-                fine = op.name == "linear" and self.fits_products(value)
+                fine = op is Linear and self.fits_products(value)
                 arguments[parameter] = self.convert(value, form, fine)
         if self.too_fine(node, op, arguments):
             for parameter, value in arguments.items():
@@ -156,33 +158,31 @@ class _Legalizer:
                     arguments[parameter] = self.convert(value, "fixed")
         node.args, node.kwargs = tuple(arguments.values()), {}
         self.check_domain(node, op)
-        self.check_scores(node)
-        if op.name in ("rms_norm", "layer_norm"):
-            self.bound_norm(node, op)
-        elif op.name == "ratio_attention":
-            arguments = self.bound_scores(node, arguments)
-        elif op.name == "linear":
+        self.check_measured(node, op, arguments)
+        arguments |= op.calibrate(node.meta, arguments)
+        if op is Linear:
             arguments |= self.weight_bits(node)
             if not arguments["parts"]:
                 del arguments["parts"]
-            node.args = tuple(arguments.values())
+        node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
-        if op.name == "cache_append":
-            self.mark(node, forms["past"], frac)
+        if op.result == "cache":
+            self.mark(node, forms[op.tensors[0]], frac)
         else:
-            self.mark(node, _RESULTS.get(op.name, "share"), frac)
+            self.mark(node, "share" if op.result == "revealed" else op.result, frac)
 
-    def cache_form(self, cache: fx.Node) -> str:
-        """How a cache is kept: opened to the server alone where nothing else is asked of it."""
-        appended = any(op_of(user) is REGISTRY["cache_append"] for user in cache.users)
+    def cache_form(self, cache: fx.Node) -> Form:
+        """The form of a cache: opened to the server alone if no reader needs more."""
+        readers = [op_of(user) for user in cache.users]
+        appended = any(op is not None and op.result == "cache" for op in readers)
         return "sent" if appended and self.asked(cache) == {"sent"} else "masked"
 
     def asked(self, value: fx.Node) -> set[str]:
-        """The forms in which ops take a value, however it is moved before."""
+        """The forms in which ops take a value, directly or after it was moved."""
         found: set[str] = set()
         for user in value.users:
             op = op_of(user)
-            if op is not None and op.name != "cache_append":
+            if op is not None and op.result != "cache":
                 arguments = bind(op, user)
                 forms = op.forms(*map(self.known, arguments.values()))
                 found |= {forms.get(k, "fixed") for k, v in arguments.items() if v is value}
@@ -192,23 +192,23 @@ class _Legalizer:
 
     @staticmethod
     def known(value: Any) -> Any:
-        """What `Op.forms` gets in place of an argument."""
+        """What `Op.forms` is passed for an argument."""
         return value.meta.get("vis", Vis.PUBLIC) if isinstance(value, fx.Node) else value
 
     def seen(self, value: Any) -> Any:
-        """What `Op.scale` gets in place of an argument."""
+        """What `Op.scale` is passed for an argument."""
         if not isinstance(value, fx.Node):
             return value
         vis = value.meta.get("vis", Vis.PUBLIC)
         return value.meta["frac"] if vis is Vis.SHARED else vis
 
     def too_fine(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> bool:
-        """Whether a local op's result would leave the ring; its operands are truncated then.
+        """Whether a local op's result would leave the ring, so that its operands are truncated.
 
-        Rows scaled by a gain carry 48 fractional bits, and a rotary embedding adds 16, say.
+        Rows scaled by a gain carry 48 fractional bits, for example, and a rotary embedding adds 16.
         """
         largest = absmax(node)
-        if op.name not in _LOCAL or not largest:
+        if not op.local or not largest:
             return False
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         return frac > 2 * self.fixed and frac > _fitting(largest)
@@ -219,7 +219,7 @@ class _Legalizer:
             node = node.args[0]  # type: ignore[assignment]
         if node not in self.fine:
             frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
-            # Decided once, as products are taken off the wire when it is opened for them.
+            # Decided once: when the wire is opened for its products, these are its users no more.
             self.fine[node] = all(frac <= self.room[product] for product in _products(node))
         return self.fine[node]
 
@@ -237,7 +237,7 @@ class _Legalizer:
             self.mark(node, form or "share", self.fixed if frac is None else frac)
 
     def finish(self, node: fx.Node) -> None:
-        """Cache outputs leave the step opened, as they enter the next one."""
+        """Open the outputs: a cache leaves a step in the form in which it enters the next one."""
         for value in node.all_input_nodes:
             if value.meta.get("vis") is Vis.SHARED and value.meta["form"] != "sent":
                 node.replace_input_with(value, self.convert(value, "masked"))
@@ -257,7 +257,7 @@ class _Legalizer:
         if is_move(node) and form in self.wants[node.args[0]]:  # type: ignore[index]
             return self.move(node, form, fine)
         if form == "fixed":
-            return self.insert(node, "truncate", "share")
+            return self.insert(node, Truncate, "share")
         if not fine:
             node = self.convert(node, "fixed")
         return self.insert(node, _CONVERSIONS[form], form)
@@ -276,21 +276,21 @@ class _Legalizer:
             self.made[key] = new
         return self.made[key]
 
-    def insert(self, node: fx.Node, name: str, form: str) -> fx.Node:
-        key = (node, name)
+    def insert(self, node: fx.Node, op: type[Op], form: str) -> fx.Node:
+        key = (node, op.name)
         if key not in self.made:
             with self.graph.inserting_after(node):
-                new = self.graph.call_function(target(name), (node,))
+                new = self.graph.call_function(target(op.name), (node,))
             new.meta = {k: v for k, v in node.meta.items() if k != "name"}
-            self.mark(new, form, self.fixed if name == "truncate" else node.meta["frac"])
+            self.mark(new, form, self.fixed if op is Truncate else node.meta["frac"])
             self.made[key] = new
         return self.made[key]
 
     def weight_bits(self, node: fx.Node) -> dict[str, Any]:
-        """How many bits more a matrix can have that nothing else uses, and parts of it by itself.
+        """How many more bits a matrix can have that nothing else uses, and each of its parts.
 
-        Several layers in one product each get what their own result leaves room for; the parts of
-        the product that then have more bits than the rest are taken out by `mpc.part`.
+        Several layers in one product each get the bits that their own result has room for.
+        `mpc.part` then takes out the parts of the product that have more bits than the rest.
         """
         weight: Any = node.args[1]
         if weight.op != "get_attr" or weight.target not in self.single:
@@ -303,7 +303,7 @@ class _Legalizer:
         parts = []
         for (part, (start, end)), own in zip(columns.items(), most, strict=True):
             parts += [end - start, own - bits]
-            part.target, part.args = target("part"), (node, start, end, own - bits)
+            part.target, part.args = target(Part.name), (node, start, end, own - bits)
         return {"bits": bits, "parts": parts}
 
     def spare_bits(self, linear: fx.Node, result: fx.Node) -> int:
@@ -328,7 +328,7 @@ class _Legalizer:
             )
 
     def check_domain(self, node: fx.Node, op: type[Op]) -> None:
-        """Whether the first operand stays where the protocol is right, with some margin."""
+        """Record a failure if the first operand comes near to an end of the op's domain."""
         operand = node.args[0]
         if not isinstance(operand, fx.Node) or "range" not in operand.meta:
             return
@@ -338,56 +338,21 @@ class _Legalizer:
         if least * (1 / margin if least > 0 else margin) < low or most * margin > high:
             self.failures[node] = (
                 f"its operand goes from {least:.3g} to {most:.3g} in calibration, and beyond that "
-                f"may grow by {margin:g}; its protocol takes {low:g} to {high:g}"
+                f"may grow by {margin:g}; its protocol supports {low:g} to {high:g}"
             )
 
-    def check_scores(self, node: fx.Node) -> None:
-        """Whether an attention's scores, which are no value of the graph, fit its protocol."""
-        spread, uncapped = (node.meta.get(key, 0.0) for key in ("score_spread", "uncapped_score"))
-        if spread > MAX_SPREAD:
-            self.failures[node] = (
-                f"the scores of a row are {spread:.3g} apart in calibration; its protocol takes "
-                f"up to {MAX_SPREAD:g}"
-            )
-        if uncapped * 2.0**RANGE_MARGIN_BITS > SCALAR_DOMAIN[1]:
-            self.failures[node] = (
-                f"its scores reach {uncapped:.3g} in calibration, and beyond that may grow by "
-                f"{2**RANGE_MARGIN_BITS}; the cap's protocol takes them up to {SCALAR_DOMAIN[1]:g}"
-            )
-
-    def bound_norm(self, node: fx.Node, op: type[Op]) -> None:
-        """Tell a norm how large a row it has to expect, from calibration.
-
-        Rounded up to a power of four: the program is public, and finer would say more about the
-        weights without changing a scale.
-        """
-        square = node.meta.get("mean_square", 0.0)
-        if square:
-            bound = 4.0 ** math.ceil(math.log(square * _NORM_MARGIN, 4))
-            node.args = tuple({**bind(op, node), "bound": bound}.values())
-
-    def bound_scores(self, node: fx.Node, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Tell how large scores get: a power of two, for the same reason."""
-        largest = node.meta.get("largest_score", 0.0)
-        if not largest:
-            return arguments
-        bound = 2.0 ** max(0, math.ceil(math.log2(largest) + RANGE_MARGIN_BITS))
-        limit = LARGEST_BOUND[arguments["kind"]]
-        if bound > limit:
-            self.failures[node] = (
-                f"its scores reach {largest:.3g} in calibration, and beyond that may grow by "
-                f"2**{RANGE_MARGIN_BITS}; {arguments['kind']} takes them up to {limit:g}"
-            )
-        arguments = arguments | {"bound": min(bound, limit)}
-        node.args = tuple(arguments.values())
-        return arguments
+    def check_measured(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> None:
+        """Record a failure if the op's protocol cannot run on what calibration measured."""
+        reason = op.refusal(node.meta, arguments)
+        if reason:
+            self.failures[node] = reason
 
 
 def _products(node: fx.Node) -> Iterator[fx.Node]:
-    """The linear layers that take a wire, however it is moved before."""
+    """The linear layers that take a wire, directly or after it was moved."""
     for user in node.users:
         op = op_of(user)
-        if op is not None and op.name == "linear" and user.args[0] is node:
+        if op is Linear and user.args[0] is node:
             yield user
         elif is_move(user):
             yield from _products(user)
@@ -424,8 +389,9 @@ def _used_once(graph_module: fx.GraphModule) -> set[str]:
 def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
     """The most fractional bits that each value can have until it is truncated.
 
-    At full scale a value passes through movement, sums and rotary embeddings, and a LayerNorm
-    centres it; it has to fit all along. Where no range is known there are none to spare.
+    A value passes at full scale through movements and local ops, such as sums and rotary
+    embeddings, and through what a protocol does before its first truncation (`Op.inner_bits`). It
+    has to fit all along. Where no range is known, no bits are to spare.
     """
     room: dict[fx.Node, float] = {}
     for node in reversed(graph_module.graph.nodes):
@@ -435,19 +401,24 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
             op = op_of(user)
             if user.meta.get("vis") is not Vis.SHARED:
                 continue
-            if op is None or op.name in _AT_FULL_SCALE:
+            if op is None:
                 left = room[user]
-            elif op.name == "rotary":
-                left = room[user] - TABLE_FRAC
-            elif op.name == "scale" and op.forms(*user.args)["x"] == "share":
-                left = room[user] - op.scale(0, *user.args[1:], fixed=0)
-            elif op.name == "layer_norm":
-                # It centres a row as d x - sum(x).
-                left = room[node] - math.log2(2 * node.meta["val"].shape[-1])
+            elif op.local:
+                left = room[user] - _added_bits(node, user, op)
             else:
-                continue
+                left = room[node] - op.inner_bits(node.meta["val"].shape)
             room[node] = min(room[node], left)
     return room
+
+
+def _added_bits(node: fx.Node, user: fx.Node, op: type[Op]) -> float:
+    """Fractional bits that a local op adds to an operand; none matter if it is truncated first."""
+    arguments = bind(op, user)
+    known = [_Legalizer.known(value) for value in arguments.values()]
+    forms = op.forms(*known)
+    if not any(forms.get(k, "fixed") == "share" for k, v in arguments.items() if v is node):
+        return -math.inf
+    return op.scale(*(0 if isinstance(v, Vis) else v for v in known), fixed=0)
 
 
 def _fitting(largest: float) -> float:

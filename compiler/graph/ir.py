@@ -136,26 +136,19 @@ def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
     return names
 
 
-_ATTENTIONS = ("mpc.attention", "mpc.ratio_attention")
-_ON_THE_WAY = MOVE_NAMES | {
-    f"mpc.{name}" for name in ("rotary", "scale", "truncate", "open", "send", "cache_append")
-}
-
-
 def _attention_parts(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
-    """Module and name of what makes queries, keys and values, of masks and tables."""
+    """Module and name of the values that make queries, keys and values, masks and tables."""
     parts: dict[fx.Node, tuple[str, str]] = {}
     for node in graph.nodes:
-        name = target_name(node.target) if node.op == "call_function" else ""
-        public = {}
-        if name == "mpc.rotary":
-            public = {"cos": node.args[1], "sin": node.args[2]}
-        elif name in _ATTENTIONS:
-            public = {"mask": node.args[3]}
-            for role, operand in zip("qkv", node.args, strict=False):
-                _name_chain(parts, role, node, operand)
-        for what, operand in public.items():
-            if isinstance(operand, fx.Node) and operand.op == "call_function":
+        op = op_of(node)
+        if op is None or not op.parts:
+            continue
+        arguments = bind(op, node)
+        for what in op.parts:
+            operand = arguments[what]
+            if what in op.operands:
+                _name_chain(parts, what, node, operand)
+            elif isinstance(operand, fx.Node) and operand.op == "call_function":
                 parts.setdefault(operand, (operand.meta.get("module", ""), what))
     return parts
 
@@ -166,12 +159,12 @@ def _name_chain(
     """Name the nodes between an operand of attention and the layer, or the cut, that makes it."""
     user = attention
     while isinstance(node, fx.Node) and node.op == "call_function" and node not in parts:
-        op = target_name(node.target)
+        name, op = target_name(node.target), op_of(node)
         others = [other for other in node.users if other is not user and other.op != "output"]
-        if op not in _ON_THE_WAY or others:
+        if others or not (name in MOVE_NAMES or (op is not None and op.prepares)):
             return
-        parts[node] = attention.meta.get("module", ""), f"{role}.{op.split('.')[1]}"
-        user, node = node, node.args[1] if op == "mpc.cache_append" else node.args[0]
+        parts[node] = attention.meta.get("module", ""), f"{role}.{name.split('.')[1]}"
+        user, node = node, node.args[0] if op is None else bind(op, node)[op.prepares]
 
 
 def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:

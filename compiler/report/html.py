@@ -19,7 +19,9 @@ from mergec.compiler.report.inspect import (
     shape_text,
 )
 from mergec.compiler.report.layout import Layout, layered
+from mergec.runtime.core.op import Kind
 from mergec.runtime.core.spec import Cost, Vis
+from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec, Instruction, RoleProgram, needed, phase_of
 
 if TYPE_CHECKING:
@@ -28,19 +30,16 @@ if TYPE_CHECKING:
 COLUMN, ROW = 190, 62
 """Distances of nodes' centres in a layer, in pixels."""
 
-KINDS = {
-    "linear": ("linear", "matmul", "mm", "bmm", "addmm", "embedding", "baddbmm"),
-    "attention": ("attention", "scaled_dot_product_attention", "softmax", "_softmax"),
-    "norm": ("rms_norm", "layer_norm", "native_layer_norm", "rsqrt", "mean", "square", "pow"),
-    "activation": (
-        "glu", "gelu", "silu", "relu", "tanh", "sigmoid", "exp", "quick_gelu", "reciprocal", "sqrt",
-    ),
-    "opening": ("open", "send", "reveal", "truncate"),
-    "arithmetic": ("add", "sub", "mul", "div", "neg", "scale", "shift", "sum", "rotary"),
-}  # fmt: skip
-"""Ops by what they do for a model; all others move data."""
+_ATEN_KINDS = {
+    Kind.LINEAR: ("linear", "matmul", "mm", "bmm", "addmm", "embedding", "baddbmm"),
+    Kind.ATTENTION: ("scaled_dot_product_attention", "softmax"),
+    Kind.NORM: ("rms_norm", "layer_norm", "native_layer_norm", "rsqrt", "mean", "square", "pow"),
+    Kind.ACTIVATION: ("gelu", "silu", "relu", "tanh", "sigmoid", "exp", "reciprocal", "sqrt"),
+    Kind.ARITHMETIC: ("add", "sub", "mul", "div", "neg", "sum"),
+}
+"""What torch's own ops do for a model; all others move data. An op of the dialect states it."""
 
-_KIND_OF = {op: kind for kind, ops in KINDS.items() for op in ops}
+_KIND_OF = {op: kind for kind, ops in _ATEN_KINDS.items() for op in ops}
 
 
 @dataclass
@@ -83,7 +82,7 @@ def page(
     )  # fmt: skip
     environment.filters |= {
         "readable": readable,
-        "kind": lambda target: _kind(target.split(".")[1]),
+        "kind": _kind,
     }
     return environment.get_template("page.html").render(
         inspection=inspection,
@@ -92,7 +91,7 @@ def page(
         data={
             "graphs": graphs,
             "layouts": [_encode(shape) for shape in shapes],
-            "kinds": [*KINDS, "movement"],
+            "kinds": [kind.value for kind in Kind],
         },
         peaks={
             key: max([1, *(getattr(row, key) for row in inspection.by_op)])
@@ -229,7 +228,7 @@ def _node(item: Instruction, view: GraphView, cost: Cost) -> dict[str, Any]:
     known = view.types.get(item.name)
     shape = shape_text(known.shape) if known is not None else ""
     node = {
-        "name": item.name, "op": op, "kind": _kind(op),
+        "name": item.name, "op": op, "kind": _kind(item.target),
         "vis": item.vis.value, "shape": shape, "module": item.module, "source": item.source,
         "text": f"{instruction_text(item)} {shape}".rstrip(),
         "rounds": cost.rounds, "online": cost.online, "offline": cost.offline,
@@ -237,8 +236,12 @@ def _node(item: Instruction, view: GraphView, cost: Cost) -> dict[str, Any]:
     return {key: value for key, value in node.items() if value not in ("", 0)}
 
 
-def _kind(op: str) -> str:
-    return _KIND_OF.get(op.strip("_"), "movement")
+def _kind(target: str) -> str:
+    """What the op behind an instruction's target, such as `mpc.gelu`, does for a model."""
+    space, op = target.split(".")[:2]
+    known = load_all().get(op) if space == "mpc" else None
+    kind = known.kind if known else _KIND_OF.get(op.strip("_"), Kind.MOVEMENT)
+    return kind.value
 
 
 def _encode(layout: Layout) -> dict[str, Any]:

@@ -18,6 +18,10 @@ class BundleError(MergecError):
     """A bundle is missing, damaged, of another version, or of another program."""
 
 
+class OpError(MergecError):
+    """The class of an op is wrong, or an op of another package cannot be loaded."""
+
+
 class PromptError(MergecError):
     """The prompt cannot be run: empty, too long, or holding unknown tokens."""
 

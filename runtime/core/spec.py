@@ -14,6 +14,9 @@ FRACTIONAL_BITS = 16
 HEADROOM_BITS = 62
 """A shared value x must satisfy |x| < 2**62: the faithful truncation needs one free bit."""
 
+RANGE_MARGIN_BITS = 3
+"""A value may become 2**3 times as large as in calibration before it leaves the ring."""
+
 CLIENT, SERVER, DEALER = 0, 1, 2
 """Party numbers: the client owns the prompt, the server the weights, the dealer neither."""
 

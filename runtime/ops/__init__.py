@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
-from mergec.runtime.core.op import REGISTRY, Op
+from mergec.runtime.core.errors import OpError
+from mergec.runtime.core.op import REGISTRY, Op, unregister
+
+ENTRY_POINTS = "mergec.ops"
+"""The group of entry points under which other packages offer ops."""
 
 
+@cache
 def load_all() -> dict[str, type[Op]]:
-    """Import every file of this package, so that the registry is complete."""
+    """Every op by name: those of this package, and those that other packages offer.
+
+    Imports each file of this package, then loads each entry point of the group `mergec.ops`. Raises
+    OpError that names an entry point which cannot be used, or has the name of another op; the ops
+    that it registered are forgotten.
+    """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+    for point in entry_points(group=ENTRY_POINTS):
+        before = set(REGISTRY)
+        try:
+            _load(point)
+        except OpError:
+            for name in set(REGISTRY) - before:
+                unregister(name)
+            raise
     return REGISTRY
+
+
+def _load(point: EntryPoint) -> None:
+    where = f"the entry point {point.value} of {ENTRY_POINTS}"
+    try:
+        kind = point.load()
+    except Exception as error:
+        raise OpError(f"{where} cannot be loaded: {error}; repair its package") from error
+    if not (isinstance(kind, type) and issubclass(kind, Op)):
+        raise OpError(f"{where} is no subclass of mergec.Op; repair its package")
+    if kind not in REGISTRY.values():
+        raise OpError(f"{where} is an abstract class, which is no op; repair its package")

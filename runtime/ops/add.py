@@ -1,4 +1,4 @@
-"""Element-wise sum of two tensors, or of a tensor and a public number."""
+"""Element-wise sum of two tensors."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.local import as_share, ghost, shared_frac
 
 
 class Add(Op):
-    """Element-wise sum of two tensors, or of a tensor and a public number."""
+    """Element-wise sum of two tensors that broadcast.
+
+    Shared operands at any number of fractional bits; the other may be public or known to a party.
+    Shared result, with as many fractional bits as the finer operand. Local and exact: no message.
+    """
 
     name = "add"
     schema = "(Tensor a, Tensor b) -> Tensor"
+    operands = {"a": "share", "b": "share"}
+    local = True
+    positions = Positions.ALL
 
     @staticmethod
     def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
 
-    operands = {"a": "share", "b": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x, y = make.small(2, 3, 4), make.small(2, 3, 4)
+        return [
+            Case([make.normal(3, 4), make.normal(4)], 3e-5),
+            Case([make.normal(3, 4), make.normal(4)], 3e-5, forms={"b": PUBLIC}),
+            Case([x, y], stock=1e-4),
+            Case([x, y[0]], stock=1e-4, forms={"a": PUBLIC}),
+            Case([x, y[0, 0]], stock=1e-4, forms={"b": PUBLIC}),
+        ]
 
     @classmethod
     def scale(cls, a: object, b: object, *, fixed: int) -> int:
@@ -36,7 +54,7 @@ class Add(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
-        """Local: each party adds its shares, aligned to the finer scale."""
+        """Each party adds its shares, aligned to the finer scale."""
         yield from ()
         frac = shared_frac(a, b, default=ctx.fixed)
         left, right = as_share(ctx, a, frac), as_share(ctx, b, frac)

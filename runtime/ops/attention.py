@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.op import Op
-from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.op import LAST, Kind, Op
+from mergec.runtime.core.spec import RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
+from mergec.runtime.ops.softmax import too_far_apart
 from mergec.runtime.protocols.multiply import matmul_of_masked
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
@@ -28,6 +31,7 @@ from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
 from mergec.runtime.protocols.saturate import (
     MAX_INPUT_FRAC,
+    SCALAR_DOMAIN,
     Function,
     Tail,
     apply,
@@ -38,22 +42,60 @@ from mergec.runtime.protocols.saturate import (
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 MASKED_SCORE = -1e4
-"""A mask entry at or below this means: never look there."""
+"""A mask entry at or below this value hides the position."""
 
 
-class Attention(Op):
-    """softmax(cap(scale * q k^T) + mask) v, with grouped queries.
+class ScoredAttention(Op, abstract=True):
+    """What attentions share that compute scores, cap(scale * q k^T) + mask, from opened operands.
 
-    q [B, H, N, D], k and v [B, G, L, D] with H a multiple of G, and an additive public mask that
-    broadcasts to [B, H, N, L] (an entry of -1e4 or below means: never look there). With `softcap`
-    c > 0 the scaled scores become c tanh(scores / c) before the mask (gemma2). Gives [B, H, N, D].
+    q [B, H, N, D], k and v [B, G, L, D] with H a multiple of G, opened to both under masks, and a
+    public mask that broadcasts to [B, H, N, L]. An entry of the mask of -1e4 or below hides the
+    position; any other is added to the score. With `softcap` c > 0 the scaled scores become c
+    tanh(scores / c) before the mask (gemma2). The result [B, H, N, D] is shared, with 32 fractional
+    bits.
+
+    The parameters of a subclass are q, k, v, mask, scale, and softcap. Its protocol supports only a
+    scale that is a power of two: the compiler moves any other into the queries.
+    """
+
+    operands = {"q": "masked", "k": "masked", "v": "masked"}
+    kind = Kind.ATTENTION
+    parts = ("q", "k", "v", "mask")
+
+    @classmethod
+    def scale(cls, *args: Any, fixed: int) -> int:
+        return SCALED_FRAC
+
+    @classmethod
+    def last_position(cls, dim: int) -> dict[str, Any] | None:
+        """One query looks at all keys and values, by its row of the mask."""
+        return {"q": LAST, "mask": LAST} if dim == -2 else None
+
+    @classmethod
+    def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+        uncapped = measured.get("uncapped_score", 0.0)
+        if uncapped * 2.0**RANGE_MARGIN_BITS > SCALAR_DOMAIN[1]:
+            return (
+                f"its scores reach {uncapped:.3g} in calibration, and beyond that may grow by "
+                f"{2**RANGE_MARGIN_BITS}; the cap's protocol supports them up to "
+                f"{SCALAR_DOMAIN[1]:g}"
+            )
+        return too_far_apart(measured)
+
+
+class Attention(ScoredAttention):
+    """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
+
+    Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
+    Rounds 5, and 3 for each level of `peak`; two more for a cap, and one if the scores have to be
+    truncated for it. Bytes: `cost`. What each party sees is what it sees in `exponentials`,
+    `open_masked`, `open_row`, `octaves` and `scale_rows`.
     """
 
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0) -> Tensor"
     )
-    operands = {"q": "masked", "k": "masked", "v": "masked"}
 
     @staticmethod
     def reference(
@@ -67,6 +109,17 @@ class Attention(Op):
         return plain_weighted_sum(Attention.probabilities(q, k, mask, scale, softcap), v)
 
     @staticmethod
+    def cases() -> list[Case]:
+        make, few = Sampler(), small_operands()
+        one = tuple(x[:, :, :1] for x in few[:3])
+        return [
+            *(Case(args, 3e-4, forms={"mask": PUBLIC}) for args in sample_operands(make)),
+            Case([*few[:3], None, 0.5], stock=1e-2),
+            Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
+            Case([*one, None, 0.5], stock=1e-2),
+        ]
+
+    @staticmethod
     def probabilities(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -74,7 +127,7 @@ class Attention(Op):
         scale: float,
         softcap: float = 0.0,
     ) -> torch.Tensor:
-        """How much each token looks at each other one, [B, H, N, L], in the clear."""
+        """How much each token attends to each other one, [B, H, N, L], in the clear."""
         scores = plain_scores(q, k, scale, softcap)
         return torch.softmax(scores if mask is None else scores + mask, -1)
 
@@ -91,10 +144,6 @@ class Attention(Op):
         found, valid = counted_scores(q, k, mask, scale, softcap)
         spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
         return {"score_spread": float(spread.max()), **largest_before_cap(q, k, scale, softcap)}
-
-    @classmethod
-    def scale(cls, *args: object, fixed: int) -> int:
-        return SCALED_FRAC
 
     @classmethod
     def cost(
@@ -131,10 +180,8 @@ class Attention(Op):
         """Attention on opened queries, keys and values; scale must be a power of two.
 
         Scores and weighted sums need no message of their own: both factors are open under masks.
-        The division by the sum of exponentials comes after the weighted sum, on D instead of L
-        elements a row, and its reciprocal runs beside the weighted sum. Rounds 5 and 3 for each
-        level of `peak`. What each party sees is what it sees in `exponentials`, `open_masked`,
-        `open_row`, `octaves` and `scale_rows`.
+        The division by the sum of exponentials follows the weighted sum, on D instead of L elements
+        of a row. Its reciprocal is computed in the same rounds as the weighted sum.
         """
         found = yield from scores(ctx, q, k, scale, softcap)
         valid, bias = split_mask(mask, q, k)
@@ -165,6 +212,35 @@ class Attention(Op):
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
         return stock_weighted_sum(scores.softmax(-1), v)
+
+
+def sample_operands(make: Sampler) -> list[list[Any]]:
+    """q, k, v, mask, scale and softcap of calls for `Op.cases`: causal, ALiBi, no mask, capped."""
+    mask = torch.full((1, 1, 4, 9), torch.finfo(torch.float32).min).triu(6)
+    alibi = mask + make.normal(1, 6, 1, 9).float()
+    return [
+        [
+            make.normal(1, 6, 4, 16, scale=3),
+            make.normal(1, groups, 9, 16),
+            make.normal(1, groups, 9, 16),
+            added,
+            0.25,
+            softcap,
+        ]
+        for groups, added, softcap in (
+            (2, mask, 0.0),
+            (6, alibi, 0.0),
+            (1, None, 0.0),
+            (2, mask, 20.0),
+        )
+    ]
+
+
+def small_operands() -> list[torch.Tensor]:
+    """q, k, v and a causal mask that CrypTen's stock protocols support."""
+    make, mask = Sampler(), torch.zeros(1, 1, 3, 5)
+    mask[..., 0, 3:] = mask[..., 1, 4:] = -3.4e38
+    return [make.small(1, 4, 3, 4), make.small(1, 2, 5, 4), make.small(1, 2, 5, 4), mask]
 
 
 def plain_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The cache [B, G, P, D] followed by the new entries [B, G, N, D]."""
+"""A cache, continued by new entries."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Masked, Room, Sent
 
@@ -18,17 +19,33 @@ _SHARE_OF_ROOM = 4
 
 
 class CacheAppend(Op):
-    """The cache [B, G, P, D] followed by the new entries [B, G, N, D]."""
+    """The cache [B, G, P, D] followed by the new entries [B, G, N, D]: [B, G, P + N, D].
+
+    Both opened, to both parties or, where a product with a constant alone reads the cache, to the
+    server; so is the result. Local and exact: an entry is opened once, when it enters the cache.
+    """
 
     name = "cache_append"
     schema = "(Tensor past, Tensor new) -> Tensor"
+    operands = {"past": "cache", "new": "cache"}
+    result = "cache"
+    local = True
+    kind = Kind.MOVEMENT
+    prepares = "new"
 
     @staticmethod
     def reference(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return torch.cat([past, new], -2)
 
-    operands = {"past": "masked", "new": "masked"}
-    """Or both "sent", where all that reads the cache is a product with a constant."""
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        k, v = make.small(1, 2, 5, 4), make.small(1, 2, 5, 4)
+        return [
+            Case([make.normal(1, 2, 3, 4), make.normal(1, 2, 1, 4)], 1e-5),
+            Case([k[:, :, :0], k], stock=1e-4),
+            Case([k, v], stock=1e-4),
+        ]
 
     @classmethod
     def cost(cls, past: Masked | Sent, new: Masked | Sent, *, fixed: int) -> Cost:
@@ -36,10 +53,9 @@ class CacheAppend(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, past: Masked | Sent, new: Masked | Sent) -> Protocol:
-        """Concatenate two opened wires: an entry is opened once, when it enters the cache.
+        """Concatenate two opened values; what was opened under its own mask stays as it is.
 
-        No messages; what was opened under its own mask stays as it is. The cache is not copied
-        while it has room (`Room`).
+        The cache is not copied while it has room (`Room`).
         """
         yield from ()
         length, total = past.shape[-2], past.shape[-2] + new.shape[-2]

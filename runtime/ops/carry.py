@@ -6,27 +6,35 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 
 
 class Carry(Op):
-    """Where a value may enter or leave a step: the identity, on a share at the program's scale.
+    """A value that may enter or leave a step: the identity, on a share at the program's scale.
 
-    See `runtime.program.program.Phase`.
+    x [...], shared, gives the same share. Local and exact: nothing is sent. See
+    `runtime.program.program.Phase`.
     """
 
     name = "carry"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "fixed"}
+    local = True
+    kind = Kind.MOVEMENT
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
-    operands = {"x": "fixed"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [Case([make.normal(3, 4)], 1e-5), Case([make.small(2, 3, 4)], stock=1e-4)]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -34,7 +42,7 @@ class Carry(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Nothing to do, and nothing is sent."""
+        """Nothing to do."""
         yield from ()
         return x
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Form, Kind, Op
 from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.matmul import matmul
@@ -17,23 +18,49 @@ from mergec.runtime.protocols.weights import Constant, Moving, times_weight
 
 
 class ConstantAttention(Op):
-    """The last `new` rows of attention whose weights depend on positions alone.
+    """The last `new` rows of an attention whose weights depend on positions alone.
 
-    values [B, G, L, D], weight [H, P, P] with H a multiple of G: row i of a head says how much the
-    i-th token looks at each token up to it. Tokens from the P-th on look as the last row does: at
-    the same distances back, and at the first token. Gives [B, H, new, D].
+    values [B, G, L, D]: opened to the server, or to both if the table is shared. weight [H, P, P],
+    H a multiple of G: a constant of the server's, held or shared, that goes under a static mask.
+    Row i of a head says how much the i-th token looks at each token up to it. Tokens from the P-th
+    on look as the last row does: at the same distances back, and at the first token. The result [B,
+    H, new, D] is shared, with twice the program's fractional bits.
+
+    No message: the table is opened once in a session, each value once when it enters the cache.
+    8 bytes offline per element of the result. Exact. What each party sees: `times_weight`. MERGE
+    (Liang et al., AAAI 2024) has the idea of a constant attention; that it costs nothing online is
+    due to the one-way form of the product.
     """
 
     name = "constant_attention"
     schema = "(Tensor values, Tensor weight, SymInt new) -> Tensor"
     weights = ("weight",)
+    kind = Kind.ATTENTION
 
     @staticmethod
     def reference(values: torch.Tensor, weight: torch.Tensor, new: int) -> torch.Tensor:
         return _weighted(values, weight, new, torch.matmul)
 
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        table = make.normal(6, 5, 5).abs()
+        held, shared = {"weight": "weight"}, {"values": "masked", "weight": "shared"}
+        cases = [
+            Case([make.normal(1, 2, n, 8), table, 3], 5e-4, forms=forms)
+            for n in (3, 5, 9)
+            for forms in (held, shared)
+        ]
+        few = make.uniform(4, 6, 6).tril()
+        return [*cases, Case([make.small(1, 2, 5, 4), few, 3], stock=5e-4)]
+
     @classmethod
-    def forms(cls, values: Any, weight: Vis, new: Any) -> dict[str, str]:
+    def last_position(cls, dim: int) -> dict[str, Any] | None:
+        """One row instead of `new`; all values count for it."""
+        return {"new": 1} if dim == -2 else None
+
+    @classmethod
+    def forms(cls, values: Any, weight: Vis, new: Any) -> dict[str, Form]:
         return {"values": "masked" if weight is Vis.SHARED else "sent"}
 
     @classmethod
@@ -46,13 +73,7 @@ class ConstantAttention(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, values: Moving, weight: Constant, new: int) -> Protocol:
-        """A product with a constant of the server's, bilinear in values and table: no message.
-
-        The table is opened under its static mask once in a session, each value once when it enters
-        the cache: to the server, or to both where the weights are shared. See `times_weight`.
-        Offline 8 bytes per result. MERGE (Liang et al., AAAI 2024) has the idea of a constant
-        attention; that it costs nothing online is due to the one-way form of the product.
-        """
+        """A product of two opened values; see `times_weight`."""
         yield from ()
 
         def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

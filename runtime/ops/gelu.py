@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.saturate import (
@@ -36,17 +37,35 @@ GELU_TANH = saturating(_gelu_tanh, -7, 128, 13, 58, 17, left=Tail(0, 0.0), right
 
 
 class Gelu(Op):
-    """GELU in its erf form, or its tanh form."""
+    """GELU in its erf form, or its tanh form if `tanh`; element by element.
+
+    x [...] shared gives [...] shared. Rounds 2; per element 18 bytes online, 696 offline.
+    Error below 2e-5
+    for |x| < 2**14. Each party sees what it sees in
+    `protocols.saturate.apply`: masked values that are uniform whatever x is.
+    """
 
     name = "gelu"
     schema = "(Tensor x, bool tanh=False) -> Tensor"
+    operands = {"x": "window"}
+    positions = Positions.ALL
+    kind = Kind.ACTIVATION
+    domain = SCALAR_DOMAIN
 
     @staticmethod
     def reference(x: torch.Tensor, tanh: bool = False) -> torch.Tensor:
         return torch.nn.functional.gelu(x, approximate="tanh" if tanh else "none")
 
-    operands = {"x": "window"}
-    domain = SCALAR_DOMAIN
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x = make.small(2, 3, 4)
+        return [
+            Case([spread(10)], 5e-5),
+            Case([spread(10), True], 5e-5),
+            Case([x], stock=1e-2),
+            Case([x, True], stock=1e-2),
+        ]
 
     @classmethod
     def cost(cls, x: Shared, tanh: bool = False, *, fixed: int) -> Cost:
@@ -54,7 +73,7 @@ class Gelu(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared, tanh: bool = False) -> Protocol:
-        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, 0 and x from +-7.25 on."""
+        """Cubics on windows of 1/8 between -7.25 and 7.25; 0 below, x above."""
         function = GELU_TANH if tanh else GELU
         share = yield from apply(ctx, function, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
@@ -63,7 +82,7 @@ class Gelu(Op):
     def stock(cls, x: Any, tanh: bool = False) -> Any:
         """The tanh form of either, as 2 sigmoid - 1: CrypTen's erf diverges beyond 2.
 
-        It differs from the erf form by up to 5e-4; for |x| < 20, where the cube still fits.
+        It differs from the erf form by up to 5e-4. For |x| < 20, where the cube fits.
         """
         inner = (x.square().mul(0.044715) + 1) * x
         return x * inner.mul(2 * math.sqrt(2 / math.pi)).sigmoid()

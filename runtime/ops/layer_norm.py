@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Held, Shared
 from mergec.runtime.crypten.domain import norm_factor
+from mergec.runtime.ops.rms_norm import row_bound
 from mergec.runtime.protocols.gain import apply_gain, gain_cost
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
 from mergec.runtime.protocols.weights import Constant, add_held
 
 
 class LayerNorm(Op):
-    """LayerNorm over the last dimension."""
+    """LayerNorm over the last dimension.
+
+    x [..., D], shared at any number of fractional bits; weight and bias [D], constants of the
+    server's, held or shared, or none. The result [..., D] is shared. bound: an upper end of a
+    centred row's mean square, from calibration. Cost and error as in `rms_norm`; rows are centred
+    locally. Each party sees what it sees in `normalize` and `apply_gain`.
+    """
 
     name = "layer_norm"
     schema = "(Tensor x, Tensor? weight, Tensor? bias, float eps, float bound=0.0) -> Tensor"
+    operands = {"x": "share"}
+    weights = ("weight",)
+    positions = Positions.ROWS
+    kind = Kind.NORM
 
     @staticmethod
     def reference(
@@ -34,8 +47,19 @@ class LayerNorm(Op):
     ) -> torch.Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
-    operands = {"x": "share"}
-    weights = ("weight",)
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x, gain, bias = make.normal(3, 48) + 2, make.normal(48), make.normal(48)
+        small, wide = make.small(2, 3, 16), make.small(3, 8) * 30
+        shared = {"weight": "shared", "bias": "share"}
+        return [
+            Case([x, gain, bias, 1e-5], 2e-4, forms={"weight": "weight", "bias": "held"}),
+            Case([x, gain, bias, 1e-5], 2e-4, forms=shared),
+            Case([x, None, None, 1e-5], 2e-4),
+            Case([wide, make.small(8), make.small(8), 1e-5, 900.0 * 16], stock=1e-2),
+            Case([small, None, None, 1e-5], stock=1e-2),
+        ]
 
     @classmethod
     def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
@@ -46,6 +70,15 @@ class LayerNorm(Op):
     @classmethod
     def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
         return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
+
+    @classmethod
+    def inner_bits(cls, shape: Sequence[int]) -> float:
+        """It centres a row as d x - sum(x)."""
+        return math.log2(2 * shape[-1])
+
+    @classmethod
+    def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return row_bound(measured)
 
     @staticmethod
     def _spec(x: Shared, eps: float, bound: float) -> RowNorm:

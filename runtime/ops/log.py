@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.power import Octaves, find_octave, find_octave_cost, level_table
@@ -22,17 +23,32 @@ OCTAVES = Octaves(0, 44, _FINE_BITS, _STEP, level_table(np.log, _STEP))
 
 
 class Log(Op):
-    """Natural logarithm of positive numbers."""
+    """Natural logarithm of positive numbers, element by element.
+
+    x [...], shared, gives [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
+    2**-16 <= x < 2**29: error below 2e-5. At 0 it returns the value of 0.9 * 2**-16. The results of
+    other inputs are wrong, but not larger than the largest right one. Each party sees what it sees
+    in `find_octave` and `truncate`.
+    """
 
     name = "log"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "fixed"}
+    domain = (2.0**-16, 2.0**29)
+    kind = Kind.ACTIVATION
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.log(x)
 
-    operands = {"x": "fixed"}
-    domain = (2.0**-16, 2.0**29)
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        # All octaves of a positive number that 16 fractional bits can tell from zero.
+        octaves = torch.exp2(torch.linspace(6, 44.9, 400).double())
+        positive = torch.cat([torch.arange(1, 40), octaves]).round() * 2.0**-16
+        # CrypTen takes two Householder steps.
+        return [Case([positive], 3e-5), Case([make.uniform(6, low=0.2, high=20.2)], stock=3e-2)]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -41,13 +57,10 @@ class Log(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-16 <= x < 2**29: error below 2e-5; at 0 the value of 0.9 * 2**-16.
+        """log(w 4**k) = log(w) + k log(4).
 
-        Other inputs give something wrong, but no larger than the largest result.
-
-        log(w 4**k) = log(w) + k log(4): the table of the level k that x lies in gives log(w), and
-        k is the number of levels that x is not below. Rounds 3. Each party sees what it sees in
-        `find_octave` and `truncate`.
+        The table of the level k that x lies in returns log(w); k is the number of levels that x is
+        not below.
         """
         found, below = yield from find_octave(ctx, x.share.reshape(-1), OCTAVES)
         share = found.sum(-1)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Masked, Shared, Weight, encode
 from mergec.runtime.protocols.local import as_share, ghost
@@ -17,21 +18,43 @@ from mergec.runtime.protocols.multiply import multiply, multiply_cost
 from mergec.runtime.protocols.weights import move, move_cost, scale_by
 
 _CONSTANT = (Weight, Masked)
-"""What the server's constant can be; any other opened operand comes as a share (`operands`)."""
+"""A constant of the server's. Any other opened operand arrives as a share (`operands`)."""
 
 
 class Mul(Op):
-    """Element-wise product of two tensors."""
+    """Element-wise product of two tensors that broadcast.
+
+    Shared operands at the program's fractional bits give a shared result with twice as many. By a
+    public factor: local. By a constant of the server's: 1 round, and 8 bytes online (16 if the
+    constant is shared) per element of the other factor, 8 offline per element of the result. Two
+    shared factors: 1 round, 16 bytes online per element of either, 8 offline per element of the
+    result. Exact. Each party sees factors under fresh uniform masks (`protocols.multiply.multiply`,
+    `protocols.weights.move`).
+    """
 
     name = "mul"
     schema = "(Tensor a, Tensor b) -> Tensor"
+    operands = {"a": "fixed", "b": "fixed"}
+    weights = ("a", "b")
+    positions = Positions.ALL
 
     @staticmethod
     def reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a * b
 
-    operands = {"a": "fixed", "b": "fixed"}
-    weights = ("a", "b")
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x, y = make.small(2, 3, 4), make.small(2, 3, 4)
+        return [
+            Case([make.normal(3, 4), make.normal(4)], 1e-4, forms={"b": "weight"}),
+            Case([make.normal(3, 4), make.normal(3, 1)], 1e-4),
+            Case([make.normal(3, 4), make.normal(4)], 1e-4, forms={"b": PUBLIC}),
+            Case([make.normal(8), make.normal(3, 8)], 1e-4, forms={"a": "shared"}),
+            Case([x, y], stock=5e-4),
+            Case([x, y], stock=5e-4, forms={"a": PUBLIC}),
+            Case([x, y[0]], stock=5e-4, forms={"b": PUBLIC}),
+        ]
 
     @classmethod
     def scale(cls, a: object, b: object, *, fixed: int) -> int:
@@ -50,7 +73,7 @@ class Mul(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, a: Any, b: Any) -> Protocol:
-        """Local by a public factor; one opening by a constant; else Beaver."""
+        """Local by a public factor; one opening by a constant; else a Beaver triple."""
         frac = 2 * ctx.fixed
         if isinstance(a, (torch.Tensor, *_CONSTANT)):
             a, b = b, a

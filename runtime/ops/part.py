@@ -1,4 +1,4 @@
-"""Columns of a product whose parts have a binary point each."""
+"""Columns of a product whose parts have different binary points."""
 
 from __future__ import annotations
 
@@ -6,29 +6,39 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 
 
 class Part(Op):
-    """`x[..., start:end]`, where these columns have `finer` fractional bits more than `x` says.
+    """x[..., start:end], whose words have `finer` fractional bits more than those of x.
 
-    `mpc.linear` makes such columns where one product takes the place of several whose results have
-    room for different numbers of fractional bits. Nothing else may read them: their words stand for
-    numbers that are 2**finer times smaller than the others'.
+    Local and exact: no message. `mpc.linear` makes such columns where one product replaces several
+    whose results have room for different numbers of fractional bits. Nothing else may read these
+    columns of x: their words stand for numbers that are 2**finer times smaller than the others'.
     """
 
     name = "part"
     schema = "(Tensor x, int start, int end, int finer) -> Tensor"
+    operands = {"x": "share"}
+    local = True
+    kind = Kind.MOVEMENT
 
     @staticmethod
     def reference(x: torch.Tensor, start: int, end: int, finer: int) -> torch.Tensor:
         return x[..., start:end]
 
-    operands = {"x": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [
+            Case([make.normal(2, 7), 2, 5, 0], 1e-5),
+            Case([make.small(2, 3, 4), 1, 3, 2], stock=1e-4),
+        ]
 
     @classmethod
     def scale(cls, x: int, start: int, end: int, finer: int, *, fixed: int) -> int:
@@ -40,7 +50,7 @@ class Part(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared, start: int, end: int, finer: int) -> Protocol:
-        """Local and exact: each party cuts its share and reads it with another binary point."""
+        """Each party cuts its share and reads it with another binary point."""
         yield from ()
         return Shared(x.share[..., start:end], x.frac + finer)
 

@@ -1,4 +1,4 @@
-"""a x**2 + b x + c with public coefficients: the cheap stand-in for GELU and SiLU."""
+"""a x**2 + b x + c with public coefficients: the cheap replacement of GELU and SiLU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.ops.scale import fraction
@@ -17,16 +18,30 @@ from mergec.runtime.protocols.multiply import product_of_masked
 
 
 class Quadratic(Op):
-    """a x**2 + b x + c, element by element; a, b and c are public numbers."""
+    """a x**2 + b x + c, element by element, with public numbers a, b and c.
+
+    x [...], opened under a mask, gives [...], shared. No message beyond the opening of x; 8 bytes
+    offline per element. a is rounded to 16 significant bits, b and c to the result's scale. So the
+    error is that of `square`, plus 2**-16 of a x**2.
+    """
 
     name = "quadratic"
     schema = "(Tensor x, float a, float b, float c) -> Tensor"
+    operands = {"x": "masked"}
+    kind = Kind.ACTIVATION
 
     @staticmethod
     def reference(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
         return a * x * x + b * x + c
 
-    operands = {"x": "masked"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [
+            Case([make.normal(3, 4), 0.125, 0.25, 0.5], 1e-4),
+            Case([make.normal(3, 4), -0.3, 0.0, 1.7], 1e-4),
+            Case([make.small(2, 3, 4), 0.125, 0.25, 0.5], stock=5e-4),
+        ]
 
     @classmethod
     def scale(cls, x: int, a: float, b: float, c: float, *, fixed: int) -> int:
@@ -38,10 +53,9 @@ class Quadratic(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Masked, a: float, b: float, c: float) -> Protocol:
-        """No message beyond the opening of the operand: the square as in `square`, the rest local.
+        """The square as in `square`; the rest is local.
 
-        a is rounded to 16 bits; b and c to the result's scale, which has fraction(a)[1] bits more
-        than a square. So the error is that of the square, and 2**-16 of a x**2.
+        The result has fraction(a)[1] fractional bits more than a square.
         """
         yield from ()
         mantissa, bits = fraction(a)

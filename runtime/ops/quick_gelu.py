@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.saturate import (
@@ -34,17 +35,28 @@ QUICK_GELU = saturating(
 
 
 class QuickGelu(Op):
-    """x * sigmoid(1.702 x)."""
+    """x * sigmoid(1.702 x), element by element.
+
+    x [...] shared gives [...] shared. Rounds 2; per element 18 bytes online, 792 offline.
+    Error below 4e-5 for |x| < 2**14. Each party sees what it sees in
+    `protocols.saturate.apply`: masked values that are uniform whatever x is.
+    """
 
     name = "quick_gelu"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "window"}
+    positions = Positions.ALL
+    kind = Kind.ACTIVATION
+    domain = SCALAR_DOMAIN
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
 
-    operands = {"x": "window"}
-    domain = SCALAR_DOMAIN
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [Case([spread(10)], 5e-5), Case([make.small(2, 3, 4)], stock=1e-2)]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -52,7 +64,7 @@ class QuickGelu(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 4e-5 for |x| < 2**14: cubics on windows of 1/8, 0 and x from +-7.25 on."""
+        """Cubics on windows of 1/8 between -7.25 and 7.25; 0 below, x above."""
         share = yield from apply(ctx, QUICK_GELU, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 

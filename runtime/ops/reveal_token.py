@@ -1,4 +1,4 @@
-"""Tell the client the token that its logits choose, and nothing else of them."""
+"""Tell the client the token that its logits choose, and nothing else about them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.draw import TEMPERATURE_BITS
 from mergec.runtime.core.messages import Protocol, ToClient
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Shared
 from mergec.runtime.protocols.argmax import (
@@ -29,21 +30,30 @@ from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 
 class RevealToken(Op):
-    """Tell the client the token that its logits choose, and nothing else of them.
+    """Tell the client the token that its logits choose, and nothing else about them.
 
-    `logits` [..., V] give [...]. groups: sizes of the groups that are compared pair by pair, level
-    by level (`protocols.argmax`); by default what `plans` names first.
+    logits [..., V], shared, |logit| < 2**14, give [...], held by the client. Cost: see `protocol`.
+
+    groups: sizes of the groups that are compared pair by pair, level by level (`protocols.argmax`);
+    by default the first of `plans`.
     """
 
     name = "reveal_token"
     schema = "(Tensor logits, int[] groups=[]) -> Tensor"
+    operands = {"logits": "share"}
+    result = "revealed"
+    domain = SCALAR_DOMAIN
+    kind = Kind.OPENING
 
     @staticmethod
     def reference(logits: torch.Tensor, groups: Sequence[int] = ()) -> torch.Tensor:
         return logits.argmax(-1)
 
-    operands = {"logits": "share"}
-    domain = SCALAR_DOMAIN
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        # The result is an index. These logits are further apart than CrypTen's errors.
+        return [Case([make.normal(3, 40)], 0.5), Case([make.small(1, 9)], stock=0.5)]
 
     @classmethod
     def visibility(cls, *operands: Vis) -> Vis:
@@ -51,7 +61,7 @@ class RevealToken(Op):
 
     @classmethod
     def known_to(cls, *operands: Vis) -> Vis | None:
-        """Only what the client knows already needs no message."""
+        """No message is needed for what the client knows already."""
         return operands[0] if operands[0] in (Vis.PUBLIC, Vis.CLIENT) else None
 
     @classmethod
@@ -63,7 +73,7 @@ class RevealToken(Op):
     def cost(
         cls, logits: Shared, groups: Sequence[int] = (), *, fixed: int, top_k: int = 0
     ) -> Cost:
-        """For a whole vocabulary to choose from, unless `top_k` tells how many tokens."""
+        """For a choice from the whole vocabulary, or from the `top_k` largest logits."""
         rows, vocabulary = math.prod(logits.shape[:-1]), logits.shape[-1]
         last = truncate_cost(rows * vocabulary, logits.frac - _FINEST)
         last += Cost(rounds=1, online=4 * rows)
@@ -78,20 +88,19 @@ class RevealToken(Op):
     def protocol(cls, ctx: Context, logits: Shared, groups: Sequence[int] = ()) -> Protocol:
         """The largest of logits + temperature * Gumbel noise, which is a draw from their softmax.
 
-        In: logits [..., V] with at least 16 fractional bits, |logit| + 37 temperature < 2**14;
-        beyond 48 bits they are truncated first, which takes a round and 16 bytes each.
-        `ctx.draw` has the public temperature, 0 for the largest logit itself, and the public number
-        of tokens to choose from. Out: held by the client. Rounds 3 for each level of groups and 1;
-        online and offline as in `protocols.argmax`, 4 bytes to the client, and 8 offline for each
-        candidate that gets noise.
+        In: logits [..., V] with at least 16 fractional bits, |logit| + 37 temperature < 2**14.
+        Beyond 48 bits they are truncated first, which costs 1 round and 16 bytes online each.
+        `ctx.draw` holds the public temperature, 0 for the largest logit itself, and the public
+        number of tokens to choose from. Out: held by the client. Rounds 3 per level of groups, and
+        1. Online and offline bytes as in `protocols.argmax`, plus 4 online to the client, plus 8
+        offline for each candidate that gets noise.
 
-        The client sees the token; it learns no logit, nor by how much the token leads. The server
-        sees nothing but masked values. The noise is the dealer's: each party has a random share of
-        it, so no token can be traced back to the logits by undoing the noise. Logits and noise are
-        cut to 16 fractional bits, each by less than two units: of logits that are closer than
-        2**-15 any may win, and a token's probability is off by a factor of at most
-        exp(2**-13 / temperature). Source: Gumbel-max, as in Maddison, Tarlow and Minka (NeurIPS
-        2014).
+        The client sees the token. It learns no logit, nor by how much the token leads. The server
+        sees masked values alone. The noise is the dealer's: each party has a random share of it, so
+        nobody can undo the noise to trace a token back to the logits. Logits and noise are cut to
+        16 fractional bits, each by less than two units: of logits that are closer than 2**-15 any
+        may win, and a token's probability is off by a factor of at most exp(2**-13 / temperature).
+        Source: Gumbel-max, as in Maddison, Tarlow and Minka (NeurIPS 2014).
         """
         shape, vocabulary = logits.shape[:-1], logits.shape[-1]
         frac, share = logits.frac, logits.share.reshape(-1, vocabulary)
@@ -135,8 +144,8 @@ def _groups(vocabulary: int, given: Sequence[int]) -> Sequence[int]:
 def _noise(ctx: Context, shape: Sequence[int]) -> torch.Tensor:
     """Shares modulo 2**32 of temperature * noise, with 16 fractional bits, one unit off at most.
 
-    The noise is dealt with 16 fractional bits whatever the temperature, and zero times it at
-    temperature 0: so what is dealt says nothing of the request.
+    The noise is dealt with 16 fractional bits whatever the temperature, and multiplied by zero at
+    temperature 0. So what is dealt says nothing about the request.
     """
     unit = ctx.deal(shape, lambda: gumbel(ctx.private_words(shape)))
     if unit.is_meta:

@@ -1,4 +1,4 @@
-"""Rotary position embedding of the leading `cos.shape[-1]` features of x [B, H, N, D]."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import LAST, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared, encode
 from mergec.runtime.protocols.local import ghost
@@ -18,14 +19,20 @@ TABLE_FRAC = 16
 
 
 class Rotary(Op):
-    """Rotary position embedding of the leading `cos.shape[-1]` features of x [B, H, N, D].
+    """Rotary position embedding of the leading R = cos.shape[-1] features of x [B, H, N, D].
 
-    cos and sin are public and broadcast to [B, H, N, R] with R <= D; the other features pass. Pairs
-    are the two halves of the R features, or neighbours when `interleaved`.
+    x shared, at any number of fractional bits; cos and sin public, broadcasting to [B, H, N, R]
+    with R <= D. The result [B, H, N, D] is shared; features from R on pass unchanged. A pair of
+    features is one of each half of the R, or two neighbours if `interleaved`. Local: no message;
+    cos and sin are rounded to 16 fractional bits, which the result has beyond those of x.
     """
 
     name = "rotary"
     schema = "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor"
+    operands = {"x": "share"}
+    local = True
+    prepares = "x"
+    parts = ("cos", "sin")
 
     @staticmethod
     def reference(
@@ -35,7 +42,23 @@ class Rotary(Op):
         rot, rest = x[..., :size], x[..., size:]
         return torch.cat([rot * cos + rotate(rot, interleaved) * sin, rest], -1)
 
-    operands = {"x": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        angles, tables = make.normal(3, 8), {"cos": PUBLIC, "sin": PUBLIC}
+        x, half = make.small(1, 4, 3, 4), make.uniform(1, 1, 3, 4)
+        few = half[..., :2]
+        return [
+            Case([make.normal(1, 2, 3, 8), angles.cos(), angles.sin()], 1e-4, forms=tables),
+            Case([make.normal(1, 2, 3, 16), angles.cos(), angles.sin(), True], 1e-4, forms=tables),
+            Case([x, half.cos(), half.sin()], stock=5e-4, forms=tables),
+            Case([x, few.cos(), few.sin(), True], stock=5e-4, forms=tables),
+        ]
+
+    @classmethod
+    def last_position(cls, dim: int) -> dict[str, Any] | None:
+        """Each position has its own row of the tables; the features of one are mixed."""
+        return dict.fromkeys(cls.tensors, LAST) if dim < -1 else None
 
     @classmethod
     def scale(cls, x: int, *args: object, fixed: int) -> int:
@@ -54,7 +77,7 @@ class Rotary(Op):
         sin: torch.Tensor,
         interleaved: bool = False,
     ) -> Protocol:
-        """Local: a public linear map of each party's share, which gains 16 fractional bits."""
+        """A public linear map of each party's share."""
         yield from ()
         frac = x.frac + TABLE_FRAC
         if x.share.is_meta:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.power import Power, power, power_cost
@@ -18,17 +19,32 @@ SPEC = Power(-0.5, FRACTIONAL_BITS, 0, 44)
 
 
 class Rsqrt(Op):
-    """1 / sqrt(x) for positive x."""
+    """1 / sqrt(x) for positive x, element by element.
+
+    x [...], shared, gives [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
+    2**-16 <= x < 2**29: relative error below 2**-16, and the rounding of the result. At 0 it
+    returns the value at that end, 2**8, or up to a ninth more. The results of other inputs are
+    wrong, but not larger than that. Each party sees what it sees in `power` and `truncate`.
+    """
 
     name = "rsqrt"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "fixed"}
+    positions = Positions.ALL
+    domain = (2.0**-16, 2.0**29)
+    kind = Kind.NORM
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.rsqrt(x)
 
-    operands = {"x": "fixed"}
-    domain = (2.0**-16, 2.0**29)
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [
+            Case([spread(3).abs() + 0.1], 1e-3),
+            Case([make.uniform(6, low=0.2, high=20.2)], stock=5e-3),
+        ]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -37,11 +53,7 @@ class Rsqrt(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """For 2**-16 <= x < 2**29: relative error below 2**-16, and the rounding of the result.
-
-        At 0 it keeps to the value at the end, 2**8, or up to a ninth more. Other inputs give
-        something wrong, but no larger than that.
-        """
+        """`power` with exponent -1/2, truncated to the program's fractional bits."""
         share = yield from power(ctx, x.share, SPEC)
         share = yield from truncate(ctx, share, SPEC.out_frac - ctx.fixed)
         return Shared(share, ctx.fixed)

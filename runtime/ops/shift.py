@@ -6,24 +6,37 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Shared
 
 
 class Shift(Op):
-    """Sum of a tensor and a public number."""
+    """Sum of a tensor and a public number: x [...], shared, gives [...], shared.
+
+    Local: no message. The number is rounded to the fractional bits of x, which the result keeps.
+    """
 
     name = "shift"
     schema = "(Tensor x, float amount) -> Tensor"
+    operands = {"x": "share"}
+    local = True
+    positions = Positions.ALL
 
     @staticmethod
     def reference(x: torch.Tensor, amount: float) -> torch.Tensor:
         return x + amount
 
-    operands = {"x": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [
+            Case([make.normal(3, 4), 1.5], 2e-5),
+            Case([make.small(2, 3, 4), -1.25], stock=1e-4),
+        ]
 
     @classmethod
     def scale(cls, x: int, amount: float, *, fixed: int) -> int:
@@ -35,7 +48,7 @@ class Shift(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared, amount: float) -> Protocol:
-        """Local: the client adds the number to its share."""
+        """The client adds the number to its share."""
         yield from ()
         if ctx.party != CLIENT:
             return x

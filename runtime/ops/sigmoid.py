@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.saturate import (
@@ -27,17 +28,28 @@ SIGMOID = saturating(
 
 
 class Sigmoid(Op):
-    """Logistic function."""
+    """Logistic function, element by element.
+
+    x [...] shared gives [...] shared. Rounds 2; per element 18 bytes online, 664 offline.
+    Error below 3e-5 for |x| < 2**14. Each party sees what it sees in
+    `protocols.saturate.apply`: masked values that are uniform whatever x is.
+    """
 
     name = "sigmoid"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "window"}
+    positions = Positions.ALL
+    kind = Kind.ACTIVATION
+    domain = SCALAR_DOMAIN
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(x)
 
-    operands = {"x": "window"}
-    domain = SCALAR_DOMAIN
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [Case([spread(20)], 5e-5), Case([make.small(2, 3, 4)], stock=5e-3)]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -45,7 +57,7 @@ class Sigmoid(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 3e-5 for |x| < 2**14: cubics on windows of 1/4, 0 and 1 from +-15 on."""
+        """Cubics on windows of 1/4 between -15 and 15; 0 below, 1 above."""
         share = yield from apply(ctx, SIGMOID, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.normalize import (
@@ -20,24 +22,52 @@ from mergec.runtime.protocols.normalize import (
     scale_rows_cost,
 )
 from mergec.runtime.protocols.power import octaves, octaves_cost
-from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
+from mergec.runtime.protocols.rows import (
+    EXP_FRAC,
+    MAX_SPREAD,
+    exponentials,
+    exponentials_cost,
+    inverse,
+)
 
 
 class Softmax(Op):
-    """Softmax over the last dimension."""
+    """Softmax over the last dimension: x [..., D], shared, gives [..., D], shared.
+
+    x at any number of fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
+    (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 5, and 3 for
+    each level of `peak`. Each party sees what it sees in `exponentials`, `open_row`, `octaves` and
+    `scale_rows`.
+    """
 
     name = "softmax"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "share"}
+    positions = Positions.ROWS
+    kind = Kind.ATTENTION
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.softmax(x, -1)
 
-    operands = {"x": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x, far = make.small(2, 3, 4), torch.tensor([[1e4, -1e4, 1e4 - 1.0]], dtype=torch.float64)
+        return [
+            Case([make.normal(5, 37, scale=8)], 1e-4),
+            Case([far], 1e-4),
+            Case([x], stock=5e-3),
+            Case([x[..., :1]], stock=5e-3),
+        ]
 
     @classmethod
     def measure(cls, x: torch.Tensor) -> dict[str, float]:
         return {"score_spread": float((x.amax(-1) - x.amin(-1)).max())}
+
+    @classmethod
+    def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+        return too_far_apart(measured)
 
     @classmethod
     def scale(cls, x: int, *, fixed: int) -> int:
@@ -57,12 +87,7 @@ class Softmax(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """exp(x - c) by rows with c near the maximum, divided by their sum; error below 1e-4.
-
-        For rows up to 4096 whose scores are up to 3.2e4 apart (`rows.MAX_SPREAD`). Rounds 5 and 3
-        for each level of `peak`. What each party sees is what it sees in `exponentials`,
-        `open_row`, `octaves` and `scale_rows`.
-        """
+        """exp(x - c) by rows, with c near the maximum, divided by their sum."""
         rows = x.share.reshape(-1, x.shape[-1])
         valid = torch.ones(rows.shape, dtype=torch.bool)
         powers = yield from exponentials(ctx, Shared(rows, x.frac), valid)
@@ -75,3 +100,14 @@ class Softmax(Op):
     def stock(cls, x: Any) -> Any:
         """CrypTen's softmax: maximum by comparisons, exponential, reciprocal."""
         return x.softmax(-1)
+
+
+def too_far_apart(measured: Mapping[str, Any]) -> str:
+    """Why `exponentials` cannot run on rows of scores as calibration found them, if it cannot."""
+    spread = measured.get("score_spread", 0.0)
+    if spread <= MAX_SPREAD:
+        return ""
+    return (
+        f"the scores of a row are {spread:.3g} apart in calibration; its protocol supports up to "
+        f"{MAX_SPREAD:g}"
+    )

@@ -1,4 +1,4 @@
-"""Sum over the last dimension, which is kept."""
+"""Sum over the last dimension, which stays as a dimension of size 1."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Op
@@ -15,16 +16,24 @@ from mergec.runtime.protocols.local import ghost
 
 
 class Sum(Op):
-    """Sum over the last dimension, which is kept."""
+    """Sum over the last dimension: x [..., D], shared, gives [..., 1], shared.
+
+    Local and exact: no message, and the fractional bits of x.
+    """
 
     name = "sum"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "share"}
+    local = True
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return x.sum(-1, keepdim=True)
 
-    operands = {"x": "share"}
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [Case([make.normal(3, 8)], 1e-4), Case([make.small(2, 3, 4)], stock=1e-4)]
 
     @classmethod
     def scale(cls, x: int, *, fixed: int) -> int:
@@ -36,7 +45,7 @@ class Sum(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Local: each party sums its shares."""
+        """Each party sums its shares."""
         yield from ()
         if x.share.is_meta:
             return Shared(ghost((*x.shape[:-1], 1)), x.frac)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Op
+from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.saturate import (
@@ -25,17 +26,28 @@ TANH = saturating(np.tanh, -7.5, 128, 13, 60, 16, left=Tail(0, -1.0), right=Tail
 
 
 class Tanh(Op):
-    """Hyperbolic tangent."""
+    """Hyperbolic tangent, element by element.
+
+    x [...] shared gives [...] shared. Rounds 2; per element 18 bytes online, 712 offline.
+    Error below 2e-5 for |x| < 2**14. Each party sees what it sees in
+    `protocols.saturate.apply`: masked values that are uniform whatever x is.
+    """
 
     name = "tanh"
     schema = "(Tensor x) -> Tensor"
+    operands = {"x": "window"}
+    positions = Positions.ALL
+    kind = Kind.ACTIVATION
+    domain = SCALAR_DOMAIN
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x)
 
-    operands = {"x": "window"}
-    domain = SCALAR_DOMAIN
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        return [Case([spread(10)], 5e-5), Case([make.small(2, 3, 4)], stock=5e-3)]
 
     @classmethod
     def cost(cls, x: Shared, *, fixed: int) -> Cost:
@@ -43,7 +55,7 @@ class Tanh(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Error below 2e-5 for |x| < 2**14: cubics on windows of 1/8, +-1 from +-7.25 on."""
+        """Cubics on windows of 1/8 between -7.25 and 7.25; -1 below, 1 above."""
         share = yield from apply(ctx, TANH, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from mergec.runtime.core.cases import PUBLIC, Case
 from mergec.runtime.core.messages import Message, Swap
-from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.op import FORMS, LAST, REGISTRY, Op
 from mergec.runtime.core.spec import SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode
 from mergec.runtime.engine.simulate import Simulation
@@ -22,181 +24,135 @@ from tests.protocols.harness import uniform_bytes
 
 load_all()
 FIXED = 16
-GENERATOR = torch.Generator().manual_seed(7)
-
-
-def real(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=GENERATOR) * scale
-
-
-def spread(limit: float) -> torch.Tensor:
-    """The whole range of a scalar function, its edges, and far beyond its table."""
-    far = torch.tensor([-16_000.0, -64.0, 64.0, 16_000.0, 0.0, 2.0**-16, -(2.0**-16)])
-    return torch.cat([torch.linspace(-limit, limit, 3001, dtype=torch.float64), far.double()])
-
-
-ANGLES = real(3, 8)
-MASK = torch.full((1, 1, 4, 9), torch.finfo(torch.float32).min).triu(6)
-ALIBI = MASK + real(1, 6, 1, 9).float()
-# All octaves of a positive number that 16 fractional bits can tell from zero.
-POSITIVE = torch.cat([torch.arange(1, 40), torch.exp2(torch.linspace(6, 44.9, 400).double())])
-POSITIVE = POSITIVE.round() * 2.0**-16
-PUBLIC = "public"
-"""Marks a tensor operand that all parties know."""
-
-SHARED = "shared"
-"""Marks a constant that is shared, and opened under its static mask."""
-
-TABLES = {"cos": PUBLIC, "sin": PUBLIC}
-
-# op, arguments, forms of operands where they are not the op's own, largest error. A fixed-point
-# operand is rounded to 2**-17; products of unit size and sums of 8 to 64 of them keep that to 1e-4.
-CASES: list[tuple[str, list[Any], dict[str, str], float]] = [
-    ("add", [real(3, 4), real(4)], {}, 3e-5),
-    ("add", [real(3, 4), real(4)], {"b": PUBLIC}, 3e-5),
-    ("sub", [real(3, 4), real(3, 4)], {}, 3e-5),
-    ("scale", [real(3, 4), 0.125], {}, 1e-5),
-    ("scale", [real(3, 4), -4.0], {}, 1e-4),
-    ("scale", [real(3, 4), -0.3], {}, 3e-5),
-    ("shift", [real(3, 4), 1.5], {}, 2e-5),
-    ("sum", [real(3, 8)], {}, 1e-4),
-    ("mul", [real(3, 4), real(4)], {"b": "weight"}, 1e-4),
-    ("mul", [real(3, 4), real(3, 1)], {}, 1e-4),
-    ("mul", [real(3, 4), real(4)], {"b": PUBLIC}, 1e-4),
-    ("square", [real(3, 4)], {}, 1e-4),
-    ("quadratic", [real(3, 4), 0.125, 0.25, 0.5], {}, 1e-4),
-    ("quadratic", [real(3, 4), -0.3, 0.0, 1.7], {}, 1e-4),
-    ("linear", [real(2, 3, 8), real(5, 8), real(5)], {"weight": "weight", "bias": "held"}, 2e-4),
-    ("linear", [real(1, 8), real(5, 8), None], {"weight": "weight"}, 2e-4),
-    ("part", [real(2, 7), 2, 5, 0], {}, 1e-5),
-    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": "weight"}, 1e-5),
-    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"weight": SHARED}, 1e-5),
-    ("embedding", [torch.tensor([[3, 0, 6]]), real(7, 4)], {"ids": PUBLIC, "weight": SHARED}, 1e-5),
-    (
-        "linear",
-        [real(2, 3, 8), real(5, 8), real(5)],
-        {"x": "masked", "weight": SHARED, "bias": "share"},
-        2e-4,
-    ),
-    ("mul", [real(8), real(3, 8)], {"a": SHARED}, 1e-4),
-    ("rms_norm", [real(3, 64), real(64), 1e-5, 1.0], {"weight": SHARED}, 2e-4),
-    (
-        "layer_norm",
-        [real(3, 48) + 2, real(48), real(48), 1e-5],
-        {"weight": SHARED, "bias": "share"},
-        2e-4,
-    ),
-    ("matmul", [real(2, 3, 8), real(2, 8, 4)], {}, 2e-4),
-    ("silu", [spread(20)], {}, 5e-5),
-    ("gelu", [spread(10)], {}, 5e-5),
-    ("gelu", [spread(10), True], {}, 5e-5),
-    ("quick_gelu", [spread(10)], {}, 5e-5),
-    ("tanh", [spread(10)], {}, 5e-5),
-    ("sigmoid", [spread(20)], {}, 5e-5),
-    ("relu", [spread(20)], {}, 1e-5),
-    ("exp", [-spread(20).abs()], {}, 5e-5),
-    ("reciprocal", [spread(3)[3001:].abs().clamp(0.1, 100)], {}, 1e-3),
-    ("log", [POSITIVE], {}, 3e-5),
-    ("rsqrt", [spread(3).abs() + 0.1], {}, 1e-3),
-    ("glu", [real(3, 8, scale=3), real(3, 8), "silu"], {}, 2e-4),
-    ("glu", [real(3, 8, scale=3), real(3, 8), "gelu"], {}, 2e-4),
-    ("glu", [real(3, 8, scale=3), real(3, 8), "gelu_tanh"], {}, 2e-4),
-    ("glu", [real(3, 8, scale=3), real(3, 8), "relu"], {}, 2e-4),
-    ("rms_norm", [real(3, 64), real(64), 1e-5], {"weight": "weight"}, 2e-4),
-    ("rms_norm", [real(3, 64), real(64), 1e-5, 1.0], {"weight": "weight"}, 2e-4),
-    ("rms_norm", [real(3, 64), None, 1e-5], {}, 2e-4),
-    (
-        "layer_norm",
-        [real(3, 48) + 2, real(48), real(48), 1e-5],
-        {"weight": "weight", "bias": "held"},
-        2e-4,
-    ),
-    ("layer_norm", [real(3, 48) + 2, None, None, 1e-5], {}, 2e-4),
-    ("softmax", [real(5, 37, scale=8)], {}, 1e-4),
-    ("softmax", [torch.tensor([[1e4, -1e4, 1e4 - 1.0]], dtype=torch.float64)], {}, 1e-4),
-    ("rotary", [real(1, 2, 3, 8), ANGLES.cos(), ANGLES.sin()], TABLES, 1e-4),
-    ("rotary", [real(1, 2, 3, 16), ANGLES.cos(), ANGLES.sin(), True], TABLES, 1e-4),
-    *(
-        (
-            "attention",
-            [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c],
-            {"mask": PUBLIC},
-            3e-4,
-        )
-        for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
-    ),
-    *(
-        (
-            "ratio_attention",
-            [real(1, 6, 4, 16, scale=3), real(1, g, 9, 16), real(1, g, 9, 16), m, 0.25, c, kind],
-            {"mask": PUBLIC},
-            1e-3,
-        )
-        for kind in ("2quad", "2relu")
-        for g, m, c in ((2, MASK, 0.0), (6, ALIBI, 0.0), (1, None, 0.0), (2, MASK, 20.0))
-    ),
-    *(
-        ("constant_attention", [real(1, 2, n, 8), real(6, 5, 5).abs(), 3], forms, 5e-4)
-        for n in (3, 5, 9)
-        for forms in ({"weight": "weight"}, {"values": "masked", "weight": SHARED})
-    ),
-    ("cache_append", [real(1, 2, 3, 4), real(1, 2, 1, 4)], {}, 1e-5),
-    ("carry", [real(3, 4)], {}, 1e-5),
-    ("truncate", [real(3, 4)], {}, 3e-5),
-    ("open", [real(3, 4)], {}, 1e-5),
-    ("send", [real(3, 4)], {}, 1e-5),
-    ("reveal", [real(3, 4)], {}, 1e-5),
-    ("reveal_token", [real(3, 40)], {}, 0.5),
+CASES = [
+    pytest.param(op, case, id=f"{name}-{i}")
+    for name, op in REGISTRY.items()
+    for i, case in enumerate(op.cases())
+    if case.error is not None
 ]
-
+"""Every call whose own protocol an op's file promises an error for."""
 
 LIMIT = 6.5
 """Standard deviations; a uniform transcript exceeds them once in 10**8."""
 ENOUGH = 2**13
 """Bytes that a statistic is made of."""
 
-every_case = pytest.mark.parametrize(
-    ("name", "args", "forms", "tolerance"),
-    CASES,
-    ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)],
-)
+every_case = pytest.mark.parametrize(("op", "case"), CASES)
 
 
 def test_every_op_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(REGISTRY)
+    assert {param.values[0].name for param in CASES} == set(REGISTRY)
 
 
 @every_case
-def test_protocol(name: str, args: list[Any], forms: dict[str, str], tolerance: float) -> None:
-    op = REGISTRY[name]
+def test_protocol(op: type[Op], case: Case) -> None:
+    """Result, shape, cost and scale are those that the op states."""
+    assert case.error is not None
     simulation = Simulation(fixed=FIXED)
-    parameters = list(inspect.signature(op.reference).parameters)
-    wanted = {**op.forms(*args), **forms}
-    views = [
-        _views(simulation, wanted.get(parameter), parameter, arg)
-        for parameter, arg in zip(parameters, args, strict=False)
-    ]
+    views = arguments(simulation, op, case, case.args)
     simulation.cost = Cost()
     results = simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
-    expected = op.reference(*args)
-    assert (_value(simulation, results) - expected).abs().max() < tolerance
+    expected = op.reference(*case.args)
+    assert (_value(simulation, results) - expected).abs().max() < case.error
     assert all(tuple(result.shape) == tuple(expected.shape) for result in results)
     assert simulation.cost == op.cost(*(view[2] for view in views), fixed=FIXED)
-    if isinstance(results[0], (Shared, Masked, Sent)):
-        seen = [_seen(view[0], arg) for view, arg in zip(views, args, strict=True)]
+    if op.local:
+        assert simulation.cost == Cost()
+    assert isinstance(results[0], RESULT_TYPES[op.result])
+    if not isinstance(results[0], Held):
+        seen = [_seen(view[0], arg) for view, arg in zip(views, case.args, strict=True)]
         assert results[0].frac == op.scale(*seen, fixed=FIXED)
 
 
+RESULT_TYPES = {
+    "share": Shared,
+    "masked": Masked,
+    "sent": Sent,
+    "cache": (Masked, Sent),
+    "revealed": Held,
+}
+
+
 @every_case
-def test_messages_are_uniform_and_of_one_shape(
-    name: str, args: list[Any], forms: dict[str, str], tolerance: float
-) -> None:
+def test_the_forms_are_known(op: type[Op], case: Case) -> None:
+    known = [Vis.SHARED if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    forms = op.forms(*known)
+    assert set(forms) <= set(op.tensors)
+    assert set(forms.values()) <= set(FORMS)
+
+
+@pytest.mark.parametrize("op", REGISTRY.values(), ids=REGISTRY)
+def test_an_op_without_messages_is_local(op: type[Op]) -> None:
+    """An op that costs nothing in every case is local, and the other way round."""
+    free = []
+    for case in op.cases():
+        if case.error is None:
+            continue
+        simulation = Simulation(fixed=FIXED)
+        values = [view[2] for view in arguments(simulation, op, case, case.args)]
+        for value in values:
+            # Finer than the program, so that a truncation has something to do.
+            if isinstance(value, Shared) and "share" in op.operands.values():
+                value.frac = 2 * FIXED
+        free.append(op.cost(*values, fixed=FIXED) == Cost())
+    assert op.local == all(free)
+
+
+def _stated() -> dict[str, tuple[int, ...]]:
+    """Rounds, online and offline bytes per element, of each op whose docstring states them."""
+    pattern = r"Rounds (\d+); per element (\d+) bytes\s+online, (\d+) offline"
+    found = {name: re.search(pattern, op.__doc__ or "") for name, op in REGISTRY.items()}
+    return {name: tuple(map(int, m.groups())) for name, m in found.items() if m is not None}
+
+
+@pytest.mark.parametrize("name", _stated())
+def test_the_docstring_states_the_cost(name: str) -> None:
+    rounds, online, offline = _stated()[name]
+    op = REGISTRY[name]
+    shape = (7, 3)
+    words = torch.empty(shape, dtype=torch.int64, device="meta")
+    values = [Shared(words, FIXED if op.operands["x"] == "fixed" else 2 * FIXED)]
+    assert op.cost(*values, fixed=FIXED) == Cost(rounds, 21 * online, 21 * offline)
+
+
+def test_the_docstrings_of_scalar_functions_state_their_cost() -> None:
+    assert {"silu", "gelu", "exp", "log", "reciprocal", "rsqrt", "relu", "open", "send"} <= set(
+        _stated()
+    )
+
+
+@pytest.mark.parametrize("op", REGISTRY.values(), ids=REGISTRY)
+def test_the_last_position_alone(op: type[Op]) -> None:
+    """The call that `last_position` describes computes the last position of the whole result."""
+    for case in op.cases():
+        names = list(inspect.signature(op.reference).parameters)[: len(case.args)]
+        whole = op.reference(*case.args)
+        for dim in range(-whole.dim(), 0):
+            rule = op.last_position(dim)
+            if rule is None:
+                continue
+            few = [
+                _last(arg, dim, whole) if rule.get(name) is LAST else rule.get(name, arg)
+                for name, arg in zip(names, case.args, strict=True)
+            ]
+            torch.testing.assert_close(op.reference(*few), _last(whole, dim, whole))
+
+
+def _last(value: Any, dim: int, whole: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dim() < -dim or value.shape[dim] == 1:
+        return value
+    assert value.shape[dim] == whole.shape[dim]
+    return value.narrow(dim, value.shape[dim] - 1, 1)
+
+
+@every_case
+def test_messages_are_uniform_and_of_one_shape(op: type[Op], case: Case) -> None:
     """For fixed inputs: what each party receives, and what both open. Zeros look the same."""
     shapes = []
-    for inputs in (args, [_zero(arg) for arg in args]):
+    for inputs in (case.args, [_zero(arg) for arg in case.args]):
         wire = Wire(fixed=FIXED, record=True)
         while sum(payload.nbytes for payload in wire.transcript) < ENOUGH:
-            _play(wire, name, inputs, forms)
+            _play(wire, op, case, inputs)
             if not wire.transcript:
                 break
         for payloads in (wire.transcript, wire.sums, wire.differences):
@@ -221,16 +177,11 @@ class Wire(Simulation):
         return super()._deliver(client, server)
 
 
-def _play(wire: Wire, name: str, args: list[Any], forms: dict[str, str]) -> None:
+def _play(wire: Wire, op: type[Op], case: Case, args: Sequence[Any]) -> None:
     """Run the op once, on fresh shares; only its own messages are kept."""
-    op = REGISTRY[name]
-    wanted = {**op.forms(*args), **forms}
     # Every run is a session of its own, with static masks of its own.
     simulation = Wire(fixed=FIXED)
-    views = [
-        _views(simulation, wanted.get(parameter), parameter, arg)
-        for parameter, arg in zip(inspect.signature(op.reference).parameters, args, strict=False)
-    ]
+    views = arguments(simulation, op, case, args)
     simulation.record = True
     simulation.sums, simulation.differences = wire.sums, wire.differences
     simulation.transcript = wire.transcript
@@ -248,23 +199,35 @@ def test_the_result_of_a_secret_is_never_public() -> None:
     for op in REGISTRY.values():
         for vis in (Vis.CLIENT, Vis.SERVER, Vis.SHARED):
             assert op.visibility(vis, Vis.PUBLIC) is not Vis.PUBLIC
-        if not op.name.startswith("reveal"):
+        if op.result != "revealed":
             assert op.visibility(Vis.CLIENT, Vis.SERVER) is Vis.SHARED
             assert op.visibility(Vis.SHARED) is Vis.SHARED
 
 
 def test_reference_gives_shapes_on_fake_tensors() -> None:
-    for name, args, _, _ in CASES:
-        op = REGISTRY[name]
-        meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
-        assert op.reference(*meta).shape == op.reference(*args).shape
+    for param in CASES:
+        op, case = param.values
+        meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+        assert op.reference(*meta).shape == op.reference(*case.args).shape
+
+
+def arguments(
+    simulation: Simulation, op: type[Op], case: Case, args: Sequence[Any]
+) -> list[list[Any]]:
+    """What each role gets for each argument."""
+    wanted = {**op.forms(*args), **case.forms}
+    parameters = inspect.signature(op.reference).parameters
+    return [
+        _views(simulation, wanted.get(parameter), parameter, arg)
+        for parameter, arg in zip(parameters, args, strict=False)
+    ]
 
 
 def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> list[Any]:
     """What each role gets for an argument."""
     if not isinstance(arg, torch.Tensor) or form == PUBLIC:
         return [arg] * 3
-    if form == SHARED:
+    if form == "shared":
         simulation.run(lambda ctx, p: tell_constant_seed(ctx))
         words = encode(arg, FIXED)
         return simulation.run(
@@ -272,7 +235,7 @@ def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> lis
                 ctx, name, words if p == SERVER else words.to("meta"), FIXED
             )
         )
-    if name == "ids":
+    if not arg.is_floating_point():
         return [Held(Vis.CLIENT, arg if p == 0 else arg.to("meta")) for p in range(3)]
     if form == "held":
         return [Held(Vis.SERVER, arg if p == SERVER else arg.to("meta")) for p in range(3)]
@@ -284,7 +247,7 @@ def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> lis
             )
         )
     shares = simulation.share(arg)
-    if form == "masked":
+    if form in ("masked", "cache"):
         return simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))
     if form == "sent":
         return simulation.run(lambda ctx, p: send(ctx, shares[p]))
