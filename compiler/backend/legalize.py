@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from mergec.compiler.errors import CompileError
@@ -405,8 +406,10 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
                 left = room[user]
             elif op.local:
                 left = room[user] - _added_bits(node, user, op)
-            else:
+            elif isinstance(node.meta["val"], torch.Tensor):
                 left = room[node] - op.inner_bits(node.meta["val"].shape)
+            else:
+                continue
             room[node] = min(room[node], left)
     return room
 

@@ -265,7 +265,9 @@ class Op:
     @classmethod
     def stock(cls, *args: Any, **kwargs: Any) -> Any:
         """The op by CrypTen's stock protocols."""
-        raise NotImplementedError(f"CrypTen has no stock protocol for mpc.{cls.name}")
+        raise NotImplementedError(
+            f"CrypTen has no stock protocol for mpc.{cls.name}: {cls.no_stock}"
+        )
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -367,6 +369,13 @@ def _check_attributes(op: type[Op]) -> None:
             raise _mistake(op, f"the form {form!r} of {name!r} is none of {', '.join(FORMS)}")
     if op.result not in RESULTS:
         raise _mistake(op, f"its result {op.result!r} is none of {', '.join(RESULTS)}")
+    seen = op.visibility(*[Vis.SHARED] * len(op.tensors))
+    if seen is not (Vis.CLIENT if op.result == "revealed" else Vis.SHARED):
+        raise _mistake(
+            op,
+            f"of shared operands `visibility` returns {seen}; only an op with the result "
+            '"revealed" may make them known, to the client alone',
+        )
     for attribute, kind in (("positions", Positions), ("kind", Kind)):
         if not isinstance(getattr(op, attribute), kind):
             raise _mistake(op, f"`{attribute}` is no {kind.__name__}")

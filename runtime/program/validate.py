@@ -8,7 +8,7 @@ from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES, Vis
 from mergec.runtime.core.structural import TABLE
 from mergec.runtime.core.version import VERSION
-from mergec.runtime.ops import load_all
+from mergec.runtime.ops import ENTRY_POINTS, load_all
 from mergec.runtime.program.encoding import RECOMPILE, dtype_name, refs
 from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram, needed
 
@@ -106,9 +106,12 @@ def _check_values(program: RoleProgram, where: str) -> dict[str, Vis]:
         dialect = item.target.removeprefix("mpc.")
         is_op = dialect != item.target and dialect in registry
         if not is_op and item.target not in TABLE:
+            remedy = f"{RECOMPILE} with this version"
+            if dialect != item.target:
+                remedy = f"install the package that offers it ({ENTRY_POINTS}), or {remedy}"
             raise BundleError(
                 f"{where}: {item.name!r} needs the op {item.target}, which this mergec "
-                f"({VERSION}) does not have; {RECOMPILE} with this version"
+                f"({VERSION}) does not have; {remedy}"
             )
         uses = [ref.name for ref in refs((item.args, item.kwargs))]
         for used in uses:
