@@ -35,7 +35,7 @@ def test_a_row_says_what_the_op_says() -> None:
     found = {row[0]: row for row in rows()}
     assert found["`mpc.silu`"] == [
         "`mpc.silu`", "`(Tensor x)`", "x: window", "share", "x 3008", "2", str(18 * 3008),
-        str(728 * 3008), "5e-05", "-16384 to 16384",
+        str(728 * 3008), "5e-05", "-2^14 to 2^14",
     ]  # fmt: skip
     assert found["`mpc.linear`"][2] == "x: sent, weight: weight, bias: held"
     assert found["`mpc.truncate`"][5:8] == ["1", str(16 * 12), str(16 * 12)]
@@ -59,9 +59,5 @@ def _run(op: type[Op], case: Case) -> Cost:
                 value.frac = 32
                 value.share = value.share if value.share.is_meta else value.share << 16
     simulation.cost = Cost()
-    results = simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
-    if isinstance(results[0], Shared):
-        wanted = op.reference(*case.args)
-        assert case.error is not None
-        assert (simulation.reveal(results) - wanted).abs().max() < case.error
+    simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
     return simulation.cost

@@ -100,8 +100,16 @@ def _row(op: type[Op]) -> list[str]:
         str(cost.online),
         str(cost.offline),
         f"{case.error:g}",
-        f"{low:g} to {high:g}" if bounded else "any",
+        f"{_power(low)} to {_power(high)}" if bounded else "any",
     ]
+
+
+def _power(end: float) -> str:
+    """An end of a domain, as a power of two where it is one."""
+    mantissa, exponent = math.frexp(abs(end))
+    if mantissa != 0.5:
+        return f"{end:g}"
+    return f"{'-' if end < 0 else ''}2^{exponent - 1}"
 
 
 def _text(value: Any) -> str:
