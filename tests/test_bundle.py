@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import CHOICES, ROLES, Vis
+from mergec.runtime.program import bundle, encoding
 from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundle
 from mergec.runtime.program.encoding import program_hash
-from mergec.runtime.program.program import Instruction, Ref, RoleProgram, bundle, encoding
+from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 from tests.fixtures import tiny
 
 
