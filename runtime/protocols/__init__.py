@@ -1,1 +1,1 @@
-"""Two-party protocols that the ops are made of, one per file, each with its cost formula."""
+"""Two-party protocols on secret shares, one per file, each with its cost formula."""

@@ -1,18 +1,18 @@
 """The best few of a row of candidates, by comparing all pairs of a group at once.
 
-Candidates have a secret key and a label: first their place, then a secret number. The keys of a
-group are opened under masks, z_i = x_i + r_i modulo 2**32, and so are the labels, y_i = l_i + s_i,
-once they are secret. For each pair the dealer has shared the digit tables of r_i - r_j, so that
-[x_i < x_j] follows from z_i - z_j (`digits`, `formula`). The number of comparisons that a
-candidate loses is its rank, and the ranks of a group are 0, 1, 2, ...; of equal keys the first one
-wins. Ranks are opened under masks rho, and looked up in shared one-hot rows of rho, and in the same
-times r_i and s_i. So for each place t among the best, the sums over i of [rank_i = t] x_i and of
-[rank_i = t] l_i are public combinations of dealt words. Three rounds take a group to its best; the
-winners of all groups are the next level's candidates.
+Candidates have a secret key and a label, which is at first their position and later a secret
+number. The keys of a group are opened under masks, z_i = x_i + r_i modulo 2**32; once the labels
+are secret, so are they, y_i = l_i + s_i. For each pair the dealer shares the digit tables of r_i -
+r_j, so [x_i < x_j] follows from z_i - z_j (`digits`, `formula`). The number of comparisons that a
+candidate loses is its rank. The ranks of a group are 0, 1, 2, ...; of equal keys the first one
+wins. Ranks are opened under masks rho, and looked up in shared one-hot rows of rho and in the same
+rows times r_i and s_i. So for each place t among the best, the sums over i of [rank_i = t] x_i and
+of [rank_i = t] l_i are public linear combinations of dealt words. Three rounds reduce a group to
+its best candidates. The winners of all groups are the candidates of the next level.
 
-`peak` finds the integer part of a maximum likewise; here keys have 32 bits and labels, and there
-may be more than one winner. The digit-wise comparison is that of Garay, Schoenmakers and Villegas
-(PKC 2007) on the one-time truth tables of Ishai et al. (TCC 2013).
+`peak` finds the integer part of a maximum in the same way. Here keys have 32 bits and labels, and
+there may be more than one winner. Source: the digit-wise comparison of Garay, Schoenmakers and
+Villegas (PKC 2007) with the one-time truth tables of Ishai et al. (TCC 2013).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.ranks import Pairs
 
 LOWEST = -(2**30)
-"""Key of what fills a group up; all others must be larger, and smaller than 2**30."""
+"""Key of the entries that pad a group. All other keys must be larger, and below 2**30."""
 
 SIZES = (4, 8, 16, 32, 64)
-"""Groups that `plans` tries; ranks are opened in a byte each."""
+"""Group sizes that `plans` tries. A rank is opened in one byte."""
 
 
 @dataclass
 class Candidates:
-    """Rows of candidates. keys: int32 share [R, n]. labels: the same, or None for their places."""
+    """Rows of candidates. keys: int32 share [R, n]. labels: the same, or None for positions."""
 
     keys: torch.Tensor
     labels: torch.Tensor | None = None
@@ -50,11 +50,12 @@ class Candidates:
 def best(ctx: Context, candidates: Candidates, keep: int, sizes: Sequence[int]) -> Protocol:
     """The `keep` largest keys of each row with their labels, largest first: Candidates [R, keep].
 
-    In: keys in (-2**30, 2**30) as shares modulo 2**32, more of them than `keep`. sizes: of the
-    groups, level by level, powers of two larger than `keep`; the last must leave one group. Of
-    equal keys the first comes first. Rounds 3 for each level; online 10 bytes a candidate (18 from
-    the second level on) and 2 a pair; offline 290 bytes a pair and 8 (12) a candidate times the
-    size of its group. Each party sees keys, labels, bits and ranks under fresh masks.
+    In: keys in (-2**30, 2**30) as shares modulo 2**32, more of them than `keep`. sizes: group
+    sizes, level by level, powers of two larger than `keep`; the last must leave one group,
+    otherwise ValueError. Of equal keys the first comes first. Rounds 3 per level. Online 10 bytes
+    per candidate (18 from the second level on) and 2 per pair. Offline 290 bytes per pair, and 8
+    (12) bytes per candidate times the size of its group. Each party sees keys, labels, bits and
+    ranks, each under fresh, uniform masks.
     """
     for size in sizes:
         candidates = yield from _level(ctx, candidates, keep, size)
@@ -64,7 +65,7 @@ def best(ctx: Context, candidates: Candidates, keep: int, sizes: Sequence[int]) 
 
 
 def best_cost(rows: int, count: int, keep: int, sizes: Sequence[int]) -> Cost:
-    """Cost of `best` for this many rows of `count` candidates whose labels are their places."""
+    """Cost of `best` for `rows` rows of `count` candidates whose labels are their positions."""
     return _cost(rows, count, keep, sizes, secret_labels=False)
 
 
@@ -89,7 +90,7 @@ def _cost(rows: int, count: int, keep: int, sizes: Sequence[int], *, secret_labe
 
 
 def plans(count: int, least: int = SIZES[0]) -> Iterator[tuple[int, ...]]:
-    """Sizes of groups that leave one of `count` candidates: first small groups, then larger."""
+    """Group sizes by level that reduce `count` candidates to one; only the last may be smaller."""
     if count <= SIZES[-1]:
         yield (_power_of_two(count),)
     for size in SIZES:
@@ -99,7 +100,7 @@ def plans(count: int, least: int = SIZES[0]) -> Iterator[tuple[int, ...]]:
 
 
 def plan_for(count: int, keep: int) -> tuple[int, ...]:
-    """Sizes of groups that leave `keep` of `count` candidates, about a quarter at each level."""
+    """Sizes of groups that reduce `count` candidates to `keep`, to about a quarter per level."""
     size, sizes = 4 * _power_of_two(keep), []
     while count > size:
         sizes.append(size)
@@ -108,7 +109,7 @@ def plan_for(count: int, keep: int) -> tuple[int, ...]:
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest power of two from 2 on that is not below `count`."""
+    """The smallest power of two that is at least 2 and not below `count`."""
     return 1 << max(1, (count - 1).bit_length())
 
 
@@ -155,7 +156,7 @@ def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protoc
 
 
 def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torch.Tensor:
-    """Groups of `size`, the last of them filled up with a public number: [R, groups, size]."""
+    """Groups of `size`, the last one padded with a public number: [R, groups, size]."""
     missing = -share.shape[1] % size
     filled = torch.nn.functional.pad(share, (0, missing))
     if missing and ctx.party == CLIENT:
@@ -165,7 +166,7 @@ def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torc
 
 @lru_cache(maxsize=8)
 def _pairs(groups: int, size: int) -> Pairs:
-    """All pairs in each of so many groups that lie one after the other."""
+    """All pairs within each of `groups` consecutive groups of `size` members."""
     starts = size * np.arange(groups, dtype=np.int32)[:, None]
     ends = torch.triu_indices(size, size, 1, dtype=torch.int32).numpy()
     first, second = ((starts + end).reshape(-1) for end in ends)

@@ -1,8 +1,8 @@
 """Comparison with public thresholds on an opened 32-bit window, and maxima of rows.
 
-A window is 32 consecutive bits of a share. It is opened once under a 32-bit mask r, z = x + r, and
-then serves any number of thresholds: [x < t] is the top bit of (z - t) - r, which `digits` looks up
-in dealt tables and `formula` turns into an arithmetic share. Two rounds in all.
+A window is 32 consecutive bits of a share. It is opened once under a 32-bit mask r, as z = x + r,
+and then serves any number of thresholds: [x < t] is the top bit of (z - t) - r. `digits` looks that
+bit up in dealt tables, and `formula` turns it into an arithmetic share. Two rounds in all.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WINDOW_BITS = 32
 DIGITS = Digits(8, 8, 8, 8)
 LESS_THAN = Formula(DIGITS.less)
 WORDS = LESS_THAN.words
-"""Dealt words per comparison."""
+"""Words dealt per comparison."""
 
 
 @dataclass
 class Window:
-    """32 bits of a share, opened once: z = x + r mod 2**32, with the tables of r's bytes.
+    """A 32-bit window of a share, opened once as z = x + r mod 2**32, with tables for r's bytes.
 
-    opened: int32 [n]. mask: int32 [n], this party's share of r; at the dealer r itself.
+    opened: int32 [n]. mask: int32 [n], this party's share of r; the dealer has r itself.
     tables: uint8 [n, bytes], XOR shares of the packed digit tables.
     """
 
@@ -44,11 +44,13 @@ class Window:
 def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     """Shares modulo 2**32 of the bits [drop, drop + 32) of x, at most one unit too low.
 
-    Local, and exact at the top: modulo 2**(64 - drop) the shares of x need no carry from above.
+    Local. The only error is the lost carry from the dropped low bits. Nothing is lost at the top:
+    the shares determine x modulo 2**64, so the result is exact modulo 2**(64 - drop) even where
+    `drop` exceeds 32 and less than 32 bits are left.
     """
     if share.is_meta:
         return torch.empty(share.shape, dtype=torch.int32, device="meta")
-    # Up to 32 dropped bits the window has none of the copies of the sign that torch shifts in.
+    # With up to 32 dropped bits, none of the sign bits that torch shifts in reaches the window.
     return (share >> drop if drop <= WINDOW_BITS else logical_shift(share, drop)).to(torch.int32)
 
 
@@ -56,7 +58,8 @@ def open_window(ctx: Context, share: torch.Tensor) -> Protocol:
     """Open a 32-bit window, flattened to [n], for comparisons.
 
     In: int32 share. Rounds 1, online 8 bytes, offline 256 bytes per element.
-    Each party sees z = x + r; r is fresh and uniform modulo 2**32, the tables are XOR shares.
+    Each party sees z = x + r, where r is fresh and uniform modulo 2**32, and XOR shares of the
+    tables, which are uniform on their own.
     """
     flat = share.reshape(-1)
     mask = ctx.mask(flat.shape, torch.int32)
@@ -73,10 +76,11 @@ def open_window_cost(count: int) -> Cost:
 def less_than(
     ctx: Context, window: Window, thresholds: list[int], dtype: torch.dtype = torch.int64
 ) -> Protocol:
-    """Shares of [x < t] for public thresholds t, modulo 2**64 or 2**32: a tensor [T, n].
+    """Shares of [x < t] for T public thresholds t, modulo 2**64 or 2**32: [T, n].
 
     Valid where x - t, as an integer, is in [-2**31, 2**31). Rounds 1, online 2 bytes, offline
-    34 words per element and threshold. Each party sees the looked-up bits under fresh mask bits.
+    34 words per element and threshold. Each party sees the looked-up bits under fresh, uniform mask
+    bits.
     """
     mask = ctx.mask_bits((len(thresholds), *window.opened.shape))
     words = LESS_THAN.deal(ctx, mask, dtype=dtype)
@@ -85,7 +89,7 @@ def less_than(
 
 
 def less_than_cost(count: int, thresholds: int, word_bytes: int = 8) -> Cost:
-    """Cost of `less_than` for `count` elements and that many thresholds."""
+    """Cost of `less_than` for `count` elements and `thresholds` thresholds each."""
     pairs = count * thresholds
     return Cost(rounds=1, online=2 * pairs, offline=WORDS * word_bytes * pairs)
 
@@ -93,9 +97,9 @@ def less_than_cost(count: int, thresholds: int, word_bytes: int = 8) -> Cost:
 def relu_below(ctx: Context, window: Window) -> Protocol:
     """Shares modulo 2**32 of min(x, 0), flattened to [n], for x in [-2**31, 2**31).
 
-    b x with b = [x < 0] and x = z - r is z b - b r, and b r is the same combination of dealt words
-    that b is, each times r. Rounds 1, online 2 bytes, offline 2 * 34 * 4 bytes per element.
-    Each party sees what it sees in `less_than`.
+    With b = [x < 0] and x = z - r, b x = z b - b r. The dealer shares the words that combine to b,
+    and the same words times r, which combine to b r in the same way. Rounds 1, online 2 bytes,
+    offline 2 * 34 * 4 bytes per element. Each party sees what it sees in `less_than`.
     """
     mask = ctx.mask_bits(window.opened.shape)
     words = LESS_THAN.deal(
@@ -118,7 +122,7 @@ def relu_below_cost(count: int) -> Cost:
 def _open_relations(
     ctx: Context, window: Window, thresholds: list[int], mask: torch.Tensor
 ) -> Protocol:
-    """Look the digits of z - t up in the shared tables, and open the bits under `mask`."""
+    """Look up the digits of z - t in the shared tables; open the resulting bits under `mask`."""
     if window.opened.is_meta:
         points = torch.empty(mask.shape, dtype=torch.int64, device="meta")
     else:
@@ -131,9 +135,9 @@ def _open_relations(
 def maximum(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     """Shares modulo 2**32 of the maximum of each row of x [R, L], by a tournament: [R].
 
-    In: int32 share with differences inside [-2**31, 2**31); `valid`, public bool [R, L] with an
-    entry in each row: the other entries are left out. Rounds 2 ceil(log2 L); per comparison online
-    10 bytes and offline 528 bytes. Each party sees what it sees in `relu_below`.
+    In: int32 share whose differences are in [-2**31, 2**31); `valid`, public bool [R, L] with at
+    least one True per row. Other entries are ignored. Rounds 2 ceil(log2 L); per comparison, online
+    10 bytes and offline 528 bytes. Each party sees what it sees in `open_window` and `relu_below`.
     """
     for left, right, contested in _tournament(valid):
         count = int(contested.sum())
@@ -168,7 +172,7 @@ def maximum_cost(valid: torch.Tensor) -> Cost:
 
 
 def _tournament(valid: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each level: which left and right neighbours are valid, and where both are."""
+    """For each level, masks of the left and right neighbours that are valid, and of valid pairs."""
     while valid.shape[1] > 1:
         width = valid.shape[1] // 2
         left, right = valid[:, : 2 * width : 2], valid[:, 1 : 2 * width : 2]

@@ -1,7 +1,7 @@
-"""Comparison of a public number with a secret mask, digit by digit, in tables that were dealt.
+"""Comparison of a public number with a secret mask, digit by digit, with dealt tables.
 
-For numbers of n digits the top bit of v - r, modulo their whole width, follows from one-bit
-relations of the digits v_j to those of r:
+For n-digit numbers v and r, the top bit of v - r modulo their full width follows from one-bit
+relations between the digits v_j and r_j:
 
     top digit       F = top bit of v - r     E = [v = r]     G = [v - r = half]
     digits between  L_j = [v_j < r_j]        Q_j = [v_j = r_j]
@@ -9,10 +9,10 @@ relations of the digits v_j to those of r:
     borrow          L_{n-2} + Q_{n-2} (L_{n-3} + Q_{n-3} (... L_0))
     top bit of the whole = F + (E - G) borrow
 
-as a borrow flips the top bit up at E and down at G. The dealer knows r and shares for each relation
-the table of its value at every v, one bit each; the parties look their public v up. Source: the
-digit-wise comparison of Garay, Schoenmakers and Villegas (PKC 2007) on the one-time truth tables of
-Ishai et al. (TCC 2013).
+because a borrow turns the top bit on where E holds and off where G holds. The dealer knows r. For
+each relation it shares the table of the relation's value at every v, one bit per entry; the parties
+look up their public v. Source: the digit-wise comparison of Garay, Schoenmakers and Villegas (PKC
+2007) with the one-time truth tables of Ishai et al. (TCC 2013).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.formula import Polynomial
 
 _NARROWEST, _WIDEST = 3, 10
-"""Tables of narrower digits do not fill a byte; those of wider ones would take too much memory."""
+"""Tables of narrower digits do not fill a byte; tables of wider ones would take too much memory."""
 
 
 class Digits:
-    """Numbers cut into digits of the given widths in bits (3 to 10), lowest first.
+    """Comparison of numbers cut into digits of the given widths in bits (3 to 10), lowest first.
 
-    bits: number of relations, at most eight. table_bytes: of all tables of one number.
+    bits: number of relations, at most eight. table_bytes: size of all tables of one number.
     less: the top bit of v - r as a polynomial of the looked-up bits.
     """
 
@@ -65,7 +65,7 @@ class Digits:
     def _less(top: int) -> Polynomial:
         terms: Polynomial = {frozenset({0}): 1}
         for first, sign in ((1, 1), (2, -1)) if top else ():
-            # Down the digits: a borrow comes from here, or through an equal digit from below.
+            # From the top digit down: a borrow starts here, or passes an equal digit from below.
             chain = {first}
             for step in range(top):
                 terms[frozenset(chain | {3 + 2 * step})] = sign
@@ -73,7 +73,7 @@ class Digits:
         return terms
 
     def tables(self, mask: torch.Tensor) -> torch.Tensor:
-        """For each mask [n] its tables, packed: uint8 [n, table_bytes]. For the dealer."""
+        """The packed tables of each mask [n]: uint8 [n, table_bytes]. Called by the dealer."""
         words = mask.cpu().long().numpy().reshape(-1)
         out = np.empty((len(words), self.table_bytes), np.uint8)
         _write_tables(words, *self._blocks, out)
@@ -81,10 +81,11 @@ class Digits:
 
     @cached_property
     def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tables of a digit, which stand side by side, for each of its values.
+        """The tables of each digit, stored side by side, for each value of the digit.
 
-        For each digit its shift, its mask, the first byte and the bytes of its tables, and where
-        they begin in what comes second: the tables of all digits, value by value.
+        First, per digit: its shift, its mask, the first byte and the length of its tables, and
+        their offset in the second result, which concatenates the tables of all digits, value by
+        value.
         """
         places: list[tuple[int, ...]] = []
         blocks = np.empty(0, np.uint8)
@@ -99,25 +100,25 @@ class Digits:
 
     @property
     def dealt_bytes(self) -> int:
-        """What the dealer sends the server for one number."""
+        """Bytes that the dealer sends to the server for one number."""
         return self.table_bytes
 
     def deal(self, ctx: Context, count: int, mask: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """XOR shares of the tables of the masks [count] that `mask` gives at the dealer."""
+        """XOR shares of the tables of the masks [count]; `mask` is called by the dealer only."""
         return ctx.deal_bits((count, self.table_bytes), lambda: self.tables(mask()))
 
     def look_up(self, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """The looked-up bits of points [..., n] in tables [n, bytes], as one byte each."""
+        """Look up points [..., n] in tables [n, bytes]: the relations' bits, one byte per point."""
         if points.is_meta:
             return torch.empty(points.shape, dtype=torch.uint8, device="meta")
         return look_up(points, tables, self._places)
 
 
 def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-    """Bit i of a result is the table's bit at the point's digit, as `places` [i] says.
+    """Look up each point; bit i of a result is the entry of table i at the point's digit.
 
-    points: int64 [..., n]. tables: packed bits, uint8 [n, bytes]. places: shift and mask of the
-    digit, and the first byte of its table. Gives uint8 [..., n].
+    points: int64 [..., n]. tables: packed bits, uint8 [n, bytes]. places: for each table i, the
+    shift and mask of its digit and the first byte of the table. Returns uint8 [..., n].
     """
     if not points.is_cuda:
         out = torch.empty(points.shape, dtype=torch.uint8)
@@ -140,7 +141,7 @@ def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> t
 
 @cache
 def _rows(relation: str, width: int) -> np.ndarray:
-    """For each digit r of a mask, the bits of the relation to every v, packed."""
+    """For each digit r of a mask, the relation's bit for every v, packed."""
     if not _NARROWEST <= width <= _WIDEST:
         raise ValueError(f"a digit has {width} bits; it needs at least 3 bits and at most 10")
     size = 2**width
@@ -160,7 +161,7 @@ def _write_tables(words, places, blocks, out):  # type: ignore[no-untyped-def]
         row = out[i]
         for k in range(places.shape[0]):
             digit = (words[i] >> places[k, 0]) & places[k, 1]
-            # Rows are taken out of the array first: only then are vector instructions used.
+            # Slicing rows before the inner loop is what lets the compiler vectorize it.
             source = blocks[places[k, 4] + digit * places[k, 3] :]
             target = row[places[k, 2] :]
             for b in range(places[k, 3]):

@@ -1,11 +1,11 @@
 """Polynomials of secret bits, evaluated on one opening of the bits under mask bits.
 
-A party holds XOR shares of up to eight bits b_i. They are opened as c_i = b_i xor rho_i, with
-fresh mask bits rho. As b_i = c_i + (1 - 2 c_i) rho_i, a multilinear polynomial of the bits is one
-of the mask bits, whose coefficients depend on the opened bits alone. The dealer shares the products
-of mask bits that occur, as words, and each times any further word that it knows: so the value, and
-the value times masked numbers, are public combinations of dealt words. One round, and the result is
-an arithmetic share at once.
+The parties hold XOR shares of up to eight bits b_i. They open c_i = b_i xor rho_i with fresh mask
+bits rho_i. As b_i = c_i + (1 - 2 c_i) rho_i, a multilinear polynomial of the bits is also a
+polynomial of the mask bits, whose coefficients depend only on the opened bits. The dealer shares
+the products of mask bits that occur, as words, and each product times any further word that it
+knows. The polynomial's value, and the value times masked numbers, are then public linear
+combinations of dealt words. One round, and the result is an arithmetic share.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from mergec.runtime.core.messages import Protocol, Swap
 from mergec.runtime.kernels.compiled import compiled
 
 Polynomial = dict[frozenset[int], int]
-"""Factor of each product of bits; the empty product is the constant."""
+"""Coefficient of each product of bits; the empty product is the constant term."""
 
 _BITS = 8
 
 
 class Formula:
-    """What turns opened bits and dealt words into shares of a polynomial's value.
+    """Turns opened bits and dealt words into shares of a polynomial's value.
 
-    words: how many words are dealt for each evaluation and each number that it multiplies.
+    words: number of words dealt per evaluation and per number that the value is multiplied by.
     """
 
     def __init__(self, polynomial: Polynomial) -> None:
@@ -63,8 +63,8 @@ class Formula:
     ) -> torch.Tensor:
         """Shares of the payload times each product of mask bits: [*mask, payloads, words].
 
-        mask: uint8 [...], from `Context.mask_bits`. payload: what gives [..., payloads] at the
-        dealer, broadcast against the mask; one where there is none.
+        mask: uint8 [...], from `Context.mask_bits`. payload: called by the dealer only; returns
+        [..., payloads], broadcast against the mask. Without it the payload is one.
         """
 
         def secret() -> torch.Tensor:
@@ -98,10 +98,10 @@ class Formula:
 
 
 def open_bits(ctx: Context, mine: torch.Tensor, mask: torch.Tensor) -> Protocol:
-    """Open XOR shares of eight bits a byte, uint8, under this party's share of their mask.
+    """Open XOR shares of bits, uint8 with eight bits each, under this party's share of their mask.
 
-    Rounds 1, online 2 bytes per element. Each party sees bits under fresh mask bits; RuntimeError
-    where these served before.
+    Rounds 1, online 2 bytes per element. Each party sees the bits under mask bits that are fresh
+    and uniform. Raises RuntimeError if the mask was used before.
     """
     ctx.spend(mask)
     if mine.is_meta:
@@ -118,18 +118,18 @@ def negated(polynomial: Polynomial) -> Polynomial:
 
 
 def added(one: Polynomial, other: Polynomial, factor: int = 1) -> Polynomial:
-    """The sum of a polynomial and a multiple of another."""
+    """The sum of one polynomial and a multiple of another."""
     terms = {t: one.get(t, 0) + factor * other.get(t, 0) for t in [*one, *other]}
     return {term: value for term, value in terms.items() if value}
 
 
 def shifted(polynomial: Polynomial, places: int) -> Polynomial:
-    """The polynomial of the bits `places` further up."""
+    """The same polynomial of the bits `places` positions higher."""
     return {frozenset(i + places for i in term): f for term, f in polynomial.items()}
 
 
 def conjunction(bits: Sequence[int]) -> Polynomial:
-    """Whether all the bits are set."""
+    """The product of the bits: 1 if all are set."""
     return {frozenset(bits): 1}
 
 

@@ -19,10 +19,11 @@ def apply_gain(
 ) -> Protocol:
     """x * (weight + offset).
 
-    In: additive share [..., d] with `frac` fractional bits; weight [d]. Out: Shared with the
-    weight's fractional bits besides; x itself where there is none. Rounds 1 with a weight: the
-    opening that it wants (`weights.move`). Normalized rows are at most sqrt(d), so that with 48
-    fractional bits gains up to 2**14 / sqrt(d) fit.
+    In: additive share [..., d] with `frac` fractional bits; weight [d]. Out: Shared, to whose
+    fractional bits those of the weight are added; without a weight, x itself. Rounds 1 with a
+    weight, for the opening that it requires (`weights.move`, which also says what each party sees).
+    Entries of normalized rows are at most sqrt(d), so with 48 fractional bits, gains up to
+    2**14 / sqrt(d) fit.
     """
     if weight is None:
         return Shared(share, frac)
@@ -34,6 +35,6 @@ def apply_gain(
 
 
 def gain_cost(shape: Sequence[int], weight: Constant | None) -> Cost:
-    """Cost of `apply_gain` for rows of this shape."""
+    """Cost of `apply_gain` for rows of this shape. Rounds 0 and no bytes without a weight."""
     count = math.prod(shape)
     return Cost() if weight is None else move_cost(count, weight) + Cost(offline=8 * count)

@@ -1,8 +1,8 @@
-"""Comparison of a public number with a secret mask, by the key of a point function.
+"""Comparison of a public number with a secret mask, with keys of a distributed point function.
 
-As in `digits`, but what is looked up is the top bit of v - r itself, one bit instead of several:
-the parity, between two places, of a table that is set at r alone. Keys are longer than the tables
-of narrow digits; with one bit there are fewer products of bits to deal in what follows.
+Like `digits`, but the lookup returns the top bit of v - r itself: one bit instead of several. It is
+the parity, over a range of places, of a table that is set only at r. The keys are longer than the
+tables of narrow digits, but with a single bit, later steps need fewer dealt products of bits.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from mergec.runtime.protocols.formula import Polynomial
 
 @dataclass(frozen=True)
 class Dealt:
-    """What a party looks up in; the dealer has no keys."""
+    """What a party uses for lookups; the dealer has no keys."""
 
     party: int
     keys: Keys | None
 
 
 class Halves:
-    """Numbers of `width` bits; attributes and methods as those of `digits.Digits`."""
+    """Comparison of `width`-bit numbers; attributes and methods match those of `digits.Digits`."""
 
     bits = 1
     less: Polynomial = {frozenset({0}): 1}
@@ -48,11 +48,11 @@ class Halves:
 
     @property
     def dealt_bytes(self) -> int:
-        """What the dealer sends both parties for one number."""
+        """Bytes that the dealer sends to both parties together for one number."""
         return 2 * 8 * key_words(self._depth, BLOCK_WORDS)
 
     def deal(self, ctx: Context, count: int, mask: Callable[[], torch.Tensor]) -> Dealt:
-        """Keys of the masks [count] that `mask` gives at the dealer, modulo 2**width."""
+        """Keys of the masks [count], modulo 2**width; `mask` is called by the dealer only."""
 
         def correct(roots: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             index = mask().cpu().long().numpy() & (2**self.width - 1)
@@ -76,7 +76,7 @@ class Halves:
 
 @compiled()
 def _find_places(points, width, places):  # type: ignore[no-untyped-def]
-    """Between which places r is if v - r is in the upper half: from v + 1 on, half of all."""
+    """The range of r for which v - r is in the upper half: from v + 1, half of all values."""
     ones, thresholds = (1 << width) - 1, points.shape[0]
     for t in range(thresholds):
         row = points[t]
@@ -87,7 +87,7 @@ def _find_places(points, width, places):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _join(found, places, flips, out):  # type: ignore[no-untyped-def]
-    """Whether r is between the places; where they go past the end the client's share is flipped."""
+    """[r is in the range]. Where the range wraps around, the client flips its share."""
     thresholds = out.shape[0]
     for i in range(found.shape[0]):
         for t in range(thresholds):

@@ -1,13 +1,14 @@
-"""Piecewise polynomials of a secret, evaluated on one opening by shared one-hot rows.
+"""Piecewise polynomials of a secret, evaluated on one opening with shared one-hot rows.
 
 With z = x + r open, write z = zh 2**s + zl and r = rh 2**s + rl. Then x = i 2**s + u exactly, for
-i = zh - rh and u = zl - rl in (-2**s, 2**s): the window i is at most one too high, and u makes up
-for it. So each polynomial is fitted to its window and the one before, and the borrow between the
-two parts of z never needs to be known. The dealer shares the one-hot row of rh times 1, rl, rl**2
-and rl**3, as keys of a point function that each party expands; the value is then a public linear
-combination of these shares, without any message. Source: lookups by one-time truth tables (Ishai et
-al., TCC 2013) with the vector payload of FuseFSS (arXiv 2606.09551), compressed by distributed
-point functions (`correlations.dpf`); the overlapping windows are ours (docs/protocols.md).
+i = zh - rh and u = zl - rl in (-2**s, 2**s). The window i is at most one too high, and then u is
+negative, which compensates. So each polynomial is fitted to its window and the one before it, and
+the borrow between the two parts of z need not be known. The dealer shares the one-hot row of rh
+times 1, rl, rl**2 and rl**3, as keys of a point function that each party expands. The value is then
+a public linear combination of these shares, computed without a message. Source: lookups by one-time
+truth tables (Ishai et al., TCC 2013) with the vector payload of FuseFSS (arXiv 2606.09551),
+compressed by distributed point functions (`correlations.dpf`). The overlapping windows are ours
+(docs/protocols.md).
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from mergec.runtime.kernels.compiled import compiled
 
 _DEGREE = 3
 _WORDS = _DEGREE + 1
-"""Words of a row: one, and the first three powers of the low part of the mask."""
+"""Words per row entry: one, and the first three powers of the low part of the mask."""
 
 _BLOCKS = _WORDS // BLOCK_WORDS
 _PIECE = 64
-"""Elements that are expanded at once: their trees stay in the processor's cache."""
+"""Elements expanded at once, so that their trees stay in the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """A function as cubic polynomials on equal windows.
 
-    windows: their number, a power of two. step_bits: s, a window spans 2**s units of x.
-    start: the first window's left end in units of x. drop: low bits of u that are left out.
+    windows: number of windows, a power of two. step_bits: s; a window spans 2**s units of x.
+    start: left end of the first window in units of x. drop: low bits of u that are ignored.
     coefficients: int64 [windows, 4], the polynomial in u >> drop. out_frac: fractional bits of
     the value. Valid for x in [start, start + (windows - 1) * 2**s].
     """
@@ -68,10 +69,10 @@ def fit(
     out_frac: int,
     drop: int = 0,
 ) -> Table:
-    """Least-squares cubics at Chebyshev nodes of each window and the one before it.
+    """Fit least-squares cubics at Chebyshev nodes of each window and the one before it.
 
-    function: of real numbers; x units are 2**-unit_bits. Its values times 2**out_frac must stay
-    below 2**62.
+    function: takes and returns real numbers; one unit of x is 2**-unit_bits. Its values times
+    2**out_frac must stay below 2**62.
     """
     nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)
     scale = 2.0 ** (step_bits - unit_bits)
@@ -87,9 +88,10 @@ def fit(
 def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Table) -> torch.Tensor:
     """Shares modulo 2**64 of f(x) with `table.out_frac` fractional bits, for x = opened - mask.
 
-    In: opened public [n], int32 or int64; mask of the same type, used at the dealer only (where it
-    is r itself). No rounds, no online bytes; offline 64 bytes per element and 32 for each bit of a
-    window's number. Neither party sees anything new but keys of a point function.
+    In: opened, public [n], int32 or int64; mask of the same type, used only at the dealer, where it
+    is r itself. Rounds 0, online 0 bytes; offline 64 bytes per element plus 32 for each bit of a
+    window's index. Each party sees nothing new but its key of a point function, which on its own is
+    pseudorandom and independent of r.
     """
     count, depth = opened.numel(), _depth(table)
     generator = Generator(_BLOCKS)
@@ -117,7 +119,7 @@ def _depth(table: Table) -> int:
 
 
 def _row(mask: torch.Tensor, table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """The number of a mask's window and what stands there: for the dealer."""
+    """Window index of each mask and the words stored there. Called by the dealer."""
     words = mask.cpu().long().numpy().reshape(-1)
     index, powers = np.empty(len(words), np.int64), np.empty((len(words), _WORDS), np.int64)
     _write_rows(words, table.windows, table.step_bits, table.drop, index, powers)
@@ -158,7 +160,7 @@ def evaluate_by_library(
     generator: Generator,
     out: np.ndarray,
 ) -> None:
-    """The same on processors without instructions for AES."""
+    """Like `evaluate_by_instructions`, for processors without AES instructions."""
     for first in range(0, len(points), _PIECE):
         piece = slice(first, first + _PIECE)
         some = Keys(keys.roots[piece], keys.corrections[piece])
@@ -171,11 +173,11 @@ def evaluate_by_library(
 
 @cache
 def _planes(table: Table) -> np.ndarray:
-    """What the words of a row are multiplied by, [6, 4 * windows], two for each window.
+    """Factors of a row's words, as polynomials in the position: [6, 4 * windows], two per window.
 
-    Those of window zh - j are read at j - zh + windows, in order. As polynomials in the position:
-    for the first two words of a row (one and r), that alternate, four coefficients, and for the
-    other two (r**2 and r**3) two.
+    The factors of window zh - j are read at j - zh + windows, so that they are in order. The first
+    two words of a row (one and r), which alternate, have four coefficients; the other two (r**2 and
+    r**3) have two.
     """
     order = (-np.arange(2 * table.windows)) % table.windows
     c = table.coefficients[order].T
@@ -189,13 +191,13 @@ def _planes(table: Table) -> np.ndarray:
 
 @compiled(inline="always")
 def _sum_row(z, ones, squares, planes, windows, step_bits, drop):  # type: ignore[no-untyped-def]
-    """The value at z by a share of the row: in `ones` of one and r, in `squares` of r**2 and r**3.
+    """The value at z from a share of the row: `ones` holds one and r, `squares` r**2 and r**3.
 
-    The words of a window stand side by side.
+    The words of a window are adjacent.
     """
     a = (z & ((np.int64(1) << step_bits) - 1)) >> drop
     first = 2 * (windows - ((z >> step_bits) & (windows - 1)))
-    # Rows are taken out of the array first: only then are vector instructions used.
+    # Slicing rows before the inner loop is what lets the compiler vectorize it.
     c0, c1, c2, c3, d0, d1 = (
         planes[0, first:], planes[1, first:], planes[2, first:], planes[3, first:],
         planes[4, first:], planes[5, first:],
@@ -215,7 +217,7 @@ def _evaluate_trees(  # type: ignore[no-untyped-def]
     rows = vectors(_BLOCKS * windows).reshape(_BLOCKS, LANES, windows, 2)
     for start in range(0, points.shape[0], LANES):
         for lane in range(LANES):
-            # Where no element is left, the last one's tree grows again.
+            # Lanes without an element repeat the last element's tree.
             i = min(start + lane, points.shape[0] - 1)
             seeds[0, 2 * lane] = roots[i, 0] & ~np.uint64(3)
             seeds[0, 2 * lane + 1] = roots[i, 1] & ~np.uint64(3)

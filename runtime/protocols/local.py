@@ -1,4 +1,4 @@
-"""Local arithmetic on values of different visibility."""
+"""Local arithmetic on values of different visibility; nothing here sends a message."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from mergec.runtime.core.values import Held, Masked, Shared, encode
 
 
 def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A meta tensor of the broadcast shape: what the dealer has in place of a share."""
+    """A meta tensor of the broadcast shape, which stands for a share at the dealer."""
     shape = np.broadcast_shapes(*(tuple(shape) for shape in shapes))
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def shared_frac(*values: Any, default: int) -> int:
-    """The largest number of fractional bits among the shared ones of `values`."""
+    """The most fractional bits among the shared values; `default` if none is shared."""
     return max((v.frac for v in values if isinstance(v, (Shared, Masked))), default=default)
 
 
 def as_share(ctx: Context, value: Any, frac: int) -> torch.Tensor:
-    """This party's additive share of any value, with at least its own fractional bits.
+    """This party's additive share of any value with `frac` fractional bits.
 
-    A share of a held value is the value at its holder and zero at the other; of a public one, the
-    value at the client and zero at the server. Nothing is sent.
+    `frac` must be at least the value's own. A held value is shared as the value at its holder and
+    zero at the other party; a public value as the value at the client and zero at the server.
+    Nothing is sent. The dealer gets a meta tensor.
     """
     if ctx.party == DEALER:
         return ghost(value.shape)

@@ -1,4 +1,4 @@
-"""Products of two shared values by Beaver triples (Beaver, CRYPTO 1991)."""
+"""Multiplication of two shared values with Beaver triples (Beaver, CRYPTO 1991)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from mergec.runtime.protocols.opening import open_under
 
 
 def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protocol:
-    """Shares of the element-wise products x * y of several pairs, in one round.
+    """Multiply several pairs of shared tensors element-wise, all in one round.
 
-    In: pairs of additive shares modulo 2**64, broadcast against each other. Out: list of shares of
-    the products, with the sum of the fractional bits. Rounds 1, online 16 bytes per element of
-    each factor, offline 8 bytes per element of each product.
-    Each party sees x + a and y + b; a and b are fresh and uniform.
+    In: pairs (x, y) of additive shares modulo 2**64, broadcast against each other. Out: a list with
+    one share per product; its fractional bits are the sum of those of x and y. Rounds 1. Online 16
+    bytes per element of each factor, offline 8 bytes per element of each product.
+    Each party sees x + a and y + b, which are uniform because the masks a and b are fresh and
+    uniform modulo 2**64.
     """
     masks = [(ctx.mask(x.shape), ctx.mask(y.shape)) for x, y in pairs]
     opened = yield from together(
@@ -39,7 +40,7 @@ def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protoco
 
 
 def multiply_cost(*sizes: tuple[int, int, int]) -> Cost:
-    """Cost of `multiply`; for each pair the element counts of x, of y and of their product."""
+    """Cost of `multiply`. Each size holds the element counts of x, of y and of their product."""
     return Cost(
         rounds=1,
         online=sum(16 * (x + y) for x, y, _ in sizes),
@@ -48,9 +49,11 @@ def multiply_cost(*sizes: tuple[int, int, int]) -> Cost:
 
 
 def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
-    """Share of the element-wise product of two opened wires: no rounds, offline 8 bytes each.
+    """Share of the element-wise product of two masked values that are already open.
 
-    x y = (x' - a)(y' - b) = x' y' - x' b - a y' + a b with x', y' public and a b dealt.
+    With x' = x + a and y' = y + b public and a b dealt as a share,
+    x y = (x' - a)(y' - b) = x' y' - x' b - a y' + a b. Rounds 0, offline 8 bytes per element of the
+    product. Neither party receives a message.
     """
     shape = np.broadcast_shapes(x.shape, y.shape)
     cross = ctx.deal(shape, lambda: x.mask * y.mask)
@@ -58,7 +61,11 @@ def product_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
 
 
 def matmul_of_masked(ctx: Context, x: Masked, y: Masked) -> torch.Tensor:
-    """Share of the batched matrix product of two opened wires; offline 8 bytes per result."""
+    """Share of the batched matrix product x @ y of two masked values that are already open.
+
+    In: x [..., M, K], y [..., K, N]. Out: [..., M, N]. Rounds 0, offline 8 bytes per element of the
+    result.
+    """
     batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     shape = (*batch, x.shape[-2], y.shape[-1])
     cross = ctx.deal(shape, lambda: matmul(x.mask, y.mask))
@@ -72,9 +79,9 @@ def combine(
     cross: torch.Tensor,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """x' y' - x' [b] - [a] y' + [a b] for any bilinear product, in two products, not three.
+    """x' y' - x' [b] - [a] y' + [a b] for any bilinear product, with two products instead of three.
 
-    The larger factor is usually the second, a cache: nothing of its size is made here.
+    y is usually the larger factor (a cache), so no temporary of its size is allocated.
     """
     if cross.is_meta:
         return cross

@@ -1,4 +1,4 @@
-"""Division of rows by a power of a number of their own, on a single opening of the row."""
+"""Division of rows by a power of a number of their own, with a single opening of the row."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mergec.runtime.protocols.squares import deal_square, square_share, truncate
 from mergec.runtime.protocols.truncate import OFFSET, base_of, top_bit, wrap_of
 
 DEFAULT_BOUND = 2.0**14
-"""Largest mean square of a row when no calibration gave one."""
+"""Largest mean square of a row, used if calibration provides none."""
 
 SCALED_FRAC = 2 * FRACTIONAL_BITS
-"""Fractional bits of scaled rows: 16 of the row, brought to its new size, times 16 of a mantissa.
+"""Fractional bits of scaled rows: 16 of the row at its new size, plus 16 of a mantissa.
 """
 
 
 @dataclass
 class Row:
-    """Rows [R, d] opened as z = x + 2**62 + r, so that x >> s is known for every s.
+    """Rows [R, d] opened as z = x + 2**62 + r, so that x >> s can be formed for every s.
 
-    opened: z. mask: this party's share of r; at the dealer r itself. top: shares of msb(r).
+    opened: z. mask: this party's share of r; the dealer has r itself. top: shares of msb(r).
     """
 
     opened: torch.Tensor
@@ -40,9 +40,10 @@ class Row:
 
 
 def open_row(ctx: Context, share: torch.Tensor) -> Protocol:
-    """Open rows of |x| < 2**62 for `scale_rows`. Rounds 1, online 16 bytes, offline 8 an element.
+    """Open rows with |x| < 2**62 for `scale_rows`.
 
-    Each party sees z, uniform as r is.
+    Rounds 1, online 16 bytes per element, offline 8. Each party sees z, which is uniform because r
+    is fresh and uniform.
     """
     mask = ctx.mask(share.shape)
     top = ctx.deal(share.shape, lambda: top_bit(mask))
@@ -51,21 +52,21 @@ def open_row(ctx: Context, share: torch.Tensor) -> Protocol:
 
 
 def open_row_cost(count: int) -> Cost:
-    """Cost of `open_row` for `count` elements in all."""
+    """Cost of `open_row` for `count` elements in total."""
     return Cost(rounds=1, online=16 * count, offline=8 * count)
 
 
 def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Power) -> Protocol:
     """Shares of the rows times the power of V that `octaves` found: [R, d], 32 fractional bits.
 
-    In: rows with `frac` fractional bits; `found` [R, levels] with 16 (`spec.mantissa_bits`). In
-    level k the row is needed times 2**(first_exponent - k): x >> s_k, a public combination of dealt
-    words of its opening, whose products with the k-th mantissa are formed on the mantissa's own
-    opening. As all mantissas but one are zero, the sum over k is the result. No range is lost, and
-    only what stays is rounded, at random: error two units of 2**-16 of the result, and relative
-    2**-14 at most from the mantissa.
-    Rounds 1, online 16 bytes a row and level, offline 8 bytes an element and level, and 16 more.
-    Each party sees the mantissas under fresh masks.
+    In: rows with `frac` fractional bits; `found` [R, levels] with 16 (`spec.mantissa_bits`). Level
+    k needs the row times 2**(first_exponent - k), that is x >> s_k, a public linear combination of
+    dealt words from the row's opening. Its product with the k-th mantissa is formed from the
+    mantissa's own opening. All mantissas but one are zero, so the sum over k is the result. The
+    full input range is supported, and only the remaining bits are rounded, at random: the error is
+    two units of 2**-16 of the result, plus at most 2**-14 relative from the mantissa. Rounds 1.
+    Online 16 bytes per row and level. Offline 8 bytes per element and level that shifts down, plus
+    16 per element. Each party sees the mantissas under fresh, uniform masks.
     """
     factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
     shifts, down = _shifts(frac, spec)
@@ -97,10 +98,11 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
 
 @compiled()
 def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore[no-untyped-def]
-    """For the dealer, from the masks r [R, d] of rows and f [R, levels] of mantissas.
+    """Dealer's words, from the masks r [R, d] of rows and f [R, levels] of mantissas.
 
-    r >> s for the levels that shift down, [R, d, of those]; the sum of (r >> s) f over all levels,
-    and that of msb(r) 2**(64 - s) f over those, [R, d] each.
+    low: r >> s for the levels that shift down, [R, d, number of those]. crossed: the sum of
+    (r >> s) f over all levels, [R, d]. top_crossed: the sum of msb(r) 2**(64 - s) f over the levels
+    that shift down, [R, d].
     """
     for i in range(mask.shape[0]):
         for e in range(mask.shape[1]):
@@ -148,7 +150,7 @@ def _scale_cpu(  # type: ignore[no-untyped-def]
 
 
 def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:
-    """Cost of `scale_rows` for rows of that size."""
+    """Cost of `scale_rows` for `rows` rows of `size` elements."""
     _, down = _shifts(frac, spec)
     words = down + 2
     return open_masked_cost(rows * spec.octaves.levels) + Cost(offline=8 * words * rows * size)
@@ -156,7 +158,7 @@ def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:
 
 @cache
 def _shifts(frac: int, spec: Power) -> tuple[np.ndarray, int]:
-    """By how many bits rows are shifted down in each level, and in how many they are."""
+    """Right shift of the rows in each level, and the number of levels with a positive one."""
     first = frac - FRACTIONAL_BITS - spec.first_exponent
     shifts = np.array([min(first + k, HEADROOM_BITS) for k in range(spec.octaves.levels)])
     return shifts, int((shifts > 0).sum())
@@ -166,8 +168,8 @@ def _shifts(frac: int, spec: Power) -> tuple[np.ndarray, int]:
 class RowNorm:
     """The scales of a row normalization, all derived from public numbers.
 
-    size: row length d. frac: fractional bits of the rows, any real number, so that rows scaled by a
-    constant cost nothing. eps: added to the mean square. bound: largest mean square.
+    size: row length d. frac: fractional bits of the rows; any real number, so that rows scaled by a
+    constant cost nothing extra. eps: added to the mean square. bound: largest mean square.
     """
 
     size: int
@@ -177,7 +179,7 @@ class RowNorm:
 
     @cached_property
     def square_shift(self) -> int:
-        """Bits dropped before squaring: the sum of squares, and eps too, must be within 2**53."""
+        """Bits dropped before squaring, so that the sum of squares, and eps, stay within 2**53."""
         largest = max(self.bound or DEFAULT_BOUND, self.eps)
         room = (MAX_EXPONENT - math.log2(self.size * largest)) / 2
         return max(0, math.ceil(self.frac - room))
@@ -189,15 +191,15 @@ class RowNorm:
 
     @property
     def inverse_root(self) -> Power:
-        """From the sum of squares to the factor of the row."""
+        """The power that maps the sum of squares to the row's factor."""
         return _inverse_root(self)
 
 
 @cache
 def _inverse_root(norm: RowNorm) -> Power:
-    """Norms are made anew in every step; the layout of what they look up is not."""
+    """Cached: norms are created anew in every step, but the layout of their lookups is the same."""
     squares = 2 * (norm.frac - norm.square_shift) + math.log2(norm.size)
-    # The row's own fraction of a bit, where `frac` is no integer, is left to the factor.
+    # Where `frac` is no integer, its fractional part is applied by the factor.
     surplus = norm.frac - math.floor(norm.frac)
     low = max(0, math.floor(math.log2(max(1, norm.eps_units))))
     low = min(low, MAX_EXPONENT - 1)
@@ -207,11 +209,12 @@ def _inverse_root(norm: RowNorm) -> Power:
 def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     """Shares of x / sqrt(mean(x**2) + eps) for each row, with 32 fractional bits.
 
-    In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`; beyond it
-    the result is wrong, but finite. Rounds 4. The row is opened once, as z = x + 2**62 + r, for its
-    squares (`deal_square`) as well as for `scale_rows`. Online 16 bytes per element, offline
-    32 and those of `scale_rows`; and the inverse root of each row (`octaves`). Each party sees z,
-    and what it sees in these two.
+    In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`. Beyond the
+    bound the result is wrong, but finite. Rounds 4. The row is opened once, as z = x + 2**62 + r,
+    both for its squares (`deal_square`) and for `scale_rows`. Online 16 bytes per element, plus
+    those of `octaves` and `scale_rows`, which are per row. Offline 32 bytes per element, plus those
+    of `octaves` and `scale_rows`. Each party sees z, which is uniform because r is fresh and
+    uniform, and what it sees in these two.
     """
     rows = share.reshape(-1, share.shape[-1])
     mask = ctx.mask(rows.shape)
@@ -230,7 +233,7 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
 
 
 def normalize_cost(spec: RowNorm, rows: int) -> Cost:
-    """Cost of `normalize` for that many rows."""
+    """Cost of `normalize` for `rows` rows."""
     count = rows * spec.size
     return (
         truncated_square_cost(count)

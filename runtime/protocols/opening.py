@@ -1,4 +1,4 @@
-"""Openings: to both parties, or under a mask."""
+"""Openings of shared values under a mask."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mergec.runtime.core.values import Masked, Shared
 
 
 def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: int = 0) -> Protocol:
-    """Open z = x + offset + r under the mask r, which must be fresh: 1 round, both directions.
+    """Open z = x + offset + r under the mask r: both parties learn z. r must be fresh.
 
-    Bytes: twice the words of x. The dealer gets a meta tensor and computes nothing. RuntimeError
-    where the mask served before.
+    Rounds 1, online bytes twice the size of x, as both directions carry it. The dealer passes a
+    meta tensor and computes nothing. Raises RuntimeError if the mask was used before.
     """
     ctx.spend(mask)
     if share.is_meta:
@@ -28,11 +28,12 @@ def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: in
 
 
 def open_masked(ctx: Context, x: Shared) -> Protocol:
-    """Open x under a fresh mask r: both learn z = x + r mod 2**64.
+    """Open x under a fresh mask r: both parties learn z = x + r mod 2**64.
 
     In: Shared of any shape. Out: Masked of the same shape and fractional bits.
     Rounds 1, online 16 bytes per element, offline none (r is expanded from seeds).
-    Each party sees the other's share of z. z is uniform as r is, and used for this wire alone.
+    Each party sees the other's share of z. z is uniform because r is uniform and is used for this
+    value alone.
     """
     mask = ctx.mask(x.shape)
     opened = yield from open_under(ctx, x.share, mask)

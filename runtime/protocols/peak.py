@@ -1,13 +1,13 @@
 """The maximum of each row to within two units, by comparing all pairs of a group at once.
 
-A softmax does not depend on what its scores are shifted by, as long as nothing overflows; so it
-needs no more of the maximum than the integer part. The integer parts x_i of a group's members are
-opened under masks, z_i = x_i + r_i modulo 2**16. For each pair the dealer has shared the digit
-tables of r_i - r_j, so that [x_i < x_j] follows from z_i - z_j (`digits`, `formula`). The sum of
-the comparisons that a member loses is its rank, and exactly one member has rank zero. The ranks are
-opened under masks rho modulo 256, and looked up in shared one-hot rows of rho, and in
-the same times r_i: so [rank_i = 0] x_i, and their sum, are public combinations of dealt words.
-Three rounds take a group of up to 16 to one, and two levels a row of 256.
+A softmax does not change when all its scores are shifted, as long as nothing overflows. So only the
+integer part of the maximum is needed. The integer parts x_i of a group's members are opened under
+masks, z_i = x_i + r_i modulo 2**16. For each pair the dealer shares the digit tables of r_i - r_j,
+so [x_i < x_j] follows from z_i - z_j (`digits`, `formula`). The number of comparisons that a member
+loses is its rank, and exactly one member has rank zero. The ranks are opened under masks rho modulo
+256, and looked up in shared one-hot rows of rho and in the same rows times r_i. So [rank_i = 0]
+x_i, and the sum over i, are public linear combinations of dealt words. Three rounds reduce a group
+of up to 16 to one value, and two levels reduce a row of 256.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.ranks import Pairs
 
 GROUP = 16
-"""Largest group that is compared pair by pair."""
+"""Largest group whose members are all compared with each other."""
 
 _DIGITS = Digits(6, 5, 5)
 _LESS = Formula(_DIGITS.less)
 _INTEGER_DROP = 16
 
 _REMEMBERED = 1 << 22
-"""Entries of rows whose comparisons are kept for the next layer: 591 tokens of 12 heads, 131 MB."""
+"""Masks up to this many entries stay cached for the next layer: 591 tokens of 12 heads, 131 MB."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Level:
     """Which of the values are compared.
 
-    members: values that are in a group of at least two. pairs: of these. group: of each value, its
-    number. groups: how many there are.
+    members: indices of the values in a group of at least two. pairs: pairs of these. group: the
+    group of each value. groups: number of groups.
     """
 
     members: np.ndarray
@@ -57,8 +57,8 @@ class _Level:
 class Entries:
     """The valid entries of rows, and how they are compared.
 
-    places: where they are among all, int64 [entries]. rows: in which row each is. levels: see
-    `_Level`.
+    places: their flat indices among all entries, int64 [entries]. rows: the row of each. levels:
+    see `_Level`.
     """
 
     places: torch.Tensor
@@ -67,7 +67,7 @@ class Entries:
 
 
 def entries_of(valid: torch.Tensor) -> Entries:
-    """The valid entries of rows, from public bool [R, L] with an entry in each row."""
+    """The valid entries of rows, from public bool [R, L] with at least one True per row."""
     if valid.numel() > _REMEMBERED:
         return _find_entries(valid)
     return _remembered(valid.numpy().tobytes(), valid.shape)
@@ -75,7 +75,7 @@ def entries_of(valid: torch.Tensor) -> Entries:
 
 @lru_cache(maxsize=2)
 def _remembered(valid: bytes, shape: Sequence[int]) -> Entries:
-    """The layers of a step have all the same: that of the last two steps is kept."""
+    """All layers of a step share the same entries; those of the last two steps are cached."""
     return _find_entries(torch.frombuffer(bytearray(valid), dtype=torch.bool).reshape(shape))
 
 
@@ -91,7 +91,7 @@ def _plan(valid: torch.Tensor) -> Iterator[_Level]:
     while GROUP**levels < longest:
         levels += 1
     for left in range(levels, 0, -1):
-        # The smallest groups whose winners the levels after this one can do with.
+        # The smallest groups whose winners fit into the remaining levels.
         size = max(2, -(-longest // GROUP ** (left - 1)))
         groups = -(-counts // size)
         row = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -109,7 +109,7 @@ def _plan(valid: torch.Tensor) -> Iterator[_Level]:
         first, second = (position[table[:, k][exists]].numpy().astype(np.int32) for k in (i, j))
         yield _Level(
             members.numpy(),
-            # A row of a power of two entries, which no rank reaches.
+            # The one-hot row has a power of two of entries, more than any rank.
             Pairs(first, second, len(members), 1 << (size - 1).bit_length()),
             group.numpy(),
             len(table),
@@ -120,17 +120,17 @@ def _plan(valid: torch.Tensor) -> Iterator[_Level]:
 def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     """Shares modulo 2**32 of a multiple of 2**16 in (m - 2 * 2**16, m] for each row's maximum m.
 
-    In: int32 share [R, L] of 16 fractional bits with differences inside [-2**15, 2**15) units;
-    `valid`, public bool [R, L] with an entry in each row: the other entries are left out. Out: [R].
-    Rounds 3 for each level, of which a row of 16**n entries takes n; online 6 bytes for each member
-    of a group and 2 for each pair; offline 44 bytes a pair and up to 64 a member. Each party
-    sees integer parts, bits and ranks under fresh masks.
+    In: int32 share [R, L] with 16 fractional bits whose differences are in [-2**15, 2**15) units;
+    `valid`, public bool [R, L] with at least one True per row. Other entries are ignored. Out: [R].
+    Rounds 3 per level; a row of 16**n entries takes n levels. Online 6 bytes for each member of a
+    group and 2 for each pair; offline 44 bytes per pair and up to 64 per member. Each party sees
+    integer parts, bits and ranks, each under fresh, uniform masks.
     """
     entries = entries_of(valid)
     if share.is_meta:
         values = torch.empty(len(entries.places), dtype=torch.int16, device="meta")
     else:
-        # Of x = a + b the integer parts of a and b give that of x, or one less.
+        # For x = a + b, the integer parts of a and b add up to that of x, or to one less.
         values = share.reshape(-1)[entries.places.to(share.device)]
         values = (values >> _INTEGER_DROP).to(torch.int16)
     for level in entries.levels:
@@ -152,7 +152,7 @@ def peak_cost(valid: torch.Tensor) -> Cost:
 
 
 def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
-    """The largest value of each group, int16 shares [groups]."""
+    """The largest value of each group: int16 shares [groups]."""
     pairs, count = level.pairs, len(level.members)
     mask = ctx.mask((count,), torch.int16)
     tables = ctx.deal_bits(
@@ -163,7 +163,7 @@ def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
     rank_mask = ctx.mask((count,), torch.int8)
     rows = ctx.deal((count, 2, pairs.entries), lambda: pairs.one_hot(rank_mask, mask), torch.int16)
     if values.is_meta:
-        # What has no data is there for the shapes of messages alone.
+        # Meta tensors only determine the shapes of messages.
         yield from open_under(ctx, rows[:, 0, 0], mask)
         yield from open_bits(ctx, tables[:, 0], bit_mask)
         yield from pairs.open_ranks(ctx, words, rank_mask)
@@ -187,7 +187,7 @@ def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
 def _add_winners(  # type: ignore[no-untyped-def]
     opened, rank, rows, members, values, group, winners
 ):
-    """Add up each group: members that lost count as nothing, and who has no rival as it is."""
+    """Sum each group: members that lost count as zero; a value without a rival counts as it is."""
     last, next_member = rows.shape[2] - 1, 0
     for i in range(values.shape[0]):
         value = values[i]

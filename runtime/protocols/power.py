@@ -1,17 +1,19 @@
 """Functions of positive shares over many octaves: reciprocals, inverse roots, logarithms.
 
-V is opened once, z = V + r. In every octave (or two) k that V may lie in, a table of cubics gives a
-mantissa m_k from that opening, without any message; it is right if V lies there. Where V lies
-follows from comparisons with powers of two, which need not be exact, as neighbouring tables
-overlap: with t the exponent, D = (z >> t) - (r >> t) is V >> t or one more, and [D is 0 or 1] is
+V is opened once, as z = V + r. For every octave k (or pair of octaves) that V may lie in, a table
+of cubics yields a mantissa m_k from that opening without a message; m_k is right if V lies there.
+Which octave V lies in follows from comparisons with powers of two. These need not be exact, because
+neighbouring tables overlap: with t the exponent, D = (z >> t) - (r >> t) is V >> t or one more, and
+[D is 0 or 1] is
 
     true for V < 2**t,    false for V >= 2**(t + 1).
 
-D = 0 and D = 1 say that z >> t or (z >> t) - 1 equals r >> t, digit by digit, in shared tables of
-equality. These bits are opened, and in the same round the mantissas are, under masks: so
-h_k = [V in k] m_k is a public combination of dealt words, and a power is the sum of h_k 2**-k.
-Two rounds in all. Sources: equality of digits in one-time truth tables (Ishai et al., TCC 2013),
-piecewise polynomials on an opening (`interval`); the octaves in parallel are ours.
+D = 0 and D = 1 mean that z >> t or (z >> t) - 1 equals r >> t. This is tested digit by digit in
+shared tables of equality. The resulting bits are opened under masks, and in the same round so are
+the mantissas. Then h_k = [V in k] m_k is a public linear combination of dealt words, and a power is
+the sum of h_k 2**-k. Two rounds in all. Sources: equality of digits in one-time truth tables (Ishai
+et al., TCC 2013), piecewise polynomials on an opening (`interval`). Evaluating the octaves in
+parallel is ours.
 """
 
 from __future__ import annotations
@@ -39,28 +41,29 @@ MAX_EXPONENT = 53
 """V must be below 2**54."""
 
 _DIGITS = 4
-"""Digits that V >> t is cut into: with two points to look up, a byte of bits."""
+"""Digits that V >> t is cut into; looking up two points yields a byte of bits."""
 
 _STEP_BITS = 14
 _LEAST = 4
-"""A level of the table begins at 2**4 windows' sixteenth: V is shifted up to have these bits."""
+"""Each level's table has 2**4 windows from its power of two to the next; V is shifted up so that
+its lowest octave begins at 2**4 or above."""
 
 _TABLE_FRAC = 60
 _NARROW_FRAC = _TABLE_FRAC - WINDOW_BITS
 _ROOM = 61
-"""Bits that the largest result may take."""
+"""Bits available for the largest result."""
 
 _SHARED = 5
-"""Payloads of a comparison: one, and two words of each of the two mantissas that it chooses."""
+"""Payloads of a comparison: one, and two words of each of the two mantissas it chooses between."""
 
 _ZERO_OR_ONE = Formula(added(conjunction(range(_DIGITS)), conjunction(range(_DIGITS, 2 * _DIGITS))))
 
 
 @dataclass(frozen=True)
 class Octaves:
-    """Tables side by side, each for `step` octaves of V in [2**low, 2**(high + 1)), and one more.
+    """Adjacent tables, each for `step` octaves of V in [2**low, 2**(high + 1)) plus one of overlap.
 
-    mantissa_bits: fractional bits of what a table gives, at most 28.
+    mantissa_bits: fractional bits of a table's value, at most 28.
     """
 
     low: int
@@ -75,31 +78,32 @@ class Octaves:
 
     @cached_property
     def levels(self) -> int:
-        """Number of tables; the last one reaches an octave beyond `high`."""
+        """Number of tables; the last one extends one octave beyond `high`."""
         return (self.high - self.low) // self.step + 1
 
     @cached_property
     def lift(self) -> int:
-        """Bits that V is shifted up by."""
+        """Number of bits by which V is shifted up."""
         return max(0, _LEAST - self.low)
 
     def bottom(self, level: int) -> int:
-        """The exponent of the power of two at which a level begins, after `lift`."""
+        """Exponent of the power of two at which a level begins, after `lift`."""
         return self.low + self.lift + self.step * level
 
     @cached_property
     def drops(self) -> np.ndarray:
-        """For each level the bits by which V is shifted down to the units of its table."""
+        """Per level, the bits by which V is shifted down to the units of its table."""
         return np.array([self.bottom(k) - _STEP_BITS - _LEAST for k in range(self.levels)])
 
     @cached_property
     def layout(self) -> tuple[np.ndarray, int]:
-        """For each level but the first its digits: shift, ones, first byte. And all bytes."""
+        """Digits of each level but the first (shift, ones, first byte), and the total bytes."""
         places = np.zeros((self.levels - 1, _DIGITS, 3), np.int64)
         first = 0
         for level in range(1, self.levels):
             bottom = self.bottom(level)
-            # D is below 2**(high + 1 - bottom), and one bit more tells it from a negative one.
+            # D is below 2**(high + 1 - bottom); one more bit distinguishes it from a negative
+            # value.
             width = self.high + 2 + self.lift - bottom
             cuts = [bottom + width * i // _DIGITS for i in range(_DIGITS + 1)]
             for digit in range(_DIGITS):
@@ -110,7 +114,7 @@ class Octaves:
 
 
 def level_table(function: Callable[[np.ndarray], np.ndarray], step: int) -> Table:
-    """f(w) for w in [1, 2**(step + 1)), in units of 2**-18, 16 windows a unit; below 4 in size."""
+    """Table of f(w) for w in [1, 2**(step + 1)), unit 2**-18, 16 windows per 1.0; |f| below 4."""
     return fit(
         lambda w: function(np.maximum(w, 0.9)),
         unit_bits=_STEP_BITS + _LEAST,
@@ -128,10 +132,10 @@ def _power_table(exponent: float, factor: float) -> Table:
 
 @dataclass(frozen=True)
 class Power:
-    """(V * 2**-v_frac)**exponent for V in [2**low, 2**(high + 1)), exponent -1/2 or -1.
+    """(V * 2**-v_frac)**exponent for V in [2**low, 2**(high + 1)), with exponent -1/2 or -1.
 
-    v_frac may be any real number, so that constant factors of V are free of charge. mantissa_bits:
-    those of the result's mantissa, a number in (1/4, 2).
+    v_frac may be any real number, so constant factors of V cost nothing. mantissa_bits: fractional
+    bits of the result's mantissa, which is in (1/4, 2).
     """
 
     exponent: float
@@ -146,7 +150,7 @@ class Power:
 
     @cached_property
     def octaves(self) -> Octaves:
-        """The tables of mantissas: in each level the result is half of that in the one before."""
+        """The mantissa tables; the result's exponent decreases by one from level to level."""
         surplus = self.exponent * (self.low - self.v_frac) - self.first_exponent
         step = round(-1 / self.exponent)
         table = _power_table(self.exponent, 2.0**surplus)
@@ -164,14 +168,14 @@ class Power:
 
 
 def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
-    """What the table of V's level gives, and zero in the other levels: [n, levels]; and the level.
+    """Shares of f(V) in the level of V and zero in all other levels: [n, levels]; and the level.
 
-    In: additive share [n] of the integer V in [2**low, 2**(high + 1)); other values give something
-    wrong, but of a table entry's size. Out: shares modulo 2**64 of f(V * 2**-bottom) with
-    `mantissa_bits` fractional bits, error that of the cubics (2**-18 relative for powers) and one
-    unit; and shares of [V is below level k] for all k but the first, [n, levels - 1].
-    Rounds 2, online 16 bytes, and 10 for each level. Each party sees V, the mantissas and the
-    bits of equality under fresh masks.
+    In: additive share [n] of the integer V in [2**low, 2**(high + 1)). Other values return a wrong
+    result, but one no larger than a table entry. Out: shares modulo 2**64 of f(V * 2**-bottom) with
+    `mantissa_bits` fractional bits, with the error of the cubics (2**-18 relative for powers) plus
+    one unit; and shares of [V is below level k] for all k but the first, [n, levels - 1].
+    Rounds 2, online 16 bytes per element, plus 8 for each level and 2 for each but the first. Each
+    party sees V, the mantissas and the equality bits, each under fresh, uniform masks.
     """
     count, levels = len(share), spec.levels
     mask = ctx.mask((count,))
@@ -180,7 +184,7 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
         tables = ctx.deal_bits((count, size), lambda: _one_hot(mask, places, size))
     lifted = share << spec.lift if spec.lift and not share.is_meta else share
     opened = yield from open_under(ctx, lifted, mask)
-    # Only the dealer's mask is asked for.
+    # `_positions` of the mask is needed only at the dealer.
     masks = _positions(mask, spec) if ctx.party == DEALER else mask
     value = evaluate(ctx, _positions(opened, spec), masks, spec.table)
     value = take_window(value, WINDOW_BITS).reshape(count, levels)
@@ -219,10 +223,10 @@ def find_octave_cost(spec: Octaves, count: int) -> Cost:
 
 
 def octaves(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
-    """Shares of the result's mantissa in the level of V, zero in the others: [n, levels].
+    """Shares of the result's mantissa in the level of V and zero in all others: [n, levels].
 
-    (V * 2**-v_frac)**exponent is the sum over k of 2**(first_exponent - k) times the k-th. See
-    `find_octave`.
+    (V * 2**-v_frac)**exponent is the sum over k of 2**(first_exponent - k) times column k. Rounds,
+    bytes, range, error and what each party sees: see `find_octave`.
     """
     found, _ = yield from find_octave(ctx, share, spec.octaves)
     return found
@@ -236,9 +240,9 @@ def octaves_cost(spec: Power, count: int) -> Cost:
 def power(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
     """Shares of (V * 2**-v_frac)**exponent with `spec.out_frac` fractional bits.
 
-    In: additive share of the integer V in [2**low, 2**(high + 1)), any shape; other values give
-    something wrong, but no larger than the largest result. Relative error 2**-17 with mantissas of
-    20 bits or more. Rounds 2; see `find_octave`.
+    In: additive share of the integer V in [2**low, 2**(high + 1)), any shape. Other values return a
+    wrong result, but one no larger than the largest valid result. Relative error 2**-17 with
+    mantissas of 20 bits or more. Rounds 2. Bytes and what each party sees: see `find_octave`.
     """
     found = yield from octaves(ctx, share.reshape(-1), spec)
     if not found.is_meta:
@@ -254,7 +258,7 @@ def power_cost(spec: Power, count: int) -> Cost:
 
 
 def _positions(words: torch.Tensor, spec: Octaves) -> torch.Tensor:
-    """V (or its mask) in the units of every level's table, flattened [n * levels]."""
+    """V (or its mask) in the units of every level's table, flattened to [n * levels]."""
     if words.is_meta:
         return torch.empty(len(words) * spec.levels, dtype=torch.int64, device="meta")
     out = np.empty((len(words), spec.levels), np.int64)
@@ -263,7 +267,7 @@ def _positions(words: torch.Tensor, spec: Octaves) -> torch.Tensor:
 
 
 def _payload(value_mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """One, the words of the mantissa that a comparison shuts out, and of that which it lets in."""
+    """One, the words of the mantissa that a comparison excludes, and those of the one it admits."""
     low, top = truncation_words(value_mask, shift).numpy()
     out = np.ones((len(low), low.shape[1] - 1, _SHARED), np.int64)
     out[..., 1], out[..., 2] = low[:, 1:], top[:, 1:]
@@ -272,14 +276,14 @@ def _payload(value_mask: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def _one_hot(mask: torch.Tensor, places: np.ndarray, size: int) -> torch.Tensor:
-    """For each digit of each level the packed bits [v = digit of r], [n, size]: for the dealer."""
+    """Packed bits [v = digit of r] per digit and level, [n, size]. Called by the dealer."""
     out = np.zeros((len(mask), size), np.uint8)
     _one_hot_cpu(mask.cpu().numpy(), places.reshape(-1, 3), out)
     return torch.from_numpy(out).to(mask.device)
 
 
 def _equalities(opened: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-    """Bytes [n, levels - 1]: the digits of D equal those of r; four bits for D = 0, four for 1."""
+    """Digit equalities of D and r, bytes [n, levels - 1]: four bits for D = 0, four for D = 1."""
     shape = (len(opened), len(places))
     if opened.is_meta:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
@@ -305,7 +309,7 @@ def _choose_cpu(value, found, last, shift, at_client, out):  # type: ignore[no-u
         z = value[i, levels - 1]
         base = base_of(z, shift, WINDOW_BITS) if at_client else np.int64(0)
         out[i, levels - 1] = base - last[0, i] + wrap_of(z, shift, WINDOW_BITS) * last[1, i]
-        # If V is below level k, then k and all above it are out, and it may be in k - 1.
+        # If V is below level k, it is not in k or above, but it may be in k - 1.
         for k in range(levels - 1, 0, -1):
             below, low, top, low_before, top_before = found[i, k - 1]
             base, wrap = base_of(z, shift, WINDOW_BITS), wrap_of(z, shift, WINDOW_BITS)

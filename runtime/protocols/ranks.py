@@ -1,8 +1,8 @@
-"""Ranks of the members of groups, from comparisons of all pairs: what `peak` and `argmax` share.
+"""Ranks of group members, from comparisons of all pairs; shared by `peak` and `argmax`.
 
-Exactly one member of a group has each rank. Ranks are opened under masks rho, and looked up in
-shared one-hot rows of rho: a row says [rank = t] for each t, and times a mask of the member's value
-it makes [rank = t] times the value a public combination of dealt words.
+Exactly one member of a group has each rank. Ranks are opened under masks rho and looked up in
+shared one-hot rows of rho. A row holds [rank = t] for each t. The same row times the mask of the
+member's value makes [rank = t] times the value a public linear combination of dealt words.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mergec.runtime.kernels.compiled import compiled
 class Pairs:
     """Which of n members are compared.
 
-    first, second: the positions of each pair's members, int32 [pairs]. members: n. entries: length
-    of a one-hot row, a power of two that no rank reaches.
+    first, second: positions of each pair's members, int32 [pairs]. members: n. entries: length of a
+    one-hot row, a power of two larger than any rank.
     """
 
     first: np.ndarray
@@ -32,16 +32,16 @@ class Pairs:
     entries: int
 
     def differences(self, words: torch.Tensor) -> torch.Tensor:
-        """The first member's word minus the second one's, as int64 [pairs], for words of n."""
+        """The first member's word minus the second's, as int64 [pairs], from words of n members."""
         out = torch.empty(len(self.first), dtype=torch.int64)
         flat = words.cpu().long().numpy().reshape(-1)
         _subtract(flat, self.first, self.second, out.numpy())
         return out.to(words.device)
 
     def one_hot(self, mask: torch.Tensor, *payload: torch.Tensor) -> torch.Tensor:
-        """One-hot rows of rank masks, times one and each payload [n]: for the dealer.
+        """One-hot rows of rank masks, times one and each payload [n]. Called by the dealer.
 
-        Gives [n, 1 + payloads, entries], of the payload's type.
+        Returns [n, 1 + payloads, entries], of the payload's type.
         """
         words = torch.stack([torch.ones_like(payload[0]), *payload], -1).cpu()
         words = words.reshape(self.members, -1)
@@ -50,11 +50,11 @@ class Pairs:
         return out
 
     def open_ranks(self, ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protocol:
-        """How many comparisons each member lost, plus its mask, modulo 256: int8 like the mask.
+        """Open how many comparisons each member lost, plus its mask, modulo 256: int8.
 
-        less: shares modulo 2**8 of [first < second], int8 [pairs]. Rounds 1, online 2 bytes a
-        member. What is opened is uniform modulo 256, as the mask is; RuntimeError where that served
-        before.
+        less: shares modulo 2**8 of [first < second], int8 [pairs]. Rounds 1, online 2 bytes per
+        member. Each party sees the opened numbers, which are uniform modulo 256 because the mask is
+        uniform and fresh. Raises RuntimeError if the mask was used before.
         """
         ctx.spend(mask)
         if less.is_meta:
@@ -84,7 +84,8 @@ def _write_one_hot(mask, payload, out):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _count_losses(first, second, less, won, lost):  # type: ignore[no-untyped-def]
-    """Add to each member the comparisons that it lost; of a pair the other one loses the rest.
+    """Add the lost comparisons to each member. `less` counts for the first member of a pair; the
+    second one loses the rest.
 
     won: this party's share of one.
     """

@@ -20,11 +20,12 @@ _POSITIVE = Selection(Formula(negated(DIGITS.less)), Line())
 def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> Protocol:
     """Shares modulo 2**64 of max(x, 0), with the fractional bits of x, or of max(x, 0) * factor.
 
-    In: share of an integer in [-2**30, 2**30), modulo 2**64 or 2**32, any shape; a factor adds the
-    program's fractional bits. Rounds 2: the window is opened, then the bits of [x < 0]; [x >= 0] x
-    is a public combination of dealt words, as x is one of the words of its mask (`selection`).
-    Online 10 bytes per element, 32 more and a truncation's for a factor. Each party sees the
-    openings of a window, of bits and of the factor, each under a fresh mask.
+    In: share of an integer in [-2**30, 2**30), modulo 2**64 or 2**32, any shape. A factor adds the
+    program's fractional bits. Rounds 2: first the window is opened, then the bits of [x < 0].
+    [x >= 0] x is a public linear combination of dealt words, because x is the opened window minus
+    its mask (`selection`). Online 10 bytes per element; with a factor, 16 more and those of its
+    truncation. Each party sees the openings of a window, of bits and of the factor, each under a
+    fresh, uniform mask.
     """
     narrow = share if share.dtype is torch.int32 else take_window(share, 0)
     shape, count = narrow.shape, narrow.numel()
@@ -51,7 +52,7 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
 
 
 def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:
-    """Cost of `rectify` for `count` elements; factor_shift: the bits that its factor loses."""
+    """Cost of `rectify` for `count` elements; factor_shift: bits that truncation drops of a factor."""
     first = Cost(rounds=1, online=8 * count, offline=DIGITS.table_bytes * count)
     second = Cost(rounds=1, online=2 * count)
     words = _POSITIVE.words(0 if factor_shift is None else 1)

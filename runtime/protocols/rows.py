@@ -1,4 +1,4 @@
-"""Exponentials of rows of scores, shifted by about the row's maximum: first half of a softmax."""
+"""Exponentials of score rows, shifted by about the row's maximum: the first half of a softmax."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.saturate import Tail, apply, apply_cost, saturating
 
 EXP_FRAC = 17
-"""Fractional bits of an exponential: the largest one of a row is at least 1 and below 8."""
+"""Fractional bits of an exponential. The largest exponential of a row is at least 1 and below 8."""
 
 MAX_ROW = 4096
-"""Longest row of scores."""
+"""Longest supported row of scores."""
 
 MAX_SPREAD = 32_000.0
-"""How far apart the scores of a row may be; where they lie does not matter."""
+"""Largest difference between scores of a row; their absolute position does not matter."""
 
 _EXP = saturating(np.exp, -13.75, 64, 14, 58, 16, left=Tail(0, 0.0), right=None)
 
 
 @cache
 def inverse(length: int) -> Power:
-    """1 / (sum of a row's exponentials): at least 1, and below 8 for each entry."""
+    """1 / (sum of a row's exponentials), where the sum is at least 1 and below 8 per entry."""
     high = EXP_FRAC + 2 + math.ceil(math.log2(length))
     return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high, FRACTIONAL_BITS)
 
@@ -39,11 +39,12 @@ def inverse(length: int) -> Power:
 def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     """Shares of exp(x - c) with 17 fractional bits, c in (max - 2, max] of the row's valid entries.
 
-    In: Shared [R, L], L <= 4096, valid entries of a row at most 3.2e4 apart; public bool [R, L]
-    with an entry in each row. Out: [R, L], zero where `valid` is not set; error 4e-5 of the row's
-    largest entry; from c - 12.75 down an entry may be zero, and from c - 13.75 down it is. Rounds 2
-    more than `peak`. Scores are taken modulo 2**32 with 16 fractional bits (`take_window`), where
-    differences below 2**15 fit. Each party sees what it sees in `peak` and `saturate.apply`.
+    In: Shared [R, L], L <= 4096, whose valid entries differ by at most 3.2e4 within a row; `valid`,
+    public bool [R, L] with at least one True per row. Out: [R, L], zero where `valid` is False.
+    Error 4e-5 of the row's largest entry. An entry may be zero for x <= c - 12.75, and is zero for
+    x <= c - 13.75. Rounds 2 more than `peak`. Scores are taken modulo 2**32 with 16 fractional bits
+    (`take_window`), where differences below 2**15 fit. Each party sees what it sees in `peak` and
+    `saturate.apply`.
     """
     narrow = take_window(scores.share, scores.frac - FRACTIONAL_BITS)
     shift = yield from peak(ctx, narrow, valid)

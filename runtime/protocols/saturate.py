@@ -1,4 +1,4 @@
-"""Scalar functions that are simple far from zero: a table in the middle, a line on either side."""
+"""Scalar functions that are linear far from zero: a table in the middle, a line on either side."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from mergec.runtime.protocols.truncate import (
 )
 
 MAX_INPUT_FRAC = 48
-"""Inputs may have up to this many fractional bits: 32 bits are left above the 16 that count."""
+"""Most fractional bits of an input: 32 bits are left above the 16 that are used."""
 
 SCALAR_DOMAIN = (-(2.0**14), 2.0**14)
-"""Inputs of the functions here: beyond them the 32-bit window wraps, and holds another number."""
+"""Valid inputs of these functions; beyond them the 32-bit window wraps to another number."""
 
 _POSITION_BITS = 14
 
@@ -46,7 +46,7 @@ class Tail:
     value: float
 
     def line(self, out_frac: int) -> Line:
-        """The same of x with 16 fractional bits, with `out_frac` of them."""
+        """The tail as a `Line`, from x with 16 fractional bits to `out_frac` of them."""
         scale = self.slope << (out_frac - FRACTIONAL_BITS)
         return Line(0, scale, round(self.value * 2**out_frac))
 
@@ -55,10 +55,11 @@ class Tail:
 class Function:
     """A scalar function on inputs with 16 fractional bits.
 
-    left, right: what holds outside the table. A missing tail: such inputs don't occur. Where it
-    begins is compared in units of 2**end_bits of x: within the first unit of the table, and the
-    last two, either may hold. Up to the ends of `SCALAR_DOMAIN` inputs outside the table get their
-    tail; a missing one, or an input beyond these ends, gives the value of another input.
+    left, right: the tails outside the table; None if such inputs do not occur. The position where a
+    tail begins is compared in units of 2**end_bits of x, so within the first unit of the table and
+    its last two units, either the table or the tail may be used. Inputs outside the table but
+    within `SCALAR_DOMAIN` use their tail. An input on the side of a missing tail, or beyond
+    `SCALAR_DOMAIN`, returns the value of another input.
     """
 
     table: Table
@@ -68,30 +69,30 @@ class Function:
 
     @cached_property
     def thresholds(self) -> list[int]:
-        """Where the middle begins and ends, if it does, in such units from the table's start.
+        """Where the left and right tails meet the table, in those units from the table's start.
 
-        In these, a number is taken as what it is or one more; and the last window of the table
-        serves the one before it.
+        In these units, a number is read as its value or one more; and the last window of the table
+        serves the window before it.
         """
         end = ((self.table.windows - 1) << self.table.step_bits) >> self.end_bits
         return [place for tail, place in ((self.left, 1), (self.right, end)) if tail]
 
     @cached_property
     def comparer(self) -> Digits | Halves:
-        """What compares with the thresholds: for two of them, one bit for each pays."""
+        """The protocol that compares with the thresholds: `Halves` pays off if there are two."""
         width = WINDOW_BITS - self.end_bits
         return Halves(width) if len(self.thresholds) > 1 else Digits(width - width // 2, width // 2)
 
     @cached_property
     def inside(self) -> Formula:
-        """When the table holds, from the compared bits."""
+        """1 where the table applies, as a formula of the compared bits."""
         if self.left and self.right:
             return Formula(added(self._below[1], self._below[0], -1))
         return Formula(self._below[0] if self.right else negated(self._below[0]))
 
     @cached_property
     def outside(self) -> list[tuple[Formula, Tail]]:
-        """When which tail holds; one that is zero adds nothing, and is left out."""
+        """1 where each tail applies, as formulas. A tail that is zero is left out."""
         formulas = ((self._below[0], self.left), (negated(self._below[-1]), self.right))
         return [(Formula(f), tail) for f, tail in formulas if tail and (tail.slope or tail.value)]
 
@@ -101,7 +102,7 @@ class Function:
         return [shifted(less, bits * i) for i in range(len(self.thresholds))]
 
     def selections(self, out_frac: int) -> tuple[Selection, list[Selection]]:
-        """What is added up with `out_frac` fractional bits: the table's value, and lines of x."""
+        """The terms of the result with `out_frac` fractional bits: the table's value, and tails."""
         shift = self.table.out_frac - WINDOW_BITS - out_frac
         tails = [Selection(formula, tail.line(out_frac)) for formula, tail in self.outside]
         return Selection(self.inside, Line(shift)), tails
@@ -117,23 +118,23 @@ def saturating(
     left: Tail | None,
     right: Tail | None,
 ) -> Function:
-    """Fit `function` from `start` on, `windows` windows of 2**step_bits input units each.
+    """Fit `function` from `start` on, with `windows` windows of 2**step_bits input units each.
 
-    At least one tail, which must be right in the first unit of 2**end_bits and in the last two; a
-    unit is no less than a window. `out_frac` is that of the table, whose values must stay below
-    2**62.
+    At least one tail is required. A tail must hold in the first unit of 2**end_bits and in the last
+    two. `out_frac` applies to the table, whose values must stay below 2**62. Raises ValueError if a
+    unit is smaller than a window.
     """
     if end_bits < step_bits:
         raise ValueError(f"ends in units of 2**{end_bits} cut windows of 2**{step_bits}")
     scale = 2**FRACTIONAL_BITS
-    # The cube of the position in a window must leave room for its coefficient.
+    # The cube of the position in a window must leave enough bits for its coefficient.
     drop = max(0, step_bits - _POSITION_BITS)
     table = fit(function, FRACTIONAL_BITS, round(start * scale), windows, step_bits, out_frac, drop)
     return Function(table, end_bits, left, right)
 
 
 def function_input(ctx: Context, x: Shared) -> torch.Tensor:
-    """The window of x that `apply` takes; up to 48 fractional bits, of which 16 count."""
+    """The window of x that `apply` takes; of up to 48 fractional bits of x, 16 are used."""
     return unbiased_window(ctx, x.share, x.frac - FRACTIONAL_BITS)
 
 
@@ -147,12 +148,12 @@ def apply(
     """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, or of f(x) * factor.
 
     In: int32 share of x with 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a
-    factor (Shared, the same shape) the result has the program's fractional bits besides. Rounds 2.
-    Online 18 bytes per element, 32 more and a truncation's for a factor. The value of the table is
-    opened under a mask as it is truncated, in the same round as the compared bits; what the dealer
-    shares are the products of mask bits times the words that make up the table's value, x, and
-    either times the factor's mask (`selection`). Each party sees the openings of a
-    window, of the table's value, of bits and of the factor, each under a fresh mask.
+    factor (Shared, same shape) the result also has the program's fractional bits. Rounds 2. Online
+    18 bytes per element; with a factor, 16 more and those of its truncation. The table's value is
+    opened under a mask to truncate it, in the same round as the compared bits. The dealer shares
+    the products of mask bits, times the words that make up the table's value and x, and each of
+    these times the factor's mask (`selection`). Each party sees the openings of a window, of the
+    table's value, of bits and of the factor, each under a fresh, uniform mask.
     """
     shape, count = narrow.shape, narrow.numel()
     mask = ctx.mask((count,), torch.int32)
@@ -171,7 +172,7 @@ def apply(
         open_under(ctx, value, value_mask, NARROW_OFFSET),
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     ]
-    # The factor's mask has to be dealt before the words that are multiplied by it.
+    # The factor must be opened before the words that are multiplied by its mask are dealt.
     bits, value, *factors = yield from together(*second)
     up = factors[0] if factors else None
     inside, tails = function.selections(out_frac)
@@ -187,7 +188,7 @@ def apply(
 
 
 def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:
-    """Cost of `apply` for `count` elements; factor_shift: the bits that its factor loses."""
+    """Cost of `apply` for `count` elements; factor_shift: bits that truncation drops of a factor."""
     first = Cost(rounds=1, online=8 * count, offline=function.comparer.dealt_bytes * count)
     second = Cost(rounds=1, online=10 * count)
     factors = 0 if factor_shift is None else 1
@@ -200,7 +201,7 @@ def apply_cost(function: Function, count: int, factor_shift: int | None = None) 
 
 
 def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tensor:
-    """The bits of all comparisons of an element in one byte."""
+    """The bits of all comparisons of an element, in one byte."""
     if opened.is_meta:
         return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
     comparer = function.comparer

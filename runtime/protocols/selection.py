@@ -1,14 +1,15 @@
-"""A line of a truncated secret where secret bits say so, and nothing elsewhere.
+"""A linear function of a truncated secret where secret bits select it, and zero elsewhere.
 
-A polynomial b of opened bits is a public combination of dealt words, and so is b times a masked
-number (`formula`). Of x that is open as z = x + 2**30 + r modulo 2**32, x >> shift is a public
-combination of 1, r >> shift and the top bit of r (`truncate.Truncation`). So
+A polynomial b of opened bits is a public linear combination of dealt words, and so is b times a
+masked number (`formula`). If x is open as z = x + 2**30 + r modulo 2**32, x >> shift is a public
+linear combination of 1, low = r >> shift and top = the top bit of r (`truncate.Truncation`). So
 
     b (scale (x >> shift) + constant) = (scale base + constant) b - scale b low + scale wrap b top
 
-with `base` and `wrap` public, and b, b low and b top combinations of dealt words. For the same
-times y, open as y' = y + s, the dealer shares all the words once more times s: it is y' times what
-the first words give less what the second ones do.
+where `base` and `wrap` are public, and b, b low and b top are combinations of dealt words. To
+multiply the result by a factor y that is open as y' = y + s, the dealer also shares all the words
+times s. The product is y' times the combination of the first words, minus the same combination of
+the second ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mergec.runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
 
 @dataclass(frozen=True)
 class Line:
-    """scale * (x >> shift) + constant, modulo 2**64, of a number x of less than 30 bits."""
+    """scale * (x >> shift) + constant, modulo 2**64, for an x of less than 30 bits."""
 
     shift: int = 0
     scale: int = 1
@@ -36,27 +37,28 @@ class Line:
 
     @property
     def parts(self) -> int:
-        """Numbers that the dealer multiplies by the products of mask bits: 1, low and top."""
+        """How many of 1, low and top the dealer multiplies by the products of mask bits."""
         return PARTS if self.scale else 1
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """A line where a formula of bits says so."""
+    """A line where a formula of bits is 1, and zero where it is 0."""
 
     formula: Formula
     line: Line
 
     def words(self, factors: int = 0) -> int:
-        """How many words are dealt for an element."""
+        """Number of words dealt per element."""
         return self.formula.words * self.line.parts * (1 + factors)
 
     def deal(
         self, ctx: Context, bit_mask: torch.Tensor, mask: torch.Tensor, factor: Masked | None
     ) -> torch.Tensor:
-        """Shares of the words for elements [n], int64 [n, parts, words of the formula].
+        """Shares of the words for elements [n]: int64 [n, parts, words of the formula].
 
-        bit_mask: uint8 [n], of the bits. mask: int32 [n], of x. factor: y, opened.
+        bit_mask: uint8 [n], masks the bits. mask: int32 [n], masks x. factor: y, opened; doubles
+        the parts.
         """
         parts = self.line.parts * (1 if factor is None else 2)
         shape = (len(mask), parts, self.formula.words)
@@ -82,7 +84,8 @@ class Selection:
     ) -> None:
         """Add shares of the value to `total`, int64 [n] on the CPU.
 
-        bits: uint8 [n], opened. words: of `deal`. opened: int32 [n], z. factor: as in `deal`.
+        bits: uint8 [n], opened. words: returned by `deal`. opened: int32 [n], z. factor: as in
+        `deal`.
         """
         line, times = self.line, _words_of(factor.opened if factor else None)
         _add_line(

@@ -1,11 +1,12 @@
 """Constants that are secret-shared between the two parties, under static masks.
 
 The server knows each constant W at the start of a session and shares it then. A constant that is
-only added is split into W - s and s, where s are words that both know from a seed of the client's.
-One that takes part in products is opened once, as z = W + s + B, where s is the client's share of
-its static mask and B, from the server's own seed, the server's. The server could not learn B + s
-from z, as it knows them already: it is the owner of W. The client sees z, which is uniform as B is.
-From then on neither party uses W itself, and each product opens the other factor alone, to both.
+only added is split into W - s and s, where the words s come from a seed that the client chooses and
+sends to the server. A constant that takes part in products is opened once, as z = W + s + B: s is
+the client's share of its static mask, and B, from the server's own seed, is the server's share. z
+tells the server nothing new, because as the owner of W it already knows W, s and B. The client sees
+z, which is uniform because B is. From then on neither party uses W itself, and each product opens
+only the other factor, to both parties.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _SEED_BYTES = 32
 
 
 def tell_constant_seed(ctx: Context) -> Protocol:
-    """The client tells the server the seed of `Context.constant_words`: 1 round, 32 bytes.
+    """The client sends the server the seed of `Context.constant_words`: 1 round, 32 bytes.
 
-    The words only have to be unknown to nobody: what hides a constant from the client is the
-    server's part of the mask, or the server's share.
+    Both parties may know these words. What hides a constant from the client is the server's part of
+    the mask, or the server's share.
     """
     seed = ctx.constant_seed
     if ctx.party == CLIENT and seed is not None:
@@ -39,10 +40,10 @@ def tell_constant_seed(ctx: Context) -> Protocol:
 
 
 def share_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Shared:
-    """Shares of the server's constant, made without a message: for one that is only added.
+    """Shares of a server constant that is only added; no message is sent.
 
-    In: int32 or int64 at the server, meta elsewhere. The client's share is `constant_words`,
-    uniform and independent of the constant.
+    In: int32 or int64 at the server, meta elsewhere. The client's share is `constant_words`, which
+    are uniform and independent of the constant.
     """
     if ctx.party == DEALER:
         return Shared(encoded, frac)
@@ -51,10 +52,11 @@ def share_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) ->
 
 
 def open_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Protocol:
-    """Open the server's constant to both under its static mask: once in a session, by name.
+    """Open the server's constant to both parties under its static mask, once per session and name.
 
     In: int32 or int64 at the server, meta elsewhere. Out: Masked. Rounds 1, online 8 bytes per
-    element, server to client. The client sees W + s + B, uniform as B is and opened this once.
+    element, server to client. The client sees W + s + B, which is uniform because B is uniform and
+    used for this opening alone. The server sees nothing.
     """
     mine = ctx.constant_words(f"mask {name}", encoded.shape)
     if ctx.party == DEALER:
@@ -76,10 +78,11 @@ def times_shared_weight(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """Share of the bilinear `product(x, weight)`: no rounds, offline 8 bytes per result.
+    """Share of the bilinear `product(x, weight)`. Rounds 0, offline 8 bytes per result.
 
-    x W = x z - x' B + a B with z = W + B and x' = x + a open and a B dealt. Unlike `combine` this
-    makes no copy of the weight. The words that the dealer gives are fresh, so B may serve again.
+    x W = x z - x' B + a B, where z = W + B and x' = x + a are open and a B is dealt. Unlike
+    `combine` this does not copy the weight. The dealt words are fresh for each product, so B may be
+    used again.
     """
     cross = ctx.deal(shape, lambda: product(x.mask, weight.mask))
     if ctx.party == DEALER:

@@ -1,4 +1,4 @@
-"""The square of a truncated value, from the one opening that truncates it."""
+"""The square of a truncated value, computed from the same opening that truncates it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
 
 _DEALT = 4
-"""Dealt words of a square: see `deal_square`."""
+"""Words dealt per square; see `deal_square`."""
 
 
 def deal_square(ctx: Context, mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """Shares of what (x >> shift)**2 takes beside the opened z = x + 2**62 + r: [4, ...].
+    """Share the words [4, ...] that (x >> shift)**2 needs besides the opened z = x + 2**62 + r.
 
-    msb(r); r >> shift; its square, and its product with msb(r). Offline 32 bytes per element.
+    They are msb(r), r >> shift, (r >> shift)**2 and (r >> shift) msb(r). Offline 32 bytes per
+    element.
     """
 
     def words() -> torch.Tensor:
@@ -33,9 +34,9 @@ def deal_square(ctx: Context, mask: torch.Tensor, shift: int) -> torch.Tensor:
 def square_share(
     ctx: Context, opened: torch.Tensor, dealt: torch.Tensor, shift: int
 ) -> torch.Tensor:
-    """Share of the square, once z is open: (base - low + wrap top)**2 multiplied out.
+    """Share of the square once z is open: (base - low + wrap top)**2, expanded.
 
-    dealt: what `deal_square` gave; for base, low, wrap and top see `Truncation`.
+    dealt: the words from `deal_square`. `Truncation` defines base, low, wrap and top.
     """
     out = torch.empty(opened.shape, dtype=torch.int64)
     _square_cpu(
@@ -46,10 +47,11 @@ def square_share(
 
 
 def truncated_square(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
-    """Shares of (x / 2**shift)**2, x / 2**shift rounded as in `truncate`.
+    """Shares of (x / 2**shift)**2, where x / 2**shift is rounded as in `truncate`.
 
     In: additive share with |x| < 2**62 whose rounded square is below 2**63. Rounds 1, online 16
-    bytes per element, offline 32. Each party sees z = x + 2**62 + r, uniform as r is fresh.
+    bytes per element, offline 32. Each party sees z = x + 2**62 + r, which is uniform because r is
+    fresh and uniform.
     """
     mask = ctx.mask(share.shape)
     dealt = deal_square(ctx, mask, shift)

@@ -1,4 +1,4 @@
-"""Faithful truncation: divide a share by a power of two, at most one unit off, never a wrap."""
+"""Faithful truncation: divide a share by a power of two, at most one unit off, without a wrap."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from mergec.runtime.protocols.opening import open_under
 
 OFFSET = 1 << HEADROOM_BITS
 NARROW_OFFSET = 1 << (WINDOW_BITS - 2)
-"""What makes a value of less than 30 bits positive in a window of 32."""
+"""Added to a value of less than 30 bits to make it positive within a 32-bit window."""
 
 PARTS = 3
-"""Dealt words of a truncated value: see `Truncation`."""
+"""Dealt words per truncated value; see `Truncation`."""
 
 
 class Truncation:
-    """A truncated value as a public combination of dealt words, when z = x + 2**(n-2) + r is open.
+    """A truncated value as a public linear combination of dealt words, once z is open.
 
-    In a ring of n = 64 or 32 bits, for |x| < 2**(n - 2),
+    In a ring of n = 64 or 32 bits, for |x| < 2**(n - 2) and z = x + 2**(n - 2) + r,
 
         floor(x / 2**shift) or one more = base - low + wrap * top
 
-    where `base` and `wrap` are public, `low` = r >> shift and `top` = msb(r) are shared: as
-    x + 2**(n - 2) < 2**(n - 1), the sum wrapped exactly if r has its top bit set and z has not. The
-    result is right modulo 2**64 in either case. Kept apart so that products with the truncated
-    value can be formed from the same opening. With shift 0 it is x itself, lifted to 64 bits.
+    where `base` and `wrap` are public, and `low` = r >> shift and `top` = msb(r) are shared.
+    Because 0 <= x + 2**(n - 2) < 2**(n - 1), the sum wrapped around if and only if r has its top
+    bit set and z has not. The result is correct modulo 2**64 in both rings. The terms are kept
+    apart so that products with the truncated value can be formed from the same opening. With shift
+    0 the value is x itself, lifted to 64 bits.
     """
 
     def __init__(self, opened: torch.Tensor, shift: int) -> None:
@@ -42,12 +43,12 @@ class Truncation:
 
     @property
     def weights(self) -> torch.Tensor:
-        """[..., 3]: what `truncation_parts` are multiplied by to give the value."""
+        """[..., 3]: public factors of the `truncation_parts`; the weighted sum is the value."""
         return torch.stack([self.base, torch.full_like(self.base, -1), self.wrap], -1)
 
 
 def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """1, r >> shift and the top bit of r, [..., 3]: for the dealer."""
+    """1, r >> shift and the top bit of r, [..., 3]. Called by the dealer."""
     out = torch.ones((*mask.shape, PARTS), dtype=torch.int64)
     flat = out.numpy().reshape(-1, PARTS)
     _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[:, 1], flat[:, 2])
@@ -55,7 +56,7 @@ def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def truncation_words(mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """r >> shift and the top bit of r, [2, ...], on the CPU: for the dealer."""
+    """r >> shift and the top bit of r, [2, ...], on the CPU. Called by the dealer."""
     out = torch.empty((2, *mask.shape), dtype=torch.int64)
     flat = out.numpy().reshape(2, -1)
     _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[0], flat[1])
@@ -63,12 +64,12 @@ def truncation_words(mask: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def width_of(words: torch.Tensor) -> int:
-    """The bits of a word: those of the ring that it is in."""
+    """Bits per word, which identifies the ring: 64 or 32."""
     return 8 * words.element_size()
 
 
 def top_bit(mask: torch.Tensor) -> torch.Tensor:
-    """The most significant bit of words of 64 or 32 bits, as int64."""
+    """The most significant bit of 64-bit or 32-bit words, as int64."""
     return (mask < 0).to(torch.int64)
 
 
@@ -81,16 +82,18 @@ def _unsigned_shift(words: torch.Tensor, shift: int) -> torch.Tensor:
 def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     """Shares of x / 2**shift, rounded down or up at random with expectation x / 2**shift.
 
-    In: additive share of x modulo 2**64 with |x| < 2**62; 0 <= shift <= 62. A negative shift
-    multiplies by a power of two, locally. Out: additive share, error at most one unit; from shift
-    33 on, 1.5 units at most. Rounds 1, online 16 bytes per element, offline 16. From shift 32 on
-    the parties drop 32 bits of their shares first, which is exact modulo 2**32 but for the carry (a
-    unit, half of it on average, is added), and open the 32-bit window of 30 bits: 8 bytes online.
-    Each party sees z = x + 2**62 + r, uniform as r is fresh and uniform modulo 2**64 (2**32). The
-    dealer sees the shape. Source: the exact form of probabilistic truncation with a msb correction,
-    as in Escudero et al., "Improved Primitives for MPC over Mixed Arithmetic-Binary Circuits"
-    (CRYPTO 2020), section 5, and Dalskov et al., "Secure Evaluation of Quantized Neural Networks"
-    (PETS 2020), section 4.
+    In: additive share of x modulo 2**64 with |x| < 2**62; shift <= 62. A negative shift multiplies
+    by a power of two locally. Out: additive share with an error of at most one unit, or at most 1.5
+    units from shift 33 on. Rounds 1, online 16 bytes per element, offline 16. A shift of zero or
+    less costs nothing. From shift 32 on, online is 8 bytes per element: the parties first drop 32
+    bits of their shares and open the 32-bit window that is left, whose value has at most 30 bits.
+    Dropping is exact modulo 2**32 but for the carry and the fraction below; the expected loss, one
+    unit of 2**32 (half of it for the carry), is added back (`unbiased_window`). Each party sees z =
+    x + 2**62 + r (2**30 in the window), which is uniform because r is fresh and uniform modulo
+    2**64 (2**32). The dealer sees the shape. Source: the exact form of probabilistic truncation
+    with an msb correction, as in Escudero et al., "Improved Primitives for MPC over Mixed
+    Arithmetic-Binary Circuits" (CRYPTO 2020), section 5, and Dalskov et al., "Secure Evaluation of
+    Quantized Neural Networks" (PETS 2020), section 4.
     """
     if shift <= 0:
         return share if share.is_meta else share << -shift
@@ -121,14 +124,14 @@ def truncate_cost(count: int, shift: int) -> Cost:
 
 
 def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tensor:
-    """`take_window` with the expected loss added: the error is in (-1, 1], and zero on average."""
+    """`take_window` with the expected loss added back: error in (-1, 1] units, zero on average."""
     window = take_window(share, drop)
     return window if drop == 0 or window.is_meta or ctx.party != CLIENT else window + 1
 
 
 @compiled(inline="always")
 def low_of(word, shift, width):  # type: ignore[no-untyped-def]
-    """A word of so many bits shifted down, its sign not copied: of a mask, a dealt word."""
+    """Logical right shift of a `width`-bit word. Applied to the mask it yields a dealt word."""
     unsigned = np.uint64(word) & (np.uint64(2**64 - 1) >> np.uint64(64 - width))
     return np.int64(unsigned >> np.uint64(shift))
 
@@ -141,7 +144,7 @@ def base_of(z, shift, width):  # type: ignore[no-untyped-def]
 
 @compiled(inline="always")
 def wrap_of(z, shift, width):  # type: ignore[no-untyped-def]
-    """`Truncation.wrap` of an opened word; shifted in two steps, as 2**64 is no word."""
+    """`Truncation.wrap` of an opened word; shifts in two steps because 2**64 does not fit."""
     return np.int64(z >= 0) << (width - shift - 1) << 1
 
 

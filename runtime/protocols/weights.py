@@ -1,10 +1,11 @@
-"""Products with the server's constants: one message of the moving factor.
+"""Products with the server's constants, which send one message for the moving factor.
 
 A constant is either shared between the two parties (`Masked`, see `shared_weights`) or held by the
-server (`Weight`). There W is hidden under a static mask B, known to server and dealer, and W - B is
-given to the client once in a session. For a share x = xc + xs the client sends xc - a under a fresh
-mask a; the server then knows x - a and forms (x - a) W, the client a (W - B), and the dealer gives
-them shares of a B. So W is opened once in its lifetime, and x moves in one direction only.
+server (`Weight`). In the second case W is hidden under a static mask B, known to server and dealer,
+and the client receives W - B once per session. For a share x = xc + xs the client sends xc - a
+under a fresh mask a. The server then knows x - a and computes (x - a) W, the client computes a (W -
+B), and the dealer provides shares of a B. So W is opened once in its lifetime, and x is sent in one
+direction only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Constant = Weight | Masked
 """A constant in a product: held by the server, or shared."""
 
 Moving = Sent | Masked
-"""The other factor, in the form that the constant wants."""
+"""The other factor, in the form that the constant requires."""
 
 PIECE = 1 << 22
 """Elements of a weight that are masked and sent at once."""
@@ -37,7 +38,7 @@ def send(ctx: Context, x: Shared) -> Protocol:
     """Open x to the server under a mask a that the client and the dealer know.
 
     In: Shared of any shape. Out: Sent. Rounds 1, online 8 bytes per element, offline none.
-    The server sees x - a, uniform as a is fresh; the client sees nothing.
+    The server sees x - a, which is uniform because a is fresh and uniform; the client sees nothing.
     """
     mask = ctx.client_mask(x.shape)
     ctx.spend(mask)
@@ -55,11 +56,12 @@ def send_cost(count: int) -> Cost:
 
 
 def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Protocol:
-    """Put a server-held constant under its static mask: once in a session, by name.
+    """Put a server-held constant under its static mask, once per session and name.
 
-    In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1 for each PIECE
-    elements, so that the server never holds a whole mask; online 8 bytes per element, server to
-    client. The client sees W - B, uniform as B is and opened this once.
+    In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1 per PIECE
+    elements, so that the server never holds a whole mask. Online 8 bytes per element, server to
+    client. The client sees W - B, which is uniform because B is uniform and opened only this once.
+    The server sees nothing.
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     shapes = [piece.shape for piece in _pieces(ghost)]
@@ -82,7 +84,7 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
 
 
 def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    """A weight in runs of rows of about PIECE elements; a single number is one."""
+    """Split a weight into runs of rows of about PIECE elements; a scalar is one piece."""
     rows = max(1, PIECE // max(1, math.prod(weight.shape[1:])))
     return weight.split(rows) if weight.dim() else (weight,)
 
@@ -90,10 +92,10 @@ def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
 def reuse_weight(
     ctx: Context, encoded: torch.Tensor, difference: torch.Tensor, frac: int
 ) -> Weight:
-    """What `share_weight` gives client and server, without a message: the client has kept W - B.
+    """What `share_weight` returns at client and server, without a message: the client kept W - B.
 
     difference: W - B under the same B of an earlier session, at the client; meta at the server. The
-    caller sees to it that B never hides another W (`runtime.session.stores.kept`).
+    caller ensures that B never hides another W (`runtime.session.stores.kept`).
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     if ctx.party == SERVER:
@@ -102,7 +104,7 @@ def reuse_weight(
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
-    """Open x as a product with `weight` wants it: to both if that is shared, else to the server."""
+    """Open x for a product with `weight`: to both parties if it is shared, else to the server."""
     moved: Moving = yield from (open_masked if isinstance(weight, Masked) else send)(ctx, x)
     return moved
 
@@ -119,7 +121,8 @@ def times_weight(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """Share of the bilinear `product(x, weight)`: no rounds, offline 8 bytes per result."""
+    """Share of the bilinear `product(x, weight)` of shape `shape`: Rounds 0, offline 8 bytes per
+    result. Raises TypeError if x is not in the form that the weight requires."""
     if isinstance(x, Masked) and isinstance(weight, Masked):
         return times_shared_weight(ctx, x, weight, product, shape)
     if not (isinstance(x, Sent) and isinstance(weight, Weight)):
@@ -133,24 +136,25 @@ def times_weight(
 
 
 def linear(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
-    """Share of x @ weight.T for x [..., I] and weight [O, I]."""
+    """Share of x @ weight.T for x [..., I] and weight [O, I]: [..., O]. Cost: `times_weight`."""
     shape = (*x.shape[:-1], weight.shape[0])
     return times_weight(ctx, x, weight, matmul_rows, shape)
 
 
 def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
-    """Shares of the rows of `weight` [V, D] that the client's ids [...] name: [..., D].
+    """Shares of the rows of `weight` [V, D] selected by the client's ids [...]: [..., D].
 
     In: ids at the client, meta elsewhere. Rounds 1, online 8 V bytes per id, client to server;
-    offline 8 D bytes per id. The server sees one-hot rows e minus a fresh uniform mask a; the
-    client sees nothing. For a shared constant, e W = e z - (e - a) B - a B with z = W + B open and
-    a B dealt, where the client reads e z from z as rows.
+    offline 8 D bytes per id. The server sees one-hot rows e minus a fresh uniform mask a, which are
+    uniform; the client sees nothing. For a shared constant, e W = e z - (e - a) B - a B, where
+    z = W + B is open and a B is dealt; the client computes e z by selecting rows of z.
     """
     mask = ctx.client_mask((*ids.shape, weight.shape[0]))
     ctx.spend(mask)
     away = torch.empty(mask.shape, dtype=torch.int64, device="meta")
     if ctx.party == CLIENT:
-        # No row of zeros and a one is made: a prompt's are as many words as the vocabulary, each.
+        # Avoid building one-hot rows: for a prompt, each would have as many words as the
+        # vocabulary.
         chosen = ids.to(ctx.device)[..., None]
         rows = (-mask).scatter_add_(-1, chosen, torch.ones_like(chosen))
         yield ToServer(rows)
@@ -184,9 +188,9 @@ def scale_by(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:
 def add_held(
     share: torch.Tensor, held: Held | Shared, frac: int, parts: Sequence[int] = ()
 ) -> torch.Tensor:
-    """The share plus a constant: its holder adds it alone, or each its share; shapes broadcast.
+    """The share plus a constant. If held, its holder adds it; if shared, each adds its share.
 
-    parts: which columns have more than `frac` fractional bits, see `mpc.linear`.
+    Shapes broadcast. parts: columns with more than `frac` fractional bits, see `mpc.linear`.
     """
     shape = np.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
