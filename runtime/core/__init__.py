@@ -1,1 +1,1 @@
-"""What every part of the runtime speaks in: visibility, costs, values, messages, ops, errors."""
+"""Definitions that the whole runtime uses: visibility, costs, values, messages, ops, errors."""

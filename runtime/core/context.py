@@ -1,8 +1,9 @@
-"""What a protocol sees of its surroundings: who it runs for, and the correlated randomness.
+"""The environment of a protocol: which role it runs for, and the correlated randomness.
 
-The same protocol code runs at the client, the server and the dealer. What the dealer must know to
-deal stands right beside its use, as the function that is passed to `deal`; the parties never call
-it. So the randomness can't disagree with the program, and its order is the program's own.
+The same protocol code runs at the client, the server and the dealer. The computation that the
+dealer needs for dealing is written right beside its use, as the function passed to `deal`; the
+parties never call it. So the randomness cannot disagree with the program, and it is dealt in
+program order.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.int8: np.dtype(np.int8),
     torch.uint8: np.dtype(np.uint8),
 }
-"""The types of words that are masked, dealt and sent."""
+"""Word types that are masked, dealt and sent."""
 
 _UNSIGNED = np.dtype(np.uint64)
 
 
 class ByteSink(Interface):
-    """Where the dealer writes corrections for a party."""
+    """Where the dealer writes a party's corrections."""
 
     def write(self, data: torch.Tensor) -> None: ...
 
 
 class ByteSource(Interface):
-    """Where a party reads corrections from the dealer."""
+    """Where a party reads the dealer's corrections."""
 
     def read(self, nbytes: int) -> torch.Tensor: ...
 
 
 class Context(ABC):
-    """One party's side of a session. `fixed` is the number of fractional bits of the program."""
+    """One party's side of a session. `fixed`: number of fractional bits of the program."""
 
     party: int
 
@@ -56,17 +57,17 @@ class Context(ABC):
         self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
         self.offline_bytes = 0
-        """Bytes of corrections so far: read at a party, written to both at the dealer."""
+        """Bytes of corrections so far: read, at a party; written to both parties, at the dealer."""
         self.draw = Draw()
-        """How a token that is revealed alone is chosen in this step."""
+        """How the token is chosen in this step when only the token is revealed."""
         self.constant_seed: bytes | None = None
-        """Seed of `constant_words`; the server has it from the client."""
+        """Seed of `constant_words`; the server receives it from the client."""
         self._spent: dict[int, weakref.ref[torch.Tensor]] = {}
         self._static: set[str] = set()
 
     @property
     def tensor_device(self) -> torch.device:
-        """Where this party's shares are: a real device, or `meta` at the dealer."""
+        """Where this party's shares are stored: a real device, or `meta` at the dealer."""
         return self.device
 
     @abstractmethod
@@ -75,7 +76,7 @@ class Context(ABC):
 
     @abstractmethod
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
-        """A fresh uniform mask that the client and the dealer know; a meta tensor at the server."""
+        """A fresh uniform mask known to the client and the dealer; a meta tensor at the server."""
 
     def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The static mask of a weight, known to the server and the dealer; meta at the client."""
@@ -83,18 +84,18 @@ class Context(ABC):
 
     @abstractmethod
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
-        """The same in consecutive pieces, each made when it is asked for.
+        """The static mask of a weight in consecutive pieces, each generated when it is requested.
 
-        RuntimeError if it was asked for before: a second constant under the same mask would tell
-        the client the difference of the two.
+        Raises RuntimeError if the mask of `name` was requested before: a second constant under the
+        same mask would reveal the difference of the two constants to the client.
         """
 
     def spend(self, mask: torch.Tensor) -> None:
-        """Note that a value is opened under `mask`; RuntimeError if one was before."""
+        """Record that a value is opened under `mask`. Raises RuntimeError if one was before."""
         spent, key = self._spent, id(mask)
         if key in spent:
             raise RuntimeError("a second value would be opened under the same mask")
-        # The note goes with the mask: its place in memory may become another's.
+        # The record must go with the mask, because its address may be reused.
         spent[key] = weakref.ref(mask, lambda _: spent.pop(key))
 
     def _spend_name(self, name: str) -> None:
@@ -103,15 +104,18 @@ class Context(ABC):
         self._static.add(name)
 
     def constant_words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """Uniform words for the constant of this name, which all three roles know."""
+        """Uniform words for the constant of this name, which all three roles know.
+
+        Raises RuntimeError at the server if the client has not sent the seed.
+        """
         if self.constant_seed is None:
-            raise RuntimeError("the client has not told the seed of shared constants")
+            raise RuntimeError("the client has not sent the seed of shared constants")
         prg = Prg(derive(self.constant_seed, name))
         return self._words(prg, shape, torch.int64)
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
-        """Fresh uniform words that the dealer alone knows."""
-        raise RuntimeError("only the dealer has words of its own")
+        """Fresh uniform words that only the dealer knows. Raises RuntimeError at the parties."""
+        raise RuntimeError("only the dealer has private words")
 
     @abstractmethod
     def deal(
@@ -122,15 +126,18 @@ class Context(ABC):
     ) -> torch.Tensor:
         """Additive shares, in the ring of `dtype`, of what `secret` returns; meta at the dealer.
 
-        uint8 is no number here but eight bits: its shares are XOR shares (`deal_bits`).
+        uint8 stands for eight bits, not a number: its shares are XOR shares (`deal_bits`). Only the
+        dealer calls `secret`. Offline bytes: the size of the result, sent to the server; the client
+        expands its share from its seed.
         """
 
     @abstractmethod
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys | None:
         """Keys of `count` point functions (`correlations.dpf`); None at the dealer.
 
-        correct: gives their corrections, uint64 [count, words], from the roots of client and
-        server, [count, 2] each. Both parties get them, and each has roots of its own.
+        correct: called by the dealer with the roots of client and server, [count, 2] each; returns
+        the corrections, uint64 [count, words]. Both parties receive the corrections (offline bytes:
+        twice their size) and expand their own roots from their seeds.
         """
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -142,19 +149,19 @@ class Context(ABC):
         return self.mask(shape, torch.uint8)
 
     def public(self, value: torch.Tensor) -> torch.Tensor:
-        """This party's additive share of a public value: all of it at the client."""
+        """This party's additive share of a public value: the value at the client, else zero."""
         return value if self.party != SERVER else torch.zeros_like(value)
 
     def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._placed(torch.from_numpy(prg.words(shape, NUMPY[dtype])))
 
     def _placed(self, words: torch.Tensor) -> torch.Tensor:
-        """Words on this party's device; most often they are there, and asking torch takes time."""
+        """Words on this party's device. Usually they are there already, and `to` is not free."""
         return words.to(self.device) if self._elsewhere else words
 
 
 class _PartyContext(Context):
-    """A party reads what is its own from one seed, and corrections from the dealer's stream."""
+    """A party expands its own words from one seed, and reads corrections from the dealer."""
 
     def __init__(
         self,
@@ -181,7 +188,7 @@ class _PartyContext(Context):
 
 
 class ClientContext(_PartyContext):
-    """The client reads every share of its own from its seed."""
+    """The client expands every share of its own from its seed."""
 
     party = CLIENT
 
@@ -211,7 +218,7 @@ class ClientContext(_PartyContext):
 
 
 class ServerContext(_PartyContext):
-    """The server reads masks from its seed; its shares are corrections."""
+    """The server expands masks from its seed; its shares of dealt values are corrections."""
 
     party = SERVER
 
@@ -223,7 +230,7 @@ class ServerContext(_PartyContext):
         fixed: int = FRACTIONAL_BITS,
         weight_seed: bytes | None = None,
     ) -> None:
-        """weight_seed: of the static masks of weights; by default `seed`."""
+        """weight_seed: seed of the static masks of weights; default: `seed`."""
         super().__init__(seed, corrections, device, fixed)
         self._weight_seed = weight_seed or seed
 
@@ -245,7 +252,7 @@ class ServerContext(_PartyContext):
 
 
 class DealerContext(Context):
-    """The dealer knows both seeds, and writes what the parties can't derive from their own."""
+    """The dealer knows both seeds, and writes what the parties cannot derive from their own."""
 
     party = DEALER
 
@@ -260,9 +267,9 @@ class DealerContext(Context):
         own_seed: bytes | None = None,
         weight_seed: bytes | None = None,
     ) -> None:
-        """own_seed: of `private_words`; a fresh one by default.
+        """own_seed: seed of `private_words`; default: a fresh one.
 
-        weight_seed: of the static masks of weights; by default the server's seed.
+        weight_seed: seed of the static masks of weights; default: the server's seed.
         """
         super().__init__(device, fixed)
         self._own = Prg(own_seed or new_seed())
@@ -319,7 +326,7 @@ class DealerContext(Context):
 
 
 class ShapeContext(Context):
-    """Nobody's side: for walking a program on shapes alone. It has no randomness."""
+    """No role's side: for running a program on shapes alone. It has no randomness."""
 
     party = DEALER
 

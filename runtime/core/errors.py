@@ -1,4 +1,4 @@
-"""Errors that a user of a compiled program can act on."""
+"""Errors that the user of a compiled program can act on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import ClassVar
 
 
 class MergecError(Exception):
-    """Base of every error that is reported as one line, without a traceback.
+    """Base class of every error that is reported as one line, without a traceback.
 
-    distance: where several roles fail together, the error of the least distance tells the cause.
+    distance: if several roles fail together, the error with the smallest distance names the cause.
     """
 
     distance: ClassVar[int] = 0
@@ -23,11 +23,11 @@ class OpError(MergecError):
 
 
 class PromptError(MergecError):
-    """The prompt cannot be run: empty, too long, or holding unknown tokens."""
+    """The prompt cannot be run: it is empty, too long, or contains unknown tokens."""
 
 
 class LimitError(PromptError):
-    """The server answers no more for now; `wait` seconds later it may again."""
+    """The server's answer limit is reached; try again after `wait` seconds."""
 
     def __init__(self, message: str, wait: int) -> None:
         super().__init__(message)
@@ -35,17 +35,17 @@ class LimitError(PromptError):
 
 
 class PartyError(MergecError):
-    """A peer is missing, disagrees about the program, or went away."""
+    """A peer is missing, disagrees about the program, or disconnected."""
 
 
 class PeerSilentError(PartyError):
-    """A peer sent nothing in time: it may have failed, or wait for a third."""
+    """A peer sent nothing in time: it may have failed, or be waiting for a third role."""
 
     distance = 1
 
 
 class PeerEndedError(PartyError):
-    """A peer went away, or told that it ends the session: it knows why."""
+    """A peer disconnected, or announced that it ends the session; that peer knows the cause."""
 
     distance = 2
 

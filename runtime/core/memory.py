@@ -13,11 +13,11 @@ _STATUS = Path("/proc/self/status")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of giving it back to the kernel.
+    """Let glibc reuse freed memory instead of returning it to the kernel.
 
-    A step allocates and frees the same large buffers again and again. With the default settings
-    each is a fresh mapping whose every page faults, which slows the making of masks down
-    (docs/performance.md). Does nothing where the C library is not glibc.
+    A step allocates and frees the same large buffers repeatedly. With the default settings, each is
+    a fresh mapping and every page of it faults, which slows mask generation down
+    (docs/performance.md). Does nothing if the C library is not glibc.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give what is free now back to the kernel: after a setup that took more than steps will."""
+    """Return free memory to the kernel, after a setup that needed more memory than steps will."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
@@ -36,10 +36,10 @@ def release_freed_memory() -> None:
 
 
 def peak_bytes() -> int:
-    """Largest resident set of this process so far.
+    """Largest resident set of this process so far, in bytes.
 
-    Where there is a /proc, from there: `getrusage` counts what a process was before it became this
-    program, which is its parent's memory.
+    Reads /proc where it exists, because `getrusage` also counts what the process was before it
+    became this program, which is its parent's memory.
     """
     try:
         (line,) = (x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))

@@ -1,7 +1,7 @@
-"""What a protocol yields: the messages of one round, which the scheduler sends for it.
+"""What a protocol yields: the messages of one round, which the scheduler sends.
 
 A protocol is a generator. It yields a message, or a tuple of messages that belong to one round, and
-is resumed with what the other party sent. Protocols of independent ops, and the parts of one op
+is resumed with the other party's messages. Protocols of independent ops, and the parts of one op
 joined by `together`, advance in lockstep and so share rounds.
 """
 
@@ -16,21 +16,21 @@ import torch
 
 @dataclass
 class Swap:
-    """Each party sends `payload` to the other and gets the other's, of equal shape and type."""
+    """Each party sends `payload` and receives the other's, which has equal shape and type."""
 
     payload: torch.Tensor
 
 
 @dataclass
 class ToServer:
-    """The client sends `payload`; the server, which passes a meta tensor, gets it."""
+    """The client sends `payload`. The server passes a meta tensor and receives it."""
 
     payload: torch.Tensor
 
 
 @dataclass
 class ToClient:
-    """The server sends `payload`; the client, which passes a meta tensor, gets it."""
+    """The server sends `payload`. The client passes a meta tensor and receives it."""
 
     payload: torch.Tensor
 
@@ -40,7 +40,7 @@ Protocol = Generator[Any, Any, Any]
 
 
 def together(*protocols: Protocol) -> Protocol:
-    """Run protocols in lockstep, so that their messages share rounds; gives their results."""
+    """Run protocols in lockstep, so that their messages share rounds; returns their results."""
     results: list[Any] = [None] * len(protocols)
     waiting: dict[int, Message | tuple[Message, ...]] = {}
 
@@ -65,7 +65,7 @@ def together(*protocols: Protocol) -> Protocol:
 
 
 def as_tuple(yielded: Message | tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages of a round, of a protocol that may have yielded just one."""
+    """The messages of a round as a tuple, whether the protocol yielded a tuple or one message."""
     return yielded if isinstance(yielded, tuple) else (yielded,)
 
 

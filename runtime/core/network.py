@@ -1,4 +1,4 @@
-"""Network profiles: what a round and a byte between the parties cost in time."""
+"""Network profiles: the time that a round and a byte between the parties cost."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from mergec.runtime.core.spec import Cost
 
 MAKING = 5e8
-"""Bytes of correlated randomness that a dealer makes in a second, ahead of the steps."""
+"""Bytes of correlated randomness that a dealer generates per second, ahead of the steps."""
 
 
 @dataclass(frozen=True)
 class Network:
     """A network between the two parties.
 
-    latency: seconds from one party to the other. bandwidth: bytes per second, each way. overhead:
-    seconds that the parties' own machines spend on a round, whatever the network.
+    latency: seconds, one way. bandwidth: bytes per second, each way. overhead: seconds that the
+    parties' own machines spend on a round, on any network.
     """
 
     latency: float
@@ -23,15 +23,15 @@ class Network:
     overhead: float = 5e-5
 
     def seconds(self, cost: Cost) -> float:
-        """An estimate of the time that the network takes, without what the parties compute.
+        """Estimated network time in seconds, without the parties' computation.
 
-        Rounds take the latency and the overhead. Online bytes are counted in both directions, which
-        are used at once.
+        A round takes the latency plus the overhead. Online bytes are summed over both directions,
+        which transfer at the same time, so half of them are divided by the bandwidth.
         """
         return cost.rounds * (self.latency + self.overhead) + cost.online / 2 / self.bandwidth
 
     def weight(self, cost: Cost) -> float:
-        """What protocols are compared by: the network's seconds, and those of the dealer's work."""
+        """Seconds used to compare protocols: network time plus the dealer's work."""
         return self.seconds(cost) + cost.offline / MAKING
 
 

@@ -1,4 +1,4 @@
-"""Visibility, cost and ring constants: the bottom of the dependency tree."""
+"""Visibility, cost and ring constants. Imports nothing from the rest of the package."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import enum
 from dataclasses import dataclass
 
 RING_BITS = 64
-"""Secret shares live in the integers modulo 2**64."""
+"""Secret shares are integers modulo 2**64."""
 
 FRACTIONAL_BITS = 16
 """Fractional bits of an activation after truncation, and of an encoded weight."""
 
 HEADROOM_BITS = 62
-"""A shared value x must satisfy |x| < 2**62: the faithful truncation needs one free bit."""
+"""A shared value x must satisfy |x| < 2**62: faithful truncation needs one spare bit."""
 
 RANGE_MARGIN_BITS = 3
 """A value may become 2**3 times as large as in calibration before it leaves the ring."""
 
 CLIENT, SERVER, DEALER = 0, 1, 2
-"""Party numbers: the client owns the prompt, the server the weights, the dealer neither."""
+"""Party numbers. The client owns the prompt, the server owns the weights, the dealer neither."""
 
 ROLES = ("client", "server", "dealer")
 
@@ -27,15 +27,15 @@ CHOICES = {
     "reveal": ("logits", "token"),
     "network": ("loopback", "lan", "wan"),
 }
-"""Options of a compilation, by the names that they have in its manifest, and what they can be.
+"""Options of a compile and their allowed values, under their names in the manifest.
 
-weights: who knows the weights while the program runs. reveal: what the client learns of a step.
-network: what protocols were chosen for (`runtime.core.network`).
+weights: who knows the weights while the program runs. reveal: what the client learns from a step.
+network: the network that protocols were chosen for (`runtime.core.network`).
 """
 
 
 class Vis(enum.Enum):
-    """Who knows a value in the clear; `SHARED` is nobody, each party holds a share."""
+    """Who knows a value in the clear. `SHARED` means nobody: each party holds a secret share."""
 
     PUBLIC = "public"
     CLIENT = "client"
@@ -53,9 +53,9 @@ class Vis(enum.Enum):
 
 @dataclass(frozen=True)
 class Cost:
-    """Communication of one op. Bytes are those sent by one party plus those sent by the other.
+    """Communication of one op. Bytes are summed over both directions.
 
-    rounds: messages that must follow one another (both directions at once count as one).
+    rounds: number of messages that must follow one another; both directions at once count as one.
     online: bytes between client and server while the step runs.
     offline: bytes from the dealer (corrections to correlated randomness; seeds are free).
     """
@@ -65,7 +65,7 @@ class Cost:
     offline: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        """Cost of one protocol after the other."""
+        """Cost of one protocol after another."""
         return Cost(
             self.rounds + other.rounds, self.online + other.online, self.offline + other.offline
         )

@@ -1,7 +1,7 @@
-"""Functions that are no dialect ops: data movement on any value, and arithmetic on public ones.
+"""Functions that are not dialect ops: data movement on any value, and arithmetic on public values.
 
-An instruction names one of these; nothing else can be called, and nothing is evaluated. Movement
-acts on every share and mask alike, so it costs nothing.
+An instruction names one of these functions. Nothing else can be called, and no code is evaluated.
+Data movement acts on each share and mask separately, so it needs no communication.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PUBLIC = (
     "outer.default", "matmul.default", "mm.default", "bmm.default", "embedding.default",
     "split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int",
 )  # fmt: skip
-"""Allowed on values that are public, or that one party knows."""
+"""Allowed on values that are public or known to one party."""
 
 _SYMBOLIC: dict[str, Callable[..., Any]] = {
     "sym.add": operator.add,
@@ -65,7 +65,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _overload(name) for name in (*MOVES, *PUBLIC)},
     **_SYMBOLIC,
 }
-# The same functions by a shorter way into torch: each step calls them some hundred times.
+# The same functions through a shorter path into torch, as each step calls them hundreds of times.
 TABLE["aten.reshape.default"] = torch.reshape
 TABLE["aten.permute.default"] = torch.permute
 TABLE["aten.transpose.int"] = torch.transpose
@@ -90,11 +90,11 @@ _DEVICE = "torch.device"
 
 
 def function(target: str) -> Callable[..., Any]:
-    """The callable of an instruction's target; KeyError names one that is not allowed."""
+    """The callable for an instruction's target. Raises KeyError if the target is not allowed."""
     try:
         return TABLE[target]
     except KeyError:
-        raise KeyError(f"{target} is no function that a program may call") from None
+        raise KeyError(f"{target} is not a function that a program may call") from None
 
 
 def target_name(call: Any) -> str:
@@ -107,7 +107,10 @@ def target_name(call: Any) -> str:
 
 
 def encode_literal(value: Any) -> Any:
-    """A literal argument as something that JSON can hold: dtypes and devices become strings."""
+    """A literal argument in a form that JSON can store: dtypes and devices become strings.
+
+    Raises TypeError if the value has no such form.
+    """
     if isinstance(value, torch.device):
         return _DEVICE
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
@@ -118,7 +121,7 @@ def encode_literal(value: Any) -> Any:
 
 
 def decode_literal(value: Any, device: torch.device) -> Any:
-    """The argument that a literal stands for; any device is the party's own."""
+    """The argument that a stored literal represents; any device becomes the party's own."""
     if isinstance(value, str):
         return device if value == _DEVICE else _LITERALS.get(value, value)
     return value

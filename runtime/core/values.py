@@ -1,8 +1,8 @@
 """Values that a program handles: who holds what of a secret, as seen by one party.
 
-A tensor that a party may not know stands there as a meta tensor, so that shapes flow on all three
-sides: the dealer, which runs the same program to learn what randomness is needed, holds meta
-tensors for every share and the real masks instead.
+Where a party may not know a tensor, a meta tensor (shape without data) stands for it, so shapes
+propagate at all three roles. The dealer runs the same program to learn which randomness is needed.
+It holds meta tensors for all shares, and the actual masks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Shared:
 
 @dataclass
 class Room:
-    """Tensors that begin with those of a cache [..., rows, D], and have room for rows to come.
+    """Tensors that contain a cache [..., rows, D] at the start, with spare rows to extend it.
 
-    used: how many rows belong to a cache already. They never change, as one cache may be continued
-    in two ways: rows are written behind them, and only to continue the longest cache.
+    used: number of rows that already belong to a cache. These never change, because one cache may
+    be continued in two ways. New rows are written after them, and only to continue the longest
+    cache.
     """
 
     opened: torch.Tensor
@@ -44,8 +45,8 @@ class Room:
 class Masked:
     """A value opened once under a mask: both know `opened` = value * 2**frac + mask mod 2**64.
 
-    mask: this party's additive share of the mask; at the dealer, the mask itself. room: of a cache,
-    what it is the beginning of.
+    mask: this party's additive share of the mask; at the dealer, the mask itself. room: for a
+    cache, the larger tensors that it is the start of.
     """
 
     opened: torch.Tensor
@@ -62,8 +63,8 @@ class Masked:
 class Sent:
     """A value opened to the server alone: it knows `opened` = value * 2**frac - mask mod 2**64.
 
-    mask: known to the client and the dealer; a meta tensor at the server. room: of a cache, what
-    it is the beginning of.
+    mask: known to the client and the dealer; a meta tensor at the server. room: for a cache, the
+    larger tensors that it is the start of.
     """
 
     opened: torch.Tensor
@@ -78,7 +79,7 @@ class Sent:
 
 @dataclass
 class Held:
-    """A value that one party knows in the clear; a meta tensor at the others."""
+    """A value that one party knows in the clear; a meta tensor at the other roles."""
 
     vis: Vis
     value: torch.Tensor
@@ -90,10 +91,10 @@ class Held:
 
 @dataclass
 class Weight:
-    """A server-held constant under a static mask that is opened once in a session.
+    """A server-held constant under a static mask that is opened once per session.
 
     encoded: value * 2**frac as integers, at the server. difference: encoded - mask mod 2**64, at
-    the client. mask: at the dealer. Each is a meta tensor elsewhere.
+    the client. mask: at the dealer. Each is a meta tensor at the other roles.
     """
 
     encoded: torch.Tensor
@@ -107,7 +108,7 @@ class Weight:
 
 
 Value = Shared | Masked | Sent | Held | Weight | torch.Tensor
-"""Anything but a plain torch.Tensor is secret from somebody; a plain one is public."""
+"""A plain torch.Tensor is public. Every other kind of value is secret from at least one role."""
 
 
 OWNER = {Vis.CLIENT: CLIENT, Vis.SERVER: SERVER}
@@ -126,16 +127,16 @@ def visibility(value: object) -> Vis:
 
 
 def encode(value: torch.Tensor, frac: int) -> torch.Tensor:
-    """Fixed-point integers of a real tensor, rounded to nearest. Works on meta tensors too."""
+    """Fixed-point integers of a real tensor, rounded to nearest. Also works on meta tensors."""
     if not value.is_floating_point():
         return value.to(torch.int64) << frac
     return torch.round(value.to(torch.float64) * 2.0**frac).to(torch.int64)
 
 
 def scale_rows(value: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
-    """The rows of a tensor, real numbers or words, times powers of two; exact.
+    """The rows of a tensor, real numbers or words, multiplied by powers of two; exact.
 
-    parts: (rows, exponent, rows, exponent, ...), as `mpc.linear` takes them; none for no change.
+    parts: (rows, exponent, rows, exponent, ...), as in `mpc.linear`; empty for no change.
     """
     if not parts or value.is_meta:
         return value
@@ -144,12 +145,12 @@ def scale_rows(value: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
 
 
 def decode(value: torch.Tensor, frac: int) -> torch.Tensor:
-    """The real numbers that fixed-point integers stand for."""
+    """The real numbers that fixed-point integers represent, as float64."""
     return value.to(torch.float64) * 2.0**-frac
 
 
 def logical_shift(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right as unsigned 64-bit words; torch's own shift copies the sign."""
+    """Right shift as unsigned 64-bit words; torch's own shift copies the sign."""
     if bits == 0:
         return value
     return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,1 +1,1 @@
-"""Correlated randomness: the generator, and what the dealer gives to the two parties."""
+"""Correlated randomness: the pseudorandom generator, and what the dealer sends to the parties."""

@@ -1,4 +1,4 @@
-"""Pseudo-random generator: AES-256 in counter mode, never torch's generator."""
+"""Pseudorandom generator: AES-256 in counter mode; torch's generator is never used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ZEROS = memoryview(bytes(_CHUNK))
 _BLOCK = 16
 _WORD = 8
 _AHEAD = 1 << 16
-"""Bytes that are made at once for reads that are no longer."""
+"""Bytes generated at once to serve reads of up to this size."""
 
 
 def new_seed() -> bytes:
@@ -26,27 +26,28 @@ def new_seed() -> bytes:
 
 
 def derive(seed: bytes, purpose: str) -> bytes:
-    """An independent seed for another purpose: BLAKE2b keyed by the parent seed."""
+    """An independent seed for the purpose named: BLAKE2b keyed by the parent seed."""
     return hashlib.blake2b(purpose.encode(), key=seed, digest_size=SEED_BYTES).digest()
 
 
 class Prg:
-    """The key stream of one seed, read once from the start: no word is ever given twice.
+    """The key stream of one seed, read once from the start; no word is returned twice.
 
     Two parties that hold the seed and make the same calls get the same words. The counter block
-    starts at zero, which is sound as each key is used for one stream only (`derive`).
+    starts at zero, which is sound because each key is used for only one stream (`derive`). Raises
+    ValueError if the seed does not have 32 bytes.
     """
 
     def __init__(self, seed: bytes) -> None:
         if len(seed) != SEED_BYTES:
-            raise ValueError(f"a seed has {SEED_BYTES} bytes, this one {len(seed)}")
+            raise ValueError(f"a seed must have {SEED_BYTES} bytes, not {len(seed)}")
         self._stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(_BLOCK))).encryptor()
         self._ahead = np.empty(0, np.uint8)
         self._used = 0
 
     def read(self, nbytes: int) -> np.ndarray:
         """The next `nbytes` bytes of the stream, as a uint8 array that nothing else refers to."""
-        # Most reads are small. They share calls of the cipher, and lie side by side in one buffer.
+        # Most reads are small. They share cipher calls, and are adjacent slices of one buffer.
         start, stop = self._used, self._used + nbytes
         if stop <= len(self._ahead):
             self._used = stop
@@ -60,8 +61,8 @@ class Prg:
         return np.ndarray(tuple(shape), kind, self.read(math.prod(shape) * kind.itemsize).data)
 
     def _made(self, first: np.ndarray, nbytes: int) -> np.ndarray:
-        """So many bytes, of which the first were made before."""
-        # update_into wants room for one more cipher block than it writes.
+        """`nbytes` bytes of the stream, the first of which, `first`, were generated before."""
+        # update_into needs room for one cipher block more than it writes.
         buffer = np.empty(nbytes + _BLOCK, np.uint8)
         buffer[: len(first)] = first
         view = buffer.data

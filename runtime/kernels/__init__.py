@@ -1,1 +1,1 @@
-"""Hot loops: matrix products modulo 2**64 and table evaluation, in numba on the CPU."""
+"""Hot loops: matrix products modulo 2**64 and AES trees, compiled by numba for the CPU."""

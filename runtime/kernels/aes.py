@@ -1,13 +1,13 @@
-"""AES-128 under fixed keys by the processor's instructions, and trees of seeds grown by it.
+"""AES-128 under fixed keys with the processor's AES instructions, and seed trees grown with it.
 
-A library's cipher works on one buffer at a call. Trees of a hundred leaves, of which a step grows
-tens of thousands, then cost more for calls, and for buffers that are written and read again, than
-for the cipher. Here a tree stays in the first cache from its root to its leaves. `LANES` trees grow
-at a time, as many as one instruction encrypts blocks, and everything is done for all alike: neither
-time nor memory accesses depend on a seed. Single paths are gone down likewise: the dealer's of both
-parties to the special leaf, and a party's to a public place.
+A library's cipher processes one buffer per call. For trees of a hundred leaves, of which a step
+grows tens of thousands, calls, and buffers that are written and read again, would cost more than
+the cipher. Here a tree stays in the L1 cache from its root to its leaves. `LANES` trees grow at a
+time, as many as the blocks that one instruction encrypts. All lanes execute the same operations, so
+neither time nor memory accesses depend on a seed. Single paths are descended in the same way: by
+the dealer, those of both parties to the special leaf; by a party, the one to a public place.
 
-An array of nodes or of words holds vectors: for each of `LANES` trees two words of 64 bits.
+An array of nodes or words holds vectors: two 64-bit words for each of `LANES` trees.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from mergec.runtime.kernels.compiled import compiled
 
 _ROUNDS = 10
 _KEYS = _ROUNDS + 1
-"""Round keys of a cipher."""
+"""Round keys per cipher."""
 
 _LINE_WORDS = 8
-"""Words of a line of the cache. What lies in two of them takes twice as long to be read."""
+"""Words of a cache line. A vector that spans two lines takes twice as long to read."""
 
 _GROUPS = 8
-"""Vectors of paths that are gone down side by side: none of them waits for AES of another."""
+"""Vectors of paths that are descended together, so that none waits for another's AES latency."""
 
 _WORD = ir.IntType(64)
 _PAIR = ir.VectorType(_WORD, 2)
 
 
 def _lanes() -> int:
-    """Blocks that one instruction of this processor encrypts; 0 where it has none for AES."""
+    """Blocks that one instruction of this processor encrypts; 0 if it has no AES instructions."""
     features = llvmlite.binding.get_host_cpu_features()
     if features.get("vaes") and features.get("avx512f"):
         return 4
@@ -52,7 +52,7 @@ _VECTOR = ir.VectorType(_WORD, 2 * max(1, LANES))
 
 
 def _call(builder: Any, name: str, state: Any, key: Any) -> Any:
-    """One round of all lanes by `aesenc` or `aesenclast`."""
+    """One AES round on all lanes, with `aesenc` or `aesenclast`."""
     suffix = "" if LANES == 1 else f".{128 * LANES}"
     kind = ir.FunctionType(_VECTOR, (_VECTOR, _VECTOR))
     module = builder.module
@@ -63,7 +63,7 @@ def _call(builder: Any, name: str, state: Any, key: Any) -> Any:
 
 
 class _Vectors:
-    """An array of words as vectors, inside of an intrinsic."""
+    """An array of words as vectors, within an intrinsic."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
         data = context.make_array(kind)(context, builder, array).data
@@ -81,10 +81,10 @@ class _Vectors:
 
 
 class _Rows:
-    """An array of words, of which each lane has a row of its own, inside of an intrinsic."""
+    """An array of words in which each lane reads its own row, within an intrinsic."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, array: Any, rows: Any) -> None:
-        """rows: the lanes' rows; a pointer to words."""
+        """rows: row number of each lane; a pointer to words."""
         made = context.make_array(kind)(context, builder, array)
         data = builder.bitcast(made.data, _PAIR.as_pointer())
         pairs = builder.lshr(builder.extract_value(made.shape, 1), _WORD(1))
@@ -95,7 +95,7 @@ class _Rows:
         ]
 
     def load(self, pair: Any) -> Any:
-        """Words 2 * pair and the next of all rows."""
+        """Words 2 * pair and 2 * pair + 1 of all rows."""
         parts = [
             self._builder.load(self._builder.gep(start, [pair]), align=8) for start in self._starts
         ]
@@ -112,7 +112,7 @@ class _Rows:
 
 
 def _order(places: Iterable[int]) -> Any:
-    """Which words a shuffle takes."""
+    """The index vector of a shuffle."""
     chosen = list(places)
     return ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen)
 
@@ -135,7 +135,7 @@ def _bit(builder: Any, words: Any, place: Any) -> Any:
 
 
 def _encrypt(builder: Any, state: Any, keys: _Vectors, number: Any) -> Any:
-    """AES of a vector of blocks under the key of this number."""
+    """AES of a vector of blocks under key `number`."""
     first = builder.mul(number, _WORD(_KEYS))
     state = builder.xor(state, keys.load(first))
     for i in range(1, _ROUNDS):
@@ -149,7 +149,7 @@ def _all(*words: int) -> Any:
 
 
 def _split(builder: Any, child: Any, bit: int) -> tuple[Any, Any]:
-    """A child as seed, without its two lowest bits, and all ones where control bit `bit` is set."""
+    """A child as a seed (two lowest bits cleared), and all ones where control bit `bit` is set."""
     return builder.and_(child, _all(-4, -1)), _bit(builder, _lower(builder, child), _all(bit, bit))
 
 
@@ -160,14 +160,14 @@ def _lower(builder: Any, words: Any) -> Any:
 
 
 def _spread(builder: Any, word: Any) -> Any:
-    """A word in each place of a vector."""
+    """A vector with the word in every position."""
     first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), word, _WORD(0))
     return builder.shuffle_vector(first, first, _order([0] * _VECTOR.count))
 
 
 @intrinsic
 def _grow_node(typing, keys, seeds, flags, words, node, level):  # type: ignore[no-untyped-def]
-    """Replace node `node` of a level by its children, at twice its place and the next."""
+    """Replace node `node` of a level by its children, at positions 2 * node and 2 * node + 1."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         ciphers, grown, chosen, corrections = (
@@ -192,7 +192,7 @@ def _grow_node(typing, keys, seeds, flags, words, node, level):  # type: ignore[
 def _value_of_leaf(  # type: ignore[no-untyped-def]
     typing, keys, seeds, flags, words, leaf, word, block, out
 ):
-    """Write what a leaf is turned into by the cipher 2 + `block`: out [blocks, lanes, leaves, 2].
+    """Write block `block` of a leaf's value, by cipher 2 + `block`: out [blocks, lanes, leaves, 2].
 
     The last correction, `words` [word], is added modulo 2**64 where the flag is set.
     """
@@ -221,7 +221,7 @@ def _value_of_leaf(  # type: ignore[no-untyped-def]
 
 
 def _lanes_of(context: Any, builder: Any, kind: Any, rows: Any, group: Any) -> Any:
-    """Where the rows of a group of lanes are told."""
+    """Pointer to the row numbers of a group of lanes."""
     data = context.make_array(kind)(context, builder, rows).data
     return builder.gep(data, [builder.mul(group, _WORD(LANES))])
 
@@ -230,9 +230,9 @@ def _lanes_of(context: Any, builder: Any, kind: Any, rows: Any, group: Any) -> A
 def _step_down(  # type: ignore[no-untyped-def]
     typing, keys, seeds, flags, places, found, words, rows, group, level, shift
 ):
-    """Take a group's nodes to the children that bit `shift` of their places tells.
+    """Move a group's nodes to the children that bit `shift` of their places selects.
 
-    In `found` the control bits of left children are added up that are left behind so.
+    XORs into `found` the control bits of the left children that are passed.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -263,9 +263,9 @@ def _step_down(  # type: ignore[no-untyped-def]
 def _count_before(  # type: ignore[no-untyped-def]
     typing, keys, seeds, flags, places, found, words, rows, group, level
 ):
-    """Count the bits of a group's leaves before their places, and what was found on the way.
+    """Count the bits of a group's leaves before their places, plus the parity found on the path.
 
-    The sum of the two words of a lane in `found` is then odd where their XOR is one.
+    The sum of a lane's two words in `found` is then odd if and only if the XOR of all is one.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -278,8 +278,8 @@ def _count_before(  # type: ignore[no-untyped-def]
         seed = nodes.load(group)
         leaf = builder.xor(seed, builder.and_(chosen.load(group), corrections.load(level)))
         leaf = builder.xor(leaf, _encrypt(builder, seed, ciphers, _WORD(2)))
-        # How many bits of each word are before the place, and then these bits: none where that is
-        # negative, and all from 64 on.
+        # How many bits of each word are before the place, and then a mask of these bits: none if
+        # the number is negative, and all from 64 on.
         place = builder.and_(wanted.load(group), _all(127, 127))
         bits = builder.sub(place, _all(0, 64))
         some = builder.shl(_all(1, 1), builder.and_(bits, _all(63, 63)))
@@ -303,7 +303,7 @@ def _count_before(  # type: ignore[no-untyped-def]
 def _correct_level(  # type: ignore[no-untyped-def]
     typing, keys, seeds, flags, index, words, rows, group, level, shift
 ):
-    """Write a level's correction words for a group of keys, and go down the paths of both parties.
+    """Write a level's correction words for a group of keys, and descend the paths of both parties.
 
     seeds: client and server of each group. flags: the server's; the client's are the opposite.
     """
@@ -324,8 +324,8 @@ def _correct_level(  # type: ignore[no-untyped-def]
                 [builder.xor(_encrypt(builder, seed, ciphers, _WORD(i)), seed) for i in range(2)]
             )
         left, right = (builder.xor(children[0][i], children[1][i]) for i in range(2))
-        # The child that is left behind has to become the same at both, and its control bits, too;
-        # those of the other have to differ.
+        # The child off the path must become equal at both parties, including its control bit; the
+        # control bits of the child on the path must differ.
         word = builder.and_(_choose(builder, turn, left, right), _all(-4, -1))
         word = builder.or_(word, builder.and_(builder.xor(left, builder.not_(turn)), _all(1, 0)))
         word = builder.or_(word, builder.and_(builder.xor(right, turn), _all(2, 0)))
@@ -345,9 +345,9 @@ def _correct_level(  # type: ignore[no-untyped-def]
 
 
 def _finishing(additive: bool) -> Any:
-    """Writes block `block` of the last corrections of a group: pair `level` + `block` of its words.
+    """Writes block `block` of a group's last corrections: pair `level` + `block` of its words.
 
-    payload: what leaves are to become, as the sum or difference modulo 2**64, or as the XOR.
+    payload: what the leaves must become, as a difference modulo 2**64 if additive, else as an XOR.
     """
 
     @intrinsic
@@ -372,7 +372,7 @@ def _finishing(additive: bool) -> Any:
             word = wanted.load(block)
             if additive:
                 word = builder.add(builder.sub(word, values[0]), values[1])
-                # Where it is the server that adds the word, what it adds is subtracted.
+                # Where the server adds the word, it counts negatively.
                 flag = chosen.load(group)
                 word = builder.sub(builder.xor(word, flag), flag)
             else:
@@ -392,7 +392,7 @@ _finish_sum, _finish_xor = _finishing(True), _finishing(False)
 
 @compiled()
 def vectors(count):  # type: ignore[no-untyped-def]
-    """Room for so many vectors, uint64 [count, 2 * LANES], each in one line of the cache."""
+    """Uninitialized uint64 [count, 2 * LANES], aligned so that each vector is in one cache line."""
     size = count * 2 * LANES
     words = np.empty(size + _LINE_WORDS, np.uint64)
     first = (-words.ctypes.data // 8) % _LINE_WORDS
@@ -401,7 +401,7 @@ def vectors(count):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _last_round(typing, states):  # type: ignore[no-untyped-def]
-    """Put a vector through AES's last round with a key of zeros: it substitutes bytes."""
+    """Apply AES's last round with an all-zero key to a vector: it substitutes bytes."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         array = _Vectors(context, builder, signature.args[0], args[0])
@@ -419,7 +419,7 @@ def _substitute(states):  # type: ignore[no-untyped-def]
 
 def _substituted(word: int) -> int:
     """AES's S-box on the four bytes of a word."""
-    # With four equal columns the shift of the rows changes nothing.
+    # With four equal columns, shifting the rows has no effect.
     states = np.full(2 * LANES, word << 32 | word, np.uint64)
     _substitute(states)
     return int(states[0]) & 0xFFFFFFFF
@@ -447,20 +447,20 @@ def expand_keys(keys: Sequence[bytes]) -> np.ndarray:
 def grow_trees(keys, seeds, flags, words, depth):  # type: ignore[no-untyped-def]
     """Grow LANES trees in place, from their roots in the first vector of `seeds` and `flags`.
 
-    keys: of `expand_keys`, for left and right children. seeds: [2**depth, 2 * LANES]. flags: the
-    same, all ones where a node's control bit is set. words: the levels' corrections, a vector each.
+    keys: from `expand_keys`, for left and right children. seeds: [2**depth, 2 * LANES]. flags: same
+    shape, all ones where a node's control bit is set. words: one vector of corrections per level.
     """
     for level in range(depth):
-        # From the last node on, as children take the places of nodes after their parent's.
+        # Last node first, because children overwrite the positions of nodes after their parent.
         for node in range((1 << level) - 1, -1, -1):
             _grow_node(keys, seeds, flags, words, node, level)
 
 
 @compiled()
 def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-untyped-def]
-    """What leaves are turned into, out [blocks, LANES, 2**depth, 2], with the last correction.
+    """Values of all leaves, out [blocks, LANES, 2**depth, 2], with the last correction applied.
 
-    words: as in `grow_trees`, and after those a vector for each block.
+    words: as in `grow_trees`, followed by one vector per block.
     """
     for block in range(out.shape[0]):
         for leaf in range(out.shape[2]):
@@ -471,10 +471,10 @@ def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-
 def correct_paths(  # type: ignore[no-untyped-def]
     keys, client, server, index, payload, depth, additive, out
 ):
-    """The dealer's correction words: those of `depth` levels and the last, out [n, 2 * depth + W].
+    """The dealer's correction words, for `depth` levels and the leaves: out [n, 2 * depth + W].
 
-    client, server: roots [n, 2]. index: [n], the special leaf's number. payload: [n, W], what that
-    leaf has to become; additive: as client's share minus the server's, otherwise as their XOR.
+    client, server: roots [n, 2]. index: [n], the number of the special leaf. payload: [n, W], what
+    that leaf must become: the client's share minus the server's if additive, otherwise their XOR.
     """
     seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
     rows = np.empty(_GROUPS * LANES, np.int64)
@@ -482,7 +482,7 @@ def correct_paths(  # type: ignore[no-untyped-def]
     for start in range(0, index.shape[0], rows.shape[0]):
         flags[:] = ones
         for k in range(rows.shape[0]):
-            # Where no key is left, the last one is made again.
+            # Lanes without a key repeat the last one.
             i = rows[k] = min(start + k, index.shape[0] - 1)
             group, word = k // LANES, 2 * (k % LANES)
             for half in range(2):
@@ -506,9 +506,9 @@ def correct_paths(  # type: ignore[no-untyped-def]
 def parities_before(  # type: ignore[no-untyped-def]
     keys, roots, words, places, depth, party, out
 ):
-    """XOR shares of whether a place is behind the index: out uint8 [n, P] for places [n, P].
+    """XOR shares of [index < place]: out uint8 [n, P] for places [n, P].
 
-    roots [n, 2] and words [n, 2 * depth + 2] are a party's keys of `correct_paths` by XOR. A leaf
+    roots [n, 2] and words [n, 2 * depth + 2] are a party's keys from `correct_paths` by XOR. A leaf
     holds 128 bits.
     """
     seeds, flags = vectors(_GROUPS), vectors(_GROUPS)
@@ -519,7 +519,7 @@ def parities_before(  # type: ignore[no-untyped-def]
         flags[:] = np.uint64(0) - np.uint64(party)
         found[:] = np.uint64(0)
         for k in range(rows.shape[0]):
-            # Where no place is left, the last one is gone to again.
+            # Lanes without a place repeat the last one.
             path = min(start + k, flat.shape[0] - 1)
             i = rows[k] = path // each
             group, word = k // LANES, 2 * (k % LANES)

@@ -1,4 +1,4 @@
-"""Kernels compiled by numba, and kept until the next start where there is a place for them."""
+"""Kernels compiled by numba, and cached on disk where a cache directory is writable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numba
 
 @cache
 def can_keep() -> bool:
-    """Whether numba finds a place: beside the code, in the user's cache, or NUMBA_CACHE_DIR.
+    """Whether numba can cache: next to the code, in the user's cache, or in NUMBA_CACHE_DIR.
 
-    A service may have neither a home nor an installation that it can write to.
+    A service may have neither a home directory nor write access to its installation.
     """
     try:
         numba.njit(cache=True)(lambda: None)
@@ -23,5 +23,5 @@ def can_keep() -> bool:
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's `njit` without the interpreter's lock, and with a cache where there can be one."""
+    """numba's `njit` without the global interpreter lock, cached on disk where possible."""
     return lambda function: numba.njit(cache=can_keep(), nogil=True, **options)(function)

@@ -14,14 +14,14 @@ _LIMB_BITS = 16
 _FLOAT_EXACT_BITS = 53
 
 _CACHED_WORDS = 1 << 16
-"""Words of a weight that stay in a core's second cache while they are used."""
+"""Words of a weight that stay in a core's L2 cache while they are used."""
 
 _COLUMN = 1024
-"""Columns of a weight that are multiplied at once: 64 rows of as many words are in that cache."""
+"""Columns of a weight that are multiplied at once; 64 rows of that length fit into the L2 cache."""
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Batched `a @ b` modulo 2**64, with broadcast batch dimensions; shapes only on meta."""
+    """Batched `a @ b` modulo 2**64, with broadcast batch dimensions. Shape only on meta tensors."""
     if a.is_meta or b.is_meta:
         return torch.empty(_shape(a, b), dtype=torch.int64, device="meta")
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -43,7 +43,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(x: torch.Tensor) -> np.ndarray:
-    """The words from a tensor's first to its last as they lie in memory, with any between."""
+    """The words from a tensor's first to its last in memory order, including any in between."""
     length = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
     return x.as_strided((length,), (1,)).numpy()
 
@@ -87,7 +87,7 @@ def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
 def _limb_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` modulo 2**64 by float64 products of 16-bit limbs, for devices without an int64 GEMM.
 
-    Exact as long as 16 + 16 + log2(inner) <= 53; the inner dimension is cut so that it holds.
+    Exact while 16 + 16 + log2(inner) <= 53; the inner dimension is split to satisfy this.
     """
     step = 1 << (_FLOAT_EXACT_BITS - 2 * _LIMB_BITS - 1)
     result = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int64, device=a.device)
@@ -106,13 +106,13 @@ def _limbs(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def set_threads(count: int) -> None:
-    """Use `count` threads in the kernels of this process (1 <= count <= cores)."""
+    """Use `count` threads in this process's kernels (at least 1; capped at the cores)."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 @compiled(parallel=True)
 def _row(x, weight, out):  # type: ignore[no-untyped-def]
-    # As fast as the weights come from memory.
+    # Memory bandwidth of the weights is the limit here.
     for o in numba.prange(weight.shape[0]):
         row, total = weight[o], np.int64(0)
         for i in range(x.shape[0]):
@@ -122,10 +122,10 @@ def _row(x, weight, out):  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _rows(x, weight, out):  # type: ignore[no-untyped-def]
-    # Four rows of the weight times two of x at once, so that each word that is loaded serves more
-    # than one product; the sums so far stand in `out`. Where fewer rows are left, the last one
-    # takes the others' places: its sum is written twice. Some columns of the weight at a time, few
-    # enough for the rows of x to stay in a core's second cache; each is read from memory once.
+    # Four rows of the weight times two of x at once, so that each loaded word serves more than one
+    # product; partial sums are kept in `out`. Where fewer rows are left, the last one is repeated
+    # and its sum is written twice. The weight is processed in blocks of columns, few enough for the
+    # rows of x to stay in a core's L2 cache; each column is read from memory once.
     last, rows, inner = x.shape[0] - 1, weight.shape[0], x.shape[1]
     for start in range(0, inner, _COLUMN):
         stop = min(start + _COLUMN, inner)
@@ -168,10 +168,10 @@ def _add_row(sums, factor, row):  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
-    # Each thread takes some of the weight's rows and sums into a part of its own. As many of them
-    # at once as keep in a core's second cache, for all rows of x. Rows are taken out of their
-    # arrays first: only then is the innermost loop compiled to vector instructions. As in `_rows`,
-    # each word that is loaded serves two rows of x, and each sum four rows of the weight.
+    # Each thread sums some of the weight's rows into its own part, for all rows of x, in blocks of
+    # rows that fit into a core's L2 cache. Slicing rows before the innermost loop is what lets the
+    # compiler vectorize it. As in `_rows`, each loaded word serves two rows of x, and each sum four
+    # rows of the weight.
     count, inner, columns = parts.shape[0], weight.shape[0], weight.shape[1]
     depth = max(8, _CACHED_WORDS // max(1, columns))
     for part in numba.prange(count):
@@ -202,7 +202,7 @@ def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _batched(a, b, batch_step, row_step, out):  # type: ignore[no-untyped-def]
-    # b: the words of the second factors, which need not be side by side: a part of a longer cache.
+    # b: flat words of the second factors, which may be strided, as a part of a longer cache is.
     columns = out.shape[2]
     for index in numba.prange(a.shape[0] * a.shape[1]):
         batch, row = index // a.shape[1], index % a.shape[1]
@@ -216,7 +216,7 @@ def _batched(a, b, batch_step, row_step, out):  # type: ignore[no-untyped-def]
 
 @compiled(parallel=True)
 def _batched_dots(a, b, batch_step, column_step, out):  # type: ignore[no-untyped-def]
-    # The same where it is the columns of b whose words are side by side: it is transposed.
+    # Like `_batched`, where b is transposed: its columns are contiguous.
     inner = a.shape[2]
     for index in numba.prange(a.shape[0] * a.shape[1]):
         batch, row = index // a.shape[1], index % a.shape[1]

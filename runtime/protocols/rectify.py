@@ -52,7 +52,7 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
 
 
 def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:
-    """Cost of `rectify` for `count` elements; factor_shift: bits that truncation drops of a factor."""
+    """Cost of `rectify` for `count` elements; factor_shift: bits that a factor is truncated by."""
     first = Cost(rounds=1, online=8 * count, offline=DIGITS.table_bytes * count)
     second = Cost(rounds=1, online=2 * count)
     words = _POSITIVE.words(0 if factor_shift is None else 1)

@@ -188,7 +188,7 @@ def apply(
 
 
 def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:
-    """Cost of `apply` for `count` elements; factor_shift: bits that truncation drops of a factor."""
+    """Cost of `apply` for `count` elements; factor_shift: bits that the factor is truncated by."""
     first = Cost(rounds=1, online=8 * count, offline=function.comparer.dealt_bytes * count)
     second = Cost(rounds=1, online=10 * count)
     factors = 0 if factor_shift is None else 1

@@ -126,7 +126,7 @@ def times_weight(
     if isinstance(x, Masked) and isinstance(weight, Masked):
         return times_shared_weight(ctx, x, weight, product, shape)
     if not (isinstance(x, Sent) and isinstance(weight, Weight)):
-        raise TypeError(f"a {type(weight).__name__} is no factor of a {type(x).__name__}")
+        raise TypeError(f"a {type(x).__name__} cannot be multiplied by a {type(weight).__name__}")
     cross = ctx.deal(shape, lambda: product(x.mask, weight.mask))
     if ctx.party == DEALER:
         return cross

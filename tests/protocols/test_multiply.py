@@ -174,7 +174,7 @@ def test_an_opened_constant_is_uniform_to_the_client() -> None:
 
 
 def test_the_server_needs_the_seed_of_shared_constants() -> None:
-    with pytest.raises(RuntimeError, match="has not told the seed"):
+    with pytest.raises(RuntimeError, match="has not sent the seed"):
         Simulation().contexts[SERVER].constant_words("w", (3,))
 
 
