@@ -138,11 +138,11 @@ def header(kind: int, number: int, length: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (header(9, 0, 2**63), "sent 9223372036854775808 bytes where 8 were due"),
-        (header(9, 0, 7) + b"x" * 7, "sent 7 bytes where 8 were due"),
+        (header(9, 0, 2**63), "sent 9223372036854775808 bytes where 8 were expected"),
+        (header(9, 0, 7) + b"x" * 7, "sent 7 bytes where 8 were expected"),
         (header(9, 1, 8), "sent a frame twice or out of order"),
-        (header(8, 0, 8), "sent frame 8 where ROUND was due"),
-        (header(2, 0, 2**40), "sent frame 2 where ROUND was due"),
+        (header(8, 0, 8), "sent frame 8 where ROUND was expected"),
+        (header(2, 0, 2**40), "sent frame 2 where ROUND was expected"),
         (header(2, 0, 2) + b"[]", "sent text that cannot be read"),
         (header(2, 0, 17) + b'{"reason": "no!"}', "the client says: no!"),
         (header(9, 0, 8) + b"xyz", "the client went away"),
@@ -231,8 +231,8 @@ def test_certificates_name_the_role_and_the_client(certificates: Path) -> None:
         channel.close()
     # The dealer's certificate is good, but not for a client, and not for a server.
     client, accepted = meet(dealer, server)
-    assert "was turned away: here the client may connect, not dealer" in str(accepted)
-    with pytest.raises(PartyError, match="the server says: here the client may connect"):
+    assert "was rejected: only the client may connect here, not dealer" in str(accepted)
+    with pytest.raises(PartyError, match="the server says: only the client may connect"):
         client.exchange(None, 1)
     client, _ = meet(Security("client", certificates / "bob"), dealer)
     assert "is dealer, not the server" in str(client)
@@ -242,11 +242,11 @@ def test_strangers_are_told_apart(certificates: Path, tmp_path: Path) -> None:
     make_certificates(tmp_path / "other", ("ann",))
     server = Security("server", certificates)
     client, accepted = meet(Security("client", tmp_path / "other" / "ann"), server)
-    assert "the server has a certificate that will not do" in str(client)
+    assert "the server has an invalid certificate" in str(client)
     assert "trusts another authority; use certificates of one `mergec certs`" in str(accepted)
     plain, other = socket.socketpair()
     plain.sendall(header(1, 0, 100) + bytes(100))
-    with pytest.raises(PartyError, match="the client speaks no TLS"):
+    with pytest.raises(PartyError, match="the client does not use TLS"):
         accept(other, server, ("client",), 5.0)
     plain.close()
 
@@ -274,14 +274,14 @@ def test_an_expired_certificate_of_a_peer_is_named_at_both_ends(tmp_path: Path) 
 
 
 def test_folders_that_will_not_do(certificates: Path, tmp_path: Path) -> None:
-    with pytest.raises(MergecError, match="is of the role client, this party is the server"):
+    with pytest.raises(MergecError, match="is for the role client, but this party is the server"):
         Security("server", certificates / "ann")
     with pytest.raises(MergecError, match="cannot be read"):
         Security("server", tmp_path)
     place = tmp_path / "server"
     make_certificates(tmp_path)
     (place / KEY).write_bytes((certificates / "server" / KEY).read_bytes())
-    with pytest.raises(MergecError, match="the key is not that of the certificate"):
+    with pytest.raises(MergecError, match="the key does not match the certificate"):
         Security("server", tmp_path)
     (place / CERTIFICATE).write_bytes((certificates / "server" / CERTIFICATE).read_bytes())
     with pytest.raises(MergecError, match="is not signed by the authority beside it"):
@@ -301,7 +301,7 @@ def test_keys_are_for_their_owner_alone_and_further_clients_can_be_added(tmp_pat
     )
     assert (client.name, server.name) == ("server", "bob")
     (tmp_path / "bob" / KEY).chmod(0o644)
-    assert "others can read it" in check_certificate(tmp_path / "bob", "client")
+    assert "other users can read it" in check_certificate(tmp_path / "bob", "client")
     with pytest.raises(MergecError, match="cannot name a client"):
         make_certificates(tmp_path, ("server",))
 

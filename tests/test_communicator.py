@@ -160,8 +160,8 @@ PICKLE = b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06
         (Kind.OBJECT, b'{"reduce": ["os.system"]}', "an object that cannot be read"),
         (Kind.OBJECT, b'{"size": [], "list": []}', "an object that cannot be read"),
         (Kind.OBJECT, b'{"list": [' * 6000, "an object that cannot be read"),
-        (Kind.OBJECT, bytes(1 << 17), "sent 131072 bytes where at most 65536 were due"),
-        (Kind.ROUND, b"12345678", "sent frame 9 where OBJECT was due"),
+        (Kind.OBJECT, bytes(1 << 17), "sent 131072 bytes where at most 65536 were expected"),
+        (Kind.ROUND, b"12345678", "sent frame 9 where OBJECT was expected"),
     ],
 )
 def test_hostile_objects_are_refused(kind: Kind, payload: bytes, message: str) -> None:
@@ -179,7 +179,7 @@ def test_a_tensor_of_another_size_is_refused_before_anything_is_allocated(length
     raw, other = socket.socketpair()
     communicator = ChannelCommunicator("server", {0: Channel(other, "client", 5.0)})
     raw.sendall(struct.pack("!BxxxIQ", Kind.ROUND, 0, length))
-    with pytest.raises(PartyError, match=f"the client sent {length} bytes where 16 were due"):
+    with pytest.raises(PartyError, match=f"the client sent {length} bytes where 16 were expected"):
         communicator.all_reduce(torch.tensor([1, 2]))
     raw.close()
 
@@ -196,7 +196,7 @@ def test_parties_and_operations_that_there_are_not(pair: Pair) -> None:
         ChannelCommunicator.initialize(0, 2)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(pair[1].all_reduce, torch.ones(1))
-        with pytest.raises(MergecError, match="cannot be joined by"):
+        with pytest.raises(MergecError, match="cannot be reduced by"):
             pair[0].all_reduce(torch.ones(1), op="average")
 
 

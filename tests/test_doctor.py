@@ -39,7 +39,7 @@ def test_what_will_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     assert f"{BAD}   port {port}: cannot listen" in printed.out
     assert "it was cut or changed" in printed.out
-    assert "is of the role dealer, this party is the server" in printed.out
+    assert "is for the role dealer, but this party is the server" in printed.out
     assert printed.err == "error: 3 of these will not do\n"
 
 

@@ -138,7 +138,7 @@ def test_limits_refuse_a_prompt_and_leave_the_session_open(running, bundles, ann
 
 def test_a_certificate_of_another_role_is_turned_away(running, certificates) -> None:
     dealer = Security("dealer", certificates)
-    with pytest.raises(PartyError, match="here the client may connect, not dealer"):
+    with pytest.raises(PartyError, match="only the client may connect here, not dealer"):
         running.connection(security=dealer).open()
 
 
@@ -221,7 +221,7 @@ def test_strangers_hold_nobody_up_and_do_not_stay(running, bundles, ann) -> None
             strangers.append(stranger)
     with running.connection(security=ann) as connection:
         assert tokens(connection) == decoder.plaintext(bundles, PROMPT, 4)
-    wait_until(lambda: "speaks no TLS" in running.server.output)
+    wait_until(lambda: "does not use TLS" in running.server.output)
     for stranger in strangers:
         stranger.close()
     wait_until(lambda: not running.server.workers and not running.dealer.workers)

@@ -48,7 +48,7 @@ def test_loopback_exchange_both_ways_and_one_way() -> None:
 def test_loopback_notices_a_wrong_length_and_a_lost_peer() -> None:
     client, server = link_pair(timeout=0.05)
     client.exchange(flat(1, 2), 0)
-    with pytest.raises(PartyError, match="the client sent 2 bytes where 3 were due"):
+    with pytest.raises(PartyError, match="the client sent 2 bytes where 3 were expected"):
         server.exchange(None, 3)
     with pytest.raises(PartyError, match=r"the client sent nothing for 0\.05 s"):
         server.exchange(None, 3)
@@ -147,7 +147,7 @@ def test_a_dealer_that_nobody_listens_to_is_stopped() -> None:
     assert dealer.is_alive()
     sender.abandon()
     dealer.join(60)
-    assert stopped == ["the session ended while the dealer was at work"]
+    assert stopped == ["the session ended while the dealer was working"]
 
 
 def test_a_block_larger_than_the_limit_passes() -> None:

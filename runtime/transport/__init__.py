@@ -1,1 +1,1 @@
-"""How the parties talk: joining, counted messages between two parties, and the dealer's stream."""
+"""Communication of the roles: connections, counted messages between the parties, dealer streams."""

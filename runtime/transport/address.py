@@ -1,4 +1,4 @@
-"""Where a role listens."""
+"""Network addresses that roles listen on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mergec.runtime.core.errors import PartyError
 
 @dataclass(frozen=True)
 class Address:
-    """A host, by name or number, and a TCP port."""
+    """A host, by name or IP address, and a TCP port."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """From `host:port`; an IPv6 host stands in brackets."""
+        """Parse `host:port`; an IPv6 host needs brackets. Raises PartyError for other forms."""
         try:
             parts = urlsplit(f"tcp://{text}")
             host, port = parts.hostname, parts.port

@@ -1,4 +1,4 @@
-"""A private authority, and the certificates by which roles know each other."""
+"""A private certificate authority, and the certificates that identify roles."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mergec.runtime.core.errors import MergecError
 from mergec.runtime.core.spec import CLIENT, ROLES
 
 AUTHORITY, CERTIFICATE, KEY = "authority.pem", "certificate.pem", "key.pem"
-"""What a role needs to hold, in one folder; KEY is secret."""
+"""The files that a role needs, in one folder; KEY is secret."""
 
 AUTHORITY_KEY = "authority-key.pem"
-"""The authority's own key: whoever has it can name any role."""
+"""The authority's private key. Whoever has it can issue a certificate for any role."""
 
 ROLE_URI = "mergec:role:"
 """A certificate names its role in a subject alternative name of this form."""
@@ -36,10 +36,11 @@ def make_certificates(
     days: int = 365,
     now: datetime | None = None,
 ) -> list[Path]:
-    """Make what is missing below `folder`: an authority, server, dealer and the named clients.
+    """Create what is missing in `folder`: an authority, and folders of server, dealer and clients.
 
-    They are valid from `now` for `days`. A client's name is what limits and logs go by. An
-    authority that stands there already signs further clients. Gives the folders made.
+    Certificates are valid for `days` from `now`. Limits and logs refer to a client by its name. An
+    existing authority is reused to sign further clients. Returns the folders created. Raises
+    MergecError for an invalid client name, or if `folder` cannot be written.
     """
     for name in clients:
         if not _NAME.fullmatch(name) or name in ROLES[CLIENT + 1 :]:
@@ -72,7 +73,11 @@ def make_certificates(
 
 
 def check_certificate(folder: Path, role: str, now: datetime | None = None) -> str:
-    """Check a role's folder by itself; gives a warning, or nothing. MergecError if it won't do."""
+    """Check a role's folder. Returns a warning, or an empty string.
+
+    Raises MergecError if the folder cannot be used: a file is missing or malformed, the key, the
+    authority or the role does not match, or a certificate is not valid now.
+    """
     now = now or datetime.now(UTC)
     authority, certificate = _read(folder / AUTHORITY), _read(folder / CERTIFICATE)
     try:
@@ -82,7 +87,7 @@ def check_certificate(folder: Path, role: str, now: datetime | None = None) -> s
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise MergecError(f"{folder / KEY}: is not a private key; run `mergec certs`") from error
     if key.public_key() != certificate.public_key():
-        raise MergecError(f"{folder}: the key is not that of the certificate; run `mergec certs`")
+        raise MergecError(f"{folder}: the key does not match the certificate; run `mergec certs`")
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature) as error:
@@ -92,14 +97,14 @@ def check_certificate(folder: Path, role: str, now: datetime | None = None) -> s
     found = role_of(certificate)
     if found != role:
         raise MergecError(
-            f"{folder / CERTIFICATE}: is of the role {found or 'none'}, this party is the {role}; "
-            f"give the {role}'s folder"
+            f"{folder / CERTIFICATE}: is for the role {found or 'none'}, but this party is the "
+            f"{role}; give the {role}'s folder"
         )
     for file, checked in ((folder / CERTIFICATE, certificate), (folder / AUTHORITY, authority)):
         if now < checked.not_valid_before_utc:
             raise MergecError(
-                f"{file}: is valid from {checked.not_valid_before_utc:%Y-%m-%d %H:%M} UTC, here it "
-                f"is {now:%Y-%m-%d %H:%M}; set the clock"
+                f"{file}: is valid from {checked.not_valid_before_utc:%Y-%m-%d %H:%M} UTC, but the "
+                f"clock here says {now:%Y-%m-%d %H:%M}; set the clock"
             )
         if now > checked.not_valid_after_utc:
             raise MergecError(
@@ -107,7 +112,7 @@ def check_certificate(folder: Path, role: str, now: datetime | None = None) -> s
                 "for a new folder"
             )
     if os.name == "posix" and (folder / KEY).stat().st_mode & 0o077:
-        return f"{folder / KEY}: others can read it; run `chmod 600`"
+        return f"{folder / KEY}: other users can read it; run `chmod 600`"
     left = certificate.not_valid_after_utc - now
     if left < _SOON:
         return f"{folder / CERTIFICATE}: expires in {left.days} days"
@@ -115,7 +120,7 @@ def check_certificate(folder: Path, role: str, now: datetime | None = None) -> s
 
 
 def role_of(certificate: x509.Certificate) -> str:
-    """The role that a certificate names, or nothing."""
+    """The role that a certificate names, or an empty string."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
@@ -138,7 +143,7 @@ def _authority(
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise MergecError(f"{folder / AUTHORITY_KEY}: is not a private key") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise MergecError(f"{folder / AUTHORITY_KEY}: is not of this authority")
+            raise MergecError(f"{folder / AUTHORITY_KEY}: is not the key of this authority")
         return certificate, key
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mergec authority")])

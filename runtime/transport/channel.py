@@ -1,9 +1,9 @@
 """A connection between two roles: numbered frames of bounded length, over TLS or plain TCP.
 
-A frame is a header of 16 bytes (kind, number of the frame, length) and its payload. Each side knows
-from the program which kinds may come next and how long they may be, so nothing is allocated because
-a peer said so, and a frame that is out of place, repeated or oversized ends the session. Nothing
-that comes in is ever executed or unpickled: payloads are tensors' bytes, numbers, or JSON objects.
+A frame is a 16-byte header (kind, number of the frame, length) and its payload. Each side knows
+from the program which kinds may come next and how long they may be. So a peer cannot make it
+allocate memory, and a frame that is out of place, repeated or too long ends the session. Incoming
+data is never executed or unpickled: payloads are the bytes of tensors, numbers, or JSON objects.
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentErr
 from mergec.runtime.transport.traffic import Traffic
 
 REPLY_TIMEOUT = 600.0
-"""Seconds that a party waits for a message that it is due; one step of the peer must fit in."""
+"""Seconds that a party waits for a message that it needs; a step of the peer must fit in."""
 
 MAX_BLOCK = 4 << 20
-"""Bytes of a frame of the dealer's stream at most."""
+"""Largest frame of the dealer's stream, in bytes."""
 
 HANDSHAKE_TIMEOUT = 10.0
-"""Seconds that a stranger may take to prove who it is, and then to say what it wants."""
+"""Seconds that a new connection may take to authenticate, and then to send its request."""
 
 _REASONS = {
     "CERTIFICATE_EXPIRED": "says that this party's certificate has expired; run `mergec certs`, "
     "or set the clocks",
     "UNKNOWN_CA": "trusts another authority; use certificates of one `mergec certs`",
-    "CERTIFICATE_REQUIRED": "wants a certificate; give --certs",
+    "CERTIFICATE_REQUIRED": "requires a certificate; give --certs",
     "BAD_CERTIFICATE": "does not accept this party's certificate; run `mergec certs`, or set the "
     "clocks",
-    "WRONG_VERSION_NUMBER": "speaks no TLS; start both with --certs, or neither",
-    "HTTP_REQUEST": "speaks no TLS; it is a web browser",
+    "WRONG_VERSION_NUMBER": "does not use TLS; start both with --certs, or neither",
+    "HTTP_REQUEST": "does not use TLS; it is a web browser",
 }
 """What OpenSSL's reasons mean here, by a part of their name."""
 
 _NOTHING = memoryview(b"")
 _HEADER = struct.Struct("!BxxxIQ")
 _MAX_TEXT = 1 << 16
-"""Bytes of a frame of JSON at most."""
+"""Largest JSON frame, in bytes."""
 
 _LAST_WORDS = 400
-"""Characters of an error message that are taken from a peer."""
+"""Most characters taken from a peer's error message."""
 
 _PACE = 1 << 16
-"""Bytes that must move within a timeout, or the frame's end: a byte now and then is no progress."""
+"""Bytes (or the rest of the frame) that must move within a timeout; an occasional byte is not
+progress."""
 
 _AT_ONCE = 1 << 18
 _BUFFER = 1 << 16
@@ -65,40 +66,40 @@ _KEEP_IDLE, _KEEP_EVERY, _KEEP_TRIES = 30, 10, 3
 
 
 class Kind(enum.IntEnum):
-    """What a frame holds."""
+    """What a frame contains."""
 
     HELLO = 1
-    """JSON: what a role says of itself (`runtime.session.hello`)."""
+    """JSON: what a role states about itself (`runtime.session.hello`)."""
     ERROR = 2
-    """JSON: why the sender ends the session; may come instead of any other."""
+    """JSON: why the sender ends the session. May be sent instead of any other kind."""
     QUEUED = 3
     """JSON: the session has to wait."""
     ADMITTED = 4
-    """JSON: the session has a place, and its number."""
+    """JSON: the session has a slot, and its number."""
     BEGIN = 5
-    """JSON: the client is about to ask for an answer."""
+    """JSON: the client is about to request an answer."""
     ACCEPTED = 6
-    """JSON: it may."""
+    """JSON: the request is accepted."""
     REFUSED = 7
-    """JSON: it may not, and why; the session goes on."""
+    """JSON: the request is refused, and why; the session continues."""
     STEP = 8
     """Two numbers: new and past tokens."""
     ROUND = 9
     """One party's message of a round."""
     DONE = 10
-    """Empty: the answer is complete, or given up."""
+    """Empty: the answer is complete, or abandoned."""
     END = 11
     """Empty: the session is over."""
     SEED = 12
     """The dealer's seed for a party."""
     BLOCK = 13
-    """A piece of the dealer's stream."""
+    """A block of the dealer's stream."""
     MARK = 14
     """Empty: what follows in the dealer's stream belongs to the next answer."""
     PLAN = 15
     """JSON: what to deal ahead of time."""
     STORED = 16
-    """JSON: that is now stored."""
+    """JSON: the randomness dealt ahead is now stored."""
     KEPT = 17
     """JSON: whether the client has kept the hidden weights that the server named."""
     OBJECT = 18
@@ -108,8 +109,8 @@ class Kind(enum.IntEnum):
 class Channel:
     """One end of a connection. One thread may receive while another sends.
 
-    peer: the other's role. name: who it is, by its certificate. traffic: payload bytes of rounds,
-    and the rounds; bytes of the dealer's stream and seeds count as offline.
+    peer: the other end's role. name: its identity, from its certificate. traffic: payload bytes of
+    rounds, and the rounds; bytes of the dealer's stream and seeds count as offline.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Channel:
         self.timeout = timeout
         self.traffic = Traffic()
         self._socket = connection
-        # OpenSSL allows one call at a time on a connection; all calls return at once.
+        # OpenSSL allows one call at a time on a connection; no call blocks.
         self._lock = threading.Lock()
         self._sent = self._received = 0
         self._buffer = memoryview(bytearray(_BUFFER))
@@ -133,13 +134,13 @@ class Channel:
         self._unsent: list[memoryview] = []
 
     def fileno(self) -> int:
-        """For polling, together with `buffered`."""
+        """The socket's descriptor, for polling; check `buffered` as well."""
         return self._socket.fileno()
 
     # ------------------------------------------------------------------------------- frames
 
     def send(self, kind: Kind, payload: bytes | bytearray | memoryview = b"") -> None:
-        """Send one frame; PartyError if the peer does not take it in time."""
+        """Send one frame. Raises PartyError if the peer does not take it in time."""
         self._transfer(self._frame(kind, memoryview(payload)), None)
 
     def send_json(self, kind: Kind, **fields: Any) -> None:
@@ -153,7 +154,7 @@ class Channel:
     def receive_any(
         self, kinds: Sequence[Kind], limit: int = _MAX_TEXT, timeout: float | None = None
     ) -> tuple[Kind, memoryview]:
-        """The next frame, which must be one of `kinds`."""
+        """The next frame. Raises PartyError unless it is one of `kinds` and within `limit`."""
         incoming = _Incoming(lambda header: self._accept(kinds, 0, limit, header))
         self._transfer([], incoming, timeout)
         self._check_error(incoming)
@@ -162,7 +163,7 @@ class Channel:
     def receive_json(
         self, *kinds: Kind, timeout: float | None = None
     ) -> tuple[Kind, dict[str, Any]]:
-        """The next frame, of one of `kinds`, and the object that it holds."""
+        """The next frame, one of `kinds`, and the object that it contains."""
         kind, payload = self.receive_any(kinds, timeout=timeout)
         return kind, self.object(payload)
 
@@ -179,7 +180,7 @@ class Channel:
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
         """Send `outgoing` (1-D uint8 on the CPU) while receiving `incoming` bytes; one round.
 
-        Both parties call this for every round. A message of no bytes is not sent.
+        Both parties call this for every round. An empty message is not sent.
         """
         reply = torch.empty(incoming, dtype=torch.uint8)
         unsent: list[memoryview] = []
@@ -215,7 +216,7 @@ class Channel:
         header: tuple[int, int, int],
         into: memoryview | None = None,
     ) -> memoryview:
-        """Where the payload goes, once the header has been found to be in order."""
+        """Check a frame's header, and return the buffer for its payload."""
         kind, number, length = header
         if number != self._received:
             raise self._strange("sent a frame twice or out of order")
@@ -224,11 +225,11 @@ class Channel:
             return memoryview(bytearray(length))
         if kind not in kinds:
             due = " or ".join(known.name for known in kinds)
-            raise self._strange(f"sent frame {kind} where {due} was due")
+            raise self._strange(f"sent frame {kind} where {due} was expected")
         if not least <= length <= most:
             due = f"{most}" if least == most else f"at most {most}"
-            raise self._strange(f"sent {length} bytes where {due} were due")
-        # Not filled with zeros first: what is not received is not read either.
+            raise self._strange(f"sent {length} bytes where {due} were expected")
+        # No need to zero the buffer: bytes that are not received are not read either.
         return np.empty(length, np.uint8).data if into is None else into
 
     def _check_error(self, incoming: _Incoming) -> None:
@@ -236,7 +237,7 @@ class Channel:
             raise self._told(incoming)
 
     def _told(self, incoming: _Incoming) -> PeerEndedError:
-        """The reason that a frame of this kind gives."""
+        """The error that an ERROR frame reports."""
         reason = str(self.object(incoming.payload).get("reason", ""))
         return PeerEndedError(f"the {self.peer} says: {printable(reason)}")
 
@@ -248,7 +249,7 @@ class Channel:
     def _transfer(
         self, unsent: list[memoryview], incoming: _Incoming | None, timeout: float | None = None
     ) -> None:
-        """Send and receive side by side: two full buffers must not wait for each other."""
+        """Send and receive at the same time, so that two full buffers cannot deadlock."""
         limit = self.timeout if timeout is None else timeout
         if unsent:
             self._unsent = unsent
@@ -263,7 +264,7 @@ class Channel:
                         unsent.pop(0)
                 if incoming is not None and not incoming.complete:
                     if not (unsent or heard or self.buffered):
-                        # The peer's message is hardly ever there yet: looking would cost a call.
+                        # The peer's message has rarely arrived yet, so poll before reading.
                         self._wait(select.POLLIN, deadline)
                     taken = self._fill(incoming)
                 moved += given + taken
@@ -276,13 +277,13 @@ class Channel:
                     self._wait(events | (select.POLLOUT if unsent else 0), deadline)
         except TimeoutError as error:
             what = f"sent only {heard} bytes in" if heard else "sent nothing for"
-            reason = f"the {self.peer} {what} {limit:g} s; see what it is doing"
+            reason = f"the {self.peer} {what} {limit:g} s; check what it is doing"
             raise PeerSilentError(reason) from error
         except OSError as error:
             raise self._lost(error, unsent) from error
 
     def _give(self, data: memoryview) -> int:
-        """How much of `data` could be sent at once."""
+        """Send as much of `data` as possible without blocking; returns the number of bytes."""
         try:
             with self._lock:
                 return self._socket.send(data)
@@ -290,7 +291,7 @@ class Channel:
             return 0
 
     def _fill(self, incoming: _Incoming) -> int:
-        """How many bytes could be had of a frame at once."""
+        """Read as much of a frame as possible without blocking; returns the number of bytes."""
         taken = 0
         if not incoming.begun:
             if self._stop - self._start < _HEADER.size:
@@ -313,7 +314,7 @@ class Channel:
         return taken + count
 
     def _refill(self) -> int:
-        """How much more could be read into the buffer, of which less than a header is in use."""
+        """Read more bytes into the buffer, which holds less than a header; returns their number."""
         left = self._buffer[self._start : self._stop].tobytes()
         self._buffer[: len(left)] = left
         self._start, self._stop = 0, len(left)
@@ -332,7 +333,7 @@ class Channel:
         return count
 
     def _wait(self, events: int, deadline: float) -> None:
-        # Not kept from call to call: two threads may wait at once, each for its own direction.
+        # Not kept between calls: two threads may wait at once, each for its own direction.
         poll = select.poll()
         poll.register(self._socket, events)
         left = deadline - time.monotonic()
@@ -340,7 +341,7 @@ class Channel:
             raise TimeoutError
 
     def _lost(self, error: OSError, unsent: list[memoryview]) -> PartyError:
-        """The connection broke; where we were sending, the peer may have said why before."""
+        """The connection broke. If this end was sending, the peer may have said why before."""
         if unsent:
             with suppress(OSError, PartyError):
                 incoming = _Incoming(lambda header: self._accept((), 0, 0, header))
@@ -349,18 +350,18 @@ class Channel:
                 if incoming.complete and incoming.kind == Kind.ERROR:
                     return self._told(incoming)
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-            # With TLS 1.3 a party learns only here that its certificate was not accepted.
+            # With TLS 1.3 a party learns only here that its certificate was rejected.
             return PartyError(explain(error, self.peer))
-        return PeerEndedError(f"the {self.peer} went away; see its own message, and start again")
+        return PeerEndedError(f"the {self.peer} went away; see its error message, and start again")
 
     @property
     def buffered(self) -> bool:
-        """Whether bytes have come in that polling the socket would not show."""
+        """Whether bytes have arrived that polling the socket would not show."""
         pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
         return self._start < self._stop or pending
 
     def readable(self, seconds: float, *others: int) -> set[int]:
-        """Wait for something to come here, or at one of the other file descriptors; gives where."""
+        """Wait for data here or at one of the other file descriptors; returns those with data."""
         poll = select.poll()
         for descriptor in (self.fileno(), *others):
             poll.register(descriptor, select.POLLIN)
@@ -370,17 +371,17 @@ class Channel:
     # ---------------------------------------------------------------------------------- end
 
     def fail(self, reason: str) -> None:
-        """Tell the peer why the session ends here, and close. Takes a second at most."""
+        """Send the peer the reason why the session ends here, and close. Takes at most 1 s."""
         with suppress(OSError, PartyError):
             if self._unsent:
-                raise ConnectionAbortedError  # within a frame nothing else can be said
+                raise ConnectionAbortedError  # within a frame, nothing else can be sent
             self._transfer(
                 self._frame(Kind.ERROR, memoryview(json.dumps({"reason": reason}).encode())),
                 None,
                 _LINGER,
             )
             self._socket.shutdown(socket.SHUT_WR)
-            # Closing on unread data would make the kernel drop what was just sent.
+            # Closing with unread data would make the kernel drop what was just sent.
             deadline = time.monotonic() + _LINGER
             while time.monotonic() < deadline:
                 if not self._take(self._buffer):
@@ -394,7 +395,7 @@ class Channel:
 
 
 class _Incoming:
-    """A frame that is being received. rest: what of the payload has not come yet."""
+    """A frame that is being received. rest: the part of the payload that has not arrived yet."""
 
     __slots__ = ("_accept", "begun", "complete", "kind", "payload", "rest")
 
@@ -415,13 +416,13 @@ class _Incoming:
 
 
 def printable(text: str) -> str:
-    """A peer's words as one short line that is safe to print."""
+    """A peer's text as one short line that is safe to print."""
     shown = "".join(c if c.isprintable() else " " for c in text[: 2 * _LAST_WORDS])
     return " ".join(shown.split())[:_LAST_WORDS]
 
 
 def keep_alive(connection: socket.socket, timeout: float) -> None:
-    """Let the kernel notice a peer that is cut off, also while neither side sends."""
+    """Let the kernel detect a peer that is cut off, even while neither side sends."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE") and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
@@ -436,7 +437,7 @@ def keep_alive(connection: socket.socket, timeout: float) -> None:
 
 
 def check_payload(data: torch.Tensor) -> None:
-    """A message is a flat run of bytes; anything else is a mistake of the caller."""
+    """Raise PartyError unless a message is 1-D uint8 on the CPU, as every caller must ensure."""
     if data.dtype is not torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
         raise PartyError(
             f"a message must be a flat uint8 tensor on the CPU, not {data.dtype} {list(data.shape)}"
@@ -444,20 +445,20 @@ def check_payload(data: torch.Tensor) -> None:
 
 
 def explain(error: OSError, peer: str) -> str:
-    """What went wrong between two ends of TLS, and what to do."""
+    """What went wrong in a TLS handshake, and what to do."""
     if isinstance(error, ssl.SSLCertVerificationError):
         said = error.verify_message
         if "not yet valid" in said or "expired" in said:
             remedy = "run `mergec certs`, or set the clocks"
         else:
             remedy = "use certificates of one `mergec certs`"
-        return f"the {peer} has a certificate that will not do ({said}); {remedy}"
+        return f"the {peer} has an invalid certificate ({said}); {remedy}"
     if isinstance(error, TimeoutError):
-        return f"the {peer} did not finish the handshake in time; see what it is doing"
+        return f"the {peer} did not finish the handshake in time; check what it is doing"
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         reason = error.reason or ""
         for part, meaning in _REASONS.items():
             if part in reason:
                 return f"the {peer} {meaning}"
-        return f"the {peer} speaks no TLS of ours ({reason or error}); check the address"
-    return f"the {peer} went away in the handshake; see its own message, and try again"
+        return f"the {peer} does not use TLS as expected ({reason or error}); check the address"
+    return f"the {peer} went away in the handshake; see its error message, and try again"

@@ -1,8 +1,8 @@
-"""CrypTen's communicator over channels: its own protocols run over TLS, or between local processes.
+"""CrypTen's communicator over channels: runs its protocols over TLS or between local processes.
 
-A drop-in for CrypTen's communicator over torch.distributed, without pickle: a tensor's bytes have
-the length that its receiver expects, and objects are JSON of a few plain types. All is counted in
-the channels.
+A drop-in replacement for CrypTen's communicator over torch.distributed, without pickle. The bytes
+of a tensor have the length that its receiver expects, and objects are JSON of a few plain types.
+The channels count all traffic.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _DTYPES = {
 
 
 class ChannelCommunicator(crypten.Communicator):
-    """One role's communicator; `install` makes it the one that CrypTen uses.
+    """One role's communicator; `install` makes CrypTen use it.
 
-    Of the two computing parties each has a channel to the other; the dealer, CrypTen's trusted
-    third party where there is one, has a channel to both. A collective of the two is one round, in
-    which a party's tensor is sent once. Messages between the same two roles keep their order, so
-    those that CrypTen sends without waiting go out when the first of them is waited for.
+    Each computing party has a channel to the other one. The dealer, which is CrypTen's trusted
+    third party where there is one, has a channel to both. A collective of the two parties is one
+    round, in which a party's tensor is sent once. Messages between the same two roles keep their
+    order. Non-blocking messages are sent when the first of them is waited for.
     """
 
     instance: ChannelCommunicator | None = None
-    # CrypTen reads these, and hands them back as `group`; here the peer says all.
+    # CrypTen reads these and passes them back as `group`. Here the peer alone identifies the group.
     main_group = ttp_group = ttp_comm_group = None
 
     def __init__(
         self, role: str, channels: Mapping[int, Channel], idle_timeout: float | None = None
     ) -> None:
-        """channels: by the peer's rank, which is its place in `ROLES`.
+        """channels: by the peer's rank, which is its position in `ROLES`.
 
-        idle_timeout: seconds that the dealer waits for a request; by default the channel's.
+        idle_timeout: seconds that the dealer waits for a request; default: the channel's timeout.
         """
         self.rank = ROLES.index(role)
         self.world_size = 2
@@ -70,7 +70,7 @@ class ChannelCommunicator(crypten.Communicator):
         self._due: dict[int, deque[Any]] = {peer: deque() for peer in channels}
 
     def install(self) -> None:
-        """Let CrypTen use this communicator, in place of its own over torch.distributed."""
+        """Make CrypTen use this communicator instead of its own over torch.distributed."""
         crypten.install(ChannelCommunicator)
         ChannelCommunicator.instance = self
 
@@ -84,7 +84,7 @@ class ChannelCommunicator(crypten.Communicator):
 
     @classmethod
     def initialize(cls, *_: Any, **__: Any) -> None:
-        raise MergecError("CrypTen has no connections here; install a ChannelCommunicator first")
+        raise MergecError("CrypTen has no connections yet; install a ChannelCommunicator first")
 
     @classmethod
     def shutdown(cls) -> None:
@@ -113,12 +113,12 @@ class ChannelCommunicator(crypten.Communicator):
 
     @property
     def peer(self) -> int:
-        """The other computing party."""
+        """The rank of the other computing party."""
         return SERVER - self.rank
 
     @property
     def traffic(self) -> Traffic:
-        """What the channels counted; what passes between a party and the dealer is offline."""
+        """Traffic of all channels; traffic between a party and the dealer counts as offline."""
         found = Traffic()
         for peer, channel in self._channels.items():
             counted = channel.traffic
@@ -133,12 +133,12 @@ class ChannelCommunicator(crypten.Communicator):
 
     @property
     def comm_rounds(self) -> int:
-        """Rounds of the two parties since CrypTen's statistics were reset."""
+        """Rounds between the two parties since CrypTen's statistics were reset."""
         return (self.traffic - self._counted_from).rounds
 
     @property
     def comm_bytes(self) -> int:
-        """Bytes that this party has sent to and received from the other since then."""
+        """Bytes between the two parties, both directions, since the statistics were reset."""
         return (self.traffic - self._counted_from).online
 
     def reset_communication_stats(self) -> None:
@@ -148,7 +148,7 @@ class ChannelCommunicator(crypten.Communicator):
     # -------------------------------------------------------------------------------- messages
 
     def _exchange(self, peer: int, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
-        """One round with a peer, after what is still under way to or from it."""
+        """One round with a peer, after its pending messages."""
         self._settle(peer)
         return self._round(peer, outgoing, incoming)
 
@@ -160,11 +160,11 @@ class ChannelCommunicator(crypten.Communicator):
 
     def _channel(self, peer: int) -> Channel:
         if peer not in self._channels:
-            raise MergecError(f"there is no party {peer} that party {self.rank} could talk to")
+            raise MergecError(f"there is no party {peer} that party {self.rank} is connected to")
         return self._channels[peer]
 
     def _settle(self, peer: int) -> None:
-        """Carry out what `isend` and `irecv` have begun: both ways at once, as far as that goes."""
+        """Complete pending `isend` and `irecv` calls, in both directions at once where possible."""
         self._channel(peer)
         unsent, due = self._unsent[peer], self._due[peer]
         while unsent or due:
@@ -194,7 +194,7 @@ class ChannelCommunicator(crypten.Communicator):
         return result
 
     def barrier(self) -> None:
-        """A byte each way: whoever has got it knows that the other is here."""
+        """Exchange one byte in each direction, so that each party knows the other has arrived."""
         self._exchange(self.peer, torch.zeros(1, dtype=torch.uint8), 1)
 
     # ----------------------------------------------------------------------------- collectives
@@ -230,7 +230,7 @@ class ChannelCommunicator(crypten.Communicator):
         return [mine.clone(), theirs] if self.rank == CLIENT else [theirs, mine.clone()]
 
     def scatter(self, scatter_list: Any, src: int, size: Any = None, device: Any = None) -> Any:
-        """This party's part [size] of int64, of those that `src` has."""
+        """This party's int64 part of shape `size`, of those that `src` has."""
         if src == self.rank:
             self._exchange(self.peer, _flat([scatter_list[self.peer]]), 0)
             mine = scatter_list[self.rank]
@@ -240,7 +240,7 @@ class ChannelCommunicator(crypten.Communicator):
         return self.recv(result, src)
 
     def broadcast(self, input: Any, src: int, group: Any = None, batched: bool = False) -> Any:  # noqa: A002
-        """`input`, overwritten with that of `src`. The dealer's goes to the client alone."""
+        """Overwrite `input` with that of `src`; returns it. The dealer sends to the client only."""
         tensors = list(input) if batched else [input]
         if src == self.rank:
             other = CLIENT if self.rank == DEALER else self.peer
@@ -254,7 +254,10 @@ class ChannelCommunicator(crypten.Communicator):
     # --------------------------------------------------------------------------------- objects
 
     def send_obj(self, obj: Any, dst: int, group: Any = None) -> None:
-        """Send None, a bool, number, string, dtype, list, tuple, size, or dictionary of those."""
+        """Send None, a bool, number, string, dtype, list, tuple, size, or dictionary of those.
+
+        Raises MergecError for any other type.
+        """
         payload = json.dumps(_plain(obj)).encode()
         self._settle(dst)
         channel = self._channel(dst)
@@ -265,7 +268,7 @@ class ChannelCommunicator(crypten.Communicator):
     def recv_obj(self, src: int, group: Any = None) -> Any:
         self._settle(src)
         channel = self._channel(src)
-        # The third party has nothing to do between two prompts.
+        # The third party is idle between two prompts.
         idle = self._idle_timeout if self.rank == DEALER else None
         _, payload = channel.receive_any((Kind.OBJECT,), timeout=idle)
         channel.traffic.received += payload.nbytes
@@ -283,27 +286,27 @@ class ChannelCommunicator(crypten.Communicator):
 
 
 class _Pending:
-    """A message under way."""
+    """A message in transit."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait
 
 
-# Messages go by way of the CPU; CrypTen's CUDALongTensor, which these may be given, is unwrapped
-# by `_flat` and restored by `_like`.
+# Messages are copied through the CPU. Tensors may be CrypTen's CUDALongTensor, which `_flat`
+# unwraps and `_like` restores.
 
 
 def _flat(tensors: Sequence[Any]) -> torch.Tensor:
-    """The bytes of tensors, one after the other."""
+    """The bytes of tensors, concatenated."""
     parts = [tensor.data.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _like(tensors: Sequence[Any], data: torch.Tensor) -> list[Any]:
-    """Tensors of the shape, type and device of these, from their bytes."""
+    """Tensors with the shapes, types and devices of `tensors`, from their bytes."""
     results: list[Any] = []
     for tensor, part in zip(tensors, data.split([_nbytes(t) for t in tensors]), strict=True):
-        # A part of a larger message may begin anywhere, a tensor may not.
+        # A part of a larger message may start at any byte; a tensor must be aligned.
         owned = part if len(tensors) == 1 else part.clone()
         found = owned.view(tensor.dtype).reshape(tensor.size()).to(tensor.device)
         wrapped = isinstance(tensor, crypten.CUDALongTensor)
@@ -322,12 +325,12 @@ def _nbytes(tensor: Any) -> int:
 
 def _reduced(op: Any, mine: Any, theirs: Any) -> Any:
     if op not in _REDUCE:
-        raise MergecError(f"tensors of two parties cannot be joined by {op}")
+        raise MergecError(f"tensors of two parties cannot be reduced by {op}")
     return _REDUCE[op](mine, theirs)
 
 
 def _plain(value: Any) -> Any:
-    """An object as JSON: what JSON has no word for becomes a dictionary of one tagged entry."""
+    """An object as JSON; a type that JSON lacks becomes a dictionary with one tagged entry."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.dtype) and str(value) in _DTYPES:
@@ -339,17 +342,17 @@ def _plain(value: Any) -> Any:
         if tag in ("size", "list", "tuple"):
             return {tag: [_plain(item) for item in value]}
     raise MergecError(
-        f"a {type(value).__name__} cannot be sent as an object: parties send each other tensors "
-        "and plain values only; load models at each party from a file"
+        f"a {type(value).__name__} cannot be sent as an object: parties send each other only "
+        "tensors and plain values; load models at each party from a file"
     )
 
 
 def _object(value: Any) -> Any:
-    """The reverse of `_plain`; ValueError, TypeError or KeyError if it was not made by it."""
+    """The inverse of `_plain`. Raises ValueError, TypeError or KeyError for any other input."""
     if not isinstance(value, (dict, list)):
         return value
     if isinstance(value, list) or len(value) != 1:
-        raise ValueError("not of one tagged entry")
+        raise ValueError("not a dictionary with one tagged entry")
     ((tag, inner),) = value.items()
     if tag == "dtype":
         return _DTYPES[inner]

@@ -1,8 +1,8 @@
 """Connections between roles: TLS 1.3 with certificates of a private authority on both sides.
 
-A role trusts the authority in its own folder and no other, and a certificate names the role that
-its holder may play. Host names are not looked at: a role may move between machines. Plain TCP is
-for loopback alone, and has to be asked for.
+A role trusts only the authority in its own folder, and a certificate names the role that its holder
+may play. Host names are not checked, so a role may move between machines. Plain TCP is allowed only
+on loopback, and only if requested explicitly.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ class Security:
     """How a role's connections are protected: by certificates, or not at all (`plaintext`)."""
 
     def __init__(self, role: str, certificates: Path | None, *, plaintext: bool = False) -> None:
-        """`certificates`: the role's folder, or one of all roles."""
+        """certificates: the role's folder, or the folder that contains those of all roles.
+
+        Raises MergecError if neither or both are given, or if the role's certificate is invalid.
+        """
         self.role = role
         self.folder: Path | None = None
         if certificates is None:
             if not plaintext:
                 raise MergecError(
                     "connections need certificates; give --certs DIR (`mergec certs` makes one), "
-                    "or --plaintext to do without on this machine"
+                    "or --plaintext for unencrypted connections on this machine"
                 )
             return
         if plaintext:
@@ -52,14 +55,14 @@ class Security:
         check_certificate(self.folder, role)
 
     def check(self, address: Address) -> None:
-        """Refuse to speak in the clear across a network."""
+        """Raise MergecError for plaintext connections across a network."""
         if self.folder is None and not address.loopback:
             raise MergecError(
                 f"{address} is not on this machine, and --plaintext is for loopback; give --certs"
             )
 
     def context(self, *, listening: bool) -> ssl.SSLContext | None:
-        """OpenSSL's settings, None for plaintext."""
+        """OpenSSL's settings; None for plaintext."""
         if self.folder is None:
             return None
         side = ssl.PROTOCOL_TLS_SERVER if listening else ssl.PROTOCOL_TLS_CLIENT
@@ -75,7 +78,7 @@ class Security:
 
 
 def listen(address: Address, security: Security) -> socket.socket:
-    """A listening socket; a port that is taken is named."""
+    """A listening socket. Raises PartyError that names a port already in use."""
     security.check(address)
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
@@ -93,9 +96,10 @@ def accept(
     roles: Sequence[str],
     timeout: float,
 ) -> Channel:
-    """The channel of a connection that came in, once it has shown to be of one of `roles`.
+    """The channel of an incoming connection, after it has proven to be one of `roles`.
 
-    Without certificates the peer's role is the first of them until it says otherwise.
+    Raises PartyError if it is not. Without certificates, the peer is assumed to be the first of
+    `roles` until it says otherwise.
     """
     context = security.context(listening=True)
     connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
@@ -107,9 +111,9 @@ def accept(
         role, name = _identity(wrapped)
         channel = _channel(wrapped, role or peer, name, timeout)
     if role not in roles:
-        reason = f"here the {peer} may connect, not {role or 'a party without a role'}"
+        reason = f"only the {peer} may connect here, not {role or 'a party without a role'}"
         channel.fail(reason)
-        raise PartyError(f"{name!r} was turned away: {reason}; give each role its own certificate")
+        raise PartyError(f"{name!r} was rejected: {reason}; give each role its own certificate")
     return channel
 
 
@@ -118,7 +122,8 @@ def connect(
 ) -> Channel:
     """A channel to the `role` at `address`.
 
-    Waits `join_timeout` seconds for it to appear, and not longer than for a message (`timeout`).
+    Waits up to `join_timeout` seconds, or `timeout` if that is shorter, for the role to start.
+    Raises PartyError if it does not answer, or if its certificate names another role.
     """
     security.check(address)
     context = security.context(listening=False)

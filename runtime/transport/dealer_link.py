@@ -13,10 +13,10 @@ from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentErr
 from mergec.runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
 
 BLOCK_BYTES = 1 << 20
-"""Small writes are put together into blocks of at least this size."""
+"""Small writes are combined into blocks of at least this size."""
 
 AHEAD_BYTES = 256 << 20
-"""How much a party takes from the dealer before it is used."""
+"""Bytes that a party receives from the dealer ahead of their use."""
 
 
 _NOTHING = np.empty(0, np.uint8)
@@ -24,7 +24,7 @@ _WORD = 8
 
 
 class BlockWriter(Protocol):
-    """Carries whole blocks to the party; `end` says that no more will come."""
+    """Sends whole blocks to the party; `end` announces that no more will follow."""
 
     def put(self, block: torch.Tensor) -> None: ...
 
@@ -32,15 +32,15 @@ class BlockWriter(Protocol):
 
 
 class BlockReader(Protocol):
-    """Gives the blocks in order; None after the last."""
+    """Returns the blocks in order; None after the last."""
 
     def get(self) -> torch.Tensor | None: ...
 
 
 class DealerSender:
-    """The dealer's end of a stream. `sent` counts payload bytes, those still gathered included.
+    """The dealer's end of a stream. `sent` counts payload bytes, including those not yet flushed.
 
-    A tensor that was written must not change any more: it may not have been sent yet.
+    A written tensor must not be modified afterwards, because it may not have been sent yet.
     """
 
     def __init__(self, blocks: BlockWriter, block_bytes: int = BLOCK_BYTES) -> None:
@@ -67,26 +67,26 @@ class DealerSender:
             self.flush()
 
     def flush(self) -> None:
-        """Send what was gathered: the party may be waiting for it."""
+        """Send the bytes gathered so far: the party may be waiting for them."""
         if self._gathered:
             block = torch.cat(self._gathered)
             self._gathered, self._size = [], 0
             self._blocks.put(block)
 
     def close(self) -> None:
-        """Send the rest, and that it was the last."""
+        """Send the rest, and mark the end of the stream."""
         self.flush()
         self._blocks.end()
 
     def abandon(self) -> None:
-        """End the stream without the rest: nobody reads it any more."""
+        """End the stream without the rest, because nobody reads it any more."""
         self._blocks.end()
 
 
 class DealerReceiver:
-    """A party's end of a stream, filled by a thread as far ahead as `ahead_bytes` allow.
+    """A party's end of a stream, filled by a thread up to `ahead_bytes` ahead of its use.
 
-    received: payload bytes that have come. consumed: those that were read.
+    received: payload bytes that have arrived. consumed: payload bytes that were read.
     """
 
     def __init__(
@@ -111,17 +111,18 @@ class DealerReceiver:
 
     @property
     def ended(self) -> bool:
-        """Whether no more will come."""
+        """Whether the stream has ended."""
         return self._ended
 
     def read(self, nbytes: int) -> torch.Tensor:
-        """The next `nbytes` bytes of the stream, which nothing else refers to; waits for them.
+        """The next `nbytes` bytes of the stream, which nothing else refers to; blocks until there.
 
-        They begin where a word of 8 bytes may.
+        They are aligned to words of 8 bytes. Raises PeerSilentError after `timeout` seconds without
+        a block, PeerEndedError if the stream ends first, and the reader's PartyError if it failed.
         """
         start, stop = self._head, self._head + nbytes
         if stop < self._block.nbytes:
-            # Most reads are small, and end within a block that no other thread looks at.
+            # Most reads are small, and end within a block that no other thread accesses.
             self._head = stop
             self.consumed += nbytes
             found = self._block[start:stop]
@@ -129,7 +130,7 @@ class DealerReceiver:
         if nbytes and self._block is _NOTHING:
             self._next()
             if self._block.nbytes == nbytes:
-                # Large ones are sent alone, and need no copy.
+                # Large writes are sent as blocks of their own, and need no copy.
                 whole = self._block
                 self._advance(nbytes)
                 return torch.from_numpy(whole)
@@ -145,7 +146,7 @@ class DealerReceiver:
         return torch.from_numpy(result)
 
     def finish(self) -> None:
-        """Wait for the dealer to end the stream, all of which has been read."""
+        """Wait until the dealer ends the stream, after all of it has been read."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended, self._timeout):
                 raise self._silent()
@@ -154,7 +155,7 @@ class DealerReceiver:
 
     def _silent(self) -> PeerSilentError:
         return PeerSilentError(
-            f"the dealer sent nothing for {self._timeout:g} s; see what it is doing"
+            f"the dealer sent nothing for {self._timeout:g} s; check what it is doing"
         )
 
     def _next(self) -> None:
@@ -164,7 +165,7 @@ class DealerReceiver:
             self._base = self._block.ctypes.data
 
     def _advance(self, size: int) -> None:
-        """Go on in the block; at its end there is room for another."""
+        """Advance in the block; at its end, make room for another one."""
         self.consumed += size
         self._head += size
         if self._head == self._block.nbytes:
@@ -179,8 +180,8 @@ class DealerReceiver:
                 raise self._failure
             if self._ended:
                 raise PeerEndedError(
-                    "the dealer ended the session while randomness was due; "
-                    "see its own message, and start all three again"
+                    "the dealer ended the session before it had sent all randomness; "
+                    "see its error message, and start all three roles again"
                 )
             if not self._changed.wait(self._timeout):
                 raise self._silent()
@@ -189,7 +190,7 @@ class DealerReceiver:
         try:
             while (block := self._blocks.get()) is not None:
                 with self._changed:
-                    # A block larger than the whole limit still has to pass.
+                    # A block larger than the whole limit must still pass.
                     while self._size and self._size + block.numel() > self._limit:
                         self._changed.wait()
                     self.received += block.numel()
@@ -204,7 +205,7 @@ class DealerReceiver:
 
 
 class ChannelBlockWriter:
-    """Blocks as frames of a channel, cut to the length that the reader allows."""
+    """Sends blocks as frames of a channel, split to the length that the reader allows."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -220,7 +221,7 @@ class ChannelBlockWriter:
 
 
 class ChannelBlockReader:
-    """The party's end of the same."""
+    """The party's end of a `ChannelBlockWriter`."""
 
     def __init__(self, channel: Channel, idle_timeout: float) -> None:
         self._channel = channel
@@ -232,6 +233,6 @@ class ChannelBlockReader:
         if kind is Kind.END:
             return None
         if not payload.nbytes:
-            raise PartyError(f"the {self._channel.peer} sent a block of nothing")
+            raise PartyError(f"the {self._channel.peer} sent an empty block")
         self._channel.traffic.offline_received += payload.nbytes
         return torch.frombuffer(payload, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""A link that is as slow as a network would make it: for measurements on one machine.
+"""A link that is as slow as an emulated network: for measurements on one machine.
 
-Nothing in a session uses it by itself. Both ends must wrap their link, and run on one machine: what
-a message took is reckoned from when it was sent, by the machine's monotonic clock.
+Sessions never use it unless asked to. Both ends must wrap their link, and run on one machine: the
+transfer time of a message is measured from when it was sent, by the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _STAMP = struct.Struct("<d")
 
 
 class EmulatedLink:
-    """Hands a message over when it would have come: latency, then its bytes at the bandwidth.
+    """Delivers a message when the network would: after the transfer of its bytes, and the latency.
 
-    Each message carries the time at which it was sent, 8 bytes that are not counted as traffic. A
-    message waits for the one before it in its direction, as both share the line; the two directions
-    do not wait for each other. The profile's overhead is not added: this machine has its own.
+    Each message carries its send time, 8 bytes that are not counted as traffic. A message waits for
+    the previous one in its direction, as both share the line; the two directions do not wait for
+    each other. The profile's overhead is not added, because this machine has its own.
     """
 
     def __init__(self, link: Exchange, network: Network) -> None:
@@ -35,7 +35,7 @@ class EmulatedLink:
         return self._link.traffic
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
-        """As the wrapped link's, but later."""
+        """Like the wrapped link's, but delayed."""
         sends = outgoing is not None and outgoing.numel() > 0
         if outgoing is not None and sends:
             stamp = torch.frombuffer(bytearray(_STAMP.pack(time.monotonic())), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Connections among roles that one parent starts on one machine: nobody listens, nobody joins."""
+"""Connections among roles that one parent starts on one machine; no port is opened."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel
 
 
 class Lines:
-    """A pair of sockets between each two roles, to be handed to the processes that play them.
+    """A pair of sockets between every two roles, to be passed to the processes that run them.
 
-    Plaintext is safe here: the sockets have no address, and no other process can get at them. The
-    parent leaves the context once all have started; then a role that ends is noticed by the others.
+    Plaintext is safe here: the sockets have no address, and no other process can access them. The
+    parent leaves the context once all roles have started; from then on, each role notices if
+    another one ends.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Lines:
         self._stack.close()
 
     def of(self, role: str) -> list[int]:
-        """The descriptors that a role's process inherits: its ends, by the order of the others."""
+        """The descriptors that a role's process inherits: its ends, in the order of the others."""
         return [self._ends[role, other].fileno() for other in ROLES if other != role]
 
 

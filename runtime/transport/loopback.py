@@ -1,4 +1,4 @@
-"""The same interfaces within one process, by queues between threads: for tests."""
+"""Links and dealer streams within one process, as queues between threads: for tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoopbackLink:
         self._peer, self._timeout = peer, timeout
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
-        """As `Channel.exchange`; here a message of another length than expected is noticed."""
+        """Like `Channel.exchange`; raises PartyError if a message has an unexpected length."""
         if outgoing is not None and outgoing.numel():
             check_payload(outgoing)
             self._outbox.put(outgoing.clone())
@@ -46,7 +46,7 @@ class LoopbackLink:
                 raise PeerEndedError(f"the {self._peer} went away")
             if received.numel() != incoming:
                 raise PartyError(
-                    f"the {self._peer} sent {received.numel()} bytes where {incoming} were due"
+                    f"the {self._peer} sent {received.numel()} bytes where {incoming} were expected"
                 )
             reply = received
         self.traffic.received += incoming
@@ -54,7 +54,7 @@ class LoopbackLink:
         return reply
 
     def close(self) -> None:
-        """Let the other end fail instead of waiting."""
+        """Make the other end fail instead of wait."""
         self._outbox.put(None)
 
 
@@ -69,7 +69,7 @@ def link_pair(timeout: float = 30.0) -> tuple[LoopbackLink, LoopbackLink]:
 
 
 class _Blocks:
-    """Hands blocks over one by one, so that a dealer in the same memory runs no further ahead."""
+    """Passes blocks one at a time, so that a dealer in the same memory runs no further ahead."""
 
     def __init__(self) -> None:
         self._block: torch.Tensor | None = None
@@ -80,7 +80,7 @@ class _Blocks:
         with self._changed:
             self._changed.wait_for(lambda: self._block is None or self._ended)
             if self._ended:
-                raise PeerEndedError("the session ended while the dealer was at work")
+                raise PeerEndedError("the session ended while the dealer was working")
             self._block = block
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""Counters of what crosses a transport, as one party sees it."""
+"""Counters of the data that crosses a transport, as seen by one party."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 @dataclass
 class Traffic:
-    """Payload bytes that this party sent and received, and the rounds that took.
+    """Payload bytes that this party sent and received, and rounds.
 
-    Between the two parties what one sends the other receives, so `sent + received` at either of
-    them is the bytes of `core.spec.Cost`. What comes from or goes to the dealer is offline, and
-    takes no rounds.
+    What one party sends the other receives, so `sent + received` at either party equals the online
+    bytes of `core.spec.Cost`. Traffic from or to the dealer is offline and takes no rounds.
     """
 
     rounds: int = 0
@@ -25,7 +24,7 @@ class Traffic:
 
     @property
     def online(self) -> int:
-        """Bytes between the client and the server, both directions."""
+        """Bytes between the client and the server, in both directions."""
         return self.sent + self.received
 
     @property
@@ -44,7 +43,7 @@ class Traffic:
         )
 
     def snapshot(self) -> Traffic:
-        """A copy that does not change any more."""
+        """A copy that no longer changes."""
         return replace(self)
 
     def reset(self) -> None:
@@ -54,7 +53,7 @@ class Traffic:
 
 
 class Exchange(Protocol):
-    """What a link between the two parties offers, over whatever transport: one call is one round.
+    """The interface of a link between the two parties, over any transport. One call is one round.
 
     `outgoing` is 1-D uint8 on the CPU, or None; the result has `incoming` bytes.
     """
