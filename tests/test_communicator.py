@@ -234,7 +234,7 @@ def test_the_third_party_deals_only_what_crypten_asks_for(request_: Any, message
     dealer.install()
     try:
         client.send_obj(request_, 2)
-        with pytest.raises(PartyError, match=f"asks for what cannot be dealt .*{message}"):
+        with pytest.raises(PartyError, match=f"requests what cannot be dealt .*{message}"):
             crypten.serve_third_party()
     finally:
         ChannelCommunicator.shutdown()

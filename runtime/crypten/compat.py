@@ -1,9 +1,10 @@
-"""The only module that imports CrypTen: makes 0.4.1 import on current torch, and names what we use.
+"""The only module that imports CrypTen: lets 0.4.1 run on current torch, re-exports its API.
 
-CrypTen is installed without its declared dependencies, of which one no longer exists. Of those that
-it imports, what is missing here is stood in for: `torch.onnx.symbolic_registry` (gone from torch),
-OmegaConf (its configuration, a nested dictionary), and onnx (its model importer, never called).
-Importing this module imports CrypTen, so the rest of `runtime` imports it where it is used.
+CrypTen is installed without its declared dependencies, one of which no longer exists. Where modules
+that it imports are missing, stand-ins take their place: `torch.onnx.symbolic_registry` (removed
+from torch), OmegaConf (its configuration, a nested dictionary), and onnx (its model importer, which
+is never called). Importing this module imports CrypTen, so the rest of `runtime` imports it only
+where it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.core.spec import CLIENT, DEALER
 
 PROVIDERS = {"dealer": "TTP", "insecure-first-party": "TFP"}
-"""Where CrypTen's correlated randomness comes from, and its own name for it."""
+"""Sources of CrypTen's correlated randomness, and CrypTen's names for them."""
 
 
 class _Config(dict[str, Any]):
@@ -79,11 +80,12 @@ def _stand_in(name: str, **attributes: Any) -> None:
 
 
 def _prepare() -> None:
-    """Put in place what CrypTen imports and this installation lacks."""
+    """Provide stand-ins for modules that CrypTen imports and that are not installed.
+
+    Raises MergecError if CrypTen itself is missing.
+    """
     if importlib.util.find_spec("crypten") is None:
-        raise MergecError(
-            "CrypTen is not installed; install it by `pip install --no-deps crypten==0.4.1`"
-        )
+        raise MergecError("CrypTen is not installed; run `pip install --no-deps crypten==0.4.1`")
     _stand_in("torch.onnx.symbolic_registry", _registry={})
     if importlib.util.find_spec("omegaconf") is None:
         _stand_in("omegaconf", OmegaConf=_OmegaConf)
@@ -93,7 +95,7 @@ def _prepare() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """CrypTen warns of deprecated calls, and logs, on every import and start."""
+    """Suppress CrypTen's deprecation warnings and logs, emitted on every import and start."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -118,7 +120,7 @@ with quiet():
 
 
 class _Messages:
-    """What CrypTen's third party calls of torch.distributed, by the communicator in use."""
+    """The functions of torch.distributed that CrypTen's third party calls, on our communicator."""
 
     @staticmethod
     def isend(tensor: torch.Tensor, dst: int, group: Any) -> Any:
@@ -130,20 +132,20 @@ class _Messages:
 
     @staticmethod
     def barrier(group: Any) -> None:
-        """Nothing overtakes the seeds, as messages between two roles keep their order."""
+        """No message can overtake the seeds, as messages between two roles keep their order."""
 
 
 _PRODUCTS = {"mul", "matmul", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"}
-"""What CrypTen multiplies shares by."""
+"""Products of shares that CrypTen computes."""
 
 _DEVICES = {"cpu", "cuda"}
 
 _MOST_ELEMENTS = 1 << 31
-"""Elements of a tensor that the third party is asked for, at most."""
+"""Most elements of a tensor that may be requested from the third party."""
 
 
 class _ThirdParty(TTPServer):
-    """CrypTen's third party, which looks at a request before it does what it says."""
+    """CrypTen's third party, which validates each request before it executes it."""
 
     def __init__(self) -> None:
         self.device, self.ttp_group = "cpu", None
@@ -154,13 +156,13 @@ class _ThirdParty(TTPServer):
                 function, self.device, args, kwargs = _read_request(request)
                 result = getattr(self, function)(*args, **kwargs)
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                raise PartyError(f"the client asks for what cannot be dealt ({error})") from error
+                raise PartyError(f"the client requests what cannot be dealt ({error})") from error
             running.send_obj(result.size(), CLIENT)
             running.broadcast(result, DEALER)
 
 
 def _read_request(request: Any) -> tuple[str, str, tuple[Any, ...], dict[str, Any]]:
-    """What to call, on which device and with what; ValueError if the third party has no such."""
+    """The function to call, its device and its arguments. Raises ValueError if not allowed."""
     function, device = request["function"], request["device"] or "cpu"
     args, kwargs = request["args"], request["kwargs"]
     if function not in ttp_provider.TTP_FUNCTIONS or torch.device(device).type not in _DEVICES:
@@ -188,18 +190,18 @@ def is_secret(value: object) -> bool:
 
 
 def use_provider(name: str) -> None:
-    """Choose where correlated randomness comes from; before the parties join."""
+    """Choose the source of correlated randomness; call before the parties join."""
     cfg.mpc.provider = PROVIDERS[name]
 
 
 def install(kind: type) -> None:
-    """Let CrypTen use communicators of this kind, in place of its own over torch.distributed."""
+    """Make CrypTen use communicators of this class instead of its own over torch.distributed."""
     communicator.DistributedCommunicator = kind
     ttp_provider.dist = _Messages
 
 
 def start_party() -> None:
-    """Agree with the other party, and with the dealer, on seeds; the communicator must be up."""
+    """Agree on seeds with the other party and the dealer; the communicator must be installed."""
     with quiet():
         crypten._setup_prng()
         if cfg.mpc.provider == PROVIDERS["dealer"]:
@@ -207,15 +209,15 @@ def start_party() -> None:
 
 
 def serve_third_party() -> None:
-    """At the dealer: deal what the client asks for, until `end_third_party`."""
-    # CrypTen draws the parties' seeds from torch's generator, which starts the same every time.
+    """At the dealer: deal what the client requests, until it calls `end_third_party`."""
+    # CrypTen draws the parties' seeds from torch's generator, which has a fixed seed at start.
     torch.manual_seed(secrets.randbits(63))
     with quiet():
         _ThirdParty()
 
 
 def end_third_party() -> None:
-    """At the client: let the dealer leave `serve_third_party`."""
+    """At the client: make the dealer return from `serve_third_party`."""
     running = communicator.get()
     running.send_obj("terminate", DEALER)
     TTPClient.uninit()

@@ -1,1 +1,1 @@
-"""The client as a local service: OpenAI's interface for existing apps, and a chat page."""
+"""The client as a local service: an OpenAI-compatible API for existing apps, and a chat page."""

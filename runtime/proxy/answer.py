@@ -1,4 +1,4 @@
-"""An answer as it comes from a session: parts of its text, and what its tokens took."""
+"""An answer as a session generates it: pieces of its text, and what its tokens cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergec.runtime.session.generation import StepReport
 
 @dataclass(frozen=True)
 class Part:
-    """What a token brought; at the end there may be text without one, and so without reports."""
+    """The result of one token. The last part may have text without a token, and so no reports."""
 
     piece: Piece
     reports: tuple[StepReport, ...] = ()
@@ -37,9 +37,9 @@ class Answer:
         log: Any,
         answered: Counter,
     ) -> None:
-        """length: of the prompt, in tokens. stop: tokens that end an answer.
+        """length: length of the prompt, in tokens. stop: tokens that end an answer.
 
-        answered: counts answers by how they ended.
+        answered: counter of answers, labelled by how they ended.
         """
         self._job, self._reader, self._stop = job, reader, stop
         self._log, self._answered = log, answered
@@ -47,14 +47,14 @@ class Answer:
         self._began = time.monotonic()
         self._over = self._closed = False
         self.finish = "length"
-        """Why the answer ended, once it has."""
+        """Why the answer ended, once it has ended."""
 
     @property
     def usage(self) -> Usage:
         return Usage(self._length, self._count)
 
     async def next(self) -> Part | None:
-        """The next part, None after the last; raises what ended the answer early."""
+        """The next part; None after the last. Raises the error that ended the answer early."""
         if self._over:
             return None
         token = await self._job.next()
@@ -76,7 +76,7 @@ class Answer:
         return Part(Piece(piece.text + rest.text, piece.places + rest.places), reports)
 
     async def all(self) -> Piece:
-        """The whole text at once."""
+        """The whole text and its places at once. Raises the error that ended the answer early."""
         text: list[str] = []
         places: list[Place] = []
         while (part := await self.next()) is not None:
@@ -85,7 +85,7 @@ class Answer:
         return Piece("".join(text), tuple(places))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Free the place, and log how it went, without a word of what was said."""
+        """Free the session, and log the outcome without any of the text."""
         if self._closed:
             return
         self._closed = True
@@ -94,7 +94,7 @@ class Answer:
         self._answered.labels(how).inc()
         told = {"prompt": self._length, "tokens": self._count}
         took = round(time.monotonic() - self._began, 3)
-        if isinstance(error, PartyError):  # names roles and addresses, never a prompt
+        if isinstance(error, PartyError):  # its message names roles and addresses, never a prompt
             self._log.warning("answer failed", reason=str(error), seconds=took, **told)
         elif isinstance(error, Exception):
             kind, at = type(error).__name__, place_of(error)

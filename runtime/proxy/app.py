@@ -29,7 +29,7 @@ from mergec.runtime.proxy.sessions import Sessions
 
 PAGE = "page.html"
 _PAGE_HEADERS = {
-    # The page is one file, and may speak to this endpoint alone.
+    # The page is one file, and may connect to this endpoint only.
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -38,30 +38,30 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 _LEFT = 499
-"""Status of a request whose client went away; nobody reads it."""
+"""Status of a request whose client disconnected; nobody reads it."""
 
 _UNLIMITED = 1024
-"""Tokens of an answer where nothing limits it."""
+"""Most tokens of an answer if no limit applies."""
 
 MOST_BODY = 1 << 20
-"""Bytes of a request: more than any prompt that a program takes."""
+"""Largest request in bytes: more than any prompt that a program accepts."""
 
 T = TypeVar("T")
 
 
 def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], log: Any) -> FastAPI:
-    """The endpoint. hosts: names it may be called by; origins: of web pages that may ask, too."""
+    """The endpoint. hosts: accepted Host headers. origins: of web pages that may send requests."""
     endpoint = Endpoint(sessions, log)
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         lifespan=endpoint.lifespan,
-        # A page may send a body of another type without asking first: it must not be read as JSON.
+        # Web pages may send other content types without a preflight: do not read those as JSON.
         strict_content_type=True,
     )
     app.add_middleware(BodyLimit)
-    # A web page elsewhere could point a name of its own at this machine: its Host gives it away.
+    # Prevents DNS rebinding: a web page could point its own host name at this machine.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if origins:
         app.add_middleware(
@@ -99,15 +99,15 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
             status, f"there is no {request.method} {request.url.path} here", code="unknown_url"
         )
     elif status == 413:
-        told = ApiError(status, f"a request may have {MOST_BODY} bytes", code="too_large")
-        headers = {"Connection": "close"}  # or the rest would be waited for
+        told = ApiError(status, f"a request may have at most {MOST_BODY} bytes", code="too_large")
+        headers = {"Connection": "close"}  # otherwise the rest would be waited for
     else:
         told = ApiError(status, "the body cannot be read; send a JSON object", code="invalid_json")
     return JSONResponse(told.json(), status, headers)
 
 
 class BodyLimit:
-    """Reads no more of a request than it may have: the rest would be kept in memory."""
+    """Rejects a request once its body exceeds the limit, so the rest is not kept in memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -145,7 +145,7 @@ class Endpoint:
         await asyncio.get_running_loop().run_in_executor(None, self._sessions.close)
 
     async def refuse(self, _request: Request, error: Exception) -> Response:
-        """Answer an error; our own are logged without their messages, which may hold a prompt."""
+        """Respond to an error. Logs internal errors without messages, which may quote prompts."""
         told = explain(error)
         if told.status == 500:
             self._log.error("internal error", kind=type(error).__name__, at=place_of(error))
@@ -159,7 +159,7 @@ class Endpoint:
         return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     async def about(self) -> dict[str, Any]:
-        """What the page tells of the program and its sessions."""
+        """What the page shows about the program and its sessions."""
         manifest, sessions = self._manifest, self._sessions
         return {
             "model": self._model,
@@ -207,20 +207,21 @@ class Endpoint:
         if name != self._model:
             raise ApiError(
                 404,
-                f"the model {name!r} is not here; ask for {self._model!r}",
+                f"the model {name!r} is not served here; ask for {self._model!r}",
                 param="model",
                 code="model_not_found",
             )
 
     def _room(self) -> int:
-        """Most tokens of prompt and answer together, 0 for any number."""
+        """Most tokens of prompt and answer together; 0 for no limit."""
         limits = (self._manifest.get("max_length", 0), self._sessions.limits.get("length", 0))
         return min((limit for limit in limits if limit), default=0)
 
     def _tokens(self, wanted: Wanted, length: int) -> int:
-        """How many tokens to generate at most after a prompt of `length`.
+        """Most tokens to generate after a prompt of `length` tokens.
 
-        As many as fit, where more are asked for: apps ask for what other models can give.
+        A request for more than fit is reduced to as many as fit, because apps request what other
+        models allow. Raises ApiError if the prompt is empty or leaves no room.
         """
         if not length:
             raise ApiError(400, "the prompt is empty; say something", code="empty_prompt")
@@ -251,7 +252,7 @@ class Endpoint:
                 code="unsupported_value",
             )
         tokens = self._tokens(wanted, len(ids))
-        # Where the parties choose the token, they find the best one unless told otherwise.
+        # Where the parties choose the token, the default is the best one.
         sampling = wanted.sampling(temperature=1.0 if self._revealed else 0.0)
         job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
         reader = Reader(self._text, wanted.stop or (), best)
@@ -260,7 +261,7 @@ class Endpoint:
         made = form(self._model, self._fingerprint, places=best is not None)
         try:
             if wanted.stream:
-                # Whatever is wrong shows with the first token, when a status can still be given.
+                # Errors surface with the first token, while a status can still be sent.
                 first = await _unless_left(request, answer.next())
                 return _EventStream(_chunks(wanted, made, answer, first), answer)
             whole = await _unless_left(request, answer.all())
@@ -275,7 +276,7 @@ class Endpoint:
 
 
 async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; it is given up when the client goes away."""
+    """The result of `work`, which is cancelled if the client disconnects."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -295,7 +296,7 @@ async def _gone(request: Request) -> None:
 async def _chunks(
     wanted: Wanted, form: Form, answer: Answer, first: Part | None
 ) -> AsyncIterator[dict[str, Any]]:
-    """A stream's chunks, as OpenAI's clients expect them."""
+    """A stream's chunks, as OpenAI clients expect them."""
     options = wanted.stream_options or StreamOptions()
     unused = {"usage": None} if options.include_usage else {}
     opening = form.first()
@@ -314,7 +315,7 @@ async def _chunks(
 
 
 class _EventStream(StreamingResponse):
-    """Chunks as server-sent events. However it ends, the answer's place is freed."""
+    """Chunks as server-sent events. The answer's session is freed however the stream ends."""
 
     def __init__(self, chunks: AsyncIterator[dict[str, Any]], answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

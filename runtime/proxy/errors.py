@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients read."""
+"""Errors in the form that OpenAI clients expect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_l
 
 
 class ApiError(Exception):
-    """What a request is answered with when it cannot be: an HTTP status, and OpenAI's fields."""
+    """The response to a request that cannot be answered: an HTTP status, and OpenAI's fields."""
 
     def __init__(
         self,
@@ -26,11 +26,11 @@ class ApiError(Exception):
         code: str | None = None,
         wait: int | None = None,
     ) -> None:
-        """wait: seconds after which asking again makes sense."""
+        """wait: seconds after which a retry makes sense."""
         super().__init__(message)
         self.status = status
         self.headers = {} if wait is None else {"Retry-After": str(wait)}
-        # What a request said may be in both, whatever it is: made short, and fit to be sent.
+        # Both may quote the request: make them short and safe to send, whatever it contained.
         self.fields = {
             "message": printable(message),
             "type": kind,
@@ -43,7 +43,7 @@ class ApiError(Exception):
 
 
 def explain(error: BaseException) -> ApiError:
-    """Any error of an answer. Of one that is our own bug only the kind is told."""
+    """Any error of an answer as ApiError. Of an internal error, only the type is reported."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, LimitError):
@@ -56,13 +56,13 @@ def explain(error: BaseException) -> ApiError:
 
 
 def place_of(error: BaseException) -> str:
-    """File and line where an error arose."""
+    """File and line where an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
 def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """From what pydantic found wrong with a request: the first of it."""
+    """From pydantic's findings about a request: an ApiError for the first of them."""
     first = found[0]
     code, where = str(first["type"]), [str(part) for part in first["loc"][1:]]
     if code == "json_invalid":
@@ -70,11 +70,11 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     param = ".".join(where) or None
     if code == "extra_forbidden":
         return ApiError(
-            400, f"{param}: is not known here; leave it out", param=param, code="unknown_parameter"
+            400, f"{param}: is not supported; leave it out", param=param, code="unknown_parameter"
         )
     if not where:
         return ApiError(
-            400, "the body is no JSON object sent as application/json", code="invalid_json"
+            400, "the body is not a JSON object sent as application/json", code="invalid_json"
         )
     known = code if code == "unsupported_value" else "invalid_value"
     message = first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""From tokens to the text of an answer, up to a stop string."""
+"""Converts tokens to the text of an answer, up to a stop string."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Scored:
-    """A token that might come at a place, and the logarithm of its probability there."""
+    """A candidate token at a place, and the log of its probability there."""
 
     text: str
     logprob: float
 
     @property
     def bytes(self) -> list[int] | None:
-        """None for a token that is a part of a character."""
+        """UTF-8 bytes; None for a token that is only part of a character."""
         return None if _REPLACEMENT in self.text else list(self.text.encode())
 
 
 @dataclass(frozen=True)
 class Place:
-    """One place of an answer: the token there, the best ones, and where in the text it begins."""
+    """A place of an answer: its token, the best candidates, and the token's offset in the text."""
 
     chosen: Scored
     best: tuple[Scored, ...]
@@ -36,16 +36,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is certain to belong to the answer, and the places of the tokens in it."""
+    """Text that definitely belongs to the answer, and the places of the tokens in it."""
 
     text: str = ""
     places: tuple[Place, ...] = ()
 
 
 class Reader:
-    """Holds back what may be the beginning of a stop string, and parts of characters.
+    """Holds back text that may be the start of a stop string, and incomplete characters.
 
-    best: how many of the best tokens are named at each place; None leaves places out.
+    best: number of candidates listed at each place; None omits places.
     """
 
     def __init__(self, text: Text, stop: Sequence[str] = (), best: int | None = None) -> None:
@@ -56,13 +56,13 @@ class Reader:
         self._given = 0
         self._places: list[Place] = []
         self.stopped = False
-        """Whether a stop string came: the answer ends before it."""
+        """Whether a stop string was found; the answer ends before it."""
 
     def _add(self, text: str) -> None:
         self._held += text
 
     def token(self, token: int, logits: torch.Tensor | None = None) -> Piece:
-        """Take a token and the logits [V] that it was chosen from."""
+        """Process a token and the logits [V] that it was chosen from; returns the new text."""
         if self._best is not None and logits is not None:
             self._places.append(self._place(token, logits, self._best))
         self._ids.append(token)
@@ -70,7 +70,7 @@ class Reader:
         return self._give()
 
     def end(self) -> Piece:
-        """What is left when no token follows."""
+        """The remaining text when no token follows."""
         if not self.stopped:
             self._stream.end()
         piece = self._give()
@@ -95,19 +95,19 @@ class Reader:
         return Piece(sure, tuple(places))
 
     def _place(self, token: int, logits: torch.Tensor, best: int) -> Place:
-        """Log-probabilities of the model itself, whatever the temperature."""
+        """Log-probabilities of the model itself, independent of the temperature."""
         scores = torch.log_softmax(logits.detach().to("cpu", torch.float64).reshape(-1), -1)
         order = torch.sort(scores, descending=True, stable=True).indices[:best].tolist()
 
         def scored(token: int) -> Scored:
             return Scored(self._text.piece(token, self._ids), float(scores[token]))
 
-        # Offsets count what was decoded so far; a part of a character begins where that one does.
+        # Offsets count the text decoded so far; a part of a character has the character's offset.
         offset = self._given + len(self._held)
         return Place(scored(token), tuple(scored(other) for other in order), offset)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's two forms, whole or in chunks."""
+"""Answers in OpenAI's two formats, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergec.runtime.session.generation import StepReport
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of an answer."""
+    """Token counts of a prompt and its answer."""
 
     prompt: int
     answer: int
@@ -29,7 +29,7 @@ class Usage:
 
 
 def cost(reports: Sequence[StepReport]) -> dict[str, Any]:
-    """What a token took, as this party counted it. bytes: online, both ways."""
+    """Cost of a token, as counted by this party. bytes: online, both directions."""
     return {
         "phase": reports[0].phase,
         "new": sum(report.new for report in reports),
@@ -40,7 +40,7 @@ def cost(reports: Sequence[StepReport]) -> dict[str, Any]:
 
 
 class Form(ABC):
-    """The shape of the answers to one request. places: whether log-probabilities are asked for."""
+    """Format of the responses to one request. places: whether log-probabilities are requested."""
 
     kind: str
     chunk_kind: str
@@ -56,24 +56,24 @@ class Form(ABC):
         }
 
     def whole(self, piece: Piece, finish: str, usage: Usage) -> dict[str, Any]:
-        """All of an answer at once."""
+        """A whole answer."""
         choice = self._choice(self._whole(piece.text), piece.places, finish)
         return {**self._head, "object": self.kind, "choices": [choice], "usage": usage.json()}
 
     def first(self) -> dict[str, Any] | None:
-        """A chunk before any text, if there is one."""
+        """A chunk that precedes all text, if the format has one."""
         return None
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A part of an answer."""
+        """A chunk with a piece of an answer."""
         return self._chunk([self._choice(self._part(piece.text), piece.places, None)])
 
     def last(self, finish: str) -> dict[str, Any]:
-        """Why the answer ended."""
+        """The chunk that says why the answer ended."""
         return self._chunk([self._choice(self._part(""), (), finish)])
 
     def used(self, usage: Usage) -> dict[str, Any]:
-        """How many tokens there were, after the end."""
+        """The chunk with token counts, after the last one."""
         return {**self._chunk([]), "usage": usage.json()}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,11 +93,11 @@ class Form(ABC):
 
     @abstractmethod
     def _named(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Log-probabilities."""
+        """Log-probabilities in this format."""
 
 
 class ChatForm(Form):
-    """Answers of /v1/chat/completions."""
+    """Responses of /v1/chat/completions."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -124,7 +124,7 @@ class ChatForm(Form):
 
 
 class CompletionForm(Form):
-    """Answers of /v1/completions."""
+    """Responses of /v1/completions."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 

@@ -1,7 +1,7 @@
-"""What may be asked: the parameters of OpenAI's interface that mean something here.
+"""Requests: the parameters of OpenAI's API that are supported.
 
-A parameter that would change an answer and is not offered is refused by name, unless it has a value
-that asks for nothing. Those that only say who asks are taken, and forgotten.
+A parameter that would change an answer and is not supported is rejected by name, unless its value
+requests nothing. Parameters that only identify the user are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mergec.runtime.session.sampling import Sampling
 
 MOST_STOPS, MOST_LOGPROBS, MOST_COMPLETION_LOGPROBS = 4, 20, 5
 COMPLETION_TOKENS = 16
-"""Tokens of a completion where none are asked for, as OpenAI has it."""
+"""Tokens of a completion if the request sets no limit, as in OpenAI's API."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -44,11 +44,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
-"""Parameters that are not offered, and their values that ask for nothing."""
+"""Unsupported parameters, and the values of them that request nothing."""
 
 
 def _unicode(text: str) -> str:
-    """JSON can name halves of characters, which no tokenizer takes."""
+    """Reject lone surrogates, which JSON can express and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -64,7 +64,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_prompt(value: Any) -> Any:
-    """The one prompt of a list of prompts."""
+    """The single prompt of a list of prompts."""
     several = isinstance(value, list) and value and isinstance(value[0], (str, list))
     if several and len(value) > 1:
         raise PydanticCustomError(
@@ -73,7 +73,7 @@ def _as_prompt(value: Any) -> Any:
     found = value[0] if several else value
     whole = isinstance(found, list) and found and all(type(item) is int for item in found)
     if not whole and not isinstance(found, str):
-        raise PydanticCustomError("invalid_value", "must be a text or a list of token numbers")
+        raise PydanticCustomError("invalid_value", "must be text or a list of token numbers")
     return found
 
 
@@ -82,7 +82,7 @@ class _Model(BaseModel):
 
 
 class StreamOptions(_Model):
-    """What a stream tells beside the text. include_cost: what each token took; ours alone."""
+    """Extra information in a stream. include_cost: cost of each token; not part of OpenAI's API."""
 
     include_usage: bool = False
     include_cost: bool = False
@@ -90,7 +90,7 @@ class StreamOptions(_Model):
 
 
 class Wanted(_Model):
-    """What both kinds of request share."""
+    """Parameters that both kinds of request share."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -122,27 +122,27 @@ class Wanted(_Model):
     @classmethod
     def _neutral(cls, value: Any, info: Any) -> None:
         if value is not None and value not in NEUTRAL[info.field_name]:
-            raise PydanticCustomError("unsupported_value", "is not offered here; leave it out")
+            raise PydanticCustomError("unsupported_value", "is not supported; leave it out")
 
     @field_validator("stream_options")
     @classmethod
     def _streams(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
-            raise PydanticCustomError("invalid_value", "is for a stream; set stream, too")
+            raise PydanticCustomError("invalid_value", "requires a stream; set stream to true")
         return value
 
     @property
     def most_tokens(self) -> int | None:
-        """How many tokens are asked for; None for as many as fit."""
+        """Most tokens requested; None for as many as fit."""
         return self.max_tokens
 
     @property
     def best(self) -> int | None:
-        """How many of the best tokens to name at each place; None for no log-probabilities."""
+        """Number of candidates to list at each place; None for no log-probabilities."""
         raise NotImplementedError
 
     def sampling(self, temperature: float) -> Sampling:
-        """How tokens are chosen; `temperature`: where the request has none."""
+        """How tokens are chosen. temperature: default if the request sets none."""
         return Sampling(
             temperature if self.temperature is None else self.temperature,
             self.top_k or 0,
@@ -152,7 +152,7 @@ class Wanted(_Model):
 
 
 class CompletionRequest(Wanted):
-    """A text to go on with."""
+    """A request to continue a text."""
 
     prompt: Annotated[Words | list[int], BeforeValidator(_as_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
@@ -171,14 +171,14 @@ class CompletionRequest(Wanted):
 
 
 class TextPart(_Model):
-    """A piece of a message; there are only texts."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: Words
 
 
 class Message(_Model):
-    """What somebody said. Apps send an answer back with fields that are empty here."""
+    """A message of a conversation. Apps send answers back with fields that are always None here."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Words | list[TextPart]
@@ -190,14 +190,14 @@ class Message(_Model):
     annotations: Any = None
 
     def turn(self) -> dict[str, str]:
-        """For a chat template, which knows no developers."""
+        """The message for a chat template; templates do not know the role "developer"."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(Wanted):
-    """A conversation to answer."""
+    """A request to answer a conversation."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)

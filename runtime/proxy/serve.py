@@ -20,7 +20,7 @@ from mergec.runtime.roles.observe import PartyMetrics, open_log
 from mergec.runtime.transport.address import Address
 
 _CONNECTIONS = 256
-"""Connections at once, and so how much memory requests can take."""
+"""Most simultaneous connections, which bounds the memory that requests can use."""
 
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 
@@ -29,10 +29,10 @@ _LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
 class ProxySettings:
     """How the endpoint is started.
 
-    exposed: other machines may ask, too; their requests come in the clear. origins: of web pages
-    from elsewhere that may ask. sessions: with the server, at once. queue: requests that may wait
-    for one. grace: seconds for answers to end at a shutdown. metrics: where to answer Prometheus.
-    stores: the folder of stores that answers are taken from, if they are.
+    exposed: accept requests from other machines, which are not encrypted. origins: of other web
+    pages that may send requests. sessions: most simultaneous sessions with the server. queue: most
+    requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
+    address of the Prometheus endpoint. stores: folder of stored randomness to use, if any.
     """
 
     listen: Address
@@ -50,12 +50,16 @@ def proxy(
     settings: ProxySettings,
     on_ready: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Answer local apps until SIGTERM. on_ready: gets the endpoint's address."""
+    """Answer local apps until SIGTERM. on_ready: called with the endpoint's URL.
+
+    Raises MergecError if the address is not local and `exposed` is not set, and PartyError if it is
+    in use.
+    """
     address = settings.listen
     if not address.loopback and not settings.exposed:
         raise MergecError(
-            f"{address} can be reached from other machines, where anybody could ask in your name "
-            "and in the clear; listen on 127.0.0.1, or say --expose"
+            f"{address} is reachable from other machines, so anyone could send requests in your "
+            "name, and they are not encrypted; listen on 127.0.0.1, or pass --expose"
         )
     log = open_log(ROLES[CLIENT])
     metrics = PartyMetrics(ROLES[CLIENT])
@@ -70,7 +74,7 @@ def proxy(
         bound = Address(*listener.getsockname()[:2])
         log.info("listening", address=str(bound), model=sessions.program.manifest["model"])
         on_ready(f"http://{bound}")
-        # uvicorn's own logs would name paths and exceptions; ours name lengths and reasons alone.
+        # uvicorn's own logs would contain paths and exceptions; ours contain lengths and reasons.
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -80,7 +84,7 @@ def proxy(
             limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=int(settings.grace),
         )
-        # uvicorn raises the signal that ended it once more.
+        # uvicorn re-raises the signal that ended it.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
     log.info("stopped")

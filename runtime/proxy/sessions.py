@@ -1,4 +1,4 @@
-"""Sessions that are kept open for request after request, each driven by a thread."""
+"""Sessions that stay open across requests, each driven by a thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergec.runtime.session.generation import StepReport, Token
 
 
 class Job:
-    """A request on its way: a session's thread puts tokens in, the event loop takes them out."""
+    """A request in progress: a session's thread puts tokens in, the event loop takes them out."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -27,7 +27,7 @@ class Job:
         self._future: Future[None] | None = None
 
     async def next(self) -> Token | None:
-        """The next token, None after the last; raises what ended the answer."""
+        """The next token; None after the last. Raises the error that ended the answer early."""
         event = await self._events.get()
         if isinstance(event, BaseException):
             raise event
@@ -38,18 +38,18 @@ class Job:
         return self._left.is_set()
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more: it ends after the step that is under way."""
+        """Nobody waits for the answer any more: it ends after the step in progress."""
         self._left.set()
         if self._future is not None:
             self._future.cancel()
 
     def watch(self, future: Future[None]) -> None:
-        """Tell the end of the work that was begun for this."""
+        """Report the end of the work in `future` as the end of this job."""
         self._future = future
         future.add_done_callback(self._ended)
 
     def put(self, event: Token | BaseException | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the service is going down
+        with suppress(RuntimeError):  # the loop is closed: the service is shutting down
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def _ended(self, future: Future[None]) -> None:
@@ -58,18 +58,19 @@ class Job:
 
 
 class Sessions:
-    """Up to `most` sessions with a server, and requests that wait for one, in their order.
+    """Up to `most` sessions with a server, and requests that wait for one, in order of arrival.
 
-    A session costs 8 bytes of traffic and of memory for each of the server's weights, so it is
-    kept, and begun anew only where it ended: for being idle too long, or by a fault.
+    Opening a session costs 8 bytes of traffic and of memory per weight of the server. So a session
+    stays open, and is reopened only if it ended: after too long an idle time, or by a failure.
     """
 
     def __init__(
         self, connect: Callable[[], Connection], most: int, queue: int, metrics: PartyMetrics
     ) -> None:
-        """Opens the first session.
+        """Open the first session.
 
-        connect: makes a client, without a session yet. Raises MergecError where opening fails.
+        connect: creates a client that has no session yet. Raises MergecError if opening fails, and
+        BundleError if the bundle has no tokenizer.
         """
         self._connect = connect
         first = connect()
@@ -78,9 +79,9 @@ class Sessions:
         first.open()
         self.program, self.text = first.program, first.text
         self.setup: StepReport | None = first.setup
-        """What opening the last session took."""
+        """Cost of opening the most recent session."""
         self.limits = first.limits
-        """What the server allows."""
+        """The server's limits."""
         self.most = min(most, self.limits.get("client_sessions") or most)
         self._queue = queue
         self._idle = [first]
@@ -95,17 +96,20 @@ class Sessions:
 
     @property
     def busy(self) -> int:
-        """Requests that are being answered or wait; may be asked for from any thread."""
+        """Requests that are being answered or wait. May be called from any thread."""
         return sum(not future.done() for _, future in list(self._jobs))
 
     def ask(self, prompt: Sequence[int], **options: Any) -> Job:
-        """Have a prompt answered as soon as a session is free; options: Connection.generate's."""
+        """Answer a prompt as soon as a session is free. options: those of Connection.generate.
+
+        Raises ApiError 429 if the queue is full.
+        """
         self._jobs = [(job, future) for job, future in self._jobs if not future.done()]
         waiting = max(self.busy - self.most, 0)
         if self.busy >= self.most and waiting >= self._queue:
             raise ApiError(
                 429,
-                f"{self.most} answers are under way and {waiting} requests wait; try again later",
+                f"{self.most} answers are in progress and {waiting} requests wait; try again later",
                 kind=LIMITED,
                 code="too_many_requests",
             )
@@ -137,7 +141,7 @@ class Sessions:
     def _answer(
         self, connection: Connection, prompt: list[int], options: dict[str, Any]
     ) -> Generator[Token, None, None]:
-        """An answer's tokens. A session that ended while nobody looked is begun anew."""
+        """An answer's tokens. A session that ended while idle is reopened."""
         kept, begun = connection.is_open, False
         try:
             with closing(connection.generate(prompt, **options)) as tokens:
@@ -151,7 +155,7 @@ class Sessions:
         yield from connection.generate(prompt, **options)
 
     def close(self) -> None:
-        """End all sessions; waits for the steps under way."""
+        """End all sessions, after the steps in progress."""
         for job, _ in self._jobs:
             job.leave()
         self._threads.shutdown()

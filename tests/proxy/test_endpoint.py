@@ -221,9 +221,14 @@ def test_a_web_page_from_elsewhere_gets_nothing(url: str) -> None:
         ('{"model": "tiny", "prompt": "\xff"}'.encode("latin-1"), 400, "invalid_json", ""),
         ('{"prompt": "' + "a" * (1 << 20), 413, "too_large", "may have 1048576 bytes"),
         ('{"model": "%s", "prompt": "a"}' % ("m" * 9999), 404, "model_not_found", "mmm"),
-        ('{"model": "\\ud800", "prompt": "a"}', 404, "model_not_found", "is not here"),
+        ('{"model": "\\ud800", "prompt": "a"}', 404, "model_not_found", "is not served here"),
         ('{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_value", "is not Unicode text"),
-        ('{"model": "tiny", "\\ud800": 1, "prompt": "a"}', 400, "invalid_json", "no JSON object"),
+        (
+            '{"model": "tiny", "\\ud800": 1, "prompt": "a"}',
+            400,
+            "invalid_json",
+            "not a JSON object",
+        ),
         ('{"model": "tiny", "prompt": [-1]}', 400, "prompt_refused", "-1"),
         ('{"model": "tiny", "prompt": [1e400]}', 400, "invalid_value", "token numbers"),
         ('{"model": "tiny", "prompt": [%s]}' % ("9" * 5000), 400, "invalid_json", "JSON"),
@@ -232,8 +237,8 @@ def test_a_web_page_from_elsewhere_gets_nothing(url: str) -> None:
         ('{"model": "tiny", "prompt": "a", "top_p": Infinity}', 400, "invalid_value", "top_p"),
         ('{"model": "tiny", "prompt": {"a": 1}}', 400, "invalid_value", "prompt"),
         ('{"model": ["tiny"], "prompt": "a"}', 400, "invalid_value", "model"),
-        ("null", 400, "invalid_json", "no JSON object"),
-        ("", 400, "invalid_json", "no JSON object"),
+        ("null", 400, "invalid_json", "not a JSON object"),
+        ("", 400, "invalid_json", "not a JSON object"),
     ],
 )
 def test_hostile_bodies(
@@ -490,7 +495,7 @@ def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--host", "0.0.0.0"), "0.0.0.0:8000 can be reached from other machines"),
+        (("--host", "0.0.0.0"), "0.0.0.0:8000 is reachable from other machines"),
         (("--port", "TAKEN"), "(Address already in use); choose another --port"),
     ],
 )
