@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "not a tensor": (Pair, "Pair is no decoder .* returns a tuple"),
     "one position": (LastOnly, r"2 dimensions .* instead of logits"),
     "two inputs": (Masked, "missing 1 required positional argument: 'mask'"),
-    "one length": (OneLength, "one number of tokens only"),
+    "one length": (OneLength, "only one number of tokens"),
     "branch": (Branch, r"branches on secret numbers \(test_capture.py:\d+\)"),
     "control flow": (Conditional, "control flow cannot be compiled"),
     "write to a view": (WritesView, "writing in place"),

@@ -113,7 +113,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     cases = {
         tmp_path / "nowhere": "does not exist; give a model directory, a .gguf file, or",
         Path("smollm3"): "smollm3 does not exist; .* one of: smollm2",
-        tmp_path / "hollow": "holds no config.json; save the model there by save_pretrained",
+        tmp_path / "hollow": "contains no config.json; save the model there with save_pretrained",
         text: "neither a model directory nor a .gguf file",
         empty: "empty.gguf cannot be loaded as a decoder: .",
         truncated: "cut.gguf cannot be loaded as a decoder: .",

@@ -1,8 +1,8 @@
-"""The graph of a role as ONNX, for viewers: every instruction a node, every literal an attribute.
+"""Exports a role's graph as ONNX, for viewers: one node per instruction, literals as attributes.
 
 The file documents a bundle and is never run. Ops are in the domains `mpc`, `aten` and `sym`. A
-constant that the role holds is an initializer that lies in the bundle's own tensor file; one that
-it does not hold is an input of the graph, so that its name and shape can be seen and nothing else.
+constant that the role holds is an initializer stored in the bundle's own tensor file. A constant
+that it does not hold is a graph input, so only its name and shape are visible.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mergec.runtime.program.encoding import dtype_name, refs
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 
 OPSET = 1
-"""Version of each domain; goes up when the meaning of an op changes."""
+"""Version of each domain; increases when the meaning of an op changes."""
 
 _IR_VERSION = 10
-"""The first with metadata on nodes."""
+"""The first IR version with metadata on nodes."""
 
 _TYPES = {
     "bool": TensorProto.BOOL,
@@ -46,7 +46,7 @@ _INT64 = range(-(2**63), 2**63)
 
 @dataclass(frozen=True)
 class ValueType:
-    """What a value is on the wire of the graph: its dtype, and its shape with named lengths."""
+    """Type of a value in the graph: its dtype, and its shape with named lengths."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -55,9 +55,10 @@ class ValueType:
 def to_onnx(
     program: RoleProgram, types: Mapping[str, ValueType], folder: Path | None = None
 ) -> onnx.ModelProto:
-    """The graph of `program`. `types` are those of results: all outputs, others if known.
+    """The graph of `program`. `types`: types of results; required for outputs, optional for others.
 
-    `folder` holds the tensor file that initializers point into; without it there are none.
+    `folder`: contains the tensor file that initializers refer to; without it there are none. Raises
+    MergecError if the type of an output is missing or has no ONNX equivalent.
     """
     missing = [name for name in program.outputs if name not in types]
     if missing:
@@ -107,7 +108,7 @@ def to_onnx(
 
 
 def read_types(file: Path) -> dict[str, ValueType]:
-    """The types that `to_onnx` was given, from what it made."""
+    """The `types` that `to_onnx` was given, read from its file."""
     dtypes = {number: name for name, number in _TYPES.items()}
     graph = onnx.load(str(file), load_external_data=False).graph
     types = {}
@@ -142,7 +143,7 @@ def _node(item: Instruction) -> onnx.NodeProto:
 
 
 def _named(item: Instruction) -> Iterator[tuple[str, Any]]:
-    """Arguments by their names in the op's schema; `arg0`, `arg1` where there is none."""
+    """Arguments by their names in the op's schema; `arg0`, `arg1` if there is no schema."""
     names = _argument_names(item.target)
     for position, value in enumerate(item.args):
         yield (names[position] if position < len(names) else f"arg{position}"), value
@@ -160,7 +161,7 @@ def _argument_names(target: str) -> Sequence[str]:
 
 
 def _attribute(name: str, value: Any) -> AttributeProto:
-    """A literal; what ONNX has no attribute for is written as text."""
+    """A literal as an attribute; values without an ONNX attribute type are written as text."""
     if isinstance(value, (list, tuple)):
         if all(_integral(v) for v in value):
             return helper.make_attribute(
@@ -193,14 +194,14 @@ def _text(value: object) -> str:
 def _value_info(name: str, kind: ValueType) -> onnx.ValueInfoProto:
     dtype = _TYPES.get(dtype_name(kind.dtype))
     if dtype is None:
-        raise MergecError(f"{name!r} is of type {kind.dtype}, which ONNX has no name for")
+        raise MergecError(f"{name!r} has type {kind.dtype}, which ONNX does not support")
     return helper.make_tensor_value_info(name, dtype, list(kind.shape))
 
 
 def _external(
     name: str, dtype: str, shape: Sequence[int], place: tuple[int, int]
 ) -> onnx.TensorProto:
-    """An initializer whose bytes are those of the safetensors file: both are little-endian rows."""
+    """An initializer stored in the safetensors file; both formats are little-endian row-major."""
     tensor = onnx.TensorProto()
     tensor.name = name
     tensor.data_type = _TYPES[dtype_name(dtype)]

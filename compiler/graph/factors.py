@@ -1,4 +1,4 @@
-"""Where a constant factor of a value can go: into the weights of the layer that makes it."""
+"""Moves a constant factor of a value into the weights of the layer that computes the value."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mergec.runtime.core.spec import Vis
 
 
 def split_factor(factor: float) -> tuple[float, float]:
-    """A factor near one, and a power of two, whose product is `factor`.
+    """Split `factor` into a factor near one and a power of two.
 
-    A power of two only moves the binary point of shares, so it may stay where it is; the weights
-    take the rest, which does not change their size much.
+    A power of two only moves the binary point of shares, so it may stay where it is. The weights
+    absorb the rest, which changes their magnitude little.
     """
     power = 2.0 ** round(math.log2(abs(factor)))
     return factor / power, power
 
 
 def scales_above(operand: Any) -> list[fx.Node]:
-    """The `mpc.scale` nodes between a value and the layer it comes from."""
+    """The `mpc.scale` nodes between a value and the layer that computes it."""
     found = []
     while _lets_pass(operand):
         if calls(operand, target("scale")):
@@ -39,9 +39,9 @@ def scales_above(operand: Any) -> list[fx.Node]:
 
 @dataclass
 class Absorber:
-    """A layer whose weights can take a factor of some of its features, the last dimension.
+    """A layer whose weights can absorb a factor of some of its features (its last dimension).
 
-    features: numbers of those that the factor is for. `find` looks for it.
+    features: indices of the features that the factor applies to. Created by `find`.
     """
 
     layer: fx.Node
@@ -49,23 +49,23 @@ class Absorber:
 
     @staticmethod
     def find(graph_module: fx.GraphModule, consumer: fx.Node, operand: Any) -> Absorber | str:
-        """The layer that makes an operand, if nobody but its consumer gets the same features.
+        """The layer that computes an operand, if only its consumer receives the same features.
 
-        Movement of data, rotary embedding and numeric factors may stand between. One layer may make
-        queries, keys and values: what goes where is found by moving the features' numbers. Gives
-        the reason where there is none.
+        Data movement, rotary embedding and numeric factors may lie in between. One layer may
+        compute queries, keys and values; moving the features' indices shows which go where. Returns
+        the reason as text if no layer qualifies.
         """
         layer = operand
         while _lets_pass(layer):
             layer = layer.args[0]
         weights = _weights(layer)
         if not weights:
-            return f"{layer} has no weights that could take the factor"
+            return f"{layer} has no weights that could absorb the factor"
         for weight in weights:
             if not computable(graph_module, weight):
-                return f"a weight of {layer} is no constant of 32 bits or more"
+                return f"a weight of {layer} is not a constant of 32 bits or more"
             if any(user is not layer for user in uses(graph_module, weight)):
-                return f"a weight of {layer} is used elsewhere too, and would be kept twice"
+                return f"a weight of {layer} is also used elsewhere, so it would be stored twice"
         value = layer.meta["val"]
         numbers = torch.arange(value.shape[-1]).expand([known_size(size) for size in value.shape])
         mine: list[torch.Tensor] = []
@@ -76,13 +76,13 @@ class Absorber:
             (mine if wanted else others).append(there.flatten())
         features = torch.cat(mine).unique() if mine else numbers
         if others and bool(torch.isin(features, torch.cat(others)).any()):
-            return f"{layer} has other users, which take no factor"
+            return f"{layer} has other users, which must not get the factor"
         return Absorber(layer, features)
 
     def multiply(
         self, graph_module: fx.GraphModule, factor: float, known: MutableMapping[str, Vis]
     ) -> None:
-        """Replace the weights by scaled ones; they are told to `known`, see `insert_folded`."""
+        """Replace the weights by scaled ones, which are added to `known`; see `insert_folded`."""
         layer, offset = self.layer, 0.0
         if calls(layer, target("rms_norm")) and len(layer.args) > 3:
             offset = float(layer.args[3])  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class Absorber:
 
 
 def _lets_pass(node: Any) -> bool:
-    """Whether a factor of the result may as well be one of the first operand."""
+    """Whether a factor of the result can equally be applied to the first operand."""
     if calls(node, target("scale")):
         return len(node.users) == 1
     if is_move(node):
@@ -108,14 +108,14 @@ def _lets_pass(node: Any) -> bool:
 
 
 def _computed(operand: fx.Node) -> bool:
-    """Whether a further operand of a movement is a tensor that is known only at run time."""
+    """Whether another operand of a movement is a tensor that is known only at run time."""
     return operand.op != "get_attr" and isinstance(operand.meta.get("val"), torch.Tensor)
 
 
 def _arrivals(
     node: fx.Node, consumer: fx.Node, numbers: torch.Tensor
 ) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
-    """The consumer, and each user that is no movement; what it takes; which features these are."""
+    """The consumer and each user that is not a movement, with its operand and its features."""
     for user in node.users:
         if user is consumer or not _lets_pass(user):
             yield user, node, numbers
@@ -125,7 +125,7 @@ def _arrivals(
 
 
 def _weights(layer: fx.Node) -> list[Any]:
-    """The constants that a layer's result is proportional to, all together."""
+    """The constants to which a layer's result is jointly proportional."""
     found: tuple[Any, ...] = ()
     if calls(layer, target("linear"), target("layer_norm")):
         found = layer.args[1:3]

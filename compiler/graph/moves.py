@@ -1,4 +1,4 @@
-"""What movements of data do to rows: the vectors along a value's last dimension."""
+"""The effect of data movement on rows, which are the vectors along a value's last dimension."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mergec.runtime.core.structural import MOVE_NAMES, target_name
 
 
 def is_move(node: Any) -> bool:
-    """Whether a call only moves the data of its first operand."""
+    """Whether a call only moves data of its first operand."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     return target_name(node.target) in MOVE_NAMES and isinstance(node.args[0], fx.Node)
 
 
 def keeps_rows(node: Any) -> bool:
-    """Whether a call moves, repeats or drops whole rows of its operand, and nothing within one."""
+    """Whether a call only moves, repeats or drops whole rows of its operand."""
     if not is_move(node):
         return False
     x: Any = node.args[0]
@@ -38,12 +38,12 @@ def keeps_rows(node: Any) -> bool:
 
 
 def known_size(size: Any) -> int:
-    """A size; of a variable one, that with which the graph was captured."""
+    """A size as a number; for a symbolic size, its value in the captured example."""
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
 def moved(move: Any, numbers: torch.Tensor) -> torch.Tensor:
-    """What a movement makes of the numbers, at the lengths that the graph was captured with."""
+    """Apply a movement to `numbers`, at the lengths with which the graph was captured."""
 
     def known(node: fx.Node) -> Any:
         value = constant(move.graph.owning_module, node)

@@ -1,4 +1,4 @@
-"""Range analysis: how large each value gets on calibration tokens. Changes no node."""
+"""Range analysis: how large each value becomes on calibration tokens. Changes no node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
 _DECODED = 2
-"""Tokens of each sequence that are fed one by one, after the others as a prompt."""
+"""Tokens at the end of each sequence that are fed one by one, after the rest as a prompt."""
 
 
 def annotate_ranges(
@@ -24,11 +24,11 @@ def annotate_ranges(
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sequence[int]],
 ) -> None:
-    """Set meta["range"] of every float value, and what calls of the dialect measure (`Op.measure`).
+    """Set meta["range"] of every float value, and what dialect calls measure (`Op.measure`).
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
-    tokens one by one. meta["range"] are the least and the largest number of a value. Raises
-    CompileError that names the first secret value which is not finite. Needs meta["vis"].
+    tokens one by one. meta["range"] is the smallest and the largest number of a value. Requires
+    meta["vis"]. Raises CompileError that names the first secret value that is not finite.
     """
     replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
 
@@ -39,9 +39,10 @@ def replay(
     sequences: Sequence[Sequence[int]],
     decoded: int = 0,
 ) -> None:
-    """Run each sequence through a graph in the clear, for an interpreter that takes notes.
+    """Run each sequence through a graph in the clear, with an interpreter that records values.
 
-    The last `decoded` tokens come one by one, with the cache of those before, which are a prompt.
+    The last `decoded` tokens are fed one by one, with the cache of the tokens before, which are fed
+    as a prompt.
     """
     for sequence in sequences:
         ids, *caches = prompt(interpreter.module, inputs, sequence)
@@ -53,7 +54,7 @@ def replay(
 
 
 def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) -> list[torch.Tensor]:
-    """A graph's inputs for a whole sequence: the tokens [1, N], and caches without a token."""
+    """A graph's inputs for a whole sequence: the tokens [1, N], and empty caches."""
     dtype = next((p.dtype for p in module.parameters()), None)
     dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     return [
@@ -68,7 +69,7 @@ def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) ->
 class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        # It would add to the text of an error.
+        # The traceback would be appended to error messages.
         self.extra_traceback = False
         carried: list[Any] = [n for n in module.graph.nodes if n.target is target("carry")]
         self._entering, self._leaving = carried or [None, None]
@@ -79,14 +80,14 @@ class _Recorder(fx.Interpreter):
         if n.op == "placeholder" and result.numel() == 0:
             self._hidden = None  # Nothing is cached yet: a prompt.
         if n is self._entering and self._hidden is not None:
-            # What the next step works on is not the token's row, but the hidden state before it.
+            # The next step's input is not the token's row, but the previous hidden state.
             result = self._hidden
         elif n is self._leaving:
             self._hidden = result
         if isinstance(result, torch.Tensor) and result.is_floating_point() and result.numel():
             ends = float(result.min()), float(result.max())
             if not all(map(math.isfinite, ends)) and n.meta["vis"] is not Vis.PUBLIC:
-                # A public mask may hold -inf.
+                # A public mask may contain -inf.
                 reason = (
                     "what it is computed from is finite, but the result holds inf or NaN; leave "
                     "out a lossy pass, or calibrate with other prompts"

@@ -37,24 +37,24 @@ def annotate_shapes(graph_module: fx.GraphModule) -> None:
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode in which the graph's example values live; None for a graph without any."""
+    """The fake mode of the graph's example values; None for a graph without any."""
     values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     mode: FakeTensorMode | None = detect_fake_mode(values)
     return mode
 
 
 def evaluate(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> Any:
-    """The example value of a call, from those of its operands."""
+    """The example value of a call, computed from those of its operands."""
     operands, options = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "mpc":
-        # Symbolic lengths pass through the ops that the reference calls, not through a custom op.
+        # Symbolic lengths propagate through the ops of the reference, not through a custom op.
         target = REGISTRY[target._schema.name.partition("::")[2]].reference
     with mode or contextlib.nullcontext(), torch.no_grad():
         return target(*operands, **options)
 
 
 def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A further call before a node, from the same place in the model, with value and visibility."""
+    """Insert a call before a node, with the same module path and source, value and visibility."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)
     node.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
@@ -66,9 +66,9 @@ def insert_call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.N
 def insert_constant(
     graph_module: fx.GraphModule, before: fx.Node, name: str, value: torch.Tensor
 ) -> fx.Node:
-    """A public constant before a node; the pass has to tell its name to `GraphInfo.constants`.
+    """Insert a public constant before a node; the pass must add it to `GraphInfo.constants`.
 
-    A dotted name is that of an attribute of one of the model's modules.
+    A dotted name denotes an attribute of one of the model's modules.
     """
     path, _, leaf = name.rpartition(".")
     graph_module.get_submodule(path).register_buffer(leaf, value, persistent=False)
@@ -81,7 +81,7 @@ def insert_constant(
 
 
 def length(before: fx.Node, source: fx.Node, dim: int) -> Any:
-    """A size of a node's value: a number, or a node that gives it at run time."""
+    """A size of a node's value: a number, or a node that computes it at run time."""
     size = source.meta["val"].shape[dim]
     if isinstance(size, int):
         return size
@@ -102,7 +102,7 @@ def _constant(graph_module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode 
 
 
 def _alike(value: Any, known: Any) -> bool:
-    """Whether a new value says nothing that the known one does not."""
+    """Whether two example values are equivalent, so that the known one can be kept."""
     if isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor):
         same_shape = list(map(str, value.shape)) == list(map(str, known.shape))
         return same_shape and value.dtype == known.dtype and value.device == known.device

@@ -16,9 +16,9 @@ from mergec.runtime.program.program import InputSpec
 def annotate_visibility(
     graph_module: fx.GraphModule, inputs: Sequence[InputSpec], constants: Mapping[str, Vis]
 ) -> None:
-    """Set meta["vis"] of every node, from the inputs and constants forward.
+    """Set meta["vis"] of every node, forward from the inputs and constants.
 
-    A dialect op has a rule of its own; everything else joins its operands. Sizes are public.
+    A dialect op has its own rule; all other calls join their operands. Sizes are public.
     """
     specs = iter(inputs)
     for node in graph_module.graph.nodes:
@@ -31,7 +31,7 @@ def annotate_visibility(
 
 
 def visibility_of(node: fx.Node) -> Vis:
-    """Who knows a call, from who knows its operands."""
+    """The visibility of a call, from those of its operands."""
     if node.target is torch.ops.aten.sym_size.int:
         return Vis.PUBLIC
     operands = [operand.meta["vis"] for operand in node.all_input_nodes]

@@ -1,4 +1,4 @@
-"""Constants of a graph: who uses them, and new ones computed from them at compile time."""
+"""Constants of a graph: their users, and new constants computed from them at compile time."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def uses(graph_module: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
-    """Every node that takes this constant, by whichever get_attr node (tied weights have two)."""
+    """Every node that uses this constant, through any get_attr node (tied weights have two)."""
     graph = graph_module.graph
     named = [n for n in graph.nodes if n.op == "get_attr" and n.target == weight.target]
     return [user for node in named for user in node.users]
 
 
 def computable(graph_module: fx.GraphModule, node: Any) -> bool:
-    """Whether a node is a constant that new ones can be computed from.
+    """Whether a node is a constant that new ones may be computed from.
 
-    In types narrower than float32 a product of weights would be rounded by more than fixed point
-    does.
+    Excludes types narrower than float32, in which a product of weights would be rounded more than
+    by fixed point.
     """
     value = constant(graph_module, node)
     return value is not None and value.dtype in _EXACT
 
 
 def pure(node: fx.Node) -> bool:
-    """Whether a call gives the same value in each step, and nobody writes to it."""
+    """Whether a call returns the same value in each step, and nothing writes to it."""
     if node.op != "call_function":
         return False
     written = any(
@@ -57,7 +57,7 @@ def pure(node: fx.Node) -> bool:
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    """What a call gives in the clear, from the values of its operands."""
+    """The result of a call in the clear, from the values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     op = op_of(node)
     function: Any = node.target if op is None else op.reference
@@ -73,21 +73,21 @@ def insert_evaluated(
     vis: Vis,
     known: MutableMapping[str, Vis],
 ) -> fx.Node:
-    """A constant that was computed, before a node, under a name of its own that begins with `stem`.
+    """Insert a computed constant before a node, under a fresh name that begins with `stem`.
 
-    It is told to `known`, which maps constants to visibilities.
+    Adds it to `known`, which maps constants to visibilities.
     """
     name = next(n for i in range(len(known) + 1) if (n := f"{stem}_{i}") not in known)
     known[name] = vis
-    # A view would carry its whole storage into the bundles.
+    # A view would store its whole storage in the bundles.
     return insert_constant(graph_module, before, name, value.detach().clone())
 
 
 def wide(graph_module: fx.GraphModule, node: Any) -> torch.Tensor:
-    """A constant as float64, to be computed with."""
+    """A constant as float64, for computing with it. Raises InternalError for other nodes."""
     value = constant(graph_module, node)
     if value is None:
-        raise InternalError(f"{node} is no constant")
+        raise InternalError(f"{node} is not a constant")
     return value.double()
 
 
@@ -99,9 +99,9 @@ def insert_folded(
     known: MutableMapping[str, Vis],
     leaf: str = "",
 ) -> fx.Node:
-    """A constant computed from others, before a node, with the dtype and visibility of one of them.
+    """Insert a constant computed from others, with the dtype and visibility of `origin`.
 
-    It is named after that one, with another last part if `leaf` is given, and told to `known`,
+    It is named after `origin`, with another last part if `leaf` is given, and added to `known`,
     which maps constants to visibilities.
     """
     path, _, last = str(origin.target).rpartition(".")
