@@ -172,8 +172,8 @@ def _check_architecture(model: nn.Module) -> bool:
     stateful = sorted({*(getattr(config, "layer_types", None) or ())} - _ATTENTION_LAYERS)
     if stateful:
         raise CompileError(
-            f"{name} has layers of the type {stateful[0]}, which keep another state than keys and "
-            "values; mergec compiles decoders of attention layers"
+            f"{name} has layers of the type {stateful[0]}, whose state is not keys and "
+            "values; mergec compiles decoders with attention layers only"
         )
     if name.endswith("ForMaskedLM") or not getattr(model, "can_generate", lambda: True)():
         raise CompileError(f"{name} is an encoder; mergec compiles decoders such as GPT-2")

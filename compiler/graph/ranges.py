@@ -89,8 +89,8 @@ class _Recorder(fx.Interpreter):
             if not all(map(math.isfinite, ends)) and n.meta["vis"] is not Vis.PUBLIC:
                 # A public mask may contain -inf.
                 reason = (
-                    "what it is computed from is finite, but the result holds inf or NaN; leave "
-                    "out a lossy pass, or calibrate with other prompts"
+                    "its operands are finite, but the result contains inf or NaN; disable a lossy "
+                    "pass, or calibrate with other prompts"
                 )
                 raise CompileError("a value is not finite in calibration", {n: reason})
             least, most = n.meta.get("range", ends)
