@@ -1,14 +1,14 @@
 """The benchmark: one machine, one run, one table; GPT-2-base and SmolLM2 in every setting.
 
 Client, server and dealer are processes on loopback that share the machine's cores. Bytes and
-rounds are counted at the transport. Caches of past tokens are filled from plaintext, so that a step
-after 512 tokens is measured without the 512 steps before it. CrypTen's stock protocols run the
-first layers only, and the rest is extrapolated from the difference that a layer makes.
+rounds are counted at the transport. Caches of past tokens are computed in plaintext, so a step
+after 512 tokens is measured without running the 512 steps before it. CrypTen's stock protocols run
+only the first layers, and the rest is extrapolated from the difference that a layer makes.
 
-Writes latest.json, latest.md and two plots to benchmarks/results, rows as they come: `--resume`
-takes up a run that was interrupted, on the same machine. What fails is a row of the table, too.
-`--quick` measures one decode step in three settings; `--small` a prompt and a decode step of two
-decoders of two layers, with nothing extrapolated, and writes docs/side-by-side.md.
+Writes latest.json, latest.md and two plots to benchmarks/results, row by row. `--resume` continues
+an interrupted run on the same machine. A failure is a row of the table, too.
+`--quick` measures one decode step in three settings. `--small` measures a prompt and a decode step
+of two decoders with two layers, without extrapolation, and writes docs/side-by-side.md.
 Usage: python benchmarks/bench.py [--quick | --small] [--resume] [--results DIR]
 """
 
@@ -45,11 +45,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 LATEST = "latest.json"
 
 STOCK_LAYERS = (2, 8)
-"""CrypTen's stock protocols run models of so many layers: what lies between has to outweigh chance.
+"""Layers of the models that CrypTen's stock protocols run; their difference must exceed the noise.
 """
 
 REPEATS = 7
-"""How often a decode step is run: the first of a process is slow, and the median counts."""
+"""Runs of a decode step. The first of a process is slow; the median counts."""
 
 LENGTH, OBSERVED = 1024, 128
 Shape = tuple[int, int]
@@ -60,7 +60,7 @@ Loader = Callable[[], tuple[nn.Module, list[int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is compiled and run. shapes: the steps that are measured, if not all."""
+    """How a model is compiled and run. shapes: the steps to measure, if not all."""
 
     preset: str
     weights: str
@@ -86,7 +86,7 @@ class Plan:
     models: Mapping[str, Loader]
     settings: tuple[Setting, ...]
     shapes: tuple[Shape, ...]
-    """Small steps first: a process's peak memory only grows."""
+    """Small steps first, because a process's peak memory only grows."""
 
 
 @cache
@@ -97,20 +97,20 @@ def gpt2() -> tuple[nn.Module, list[int]]:
 
 @cache
 def smollm2() -> tuple[nn.Module, list[int]]:
-    """SmolLM2-135M-Instruct: 30 layers of width 576 and 49,152 tokens. It reads help topics."""
+    """SmolLM2-135M-Instruct: 30 layers of width 576 and 49,152 tokens. Its input is help topics."""
     model, tokenizer = load_model("smollm2")
     return model, help_topics(tokenizer, LENGTH)
 
 
 @cache
 def small_gpt2() -> tuple[nn.Module, list[int]]:
-    """Two layers of width 256 and 1,024 tokens, random weights."""
+    """GPT-2 with two layers of width 256 and 1,024 tokens, random weights."""
     return _random("gpt2", vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=256)
 
 
 @cache
 def small_llama() -> tuple[nn.Module, list[int]]:
-    """The same in Llama's way."""
+    """Llama with two layers of width 256 and 1,024 tokens, random weights."""
     return _random(
         "llama",
         vocab_size=1024,
@@ -160,7 +160,7 @@ SMALL = Plan(
 
 
 def shortened(model: nn.Module, layers: int) -> nn.Module:
-    """A copy of the model's first layers, with its embedding, norm and head."""
+    """A copy of the model with only its first layers, and its embedding, norm and head."""
     result = copy.deepcopy(model)
     body: Any = result.base_model
     name = "h" if hasattr(body, "h") else "layers"
@@ -176,11 +176,11 @@ def steps_of(
     repeats: int,
     ahead: int = 0,
 ) -> list[Step]:
-    """Inputs of each step: its tokens, and the caches that plaintext has after those before.
+    """Inputs of each step: its tokens, and the caches after the tokens before, from plaintext.
 
-    A program that resends its hidden state gets that of the step before instead of tokens. Decode
-    steps run `repeats` times with the dealer at work, and `ahead` times with all dealt before;
-    prompts once: what is dealt for one may be more than a party takes ahead.
+    A program that resends its hidden state gets that of the previous step instead of tokens. Decode
+    steps run `repeats` times while the dealer works, and `ahead` times with all randomness dealt in
+    advance. Prompts run once: their randomness may be more than a party receives in advance.
     """
     plain = PlainExecutor(program.roles["server"])
     result = []
@@ -204,7 +204,7 @@ def steps_of(
 def errors_of(
     model: nn.Module, tokens: Sequence[int], shapes: Sequence[Shape], taken: list[Taken]
 ) -> list[float]:
-    """Largest difference of a logit from the unrewritten model's, by step."""
+    """Largest difference from the original model's logits, by step."""
     result = []
     for (new, past), found in zip(shapes, taken, strict=True):
         exact = model(input_ids=torch.tensor([list(tokens[: past + new])])).logits[0, -1].double()
@@ -213,7 +213,7 @@ def errors_of(
 
 
 class Bench:
-    """The rows of a run, which are written to `folder` as they come."""
+    """The rows of a run, written to `folder` as they are measured."""
 
     def __init__(self, plan: Plan, folder: Path, resume: bool) -> None:
         self.rows: list[Row] = []
@@ -230,7 +230,7 @@ class Bench:
         place.write_text(json.dumps(here, indent=1) + "\n")
 
     def run(self) -> None:
-        """Measure every row that is not there yet, or failed."""
+        """Measure every row that is missing or failed."""
         for name in self._plan.models:
             for setting in self._plan.settings:
                 done = {row.key for row in self.rows if not row.failed}
@@ -251,7 +251,7 @@ class Bench:
         return [_row(name, setting, shape) for shape in setting.shapes or self._plan.shapes]
 
     def _keep(self, rows: Sequence[Row]) -> None:
-        """Add rows in the plan's order, in place of failed ones, and write all."""
+        """Add rows in the plan's order, replacing failed ones, and write all rows."""
         known = {row.key: row for row in (*self.rows, *rows)}
         planned = [
             row.key
@@ -267,7 +267,7 @@ class Bench:
     def _measure(
         self, name: str, setting: Setting, rows: Sequence[Row], layers: int | None = None
     ) -> list[Row]:
-        """The rows, with what each step took or why it failed. Compiles once, runs every step."""
+        """Rows with each step's measurements, or why it failed. Compiles once, runs every step."""
         try:
             found, reason = self._play(name, setting, [row.shape for row in rows], layers)
         except Exception as error:  # noqa: BLE001  (the rest of the table still holds)
@@ -290,14 +290,14 @@ class Bench:
     def _play(
         self, name: str, setting: Setting, shapes: Sequence[Shape], layers: int | None
     ) -> tuple[list[tuple[Taken, float]], str]:
-        """What the steps took, with their errors, up to the one that failed; and why that did."""
+        """Measurements and errors up to the first step that failed, and the reason if one did."""
         model, tokens = self._plan.models[name]()
         if layers is not None:
             model = shortened(model, layers)
         key = f"{name}, {layers} layers"
         if key not in self._captured:
             self._captured[key] = capture(model)
-        # What a lossy pass observes: text of the same kind that no step is fed.
+        # Text for a lossy pass to observe: of the same kind, but not fed to any step.
         observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
         config = CompileConfig(preset=setting.preset, weights=setting.weights, calibration=observed)
         program = compile_decoder(model, config=config, captured=self._captured[key])
@@ -311,9 +311,9 @@ class Bench:
         return list(zip(taken, errors, strict=True)), reason
 
     def _extrapolate(self, name: str, setting: Setting, rows: Sequence[Row]) -> list[Row]:
-        """CrypTen's stock protocols: each layer more costs the same.
+        """Rows of CrypTen's stock protocols, where each additional layer costs the same.
 
-        Memory is not extrapolated: a process reuses for a layer what it freed after the one before.
+        Memory is not extrapolated: a process reuses the memory of one layer for the next.
         """
         model, _ = self._plan.models[name]()
         total = model.config.num_hidden_layers
@@ -331,7 +331,7 @@ class Bench:
 
 
 def _grown(short: Row, long: Row, scale: float) -> Row:
-    """The row of a model that has `scale` times the layers that `long` has beyond `short`."""
+    """The row of a model with `scale` times the layers that `long` has beyond `short`."""
     grown = {
         key: getattr(short, key) + scale * (getattr(long, key) - getattr(short, key))
         for key in FIGURES
@@ -353,7 +353,7 @@ def _row(name: str, setting: Setting, shape: Shape) -> Row:
 
 
 def machine() -> dict[str, Any]:
-    """What rows must have in common to stand in one table."""
+    """What rows must have in common to be in one table."""
     info = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()

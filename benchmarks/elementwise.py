@@ -1,4 +1,4 @@
-"""Each nonlinearity by itself on 65,536 elements: CrypTen's stock protocol against ours.
+"""Each nonlinearity on its own, on 65,536 elements: CrypTen's stock protocol against ours.
 
 Usage: python benchmarks/elementwise.py; `make bench` runs it, too.
 """
@@ -44,7 +44,7 @@ MODES = ("crypten", "mergec")
 class Row:
     """One op in one mode. Errors are absolute, against float64.
 
-    failed: why there are no figures, where there are none.
+    failed: why there are no figures, if there are none.
     """
 
     op: str
@@ -83,7 +83,7 @@ def program(role: str, op: str, arguments: tuple[Any, ...], shape: tuple[int, in
 
 
 def measure(case: tuple[str, tuple[Any, ...], tuple[int, int], float, float]) -> list[Row]:
-    """Both modes on the same inputs."""
+    """Measure both modes on the same inputs."""
     op, arguments, shape, low, high = case
     spread = torch.linspace(low, high, COUNT, dtype=torch.float64)
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
@@ -138,7 +138,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(folder: Path = RESULTS, *, resume: bool = False) -> list[Row]:
-    """All rows, written to `folder` as they come. resume: keep those that are there already."""
+    """All rows, written to `folder` as they are measured. resume: keep existing rows."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "elementwise.json"
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Greedy tokens and logits of SmolLM2 under MPC against plaintext: 10 prompts of 32 tokens.
+"""Greedy tokens and logits of SmolLM2 under MPC compared with plaintext: 10 prompts, 32 tokens.
 
 All three roles run in one process, a thread each, with the real protocols. Writes
 docs/exactness.md. Usage: python benchmarks/exactness.py [--prompts N] [--tokens N]
@@ -33,14 +33,14 @@ PROMPTS = (
     "Is 17 a prime number? Answer yes or no, and why.",
 )
 CLOSE_CALL = 0.05
-"""Where plaintext's two best logits are closer, either token counts as right."""
+"""If plaintext's two best logits differ by less, either token counts as correct."""
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "exactness.md"
 
 
 @dataclass
 class Outcome:
-    """One prompt: equal tokens, tokens that differ at a close call and otherwise, worst error."""
+    """Results of one prompt: equal tokens, close calls, wrong tokens, and the worst logit error."""
 
     prompt: str
     tokens: int
@@ -54,7 +54,7 @@ class Outcome:
 def measure(
     session: InProcessSession, model: torch.nn.Module, tokenizer: Any, prompt: str, count: int
 ) -> Outcome:
-    """Generate greedily under MPC, and ask plaintext about the same sequence at every step."""
+    """Generate greedily under MPC, and run the same sequence in plaintext at every step."""
     template = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -92,17 +92,17 @@ def report(outcomes: list[Outcome], count: int) -> str:
     total, same = sum(o.tokens for o in outcomes), sum(o.same for o in outcomes)
     close, wrong = sum(o.close_calls for o in outcomes), sum(o.wrong for o in outcomes)
     verdict = (
-        f"**{same} of {total} tokens are plaintext's, {close} differ at a close call, {wrong} "
+        f"**{same} of {total} tokens equal plaintext's, {close} differ at a close call, {wrong} "
         f"otherwise; worst logit error {worst:.4f}.**"
     )
     lines = [
         "# Exactness",
         "",
-        "SmolLM2-135M-Instruct, unchanged, 16 fractional bits, greedy. At every step plaintext",
-        "(float32) is asked about the sequence that was generated privately; its token is",
+        "SmolLM2-135M-Instruct, unchanged, 16 fractional bits, greedy. At every step, the model",
+        "also runs in plaintext (float32) on the privately generated sequence. Its token is",
         "compared with the private one, and all 49,152 logits with the revealed ones. A close",
         f"call is a step where plaintext's two best logits are less than {CLOSE_CALL} apart. Each",
-        f"prompt gets {count} tokens, past a stop token, too. Made by `make exactness`.",
+        f"prompt gets {count} tokens, even after a stop token. Made by `make exactness`.",
         "",
         verdict,
         "",

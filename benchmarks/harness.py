@@ -1,4 +1,4 @@
-"""Runs programs in three processes from given inputs, and gathers what each step took."""
+"""Runs programs in three processes from given inputs, and collects what each step took."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from mergec.runtime.transport.lines import Lines
 ROLE = Path(__file__).with_name("role.py")
 PARTIES = CLIENT, SERVER
 TIMEOUT = 1200.0
-"""Seconds that the steps of one run may take together."""
+"""Seconds that all steps of one run may take together."""
 
 _POLL = 0.05
 
 _GRACE = 2.0
-"""Seconds that the others have to fail, too, where one did: any of them may tell the cause."""
+"""Seconds for the other roles to fail after one did: any of them may report the cause."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Inputs of one step by name, in the clear, and how often to run it: the median counts.
+    """Inputs of one step by name, in the clear, and how often to run it; the median counts.
 
-    phase: which part of the program is run, if it has parts. ahead: how often to run it once more
-    with all of the dealer's randomness there before it begins.
+    phase: the part of the program to run, if it has parts. ahead: number of additional runs that
+    begin when all of the dealer's randomness is available.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -51,10 +51,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step took. peak: the larger of client's and server's resident set so far.
+    """Measurements of one step. peak: larger resident set of client and server so far, in bytes.
 
-    seconds: with the dealer at work on the same cores. online_seconds: with its randomness there
-    before, where that was run. offline_seconds: the dealer's processor time, where it has its own.
+    seconds: while the dealer works on the same cores. online_seconds: with the dealer's randomness
+    available in advance, if that was run. offline_seconds: the dealer's processor time, if it runs
+    as a process of its own.
     """
 
     seconds: float
@@ -68,7 +69,7 @@ class Taken:
 
 
 class RunError(Exception):
-    """A run that did not come to its end: the steps before that, and why."""
+    """A run that failed: the measurements up to that step, and why."""
 
     def __init__(self, reason: str, taken: list[Taken]) -> None:
         super().__init__(reason)
@@ -78,9 +79,10 @@ class RunError(Exception):
 def run(
     programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str, network: str = ""
 ) -> list[Taken]:
-    """Run the steps one after the other in three processes, connected; RunError if one fails.
+    """Run the steps one after another in three connected processes.
 
-    network: profile that the link between client and server is slowed down to, if any (`network`).
+    network: profile to emulate on the link between client and server, if any (`network`). Raises
+    RunError if a step fails.
     """
     with tempfile.TemporaryDirectory(prefix="mergec-bench-") as name:
         folder = Path(name)
@@ -134,7 +136,7 @@ def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path)
 
 
 def _write_inputs(folder: Path, name: str, step: Step, specs: Sequence[InputSpec]) -> None:
-    """Each role's view: opened values or shares, and shares of fresh masks."""
+    """Write each role's view: opened values or shares, and shares of fresh masks."""
     views: dict[str, dict[str, torch.Tensor]] = {role: {} for role in ROLES}
     for spec in specs:
         for role, (opened, mask) in zip(ROLES, _seen(spec, step.inputs[spec.name]), strict=True):
@@ -145,7 +147,7 @@ def _write_inputs(folder: Path, name: str, step: Step, specs: Sequence[InputSpec
 
 
 def _seen(spec: InputSpec, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What client, server and dealer hold of an input: a value and a mask, zeros where nothing."""
+    """What client, server and dealer hold of an input: a value and a mask, zeros if nothing."""
     nothing = torch.zeros_like(value, dtype=torch.int64)
     if spec.vis is Vis.CLIENT:
         return [(value, nothing), (nothing, nothing), (nothing, nothing)]
@@ -171,7 +173,7 @@ def _start(folder: Path, role: str, lines: Sequence[int]) -> subprocess.Popen[by
 
 
 def _wait(parties: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> str:
-    """Wait for all to end, or for one to fail; says why, or nothing."""
+    """Wait until all roles end or one fails; returns why, or an empty string."""
     deadline = time.monotonic() + TIMEOUT
     while any(party.poll() is None for party in parties.values()):
         if any(party.returncode for party in parties.values()):
@@ -193,7 +195,7 @@ def _last_words(folder: Path, role: str) -> str:
 
 
 def _events(output: Path) -> list[dict[str, Any]]:
-    """What a role said of each step; the last line may have been cut off."""
+    """The steps that a role reported; the last line may have been cut off."""
     lines = output.read_text().splitlines(keepends=True)
     said = [json.loads(line) for line in lines if line.endswith("\n")]
     return [event for event in said if event["event"] == "step"]

@@ -1,4 +1,4 @@
-"""Small measurements behind design choices: memory reuse, kernels, and the price of a round.
+"""Small measurements behind design choices: memory reuse, kernels, and the cost of a round.
 
 Prints the first table of docs/performance.md. Usage: python benchmarks/micro.py
 """
@@ -44,7 +44,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def stream_rate() -> float:
-    """Bytes per second of mask words, each call into memory of its own."""
+    """Bytes of mask words per second, where each call allocates its memory."""
     prg = Prg(new_seed())
     return STREAM_BYTES / seconds(lambda: prg.read(STREAM_BYTES))
 
@@ -57,13 +57,13 @@ def stream_rates() -> tuple[float, float]:
 
 
 def _again(*arguments: str, lines: Sequence[int] = ()) -> subprocess.Popen[str]:
-    """This script as another process that does one thing and prints what it found."""
+    """Start this script as another process that does one thing and prints its result."""
     command = [sys.executable, __file__, *arguments, *map(str, lines)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=lines)
 
 
 def round_costs() -> list[float]:
-    """CPU microseconds that client and server together spend on a round between them."""
+    """CPU microseconds that client and server together spend on one round."""
     costs = []
     with tempfile.TemporaryDirectory(prefix="mergec-micro-") as folder:
         make_certificates(Path(folder), (ROLES[CLIENT],))
@@ -79,7 +79,7 @@ def round_costs() -> list[float]:
 
 
 def play_rounds(way: str, role: str, folder: str, *lines: str) -> None:
-    """One party's part: messages of one kilobyte both ways."""
+    """One party's part: messages of one kilobyte in both directions."""
     torch.set_num_threads(1)
     peer = SERVER if role == ROLES[CLIENT] else CLIENT
     mine, theirs = (torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(2))
@@ -107,7 +107,7 @@ def play_rounds(way: str, role: str, folder: str, *lines: str) -> None:
 def _link(way: str, role: str, folder: str, lines: Sequence[int]) -> Channel:
     if way == "plain":
         return take(role, lines)[SERVER if role == ROLES[CLIENT] else CLIENT]
-    # The first of a party's lines goes to the other party.
+    # A party's first line connects it to the other party.
     line = socket.socket(fileno=lines[0])
     serves = role == ROLES[SERVER]
     context = Security(role, Path(folder)).context(listening=serves)

@@ -1,9 +1,9 @@
 """A decode step on emulated networks: each program on the network that it was compiled for.
 
-The link between client and server is slowed down in the transport (`runtime.transport.emulated`):
-a message is handed over when latency and bandwidth of the profile would have brought it. What the
-parties send is the same as on a network; the dealer's stream is not slowed down. This needs no
-network namespace with tc netem, for which a kernel must have the netem module.
+The link between client and server is slowed down in the transport (`runtime.transport.emulated`): a
+message is delivered when the profile's latency and bandwidth would have delivered it. The parties
+send the same data as on a real network; the dealer's stream is not slowed down. This requires no
+network namespaces with tc netem, for which the kernel needs the netem module.
 
 Usage: python benchmarks/network.py [gpt2-base | smollm2-135m] [--layers N]
 """
@@ -28,7 +28,7 @@ REVEALS = ("logits", "token")
 
 
 def measure(model: str, layers: int | None, reveal: str, network: str) -> tuple[Program, Taken]:
-    """Compile a model for a network, and run a step of it there."""
+    """Compile a model for a network, and run a step on it."""
     module, tokens = MODELS[model]()
     if layers is not None:
         module = shortened(module, layers)

@@ -1,9 +1,9 @@
 """What each pass saves: GPT-2-base (random weights) and SmolLM2, a prompt of 64 and a decode step.
 
-Passes that the model cannot be compiled without make the first row; each further row adds one pass,
-in the order in which they run. Rounds and bytes are predicted for every row, and measured where
-`--measure` says: in the rows at both ends, in all, or in none. Writes docs/passes.md.
-Usage: python benchmarks/pass_table.py [--measure ends|all|none]
+The first row is the program with only those passes that the model needs to compile; each further
+row adds one pass, in the order in which they run. Rounds and bytes are predicted for every row, and
+measured according to `--measure`: in the first and the last row, in all, or in none. Writes
+docs/passes.md. Usage: python benchmarks/pass_table.py [--measure ends|all|none]
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "passes.md"
 INTRODUCTION = f"""# What each pass saves
 
 A prompt of {PROMPT} tokens, and one decode step after {PAST} cached ones. The first row is the
-program of those passes alone that the model cannot be compiled without; each further row adds one
-pass, in the order in which they run, and holds the program of all passes so far. Passes that change
-nothing in a model are left out, and so are lossy ones. `nodes` are instructions of the program.
-Rounds and online bytes (both directions) are predicted by the ops' formulas. `measured` tells what
-the counters of the transport said when client, server and dealer ran that very program in three
-processes. Made by `make pass-table`."""
+program with only those passes that the model needs to compile. Each further row adds one pass, in
+the order in which they run, and shows the program of all passes so far. Passes that change nothing
+in a model are left out, and so are lossy ones. `nodes` is the number of instructions. Rounds and
+online bytes (both directions) are predicted by the ops' formulas. `measured` says what the
+transport's counters showed when client, server and dealer ran that program in three processes. Made
+by `make pass-table`."""
 
 Costs = dict[str, Cost]
-"""By the name of the step."""
+"""Costs by name of the step."""
 
 
 @dataclass
 class Row:
-    """A program with one pass more than that of the row before."""
+    """A program with one pass more than the row before."""
 
     name: str
     nodes: int
@@ -66,14 +66,14 @@ def predict(program: Program) -> tuple[list[Row], list[str], int]:
     """The rows, the names of needed passes, and the number of nodes as captured."""
     history = program.history
     if history is None:
-        raise RuntimeError("a program that was compiled here tells how")
+        raise RuntimeError("a program that was compiled here must have a history")
     savings = {step: history.savings(*lengths) for step, lengths in STEPS.items()}
     needed = [saving.name for saving in savings["decode"] if saving.needed]
     names = [saving.name for saving in savings["decode"] if not saving.needed]
     compared = {step: [s for s in found if not s.needed] for step, found in savings.items()}
     rows = []
     for position, name in enumerate(["needed passes alone", *names]):
-        # Row 0 is what the first pass is compared with; row n is the program with the nth.
+        # Row 0 is the program without the first pass; row n is the program with the nth.
         place = max(position - 1, 0)
         pairs = {step: found[place] for step, found in compared.items()}
         costs = {step: s.with_it if position else s.without for step, s in pairs.items()}
@@ -85,7 +85,7 @@ def predict(program: Program) -> tuple[list[Row], list[str], int]:
 
 
 def measure(program: Program, row: Row) -> None:
-    """Run the steps of the row's program, and note what the server counted."""
+    """Run the steps of the row's program, and record what the server counted."""
     ids = [(17 * i + 5) % program.manifest["vocab_size"] for i in range(PAST + 1)]
     taken = run(program.roles, steps_of(program, ids, list(STEPS.values()), 1), "mergec")
     for name, step in zip(STEPS, taken, strict=True):
@@ -93,7 +93,7 @@ def measure(program: Program, row: Row) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: rounds and online bytes of both steps, and whether they were measured, too."""
+    """Markdown: rounds and online bytes of both steps, and how the measurement compares."""
     lines = [
         "| with | nodes | rounds, prompt | online | rounds, decode | online | measured |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -108,7 +108,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdict(row: Row) -> str:
-    """What the counters said."""
+    """How the counters compare with the prediction."""
     if not row.measured:
         return ""
     if all((m.rounds, m.online) == (row.predicted[s].rounds, row.predicted[s].online)
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=("ends", "all", "none"), default="ends")
     wanted = parser.parse_args().measure
-    # A process for each model: passes run on one core. It gives its memory back when it is done.
+    # One process per model: passes run on one core, and its memory is freed when it ends.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(MODELS), spawn, max_tasks_per_child=1) as pool:
         parts = [INTRODUCTION]

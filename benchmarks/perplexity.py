@@ -1,9 +1,9 @@
-"""Perplexity of SmolLM2 on a text under MPC arithmetic, against plaintext.
+"""Perplexity of SmolLM2 on a text under MPC arithmetic, compared with plaintext.
 
 The text is the standard library's help topics, in windows that each begin without a past. All three
-roles run in one process with the real protocols; `--check N` first plays N tokens in three
-processes as well, from the same seeds, and compares all logits bit for bit. Writes
-docs/perplexity.md. Usage: python benchmarks/perplexity.py [--tokens N] [--window N] [--check N]
+roles run in one process with the real protocols. `--check N` first runs N tokens in three processes
+as well, with the same seeds, and compares all logits bit for bit. Writes docs/perplexity.md.
+Usage: python benchmarks/perplexity.py [--tokens N] [--window N] [--check N]
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from mergec.runtime.transport.lines import Lines, take
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "perplexity.md"
 
 ALLOWED = 1e-3
-"""Largest relative difference of the two perplexities."""
+"""Largest relative difference between the two perplexities."""
 
 CHUNK = 64
-"""New tokens of a step."""
+"""New tokens per step."""
 
 
 class KeepAllLogits(Pass):
-    """Logits of all new positions: a program for generation gives those of the last one only.
+    """Return logits of all new positions; a program for generation returns only the last one.
 
     Before:
         %1 = aten.slice.Tensor(%x, 1, -1, end)
@@ -83,7 +83,7 @@ class Score:
     same_choice: int = 0
 
     def add(self, private: torch.Tensor, plain: torch.Tensor, following: torch.Tensor) -> None:
-        """Logits [n, V] in float64, and the tokens [n] that follow."""
+        """Add logits [n, V] in float64, and the tokens [n] that follow."""
         mine, theirs = (
             rows.log_softmax(-1).gather(1, following[:, None])[:, 0] for rows in (private, plain)
         )
@@ -99,12 +99,12 @@ class Score:
 
     @property
     def difference(self) -> float:
-        """Of the private perplexity, relative to plaintext's."""
+        """Relative difference of the private perplexity from plaintext's."""
         return self.perplexity(self.private) / self.perplexity(self.plain) - 1
 
 
 def chunks(tokens: list[int], window: int) -> list[tuple[list[int], int]]:
-    """New tokens and how many of their window come before them."""
+    """New tokens, and how many tokens of their window come before them."""
     return [
         (tokens[first : min(first + CHUNK, start + window)], first - start)
         for start in range(0, len(tokens), window)
@@ -113,7 +113,7 @@ def chunks(tokens: list[int], window: int) -> list[tuple[list[int], int]]:
 
 
 def measure(session: InProcessSession, model: Any, tokens: list[int], window: int) -> Score:
-    """Score every token that has one before it in its window."""
+    """Score every token that has a token before it in its window."""
     score = Score()
     for index, (new, past) in enumerate(chunks(tokens, window)):
         private = session.rows(new, past)
@@ -137,7 +137,7 @@ def measure(session: InProcessSession, model: Any, tokens: list[int], window: in
 
 
 def same_in_processes(program: Program, tokens: list[int]) -> bool:
-    """Whether three processes give the logits of one process, bit for bit, from equal seeds."""
+    """Whether three processes compute the logits of one process bit for bit, from equal seeds."""
     seeds = new_seed(), new_seed()
     steps = chunks(tokens, len(tokens))
     with InProcessSession(program.roles, seeds=seeds) as session:
@@ -241,7 +241,7 @@ def main() -> None:
     program.history = None
     tokens = help_topics(tokenizer, options.tokens)
     if options.check and not same_in_processes(program, tokens[: options.check]):
-        raise SystemExit("three processes gave other logits than one, from the same seeds")
+        raise SystemExit("three processes computed other logits than one, from the same seeds")
     release_freed_memory()
     keep_freed_memory()
     with InProcessSession(program.roles) as session:

@@ -18,12 +18,12 @@ FIGURES = ("seconds", "online_bytes", "offline_bytes", "rounds")
 
 @dataclass(frozen=True)
 class Row:
-    """One step of one model in one setting. Bytes are both directions together.
+    """One step of one model in one setting. Bytes are summed over both directions.
 
-    seconds: with the dealer at work on the same cores. online_seconds: with its randomness there
-    before. offline_seconds: the dealer's processor time. failed: why there are no figures, where
-    there are none. Nothing is extrapolated but by `extrapolated_from_layers`, and memory and errors
-    never are.
+    seconds: while the dealer works on the same cores. online_seconds: with the dealer's randomness
+    available in advance. offline_seconds: the dealer's processor time. failed: why there are no
+    figures, if there are none. Figures are extrapolated only where `extrapolated_from_layers` is
+    set; memory and errors never are.
     """
 
     model: str
@@ -47,11 +47,11 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
-        """What tells the rows of a run apart."""
+        """What identifies a row of a run."""
         return (self.model, self.preset, self.weights, self.new_tokens, self.past)
 
     def json(self) -> dict[str, Any]:
-        """As it is written: a failed row has no figures."""
+        """The row as stored; a failed row has no figures."""
         blank = dict.fromkeys(FIGURES) if self.failed else {}
         return asdict(self) | blank
 
@@ -63,21 +63,21 @@ class Row:
 
 HEAD = """# Benchmark
 
-Three processes on one machine that share {cores} cores ({processor}), all in one run; bytes and
+Three processes on one machine that share {cores} cores ({processor}), all in one run. Bytes and
 rounds are counted at the transport, both directions together. `crypten` is CrypTen's stock
-protocols with one-hot embedding and secret-shared weights, with a third party that deals, over the
-same connections as all other rows. `crypten-gloo` is CrypTen as it is installed: over
-torch.distributed, without a third party, which is no security at all; there nothing is counted.
-Both ran two and eight layers, and the rest is extrapolated from the difference that a layer makes,
-but for memory. All other rows are mergec's protocols. A decode step's seconds are the median of
-several. Errors are against the unchanged model in plaintext: a lossy preset that was not retrained
-is far from it. Seconds include the dealer, which works on the same cores while the step runs;
-`dealt before` are those of a step whose randomness is there when it begins, `dealer s` the dealer's
-processor time. CrypTen's third party is asked as it goes, so its rows have neither. A preset that
-resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here each
-step includes it. Memory is the larger of client's and server's up to the end of the step. The ×
-columns say how many times less than `crypten` and than `merge` a row takes, with the dealer at
-work.
+protocols with one-hot embedding, secret-shared weights and a third party that deals, over the same
+connections as all other rows. `crypten-gloo` is CrypTen as installed: over torch.distributed and
+without a third party, which offers no security at all; its bytes and rounds are not counted. Both
+ran with two and with eight layers. The remaining layers are extrapolated from the difference that
+a layer makes, for all figures but memory. All other rows are mergec's protocols. A decode step's
+seconds are the median of several runs. Errors are measured against the unchanged model in
+plaintext; a lossy preset that was not retrained is far from it. `seconds` includes the dealer,
+which works on the same cores while the step runs. `dealt before` is the time of a step whose
+randomness is available when it begins, `dealer s` the dealer's processor time. CrypTen's third
+party is queried during the step, so its rows have neither. A preset that resends hidden states
+(`merge-er`, `merge`) runs the head once at the end of an answer; here each step includes it.
+Memory is the larger of the client's and the server's peak up to the end of the step. The × columns
+say how many times less than `crypten` and than `merge` a row takes, while the dealer works.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
@@ -113,9 +113,9 @@ BASES = ("crypten", "merge")
 SIDE_BY_SIDE = """# Stock protocols and ours, side by side
 
 Two-layer decoders of width 256 and 1,024 tokens with random weights, the same model in both
-settings, three processes on loopback. `crypten` runs every op by CrypTen's stock protocol with
+settings, in three processes on loopback. `crypten` runs every op with CrypTen's stock protocol,
 secret-shared weights and its trusted third party; `exact` is the default. Rounds and bytes are
-counted at the transport, both directions together; the × columns say how many times less than
+counted at the transport, both directions together. The × columns say how many times less than
 `crypten` in the same run a row takes. Made by `python benchmarks/bench.py --small`.
 """
 
@@ -186,7 +186,7 @@ def _cells(row: Row, bases: Iterable[Row]) -> list[str]:
 
 
 def plots(rows: Sequence[Row], folder: Path) -> None:
-    """One picture for seconds and one for bytes: a decode step after 128 tokens, by setting."""
+    """One plot of seconds and one of bytes: a decode step after 128 tokens, by setting."""
     chosen = [row for row in rows if row.past == 128 and not row.failed]
     if not chosen:
         return

@@ -1,8 +1,8 @@
 """One role of a measurement, as a process of its own; bench.py starts three of them.
 
-Each step of the job gets its inputs from a file, so that a step after 512 tokens needs no 512
-tokens before it. All roles begin a step together, or the parties begin when all that the dealer has
-for it is there; bytes and rounds are counted at the transport.
+Each step of the job reads its inputs from a file, so a step after 512 tokens does not require
+running 512 tokens before it. All roles begin a step together; or the parties begin once all of the
+dealer's randomness for it is available. Bytes and rounds are counted at the transport.
 
 Usage: python benchmarks/role.py JOB.json ROLE DESCRIPTOR DESCRIPTOR
 """
@@ -42,14 +42,14 @@ _POLL = 0.001
 
 
 def _nothing(*_: Any) -> None:
-    """What a role has not to do."""
+    """Placeholder for actions that a role does not need."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """An executor, what is to be done after each step, and at the end.
+    """An executor, and actions after each step and at the end.
 
-    dealt: waits until so many bytes of the dealer's are there that were not read yet.
+    dealt: waits until that many unread bytes of the dealer's stream are available.
     """
 
     executor: Any
@@ -64,9 +64,9 @@ def executor_of(
     network: str = "",
     seeds: tuple[bytes, ...] = (),
 ) -> Running:
-    """The executor by our protocols.
+    """The executor of mergec's protocols.
 
-    network: that the link between client and server is slowed down to, if any. seeds: see `deal`.
+    network: profile to emulate on the link between client and server, if any. seeds: see `deal`.
     """
     if program.role == ROLES[DEALER]:
         executor, streams = deal(program, channels, seeds=seeds)
@@ -123,14 +123,14 @@ def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any
 
 
 def in_room(cache: Masked | Sent) -> Masked | Sent:
-    """A cache as almost every step of a session finds it: with room for the next entry."""
+    """A cache as most steps of a session find it: with room for the next entry."""
     room = make_room(cache, 1)
     opened, mask = (part[..., : room.used, :] for part in (room.opened, room.mask))
     return type(cache)(opened, mask, cache.frac, room)
 
 
 def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A step up to the logits: a program that resends its hidden state finishes at once."""
+    """A step up to the logits; a program that resends its hidden state also runs its last phase."""
     outputs: dict[str, Any] = executor.step(inputs, phase.outputs)
     if executor.program.resends:
         last = executor.program.phase(FINISH)
@@ -154,7 +154,7 @@ def main(job: dict[str, Any], role: str, descriptors: Sequence[int]) -> None:
 
 
 def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Channel]) -> None:
-    """The same by CrypTen's stock protocols, with the dealer as its third party."""
+    """Run the job with CrypTen's stock protocols, with the dealer as its third party."""
     communicator = ChannelCommunicator(program.role, channels)
     communicator.install()
     crypten.use_provider("dealer")
@@ -172,9 +172,9 @@ def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Chan
 def stock_over_gloo(
     job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Channel]
 ) -> None:
-    """As CrypTen is installed: over torch.distributed, and without a third party.
+    """Run the job with CrypTen as installed: over torch.distributed, without a third party.
 
-    Each party makes randomness as if it were trusted. Bytes and rounds are not counted.
+    Each party generates randomness as if it were trusted. Bytes and rounds are not counted.
     """
     if program.role == ROLES[DEALER]:
         return
@@ -194,7 +194,7 @@ def stock_over_gloo(
 
 
 def together(role: str, channels: Mapping[int, Channel], dealt: bool) -> None:
-    """Begin a step when both parties are ready; `dealt`: the dealer, too."""
+    """Wait until both parties are ready to begin a step; if `dealt`, until the dealer is, too."""
     if role == ROLES[DEALER]:
         channels[CLIENT].receive(Kind.MARK, limit=0)
         return
@@ -211,7 +211,7 @@ def play(
     running: Running,
     counted: Callable[[], Traffic],
 ) -> None:
-    """Run the steps of the job, and say what each took."""
+    """Run the steps of the job, and report each step's measurements."""
     role, by_crypten = program.role, job["mode"] != "mergec"
     context = None if by_crypten else running.executor.context
     for index, step in enumerate(job["steps"]):

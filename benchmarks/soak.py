@@ -1,10 +1,10 @@
 """Many short answers while clients, sessions, dealer and server are killed at random; docs/soak.md.
 
-A server and a dealer run as they are deployed, over TLS. Some clients ask at once, each again and
-again in processes of its own, live or from a store. A fourth hand kills: a client, a session's
-process at the server or the dealer, the whole dealer, or the whole server, which are then started
-again at the same place, as systemd would. Every answer that is complete is compared with
-plaintext's; every other one must have ended in time, and in one line.
+A server and a dealer run as they are deployed, over TLS. Several clients request answers at the
+same time, each repeatedly in processes of its own, live or from a store. The main thread kills: a
+client, a session's process at the server or the dealer, the whole dealer, or the whole server.
+Whole roles are then restarted at the same address, as systemd would do. Every complete answer is
+compared with plaintext's. Every other one must have ended in time, with a one-line error.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ TOKENS = (2, 5)
 """Fewest and most tokens of an answer."""
 
 LEAK = 16 << 20
-"""Bytes that a role's listening process may have grown by: allocators keep some."""
+"""Bytes that a role's listening process may grow by, because allocators keep some memory."""
 
 START = 120.0
 
 
 class Service:
-    """A role that is started again whenever it has been killed."""
+    """A role that is restarted whenever it was killed."""
 
     def __init__(self, name: str, command: list[str], metrics: str, log: Path) -> None:
         self.name, self._command, self._metrics, self._log = name, command, metrics, log
@@ -104,17 +104,17 @@ class Service:
         return []
 
     def kill(self) -> None:
-        """All of its processes at once, as a machine that goes down."""
+        """Kill all of its processes at once, like a machine that goes down."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def held(self) -> dict[str, int]:
-        """What the listening process has, once no session is left."""
+        """Resources of the listening process, once no session is left."""
         deadline = time.monotonic() + 6 * TIMEOUT
         while self.sessions() and time.monotonic() < deadline:
             time.sleep(0.2)
-        self.metrics()  # the first answer of this kind starts what answers
+        self.metrics()  # the first request starts the thread that answers
         process, now = psutil.Process(self.process.pid), self.metrics()
         held = {
             "resident bytes": process.memory_info().rss,
@@ -129,7 +129,7 @@ class Service:
 
 @dataclass
 class Asked:
-    """An answer that was asked for, and what became of it."""
+    """A requested answer, and its outcome."""
 
     source: str
     prompt: list[int]
@@ -139,7 +139,7 @@ class Asked:
 
 
 def converse(asked: list[Asked], options: dict[str, Any], store: Path | None, out: Any) -> None:
-    """A client's process: answers one after the other in one session; tells what became of each."""
+    """A client's process: requests answers one by one in a session, and reports each outcome."""
     given = None
     try:
         if store is not None:
@@ -162,7 +162,7 @@ def converse(asked: list[Asked], options: dict[str, Any], store: Path | None, ou
 
 
 def prepare(options: dict[str, Any], root: Path, out: Any) -> None:
-    """A client's process: has randomness dealt and stored."""
+    """A client's process: has randomness dealt and stores it."""
     try:
         connection = Connection(
             options["bundle"],
@@ -179,7 +179,7 @@ def prepare(options: dict[str, Any], root: Path, out: Any) -> None:
 
 
 class Client(threading.Thread):
-    """Asks until its share of the answers is done, in a process for every few of them."""
+    """Requests answers until its share is done, in a new process for every few of them."""
 
     def __init__(self, soak: Soak, number: int, share: int) -> None:
         super().__init__(daemon=True)
@@ -197,7 +197,7 @@ class Client(threading.Thread):
             while self._left:
                 self._soak.gate.wait()
                 self._session()
-        except Exception as error:  # noqa: BLE001  (told by the main thread)
+        except Exception as error:  # noqa: BLE001  (reported by the main thread)
             self.failure = f"client {self._number}: {error!r}"
 
     def _session(self) -> None:
@@ -213,15 +213,15 @@ class Client(threading.Thread):
             one.outcome = outcome
             one.said = tokens
         if said and "prepare" in said[-1][0] and store is not None:
-            self._useless.add(store)  # as a person is told: prepare another
-        # What came after the one that failed was not asked for.
+            self._useless.add(store)  # the message tells a person to prepare another
+        # Answers after the one that failed were not requested.
         tried = asked[: len(said)]
         self.asked += tried
         self._left -= len(tried)
         self._soak.done += len(tried)
 
     def _store(self) -> Path | None:
-        """A store with something left, if need be a new one; none if it could not be made."""
+        """A store with answers left, a new one if necessary; None if none could be made."""
         if not self._filled():
             ((outcome, _),) = self._play(prepare, self._soak.options(self._number), self._root)
             self.preparations[outcome] += 1
@@ -265,18 +265,18 @@ class Client(threading.Thread):
 
 
 class Soak:
-    """One run, and what came of it."""
+    """One run and its results."""
 
     def __init__(self, folder: Path, answers: int, clients: int, seed: int) -> None:
         self.folder, self.answers, self.seed = folder, answers, seed
         self.done = 0
         self.gate = threading.Event()
-        """Shut while the services should have nothing to do."""
+        """Closed while the services should be idle."""
         self.gate.set()
         self.patience = 6 * TIMEOUT
-        """Seconds within which something must come of a client's process, or it hangs."""
+        """Seconds within which a client's process must report something; otherwise it hangs."""
         self.starting = threading.Lock()
-        """Starting a process looks at those that have ended, which is for one thread at a time."""
+        """Starting a process reaps ended ones, which only one thread may do at a time."""
         self.kills: collections.Counter[str] = collections.Counter()
         self._random = random.Random(f"{seed} kills")
         self.context = multiprocessing.get_context("forkserver")
@@ -321,7 +321,7 @@ class Soak:
         )
 
     def options(self, number: int) -> dict[str, Any]:
-        """What a client's process is given."""
+        """Options of a client's process."""
         return {
             "bundle": self.bundles / "client",
             "server": Address.parse(self.places["server"]),
@@ -331,7 +331,7 @@ class Soak:
         }
 
     def run(self, interval: float) -> dict[str, dict[str, dict[str, int]]]:
-        """Ask and kill until all answers are done; what either service holds before and after."""
+        """Ask and kill until all answers are done; returns the services' resources."""
         before: dict[str, dict[str, int]] = {}
         for client in self.clients:
             client.start()
@@ -372,28 +372,28 @@ class Soak:
 
 
 def used(store: Path) -> list[int]:
-    """The answers that a store's journal says were used, in order."""
+    """The answers that a store's journal marks as used, in order."""
     journal = store / "used"
     data = journal.read_bytes() if journal.exists() else b""
     return [number for (number,) in struct.iter_unpack("!Q", data[: len(data) // 8 * 8])]
 
 
 def kind_of(error: str) -> str:
-    """An error without what differs from one time to the next."""
+    """An error without the parts that differ between occurrences."""
     plain = re.sub(r"/\S+: ", "a store: ", error)
     return re.sub(r"\b(?:[0-9][0-9.:]*|[0-9a-f]{8})(?=[\s,;)]|$)", "n", plain)
 
 
 @dataclass
 class Verdict:
-    """What has to hold at the end, and what does not."""
+    """The results, and the conditions that were violated."""
 
     figures: dict[str, Any]
     faults: list[str]
 
 
 def judge(soak: Soak, held: dict[str, dict[str, dict[str, int]]], seconds: float) -> Verdict:
-    """Compare every answer with plaintext's, and look for what was left behind."""
+    """Compare every answer with plaintext's, and check for leftovers."""
     asked = [one for client in soak.clients for one in client.asked]
     plain = PlainExecutor(load_bundle(role_path(soak.bundles, "server"), "server"))
     faults = [client.failure for client in soak.clients if client.failure]
@@ -463,22 +463,22 @@ def judge(soak: Soak, held: dict[str, dict[str, dict[str, int]]], seconds: float
 
 PAGE = """# Soak
 
-`make soak`: clients ask for short answers all at once, each in processes of its own, over TLS, live
-or from stored randomness, while clients, sessions, the dealer and the server are killed at random
-(SIGKILL); server and dealer are then started again at the same place. The model is a decoder of one
-layer. What is demanded: every answer that is complete equals plaintext's; every other one ended in
-one line within the timeouts; nothing hangs; at the end the services hold what they held before; and
-no store's journal names an answer twice.
+`make soak`: clients request short answers concurrently, each in processes of its own, over TLS,
+live or from stored randomness, while clients, sessions, the dealer and the server are killed at
+random (SIGKILL). Server and dealer are then restarted at the same address. The model is a decoder
+with one layer. Requirements: every complete answer equals plaintext's; every other one ended with
+a one-line error within the timeouts; nothing hangs; at the end the services hold the same
+resources as before; and no store's journal names an answer twice.
 
-Seed {seed}, {clients} clients, {seconds} s on a machine with other work. All of it held.
+Seed {seed}, {clients} clients, {seconds} s on a machine with other work. All requirements were met.
 
 | answers | |
 | --- | ---: |
-| asked for | {answers} |
+| requested | {answers} |
 | complete, and equal to plaintext's | {done} |
 | of these live | {live} |
 | of these from a store | {stored} |
-| client killed meanwhile | {killed} |
+| client killed in the meantime | {killed} |
 | ended by an error | {error} |
 | wrong, or without an end | 0 |
 
@@ -486,15 +486,15 @@ Seed {seed}, {clients} clients, {seconds} s on a machine with other work. All of
 | --- | ---: |
 {kills}
 
-Stores: {prepared} were prepared, {unprepared} preparations were killed or ended by an error;
-{entries} answers were noted as used by the clients, none twice.
+Stores: {prepared} were prepared, {unprepared} preparations were killed or ended by an error. The
+clients marked {entries} answers as used, none twice.
 
 | error at the client | times |
 | --- | ---: |
 {errors}
 
-What the listening processes held when idle, after the last time that a whole role was killed, and
-at the end:
+Resources of the listening processes when idle, after the last time that a whole role was killed,
+and at the end:
 
 | | before | after |
 | --- | ---: | ---: |
@@ -503,7 +503,7 @@ at the end:
 
 
 def page(figures: dict[str, Any]) -> str:
-    """docs/soak.md."""
+    """The text of docs/soak.md."""
 
     def rows(found: dict[str, int]) -> str:
         return "\n".join(f"| {what} | {count} |" for what, count in found.items())

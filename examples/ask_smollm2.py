@@ -1,4 +1,4 @@
-"""Compile SmolLM2-135M-Instruct and ask it something, in three processes on this machine."""
+"""Compile SmolLM2-135M-Instruct and ask it a question, in three processes on this machine."""
 
 from __future__ import annotations
 

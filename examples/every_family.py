@@ -1,6 +1,6 @@
-"""Compile a small random decoder of each family; what its steps cost, how close its logits come.
+"""Compile a small random decoder of each family; report the cost of its steps and its logit error.
 
-The three parties run in one process here. What cannot be compiled is listed with the reason.
+All three parties run in one process. Families that cannot be compiled are listed with the reason.
 Usage: python examples/every_family.py [--markdown] [FAMILY …]
 """
 
@@ -35,7 +35,7 @@ SIZES: dict[str, int] = {
     "decoder_layers": 2,
     "pad_token_id": 0,
 }
-"""By the names that configurations give them; each takes those that it knows."""
+"""Sizes by configuration key; each family uses the keys that its configuration has."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -46,7 +46,7 @@ FAMILIES = (
     *("gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gpt_neo", "phi", "phi3"),
     *("gemma", "gemma2", "bloom", "falcon", "gptj", "codegen", "stablelm", "olmo"),
 )
-"""Each pass and each preset is tested on these."""
+"""Every pass and every preset is tested on these."""
 
 MORE = (
     *("arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "diffllama", "ernie4_5"),
@@ -68,7 +68,7 @@ PROMPT, ANSWER = [5, 17, 3, 88, 41], [7, 9]
 class Measured:
     """Rounds and online bytes of the prompt and of a decode step.
 
-    error: largest difference of a logit from the model's own, over all steps. logit: the largest.
+    error: largest difference from the model's own logits, over all steps. logit: largest logit.
     """
 
     prompt: tuple[int, int]
@@ -78,7 +78,7 @@ class Measured:
 
 
 def decoder(family: str) -> Any:
-    """A model with random weights, larger than initial ones, so that its logits differ."""
+    """A model with random weights, larger than usual initial weights, so that its logits differ."""
     defaults = AutoConfig.for_model(family)
     known = {*defaults.to_dict(), *defaults.attribute_map}
     settings = {name: size for name, size in SIZES.items() if name in known}
@@ -109,7 +109,7 @@ def measure(family: str) -> Measured:
 
 
 def rows(families: list[str]) -> tuple[list[list[str]], dict[str, str]]:
-    """A row of figures for each family; of those that cannot be compiled, the reason."""
+    """A row of figures for each family; for families that cannot be compiled, the reason."""
     found, refused = [], {}
     for family in families:
         try:
@@ -127,14 +127,14 @@ def rows(families: list[str]) -> tuple[list[list[str]], dict[str, str]]:
 INTRODUCTION = f"""# Families
 
 {len(FAMILIES) + len(MORE)} families of transformers {transformers.__version__}, each with random
-weights, 2 layers and a width of 32: a prompt of {len(PROMPT)} tokens and {len(ANSWER)} decode
-steps, run by the three parties. `largest error` is the largest difference between a logit of
-these and the model's own, `logit` the largest of those. The first {len(FAMILIES)} are those that
-all passes and presets are tested on. Made by `make families`.
+weights, 2 layers and a width of 32. The three parties ran a prompt of {len(PROMPT)} tokens and
+{len(ANSWER)} decode steps. `largest error` is the largest difference between a revealed logit and
+the model's own; `logit` is the largest logit. All passes and presets are tested on the first
+{len(FAMILIES)} families. Made by `make families`.
 """
 
-REFUSALS = """Some that are refused, with what the compiler says. Where an op is named, it may be
-added: [CONTRIBUTING.md](../CONTRIBUTING.md) tells how.
+REFUSALS = """Families that the compiler rejects, with its error message. Where an op is named, it
+can be added: see [CONTRIBUTING.md](../CONTRIBUTING.md).
 """
 
 HEAD = ["family", "prompt: rounds", "bytes", "decode: rounds", "bytes", "largest error", "logit"]

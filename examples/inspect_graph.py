@@ -1,4 +1,4 @@
-"""Look into a program: its graph, what it costs, and what the passes did to it.
+"""Inspect a program: its graph, its cost, and what the passes changed.
 
 Usage: python examples/inspect_graph.py [PAGE.html]
 """

@@ -1,4 +1,4 @@
-"""Compile a decoder of your own: any module that maps token ids [1, N] to logits [1, N, V]."""
+"""Compile your own decoder: any module that maps token ids [1, N] to logits [1, N, V]."""
 
 from __future__ import annotations
 

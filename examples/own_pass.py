@@ -1,12 +1,12 @@
-"""A pass of your own, outside of mergec: ReLU in place of GELU, which changes the function.
+"""A pass outside of mergec: replaces GELU by ReLU, which changes the function.
 
-Given as an argument, as here. A package offers it to every compilation by an entry point:
+Here it is passed as an argument. A package offers it to every compile with an entry point:
 
     [options.entry_points]
     mergec.passes =
         relu_for_gelu = my_package.my_module:ReluForGelu
 
-and as it is lossy, it then runs where it is asked for: `mergec compile … --enable relu_for_gelu`.
+Because it is lossy, it then runs only on request: `mergec compile … --enable relu_for_gelu`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mergec.runtime.core.op import target
 
 
 class ReluForGelu(Pass):
-    """A ReLU takes one comparison, where a GELU takes a table besides.
+    """ReLU needs one comparison; GELU needs a table lookup as well.
 
     Before:
         %1 = mpc.gelu(%x)
@@ -39,7 +39,7 @@ class ReluForGelu(Pass):
             if is_shared(node):
                 replace(node, target("relu"), (node.args[0],))
             else:
-                self.skip(node, "somebody knows its operand, and computes it for nothing")
+                self.skip(node, "one party knows the operand, so computing GELU is free")
         return len(found)
 
 

@@ -1,12 +1,12 @@
-"""A client, a server and a dealer on three machines, from nothing, with somebody on the wire.
+"""Client, server and dealer on three machines, set up from scratch, with an eavesdropper.
 
     python examples/deploy/three_machines.py                     # a tiny random model: seconds
     python examples/deploy/three_machines.py --model smollm2     # SmolLM2-135M-Instruct: minutes
 
-The machines are network namespaces where this user may make them (root may), and addresses of the
-loopback interface elsewhere. Everything that client and server say goes through `wiretap.py`; at
-the end its copy is searched for prompt, answers, and weights (`traces.py`). With `--plaintext`
-there is no TLS: then it is the protocols alone that hide them.
+The machines are network namespaces if this user may create them (root may), and otherwise addresses
+of the loopback interface. All traffic between client and server passes through `wiretap.py`. At the
+end, its copy is searched for the prompt, the answers, and the weights (`traces.py`). With
+`--plaintext` there is no TLS: then only the protocols hide them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPTS = {"smollm2": "The capital of France is", "tiny": "what is said here?"}
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a role lives: its address, and what to put before a command to run it there."""
+    """Where a role runs: its address, and the prefix of commands that run there."""
 
     address: str
     prefix: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def namespaces(latency: float) -> Iterator[dict[str, Machine]]:
-    """Three namespaces on a switch in a fourth, which is where the wire can be tapped."""
+    """Three namespaces on a switch in a fourth one, in which the wire can be tapped."""
     made: list[str] = []
     mark = secrets.token_hex(2)
     switch = f"mergec-{mark}-wire"
@@ -94,7 +94,7 @@ def loopback() -> dict[str, Machine]:
 
 
 def tiny_model(folder: Path) -> Path:
-    """A random decoder of characters: its answers mean nothing, but no party is told."""
+    """A random decoder of characters. Its answers mean nothing, but the protocols are the same."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -122,7 +122,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 class Deployment:
-    """Runs commands on the machines, and keeps the logs of those that stay."""
+    """Runs commands on the machines, and keeps the logs of the services."""
 
     def __init__(self, folder: Path, machines: dict[str, Machine]) -> None:
         self._folder, self._machines = folder, machines
@@ -133,7 +133,7 @@ class Deployment:
         }
 
     def run(self, machine: str, *command: str, said: str = "") -> str:
-        """Run `mergec …` there until it ends; gives what it prints."""
+        """Run `mergec …` on a machine until it ends; returns what it prints."""
         print(f"\n[{machine}]$ mergec {' '.join(command)}", flush=True)
         done = subprocess.run(
             [*self._machines[machine].prefix, *MERGEC, *command],
@@ -148,7 +148,7 @@ class Deployment:
         return done.stdout.strip()
 
     def start(self, machine: str, *command: str, program: tuple[str, ...] = MERGEC) -> str:
-        """Start what stays, and wait until it listens; gives the address."""
+        """Start a service and wait until it listens; returns its address."""
         name = "mergec" if program == MERGEC else "wiretap"
         print(f"\n[{machine}]$ {name} {' '.join(command)} &", flush=True)
         log = self._folder / f"{machine}.log"
@@ -190,7 +190,7 @@ def play(
     *,
     plaintext: bool,
 ) -> None:
-    """Compile, deploy, ask in three ways, and search what was on the wire."""
+    """Compile, deploy, ask in three ways, and search the captured traffic."""
     source = str(tiny_model(folder / "model")) if model == "tiny" else model
     bundles, certs, wire = (folder / name for name in ("bundles", "certs", "wire"))
     wire.mkdir()
@@ -203,7 +203,7 @@ def play(
         for role in ("client", "server"):
             keys[role] = ("--store-key", str(folder / f"{role}.key"))
             (folder / f"{role}.key").write_text(secrets.token_hex(32))
-        # On real machines each role has its own folder of all these, and nothing of the others'.
+        # On real machines each role has only its own folder of these.
         secured = {role: ("--certs", str(certs / role)) for role in ("server", "dealer", "ann")}
         if plaintext:
             secured = dict.fromkeys(secured, ("--plaintext",))
@@ -256,13 +256,13 @@ def play(
     )
     found = [trace for file in files for trace in traces.search(file, texts, rows)]
     print("\n".join(found) or "Nothing of them was there.")
-    # What is public shows that the search would have found the rest.
+    # Finding the public hash shows that the search would have found the rest.
     program = json.loads((bundles / "client" / "manifest.json").read_text())["program_hash"]
     greeting = {"program": program.encode()}
     named = any(True for file in files for _ in traces.search(file, greeting, set()))
     print(f"The program's public hash was {'' if named else 'not '}there.")
     if found or answer != again or named != plaintext:
-        sys.exit("that is not as it should be")
+        sys.exit("the run did not behave as expected; see above")
 
 
 def main() -> None:

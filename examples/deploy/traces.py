@@ -1,4 +1,4 @@
-"""Traces that a secret would leave in a capture, and the search for them."""
+"""Traces that a secret would leave in a network capture, and the search for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 4
 """Numbers of a weight's row that count as a trace of it."""
 
 SHORTEST = 8
-"""Bytes of a trace: fewer would be found anywhere."""
+"""Shortest trace in bytes; shorter ones would occur by chance."""
 
 _CHUNK = 1 << 26
 _SIEVE_BITS = 24
@@ -25,9 +25,9 @@ _SIEVED = np.uint64((1 << _SIEVE_BITS) - 1)
 
 
 def text_traces(text: str, ids: list[int]) -> dict[str, bytes]:
-    """How a text, or its tokens, could stand on the wire."""
+    """The forms in which a text, or its tokens, could appear on the wire."""
     found = {"text": text.encode()}
-    if len(ids) > 1:  # one number alone is found anywhere
+    if len(ids) > 1:  # a single number would occur by chance
         found["token numbers as text"] = str(ids)[1:-1].encode()
         sizes = (8, 4, 2) if max(ids) < 1 << 16 else (8, 4)
         for kind in (f"{order}u{size}" for size in sizes for order in "<>"):
@@ -36,9 +36,9 @@ def text_traces(text: str, ids: list[int]) -> dict[str, bytes]:
 
 
 def weight_traces(bundle: Path) -> set[bytes]:
-    """The first numbers of every row of every weight, as floats and as the fixed-point words.
+    """The first numbers of every row of every weight, as floats and as fixed-point words.
 
-    Rows that begin with the same number four times, such as ones, would be found anywhere.
+    Rows that begin with four equal numbers, such as ones, are left out: they would occur by chance.
     """
     program = load_bundle(bundle, "server")
     numbers = [*program.tensors.items(), *Executor.take_weights(program).items()]
@@ -55,7 +55,7 @@ def weight_traces(bundle: Path) -> set[bytes]:
 
 
 def search(file: Path, texts: dict[str, bytes], rows: set[bytes]) -> Iterator[str]:
-    """What of these stands in a file, at any offset."""
+    """Which of the traces occur in a file, at any offset."""
     if not file.stat().st_size:
         return
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as kept:
@@ -74,7 +74,7 @@ def search(file: Path, texts: dict[str, bytes], rows: set[bytes]) -> Iterator[st
 
 
 def _candidates(part: bytes, begins: np.ndarray, sieve: np.ndarray) -> Iterator[int]:
-    """Where one of eight-byte words stands; the sieve passes over nearly all of the others."""
+    """Offsets of the given 8-byte words; the sieve skips nearly all others."""
     for offset in range(min(8, len(part) - 7)):
         words = np.frombuffer(part, "<u8", (len(part) - offset) // 8, offset)
         places = np.flatnonzero(sieve[words & _SIEVED])

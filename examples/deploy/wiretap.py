@@ -1,9 +1,10 @@
-"""Somebody on the wire: passes bytes between client and server on, and keeps a copy.
+"""An eavesdropper: forwards the bytes between client and server, and keeps a copy.
 
     python wiretap.py LISTEN TARGET FOLDER
 
-Each connection to LISTEN goes on to TARGET. What goes there is kept in FOLDER/N.up, what comes back
-in FOLDER/N.down: the contents of the TCP streams, complete and in order, as a router sees them.
+Each connection to LISTEN is forwarded to TARGET. The bytes sent to TARGET are stored in
+FOLDER/N.up, the bytes sent back in FOLDER/N.down: the contents of the TCP streams, complete and in
+order, as a router sees them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _BUFFER = 1 << 20
 
 
 def listen(at: tuple[str, int], target: tuple[str, int], folder: Path) -> None:
-    """Pass connections on until killed."""
+    """Forward connections until killed."""
     with socket.create_server(at) as listener:
         host, port = listener.getsockname()
         print(f"listening {host}:{port}", flush=True)
