@@ -1,4 +1,4 @@
-"""A headless browser for tests, where there is one."""
+"""A headless browser for tests, if one is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """Chromium with a profile of its own; the test is skipped where it is not installed."""
+    """Chromium with its own profile; skips the test if it is not installed."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("chromium and its chromedriver are not installed")

@@ -1,4 +1,4 @@
-"""A tiny random decoder of characters: each token is one, so that any answer is a text."""
+"""A tiny random decoder of characters: each token is a character, so any answer is valid text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files(chat: str | None = CHAT) -> dict[str, bytes]:
 
 
 def save(path: Path, **manifest: object) -> Path:
-    """The decoder's bundles, with a tokenizer in the client's."""
+    """Save the decoder's bundles, with a tokenizer in the client's."""
     told = {"model": "tiny", "max_length": LENGTH, "stop_tokens": [STOP], **manifest}
     kept = {f"{TOKENIZER}/{name}": content for name, content in files().items()}
     for role in ROLES:

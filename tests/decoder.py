@@ -1,4 +1,4 @@
-"""A one-layer decoder as a handmade program, in the forms that a compiler leaves it in."""
+"""A one-layer decoder as a handwritten program, in the forms that a compiler would produce."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProg
 VOCAB, WIDTH, LENGTH = 13, 8, 16
 LAST = 2**63 - 1
 BOUND = 64.0
-"""Largest mean square that the norm is told to expect: rows are about 1, and may be 2**4 larger."""
+"""Largest mean square that the norm expects: rows are about 1, and may be up to 2**4 larger."""
 
 
 def weights(seed: int = 3) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def weights(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def program(role: str = "server", seed: int = 3, **manifest: object) -> RoleProgram:
-    """Embedding, norm, attention with a cache, residual, head: greedy margins are large."""
+    """Embedding, norm, attention with a cache, residual and head; greedy margins are large."""
     secret = weights(seed)
     made: list[Instruction] = []
 

@@ -1,4 +1,4 @@
-"""A tiny random decoder of each supported family, and its captured step, made once per session."""
+"""A tiny random decoder of each supported family, and its captured step; cached per session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergec.compiler.frontend.capture import Captured, capture
 
 VOCAB, LAYERS, HEADS, WIDTH = 97, 2, 4, 32
 LENGTHS = ((5, 0), (1, 5), (3, 4))
-"""New and past tokens: a prompt, a decoding step, and some tokens onto a cache."""
+"""New and past tokens: a prompt, a decode step, and several tokens after a cache."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -76,7 +76,7 @@ def random_decoder(family: str, **changes: Any) -> Any:
 
 @functools.cache
 def decoder(family: str) -> Any:
-    """The model of a family; not to be changed."""
+    """The model of a family; must not be modified."""
     return random_decoder(family)
 
 
@@ -86,12 +86,12 @@ def _captured(family: str) -> Captured:
 
 
 def captured(family: str) -> Captured:
-    """The captured step of a family, to be rewritten at will."""
+    """A copy of the captured step of a family, which may be rewritten."""
     return _captured(family).copy()
 
 
 def tokens(count: int = 9, seed: int = 0) -> torch.Tensor:
-    """Random token numbers [1, count]."""
+    """Random token ids [1, count]."""
     return torch.randint(0, VOCAB, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
@@ -101,7 +101,7 @@ def empty_caches(step: Captured) -> list[torch.Tensor]:
 
 
 def outputs(step: Captured, new: int, past: int) -> list[torch.Tensor]:
-    """Logits and caches of `new` tokens after `past` ones, all of them by the graph itself."""
+    """Logits and caches of `new` tokens after `past` ones, all computed by the graph itself."""
     ids, caches = tokens(), empty_caches(step)
     with torch.no_grad():
         if past:
@@ -118,6 +118,6 @@ def expected(family: str, length: int) -> torch.Tensor:
 
 
 def error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference; the shapes have to be equal."""
+    """The largest difference; the shapes must be equal."""
     assert actual.shape == wanted.shape
     return float((actual.detach().double() - wanted.detach().double()).abs().max())

@@ -1,4 +1,4 @@
-"""Small handmade programs: what a compiler would emit for a one-layer decoder."""
+"""Small handwritten programs, as a compiler would emit for a one-layer decoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def tiny(role: str = "server", **manifest: object) -> RoleProgram:
-    """Embedding, norm, linear, cache, head; every kind of argument appears once."""
+    """Embedding, norm, linear, cache and head; every kind of argument occurs once."""
     secret = weights()
     public = {"cos": torch.linspace(0.0, 1.0, 4)}
     constants = [
@@ -67,7 +67,7 @@ def tiny(role: str = "server", **manifest: object) -> RoleProgram:
 
 
 def decoder(role: str = "server", **manifest: object) -> RoleProgram:
-    """A program that runs: embedding, linear, a cache that nothing reads, tied head."""
+    """A program that runs: embedding, linear, a cache that nothing reads, and a tied head."""
     secret = {k: v for k, v in weights().items() if k != "norm.weight"}
 
     def make(name: str, target: str, *args: object, vis: Vis = Vis.SHARED, frac: int = 16):
@@ -103,7 +103,7 @@ def decoder(role: str = "server", **manifest: object) -> RoleProgram:
 
 
 def greedy(prompt: list[int], count: int) -> list[int]:
-    """What `decoder` says, computed without any of our code."""
+    """The answer of `decoder`, computed without mergec's code."""
     held, tokens = weights(), list(prompt)
     for _ in range(count):
         hidden = held["up.weight"] @ held["embed.weight"][tokens[-1]]

@@ -1,4 +1,4 @@
-"""Models for which the lossy passes of MERGE are exact by construction."""
+"""Models for which MERGE's lossy passes are exact by construction."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def codes(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def position_codes() -> torch.Tensor:
-    """Codes [15, 16] that are orthogonal to each other: a Hadamard matrix's, by Sylvester."""
+    """Codes [15, 16] that are orthogonal to each other: rows of a Hadamard matrix (Sylvester)."""
     step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     return reduce(torch.kron, [step] * 4)[1:]
 
 
 def gpt2(width: int, **settings: Any) -> Any:
-    """A GPT-2 in float64 of one layer and one head, all of whose weights are zero."""
+    """A GPT-2 in float64 with one layer and one head, all of whose weights are zero."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -52,10 +52,10 @@ def gpt2(width: int, **settings: Any) -> Any:
 
 
 def looks_back() -> Any:
-    """Its attention looks at the token before, wherever that is; what follows is random.
+    """Its attention looks at the previous token, at any position; the rest is random.
 
-    A row is [token, position, room]: attention copies the token before into the room, so that all
-    rows have mean 0 and deviation 1 before the second norm, too.
+    A row is [token, position, room]. Attention copies the previous token into the room, so all rows
+    have mean 0 and deviation 1 before the second norm, too.
     """
     model = gpt2(3 * CODE)
     token, position, room = (slice(i * CODE, (i + 1) * CODE) for i in range(3))
@@ -79,11 +79,11 @@ def looks_back() -> Any:
 
 
 def says_its_next_row() -> Any:
-    """Its hidden state is the row of the token that it says: each token has one that follows it.
+    """Its hidden state is the row of the token that it outputs; each token has one successor.
 
-    A row is [token, position, room]. The first layer of the MLP gives a linear map twice, with
-    either sign, so that its ReLU loses nothing; the second puts the next token's code in place of
-    the token's and takes the position out.
+    A row is [token, position, room]. The first layer of the MLP computes a linear map twice, with
+    both signs, so its ReLU loses nothing. The second layer replaces the token's code by that of the
+    next token and removes the position.
     """
     model = gpt2(3 * CODE, activation_function="relu")
     token, position = (slice(i * CODE, (i + 1) * CODE) for i in range(2))

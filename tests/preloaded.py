@@ -1,4 +1,4 @@
-"""What every role of a test loads; imported once, by the process that roles are forked from."""
+"""Imports what roles load; imported once, by the process that test roles are forked from."""
 
 from __future__ import annotations
 

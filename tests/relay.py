@@ -1,4 +1,4 @@
-"""A connection between two roles that goes wrong at a frame of choice; over plain TCP."""
+"""A connection between two roles that fails at a chosen frame; over plain TCP."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mergec.runtime.transport.channel import Kind
 
 HEADER = struct.Struct("!BxxxIQ")
 UP, DOWN = "up", "down"
-"""From whoever connected, and to it."""
+"""From the role that connected, and to it."""
 
 Spot = tuple[str, Kind, int]
-"""The so-manieth frame of a kind in a direction, counted from the spot before."""
+"""The n-th frame of a kind in a direction, counted from the previous spot."""
 
 
 @dataclass
 class Pair:
-    """A connection that came in, and the one made for it."""
+    """An incoming connection, and the outgoing one that belongs to it."""
 
     near: socket.socket
     far: socket.socket
@@ -31,7 +31,7 @@ class Pair:
     pause: float = 0.0
 
     def reset(self) -> None:
-        """End it as a machine does that knows nothing of it."""
+        """Reset the connection, as a machine does that does not know of it."""
         for end in (self.near, self.far):
             with suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -39,22 +39,22 @@ class Pair:
                 end.close()
 
     def silence(self) -> None:
-        """Pass nothing on any more, with both ends open."""
+        """Forward nothing any more, with both ends open."""
         self.silent = True
 
     def trickle(self) -> None:
-        """From here on a byte now and then."""
+        """From here on, forward an occasional byte."""
         self.pause = 0.2
 
 
 class Relay:
-    """Passes frames on; at the armed spot it first does what it was told to."""
+    """Forwards frames; at the armed spot it first causes the fault."""
 
     def __init__(self) -> None:
         self.target = Address("127.0.0.1", 1)
         self.fired = threading.Event()
         self.delay = 0.0
-        """Seconds that every frame takes."""
+        """Seconds of delay per frame."""
         self._spots: list[Spot] = []
         self._fault: Callable[[Pair], object] = Pair.silence
         self._pairs: list[Pair] = []
@@ -64,13 +64,13 @@ class Relay:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def arm(self, spots: list[Spot], fault: Callable[[Pair], object]) -> None:
-        """Have `fault` happen once the spots have been passed, just before the last one's frame."""
+        """Cause `fault` once the spots have been passed, just before the last one's frame."""
         with self._lock:
             self._spots, self._fault = list(spots), fault
             self.fired.clear()
 
     def disarm(self) -> None:
-        """End all connections, those that went wrong included."""
+        """End all connections, including faulty ones."""
         with self._lock:
             self._spots = []
         for pair in self._pairs:
@@ -134,7 +134,7 @@ class Relay:
 
 
 def read(connection: socket.socket, count: int) -> bytes | None:
-    """So many bytes, None when they do not come."""
+    """Exactly `count` bytes; None if they do not arrive."""
     data = bytearray()
     while len(data) < count:
         got = connection.recv(min(count - len(data), 1 << 16))

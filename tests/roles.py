@@ -1,4 +1,4 @@
-"""Starts small scripts as the three roles, in processes of their own."""
+"""Runs small scripts as the three roles, in processes of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mergec.runtime.transport.lines import take
 role, *descriptors = sys.argv[1:]
 channels = take(role, list(map(int, descriptors)), 20.0)
 """
-"""`role`, and `channels` to the two others by their rank."""
+"""Defines `role`, and `channels` to the two other roles by rank."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ def run_roles(script: str, timeout: float = 60.0) -> dict[str, Finished]:
 
 
 def outputs(script: str, timeout: float = 60.0) -> dict[str, list[str]]:
-    """Lines that each role printed; all must end well."""
+    """Lines that each role printed; all roles must succeed."""
     finished = run_roles(script, timeout=timeout)
     failures = {r: (f.code, f.out, f.err) for r, f in finished.items() if f.code != 0}
     assert not failures, failures

@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def _play(arguments: list[str], output: Path) -> None:
-    """What `mergec` does, in a process and a group of its own, and with the output in a file."""
+    """Run `mergec` in its own process and process group, with its output in a file."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -42,7 +42,7 @@ def _play(arguments: list[str], output: Path) -> None:
 
 
 class Process:
-    """A `mergec` command, forked from a process that has loaded what roles load."""
+    """A `mergec` command, forked from a process that has imported what roles load."""
 
     def __init__(self, arguments: list[str], output: Path) -> None:
         output.touch()
@@ -68,16 +68,16 @@ class Process:
         os.kill(self.pid, number)
 
     def signal_all(self, number: int) -> None:
-        """To its sessions' processes, too."""
+        """Send a signal to the process and to its sessions' processes."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
 
 class Role:
-    """A role's process, and what it logs."""
+    """A role's process and its log."""
 
     def __init__(self, command: str, bundle: Path, *options: str) -> None:
-        # Opened for appending: reading here must not move where the processes write.
+        # Opened for appending, because reading here must not move the position of writes.
         self._folder = tempfile.TemporaryDirectory()
         self._file = Path(self._folder.name) / "log"
         listen = ("--port", "0") if command == "proxy" else ("--listen", "127.0.0.1:0")
@@ -96,7 +96,7 @@ class Role:
         return found
 
     def wait_for(self, event: str, count: int = 1, timeout: float = START) -> dict[str, Any]:
-        """The `count`th log line of this event, once it is there."""
+        """The `count`th log line of this event; waits for it."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             found = [line for line in self.log if line["event"] == event]
@@ -112,7 +112,7 @@ class Role:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """The processes of the sessions under way."""
+        """The processes of the active sessions."""
         return list(psutil.Process(self.process.pid).children())
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30.0) -> int:
@@ -146,7 +146,7 @@ def role(command: str, bundle: Path, *options: str) -> Iterator[Role]:
 
 
 class Deployment:
-    """A server, a dealer, and the means to connect to both."""
+    """A server and a dealer, and the means to connect to both."""
 
     def __init__(self, bundles: Path, server: Role, dealer: Role) -> None:
         self.bundles, self.server, self.dealer = bundles, server, dealer

@@ -28,14 +28,14 @@ TIMEOUT = 60.0
 
 @dataclass
 class Step:
-    """What one step gave at the client, and what it cost at each role."""
+    """The client's result of one step, and its cost at each role."""
 
     logits: torch.Tensor
     records: list[StepRecord]
 
     @property
     def by_instruction(self) -> dict[str, Cost]:
-        """Rounds and bytes as the server counted them, and the dealer's as both parties did."""
+        """Online cost as counted by the server, and offline bytes as counted by both parties."""
         client, server = (self.records[party].by_instruction for party in (CLIENT, SERVER))
         return {
             name: replace(cost, offline=cost.offline + client.get(name, Cost()).offline)
@@ -45,7 +45,7 @@ class Step:
 
 @functools.cache
 def compiled(family: str, **options: Any) -> tuple[Any, Program]:
-    """A tiny decoder in float32 and its program, compiled with these options; not to be changed."""
+    """A tiny float32 decoder and its program, compiled with these options; must not be modified."""
     model = random_decoder(family).float()
     return model, compile_decoder(model, config=CompileConfig(max_length=64, **options))
 

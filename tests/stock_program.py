@@ -1,4 +1,4 @@
-"""A handmade program for CrypTen's stock protocols, with every kind of value and move in it."""
+"""A handwritten program for CrypTen's stock protocols, with every kind of value and move in it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def program(role: str) -> RoleProgram:
             make("up", "mpc.linear", Ref("norm"), Ref("up.weight"), Ref("up.bias")),
             make("rows", "aten.view.default", Ref("up"), [1, 1, Ref("new"), WIDTH]),
             make("cache.out", "mpc.cache_append", Ref("cache"), Ref("rows")),
-            # A secret beside what the server alone knows, and beside what all know.
+            # Concatenates a secret with a value of the server and a public one.
             make("keys", "aten.cat.default", [Ref("cache.out"), Ref("sink"), Ref("mark")], -2),
-            # A secret picked from by public numbers.
+            # Indexes a secret by public numbers.
             make("values", "aten.index.Tensor", Ref("keys"), [*everywhere, Ref("order")]),
             make("seen", "mpc.attention", Ref("rows"), Ref("keys"), Ref("values"), None, 0.35),
             make("left", "aten.slice.Tensor", Ref("seen"), 3, 0, WIDTH // 2),

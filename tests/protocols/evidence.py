@@ -1,4 +1,4 @@
-"""Every protocol on random and adversarial inputs over its whole range; writes docs/evidence.md.
+"""Tests every protocol on random and adversarial inputs of its range; writes docs/evidence.md.
 
 Usage: python -m tests.protocols.evidence [--count N] [--truncations N] [--only WORD]
 """
@@ -49,14 +49,14 @@ load_all()
 
 @dataclass
 class Outcome:
-    """tried: results compared. failures: beyond the bound. worst: largest error, of the bound's."""
+    """tried: results compared. failures: beyond the bound. worst: largest error / bound."""
 
     tried: int = 0
     failures: int = 0
     worst: float = 0.0
 
     def add(self, error: torch.Tensor, bound: torch.Tensor | float) -> None:
-        """Errors, and what they may be; where nothing is allowed a bound of 0."""
+        """Record errors and their bounds; results that must be exact have a bound of 0."""
         allowed = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
         error = error.abs().double()
         self.tried += error.numel()
@@ -67,9 +67,9 @@ class Outcome:
 
 @dataclass
 class Check:
-    """A protocol, the inputs that it gets, what it promises, and what tries that.
+    """A protocol, its inputs, its promise, and the function that tests it.
 
-    cost: how many times as long as the others it takes for one input; it gets fewer of them.
+    cost: relative time per input compared with other protocols; expensive ones get fewer inputs.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Check:
 
 
 def pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Sizes that add up to `count`, each with a number to seed its inputs by."""
+    """Sizes that add up to `count`, each with a seed for its inputs."""
     for seed, start in enumerate(range(0, count, size)):
         yield min(size, count - start), seed
 
 
 def inputs(count: int, seed: int, low: int, high: int, near: list[int]) -> torch.Tensor:
-    """Integers in [low, high]: a third anywhere, a third of any size, a third next to `near`."""
+    """Integers in [low, high]: a third uniform, a third of any magnitude, a third near `near`."""
     third = count // 3
     anywhere = words(third, low, high + 1, seed)
     sizes = torch.rand(third, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -111,7 +111,8 @@ def truncations(shift: int) -> Callable[[int], Outcome]:
             simulation = Simulation()
             shares = integers(simulation, values)
             result, _ = run(simulation, lambda ctx, p, s=shares: truncate(ctx, s[p].share, shift))
-            # Rounded down or up; from the shift of a window on, half a unit more to either side.
+            # Rounded down or up; from the shift of a window on, half a unit more in either
+            # direction.
             doubled = 2 * (result - (values >> shift)) - (1 if shift <= 32 else 0)
             outcome.add(doubled, 1.0 if shift <= 32 else 3.0)
         return outcome
@@ -207,7 +208,7 @@ def squares(count: int) -> Outcome:
 
 
 def row_values(rows: int, length: int, seed: int, limit: int) -> torch.Tensor:
-    """Random rows; every fourth has all its values within a few units, and ties."""
+    """Random rows; every fourth has all its values within a few units, with ties."""
     values = words(rows * length, -limit, limit + 1, seed).reshape(rows, length)
     values[::4] = words(len(values[::4]) * length, -2, 3, seed).reshape(-1, length)
     values[1::4, :2] = torch.tensor([limit, -limit])
@@ -240,7 +241,7 @@ def near_maxima(length: int) -> Callable[[int], Outcome]:
             shares = [s.share.to(torch.int32) for s in integers(simulation, values)]
             result, _ = run(simulation, lambda ctx, p, s=shares, v=valid: peak(ctx, s[p], v))
             below = (values.max(1).values - result.long()) * UNIT
-            # In [0, 2): one to either side of the middle.
+            # In [0, 2): one in either direction from the middle.
             outcome.add(below - 1, 1.0)
             outcome.tried += values.numel() - size
         return outcome
@@ -296,7 +297,7 @@ def norms(eps: float, bound: float, spread: float, peak_value: float) -> Callabl
                 simulation, lambda ctx, p, s=shares, n=spec: normalize(ctx, s[p].share, n)
             )
             exact = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-            # Two units of the row's 16 bits, and a mantissa's 2**-14.
+            # Two units of the row's 16 bits, and 2**-14 of the mantissa.
             outcome.add(
                 result.double() * 2.0**-SCALED_FRAC - exact, 2 * UNIT + 2**-14 * exact.abs()
             )
@@ -309,7 +310,7 @@ def norms(eps: float, bound: float, spread: float, peak_value: float) -> Callabl
 
 
 def table_edges(function: Function) -> list[int]:
-    """Ends of windows, where tails begin, and the ends of the table."""
+    """Ends of windows, positions where tails begin, and the ends of the table."""
     table = function.table
     windows = [table.start + (i << table.step_bits) for i in range(table.windows + 1)]
     ends = (table.start + (t << function.end_bits) for t in function.thresholds)
@@ -353,7 +354,7 @@ def score_caps(count: int) -> Outcome:
 
 
 def positive(name: str, low: int, high: int, bound: Callable[[Any], Any]) -> Callable[..., Outcome]:
-    """Integers of every size in [2**low, 2**high), and the neighbours of all powers of two."""
+    """Integers of every magnitude in [2**low, 2**high), and the neighbours of powers of two."""
     op = REGISTRY[name]
     octaves = [2**k for k in range(low, high)]
 

@@ -1,4 +1,4 @@
-"""Short ways to run a protocol at all three roles and to put the result together."""
+"""Helpers that run a protocol at all three roles and combine the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def integers(simulation: Simulation, values: torch.Tensor) -> list[Shared]:
 def run(
     simulation: Simulation, build: Callable[[Context, int], Protocol]
 ) -> tuple[torch.Tensor, Cost]:
-    """The sum of the two parties' results, and what this run cost."""
+    """The sum of the two parties' results, and the cost of the run."""
     simulation.cost = Cost()
     client, server, dealer = simulation.run(build)
     assert dealer.is_meta and dealer.shape == client.shape
@@ -31,7 +31,7 @@ def run(
 def run_list(
     simulation: Simulation, build: Callable[[Context, int], Protocol]
 ) -> tuple[list[torch.Tensor], Cost]:
-    """As `run`, for protocols that give several shares."""
+    """Like `run`, for protocols that return several shares."""
     simulation.cost = Cost()
     client, server, _ = simulation.run(build)
     return [a + b for a, b in zip(client, server, strict=True)], simulation.cost
