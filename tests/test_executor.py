@@ -47,7 +47,7 @@ def test_arguments_of_an_op_follow_its_schema_and_defaults() -> None:
 
 
 def test_a_program_may_call_nothing_else() -> None:
-    with pytest.raises(KeyError, match="no function that a program may call"):
+    with pytest.raises(KeyError, match="not a function that a program may call"):
         Planned(instruction("y", "aten.load.default", Ref("x")))
 
 

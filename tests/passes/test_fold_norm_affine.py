@@ -122,7 +122,7 @@ def test_near_miss_a_tied_matrix() -> None:
 
 def test_near_miss_a_computed_gain() -> None:
     graph = Graph(lambda m, x: F.linear(rms(x, m.g * 2), m.w), X, g=G, w=W)
-    leaves(graph, *NAMES, reason="is not a constant")
+    leaves(graph, *NAMES, reason="is no constant")
 
 
 def test_near_miss_narrow_weights() -> None:

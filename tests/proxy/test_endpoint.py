@@ -170,7 +170,7 @@ def test_logprobs_are_the_models(client: Any, bundles: Path, said: str) -> None:
     ("more", "kind", "code", "message"),
     [
         ({"model": "gpt-4"}, "NotFoundError", "model_not_found", "ask for 'tiny'"),
-        ({"n": 2}, "BadRequestError", "unsupported_value", "n: is not offered here"),
+        ({"n": 2}, "BadRequestError", "unsupported_value", "n: is not supported"),
         ({"extra_body": {"colour": 1}}, "BadRequestError", "unknown_parameter", "colour: is not"),
         ({"messages": []}, "BadRequestError", "invalid_value", "messages: "),
         (

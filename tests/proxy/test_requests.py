@@ -25,11 +25,11 @@ def refusal(kind: Any, fields: dict[str, Any]) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("more", "code", "param", "message"),
     [
-        ({"n": 2}, "unsupported_value", "n", "not offered here"),
-        ({"tools": [{"type": "function"}]}, "unsupported_value", "tools", "not offered here"),
+        ({"n": 2}, "unsupported_value", "n", "not supported"),
+        ({"tools": [{"type": "function"}]}, "unsupported_value", "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format", ""),
         ({"frequency_penalty": 0.5}, "unsupported_value", "frequency_penalty", ""),
-        ({"colour": "red"}, "unknown_parameter", "colour", "not known here"),
+        ({"colour": "red"}, "unknown_parameter", "colour", "not supported"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "5"}, "invalid_value", "max_tokens", "valid integer"),
         ({"temperature": 3}, "invalid_value", "temperature", "less than or equal to 2"),
@@ -37,7 +37,7 @@ def refusal(kind: Any, fields: dict[str, Any]) -> tuple[str, str, str]:
         ({"stop": ["a"] * 5}, "invalid_value", "stop", "at most 4"),
         ({"stop": ""}, "invalid_value", "stop.0", "at least 1 character"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs", "needs logprobs"),
-        ({"stream_options": {}}, "invalid_value", "stream_options", "for a stream"),
+        ({"stream_options": {}}, "invalid_value", "stream_options", "requires a stream"),
         ({"messages": []}, "invalid_value", "messages", "at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role", ""),
     ],
