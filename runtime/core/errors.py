@@ -27,7 +27,7 @@ class PromptError(MergecError):
 
 
 class LimitError(PromptError):
-    """The server's answer limit is reached; try again after `wait` seconds."""
+    """The server accepts no more requests for now; it may again after `wait` seconds."""
 
     def __init__(self, message: str, wait: int) -> None:
         super().__init__(message)

@@ -90,8 +90,8 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
 
     In: opened, public [n], int32 or int64; mask of the same type, used only at the dealer, where it
     is r itself. Rounds 0, online 0 bytes; offline 64 bytes per element plus 32 for each bit of a
-    window's index. Each party sees nothing new but its key of a point function, which on its own is
-    pseudorandom and independent of r.
+    window's index. Each party sees nothing new but its key of a point function, which is
+    computationally indistinguishable from uniform, whatever r is.
     """
     count, depth = opened.numel(), _depth(table)
     generator = Generator(_BLOCKS)

@@ -27,8 +27,8 @@ _SEED_BYTES = 32
 def tell_constant_seed(ctx: Context) -> Protocol:
     """The client sends the server the seed of `Context.constant_words`: 1 round, 32 bytes.
 
-    Both parties may know these words. What hides a constant from the client is the server's part of
-    the mask, or the server's share.
+    The words need not be secret from any role. What hides a constant from the client is the
+    server's part of the mask, or the server's share.
     """
     seed = ctx.constant_seed
     if ctx.party == CLIENT and seed is not None:
