@@ -1,4 +1,4 @@
-"""The benchmark on a decoder small enough: rows are kept, failures told, runs taken up again."""
+"""The benchmark on a small decoder: rows are kept, failures reported, runs resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A captured step is the model; what is no decoder is refused in one line."""
+"""A captured step equals the model; other modules are rejected with one-line errors."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tests.families import (
 )
 
 TOLERANCE = 1e-12
-"""The captured ops are the model's own, in float64."""
+"""The captured ops are those of the model, in float64."""
 
 
 class Bigram(nn.Module):
-    """A decoder that somebody wrote, with every kind of constant."""
+    """A custom decoder with every kind of constant."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()

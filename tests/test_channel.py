@@ -1,4 +1,4 @@
-"""Frames, TLS and certificates: what passes, what is refused, and in which words."""
+"""Frames, TLS and certificates: what is accepted, what is rejected, and the messages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pair(timeout: float = 10.0) -> tuple[Channel, Channel]:
 def meet(
     client: Security, server: Security, roles: tuple[str, ...] = ("client",)
 ) -> tuple[Any, Any]:
-    """What connecting gave at either side: a channel, or the error."""
+    """The results of connecting at either side: a channel, or the error."""
 
     def attempt(call: Callable[[], Channel]) -> Channel | MergecError:
         try:
@@ -229,7 +229,7 @@ def test_certificates_name_the_role_and_the_client(certificates: Path) -> None:
     assert accepted._socket.version() == "TLSv1.3"
     for channel in (client, accepted):
         channel.close()
-    # The dealer's certificate is good, but not for a client, and not for a server.
+    # The dealer's certificate is valid, but neither for a client nor for a server.
     client, accepted = meet(dealer, server)
     assert "was rejected: only the client may connect here, not dealer" in str(accepted)
     with pytest.raises(PartyError, match="the server says: only the client may connect"):

@@ -40,7 +40,7 @@ def pair() -> Iterator[Pair]:
 
 
 def both(pair: Pair, call: Any) -> tuple[Any, Any]:
-    """What a call gives at client and server."""
+    """The results of a call at client and server."""
     with ThreadPoolExecutor(1) as pool:
         served = pool.submit(call, pair[1])
         return call(pair[0]), served.result()
@@ -312,14 +312,14 @@ def test_stock_crypten_computes_between_two_processes_over_tls(tmp_path: Path) -
     for result in results:
         found, spent = result.out.splitlines()
         for name, value in json.loads(found).items():
-            # Approximations of CrypTen's; comparisons and products are far closer.
+            # Approximations are CrypTen's; comparisons and products are far more accurate.
             assert torch.allclose(torch.tensor(value).float(), expected[name], atol=5e-3), name
         # Both factors are opened at once, four words each.
         assert spent == "1 64 64"
 
 
 def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Path) -> None:
-    """For trusted clusters: where no ChannelCommunicator is installed, nothing is changed."""
+    """For clusters that trust each other: without a ChannelCommunicator, CrypTen is unchanged."""
     code = """
         import torch
         from mergec.runtime.crypten import compat as crypten
@@ -378,11 +378,11 @@ def test_crypten_runs_with_the_dealer_as_third_party() -> None:
         """,
         timeout=120.0,
     )
-    # Both factors, three words each, go out once from either party.
+    # Each party sends both factors, three words each, once.
     assert printed["client"][0] == printed["server"][0] == "1 48 48"
     assert abs(float(printed["client"][1].strip("[]")) + 8) < 1e-3
     assert printed["server"][2] == "nothing"
-    # Of the dealer the server gets a seed alone, the client its share of the product besides.
+    # From the dealer the server gets only a seed; the client also gets its share of the product.
     assert printed["server"][3] == "3 8"
     rounds, offline = map(int, printed["client"][3].split())
     assert rounds == 3

@@ -1,4 +1,4 @@
-"""The example of a deployment runs as it is, and its search of the wire finds what is there."""
+"""The deployment example runs as it is, and its search of the wire finds what is there."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_traces_are_found_wherever_they_are(
 
 
 def test_three_machines(tmp_path: Path) -> None:
-    """Without TLS: so what hides prompt, answers and weights is the protocols."""
+    """Without TLS, so only the protocols hide prompt, answers and weights."""
     done = subprocess.run(
         [
             *(sys.executable, str(EXAMPLE / "three_machines.py"), "--plaintext"),

@@ -52,7 +52,7 @@ def expanded(keys: Keys, depth: int, party: int, generator: Generator) -> np.nda
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 7])
 def test_words_stand_in_their_place_and_zeros_elsewhere(depth: int) -> None:
-    """Every place, several keys each."""
+    """Every place, with several keys each."""
     index = np.tile(np.arange(2**depth), 3)
     payload = random_words(len(index), WORDS).view(np.int64)
     generator = Generator(WORDS // 2)
@@ -113,7 +113,7 @@ def test_each_call_takes_fresh_roots_and_both_parties_get_the_same_corrections()
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_library_tells_the_same(depth: int) -> None:
-    """The definition again, by the code for processors without instructions for AES."""
+    """The definition again, by the code for processors without AES instructions."""
     size = LEAF_BITS << depth
     index, generator = np.arange(size), Generator(1)
     payload = np.zeros((size, 2), np.uint64)

@@ -27,7 +27,7 @@ def test_products_with_a_weight(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("outputs", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_in_groups_and_columns_in_runs(rows: int, outputs: int, dtype: torch.dtype) -> None:
-    """Groups of rows that are not full, and more columns than are multiplied at once."""
+    """Incomplete groups of rows, and more columns than are multiplied at once."""
     info = torch.iinfo(dtype)
     for inner in (1, kernels._COLUMN, 2 * kernels._COLUMN + 9):
         weight = words(outputs, inner, bits=info.bits - 1).to(dtype)
@@ -42,7 +42,7 @@ def test_rows_in_groups_and_columns_in_runs(rows: int, outputs: int, dtype: torc
 def test_columns_in_groups_and_rows_in_runs(
     rows: int, inner: int, columns: int, dtype: torch.dtype
 ) -> None:
-    """Groups of rows that are not full, and more of them than are multiplied at once."""
+    """Incomplete groups of rows, and more of them than are multiplied at once."""
     info = torch.iinfo(dtype)
     weight, x = words(inner, columns, bits=info.bits - 1).to(dtype), words(rows, inner)
     weight[:2], x[:, :1] = info.min, -(2**63)
@@ -63,7 +63,7 @@ def test_batched_products_broadcast() -> None:
 def test_batched_products_with_a_part_of_a_tensor(
     length: int, features: int, rows: int, groups: int
 ) -> None:
-    """What a cache with room for more entries is: its rows are not side by side."""
+    """A cache with room for more entries: its rows are not contiguous."""
     part = words(2, groups, 12, features)[:, :, 2 : 2 + length]
     first = words(2, groups, rows, length)
     assert torch.equal(kernels.matmul(first, part), torch.matmul(first, part))
@@ -74,7 +74,7 @@ def test_batched_products_with_a_part_of_a_tensor(
 
 
 def test_limb_products_are_exact_at_the_largest_words() -> None:
-    """What CUDA uses, on the CPU."""
+    """The path for CUDA, on the CPU."""
     extreme = torch.full((3, 5000), -1)
     assert torch.equal(kernels._limb_product(extreme, extreme.T), extreme @ extreme.T)
     a, b = words(4, 300), words(300, 6)

@@ -1,4 +1,4 @@
-"""Models from where they lie; what is no model is refused in one line."""
+"""Loading models; anything else is rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def encoder(path: Path) -> None:
 
 
 def smaller(path: Path) -> None:
-    """The weights are those of another configuration."""
+    """The weights belong to another configuration."""
     random_decoder("llama", hidden_size=16).config.save_pretrained(path)
 
 
 def fewer(path: Path) -> None:
-    """The configuration has a layer more than the file."""
+    """The configuration has one layer more than the file."""
     random_decoder("llama", num_hidden_layers=3).config.save_pretrained(path)
 
 

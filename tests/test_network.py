@@ -16,7 +16,7 @@ SLOW = Network(latency=0.05, bandwidth=1e6)
 
 
 class Clock(threading.local):
-    """Stands in for `time`: sleeping moves the clock of the thread that sleeps."""
+    """Replaces `time`: sleeping advances the clock of the thread that sleeps."""
 
     now = 0.0
 
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def _play(server, work) -> list[torch.Tensor]:
-    """Run both ends, the client's in this thread; gives what it received."""
+    """Run both ends, the client's in this thread; returns what the client received."""
     thread = threading.Thread(target=server)
     thread.start()
     received = work()

@@ -25,7 +25,7 @@ TYPES = {
 
 
 def export(program: RoleProgram, folder: Path) -> Path:
-    """A bundle with its graph in it."""
+    """A bundle that contains its graph."""
     data = lambda place: to_onnx(program, TYPES, place).SerializeToString()  # noqa: E731
     return save_bundle(program, folder, {GRAPH: data}) / GRAPH
 

@@ -1,4 +1,4 @@
-"""Calibration sees prompts and decoding steps, and measures values and rows of norms."""
+"""Calibration covers prompts and decode steps, and measures values and rows of norms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = InputSpec("ids", Vis.CLIENT, "torch.int64", (1, "new"))
 
 
 def measured(*names: str, seed: int = 0):
-    """A table lookup, and what is made of it; ranges of the tokens 1 and 2."""
+    """A table lookup and what follows from it; ranges of the tokens 1 and 2."""
     table = normal(4, 8, seed=seed) * 3.0
 
     def body(m, ids):
@@ -60,7 +60,7 @@ def test_tokens_that_are_not_fed_do_not_count() -> None:
 
 
 def test_the_cache_is_fed_as_in_a_session() -> None:
-    """The last tokens go one by one: what is measured is what the model computes."""
+    """The last tokens are fed one by one; what is measured is what the model computes."""
     step = captured("llama")
     ids = tokens()[0].tolist()
     annotate_ranges(step.graph_module, step.inputs, [ids])

@@ -1,4 +1,4 @@
-"""Transport: counters, streams, and what a missing or dead party gives."""
+"""Transport: counters, streams, and errors of a missing or dead party."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_dealer_runs_ahead_up_to_the_limit() -> None:
     dealer = threading.Thread(target=deal)
     dealer.start()
     deadline = time.monotonic() + 60
-    # Besides, the receiving thread holds one block, one is handed over, and one is in hand.
+    # In addition, the receiving thread holds one block, one is in transit, and one is in use.
     while (receiver.received, sender.sent) != (30, 60) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Who knows what follows from who knows the inputs."""
+"""The visibility of values, derived from that of the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best few of a row: against torch's own sort, on ties, extremes and every size of group."""
+"""The best few of a row: against torch's own sort, on ties, extremes and every group size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random and adversarial inputs on the whole range: a few always, a million in the slow tests."""
+"""Random and adversarial inputs on the whole range: some by default, a million in the slow test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every input of a small domain, for each protocol; `test_formula` has those of bits and digits."""
+"""Every input of a small domain, for each protocol; `test_formula` covers bits and digits."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_powers_of_every_small_number(exponent: float) -> None:
 
 
 def test_every_small_number_lies_in_one_octave() -> None:
-    """And its level, the number of levels that it is not below, is the one whose table is used."""
+    """The level, counted as the levels that V is not below, is the one whose table is used."""
     values = torch.arange(1, 2**10)
     simulation = Simulation()
     shares = integers(simulation, values)
@@ -127,7 +127,7 @@ def test_norms_of_every_small_row_of_two() -> None:
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu"])
 def test_functions_at_every_input_around_zero(name: str) -> None:
-    """A quarter to either side of zero, input by input, and the ends of the table likewise."""
+    """A quarter of the inputs on either side of zero, one by one, and those at the table's ends."""
     op = REGISTRY[name]
     places = [0] if name == "exp" else [0, -(16 << 16), 16 << 16, -(8 << 16), 8 << 16]
     near = torch.arange(-(2**11), 2**11)

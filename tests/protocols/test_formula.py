@@ -1,4 +1,4 @@
-"""Polynomials of opened bits, and the digit tables whose bits they take: exhaustive."""
+"""Polynomials of opened bits, and the digit tables that supply the bits: exhaustive."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _value(formula: Formula, byte: int) -> int:
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_unmasking_is_exact_for_every_mask_and_every_bit_pattern(name: str) -> None:
-    """All 256 * 256 pairs of bits and mask bits give the polynomial's value."""
+    """All 256 * 256 pairs of bits and mask bits yield the polynomial's value."""
     formula = FORMULAS[name]
     mask = np.arange(256)
     for byte in range(256):

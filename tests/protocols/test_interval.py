@@ -28,7 +28,7 @@ from tests.protocols.harness import run, words
 
 @pytest.mark.parametrize("step_bits", [6, 9])
 def test_every_value_of_a_small_domain(step_bits: int) -> None:
-    """All x in the table's domain, each under masks that make every borrow happen."""
+    """All x in the table's domain, each under masks that produce every borrow."""
     windows, unit = 16, 8
     table = fit(np.sin, unit, -(4 << step_bits), windows, step_bits, out_frac=40)
     domain = torch.arange(table.start, table.start + (windows - 1) * 2**step_bits + 1)
@@ -44,7 +44,7 @@ def test_every_value_of_a_small_domain(step_bits: int) -> None:
     masks: dict[int, torch.Tensor] = {}
     worst = 0.0
     for _ in range(5):
-        # The dealer runs first, so that its mask is there when the parties look.
+        # The dealer runs first, so that its mask exists when the parties look up.
         result, cost = run(simulation, protocol)
         error = result.double() * 2.0**-40 - torch.sin(domain.double() * 2.0**-unit)
         worst = max(worst, float(error.abs().max()))
@@ -92,7 +92,7 @@ def test_dropped_bits_cost_at_most_one_unit_of_what_is_left() -> None:
 @pytest.mark.parametrize("count", [1, 3, 131])
 @pytest.mark.parametrize("party", [CLIENT, SERVER])
 def test_instructions_and_library_grow_the_same_trees(party: int, count: int) -> None:
-    """Keys that belong to no table: whatever they expand to must be the same, to the bit."""
+    """Keys that belong to no table: whatever they expand to must be equal bit for bit."""
     table = fit(np.tanh, 16, -(2**19), 64, 14, 40, drop=2)
     generator = Generator(2)
     prg = Prg(new_seed())
@@ -110,7 +110,7 @@ def test_instructions_and_library_grow_the_same_trees(party: int, count: int) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [["vaes"], ["avx512f"], ["aes"]])
 def test_processors_that_lack_instructions(missing: list[str], tmp_path: Path) -> None:
-    """The tests of all kernels in a process that takes its processor for a lesser one."""
+    """Run the tests of all kernels in a process that assumes a processor with fewer features."""
     files = [__file__, str(Path(__file__).parents[1] / "test_dpf.py")]
     script = (
         "import sys, llvmlite.binding as binding, pytest\n"
@@ -119,7 +119,7 @@ def test_processors_that_lack_instructions(missing: list[str], tmp_path: Path) -
         "binding.get_host_cpu_features = lambda: features\n"
         f"sys.exit(pytest.main(['-q', '-m', 'not slow', '-p', 'no:cacheprovider', *{files}]))"
     )
-    # Kernels of another width must not come from, or stay in, the cache.
+    # Kernels of another width must not be read from the cache, or written to it.
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     found = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True

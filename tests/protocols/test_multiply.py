@@ -82,7 +82,7 @@ def test_matmul_of_opened_wires() -> None:
 def test_server_held_constants_cost_one_message_to_the_server(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many pieces their masked words are sent in."""
+    """The result does not depend on the number of pieces in which masked words are sent."""
     monkeypatch.setattr(weights, "PIECE", piece)
     simulation = Simulation()
     x = words(6 * 8, -(2**63), 2**63 - 1).reshape(6, 8)
@@ -118,7 +118,7 @@ def test_a_constant_that_is_a_single_number() -> None:
 
 
 def test_shared_constants_cost_one_opening_of_the_other_factor() -> None:
-    """Twice with the same static masks: for a weight nothing is sent after the first opening."""
+    """With the same static masks twice, nothing is sent for a weight after its first opening."""
     simulation = Simulation()
     weight = words(40, -(2**63), 2**63 - 1).reshape(5, 8)
     gain, bias = words(8, -99, 99), words(5, -(2**40), 2**40)
@@ -162,7 +162,7 @@ def test_rows_of_a_table(shared: bool) -> None:
 
 
 def test_an_opened_constant_is_uniform_to_the_client() -> None:
-    """Without the server's part of the mask the client would know a constant of small numbers."""
+    """Without the server's part of the mask, the client would learn a constant of small numbers."""
     simulation = Simulation()
     constant = torch.full((4096,), 5)
     simulation.run(lambda ctx, p: tell_constant_seed(ctx))

@@ -1,4 +1,4 @@
-"""Row normalization, small rows and massive activations alike."""
+"""Row normalization, on small rows and on massive activations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 @pytest.mark.parametrize("at_client", [False, True])
 @pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 62, 62], [-2, 0]])
 def test_kernels_compute_what_words_of_tensors_do(shifts: list[int], at_client: bool) -> None:
-    """To the bit, on words that belong to no row."""
+    """Equal bit for bit, on words that belong to no row."""
     prg, rows, size = Prg(new_seed()), 3, 11
     down = [(k, s) for k, s in enumerate(shifts) if s > 0]
 

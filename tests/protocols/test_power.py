@@ -1,4 +1,4 @@
-"""Reciprocals and inverse square roots over every octave that they promise."""
+"""Reciprocals and inverse square roots over every octave in their valid range."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_octaves_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("spec", [Power(-1.0, 16, 6, 33), Power(-0.5, 29.2, 0, 40)])
 def test_beyond_the_octaves_nothing_is_larger_than_the_largest_result(spec: Power) -> None:
-    """Zero, negative and too large numbers: wrong, but no overflow for what follows."""
+    """Zero, negative and too large numbers: the result is wrong, but overflows nothing later."""
     beyond = [0, -1, -(2**spec.low), -(2**50), 2 ** (spec.high + 2), 2**62 - 1, -(2**62)]
     values = torch.tensor(beyond).repeat(200)
     simulation = Simulation()
@@ -67,7 +67,7 @@ def test_beyond_the_octaves_nothing_is_larger_than_the_largest_result(spec: Powe
     "spec", [Octaves(0, 9, 16, 2, level_table(np.sqrt, 2)), Power(-1.0, 17, 16, 45).octaves]
 )
 def test_positions_are_shifted_words(spec: Octaves) -> None:
-    """To the bit, up for the lowest levels and down for the others."""
+    """Equal bit for bit; shifts up for the lowest levels and down for the others."""
     some = torch.cat([words(500, -(2**63), 2**63 - 1), torch.tensor([0, -1, -(2**63)])])
     expected = [
         logical_shift(some, drop) if drop >= 0 else some << -drop for drop in spec.drops.tolist()
@@ -78,7 +78,7 @@ def test_positions_are_shifted_words(spec: Octaves) -> None:
 @pytest.mark.parametrize("at_client", [False, True])
 @pytest.mark.parametrize("levels", [1, 2, 5])
 def test_the_level_is_chosen_as_words_of_tensors_say(levels: int, at_client: bool) -> None:
-    """To the bit, on words that belong to no value."""
+    """Equal bit for bit, on words that belong to no value."""
     count, shift = 70, 12
     value = words(count * levels, -(2**31), 2**31 - 1).reshape(count, levels).int()
     found = words(count * (levels - 1) * 5, -(2**63), 2**63 - 1, 1).reshape(count, levels - 1, 5)

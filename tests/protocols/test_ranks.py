@@ -1,4 +1,4 @@
-"""Kernels of ranks against what they stand for, at the ends of the words' types too."""
+"""Kernels of ranks against their definitions, including the ends of the word types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the protocols' security rests on: masks used once, uniform openings, equal shapes."""
+"""Foundations of the protocols' security: masks used once, uniform openings, equal shapes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PROTOCOLS = {
 
 
 def test_received_messages_are_uniform_for_fixed_secrets() -> None:
-    """All parties' messages for the same value in every place: no byte is more frequent."""
+    """All parties' messages for the same value in every position: no byte is more frequent."""
     for name, protocol in PROTOCOLS.items():
         for secret in (0, -(2**16), 123_456):
             values = torch.full((COUNT,), secret)
@@ -64,7 +64,7 @@ def test_received_messages_are_uniform_for_fixed_secrets() -> None:
 
 
 def test_opened_values_are_uniform_and_not_only_their_shares() -> None:
-    """Both messages of an opening add up to z = x + r: it must be uniform, too."""
+    """Both messages of an opening add up to z = x + r, which must be uniform, too."""
     for secret in (0, 1, -1, 2**40):
         first, second = _transcript(open_masked, torch.full((COUNT * 4,), secret))
         assert abs(uniform_bytes([first + second])) < LIMIT

@@ -36,7 +36,7 @@ def test_within_one_unit_of_the_floor(shift: int) -> None:
 
 
 def test_every_small_value_under_every_small_mask() -> None:
-    """Exhaustive: all x below 2**8 in size, all masks of one low byte and edges of the high one."""
+    """Exhaustive: all |x| below 2**8, all masks of one low byte and edge cases of the high one."""
     shift = 4
     x = torch.arange(-256, 256)[:, None]
     low = torch.arange(256)[None, :]
@@ -63,7 +63,7 @@ def _edges_and_words(dtype: torch.dtype) -> torch.Tensor:
 def test_kernels_compute_what_words_of_tensors_do(
     dtype: torch.dtype, shift: int, at_client: bool
 ) -> None:
-    """To the bit, on words that belong to no value."""
+    """Equal bit for bit, on words that belong to no value."""
     mask = _edges_and_words(dtype)
     opened = mask.flip(0)
     low = logical_shift(mask.long() & (0xFFFFFFFF if dtype is torch.int32 else -1), shift)
@@ -96,7 +96,7 @@ def test_kernels_of_squares_compute_what_words_of_tensors_do(shift: int, at_clie
 
 
 def test_no_wrap_among_many_large_values() -> None:
-    """CrypTen's local truncation fails here about once in two."""
+    """CrypTen's local truncation fails here about every second time."""
     values = torch.full((500_000,), EDGE)
     values[::2] = -EDGE
     simulation = Simulation()

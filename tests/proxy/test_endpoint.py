@@ -34,13 +34,13 @@ httpx = pytest.importorskip("httpx2", reason="comes with openai")
 
 MODEL, PROMPT = "tiny", "a "
 HI = [{"role": "user", "content": "a"}]
-"""By the chat template the same as PROMPT."""
+"""Equal to PROMPT after the chat template."""
 LONG = 80
 SAME = {"temperature": 0}
 ENTER, ESCAPE = "\ue007", "\ue00c"
-"""Keys, as WebDriver names them."""
+"""WebDriver's names of keys."""
 TOLERANCE = 2e-2
-"""Of a log-probability: 16 fractional bits through one layer, and logits of about 20."""
+"""Tolerance of a log-probability: 16 fractional bits, one layer, and logits of about 20."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def client(url: str) -> Any:
 
 @pytest.fixture(scope="module")
 def said(bundles: Path) -> str:
-    """The greedy answer to PROMPT, by plaintext."""
+    """The greedy answer to PROMPT, in plaintext."""
     return characters.plaintext(bundles, PROMPT, 12)
 
 
@@ -434,7 +434,7 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
         assert browser.find_element("id", "hello").is_displayed()
         assert not browser.get_log("browser")
 
-        # What could not be asked is there to be changed.
+        # A request that was rejected is put back for editing.
         words.send_keys("a" * LONG * 2, ENTER)
         wait_for(lambda: text(".error"))
         assert "maximum context length is 96 tokens" in text(".error")[0]

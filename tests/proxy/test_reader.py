@@ -18,7 +18,7 @@ TEXT = Text.from_files(characters.files(), "test")
 
 
 def read(reader: Reader, text: str) -> tuple[list[str], list]:
-    """What is given after each token and at the end, until a stop string, and all places."""
+    """The text returned after each token and at the end, up to a stop string, and all places."""
     pieces = []
     for token in characters.ids(text):
         pieces.append(reader.token(token, torch.arange(13.0)))
@@ -40,7 +40,7 @@ def test_what_may_be_a_stop_string_is_held_back() -> None:
 )
 def test_the_answer_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-    # The token that completes a stop string first ends the answer, whatever might have come after.
+    # The token that first completes a stop string ends the answer, whatever would have come after.
     seen = text[: min(ends)] if ends else text
     whole = min((seen.find(stop) for stop in stops if stop in seen), default=len(seen))
     reader = Reader(TEXT, stops, best=1)

@@ -1,4 +1,4 @@
-"""What may be asked of the endpoint, and what is told where something may not."""
+"""Requests that the endpoint accepts, and its errors for those that it does not."""
 
 from __future__ import annotations
 
