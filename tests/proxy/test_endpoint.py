@@ -219,7 +219,7 @@ def test_a_web_page_from_elsewhere_gets_nothing(url: str) -> None:
     [
         ("[" * 100_000, 400, "invalid_json", "cannot be read; send a JSON object"),
         ('{"model": "tiny", "prompt": "\xff"}'.encode("latin-1"), 400, "invalid_json", ""),
-        ('{"prompt": "' + "a" * (1 << 20), 413, "too_large", "may have 1048576 bytes"),
+        ('{"prompt": "' + "a" * (1 << 20), 413, "too_large", "may have at most 1048576 bytes"),
         ('{"model": "%s", "prompt": "a"}' % ("m" * 9999), 404, "model_not_found", "mmm"),
         ('{"model": "\\ud800", "prompt": "a"}', 404, "model_not_found", "is not served here"),
         ('{"model": "tiny", "prompt": "\\ud800"}', 400, "invalid_value", "is not Unicode text"),
