@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mergec import bare_names
+from mergec.compiler.errors import CompileError
 
 if TYPE_CHECKING:
     from mergec.compiler.config import CompileConfig
@@ -22,14 +24,35 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: a part of the compiler must not pull in the passes, nor torch."""
+    """Import on first use: a part of the compiler must not load the passes, nor torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if name != "compile_decoder" or missing == "mergec":
+            raise
+        return _without(missing)
+
+
+def _without(package: str) -> Callable[..., NoReturn]:
+    """What `compile_decoder` is on a machine that has the requirements of the runtime only.
+
+    A function, so that importing the name, as `from mergec import *` does, still works there.
+    """
+
+    def compile_decoder(*_: Any, **__: Any) -> NoReturn:
+        raise CompileError(
+            f"compile_decoder needs the package {package!r}, which is not installed here; "
+            "install mergec[compile]"
+        )
+
+    return compile_decoder
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})
 
 
 if __name__ == "compiler":  # imported from a checkout without the prefix

@@ -1,7 +1,11 @@
 """Compile a Hugging Face decoder into a program that two parties run together.
 
 The client owns the prompt and reads the answer; the server owns the weights; neither learns what
-the other holds.
+the other holds. Importing this package loads neither torch nor the compiler: each name below is
+loaded on first use.
+
+`compile_decoder` needs the extra `compile` (`pip install 'mergec[compile]'`). Without it the other
+names still work, and calling `compile_decoder` raises a `CompileError` that names what is missing.
 
 Example:
     >>> import mergec
@@ -21,7 +25,6 @@ from mergec.runtime.core.errors import (
     MergecError,
     PartyError,
     PromptError,
-    RangeError,
 )
 from mergec.runtime.core.version import VERSION
 
@@ -47,21 +50,20 @@ __all__ = [
     "Pass",
     "Program",
     "PromptError",
-    "RangeError",
     "__version__",
     "compile_decoder",
 ]
 
 _HOMES = {
-    "CompileConfig": "mergec.compiler.config",
+    "CompileConfig": "mergec.compiler",
     "CompileError": "mergec.compiler.errors",
     "InternalError": "mergec.compiler.errors",
     "Op": "mergec.runtime.core.op",
     "Pass": "mergec.compiler.graph.rewriting",
-    "Program": "mergec.compiler.program",
-    "compile_decoder": "mergec.compiler.driver",
+    "Program": "mergec.compiler",
+    "compile_decoder": "mergec.compiler",
 }
-"""Names that are imported on first use, so that `import mergec` loads neither torch nor passes."""
+"""The module of each name that is loaded on first use."""
 
 
 def __getattr__(name: str) -> Any:
@@ -71,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return __all__

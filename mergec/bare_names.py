@@ -1,8 +1,8 @@
-"""In a checkout, `import compiler` gives the module `mergec.compiler`, and so for its submodules.
+"""In a checkout, makes `import compiler` return the module `mergec.compiler`, submodules included.
 
-The folders `compiler`, `passes` and `runtime` stand at the top of a checkout, so Python also finds
-them without the prefix. Each of them calls `stand_for` then, so that no module is loaded twice
-under two names. An installed mergec has no such folders, and nothing here is used.
+The folders `compiler`, `passes` and `runtime` are at the top of a checkout, so Python also finds
+them without the prefix. Each of them then calls `stand_for`, so that no module is loaded twice
+under two names. An installed mergec has no such folders at the top, and uses nothing of this file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _standing: set[str] = set()
-"""The bare names of packages in use."""
+"""The packages that were imported by their bare names."""
 
 
 def stand_for(name: str) -> None:
-    """Let the package `name` be `mergec.<name>` in this process."""
+    """Make the package `name` another name of `mergec.<name>` in this process."""
     sys.modules[name] = importlib.import_module(f"mergec.{name}")
     if not _standing:
         sys.meta_path.insert(0, _Finder())
@@ -27,7 +27,7 @@ def stand_for(name: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the submodules of packages that stand for others."""
+    """Finds the submodules of packages that were imported by their bare names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -39,7 +39,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Same(Loader):
-    """Gives the module of the full name. Its own spec, which importing replaces, is put back."""
+    """Returns the module with the prefix. The import replaces its spec, so it is restored."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(f"mergec.{spec.name}")

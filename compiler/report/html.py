@@ -73,7 +73,7 @@ def page(
     if before is not None:
         graphs.insert(0, _graph("before", "As captured", before, shapes, {}, {}))
     baseline = next((row for row in inspection.passes if row.without is not None), None)
-    folder = files("compiler") / "report"
+    folder = files("mergec.compiler.report")
     names = ("page.html", "page.css", "page.js")
     sources = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     environment = Environment(

@@ -48,7 +48,3 @@ class PeerEndedError(PartyError):
     """A peer disconnected, or announced that it ends the session; that peer knows the cause."""
 
     distance = 2
-
-
-class RangeError(MergecError):
-    """A value cannot be represented in the ring with the chosen fractional bits."""
