@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BASE ?=
 
 ifdef MERGEC_PYTHON
 PYTHON := $(MERGEC_PYTHON)
@@ -21,7 +22,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow fuzz soak check format exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak check lint format size exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -45,8 +46,15 @@ demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
 test: $(READY) ## the tests that take seconds
 	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
 
-test-slow: $(READY) ## the tests that take minutes
+test-slow: $(READY) ## the tests that take minutes, all of them; run before a release
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+# What parties do in their own processes counts, too; what a killed process did does not.
+coverage: $(READY) ## the tests that take seconds, and the lines that they do not run
+	rm -f .coverage .coverage.*
+	$(PYTHON) -m coverage run -m pytest -n 2 $(PYTEST_ARGS)
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
 
 fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; MERGEC_FUZZ_FRAMES=…
 	MERGEC_FUZZ_FRAMES=$${MERGEC_FUZZ_FRAMES:-100000} $(PYTHON) -m pytest tests/test_fuzz.py -q
@@ -54,11 +62,15 @@ fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; ME
 soak: $(READY) ## 200 answers while everything is killed at random; writes docs/soak.md
 	PYTHONPATH=. $(PYTHON) benchmarks/soak.py --output docs/soak.md
 
-check: $(READY) ## format, lint, types and tests: what CI runs
+check: lint test ## format, lint, types and tests: what CI runs
+
+lint: $(READY) ## format, lint and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+
+size: $(READY) ## lines by floor; BASE=origin/main compares with a commit
+	PYTHONPATH=. $(PYTHON) benchmarks/size.py $(BASE)
 
 format: $(READY) ## format and fix what can be fixed
 	$(PYTHON) -m ruff format .
@@ -89,4 +101,4 @@ families: $(READY) ## a small model of each family against its own logits; write
 	$(PYTHON) examples/every_family.py --markdown > docs/families.new && mv docs/families.new docs/families.md
 
 clean: ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .nox .pytest_cache .mypy_cache .ruff_cache .coverage* build dist *.egg-info

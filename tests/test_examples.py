@@ -1,4 +1,4 @@
-"""The examples that need neither a model from elsewhere nor much time run as they are."""
+"""Every example runs as it is: here, or in another test that names it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def test_own_pass() -> None:
     assert len((EXAMPLES / "own_pass.py").read_text().splitlines()) < 60
 
 
+def test_own_decoder() -> None:
+    *graph, private, plain = run("own_decoder.py").splitlines()
+    assert any("mpc.embedding" in line for line in graph)
+    assert private.removeprefix("private: ") == plain.removeprefix("in clear:")
+    assert len(re.findall(r"\d+", private)) == 4
+
+
+@pytest.mark.slow
+def test_ask_smollm2() -> None:
+    said = run("ask_smollm2.py", "What", "is", "the", "capital", "of", "France?")
+    assert "Paris" in said
+
+
 def test_inspect_graph(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     said = run("inspect_graph.py", str(page))
@@ -57,3 +70,21 @@ def test_every_family() -> None:
 
     said = run("every_family.py")
     assert [line.split()[1] for line in said.splitlines() if line.startswith("│")] == list(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        str(file.relative_to(EXAMPLES))
+        for kind in ("*.py", "*.ipynb")
+        for file in sorted(EXAMPLES.rglob(kind))
+        if ".ipynb_checkpoints" not in file.parts
+    ],
+)
+def test_some_test_runs(name: str) -> None:
+    """Its name is in a test, or in an example that a test runs."""
+    file = EXAMPLES / name
+    users = [*Path(__file__).parent.rglob("test_*.py")]
+    users += [other for other in file.parent.glob("*.py") if other != file]
+    told = re.compile(rf"[\"']{re.escape(file.name)}[\"']|^import {file.stem}$", re.MULTILINE)
+    assert any(told.search(user.read_text(encoding="utf-8")) for user in users)

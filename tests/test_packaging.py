@@ -310,6 +310,7 @@ def test_coverage_tells_of_each_file_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (
         ("run", data, str(tmp_path / "script.py")),
+        ("combine", data, "--quiet"),
         ("json", data, "--quiet", "-o", str(tmp_path / "report.json")),
     ):
         subprocess.run([*coverage, *command], cwd=ROOT, env=environment, check=True, timeout=120)
