@@ -37,8 +37,9 @@ from mergec.runtime.core.errors import MergecError
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.bundle import load_bundle, role_path
 from mergec.runtime.roles.client import Connection
-from mergec.runtime.session.handshake import Plan
-from mergec.runtime.session.stores.store import Store, stores_below
+from mergec.runtime.session.requests import Plan
+from mergec.runtime.session.stores.folder import stores_below
+from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.connect import Security

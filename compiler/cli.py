@@ -14,17 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
 from mergec.compiler.config import PAST, PRESETS
-from mergec.runtime.cli.commands import (
-    Device,
-    DeviceOption,
-    MaxTokens,
-    app,
-    err,
-    main,
-    out,
-    waiting,
-    write,
-)
+from mergec.runtime.cli import Device, DeviceOption, MaxTokens, app, err, main, out, waiting, write
 from mergec.runtime.core.errors import MergecError, PromptError
 from mergec.runtime.core.spec import CHOICES
 

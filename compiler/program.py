@@ -30,8 +30,9 @@ from mergec.runtime.program.bundle import (
 )
 from mergec.runtime.program.encoding import program_hash
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.session.generation import StepReport, check_prompt
+from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, choose
+from mergec.runtime.session.steps import StepReport
 from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def _play(arguments: list[str], output: Path) -> None:
     # Where the tests are a shell's background job, SIGINT is ignored, and would be in here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["mergec", *arguments]
-    from mergec.runtime.cli.commands import main
+    from mergec.runtime.cli import main
 
     main()
 

@@ -15,8 +15,8 @@ import pytest
 import mergec.compiler.cli as cli
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.program import Answer, Phase, Program
-from mergec.runtime.cli.commands import DEBUG, FAILED, INTERRUPTED, USAGE
-from mergec.runtime.cli.commands import run as mergec
+from mergec.runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
+from mergec.runtime.cli import run as mergec
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import CHOICES, ROLES
 from tests.fixtures import decoder, greedy

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergec.runtime.cli.commands import run
+from mergec.runtime.cli import run
 from tests import decoder
 
 FILES = Path(__file__).parents[1] / "examples" / "deploy"

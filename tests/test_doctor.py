@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergec.runtime.cli.commands import run
+from mergec.runtime.cli import run
 from mergec.runtime.cli.doctor import BAD, GOOD, POOR, examine
 from mergec.runtime.kernels.compiled import can_keep, compiled
 from mergec.runtime.transport.certificates import make_certificates
@@ -40,7 +40,7 @@ def test_what_will_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{BAD}   port {port}: cannot listen" in printed.out
     assert "it was cut or changed" in printed.out
     assert "is for the role dealer, but this party is the server" in printed.out
-    assert printed.err == "error: 3 of these will not do\n"
+    assert printed.err == "error: 3 of these checks failed\n"
 
 
 def test_kernels_are_compiled_anew_where_they_cannot_be_kept(

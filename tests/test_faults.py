@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mergec.runtime.session.stores.store import stores_below
+from mergec.runtime.session.stores.folder import stores_below
 from mergec.runtime.transport.channel import Kind
 from tests import decoder
 from tests.relay import DOWN, UP, Pair, Relay, Spot

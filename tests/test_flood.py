@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 
 from mergec.runtime.roles import service
-from mergec.runtime.roles.service import Desk, Parent, Service, Worker
+from mergec.runtime.roles.service import Desk, Service, Worker
+from mergec.runtime.roles.worker import Parent
 from tests.services import CONTEXT
 
 MOST = 4

@@ -32,11 +32,10 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.roles.client import Connection
-from mergec.runtime.roles.dealer import DealerSettings
-from mergec.runtime.roles.dealer import _Session as DealerSession
-from mergec.runtime.roles.server import ServerSettings
-from mergec.runtime.roles.server import _Session as ServerSession
-from mergec.runtime.roles.service import Parent
+from mergec.runtime.roles.dealer_session import DealerSession
+from mergec.runtime.roles.server_session import ServerSession
+from mergec.runtime.roles.settings import DealerSettings, ServerSettings
+from mergec.runtime.roles.worker import Parent
 from mergec.runtime.session.handshake import new_token
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.transport.address import Address

@@ -24,15 +24,9 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.program import InputSpec, RoleProgram
-from mergec.runtime.session.generation import (
-    MergecSession,
-    Session,
-    StepReport,
-    answer,
-    check_prompt,
-    generate,
-)
+from mergec.runtime.session.generation import answer, check_prompt, generate
 from mergec.runtime.session.sampling import Sampling
+from mergec.runtime.session.steps import MergecSession, Session, StepReport
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
 from tests import decoder

@@ -9,9 +9,9 @@ import torch
 
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.engine.executor import Executor
-from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.stores.kept import Kept, digest_of, is_name, mask_seed, name_of
-from mergec.runtime.session.stores.store import Store
+from mergec.runtime.session.stores.reader import Store
 from tests import decoder
 from tests.services import Deployment, deployment
 

@@ -15,9 +15,9 @@ from mergec.runtime.core.errors import PromptError
 from mergec.runtime.core.spec import CLIENT, Vis
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
-from mergec.runtime.session.handshake import Plan
+from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.sampling import Sampling
-from mergec.runtime.session.stores.store import Store
+from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.connect import Security
 from tests.families import VOCAB, tokens

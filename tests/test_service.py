@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mergec.runtime.cli.commands import INTERRUPTED, run
+from mergec.runtime.cli import INTERRUPTED, run
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.program.bundle import save_bundle
-from mergec.runtime.roles.dealer import _hear, _tell
+from mergec.runtime.roles.dealer_session import hear, tell
 from mergec.runtime.roles.observe import PartyMetrics
-from mergec.runtime.roles.server import Limits, ServerDesk
-from mergec.runtime.roles.service import Parent
+from mergec.runtime.roles.server_desk import ServerDesk
+from mergec.runtime.roles.settings import Limits
+from mergec.runtime.roles.worker import Parent
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.channel import Kind
@@ -242,7 +243,7 @@ CLIENT = """
 import sys
 from pathlib import Path
 from mergec.runtime.roles.client import Connection
-from mergec.runtime.roles.service import prepare_to_fork
+from mergec.runtime.roles.fork import prepare_to_fork
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.connect import Security
 prepare_to_fork()  # what takes long the first time must not be taken for silence
@@ -332,7 +333,7 @@ def test_ctrl_c_ends_an_answer_after_the_step_under_way(
         if text.strip():
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("mergec.runtime.cli.commands.write", press)
+    monkeypatch.setattr("mergec.runtime.cli.commands.answers.write", press)
     ended = sum(line["event"] == "session ended" for line in running.server.log)
     places = ["--server", str(running.server.address), "--dealer", str(running.dealer.address)]
     asked = ["--ids", "-p", "5 1 7", "--max-tokens", "9", "--certs", str(ann.folder)]
@@ -432,8 +433,8 @@ class Child(Parent):
 @pytest.mark.parametrize(
     ("use", "told"),
     [
-        (lambda line: _hear(line, "client"), "the client went away"),
-        (lambda line: _tell(line, "client", Kind.MARK), "the client went away"),
+        (lambda line: hear(line, "client"), "the client went away"),
+        (lambda line: tell(line, "client", Kind.MARK), "the client went away"),
         (lambda line: Child(line).hear(), "the process that listens has ended"),
     ],
 )
@@ -449,7 +450,7 @@ def test_a_process_that_finds_another_gone_says_so(use, told, unread) -> None:
 
 def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("mergec.runtime.roles.server.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mergec.runtime.roles.rate_limit.time.monotonic", lambda: now[0])
     desk = ServerDesk(Limits(rate=60), PartyMetrics("server"))
     ann, bob = desk.allowance("ann"), desk.allowance("bob")
     ann.spend(90)  # an answer that has begun may end

@@ -15,8 +15,8 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.program import Answer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Vis
 from mergec.runtime.roles.local import run_local
-from mergec.runtime.session.handshake import Plan
-from mergec.runtime.session.stores.store import Store
+from mergec.runtime.session.requests import Plan
+from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.connect import Security
 from tests.families import FAMILIES, random_decoder, tokens

@@ -17,21 +17,20 @@ import pytest
 
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.correlations.prg import derive, new_seed
-from mergec.runtime.roles.server import ServerSettings, _Session
-from mergec.runtime.session.handshake import Plan
-from mergec.runtime.session.stores.store import (
+from mergec.runtime.roles import server_session
+from mergec.runtime.roles.settings import ServerSettings
+from mergec.runtime.session.requests import Plan
+from mergec.runtime.session.stores.folder import left_below, remove_unfinished, stores_below
+from mergec.runtime.session.stores.format import (
     CHUNK_BYTES,
     KEY_VARIABLE,
     Header,
-    Store,
     StoreError,
-    StoreWriter,
-    left_below,
     new_store,
     read_key,
-    remove_unfinished,
-    stores_below,
 )
+from mergec.runtime.session.stores.reader import Store
+from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
@@ -153,7 +152,7 @@ def test_a_full_disk_and_a_limit_leave_nothing_behind(tmp_path: Path, monkeypatc
     with refused, StoreWriter(tmp_path, header, KEY, new_seed(), 1000) as writer:
         writer.write(memoryview(bytes(5_000_000)))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("mergec.runtime.session.stores.store._sync", no_space)
+    monkeypatch.setattr("mergec.runtime.session.stores.writer._sync_folder", no_space)
     refused = pytest.raises(StoreError, match=r"cannot be written .*; free some space")
     with refused, StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
         writer.finish()
@@ -193,7 +192,7 @@ def test_the_next_preparation_removes_what_killed_ones_left_and_no_other(tmp_pat
 
 def test_a_long_answer_goes_to_disk_as_it_comes(tmp_path: Path, monkeypatch) -> None:
     """At its end little is left to bring there: meanwhile the others wait."""
-    monkeypatch.setattr("mergec.runtime.session.stores.store.SYNC_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr("mergec.runtime.session.stores.writer.SYNC_BYTES", 2 * CHUNK_BYTES)
     header = Header(new_store(), "server", "ab" * 32, 1, 2, 5)
     with StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
         synced: list[int] = []
@@ -330,7 +329,9 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
 def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> None:
     """One answer may be dealt for longer than the client waits for a message."""
     now = iter(range(100))
-    monkeypatch.setattr("mergec.runtime.roles.server.time.monotonic", lambda: 0.6 * next(now))
+    monkeypatch.setattr(
+        "mergec.runtime.roles.server_session.time.monotonic", lambda: 0.6 * next(now)
+    )
     program = decoder.program("server")
     program.manifest["program_hash"] = "ab"
     settings = ServerSettings(
@@ -352,7 +353,8 @@ def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> 
         SimpleNamespace(tell=lambda **_: None),
         SimpleNamespace(info=lambda *_, **__: None),
     )
-    _Session(settings, program, {}, "cd", None, parent, log)._prepare(channel, (dealer, bytes(32)))
+    session = server_session.ServerSession(settings, program, {}, "cd", None, parent, log)
+    session._prepare(channel, (dealer, bytes(32)))
     progress = [fields["answers"] for kind, fields in said if kind is Kind.STORED]
     assert progress == [0, 0, 0, 0, 1]
     assert said[-1][0] is Kind.DONE

@@ -1,1 +1,39 @@
-"""The party's commands: serve, deal, generate, chat, proxy, prepare, certs, doctor."""
+"""The command line of the parties; `compiler.cli` adds the commands that need a compiler.
+
+Importing it loads neither torch nor anything else that is slow: each command imports what it needs.
+"""
+
+from mergec.runtime.cli import commands  # noqa: F401  (registers them)
+from mergec.runtime.cli.application import app
+from mergec.runtime.cli.console import err, out, waiting, write
+from mergec.runtime.cli.exits import DEBUG, FAILED, INTERRUPTED, USAGE, main, run
+from mergec.runtime.cli.options import (
+    Chat,
+    Device,
+    DeviceOption,
+    MaxTokens,
+    Prompt,
+    SamplingOptions,
+    grouped,
+)
+
+__all__ = [
+    "DEBUG",
+    "FAILED",
+    "INTERRUPTED",
+    "USAGE",
+    "Chat",
+    "Device",
+    "DeviceOption",
+    "MaxTokens",
+    "Prompt",
+    "SamplingOptions",
+    "app",
+    "err",
+    "grouped",
+    "main",
+    "out",
+    "run",
+    "waiting",
+    "write",
+]

@@ -1,6 +1,6 @@
 """`python -m mergec.runtime.cli`: the party's commands alone."""
 
-from mergec.runtime.cli.commands import main
+from mergec.runtime.cli import main
 
 if __name__ == "__main__":
     main()

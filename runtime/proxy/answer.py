@@ -14,7 +14,7 @@ from mergec.runtime.proxy.errors import place_of
 from mergec.runtime.proxy.reader import Piece, Place, Reader
 from mergec.runtime.proxy.replies import Usage
 from mergec.runtime.proxy.sessions import Job
-from mergec.runtime.session.generation import StepReport
+from mergec.runtime.session.steps import StepReport
 
 
 @dataclass(frozen=True)

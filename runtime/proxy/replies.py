@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergec.runtime.proxy.reader import Piece, Place, Scored
-from mergec.runtime.session.generation import StepReport
+from mergec.runtime.session.steps import StepReport
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from mergec.runtime.core.errors import BundleError, PartyError
 from mergec.runtime.proxy.errors import LIMITED, ApiError
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.observe import PartyMetrics
-from mergec.runtime.session.generation import StepReport, Token
+from mergec.runtime.session.generation import Token
+from mergec.runtime.session.steps import StepReport
 
 
 class Job:

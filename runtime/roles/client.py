@@ -16,14 +16,7 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.session.generation import (
-    MergecSession,
-    StepReport,
-    Token,
-    answer,
-    check_prompt,
-    measured,
-)
+from mergec.runtime.session.generation import Token, answer, check_prompt
 from mergec.runtime.session.handshake import (
     IDLE_TIMEOUT,
     JOIN_TIMEOUT,
@@ -31,24 +24,18 @@ from mergec.runtime.session.handshake import (
     SESSION,
     STORED,
     TIMEOUT,
-    Plan,
     greet,
     join_dealer,
     read_token,
-    whole,
-    write_step,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.requests import Plan, whole, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
+from mergec.runtime.session.steps import MergecSession, StepReport, measured
+from mergec.runtime.session.stores.format import Header, StoreError, is_store
 from mergec.runtime.session.stores.kept import Kept, is_name
-from mergec.runtime.session.stores.store import (
-    Header,
-    NoCorrections,
-    Store,
-    StoreError,
-    StoreWriter,
-    is_store,
-)
+from mergec.runtime.session.stores.reader import NoCorrections, Store
+from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
@@ -108,7 +95,7 @@ class Connection:
         self.setup: StepReport | None = None
         """What opening the session took."""
         self.limits: dict[str, int] = {}
-        """What the server allows its clients; see mergec.runtime.roles.server.Limits."""
+        """What the server allows its clients; see `mergec.runtime.roles.settings.Limits`."""
 
     def __enter__(self) -> Connection:
         self.open()

@@ -1,74 +1,24 @@
-"""The dealer as a service: gives both parties of each session what `runtime.core.context` deals.
+"""The dealer as a service: deals to both parties of each session what `runtime.core.context` needs.
 
-A session's client and server come each on a connection of their own and show the same secret name,
-which the server chose and told the client. The dealer deals a step only when both ask for it.
+The client and the server of a session each connect on their own and show the same secret name,
+which the server chose and told the client. The dealer deals a step only when both request it.
 """
 
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from mergec.runtime.core.context import DealerContext
-from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import PartyError, PeerEndedError
-from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
-from mergec.runtime.correlations.prg import derive, new_seed
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.core.spec import DEALER, ROLES
 from mergec.runtime.program.bundle import load_bundle
-from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.roles.dealer_desk import DealerDesk
+from mergec.runtime.roles.dealer_session import DealerSession
+from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import Metrics, open_log
-from mergec.runtime.roles.service import (
-    Desk,
-    Parent,
-    Service,
-    Worker,
-    played,
-    prepare_to_fork,
-    use_threads,
-)
-from mergec.runtime.session.generation import MergecSession, measured
-from mergec.runtime.session.handshake import (
-    IDLE_TIMEOUT,
-    TIMEOUT,
-    Plan,
-    be_greeted,
-    read_masks,
-    read_step,
-    read_token,
-)
-from mergec.runtime.session.hello import Hello
+from mergec.runtime.roles.service import Service
+from mergec.runtime.roles.settings import DealerSettings
+from mergec.runtime.roles.worker import Parent
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Channel, Kind
-from mergec.runtime.transport.connect import Security, accept, listen
-from mergec.runtime.transport.dealer_link import ChannelBlockWriter, DealerSender
-
-PARTIES = (ROLES[CLIENT], ROLES[SERVER])
-_REQUEST = 1 << 17
-_NOTHING = memoryview(b"")
-_PIECE = 1 << 16
-"""Bytes of the client's stream that are handed over at once."""
-
-
-@dataclass(frozen=True)
-class DealerSettings:
-    """How a dealer is started. Times in seconds; `sessions` counts those of all servers."""
-
-    bundle: Path
-    listen: Address
-    security: Security
-    sessions: int = 16
-    timeout: float = TIMEOUT
-    idle_timeout: float = IDLE_TIMEOUT
-    grace: float = 60.0
-    metrics: Address | None = None
-    threads: int = 1
+from mergec.runtime.transport.connect import listen
 
 
 def deal(settings: DealerSettings) -> bool:
@@ -84,7 +34,7 @@ def deal(settings: DealerSettings) -> bool:
 
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)
-            _Session(settings, program, connection, parent, log).play()
+            DealerSession(settings, program, connection, parent, log).play()
 
         desk = DealerDesk(settings.sessions, metrics, settings.timeout)
         interrupted = Service(listener, work, desk, settings.grace).run()
@@ -95,263 +45,3 @@ def deal(settings: DealerSettings) -> bool:
 def _name(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return str(Address(host, port))
-
-
-@dataclass
-class _Pending:
-    """A session of which one party has come."""
-
-    first: Worker
-    role: str
-    seeds: tuple[str, str]
-    line: socket.socket
-    since: float
-
-
-class DealerDesk(Desk):
-    """Brings the two parties of a session together: the same seeds, and a line between both."""
-
-    def __init__(self, sessions: int, metrics: Metrics, wait: float) -> None:
-        """`wait`: seconds that a session's second party may take to come."""
-        self._sessions = sessions
-        self._metrics = metrics
-        self._running = metrics.gauge("sessions", "Sessions under way.")
-        self._ended = metrics.counter("sessions_ended", "Connections, by how they ended.", "how")
-        self._wait = wait
-        self._pending: dict[str, _Pending] = {}
-        self._servers: set[int] = set()
-
-    def asked(self, worker: Worker, message: dict[str, Any]) -> None:
-        if message["kind"] == "claim":
-            self._claim(worker, message["token"], message["role"])
-        elif message["kind"] == "step":
-            self._metrics.step(message["report"])
-        elif message["kind"] == "end":
-            self._ended.labels(message["how"]).inc()
-
-    def _claim(self, worker: Worker, token: str, role: str) -> None:
-        found = self._pending.get(token)
-        if found is None:
-            if len(self._servers) + len(self._pending) >= self._sessions:
-                worker.tell({"refused": f"it is busy with {self._sessions} sessions"})
-                return
-            # Seeds are fresh for every pair, so a name that comes again brings back no mask.
-            seeds = new_seed().hex(), new_seed().hex()
-            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._pending[token] = _Pending(worker, role, seeds, theirs, time.monotonic())
-            self._answer(worker, role, seeds, mine)
-        elif found.role == role:
-            worker.tell({"refused": f"another {role} has joined this session"})
-        else:
-            del self._pending[token]
-            self._answer(worker, role, found.seeds, found.line)
-
-    def _answer(
-        self, worker: Worker, role: str, seeds: tuple[str, str], line: socket.socket
-    ) -> None:
-        if role == ROLES[SERVER]:
-            self._servers.add(worker.pid)
-            self._running.set(len(self._servers))
-        shown = seeds if role == ROLES[SERVER] else seeds[:1]
-        worker.tell({"seeds": shown}, (line.fileno(),))
-        line.close()
-
-    def left(self, worker: Worker) -> None:
-        self._servers.discard(worker.pid)
-        self._running.set(len(self._servers))
-        self._forget(lambda pending: pending.first is worker)
-
-    def tick(self) -> None:
-        now = time.monotonic()
-        self._forget(lambda pending: now - pending.since > self._wait)
-
-    def _forget(self, gone: Any) -> None:
-        for token in [token for token, pending in self._pending.items() if gone(pending)]:
-            self._pending.pop(token).line.close()
-
-
-class _Session:
-    """One party's connection, in a process of its own."""
-
-    def __init__(
-        self,
-        settings: DealerSettings,
-        program: RoleProgram,
-        connection: socket.socket,
-        parent: Parent,
-        log: Any,
-    ) -> None:
-        self._settings = settings
-        self._program = program
-        self._connection = connection
-        self._parent = parent
-        self._log = log
-        self._channel: Channel | None = None
-        self._line: socket.socket | None = None
-        self._answering = False
-
-    def play(self) -> None:
-        how = played(self._run, self._fail, lambda: self._log)
-        if self._line is not None:
-            self._parent.tell(kind="end", how=how)
-
-    def _fail(self, reason: str) -> None:
-        if self._channel is not None:
-            self._channel.fail(reason)
-
-    def _run(self) -> None:
-        settings, parent = self._settings, self._parent
-        parent.idle = True
-        channel = self._channel = accept(
-            self._connection, settings.security, PARTIES, settings.timeout
-        )
-        hello = Hello.of(ROLES[DEALER], self._program.manifest)
-        fields = be_greeted(channel, hello, PARTIES)
-        token = read_token(fields, channel.peer)
-        self._log = self._log.bind(peer=channel.peer, name=channel.name, session=token[:8])
-        answer, descriptors = parent.ask(kind="claim", token=token, role=channel.peer)
-        if "refused" in answer:
-            raise PartyError(answer["refused"])
-        self._line = socket.socket(fileno=descriptors[0])
-        self._line.settimeout(settings.timeout)
-        seeds = [bytes.fromhex(seed) for seed in answer["seeds"]]
-        self._log.info("session joined")
-        if channel.peer == ROLES[CLIENT]:
-            channel.send(Kind.SEED, seeds[0])
-            self._relay(channel, self._line)
-        else:
-            channel.send(Kind.SEED, seeds[1])
-            self._deal(channel, self._line, seeds[0], seeds[1], read_masks(fields, channel.peer))
-        self._log.info("session ended")
-
-    def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
-        """Wait for this party, or for the other's. Between answers the session may be ended."""
-        self._parent.idle = not self._answering
-        parent = self._parent.line.fileno()
-        ready = channel.readable(self._settings.idle_timeout, parent, line.fileno())
-        if parent in ready:
-            self._parent.hear()  # it says nothing to a session that runs, but may have ended
-        if not ready:
-            raise PartyError("the session was idle for too long")
-        self._parent.idle = False
-        return ready
-
-    def _request(self, channel: Channel) -> tuple[Kind, memoryview]:
-        """What this process's party asks for."""
-        kind, payload = channel.receive_any((Kind.STEP, Kind.PLAN, Kind.DONE, Kind.END))
-        self._answering = kind is Kind.STEP
-        return kind, payload
-
-    def _relay(self, channel: Channel, line: socket.socket) -> None:
-        """Hand the client's requests to the process that deals, and to the client what it deals."""
-        kind = Kind.STEP
-        while kind is not Kind.END:
-            if line.fileno() in self._wait(channel, line):
-                said = memoryview(_hear(line, ROLES[SERVER]))
-                channel.send(Kind(said[0]), said[1:])
-                channel.traffic.offline_sent += len(said) - 1
-                continue
-            kind, payload = self._request(channel)
-            _tell(line, ROLES[SERVER], kind, payload)
-
-    def _deal(
-        self,
-        channel: Channel,
-        line: socket.socket,
-        client: bytes,
-        server: bytes,
-        masks: bytes | None,
-    ) -> None:
-        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
-        streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client, server, *streams, fixed=fixed, weight_seed=masks)
-        executor = Executor(self._program, context, None)
-        session = MergecSession(executor, lambda: channel.traffic)
-        session.setup()
-        limit = self._program.manifest["max_length"]
-        while True:
-            kind, payload = self._agreed(channel, line)
-            if kind is Kind.END:
-                return
-            if kind is Kind.PLAN:
-                plan = Plan.read(channel.object(payload), limit, channel.peer)
-                if context.offline_bytes:
-                    raise PartyError("this program needs the dealer at the start of each session")
-                if session.program.resends:
-                    # How many hidden states the last step takes is known only when it comes.
-                    raise PartyError("this program's answers cannot be dealt ahead of time")
-                for answer in range(plan.answers):
-                    own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
-                    session.use(DealerContext(*own, *streams, fixed=fixed))
-                    for new, past in plan.steps():
-                        self._parent.check()
-                        self._step(session, streams, new, past)
-                    channel.send(Kind.MARK)
-                    _tell(line, ROLES[CLIENT], Kind.MARK)
-            elif kind is Kind.STEP:
-                new, past, draw = read_step(payload, channel.peer)
-                if not session.allows(new, past) or (limit and new + past > limit):
-                    raise PartyError(f"{new} tokens after {past} are more than this program runs")
-                self._step(session, streams, new, past, draw)
-
-    def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
-        """The next request, once both have made it: after the first of them the other is due."""
-        ready = self._wait(channel, line)
-        said = _hear(line, ROLES[CLIENT]) if line.fileno() in ready else b""
-        kind, payload = self._request(channel)
-        if (said or _hear(line, ROLES[CLIENT])) != bytes([kind]) + payload:
-            raise PartyError("the client and the server ask for different steps")
-        return kind, payload
-
-    def _step(
-        self,
-        session: MergecSession,
-        streams: Sequence[DealerSender],
-        new: int,
-        past: int,
-        draw: Draw | None = None,
-    ) -> None:
-        def work() -> None:
-            session.step(new, past, draw=draw)
-            for stream in streams:
-                stream.flush()
-
-        self._parent.tell(kind="step", report=asdict(measured(session, new, past, work)))
-
-
-class _LineBlockWriter:
-    """Blocks for the client, by way of the process that holds its connection."""
-
-    def __init__(self, line: socket.socket) -> None:
-        self._line = line
-
-    def put(self, block: torch.Tensor) -> None:
-        data = block.numpy().data
-        for start in range(0, data.nbytes, _PIECE):
-            _tell(self._line, ROLES[CLIENT], Kind.BLOCK, data[start : start + _PIECE])
-
-    def end(self) -> None:
-        """The client ends its session itself."""
-
-
-def _tell(line: socket.socket, peer: str, kind: Kind, payload: memoryview = _NOTHING) -> None:
-    """Say something to the process of the session's other party; PartyError if it is gone."""
-    try:
-        line.sendmsg([bytes([kind]), payload])
-    except TimeoutError as error:
-        raise PartyError(f"the {peer} does not take what is due to it") from error
-    except OSError as error:
-        raise PeerEndedError(f"the {peer} went away; see its own message") from error
-
-
-def _hear(line: socket.socket, peer: str) -> bytes:
-    """What that process says; PartyError if it says nothing in time, or is gone."""
-    try:
-        said = line.recv(_REQUEST)
-    except TimeoutError as error:
-        raise PartyError(f"the {peer} did not ask for what the other asks for") from error
-    except OSError:  # it left something unread
-        said = b""
-    if not said:
-        raise PeerEndedError(f"the {peer} went away; see its own message")
-    return said

@@ -20,7 +20,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SER
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.session.generation import MergecSession
+from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 
 

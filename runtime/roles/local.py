@@ -22,8 +22,9 @@ from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
 from mergec.runtime.roles.party import Options
-from mergec.runtime.session.generation import StepReport, check_prompt
+from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, draw_for
+from mergec.runtime.session.steps import StepReport
 from mergec.runtime.transport.channel import REPLY_TIMEOUT
 from mergec.runtime.transport.lines import Lines
 

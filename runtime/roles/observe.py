@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mergec.runtime.core.errors import PartyError
-from mergec.runtime.session.stores.store import left_below
+from mergec.runtime.session.stores.folder import left_below
 from mergec.runtime.transport.address import Address
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)

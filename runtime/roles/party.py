@@ -29,18 +29,12 @@ from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SER
 from mergec.runtime.correlations.prg import SEED_BYTES, new_seed
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.session.generation import (
-    MergecSession,
-    Session,
-    StepReport,
-    StockSession,
-    check_prompt,
-    generate,
-    measured,
-)
-from mergec.runtime.session.handshake import IDLE_TIMEOUT, read_step, write_step
+from mergec.runtime.session.generation import check_prompt, generate
+from mergec.runtime.session.handshake import IDLE_TIMEOUT
 from mergec.runtime.session.hello import Hello, compare
+from mergec.runtime.session.requests import read_step, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
+from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
 from mergec.runtime.transport.dealer_link import (
     ChannelBlockReader,

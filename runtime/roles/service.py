@@ -1,9 +1,9 @@
-"""A role that serves many sessions: one process listens, and forks one for every connection.
+"""A role that serves many sessions: one process listens, and forks one for each connection.
 
 A session's process shares the bundle's tensors with its parent, page by page, and ends with the
-session: whatever a session allocated, opened or broke goes with it. The parent touches neither TLS
-nor tensors. It decides what concerns all sessions (places, rates, pairs) and keeps the counters;
-processes ask it over a socket of their own.
+session: everything the session allocated or opened goes with it, and a crash affects no other
+session. The parent handles neither TLS nor tensors. It decides what concerns all sessions (places,
+rates, pairs) and keeps the counters; sessions ask it over a socket of their own.
 """
 
 from __future__ import annotations
@@ -21,17 +21,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import numba
-import torch
+from mergec.runtime.roles.worker import DATAGRAM, Parent
 
-from mergec.runtime.core.errors import MergecError, PartyError
-from mergec.runtime.core.memory import keep_freed_memory
-from mergec.runtime.core.op import REGISTRY
-from mergec.runtime.engine.simulate import Simulation
-from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows, set_threads
-from mergec.runtime.ops import load_all
-
-_DATAGRAM = 1 << 16
 _TICK = 0.5
 _LAST_GRACE = 5.0
 MAX_STRANGERS = 64
@@ -40,39 +31,6 @@ gives way to a new one, so that a flood of connections costs no more memory and 
 
 _STRANGER_TIME = 1.0
 """Seconds that every connection has to show who it is; meanwhile nobody is accepted."""
-
-
-def prepare_to_fork() -> None:
-    """Load and compile whatever sessions compute with, so that their processes begin with it.
-
-    OpenMP's threads are lost in a fork and its state is not: until then torch has one thread, and
-    numba uses a pool of its own that starts anew in each process.
-    """
-    torch.set_num_threads(1)
-    numba.config.THREADING_LAYER = "workqueue"
-    keep_freed_memory()
-    load_all()
-    simulation = Simulation()
-    for op in ("softmax", "silu"):
-        x = simulation.share(torch.zeros(2, 2))
-        simulation.run(lambda ctx, party: REGISTRY[op].protocol(ctx, x[party]))  # noqa: B023
-    # The first time that shapes alone are joined, torch imports its whole compiler.
-    torch.cat([torch.empty(1, device="meta"), torch.empty(1, device="meta")])
-    words = torch.zeros(2, 2, dtype=torch.int64)
-    matmul(words, words)
-    for weight in (words, words.to(torch.int32)):
-        matmul_rows(words, weight)
-        matmul_columns(words, weight)
-
-
-def use_threads(count: int) -> None:
-    """Compute with so many threads, in a session's process."""
-    torch.set_num_threads(count)
-    set_threads(count)
-
-
-class StoppingError(PartyError):
-    """The role was told to stop."""
 
 
 @dataclass
@@ -108,64 +66,8 @@ class Desk(ABC):
         """Called about twice a second."""
 
 
-class Parent:
-    """A session's line to the parent, and its part in a shutdown.
-
-    At the first SIGTERM a session that is `idle` ends, any other at its next `check`; at the second
-    it ends wherever it is.
-    """
-
-    def __init__(self, line: socket.socket) -> None:
-        self.line = line
-        self._idle = False
-        self._stopping = False
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
-
-    def tell(self, **message: Any) -> None:
-        """Report something."""
-        with suppress(OSError):
-            self.line.send(json.dumps(message).encode())
-
-    def hear(self) -> tuple[dict[str, Any], list[int]]:
-        """The parent's next message, and the descriptors that come with it."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self.line, _DATAGRAM, 1)
-        except ConnectionError:  # it left something unread
-            data, descriptors = b"", []
-        if not data:
-            raise StoppingError("the process that listens has ended; start it again")
-        message: dict[str, Any] = json.loads(data)
-        return message, descriptors
-
-    def ask(self, **message: Any) -> tuple[dict[str, Any], list[int]]:
-        """Tell something that is answered at once."""
-        self.tell(**message)
-        return self.hear()
-
-    @property
-    def idle(self) -> bool:
-        """Whether the session may be ended right now; set while nothing is under way."""
-        return self._idle
-
-    @idle.setter
-    def idle(self, value: bool) -> None:
-        self._idle = value
-        if value:
-            self.check()
-
-    def check(self) -> None:
-        """End the session if the role was told to stop."""
-        if self._stopping:
-            raise StoppingError("it is shutting down; try again later")
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        again, self._stopping = self._stopping, True
-        if self._idle or again:
-            self.check()
-
-
 Work = Callable[[socket.socket, Parent], None]
+"""Plays a session in its own process."""
 
 
 class Service:
@@ -283,7 +185,7 @@ class Service:
 
     def _hear(self, worker: Worker) -> None:
         try:
-            data = worker.line.recv(_DATAGRAM)
+            data = worker.line.recv(DATAGRAM)
         except BlockingIOError:
             return
         except OSError:
@@ -306,7 +208,7 @@ class Service:
     def _drain(self, worker: Worker) -> None:
         """Hear what it said before it ended."""
         with suppress(OSError, ValueError):
-            while worker.line.fileno() >= 0 and (data := worker.line.recv(_DATAGRAM)):
+            while worker.line.fileno() >= 0 and (data := worker.line.recv(DATAGRAM)):
                 self._desk.asked(worker, json.loads(data))
         if worker.line.fileno() >= 0:
             self._selector.unregister(worker.line)
@@ -324,35 +226,3 @@ class Service:
             for pid in self._workers:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if last else signal.SIGTERM)
-
-
-def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
-    """Run a worker's session; whatever ends it is logged, and told to the peer by `fail`.
-
-    Gives how it ended. Only errors that are about the parties are told; others may name files here.
-    """
-    try:
-        session()
-        return "done"
-    except StoppingError as error:
-        log().info("session stopped")
-        fail(str(error))
-        return "stopped"
-    except PartyError as error:
-        log().warning("session failed", reason=str(error))
-        fail(str(error))
-    except MergecError as error:
-        log().error("session failed", reason=str(error))
-        fail("it cannot go on; see its log")
-    except MemoryError:
-        log().error("session failed", reason="out of memory")
-        fail("it is out of memory; try again later")
-    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
-        # Not the message: it might hold values.
-        log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
-        fail("it cannot go on; see its log")
-    return "failed"

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from mergec.runtime.cli.commands import INTERRUPTED, run
+from mergec.runtime.cli import INTERRUPTED, run
 from mergec.runtime.core.errors import LimitError
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.bundle import load_bundle, role_path

@@ -1,0 +1,173 @@
+"""`mergec prepare`, `generate` and `chat`: a client at the terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text as RichText
+
+from mergec.runtime.cli.application import app
+from mergec.runtime.cli.console import err, out, waiting, write
+from mergec.runtime.cli.options import (
+    Chat,
+    ClientOptions,
+    MaxTokens,
+    Prompt,
+    SamplingOptions,
+    SessionOptions,
+    StoreKey,
+    grouped,
+)
+from mergec.runtime.core.errors import MergecError, PromptError
+
+if TYPE_CHECKING:
+    from mergec.runtime.roles.client import Connection
+
+
+@app.command("prepare")
+@grouped
+def prepare_command(
+    options: ClientOptions,
+    store: Annotated[Path, typer.Option("--store", help="Folder for the stores of this party.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to prepare for, over all answers.", min=1)],
+    answer: Annotated[int, typer.Option(help="Tokens per answer.", min=1)] = 64,
+    prompt: Annotated[
+        int, typer.Option(help="Tokens of the prompt that the first step takes.", min=1)
+    ] = 16,
+    store_key: StoreKey = None,
+) -> None:
+    """Precompute and store randomness, so that later answers need no dealer.
+
+    A stored answer needs a prompt of at least --prompt tokens. The first step takes that many; each
+    further token of the prompt takes a step of its own, and one token off --answer.
+    """
+    from mergec.runtime.session.requests import Plan
+    from mergec.runtime.session.stores.format import read_key
+
+    key = read_key(store_key)
+    plan = Plan(-(-tokens // answer), prompt, answer)
+    with err.status("precomputing") as status:
+        place, size = options.connection().prepare(
+            plan,
+            store,
+            key,
+            lambda done, size: status.update(
+                f"{done} of {plan.answers} answers, {size / 1e6:.0f} MB"
+            ),
+        )
+    out.print(
+        f"{place}: {plan.answers} answers of {answer} tokens; {size / 1e6:.1f} MB at both parties "
+        f"together, {size / plan.answers / answer / 1e6:.3f} MB per token",
+        soft_wrap=True,
+    )
+
+
+@app.command("generate")
+@grouped
+def generate_command(
+    prompt: Prompt,
+    options: SessionOptions,
+    choice: SamplingOptions,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="The prompt is a list of token numbers.")
+    ] = False,
+    max_tokens: MaxTokens = 32,
+    chat: Chat = None,
+) -> None:
+    """Send one prompt to a server and stream the answer."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with options.connection() as connection:
+        asked = _numbers(text) if ids else connection.encode(text, chat)
+        _, stopped = _answer(
+            connection, asked, show_ids=ids, max_tokens=max_tokens, sampling=choice.sampling()
+        )
+    if stopped:
+        raise KeyboardInterrupt
+
+
+@app.command("chat")
+@grouped
+def chat_command(
+    options: SessionOptions,
+    choice: SamplingOptions,
+    max_tokens: MaxTokens = 128,
+) -> None:
+    """Chat with a server. Ctrl-C ends an answer; an empty line or Ctrl-D ends the chat."""
+    sampling = choice.sampling()
+    turns: list[dict[str, str]] = []
+    with options.connection() as connection:
+        while True:
+            try:
+                said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()
+            except EOFError:
+                return
+            if not said:
+                return
+            turns.append({"role": "user", "content": said})
+            try:
+                asked = connection.encode_chat(turns)
+                text, _ = _answer(connection, asked, max_tokens=max_tokens, sampling=sampling)
+                turns.append({"role": "assistant", "content": text})
+            except MergecError as error:
+                turns.pop()
+                err.print(RichText(f"error: {error}", style="red"), soft_wrap=True)
+
+
+def _answer(
+    connection: Connection, asked: list[int], *, show_ids: bool = False, **options: Any
+) -> tuple[str, bool]:
+    """Stream an answer and print its cost; returns its text, and whether Ctrl-C ended it.
+
+    Ctrl-C ends the answer after the current step, so that the session stays usable; a second one
+    ends it at once.
+    """
+    from mergec.runtime.session.text import Stream
+
+    stream = Stream(connection.text, write) if connection.text and not show_ids else None
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    reports: list[Any] = []
+    try:
+        with waiting("computing the first token") as first:
+            show = first(write)
+            for token in connection.generate(asked, **options):
+                reports += token.reports
+                if stream is None:
+                    show(f"{token.token} ")
+                else:
+                    show("")
+                    stream.token(token.token)
+                if stopped:
+                    break
+        text = stream.end() if stream is not None else ""
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if reports:
+            write("\n")  # also if the answer fails: an error starts a line of its own
+    seconds, count = sum(r.seconds for r in reports), len(reports)
+    online = sum(r.sent + r.received for r in reports)
+    rounds = sum(r.rounds for r in reports)
+    err.print(
+        f"{count} steps; per step {seconds / count:.2f} s, {online / count / 1e6:.2f} MB and "
+        f"{rounds / count:.0f} rounds",
+        style="dim",
+    )
+    return text, stopped
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise PromptError("--ids takes whole numbers, as in --prompt '17 4 9'") from error

@@ -1,0 +1,54 @@
+"""`mergec proxy`: the client as an endpoint for programs on its machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mergec.runtime.cli.application import app
+from mergec.runtime.cli.console import err
+from mergec.runtime.cli.options import Grace, MetricsAt, SessionOptions, address, grouped
+from mergec.runtime.core.errors import MergecError
+
+
+@app.command("proxy")
+@grouped
+def proxy_command(
+    options: SessionOptions,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen at; 0 chooses a free one.", min=0, max=65535)
+    ] = 8000,
+    expose: Annotated[
+        bool, typer.Option("--expose", help="Answer requests from other machines, too.")
+    ] = False,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of a web page elsewhere that may send requests: https://host."),
+    ] = None,
+    sessions: Annotated[int, typer.Option(help="Number of sessions with the server.", min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Maximum number of waiting requests.", min=0)] = 16,
+    grace: Grace = 5.0,
+    metrics: MetricsAt = None,
+) -> None:
+    """Offer OpenAI's API and a chat page on this machine."""
+    if options.store is not None and sessions > 1:
+        raise MergecError("a store serves one session at a time; leave out --sessions")
+    from mergec.runtime.proxy.serve import ProxySettings, proxy
+    from mergec.runtime.transport.address import Address
+
+    proxy(
+        options.connection,
+        ProxySettings(
+            listen=Address(host, port),
+            exposed=expose,
+            origins=tuple(origin or ()),
+            sessions=sessions,
+            queue=queue,
+            grace=grace,
+            metrics=address(metrics) if metrics else None,
+            stores=options.store,
+        ),
+        lambda url: err.print(f"chat page: {url}; OpenAI API for apps: {url}/v1", soft_wrap=True),
+    )

@@ -1,0 +1,279 @@
+"""Options of the commands, each defined once; those that belong together are a dataclass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import tomllib
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from mergec.runtime.cli.console import err
+from mergec.runtime.core.errors import MergecError
+
+if TYPE_CHECKING:
+    from mergec.runtime.roles.client import Connection
+    from mergec.runtime.session.sampling import Sampling
+    from mergec.runtime.session.stores.reader import Store
+    from mergec.runtime.transport.address import Address
+    from mergec.runtime.transport.connect import Security
+
+SERVER_ADDRESS, DEALER_ADDRESS = "127.0.0.1:29600", "127.0.0.1:29700"
+
+
+class Device(StrEnum):
+    """Where the parties compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _configure(context: typer.Context, file: Path | None) -> Path | None:
+    """Read options from a TOML file; those on the command line take precedence."""
+    if file is not None:
+        try:
+            found = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MergecError(f"{file}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise MergecError(
+                f"{file}: is not valid TOML ({error}); write lines like `sessions = 4`"
+            ) from error
+        known = {parameter.name for parameter in context.command.params} - {"config"}
+        unknown = sorted(set(found) - known)
+        if unknown:
+            raise MergecError(
+                f"{file}: unknown option {unknown[0]!r}; this command has: "
+                f"{', '.join(sorted(name for name in known if name))}"
+            )
+        context.default_map = found
+    return file
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file of options; the command line takes precedence.",
+        callback=_configure,
+        is_eager=True,
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option(help="Device that the parties compute on.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)]
+Bundle = Annotated[
+    Path, typer.Argument(help="Bundle of this role, or the folder of all three bundles.")
+]
+Certs = Annotated[
+    Path | None,
+    typer.Option(help="Certificates of this role, or the folder that has those of all roles."),
+]
+Plaintext = Annotated[
+    bool, typer.Option("--plaintext", help="Connect without TLS; on loopback only.")
+]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for a peer's message.", min=0.1)]
+IdleTimeout = Annotated[float, typer.Option(help="Seconds that a session may be idle.", min=0.1)]
+Grace = Annotated[
+    float, typer.Option(help="Seconds that running answers have to finish at shutdown.", min=0)
+]
+MetricsAt = Annotated[
+    str | None, typer.Option("--metrics", help="host:port to serve Prometheus metrics at.")
+]
+Threads = Annotated[int, typer.Option(help="Threads per session.", min=1)]
+ServerAt = Annotated[str, typer.Option("--server", help="host:port of the server.")]
+DealerAt = Annotated[str, typer.Option("--dealer", help="host:port of the dealer.")]
+StoreAt = Annotated[
+    Path | None,
+    typer.Option("--store", help="Use stored randomness from this folder instead of the dealer."),
+]
+StoreKey = Annotated[
+    Path | None,
+    typer.Option(help="File with the key of the stores; by default MERGEC_STORE_KEY holds it."),
+]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder to keep the masked weights in: a server with a --store-key sends them once."
+    ),
+]
+Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", help="The prompt; `-` reads it from standard input.")
+]
+Temperature = Annotated[float, typer.Option(help="0 chooses the most likely token.", min=0.0)]
+TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.", min=0)]
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Sample from the most likely tokens whose probabilities sum to p.", min=0.0, max=1.0
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the sampling; masks are always fresh randomness.")
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(help="Apply the chat template; by default if the model has one."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartyOptions:
+    """Options of every command that speaks for a party."""
+
+    bundle: Bundle
+    certs: Certs = None
+    plaintext: Plaintext = False
+    timeout: Timeout = 120.0
+    config: Config = None
+
+    def folder(self, role: str) -> Path:
+        """The bundle of `role`."""
+        inner = self.bundle / role
+        return inner if inner.is_dir() else self.bundle
+
+    def security(self, role: str) -> Security:
+        """How `role` secures its connections."""
+        from mergec.runtime.transport.connect import Security
+
+        return Security(role, self.certs, plaintext=self.plaintext)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions(PartyOptions):
+    """Options of a role that serves sessions: `serve` and `deal`."""
+
+    threads: Threads = 1
+    idle_timeout: IdleTimeout = 1800.0
+    grace: Grace = 60.0
+    metrics: MetricsAt = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions(PartyOptions):
+    """Options of a client that connects to a server and to its dealer."""
+
+    server: ServerAt = SERVER_ADDRESS
+    dealer: DealerAt = DEALER_ADDRESS
+
+    def connection(self) -> Connection:
+        """A connection, not yet open, that takes its randomness from the dealer."""
+        return self._connection(dealer=address(self.dealer))
+
+    def _connection(self, **more: Any) -> Connection:
+        from mergec.runtime.roles.client import Connection
+
+        return Connection(
+            self.folder("client"),
+            server=address(self.server),
+            security=self.security("client"),
+            timeout=self.timeout,
+            on_wait=lambda place: err.print(
+                f"waiting for a free session, number {place} in the queue", style="dim"
+            ),
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions(ClientOptions):
+    """Options of a client that asks for answers, with a dealer or from a store."""
+
+    store: StoreAt = None
+    store_key: StoreKey = None
+    keep: Keep = None
+    device: DeviceOption = Device.cpu
+
+    def connection(self) -> Connection:
+        """A connection, not yet open; with a store it needs no dealer."""
+        store = self._opened_store()
+        return self._connection(
+            dealer=address(self.dealer) if store is None else None,
+            store=store,
+            device=self.device.value,
+            keep=self.keep,
+        )
+
+    def _opened_store(self) -> Store | None:
+        """The given store; of a folder of several, the first one that is not used up."""
+        if self.store is None:
+            return None
+        from mergec.runtime.session.stores.folder import stores_below
+        from mergec.runtime.session.stores.format import read_key
+        from mergec.runtime.session.stores.reader import Store
+
+        secret = read_key(self.store_key)
+        found = [Store.open(inner, secret) for inner in stores_below(self.store)]
+        usable = [store for store in found if store.left()]
+        return usable[0] if usable else (found[0] if found else Store.open(self.store, secret))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    seed: Seed = None
+
+    def sampling(self) -> Sampling:
+        from mergec.runtime.session.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+def address(text: str) -> Address:
+    """An address from `host:port`; MergecError if it has another form."""
+    from mergec.runtime.transport.address import Address
+
+    return Address.parse(text)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options: parameters that are annotated with a dataclass.
+
+    To typer, each field of such a dataclass is a parameter of the command.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {n: kind for n, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        group = groups.get(parameter.name)
+        if group is None:
+            parameters.append(
+                inspect.Parameter(
+                    parameter.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=parameter.default,
+                    annotation=hints[parameter.name],
+                )
+            )
+            continue
+        types = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=types[field.name],
+                )
+            )
+
+    @functools.wraps(command)
+    def take(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**made, **given)
+
+    take.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    take.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return take

@@ -1,0 +1,41 @@
+"""Prepares a process to be forked for sessions."""
+
+from __future__ import annotations
+
+import numba
+import torch
+
+from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows, set_threads
+from mergec.runtime.ops import load_all
+
+
+def prepare_to_fork() -> None:
+    """Load and compile whatever sessions compute with, so that their processes begin with it.
+
+    OpenMP's threads are lost in a fork and its state is not: until then torch has one thread, and
+    numba uses a pool of its own that starts anew in each process.
+    """
+    torch.set_num_threads(1)
+    numba.config.THREADING_LAYER = "workqueue"
+    keep_freed_memory()
+    load_all()
+    simulation = Simulation()
+    for op in ("softmax", "silu"):
+        x = simulation.share(torch.zeros(2, 2))
+        simulation.run(lambda ctx, party: REGISTRY[op].protocol(ctx, x[party]))  # noqa: B023
+    # The first time that shapes alone are joined, torch imports its whole compiler.
+    torch.cat([torch.empty(1, device="meta"), torch.empty(1, device="meta")])
+    words = torch.zeros(2, 2, dtype=torch.int64)
+    matmul(words, words)
+    for weight in (words, words.to(torch.int32)):
+        matmul_rows(words, weight)
+        matmul_columns(words, weight)
+
+
+def use_threads(count: int) -> None:
+    """Compute with so many threads, in a session's process."""
+    torch.set_num_threads(count)
+    set_threads(count)

@@ -1,0 +1,28 @@
+"""How many tokens a client may use per minute."""
+
+from __future__ import annotations
+
+import time
+
+
+class Allowance:
+    """Tokens per minute: a bucket that a minute fills. An answer may overdraw it once."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._left = float(rate)
+        self._when = time.monotonic()
+
+    def spend(self, tokens: int) -> None:
+        self._refill()
+        self._left -= tokens
+
+    def wait(self) -> float:
+        """Seconds until the next answer may begin."""
+        self._refill()
+        return 0.0 if not self._rate or self._left >= 1 else (1 - self._left) * 60 / self._rate
+
+    def _refill(self) -> None:
+        now = time.monotonic()
+        self._left = min(self._rate, self._left + (now - self._when) * self._rate / 60)
+        self._when = now

@@ -1,0 +1,361 @@
+"""The server's side of one client's session, in a process of its own.
+
+Each session has masks of its own, so the server sends W - B once per session: 8 bytes per weight. A
+server with a key reuses its static masks B, and a client may keep W - B.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from mergec.runtime.core.context import ByteSource, ServerContext
+from mergec.runtime.core.errors import PartyError, PeerEndedError
+from mergec.runtime.core.memory import release_freed_memory
+from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER, Vis
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.roles.settings import ServerSettings
+from mergec.runtime.roles.worker import Parent, played
+from mergec.runtime.session.handshake import (
+    PREPARE,
+    SESSION,
+    STORED,
+    be_greeted,
+    join_dealer,
+)
+from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.requests import Plan, read_step, whole
+from mergec.runtime.session.steps import MergecSession, measured
+from mergec.runtime.session.stores.folder import remove_store
+from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
+from mergec.runtime.session.stores.kept import mask_seed, name_of
+from mergec.runtime.session.stores.reader import NoCorrections, Store
+from mergec.runtime.session.stores.writer import StoreWriter
+from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
+from mergec.runtime.transport.connect import accept
+from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+
+AHEAD_BYTES = 64 << 20
+"""Bytes that a session takes from the dealer before it uses them."""
+
+_LOOK = 1.0
+"""Seconds between two checks of the dealer while the client is idle, and between two messages to
+the client while the dealer deals."""
+
+
+class ServerSession:
+    """One client's session, in a process of its own."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        program: RoleProgram,
+        encoded: dict[str, torch.Tensor],
+        digest: str,
+        connection: socket.socket,
+        parent: Parent,
+        log: Any,
+    ) -> None:
+        self._settings = settings
+        self._program = program
+        self._encoded, self._digest = encoded, digest
+        self._connection = connection
+        self._parent = parent
+        self._log = log
+        self._channel: Channel | None = None
+        self._dealer: Channel | None = None
+        self._seated = False
+
+    def play(self) -> None:
+        how = played(self._run, self._fail, lambda: self._log)
+        if self._seated:
+            self._parent.tell(kind="end", how=how)
+
+    def _fail(self, reason: str) -> None:
+        for channel in (self._channel, self._dealer):
+            if channel is not None:
+                channel.fail(reason)
+
+    def _run(self) -> None:
+        settings = self._settings
+        self._parent.idle = True
+        channel = self._channel = accept(
+            self._connection, settings.security, (ROLES[CLIENT],), settings.timeout
+        )
+        hello = Hello.of(ROLES[SERVER], self._program.manifest)
+        fields = be_greeted(channel, hello, (ROLES[CLIENT],))
+        purpose = fields.get("purpose")
+        self._log = self._log.bind(client=channel.name)
+        store = self._find_store(fields, channel) if purpose == STORED else None
+        token = self._place(channel)
+        self._log = self._log.bind(session=token[:8])
+        self._log.info("session began", purpose=str(purpose))
+        masks = self._masks(purpose, store, channel.name)
+        offered = {"masks": name_of(masks)} if masks else {}
+        channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits), **offered)
+        self._parent.idle = False
+        if store is not None:
+            self._serve_stored(store, channel, masks)
+        elif purpose == PREPARE:
+            self._prepare(channel, self._join(hello, token))
+        elif purpose == SESSION:
+            told = {"masks": masks.hex()} if masks else {}
+            self._serve_dealt(channel, self._join(hello, token, **told), masks)
+        else:
+            raise PartyError("the client wants something that is not offered here")
+        channel.close()
+        self._log.info("session ended")
+
+    def _masks(self, purpose: object, store: Store | None, client: str) -> bytes | None:
+        """Seed of static masks that stay for this client's later sessions, if there are such."""
+        if any(spec.vis is Vis.SHARED for spec in self._program.constants):
+            return None
+        if store is not None:
+            return store.seed
+        if purpose != SESSION or not self._settings.store_key:
+            return None
+        program = self._program.manifest["program_hash"]
+        return mask_seed(self._settings.store_key, program, client, self._digest)
+
+    def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, bytes]:
+        settings = self._settings
+        if settings.dealer is None:
+            raise PartyError("this server knows no dealer; use stored randomness")
+        dealer, seed = join_dealer(
+            settings.dealer,
+            hello,
+            settings.security,
+            token,
+            settings.timeout,
+            settings.join_timeout,
+            **told,
+        )
+        self._dealer = dealer
+        return dealer, seed
+
+    def _serve_dealt(
+        self, channel: Channel, joined: tuple[Channel, bytes], masks: bytes | None
+    ) -> None:
+        """A session whose randomness the dealer gives as it goes."""
+        dealer, seed = joined
+        blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
+        source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
+        session = self._begin(channel, self._context(seed, source, masks), masks)
+
+        def watch() -> None:
+            if source.ended:
+                raise PeerEndedError("the dealer went away; see its own message")
+
+        self._answers(session, channel, dealer.send, watch)
+        dealer.send(Kind.END)
+        dealer.close()
+
+    def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
+        """A session whose randomness was dealt before."""
+        session = self._begin(channel, self._context(store.seed, NoCorrections()), masks)
+
+        def take(answer: int) -> None:
+            session.use(self._context(*store.take(answer)))
+
+        self._answers(session, channel, lambda *_: None, lambda: None, take)
+        store.close()
+
+    def _context(
+        self, seed: bytes, source: ByteSource, masks: bytes | None = None
+    ) -> ServerContext:
+        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        return ServerContext(seed, source, self._settings.device, fixed, masks)
+
+    def _begin(
+        self, channel: Channel, context: ServerContext, masks: bytes | None
+    ) -> MergecSession:
+        """Hand the hidden weights over, unless these masks stay and the client has kept them."""
+        kept = False
+        if masks:
+            kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
+        executor = Executor(
+            self._program, context, channel, self._encoded, kept={} if kept else None
+        )
+        session = MergecSession(executor, lambda: channel.traffic)
+        session.setup()
+        release_freed_memory()
+        self._log.info("set up", kept=kept)
+        return session
+
+    def _find_store(self, fields: dict[str, Any], channel: Channel) -> Store:
+        """The store that the client has the other part of."""
+        settings, number = self._settings, fields.get("store")
+        if settings.stores is None or not is_store(number):
+            raise PartyError("no randomness is stored here; begin a session with the dealer")
+        place = settings.stores / str(number)
+        if not place.is_dir():
+            raise PartyError(f"there is no store {str(number)[:8]} here; run `mergec prepare`")
+        store = Store.open(place, settings.store_key)
+        header = store.header
+        if fields.get("plan") != header.common:
+            raise PartyError("the two parts of the store do not belong together; prepare again")
+        if header.client != channel.name:
+            raise PartyError("this store belongs to another client; prepare one for this")
+        if header.weights != self._digest:
+            raise PartyError("the server has other weights than when it stored; prepare again")
+        return store
+
+    def _prepare(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
+        """Store what the dealer gives for a plan of the client's."""
+        settings, (dealer, seed) = self._settings, joined
+        if settings.stores is None:
+            raise PartyError("nothing can be stored here; the server needs --stores")
+        payload = channel.receive_any((Kind.PLAN,))[1]
+        plan = Plan.read(channel.object(payload), self._program.manifest["max_length"], "client")
+        dealer.send(Kind.PLAN, payload)
+        header = Header(
+            new_store(),
+            ROLES[SERVER],
+            self._program.manifest["program_hash"],
+            plan.answers,
+            plan.prompt,
+            plan.tokens,
+            channel.name,
+            self._digest,
+        )
+        channel.send_json(Kind.ACCEPTED, store=header.store)
+        try:
+            with StoreWriter(
+                settings.stores, header, settings.store_key, seed, settings.store_bytes
+            ) as writer:
+                done, told = 0, time.monotonic()
+                while done < plan.answers:
+                    kind, block = dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
+                    if kind is Kind.BLOCK:
+                        writer.write(block)
+                    else:
+                        writer.end_answer()
+                        done += 1
+                    # One answer may take longer than the client waits for a message.
+                    if kind is Kind.MARK or time.monotonic() - told > _LOOK:
+                        told = time.monotonic()
+                        channel.send_json(Kind.STORED, answers=done, bytes=writer.size)
+                writer.finish()
+        except StoreError as error:
+            self._log.error("cannot store", reason=str(error))
+            raise PartyError("the server cannot store so much; see its log") from error
+        dealer.send(Kind.END)
+        dealer.close()
+        try:
+            channel.send_json(Kind.DONE, bytes=writer.size)
+            channel.receive(Kind.END, limit=0)
+        except PartyError:
+            remove_store(settings.stores, header.store)  # the client may not have its part
+            raise
+        self._log.info("stored", store=header.store, answers=plan.answers, bytes=writer.size)
+
+    def _place(self, channel: Channel) -> str:
+        """Wait for a place among the sessions; gives the session's secret name."""
+        self._parent.tell(kind="place", name=channel.name)
+        while True:
+            line = self._parent.line.fileno()
+            ready = channel.readable(self._settings.idle_timeout, line)
+            if line not in ready:
+                if channel.fileno() in ready:
+                    channel.receive_any(())  # a client that waits has nothing to say
+                continue
+            message, _ = self._parent.hear()
+            if "refused" in message:
+                raise PartyError(f"{message['refused']}; try again later")
+            if "session" in message:
+                self._seated = True
+                return str(message["session"])
+            channel.send_json(Kind.QUEUED, position=message["position"])
+
+    def _answers(
+        self,
+        session: MergecSession,
+        channel: Channel,
+        relay: Callable[[Kind, memoryview], None],
+        watch: Callable[[], None],
+        take: Callable[[int], None] | None = None,
+    ) -> None:
+        """Give answers until the client ends the session.
+
+        relay: hands the client's requests on. watch: called while nothing happens. take: uses up
+        the answer of a store.
+        """
+        while True:
+            self._await(channel, watch)
+            kind, payload = channel.receive_any((Kind.BEGIN, Kind.END))
+            if kind is Kind.END:
+                return
+            fields = channel.object(payload)
+            length = whole(fields, "length", 1, 1 << 30, channel.peer)
+            tokens = whole(fields, "tokens", 1, 1 << 30, channel.peer)
+            refusal = self._refusal(length, tokens)
+            if refusal:
+                channel.send_json(Kind.REFUSED, **refusal)
+                continue
+            if take is not None:
+                try:
+                    take(whole(fields, "answer", 0, 1 << 30, channel.peer))
+                except StoreError as error:
+                    self._log.warning("not given", reason=str(error))
+                    channel.send_json(Kind.REFUSED, reason="used up", used=True)
+                    continue
+            channel.send_json(Kind.ACCEPTED)
+            self._answer(session, channel, relay, length + tokens)
+
+    def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
+        """Let the client think. Between answers the session may be ended."""
+        self._parent.idle = True
+        deadline = time.monotonic() + self._settings.idle_timeout
+        line = self._parent.line.fileno()
+        while channel.fileno() not in (ready := channel.readable(_LOOK, line)):
+            if line in ready:
+                self._parent.hear()  # it says nothing to a session that runs, but may have ended
+            watch()
+            if time.monotonic() > deadline:
+                raise PartyError("the session was idle for too long; begin another")
+        self._parent.idle = False
+
+    def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
+        """Why an answer of so many tokens cannot be given, if so; and when it can be."""
+        limits = self._settings.limits
+        most = [n for n in (limits.length, self._program.manifest["max_length"]) if n]
+        if most and length + tokens > min(most):
+            return {"reason": f"prompt and answer may have {min(most)} tokens together"}
+        if limits.tokens and tokens > limits.tokens:
+            return {"reason": f"an answer may have {limits.tokens} tokens"}
+        wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
+        if wait:
+            used = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
+            return {"reason": used, "wait": wait}
+        return {}
+
+    def _answer(
+        self,
+        session: MergecSession,
+        channel: Channel,
+        relay: Callable[[Kind, memoryview], None],
+        limit: int,
+    ) -> None:
+        """Take part in the steps of one answer; `limit`: of prompt and answer together."""
+        done = 0
+        while True:
+            kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
+            relay(kind, payload)
+            if kind is Kind.DONE:
+                return
+            new, past, draw = read_step(payload, channel.peer)
+            turn = past == (done if session.cached else 0) or new == 0
+            if not session.allows(new, past) or not turn or new + past > limit:
+                raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
+            work = partial(session.step, new, past, draw=draw)
+            report = measured(session, new, past, work)
+            done += new
+            self._parent.tell(kind="step", report=asdict(report))

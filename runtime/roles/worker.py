@@ -1,0 +1,112 @@
+"""A session's process: its line to the process that forked it, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from mergec.runtime.core.errors import MergecError, PartyError
+
+DATAGRAM = 1 << 16
+"""Maximum size of a message between a session's process and its parent, in bytes."""
+
+
+class StoppingError(PartyError):
+    """The role was told to stop."""
+
+
+class Parent:
+    """A session's line to the parent, and its part in a shutdown.
+
+    At the first SIGTERM a session that is `idle` ends, any other at its next `check`; at the second
+    it ends wherever it is.
+    """
+
+    def __init__(self, line: socket.socket) -> None:
+        self.line = line
+        self._idle = False
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
+
+    def tell(self, **message: Any) -> None:
+        """Report something."""
+        with suppress(OSError):
+            self.line.send(json.dumps(message).encode())
+
+    def hear(self) -> tuple[dict[str, Any], list[int]]:
+        """The parent's next message, and the descriptors that come with it."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.line, DATAGRAM, 1)
+        except ConnectionError:  # it left something unread
+            data, descriptors = b"", []
+        if not data:
+            raise StoppingError("the process that listens has ended; start it again")
+        message: dict[str, Any] = json.loads(data)
+        return message, descriptors
+
+    def ask(self, **message: Any) -> tuple[dict[str, Any], list[int]]:
+        """Tell something that is answered at once."""
+        self.tell(**message)
+        return self.hear()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the session may be ended right now; set while nothing is under way."""
+        return self._idle
+
+    @idle.setter
+    def idle(self, value: bool) -> None:
+        self._idle = value
+        if value:
+            self.check()
+
+    def check(self) -> None:
+        """End the session if the role was told to stop."""
+        if self._stopping:
+            raise StoppingError("it is shutting down; try again later")
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self._stopping = self._stopping, True
+        if self._idle or again:
+            self.check()
+
+
+Work = Callable[[socket.socket, Parent], None]
+
+
+def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
+    """Run a worker's session; whatever ends it is logged, and told to the peer by `fail`.
+
+    Gives how it ended. Only errors that are about the parties are told; others may name files here.
+    """
+    try:
+        session()
+        return "done"
+    except StoppingError as error:
+        log().info("session stopped")
+        fail(str(error))
+        return "stopped"
+    except PartyError as error:
+        log().warning("session failed", reason=str(error))
+        fail(str(error))
+    except MergecError as error:
+        log().error("session failed", reason=str(error))
+        fail("it cannot go on; see its log")
+    except MemoryError:
+        log().error("session failed", reason="out of memory")
+        fail("it is out of memory; try again later")
+    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
+        # Not the message: it might hold values.
+        log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
+        fail("it cannot go on; see its log")
+    return "failed"

@@ -1,0 +1,69 @@
+"""What a client requests from the other roles: steps of an answer, and plans for later answers."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.program.encoding import is_a
+
+_STEP = struct.Struct("!4q")
+
+
+def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) -> int:
+    """A number that a peer sent, if it is one and within bounds."""
+    value = fields.get(key)
+    if not is_a(value, int) or not least <= value <= most:
+        raise PartyError(f"the {peer} asks for {key} {str(value)[:20]}, which can't be")
+    return int(value)
+
+
+def write_step(new: int, past: int, draw: Draw) -> bytes:
+    """What the client asks for: so many tokens after so many, and how to choose the next one."""
+    return _STEP.pack(new, past, draw.units, draw.top_k)
+
+
+def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw]:
+    """New and past tokens, and the choice; bounds of the lengths are the caller's to check."""
+    if len(payload) != _STEP.size:
+        raise PartyError(f"the {peer} sent a step that cannot be read")
+    new, past, units, top_k = _STEP.unpack(payload)
+    return new, past, draw_of(units, top_k, peer)
+
+
+def draw_of(units: int, top_k: int, peer: str) -> Draw:
+    """The choice that a peer asks for, if there is such a one."""
+    try:
+        return Draw(units, top_k)
+    except PromptError as error:
+        raise PartyError(f"the {peer} asks for what cannot be drawn: {error}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps that randomness is dealt ahead for: so many answers, all of the same lengths.
+
+    An answer's first step takes `prompt` tokens and each of `tokens` further ones takes one.
+    """
+
+    answers: int
+    prompt: int
+    tokens: int
+
+    def steps(self) -> list[tuple[int, int]]:
+        """New and past tokens of every step of one answer."""
+        return [(self.prompt, 0), *((1, self.prompt + n) for n in range(self.tokens))]
+
+    @classmethod
+    def read(cls, fields: dict[str, Any], max_length: int, peer: str) -> Plan:
+        """From a peer's fields, within what the program can run."""
+        limit = max_length or 1 << 20
+        prompt = whole(fields, "prompt", 1, limit, peer)
+        tokens = whole(fields, "tokens", 0, limit - prompt, peer)
+        return cls(whole(fields, "answers", 1, 1 << 20, peer), prompt, tokens)
+
+    def fields(self) -> dict[str, int]:
+        return {"answers": self.answers, "prompt": self.prompt, "tokens": self.tokens}

@@ -1,0 +1,242 @@
+"""Steps of a decoder: what each role computes for one step, and the caches in between."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
+from mergec.runtime.core.values import Held, Masked, Sent, Shared
+from mergec.runtime.program.program import FINISH, InputSpec, Phase, RoleProgram, phase_of
+from mergec.runtime.transport.traffic import Traffic
+
+if TYPE_CHECKING:
+    from mergec.runtime.core.context import Context
+    from mergec.runtime.engine.executor import Executor
+    from mergec.runtime.engine.stock import StockExecutor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step took, as this party counted it at its transport."""
+
+    phase: str
+    new: int
+    past: int
+    seconds: float = 0.0
+    sent: int = 0
+    received: int = 0
+    rounds: int = 0
+    offline_bytes: int = 0
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Session(ABC):
+    """One role's executor and the caches that its steps hand on."""
+
+    def __init__(self, program: RoleProgram) -> None:
+        self.program = program
+        self.party = ROLES.index(program.role)
+        tokens = [spec for spec in program.inputs if spec.vis is Vis.CLIENT]
+        self.cache_specs = [spec for spec in program.inputs if spec.cache_output is not None]
+        following = {spec.cache_output for spec in self.cache_specs}
+        logits = [name for name in program.outputs if name not in following]
+        if len(tokens) != 1 or len(logits) != 1 or len(program.inputs) > 1 + len(following):
+            raise BundleError(
+                "the program is no decoder step of tokens and caches to logits; compile it again"
+            )
+        self._caches: dict[str, Any] = {}
+        self._hidden: list[Any] = []
+
+    @property
+    def cached(self) -> bool:
+        """Whether a step takes up where the one before ended; else it needs all tokens again."""
+        return bool(self.cache_specs)
+
+    @abstractmethod
+    def setup(self) -> None:
+        """What is done once, before the first step."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """What this party sent and received so far."""
+
+    @abstractmethod
+    def _start(self) -> dict[str, Any]:
+        """Empty caches."""
+
+    @abstractmethod
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        """Run what leads from the inputs to the outputs."""
+
+    @abstractmethod
+    def _join(self, values: Sequence[Any]) -> Any:
+        """Shares of rows [1, 1, E] as one of [1, n, E]."""
+
+    def step(
+        self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
+    ) -> torch.Tensor | None:
+        """One step, the same at all roles; only the client has `ids`, and gets a result.
+
+        The result is logits [V]; or, of a program that reveals the token alone, the token [1] that
+        was chosen as `draw` says, by default the best. A program that resends its hidden state
+        takes the one before instead of `ids` after the first step, and gives no result; a last step
+        of no new tokens gives the logits of all `past` steps before it, [past, V], by one run of
+        the head.
+        """
+        rows = self.rows(new, past, ids, draw)
+        return rows if rows is None or new == 0 else rows[-1]
+
+    def rows(
+        self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
+    ) -> torch.Tensor | None:
+        """As `step`, with all the rows that the program reveals: [1, V], unless a pass of one's own
+        keeps the logits of every new token.
+        """
+        if not self.allows(new, past):
+            raise BundleError(f"a step of {new} tokens after {past} is out of turn")
+        self._prepare(draw or Draw())
+        phase = self.program.phase(phase_of(new, past))
+        if phase.name == FINISH:
+            return self._finish(phase)
+        if past == 0:
+            self._caches, self._hidden = self._start(), []
+        outputs = self._execute(
+            {phase.inputs[0].name: self._first(new, ids), **self._caches}, phase.outputs
+        )
+        self._caches = {
+            spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
+        }
+        first = outputs[phase.outputs[0]]
+        if self.program.resends:
+            self._hidden.append(first)
+            return None
+        return self._logits_at_client(first)
+
+    def allows(self, new: int, past: int) -> bool:
+        """Whether a step of these lengths can come now."""
+        if new == 0:
+            return self.program.resends and past == len(self._hidden) > 0
+        return new > 0 and past >= 0 and (past == 0 or new == 1 or not self.program.resends)
+
+    def _finish(self, phase: Phase) -> torch.Tensor | None:
+        hidden, self._hidden = self._join(self._hidden), []
+        outputs = self._execute({phase.inputs[0].name: hidden}, phase.outputs)
+        return self._logits_at_client(outputs[phase.outputs[0]])
+
+    def _first(self, new: int, ids: Sequence[int] | None) -> Any:
+        """What a step works on: tokens, or the hidden state of the step before."""
+        if self._hidden:
+            return self._hidden[-1]
+        if self.party == CLIENT:
+            tokens = torch.tensor([list(ids or ())], dtype=torch.int64)
+        else:
+            tokens = torch.empty((1, new), dtype=torch.int64, device="meta")
+        return Held(Vis.CLIENT, tokens)
+
+    def _logits_at_client(self, logits: Any) -> torch.Tensor | None:
+        if self.party != CLIENT:
+            return None
+        value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
+        return value.reshape(-1, value.shape[-1])
+
+    def _prepare(self, draw: Draw) -> None:  # noqa: B027 - nothing to do by default
+        """Take note of how the step's token is to be chosen, where the parties choose it."""
+
+
+class MergecSession(Session):
+    """Steps by mergec's own protocols."""
+
+    def __init__(self, executor: Executor, counted: Callable[[], Traffic]) -> None:
+        super().__init__(executor.program)
+        self._executor = executor
+        self._counted = counted
+
+    def setup(self) -> None:
+        self._executor.setup()
+
+    def use(self, context: Context) -> None:
+        """Take the masks of what follows from another source; the static ones stay."""
+        self._executor.context = context
+
+    def traffic(self) -> Traffic:
+        result = self._counted().snapshot()
+        # Corrections are counted as they are used: the stream runs ahead of the step.
+        result.offline_received = self._executor.context.offline_bytes
+        result.offline_sent = 0
+        return result
+
+    def _start(self) -> dict[str, Any]:
+        return {spec.name: self._empty(spec) for spec in self.cache_specs}
+
+    def _empty(self, spec: InputSpec) -> Masked | Sent:
+        context = self._executor.context
+        shape = [0 if isinstance(size, str) else size for size in spec.shape]
+        words = torch.zeros(shape, dtype=torch.int64, device=context.device)
+        ghost = torch.empty(shape, dtype=torch.int64, device="meta")
+        if spec.form == "sent":
+            server = self.party == SERVER
+            return Sent(words if server else ghost, ghost if server else words, spec.frac)
+        return Masked(ghost if self.party == DEALER else words, words, spec.frac)
+
+    def _prepare(self, draw: Draw) -> None:
+        self._executor.context.draw = draw
+
+    @torch.inference_mode()
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        return self._executor.step(inputs, outputs)
+
+    def _join(self, values: Sequence[Any]) -> Any:
+        return Shared(torch.cat([value.share for value in values], 1), values[0].frac)
+
+
+class StockSession(Session):
+    """Steps by CrypTen's stock protocols; the dealer has no session, it serves the client."""
+
+    def __init__(self, executor: StockExecutor, counted: Callable[[], Traffic]) -> None:
+        super().__init__(executor.program)
+        self._executor = executor
+        self._counted = counted
+
+    def setup(self) -> None:
+        self._executor.setup()
+
+    def traffic(self) -> Traffic:
+        return self._counted().snapshot()
+
+    def _start(self) -> dict[str, Any]:
+        return self._executor.start()
+
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        return self._executor.step(inputs, outputs)
+
+    def _join(self, values: Sequence[Any]) -> Any:
+        from mergec.runtime.crypten import compat as crypten
+
+        return crypten.cat(list(values), 1)
+
+
+def measured(session: Session, new: int, past: int, work: Callable[[], object]) -> StepReport:
+    """Do `work` and report what it took."""
+    before, began = session.traffic(), time.perf_counter()
+    work()
+    spent, seconds = session.traffic() - before, time.perf_counter() - began
+    return StepReport(
+        phase_of(new, past),
+        new,
+        past,
+        seconds,
+        spent.sent,
+        spent.received,
+        spent.rounds,
+        spent.offline,
+    )
