@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -22,7 +21,7 @@ torch.set_num_threads(1)
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.transport.lines import take
 role, *descriptors = sys.argv[1:]
-channels = take(role, list(map(int, descriptors)), 20.0)
+channels = take(role, list(map(int, descriptors)), 120.0)
 """
 """Defines `role`, and `channels` to the two other roles by rank."""
 
@@ -34,12 +33,6 @@ class Finished:
     code: int
     out: str
     err: str
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -64,7 +57,7 @@ def start(role: str, script: str, lines: Lines) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> Finished:
+def finish(process: subprocess.Popen[str], timeout: float = 180.0) -> Finished:
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -74,7 +67,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def run_roles(script: str, timeout: float = 60.0) -> dict[str, Finished]:
+def run_roles(script: str, timeout: float = 180.0) -> dict[str, Finished]:
     """Run the script as each role, all connected; a failure shows the output of all."""
     with Lines() as lines:
         processes = {role: start(role, script, lines) for role in ROLES}
@@ -86,7 +79,7 @@ def run_roles(script: str, timeout: float = 60.0) -> dict[str, Finished]:
                 process.kill()
 
 
-def outputs(script: str, timeout: float = 60.0) -> dict[str, list[str]]:
+def outputs(script: str, timeout: float = 180.0) -> dict[str, list[str]]:
     """Lines that each role printed; all roles must succeed."""
     finished = run_roles(script, timeout=timeout)
     failures = {r: (f.code, f.out, f.err) for r, f in finished.items() if f.code != 0}

@@ -20,7 +20,8 @@ from mergec.runtime.roles.client import Connection
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.connect import Security
 
-START = 60.0
+START = 120.0
+"""Seconds after which something hangs. Tests wait for states; this only bounds the wait."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -99,10 +100,11 @@ class Role:
         """The `count`th log line of this event; waits for it."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
+            ended = self.process.poll() is not None  # looked at first: it may log and then end
             found = [line for line in self.log if line["event"] == event]
             if len(found) >= count:
                 return found[count - 1]
-            assert self.process.poll() is None or event == "stopped", self.output
+            assert not ended, self.output
             time.sleep(0.02)
         raise AssertionError(f"no {event!r}\n{self.output}")
 
@@ -111,11 +113,15 @@ class Role:
         return Address.parse(self.wait_for("listening")["address"])
 
     @property
+    def metrics(self) -> Address:
+        return Address.parse(self.wait_for("serving metrics")["address"])
+
+    @property
     def workers(self) -> list[psutil.Process]:
         """The processes of the active sessions."""
         return list(psutil.Process(self.process.pid).children())
 
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 30.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout: float = START) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout)
 
@@ -129,7 +135,7 @@ class Role:
         self._folder.cleanup()
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = START) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = START) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
@@ -150,6 +156,7 @@ class Deployment:
 
     def __init__(self, bundles: Path, server: Role, dealer: Role) -> None:
         self.bundles, self.server, self.dealer = bundles, server, dealer
+        self.roles = {"server": server, "dealer": dealer}
 
     def connection(self, **options: Any) -> Connection:
         given: dict[str, Any] = {

@@ -22,7 +22,7 @@ from mergec.runtime.crypten import compat as crypten
 from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.channel import Channel, Kind
 from mergec.runtime.transport.communicator import ChannelCommunicator
-from tests.roles import ROOT, environment, finish, free_port, outputs
+from tests.roles import ROOT, environment, finish, outputs
 
 Pair = tuple[ChannelCommunicator, ChannelCommunicator]
 
@@ -253,6 +253,7 @@ OVER_TLS = """
     security, address = Security(role, folder), Address("127.0.0.1", port)
     if role == "server":
         with listen(address, security) as listener:
+            print(listener.getsockname()[1], flush=True)
             channel = accept(listener.accept()[0], security, ("client",), 60.0)
     else:
         channel = connect(address, "server", security, 60.0, 60.0)
@@ -284,19 +285,21 @@ OVER_TLS = """
 
 def test_stock_crypten_computes_between_two_processes_over_tls(tmp_path: Path) -> None:
     make_certificates(tmp_path, ("client",))
-    arguments = [str(free_port()), str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(OVER_TLS), role, *arguments],
+
+    def begin(role: str, port: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(OVER_TLS), role, port, str(tmp_path)],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for role in ("server", "client")
-    ]
-    results = [finish(process, 120.0) for process in processes]
+
+    server = begin("server", "0")
+    assert server.stdout is not None
+    client = begin("client", server.stdout.readline().strip())
+    results = [finish(process) for process in (server, client)]
     assert [(result.code, result.err) for result in results] == [(0, "")] * 2
     a, b = torch.tensor([[1.5, -2.0], [3.0, 0.25]]), torch.tensor([[2.0, 1.0], [-1.0, 4.0]])
     expected = {
@@ -342,7 +345,7 @@ def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Pat
         )
         for rank in range(2)
     ]
-    for result in [finish(process, 120.0) for process in processes]:
+    for result in [finish(process) for process in processes]:
         assert result.code == 0, result
         squares, negative = result.out.strip().split("] [")
         assert torch.tensor(json.loads(squares + "]")).allclose(

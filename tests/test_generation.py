@@ -223,7 +223,7 @@ def test_three_roles_in_threads_say_what_plaintext_says() -> None:
     for control in controls:
         control.put(None)
     for thread in threads:
-        thread.join(20)
+        thread.join()
     plain = PlainExecutor(decoder.program())
     assert tokens == [token for token, _ in plain.generate(prompt, 4)]
     assert all(report.rounds > 0 and report.sent > 0 for report in reports)

@@ -32,8 +32,8 @@ from mergec.runtime.transport.certificates import make_certificates
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security, listen
 from tests import decoder
-from tests.roles import ROOT, environment, free_port
-from tests.services import Deployment, deployment, wait_until
+from tests.roles import ROOT, environment
+from tests.services import START, Deployment, Role, deployment, wait_until
 
 PROMPT = [5, 1, 7]
 TIMES = ("--timeout", "8", "--grace", "5")
@@ -55,12 +55,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deployed(bundles: Path, certificates: Path) -> Iterator[Deployment]:
     """Three roles' worth of TLS, with room for two sessions."""
     security = ("--certs", str(certificates), *TIMES)
-    metrics, dealt = (("--metrics", f"127.0.0.1:{free_port()}") for _ in range(2))
+    common = (*security, "--metrics", "127.0.0.1:0")
     limits = ("--sessions", "2", "--queue", "1", "--tokens", "9")
-    with deployment(
-        bundles, serve=(*security, *limits, *metrics), deal=(*security, *dealt)
-    ) as made:
-        made.metrics = {"server": metrics[1], "dealer": dealt[1]}
+    with deployment(bundles, serve=(*common, *limits), deal=common) as made:
         yield made
 
 
@@ -78,6 +75,11 @@ def ann(certificates: Path) -> Security:
 
 def tokens(connection, prompt=PROMPT, count=4):
     return [token.token for token in connection.generate(prompt, max_tokens=count)]
+
+
+def ended(role: Role) -> int:
+    """Sessions that a role has logged the end of."""
+    return sum(line["event"] == "session ended" for line in role.log)
 
 
 def test_a_session_gives_answer_after_answer(running, bundles, ann) -> None:
@@ -98,14 +100,18 @@ def test_clients_are_served_side_by_side_and_wait_for_a_place(
 ) -> None:
     names = ["ann", "bob", "bob"]
     places: list[int] = []
-    together = threading.Barrier(3)
+    waiting = threading.Event()
+
+    def wait(place: int) -> None:
+        places.append(place)
+        waiting.set()
 
     def ask(number: int) -> list[int]:
         security = Security("client", certificates / names[number])
-        connection = running.connection(security=security, on_wait=places.append)
-        together.wait()
-        with connection:
-            return tokens(connection, [number + 1, 4])
+        with running.connection(security=security, on_wait=wait) as connection:
+            answer = tokens(connection, [number + 1, 4])
+            assert waiting.wait(START), "the two that come first stay until the third waits"
+            return answer
 
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(ask, range(3)))
@@ -119,13 +125,13 @@ def test_a_full_queue_turns_clients_away(running, ann) -> None:
         third = running.connection(security=ann, on_wait=lambda _: waiting.set())
         with ThreadPoolExecutor(1) as pool:
             opened = pool.submit(third.open)
-            assert waiting.wait(10)
+            assert waiting.wait(START)
             fourth = running.connection(security=ann)
             with pytest.raises(PartyError, match="the server says: it is busy: 2 sessions, 1 cl"):
                 fourth.open()
             third._channels[0].fail("changed my mind")
             with pytest.raises(PartyError):
-                opened.result(10)
+                opened.result(START)
 
 
 def test_limits_refuse_a_prompt_and_leave_the_session_open(running, bundles, ann) -> None:
@@ -145,17 +151,27 @@ def test_a_certificate_of_another_role_is_turned_away(running, certificates) -> 
 
 def test_metrics_and_logs_tell_what_happened_but_no_secret(running, bundles, ann) -> None:
     secret = [11, 11, 10, 12, 9, 8, 11]
+    before = {name: ended(role) for name, role in running.roles.items()}
     with running.connection(security=ann) as connection:
         said = tokens(connection, secret)
-    running.server.wait_for("session ended", 2)
+
+    def read(role: str) -> tuple[str, dict[str, str]]:
+        url = f"http://{running.roles[role].metrics}/metrics"
+        page = urllib.request.urlopen(url, timeout=START).read().decode()
+        return page, dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+
+    def counted(role: str) -> int:
+        return int(float(read(role)[1].get(f'mergec_{role}_sessions_ended_total{{how="done"}}', 0)))
+
+    for role, connections in (("server", 1), ("dealer", 2)):
+        running.roles[role].wait_for("session ended", before[role] + connections)
+        wait_until(lambda role=role: counted(role) == ended(running.roles[role]))
     logs = running.server.output + running.dealer.output
     names = ["sessions", 'bytes_total{kind="offline"}', 'sessions_ended_total{how="done"}']
     names += [f'step_seconds_count{{phase="{phase}"}}' for phase in ("prompt", "decode")]
     online = ["rounds_total", 'bytes_total{kind="sent"}', 'bytes_total{kind="received"}', "queue"]
     for role, more in (("server", online), ("dealer", [])):
-        url = f"http://{running.metrics[role]}/metrics"
-        page = urllib.request.urlopen(url, timeout=10).read().decode()
-        values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+        page, values = read(role)
         assert float(values[f'mergec_{role}_tokens_total{{phase="prompt"}}']) >= len(secret)
         for name in names + more:
             assert float(values[f"mergec_{role}_{name}"]) > 0 or name in ("sessions", "queue")
@@ -199,10 +215,9 @@ def test_a_stopped_session_of_the_dealer_is_named_by_both_within_the_timeout(run
     for worker in running.dealer.workers:
         worker.suspend()
     try:
-        began = time.monotonic()
+        # The client itself would wait for 20 s.
         with pytest.raises(PartyError, match="the server says: the dealer sent nothing for 8 s"):
             list(answer)
-        assert time.monotonic() - began < 40
     finally:
         for worker in running.dealer.workers:
             worker.kill()
@@ -232,9 +247,8 @@ def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
     for role in (running.server, running.dealer):
         with socket.create_connection((role.address.host, role.address.port)) as slow:
             slow.sendall(b"\x16\x03\x01\x02\x00")
-            began = time.monotonic()
             with pytest.raises(OSError, match=r"reset|Broken"):
-                while time.monotonic() - began < 60:
+                for _ in range(int(START / 0.2)):
                     slow.sendall(b"\x01")
                     time.sleep(0.2)
 
@@ -318,7 +332,7 @@ def test_the_command_line_streams_an_answer_over_tls(running, bundles, certifica
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=START,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(t) for t in decoder.plaintext(bundles, PROMPT, 4)]
@@ -334,14 +348,14 @@ def test_ctrl_c_ends_an_answer_after_the_step_under_way(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("mergec.runtime.cli.commands.answers.write", press)
-    ended = sum(line["event"] == "session ended" for line in running.server.log)
+    before = ended(running.server)
     places = ["--server", str(running.server.address), "--dealer", str(running.dealer.address)]
     asked = ["--ids", "-p", "5 1 7", "--max-tokens", "9", "--certs", str(ann.folder)]
     assert run(["generate", str(bundles), *places, *asked]) == INTERRUPTED
     printed = capsys.readouterr()
     assert printed.out.split() == [str(t) for t in decoder.plaintext(bundles, PROMPT, 1)]
     assert printed.err.splitlines()[-1] == "stopped"
-    running.server.wait_for("session ended", ended + 1)
+    running.server.wait_for("session ended", before + 1)
 
 
 def test_a_chat_keeps_its_turns_and_goes_on_after_a_mistake(
@@ -393,7 +407,7 @@ def test_a_dealer_that_dies_ends_the_session_and_the_server_goes_on(bundles) -> 
 
 
 def test_sigterm_lets_an_answer_end_and_tells_the_idle(bundles) -> None:
-    with deployment(bundles, serve=("--grace", "20")) as made:
+    with deployment(bundles, serve=("--grace", str(START))) as made:
         idle, busy = made.connection(), made.connection()
         idle.open()
         answer = busy.generate(PROMPT, max_tokens=4)
@@ -403,7 +417,7 @@ def test_sigterm_lets_an_answer_end_and_tells_the_idle(bundles) -> None:
         with pytest.raises(PartyError, match="the server says: it is shutting down"):
             tokens(idle)
         assert said + [token.token for token in answer] == decoder.plaintext(bundles, PROMPT, 4)
-        assert made.server.process.wait(20) == 0
+        assert made.server.process.wait() == 0
         with pytest.raises(PartyError, match="the server"):
             tokens(busy)
         assert made.dealer.stop(signal.SIGINT) == INTERRUPTED
@@ -417,7 +431,7 @@ def test_an_answer_that_outlasts_the_grace_is_told(bundles) -> None:
         answer = made.connection().generate(PROMPT, max_tokens=4)
         next(answer)
         made.server.process.terminate()
-        assert made.server.process.wait(20) == 0
+        assert made.server.process.wait() == 0
         with pytest.raises(PartyError, match="the server says: it is shutting down"):
             list(answer)
 
@@ -485,7 +499,7 @@ def test_a_port_in_use_and_a_wrong_option_in_a_file_are_one_line(bundles, tmp_pa
     config = tmp_path / "server.toml"
     config.write_text("sesions = 4\n")
     assert run(["serve", str(bundles), "--plaintext", "--config", str(config)]) == 1
-    assert "'sesions' is no option here; there are: bundle, certs" in capsys.readouterr().err
+    assert "unknown option 'sesions'; this command has: bundle, certs" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert run(["deal", str(bundles), "--plaintext", "--metrics", address]) == 1

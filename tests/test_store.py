@@ -35,11 +35,12 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
 from tests import decoder
-from tests.roles import free_port
-from tests.services import deployment, role, wait_until
+from tests.services import START, deployment, role, wait_until
 
 KEY = bytes(range(32))
 PLAN = Plan(answers=3, prompt=2, tokens=5)
+ENDLESS = Plan(answers=2**20, prompt=2, tokens=5)
+"""Takes hours: a preparation that only a fault ends."""
 
 
 def written(root: Path, answers: int = 3, blocks: tuple[bytes, ...] = (b"ab", b"c" * 3_000_000)):
@@ -102,7 +103,7 @@ def test_processes_that_race_never_get_the_same_answer(tmp_path: Path) -> None:
     racers = [context.Process(target=grab, args=(store.folder, taken)) for _ in range(3)]
     for racer in racers:
         racer.start()
-    found = sorted(taken.get(timeout=30) for _ in range(40))
+    found = sorted(taken.get(timeout=START) for _ in range(40))
     for racer in racers:
         racer.join(30)
     assert found == list(range(40))
@@ -229,11 +230,11 @@ def test_a_server_that_starts_tells_what_is_left(tmp_path: Path) -> None:
     damaged, _, _ = written(root)
     (damaged.folder / "seed.bin").write_bytes(bytes(44))
     (root / f".{new_store()}").mkdir()
-    metrics = f"127.0.0.1:{free_port()}"
-    options = ("--plaintext", "--stores", str(root), "--store-key", str(key), "--metrics", metrics)
+    options = ("--plaintext", "--stores", str(root), "--store-key", str(key))
 
     def left() -> list[float]:
-        page = urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10).read().decode()
+        url = f"http://{server.metrics}/metrics"
+        page = urllib.request.urlopen(url, timeout=START).read().decode()
         return [
             float(line.split()[1])
             for what in ("answers", "tokens")
@@ -241,7 +242,7 @@ def test_a_server_that_starts_tells_what_is_left(tmp_path: Path) -> None:
             if line.startswith(f"mergec_server_stored_{what}{{")
         ]
 
-    with role("serve", bundles, *options) as server:
+    with role("serve", bundles, *options, "--metrics", "127.0.0.1:0") as server:
         assert server.wait_for("cleaned")["unfinished_stores"] == 1
         told = server.wait_for("a store that cannot be used")["reason"]
         assert told.startswith(f"{damaged.folder}/seed.bin: is damaged")
@@ -276,10 +277,18 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
     theirs = tmp_path / "server"
     options = ("--stores", str(theirs), "--store-key", str(key), "--timeout", "20")
     with deployment(bundles, serve=options) as made:
+
+        def kill(*_: int) -> None:
+            for worker in made.server.workers:
+                worker.kill()
+
         # A preparation that is killed leaves no half of a store, and does not stop the next one.
         with pytest.raises(PartyError, match="the server went away"):
             made.connection().prepare(
-                PLAN, tmp_path / "client", KEY, lambda *_: [w.kill() for w in made.server.workers]
+                ENDLESS,
+                tmp_path / "client",
+                KEY,
+                lambda *_: [w.kill() for w in made.server.workers],
             )
         assert stores_below(tmp_path / "client") == []
         assert stores_below(theirs) == []

@@ -16,6 +16,7 @@ from mergec.runtime.transport.lines import Lines
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
 from tests.roles import finish, outputs, start
+from tests.services import wait_until
 
 HASH = "ab" * 32
 
@@ -120,11 +121,9 @@ def test_dealer_runs_ahead_up_to_the_limit() -> None:
 
     dealer = threading.Thread(target=deal)
     dealer.start()
-    deadline = time.monotonic() + 60
     # In addition, the receiving thread holds one block, one is in transit, and one is in use.
-    while (receiver.received, sender.sent) != (30, 60) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    wait_until(lambda: (receiver.received, sender.sent) == (30, 60))
+    time.sleep(0.05)  # more would come now
     assert (receiver.received, sender.sent) == (30, 60)
     assert receiver.read(100).numel() == 100
     dealer.join()
@@ -143,10 +142,10 @@ def test_a_dealer_that_nobody_listens_to_is_stopped() -> None:
 
     dealer = threading.Thread(target=deal)
     dealer.start()
-    time.sleep(0.05)
+    wait_until(lambda: sender.sent == 40)  # what the other end takes without being read
     assert dealer.is_alive()
     sender.abandon()
-    dealer.join(60)
+    dealer.join()
     assert stopped == ["the session ended while the dealer was working"]
 
 
@@ -234,7 +233,7 @@ def test_three_processes_exchange_and_stream() -> None:
             assert bytes(channels[0].receive(Kind.STEP, limit=9)) == b"more"
             print(*(channels[p].traffic.offline_sent for p in (0, 1)))
             sys.exit()
-        stream = DealerReceiver(ChannelBlockReader(channels[2], 20.0), timeout=20.0)
+        stream = DealerReceiver(ChannelBlockReader(channels[2], 120.0), timeout=120.0)
         link = channels[1 if role == "client" else 0]
         if role == "client":
             channels[2].send(Kind.STEP, b"more")
@@ -258,9 +257,10 @@ def test_three_processes_exchange_and_stream() -> None:
 
 
 def test_a_stream_that_does_not_end_is_noticed() -> None:
-    sender, receiver = dealer_pair(timeout=0.05)
+    _, receiver = dealer_pair(timeout=0.05)
     with pytest.raises(PartyError, match=r"the dealer sent nothing for 0\.05 s"):
         receiver.finish()
+    sender, receiver = dealer_pair()
     sender.close()
     receiver.finish()
 

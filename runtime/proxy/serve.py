@@ -67,7 +67,7 @@ def proxy(
         metrics.watch(settings.stores)
     with _listen(address) as listener:
         if settings.metrics is not None:
-            metrics.serve(settings.metrics)
+            log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
         sessions = Sessions(connect, settings.sessions, settings.queue, metrics)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
         app = make_app(sessions, hosts, settings.origins, log)

@@ -83,15 +83,16 @@ class Metrics:
         self._bytes.labels("offline").inc(report["offline_bytes"])
         self._seconds.labels(report["phase"]).observe(report["seconds"])
 
-    def serve(self, address: Address) -> None:
-        """Answer Prometheus at an address, from a thread."""
+    def serve(self, address: Address) -> Address:
+        """Serve Prometheus from a thread; returns the address, with the port that 0 chose."""
         try:
-            start_http_server(address.port, address.host, self.registry)
+            server, _ = start_http_server(address.port, address.host, self.registry)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise PartyError(
                 f"cannot listen at {address} ({reason}); choose another --metrics"
             ) from error
+        return Address(address.host, server.server_port)
 
 
 class PartyMetrics(Metrics):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import socket
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from mergec.runtime.program.bundle import load_bundle, role_path
 from mergec.runtime.proxy.errors import explain
 from mergec.runtime.proxy.sessions import Sessions
 from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.transport.channel import Kind
 from tests import characters
 from tests.browser import chromium
-from tests.roles import free_port
-from tests.services import Deployment, Role, deployment, role
+from tests.relay import UP, Relay
+from tests.services import START, Deployment, Role, deployment, role, wait_until
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 httpx = pytest.importorskip("httpx2", reason="comes with openai")
@@ -50,16 +52,35 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(bundles: Path) -> Iterator[Deployment]:
-    with deployment(bundles, serve=("--timeout", "20")) as made:
+    with deployment(bundles, serve=("--timeout", str(START))) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def endpoint(running: Deployment) -> Iterator[Role]:
-    at = ("--server", str(running.server.address), "--dealer", str(running.dealer.address))
-    more = ("--queue", "2", "--grace", "1", "--metrics", f"127.0.0.1:{free_port()}")
+def link(running: Deployment) -> Iterator[Relay]:
+    """The connection between the proxy and the server."""
+    relay = Relay()
+    relay.target = running.server.address
+    yield relay
+    relay.close()
+
+
+@contextmanager
+def held(link: Relay) -> Iterator[None]:
+    """The next answer gets as far as its fifth step, and goes on when this ends."""
+    gate = threading.Event()
+    link.arm([(UP, Kind.STEP, 5)], lambda _: gate.wait(START))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+@pytest.fixture(scope="module")
+def endpoint(running: Deployment, link: Relay) -> Iterator[Role]:
+    at = ("--server", str(link.address), "--dealer", str(running.dealer.address))
+    more = ("--queue", "2", "--grace", "1", "--metrics", "127.0.0.1:0")
     with role("proxy", running.bundles, *at, "--plaintext", *more) as made:
-        made.metrics = more[-1]
         yield made
 
 
@@ -70,7 +91,7 @@ def url(endpoint: Role) -> str:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Any:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=START)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +105,12 @@ def answered(endpoint: Role) -> list[dict[str, Any]]:
 
 
 def next_answered(endpoint: Role, before: int) -> dict[str, Any]:
-    deadline = time.monotonic() + 60
-    while len(answered(endpoint)) <= before:
-        assert time.monotonic() < deadline, endpoint.output
-        time.sleep(0.02)
+    wait_until(lambda: len(answered(endpoint)) > before)
     return answered(endpoint)[before]
+
+
+def busy(url: str) -> int:
+    return int(httpx.get(f"{url}/about", timeout=START).json()["busy"])
 
 
 def test_the_model_is_listed(client: Any) -> None:
@@ -281,17 +303,32 @@ def test_only_names_of_this_machine_are_answered(url: str, host: str) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_goes_away_frees_the_place(
-    client: Any, endpoint: Role, running: Deployment, said: str, stream: bool
+    client: Any,
+    endpoint: Role,
+    running: Deployment,
+    link: Relay,
+    url: str,
+    said: str,
+    stream: bool,
 ) -> None:
     before = len(answered(endpoint))
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
-    if stream:
-        with client.completions.create(stream=True, **asked) as chunks:
-            next(iter(chunks))
-    else:
-        with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.3).completions.create(**asked)
-    left = next_answered(endpoint, before)
+    with held(link):
+        if stream:
+            with client.completions.create(stream=True, **asked) as chunks:
+                next(iter(chunks))
+        else:
+            at = endpoint.address
+            with socket.create_connection((at.host, at.port)) as connection:
+                body = json.dumps(asked)
+                head = (
+                    f"Host: {at}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+                )
+                connection.sendall(
+                    f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode()
+                )
+                wait_until(lambda: busy(url) == 1)
+        left = next_answered(endpoint, before)
     assert left["how"] == "left"
     assert left["tokens"] < LONG
     again = client.completions.create(**{**asked, "max_tokens": 4})
@@ -300,7 +337,7 @@ def test_who_goes_away_frees_the_place(
 
 
 def test_requests_wait_for_the_session_and_too_many_are_turned_away(
-    client: Any, endpoint: Role, url: str, said: str
+    client: Any, endpoint: Role, link: Relay, url: str, said: str
 ) -> None:
     before = len(answered(endpoint))
 
@@ -309,30 +346,31 @@ def test_requests_wait_for_the_session_and_too_many_are_turned_away(
         return client.completions.create(**asked).choices[0].text
 
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
-    with ThreadPoolExecutor(2) as pool, client.completions.create(stream=True, **asked) as chunks:
-        next(iter(chunks))
-        waiting = [pool.submit(ask, 3), pool.submit(ask, 4)]
-        while httpx.get(f"{url}/about").json()["busy"] < 3:
-            time.sleep(0.02)
-        with pytest.raises(openai.RateLimitError) as found:
-            ask(2)
-        assert found.value.code == "too_many_requests"
-        chunks.close()
+    with ThreadPoolExecutor(2) as pool:
+        with held(link), client.completions.create(stream=True, **asked) as chunks:
+            next(iter(chunks))
+            waiting = [pool.submit(ask, 3), pool.submit(ask, 4)]
+            wait_until(lambda: busy(url) == 3)
+            with pytest.raises(openai.RateLimitError) as found:
+                ask(2)
+            assert found.value.code == "too_many_requests"
+            chunks.close()
+            assert next_answered(endpoint, before)["how"] == "left"
         assert [job.result() for job in waiting] == [said[:3], said[:4]]
-    assert next_answered(endpoint, before)["how"] == "left"
 
 
 def test_a_session_that_ended_is_begun_anew(
-    client: Any, endpoint: Role, running: Deployment, said: str
+    client: Any, endpoint: Role, running: Deployment, link: Relay, said: str
 ) -> None:
     began = sum(line["event"] == "session began" for line in running.server.log)
     asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": LONG, **SAME}
-    stream = iter(client.completions.create(stream=True, **asked))
-    next(stream)
-    for worker in running.server.workers:
-        worker.kill()
-    with pytest.raises(openai.APIError, match="the server went away"):
-        list(stream)
+    with held(link):
+        stream = iter(client.completions.create(stream=True, **asked))
+        next(stream)
+        for worker in running.server.workers:
+            worker.kill()
+        with pytest.raises(openai.APIError, match="the server went away"):
+            list(stream)
     assert answered(endpoint)[-1]["event"] == "answer failed"
     assert client.completions.create(**{**asked, "max_tokens": 3}).choices[0].text == said[:3]
     for worker in running.server.workers:  # now while nobody asks
@@ -380,7 +418,9 @@ def test_the_page_needs_nothing_from_elsewhere(url: str) -> None:
     assert not re.search(r"""src\s*=|@import|url\(""", found.text)
 
 
-def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    url: str, endpoint: Role, link: Relay, said: str, tmp_path: Path
+) -> None:
     with chromium(tmp_path / "profile") as browser:
         browser.get(url)
 
@@ -388,10 +428,10 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
             return [found.text for found in browser.find_elements("css selector", selector)]
 
         def wait_for(condition: Callable[[], object]) -> None:
-            deadline = time.monotonic() + 60
-            while not condition():
-                assert time.monotonic() < deadline, text("main")
-                time.sleep(0.05)
+            try:
+                wait_until(condition)
+            except AssertionError as error:
+                raise AssertionError(text("main")) from error
 
         wait_for(lambda: text("#who tr"))
         assert text("#model") == [MODEL]
@@ -416,12 +456,13 @@ def test_the_page_in_a_browser(url: str, endpoint: Role, said: str, tmp_path: Pa
         before = len(answered(endpoint))
         most.clear()
         most.send_keys(str(LONG))
-        words.send_keys("b", ENTER)
-        wait_for(lambda: len(text(".said")) == 4 and text(".said")[3])
-        words.send_keys(ESCAPE)
-        wait_for(lambda: len(text(".turn.assistant .foot")) == 2)
-        assert text(".foot")[1].startswith("stopped")
-        assert next_answered(endpoint, before)["how"] == "left"
+        with held(link):
+            words.send_keys("b", ENTER)
+            wait_for(lambda: len(text(".said")) == 4 and text(".said")[3])
+            words.send_keys(ESCAPE)
+            wait_for(lambda: len(text(".turn.assistant .foot")) == 2)
+            assert text(".foot")[1].startswith("stopped")
+            assert next_answered(endpoint, before)["how"] == "left"
 
         root = browser.find_element("css selector", "html")
         themes = []
