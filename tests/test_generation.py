@@ -167,7 +167,7 @@ def test_a_program_without_limits_takes_any_prompt() -> None:
 def test_a_program_of_another_kind_is_refused() -> None:
     program = decoder.program("client")
     program.outputs.append("embed")
-    with pytest.raises(BundleError, match="no decoder step"):
+    with pytest.raises(BundleError, match="not a decoder step"):
         MergecSession(Executor(program, ShapeContext(), None), Traffic)
 
 

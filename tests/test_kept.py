@@ -98,7 +98,9 @@ def test_what_a_server_names_cannot_leave_the_folder(name: object) -> None:
 
 def test_no_room_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(MergecError, match=r"cannot be written .*; leave --keep out, or make room"):
+    with pytest.raises(
+        MergecError, match=r"cannot be written .*; leave out --keep, or free some space"
+    ):
         Kept(tmp_path / "file", "cd" * 32, NAME).save({"a": torch.zeros(3)})
     kept = Kept(tmp_path / "keep", "cd" * 32, NAME)
     assert kept.load() is None

@@ -145,7 +145,7 @@ def test_requests_that_need_the_logits_are_refused(saved: Program) -> None:
     for options, words in (
         ({"temperature": 1.0, "top_p": 0.5}, "top-p needs the logits"),
         ({"temperature": 1.0, "top_k": 50}, "top-k is 50"),
-        ({"temperature": 1.0, "mode": "crypten"}, "best token only"),
+        ({"temperature": 1.0, "mode": "crypten"}, "only greedy choice"),
     ):
         with pytest.raises(PromptError, match=words):
             run_local(saved.path, STEPS[0], **options)  # type: ignore[arg-type]

@@ -284,12 +284,7 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
 
         # A preparation that is killed leaves no half of a store, and does not stop the next one.
         with pytest.raises(PartyError, match="the server went away"):
-            made.connection().prepare(
-                ENDLESS,
-                tmp_path / "client",
-                KEY,
-                lambda *_: [w.kill() for w in made.server.workers],
-            )
+            made.connection().prepare(ENDLESS, tmp_path / "client", KEY, kill)
         assert stores_below(tmp_path / "client") == []
         assert stores_below(theirs) == []
         assert len(list(theirs.iterdir())) == 1, "which the next one removes"
@@ -305,7 +300,7 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
         # A full disk ends the preparation, at both ends in one line, and leaves nothing behind.
         server = psutil.Process(made.server.process.pid)
         server.rlimit(psutil.RLIMIT_FSIZE, (len(made.server.output), resource.RLIM_INFINITY))
-        with pytest.raises(PartyError, match="the server says: the server cannot store so much"):
+        with pytest.raises(PartyError, match="the server says: the server cannot store that much"):
             made.connection().prepare(PLAN, tmp_path / "client", KEY)
         server.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         wait_until(lambda: not made.server.workers)

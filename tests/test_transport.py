@@ -177,9 +177,9 @@ MINE = Hello("client", "mergec", HASH)
     [
         (Hello("server", "crypten", HASH), "the server runs in mode crypten, this party in mode"),
         (Hello("server", "mergec", "cd" * 32), "the server has the program cdcdcdcdcdcd, this"),
-        (Hello("client", "mergec", HASH), "joined in the place of the server but says it is the"),
+        (Hello("client", "mergec", HASH), "was expected, but the peer says it is the"),
         (Hello("server", "mergec", HASH, fixed=14), "computes with 14 fractional bits"),
-        (Hello("server", "mergec", HASH, debug=1), "other debugging options"),
+        (Hello("server", "mergec", HASH, debug=1), "different debugging options"),
         (Hello("server", "mergec", HASH, version=9), "speaks version 9 of the protocol"),
         (Hello("server", "mergec", HASH, ring=32), "computes in a ring of 32 bits"),
         (Hello("server", "mergec", HASH, ("fuse_glu:2",)), r"of other passes \(fuse_glu:2\)"),
@@ -199,7 +199,7 @@ def test_parties_that_agree_pass() -> None:
     "data", [b"", b"[]", b"\xff", b"{}", b"[" * 9999, b'{"version": 2}', b'{"version": true}']
 )
 def test_a_greeting_that_cannot_be_read_is_refused(data: bytes) -> None:
-    with pytest.raises(PartyError, match="the server sent a greeting that cannot be read"):
+    with pytest.raises(PartyError, match="the server sent a malformed hello"):
         Hello.decode(data, "server")
 
 

@@ -1,4 +1,4 @@
-"""The client's side of a session with a server, for whatever shows the answers to a person."""
+"""The client's side of a session with a server, for any user interface."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from mergec.runtime.transport.connect import Security, connect
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
 
 QUEUE_TIMEOUT = 3600.0
-"""Seconds that a client waits for a place at a server that is busy."""
+"""Seconds that a client waits for a session at a busy server."""
 
 
 class Connection:
-    """A session with a server: opened once, then asked again and again.
+    """A session with a server: opened once, it answers any number of prompts.
 
-    Opening takes 8 bytes of traffic and of memory for each of the server's weights; of traffic only
-    once, if they are kept and the server's masks stay. One answer is given at a time. After an
-    error the session is over, and `open` begins a new one.
+    Opening costs 8 bytes of traffic and of memory per weight of the server. If the client keeps the
+    masked weights and the server reuses its masks, the traffic is needed only once. A session
+    generates one answer at a time. An error ends the session, and `open` starts a new one.
     """
 
     def __init__(
@@ -68,14 +68,17 @@ class Connection:
         on_wait: Callable[[int], object] = lambda _: None,
         keep: Path | None = None,
     ) -> None:
-        """bundle: the client's, or its folder. on_wait: gets the place in a queue.
+        """Prepare a connection; `open` connects.
 
-        keep: a folder for hidden weights, so that a server that has a key sends them once.
-
-        dealer or store: where randomness comes from; a store does without the dealer.
+        bundle: the client's bundle, or its folder. dealer or store: the source of randomness, one
+        of the two; a store needs no dealer. on_wait: called with the position in the server's
+        queue. keep: folder for masked weights, so that a server that has a key sends them once.
+        Raises MergecError if neither or both of dealer and store are given.
         """
         if (dealer is None) == (store is None):
-            raise MergecError("randomness comes from a dealer or from a store; give one of them")
+            raise MergecError(
+                "randomness comes from either a dealer or a store; give exactly one of them"
+            )
         if isinstance(bundle, RoleProgram):
             self.program, self.text = bundle, None
         else:
@@ -93,7 +96,7 @@ class Connection:
         self._session: MergecSession | None = None
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
-        """What opening the session took."""
+        """What opening the session cost."""
         self.limits: dict[str, int] = {}
         """What the server allows its clients; see `mergec.runtime.roles.settings.Limits`."""
 
@@ -114,7 +117,7 @@ class Connection:
         return self._session is not None
 
     def open(self) -> None:
-        """Connect to server and dealer and take the hidden weights, if that was not done yet."""
+        """Connect to server and dealer and receive the masked weights, unless it is open."""
         if self.is_open:
             return
         try:
@@ -129,7 +132,9 @@ class Connection:
         wanted: dict[str, Any] = {"purpose": SESSION}
         if store is not None:
             if store.header.program != hello.program_hash:
-                raise StoreError(f"{store.folder}: is for another program; prepare again")
+                raise StoreError(
+                    f"{store.folder}: is for another program; run `mergec prepare` again"
+                )
             wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
         channel, token = self._admitted(hello, wanted)
         if store is not None:
@@ -140,7 +145,7 @@ class Connection:
         return self._set_up(channel, self._context(seed, source))
 
     def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
-        """Take the hidden weights; those of an earlier session if the server's masks stayed."""
+        """Receive the masked weights, or load those kept if the server reuses its masks."""
         here, found = None, None
         if self._keep is not None and is_name(self._masks):
             here = Kept(self._keep, self.program.manifest["program_hash"], str(self._masks))
@@ -159,7 +164,7 @@ class Connection:
         return ClientContext(seed, source, self._device, fixed)
 
     def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
-        """Connect to the server and wait for a place; gives the session's secret name."""
+        """Connect to the server and wait for a session; returns its secret name, too."""
         channel = connect(
             self._server, ROLES[SERVER], self._security, self._timeout, self._join_timeout
         )
@@ -175,9 +180,9 @@ class Connection:
         return channel, read_token(fields, channel.peer)
 
     def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
-        """Connect to the dealer; gives this party's seed there, too."""
+        """Connect to the dealer; returns this party's seed, too."""
         if self._dealer is None:
-            raise MergecError("no dealer was given; give one, or a store")
+            raise MergecError("no dealer was given; give a dealer or a store")
         dealer, seed = join_dealer(
             self._dealer, hello, self._security, token, self._timeout, self._join_timeout
         )
@@ -191,10 +196,11 @@ class Connection:
         key: bytes,
         on_answer: Callable[[int, int], object] = lambda _done, _size: None,
     ) -> tuple[Path, int]:
-        """Have the dealer deal for later, and store it here and at the server; no session is open.
+        """Precompute randomness with the dealer, and store it here and at the server.
 
-        on_answer: gets how many answers are done, and their bytes at both parties. Gives this
-        party's folder below `root`, and the bytes at both.
+        No session may be open. on_answer: called with the number of answers stored so far, and
+        their size at both parties together, in bytes. Returns this party's folder below `root`, and
+        the size at both parties together.
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
@@ -206,7 +212,7 @@ class Connection:
                 other.send_json(Kind.PLAN, **plan.fields())
             store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
             if not isinstance(store, str) or not is_store(store):
-                raise PartyError("the server does not name what it stores; prepare again")
+                raise PartyError("the server does not name its store; run `mergec prepare` again")
             program = self.program.manifest["program_hash"]
             header = Header(store, ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens)
             with StoreWriter(root, header, key, seed) as writer:
@@ -228,19 +234,19 @@ class Connection:
         return root / header.store, size
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
-        """Tokens of a text. chat: by the model's chat template; None does so where there is one."""
+        """Tokens of a text. chat: apply the chat template; None applies it if the model has one."""
         text = self._text()
         if not prompt.strip():
             raise PromptError("the prompt is empty; say something")
         return text.encode(prompt, text.has_chat if chat is None else chat)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation: of its `role`s and `content`s, by the chat template."""
+        """Tokens of a conversation, by the chat template; each message has `role` and `content`."""
         return self._text().encode_chat(messages)
 
     def _text(self) -> Text:
         if self.text is None:
-            raise PromptError("this bundle has no tokenizer; give token numbers")
+            raise PromptError("this bundle has no tokenizer; pass token numbers")
         return self.text
 
     def generate(
@@ -251,18 +257,19 @@ class Connection:
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
     ) -> Generator[Token, None, None]:
-        """The tokens after a prompt as they come, a stop token included.
+        """Yield the tokens after a prompt as they are computed, a stop token included.
 
-        Opens a session if there is none. stop: tokens that end the answer; the program's own by
-        default. Closing the iterator gives the answer up after the step that is under way; the
-        session stays open.
+        Opens a session if there is none. stop: tokens that end the answer; by default those of the
+        program. Closing the iterator ends the answer after the current step; the session stays
+        open. Raises PromptError for a prompt or sampling that the program or the server does not
+        allow, and PartyError if a peer fails.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.get("stop_tokens", ()) if stop is None else stop
         if not self._busy.acquire(blocking=False):
-            raise PartyError("this session is giving another answer; open one more for this")
+            raise PartyError("this session is busy with another answer; open another session")
         try:
             self.open()
             session, channels = self._session, self._channels
@@ -270,8 +277,7 @@ class Connection:
                 raise PartyError("the session is over; open a new one")
             if self._store is not None and draw.top_k:
                 raise PromptError(
-                    "stored randomness is for a choice among all tokens; leave top-k out, or use "
-                    "the dealer"
+                    "stored randomness does not support top-k; leave it out, or use the dealer"
                 )
             first = self._begin(session, channels[0], len(ids), max_tokens)
 
@@ -293,7 +299,7 @@ class Connection:
             self._busy.release()
 
     def _begin(self, session: MergecSession, channel: Channel, length: int, tokens: int) -> int:
-        """Ask for an answer; gives how many tokens of the prompt its first step takes (0: all)."""
+        """Request an answer; returns how many prompt tokens its first step takes (0: all)."""
         try:
             if self._store is None:
                 self._ask(channel, length=length, tokens=tokens)
@@ -311,7 +317,7 @@ class Connection:
                 session.use(self._context(*self._store.take(answer)))
                 if accepted:
                     return header.prompt
-                # The server has used it: a crash came between.
+                # The server has used it, before a crash kept the client from noting that.
             raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
         except MergecError as error:
             if not isinstance(error, PromptError):
@@ -322,20 +328,20 @@ class Connection:
             raise
 
     def _ask(self, channel: Channel, **wanted: int) -> bool:
-        """Whether the server takes part; not if it has used this answer of the store before."""
+        """Whether the server accepts; it does not if it has used this stored answer before."""
         channel.send_json(Kind.BEGIN, **wanted)
         kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
         if kind is Kind.REFUSED and fields.get("used") is True and "answer" in wanted:
             return False
         if kind is Kind.REFUSED:
             reason = printable(str(fields.get("reason", "")))
-            told = f"the server does not take this prompt: {reason}"
+            told = f"the server refuses this prompt: {reason}"
             wait = fields.get("wait")
             raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
         return True
 
     def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
-        """Pass tokens on. What stops a step halfway ends the session; leaving later does not."""
+        """Pass tokens on. Stopping within a step ends the session; between steps it does not."""
         try:
             while True:
                 try:
@@ -350,7 +356,7 @@ class Connection:
             try:
                 for channel in self._channels:
                     channel.send(Kind.DONE)
-            except PartyError as error:  # the answer is there; the next one needs a new session
+            except PartyError as error:  # the answer is complete; the next one needs a new session
                 self._abandon(error)
 
     def _abandon(self, error: BaseException) -> None:
@@ -374,10 +380,10 @@ class Connection:
 
 
 def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:
-    """The next block for an answer of a store, or that it is complete."""
+    """The next block of an answer for a store, or the mark that ends it."""
     try:
         return dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
     except PartyError:
-        # The dealer ends with the server, which says why.
+        # The dealer ends when the server does, and the server says why: this raises.
         while True:
             server.receive_json(Kind.STORED)

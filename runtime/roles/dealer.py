@@ -22,7 +22,7 @@ from mergec.runtime.transport.connect import listen
 
 
 def deal(settings: DealerSettings) -> bool:
-    """Deal until SIGTERM or SIGINT; gives whether it was the latter."""
+    """Deal until SIGTERM or SIGINT; returns whether it was SIGINT."""
     prepare_to_fork()
     log = open_log(ROLES[DEALER])
     program = load_bundle(settings.bundle, ROLES[DEALER])

@@ -15,7 +15,7 @@ from mergec.runtime.roles.service import Desk, Worker
 
 @dataclass
 class _Pending:
-    """A session of which one party has come."""
+    """A session that one party has joined."""
 
     first: Worker
     role: str
@@ -25,10 +25,10 @@ class _Pending:
 
 
 class DealerDesk(Desk):
-    """Brings the two parties of a session together: the same seeds, and a line between both."""
+    """Gives the processes of a session's two parties the seeds, and a line to each other."""
 
     def __init__(self, sessions: int, metrics: Metrics, wait: float) -> None:
-        """`wait`: seconds that a session's second party may take to come."""
+        """`wait`: seconds within which a session's second party must join."""
         self._sessions = sessions
         self._metrics = metrics
         self._running = metrics.gauge("sessions", "Sessions under way.")
@@ -51,7 +51,7 @@ class DealerDesk(Desk):
             if len(self._servers) + len(self._pending) >= self._sessions:
                 worker.tell({"refused": f"it is busy with {self._sessions} sessions"})
                 return
-            # Seeds are fresh for every pair, so a name that comes again brings back no mask.
+            # Seeds are fresh for every pair, so a name that is used again repeats no mask.
             seeds = new_seed().hex(), new_seed().hex()
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._pending[token] = _Pending(worker, role, seeds, theirs, time.monotonic())

@@ -33,7 +33,7 @@ PARTIES = (ROLES[CLIENT], ROLES[SERVER])
 _REQUEST = 1 << 17
 _NOTHING = memoryview(b"")
 _PIECE = 1 << 16
-"""Bytes of the client's stream that are handed over at once."""
+"""Bytes of the client's stream that are passed on at once."""
 
 
 class DealerSession:
@@ -91,25 +91,28 @@ class DealerSession:
         self._log.info("session ended")
 
     def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
-        """Wait for this party, or for the other's. Between answers the session may be ended."""
+        """Wait for this party, or for the process of the other one; returns where something came.
+
+        Between answers the session may be ended.
+        """
         self._parent.idle = not self._answering
         parent = self._parent.line.fileno()
         ready = channel.readable(self._settings.idle_timeout, parent, line.fileno())
         if parent in ready:
-            self._parent.hear()  # it says nothing to a session that runs, but may have ended
+            self._parent.hear()  # raises if the parent has ended; it sends nothing else
         if not ready:
             raise PartyError("the session was idle for too long")
         self._parent.idle = False
         return ready
 
     def _request(self, channel: Channel) -> tuple[Kind, memoryview]:
-        """What this process's party asks for."""
+        """The request of this process's party."""
         kind, payload = channel.receive_any((Kind.STEP, Kind.PLAN, Kind.DONE, Kind.END))
         self._answering = kind is Kind.STEP
         return kind, payload
 
     def _relay(self, channel: Channel, line: socket.socket) -> None:
-        """Hand the client's requests to the process that deals, and to the client what it deals."""
+        """Pass the client's requests to the process that deals, and what it deals to the client."""
         kind = Kind.STEP
         while kind is not Kind.END:
             if line.fileno() in self._wait(channel, line):
@@ -144,8 +147,10 @@ class DealerSession:
                 if context.offline_bytes:
                     raise PartyError("this program needs the dealer at the start of each session")
                 if session.program.resends:
-                    # How many hidden states the last step takes is known only when it comes.
-                    raise PartyError("this program's answers cannot be dealt ahead of time")
+                    # How many hidden states the last step takes is known only at that step.
+                    raise PartyError(
+                        "answers of this program cannot be precomputed; use the dealer"
+                    )
                 for answer in range(plan.answers):
                     own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
                     session.use(DealerContext(*own, *streams, fixed=fixed))
@@ -161,12 +166,12 @@ class DealerSession:
                 self._step(session, streams, new, past, draw)
 
     def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
-        """The next request, once both have made it: after the first of them the other is due."""
+        """The next request, once both parties have made it; the second must follow in time."""
         ready = self._wait(channel, line)
         said = hear(line, ROLES[CLIENT]) if line.fileno() in ready else b""
         kind, payload = self._request(channel)
         if (said or hear(line, ROLES[CLIENT])) != bytes([kind]) + payload:
-            raise PartyError("the client and the server ask for different steps")
+            raise PartyError("the client and the server request different steps")
         return kind, payload
 
     def _step(
@@ -186,7 +191,7 @@ class DealerSession:
 
 
 class _LineBlockWriter:
-    """Blocks for the client, by way of the process that holds its connection."""
+    """Writes blocks for the client to the process that holds its connection."""
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
@@ -201,22 +206,24 @@ class _LineBlockWriter:
 
 
 def tell(line: socket.socket, peer: str, kind: Kind, payload: memoryview = _NOTHING) -> None:
-    """Say something to the process of the session's other party; PartyError if it is gone."""
+    """Send to the process of the session's other party; raises PartyError if it has ended."""
     try:
         line.sendmsg([bytes([kind]), payload])
     except TimeoutError as error:
-        raise PartyError(f"the {peer} does not take what is due to it") from error
+        raise PartyError(f"the {peer} does not read what is sent to it") from error
     except OSError as error:
         raise PeerEndedError(f"the {peer} went away; see its own message") from error
 
 
 def hear(line: socket.socket, peer: str) -> bytes:
-    """What that process says; PartyError if it says nothing in time, or is gone."""
+    """Receive from that process; raises PartyError if it sends nothing in time, or has ended."""
     try:
         said = line.recv(_REQUEST)
     except TimeoutError as error:
-        raise PartyError(f"the {peer} did not ask for what the other asks for") from error
-    except OSError:  # it left something unread
+        raise PartyError(
+            f"the {peer} did not request the step that the other party requests"
+        ) from error
+    except OSError:  # it left something unread when it ended
         said = b""
     if not said:
         raise PeerEndedError(f"the {peer} went away; see its own message")

@@ -13,10 +13,10 @@ from mergec.runtime.ops import load_all
 
 
 def prepare_to_fork() -> None:
-    """Load and compile whatever sessions compute with, so that their processes begin with it.
+    """Load and compile what sessions compute with, so that their processes inherit it.
 
-    OpenMP's threads are lost in a fork and its state is not: until then torch has one thread, and
-    numba uses a pool of its own that starts anew in each process.
+    A fork loses OpenMP's threads but keeps its state. So torch has one thread until the fork, and
+    numba uses a pool of its own, which each process starts anew.
     """
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"
@@ -26,7 +26,7 @@ def prepare_to_fork() -> None:
     for op in ("softmax", "silu"):
         x = simulation.share(torch.zeros(2, 2))
         simulation.run(lambda ctx, party: REGISTRY[op].protocol(ctx, x[party]))  # noqa: B023
-    # The first time that shapes alone are joined, torch imports its whole compiler.
+    # The first time that meta tensors are joined, torch imports its whole compiler.
     torch.cat([torch.empty(1, device="meta"), torch.empty(1, device="meta")])
     words = torch.zeros(2, 2, dtype=torch.int64)
     matmul(words, words)
@@ -36,6 +36,6 @@ def prepare_to_fork() -> None:
 
 
 def use_threads(count: int) -> None:
-    """Compute with so many threads, in a session's process."""
+    """Let this process, of a session, compute with `count` threads."""
     torch.set_num_threads(count)
     set_threads(count)

@@ -1,7 +1,7 @@
-"""A whole session in one process, a thread per role: for tests, measurements and simulation.
+"""A whole session in one process, with a thread per role: for tests, measurements and simulation.
 
 Shares, masks, messages and bytes are the real ones; only the separation is missing, so this
-protects nothing. Programs are served by `runtime.roles.local` and `runtime.roles.party`.
+protects nothing. To run programs, use `runtime.roles.local` or the services.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mergec.runtime.transport.loopback import dealer_pair, link_pair
 
 
 class InProcessSession:
-    """Set up on entry; each `step` runs all three roles and gives the client's logits."""
+    """Sets up on entry; each `step` runs all three roles and returns the client's logits."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class InProcessSession:
         device: str = "cpu",
         seeds: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """seeds: the client's and the server's, to repeat a session word by word; else fresh."""
+        """seeds: the client's and the server's, to repeat a session word for word; else fresh."""
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         self._links = link_pair(timeout=600.0)
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
@@ -88,8 +88,8 @@ class InProcessSession:
     def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
         """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
 
-        0 past tokens start anew. draw: how a token that is revealed alone is chosen. See
-        `Session.step` for programs that resend their hidden state.
+        With 0 past tokens the caches start empty. draw: how the token is chosen if only the token
+        is revealed. See `Session.step` for programs that resend their hidden state.
         """
         results = self._all(
             lambda party: self._sessions[party].step(*_lengths(party, ids, past), draw)
@@ -98,7 +98,7 @@ class InProcessSession:
         return logits
 
     def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
-        """As `step`, with all the rows that the program reveals: see `Session.rows`."""
+        """Like `step`, with all rows that the program reveals; see `Session.rows`."""
         results = self._all(lambda party: self._sessions[party].rows(*_lengths(party, ids, past)))
         logits: torch.Tensor = results[CLIENT]
         return logits
@@ -112,7 +112,7 @@ class InProcessSession:
                         sender.flush()
                 return result
             except BaseException:
-                # The other two would wait for this one's next message.
+                # The other two would wait for the next message of this one.
                 for link in self._links:
                     link.close()
                 for sender in self._senders:
@@ -123,5 +123,5 @@ class InProcessSession:
 
 
 def _lengths(party: int, ids: Sequence[int], past: int) -> tuple[int, int, Sequence[int] | None]:
-    """What a role is told of a step."""
+    """Arguments of a role's step."""
     return len(ids), past, list(ids) if party == CLIENT else None

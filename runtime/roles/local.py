@@ -1,4 +1,4 @@
-"""All three roles on this machine: starts them, streams the answer, and watches over them."""
+"""Runs all three roles on this machine: starts them, streams the answer, watches them."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from mergec.runtime.transport.channel import REPLY_TIMEOUT
 from mergec.runtime.transport.lines import Lines
 
 JOIN_TIMEOUT = 600.0
-"""Here a role that fails is noticed at once, and a large bundle takes long to load."""
+"""Seconds. Long, as a large bundle loads slowly; a local role that fails is noticed at once."""
 
 FIRST_PARTY_WARNING = (
-    "WARNING: with insecure_first_party the client makes all randomness: it can read every weight "
-    "and value. This is no security at all; use it for debugging only."
+    "WARNING: with insecure_first_party the client generates all randomness: it can read every "
+    "weight and value. This is no security at all; use it for debugging only."
 )
 
 _GRACE = 1.0
-"""Seconds for the others to notice and to say what they saw, when one role has failed."""
+"""Seconds that the other roles have to notice and to report when one role has failed."""
 
 _EXIT_TIMEOUT = 20.0
-"""Seconds for a role to exit after it has said that the session is over."""
+"""Seconds that a role has to exit after it has reported the end of the session."""
 
 
 @dataclass
 class LocalResult:
-    """What a local run gave. tokens: after the prompt, a stop token included.
+    """The result of a local run. tokens: those after the prompt, a stop token included.
 
-    records: one report per step, counted at the client, with the dealer's bytes that the server
-    used. setup: the same for what was done before the first step. peak_memory: largest resident
-    set by role, in bytes.
+    records: one report per step, counted at the client, plus the dealer's bytes that the server
+    used. setup: the same for the work before the first step. peak_memory: largest resident set of
+    each role, in bytes.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -77,11 +77,12 @@ def run_local(
     join_timeout: float = JOIN_TIMEOUT,
     timeout: float = REPLY_TIMEOUT,
 ) -> LocalResult:
-    """Run the three bundles below `bundle_dir` as processes on loopback; gives the answer.
+    """Run the three bundles below `bundle_dir` as processes on this machine; returns the answer.
 
-    on_token gets each token as it comes, on_event every event with the role that it is of. If a
-    role fails, all are ended, and its error is raised here. insecure_first_party: in mode crypten,
-    let the client make all randomness, as CrypTen does by default; for debugging only.
+    on_token: called with each token as it is generated. on_event: called with a role and an event
+    of it. If a role fails, all are ended, and its error is raised here. insecure_first_party: in
+    mode crypten, let the client generate all randomness, as CrypTen does by default; for debugging
+    only.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     for role in ROLES:
@@ -130,7 +131,7 @@ class _Party:
     errors: IO[str]
     ended: bool = False
     failure: tuple[str, str] | None = None
-    """Kind and message of the error that it told."""
+    """Kind and message of the error that it reported."""
 
     def last_words(self) -> str:
         self.errors.seek(0)
@@ -169,7 +170,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 class _Watch:
-    """Reads what the three say until all have ended, or one has failed."""
+    """Reads the events of the three roles until all have ended, or one has failed."""
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class _Watch:
     def run(self, jobs: Mapping[str, str]) -> LocalResult:
         for role, party in self._parties.items():
             threading.Thread(target=self._read, args=(party,), daemon=True).start()
-            # What a role is to do holds the prompt, which no list of processes should show.
+            # The job holds the prompt, so it is not an argument, which lists of processes show.
             with suppress(BrokenPipeError), party.process.stdin or nullcontext() as stdin:
                 if stdin is not None:
                     stdin.write(jobs[role] + "\n")
@@ -248,7 +249,7 @@ class _Watch:
             return False
 
     def _fail(self, running: set[str]) -> None:
-        """Raise the error that explains the others."""
+        """Raise the error that caused the others."""
         deadline = time.monotonic() + _GRACE
         while running and (left := deadline - time.monotonic()) > 0:
             try:
@@ -265,7 +266,7 @@ class _Watch:
             for party in self._parties.values()
             if party.failure is None and party.process.poll() not in (None, 0)
         ]
-        # A role that was killed says nothing, while those that lose it do.
+        # A role that was killed reports nothing, while those that lose it do.
         if silent:
             raise PartyError(_epitaph(silent[0]))
         if not failures:
@@ -293,7 +294,7 @@ def _with_offline(record: StepReport, offline: int) -> StepReport:
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    """The parties' environment: the same code, and an even part of the cores."""
+    """The environment of the roles: the same code, and an equal share of the cores."""
     root = str(Path(__file__).absolute().parents[3])
     path = os.environ.get("PYTHONPATH")
     result = {

@@ -1,6 +1,6 @@
-"""What a running role tells about itself: log lines as JSON, and metrics for Prometheus.
+"""Logs as JSON and metrics for Prometheus, by which a running role is observed.
 
-Neither holds a secret: logs name sessions, peers and lengths, never tokens, weights or shares.
+Neither contains a secret: logs name sessions, peers and lengths, never tokens, weights or shares.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
 class _ErrorOutput:
-    """Where the log goes. A disk that is full, and so cannot take it, must not end sessions."""
+    """The log's output. Failing writes are ignored: a full disk must not end sessions."""
 
     def write(self, text: str) -> None:
         with suppress(OSError):
@@ -38,7 +38,7 @@ class _ErrorOutput:
 
 
 def open_log(role: str) -> Any:
-    """A logger that writes one JSON object a line to the error output."""
+    """A logger that writes one JSON object per line to the error output."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -53,7 +53,7 @@ def open_log(role: str) -> Any:
 
 
 class Metrics:
-    """What every role counts of the steps it takes part in, and what it has besides."""
+    """Metrics of a role: those of its steps, and gauges and counters that it adds."""
 
     def __init__(self, role: str) -> None:
         self.registry = CollectorRegistry()
@@ -63,18 +63,18 @@ class Metrics:
             "namespace": "mergec",
             "subsystem": role,
         }
-        self._tokens = self.counter("tokens", "Tokens that steps took.", "phase")
+        self._tokens = self.counter("tokens", "Tokens that steps processed.", "phase")
         self._bytes = self.counter("bytes", "Payload bytes.", "kind")
         self._seconds = Histogram(
             "step_seconds", "Seconds of a step.", ["phase"], buckets=_SECONDS, **self._labels
         )
 
     def gauge(self, name: str, told: str) -> Gauge:
-        """A number that goes up and down, of this role."""
+        """A gauge of this role."""
         return Gauge(name, told, **self._labels)
 
     def counter(self, name: str, told: str, *label: str) -> Counter:
-        """A number that goes up, of this role."""
+        """A counter of this role."""
         return Counter(name, told, label, **self._labels)
 
     def step(self, report: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Metrics:
 
 
 class PartyMetrics(Metrics):
-    """Of the client or the server, who have rounds with each other and may have stores."""
+    """Metrics of the client or the server, which also have rounds and may have stores."""
 
     def __init__(self, role: str) -> None:
         super().__init__(role)
@@ -109,12 +109,12 @@ class PartyMetrics(Metrics):
         self._rounds.inc(report["rounds"])
 
     def watch(self, stores: Path) -> None:
-        """Tell what is left in a folder of stores, as it is on disk whenever somebody asks."""
+        """Report what is left in a folder of stores, read from disk at each request."""
         self.registry.register(_Stores(self._prefix, stores))
 
 
 class _Stores(Collector):
-    """Answers and tokens that randomness is stored for."""
+    """Numbers of answers and tokens that randomness is stored for."""
 
     def __init__(self, prefix: str, root: Path) -> None:
         self._prefix, self._root = prefix, root

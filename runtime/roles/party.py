@@ -1,9 +1,9 @@
-"""One role of a program as a process of this machine, started by `runtime.roles.local`.
+"""One role of a program as a process on this machine, started by `runtime.roles.local`.
 
-It inherits its connections to the two others (`runtime.transport.lines`), reads what it is to do
-from its input, as one line of JSON, and writes what happens to its output, one event a line. The
-roles compare versions, programs and modes before anything is shared. Then the client says what to
-run, step by step.
+The process inherits its connections to the two others (`runtime.transport.lines`), reads its job
+from its standard input, as one line of JSON, and writes events to its standard output, one per
+line. The roles compare versions, programs and modes before anything is shared. Then the client
+tells the others what to run, step by step.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ DEBUG = "MERGEC_DEBUG"
 
 @dataclass(frozen=True)
 class Options:
-    """What a role is started with. lines: descriptors of its connections to the two others.
+    """The job of a role. lines: file descriptors of its connections to the two others.
 
     join_timeout, timeout: seconds that the others may take to load, and then to send a message.
-    The prompt and all that follows are the client's.
+    `prompt` and the fields after it are for the client only.
     """
 
     role: str
@@ -86,7 +86,7 @@ Channels = Mapping[int, Channel]
 
 
 def run_party(options: Options, emit: Emit) -> None:
-    """Play a role from the first contact to the end of the session.
+    """Run a role from the first contact to the end of the session.
 
     emit(event, **fields): called with `loaded`, `joined`, `ready`, `token`, `step` and `end`.
     """
@@ -123,9 +123,9 @@ def deal(
     device: str = "cpu",
     seeds: tuple[bytes, ...] = (),
 ) -> tuple[Executor, tuple[DealerSender, ...]]:
-    """The dealer's executor, and its streams to client and server, which get their seeds here.
+    """The dealer's executor, and its streams to client and server; sends both their seeds.
 
-    seeds: the client's and the server's, to repeat a session word by word; else fresh ones.
+    seeds: the client's and the server's, to repeat a session word for word; fresh by default.
     """
     from mergec.runtime.core.context import DealerContext
     from mergec.runtime.engine.executor import Executor
@@ -178,12 +178,12 @@ def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit
         _ask(options, session, [channels[SERVER], channels[DEALER]], emit)
     else:
         _serve(session, link, emit)
-    # Who left at once would look, to a dealer that still sends, like one that was lost.
+    # To a dealer that still sends, a party that leaves at once would look like one that failed.
     source.finish()
 
 
 def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
-    # CrypTen takes a while to import.
+    # Importing CrypTen is slow.
     from mergec.runtime.crypten import compat as crypten
     from mergec.runtime.engine.stock import StockExecutor
     from mergec.runtime.transport.communicator import ChannelCommunicator
@@ -257,7 +257,7 @@ def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Em
 def _serve(
     session: Session, client: Channel, emit: Emit, done: Callable[[], object] = lambda: None
 ) -> None:
-    """At server and dealer: run what the client asks for, until it ends the session."""
+    """At server and dealer: run the steps that the client requests, until it ends the session."""
     limit = session.program.manifest.get("max_length", 0)
     while True:
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
@@ -286,15 +286,15 @@ def _emit(event: str, **fields: Any) -> None:
 
 
 def play(job: str) -> int:
-    """Run a role; gives the exit code. Whatever goes wrong is told in one event."""
+    """Run a role; returns the exit code. A failure is reported as one event."""
     try:
         run_party(Options.read(job), _emit)
         return 0
     except MergecError as error:
         _fail(type(error).__name__, str(error))
     except BrokenPipeError:
-        pass  # Whoever started this role is gone.
-    except Exception as error:  # noqa: BLE001  (our bug, still told in one line)
+        pass  # the process that started this role has ended
+    except Exception as error:  # noqa: BLE001  (a bug of ours, still reported in one line)
         said = " ".join(str(error).split())
         hint = f"set {DEBUG}=1 for the traceback and report it"
         _fail("InternalError", f"internal error: {type(error).__name__}: {said}; {hint}")
@@ -303,7 +303,7 @@ def play(job: str) -> int:
 
 def main() -> NoReturn:
     """The process of a role. It never returns: the dealer's stream may wait in another thread."""
-    # The parent ends the run, and tells the user; three tracebacks would say less.
+    # The parent ends the run and reports it; three tracebacks would say less.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()

@@ -6,7 +6,7 @@ import time
 
 
 class Allowance:
-    """Tokens per minute: a bucket that a minute fills. An answer may overdraw it once."""
+    """A token bucket that refills within a minute. An answer that has begun may overdraw it."""
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
@@ -18,7 +18,7 @@ class Allowance:
         self._left -= tokens
 
     def wait(self) -> float:
-        """Seconds until the next answer may begin."""
+        """Seconds until the next answer may begin; 0 if it may begin now."""
         self._refill()
         return 0.0 if not self._rate or self._left >= 1 else (1 - self._left) * 60 / self._rate
 

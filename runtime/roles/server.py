@@ -28,14 +28,14 @@ from mergec.runtime.transport.connect import listen
 
 
 def serve(settings: ServerSettings) -> bool:
-    """Serve until SIGTERM or SIGINT; gives whether it was the latter."""
+    """Serve until SIGTERM or SIGINT; returns whether it was SIGINT."""
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
     encoded = Executor.take_weights(program)
-    # Without a key nothing outlasts a session that would have to be told from other weights'.
+    # Without a key nothing outlasts a session, so nothing needs the digest to tell weights apart.
     digest = digest_of(encoded) if settings.store_key else ""
-    release_freed_memory()  # every session's process would copy it when it is used again
+    release_freed_memory()  # else every session's process would copy it on reuse
     metrics = PartyMetrics(ROLES[SERVER])
     if settings.stores is not None:
         found = stores_below(settings.stores)
@@ -43,7 +43,7 @@ def serve(settings: ServerSettings) -> bool:
         for place in found:
             try:
                 Store.open(place, settings.store_key)
-            except StoreError as error:  # of one client: the others are served
+            except StoreError as error:  # affects one client; the others are served
                 log.warning("a store that cannot be used", reason=str(error))
         metrics.watch(settings.stores)
     if settings.metrics is not None:

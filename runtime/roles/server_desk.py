@@ -12,7 +12,7 @@ from mergec.runtime.session.handshake import new_token
 
 
 class ServerDesk(Desk):
-    """Who gets a place, who waits, and who has asked for too much."""
+    """Decides which client gets a session, keeps the queue, and counts tokens per client."""
 
     def __init__(self, limits: Limits, metrics: PartyMetrics) -> None:
         self._limits = limits
@@ -50,7 +50,7 @@ class ServerDesk(Desk):
         self._count()
 
     def _seat(self) -> None:
-        """Give free places to whoever has waited longest and may have one."""
+        """Give free sessions to the clients that have waited longest and may have one more."""
         for worker in list(self._queue):
             name = worker.facts["name"]
             taken = list(self._seated.values()).count(name)
@@ -66,7 +66,7 @@ class ServerDesk(Desk):
                 worker.tell({"position": position})
 
     def allowance(self, name: str) -> Allowance:
-        """A client's, kept across its sessions."""
+        """The allowance of a client, kept across its sessions."""
         if len(self._allowances) > 10_000:
             self._allowances = {n: a for n, a in self._allowances.items() if a.wait()}
         return self._allowances.setdefault(name, Allowance(self._limits.rate))

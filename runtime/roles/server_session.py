@@ -110,12 +110,12 @@ class ServerSession:
             told = {"masks": masks.hex()} if masks else {}
             self._serve_dealt(channel, self._join(hello, token, **told), masks)
         else:
-            raise PartyError("the client wants something that is not offered here")
+            raise PartyError("the client requests something that this server does not offer")
         channel.close()
         self._log.info("session ended")
 
     def _masks(self, purpose: object, store: Store | None, client: str) -> bytes | None:
-        """Seed of static masks that stay for this client's later sessions, if there are such."""
+        """Seed of the static masks that this client's later sessions reuse, if there are any."""
         if any(spec.vis is Vis.SHARED for spec in self._program.constants):
             return None
         if store is not None:
@@ -128,7 +128,7 @@ class ServerSession:
     def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, bytes]:
         settings = self._settings
         if settings.dealer is None:
-            raise PartyError("this server knows no dealer; use stored randomness")
+            raise PartyError("this server has no dealer; use stored randomness")
         dealer, seed = join_dealer(
             settings.dealer,
             hello,
@@ -144,7 +144,7 @@ class ServerSession:
     def _serve_dealt(
         self, channel: Channel, joined: tuple[Channel, bytes], masks: bytes | None
     ) -> None:
-        """A session whose randomness the dealer gives as it goes."""
+        """Serve a session whose randomness the dealer deals step by step."""
         dealer, seed = joined
         blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
         source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
@@ -159,7 +159,7 @@ class ServerSession:
         dealer.close()
 
     def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
-        """A session whose randomness was dealt before."""
+        """Serve a session whose randomness is in a store."""
         session = self._begin(channel, self._context(store.seed, NoCorrections()), masks)
 
         def take(answer: int) -> None:
@@ -177,7 +177,7 @@ class ServerSession:
     def _begin(
         self, channel: Channel, context: ServerContext, masks: bytes | None
     ) -> MergecSession:
-        """Hand the hidden weights over, unless these masks stay and the client has kept them."""
+        """Set the session up: send the masked weights, unless the client has kept them."""
         kept = False
         if masks:
             kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
@@ -191,28 +191,32 @@ class ServerSession:
         return session
 
     def _find_store(self, fields: dict[str, Any], channel: Channel) -> Store:
-        """The store that the client has the other part of."""
+        """This server's part of the client's store."""
         settings, number = self._settings, fields.get("store")
         if settings.stores is None or not is_store(number):
-            raise PartyError("no randomness is stored here; begin a session with the dealer")
+            raise PartyError("this server stores no randomness; start a session with the dealer")
         place = settings.stores / str(number)
         if not place.is_dir():
-            raise PartyError(f"there is no store {str(number)[:8]} here; run `mergec prepare`")
+            raise PartyError(f"this server has no store {str(number)[:8]}; run `mergec prepare`")
         store = Store.open(place, settings.store_key)
         header = store.header
         if fields.get("plan") != header.common:
-            raise PartyError("the two parts of the store do not belong together; prepare again")
+            raise PartyError("the two parts of the store do not match; run `mergec prepare` again")
         if header.client != channel.name:
-            raise PartyError("this store belongs to another client; prepare one for this")
+            raise PartyError(
+                "this store belongs to another client; run `mergec prepare` as this one"
+            )
         if header.weights != self._digest:
-            raise PartyError("the server has other weights than when it stored; prepare again")
+            raise PartyError(
+                "the server's weights have changed since then; run `mergec prepare` again"
+            )
         return store
 
     def _prepare(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
-        """Store what the dealer gives for a plan of the client's."""
+        """Store what the dealer deals for the client's plan."""
         settings, (dealer, seed) = self._settings, joined
         if settings.stores is None:
-            raise PartyError("nothing can be stored here; the server needs --stores")
+            raise PartyError("this server stores no randomness; it needs --stores")
         payload = channel.receive_any((Kind.PLAN,))[1]
         plan = Plan.read(channel.object(payload), self._program.manifest["max_length"], "client")
         dealer.send(Kind.PLAN, payload)
@@ -239,14 +243,14 @@ class ServerSession:
                     else:
                         writer.end_answer()
                         done += 1
-                    # One answer may take longer than the client waits for a message.
+                    # Dealing one answer may take longer than the client's timeout.
                     if kind is Kind.MARK or time.monotonic() - told > _LOOK:
                         told = time.monotonic()
                         channel.send_json(Kind.STORED, answers=done, bytes=writer.size)
                 writer.finish()
         except StoreError as error:
             self._log.error("cannot store", reason=str(error))
-            raise PartyError("the server cannot store so much; see its log") from error
+            raise PartyError("the server cannot store that much; see its log") from error
         dealer.send(Kind.END)
         dealer.close()
         try:
@@ -258,14 +262,14 @@ class ServerSession:
         self._log.info("stored", store=header.store, answers=plan.answers, bytes=writer.size)
 
     def _place(self, channel: Channel) -> str:
-        """Wait for a place among the sessions; gives the session's secret name."""
+        """Wait for a free session; returns the session's secret name."""
         self._parent.tell(kind="place", name=channel.name)
         while True:
             line = self._parent.line.fileno()
             ready = channel.readable(self._settings.idle_timeout, line)
             if line not in ready:
                 if channel.fileno() in ready:
-                    channel.receive_any(())  # a client that waits has nothing to say
+                    channel.receive_any(())  # a waiting client has nothing to send: this raises
                 continue
             message, _ = self._parent.hear()
             if "refused" in message:
@@ -283,10 +287,10 @@ class ServerSession:
         watch: Callable[[], None],
         take: Callable[[int], None] | None = None,
     ) -> None:
-        """Give answers until the client ends the session.
+        """Serve answers until the client ends the session.
 
-        relay: hands the client's requests on. watch: called while nothing happens. take: uses up
-        the answer of a store.
+        relay: passes the client's requests on to the dealer. watch: called while the client is
+        idle; raises if the session cannot go on. take: uses up an answer of the store.
         """
         while True:
             self._await(channel, watch)
@@ -311,20 +315,20 @@ class ServerSession:
             self._answer(session, channel, relay, length + tokens)
 
     def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
-        """Let the client think. Between answers the session may be ended."""
+        """Wait for the client's next request. Between answers the session may be ended."""
         self._parent.idle = True
         deadline = time.monotonic() + self._settings.idle_timeout
         line = self._parent.line.fileno()
         while channel.fileno() not in (ready := channel.readable(_LOOK, line)):
             if line in ready:
-                self._parent.hear()  # it says nothing to a session that runs, but may have ended
+                self._parent.hear()  # raises if the parent has ended; it sends nothing else
             watch()
             if time.monotonic() > deadline:
-                raise PartyError("the session was idle for too long; begin another")
+                raise PartyError("the session was idle for too long; start another one")
         self._parent.idle = False
 
     def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
-        """Why an answer of so many tokens cannot be given, if so; and when it can be."""
+        """Why an answer of this length is refused, and when to retry; empty if it is allowed."""
         limits = self._settings.limits
         most = [n for n in (limits.length, self._program.manifest["max_length"]) if n]
         if most and length + tokens > min(most):
@@ -344,7 +348,7 @@ class ServerSession:
         relay: Callable[[Kind, memoryview], None],
         limit: int,
     ) -> None:
-        """Take part in the steps of one answer; `limit`: of prompt and answer together."""
+        """Run the steps of one answer; `limit`: maximum tokens of prompt and answer together."""
         done = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))

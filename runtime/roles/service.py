@@ -26,11 +26,13 @@ from mergec.runtime.roles.worker import DATAGRAM, Parent
 _TICK = 0.5
 _LAST_GRACE = 5.0
 MAX_STRANGERS = 64
-"""Connections that have not shown who they are. Beyond these, the one that has been silent longest
-gives way to a new one, so that a flood of connections costs no more memory and keeps nobody out."""
+"""Maximum number of connections that have not identified themselves yet. Beyond it, a new one
+replaces the one that has been silent longest, so that a flood of connections is bounded in memory
+and keeps nobody out."""
 
 _STRANGER_TIME = 1.0
-"""Seconds that every connection has to show who it is; meanwhile nobody is accepted."""
+"""Seconds that every connection has to identify itself before a new one may replace it; until
+then, at the maximum, no connection is accepted."""
 
 
 @dataclass
@@ -40,41 +42,41 @@ class Worker:
     pid: int
     line: socket.socket
     stranger: bool = True
-    """Whether it does not know yet who its peer is, and was not sent away for another."""
+    """Whether it does not know its peer yet, and has not been replaced."""
     since: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the desk keeps of it."""
+    """What the desk remembers about it."""
 
     def tell(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
-        """Answer it; one that is gone is noticed elsewhere."""
+        """Send it a message. If it has ended, `Service` notices that."""
         with suppress(OSError):
             socket.send_fds(self.line, [json.dumps(message).encode()], list(descriptors))
 
 
 class Desk(ABC):
-    """What the parent decides for all sessions."""
+    """Decides in the parent process what concerns all sessions."""
 
     @abstractmethod
     def asked(self, worker: Worker, message: dict[str, Any]) -> None:
-        """A worker asks or tells something."""
+        """Handle a message of a worker."""
 
     @abstractmethod
     def left(self, worker: Worker) -> None:
-        """A worker has ended, in whatever way."""
+        """Handle the end of a worker, whatever the cause."""
 
     def tick(self) -> None:  # noqa: B027  (most desks have nothing to do)
         """Called about twice a second."""
 
 
 Work = Callable[[socket.socket, Parent], None]
-"""Plays a session in its own process."""
+"""Runs a session in its own process."""
 
 
 class Service:
-    """Listens, forks, and watches, until it is told to stop."""
+    """Listens, forks a process for each connection, and watches them, until told to stop."""
 
     def __init__(self, listener: socket.socket, work: Work, desk: Desk, grace: float) -> None:
-        """`work` plays a session in its own process; `grace`: seconds for answers to end."""
+        """`work` runs a session in its own process; `grace`: seconds for answers to finish."""
         self._listener = listener
         self._work = work
         self._desk = desk
@@ -86,9 +88,9 @@ class Service:
         self._told = 0
 
     def run(self) -> bool:
-        """Serve until SIGTERM or SIGINT, and until the sessions under way have ended.
+        """Serve until SIGTERM or SIGINT, and then until the running sessions have ended.
 
-        Gives whether it was SIGINT: somebody at the keyboard.
+        Returns whether it was SIGINT.
         """
         waker, woken = socket.socketpair()
         waker.setblocking(False)
@@ -134,7 +136,7 @@ class Service:
         return [worker for worker in self._workers.values() if worker.stranger]
 
     def _has_room(self) -> bool:
-        """Whether one more connection can be taken."""
+        """Whether one more connection may be accepted."""
         strangers = self._strangers()
         full = len(strangers) >= MAX_STRANGERS
         return not full or time.monotonic() - strangers[0].since > _STRANGER_TIME
@@ -143,7 +145,7 @@ class Service:
         try:
             connection, _ = self._listener.accept()
         except OSError:
-            return  # it went away, or descriptors are short for the moment
+            return  # it was closed, or file descriptors are exhausted for the moment
         strangers = self._strangers()
         if len(strangers) >= MAX_STRANGERS:
             strangers[0].stranger = False
@@ -180,7 +182,7 @@ class Service:
             self._work(connection, parent)
             code = 0
         finally:
-            # Nothing of the parent's may run here again: no handlers, no buffers, no threads.
+            # Nothing of the parent may run here: no exit handlers, no buffers, no threads.
             os._exit(code)
 
     def _hear(self, worker: Worker) -> None:
@@ -206,7 +208,7 @@ class Service:
                     self._desk.left(worker)
 
     def _drain(self, worker: Worker) -> None:
-        """Hear what it said before it ended."""
+        """Handle what it sent before it ended."""
         with suppress(OSError, ValueError):
             while worker.line.fileno() >= 0 and (data := worker.line.recv(DATAGRAM)):
                 self._desk.asked(worker, json.loads(data))
@@ -215,7 +217,7 @@ class Service:
             worker.line.close()
 
     def _press(self) -> None:
-        """Once told to stop: ask the workers, after the grace press them, and then kill."""
+        """When stopping: ask the workers to end, insist after the grace, and at last kill them."""
         if self._stop_at is None:
             return
         passed = time.monotonic() - self._stop_at

@@ -12,11 +12,13 @@ from mergec.runtime.transport.connect import Security
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may ask of a server; 0 is no limit beyond the program's own.
+    """What clients may request from a server.
 
-    sessions: at once, of all clients. client_sessions: of one client, by the name in its
-    certificate. queue: clients that may wait for a place. length: prompt and answer together.
-    tokens: of an answer. rate: tokens of prompts and answers per client and minute.
+    sessions: at once, of all clients together. client_sessions: at once per client, by the name in
+    its certificate. queue: clients that may wait for a session. length: maximum tokens of prompt
+    and answer together. tokens: maximum tokens of an answer. rate: maximum tokens of prompts and
+    answers per client and minute. For length, tokens and rate, 0 sets no limit beyond the
+    program's own.
     """
 
     sessions: int = 4
@@ -29,7 +31,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server is started. Times in seconds; grace: for answers to end at a shutdown."""
+    """How a server is started. Times are in seconds.
+
+    grace: time that running answers have to finish at shutdown.
+    """
 
     bundle: Path
     listen: Address
@@ -44,16 +49,16 @@ class ServerSettings:
     metrics: Address | None = None
     threads: int = 1
     stores: Path | None = None
-    """Where randomness dealt ahead is kept, if clients may have some; then there is a key, too."""
+    """Folder for precomputed randomness, if clients may store some; requires `store_key`."""
     store_key: bytes = b""
-    """Of the stores, and of static masks that outlast a session."""
+    """Key of the stores, and of static masks that outlast a session; empty if there is none."""
     store_bytes: int = 16 << 30
-    """What one store may take on disk."""
+    """Maximum size of one store on disk, in bytes."""
 
 
 @dataclass(frozen=True)
 class DealerSettings:
-    """How a dealer is started. Times in seconds; `sessions` counts those of all servers."""
+    """How a dealer is started. Times are in seconds; `sessions` counts those of all servers."""
 
     bundle: Path
     listen: Address

@@ -21,10 +21,10 @@ class StoppingError(PartyError):
 
 
 class Parent:
-    """A session's line to the parent, and its part in a shutdown.
+    """A session's line to its parent process, and its part in a shutdown.
 
-    At the first SIGTERM a session that is `idle` ends, any other at its next `check`; at the second
-    it ends wherever it is.
+    At the first SIGTERM, a session that is `idle` ends at once, any other one at its next `check`.
+    At the second SIGTERM, every session ends at once.
     """
 
     def __init__(self, line: socket.socket) -> None:
@@ -35,7 +35,7 @@ class Parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
 
     def tell(self, **message: Any) -> None:
-        """Report something."""
+        """Send a message."""
         with suppress(OSError):
             self.line.send(json.dumps(message).encode())
 
@@ -43,7 +43,7 @@ class Parent:
         """The parent's next message, and the descriptors that come with it."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.line, DATAGRAM, 1)
-        except ConnectionError:  # it left something unread
+        except ConnectionError:  # the parent left something unread
             data, descriptors = b"", []
         if not data:
             raise StoppingError("the process that listens has ended; start it again")
@@ -51,13 +51,13 @@ class Parent:
         return message, descriptors
 
     def ask(self, **message: Any) -> tuple[dict[str, Any], list[int]]:
-        """Tell something that is answered at once."""
+        """Send a message and return the parent's answer."""
         self.tell(**message)
         return self.hear()
 
     @property
     def idle(self) -> bool:
-        """Whether the session may be ended right now; set while nothing is under way."""
+        """Whether the session may be ended at any moment; set between answers."""
         return self._idle
 
     @idle.setter
@@ -81,9 +81,10 @@ Work = Callable[[socket.socket, Parent], None]
 
 
 def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
-    """Run a worker's session; whatever ends it is logged, and told to the peer by `fail`.
+    """Run a session; returns how it ended: "done", "stopped" or "failed".
 
-    Gives how it ended. Only errors that are about the parties are told; others may name files here.
+    What ends it is logged, and sent to the peer with `fail`. The peer gets the text of a PartyError
+    only: other errors may name files of this machine.
     """
     try:
         session()
@@ -101,12 +102,12 @@ def played(session: Callable[[], None], fail: Callable[[str], None], log: Callab
     except MemoryError:
         log().error("session failed", reason="out of memory")
         fail("it is out of memory; try again later")
-    except Exception as error:  # noqa: BLE001  (our bug: the others go on)
+    except Exception as error:  # noqa: BLE001  (a bug of ours: the other sessions go on)
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
-        # Not the message: it might hold values.
+        # The message is not logged: it might contain values.
         log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
         fail("it cannot go on; see its log")
     return "failed"

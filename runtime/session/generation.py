@@ -14,7 +14,7 @@ from mergec.runtime.session.steps import Session, StepReport, measured
 
 
 def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, Any]) -> None:
-    """Refuse what the program cannot run, before anything is sent."""
+    """Raise PromptError for a prompt that the program cannot run, before anything is sent."""
     vocabulary, limit = manifest.get("vocab_size", 0), manifest.get("max_length", 0)
     if max_tokens < 1:
         raise PromptError(f"at least one token must be asked for, not {max_tokens}")
@@ -36,10 +36,10 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer: what its step took, and the logits [V] that it was chosen from.
+    """One token of an answer.
 
-    logits: None where the token alone is revealed. reports: one per step that led to the token;
-    several for the first token of a prompt fed in parts.
+    reports: one for each step that led to the token; several for the first token of a prompt that
+    is fed in parts. logits: those it was chosen from, [V]; None if only the token is revealed.
     """
 
     token: int
@@ -57,13 +57,13 @@ def answer(
     announce: Callable[[int, int], object] = lambda _new, _past: None,
     first: int = 0,
 ) -> Iterator[Token]:
-    """The client's loop: the tokens after the prompt as they come, a stop token included.
+    """The client's loop: yields the tokens after the prompt, a stop token included.
 
-    announce: tells the other roles of a step before it begins. first: how much of the prompt the
-    first step takes, the others then one token each; 0 for all. The caller may leave the loop at
-    any token.
+    announce: called with new and past tokens before each step, to tell the other roles. first:
+    number of prompt tokens that the first step takes, while the later steps take one token each; 0
+    for all. The caller may leave the loop at any token.
 
-    A program that resends its hidden state knows no token before the last step: it takes all
+    A program that resends its hidden state knows no token before the last step: it runs all
     `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
     """
     check_prompt(prompt, max_tokens, session.program.manifest)
@@ -137,9 +137,9 @@ def generate(
     on_step: Callable[[StepReport], object] = lambda _: None,
     **options: Any,
 ) -> list[int]:
-    """`answer` with its options, all at once; gives the tokens.
+    """Run `answer` with its options to the end; returns the tokens.
 
-    on_token, on_step: called with each token and each step's report as they come.
+    on_token, on_step: called with each token and each step's report as they are computed.
     """
     tokens = []
     for token in answer(session, prompt, **options):

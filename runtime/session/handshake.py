@@ -1,4 +1,4 @@
-"""What roles do at the start of a session, whichever side they are on."""
+"""How roles open a session with each other, on either side."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, Kind
 from mergec.runtime.transport.connect import Security, connect
 
 JOIN_TIMEOUT = 30.0
-"""Seconds that a role waits for another to listen."""
+"""Seconds that a role waits until another one listens."""
 
 TIMEOUT = 120.0
-"""Seconds that a role waits for a message that is due."""
+"""Seconds that a role waits for an expected message."""
 
 IDLE_TIMEOUT = 1800.0
 """Seconds that a session may wait for its next prompt."""
 
 SESSION, PREPARE, STORED = "session", "prepare", "stored"
-"""What a client wants: answers, randomness for later ones, or answers by such."""
+"""Purposes of a client: answers, randomness for later ones, or answers from that randomness."""
 
 _TOKEN_BYTES = 32
 
 
 def greet(channel: Channel, mine: Hello, **more: Any) -> dict[str, Any]:
-    """Open a session on a channel that this role connected; gives what the other says of itself."""
+    """Open a session on a channel that this role connected; returns the peer's fields."""
     channel.send_json(Kind.HELLO, **mine.fields(), **more)
     _, fields = channel.receive_json(Kind.HELLO)
     compare(mine, Hello.read(fields, channel.peer), channel.peer)
@@ -38,7 +38,7 @@ def greet(channel: Channel, mine: Hello, **more: Any) -> dict[str, Any]:
 
 
 def be_greeted(channel: Channel, mine: Hello, roles: tuple[str, ...]) -> dict[str, Any]:
-    """The other side of `greet`. Without certificates the peer's role is what it says it is."""
+    """The other side of `greet`. Without certificates, the peer's own claim of its role is used."""
     _, fields = channel.receive_json(Kind.HELLO, timeout=min(channel.timeout, HANDSHAKE_TIMEOUT))
     channel.send_json(Kind.HELLO, **mine.fields())
     if channel.name == channel.peer and fields.get("role") in roles:
@@ -56,9 +56,10 @@ def join_dealer(
     wait: float,
     **more: Any,
 ) -> tuple[Channel, bytes]:
-    """This party's channel to the dealer, and its seed there for the session named by `token`.
+    """Join a session at the dealer; returns the channel, and this party's seed for the session.
 
-    more: what else to tell the dealer; the server, a seed of static masks as `masks`.
+    token: the session's secret name. more: further fields for the dealer; the server sends the seed
+    of its static masks as `masks`.
     """
     channel = connect(address, ROLES[DEALER], security, timeout, wait)
     try:
@@ -70,12 +71,12 @@ def join_dealer(
 
 
 def new_token() -> str:
-    """A session's secret name: who shows it to the dealer is given a part in the session."""
+    """A fresh secret name for a session: the dealer admits to the session whoever presents it."""
     return secrets.token_hex(_TOKEN_BYTES)
 
 
 def read_token(fields: dict[str, Any], peer: str) -> str:
-    """The session's name in what a peer said."""
+    """The session's name in a peer's fields; raises PartyError if it is malformed."""
     token = fields.get("session")
     if not isinstance(token, str) or len(token) != 2 * _TOKEN_BYTES or not token.isalnum():
         raise PartyError(f"the {peer} names no session; install the same mergec everywhere")
@@ -83,10 +84,12 @@ def read_token(fields: dict[str, Any], peer: str) -> str:
 
 
 def read_masks(fields: dict[str, Any], peer: str) -> bytes | None:
-    """The seed of static masks that a server tells the dealer, if it does."""
+    """The seed of static masks in a server's fields, if any; raises PartyError if malformed."""
     told = fields.get("masks")
     if told is None:
         return None
     if not is_name(told):
-        raise PartyError(f"the {peer} names masks that cannot be; install the same mergec")
+        raise PartyError(
+            f"the {peer} sent a malformed seed of masks; install the same mergec everywhere"
+        )
     return bytes.fromhex(told)

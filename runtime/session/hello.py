@@ -1,4 +1,4 @@
-"""What roles say of themselves before any secret is shared, and how they see that they differ."""
+"""The hello that roles exchange and compare before any secret is shared."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, ROLES
 from mergec.runtime.program.encoding import is_a
 
 PROTOCOL_VERSION = 2
-"""Raised with every change of what parties send each other."""
+"""Incremented with every change to the messages between parties."""
 
 MODES = ("mergec", "crypten")
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What must be the same at all roles, but for `role`; checked in the order of `compare`.
+    """What must be the same at all roles, except `role`; `compare` checks it.
 
     passes: names of the passes that shaped the program, with how often each applied.
     debug: options that change what is sent, such as insecure randomness.
@@ -38,7 +38,7 @@ class Hello:
     def of(
         cls, role: str, manifest: Mapping[str, Any], mode: str = "mergec", debug: int = 0
     ) -> Hello:
-        """A role's, from the manifest of its bundle."""
+        """The hello of a role, from the manifest of its bundle."""
         passes = [p for p in manifest.get("passes", ()) if isinstance(p, dict)]
         return cls(
             role,
@@ -66,7 +66,7 @@ class Hello:
 
     @classmethod
     def read(cls, found: Any, peer: str) -> Hello:
-        """From the peer's fields; others than these are not looked at."""
+        """Read a hello from the peer's fields; other fields are ignored."""
         if not isinstance(found, dict) or not is_a(found.get("version"), int):
             raise _unreadable(peer)
         if found["version"] != PROTOCOL_VERSION:
@@ -92,21 +92,21 @@ class Hello:
 
 
 def _unreadable(peer: str) -> PartyError:
-    return PartyError(f"the {peer} sent a greeting that cannot be read; install the same mergec")
+    return PartyError(f"the {peer} sent a malformed hello; install the same mergec everywhere")
 
 
 def compare(mine: Hello, theirs: Hello, peer: str) -> None:
-    """PartyError that says what differs, and what to do about it, if anything does."""
-    bundles = "give all three the bundles of one compilation"
+    """Raise a PartyError that names the first difference, if there is one, and the remedy."""
+    bundles = "use the bundles of one compilation for all three"
     if mine.version != theirs.version:
         differing = f"speaks version {theirs.version} of the protocol, this party {mine.version}"
         remedy = "install the same mergec everywhere"
     elif theirs.role != peer:
-        differing = f"joined in the place of the {peer} but says it is the {theirs.role}"
+        differing = f"was expected, but the peer says it is the {theirs.role}"
         remedy = "start each role once"
     elif mine.mode != theirs.mode:
         differing = f"runs in mode {theirs.mode}, this party in mode {mine.mode}"
-        remedy = "give all three the same --mode"
+        remedy = "use the same --mode for all three"
     elif mine.ring != theirs.ring:
         differing = f"computes in a ring of {theirs.ring} bits, this party of {mine.ring}"
         remedy = "install the same mergec everywhere"
@@ -123,8 +123,8 @@ def compare(mine: Hello, theirs: Hello, peer: str) -> None:
         )
         remedy = bundles
     elif mine.debug != theirs.debug:
-        differing = "was started with other debugging options"
-        remedy = "start all three with the same"
+        differing = "was started with different debugging options"
+        remedy = "start all three with the same ones"
     else:
         return
     raise PartyError(f"the {peer} {differing}; {remedy}")

@@ -14,20 +14,20 @@ _STEP = struct.Struct("!4q")
 
 
 def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) -> int:
-    """A number that a peer sent, if it is one and within bounds."""
+    """The number `key` in a peer's fields; raises PartyError unless it is an int within bounds."""
     value = fields.get(key)
     if not is_a(value, int) or not least <= value <= most:
-        raise PartyError(f"the {peer} asks for {key} {str(value)[:20]}, which can't be")
+        raise PartyError(f"the {peer} requests an invalid {key}: {str(value)[:20]}")
     return int(value)
 
 
 def write_step(new: int, past: int, draw: Draw) -> bytes:
-    """What the client asks for: so many tokens after so many, and how to choose the next one."""
+    """Encode a step: `new` tokens after `past` ones, and how the next token is chosen."""
     return _STEP.pack(new, past, draw.units, draw.top_k)
 
 
 def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw]:
-    """New and past tokens, and the choice; bounds of the lengths are the caller's to check."""
+    """Decode a step: new and past tokens, and the choice. The caller checks the lengths."""
     if len(payload) != _STEP.size:
         raise PartyError(f"the {peer} sent a step that cannot be read")
     new, past, units, top_k = _STEP.unpack(payload)
@@ -35,18 +35,18 @@ def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw]:
 
 
 def draw_of(units: int, top_k: int, peer: str) -> Draw:
-    """The choice that a peer asks for, if there is such a one."""
+    """The choice that a peer requests; raises PartyError if it is not a valid one."""
     try:
         return Draw(units, top_k)
     except PromptError as error:
-        raise PartyError(f"the {peer} asks for what cannot be drawn: {error}") from error
+        raise PartyError(f"the {peer} requests an invalid choice: {error}") from error
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps that randomness is dealt ahead for: so many answers, all of the same lengths.
+    """The steps that randomness is precomputed for: a number of answers, all of the same lengths.
 
-    An answer's first step takes `prompt` tokens and each of `tokens` further ones takes one.
+    The first step of an answer takes `prompt` tokens; `tokens` further steps take one token each.
     """
 
     answers: int
@@ -59,7 +59,7 @@ class Plan:
 
     @classmethod
     def read(cls, fields: dict[str, Any], max_length: int, peer: str) -> Plan:
-        """From a peer's fields, within what the program can run."""
+        """Read a plan from a peer's fields; raises PartyError if the program cannot run it."""
         limit = max_length or 1 << 20
         prompt = whole(fields, "prompt", 1, limit, peer)
         tokens = whole(fields, "tokens", 0, limit - prompt, peer)

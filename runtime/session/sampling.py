@@ -1,4 +1,4 @@
-"""The next token: how a client chooses it from revealed logits, or asks the parties to."""
+"""How the next token is chosen: by the client from revealed logits, or by the parties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergec.runtime.core.errors import PromptError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The default is greedy: the largest logit, the first of equals.
+    """How a token is chosen. The default is greedy: the largest logit, the first one of equals.
 
     temperature: 0 is greedy; larger ones flatten the distribution. top_k: only the k most likely
     tokens (0: all). top_p: only the most likely tokens that together have this probability, and at
@@ -43,15 +43,15 @@ class Sampling:
         return self.temperature == 0
 
     def draw(self, vocabulary: int) -> Draw:
-        """The same choice by the parties, for a program that reveals the token alone."""
+        """The same choice made by the parties, for a program that reveals only the token."""
         if self.top_p < 1:
             raise PromptError(
-                "top-p needs the logits, and this program reveals the token alone; leave it out, "
+                "top-p needs the logits, and this program reveals only the token; leave it out, "
                 'or compile with reveal="logits"'
             )
         if self.seed is not None:
             raise PromptError(
-                "this program's tokens are drawn by noise that nobody may know; leave the seed "
+                "this program draws tokens with noise that nobody may know; leave the seed "
                 'out, or compile with reveal="logits"'
             )
         if self.greedy or self.top_k == 1:
@@ -60,22 +60,22 @@ class Sampling:
         return Draw(units, self.top_k if self.top_k < vocabulary else 0)
 
     def generator(self) -> torch.Generator:
-        """The source of a run's choices."""
+        """The random generator of a run's choices."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
 
 
 def draw_for(sampling: Sampling, manifest: Mapping[str, Any], mode: str = "mergec") -> Draw:
-    """What the client asks the others for in each step of a program; PromptError if it cannot be.
+    """The choice that the client requests in each step; PromptError if the program cannot make it.
 
-    Where the program reveals the logits the client chooses alone, and asks for nothing.
+    If the program reveals the logits, the client chooses alone and requests nothing.
     """
     if manifest.get("reveal", "logits") == "logits":
         return Draw()
     draw = sampling.draw(int(manifest.get("vocab_size", 0)))
     if mode == "crypten" and draw != Draw():
         raise PromptError(
-            "CrypTen's stock protocols reveal the best token only; leave the temperature at 0"
+            "CrypTen's stock protocols support only greedy choice; leave the temperature at 0"
         )
     return draw
 
@@ -97,7 +97,7 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     result = torch.softmax(scores, -1)
     if sampling.top_p < 1:
         ordered, order = torch.sort(result, descending=True, stable=True)
-        # A token stays while those before it do not reach top_p yet; the first always does.
+        # A token stays if those before it do not reach top_p; so the first one always stays.
         before = ordered.cumsum(-1) - ordered
         result[order[before >= sampling.top_p]] = 0.0
         result = result / result.sum()
@@ -110,7 +110,7 @@ def choose(
     """One token from the logits of one position."""
     flat = logits.reshape(-1)
     if flat.numel() == 0 or not bool(torch.isfinite(flat).all()):
-        raise PromptError("the revealed logits are not finite: the bundles do not fit together")
+        raise PromptError("the revealed logits are not finite; use the bundles of one compilation")
     if sampling.greedy:
         return int(flat.argmax())
     drawn = torch.multinomial(probabilities(flat, sampling), 1, generator=generator)

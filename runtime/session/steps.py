@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step took, as this party counted it at its transport."""
+    """The cost of one step, as this party counted it: seconds, bytes and rounds."""
 
     phase: str
     new: int
@@ -41,7 +41,7 @@ class StepReport:
 
 
 class Session(ABC):
-    """One role's executor and the caches that its steps hand on."""
+    """One role's executor, and the caches that its steps pass on."""
 
     def __init__(self, program: RoleProgram) -> None:
         self.program = program
@@ -52,23 +52,23 @@ class Session(ABC):
         logits = [name for name in program.outputs if name not in following]
         if len(tokens) != 1 or len(logits) != 1 or len(program.inputs) > 1 + len(following):
             raise BundleError(
-                "the program is no decoder step of tokens and caches to logits; compile it again"
+                "the program is not a decoder step of tokens and caches to logits; compile again"
             )
         self._caches: dict[str, Any] = {}
         self._hidden: list[Any] = []
 
     @property
     def cached(self) -> bool:
-        """Whether a step takes up where the one before ended; else it needs all tokens again."""
+        """Whether a step continues from the one before; else each step needs all tokens again."""
         return bool(self.cache_specs)
 
     @abstractmethod
     def setup(self) -> None:
-        """What is done once, before the first step."""
+        """Do the work that is needed once, before the first step."""
 
     @abstractmethod
     def traffic(self) -> Traffic:
-        """What this party sent and received so far."""
+        """What this party has sent and received so far."""
 
     @abstractmethod
     def _start(self) -> dict[str, Any]:
@@ -76,22 +76,25 @@ class Session(ABC):
 
     @abstractmethod
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        """Run what leads from the inputs to the outputs."""
+        """Run the instructions that compute the outputs from the inputs."""
 
     @abstractmethod
     def _join(self, values: Sequence[Any]) -> Any:
-        """Shares of rows [1, 1, E] as one of [1, n, E]."""
+        """Concatenate shares of n rows [1, 1, E] into one share of [1, n, E]."""
 
     def step(
         self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
     ) -> torch.Tensor | None:
-        """One step, the same at all roles; only the client has `ids`, and gets a result.
+        """Run one step, at all roles together; only the client has `ids`, and gets a result.
 
-        The result is logits [V]; or, of a program that reveals the token alone, the token [1] that
-        was chosen as `draw` says, by default the best. A program that resends its hidden state
-        takes the one before instead of `ids` after the first step, and gives no result; a last step
-        of no new tokens gives the logits of all `past` steps before it, [past, V], by one run of
-        the head.
+        The result is logits [V]. A program that reveals only the token returns the token [1]
+        instead, chosen as `draw` says, by default the most likely one.
+
+        A program that resends its hidden state takes `ids` only in its first step, and the previous
+        hidden state in the later ones; these steps return None. A last step of 0 new tokens returns
+        the logits of all `past` steps before it, [past, V], by one run of the head.
+
+        Raises BundleError if a step of these lengths cannot come now; see `allows`.
         """
         rows = self.rows(new, past, ids, draw)
         return rows if rows is None or new == 0 else rows[-1]
@@ -99,8 +102,8 @@ class Session(ABC):
     def rows(
         self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
     ) -> torch.Tensor | None:
-        """As `step`, with all the rows that the program reveals: [1, V], unless a pass of one's own
-        keeps the logits of every new token.
+        """Like `step`, with all rows that the program reveals: [1, V], unless a user's pass keeps
+        the logits of every new token.
         """
         if not self.allows(new, past):
             raise BundleError(f"a step of {new} tokens after {past} is out of turn")
@@ -134,7 +137,7 @@ class Session(ABC):
         return self._logits_at_client(outputs[phase.outputs[0]])
 
     def _first(self, new: int, ids: Sequence[int] | None) -> Any:
-        """What a step works on: tokens, or the hidden state of the step before."""
+        """The first input of a step: tokens, or the hidden state of the previous step."""
         if self._hidden:
             return self._hidden[-1]
         if self.party == CLIENT:
@@ -150,11 +153,11 @@ class Session(ABC):
         return value.reshape(-1, value.shape[-1])
 
     def _prepare(self, draw: Draw) -> None:  # noqa: B027 - nothing to do by default
-        """Take note of how the step's token is to be chosen, where the parties choose it."""
+        """Note how the step's token is chosen, for programs whose parties choose it."""
 
 
 class MergecSession(Session):
-    """Steps by mergec's own protocols."""
+    """Runs steps with mergec's own protocols."""
 
     def __init__(self, executor: Executor, counted: Callable[[], Traffic]) -> None:
         super().__init__(executor.program)
@@ -165,12 +168,12 @@ class MergecSession(Session):
         self._executor.setup()
 
     def use(self, context: Context) -> None:
-        """Take the masks of what follows from another source; the static ones stay."""
+        """Take the masks of later steps from another context; static masks stay."""
         self._executor.context = context
 
     def traffic(self) -> Traffic:
         result = self._counted().snapshot()
-        # Corrections are counted as they are used: the stream runs ahead of the step.
+        # Corrections are counted when they are used, as the stream runs ahead of the step.
         result.offline_received = self._executor.context.offline_bytes
         result.offline_sent = 0
         return result
@@ -200,7 +203,7 @@ class MergecSession(Session):
 
 
 class StockSession(Session):
-    """Steps by CrypTen's stock protocols; the dealer has no session, it serves the client."""
+    """Runs steps with CrypTen's stock protocols; the dealer has no session."""
 
     def __init__(self, executor: StockExecutor, counted: Callable[[], Traffic]) -> None:
         super().__init__(executor.program)
@@ -226,7 +229,7 @@ class StockSession(Session):
 
 
 def measured(session: Session, new: int, past: int, work: Callable[[], object]) -> StepReport:
-    """Do `work` and report what it took."""
+    """Do `work` and report its cost as a step's."""
     before, began = session.traffic(), time.perf_counter()
     work()
     spent, seconds = session.traffic() - before, time.perf_counter() - began

@@ -1,6 +1,6 @@
-"""Text to tokens and back at the client, from the tokenizer files in its bundle.
+"""Converts text to tokens and back at the client, with the tokenizer files in its bundle.
 
-Only the `tokenizers` and `jinja2` packages are needed, so a client need not install transformers.
+It needs only the packages `tokenizers` and `jinja2`, so a client need not install transformers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Text:
 
     @classmethod
     def load(cls, folder: str | Path) -> Text:
-        """Read the tokenizer's files; BundleError when there are none, or damaged ones."""
+        """Read the tokenizer's files; raises BundleError if they are missing or damaged."""
         place = Path(folder)
         files = {name: place / name for name in FILES}
         found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
@@ -47,7 +47,7 @@ class Text:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], where: str) -> Text:
-        """The same from the files' contents; `where` is named when they are of no use."""
+        """Like `load`, from the contents of the files; errors name `where`."""
         if VOCABULARY not in files:
             raise BundleError(f"{where}: has no {VOCABULARY}; compile with a tokenizer")
         try:
@@ -66,7 +66,7 @@ class Text:
         return self._template is not None
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
-        """Tokens of a prompt; `chat` puts it into the model's template as the user's message."""
+        """Tokens of a prompt; `chat` applies the chat template to it as the user's message."""
         if chat:
             return self.encode_chat([{"role": "user", "content": prompt}])
         return list(self._tokenizer.encode(prompt).ids)
@@ -79,14 +79,14 @@ class Text:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def piece(self, token: int, after: Sequence[int] = ()) -> str:
-        """What a token adds to the text of those before it; a special token's name."""
-        # Some tokenizers drop the space of a text's first word: one token before is enough.
+        """The text that a token adds after the tokens before it; of a special token, its name."""
+        # Some tokenizers drop the space before a text's first word; one token of context is enough.
         before = list(after[-1:])
         added = self.decode([*before, token])[len(self.decode(before)) :]
         return added or str(self._tokenizer.id_to_token(token) or "")
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The chat template with these messages."""
+        """Apply the chat template to messages."""
         if self._template is None:
             raise PromptError("this model has no chat template; use --no-chat")
         environment = ImmutableSandboxedEnvironment(
@@ -106,7 +106,7 @@ class Text:
 
 
 class Stream:
-    """Tokens in, whole characters out: a character may take several tokens."""
+    """Turns tokens into text, in whole characters: a character may take several tokens."""
 
     def __init__(self, text: Text, write: Callable[[str], object]) -> None:
         self._text, self._write = text, write
@@ -118,7 +118,7 @@ class Stream:
         self._show(self._text.decode(self._ids).rstrip(_REPLACEMENT))
 
     def end(self) -> str:
-        """Write what is left; gives the whole text."""
+        """Write what is left; returns the whole text."""
         whole = self._text.decode(self._ids)
         self._show(whole)
         return whole

@@ -1,8 +1,8 @@
-"""Hidden weights, W - B, that a client keeps from one session to the next.
+"""Masked weights, W - B, that a client keeps from one session to the next.
 
 The server derives the static masks B from its key, the client's name, and W itself, as integers. So
-a B never hides two different W, and W - B is the same message however often it is sent: it need not
-be sent again. It is uniform, and no secret by itself.
+one B never hides two different W, and W - B is the same message in every session: it need not be
+sent again. W - B is uniformly distributed, and no secret by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DIGEST = "blake2b"
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A digest of tensors by name: it differs if a name, a type, a shape or a number does."""
+    """A digest of named tensors: it differs if a name, a type, a shape or a value does."""
     total = hashlib.blake2b(digest_size=32)
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -38,24 +38,24 @@ def mask_seed(key: bytes, program: str, client: str, weights: str) -> bytes:
 
 
 def name_of(seed: bytes) -> str:
-    """What the masks of a seed are called; tells nothing about them, as `derive` is one-way."""
+    """A name for the masks of a seed; it reveals nothing about them, as `derive` is one-way."""
     return derive(seed, "name of the masks").hex()
 
 
 def is_name(text: object) -> bool:
-    """Whether `text` can be such a name, and so part of a file's."""
+    """Whether `text` is a valid name of masks, and so safe as part of a file's name."""
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 class Kept:
-    """A client's folder of hidden weights, a file for each program and masks."""
+    """A client's masked weights of one program under one set of masks, in a file."""
 
     def __init__(self, root: Path, program: str, name: str) -> None:
-        """`program`: its hash. `name`: of the masks, from the server."""
+        """`program`: its hash. `name`: name of the masks, from the server."""
         self._file = root / f"{program[:16]}-{name}.safetensors"
 
     def load(self) -> dict[str, torch.Tensor] | None:
-        """The hidden weights by name; None if they are not here, or were damaged."""
+        """The masked weights by name; None if they are missing or damaged."""
         try:
             with safe_open(self._file, framework="pt") as reader:
                 told = (reader.metadata() or {}).get(_DIGEST)
@@ -65,7 +65,7 @@ class Kept:
         return tensors if told == digest_of(tensors) else None
 
     def save(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep them; MergecError if there is no room."""
+        """Keep them; raises MergecError if they cannot be written."""
         unfinished = self._file.with_suffix(".unfinished")
         here = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
         try:
@@ -76,5 +76,5 @@ class Kept:
             with suppress(OSError):
                 unfinished.unlink()
             raise MergecError(
-                f"{self._file}: cannot be written ({error}); leave --keep out, or make room"
+                f"{self._file}: cannot be written ({error}); leave out --keep, or free some space"
             ) from error
