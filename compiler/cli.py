@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
 from mergec.compiler.config import PAST, PRESETS
-from mergec.runtime.cli import Device, DeviceOption, MaxTokens, app, err, main, out, waiting, write
+from mergec.runtime.cli import (
+    Chat,
+    Device,
+    DeviceOption,
+    MaxTokens,
+    SamplingOptions,
+    app,
+    err,
+    grouped,
+    main,
+    out,
+    waiting,
+    write,
+)
 from mergec.runtime.core.errors import MergecError, PromptError
 from mergec.runtime.core.spec import CHOICES
 
@@ -33,138 +47,135 @@ class Mode(StrEnum):
 
 
 class Stage(StrEnum):
-    """A graph as it was captured, or as the parties run it."""
+    """The graph as captured, or as the parties run it."""
 
     before = "before"
     after = "after"
 
 
-MaxLength = Annotated[
-    int | None, typer.Option(help="Most tokens of prompt and answer together.", min=2)
+ModeOption = Annotated[
+    Mode, typer.Option(help="Protocols: mergec's own ones, or CrypTen's stock ones.")
 ]
-Weights = Annotated[
-    str | None, typer.Option(help="Weights in the clear at the `server`, or `shared` by the two.")
-]
-Reveal = Annotated[
-    str | None, typer.Option(help="What the client learns: all `logits`, or the `token` alone.")
-]
-NetworkOption = Annotated[
-    str | None,
-    typer.Option(help=f"Network to choose protocols for: {', '.join(CHOICES['network'])}."),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(help=f"Cheaper functions in place of the model's: {', '.join(PRESETS)}."),
-]
-Enable = Annotated[
-    list[str] | None, typer.Option(help="Run a lossy pass, too; may be given more than once.")
-]
-Disable = Annotated[
-    list[str] | None, typer.Option(help="Leave out a pass; may be given more than once.")
-]
-CheckPasses = Annotated[
-    bool,
-    typer.Option("--check-passes", help="Run the graph around each exact pass, too; slow."),
-]
-ModeOption = Annotated[Mode, typer.Option(help="Protocols: our own, or CrypTen's stock ones.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Options of every command that compiles a model; None and False leave it to CompileConfig."""
+
+    max_length: Annotated[
+        int | None, typer.Option(help="Maximum tokens of prompt and answer together.", min=2)
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Cheaper functions that replace those of the model: {', '.join(PRESETS)}."
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Who holds the weights: the `server`, in the clear, or both parties, as `shared`."
+        ),
+    ] = None
+    reveal: Annotated[
+        str | None,
+        typer.Option(help="What the client learns: all `logits`, or only the `token`."),
+    ] = None
+    network: Annotated[
+        str | None,
+        typer.Option(help=f"Network to choose protocols for: {', '.join(CHOICES['network'])}."),
+    ] = None
+    enable: Annotated[
+        list[str] | None, typer.Option(help="Run this lossy pass, too; may be repeated.")
+    ] = None
+    disable: Annotated[
+        list[str] | None, typer.Option(help="Leave out this pass; may be repeated.")
+    ] = None
+    check_passes: Annotated[
+        bool,
+        typer.Option(
+            "--check-passes", help="Run the graph before and after each exact pass; slow."
+        ),
+    ] = False
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as arguments of CompileConfig."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if value
+        }
 
 
 @app.command("compile")
+@grouped
 def compile_command(
-    source: Annotated[str, typer.Argument(help="Model folder, .gguf file, or `smollm2`.")],
+    source: Annotated[str, typer.Argument(help="Folder of a model, a .gguf file, or `smollm2`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the three bundles.")],
-    max_length: MaxLength = None,
-    preset: Preset = None,
-    weights: Weights = None,
-    reveal: Reveal = None,
-    network: NetworkOption = None,
-    enable: Enable = None,
-    disable: Disable = None,
-    check_passes: CheckPasses = False,
+    options: CompileOptions,
 ) -> None:
     """Compile a model into one bundle per role."""
     from mergec.runtime.program.bundle import check_place
 
     check_place(output)
-    options = _options(
-        max_length=max_length,
-        preset=preset,
-        weights=weights,
-        reveal=reveal,
-        network=network,
-        enable=enable,
-        disable=disable,
-        check_passes=check_passes,
-    )
     with _steps() as step:
-        program = _compile(source, options, step)
+        program = _compile(source, options.given(), step)
         program.save(output, step)
     out.print(f"{output}: {program.describe()}", soft_wrap=True)
     if program.deviation:
-        said = f"lossy: it does not compute what the model does; {program.deviation}"
+        said = f"lossy: this program does not compute what the model does; {program.deviation}"
         err.print(said, style="yellow", soft_wrap=True)
 
 
 @app.command("inspect")
+@grouped
 def inspect_command(
-    source: Annotated[str, typer.Argument(help="Folder of bundles, or a model to compile.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder of the three bundles, or a model to compile.")
+    ],
+    options: CompileOptions,
     new: Annotated[
-        int, typer.Option(help="Tokens of the step; 0 for the end of `merge-er`.", min=0)
+        int, typer.Option(help="New tokens of the step; 0: the last step of `merge-er`.", min=0)
     ] = 1,
     past: Annotated[
         int | None,
-        typer.Option(help=f"Tokens before it; by default {PAST}, or what fits.", min=0),
+        typer.Option(help=f"Tokens before the step; by default {PAST}, or what fits.", min=0),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="The instructions as text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the instructions as text.")] = False,
     why_not: Annotated[
-        str | None, typer.Option(metavar="PASS", help="Where a pass did not fire, and why.")
+        str | None, typer.Option(metavar="PASS", help="Show where a pass did not apply, and why.")
     ] = None,
     savings: Annotated[
-        bool, typer.Option("--savings", help="What each pass saves; recompiles the model often.")
+        bool,
+        typer.Option("--savings", help="Show what each pass saves; recompiles often."),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page: graphs, costs, changes of each pass.")
+        Path | None, typer.Option(help="Write a page with graphs, costs and each pass's changes.")
     ] = None,
     dot: Annotated[Path | None, typer.Option(help="Write the graph for Graphviz.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="Write the graph for Netron.")] = None,
     stage: Annotated[
-        Stage, typer.Option(help="The graph to print or write: before the passes, or after.")
+        Stage, typer.Option(help="Graph to print or write: before or after the passes.")
     ] = Stage.after,
-    max_length: MaxLength = None,
-    preset: Preset = None,
-    weights: Weights = None,
-    reveal: Reveal = None,
-    network: NetworkOption = None,
-    enable: Enable = None,
-    disable: Disable = None,
-    check_passes: CheckPasses = False,
 ) -> None:
     """Show what a program costs, by op and by layer, and what each pass did."""
     from mergec.compiler.program import Program, check_whole
 
-    options = _options(
-        max_length=max_length,
-        preset=preset,
-        weights=weights,
-        reveal=reveal,
-        network=network,
-        enable=enable,
-        disable=disable,
-        check_passes=check_passes,
-    )
+    given = options.given()
     with _steps() as step:
         check_whole(Path(source))
         if not Program.stands_at(source):
-            program = _compile(source, options, step, keep_history=True)
-        elif options:
-            raise MergecError(f"{source} is compiled already; give the model for other options")
+            program = _compile(source, given, step, keep_history=True)
+        elif given:
+            raise MergecError(f"{source} is already compiled; give the model to change options")
         else:
             program = Program.load(source, roles=("client",))
         view = program.captured_graph if stage is Stage.before else program.graph
         if html is not None:
-            step("trying what each pass saves" if savings else "drawing the graphs")
+            step("measuring what each pass saves" if savings else "drawing the graphs")
             _write_file(html, program.to_html(new, past, savings=savings).encode())
         if dot is not None:
             _write_file(dot, view.to_dot().encode())
@@ -173,7 +184,7 @@ def inspect_command(
         if graph or (files := [path for path in (html, dot, onnx) if path is not None]):
             sys.stdout.write(str(view) if graph else "".join(f"{path}\n" for path in files))
             return
-        step("trying what each pass saves" if savings else "counting rounds and bytes")
+        step("measuring what each pass saves" if savings else "counting rounds and bytes")
         inspection = program.inspect(new, past, savings=savings)
     shown = inspection.why_not(why_not) if why_not else inspection
     if as_json:
@@ -185,26 +196,20 @@ def inspect_command(
 
 
 @app.command("run")
+@grouped
 def run_command(
     bundles: Annotated[Path, typer.Argument(help="Folder of the three bundles.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt.")],
+    choice: SamplingOptions,
     mode: ModeOption = Mode.mergec,
     device: DeviceOption = Device.cpu,
     max_tokens: MaxTokens = 32,
-    temperature: Annotated[float, typer.Option(help="0 takes the best token.", min=0.0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k best; 0 for all.", min=0)] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the best that sum to p.", min=0.0, max=1.0)
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling, not of masks.")] = None,
-    chat: Annotated[
-        bool | None, typer.Option(help="Use the chat template; by default where there is one.")
-    ] = None,
+    chat: Chat = None,
     check_plaintext: Annotated[
-        bool, typer.Option("--check-plaintext", help="Print plaintext's answer, too.")
+        bool, typer.Option("--check-plaintext", help="Compute the answer in plaintext, too.")
     ] = False,
 ) -> None:
-    """Run the three roles here, a process each."""
+    """Run all three roles on this machine, each as a process."""
     from mergec.compiler.program import Program
 
     with _steps() as step:
@@ -217,26 +222,25 @@ def run_command(
         mode=mode.value,
         device=device.value,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         chat=chat,
+        **asdict(choice),
     )
 
 
 @app.command("demo")
 def demo_command(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt.")] = DEMO_PROMPT,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundles.")] = Path(
         "bundles/demo"
     ),
     mode: ModeOption = Mode.mergec,
     device: DeviceOption = Device.cpu,
     max_tokens: MaxTokens = 16,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Take bundles made before.")] = False,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Reuse bundles of an earlier run.")
+    ] = False,
 ) -> None:
-    """Compile SmolLM2-135M and ask it something."""
+    """Compile SmolLM2-135M and run it on a prompt."""
     from mergec.compiler.program import Program
 
     _check_prompt(prompt)
@@ -257,15 +261,6 @@ def demo_command(
     )
 
 
-def _options(**given: Any) -> dict[str, Any]:
-    """What was given on the command line; the rest is CompileConfig's to decide."""
-    return {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in given.items()
-        if value
-    }
-
-
 def _compile(
     source: str, options: dict[str, Any], step: Step, *, keep_history: bool = False
 ) -> Program:
@@ -284,24 +279,24 @@ def _write_file(path: Path, content: bytes) -> None:
 def _run(program: Program, prompt: str, *, check_plaintext: bool, **options: Any) -> None:
     _check_prompt(prompt)
     out.print(RichText(f"> {prompt}", style="dim"))
-    with waiting("client, server and dealer are starting") as first:
+    with waiting("starting client, server and dealer") as first:
         answer = program.generate_local(prompt, on_text=first(write), **options)
     sys.stdout.write("\n\n")
     out.print(answer.table())
     if check_plaintext:
         with _steps() as step:
-            step("the same in plaintext")
+            step("computing the same in plaintext")
             plain = program.plaintext(answer)
         out.print(plain.comparison(answer))
 
 
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
-        raise PromptError("the prompt is empty; say something with --prompt")
+        raise PromptError("the prompt is empty; give one with --prompt")
 
 
 class Step:
-    """Names the step of a long work that is under way; a spinner on a terminal, else a line."""
+    """Shows the current step of a long task: with a spinner on a terminal, else as a line."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress

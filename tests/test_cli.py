@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mergec.runtime.cli import run as mergec
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import CHOICES, ROLES
 from tests.fixtures import decoder, greedy
+from tests.roles import ROOT, environment
 from tests.test_program import TYPES
 
 
@@ -158,7 +160,7 @@ def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Faile
     fails(["inspect", str(bundles), "--new", "0"], FAILED, "a step needs a token")
     for option in (["--savings"], ["--stage", "before"]):
         fails(["inspect", str(bundles), "--past", "4", *option], FAILED, "the model itself")
-    fails(["inspect", str(bundles), "--disable", "x"], FAILED, "compiled already")
+    fails(["inspect", str(bundles), "--disable", "x"], FAILED, "already compiled")
     fails(["inspect", str(bundles), "--past", "4", "--why-not", "x"], FAILED, "unknown pass 'x'")
     shutil.rmtree(bundles / "server")
     assert mergec(["inspect", str(bundles), "--json", "--past", "4"]) == 0
@@ -265,3 +267,77 @@ def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
     command = f"{sys.executable} -m mergec inspect {bundles} --graph --past 1 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "rror" not in done.stderr
+
+
+MISSING = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+"""A sitecustomize: a machine on which some packages are not installed."""
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["compile", "{model}", "-o", "{folder}/new"], "compile"),
+        (["inspect", "{model}"], "compile"),
+        (["demo", "-o", "{folder}/new"], "compile"),
+        (["inspect", "{bundles}", "--past", "1", "--onnx", "{folder}/graph.onnx"], "compile"),
+        (["proxy", "{bundles}", "--plaintext"], "proxy"),
+        (["run", "{bundles}", "--prompt", "x"], ""),
+    ],
+)
+def test_what_only_some_need_is_named_with_its_extra(
+    bundles: Path, tmp_path: Path, command: list[str], extra: str
+) -> None:
+    packages = {"transformers", "gguf", "accelerate", "onnx", "fast_sugiyama"}
+    if extra == "proxy":
+        packages = {"fastapi", "uvicorn", "starlette", "pydantic"}
+    place, model = tmp_path / "site", tmp_path / "model"
+    place.mkdir()
+    model.mkdir()
+    (place / "sitecustomize.py").write_text(MISSING.format(packages=packages))
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    given = [word.format(model=model, folder=tmp_path, bundles=bundles) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "mergec", *given],
+        env={**environment(), "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == FAILED
+    (line,) = [text for text in done.stderr.splitlines() if not text.endswith("…")]
+    expected = f"run `pip install 'mergec[{extra}]'`" if extra else "compile with a tokenizer"
+    assert line.startswith("error: ")
+    assert line.endswith(expected)
+
+
+def test_the_party_has_its_commands_alone() -> None:
+    code = "import sys; from mergec.runtime.cli import run; run(['--help']); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    *lines, modules = done.stdout.splitlines()
+    commands = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line]
+    assert commands == ["certs", "doctor", "serve", "deal", "prepare", "generate", "chat", "proxy"]
+    assert not set(modules.split()) & {"mergec.compiler", "mergec.passes", "torch"}
+
+
+def test_an_option_in_a_file_gives_way_to_the_command_line(
+    fails: Failed, bundles: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('plaintext = true\nserver = "nowhere"\ntimeout = 3.0\n')
+    asked = ["generate", str(bundles), "--ids", "-p", "1", "--config", str(file)]
+    fails(asked, FAILED, "the address 'nowhere'")
+    fails([*asked, "--server", "anywhere"], FAILED, "the address 'anywhere'")
+    file.write_text('config = "other.toml"\n')
+    fails(asked, FAILED, "unknown option 'config'; this command has: bundle, certs, chat, dealer")

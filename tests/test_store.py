@@ -74,7 +74,7 @@ def test_what_is_written_is_read_and_nothing_of_it_is_on_disk(tmp_path: Path) ->
 def test_an_answer_is_used_once_whoever_asks_and_after_a_crash(tmp_path: Path) -> None:
     store, _, _ = written(tmp_path)
     store.take(0)
-    with pytest.raises(StoreError, match="answer 0 is used up"):
+    with pytest.raises(StoreError, match="answer 0 has been used"):
         Store.open(store.folder, KEY).take(0)
     with (store.folder / "used").open("ab") as journal:
         journal.write(b"\0\0\0")  # what a crash leaves of an entry
@@ -122,7 +122,7 @@ def test_the_journal_is_on_disk_before_the_seed_is_given(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"cannot note what is used \(No space left"):
+    with pytest.raises(StoreError, match=r"cannot write the journal \(No space left"):
         store.take(1)
 
 

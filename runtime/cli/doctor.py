@@ -1,4 +1,4 @@
-"""Looks at a machine, and at a bundle and certificates if given, and says what is missing."""
+"""Checks a machine and, if given, a bundle, certificates and ports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.certificates import check_certificate
 
 GOOD, POOR, BAD = "good", "poor", "bad"
-"""It will do; it will do, but something is slow or missing that not everybody needs; it won't."""
+"""Fine; usable, but slow or without something that not everybody needs; not usable."""
 
 PYTHON, TORCH = (3, 11), ((2, 11), (2, 14))
 _NEEDED = ("numpy", "numba", "safetensors", "cryptography", "tokenizers", "jinja2", "structlog")
@@ -35,7 +35,7 @@ _SAMPLE_BYTES, _SLOW_RATE = 32 << 20, 0.4e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: str
@@ -45,7 +45,7 @@ class Finding:
 def examine(
     bundle: Path | None = None, certificates: Path | None = None, listens: tuple[str, ...] = ()
 ) -> Iterator[Finding]:
-    """Look at everything, one finding after the other."""
+    """Run all checks; yields their findings."""
     yield from _machine()
     for address in listens:
         yield _port(address)
@@ -93,7 +93,7 @@ def _torch() -> Finding:
 
 
 def _aes() -> Finding:
-    """All randomness is AES in counter mode: a processor without instructions for it is slow."""
+    """All randomness is AES in counter mode: slow without processor instructions for it."""
     prg, began = Prg(new_seed()), time.perf_counter()
     prg.read(_SAMPLE_BYTES)
     rate = _SAMPLE_BYTES / (time.perf_counter() - began)
@@ -108,7 +108,7 @@ def _kernels() -> Finding:
 
     if can_keep():
         return Finding("kernels", GOOD, "compiled once")
-    told = "compiled anew at each start; set NUMBA_CACHE_DIR to a folder of this user's"
+    told = "compiled again at each start; set NUMBA_CACHE_DIR to a folder that this user may write"
     return Finding("kernels", POOR, told)
 
 
@@ -151,7 +151,7 @@ def _bundle(folder: Path, role: str) -> Iterator[Finding]:
 
 
 def _memory(program: RoleProgram, role: str) -> int:
-    """What a session takes for weights: W - B at the client, B at the dealer, W at the server."""
+    """Bytes of a session's weights: W - B at the client, B at the dealer, W at the server."""
     count = sum(math.prod(c.shape) for c in program.constants if c.vis in (Vis.SERVER, Vis.SHARED))
     held = sum(tensor.numel() * tensor.element_size() for tensor in program.tensors.values())
     each = {ROLES[CLIENT]: 8, ROLES[DEALER]: 8, ROLES[SERVER]: 4}[role]
@@ -169,7 +169,7 @@ def _tokenizer(folder: Path) -> Finding:
 
 
 def _certificates(folder: Path, role: str) -> Finding:
-    """Those of the bundle's role, or of whichever role the folder is."""
+    """Check the certificates of the bundle's role; without a bundle, of any role."""
     candidates = [role] if role else list(ROLES)
     reason = ""
     for candidate in candidates:
