@@ -15,11 +15,11 @@ from mergec.compiler.backend.emit import shapes, tokenizer_files, value_types
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model
-from mergec.compiler.graph.ir import assign_names, length_symbols
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.pipeline import DialectProgram, assemble, calibration, finish, rewrite
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
+from mergec.compiler.text import assign_names, length_symbols
 from mergec.runtime.program.program import FINISH, RoleProgram
 
 Progress = Callable[[str], object]

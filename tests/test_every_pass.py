@@ -12,9 +12,9 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model, packaged_model
 from mergec.compiler.graph.contract import TOLERANCE
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.graph.rewriting import STAGES, Pass
 from mergec.compiler.pipeline import rewrite, select
+from mergec.compiler.text import dump
 from tests.families import FAMILIES, captured, random_decoder
 
 CHECKED = CompileConfig(check_passes=True)

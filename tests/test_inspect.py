@@ -145,5 +145,5 @@ def test_graph_text() -> None:
         "%norm = mpc.rms_norm(%embed, %norm.weight, 1e-06, 0.0) : shared f16"
         "  # model.layers.0  modeling.py:7\n" in text
     )
-    assert text.endswith("return %logits, %cache.out\n")
+    assert text.endswith("return [%logits, %cache.out]\n")
     assert text == graph_text(tiny("server"))

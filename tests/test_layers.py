@@ -27,6 +27,7 @@ FLOORS = (
     "compiler.graph",
     "compiler.config",
     "compiler.errors",
+    "compiler.text",
     "runtime.cli",
     "runtime.proxy",
     "runtime.roles",

@@ -15,10 +15,11 @@ from torch import fx
 from mergec.compiler.backend.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
-from mergec.compiler.graph.ir import bind, dump, op_of
+from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.graph.moves import is_move, known_size, moved
 from mergec.compiler.graph.ranges import annotate_ranges
 from mergec.compiler.pipeline import rewrite, to_dialect
+from mergec.compiler.text import dump
 from mergec.runtime.core.op import REGISTRY, Op
 from mergec.runtime.core.spec import HEADROOM_BITS, Vis
 from mergec.runtime.core.structural import target_name

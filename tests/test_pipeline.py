@@ -14,11 +14,11 @@ import passes
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError, InternalError
 from mergec.compiler.frontend.capture import Captured
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.graph.manager import PassReport, ordered
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.verify import verify_dialect
 from mergec.compiler.pipeline import rewrite
+from mergec.compiler.text import dump
 from mergec.passes import available
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import assign_names, calls
+from mergec.compiler.graph.ir import calls
+from mergec.compiler.text import assign_names
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import ROLES, Vis
 from mergec.runtime.core.structural import encode_literal, target_name

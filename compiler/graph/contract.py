@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.errors import InternalError, describe
+from mergec.compiler.errors import InternalError
 from mergec.compiler.graph.ir import aten, calls
 from mergec.compiler.graph.verify import unlowerable
+from mergec.compiler.text import describe
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec

@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from mergec.compiler.graph.ir import assign_names
 from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.compiler.text import assign_names
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 

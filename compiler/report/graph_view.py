@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergec.compiler.report.inspect import graph_text, layer_of
+from mergec.compiler.report.inspect import graph_text
+from mergec.compiler.text import layer_of
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.encoding import refs
 from mergec.runtime.program.program import Instruction, RoleProgram

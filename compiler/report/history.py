@@ -15,13 +15,12 @@ from mergec.compiler.backend.emit import value_types
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured
-from mergec.compiler.graph.ir import assign_names, length_symbols, node_lines
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.visibility import annotate_visibility
 from mergec.compiler.pipeline import assemble, finish, rewrite, select
 from mergec.compiler.report.graph_view import GraphView
-from mergec.compiler.report.inspect import layer_of
+from mergec.compiler.text import assign_names, layer_of, length_symbols, node_lines
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.program.program import RoleProgram

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from mergec.compiler.backend.cost import CostReport, CostRow
 from mergec.compiler.errors import CompileError
+from mergec.compiler.text import call_text, dtype_text, layer_of, literal, place_text
 from mergec.runtime.core.spec import Cost, Vis
-from mergec.runtime.program.program import Instruction, Ref, RoleProgram
+from mergec.runtime.program.program import InputSpec, Instruction, RoleProgram, TensorSpec
 
 if TYPE_CHECKING:
     from mergec.compiler.backend.onnx_export import ValueType
@@ -245,15 +246,6 @@ def inspect_costs(
     )
 
 
-def layer_of(module: str) -> str:
-    """`model.layers.3.self_attn.q_proj` belongs to `model.layers.3`, `lm_head` to itself."""
-    parts = module.split(".")
-    for position, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: position + 1])
-    return module or "(model)"
-
-
 def graph_text(program: RoleProgram, types: Mapping[str, ValueType] | None = None) -> str:
     """The program as text, one line per instruction; stable, so that two can be compared.
 
@@ -263,27 +255,26 @@ def graph_text(program: RoleProgram, types: Mapping[str, ValueType] | None = Non
     lines = []
     for spec in program.inputs:
         then = f" -> {spec.cache_output}" if spec.cache_output else ""
-        lines.append(
-            f"%{spec.name} = input : {spec.vis.value} {spec.dtype} {shape_text(spec.shape)}{then}"
-        )
-    lines += [
-        f"%{spec.name} = constant : {spec.vis.value} {spec.dtype} {shape_text(spec.shape)}"
-        for spec in program.constants
-    ]
+        lines.append(f"%{spec.name} = input : {_declared(spec)}{then}")
+    lines += [f"%{spec.name} = constant : {_declared(spec)}" for spec in program.constants]
     for item in program.instructions:
         shape = f" {shape_text(known[item.name].shape)}" if item.name in known else ""
-        origin = "  # " + "  ".join(filter(None, (item.module, item.source)))
-        lines.append(instruction_text(item) + shape + (origin if origin.strip(" #") else ""))
-    lines.append("return " + ", ".join(f"%{name}" for name in program.outputs))
+        lines.append(instruction_text(item) + shape + place_text(item.module, item.source))
+    lines.append(f"return [{', '.join(f'%{name}' for name in program.outputs)}]")
     return "\n".join(lines) + "\n"
 
 
 def instruction_text(item: Instruction) -> str:
     """An instruction's result, function, operands and visibility."""
-    args = [_text(arg) for arg in item.args]
-    args += [f"{key}={_text(arg)}" for key, arg in item.kwargs.items()]
+    text = call_text(item.name, item.target, item.args, item.kwargs, _text)
     frac = f" f{item.frac}" if item.vis is Vis.SHARED and item.frac else ""
-    return f"%{item.name} = {item.target}({', '.join(args)}) : {item.vis.value}{frac}"
+    return f"{text} : {item.vis.value}{frac}"
+
+
+def _declared(spec: InputSpec | TensorSpec) -> str:
+    """The type of an input or of a constant."""
+    words = (spec.vis.value, dtype_text(spec.dtype), shape_text(spec.shape))
+    return " ".join(filter(None, words))
 
 
 def shape_text(shape: Sequence[int | str]) -> str:
@@ -437,8 +428,4 @@ def _numeric(cell: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Ref):
-        return f"%{value.name}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    return repr(value)
+    return literal(value, lambda ref: f"%{ref.name}")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from mergec.compiler.frontend.capture import from_exported
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.graph.rewriting import GraphInfo, Pass
 from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.compiler.text import dump
 from mergec.passes import available
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name

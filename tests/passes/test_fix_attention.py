@@ -5,9 +5,9 @@ import torch
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.pipeline import rewrite
+from mergec.compiler.text import dump
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops.attention import Attention

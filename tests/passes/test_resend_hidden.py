@@ -8,9 +8,9 @@ from mergec import CompileConfig, compile_decoder
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.pipeline import rewrite
 from mergec.compiler.program import Program
+from mergec.compiler.text import dump
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.encoding import decode_program, encode_program

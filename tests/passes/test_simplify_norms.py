@@ -8,8 +8,8 @@ from torch import nn
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import capture
-from mergec.compiler.graph.ir import dump
 from mergec.compiler.pipeline import rewrite
+from mergec.compiler.text import dump
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
 
