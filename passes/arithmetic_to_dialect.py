@@ -26,6 +26,8 @@ class ArithmeticToDialect(Pass):
     """Numbers become attributes, so that they cost no sharing.
 
     Before:
+        %x = input : shared 2x4
+        %y = input : shared 2x4
         %1 = aten.mul.Tensor(%x, 22.6)
         %2 = aten.add.Tensor(%1, %y)
         %3 = aten.softmax.int(%2, -1)

@@ -15,9 +15,11 @@ class EmbeddingToDialect(Pass):
     Rows chosen by public positions stay with the server: nothing is sent for them.
 
     Before:
-        %1 = aten.embedding.default(%weight, %input_ids)
+        %ids = input : client int64 1xnew
+        %table = constant : server 97x8
+        %1 = aten.embedding.default(%table, %ids)
     After:
-        %1 = mpc.embedding(%input_ids, %weight)
+        %1 = mpc.embedding(%ids, %table)
     """
 
     stage = "dialect"

@@ -19,17 +19,20 @@ class ExpandComposites(Pass):
     """Each rule is an identity, so that what a model of one's own calls needs no op of its own.
 
     Before:
+        %x = input : shared 3x3
+        %mask = constant : public bool 3x3
         %1 = aten.clamp.default(%x, -8.0, 8.0)
         %2 = aten.masked_fill.Scalar(%1, %mask, -inf)
     After:
-        %1 = aten.add.Tensor(%x, 8.0)
-        %2 = aten.relu.default(%1)
-        %3 = aten.sub.Tensor(%x, 8.0)
-        %4 = aten.relu.default(%3)
-        %5 = aten.sub.Tensor(%2, %4)
-        %6 = aten.add.Tensor(%5, -8.0)
-        %7 = aten.logical_not.default(%mask)
-        %8 = aten.where.self(%7, %6, %low)
+        %_filling_1 = constant -inf : public scalar
+        %sub = aten.sub.Tensor(%x, -8.0)
+        %relu = aten.relu.default(%sub)
+        %sub.2 = aten.sub.Tensor(%x, 8.0)
+        %relu.2 = aten.relu.default(%sub.2)
+        %sub.3 = aten.sub.Tensor(%relu, %relu.2)
+        %add = aten.add.Tensor(%sub.3, -8.0)
+        %logical_not = aten.logical_not.default(%mask)
+        %where = aten.where.self(%logical_not, %add, %_filling_1)
     """
 
     stage = "canonicalize"

@@ -17,10 +17,12 @@ class ExpandEinsum(Pass):
     """Two operands become a product of matrices, which later patterns know.
 
     Before:
+        %q = input : shared 1x2xnewx8
+        %k = input : shared 1x2xnewx8
         %1 = aten.einsum.default('bhid,bhjd->bhij', [%q, %k])
     After:
-        %1 = aten.permute.default(%k, [0, 1, 3, 2])
-        %2 = aten.matmul.default(%q, %1)
+        %permute = aten.permute.default(%k, [0, 1, 3, 2])
+        %matmul = aten.matmul.default(%q, %permute)
     """
 
     stage = "canonicalize"

@@ -17,16 +17,21 @@ class ExpandSdpa(Pass):
     """Modules of one's own call `scaled_dot_product_attention` or `nn.MultiheadAttention`.
 
     Before:
+        %q = input : shared 1x2xnewx64
+        %k = input : shared 1x2xnewx64
+        %v = input : shared 1x2xnewx64
         %1 = aten.scaled_dot_product_attention.default(%q, %k, %v, None, 0.0, True)
     After:
-        %1 = aten.full.default([%new, %new], -inf)
-        %2 = aten.triu.default(%1, 1)
-        %3 = aten.permute.default(%k, [0, 1, 3, 2])
-        %4 = aten.matmul.default(%q, %3)
-        %5 = aten.mul.Tensor(%4, 0.125)
-        %6 = aten.add.Tensor(%5, %2)
-        %7 = aten.softmax.int(%6, -1)
-        %8 = aten.matmul.default(%7, %v)
+        %permute = aten.permute.default(%k, [0, 1, 3, 2])
+        %matmul = aten.matmul.default(%q, %permute)
+        %mul = aten.mul.Tensor(%matmul, 0.125)
+        %sym_size = aten.sym_size.int(%q, 2)
+        %sym_size.2 = aten.sym_size.int(%k, 2)
+        %full = aten.full.default([%sym_size, %sym_size.2], -inf, dtype=torch.float64)
+        %triu = aten.triu.default(%full, 1)
+        %add = aten.add.Tensor(%mul, %triu)
+        %softmax = aten.softmax.int(%add, -1)
+        %matmul.2 = aten.matmul.default(%softmax, %v)
     """
 
     stage = "canonicalize"

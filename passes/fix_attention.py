@@ -28,15 +28,28 @@ class FixAttention(Pass):
     with cached values costs no message.
 
     Before:
-        %1 = mpc.cache_append(%cache.0.key, %k)
-        %2 = mpc.cache_append(%cache.0.value, %v)
-        %3 = mpc.attention(%q, %1, %2, %mask, 0.125, 0.0)
-        return [%3, %1, %2]
+        %ids = input : client int64 1xnew
+        %key = input : shared 1x2xpastx4
+        %value = input : shared 1x2xpastx4
+        %table = constant : server 97x4
+        %0 = mpc.embedding(%ids, %table)
+        %x = aten.expand.default(%0, [2, -1, -1])
+        %new = aten.unsqueeze.default(%x, 0)
+        %1 = mpc.cache_append(%key, %new)
+        %2 = mpc.cache_append(%value, %new)
+        %attention = mpc.attention(%new, %1, %2, None, 0.5)
+        return [%attention, %1, %2]
     After:
-        %1 = aten.sym_size.int(%input_ids, 1)
-        %2 = mpc.cache_append(%cache.0.value, %v)
-        %3 = mpc.constant_attention(%2, %attention.table, %1)
-        return [%3, %2]
+        %ids = input : client int64 1xnew
+        %value = input : shared 1x2xpastx4
+        %attention.table = constant : server 2x6x6
+        %0 = mpc.embedding(%ids, %table)
+        %x = aten.expand.default(%0, [2, -1, -1])
+        %new = aten.unsqueeze.default(%x, 0)
+        %2 = mpc.cache_append(%value, %new)
+        %sym_size = aten.sym_size.int(%ids, 1)
+        %attention = mpc.constant_attention(%2, %attention.table, %sym_size)
+        return [%attention, %2]
     """
 
     stage = "approximate"

@@ -22,13 +22,17 @@ class FoldAttentionScale(Pass):
     that makes keys and values too is scaled in the columns of the queries alone.
 
     Before:
+        %x = input : shared 1x2xnewx8
+        %k = input : shared 1x2xnewx8
+        %weight = constant : server 8x8
+        %bias = constant : server 8
         %1 = mpc.linear(%x, %weight, %bias)
-        %2 = aten.permute.default(%1, [0, 2, 1, 3])
-        %3 = mpc.attention(%2, %k, %v, None, 0.35, 0.0)
+        %2 = mpc.attention(%1, %k, %k, None, 0.35)
     After:
+        %weight_folded = constant : server 8x8
+        %bias_folded = constant : server 8
         %1 = mpc.linear(%x, %weight_folded, %bias_folded)
-        %2 = aten.permute.default(%1, [0, 2, 1, 3])
-        %3 = mpc.attention(%2, %k, %v, None, 0.25, 0.0)
+        %2 = mpc.attention(%1, %k, %k, None, 0.25)
     """
 
     stage = "optimize"

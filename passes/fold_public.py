@@ -20,12 +20,17 @@ class FoldPublic(Pass):
     """Frequencies, scales and fillings become constants; what depends on lengths is left.
 
     Before:
-        %1 = aten.arange.start_step(0, 64, 2)
+        %x = input : shared newx4
+        %positions = input : public new
+        %1 = aten.arange.start_step(0, 64, 16)
         %2 = aten.div.Tensor(%1, 64)
         %3 = aten.pow.Scalar(10000.0, %2)
         %4 = aten.outer.default(%positions, %3)
+        %5 = aten.mul.Tensor(%x, %4)
     After:
+        %_folded_0 = constant : public float32 4
         %4 = aten.outer.default(%positions, %_folded_0)
+        %5 = aten.mul.Tensor(%x, %4)
     """
 
     stage = "canonicalize"

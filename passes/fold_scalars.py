@@ -21,10 +21,13 @@ class FoldScalars(Pass):
     matrix to open when a session starts, and factors of an embedding need no truncation before.
 
     Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 16x8
         %1 = mpc.linear(%x, %weight, None)
         %2 = mpc.scale(%1, 0.22)
     After:
-        %2 = mpc.linear(%x, %weight_folded, None)
+        %weight_folded = constant : server 16x8
+        %1 = mpc.linear(%x, %weight_folded, None)
     """
 
     stage = "optimize"

@@ -21,10 +21,14 @@ class FoldWeights(Pass):
     Movement alone is left: a turned matrix would be kept twice.
 
     Before:
-        %1 = aten.add.Tensor(%norm.weight, 1.0)
-        %2 = mpc.layer_norm(%x, %1, %norm.bias, 1e-05)
+        %x = input : shared 1xnewx8
+        %weight = constant : server 8
+        %bias = constant : server 8
+        %1 = aten.add.Tensor(%weight, 1.0)
+        %2 = mpc.layer_norm(%x, %1, %bias, 1e-05)
     After:
-        %2 = mpc.layer_norm(%x, %norm.weight_folded, %norm.bias, 1e-05)
+        %weight_folded = constant : server 8
+        %2 = mpc.layer_norm(%x, %weight_folded, %bias, 1e-05)
     """
 
     stage = "dialect"

@@ -39,6 +39,7 @@ class FuseActivations(Pass):
     or quick GELU, it becomes that op.
 
     Before:
+        %x = input : shared 2x4
         %1 = aten.mul.Tensor(%x, 0.5)
         %2 = aten.pow.Tensor_Scalar(%x, 3.0)
         %3 = aten.mul.Tensor(%2, 0.044715)

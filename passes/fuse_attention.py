@@ -35,6 +35,10 @@ class FuseAttention(Pass):
     for each group of queries.
 
     Before:
+        %q = input : shared 1x2xnewx8
+        %k = input : shared 1x2xnewx8
+        %v = input : shared 1x2xnewx8
+        %mask = input : public 1x1xnewxnew
         %1 = aten.permute.default(%k, [0, 1, 3, 2])
         %2 = aten.matmul.default(%q, %1)
         %3 = aten.mul.Tensor(%2, 0.125)

@@ -13,9 +13,11 @@ class FuseCache(Pass):
     """The new entries are opened under their mask once, when they enter the cache.
 
     Before:
-        %1 = aten.cat.default([%cache.0.key, %new], -2)
+        %key = input : shared 1x2xpastx8
+        %new = input : shared 1x2xnewx8
+        %1 = aten.cat.default([%key, %new], -2)
     After:
-        %1 = mpc.cache_append(%cache.0.key, %new)
+        %1 = mpc.cache_append(%key, %new)
     """
 
     stage = "fuse"

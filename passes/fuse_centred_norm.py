@@ -20,6 +20,9 @@ class FuseCentredNorm(Pass):
     Runs before `fuse_rms_norm`, which would take the centred row for the row of an RMSNorm.
 
     Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 8
+        %bias = constant : server 8
         %1 = aten.mean.dim(%x, [-1], True)
         %2 = aten.sub.Tensor(%x, %1)
         %3 = aten.pow.Tensor_Scalar(%2, 2)
@@ -30,7 +33,7 @@ class FuseCentredNorm(Pass):
         %8 = aten.mul.Tensor(%weight, %7)
         %9 = aten.add.Tensor(%8, %bias)
     After:
-        %9 = mpc.layer_norm(%x, %weight, %bias, 1e-05)
+        %layer_norm = mpc.layer_norm(%x, %weight, %bias, 1e-05)
     """
 
     stage = "fuse"

@@ -15,6 +15,8 @@ class FuseGlu(Pass):
     """The gate's activation and the product with `up` as one op, whose openings share rounds.
 
     Before:
+        %gate = input : shared 1xnewx8
+        %up = input : shared 1xnewx8
         %1 = mpc.silu(%gate)
         %2 = aten.mul.Tensor(%1, %up)
     After:

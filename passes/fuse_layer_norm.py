@@ -13,7 +13,10 @@ class FuseLayerNorm(Pass):
     """One op that opens its row once.
 
     Before:
-        %1 = aten.layer_norm.default(%x, [64], %weight, %bias, 1e-05)
+        %x = input : shared 1xnewx8
+        %weight = constant : server 8
+        %bias = constant : server 8
+        %1 = aten.layer_norm.default(%x, [8], %weight, %bias, 1e-05)
     After:
         %1 = mpc.layer_norm(%x, %weight, %bias, 1e-05)
     """

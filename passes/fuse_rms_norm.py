@@ -19,6 +19,8 @@ class FuseRmsNorm(Pass):
     The gain may be missing, or `1 + weight` (gemma). The norm may be over each head (qwen3).
 
     Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 8
         %1 = aten.pow.Tensor_Scalar(%x, 2)
         %2 = aten.mean.dim(%1, [-1], True)
         %3 = aten.add.Tensor(%2, 1e-06)

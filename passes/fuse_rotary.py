@@ -18,8 +18,11 @@ class FuseRotary(Pass):
     Halves (llama) or neighbours (gptj) are paired; features beyond the tables pass (phi).
 
     Before:
+        %x = input : shared 1x2xnewx8
+        %cos = input : public newx8
+        %sin = input : public newx8
         %1 = aten.slice.Tensor(%x, 3, 0, 4)
-        %2 = aten.slice.Tensor(%x, 3, 4, 9223372036854775807)
+        %2 = aten.slice.Tensor(%x, 3, 4, end)
         %3 = aten.neg.default(%2)
         %4 = aten.cat.default([%3, %1], -1)
         %5 = aten.mul.Tensor(%x, %cos)

@@ -27,13 +27,15 @@ class HoistLastPosition(Pass):
     single new token is its own last position: decoding does not change.
 
     Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 16x8
         %1 = mpc.rms_norm(%x, None, 1e-06)
         %2 = mpc.linear(%1, %weight)
         %3 = aten.slice.Tensor(%2, 1, -1, end)
     After:
-        %1 = aten.slice.Tensor(%x, 1, -1, end)
-        %2 = mpc.rms_norm(%1, None, 1e-06)
-        %3 = mpc.linear(%2, %weight)
+        %slice = aten.slice.Tensor(%x, 1, -1, end)
+        %1 = mpc.rms_norm(%slice, None, 1e-06)
+        %2 = mpc.linear(%1, %weight)
     """
 
     stage = "optimize"

@@ -16,9 +16,13 @@ class LinearToDialect(Pass):
     """A matrix that stands the other way (GPT-2's Conv1D) is turned at compile time.
 
     Before:
+        %x = input : shared 5x8
+        %weight = constant : server 8x16
+        %bias = constant : server 16
         %1 = aten.addmm.default(%bias, %x, %weight)
     After:
-        %1 = mpc.linear(%x, %weight.T, %bias)
+        %weight_turned = constant : server 16x8
+        %1 = mpc.linear(%x, %weight_turned, %bias)
     """
 
     stage = "dialect"

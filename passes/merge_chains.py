@@ -21,9 +21,15 @@ class MergeChains(Pass):
     fewer features (a low-rank pair) stays as it is, and one through more features goes.
 
     Before:
+        %x = input : shared 1xnewx8
+        %w = constant : server 8x8
+        %b = constant : server 8
+        %v = constant : server 8x8
         %1 = mpc.linear(%x, %w, %b)
         %2 = mpc.linear(%1, %v, None)
     After:
+        %v_folded = constant : server 8x8
+        %bias_folded = constant : server 8
         %2 = mpc.linear(%x, %v_folded, %bias_folded)
     """
 

@@ -45,16 +45,41 @@ class MergeProjections(Pass):
     grow by that factor. It stays.
 
     Before:
-        %1 = mpc.linear(%a, %o.weight, None)
+        %ids = input : client int64 1xnew
+        %cache = input : shared 1x1xpastx8
+        %table = constant : server 97x8
+        %positions = constant : server 1x32x32
+        %o = constant : server 8x8
+        %weight = constant : server 8
+        %bias = constant : server 8
+        %w = constant : server 16x8
+        %x = mpc.embedding(%ids, %table)
+        %v = aten.unsqueeze.default(%x, 1)
+        %new = aten.sym_size.int(%ids, 1)
+        %values = mpc.cache_append(%cache, %v)
+        %heads = mpc.constant_attention(%values, %positions, %new)
+        %a = aten.squeeze.dim(%heads, 1)
+        %1 = mpc.linear(%a, %o, None)
         %2 = mpc.add(%x, %1)
         %3 = mpc.layer_norm(%2, %weight, %bias, 1e-05)
-        %4 = mpc.linear(%3, %fc.weight, %fc.bias)
+        %fc = mpc.linear(%3, %w)
+        return [%fc, %2, %values]
     After:
-        %1 = mpc.linear(%a, %o.weight, None)
+        %fc.merged_weight = constant : server 16x8
+        %fc.merged_bias = constant : server 16
+        %fc.residual_weight = constant : server 16x8
+        %x = mpc.embedding(%ids, %table)
+        %v = aten.unsqueeze.default(%x, 1)
+        %new = aten.sym_size.int(%ids, 1)
+        %values = mpc.cache_append(%cache, %v)
+        %heads = mpc.constant_attention(%values, %positions, %new)
+        %a = aten.squeeze.dim(%heads, 1)
+        %1 = mpc.linear(%a, %o, None)
         %2 = mpc.add(%x, %1)
-        %3 = mpc.linear(%a, %fc.merged_weight, %fc.merged_bias)
-        %4 = mpc.linear(%x, %fc.residual_weight, None)
-        %5 = mpc.add(%3, %4)
+        %linear = mpc.linear(%a, %fc.merged_weight, %fc.merged_bias)
+        %linear.2 = mpc.linear(%x, %fc.residual_weight, None)
+        %fc = mpc.add(%linear, %linear.2)
+        return [%fc, %2, %values]
     """
 
     stage = "dialect"

@@ -28,12 +28,18 @@ class MergeSiblings(Pass):
     session starts.
 
     Before:
+        %x = input : shared 1xnewx8
+        %w = constant : server 5x8
+        %b = constant : server 5
+        %v = constant : server 4x8
         %1 = mpc.linear(%x, %w, %b)
         %2 = mpc.linear(%x, %v, None)
     After:
-        %0 = mpc.linear(%x, %w_folded, %b_folded)
-        %1 = aten.slice.Tensor(%0, -1, 0, 5)
-        %2 = aten.slice.Tensor(%0, -1, 5, 9)
+        %w_folded = constant : server 9x8
+        %b_folded = constant : server 9
+        %linear = mpc.linear(%x, %w_folded, %b_folded)
+        %slice = aten.slice.Tensor(%linear, -1, 0, 5)
+        %slice.2 = aten.slice.Tensor(%linear, -1, 5, 9)
     """
 
     stage = "optimize"

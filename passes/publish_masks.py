@@ -20,9 +20,14 @@ class PublishMasks(Pass):
     training has left nothing in it. Anything else that is persistent stays with the server.
 
     Before:
-        %1 = aten.slice.Tensor(%bias, 2, 0, %new) : server
+        %x = input : shared 1xnewx8
+        %mask = constant causal : server 8x8
+        %1 = aten.select.int(%mask, 0, 0)
+        %2 = aten.mul.Tensor(%x, %1)
     After:
-        %1 = aten.slice.Tensor(%bias, 2, 0, %new) : public
+        %mask = constant : public 8x8
+        %1 = aten.select.int(%mask, 0, 0)
+        %2 = aten.mul.Tensor(%x, %1)
     """
 
     stage = "canonicalize"

@@ -22,12 +22,15 @@ class QuadraticGelu(Pass):
     large. A gated unit is taken apart into the polynomial and the product.
 
     Before:
+        %x = input : shared 1xnewx8
+        %gate = input : shared 1xnewx8
+        %up = input : shared 1xnewx8
         %1 = mpc.gelu(%x, True)
         %2 = mpc.glu(%gate, %up, 'gelu')
     After:
         %1 = mpc.quadratic(%x, 0.125, 0.25, 0.5)
-        %2 = mpc.quadratic(%gate, 0.125, 0.25, 0.5)
-        %3 = aten.mul.Tensor(%2, %up)
+        %quadratic = mpc.quadratic(%gate, 0.125, 0.25, 0.5)
+        %2 = aten.mul.Tensor(%quadratic, %up)
     """
 
     stage = "approximate"

@@ -18,12 +18,15 @@ class QuadraticSilu(Pass):
     0.04 for |x| < 1 and grows as x**2 for negative x.
 
     Before:
+        %x = input : shared 1xnewx8
+        %gate = input : shared 1xnewx8
+        %up = input : shared 1xnewx8
         %1 = mpc.silu(%x)
         %2 = mpc.glu(%gate, %up, 'silu')
     After:
         %1 = mpc.quadratic(%x, 0.25, 0.5, 0.0)
-        %2 = mpc.quadratic(%gate, 0.25, 0.5, 0.0)
-        %3 = aten.mul.Tensor(%2, %up)
+        %quadratic = mpc.quadratic(%gate, 0.25, 0.5, 0.0)
+        %2 = aten.mul.Tensor(%quadratic, %up)
     """
 
     stage = "approximate"

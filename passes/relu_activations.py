@@ -19,6 +19,9 @@ class ReluActivations(Pass):
     model anew; SiLU, which it does not meet, differs from ReLU by at most 0.28, GELU by 0.17.
 
     Before:
+        %x = input : shared 1xnewx8
+        %gate = input : shared 1xnewx8
+        %up = input : shared 1xnewx8
         %1 = mpc.gelu(%x, True)
         %2 = mpc.glu(%gate, %up, 'silu')
     After:

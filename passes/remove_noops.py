@@ -26,11 +26,14 @@ class RemoveNoops(Pass):
     """Secret arithmetic is over fixed-point numbers: a cast between floats means nothing there.
 
     Before:
+        %x = input : shared 1xnewx8
+        %empty = constant : public 0
         %1 = aten.to.dtype(%x, torch.float32)
-        %2 = aten.cat([%empty, %1], -2)
-        %3 = aten.slice.Tensor(%2, 1, 0, 9223372036854775807)
+        %2 = aten.cat.default([%empty, %1], 1)
+        %3 = aten.slice.Tensor(%2, 1, 0, end)
+        %4 = aten.relu.default(%3)
     After:
-        %x
+        %4 = aten.relu.default(%x)
     """
 
     stage = "canonicalize"

@@ -28,15 +28,25 @@ class ResendHidden(Pass):
     hidden state is the next token's row.
 
     Before:
-        %1 = mpc.embedding(%input_ids, %embed.weight)
-        %2 = mpc.linear(%hidden, %head.weight, None)
-        %3 = mpc.reveal(%2)
-    After:
-        %1 = mpc.embedding(%input_ids, %embed.weight)
-        %2 = mpc.carry(%1)
-        %3 = mpc.carry(%hidden)
-        %4 = mpc.linear(%3, %head.weight, None)
+        %ids = input : client int64 1xnew
+        %cache = input : shared 1x1xpastx8
+        %table = constant : server 97x8
+        %head = constant : server 97x8
+        %1 = mpc.embedding(%ids, %table)
+        %2 = aten.slice.Tensor(%1, 1, -1, end)
+        %3 = mpc.relu(%2)
+        %4 = mpc.linear(%3, %head, None)
         %5 = mpc.reveal(%4)
+        return [%5, %cache]
+    After:
+        %1 = mpc.embedding(%ids, %table)
+        %1.2 = mpc.carry(%1)
+        %2 = aten.slice.Tensor(%1.2, 1, -1, end)
+        %3 = mpc.relu(%2)
+        %carry = mpc.carry(%3)
+        %4 = mpc.linear(%carry, %head, None)
+        %5 = mpc.reveal(%4)
+        return [%5, %cache]
     """
 
     stage = "dialect"

@@ -21,18 +21,18 @@ class RevealLogits(Pass):
     last logits in place of all this.
 
     Before:
+        %x = input : shared 1x1x8
+        %weight = constant : server 97x8
         %1 = aten.linear.default(%x, %weight)
         %2 = aten.div.Tensor(%1, 30.0)
         %3 = aten.tanh.default(%2)
         %4 = aten.mul.Tensor(%3, 30.0)
-        return [%4, …]
     After:
         %1 = aten.linear.default(%x, %weight)
-        %2 = mpc.reveal(%1)
-        %3 = aten.div.Tensor(%2, 30.0)
-        %4 = aten.tanh.default(%3)
-        %5 = aten.mul.Tensor(%4, 30.0)
-        return [%5, …]
+        %1.2 = mpc.reveal(%1)
+        %2 = aten.div.Tensor(%1.2, 30.0)
+        %3 = aten.tanh.default(%2)
+        %4 = aten.mul.Tensor(%3, 30.0)
     """
 
     stage = "canonicalize"

@@ -35,10 +35,18 @@ class SimplifyNorms(Pass):
     precision.
 
     Before:
-        %1 = mpc.layer_norm(%x, %weight, %bias, 1e-05)
+        %ids = input : client int64 1xnew
+        %table = constant : server 97x8
+        %weight = constant : server 8
+        %bias = constant : server 8
+        %x = mpc.embedding(%ids, %table)
+        %norm = mpc.layer_norm(%x, %weight, %bias, 1e-05)
     After:
-        %1 = aten.mul.Tensor(%x, %gain)
-        %2 = aten.add.Tensor(%1, %shift)
+        %norm.gain = constant : server 8
+        %norm.shift = constant : server 8
+        %x = mpc.embedding(%ids, %table)
+        %mul = aten.mul.Tensor(%x, %norm.gain)
+        %norm = aten.add.Tensor(%mul, %norm.shift)
     """
 
     stage = "approximate"

@@ -17,7 +17,11 @@ class Softmax2quad(Pass):
     nothing, and no row can sum to zero; see `mpc.ratio_attention`.
 
     Before:
-        %1 = mpc.attention(%q, %k, %v, %mask, 0.125, 0.0)
+        %q = input : shared 1x2xnewx8
+        %k = input : shared 1x2xnewx8
+        %v = input : shared 1x2xnewx8
+        %mask = input : public 1x1xnewxnew
+        %1 = mpc.attention(%q, %k, %v, %mask, 0.125)
     After:
         %1 = mpc.ratio_attention(%q, %k, %v, %mask, 0.125, 0.0, '2quad')
     """

@@ -15,13 +15,15 @@ class UnifyRoots(Pass):
     """A division by a root is a product with an inverse root, which is one protocol.
 
     Before:
+        %x = input : shared 2x4
+        %y = input : shared 2x4
         %1 = aten.sqrt.default(%x)
         %2 = aten.div.Tensor(%y, %1)
         %3 = aten.pow.Tensor_Scalar(%x, -0.5)
     After:
-        %1 = aten.rsqrt.default(%x)
-        %2 = aten.mul.Tensor(%y, %1)
-        %3 = aten.rsqrt.default(%x)
+        %rsqrt = aten.rsqrt.default(%x)
+        %mul = aten.mul.Tensor(%y, %rsqrt)
+        %rsqrt.2 = aten.rsqrt.default(%x)
     """
 
     stage = "canonicalize"

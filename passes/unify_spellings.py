@@ -32,8 +32,9 @@ class UnifySpellings(Pass):
     """Later patterns then need one form each.
 
     Before:
+        %x = input : shared 1xnewx8
         %1 = aten.split.Tensor(%x, 4, -1)
-        %2 = getitem(%1, 1)
+        %2 = sym.getitem(%1, 1)
         %3 = aten.div_.Tensor(%2, 8.0)
     After:
         %2 = aten.slice.Tensor(%x, -1, 4, 8)

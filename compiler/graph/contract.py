@@ -104,17 +104,17 @@ class Contract:
                     given.append(ids.repeat(shape[-1])[: shape[-1]].reshape(shape))
                 else:
                     given.append(torch.randn(shape, generator=random, dtype=torch.float64))
-            recorder = _Wide(graph_module)
+            recorder = Wide(graph_module)
             with torch.no_grad():
                 recorder.run(*given)
             values.append(recorder.values)
         return values
 
 
-class _Wide(fx.Interpreter):
-    """Runs a graph in float64 throughout, whatever its weights are held in, and keeps all values.
+class Wide(fx.Interpreter):
+    """Runs a graph in float64 throughout, whatever type its weights have, and keeps all values.
 
-    Some models go to float32 and back on the way; passes take such casts away.
+    Some models cast to float32 and back on the way; passes remove such casts.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -172,7 +173,7 @@ class _Parser:
         elif word == "constant":
             node = self._constant(name)
         else:
-            node = self._call(word, column)
+            node = self._call(name, word, column)
             node.meta["label"] = name
         self.values[name] = node
 
@@ -209,16 +210,20 @@ class _Parser:
         node.meta |= {"vis": vis, "val": self.mode.from_tensor(tensor, static_shapes=True)}
         return node
 
-    def _call(self, word: str, column: int) -> fx.Node:
+    def _call(self, name: str, word: str, column: int) -> fx.Node:
         call = _function(word)
         if call is None:
             raise self._error(f"{word} is neither an op of the dialect nor one of torch", column)
         args, kwargs = self._arguments()
-        node = self.graph.call_function(call, tuple(args), kwargs)
+        node = self.graph.create_node(
+            "call_function", call, tuple(args), kwargs, name=re.sub(r"\W", "_", name)
+        )
         node.meta |= {"module": "", "source": ""}
         try:
             node.meta["vis"] = visibility_of(node)
-            node.meta["val"] = evaluate(call, node.args, node.kwargs, self.mode)
+            # As torch.export does it: some functions take symbolic lengths only there.
+            with enable_python_dispatcher():
+                node.meta["val"] = evaluate(call, node.args, node.kwargs, self.mode)
         except Exception as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise self._error(f"{word} does not take these arguments: {reason}", column) from error
@@ -246,9 +251,7 @@ class _Parser:
         self._advance()
         return column, rest.split()
 
-    def _declared(
-        self, words: list[str], column: int
-    ) -> tuple[Vis, torch.dtype, list[int | str]]:
+    def _declared(self, words: list[str], column: int) -> tuple[Vis, torch.dtype, list[int | str]]:
         """Visibility, dtype and shape of an input or a constant."""
         known = [vis.value for vis in Vis]
         if not words or words[0] not in known:
