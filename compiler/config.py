@@ -44,8 +44,9 @@ class CompileConfig:
         rounds.
     disable: names of passes to leave out.
     extra_passes: further Pass classes, run in the order of their stage.
-    check_passes: run the graph in float64 before and after each exact pass, and refuse one that
-        changes an output.
+    check_passes: whether to run the graph in float64 before and after an exact pass, and raise
+        InternalError if an output changes. True does so for each pass, False for none; by default,
+        None, for passes from outside of mergec: extra_passes, and those of other packages.
     calibration: token sequences whose values tell how large each wire gets; by default fixed
     pseudo-random ones, or the tokenizer's of a few sentences where there is a tokenizer.
     name: what the program is called in reports; the model's own name by default.
@@ -60,7 +61,7 @@ class CompileConfig:
     network: str = "loopback"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
-    check_passes: bool = False
+    check_passes: bool | None = None
     calibration: tuple[tuple[int, ...], ...] = ()
     name: str = ""
 

@@ -118,7 +118,7 @@ def select(config: CompileConfig) -> list[type[Pass]]:
         for name, kind in known.items()
         if (kind.exact or name in asked) and name not in config.disable
     ]
-    return ordered([*chosen, *config.extra_passes])
+    return ordered([*chosen, *config.extra_passes], known.values())
 
 
 def left_out(config: CompileConfig) -> dict[str, str]:
@@ -144,8 +144,7 @@ def rewrite(
     sequences = calibration(config, tokenizer, captured)
     info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
     chosen = select(config) if passes is None else passes
-    tokens = sequences[0] if config.check_passes else ()
-    return run_passes(captured.graph_module, info, chosen, tokens)
+    return run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
 
 
 def calibration(

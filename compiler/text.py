@@ -62,7 +62,8 @@ def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
     for node in graph.nodes:
         if node.op in DECLARED:
             continue
-        here = node.meta.get("module", ""), target_name(node.target).split(".")[1]
+        called = target_name(node.target)
+        here = node.meta.get("module", ""), called.split(".")[1] if "." in called else called
         module, what = parts.get(node, here)
         stem = node.meta.get("label") or (f"{module}.{what}" if module else what)
         name = _next(stem, taken)
@@ -229,7 +230,8 @@ def length_symbols(graph: fx.Graph) -> dict[str, str]:
         if node.op != "placeholder" or not isinstance(value, torch.Tensor):
             continue
         given = node.meta.get("lengths", {})
-        for size in value.shape:
+        sizes: Sequence[Any] = value.shape
+        for size in sizes:
             if not isinstance(size, int):
                 usual = "new" if len(value.shape) == 2 else "past"
                 found.setdefault(str(size), given.get(str(size), usual))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 
 from mergec import bare_names
 from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.manager import check_after
 from mergec.compiler.graph.rewriting import Pass
 
 ENTRY_POINTS = "mergec.passes"
@@ -15,18 +17,16 @@ ENTRY_POINTS = "mergec.passes"
 
 
 def available() -> dict[str, type[Pass]]:
-    """Every pass by name: those of this package, and those that other packages offer.
+    """Every pass by name: the built-in ones, and those that other packages offer.
 
-    A package offers a pass as an entry point of the group `mergec.passes`.
+    A package offers a pass as an entry point of the group `mergec.passes`. Raises CompileError for
+    a file that holds no pass, several, or one whose class does not have the file's name; for a name
+    that is taken; and for an `after` that names no pass.
     """
     found: dict[str, type[Pass]] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
-            continue
-        contents = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
-        for item in contents:
-            if isinstance(item, type) and issubclass(item, Pass) and item is not Pass:
-                found[item.name()] = item
+        if module.name != "base":
+            found[module.name] = only_pass(importlib.import_module(f"{__name__}.{module.name}"))
     for point in entry_points(group=ENTRY_POINTS):
         kind = _load(point)
         if found.setdefault(kind.name(), kind) is not kind:
@@ -34,7 +34,32 @@ def available() -> dict[str, type[Pass]]:
                 f"the entry point {point.value} of {ENTRY_POINTS} has the name of another pass, "
                 f"{kind.name()!r}; rename its class"
             )
+    check_after(found.values(), found)
     return found
+
+
+def only_pass(module: ModuleType) -> type[Pass]:
+    """The one pass that a file of this package defines, which is named after it."""
+    name = module.__name__.rpartition(".")[2]
+    where = f"passes/{name}.py"
+    kinds = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type)
+        and issubclass(item, Pass)
+        and item.__module__ == module.__name__
+        and item.run is not Pass.run
+    ]
+    if len(kinds) > 1:
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise CompileError(f"{where} defines {names}; put each pass into a file of its own")
+    if not kinds:
+        raise CompileError(f"{where} defines no pass; move shared helpers to compiler/graph/")
+    (kind,) = kinds
+    if kind.__name__.lower() != name.replace("_", ""):
+        wanted = "".join(map(str.capitalize, name.split("_")))
+        raise CompileError(f"{where} defines {kind.__name__}; name the class {wanted}")
+    return kind
 
 
 def _load(point: EntryPoint) -> type[Pass]:
@@ -45,7 +70,7 @@ def _load(point: EntryPoint) -> type[Pass]:
     except Exception as error:
         raise CompileError(f"{where} cannot be loaded: {error}; repair its package") from error
     if not (isinstance(kind, type) and issubclass(kind, Pass)):
-        raise CompileError(f"{where} is no subclass of mergec.Pass; repair its package")
+        raise CompileError(f"{where} is not a subclass of mergec.Pass; repair its package")
     return kind
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError, InternalError
 from mergec.compiler.frontend.capture import capture
+from mergec.compiler.graph.contract import Contract
 from mergec.compiler.graph.ir import calls
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.pipeline import rewrite
@@ -84,7 +85,7 @@ class _Unlowerable(_Broken):
         return 1
 
 
-def run(kind: type[Pass], check: bool = False) -> None:
+def run(kind: type[Pass], check: bool | None = False) -> None:
     rewrite(captured("gpt2"), CompileConfig(extra_passes=(kind,), check_passes=check))
 
 
@@ -92,9 +93,9 @@ def test_changed_outputs_are_traced_to_the_first_node() -> None:
     with pytest.raises(InternalError) as caught:
         run(_Forgets, check=True)
     text = str(caught.value)
-    assert text.startswith("pass forgets failed (it is no exact pass: output ")
+    assert text.startswith("pass forgets failed (it is not exact: output ")
     assert "for 5 new tokens after 0" in text
-    assert "first node that differs: %attention_default = mpc.attention.default(" in text
+    assert "first node that differs: %transformer.h.0.attn.attention = mpc.attention(" in text
     assert "transformer.h.0.attn" in text
     assert "\n" not in text
 
@@ -115,12 +116,30 @@ def test_outputs_are_compared_on_request() -> None:
     run(_Forgets)
 
 
+def test_passes_from_outside_are_compared_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InternalError, match="pass forgets failed .it is not exact: output 0"):
+        run(_Forgets, check=None)
+    run(_Approximates, check=None)
+    ran = []
+    monkeypatch.setattr(Contract, "_run", lambda *_: ran.append(1))
+    rewrite(captured("gpt2"), CompileConfig())
+    assert not ran, "the built-in passes are compared on request only"
+
+
+class _Boasts(_Broken):
+    """Says that it changed something."""
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        return 2
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (_Lies, "pass lies failed .*changed nothing, and has changed the graph"),
+        (_Lies, "pass lies failed .*reports no changed site, but it has changed the graph"),
+        (_Boasts, "pass boasts failed .*reports 2 changed sites, but it has not changed the graph"),
         (_Drops, "pass drops failed .*drops the input cache.0.key"),
-        (_LeavesDead, "pass leavesdead failed .*dead node: %relu_"),
+        (_LeavesDead, "pass leavesdead failed .*dead node behind: %relu_"),
         (
             _Unlowerable,
             "pass unlowerable failed .*cannot be lowered: %cumprod.*no protocol on secret",

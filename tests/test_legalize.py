@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +24,11 @@ from mergec.runtime.core.structural import target_name
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec
 from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
+from tests.conftest import Golden
 from tests.families import FAMILIES, captured, random_decoder
 from tests.passes.harness import Graph, normal
 
 load_all()
-GOLDEN = Path(__file__).parent / "golden"
 FIXED = 16
 X, W = normal(1, 3, 8), normal(8, 8)
 ALL = ("remove_noops", "unify_spellings", "fuse_attention", "fuse_activations", "fuse_rms_norm",
@@ -343,13 +341,7 @@ def test_a_weight_too_large_for_the_ring_is_found_by_calibration() -> None:
 @pytest.mark.parametrize(
     ("family", "one_layer"), [("gpt2", {"n_layer": 1}), ("llama", {"num_hidden_layers": 1})]
 )
-def test_golden(family: str, one_layer: dict[str, int]) -> None:
+def test_golden(family: str, one_layer: dict[str, int], golden: Golden) -> None:
     program = to_dialect(random_decoder(family, **one_layer).float(), CompileConfig())
     legalize(program.graph_module, FIXED)
-    text = dump(program.graph_module, secret_only=True)
-    path = GOLDEN / f"{family}.ir"
-    if os.environ.get("MERGEC_UPDATE_GOLDEN") == "1":
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    wanted = path.read_text() if path.is_file() else ""
-    assert text == wanted, "MERGEC_UPDATE_GOLDEN=1 accepts the new text"
+    golden(f"{family}.ir", dump(program.graph_module, secret_only=True))

@@ -1,4 +1,4 @@
-"""What every pass has to keep, checked after each one: inputs, outputs, live nodes, legal ops."""
+"""What no pass may break, checked after each one: inputs, outputs, no dead nodes, legal ops."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec
 
 TOLERANCE = 1e-9
-"""Relative to the largest value: in float64, where sums may be rounded in another order."""
+"""Relative to the largest value, in float64: passes may change the order in which sums round."""
 
 ROUNDED = 1e-5
-"""The same where weights are held in float32: new ones that passes compute from them are, too."""
+"""The same for a model with float32 weights: passes round the weights that they compute to it."""
 
 SAMPLES = ((5, 0), (1, 4))
 """New and past tokens of the steps that are compared: a prompt, and a token onto a cache."""
@@ -35,7 +35,7 @@ Values = list[dict[str, torch.Tensor]]
 
 @dataclass
 class _State:
-    """A graph at one moment: the inputs that matter, and what is wrong with it."""
+    """A graph at one moment: the inputs that are used, and what is wrong with it."""
 
     inputs: set[str]
     dead: set[fx.Node]
@@ -43,7 +43,7 @@ class _State:
 
 
 class Contract:
-    """Compares a graph with what it was before a pass; `check` is called after each pass."""
+    """Compares a graph with what it was before a pass: `begin` before each pass, `check` after."""
 
     def __init__(
         self,
@@ -52,26 +52,43 @@ class Contract:
         constants: Mapping[str, Vis],
         tokens: Sequence[int] = (),
     ) -> None:
-        """With `tokens` the graph is run on them before and after each exact pass, in float64."""
-        self.inputs, self.tokens = inputs, tokens
+        """tokens: what the graph is run on, in float64, around passes whose outputs are compared.
+
+        inputs, constants: those of the graph, as passes change them.
+        """
+        self.inputs, self.constants, self.tokens = inputs, constants, tokens
         weights = [name for name, vis in constants.items() if vis is Vis.SERVER]
         held = {operator.attrgetter(name)(graph_module).dtype for name in weights}
         self.tolerance = ROUNDED if torch.float32 in held else TOLERANCE
         load_all()
-        self.calls = _calls(graph_module)
+        self.content = self._content(graph_module)
         self.state = _state(graph_module)
-        self.values = self._run(graph_module)
+        self.values: Values | None = None
+        self.compare = False
+
+    def begin(self, graph_module: fx.GraphModule, *, compare: bool) -> None:
+        """Before a pass; with `compare` the graph's outputs must stay what they are.
+
+        That costs two runs of the graph, or one if the pass before was compared, too.
+        """
+        self.compare = compare and bool(self.tokens)
+        if self.compare and self.values is None:
+            self.values = self._run(graph_module)
 
     def check(self, graph_module: fx.GraphModule, *, sites: int, exact: bool, final: bool) -> None:
         """Raise InternalError if the pass that has just run did what no pass may do.
 
-        final: whether no later pass would turn its ops into those of the dialect.
+        final: whether no later pass turns its ops into those of the dialect.
         """
-        before, self.calls = self.calls, _calls(graph_module)
+        before, self.content = self.content, self._content(graph_module)
+        changed = self.content != before
         if not sites:
-            if self.calls != before:
-                raise InternalError("it says that it changed nothing, and has changed the graph")
+            if changed:
+                raise InternalError("it reports no changed site, but it has changed the graph")
             return
+        if not changed:
+            many = f"{sites} changed site{'s' if sites > 1 else ''}"
+            raise InternalError(f"it reports {many}, but it has not changed the graph")
         old, new = self.state, _state(graph_module)
         found = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
         if found != len(self.inputs):
@@ -80,20 +97,27 @@ class Contract:
         if exact and lost:
             raise InternalError(f"it drops the input {lost[0]}: nothing depends on it any more")
         for node in _added(graph_module, old.dead, new.dead):
-            raise InternalError(f"it leaves a dead node: {describe(node)}")
+            raise InternalError(f"it leaves a dead node behind: {describe(node)}")
         for node in _added(graph_module, old.illegal, new.illegal) if final else ():
             raise InternalError(
                 f"it leaves an op that cannot be lowered: {describe(node)}: {new.illegal[node]}"
             )
-        values, self.values = self.values, self._run(graph_module)
-        if exact:
+        values, self.values = self.values, None
+        if self.compare and values is not None:
+            self.values = self._run(graph_module)
             _compare(graph_module, values, self.values, self.tolerance)
         self.state = new
 
+    def _content(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
+        """Everything that a pass may change."""
+        nodes = graph_module.graph.nodes
+        calls = [(node, node.op, node.target, node.args, node.kwargs) for node in nodes]
+        return calls, list(self.inputs), dict(self.constants)
+
     def _run(self, graph_module: fx.GraphModule) -> Values:
-        """The value of every call by name, for each of the samples; none without tokens."""
+        """The value of every call by name, for each of the samples."""
         values: Values = []
-        for new, past in SAMPLES if self.tokens else ():
+        for new, past in SAMPLES:
             lengths = {"new": new, "past": past, "past+new": past + new}
             random = torch.Generator().manual_seed(new)
             given = []
@@ -145,11 +169,6 @@ def _narrow(dtype: Any) -> bool:
     return isinstance(dtype, torch.dtype) and dtype in _NARROW
 
 
-def _calls(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
-    nodes = graph_module.graph.nodes
-    return [(node, node.op, node.target, node.args, node.kwargs) for node in nodes]
-
-
 def _state(graph_module: fx.GraphModule) -> _State:
     nodes = list(graph_module.graph.nodes)
     idle = {node for node in nodes if not node.users and node.op != "output"}
@@ -189,7 +208,7 @@ def _compare(graph_module: fx.GraphModule, before: Values, after: Values, tolera
         )  # fmt: skip
         where = f"; the first node that differs: {describe(first)}" if first is not None else ""
         raise InternalError(
-            f"it is no exact pass: {changed[0]} changes for {new} new tokens after {past}{where}"
+            f"it is not exact: {changed[0]} changes for {new} new tokens after {past}{where}"
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -20,8 +21,8 @@ from mergec.runtime.core.errors import MergecError
 class PassReport:
     """What one pass did.
 
-    summary: what it does. sites: how many it changed. nodes_before, nodes_after: of the graph.
-    skips: what it left alone.
+    summary: what it does. sites: how many places it changed. nodes_before, nodes_after: number of
+    nodes of the graph. skips: the places that it left alone.
     """
 
     name: str
@@ -34,36 +35,57 @@ class PassReport:
     skips: tuple[Skip, ...] = field(default=())
 
 
-def ordered(passes: Iterable[type[Pass]]) -> list[type[Pass]]:
-    """By stage, then `after`, then name.
+def ordered(passes: Iterable[type[Pass]], known: Iterable[type[Pass]] = ()) -> list[type[Pass]]:
+    """Sort by stage, then `after`, then name.
 
-    Raises InternalError on a cycle, an unknown stage, or a wait for a pass of a later stage.
+    `known` are passes that exist and do not run, which `after` may name. Raises CompileError if two
+    passes have one name, if passes wait for each other, or if one waits for a pass that does not
+    exist or is of a later stage.
     """
     passes = list(passes)
-    stage = {p.name(): p.stage for p in passes}
+    by_name: dict[str, type[Pass]] = {}
     for p in passes:
-        if p.stage not in STAGES:
-            known = ", ".join(STAGES)
-            raise InternalError(f"pass {p.name()} has stage {p.stage!r}; there are: {known}")
-        late = [n for n in p.after if STAGES.index(stage.get(n, p.stage)) > STAGES.index(p.stage)]
-        if late:
-            raise InternalError(f"pass {p.name()} waits for {late[0]}, which is of a later stage")
+        if (other := by_name.setdefault(p.name(), p)) is not p:
+            raise CompileError(
+                f"two passes have the name {p.name()!r}: {_place(other)} and {_place(p)}; rename "
+                "one of the classes, or leave it out of extra_passes"
+            )
+    check_after(passes, {**{p.name(): p for p in known}, **by_name})
     remaining = sorted(passes, key=lambda p: (STAGES.index(p.stage), p.name()))
-    names = {p.name() for p in remaining}
     result: list[type[Pass]] = []
     done: set[str] = set()
     while remaining:
         for candidate in remaining:
-            waits = {name for name in candidate.after if name in names} - done
+            waits = {name for name in candidate.after if name in by_name} - done
             first = candidate.stage == remaining[0].stage
             if first and not waits:
                 break
         else:
-            raise InternalError(f"passes wait for each other: {[p.name() for p in remaining]}")
+            names = ", ".join(p.name() for p in remaining)
+            raise CompileError(f"passes wait for each other: {names}; shorten an `after` of theirs")
         remaining.remove(candidate)
         result.append(candidate)
         done.add(candidate.name())
     return result
+
+
+def check_after(passes: Iterable[type[Pass]], known: Mapping[str, type[Pass]]) -> None:
+    """Raise CompileError if an `after` names no pass, or one of a later stage."""
+    for p in passes:
+        for name in p.after:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else "correct or remove the name"
+                raise CompileError(f"{_place(p)} waits for an unknown pass, {name!r}; {hint}")
+            if STAGES.index(known[name].stage) > STAGES.index(p.stage):
+                raise CompileError(
+                    f"{_place(p)} waits for {name}, which is of a later stage, "
+                    f"{known[name].stage!r}; change its stage or its `after`"
+                )
+
+
+def _place(kind: type[Pass]) -> str:
+    return f"the pass {kind.__qualname__} ({kind.__module__})"
 
 
 def run_passes(
@@ -71,14 +93,21 @@ def run_passes(
     info: GraphInfo,
     passes: Sequence[type[Pass]],
     tokens: Sequence[int] = (),
+    check: bool | None = False,
 ) -> list[PassReport]:
-    """Run the passes in the given order with torch's PassManager; names the one that fails.
+    """Run the passes in the given order with torch's PassManager; an error names the failing pass.
 
-    Each pass is held to `compiler.graph.contract`; with `tokens`, also to the outputs on them.
+    Each pass is held to `compiler.graph.contract`. check: whether outputs on `tokens` are compared
+    before and after an exact pass: True for each, False for none, None for those that are not
+    built in.
     """
     reports: list[PassReport] = []
     contract = Contract(graph_module, info.inputs, info.constants, tokens)
-    manager = PassManager(passes=[_Reporting(kind(info), reports, contract) for kind in passes])
+    manager = PassManager(
+        passes=[
+            _Reporting(kind(info), reports, contract, _compared(kind, check)) for kind in passes
+        ]
+    )
     try:
         manager(graph_module)
     except Exception as error:
@@ -93,17 +122,25 @@ def run_passes(
     return reports
 
 
-class _Reporting(PassBase):
-    """Wraps a pass to note what it did."""
+def _compared(kind: type[Pass], check: bool | None) -> bool:
+    return kind.exact and (not kind.built_in() if check is None else check)
 
-    def __init__(self, inner: Pass, reports: list[PassReport], contract: Contract) -> None:
+
+class _Reporting(PassBase):
+    """Wraps a pass to check it and to record what it did."""
+
+    def __init__(
+        self, inner: Pass, reports: list[PassReport], contract: Contract, compared: bool
+    ) -> None:
         self.inner = inner
         self.reports = reports
         self.contract = contract
+        self.compared = compared
         self.__name__ = inner.name()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         known, start = set(graph_module.graph.nodes), time.perf_counter()
+        self.contract.begin(graph_module, compare=self.compared)
         result = self.inner.call(graph_module)
         for node in graph_module.graph.nodes:
             if node not in known:

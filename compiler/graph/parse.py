@@ -95,7 +95,8 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.graph = fx.Graph()
-        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.environment = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.environment)
         self.lengths: dict[str, Any] = {}
         self.values: dict[str, fx.Node] = {}
         self.tensors: dict[str, torch.Tensor] = {}
@@ -104,8 +105,8 @@ class _Parser:
         self.returned = False
 
     def run(self) -> Parsed:
-        for self.number, self.line in enumerate(self.text.splitlines(), 1):
-            self.position = 0
+        for number, line in enumerate(self.text.splitlines(), 1):
+            self.number, self.line, self.position = number, line, 0
             self._advance()
             if self.kind == "end":
                 continue
@@ -274,9 +275,11 @@ class _Parser:
         """The symbol of a length that varies."""
         if name not in self.lengths:
             hint = _HINTS.get(name, 5 + len(self.lengths))
-            environment, source = self.mode.shape_env, ConstantSource(name)
-            symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC, None)
-            self.lengths[name] = environment.create_symintnode(symbol, hint=hint, source=source)
+            source = ConstantSource(name)
+            symbol = self.environment.create_symbol(hint, source, DimDynamic.DYNAMIC, None)
+            self.lengths[name] = self.environment.create_symintnode(
+                symbol, hint=hint, source=source
+            )
         return self.lengths[name]
 
     # Arguments

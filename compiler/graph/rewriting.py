@@ -1,4 +1,4 @@
-"""What a pass is: one rewrite of a graph, where it runs, and what it may know."""
+"""The base class of passes: one rewrite of a graph, where it runs, and what it knows."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.visibility import annotate_visibility
 from mergec.compiler.text import assign_names
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
 STAGES = ("canonicalize", "fuse", "approximate", "dialect", "optimize", "finish")
-"""canonicalize: fewer spellings of the same thing. fuse: recognize ops of the dialect by their
-pattern. approximate: put cheaper functions in their place, on request. dialect: what is left
-becomes ops of the dialect. optimize: fewer or cheaper ops of the dialect. finish: after all."""
+"""canonicalize: one spelling for each operation. fuse: recognize patterns as ops of the dialect.
+approximate: replace functions by cheaper ones, on request. dialect: turn what is left into ops of
+the dialect. optimize: fewer or cheaper ops of the dialect. finish: after everything else."""
 
 PACKAGE = "mergec.passes"
-"""The package of our own passes, which are named after their files."""
+"""The package of the built-in passes, which are named after their files."""
 
 
 @dataclass
 class GraphInfo:
-    """What passes may know beside the graph; they may add constants.
+    """What a pass knows besides the graph. A pass that adds a constant adds it here, too.
 
     calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
     client learns of a step, "logits" or "token".
@@ -40,35 +41,61 @@ class GraphInfo:
 
 
 class Pass(PassBase):
-    """One rewrite. A subclass in a file of this package is found and run by itself.
+    """One rewrite. A subclass in a file of `passes/` is discovered automatically.
 
-    stage, after: where in the order it runs; `after` holds names of passes of the same stage.
-    exact: whether the graph computes the same function; a lossy pass runs on request only.
+    Its docstring begins with a summary of one paragraph and shows the graph `Before:` and `After:`
+    (see `compiler.graph.parse` for the text).
+
+    stage, after: where in the order it runs; `after` names passes of the same stage or of an
+    earlier one. exact: whether the graph still computes the same function; a lossy pass runs only
+    on request.
+
+    A subclass that implements `run` without a stage of STAGES, or without a summary, raises
+    CompileError where it is defined.
     """
 
     stage: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.run is Pass.run:
+            return  # A base class of passes.
+        where = f"the pass {cls.__qualname__} ({cls.__module__})"
+        stage = getattr(cls, "stage", None)
+        if stage not in STAGES:
+            lacks = "has no stage" if stage is None else f"has an unknown stage, {stage!r}"
+            raise CompileError(f"{where} {lacks}; set `stage` to one of: {', '.join(STAGES)}")
+        if not isinstance(cls.after, tuple):
+            raise CompileError(f"{where} has {cls.after!r} as `after`; write a tuple of names")
+        if not cls.summary():
+            raise CompileError(f"{where} has no docstring; say in its first paragraph what it does")
+
     def __init__(self, info: GraphInfo) -> None:
         self.info = info
         self.skips: list[tuple[fx.Node, str]] = []
 
     @classmethod
+    def built_in(cls) -> bool:
+        """Whether it is a pass of mergec, and not of another package or of the user."""
+        return cls.__module__.rpartition(".")[0] == PACKAGE
+
+    @classmethod
     def name(cls) -> str:
-        """The name of its file; outside this package, that of the class in snake case."""
-        package, _, file = cls.__module__.rpartition(".")
-        if package == PACKAGE:
-            return file
+        """The name of its file; outside of `passes/`, that of the class in snake case."""
+        if cls.built_in():
+            return cls.__module__.rpartition(".")[2]
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).strip("_").lower()
 
     @classmethod
     def summary(cls) -> str:
         """What it rewrites and why: the first paragraph of its docstring."""
-        return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
+        first = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0]
+        return "" if first.startswith("Before:") else " ".join(first.split())
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        """Rewrite in place; gives the number of sites changed, 0 for an untouched graph."""
+        """Rewrite in place; returns the number of sites changed, 0 for an untouched graph."""
         raise NotImplementedError
 
     def skip(self, node: fx.Node, reason: str) -> None:
@@ -76,7 +103,7 @@ class Pass(PassBase):
         self.skips.append((node, reason))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run with visibilities up to date before and after; dead code is removed."""
+        """Run, with up-to-date visibilities before and after, and remove dead code."""
         annotate_visibility(graph_module, self.info.inputs, self.info.constants)
         self.sites = self.run(graph_module)
         self.explained = self._explain(graph_module)
@@ -89,7 +116,7 @@ class Pass(PassBase):
         return PassResult(graph_module, self.sites > 0)
 
     def _explain(self, graph_module: fx.GraphModule) -> tuple[Skip, ...]:
-        """What was skipped, in words that a reader of the graph's text finds there."""
+        """The skipped nodes under the names that they have in the graph's text."""
         names = assign_names(graph_module.graph) if self.skips else {}
         found = []
         for node, reason in self.skips:
@@ -98,7 +125,7 @@ class Pass(PassBase):
         return tuple(found)
 
     def _drop_unused_constants(self, graph_module: fx.GraphModule) -> None:
-        """A matrix and its folded copies would all be held until the end of the compilation."""
+        """Otherwise a matrix and its folded copies would stay in memory until the compile ends."""
         used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
         for name in [name for name in self.info.constants if name not in used]:
             path, _, leaf = name.rpartition(".")
@@ -108,7 +135,7 @@ class Pass(PassBase):
 
 @dataclass(frozen=True)
 class Skip:
-    """A node that looked like a pass's pattern, where it comes from, and why it was left alone."""
+    """A node that looked like a pass's pattern: its name, its place, and why it was left alone."""
 
     node: str
     module: str

@@ -1,4 +1,4 @@
-"""Shape analysis: an example value, with symbolic lengths, for every node. Changes no node."""
+"""Example values, with symbolic lengths, of calls and constants that passes add."""
 
 from __future__ import annotations
 
@@ -14,26 +14,6 @@ from mergec.compiler.graph.ir import constant
 from mergec.compiler.graph.visibility import visibility_of
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import Vis
-
-
-def annotate_shapes(graph_module: fx.GraphModule) -> None:
-    """Bring meta["val"] of every node up to date with its operands.
-
-    A value that was made from the same call is kept, so that the second analysis of a graph costs
-    what has changed. meta["val_of"] says what a value was made from.
-    """
-    mode = fake_mode(graph_module.graph)
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            _constant(graph_module, node, mode)
-        elif node.op == "call_function":
-            made_of = _made_of(node)
-            known = "val" in node.meta and node.meta.get("val_of", made_of) == made_of
-            if not known:
-                value = evaluate(node.target, node.args, node.kwargs, mode)
-                if not _alike(value, node.meta.get("val")):
-                    node.meta["val"] = value
-            node.meta["val_of"] = made_of
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
@@ -86,11 +66,6 @@ def length(before: fx.Node, source: fx.Node, dim: int) -> Any:
     if isinstance(size, int):
         return size
     return insert_call(before, torch.ops.aten.sym_size.int, source, dim % source.meta["val"].dim())
-
-
-def _made_of(node: fx.Node) -> tuple[Any, ...]:
-    operands = tuple(id(operand.meta.get("val")) for operand in node.all_input_nodes)
-    return node.target, node.args, node.kwargs, operands
 
 
 def _constant(graph_module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode | None) -> None:

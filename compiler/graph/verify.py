@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import MOVE_NAMES, TABLE, target_name
+
+_BUILT_FROM = {
+    "rsub": "sub",
+    "neg": "scale",
+    "div": "reciprocal",
+    "pow": "square",
+    "mean": "sum",
+    "mm": "matmul",
+    "bmm": "matmul",
+    "addmm": "linear",
+    "_softmax": "softmax",
+}
+"""Functions of torch that passes write with an op of the dialect of another name."""
 
 
 def verify_dialect(graph_module: fx.GraphModule) -> None:
@@ -15,14 +35,17 @@ def verify_dialect(graph_module: fx.GraphModule) -> None:
     bad = unlowerable(graph_module)
     if bad:
         many = f"{len(bad)} ops" if len(bad) > 1 else "an op"
-        raise CompileError(f"the model has {many} that cannot be lowered", bad)
+        raise CompileError(
+            f"the model has {many} that cannot be lowered",
+            {node: f"{reason}{_way(node)}" for node, reason in bad.items()},
+        )
 
 
 def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """Every node which no party could run, and why.
 
-    A shared value must come from an op of the dialect, or from a movement of data; a value that is
-    public or held by one party from any function of `runtime.core.structural`.
+    A shared value must come from an op of the dialect or from a movement of data. A value that is
+    public, or held by one party, may come from any function of `runtime.core.structural`.
     """
     bad: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
@@ -33,14 +56,77 @@ def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
             bad[node] = f"a {node.op} node cannot be compiled; export the model with torch.export"
         elif name.startswith("mpc."):
             if name[4:] not in REGISTRY:
-                bad[node] = f"{name} is no op of the dialect"
+                bad[node] = f"{name} is not an op of the dialect"
         elif node.meta.get("vis") is Vis.SHARED and name not in MOVE_NAMES:
-            bad[node] = (
-                f"{name} has no protocol on secret values; add runtime/ops/<op>.py and a pass that "
-                "makes it, or rewrite the model with ops of the dialect"
-            )
+            bad[node] = f"{name} has no protocol on secret values"
         elif name not in TABLE:
-            bad[node] = f"{name} is no function that a program may call"
+            bad[node] = f"{name} is not a function that a program may call"
         if node in bad and (maker := node.meta.get("pass")):
             bad[node] += f"; made by the pass {maker}"
     return bad
+
+
+def _way(node: fx.Node) -> str:
+    """How a secret function can probably be added: by a pass, or by an op with its protocol.
+
+    A pass will do if the dialect has an op for it, or for each function that torch decomposes it
+    into. Everything else needs a protocol.
+    """
+    if node.meta.get("vis") is not Vis.SHARED or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    name = node.target._schema.name.partition("::")[2]
+    if node.target.namespace == "mpc":
+        return ""
+    if op := _op_for(name):
+        return (
+            f"; the dialect has mpc.{op}: write a pass that makes it, or enable the one that does"
+        )
+    parts = _decomposed(node)
+    if parts and all(part in MOVE_NAMES or _op_for(part.split(".")[1]) for part in parts):
+        ops = sorted({f"mpc.{op}" for part in parts if (op := _op_for(part.split(".")[1]))})
+        return f"; write a pass that expresses it with {', '.join(ops)}"
+    return f"; it needs an op with a protocol of its own: add runtime/ops/{name.strip('_')}.py"
+
+
+def _op_for(name: str) -> str:
+    """The op of the dialect that a function of torch becomes, or is written with."""
+    name = _BUILT_FROM.get(name, name)
+    return name if name in REGISTRY else ""
+
+
+def _decomposed(node: fx.Node) -> set[str]:
+    """The functions that torch decomposes a call into; itself, if it does not."""
+
+    def example(operand: fx.Node) -> object:
+        value = operand.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return int(value)
+        shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+        return torch.zeros(shape, dtype=value.dtype)
+
+    given: list[fx.Node] = node.all_input_nodes
+    values = [example(operand) for operand in given]
+
+    def call(*operands: object) -> object:
+        known = dict(zip(given, operands, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with _silent():
+        try:
+            traced = make_fx(call, decomposition_table=core_aten_decompositions())(*values)
+        except Exception:
+            # Whatever torch cannot trace, it cannot decompose.
+            return {target_name(node.target)}
+    return {target_name(n.target) for n in traced.graph.nodes if n.op == "call_function"}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """torch logs the errors that it raises while it traces."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

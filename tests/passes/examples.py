@@ -65,8 +65,8 @@ def run(kind: type[Pass], text: str, reveal: str = "logits") -> Ran:
 def check_example(kind: type[Pass]) -> None:
     """Fail unless the pass turns the `Before:` of its docstring into the `After:`, exactly.
 
-    `After:` need not repeat the declarations of `Before:`, nor the types of calls. An exact pass has
-    to compute the same values in float64, and every pass has to find nothing the second time.
+    `After:` need not repeat the declarations of `Before:`, nor the types of calls. An exact pass
+    has to compute the same values in float64, and no pass may find anything the second time.
     """
     before, after = example(kind)
     ran = run(kind, before)
