@@ -117,7 +117,7 @@ def test_outputs_are_compared_on_request() -> None:
 
 
 def test_passes_from_outside_are_compared_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InternalError, match="pass forgets failed .it is not exact: output 0"):
+    with pytest.raises(InternalError, match=r"pass forgets failed .it is not exact: output 0"):
         run(_Forgets, check=None)
     run(_Approximates, check=None)
     ran = []
@@ -169,6 +169,6 @@ def test_an_op_of_an_early_pass_is_refused_with_its_maker() -> None:
     from mergec.compiler.graph.verify import verify_dialect
 
     step = captured("gpt2")
-    rewrite(step, CompileConfig(extra_passes=(_MakesTooEarly,)))
+    rewrite(step, CompileConfig(extra_passes=(_MakesTooEarly,), check_passes=False))
     with pytest.raises(CompileError, match=r"cumprod.*no protocol.*made by the pass makestooearly"):
         verify_dialect(step.graph_module)

@@ -115,8 +115,8 @@ def _decomposed(node: fx.Node) -> set[str]:
     with _silent():
         try:
             traced = make_fx(call, decomposition_table=core_aten_decompositions())(*values)
-        except Exception:
-            # Whatever torch cannot trace, it cannot decompose.
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            # What torch cannot trace, it cannot decompose.
             return {target_name(node.target)}
     return {target_name(n.target) for n in traced.graph.nodes if n.op == "call_function"}
 

@@ -1,0 +1,49 @@
+"""Graph text in, graph text out: a folder for each pass under golden/, with near misses.
+
+A file holds an optional remark, the graph `# before`, and what comes of it: the graph `# after`, or
+`# unchanged`, followed in either case by each node that the pass skipped and why. A case whose name
+begins with `not_` is a near miss, which the pass must leave alone. To add a case, write a file with
+its first part and run pytest with --update-golden.
+"""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from mergec.compiler.graph.parse import parse
+from mergec.compiler.text import dump
+from mergec.passes import available
+from tests.conftest import Golden
+from tests.passes.examples import run
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = sorted(file.relative_to(FOLDER).with_suffix("") for file in FOLDER.glob("*/*.ir"))
+BEFORE = "# before\n"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Path, golden: Golden) -> None:
+    file = FOLDER / f"{case}.ir"
+    remark, _, rest = file.read_text().partition(BEFORE)
+    given = rest.partition("# after\n")[0].partition("# unchanged\n")[0]
+    before = dump(parse(given).graph_module)
+    ran = run(available()[case.parts[0]], given)
+    result = f"# after\n{ran.text}" if ran.sites else "# unchanged\n"
+    skips = "".join(f"# skipped %{node}: {reason}\n" for node, reason in ran.skips)
+    assert (ran.sites == 0) == case.name.startswith("not_")
+    assert ran.sites or ran.text == before
+    assert ran.same_values
+    text = given if "constant causal" in given else before
+    golden(file, f"{remark}{BEFORE}{text}{result}{skips}")
+
+
+def test_every_pass_has_a_rewrite_and_near_misses() -> None:
+    passes = collections.Counter(case.parts[0] for case in CASES)
+    assert set(passes) == set(available())
+    # Of the pass that resends hidden states: a model that it does not fit is an error.
+    near = collections.Counter(case.parts[0] for case in CASES if case.name.startswith("not_"))
+    assert [name for name in passes if passes[name] == near[name]] == []
+    assert [name for name in passes if near[name] < 2 and name != "resend_hidden"] == []
