@@ -120,7 +120,7 @@ def _unfit(graph_module: fx.GraphModule, linears: list[fx.Node]) -> str:
         _, weight, bias = _operands(linear)
         given = [node for node in (weight, bias) if node is not None]
         if not all(computable(graph_module, node) for node in given):
-            return f"{linear.name} has no matrix of 32 bits or more"
+            return f"%{linear.name} has no matrix of 32 bits or more"
         if any(user is not linear for user in uses(graph_module, weight)):
-            return f"the matrix of {linear.name} is used elsewhere too, and would be kept twice"
+            return f"the matrix of %{linear.name} is used elsewhere too, and would be kept twice"
     return ""

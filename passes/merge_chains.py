@@ -68,7 +68,7 @@ class MergeChains(Pass):
 def _unfit(graph_module: fx.GraphModule, first: fx.Node, second: fx.Node) -> str:
     """Why two layers should stay two, if they should."""
     if len(first.users) > 1:
-        return f"the result of {first.name} goes elsewhere too"
+        return f"the result of %{first.name} goes elsewhere too"
     nodes = [node for linear in (first, second) for node in _operands(linear)[1:]]
     if not all(computable(graph_module, node) for node in nodes if node is not None):
         return "a matrix or bias is no constant of 32 bits or more"

@@ -60,12 +60,12 @@ class Absorber:
             layer = layer.args[0]
         weights = _weights(layer)
         if not weights:
-            return f"{layer} has no weights that could absorb the factor"
+            return f"%{layer} has no weights that could absorb the factor"
         for weight in weights:
             if not computable(graph_module, weight):
-                return f"a weight of {layer} is not a constant of 32 bits or more"
+                return f"a weight of %{layer} is not a constant of 32 bits or more"
             if any(user is not layer for user in uses(graph_module, weight)):
-                return f"a weight of {layer} is also used elsewhere, so it would be stored twice"
+                return f"a weight of %{layer} is also used elsewhere, so it would be stored twice"
         value = layer.meta["val"]
         numbers = torch.arange(value.shape[-1]).expand([known_size(size) for size in value.shape])
         mine: list[torch.Tensor] = []
@@ -76,7 +76,7 @@ class Absorber:
             (mine if wanted else others).append(there.flatten())
         features = torch.cat(mine).unique() if mine else numbers
         if others and bool(torch.isin(features, torch.cat(others)).any()):
-            return f"{layer} has other users, which must not get the factor"
+            return f"%{layer} has other users, which must not get the factor"
         return Absorber(layer, features)
 
     def multiply(

@@ -194,6 +194,8 @@ class _Parser:
         return node
 
     def _constant(self, name: str) -> fx.Node:
+        if hasattr(fx.GraphModule, name.partition(".")[0]):
+            raise self._error(f"a graph has an attribute {name!r} already; rename the constant", 0)
         value = None
         column = self.start
         if self.token != ":":

@@ -99,7 +99,11 @@ class Pass(PassBase):
         raise NotImplementedError
 
     def skip(self, node: fx.Node, reason: str) -> None:
-        """Record why a site that looked like the pattern was left alone."""
+        """Record why a site that looked like the pattern was left alone.
+
+        The reason may name another node by `%` and its fx name; the report shows its name in the
+        graph's text.
+        """
         self.skips.append((node, reason))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -118,8 +122,10 @@ class Pass(PassBase):
     def _explain(self, graph_module: fx.GraphModule) -> tuple[Skip, ...]:
         """The skipped nodes under the names that they have in the graph's text."""
         names = assign_names(graph_module.graph) if self.skips else {}
+        by_fx_name = {node.name: name for node, name in names.items()}
         found = []
         for node, reason in self.skips:
+            reason = re.sub(r"%(\w+)", lambda m: f"%{by_fx_name.get(m[1], m[1])}", reason)
             module, source = node.meta.get("module", ""), node.meta.get("source", "")
             found.append(Skip(names.get(node, node.name), module, source, reason))
         return tuple(found)
