@@ -133,7 +133,7 @@ X = "%x = input : shared 2x4\n"
         ("%w = constant : server new", "line 1, column 17: a constant has no variable lengths"),
         (
             "%half = constant : server 4",
-            "line 1, column 1: a graph has an attribute 'half' already",
+            "column 1: a graph has an attribute 'half' already",
         ),
         (X + "return %x", "line 2, column 8: expected a list of values after `return`"),
         (X + "return [%x]\n%1 = mpc.relu(%x)", "line 3, column 1: expected nothing after `return`"),

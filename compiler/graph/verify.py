@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
@@ -97,7 +98,7 @@ def _op_for(name: str) -> str:
 def _decomposed(node: fx.Node) -> set[str]:
     """The functions that torch decomposes a call into; itself, if it does not."""
 
-    def example(operand: fx.Node) -> object:
+    def example(operand: fx.Node) -> Any:
         value = operand.meta["val"]
         if not isinstance(value, torch.Tensor):
             return int(value)
@@ -107,14 +108,15 @@ def _decomposed(node: fx.Node) -> set[str]:
     given: list[fx.Node] = node.all_input_nodes
     values = [example(operand) for operand in given]
 
-    def call(*operands: object) -> object:
-        known = dict(zip(given, operands, strict=True))
+    def call(*operands: Any) -> Any:
+        known: dict[fx.Node, Any] = dict(zip(given, operands, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    table: Any = core_aten_decompositions()
     with _silent():
         try:
-            traced = make_fx(call, decomposition_table=core_aten_decompositions())(*values)
+            traced = make_fx(call, decomposition_table=dict(table.items()))(*values)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # What torch cannot trace, it cannot decompose.
             return {target_name(node.target)}
