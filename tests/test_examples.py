@@ -68,7 +68,7 @@ def test_two_families() -> None:
 def test_every_family() -> None:
     from tests.families import FAMILIES
 
-    said = run("every_family.py")
+    said = run("every_family.py", *FAMILIES)
     assert [line.split()[1] for line in said.splitlines() if line.startswith("│")] == list(FAMILIES)
 
 
