@@ -86,7 +86,7 @@ def predict(program: Program) -> tuple[list[Row], list[str], int]:
 
 def measure(program: Program, row: Row) -> None:
     """Run the steps of the row's program, and record what the server counted."""
-    ids = [(17 * i + 5) % program.manifest["vocab_size"] for i in range(PAST + 1)]
+    ids = [(17 * i + 5) % program.manifest.vocab_size for i in range(PAST + 1)]
     taken = run(program.roles, steps_of(program, ids, list(STEPS.values()), 1), "mergec")
     for name, step in zip(STEPS, taken, strict=True):
         row.measured[name] = Cost(step.rounds, step.online, step.offline)

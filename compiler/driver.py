@@ -1,9 +1,9 @@
-"""The whole compile on one page: capture, passes, verify, legalize, lower."""
+"""The whole compile, from top to bottom: capture, rewrite, assemble, measure, describe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import DialectProgram, assemble, calibration, finish, rewrite
+from mergec.compiler.pipeline import assemble, calibration, left_out, to_dialect
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
+from mergec.runtime.program.bundle import complete
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import FINISH, RoleProgram
 
 Progress = Callable[[str], object]
 
 COST_LENGTHS = {"prompt": (32, 0), "decode": (1, 128)}
-"""New and past tokens of the steps whose cost the manifest tells."""
+"""New and past tokens of the steps whose cost the manifest holds."""
 
 
 def _quiet(_: str) -> None:
@@ -39,37 +41,71 @@ def compile_decoder(
     progress: Progress = _quiet,
     captured: Captured | None = None,
 ) -> Program:
-    """Compile a Hugging Face decoder, or any module of its kind, for client, server and dealer.
+    """Compile a decoder into the programs of client, server and dealer.
 
-    The tokenizer goes into the client's bundle; without one, prompts are token numbers. captured:
-    what `capture` gave for this model, if it is compiled several times.
+    Args:
+        model: a Hugging Face causal decoder; or any module that maps token ids, int64 [1, N], to
+            logits [1, N, V], which is compiled without a KV cache. It is not changed.
+        tokenizer: the model's Hugging Face tokenizer. It becomes part of the client's bundle.
+            Without one, prompts and answers are token numbers.
+        config: options; see `CompileConfig`. By default exact, for a fast network, with
+            16 fractional bits and at most 1024 tokens of prompt and answer together.
+        progress: called with one line of text as each stage begins.
+        captured: what `capture(model)` returned, to compile one model several times. It is not
+            changed.
+
+    Returns:
+        The program, in memory: save it, inspect it, or run it here.
+
+    Raises:
+        CompileError: the model is no dense attention decoder, has weights that are not finite,
+            calls an op that has no protocol, or needs numbers that do not fit the ring; or an
+            option is wrong. The message says where in the model's source.
+
+    Example:
+        >>> import mergec
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer  # doctest: +SKIP
+        >>> name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> model = AutoModelForCausalLM.from_pretrained(name)  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained(name)  # doctest: +SKIP
+        >>> config = mergec.CompileConfig(max_length=256, network="lan")
+        >>> program = mergec.compile_decoder(model, tokenizer, config)  # doctest: +SKIP
+        >>> program.save("bundles/smollm2")  # doctest: +SKIP
     """
     config = config or CompileConfig()
     progress("capturing the model and rewriting it")
-    original = capture(model) if captured is None else captured
-    captured = original.copy()
-    history = History(original, config, tokenizer)
-    reports = rewrite(captured, config, tokenizer=tokenizer)
-    dialect = finish(captured, config, reports, tokenizer)
-    graph_module = dialect.graph_module
+    captured = capture(model) if captured is None else captured
+    sequences = calibration(config, captured, tokenizer)
+    dialect = to_dialect(captured.copy(), config, sequences=sequences)
     progress("placing truncations and openings, lowering to instructions")
     roles = assemble(dialect, config)
-    types = value_types(
-        graph_module, assign_names(graph_module.graph), length_symbols(graph_module.graph)
+    graph = dialect.graph_module.graph
+    types = value_types(dialect.graph_module, assign_names(graph), length_symbols(graph))
+    deviation = {}
+    if dialect.lossy:
+        progress("comparing the lossy program with the model")
+        deviation = measure_deviation(roles["server"], captured, sequences)
+    progress("counting rounds and bytes")
+    manifest = Manifest(
+        model=config.name or _model_name(model),
+        fractional_bits=config.fractional_bits,
+        max_length=dialect.max_length,
+        vocab_size=dialect.vocab_size,
+        stop_tokens=_stop_tokens(model, tokenizer),
+        lossy=dialect.lossy,
+        deviation=deviation,
+        weights=config.weights,
+        reveal=config.reveal,
+        network=config.network,
+        shapes=shapes(roles["client"], types),
+        cost=_cost_summary(roles["client"], dialect.max_length, config.fractional_bits),
+        passes=[_describe_pass(report) for report in dialect.pass_report],
+        left_out=left_out(config),
     )
     for program in roles.values():
-        program.manifest |= _describe(model, tokenizer, config, dialect)
-        program.manifest["shapes"] = shapes(program, types)
-    if roles["server"].manifest["lossy"]:
-        progress("comparing the lossy program with the model")
-        sequences = calibration(config, tokenizer, captured)
-        deviation = measure_deviation(roles["server"], original, sequences)
-        for program in roles.values():
-            program.manifest["deviation"] = deviation
-    progress("counting rounds and bytes")
-    cost = _cost_summary(roles["client"], config)
-    for program in roles.values():
-        program.manifest["cost"] = cost
+        program.manifest = manifest
+        program.manifest = complete(program)
+    history = History(captured, config, sequences)
     return Program(roles, types, tokenizer_files(tokenizer), history=history)
 
 
@@ -80,38 +116,27 @@ def compile_source(
     *,
     keep_history: bool = False,
 ) -> Program:
-    """Compile a model folder, a .gguf file, or `smollm2`; `options` are CompileConfig's.
+    """Compile a model that is loaded by name.
 
-    keep_history: keep the model's own weights in memory beside the program's, so that the program
-    can tell how it was compiled.
+    Args:
+        source: a folder in Hugging Face format, a .gguf file, or `smollm2`.
+        options: those of `CompileConfig`. The program is named after `source` unless they name it.
+        progress: called with one line of text as each stage begins.
+        keep_history: keep the model's own weights in memory beside the program's, so that the
+            program can show how it was compiled.
+
+    Raises:
+        CompileError: the model cannot be loaded or compiled; see `compile_decoder`.
     """
     config = CompileConfig(**options)
+    if not config.name:
+        config = replace(config, name=Path(source).stem)
     progress("loading the model")
     model, tokenizer = load_model(source)
     program = compile_decoder(model, tokenizer, config, progress)
-    for role in program.roles.values():
-        role.manifest["model"] = config.name or Path(source).stem
     if not keep_history:
         program.history = None
     return program
-
-
-def _describe(
-    model: torch.nn.Module, tokenizer: Any, config: CompileConfig, dialect: DialectProgram
-) -> dict[str, Any]:
-    return {
-        "model": config.name or _model_name(model),
-        "fractional_bits": config.fractional_bits,
-        "weights": config.weights,
-        "reveal": config.reveal,
-        "network": config.network,
-        "max_length": dialect.max_length,
-        "vocab_size": dialect.vocab_size,
-        "stop_tokens": _stop_tokens(model, tokenizer),
-        "lossy": any(report.sites and not report.exact for report in dialect.pass_report),
-        "passes": [_describe_pass(report) for report in dialect.pass_report],
-        "left_out": dialect.left_out,
-    }
 
 
 def _describe_pass(report: PassReport) -> dict[str, Any]:
@@ -127,7 +152,7 @@ def _describe_pass(report: PassReport) -> dict[str, Any]:
 
 
 def _model_name(model: torch.nn.Module) -> str:
-    """The last part of the name or path it was loaded from, or its class."""
+    """The last part of the name or path that the model was loaded from, or its class."""
     path = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     return Path(path).name or type(model).__name__
 
@@ -141,15 +166,16 @@ def _stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def _cost_summary(program: RoleProgram, config: CompileConfig) -> dict[str, Any]:
+def _cost_summary(program: RoleProgram, limit: int, fixed: int) -> dict[str, Any]:
+    """Lengths, rounds and bytes of the steps of COST_LENGTHS, cut to `limit` tokens; by name."""
     summary = {}
-    limit = program.manifest["max_length"]
+    lengths = {}
     for name, (new, past) in COST_LENGTHS.items():
         new = min(new, limit) if limit else new
-        past = min(past, limit - new) if limit else past
-        total = cost_report(program, new, past, config.fractional_bits).total
-        summary[name] = {"new": new, "past": past, **asdict(total)}
+        lengths[name] = new, min(past, limit - new) if limit else past
     if program.resends:
-        total = cost_report(program, 0, 1, config.fractional_bits).total
-        summary[FINISH] = {"new": 0, "past": 1, **asdict(total)}
+        lengths[FINISH] = 0, 1
+    for name, (new, past) in lengths.items():
+        total = cost_report(program, new, past, fixed).total
+        summary[name] = {"new": new, "past": past, **asdict(total)}
     return summary

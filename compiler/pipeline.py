@@ -1,4 +1,7 @@
-"""From a model to a verified dialect graph with visibilities and value ranges."""
+"""The stages of a compile, in the order in which they run: calibration, passes, checks, assembly.
+
+`driver.compile_decoder` runs them once. `report.history` runs them again with passes left out.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from mergec.compiler.backend.choose import choose_variants
 from mergec.compiler.backend.legalize import legalize
@@ -15,7 +18,7 @@ from mergec.compiler.backend.lower import lower
 from mergec.compiler.backend.share_constants import share_constants
 from mergec.compiler.config import PRESETS, CompileConfig
 from mergec.compiler.errors import CompileError
-from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.ir import is_shared
 from mergec.compiler.graph.manager import PassReport, ordered, run_passes
 from mergec.compiler.graph.ranges import annotate_ranges
@@ -27,6 +30,9 @@ from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec, RoleProgram
+
+Sequences = Sequence[Sequence[int]]
+"""Token sequences whose values tell how large each wire gets."""
 
 _SENTENCES = (
     "The capital of France is Paris, and it lies on the river Seine.",
@@ -40,9 +46,12 @@ _CALIBRATION_TOKENS = 32
 class DialectProgram:
     """A graph of dialect ops, data movement and public arithmetic, ready to be legalized.
 
-    graph_module: called as gm(input_ids, *caches). inputs: in the order of its placeholders.
-    constants: tensor and visibility of every get_attr target. max_length: most tokens in all.
-    left_out: why a pass did not run, by its name.
+    graph_module: called as gm(input_ids, *caches).
+    inputs: in the order of its placeholders.
+    constants: tensor and visibility of every get_attr target.
+    pass_report: one report per pass, in the order in which they ran.
+    vocab_size: number of tokens; 0 if unknown.
+    max_length: most tokens of prompt and answer together.
     """
 
     graph_module: fx.GraphModule
@@ -51,63 +60,36 @@ class DialectProgram:
     pass_report: list[PassReport]
     vocab_size: int
     max_length: int
-    left_out: dict[str, str]
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a lossy pass changed the graph."""
+        return any(report.sites and not report.exact for report in self.pass_report)
 
 
-def to_dialect(
-    model: nn.Module, config: CompileConfig, tokenizer: Any = None, *, cache: bool = True
-) -> DialectProgram:
-    """Capture one step, run the passes, check the result, and measure its ranges.
+def calibration(config: CompileConfig, captured: Captured, tokenizer: Any = None) -> Sequences:
+    """The sequences that every later stage measures with.
 
-    Raises CompileError that names every op that has no protocol, before anything runs.
+    Those of `config.calibration` if given. Otherwise up to 32 token numbers spread evenly over the
+    vocabulary; and, without a tokenizer, the same in reverse, with one, a few fixed sentences.
     """
-    captured = capture(model, cache=cache)
-    reports = rewrite(captured, config, tokenizer=tokenizer)
-    return finish(captured, config, reports, tokenizer)
-
-
-def finish(
-    captured: Captured, config: CompileConfig, reports: list[PassReport], tokenizer: Any = None
-) -> DialectProgram:
-    """Check a rewritten step and measure its ranges; `reports` are the passes' own."""
-    graph_module = captured.graph_module
-    annotate_visibility(graph_module, captured.inputs, captured.constants)
-    if config.weights == "shared":
-        share_constants(captured)
-    verify_dialect(graph_module)
-    _check_result(graph_module)
-    sequences = calibration(config, tokenizer, captured)
-    annotate_ranges(graph_module, captured.inputs, sequences)
-    return DialectProgram(
-        graph_module,
-        captured.inputs,
-        captured.tensors(),
-        reports,
-        captured.vocab_size,
-        min(captured.max_length or config.max_length, config.max_length),
-        left_out(config),
-    )
-
-
-def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RoleProgram]:
-    """The program of each role: truncations and openings placed, protocols chosen."""
-    bits = config.fractional_bits
-    legalize(dialect.graph_module, bits)
-    roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
-    choose_variants(roles, NETWORKS[config.network], bits)
-    return roles
-
-
-def _check_result(graph_module: fx.GraphModule) -> None:
-    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
-    results: Any = output.args[0]
-    if all(map(is_shared, results)):
-        reason = "it is revealed to nobody; let the pass reveal_logits run"
-        raise CompileError("the client would not learn the result", {results[0]: reason})
+    if config.calibration:
+        return config.calibration
+    vocab_size = captured.vocab_size
+    size = min(_CALIBRATION_TOKENS, captured.max_length or _CALIBRATION_TOKENS)
+    step = max(1, vocab_size // size)
+    spread = [(i * step + i) % vocab_size for i in range(size)]
+    if tokenizer is None:
+        return [spread, spread[::-1]]
+    return [spread, *(tokenizer(text)["input_ids"][:size] for text in _SENTENCES)]
 
 
 def select(config: CompileConfig) -> list[type[Pass]]:
-    """The passes that `config` asks for, in their order."""
+    """The passes that `config` asks for, in the order in which they run.
+
+    Raises CompileError if `enable` or `disable` names an unknown pass, or if the passes' `after`
+    cannot be satisfied.
+    """
     known = available()
     unknown = [name for name in (*config.enable, *config.disable) if name not in known]
     if unknown:
@@ -137,26 +119,66 @@ def rewrite(
     captured: Captured,
     config: CompileConfig,
     passes: Sequence[type[Pass]] | None = None,
-    tokenizer: Any = None,
+    sequences: Sequences | None = None,
 ) -> list[PassReport]:
-    """Run `passes`, by default those that `config` asks for, on a captured graph, in place."""
+    """Run passes on a captured graph, in place; return one report per pass.
+
+    passes: by default those of `select`. sequences: by default those of `calibration`.
+    """
     load_all()
-    sequences = calibration(config, tokenizer, captured)
+    if sequences is None:
+        sequences = calibration(config, captured)
     info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
     chosen = select(config) if passes is None else passes
     return run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
 
 
-def calibration(
-    config: CompileConfig, tokenizer: Any, captured: Captured
-) -> Sequence[Sequence[int]]:
-    """The user's sequences; or evenly spread token numbers, and sentences for the tokenizer."""
-    if config.calibration:
-        return config.calibration
-    vocab_size = captured.vocab_size
-    size = min(_CALIBRATION_TOKENS, captured.max_length or _CALIBRATION_TOKENS)
-    step = max(1, vocab_size // size)
-    spread = [(i * step + i) % vocab_size for i in range(size)]
-    if tokenizer is None:
-        return [spread, spread[::-1]]
-    return [spread, *(tokenizer(text)["input_ids"][:size] for text in _SENTENCES)]
+def to_dialect(
+    captured: Captured,
+    config: CompileConfig,
+    passes: Sequence[type[Pass]] | None = None,
+    sequences: Sequences | None = None,
+) -> DialectProgram:
+    """Rewrite a captured graph in place, check that every op has a protocol, measure ranges.
+
+    passes, sequences: as for `rewrite`. Raises CompileError that names every op without a protocol;
+    and if the result would be revealed to nobody.
+    """
+    if sequences is None:
+        sequences = calibration(config, captured)
+    reports = rewrite(captured, config, passes, sequences)
+    graph_module = captured.graph_module
+    annotate_visibility(graph_module, captured.inputs, captured.constants)
+    if config.weights == "shared":
+        share_constants(captured)
+    verify_dialect(graph_module)
+    _check_result(graph_module)
+    annotate_ranges(graph_module, captured.inputs, sequences)
+    return DialectProgram(
+        graph_module,
+        captured.inputs,
+        captured.tensors(),
+        reports,
+        captured.vocab_size,
+        min(captured.max_length or config.max_length, config.max_length),
+    )
+
+
+def _check_result(graph_module: fx.GraphModule) -> None:
+    (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
+    results: Any = output.args[0]
+    if all(map(is_shared, results)):
+        reason = "it is revealed to nobody; let the pass reveal_logits run"
+        raise CompileError("the client would not learn the result", {results[0]: reason})
+
+
+def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RoleProgram]:
+    """The program of each role, by name: place truncations and openings, lower, choose protocols.
+
+    The graph is legalized in place. The programs' manifests are empty.
+    """
+    bits = config.fractional_bits
+    legalize(dialect.graph_module, bits)
+    roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
+    choose_variants(roles, NETWORKS[config.network], bits)
+    return roles

@@ -1,138 +1,66 @@
-"""A compiled program: save it, load it, look into it, run it here."""
+"""A compiled program: save it, load it, inspect it, run it here."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text as RichText
 
+from mergec.compiler.answer import Answer, PlainAnswer, phases_of
 from mergec.compiler.config import PAST
 from mergec.compiler.report.graph_view import GraphView
-from mergec.compiler.report.inspect import Inspection, PassRow, inspect_costs, readable
+from mergec.compiler.report.inspect import Inspection, inspect_costs
+from mergec.compiler.report.rows import PassRow
+from mergec.compiler.report.tables import html, table
+from mergec.compiler.report.text import readable
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program.bundle import (
-    DESCRIPTION,
     GRAPH,
     MANIFEST,
     TOKENIZER,
+    complete,
     load_bundle,
     role_path,
 )
-from mergec.runtime.program.encoding import program_hash
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, choose
-from mergec.runtime.session.steps import StepReport
 from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
     from mergec.compiler.backend.cost import CostReport
     from mergec.compiler.backend.onnx_export import ValueType
     from mergec.compiler.report.history import History
-    from mergec.runtime.roles.local import LocalResult
 
 Progress = Callable[[str], object]
-
-CLOSE_CALL = 0.05
-"""Where plaintext's two best logits are closer than this, either token is right."""
 
 
 def _quiet(_: object) -> None:
     """No progress."""
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What a part of a session took in all, counted at the transport.
-
-    Online bytes are those of both directions, offline ones what the server used of the dealer's.
-    """
-
-    tokens: int
-    seconds: float
-    rounds: int
-    online: int
-    offline: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the client got, and what it took. `tokens` are without the prompt."""
-
-    text: str
-    prompt: list[int]
-    tokens: list[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    phases: dict[str, Phase] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
-
-    def table(self) -> RenderableType:
-        """Per token: seconds, bytes and rounds, prompt and decode apart; memory by process."""
-        table = Table(header_style="bold", box=SIMPLE)
-        table.add_column("")
-        for name in ("tokens", "s/token", "online/token", "rounds/token", "offline/token"):
-            table.add_column(name, justify="right")
-        for name, phase in self.phases.items():
-            per = max(phase.tokens, 1)
-            table.add_row(
-                name,
-                f"{phase.tokens}" if phase.tokens else "",
-                f"{phase.seconds / per:.2f}",
-                readable(phase.online / per),
-                f"{phase.rounds / per:,.0f}",
-                readable(phase.offline / per),
-            )
-        peaks = ", ".join(f"{role} {readable(n)}" for role, n in self.peak_memory.items())
-        return Group(table, RichText(f"peak memory: {peaks}")) if peaks else table
-
-
-@dataclass(frozen=True)
-class PlainAnswer:
-    """What the program says in the clear. margins: how far the best logit leads the second."""
-
-    text: str
-    tokens: list[int]
-    margins: list[float]
-
-    def comparison(self, answer: Answer) -> RenderableType:
-        """Plaintext's text, and where the two part."""
-        verdict = RichText(self.verdict(answer))
-        return Group(RichText.assemble(("plaintext: ", "bold"), self.text), verdict)
-
-    def verdict(self, answer: Answer) -> str:
-        """One line: whether the tokens are the same, and if not, how close the call was."""
-        place = self.first_difference(answer)
-        if place is None:
-            return f"all {len(self.tokens)} tokens are the same"
-        margin = self.margins[place] if place < len(self.margins) else 0.0
-        close = "a close call" if margin < CLOSE_CALL else "no close call"
-        return (
-            f"the answers part at token {place + 1}, where plaintext's two best logits are "
-            f"{margin:.3f} apart ({close})"
-        )
-
-    def first_difference(self, answer: Answer) -> int | None:
-        """Position of the first token that differs, None if all are the same."""
-        pairs = zip(self.tokens, answer.tokens, strict=False)
-        for place, (mine, theirs) in enumerate(pairs):
-            if mine != theirs:
-                return place
-        shorter = min(len(self.tokens), len(answer.tokens))
-        return None if len(self.tokens) == len(answer.tokens) else shorter
-
-
 class Program:
-    """The three roles' programs and the client's tokenizer."""
+    """The programs of client, server and dealer, and the client's tokenizer.
+
+    `compile_decoder` returns one in memory, `Program.load` reads one from disk. In a notebook it
+    shows a summary.
+
+    roles: the program of each role that is at hand, by name.
+    path: the folder of its bundles; None if it was never saved.
+    history: how it was compiled; None if it was loaded.
+
+    Example:
+        >>> program = mergec.Program.load("bundles/mine")  # doctest: +SKIP
+        >>> print(program.describe())  # doctest: +SKIP
+        >>> program.inspect(new=1, past=128).total.rounds  # doctest: +SKIP
+        >>> program.generate_local("The capital of France is").text  # doctest: +SKIP
+    """
 
     def __init__(
         self,
@@ -142,9 +70,9 @@ class Program:
         path: Path | None = None,
         history: History | None = None,
     ) -> None:
-        """`types` are those of results (`backend.onnx_export`); `path` is where it is saved.
+        """types: dtypes and shapes of results, by name; by default read from `path` when needed.
 
-        `history` tells how it was compiled; a program that was loaded has none.
+        tokenizer_files: the client's tokenizer, as files by name.
         """
         self.roles = dict(roles)
         self.path = path
@@ -155,29 +83,36 @@ class Program:
 
     @property
     def any_role(self) -> RoleProgram:
-        """A role's program that is at hand: the instructions are the same in all."""
+        """The program of one of the roles at hand; the instructions of all roles are the same."""
         return next(iter(self.roles.values()))
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """What is said of the program; complete, whether it was saved before or not."""
-        said = self.any_role.manifest
-        if "program_hash" not in said:
-            said["program_hash"] = program_hash(self.any_role)
-        return {key: default for key, (_, default) in DESCRIPTION.items()} | said
+    def manifest(self) -> Manifest:
+        """Name, options, limits, costs and pass reports; `to_dict` returns it as JSON values.
+
+        `role` is that of `any_role`; `files` and `digest` are empty until the program is saved.
+        """
+        program = self.any_role
+        if not program.manifest.program_hash:
+            program.manifest = complete(program)
+        return program.manifest
 
     @staticmethod
     def stands_at(path: str | Path) -> bool:
-        """Whether `path` is a folder of bundles."""
+        """Whether `path` is a folder that holds the bundle of at least one role."""
         return any((role_path(path, role) / MANIFEST).is_file() for role in ROLES)
 
     @classmethod
     def load(cls, path: str | Path, roles: Sequence[str] = ROLES) -> Program:
-        """Read a folder of bundles; those of `roles` must be there and belong together."""
+        """Read the bundles of `roles` from the folder `path`.
+
+        Raises BundleError, in one line that names the file, if a bundle is missing, damaged, of
+        another version or of another program than the others.
+        """
         place = Path(path)
         check_whole(place)
         programs = {role: load_bundle(role_path(place, role), role) for role in roles}
-        hashes = {role: p.manifest["program_hash"] for role, p in programs.items()}
+        hashes = {role: p.manifest.program_hash for role, p in programs.items()}
         if len(set(hashes.values())) > 1:
             listed = ", ".join(f"{role} {value[:12]}" for role, value in hashes.items())
             raise BundleError(
@@ -192,7 +127,12 @@ class Program:
         return cls(programs, None, files, place)
 
     def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
-        """Write the three bundles to `path`: all, or none."""
+        """Write the three bundles to the folder `path`, all or none; return the folder.
+
+        Bundles that stand there already are replaced. progress: called with one line of text as
+        each bundle begins. Raises BundleError if not all roles are at hand, or if `path` cannot be
+        written or holds something other than bundles.
+        """
         from mergec.compiler.backend.emit import emit
 
         missing = [role for role in ROLES if role not in self.roles]
@@ -202,20 +142,45 @@ class Program:
         return self.path
 
     def describe(self) -> str:
-        """One line."""
+        """One line: name, number of instructions, precision, and the start of the hash."""
         manifest = self.manifest
-        lossy = ", lossy" if manifest["lossy"] else ""
+        lossy = ", lossy" if manifest.lossy else ""
         return (
-            f"{manifest['model'] or 'program'}, "
+            f"{manifest.model or 'program'}, "
             f"{len(self.any_role.instructions)} instructions, "
-            f"{manifest['fractional_bits']} fractional bits{lossy}, "
-            f"program {manifest['program_hash'][:12]}"
+            f"{manifest.fractional_bits} fractional bits{lossy}, "
+            f"program {manifest.program_hash[:12]}"
         )
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        manifest = self.manifest
+        exact = "no, see deviation" if manifest.lossy and self.deviation else "no"
+        rows = [
+            ["program", manifest.model or "program"],
+            ["hash", manifest.program_hash[:12]],
+            ["instructions", f"{len(self.any_role.instructions):,}"],
+            ["exact", exact if manifest.lossy else "yes"],
+            *([["deviation", self.deviation]] if self.deviation else []),
+            ["weights", manifest.weights],
+            ["reveal", manifest.reveal],
+            ["network", manifest.network],
+            ["tokens at most", f"{manifest.max_length:,}" if manifest.max_length else "no limit"],
+            *(
+                [
+                    f"{name}: {step['new']:,} new after {step['past']:,}",
+                    f"{step['rounds']:,} rounds, {readable(step['online'])} online",
+                ]
+                for name, step in manifest.cost.items()
+            ),
+            ["saved at", str(self.path) if self.path else "not saved"],
+        ]
+        return html(table("", [["", ""], *rows]))
 
     @property
     def deviation(self) -> str:
-        """One sentence: how far a lossy program was from its model when it was compiled."""
-        said = self.manifest["deviation"]
+        """One sentence: the distance of a lossy program from its model; empty if it is exact."""
+        said = self.manifest.deviation
         if not said:
             return ""
         return (
@@ -229,18 +194,24 @@ class Program:
     ) -> Inspection:
         """Rounds and bytes of one step, by op and by layer, and what each pass did.
 
-        new, past: tokens of the step and before it; by default 128, or as many as are allowed. A
-        program that resends its hidden state ends with a step of no new tokens.
+        Args:
+            new: tokens of the step: the prompt's length, or 1 for a decode step. A program that
+                resends its hidden state ends with a step of 0 new tokens.
+            past: tokens before the step; by default 128, or as many as the program allows.
+            savings: also compute what each pass saves. This takes about as long as one more compile
+                per pass, and needs a program that was compiled in this process.
 
-        `savings` adds what each pass saves. That takes as long as some more compilations, and only
-        a program that was compiled here can tell.
+        Raises:
+            PromptError: the program cannot run a step of these lengths.
+            BundleError: savings are asked of a program that was loaded.
         """
         return self._inspect(self._costs(new, past), savings)
 
     def to_html(self, new: int = 1, past: int | None = None, *, savings: bool = False) -> str:
-        """The same as a page, with the graph before and after, and the changes of each pass.
+        """`inspect` as a self-contained HTML page, with graphs and the changes of each pass.
 
-        A program that was loaded shows only the graph that the parties run.
+        Arguments and errors are those of `inspect`. A program that was loaded shows only the graph
+        that the parties run.
         """
         from mergec.compiler.report.html import page
 
@@ -253,7 +224,7 @@ class Program:
     def _costs(self, new: int, past: int | None) -> CostReport:
         from mergec.compiler.backend.cost import cost_report
 
-        limit = self.manifest["max_length"]
+        limit = self.manifest.max_length
         resends = self.any_role.resends
         if past is None:
             # Of a program that resends its hidden state, only the prompt has several tokens.
@@ -270,22 +241,20 @@ class Program:
                 f"{new} new tokens after {past} are more than the {limit} of this program; "
                 "ask for fewer"
             )
-        return cost_report(self.any_role, new, past, self.manifest["fractional_bits"])
+        return cost_report(self.any_role, new, past, self.manifest.fractional_bits)
 
     def _inspect(self, report: CostReport, savings: bool) -> Inspection:
         manifest = self.manifest
-        shown = [
-            *("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash"),
-            *("weights", "reveal", "network"),
-        ]
-        seconds = NETWORKS[manifest["network"]].seconds(report.total)
+        shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
+                 "reveal", "network")  # fmt: skip
+        seconds = NETWORKS[manifest.network].seconds(report.total)
         return inspect_costs(
             report,
-            manifest["model"] or "program",
-            manifest["cost"],
+            manifest.model or "program",
+            manifest.cost,
             self._passes(report.new, report.past, savings),
-            manifest["left_out"],
-            {key: manifest[key] for key in shown}
+            manifest.left_out,
+            {key: getattr(manifest, key) for key in shown}
             | ({"deviation": self.deviation} if self.deviation else {})
             | {"estimated_network_seconds": round(seconds, 4)},
         )
@@ -294,7 +263,7 @@ class Program:
         saved = {}
         if savings:
             saved = {saving.name: saving for saving in self._history().savings(new, past)}
-        return [PassRow.of(entry, saved.get(entry["pass"])) for entry in self.manifest["passes"]]
+        return [PassRow.of(entry, saved.get(entry["pass"])) for entry in self.manifest.passes]
 
     def _history(self) -> History:
         if self.history is None:
@@ -306,12 +275,12 @@ class Program:
 
     @property
     def graph(self) -> GraphView:
-        """The instructions: print it, or see its `to_dot` and `to_onnx`."""
+        """The instructions of one step: `print` it, or call its `to_dot` or `to_onnx`."""
         return GraphView(self.any_role, self._value_types())
 
     @property
     def captured_graph(self) -> GraphView:
-        """The graph as captured, before any pass."""
+        """The graph as captured, before any pass. Raises BundleError if the program was loaded."""
         return self._history().before
 
     def _value_types(self) -> dict[str, ValueType]:
@@ -322,7 +291,7 @@ class Program:
         return self._types
 
     def text(self) -> Text:
-        """The client's tokenizer."""
+        """The client's tokenizer. Raises a MergecError if the program has none."""
         return Text.from_files(self._files, str(self.path or "the program"))
 
     def generate_local(
@@ -339,10 +308,28 @@ class Program:
         chat: bool | None = None,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
-        """Run client, server and dealer as processes on this machine, and give the answer.
+        """Run client, server and dealer as three processes on this machine.
 
-        `prompt` is text or token numbers. `chat` puts text into the model's chat template; None
-        does so where there is one. `on_text` gets the answer's text as it comes.
+        A program that was never saved is written to a temporary folder first.
+
+        Args:
+            prompt: text, or token numbers.
+            max_tokens: most tokens of the answer; a stop token ends it earlier.
+            mode: "mergec", or "crypten" for CrypTen's stock protocols, for comparison.
+            device: where client and server compute, such as "cpu" or "cuda".
+            temperature: 0 always takes the best token; more makes the choice more random.
+            top_k: choose among this many best tokens; 0 for all.
+            top_p: choose among the best tokens whose probabilities add up to this, 0 to 1.
+            seed: repeats the choice of tokens; None for a fresh one.
+            chat: whether to put text into the model's chat template; None if there is one.
+            on_text: called with each piece of the answer's text as it comes.
+
+        Returns:
+            The answer, with seconds, rounds and bytes as counted at the transport.
+
+        Raises:
+            PromptError: the prompt is empty, too long, or has tokens outside of the vocabulary.
+            PartyError: one of the three processes failed; the message is its own.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         ids, text = self._tokens(prompt, chat, max_tokens)
@@ -366,21 +353,22 @@ class Program:
             prompt=ids,
             tokens=list(result.tokens),
             sampling=sampling,
-            phases=_phases(result),
+            phases=phases_of(result),
             peak_memory=dict(result.peak_memory),
         )
 
     def plaintext(self, answer: Answer) -> PlainAnswer:
-        """The prompt's continuation in the clear, chosen as the answer was and as long.
+        """Continue the answer's prompt in the clear, with the same choice of tokens and length.
 
-        Sampled tokens can be compared only if the answer was drawn from a given seed.
+        Sampled tokens can be compared only if the answer was generated with a seed. Raises
+        BundleError if the server's program is not at hand.
         """
         from mergec.runtime.engine.plain import PlainExecutor
 
         if "server" not in self.roles:
             raise BundleError("plaintext needs the server's program; load it")
         plain = PlainExecutor(self.roles["server"])
-        stop = self.manifest["stop_tokens"]
+        stop = self.manifest.stop_tokens
         tokens, margins = [], []
         sampling, generator = answer.sampling, answer.sampling.generator()
 
@@ -400,7 +388,7 @@ class Program:
     def _tokens(
         self, prompt: str | Sequence[int], chat: bool | None, max_tokens: int
     ) -> tuple[list[int], Text | None]:
-        """The prompt's tokens, checked against the program's limits; and the tokenizer, if any."""
+        """The prompt's tokens, checked against the program's limits, and the tokenizer if any."""
         text = self.text() if self._has_text() or isinstance(prompt, str) else None
         if isinstance(prompt, str) and text is not None:
             if not prompt.strip():
@@ -412,7 +400,7 @@ class Program:
         return ids, text
 
     def _place(self) -> Path:
-        """Where the bundles are; a program that was never saved goes to a temporary folder."""
+        """The folder of the bundles; a temporary one for a program that was never saved."""
         if self.path is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="mergec-")
             self.save(Path(self._temporary.name) / "program")
@@ -422,25 +410,6 @@ class Program:
 
 
 def check_whole(path: Path) -> None:
-    """BundleError if `path` is the bundle of one role."""
+    """Raise BundleError if `path` is the bundle of one role, not a folder of bundles."""
     if (path / MANIFEST).is_file():
         raise BundleError(f"{path}: is the bundle of one role; give the folder that it is in")
-
-
-def _phases(result: LocalResult) -> dict[str, Phase]:
-    """The steps' reports summed: what came before the first, the prompt, and the decode steps."""
-    steps: dict[str, list[StepReport]] = {}
-    if result.setup is not None:
-        steps["setup"] = [result.setup]
-    for report in result.records:
-        steps.setdefault(report.phase, []).append(report)
-    return {
-        name: Phase(
-            tokens=sum(r.new for r in reports),
-            seconds=sum(r.seconds for r in reports),
-            rounds=sum(r.rounds for r in reports),
-            online=sum(r.sent + r.received for r in reports),
-            offline=sum(r.offline_bytes for r in reports),
-        )
-        for name, reports in steps.items()
-    }

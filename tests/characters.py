@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -28,7 +29,7 @@ def files(chat: str | None = CHAT) -> dict[str, bytes]:
     return found | ({TEMPLATE: chat.encode()} if chat else {})
 
 
-def save(path: Path, **manifest: object) -> Path:
+def save(path: Path, **manifest: Any) -> Path:
     """Save the decoder's bundles, with a tokenizer in the client's."""
     told = {"model": "tiny", "max_length": LENGTH, "stop_tokens": [STOP], **manifest}
     kept = {f"{TOKENIZER}/{name}": content for name, content in files().items()}

@@ -10,6 +10,7 @@ import torch
 from mergec.runtime.core.spec import ROLES, Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.bundle import load_bundle, role_path, save_bundle
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 
 VOCAB, WIDTH, LENGTH = 13, 8, 16
@@ -36,7 +37,7 @@ def weights(seed: int = 3) -> dict[str, torch.Tensor]:
     }
 
 
-def program(role: str = "server", seed: int = 3, **manifest: object) -> RoleProgram:
+def program(role: str = "server", seed: int = 3, **manifest: Any) -> RoleProgram:
     """Embedding, norm, attention with a cache, residual and head; greedy margins are large."""
     secret = weights(seed)
     made: list[Instruction] = []
@@ -102,11 +103,13 @@ def program(role: str = "server", seed: int = 3, **manifest: object) -> RoleProg
         outputs=["logits", "cache.k.next", "cache.v.next"],
         constants=specs,
         tensors={**shared, **(secret if role == "server" else {})},
-        manifest={"model": "handmade", "vocab_size": VOCAB, "max_length": LENGTH, **manifest},
+        manifest=Manifest(
+            **{"model": "handmade", "vocab_size": VOCAB, "max_length": LENGTH, **manifest}
+        ),
     )
 
 
-def save(path: Path, seed: int = 3, **manifest: object) -> Path:
+def save(path: Path, seed: int = 3, **manifest: Any) -> Path:
     for role in ROLES:
         save_bundle(program(role, seed, **manifest), role_path(path, role))
     return path

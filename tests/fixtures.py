@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 
 VOCAB, WIDTH = 11, 8
@@ -22,7 +25,7 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
-def tiny(role: str = "server", **manifest: object) -> RoleProgram:
+def tiny(role: str = "server", **manifest: Any) -> RoleProgram:
     """Embedding, norm, linear, cache and head; every kind of argument occurs once."""
     secret = weights()
     public = {"cos": torch.linspace(0.0, 1.0, 4)}
@@ -62,11 +65,11 @@ def tiny(role: str = "server", **manifest: object) -> RoleProgram:
         outputs=["logits", "cache.out"],
         constants=constants,
         tensors={**public, **(secret if role == "server" else {})},
-        manifest={"model": "tiny", "vocab_size": VOCAB, "max_length": 16, **manifest},
+        manifest=Manifest(**{"model": "tiny", "vocab_size": VOCAB, "max_length": 16, **manifest}),
     )
 
 
-def decoder(role: str = "server", **manifest: object) -> RoleProgram:
+def decoder(role: str = "server", **manifest: Any) -> RoleProgram:
     """A program that runs: embedding, linear, a cache that nothing reads, and a tied head."""
     secret = {k: v for k, v in weights().items() if k != "norm.weight"}
 
@@ -98,7 +101,9 @@ def decoder(role: str = "server", **manifest: object) -> RoleProgram:
             for name, value in secret.items()
         ],
         tensors=secret if role == "server" else {},
-        manifest={"model": "decoder", "vocab_size": VOCAB, "max_length": 16, **manifest},
+        manifest=Manifest(
+            **{"model": "decoder", "vocab_size": VOCAB, "max_length": 16, **manifest}
+        ),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram, TensorSpec
 
 VOCAB, WIDTH = 11, 8
@@ -69,5 +70,5 @@ def program(role: str) -> RoleProgram:
         outputs=["logits", "cache.out"],
         constants=[*constants(secret, Vis.SERVER), *constants(public, Vis.PUBLIC)],
         tensors={**public, **(secret if role == "server" else {})},
-        manifest={"fractional_bits": 16},
+        manifest=Manifest(fractional_bits=16),
     )

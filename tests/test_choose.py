@@ -27,7 +27,7 @@ def test_slow_networks_get_fewer_rounds_and_more_bytes() -> None:
     assert costs["wan"].rounds <= costs["lan"].rounds < costs["loopback"].rounds
     assert costs["wan"].offline > costs["loopback"].offline
     for name, program in programs.items():
-        assert program.manifest["network"] == name
+        assert program.manifest.network == name
         network = NETWORKS[name]
         best = min(costs.values(), key=network.weight)
         assert network.weight(costs[name]) == network.weight(best)

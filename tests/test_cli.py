@@ -14,8 +14,9 @@ import onnx
 import pytest
 
 import mergec.compiler.cli as cli
+from mergec.compiler.answer import Answer, Phase
 from mergec.compiler.config import CompileConfig
-from mergec.compiler.program import Answer, Phase, Program
+from mergec.compiler.program import Program
 from mergec.runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
 from mergec.runtime.cli import run as mergec
 from mergec.runtime.core.errors import PartyError

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergec import CompileConfig, Program, compile_decoder
-from mergec.compiler.program import Answer
+from mergec.compiler.answer import Answer
 from mergec.runtime.program.bundle import TENSORS, role_path
 from mergec.runtime.program.encoding import dtype_name
 
@@ -71,13 +71,13 @@ def _constant(weight: torch.Tensor) -> bool:
 
 def test_the_manifest_tells_of_the_model(saved: Path) -> None:
     manifest = Program.load(saved, roles=["client"]).manifest
-    assert manifest["model"] == "LlamaForCausalLM"
-    assert (manifest["vocab_size"], manifest["max_length"]) == (97, 64)
-    assert manifest["lossy"] is False
-    assert {entry["pass"] for entry in manifest["passes"]} >= {"fuse_attention", "fuse_rms_norm"}
-    outputs = manifest["shapes"]["outputs"]
+    assert manifest.model == "LlamaForCausalLM"
+    assert (manifest.vocab_size, manifest.max_length) == (97, 64)
+    assert manifest.lossy is False
+    assert {entry["pass"] for entry in manifest.passes} >= {"fuse_attention", "fuse_rms_norm"}
+    outputs = manifest.shapes["outputs"]
     assert len(outputs) == 5, "logits, and key and value of two layers"
-    decode = manifest["cost"]["decode"]
+    decode = manifest.cost["decode"]
     assert decode["rounds"] > 0
     assert decode["online"] > 0
 

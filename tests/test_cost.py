@@ -108,22 +108,3 @@ def test_lengths_matter_as_they_should(program: RoleProgram, report: CostReport)
     for row in longer.rows:
         if row.target == "mpc.linear":
             assert row.cost == short[row.name].cost, "weights do not care about the past"
-
-
-def test_values_are_forgotten_after_their_last_use(program: RoleProgram) -> None:
-    """A session would otherwise hold every activation of every layer at once."""
-    from mergec.compiler.backend.cost import CostWalker, ghost_inputs
-
-    walker = CostWalker(program, 16)
-    walker.setup()
-    most = 0
-    start = walker._start
-
-    def watched(planned, values):
-        nonlocal most
-        most = max(most, sum(1 for value in values.values() if hasattr(value, "shape")))
-        return start(planned, values)
-
-    walker._start = watched
-    walker.step(ghost_inputs(program, 3, 4))
-    assert most < len(program.instructions) / 3

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.answer import Answer
 from mergec.compiler.backend.cost import cost_report
-from mergec.compiler.program import Answer
 from mergec.runtime.roles.local import run_local
 
 PROMPT, TOKENS = [3, 14, 15, 92, 65, 35], 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 
 from mergec.runtime.core.spec import CLIENT, Vis
 from mergec.runtime.core.values import Held, Masked, Shared
-from mergec.runtime.engine.executor import Executor, Planned, _pack, _unpack
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.functions import evaluate
+from mergec.runtime.engine.packing import pack, unpack
+from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram
@@ -101,11 +106,73 @@ def test_parts_of_a_message_are_found_wherever_they_begin() -> None:
         torch.empty(0, 2, dtype=torch.int32),
         torch.tensor(-5, dtype=torch.int16),
     ]
-    message = _pack(sent)
+    message = pack(sent)
     assert message is not None
     assert message.numel() == 3 + 48 + 2
-    for part, like in zip(_unpack(message, sent, torch.device("cpu")), sent, strict=True):
+    for part, like in zip(unpack(message, sent, torch.device("cpu")), sent, strict=True):
         assert part.equal(like)
         assert part.data_ptr() % part.element_size() == 0
-    assert _pack([]) is None
-    assert list(_unpack(torch.empty(0, dtype=torch.uint8), [], torch.device("cpu"))) == []
+    assert pack([]) is None
+    assert list(unpack(torch.empty(0, dtype=torch.uint8), [], torch.device("cpu"))) == []
+
+
+def test_a_plan_schedules_what_leads_to_the_outputs() -> None:
+    plan = Plan(
+        RoleProgram(
+            "client",
+            [
+                instruction("b", "aten.add.Tensor", Ref("a"), 1),
+                instruction("unused", "aten.add.Tensor", Ref("b"), 1),
+                instruction("c", "aten.mul.Tensor", Ref("b"), Ref("b")),
+                instruction("d", "aten.sub.Tensor", Ref("c"), Ref("a")),
+            ],
+            [], ["d"], [],
+        )
+    )  # fmt: skip
+    assert plan.dependencies == [set(), {0}, {0}, {2}]
+    schedule = plan.schedule(frozenset({"a"}), ("d",))
+    assert schedule.ready == [0]
+    assert schedule.consumers == [[2], [], [3], []]
+    assert schedule.left == [0, 0, 1, 1]
+    assert schedule.uses == {"a": 2, "b": 2, "c": 1, "d": 1}
+    assert plan.schedule(frozenset({"a"}), ("d",)) is schedule
+    assert plan.schedule(frozenset({"a", "c"}), ("d",)).ready == [3]
+
+
+def test_scheduling_reads_the_active_instructions_a_fixed_number_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once for each instruction would be quadratic, and programs have thousands."""
+    reads = 0
+
+    class Watched(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal reads
+            reads += 1
+            return super().__iter__()
+
+    size = 50
+    chain = [instruction(f"v{i + 1}", "aten.add.Tensor", Ref(f"v{i}"), 1) for i in range(size)]
+    plan = Plan(RoleProgram("client", chain, [], [f"v{size}"], []))
+    monkeypatch.setattr(plan, "active", lambda *_: Watched(range(size)))
+    assert plan.schedule(frozenset({"v0"}), (f"v{size}",)).ready == [0]
+    assert 0 < reads < 5
+
+
+def test_values_are_forgotten_after_their_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session would otherwise hold every activation of every layer at once."""
+    size, made, most = 30, [], 0
+
+    def watched(*args: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(value() is not None for value in made))
+        result = evaluate(*args)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr("mergec.runtime.engine.executor.evaluate", watched)
+    chain = [instruction(f"v{i + 1}", "aten.add.Tensor", Ref(f"v{i}"), 1) for i in range(size)]
+    run = executor(*chain, outputs=[f"v{size}"])
+    assert run.step({"v0": torch.tensor(0)})[f"v{size}"] == size
+    assert len(made) == size
+    assert most <= 3

@@ -39,7 +39,7 @@ def test_a_former_bundle_answers_as_before(program: Program) -> None:
 
 
 def test_a_former_bundle_can_be_inspected(program: Program) -> None:
-    predicted = program.manifest["cost"]["decode"]
+    predicted = program.manifest.cost["decode"]
     found = program.inspect(new=predicted["new"], past=predicted["past"])
     for figure in ("rounds", "online", "offline"):
         assert getattr(found.total, figure) == predicted[figure], figure

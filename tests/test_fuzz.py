@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.correlations.prg import new_seed
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.dealer_session import DealerSession
@@ -285,7 +285,7 @@ class Wire:
 
 def play_server(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, Play]:
     program = load_bundle(recorded.bundles / "server", "server")
-    encoded = Executor.take_weights(program)
+    encoded = take_weights(program)
     options = ServerSettings(Path(), NOWHERE, PLAIN["server"], NOWHERE, timeout=1.0)
 
     def play(client: list[bytes], dealer: list[bytes], fuzzed: int) -> list[bytes]:

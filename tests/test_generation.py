@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from mergec.runtime.core.values import Held
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, RoleProgram
 from mergec.runtime.session.generation import answer, check_prompt, generate
 from mergec.runtime.session.sampling import Sampling
@@ -31,7 +33,7 @@ from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
 from tests import decoder
 
-MANIFEST = {"vocab_size": 10, "max_length": 8}
+MANIFEST = Manifest(vocab_size=10, max_length=8)
 
 
 class Counting(Session):
@@ -46,7 +48,7 @@ class Counting(Session):
                 [InputSpec("ids", Vis.CLIENT, "int64", (1, "new")), *(cache if cached else [])],
                 ["logits", *(["c.next"] if cached else [])],
                 [],
-                manifest={**MANIFEST, **manifest},
+                manifest=replace(MANIFEST, **manifest),
             )
         )
         self.counted = Traffic()
@@ -161,7 +163,7 @@ def test_bad_prompts_are_refused_before_any_step(
 
 
 def test_a_program_without_limits_takes_any_prompt() -> None:
-    check_prompt([99] * 100, 100, {"vocab_size": 0, "max_length": 0})
+    check_prompt([99] * 100, 100, Manifest())
 
 
 def test_a_program_of_another_kind_is_refused() -> None:

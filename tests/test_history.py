@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from mergec import CompileConfig, Program, compile_decoder
-from mergec.compiler.report.history import Saving
+from mergec.compiler.report.rows import Saving
 from mergec.runtime.core.errors import BundleError
 from tests.families import LAYERS, random_decoder
 

@@ -12,12 +12,10 @@ from mergec.compiler.backend.cost import CostReport, CostRow
 from mergec.compiler.errors import CompileError
 from mergec.compiler.report.inspect import (
     Inspection,
-    PassRow,
-    graph_text,
     inspect_costs,
-    layer_of,
-    readable,
 )
+from mergec.compiler.report.rows import PassRow
+from mergec.compiler.report.text import graph_text, layer_of, readable
 from mergec.runtime.core.spec import Cost, Vis
 from tests.fixtures import tiny
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergec.runtime.core.errors import MergecError
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.stores.kept import Kept, digest_of, is_name, mask_seed, name_of
 from mergec.runtime.session.stores.reader import Store
@@ -68,7 +68,7 @@ def test_weights_are_sent_once(tmp_path: Path, key: Path) -> None:
 
 def test_masks_depend_on_all_that_they_may_not_be_shared_between() -> None:
     def seed(weights_seed: int = 3, program: str = "p", client: str = "ann", key: bytes = KEY):
-        words = Executor.take_weights(decoder.program("server", weights_seed))
+        words = take_weights(decoder.program("server", weights_seed))
         return mask_seed(key, program, client, digest_of(words))
 
     seeds = [seed(), seed(4), seed(program="q"), seed(client="bob"), seed(key=bytes(32))]

@@ -19,6 +19,7 @@ FLOORS = (
     "compiler.cli",
     "compiler.driver",
     "compiler.program",
+    "compiler.answer",
     "compiler.report",
     "compiler.pipeline",
     "compiler.backend",

@@ -13,6 +13,7 @@ from torch import fx
 from mergec.compiler.backend.legalize import RANGE_MARGIN_BITS, WEIGHT_BITS, legalize
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.graph.moves import is_move, known_size, moved
 from mergec.compiler.graph.ranges import annotate_ranges
@@ -128,7 +129,7 @@ def test_sums_of_products_are_truncated_once() -> None:
 
 
 def test_every_operand_is_in_the_form_its_op_takes() -> None:
-    program = to_dialect(random_decoder("gemma2").float(), CompileConfig())
+    program = to_dialect(capture(random_decoder("gemma2").float()), CompileConfig())
     legalize(program.graph_module, FIXED)
     checked = 0
     for node in program.graph_module.graph.nodes:
@@ -153,7 +154,7 @@ def test_every_operand_is_in_the_form_its_op_takes() -> None:
 
 
 def test_cache_outputs_have_the_form_of_cache_inputs() -> None:
-    program = to_dialect(random_decoder("falcon").float(), CompileConfig())
+    program = to_dialect(capture(random_decoder("falcon").float()), CompileConfig())
     legalize(program.graph_module, FIXED)
     nodes = list(program.graph_module.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"][1:]
@@ -186,7 +187,7 @@ def test_another_scale_goes_to_the_queries() -> None:
 
 
 def test_norms_learn_how_large_their_rows_get() -> None:
-    program = to_dialect(random_decoder("llama").float(), CompileConfig())
+    program = to_dialect(capture(random_decoder("llama").float()), CompileConfig())
     nodes = [n for n in program.graph_module.graph.nodes if "rms_norm" in str(n.target)]
     squares = [node.meta["mean_square"] for node in nodes]
     legalize(program.graph_module, FIXED)
@@ -333,7 +334,7 @@ def test_scores_that_are_too_large_to_be_capped() -> None:
 def test_a_weight_too_large_for_the_ring_is_found_by_calibration() -> None:
     model = random_decoder("gpt2").float()
     model.transformer.h[1].mlp.c_proj.weight.data *= 1e12
-    program = to_dialect(model, CompileConfig())
+    program = to_dialect(capture(model), CompileConfig())
     with pytest.raises(CompileError, match=r"transformer\.h\.1\.mlp"):
         legalize(program.graph_module, FIXED)
 
@@ -342,6 +343,7 @@ def test_a_weight_too_large_for_the_ring_is_found_by_calibration() -> None:
     ("family", "one_layer"), [("gpt2", {"n_layer": 1}), ("llama", {"num_hidden_layers": 1})]
 )
 def test_golden(family: str, one_layer: dict[str, int], golden: Golden) -> None:
-    program = to_dialect(random_decoder(family, **one_layer).float(), CompileConfig())
+    model = random_decoder(family, **one_layer).float()
+    program = to_dialect(capture(model), CompileConfig())
     legalize(program.graph_module, FIXED)
     golden(f"{family}.ir", dump(program.graph_module, secret_only=True))

@@ -14,7 +14,7 @@ from mergec.compiler.backend.deviation import CONTINUED
 from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.config import PRESETS
 from mergec.compiler.errors import CompileError
-from mergec.compiler.pipeline import finish, rewrite
+from mergec.compiler.pipeline import rewrite, to_dialect
 from mergec.passes import available
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -58,8 +58,8 @@ def test_an_unknown_preset_lists_the_valid_ones() -> None:
 def test_every_family(family: str, preset: str) -> None:
     config = CompileConfig(max_length=64, preset=preset)
     step = captured(family)
-    reports = rewrite(step, config)
-    dialect = finish(step, config, reports)
+    dialect = to_dialect(step, config)
+    reports = dialect.pass_report
     legalize(dialect.graph_module, config.fractional_bits)
     sites = {report.name: report.sites for report in reports}
     assert any(sites[name] for name in PRESETS[preset])
@@ -69,7 +69,7 @@ def test_every_family(family: str, preset: str) -> None:
 @pytest.mark.parametrize("preset", LOSSY)
 def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
     program = compiled(family, preset)
-    assert program.manifest["lossy"]
+    assert program.manifest.lossy
     assert "lossy" in program.describe()
     assert program.deviation in program.inspect(1, 6).to_markdown()
     plain = PlainExecutor(program.roles["server"])
@@ -106,8 +106,8 @@ def test_how_far_a_lossy_program_is_from_its_model_is_measured() -> None:
                 apart.append(float((found - wanted).abs().max()))
                 agreed += int(wanted.argmax()) == token
                 text.append(token)
-        said = program.manifest["deviation"]
-        assert program.manifest["model"] == "mine"
+        said = program.manifest.deviation
+        assert program.manifest.model == "mine"
         assert said["worst"] == pytest.approx(max(apart), rel=1e-4)
         assert (said["agreed"], said["places"]) == (agreed, 2 * CONTINUED)
         assert 0 < said["mean"] < said["worst"]
@@ -115,7 +115,7 @@ def test_how_far_a_lossy_program_is_from_its_model_is_measured() -> None:
 
 
 def test_an_exact_program_deviates_from_nothing() -> None:
-    assert compiled("llama", "exact").manifest["deviation"] == {}
+    assert compiled("llama", "exact").manifest.deviation == {}
     assert compiled("llama", "exact").deviation == ""
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergec.compiler.answer import Answer, PlainAnswer
 from mergec.compiler.backend.onnx_export import ValueType
-from mergec.compiler.program import Answer, PlainAnswer, Program
+from mergec.compiler.program import Program
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.engine.plain import PlainExecutor

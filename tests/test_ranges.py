@@ -7,9 +7,10 @@ import torch
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.ir import absmax
 from mergec.compiler.graph.ranges import annotate_ranges
-from mergec.compiler.pipeline import to_dialect
+from mergec.compiler.pipeline import calibration, to_dialect
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.program.program import InputSpec
@@ -83,7 +84,8 @@ def test_nothing_but_meta_changes() -> None:
 
 def test_calibration_is_the_users_or_ours() -> None:
     def largest(config: CompileConfig, tokenizer: object = None) -> float:
-        program = to_dialect(random_decoder("gpt2").float(), config, tokenizer)
+        step = capture(random_decoder("gpt2").float())
+        program = to_dialect(step, config, sequences=calibration(config, step, tokenizer))
         nodes = program.graph_module.graph.nodes
         return next(absmax(n) for n in nodes if "wte.embedding" in n.meta.get("module", "")
                     or n.meta.get("module") == "transformer.wte")  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mergec import Program
+from mergec.compiler.answer import Answer
 from mergec.compiler.backend.cost import cost_report
-from mergec.compiler.program import Answer
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.core.spec import CLIENT, Vis
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -156,5 +156,5 @@ def test_the_client_gets_four_bytes(saved: Program) -> None:
     (reveal,) = [row for row in cost_report(saved.any_role, 1, 5).rows if "token" in row.target]
     assert reveal.vis is Vis.CLIENT
     assert reveal.shape == (1, 1)
-    assert saved.manifest["reveal"] == "token"
+    assert saved.manifest.reveal == "token"
     assert saved.roles["client"].outputs[CLIENT].startswith("reveal_token")

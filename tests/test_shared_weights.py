@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mergec import CompileConfig, Program
+from mergec.compiler.answer import Answer
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
-from mergec.compiler.program import Answer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Vis
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.requests import Plan
@@ -132,7 +132,7 @@ def test_only_the_moving_factor_costs(saved: Program) -> None:
     """A linear layer opens 16 bytes an input where the server's weights take 8, and no more."""
     held = cost_report(compiled("llama")[1].any_role, 1, 8)
     shared = cost_report(saved.any_role, 1, 8)
-    assert saved.manifest["weights"] == "shared"
+    assert saved.manifest.weights == "shared"
     assert held.total.online < shared.total.online < 2 * held.total.online
     assert shared.total.rounds <= held.total.rounds
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import urllib.request
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,7 +338,7 @@ def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> 
         "mergec.runtime.roles.server_session.time.monotonic", lambda: 0.6 * next(now)
     )
     program = decoder.program("server")
-    program.manifest["program_hash"] = "ab"
+    program.manifest = replace(program.manifest, program_hash="ab")
     settings = ServerSettings(
         tmp_path, Address("127.0.0.1", 0), Security("server", None, plaintext=True), None,
         stores=tmp_path / "stores", store_key=KEY,

@@ -12,6 +12,7 @@ from torch import nn
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.verify import verify_dialect
 from mergec.compiler.pipeline import to_dialect
 from tests.conftest import Golden
@@ -62,14 +63,14 @@ def test_nothing_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mergec.compiler.pipeline.annotate_ranges", ran)
     with pytest.raises(CompileError):
-        to_dialect(Decoder(), CompileConfig())
+        to_dialect(capture(Decoder()), CompileConfig())
 
 
 def test_an_op_that_a_disabled_pass_would_have_made() -> None:
     from tests.families import random_decoder
 
     with pytest.raises(CompileError, match=r"5 ops .*(\n.*)*layer_norm"):
-        to_dialect(random_decoder("gpt2"), CompileConfig(disable=("fuse_layer_norm",)))
+        to_dialect(capture(random_decoder("gpt2")), CompileConfig(disable=("fuse_layer_norm",)))
 
 
 def test_a_result_that_nobody_learns() -> None:
@@ -78,7 +79,7 @@ def test_a_result_that_nobody_learns() -> None:
     with pytest.raises(
         CompileError, match=r"would not learn the result(\n.*)*let .* reveal_logits"
     ):
-        to_dialect(random_decoder("gpt2"), CompileConfig(disable=("reveal_logits",)))
+        to_dialect(capture(random_decoder("gpt2")), CompileConfig(disable=("reveal_logits",)))
 
 
 def test_data_movement_and_public_arithmetic_pass() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.program import Instruction, Ref
 from tests.fixtures import decoder, tiny
 
@@ -13,7 +13,7 @@ from tests.fixtures import decoder, tiny
 def test_each_weight_is_held_once_as_integers() -> None:
     program = decoder("server")
     floats = dict(program.tensors)
-    taken = Executor.take_weights(program)
+    taken = take_weights(program)
     assert not program.tensors, "nothing else reads them"
     assert taken["embed.weight"] is taken["head.weight"], "tied weights are one tensor"
     for name, words in taken.items():
@@ -24,7 +24,7 @@ def test_each_weight_is_held_once_as_integers() -> None:
 def test_words_that_need_it_are_wide() -> None:
     program = decoder("server", fractional_bits=20)
     program.tensors["up.weight"] = program.tensors["up.weight"] * 2.0**12
-    taken = Executor.take_weights(program)
+    taken = take_weights(program)
     assert taken["up.weight"].dtype is torch.int64
     assert taken["embed.weight"].dtype is torch.int32
 
@@ -33,11 +33,11 @@ def test_what_is_read_in_the_clear_stays() -> None:
     program = tiny("server")
     double = Instruction("double", "aten.mul.Tensor", (Ref("up.weight"), 2.0), {}, Vis.SERVER, 0)
     program.instructions.append(double)
-    taken = Executor.take_weights(program)
+    taken = take_weights(program)
     assert {"embed.weight", "up.weight", "head.weight"} <= set(taken)
     assert {"cos", "up.weight"} <= set(program.tensors)
     assert "embed.weight" not in program.tensors
 
 
 def test_other_roles_have_none() -> None:
-    assert not Executor.take_weights(decoder("client"))
+    assert not take_weights(decoder("client"))

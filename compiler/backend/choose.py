@@ -1,4 +1,4 @@
-"""The choice among protocols that compute the same: by the cost formulas, for a network."""
+"""The choice among protocols that compute the same result: the cheapest on a network."""
 
 from __future__ import annotations
 
@@ -6,49 +6,44 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergec.compiler.backend.cost import CostWalker, ghost_inputs
+from mergec.compiler.backend.cost import ghost_inputs, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
-from mergec.runtime.engine.executor import Planned
+from mergec.runtime.engine.plan import Plan
 from mergec.runtime.program.program import RoleProgram
 
 NEW, PAST = 1, 128
-"""The step that protocols are chosen for: a further token, after a text of usual length."""
+"""The step that protocols are chosen for: one more token after a text of usual length."""
 
 
 def choose_variants(roles: Mapping[str, RoleProgram], network: Network, fixed: int) -> None:
-    """Set the literals that an op leaves open (`Op.variants`) to what is cheapest on `network`."""
+    """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
+
+    Costs are those of a decode step. fixed: the program's fractional bits. All roles get the same
+    choice; their instructions are replaced in place.
+    """
     program = next(iter(roles.values()))
-    walker = _Chooser(program, network, fixed)
-    if not any(planned.op and _has_variants(planned.op) for planned in walker.plan):
+    plan = Plan(program)
+    if not any(planned.op and _has_variants(planned.op) for planned in plan.steps):
         return
-    walker.setup()
-    walker.step(ghost_inputs(program, NEW, PAST))
+    chosen: dict[str, tuple[Any, ...]] = {}
+    for walked in walk(plan, fixed, ghost_inputs(program, NEW, PAST), program.outputs):
+        planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
+        op = planned.op
+        if op is None or bound is None or not _has_variants(op):
+            continue
+
+        def weight(
+            option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
+        ) -> float:
+            return network.weight(op.cost(**bound | option, fixed=fixed))
+
+        variant = min(op.variants(*bound.values()), key=weight)
+        chosen[item.name] = tuple((planned.bind(item.args, item.kwargs) | variant).values())
     for role in roles.values():
         role.instructions = [
-            replace(item, args=walker.chosen.get(item.name, item.args))
-            for item in role.instructions
+            replace(item, args=chosen.get(item.name, item.args)) for item in role.instructions
         ]
-
-
-class _Chooser(CostWalker):
-    def __init__(self, program: RoleProgram, network: Network, fixed: int) -> None:
-        super().__init__(program, fixed)
-        self.network = network
-        self.chosen: dict[str, tuple[Any, ...]] = {}
-
-    def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
-        op, instruction = planned.op, planned.instruction
-        if op is not None and _has_variants(op):
-            fixed = self.context.fixed
-            variant = min(
-                op.variants(*bound.values()),
-                key=lambda option: self.network.weight(op.cost(**bound | option, fixed=fixed)),
-            )
-            given = planned.bind(instruction.args, instruction.kwargs)
-            self.chosen[instruction.name] = tuple((given | variant).values())
-            bound = bound | variant
-        return super()._shared(planned, bound)
 
 
 def _has_variants(op: type[Op]) -> bool:

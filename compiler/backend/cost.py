@@ -1,8 +1,9 @@
-"""Predicted cost of a program at given lengths, from the ops' own formulas."""
+"""Predicts the rounds and bytes of a step, from the ops' own cost formulas."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
-from mergec.runtime.engine.executor import Executor, Planned
-from mergec.runtime.program.program import FINISH, Phase, RoleProgram, phase_of
+from mergec.runtime.engine.functions import Call, evaluate
+from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.weights import without_data
+from mergec.runtime.program.program import FINISH, Instruction, Phase, RoleProgram, phase_of
+from mergec.runtime.protocols.weights import Constant
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One instruction: what it is, what it gives, and what it costs."""
+    """One call of a dialect op: its target, the visibility and shape of its result, its cost."""
 
     name: str
     target: str
@@ -30,11 +34,13 @@ class CostRow:
 
 @dataclass(frozen=True)
 class CostReport:
-    """A program's cost for `new` tokens after `past` ones.
+    """The cost of a step of `new` tokens after `past` ones.
 
-    total.rounds is the critical path: instructions that do not depend on each other share rounds.
-    critical_path names the instructions on one longest path, in order. takers: how many
-    instructions take what an opening gives, for those that more than one does.
+    rows: one per call of a dialect op, in program order.
+    total: bytes add up; rounds are those of the critical path, because instructions that do not
+    depend on each other share rounds.
+    critical_path: the instructions on one longest path, in order.
+    takers: for each opened value that more than one instruction uses, how many do.
     """
 
     new: int
@@ -46,80 +52,88 @@ class CostReport:
 
     @property
     def serial(self) -> Cost:
-        """What the step would take if no two instructions shared rounds."""
+        """The cost of the step if no two instructions shared rounds."""
         return sum((row.cost for row in self.rows), Cost())
 
     @property
     def unshared(self) -> Cost:
-        """The same if, besides, each instruction opened by itself what it takes."""
+        """The same if, in addition, each instruction opened its operands for itself."""
         again = (row.cost for row in self.rows for _ in range(1, self.takers.get(row.name, 1)))
         return sum(again, self.serial)
 
 
-class CostWalker(Executor):
-    """Walks the instructions on shapes, and asks each op's formula instead of its protocol."""
+@dataclass(frozen=True)
+class Walked:
+    """An instruction as `walk` met it.
 
-    def __init__(self, program: RoleProgram, fixed: int) -> None:
-        super().__init__(program, ShapeContext(fixed=fixed), None)
-        self.rows: list[CostRow] = []
-        self.taken: list[str] = []
-        """Names of opened values, once for each instruction that takes one as it is opened."""
+    bound: the arguments by parameter name if nobody can compute it alone, else None; secret values
+    have shapes and fractional bits, but no data. result: likewise.
+    """
 
-    def setup(self) -> None:
-        wanted = self._weight_bits()
-        for spec in self.program.constants:
-            dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-            if spec.vis is Vis.PUBLIC:
-                self._held[spec.name] = self.program.tensors[spec.name]
-                continue
-            ghost = torch.empty(spec.shape, dtype=dtype, device="meta")
-            if spec.vis is Vis.SHARED:
-                self._share(spec.name, ghost, wanted)
-                continue
-            self._held[spec.name] = Held(spec.vis, ghost)
-            if spec.name in wanted:
-                self._weights[spec.name] = Weight(
-                    ghost, ghost, ghost, self.context.fixed + wanted[spec.name]
-                )
+    planned: Planned
+    bound: dict[str, Any] | None
+    result: Any
 
-    def _start(self, planned: Planned, values: dict[str, Any]) -> Any:
-        result = super()._start(planned, values)
-        instruction = planned.instruction
-        if planned.op is not None:
-            cost = self.record.by_instruction.get(instruction.name, Cost())
-            self.rows.append(
-                CostRow(
-                    instruction.name,
-                    instruction.target,
-                    instruction.module,
-                    instruction.vis,
-                    tuple(result.shape),
-                    cost,
-                )
-            )
-        return result
 
-    def _shared(self, planned: Planned, bound: dict[str, Any]) -> Any:
-        op, instruction = planned.op, planned.instruction
-        if op is None:
-            raise TypeError(f"{instruction.target} has no cost formula")
-        cost = op.cost(*bound.values(), fixed=self.context.fixed)
-        if op.result != "cache":
-            opened = [name for name, value in bound.items() if isinstance(value, (Masked, Sent))]
-            self.taken += [planned.argument(name).name for name in opened]
-        self.record.by_instruction[instruction.name] = cost
-        plain = op.reference(*map(_plain, bound.values()))
-        shape = plain.shape
-        ghost = torch.empty(shape, dtype=torch.int64, device="meta")
-        if op.result == "cache":
-            return type(bound[op.tensors[0]])(ghost, ghost, instruction.frac)
-        if op.result == "masked":
-            return Masked(ghost, ghost, instruction.frac)
-        if op.result == "sent":
-            return Sent(ghost, ghost, instruction.frac)
-        if instruction.vis is Vis.CLIENT:
-            return Held(Vis.CLIENT, ghost)
-        return Shared(ghost, instruction.frac)
+def walk(
+    plan: Plan, fixed: int, inputs: Mapping[str, Any], outputs: Collection[str]
+) -> Iterator[Walked]:
+    """Every instruction that leads from `inputs` to `outputs`, run on shapes, in program order.
+
+    fixed: the program's fractional bits. inputs: as `ghost_inputs` makes them.
+    """
+    context = ShapeContext(fixed=fixed)
+    values, weights = _constants(plan, fixed)
+    values |= inputs
+    for position in plan.active(inputs, outputs):
+        planned = plan.steps[position]
+        operands = [values[name] for name in planned.refs]
+        result = evaluate(context, planned, operands, weights)
+        bound = None
+        if isinstance(result, Call):
+            bound = result.bound
+            result = _result(result, planned.instruction)
+        values[planned.name] = result
+        yield Walked(planned, bound, result)
+
+
+def _constants(plan: Plan, fixed: int) -> tuple[dict[str, Any], dict[str, Constant]]:
+    """The constants by name, without data but for public ones; and those under static masks."""
+    held: dict[str, Any] = {}
+    weights: dict[str, Constant] = {}
+    for spec in plan.program.constants:
+        ghost, bits = without_data(spec), plan.weight_bits.get(spec.name)
+        if spec.vis is Vis.PUBLIC:
+            held[spec.name] = plan.program.tensors[spec.name]
+        elif spec.vis is not Vis.SHARED:
+            held[spec.name] = Held(spec.vis, ghost)
+            if bits is not None:
+                weights[spec.name] = Weight(ghost, ghost, ghost, fixed + bits)
+        elif bits is None:
+            held[spec.name] = Shared(_words(spec.shape), fixed)
+        else:
+            words = _words(spec.shape)
+            held[spec.name] = weights[spec.name] = Masked(words, words, fixed + bits)
+    return held, weights
+
+
+def _words(shape: Sequence[int]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+def _result(call: Call, instruction: Instruction) -> Any:
+    """What the protocol of an op would return, as a shape."""
+    op, bound = call.op, call.bound
+    words = _words(op.reference(*map(_plain, bound.values())).shape)
+    if op.result == "cache":
+        return type(bound[op.tensors[0]])(words, words, instruction.frac)
+    if op.result == "masked":
+        return Masked(words, words, instruction.frac)
+    if op.result == "sent":
+        return Sent(words, words, instruction.frac)
+    if instruction.vis is Vis.CLIENT:
+        return Held(Vis.CLIENT, words)
+    return Shared(words, instruction.frac)
 
 
 def _plain(value: Any) -> Any:
@@ -134,28 +148,41 @@ def _plain(value: Any) -> Any:
 def cost_report(
     program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
 ) -> CostReport:
-    """Predict rounds and bytes of one step; it takes no weights, so any role's program will do.
+    """Predict the rounds and bytes of one step from the ops' cost formulas.
 
-    new, past: as `runtime.session.generation.Session.step` takes them.
+    It reads no weights, so the program of any role will do. new, past: tokens of the step and
+    before it, as in `runtime.session.generation.Session.step`. fixed: the program's fractional
+    bits.
     """
+    plan = Plan(program)
     phase = phase_of(new, past)
     part = program.phase(phase)
-    walker = CostWalker(program, fixed)
-    walker.setup()
     lengths = (past, 0) if phase == FINISH else (new, past)
-    walker.step(ghost_inputs(part, *lengths), part.outputs)
-    costs = walker.record.by_instruction
+    rows: list[CostRow] = []
+    costs: dict[str, Cost] = {}
+    taken: list[str] = []
+    for walked in walk(plan, fixed, ghost_inputs(part, *lengths), part.outputs):
+        planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
+        if planned.op is None:
+            continue
+        if bound is not None:
+            costs[item.name] = planned.op.cost(*bound.values(), fixed=fixed)
+            if planned.op.result != "cache":
+                opened = [key for key, value in bound.items() if isinstance(value, (Masked, Sent))]
+                taken += [planned.argument(key).name for key in opened]
+        cost, shape = costs.get(item.name, Cost()), tuple(walked.result.shape)
+        rows.append(CostRow(item.name, item.target, item.module, item.vis, shape, cost))
     total = Cost()
     for cost in costs.values():
         total = total.beside(cost)
-    path = _critical_path(walker, costs)
+    path = _critical_path(plan, costs)
     rounds = sum(costs.get(name, Cost()).rounds for name in path)
     total = Cost(rounds, total.online, total.offline)
-    return CostReport(new, past, walker.rows, total, path, _takers(walker))
+    return CostReport(new, past, rows, total, path, _takers(plan, taken))
 
 
 def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
-    """Inputs of one step as shapes alone, in the forms that the program takes them in."""
+    """The inputs of one step as meta tensors, in the forms that the program expects."""
     lengths = {"new": new, "past": past, "past+new": past + new}
     inputs: dict[str, Any] = {}
     for spec in part.inputs:
@@ -163,10 +190,9 @@ def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, An
         dtype = getattr(torch, spec.dtype.removeprefix("torch."))
         ghost = torch.empty(shape, dtype=dtype, device="meta")
         if spec.form == "share":
-            words = torch.empty(shape, dtype=torch.int64, device="meta")
-            inputs[spec.name] = Shared(words, spec.frac)
+            inputs[spec.name] = Shared(_words(shape), spec.frac)
         elif spec.vis is Vis.SHARED:
-            words = torch.empty(shape, dtype=torch.int64, device="meta")
+            words = _words(shape)
             form = Sent if spec.form == "sent" else Masked
             inputs[spec.name] = form(words, words, spec.frac)
         else:
@@ -174,31 +200,31 @@ def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, An
     return inputs
 
 
-def _takers(walker: CostWalker) -> dict[str, int]:
-    """How often each opening is taken, however it is moved or cached before."""
-    plan = {planned.instruction.name: planned for planned in walker.plan}
+def _takers(plan: Plan, taken: Sequence[str]) -> dict[str, int]:
+    """How many instructions use each opened value, traced through moves and caches."""
+    steps = {planned.name: planned for planned in plan.steps}
     found: Counter[str] = Counter()
-    for name in walker.taken:
+    for name in taken:
         sources, asked = set(), [name]
         while asked:
-            planned = plan.get(asked.pop())
+            planned = steps.get(asked.pop())
             if planned is None:
                 continue
             if planned.op is None or planned.op.result == "cache":
                 asked += planned.refs
             else:
-                sources.add(planned.instruction.name)
+                sources.add(planned.name)
         found.update(sources)
     return {name: count for name, count in found.items() if count > 1}
 
 
-def _critical_path(walker: CostWalker, costs: dict[str, Cost]) -> list[str]:
+def _critical_path(plan: Plan, costs: Mapping[str, Cost]) -> list[str]:
     graph = nx.DiGraph()
-    names = [planned.instruction.name for planned in walker.plan]
+    names = [planned.name for planned in plan.steps]
     graph.add_nodes_from(names)
-    for name, needed in zip(names, walker.dependencies, strict=True):
-        for index in needed:
-            source = names[index]
+    for name, positions in zip(names, plan.dependencies, strict=True):
+        for position in positions:
+            source = names[position]
             graph.add_edge(source, name, rounds=costs.get(source, Cost()).rounds)
         # A last edge carries the rounds of the instruction itself.
         graph.add_edge(name, (name, "done"), rounds=costs.get(name, Cost()).rounds)

@@ -80,7 +80,7 @@ def to_onnx(
     outputs = set(program.outputs)
     graph = helper.make_graph(
         [_node(item) for item in program.instructions],
-        str(program.manifest.get("model") or "mergec"),
+        str(program.manifest.model or "mergec"),
         inputs,
         [_value_info(name, types[name]) for name in program.outputs],
         initializers,
@@ -99,10 +99,10 @@ def to_onnx(
         opset_imports=[helper.make_opsetid(domain, OPSET) for domain in domains],
         ir_version=_IR_VERSION,
     )
-    told = {"role": program.role}
-    for key in ("program_hash", "ring_bits", "fractional_bits", "max_length", "lossy"):
-        if key in program.manifest:
-            told[key] = str(program.manifest[key])
+    told, manifest = {"role": program.role}, program.manifest
+    if manifest.program_hash:
+        for key in ("program_hash", "ring_bits", "fractional_bits", "max_length", "lossy"):
+            told[key] = str(getattr(manifest, key))
     helper.set_model_props(model, told)
     return model
 

@@ -1,13 +1,14 @@
-"""A graph to look at: as text, as DOT, as ONNX."""
+"""A graph as text, as DOT and as ONNX."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mergec.compiler.report.inspect import graph_text
+from mergec.compiler.report.text import graph_text
 from mergec.compiler.text import layer_of
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.encoding import refs
@@ -26,11 +27,16 @@ _FILLS = {
 }
 
 
+_STYLE = "max-height:32em; overflow:auto; white-space:pre; font-family:monospace"
+
+
 @dataclass(frozen=True)
 class GraphView:
-    """The graph of one step, before or after the passes; `print` shows its text.
+    """The graph of one step, before or after the passes.
 
-    `types` are those of inputs and results, where they are known.
+    `print` shows its text, one line per instruction; so does a notebook.
+
+    types: dtypes and shapes of results, where known.
     """
 
     program: RoleProgram
@@ -39,14 +45,18 @@ class GraphView:
     def __str__(self) -> str:
         return graph_text(self.program, self.types)
 
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        return f'<pre style="{_STYLE}">{escape(str(self))}</pre>'
+
     def to_onnx(self) -> onnx.ModelProto:
-        """For viewers such as Netron: names and shapes, no weights."""
+        """For viewers such as Netron: names and shapes, no weights. It cannot be run."""
         from mergec.compiler.backend.onnx_export import to_onnx
 
         return to_onnx(self.program, self.types)
 
     def to_dot(self) -> str:
-        """For Graphviz: a cluster per layer, colours by who knows a value."""
+        """For Graphviz: one cluster per layer; the colour of a node says who knows its value."""
         lines = [
             "digraph step {",
             '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=10];',
@@ -66,7 +76,7 @@ class GraphView:
 
 
 def edges(program: RoleProgram) -> Iterator[tuple[str, str]]:
-    """From each value to the instructions that take it; constants are no nodes."""
+    """From each input or result to the instructions that read it; constants are not nodes."""
     known = {spec.name for spec in program.inputs} | {i.name for i in program.instructions}
     for item in program.instructions:
         for source in dict.fromkeys(operands(item)):
@@ -75,7 +85,7 @@ def edges(program: RoleProgram) -> Iterator[tuple[str, str]]:
 
 
 def operands(item: Instruction) -> list[str]:
-    """Names of the values and constants that an instruction takes, in order."""
+    """Names of the values and constants that an instruction reads, in order."""
     given: list[Any] = [*item.args, *item.kwargs.values()]
     return [ref.name for ref in refs(given)]
 

@@ -1,4 +1,4 @@
-"""How a program came about: its graph as captured, what each pass changed, and what that saved."""
+"""The history of a compile: the captured graph, what each pass changed, and what that saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import fx
 
@@ -18,8 +17,9 @@ from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.visibility import annotate_visibility
-from mergec.compiler.pipeline import assemble, finish, rewrite, select
+from mergec.compiler.pipeline import Sequences, assemble, rewrite, select, to_dialect
 from mergec.compiler.report.graph_view import GraphView
+from mergec.compiler.report.rows import Saving
 from mergec.compiler.text import assign_names, layer_of, length_symbols, node_lines
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.core.spec import Cost
@@ -31,9 +31,9 @@ _PLACE = re.compile(r"%[\w.]+")
 
 @dataclass(frozen=True)
 class Hunk:
-    """A change that a pass made in the same way in several layers.
+    """A change that a pass made in the same way in each of `layers`.
 
-    In its lines `N` stands for a layer's own number, `N-1` for that of the one before.
+    In the lines `N` stands for the number of the layer, `N-1` for that of the layer before.
     """
 
     layers: tuple[str, ...]
@@ -45,27 +45,12 @@ class Hunk:
 class Change:
     """What one pass did to the graph.
 
-    rewired: how many further nodes only got another operand.
+    rewired: how many other nodes only had an operand replaced.
     """
 
     name: str
     hunks: tuple[Hunk, ...]
     rewired: int
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What a step costs and how many instructions it has, without a pass and with it.
-
-    All passes before it run in both, and after it only those that are needed. `needed` says why the
-    model cannot be compiled without the pass; then there is nothing to compare with.
-    """
-
-    name: str
-    needed: str
-    without: Cost | None = None
-    with_it: Cost | None = None
-    instructions: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,13 +62,16 @@ class _Trial:
 
 
 class History:
-    """Replays a compilation pass by pass. Nothing is computed before it is asked for."""
+    """Replays a compile pass by pass. Nothing is computed before it is asked for."""
 
-    def __init__(self, captured: Captured, config: CompileConfig, tokenizer: Any = None) -> None:
-        """`captured` is a graph that no pass has seen; it is copied and not changed."""
+    def __init__(self, captured: Captured, config: CompileConfig, sequences: Sequences) -> None:
+        """captured: a graph that no pass has seen; it is copied and not changed.
+
+        config, sequences: the options and the calibration sequences of the compile.
+        """
         self._captured = captured
         self._config = config
-        self._tokenizer = tokenizer
+        self._sequences = sequences
 
     @cached_property
     def before(self) -> GraphView:
@@ -98,7 +86,7 @@ class History:
 
     @cached_property
     def changes(self) -> list[Change]:
-        """What each pass that found something did, in the order in which they ran."""
+        """What each pass that changed something did, in the order in which they ran."""
         step = self._captured.copy()
         annotate_visibility(step.graph_module, step.inputs, step.constants)
         graph = step.graph_module.graph
@@ -113,9 +101,10 @@ class History:
         return found
 
     def savings(self, new: int, past: int) -> list[Saving]:
-        """What each pass saves in a step of these lengths; takes as long as so many compilations.
+        """What each pass saves in a step of `new` tokens after `past` ones.
 
-        Passes that found nothing are left out.
+        Passes that changed nothing are left out. Takes one compile for each of the others, without
+        capture; later calls, for other lengths, reuse them.
         """
         bits = self._config.fractional_bits
 
@@ -139,8 +128,8 @@ class History:
     def _trials(self) -> list[_Trial]:
         """From the last pass to the first: can the model be compiled without it?
 
-        A pass that it can do without stays out when those before it are tried. So each trial is
-        the program that the next one is compared with, and the last is the one of needed passes.
+        If it can, the pass stays out while those before it are tried. So each trial is the program
+        that the next one is compared with, and the last trial consists of needed passes alone.
         """
         order = select(self._config)
         step, snapshots = self._captured.copy(), []
@@ -166,17 +155,16 @@ class History:
         return trials[::-1]
 
     def _program(self, step: Captured, rest: Sequence[type[Pass]]) -> RoleProgram:
-        """What comes of a graph after the `rest` of the passes: the client's program."""
-        config = self._config
-        dialect = finish(step, config, self._rewrite(step, rest), self._tokenizer)
-        return assemble(dialect, config)["client"]
+        """The client's program, of a graph on which the `rest` of the passes still has to run."""
+        dialect = to_dialect(step, self._config, rest, self._sequences)
+        return assemble(dialect, self._config)["client"]
 
     def _rewrite(self, step: Captured, passes: Sequence[type[Pass]]) -> list[PassReport]:
-        return rewrite(step, self._config, passes, self._tokenizer)
+        return rewrite(step, self._config, passes, self._sequences)
 
 
 def _keep_names(graph: fx.Graph, before: dict[fx.Node, str]) -> dict[fx.Node, str]:
-    """Names of a rewritten graph in which nodes that are still there keep theirs."""
+    """Names for a rewritten graph; nodes that are still there keep theirs."""
     fresh = assign_names(graph)
     names = {node: before[node] for node in graph.nodes if node in before}
     taken = set(names.values())
@@ -192,9 +180,9 @@ def _keep_names(graph: fx.Graph, before: dict[fx.Node, str]) -> dict[fx.Node, st
 
 
 def _compare(name: str, before: dict[fx.Node, str], after: dict[fx.Node, str]) -> Change:
-    """What went and what came, by layer; layers in which the same happened are one hunk.
+    """The lines removed and added, by layer; layers with the same changes share one hunk.
 
-    A node whose function is the same and whose operands moved on is no change of its own.
+    A node that calls the same function on other operands is counted as rewired, not as changed.
     """
     removed: dict[str, list[str]] = {}
     added: dict[str, list[str]] = {}

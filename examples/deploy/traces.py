@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.bundle import load_bundle
 
 SHOWN = 4
@@ -41,7 +41,7 @@ def weight_traces(bundle: Path) -> set[bytes]:
     Rows that begin with four equal numbers, such as ones, are left out: they would occur by chance.
     """
     program = load_bundle(bundle, "server")
-    numbers = [*program.tensors.items(), *Executor.take_weights(program).items()]
+    numbers = [*program.tensors.items(), *take_weights(program).items()]
     public = {spec.name for spec in program.constants if spec.vis is Vis.PUBLIC}
     found: set[bytes] = set()
     for name, tensor in numbers:

@@ -52,7 +52,7 @@ def examine(
     role = ""
     if bundle is not None:
         try:
-            role = str(read_manifest(bundle)["role"])
+            role = read_manifest(bundle).role
             yield from _bundle(bundle, role)
         except MergecError as error:
             yield Finding("bundle", BAD, str(error))
@@ -139,9 +139,9 @@ def _bundle(folder: Path, role: str) -> Iterator[Finding]:
     yield Finding(
         "bundle",
         GOOD,
-        f"{manifest['model'] or 'program'} for the {role}, {len(program.instructions)} "
-        f"instructions, {manifest['fractional_bits']} fractional bits, program "
-        f"{manifest['program_hash'][:12]}",
+        f"{manifest.model or 'program'} for the {role}, {len(program.instructions)} "
+        f"instructions, {manifest.fractional_bits} fractional bits, program "
+        f"{manifest.program_hash[:12]}",
     )
     needed, free = _memory(program, role), _available()
     said = f"about {_size(needed)} for the first session, {_size(free)} free"

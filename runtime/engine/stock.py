@@ -12,31 +12,27 @@ from typing import Any
 
 import torch
 
-from mergec.runtime.core.spec import FRACTIONAL_BITS, ROLES, SERVER, Vis
+from mergec.runtime.core.spec import ROLES, SERVER, Vis
 from mergec.runtime.core.values import OWNER, Held, visibility
 from mergec.runtime.crypten import compat as crypten
-from mergec.runtime.engine.executor import Planned, apply_locally
-from mergec.runtime.ops import load_all
-from mergec.runtime.program.program import Ref, RoleProgram, needed
+from mergec.runtime.engine.functions import apply_locally
+from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.program.program import Ref, RoleProgram
 
 
 class StockExecutor:
     """The client's or the server's side of a session; the dealer is CrypTen's third party."""
 
     def __init__(self, program: RoleProgram, device: str = "cpu") -> None:
-        load_all()
         self.program = program
         self.device = torch.device(device)
         self.party = ROLES.index(program.role)
-        crypten.cfg.encoder.precision_bits = program.manifest.get(
-            "fractional_bits", FRACTIONAL_BITS
-        )
+        crypten.cfg.encoder.precision_bits = program.manifest.fractional_bits
         self._held: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}
-        self._plan = [Planned(item, self.device) for item in program.instructions]
-        self._defined = [(planned.instruction.name, planned.refs) for planned in self._plan]
+        self._plan = Plan(program, self.device)
         self._last_use: dict[str, int] = {}
-        for i, planned in enumerate(self._plan):
+        for i, planned in enumerate(self._plan.steps):
             self._last_use.update(dict.fromkeys(planned.refs, i))
 
     def setup(self) -> None:
@@ -76,9 +72,9 @@ class StockExecutor:
         wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = dict(inputs)
         with crypten.quiet(), crypten.no_grad():
-            for i in needed(self._defined, inputs, wanted):
-                planned = self._plan[i]
-                values[planned.instruction.name] = self._run(planned, values)
+            for i in self._plan.active(inputs, wanted):
+                planned = self._plan.steps[i]
+                values[planned.name] = self._run(planned, values)
                 for name in planned.refs:
                     if self._last_use[name] == i and name not in wanted:
                         values.pop(name, None)
@@ -134,7 +130,7 @@ class StockExecutor:
         """Server-held constants that an op on shares takes."""
         held = {spec.name for spec in self.program.constants if OWNER.get(spec.vis) == SERVER}
         names: dict[str, None] = {}
-        for planned in self._plan:
+        for planned in self._plan.steps:
             if planned.op is not None and planned.instruction.vis is Vis.SHARED:
                 names |= dict.fromkeys(name for name in planned.refs if name in held)
         return list(names)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,17 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS, ROLES
+from mergec.runtime.core.spec import RING_BITS, ROLES
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.program.encoding import (
     RECOMPILE,
-    canonical,
     decode_program,
     encode_program,
-    is_a,
     program_hash,
 )
-from mergec.runtime.program.program import FORMAT_VERSION, RoleProgram
+from mergec.runtime.program.json_values import is_a
+from mergec.runtime.program.manifest import FORMAT_VERSION, Manifest, digest
+from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.program.validate import validate
 
 MANIFEST, PROGRAM, TENSORS, GRAPH = (
@@ -43,35 +44,6 @@ MANIFEST, PROGRAM, TENSORS, GRAPH = (
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer's files in a client bundle."""
 
-DESCRIPTION: dict[str, tuple[type, Any]] = {
-    "model": (str, ""),
-    "fractional_bits": (int, FRACTIONAL_BITS),
-    "max_length": (int, 0),
-    "vocab_size": (int, 0),
-    "stop_tokens": (list, []),
-    "lossy": (bool, False),
-    "deviation": (dict, {}),
-    "weights": (str, "server"),
-    "reveal": (str, "logits"),
-    "network": (str, "loopback"),
-    "mode": (str, "mergec"),
-    "shapes": (dict, {}),
-    "cost": (dict, {}),
-    "passes": (list, []),
-    "left_out": (dict, {}),
-}
-"""What a compiler says of a program in its manifest: type, and the value when it says nothing."""
-
-_COMPUTED: dict[str, type] = {
-    "format_version": int,
-    "mergec_version": str,
-    "torch_version": str,
-    "role": str,
-    "ring_bits": int,
-    "program_hash": str,
-    "files": dict,
-    "digest": str,
-}
 _COPY = "copy the bundle again, or compile the model again"
 
 
@@ -85,14 +57,16 @@ Content = bytes | Path | Callable[[Path], bytes]
 def save_bundle(
     program: RoleProgram, path: str | Path, files: Mapping[str, Content] | None = None
 ) -> Path:
-    """Write the bundle of one role; `files` are further ones by their names in the bundle.
+    """Write the bundle of one role to the folder `path`, and return the folder.
 
-    `program.manifest` may hold any key of DESCRIPTION; afterwards it is the bundle's, complete. A
-    bundle that stands at `path` already is replaced at once, or not at all.
+    files: further files, by their names in the bundle. Afterwards `program.manifest` is the
+    manifest that was written. A bundle that stands at `path` already is replaced at once, or not at
+    all. Raises BundleError if the program is not valid or the folder cannot be written.
     """
     target = Path(path)
     validate(program, str(target))
-    manifest = program.manifest = _describe(program)
+    # The files may tell of it, as the ONNX graph does.
+    manifest = program.manifest = complete(program)
     with replacing(target) as folder:
         stored, aliases = _storable(program.tensors)
         # With neither tensors nor metadata, empty metadata would give a file that is no JSON.
@@ -105,7 +79,7 @@ def save_bundle(
                 shutil.copyfile(content, place)
             else:
                 place.write_bytes(content if isinstance(content, bytes) else content(folder))
-        manifest["files"] = {
+        listed = {
             file.relative_to(folder).as_posix(): {
                 "bytes": file.stat().st_size,
                 "sha256": _file_digest(file),
@@ -113,8 +87,11 @@ def save_bundle(
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         }
-        manifest["digest"] = _digest(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest = replace(manifest, files=listed)
+        manifest = replace(manifest, digest=digest(manifest.to_dict()))
+        text = json.dumps(manifest.to_dict(), indent=1)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    program.manifest = manifest
     return target
 
 
@@ -161,33 +138,19 @@ def role_path(bundle_dir: str | Path, role: str) -> Path:
     return Path(bundle_dir) / role
 
 
-def _describe(program: RoleProgram) -> dict[str, Any]:
-    """The manifest but for the files: given keys checked, others filled in."""
-    computed = set(_COMPUTED)
-    unknown = sorted(set(program.manifest) - set(DESCRIPTION) - computed)
-    if unknown:
-        raise BundleError(f"the manifest cannot hold {unknown[0]!r}; known: {list(DESCRIPTION)}")
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "mergec_version": VERSION,
-        "torch_version": str(torch.__version__),
-        "role": program.role,
-        "ring_bits": RING_BITS,
-        "program_hash": program_hash(program),
-    }
-    for key, (kind, default) in DESCRIPTION.items():
-        value = program.manifest.get(key, default)
-        if not is_a(value, kind):
-            raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {value!r}")
-        manifest[key] = value
-    for key, values in CHOICES.items():
-        if manifest[key] not in values:
-            raise BundleError(_no_choice(key, manifest[key]))
-    return manifest
-
-
-def _no_choice(key: str, value: object) -> str:
-    return f"the manifest's {key} is {value!r}; it can be: {', '.join(CHOICES[key])}"
+def complete(program: RoleProgram) -> Manifest:
+    """The program's manifest with what follows from the program; `files` and `digest` are empty."""
+    return replace(
+        program.manifest,
+        format_version=FORMAT_VERSION,
+        mergec_version=VERSION,
+        torch_version=str(torch.__version__),
+        role=program.role,
+        ring_bits=RING_BITS,
+        program_hash=program_hash(program),
+        files={},
+        digest="",
+    )
 
 
 def _storable(
@@ -229,7 +192,10 @@ def _storable(
 
 
 def load_bundle(path: str | Path, role: str) -> RoleProgram:
-    """Read the bundle of `role` at `path`, after checking all that it says; BundleError if not."""
+    """Read the bundle of `role` at `path`; checks everything before anything is used.
+
+    Raises BundleError, in one line that names the file, at the first thing that is wrong.
+    """
     folder = Path(path)
     manifest = read_manifest(folder, role)
     _check_files(folder, manifest)
@@ -239,16 +205,20 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     program.tensors = _load_tensors(folder / TENSORS, program)
     validate(program, where)
     found = program_hash(program)
-    if found != manifest["program_hash"]:
+    if found != manifest.program_hash:
         raise BundleError(
             f"{where}: is the program {found[:12]}, the manifest speaks of "
-            f"{manifest['program_hash'][:12]}; {RECOMPILE}"
+            f"{manifest.program_hash[:12]}; {RECOMPILE}"
         )
     return program
 
 
-def read_manifest(path: str | Path, role: str | None = None) -> dict[str, Any]:
-    """The manifest of a bundle, checked by itself; the files it lists are not looked at."""
+def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
+    """The manifest of the bundle at `path`, checked by itself: its files are not looked at.
+
+    Raises BundleError, in one line that names the file, if there is no bundle, if it is of another
+    role than `role`, of another format version or ring, or if the manifest was changed.
+    """
     folder = Path(path)
     if not folder.is_dir():
         what = "is not a directory" if folder.exists() else "no such bundle"
@@ -258,43 +228,40 @@ def read_manifest(path: str | Path, role: str | None = None) -> dict[str, Any]:
         raise BundleError(
             f"{folder}: holds the bundles of all roles; give one, as {folder / 'client'}"
         )
-    manifest = _read_json(file)
-    if not isinstance(manifest, dict) or not is_a(manifest.get("format_version"), int):
+    data = _read_json(file)
+    if not isinstance(data, dict) or not is_a(data.get("format_version"), int):
         raise BundleError(f"{file}: is not a mergec manifest; {_COPY}")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if data["format_version"] != FORMAT_VERSION:
         raise BundleError(
-            f"{file}: has format version {manifest['format_version']}, this mergec ({VERSION}) "
+            f"{file}: has format version {data['format_version']}, this mergec ({VERSION}) "
             f"reads {FORMAT_VERSION}; {RECOMPILE} with this version"
         )
-    kinds = _COMPUTED | {key: kind for key, (kind, _) in DESCRIPTION.items()}
-    for key, kind in kinds.items():
-        if not is_a(manifest.get(key), kind):
-            raise BundleError(f"{file}: {key!r} is missing or not {kind.__name__}; {_COPY}")
-    for key, values in CHOICES.items():
-        if manifest[key] not in values:
-            raise BundleError(f"{file}: {_no_choice(key, manifest[key])}; {RECOMPILE}")
-    if manifest["digest"] != _digest(manifest):
+    try:
+        manifest = Manifest.from_dict(data)
+    except BundleError as error:
+        raise BundleError(f"{file}: {error}; {_COPY}") from error
+    if manifest.digest != digest(data):
         raise BundleError(f"{file}: does not match its own digest, it was changed; {_COPY}")
-    if manifest["role"] not in ROLES:
-        raise BundleError(f"{file}: unknown role {manifest['role']!r}; {RECOMPILE}")
-    if role is not None and manifest["role"] != role:
+    if manifest.role not in ROLES:
+        raise BundleError(f"{file}: unknown role {manifest.role!r}; {RECOMPILE}")
+    if role is not None and manifest.role != role:
         raise BundleError(
-            f"{folder}: is the bundle of the {manifest['role']}, this party is the {role}; "
+            f"{folder}: is the bundle of the {manifest.role}, this party is the {role}; "
             f"give the {role}'s bundle"
         )
-    if manifest["ring_bits"] != RING_BITS:
+    if manifest.ring_bits != RING_BITS:
         raise BundleError(
-            f"{file}: is for a ring of {manifest['ring_bits']} bits, this mergec computes "
+            f"{file}: is for a ring of {manifest.ring_bits} bits, this mergec computes "
             f"with {RING_BITS}; {RECOMPILE}"
         )
     return manifest
 
 
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, manifest: Manifest) -> None:
     for needed in (PROGRAM, TENSORS):
-        if needed not in manifest["files"]:
+        if needed not in manifest.files:
             raise BundleError(f"{folder / MANIFEST}: does not list {needed}; {RECOMPILE}")
-    for name, listed in manifest["files"].items():
+    for name, listed in manifest.files.items():
         if not isinstance(listed, dict):
             raise BundleError(f"{folder / MANIFEST}: lists {name} without size and hash; {_COPY}")
         file = folder / _inside(name, str(folder / MANIFEST))
@@ -377,11 +344,6 @@ def _pretty(encoded: Mapping[str, Any]) -> str:
             f" {json.dumps(key)}: [\n{lines}\n ]" if items else f" {json.dumps(key)}: []"
         )
     return "{\n" + ",\n".join(sections) + "\n}\n"
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(canonical(rest)).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

@@ -6,16 +6,17 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Vis
+from mergec.runtime.core.spec import RING_BITS, Vis
+from mergec.runtime.program.json_values import canonical, is_a
+from mergec.runtime.program.manifest import FORMAT_VERSION
 from mergec.runtime.program.program import (
     DECODE,
     FINISH,
-    FORMAT_VERSION,
     PROMPT,
     InputSpec,
     Instruction,
@@ -46,7 +47,7 @@ def program_hash(program: RoleProgram) -> str:
     shared = {
         "format_version": FORMAT_VERSION,
         "ring_bits": RING_BITS,
-        "fractional_bits": program.manifest.get("fractional_bits", FRACTIONAL_BITS),
+        "fractional_bits": program.manifest.fractional_bits,
         "public": {
             spec.name: _tensor_digest(program.tensors[spec.name])
             for spec in program.constants
@@ -272,15 +273,6 @@ def refs(value: object) -> Iterator[Ref]:
 def dtype_name(dtype: torch.dtype | str) -> str:
     """A dtype's name without its module: `int64`, `float32`."""
     return str(dtype).removeprefix("torch.")
-
-
-def is_a(value: object, kind: type) -> TypeGuard[Any]:
-    """isinstance, but a bool is no int."""
-    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
-
-
-def canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:

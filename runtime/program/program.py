@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergec.runtime.core.spec import Vis
-
-FORMAT_VERSION = 1
-"""Raised whenever an older runtime could misread a bundle."""
+from mergec.runtime.program.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class RoleProgram:
     outputs: list[str]
     constants: list[TensorSpec]
     tensors: dict[str, Any] = field(default_factory=dict)
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
     phases: list[Phase] = field(default_factory=list)
 
     @property

@@ -133,10 +133,10 @@ class Endpoint:
         self._sessions, self._text, self._log = sessions, sessions.text, log
         manifest = sessions.program.manifest
         self._manifest = manifest
-        self._model = str(manifest["model"])
-        self._revealed = manifest.get("reveal", "logits") == "logits"
-        self._stop = frozenset(manifest.get("stop_tokens", ()))
-        self._fingerprint = f"mergec-{manifest['program_hash'][:12]}"
+        self._model = manifest.model
+        self._revealed = manifest.reveals_logits
+        self._stop = frozenset(manifest.stop_tokens)
+        self._fingerprint = f"mergec-{manifest.program_hash[:12]}"
         self._began = int(time.time())
 
     @asynccontextmanager
@@ -164,11 +164,11 @@ class Endpoint:
         return {
             "model": self._model,
             "chat": self._text.has_chat,
-            "lossy": bool(manifest.get("lossy")),
-            "weights": manifest.get("weights", "server"),
-            "reveal": "logits" if self._revealed else "token",
+            "lossy": manifest.lossy,
+            "weights": manifest.weights,
+            "reveal": manifest.reveal,
             "max_length": self._room(),
-            "program": manifest["program_hash"],
+            "program": manifest.program_hash,
             "sessions": sessions.most,
             "busy": sessions.busy,
             "setup": cost([sessions.setup]) if sessions.setup else None,
@@ -214,7 +214,7 @@ class Endpoint:
 
     def _room(self) -> int:
         """Most tokens of prompt and answer together; 0 for no limit."""
-        limits = (self._manifest.get("max_length", 0), self._sessions.limits.get("length", 0))
+        limits = (self._manifest.max_length, self._sessions.limits.get("length", 0))
         return min((limit for limit in limits if limit), default=0)
 
     def _tokens(self, wanted: Wanted, length: int) -> int:

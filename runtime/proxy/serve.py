@@ -72,7 +72,7 @@ def proxy(
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
         app = make_app(sessions, hosts, settings.origins, log)
         bound = Address(*listener.getsockname()[:2])
-        log.info("listening", address=str(bound), model=sessions.program.manifest["model"])
+        log.info("listening", address=str(bound), model=sessions.program.manifest.model)
         on_ready(f"http://{bound}")
         # uvicorn's own logs would contain paths and exceptions; ours contain lengths and reasons.
         config = uvicorn.Config(

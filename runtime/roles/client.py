@@ -11,7 +11,7 @@ from typing import Any
 
 from mergec.runtime.core.context import ByteSource, ClientContext
 from mergec.runtime.core.errors import LimitError, MergecError, PartyError, PromptError
-from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.encoding import is_a
@@ -148,7 +148,7 @@ class Connection:
         """Receive the masked weights, or load those kept if the server reuses its masks."""
         here, found = None, None
         if self._keep is not None and is_name(self._masks):
-            here = Kept(self._keep, self.program.manifest["program_hash"], str(self._masks))
+            here = Kept(self._keep, self.program.manifest.program_hash, str(self._masks))
             found = here.load()
         if self._masks is not None:
             channel.send_json(Kind.KEPT, kept=found is not None)
@@ -160,7 +160,7 @@ class Connection:
         return session
 
     def _context(self, seed: bytes, source: ByteSource) -> ClientContext:
-        fixed = self.program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        fixed = self.program.manifest.fractional_bits
         return ClientContext(seed, source, self._device, fixed)
 
     def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
@@ -213,7 +213,7 @@ class Connection:
             store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
             if not isinstance(store, str) or not is_store(store):
                 raise PartyError("the server does not name its store; run `mergec prepare` again")
-            program = self.program.manifest["program_hash"]
+            program = self.program.manifest.program_hash
             header = Header(store, ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens)
             with StoreWriter(root, header, key, seed) as writer:
                 for done in range(1, plan.answers + 1):
@@ -267,7 +267,7 @@ class Connection:
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
-        ending = self.program.manifest.get("stop_tokens", ()) if stop is None else stop
+        ending = self.program.manifest.stop_tokens if stop is None else stop
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
         try:

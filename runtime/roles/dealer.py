@@ -30,7 +30,7 @@ def deal(settings: DealerSettings) -> bool:
     if settings.metrics is not None:
         log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
     with listen(settings.listen, settings.security) as listener:
-        log.info("listening", address=_name(listener), program=program.manifest["program_hash"])
+        log.info("listening", address=_name(listener), program=program.manifest.program_hash)
 
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)

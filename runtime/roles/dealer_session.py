@@ -15,7 +15,7 @@ import torch
 from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PartyError, PeerEndedError
-from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import derive
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
@@ -131,13 +131,13 @@ class DealerSession:
         server: bytes,
         masks: bytes | None,
     ) -> None:
-        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        fixed = self._program.manifest.fractional_bits
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
         context = DealerContext(client, server, *streams, fixed=fixed, weight_seed=masks)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
-        limit = self._program.manifest["max_length"]
+        limit = self._program.manifest.max_length
         while True:
             kind, payload = self._agreed(channel, line)
             if kind is Kind.END:

@@ -16,7 +16,7 @@ import torch
 
 from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER, Cost
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
@@ -39,7 +39,7 @@ class InProcessSession:
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]
         sources = [source for _, source in streams]
-        fixed = programs[ROLES[CLIENT]].manifest.get("fractional_bits", FRACTIONAL_BITS)
+        fixed = programs[ROLES[CLIENT]].manifest.fractional_bits
         contexts: dict[int, Context] = {
             CLIENT: ClientContext(client_seed, sources[CLIENT], device, fixed),
             SERVER: ServerContext(server_seed, sources[SERVER], device, fixed),

@@ -25,7 +25,7 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
-from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import SEED_BYTES, new_seed
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.program.program import RoleProgram
@@ -97,7 +97,7 @@ def run_party(options: Options, emit: Emit) -> None:
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
         draw_for(options.sampling, program.manifest, options.mode)
-    emit("loaded", pid=os.getpid(), program=program.manifest["program_hash"])
+    emit("loaded", pid=os.getpid(), program=program.manifest.program_hash)
     debug = int(options.insecure_first_party)
     greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
     emit("joined")
@@ -147,13 +147,14 @@ def compute(
     """A computing party's executor over `link`, and its stream from the dealer."""
     from mergec.runtime.core.context import ClientContext, ServerContext
     from mergec.runtime.engine.executor import Executor
+    from mergec.runtime.engine.weights import take_weights
 
     dealer = channels[DEALER]
     seed = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES))
     source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
     kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
     context = kind(seed, source, device, _fixed(program))
-    return Executor(program, context, link, Executor.take_weights(program)), source
+    return Executor(program, context, link, take_weights(program)), source
 
 
 def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
@@ -234,7 +235,7 @@ def _set_up(session: Session, emit: Emit, done: Callable[[], object] = lambda: N
 def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Emit) -> None:
     """At the client: generate, telling the others of every step."""
     draw = draw_for(options.sampling, session.program.manifest, options.mode)
-    stop = () if options.ignore_stop else tuple(session.program.manifest.get("stop_tokens", ()))
+    stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
     def announce(new: int, past: int) -> None:
         for channel in others:
@@ -258,7 +259,7 @@ def _serve(
     session: Session, client: Channel, emit: Emit, done: Callable[[], object] = lambda: None
 ) -> None:
     """At server and dealer: run the steps that the client requests, until it ends the session."""
-    limit = session.program.manifest.get("max_length", 0)
+    limit = session.program.manifest.max_length
     while True:
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
         if kind is Kind.END:
@@ -277,7 +278,7 @@ def _serve(
 
 
 def _fixed(program: RoleProgram) -> int:
-    return int(program.manifest.get("fractional_bits", FRACTIONAL_BITS))
+    return program.manifest.fractional_bits
 
 
 def _emit(event: str, **fields: Any) -> None:

@@ -10,7 +10,7 @@ import socket
 
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import ROLES, SERVER
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import PartyMetrics, open_log
@@ -32,7 +32,7 @@ def serve(settings: ServerSettings) -> bool:
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
-    encoded = Executor.take_weights(program)
+    encoded = take_weights(program)
     # Without a key nothing outlasts a session, so nothing needs the digest to tell weights apart.
     digest = digest_of(encoded) if settings.store_key else ""
     release_freed_memory()  # else every session's process would copy it on reuse
@@ -50,7 +50,7 @@ def serve(settings: ServerSettings) -> bool:
         log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
     with listen(settings.listen, settings.security) as listener:
         address = Address(*listener.getsockname()[:2])
-        log.info("listening", address=str(address), program=program.manifest["program_hash"])
+        log.info("listening", address=str(address), program=program.manifest.program_hash)
 
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)

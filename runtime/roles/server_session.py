@@ -19,7 +19,7 @@ import torch
 from mergec.runtime.core.context import ByteSource, ServerContext
 from mergec.runtime.core.errors import PartyError, PeerEndedError
 from mergec.runtime.core.memory import release_freed_memory
-from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, ROLES, SERVER, Vis
+from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.settings import ServerSettings
@@ -122,7 +122,7 @@ class ServerSession:
             return store.seed
         if purpose != SESSION or not self._settings.store_key:
             return None
-        program = self._program.manifest["program_hash"]
+        program = self._program.manifest.program_hash
         return mask_seed(self._settings.store_key, program, client, self._digest)
 
     def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, bytes]:
@@ -171,7 +171,7 @@ class ServerSession:
     def _context(
         self, seed: bytes, source: ByteSource, masks: bytes | None = None
     ) -> ServerContext:
-        fixed = self._program.manifest.get("fractional_bits", FRACTIONAL_BITS)
+        fixed = self._program.manifest.fractional_bits
         return ServerContext(seed, source, self._settings.device, fixed, masks)
 
     def _begin(
@@ -218,12 +218,12 @@ class ServerSession:
         if settings.stores is None:
             raise PartyError("this server stores no randomness; it needs --stores")
         payload = channel.receive_any((Kind.PLAN,))[1]
-        plan = Plan.read(channel.object(payload), self._program.manifest["max_length"], "client")
+        plan = Plan.read(channel.object(payload), self._program.manifest.max_length, "client")
         dealer.send(Kind.PLAN, payload)
         header = Header(
             new_store(),
             ROLES[SERVER],
-            self._program.manifest["program_hash"],
+            self._program.manifest.program_hash,
             plan.answers,
             plan.prompt,
             plan.tokens,
@@ -330,7 +330,7 @@ class ServerSession:
     def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
         """Why an answer of this length is refused, and when to retry; empty if it is allowed."""
         limits = self._settings.limits
-        most = [n for n in (limits.length, self._program.manifest["max_length"]) if n]
+        most = [n for n in (limits.length, self._program.manifest.max_length) if n]
         if most and length + tokens > min(most):
             return {"reason": f"prompt and answer may have {min(most)} tokens together"}
         if limits.tokens and tokens > limits.tokens:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.sampling import Sampling, choose, draw_for
 from mergec.runtime.session.steps import Session, StepReport, measured
 
 
-def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Mapping[str, Any]) -> None:
+def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> None:
     """Raise PromptError for a prompt that the program cannot run, before anything is sent."""
-    vocabulary, limit = manifest.get("vocab_size", 0), manifest.get("max_length", 0)
+    vocabulary, limit = manifest.vocab_size, manifest.max_length
     if max_tokens < 1:
         raise PromptError(f"at least one token must be asked for, not {max_tokens}")
     if not prompt:
@@ -70,7 +71,7 @@ def answer(
     sampling = sampling or Sampling()
     generator = sampling.generator()
     draw = draw_for(sampling, session.program.manifest)
-    revealed = session.program.manifest.get("reveal", "logits") == "logits"
+    revealed = session.program.manifest.reveals_logits
     if session.program.resends:
         rows, reports = _resend(session, prompt, max_tokens, announce)
         for row in rows:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, ROLES
 from mergec.runtime.program.encoding import is_a
+from mergec.runtime.program.manifest import Manifest
 
 PROTOCOL_VERSION = 2
 """Incremented with every change to the messages between parties."""
@@ -35,18 +35,15 @@ class Hello:
     version: int = PROTOCOL_VERSION
 
     @classmethod
-    def of(
-        cls, role: str, manifest: Mapping[str, Any], mode: str = "mergec", debug: int = 0
-    ) -> Hello:
+    def of(cls, role: str, manifest: Manifest, mode: str = "mergec", debug: int = 0) -> Hello:
         """The hello of a role, from the manifest of its bundle."""
-        passes = [p for p in manifest.get("passes", ()) if isinstance(p, dict)]
         return cls(
             role,
             mode,
-            manifest["program_hash"],
-            tuple(f"{p.get('pass')}:{p.get('sites')}" for p in passes),
-            manifest.get("fractional_bits", FRACTIONAL_BITS),
-            manifest.get("ring_bits", RING_BITS),
+            manifest.program_hash,
+            tuple(f"{p.get('pass')}:{p.get('sites')}" for p in manifest.passes),
+            manifest.fractional_bits,
+            manifest.ring_bits,
             debug,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PartyError, PromptError
-from mergec.runtime.program.encoding import is_a
+from mergec.runtime.program.json_values import is_a
 
 _STEP = struct.Struct("!4q")
 

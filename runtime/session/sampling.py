@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mergec.runtime.core.draw import TEMPERATURE_BITS, Draw
 from mergec.runtime.core.errors import PromptError
+from mergec.runtime.program.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ class Sampling:
         return torch.Generator().manual_seed(seed)
 
 
-def draw_for(sampling: Sampling, manifest: Mapping[str, Any], mode: str = "mergec") -> Draw:
+def draw_for(sampling: Sampling, manifest: Manifest, mode: str = "mergec") -> Draw:
     """The choice that the client requests in each step; PromptError if the program cannot make it.
 
     If the program reveals the logits, the client chooses alone and requests nothing.
     """
-    if manifest.get("reveal", "logits") == "logits":
+    if manifest.reveals_logits:
         return Draw()
-    draw = sampling.draw(int(manifest.get("vocab_size", 0)))
+    draw = sampling.draw(manifest.vocab_size)
     if mode == "crypten" and draw != Draw():
         raise PromptError(
             "CrypTen's stock protocols support only greedy choice; leave the temperature at 0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,12 +15,13 @@ from mergec.runtime.core.spec import DEALER, Cost
 from mergec.runtime.correlations.prg import Prg
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.protocols.gumbel import gumbel
 from mergec.runtime.session.sampling import Sampling, draw_for
 
 load_all()
 OP = REGISTRY["reveal_token"]
-TOKEN = {"reveal": "token", "vocab_size": 50}
+TOKEN = Manifest(reveal="token", vocab_size=50)
 
 
 def _draw(logits: torch.Tensor, draw: Draw | None = None, frac: int = 32) -> torch.Tensor:
@@ -127,11 +130,11 @@ def test_what_is_dealt_does_not_depend_on_the_temperature() -> None:
 
 
 def test_what_cannot_be_drawn_is_told() -> None:
-    assert draw_for(Sampling(temperature=0.8, top_p=0.9, seed=3), {}) == Draw()
+    assert draw_for(Sampling(temperature=0.8, top_p=0.9, seed=3), Manifest()) == Draw()
     assert draw_for(Sampling(), TOKEN) == Draw()
     assert draw_for(Sampling(temperature=0.5, top_k=1), TOKEN) == Draw()
     assert draw_for(Sampling(temperature=0.5, top_k=5), TOKEN) == Draw(2**15, 5)
-    assert draw_for(Sampling(temperature=1.0, top_k=5), TOKEN | {"vocab_size": 5}) == Draw(2**16)
+    assert draw_for(Sampling(temperature=1.0, top_k=5), replace(TOKEN, vocab_size=5)) == Draw(2**16)
     for sampling, words in (
         (Sampling(temperature=1.0, top_p=0.9), "top-p needs the logits"),
         (Sampling(temperature=1.0, seed=3), "noise that nobody may know"),

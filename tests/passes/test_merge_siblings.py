@@ -4,6 +4,7 @@ import pytest
 import torch.nn.functional as F
 
 from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.ir import aten, calls
 from mergec.compiler.pipeline import assemble, to_dialect
 from mergec.runtime.core.spec import Vis
@@ -89,7 +90,7 @@ def test_near_miss_narrow_weights() -> None:
 def test_each_part_has_the_bits_that_it_has_room_for(weights: str) -> None:
     """Values are said to be so large that their matrix may not be as fine as that of the keys."""
     config = CompileConfig(weights=weights, max_length=64)
-    dialect = to_dialect(random_decoder("qwen2").float(), config)
+    dialect = to_dialect(capture(random_decoder("qwen2").float()), config)
     values = [n for n in dialect.graph_module.graph.nodes if "v_proj" in n.meta.get("module", "")]
     cut = [n for n in values if calls(n, aten.slice.Tensor)]
     assert len(cut) == LAYERS

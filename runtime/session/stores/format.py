@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.correlations.prg import SEED_BYTES
-from mergec.runtime.program.encoding import is_a
+from mergec.runtime.program.json_values import is_a
 
 KEY_VARIABLE = "MERGEC_STORE_KEY"
 """Environment variable that holds the key, unless a file does."""

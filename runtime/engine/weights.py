@@ -1,0 +1,133 @@
+"""A session's constants: encoded as fixed-point integers, and put under their static masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import SERVER, Vis
+from mergec.runtime.core.values import OWNER, Held, encode, scale_rows
+from mergec.runtime.engine.plan import Plan
+from mergec.runtime.program.program import RoleProgram, TensorSpec
+from mergec.runtime.protocols.shared_weights import (
+    open_constant,
+    share_constant,
+    tell_constant_seed,
+)
+from mergec.runtime.protocols.weights import Constant, reuse_weight, share_weight
+
+_INT32_LIMIT = 2**31 - 1
+
+_PIECE = 1 << 20
+"""Elements of a weight that are encoded at once."""
+
+
+@dataclass
+class Constants:
+    """held: each constant as the instructions read it. weights: those under a static mask."""
+
+    held: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Constant] = field(default_factory=dict)
+
+
+def take_weights(program: RoleProgram) -> dict[str, torch.Tensor]:
+    """The server's weights as fixed-point integers, by name; empty for the other roles.
+
+    The tensors are int32 where all words fit, else int64, with the program's fractional bits and
+    those that the op adds. Weights that share memory stay one tensor. Each real-valued tensor that
+    nothing else needs is removed from `program` as soon as it is encoded, so that the weights are
+    never in memory twice.
+    """
+    plan, tensors, fixed = Plan(program), program.tensors, program.manifest.fractional_bits
+    tied: dict[tuple[int, torch.Size, int], list[str]] = {}
+    for name, bits in sorted(plan.weight_bits.items()):
+        if name in tensors:
+            key = (tensors[name].data_ptr(), tensors[name].shape, bits)
+            tied.setdefault(key, []).append(name)
+    result: dict[str, torch.Tensor] = {}
+    for (_, _, bits), names in tied.items():
+        parts = plan.weight_parts.get(names[0], ())
+        encoded = encode_weight(tensors[names[0]], fixed + bits, parts)
+        result |= dict.fromkeys(names, encoded)
+        for name in set(names) - plan.in_the_clear:
+            del tensors[name]
+    return result
+
+
+def encode_weight(data: torch.Tensor, frac: int, parts: Sequence[int] = ()) -> torch.Tensor:
+    """Fixed-point words with `frac` fractional bits: int32 if all fit, else int64.
+
+    parts: further fractional bits of the rows, see `mpc.linear`. Encoded in pieces, because a whole
+    weight in float64 would take twice to four times its own memory.
+    """
+    flat = scale_rows(data, parts).reshape(-1)
+    largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
+    narrow = round(largest * 2.0**frac) <= _INT32_LIMIT
+    words = torch.empty(flat.shape, dtype=torch.int32 if narrow else torch.int64)
+    for piece, source in zip(words.split(_PIECE), flat.split(_PIECE), strict=True):
+        piece.copy_(encode(source, frac))
+    return words.reshape(data.shape)
+
+
+def load_constants(
+    plan: Plan,
+    context: Context,
+    drive: Callable[[Protocol], Any],
+    encoded: dict[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor] | None = None,
+) -> Constants:
+    """Load the constants of a program, and put the server's weights under their static masks.
+
+    drive: runs a protocol with the other roles and returns its result.
+    encoded: what `take_weights` returned at the server; each entry is removed as it is used.
+    kept: see `Executor`.
+
+    Raises KeyError if the program lacks a public tensor.
+    """
+    program, device, loaded = plan.program, context.device, Constants()
+    if any(spec.vis is Vis.SHARED for spec in program.constants):
+        drive(tell_constant_seed(context))
+    for spec in program.constants:
+        data = program.tensors.get(spec.name)
+        if spec.vis is Vis.PUBLIC:
+            if data is None:
+                raise KeyError(f"the bundle lacks the public tensor {spec.name}")
+            loaded.held[spec.name] = data.to(device)
+            continue
+        if context.party != OWNER.get(spec.vis, SERVER) or data is None:
+            data = without_data(spec)
+        masked = spec.name in plan.weight_bits
+        frac = context.fixed + plan.weight_bits.get(spec.name, 0)
+        if spec.vis is not Vis.SHARED:
+            loaded.held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
+            if not masked:
+                continue
+        if spec.name in encoded:
+            words = encoded.pop(spec.name).to(device)
+        elif data.is_meta:
+            words = torch.empty(data.shape, dtype=torch.int64, device="meta")
+        else:
+            words = encode_weight(data, frac, plan.weight_parts.get(spec.name, ())).to(device)
+        if spec.vis is not Vis.SHARED:
+            loaded.weights[spec.name] = (
+                drive(share_weight(context, spec.name, words, frac))
+                if kept is None
+                else reuse_weight(context, words, kept.get(spec.name, words), frac)
+            )
+        elif masked:
+            opened = drive(open_constant(context, spec.name, words, frac))
+            loaded.weights[spec.name] = loaded.held[spec.name] = opened
+        else:
+            loaded.held[spec.name] = share_constant(context, spec.name, words, frac)
+    return loaded
+
+
+def without_data(spec: TensorSpec) -> torch.Tensor:
+    """A meta tensor in place of a constant that this role does not know."""
+    dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+    return torch.empty(spec.shape, dtype=dtype, device="meta")

@@ -1,0 +1,123 @@
+"""The manifest of a bundle: what is known of a program besides its instructions and tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS
+from mergec.runtime.program.json_values import canonical, is_a
+
+FORMAT_VERSION = 1
+"""Raised whenever an older runtime could misread a bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle says of its program; the fields stand in `manifest.json` in this order.
+
+    The compiler fills in the fields from `model` to `left_out`. Saving a bundle fills in the
+    others, which an unsaved program may lack.
+
+    Raises BundleError if a value is of another type than its field, or if `weights`, `reveal` or
+    `network` is none of `CHOICES`.
+
+    >>> Manifest(model="tiny", max_length=64).reveals_logits
+    True
+    """
+
+    format_version: int = FORMAT_VERSION
+    mergec_version: str = ""
+    torch_version: str = ""
+    role: str = ""
+    ring_bits: int = RING_BITS
+    program_hash: str = ""
+    """SHA-256 of what all roles must agree on (`encoding.program_hash`), in hexadecimal."""
+    model: str = ""
+    fractional_bits: int = FRACTIONAL_BITS
+    """Fractional bits of an activation after truncation."""
+    max_length: int = 0
+    """Most tokens of a prompt and its answer together; 0 for no limit."""
+    vocab_size: int = 0
+    """Number of tokens that the model knows; 0 if unknown."""
+    stop_tokens: list[int] = field(default_factory=list)
+    """Tokens that end an answer."""
+    lossy: bool = False
+    """Whether a lossy pass changed the program."""
+    deviation: dict[str, Any] = field(default_factory=dict)
+    """Of a lossy program: its distance from the model (`measure_deviation`)."""
+    weights: str = "server"
+    """Who knows the weights while the program runs."""
+    reveal: str = "logits"
+    """What the client learns of a step."""
+    network: str = "loopback"
+    """The network that protocols were chosen for."""
+    mode: str = "mergec"
+    shapes: dict[str, Any] = field(default_factory=dict)
+    """dtype and shape of each input and output, with `new` and `past` for the lengths of a step."""
+    cost: dict[str, Any] = field(default_factory=dict)
+    """Lengths, rounds and bytes of a prompt, a decode step, and the finish if there is one."""
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    """The report of each pass that ran, in order."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why each other pass did not run, by name."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """Size in bytes and SHA-256 of each file of the bundle, by name."""
+    digest: str = ""
+    """SHA-256 of the manifest's canonical JSON without this key."""
+
+    def __post_init__(self) -> None:
+        for key, kind in _KINDS.items():
+            value = getattr(self, key)
+            if not is_a(value, kind):
+                raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {value!r}")
+        for key, kind in _ITEMS.items():
+            wrong = [item for item in getattr(self, key) if not is_a(item, kind)]
+            if wrong:
+                raise BundleError(
+                    f"the manifest's {key} must hold {kind.__name__}, not {wrong[0]!r}"
+                )
+        for key, values in CHOICES.items():
+            value = getattr(self, key)
+            if value not in values:
+                raise BundleError(
+                    f"the manifest's {key} is {value!r}; it can be: {', '.join(values)}"
+                )
+
+    @property
+    def reveals_logits(self) -> bool:
+        """Whether the client learns a step's logits, and not the chosen token alone."""
+        return self.reveal == "logits"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as JSON values, in the order of `manifest.json`."""
+        return {key: getattr(self, key) for key in _KINDS}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` returned. Unknown keys are ignored: newer compilers may add some.
+
+        Raises BundleError, naming the key, if one is missing or its value is of another type.
+        """
+        for key, kind in _KINDS.items():
+            if not is_a(data.get(key), kind):
+                raise BundleError(f"{key!r} is missing or not {kind.__name__}")
+        return cls(**{key: data[key] for key in _KINDS})
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical JSON, all keys but `digest` included, in hexadecimal."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(canonical(rest)).hexdigest()
+
+
+_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "dict": dict}
+
+_KINDS = {item.name: _TYPES[str(item.type).partition("[")[0]] for item in fields(Manifest)}
+"""The JSON type of each field, from its annotation."""
+
+_ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
+"""The JSON type of a list's items."""

@@ -1,0 +1,106 @@
+"""The manifest: typed fields in memory, the same JSON on disk as ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.program import bundle
+from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundle
+from mergec.runtime.program.manifest import Manifest, digest
+from mergec.runtime.session.hello import Hello
+from tests.fixtures import tiny
+
+KEYS = [
+    "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
+    "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "lossy", "deviation",
+    "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out", "files",
+    "digest",
+]  # fmt: skip
+"""In the order of every manifest.json of format version 1."""
+
+PASS = {
+    "pass": "fuse_glu", "summary": "x", "exact": True, "sites": 2, "nodes_before": 9,
+    "nodes_after": 7, "skips": [],
+}  # fmt: skip
+
+BEFORE = Path(__file__).parent / "golden" / "bundle-v1"
+"""The client's bundle of `tests.fixtures.tiny`, saved before manifests were typed."""
+
+
+def test_a_bundle_from_before_is_read_and_written_alike(tmp_path: Path) -> None:
+    loaded = load_bundle(BEFORE, "client")
+    assert (loaded.manifest.model, loaded.manifest.stop_tokens) == ("tiny", [3])
+    assert loaded.manifest.passes == [PASS]
+    again = save_bundle(loaded, tmp_path / "again")
+    for name in (bundle.PROGRAM, bundle.TENSORS):
+        assert (again / name).read_bytes() == (BEFORE / name).read_bytes()
+    old, new = ((f / bundle.MANIFEST).read_text().splitlines() for f in (BEFORE, again))
+    changed = {key for line in {*old} ^ {*new} for key in KEYS if f'"{key}"' in line}
+    assert changed <= {"mergec_version", "torch_version", "digest"}
+    assert read_manifest(again).program_hash == read_manifest(BEFORE).program_hash
+
+
+def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:
+    folder = save_bundle(tiny("client", lossy=True), tmp_path / "b")
+    text = (folder / bundle.MANIFEST).read_text()
+    data = json.loads(text)
+    assert list(data) == KEYS == [field.name for field in dataclasses.fields(Manifest)]
+    assert text == json.dumps(data, indent=1) + "\n"
+    assert data == read_manifest(folder).to_dict()
+    assert data["digest"] == digest(data)
+
+
+def test_what_a_compiler_does_not_say() -> None:
+    manifest = Manifest()
+    assert (manifest.fractional_bits, manifest.ring_bits) == (16, 64)
+    assert (manifest.max_length, manifest.vocab_size, manifest.stop_tokens) == (0, 0, [])
+    assert (manifest.weights, manifest.reveal, manifest.network) == ("server", "logits", "loopback")
+    assert manifest.reveals_logits
+    assert not Manifest(reveal="token").reveals_logits
+    assert Manifest.from_dict(manifest.to_dict()) == manifest
+
+
+def test_a_manifest_is_not_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Manifest().model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"max_length": "64"}, "max_length must be int, not '64'"),
+        ({"vocab_size": True}, "vocab_size must be int, not True"),
+        ({"lossy": 1}, "lossy must be bool, not 1"),
+        ({"model": None}, "model must be str"),
+        ({"stop_tokens": (3,)}, "stop_tokens must be list"),
+        ({"stop_tokens": [3, "4"]}, "stop_tokens must hold int, not '4'"),
+        ({"passes": ["fuse_glu"]}, "passes must hold dict, not 'fuse_glu'"),
+        ({"cost": []}, "cost must be dict"),
+        ({"reveal": "all"}, "reveal is 'all'; it can be: logits, token"),
+    ],
+)
+def test_a_wrong_value_is_refused_where_it_is_given(said: dict[str, Any], words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        Manifest(**said)
+    with pytest.raises(BundleError):
+        Manifest.from_dict(Manifest().to_dict() | said)
+
+
+def test_an_unknown_field_is_an_error_in_code_and_ignored_on_disk() -> None:
+    with pytest.raises(TypeError, match="modle"):
+        Manifest(modle="x")  # type: ignore[call-arg]
+    assert Manifest.from_dict(Manifest().to_dict() | {"later": 1}) == Manifest()
+
+
+def test_what_roles_tell_each_other_of_it() -> None:
+    hello = Hello.of("client", Manifest(program_hash="ab", passes=[PASS], fractional_bits=16))
+    assert json.loads(hello.encode()) == {
+        "role": "client", "mode": "mergec", "program_hash": "ab", "passes": ["fuse_glu:2"],
+        "fixed": 16, "ring": 64, "debug": 0, "version": 2,
+    }  # fmt: skip
