@@ -155,12 +155,11 @@ class Program:
     def _repr_html_(self) -> str:
         """For a notebook."""
         manifest = self.manifest
-        exact = "no, see deviation" if manifest.lossy and self.deviation else "no"
         rows = [
             ["program", manifest.model or "program"],
             ["hash", manifest.program_hash[:12]],
             ["instructions", f"{len(self.any_role.instructions):,}"],
-            ["exact", exact if manifest.lossy else "yes"],
+            ["exact", "no" if manifest.lossy else "yes"],
             *([["deviation", self.deviation]] if self.deviation else []),
             ["weights", manifest.weights],
             ["reveal", manifest.reveal],

@@ -1,4 +1,4 @@
-"""How far a lossy program is from its model, on the calibration prompts."""
+"""Measures the distance of a lossy program from its model, on the calibration prompts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.program import RoleProgram
 
 CONTINUED = 4
-"""Tokens that take the place of the last ones of each prompt."""
+"""Tokens at the end of each prompt that the program replaces by its own."""
 
 
 def measure_deviation(
     program: RoleProgram, captured: Captured, sequences: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """For the manifest: what the server's program and its model, both in the clear, say.
+    """Compare the server's program with its model, both in the clear; for `Manifest.deviation`.
 
-    The program continues each prompt by its own best tokens; the model is asked for the next token
-    at the same places of the same text. So embedding resending, of which the first token is exact,
-    counts with what it makes of the others. places: how many tokens were compared. agreed: of how
-    many the two best were the same. worst, mean: how far logits are apart. spread: the standard
-    deviation of the model's own logits at a place, to compare these with.
+    The program continues each prompt by its own best tokens, and the model predicts the next token
+    at the same places of the same text. This way embedding resending, whose first token is exact,
+    is measured on the later tokens too.
+
+    program: the server's, which holds the weights. captured: the model before any pass.
+    sequences: the calibration prompts, as token numbers.
+
+    Returns `places`, the number of tokens compared; `agreed`, at how many of them both have the
+    same best token; `worst` and `mean`, the distance of the logits; and `spread`, the mean standard
+    deviation of the model's own logits at a place, as a scale for the two.
     """
     plain = PlainExecutor(program)
     agreed, errors, spreads = 0, [], []
@@ -48,7 +53,7 @@ def measure_deviation(
 
 
 def _model_logits(captured: Captured, pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The model's logits after each piece of a text, [V]."""
+    """The model's logits [V] after each piece of a text."""
     found = []
     text: list[int] = []
     caches: list[torch.Tensor] = []

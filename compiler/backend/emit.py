@@ -1,4 +1,4 @@
-"""Lowered programs to a directory of three bundles; decides nothing, only writes."""
+"""Writes lowered programs to a folder of three bundles. It makes no decisions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def emit(
     tokenizer_files: Mapping[str, bytes] | None = None,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Write the bundles of all roles to `path`, all or none; the client's holds the tokenizer."""
+    """Write the bundles of all roles to the folder `path`, all or none; return the folder.
+
+    types: dtypes and shapes of results, for the ONNX graphs. tokenizer_files: they go into the
+    client's bundle. Raises BundleError if `path` cannot be written or holds something else.
+    """
     target = Path(path)
     with replacing(target) as folder:
         for role in ROLES:
@@ -47,7 +51,7 @@ def _graph(program: RoleProgram, types: Mapping[str, ValueType], folder: Path) -
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The files of a Hugging Face tokenizer, as its own `save_pretrained` writes them."""
+    """The files that a Hugging Face tokenizer's `save_pretrained` writes, by name; {} for None."""
     if tokenizer is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +67,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 def value_types(
     graph_module: fx.GraphModule, names: Mapping[fx.Node, str], lengths: Mapping[str, str]
 ) -> dict[str, ValueType]:
-    """Types of a graph's values from meta["val"]; `lengths` names its symbols."""
+    """dtype and shape of each value from meta["val"]; `lengths` names the symbolic sizes."""
     types: dict[str, ValueType] = {}
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
@@ -83,7 +87,7 @@ def _length(size: Any, lengths: Mapping[str, str]) -> int | str:
 
 
 def shapes(program: RoleProgram, types: Mapping[str, ValueType]) -> dict[str, Any]:
-    """Inputs and outputs as the manifest lists them."""
+    """dtypes and shapes of inputs and outputs, for `Manifest.shapes`."""
     return {
         "inputs": {i.name: {"dtype": i.dtype, "shape": list(i.shape)} for i in program.inputs},
         "outputs": {

@@ -1,4 +1,4 @@
-"""Legalized graph to instruction list: names, literals and order; every decision is made before."""
+"""Turns a legalized graph into a list of instructions. It makes no decisions."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ def lower(
     constants: Mapping[str, tuple[torch.Tensor, Vis]],
     fixed: int,
 ) -> dict[str, RoleProgram]:
-    """One program per role. The instructions are the same, and so run in the same order.
+    """One program per role, by name; all have the same instructions in the same order.
 
-    A role that may not know a value runs its instruction on shapes alone: which ones follows from
-    the visibilities, so there is nothing to leave out. Its tensors hold what it may know. A graph
-    that was not legalized becomes a program to look at, which nobody can run.
+    A role that may not know a value runs its instruction on shapes alone. Which instructions these
+    are follows from the visibilities, so no role leaves any out. Only `tensors` differ: each role
+    gets those that it may know. A graph that was not legalized becomes a program to look at, which
+    nobody can run.
+
+    constants: tensor and visibility by name. fixed: fractional bits of caches and carried values.
     """
     graph = graph_module.graph
     names = assign_names(graph)
@@ -94,7 +97,7 @@ def _phases(
     outputs: list[str],
     fixed: int,
 ) -> list[Phase]:
-    """How a program is cut whose hidden state is carried from step to step."""
+    """The phases of a program that carries a hidden state from step to step; [] for others."""
     carried = [node for node in graph.nodes if calls(node, target("carry"))]
     if not carried:
         return []

@@ -1,6 +1,6 @@
-"""Runs a program in the clear: the meaning that the parties' answer is compared with.
+"""Runs a program in the clear: the reference that the parties' answer is compared with.
 
-Needs the server's program, which holds the weights. Nothing is rounded to fixed point.
+It needs the server's program, which holds the weights. Nothing is rounded to fixed point.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Choose = Callable[[torch.Tensor], int]
 
 
 class PlainExecutor:
-    """Calls each instruction's plaintext reference, in order."""
+    """Calls the reference of each instruction, in program order.
+
+    Raises PromptError if the program lacks weights, as those of client and dealer do.
+    """
 
     def __init__(self, program: RoleProgram, device: str = "cpu") -> None:
         missing = [c.name for c in program.constants if c.name not in program.tensors]
@@ -69,7 +72,7 @@ class PlainExecutor:
     def step(
         self, inputs: dict[str, torch.Tensor], outputs: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run what leads from `inputs` to `outputs`, by default the program's; by name."""
+        """Run what leads from `inputs` to `outputs`, by default the program's; return these."""
         wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = {**self._tensors, **inputs}
         for position in needed(self._defined, inputs, wanted):
@@ -89,7 +92,7 @@ class PlainExecutor:
         choose: Choose | None = None,
         stop: Sequence[int] = (),
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Tokens after the prompt, each with the logits it was chosen from; greedy by default."""
+        """Tokens after the prompt, each with its logits [V]; greedy without `choose`."""
         (tokens,) = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
         following = {
             spec.name: spec.cache_output for spec in self.program.inputs if spec.cache_output
@@ -116,7 +119,7 @@ class PlainExecutor:
             new = [token] if caches else [*new, token]
 
     def _resend(self, prompt: Sequence[int], max_tokens: int) -> torch.Tensor:
-        """Logits [max_tokens, V] of a program whose hidden state is its next input."""
+        """Logits [max_tokens, V] of a program that resends its hidden state."""
         first: torch.Tensor = torch.tensor([list(prompt)], dtype=torch.int64, device=self.device)
         caches, hidden = self.start(), []
         for position in range(max_tokens):
@@ -137,7 +140,7 @@ class PlainExecutor:
         return decode_literal(arg, self.device)
 
     def _liveness(self) -> dict[int, list[str]]:
-        """Names whose value is not needed after an instruction, by its position."""
+        """By position of an instruction, the values that are not needed after it."""
         last: dict[str, int] = {}
         for position, item in enumerate(self.program.instructions):
             for ref in refs((item.args, item.kwargs)):
@@ -150,7 +153,7 @@ class PlainExecutor:
 
 
 def _meaning(op: type[Op]) -> Callable[..., Any]:
-    """An op in the clear, where the logits come out even if the client learns the token alone."""
+    """An op in the clear; logits are returned even if the client learns the token alone."""
     return _logits if op.name == "reveal_token" else op.reference
 
 

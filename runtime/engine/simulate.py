@@ -1,6 +1,6 @@
-"""All three roles of a protocol in one process: for tests and for bit-exact simulation.
+"""Runs the three roles of a protocol in one process, for tests and bit-exact simulation.
 
-The messages, the shares and the bytes are the real ones; only the processes are missing.
+Messages, shares and bytes are those of a real session; only the processes are missing.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Simulation:
 
     @property
     def dealt(self) -> int:
-        """Bytes that the dealer gave to both parties so far."""
+        """Bytes that the dealer has sent to both parties so far."""
         return self.to_client.total + self.to_server.total
 
     def share(self, value: torch.Tensor, frac: int | None = None) -> list[Shared]:
-        """The three views of a fresh sharing of real (or, with frac=0, integer) numbers."""
+        """Share real numbers, or integers with frac=0; return the views of the three roles."""
         bits = self.fixed if frac is None else frac
         words = encode(value, bits)
         mask = torch.from_numpy(self._prg.read(8 * words.numel())).view(torch.int64)
@@ -87,7 +87,10 @@ class Simulation:
         return [Shared(mask, bits), Shared(words - mask, bits), Shared(words.to("meta"), bits)]
 
     def run(self, build: Callable[[Context, int], Protocol]) -> list[Any]:
-        """Run `build(ctx, party)` at the three roles in lockstep; gives the three results."""
+        """Run `build(ctx, party)` at the three roles in lockstep; return the three results.
+
+        Raises RuntimeError if the roles disagree about the number of rounds or about a message.
+        """
         before = self.dealt
         protocols = [build(self.contexts[party], party) for party in (CLIENT, SERVER, DEALER)]
         results: list[Any] = [None] * 3
@@ -137,7 +140,7 @@ class Simulation:
         return (to_client, to_server), sent
 
     def reveal(self, views: Sequence[Shared]) -> torch.Tensor:
-        """The real numbers that a client's and a server's share stand for."""
+        """Decode the sum of the client's and the server's share."""
         return decode(views[CLIENT].share + views[SERVER].share, views[CLIENT].frac)
 
 

@@ -1,8 +1,8 @@
-"""Runs a program by CrypTen's stock protocols: the baseline that ours are compared with.
+"""Runs a program with CrypTen's stock protocols, as a baseline for comparison.
 
 The weights are secret-shared at the start of the session, the client shares one-hot rows of its
-tokens, and every op on shares is CrypTen's own. What one party can compute alone it does, as in
-`runtime.engine.executor`; instructions run one after the other.
+tokens, and every op on shares is CrypTen's own. What one party can compute alone is
+computed there, as in `runtime.engine.executor`. Instructions run one after the other.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StockExecutor:
         }
 
     def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Run what leads from `inputs` to `outputs`, by default the program's."""
+        """Run what leads from `inputs` to `outputs`, by default the program's; return these."""
         wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = dict(inputs)
         with crypten.quiet(), crypten.no_grad():
@@ -101,7 +101,7 @@ class StockExecutor:
         return op.stock(**bound)
 
     def _move(self, planned: Planned, operands: Sequence[Any]) -> Any:
-        """A structural or public function: on secrets, on each party's shares."""
+        """Run a structural or public function; on secrets, run it on each party's shares."""
         flat = [v for value in operands for v in (value if isinstance(value, list) else [value])]
         if not any(map(crypten.is_secret, flat)):
             held = [value for value in flat if isinstance(value, Held)]
@@ -118,7 +118,7 @@ class StockExecutor:
         return _wrap(planned.apply([strip(v) for v in planned.arguments(operands)]))
 
     def _share(self, value: Held | torch.Tensor) -> Any:
-        """Secret-share what one party holds; a public value is the client's share of itself."""
+        """Secret-share what one party holds; the client shares a public value."""
         if isinstance(value, torch.Tensor):
             return crypten.cryptensor(value.to(torch.float32), src=0)
         data = value.value
@@ -127,7 +127,7 @@ class StockExecutor:
         return crypten.cryptensor(data.to(self.device, torch.float32), src=OWNER[value.vis])
 
     def _weight_names(self) -> list[str]:
-        """Server-held constants that an op on shares takes."""
+        """Server-held constants that an op on shares reads."""
         held = {spec.name for spec in self.program.constants if OWNER.get(spec.vis) == SERVER}
         names: dict[str, None] = {}
         for planned in self._plan.steps:

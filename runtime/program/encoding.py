@@ -1,4 +1,4 @@
-"""A program as JSON, and the hash by which parties see that they run the same one."""
+"""A program as JSON, and the hash that parties compare before they run it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ LENGTHS = frozenset({"new", "past", "past+new"})
 
 
 def program_hash(program: RoleProgram) -> str:
-    """SHA-256 of what all roles must agree on; the same for the three bundles of a program.
+    """SHA-256 of what all roles must agree on, in hexadecimal; equal in the three bundles.
 
-    Of tensors it covers the public ones. Where an instruction comes from in the user's model is
-    for reading only, and is left out.
+    It covers the public tensors and none of the others. It leaves out where an instruction comes
+    from in the user's model, which is for people to read.
     """
     encoded = encode_program(program)
     for instruction in encoded["instructions"]:
@@ -59,7 +59,7 @@ def program_hash(program: RoleProgram) -> str:
 
 
 def encode_program(program: RoleProgram) -> dict[str, Any]:
-    """The program as JSON values. The role is not part of it: it is in the manifest."""
+    """The program as JSON values, without its role, which the manifest holds."""
     return {
         "constants": [
             {"name": c.name, "vis": c.vis.value, "dtype": c.dtype, "shape": list(c.shape)}
@@ -104,7 +104,7 @@ def _encode_input(spec: InputSpec) -> dict[str, Any]:
 
 
 def decode_program(data: object, role: str, where: str) -> RoleProgram:
-    """The inverse of `encode_program`; anything unexpected is named."""
+    """The inverse of `encode_program`. Raises BundleError that names the first wrong field."""
     top = _Record(data, where, "the program")
     top.only("constants", "inputs", "instructions", "outputs", "phases")
     constants = [
@@ -138,7 +138,7 @@ def decode_program(data: object, role: str, where: str) -> RoleProgram:
 
 
 def encode_literal(value: object, owner: str) -> Any:
-    """One argument as a JSON value; `owner` is named when it cannot be."""
+    """One argument as a JSON value. Raises BundleError that names `owner` for other types."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -259,7 +259,7 @@ class _Record:
 
 
 def refs(value: object) -> Iterator[Ref]:
-    """Every `Ref` in an argument, however deep in lists."""
+    """Every `Ref` in an argument, at any depth."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The program of one role: a linear instruction list, its inputs, outputs and tensors."""
+"""The program of one role: a list of instructions, inputs, outputs and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ref:
 class Instruction:
     """One op of the program.
 
-    name: the value that it defines, unique, such as `layers.3.attn.scores`.
+    name: the value that it defines; unique, such as `layers.3.attn.scores`.
     target: `mpc.linear`, `aten.view.default`, or `sym.add` for arithmetic on public lengths.
     args, kwargs: literals, `Ref`s, and lists of either, in the order of the op's schema.
     vis: who knows the result. frac: fractional bits of the result's shares (shared results only).
@@ -40,7 +40,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of one step. shape: ints, "new" (tokens of this step), "past" (cached tokens)."""
+    """An input of one step.
+
+    shape: numbers, "new" (tokens of this step), "past" (cached tokens), or "past+new".
+    frac: fractional bits of a shared input.
+    """
 
     name: str
     vis: Vis
@@ -66,10 +70,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the instructions that is run by itself: those that lead from inputs to outputs.
+    """The instructions that lead from `inputs` to `outputs`, run by themselves.
 
-    An input may be the result of an instruction, which then does not run. inputs: the first one is
-    what the phase works on, the caches follow. outputs: likewise.
+    An input may be the result of an instruction, which then does not run. The first input and the
+    first output are those of the phase itself; caches follow.
     """
 
     name: str
@@ -84,9 +88,10 @@ state, and all hidden states [1, new, E] to the logits of every token."""
 
 @dataclass
 class RoleProgram:
-    """What one role runs. `tensors` holds data for those constants that the role may know.
+    """What one role runs.
 
-    phases: none where a step is always the whole program.
+    tensors: data of those constants that the role may know, by name.
+    phases: empty if a step is always the whole program.
     """
 
     role: str
@@ -100,18 +105,18 @@ class RoleProgram:
 
     @property
     def resends(self) -> bool:
-        """Whether a step's hidden state is the next one's input, and tokens come at the end."""
+        """Whether each step takes the hidden state of the step before; tokens come at the end."""
         return bool(self.phases)
 
     def phase(self, name: str) -> Phase:
-        """A phase by its name; of a program without any, the whole of it."""
+        """A phase by its name; the whole program if it has no phases."""
         if not self.phases:
             return Phase(name, tuple(self.inputs), tuple(self.outputs))
         return next(phase for phase in self.phases if phase.name == name)
 
 
 def phase_of(new: int, past: int) -> str:
-    """The first step takes the prompt; every later one, the token before; the last one, nothing."""
+    """The phase of a step: first the prompt, then decode steps; the finish has no new tokens."""
     if new == 0:
         return FINISH
     return DECODE if past else PROMPT
@@ -120,7 +125,7 @@ def phase_of(new: int, past: int) -> str:
 def needed(
     defined: Sequence[tuple[str, Collection[str]]], given: Collection[str], wanted: Collection[str]
 ) -> list[int]:
-    """Which instructions lead from the given values to the wanted ones, in their order.
+    """Positions of the instructions that lead from the given values to the wanted ones, in order.
 
     defined: name and operands of each instruction.
     """
