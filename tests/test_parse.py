@@ -9,7 +9,7 @@ from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.graph.parse import ParseError, parse
 from mergec.compiler.graph.visibility import annotate_visibility
-from mergec.compiler.pipeline import finish, rewrite
+from mergec.compiler.pipeline import to_dialect
 from mergec.compiler.text import dump
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
@@ -29,11 +29,11 @@ def test_round_trip(family: str) -> None:
     annotate_visibility(step.graph_module, step.inputs, step.constants)
     text = dump(step.graph_module)
     assert again(text) == text
-    reports = rewrite(step, config)
-    text = dump(step.graph_module)
+    graph_module = to_dialect(step, config).graph_module
+    text = dump(graph_module)
     assert again(text) == text
-    legalize(finish(step, config, reports).graph_module, config.fractional_bits)
-    text = dump(step.graph_module)
+    legalize(graph_module, config.fractional_bits)
+    text = dump(graph_module)
     assert again(text) == text
     assert " f16 masked " in text
 

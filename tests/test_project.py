@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from mergec import __version__
-from mergec.runtime.program.program import FORMAT_VERSION
+from mergec.runtime.program.manifest import FORMAT_VERSION
 from mergec.runtime.session.hello import PROTOCOL_VERSION
 from tests.test_layers import FLOORS
 

@@ -13,7 +13,8 @@ from mergec.compiler.backend.cost import CostReport
 from mergec.compiler.report.graph_view import GraphView, operands
 from mergec.compiler.report.inspect import Inspection
 from mergec.compiler.report.layout import Layout, layered
-from mergec.compiler.report.text import instruction_text, layer_of, readable, shape_text
+from mergec.compiler.report.text import instruction_text, readable, shape_text
+from mergec.compiler.text import layer_of
 from mergec.runtime.core.op import Kind
 from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.ops import load_all
