@@ -67,7 +67,7 @@ def test_a_lossy_pass_runs_on_request(offer) -> None:
     [
         ("FuseGlu", "has the name of another pass, 'fuse_glu'"),
         ("Missing", "cannot be loaded: .*Missing"),
-        ("SwapFactors.run", "is no subclass of mergec.compiler.graph.rewriting.Pass"),
+        ("SwapFactors.run", "is not a subclass of mergec.Pass; repair"),
     ],
 )
 def test_what_cannot_be_used_is_named(offer, value: str, words: str) -> None:
