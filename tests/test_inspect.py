@@ -15,7 +15,8 @@ from mergec.compiler.report.inspect import (
     inspect_costs,
 )
 from mergec.compiler.report.rows import PassRow
-from mergec.compiler.report.text import graph_text, layer_of, readable
+from mergec.compiler.report.text import graph_text, readable
+from mergec.compiler.text import layer_of
 from mergec.runtime.core.spec import Cost, Vis
 from tests.fixtures import tiny
 
