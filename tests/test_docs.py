@@ -1,0 +1,90 @@
+"""The tutorials run as they are written, and the site has what the code has."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+TUTORIALS = sorted(p for p in (DOCS / "tutorials").glob("*.md") if p.stem != "index")
+PAGES = [DOCS / "get-started.md", *TUTORIALS]
+PORTS = ("29600", "29700", "8000")
+"""The ports that the pages name; a test takes free ones."""
+
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUNNER = Path(__file__).with_name("docs_runner.py")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. A title names the file that it is the content of."""
+
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*match.groups(default="")) for match in BLOCK.finditer(page.read_text())]
+
+
+def free_ports(count: int) -> list[str]:
+    with_socket = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [str(one.getsockname()[1]) for one in with_socket]
+    for one in with_socket:
+        one.close()
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder to work in, with the tiny model of Get started and a `mergec` command."""
+    (tiny,) = (block for block in blocks(PAGES[0]) if block.title == "tiny.py")
+    (tmp_path / tiny.title).write_text(tiny.text)
+    command = tmp_path / "bin/mergec"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mergec "$@"\n')
+    command.chmod(0o755)
+    yield tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page: Path, folder: Path) -> None:
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    text = re.sub(r"\b(29600|29700|8000)\b", lambda match: ports[match[1]], page.read_text())
+    script = folder / "page.md"
+    script.write_text(text)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+    }
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), str(script)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_every_block_says_whether_it_runs() -> None:
+    for page in PAGES:
+        languages = {block.language for block in blocks(page)}
+        assert languages <= {"python", "console", "text", "sh", "toml"}, page.name
+        assert page.read_text().count("\n```") == 2 * len(blocks(page)), (
+            f"{page.name}: a bare fence"
+        )
