@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn links to files of the repository into links to their pages."""
     here = {page: path for path, page in MOUNTED.items()}.get(
         page.file.src_uri, f"docs/{page.file.src_uri}"
@@ -100,7 +100,13 @@ def command_line() -> str:
     )
     if done.returncode:
         raise PluginError(f"the command line cannot be described: {done.stderr}")
-    return done.stdout.replace("# `mergec`", "# Command line", 1)
+    head, *commands = re.split(r"(?m)^(?=## )", done.stdout)
+    # typer cuts the commands' descriptions short in its list of them.
+    said = [re.findall(r"\A## `mergec (\w+)`\n\n(.+?)\n\n", text, re.DOTALL) for text in commands]
+    listed = [f"| [`{name}`](#mergec-{name}) | {text} |" for ((name, text),) in said]
+    table = ["| command | |", "| --- | --- |", *listed]
+    head = head.partition("**Commands**")[0].replace("# `mergec`", "# Command line", 1)
+    return "\n".join([head, *table, "", *commands])
 
 
 def ops() -> str:
