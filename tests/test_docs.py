@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +45,21 @@ def free_ports(count: int) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder to work in, with the tiny model of Get started and a `mergec` command."""
+def folder(tmp_path: Path) -> Path:
+    """A folder to work in, with the tiny model of Get started and the commands of the pages."""
     (tiny,) = (block for block in blocks(PAGES[0]) if block.title == "tiny.py")
     (tmp_path / tiny.title).write_text(tiny.text)
-    command = tmp_path / "bin/mergec"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mergec "$@"\n')
-    command.chmod(0o755)
-    yield tmp_path
+    # What a page installs goes to a folder of its own, and nothing is downloaded.
+    site = tmp_path / "site"
+    site.mkdir()
+    install = f"-m pip --quiet \"$@\" --no-build-isolation --no-deps --no-index --target {site}"
+    commands = {"mergec": '-m mergec "$@"', "python": '"$@"', "pip": install}
+    (tmp_path / "bin").mkdir()
+    for name, arguments in commands.items():
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}\n')
+        command.chmod(0o755)
+    return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -66,7 +71,7 @@ def test_a_page_runs(page: Path, folder: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{folder}:{ROOT}",
+        "PYTHONPATH": f"{folder}:{folder / 'site'}:{ROOT}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
