@@ -23,12 +23,17 @@ from mkdocs.structure.pages import Page
 
 import mergec
 
+sys.path.append(str(Path(__file__).parent))
+from docstrings import as_list
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference/api.html"
+OPS, OPS_MARK = "reference/ops.md", "<!-- ops -->"
 
 MOUNTED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security-policy.md",
     "benchmarks/results/latest.md": "benchmark.md",
 }
 """Files outside of `docs/` that are pages of the site, by their path in the repository."""
@@ -38,7 +43,7 @@ _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)#\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and the mounted ones."""
-    generated = {"reference/cli.md": command_line(), "reference/ops.md": ops()}
+    generated = {"reference/cli.md": command_line()}
     generated |= {page: (ROOT / path).read_text() for path, page in MOUNTED.items()}
     for page, content in generated.items():
         files.append(File.generated(config, page, content=content))
@@ -48,7 +53,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Turn links to files of the repository into links to their pages."""
+    """Fill in the table of ops, and turn links to files of the repository to their pages."""
+    if page.file.src_uri == OPS:
+        markdown = markdown.replace(OPS_MARK, ops())
     here = {page: path for path, page in MOUNTED.items()}.get(
         page.file.src_uri, f"docs/{page.file.src_uri}"
     )
@@ -110,13 +117,11 @@ def command_line() -> str:
 
 
 def ops() -> str:
-    """Every op of the dialect and what it costs."""
-    from mergec.runtime.core.op import REGISTRY
+    """Every op of the dialect: its costs as a table, and what its file says of it."""
+    from mergec.compiler.report.op_table import op_table
     from mergec.runtime.ops import load_all
 
-    load_all()
-    rows = [
-        f"| `mpc.{name}` | `{op.schema}` | {(op.__doc__ or '').splitlines()[0]} |"
-        for name, op in sorted(REGISTRY.items())
-    ]
-    return "\n".join(["# Ops", "", "| op | schema | |", "| --- | --- | --- |", *rows, ""])
+    parts = [op_table()]
+    for name, op in sorted(load_all().items()):
+        parts += [f"## mpc.{name}", f"`mpc.{name}{op.schema}`", as_list(inspect.getdoc(op) or "")]
+    return "\n\n".join(parts)
