@@ -121,7 +121,10 @@ def ops() -> str:
     from mergec.compiler.report.op_table import op_table
     from mergec.runtime.ops import load_all
 
-    parts = [op_table()]
+    # The parameters stand below, where there is room for them.
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in op_table().splitlines()]
+    cells = ([re.sub(r"^`mpc\.(\w+)`$", r"[`\1`](#mpc\1)", row[0]), *row[2:]] for row in rows)
+    parts = ["\n".join(f"| {' | '.join(row)} |" for row in cells)]
     for name, op in sorted(load_all().items()):
         parts += [f"## mpc.{name}", f"`mpc.{name}{op.schema}`", as_list(inspect.getdoc(op) or "")]
     return "\n\n".join(parts)
