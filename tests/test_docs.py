@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     # What a page installs goes to a folder of its own, and nothing is downloaded.
     site = tmp_path / "site"
     site.mkdir()
-    install = f"-m pip --quiet \"$@\" --no-build-isolation --no-deps --no-index --target {site}"
+    install = f'-m pip --quiet "$@" --no-build-isolation --no-deps --no-index --target {site}'
     commands = {"mergec": '-m mergec "$@"', "python": '"$@"', "pip": install}
     (tmp_path / "bin").mkdir()
     for name, arguments in commands.items():
