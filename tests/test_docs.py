@@ -1,7 +1,8 @@
-"""The tutorials run as they are written, and the site has what the code has."""
+"""The tutorials run as they are written, and generated pages have all that the code has."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import socket
@@ -9,8 +10,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from mergec.compiler.cli import app
+from mergec.runtime.ops import load_all
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -93,3 +98,69 @@ def test_every_block_says_whether_it_runs() -> None:
         assert page.read_text().count("\n```") == 2 * len(blocks(page)), (
             f"{page.name}: a bare fence"
         )
+
+
+def module(name: str) -> ModuleType:
+    """A module that is used while the site is built."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_fields_of_a_docstring_become_a_list() -> None:
+    text = """One row of a table.
+
+rounds: how many
+    there are.
+form, kind: in which it is.
+        "share": a share.
+        "masked": opened
+            under a mask.
+    See elsewhere.
+
+In all: nothing else.
+
+Args:
+    x: a number.
+"""
+    assert module("docstrings").as_list(text).splitlines() == [
+        "One row of a table.",
+        "",
+        "- **`rounds`**: how many",
+        "    there are.",
+        "- **`form, kind`**: in which it is.",
+        "",
+        '    - **`"share"`**: a share.',
+        '    - **`"masked"`**: opened',
+        "        under a mask.",
+        "",
+        "    See elsewhere.",
+        "",
+        "In all: nothing else.",
+        "",
+        "Args:",
+        "    x: a number.",
+    ]
+
+
+def test_the_command_line_is_complete() -> None:
+    page = module("hooks").command_line()
+    for command in app.registered_commands:
+        assert f"| [`{command.name}`](#mergec-{command.name}) |" in page
+        assert f"\n## `mergec {command.name}`\n" in page
+
+
+def test_every_op_is_in_the_table() -> None:
+    page = module("hooks").ops()
+    for name, op in load_all().items():
+        assert f"| [`{name}`](#mpc{name}) |" in page
+        assert f"\n## mpc.{name}\n\n`mpc.{name}{op.schema}`\n" in page
+
+
+def test_public_names_include_methods_of_classes() -> None:
+    names = module("hooks").public_names()
+    assert {"mergec.compile_decoder", "mergec.Program.inspect", "mergec.Op.cost"} <= set(names)
+    assert "mergec.__version__" not in names
