@@ -28,7 +28,6 @@ from docstrings import as_list
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference/api.html"
-OPS, OPS_MARK = "reference/ops.md", "<!-- ops -->"
 
 MOUNTED = {
     "CONTRIBUTING.md": "contributing.md",
@@ -53,9 +52,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Fill in the table of ops, and turn links to files of the repository to their pages."""
-    if page.file.src_uri == OPS:
-        markdown = markdown.replace(OPS_MARK, ops())
+    """Fill in what is generated, and turn links to files of the repository to their pages."""
+    for mark, generate in {"<!-- ops -->": ops, "<!-- errors -->": errors}.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, generate())
     here = {page: path for path, page in MOUNTED.items()}.get(
         page.file.src_uri, f"docs/{page.file.src_uri}"
     )
@@ -128,3 +128,14 @@ def ops() -> str:
     for name, op in sorted(load_all().items()):
         parts += [f"## mpc.{name}", f"`mpc.{name}{op.schema}`", as_list(inspect.getdoc(op) or "")]
     return "\n\n".join(parts)
+
+
+def errors() -> str:
+    """The public errors, the most general one first."""
+    found = [item for item in public_names().values() if _is_error(item)]
+    found.sort(key=lambda kind: (len(kind.__mro__), kind.__name__))
+    return "\n\n".join(f"::: mergec.{kind.__name__}" for kind in found)
+
+
+def _is_error(item: Any) -> bool:
+    return inspect.isclass(item) and issubclass(item, Exception)
