@@ -94,7 +94,7 @@ def test_a_page_runs(page: Path, folder: Path) -> None:
 def test_every_block_says_whether_it_runs() -> None:
     for page in PAGES:
         languages = {block.language for block in blocks(page)}
-        assert languages <= {"python", "console", "text", "sh", "toml"}, page.name
+        assert languages <= {"python", "console", "text", "sh", "toml", "ir"}, page.name
         assert page.read_text().count("\n```") == 2 * len(blocks(page)), (
             f"{page.name}: a bare fence"
         )
