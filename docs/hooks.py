@@ -28,6 +28,7 @@ from docstrings import as_list
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference/api.html"
+APP = Path(__file__).with_name("command_line.py")
 
 MOUNTED = {
     "CONTRIBUTING.md": "contributing.md",
@@ -100,7 +101,7 @@ def public_names() -> dict[str, Any]:
 def command_line() -> str:
     """Every command and option, as typer describes them."""
     done = subprocess.run(
-        [sys.executable, "-m", "typer", "mergec.compiler.cli", "utils", "docs", "--name", "mergec"],
+        [sys.executable, "-m", "typer", str(APP), "utils", "docs", "--name", "mergec"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+<<<<<<< HEAD
 from mergec.compiler.errors import CompileError
 from mergec.compiler.program import Program
 from mergec.compiler.report.inspect import Inspection
@@ -16,6 +17,9 @@ from tests.test_program import TYPES
 
 EVIL = "<script>alert('1')</script> & [bold]x"
 STEP = {"new": 1, "past": 8, "rounds": 58, "online": 23640, "offline": 371983}
+=======
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
+>>>>>>> 1862065 (Describe the command line from a file that typer can execute)
 
 
 class Page(HTMLParser):
