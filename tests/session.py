@@ -23,7 +23,7 @@ from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from tests.families import random_decoder
 
-TIMEOUT = 60.0
+TIMEOUT = 600.0
 
 
 @dataclass
