@@ -23,6 +23,7 @@ from mergec.runtime.core.errors import (
     BundleError,
     LimitError,
     MergecError,
+    OpError,
     PartyError,
     PromptError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "LimitError",
     "MergecError",
     "Op",
+    "OpError",
     "PartyError",
     "Pass",
     "Program",

@@ -15,6 +15,7 @@ from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import decode_literal, function
 from mergec.runtime.ops import load_all
+from mergec.runtime.ops.reveal_token import RevealToken
 from mergec.runtime.program.encoding import refs
 from mergec.runtime.program.program import FINISH, Ref, RoleProgram, needed, phase_of
 
@@ -154,7 +155,7 @@ class PlainExecutor:
 
 def _meaning(op: type[Op]) -> Callable[..., Any]:
     """An op in the clear; logits are returned even if the client learns the token alone."""
-    return _logits if op.name == "reveal_token" else op.reference
+    return _logits if op is RevealToken else op.reference
 
 
 def _logits(logits: torch.Tensor, *_: Any) -> torch.Tensor:
