@@ -19,37 +19,49 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "merge": ("resend_hidden", "fix_attention", "merge_projections"),
     "thex": ("relu_activations", "softmax_2relu", "simplify_norms"),
 }
-"""Lossy passes that may be asked for by name, beside all exact ones; `exact` asks for none."""
+"""The lossy passes that each preset adds to the exact ones; `exact` adds none."""
 
 MAX_LENGTH = 4096
-"""Longest row of attention scores that the softmax takes."""
+"""Longest row of attention scores that the softmax supports, in tokens."""
 
 
 PAST = 128
-"""Tokens before the step that is inspected, where nothing is said and so many are allowed."""
+"""Default number of tokens before an inspected step, where the program allows that many."""
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """How to compile a decoder; an unknown option is a TypeError.
+    """How to compile a decoder. All options have defaults.
 
-    fractional_bits: of every fixed-point number; the tables of the protocols are made for 16.
-    max_length: most tokens of prompt and answer together; the model's own limit if that is lower.
-    preset: which lossy passes run, beside the exact ones; see PRESETS.
+    fractional_bits: bits after the binary point of every fixed-point number. Only 16 is supported,
+        because the tables of the protocols are built for 16.
+    max_length: most tokens of prompt and answer together, 2 to 4096; default 1024. The model's own
+        limit applies if it is lower.
+    preset: the lossy passes to run in addition to the exact ones: "exact" (none, the default),
+        "mpcformer-2quad", "mpcformer-2relu", "thex", "merge-er", "merge-mm" or "merge".
     enable: names of further lossy passes to run.
-    weights: "server" leaves them in the clear at the server, which is cheapest; "shared" has the
-        server secret-share them at the start of a session, the setting of MERGE and CrypTen.
-    reveal: "logits" tells the client the logits of each step, "token" the chosen token alone.
-    network: the network that protocols are chosen for, where one takes more bytes and another more
-        rounds.
+    weights: "server" (the default) keeps the weights in the clear at the server, which is cheapest.
+        With "shared", the server secret-shares them at the start of a session, the setting used in
+        the benchmarks of the MERGE and CrypTen papers.
+    reveal: what the client learns from each step: "logits" (the default), or "token" for the chosen
+        token alone.
+    network: the network for which protocols are chosen, where an op can trade bytes for rounds:
+        "loopback" (the default; no latency, 2 GB/s), "lan" (0.25 ms one way, 1 Gbit/s) or "wan"
+        (20 ms one way, 100 Mbit/s). It changes costs, never results.
     disable: names of passes to leave out.
-    extra_passes: further Pass classes, run in the order of their stage.
-    check_passes: whether to run the graph in float64 before and after an exact pass, and raise
-        InternalError if an output changes. True does so for each pass, False for none; by default,
-        None, for passes from outside of mergec: extra_passes, and those of other packages.
-    calibration: token sequences whose values tell how large each wire gets; by default fixed
-    pseudo-random ones, or the tokenizer's of a few sentences where there is a tokenizer.
-    name: what the program is called in reports; the model's own name by default.
+    extra_passes: further Pass classes to run, in the order given by their `stage` and `after`.
+    check_passes: whether to run the graph in float64 before and after each exact pass, and raise
+        InternalError if an output changes. True checks all passes, False none. None (the default)
+        checks the passes from outside of mergec: extra_passes, and those of other packages.
+    calibration: prompts as sequences of token numbers. The compiler runs the model on them to
+        measure how large each value gets, and lossy passes take their constants from them. By
+        default a few fixed sentences in the model's tokens and one sequence of tokens spread over
+        the vocabulary; without a tokenizer, only sequences of the second kind.
+    name: the program's name in reports; by default the model's own name.
+
+    Raises:
+        CompileError: an option has a value that is not allowed.
+        TypeError: there is no option of that name.
     """
 
     fractional_bits: int = 16

@@ -28,11 +28,11 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import MOVE_NAMES, target_name
 
 DECLARED = ("placeholder", "get_attr", "output")
-"""Kinds of nodes that are no calls."""
+"""Kinds of nodes that are not calls."""
 
 
 def op_of(node: fx.Node) -> type[Op] | None:
-    """The dialect op that a node calls, if it calls one."""
+    """The dialect op that a node calls; None for other nodes."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     namespace, _, name = node.target._schema.name.partition("::")
@@ -47,9 +47,9 @@ def bind(op: type[Op], node: fx.Node) -> dict[str, Any]:
 
 
 def assign_names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """A unique, stable, readable name for every node: its module and what it does there.
+    """A unique, stable and readable name for every node: its module and its function there.
 
-    Nodes that lead to attention are named by their role: `layers.3.attn.q.rotary`,
+    Nodes that prepare attention are named after their role: `layers.3.attn.q.rotary`,
     `layers.3.attn.mask`. A node of a parsed text keeps the name that it has there.
     """
     names: dict[fx.Node, str] = {}
@@ -80,7 +80,7 @@ def _next(stem: str, taken: dict[str, int]) -> str:
 
 
 def _attention_parts(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
-    """Module and name of the values that make queries, keys and values, masks and tables."""
+    """Module and name of the values from which queries, keys, values, masks and tables come."""
     parts: dict[fx.Node, tuple[str, str]] = {}
     for node in graph.nodes:
         op = op_of(node)
@@ -99,7 +99,7 @@ def _attention_parts(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
 def _name_chain(
     parts: dict[fx.Node, tuple[str, str]], role: str, attention: fx.Node, node: Any
 ) -> None:
-    """Name the nodes between an operand of attention and the layer, or the cut, that makes it."""
+    """Name the nodes between an operand of attention and the layer, or the cut, it comes from."""
     user = attention
     while isinstance(node, fx.Node) and node.op == "call_function" and node not in parts:
         name, op = target_name(node.target), op_of(node)
@@ -113,8 +113,8 @@ def _name_chain(
 def dump(graph_module: fx.GraphModule, *, secret_only: bool = False) -> str:
     """The graph as text, one line per input, constant and call; deterministic.
 
-    `compiler.graph.parse` turns it into a graph again. secret_only: leave out constants, and what
-    all parties know: positions, masks, tables and lengths. That is for reading only.
+    `compiler.graph.parse` turns it into a graph again. secret_only: omit constants and values that
+    all parties know (positions, masks, tables and lengths); such a text is only for reading.
     """
     graph = graph_module.graph
     lines = node_lines(graph, assign_names(graph))
@@ -260,10 +260,10 @@ def describe(node: fx.Node) -> str:
 
 
 def offences(nodes: Mapping[fx.Node, str]) -> list[str]:
-    """Lines that show each node with what is wrong with it.
+    """Lines that show each node and its fault.
 
-    The call is underlined. Nodes of one function and one fault, at the same place of several
-    layers, are shown once, with a list of the layers.
+    The call is underlined. Nodes that call the same function with the same fault, at the same place
+    in several layers, are shown once, with a list of the layers.
     """
     groups: dict[tuple[str, ...], list[fx.Node]] = {}
     for node, reason in nodes.items():
@@ -276,7 +276,7 @@ def offences(nodes: Mapping[fx.Node, str]) -> list[str]:
         before, equals, call = text.partition(" = ")
         if not equals:
             before, call = "", text
-        # A type may stand in no literal, so the first " : " ends the call.
+        # No literal contains " : ", so the first one ends the call.
         end = len(call.partition("  # ")[0].partition(" : ")[0])
         lines += [f"  {text}", f"  {' ' * len(before + equals)}{'^' * end}", f"  {reason}"]
         layers = list(dict.fromkeys(layer_of(node.meta.get("module", "")) for node in members))

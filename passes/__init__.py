@@ -13,15 +13,15 @@ from mergec.compiler.graph.manager import check_after
 from mergec.compiler.graph.rewriting import Pass
 
 ENTRY_POINTS = "mergec.passes"
-"""The group of entry points under which other packages offer passes."""
+"""The entry point group in which other packages offer passes."""
 
 
 def available() -> dict[str, type[Pass]]:
     """Every pass by name: the built-in ones, and those that other packages offer.
 
-    A package offers a pass as an entry point of the group `mergec.passes`. Raises CompileError for
-    a file that holds no pass, several, or one whose class does not have the file's name; for a name
-    that is taken; and for an `after` that names no pass.
+    A package offers a pass as an entry point of the group `mergec.passes`. Raises CompileError if a
+    file defines no pass, several passes, or a class whose name does not match the file; if two
+    passes have the same name; or if an `after` names an unknown pass.
     """
     found: dict[str, type[Pass]] = {}
     for module in pkgutil.iter_modules(__path__):
@@ -39,7 +39,7 @@ def available() -> dict[str, type[Pass]]:
 
 
 def only_pass(module: ModuleType) -> type[Pass]:
-    """The one pass that a file of this package defines, which is named after it."""
+    """The one pass that a file of this package defines; its class is named after the file."""
     name = module.__name__.rpartition(".")[2]
     where = f"passes/{name}.py"
     kinds = [
@@ -52,7 +52,7 @@ def only_pass(module: ModuleType) -> type[Pass]:
     ]
     if len(kinds) > 1:
         names = " and ".join(kind.__name__ for kind in kinds)
-        raise CompileError(f"{where} defines {names}; put each pass into a file of its own")
+        raise CompileError(f"{where} defines {names}; put each pass into its own file")
     if not kinds:
         raise CompileError(f"{where} defines no pass; move shared helpers to compiler/graph/")
     (kind,) = kinds

@@ -1,4 +1,4 @@
-"""What arithmetic on shared values is left becomes ops of the dialect."""
+"""Convert the remaining arithmetic on shared values into ops of the dialect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNARY = {
 
 
 class ArithmeticToDialect(Pass):
-    """Numbers become attributes, so that they cost no sharing.
+    """Converts arithmetic to dialect ops; plain numbers become attributes and need no sharing.
 
     Before:
         %x = input : shared 2x4
@@ -112,7 +112,7 @@ class ArithmeticToDialect(Pass):
         x: Any = node.args[0]
         dims: Any = node.args[1]
         if len(dims) != 1 or not last_dim(x, dims[0]) or len(node.args) < 3 or not node.args[2]:
-            self.skip(node, "it is not over the last dimension, kept")
+            self.skip(node, "it does not reduce the last dimension alone with keepdim=True")
             return 0
         if calls(node, aten.sum.dim_IntList):
             replace(node, target("sum"), (x,))
@@ -131,5 +131,5 @@ class ArithmeticToDialect(Pass):
 
 
 def _same_shape(value: Any, node: fx.Node) -> bool:
-    """A tensor of one number may add dimensions, which an attribute cannot."""
+    """Broadcasting with a one-element tensor may add dimensions; an attribute cannot."""
     return str(value.meta["val"].shape) == str(node.meta["val"].shape)

@@ -1,4 +1,4 @@
-"""The former place of `compiler.graph.rewriting`; goes with the next release."""
+"""Deprecated alias of `compiler.graph.rewriting`; the next release removes it."""
 
 import warnings
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 warnings.warn(
-    "mergec.passes.base is deprecated: import Pass from mergec, and what belongs to it from "
+    "mergec.passes.base is deprecated: import Pass from mergec, and everything else from "
     "mergec.compiler.graph.rewriting",
     DeprecationWarning,
     stacklevel=2,

@@ -1,4 +1,4 @@
-"""Reading rows of a table becomes `mpc.embedding`."""
+"""Convert embedding lookups into `mpc.embedding`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mergec.runtime.core.op import target
 
 
 class EmbeddingToDialect(Pass):
-    """Rows chosen by the client, of a table that the server holds.
+    """Converts a lookup by the client's token ids in a table that the server holds.
 
-    Rows chosen by public positions stay with the server: nothing is sent for them.
+    A lookup by public positions stays as it is: the server does it alone and sends nothing.
 
     Before:
         %ids = input : client int64 1xnew
@@ -31,7 +31,7 @@ class EmbeddingToDialect(Pass):
                 continue
             weight, ids = node.args[:2]
             if constant(graph_module, weight) is None:
-                self.skip(node, "its table is computed from something else")
+                self.skip(node, "its table is computed at run time, it is not a constant")
                 continue
             replace(node, target("embedding"), (ids, weight))
             sites += 1

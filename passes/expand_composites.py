@@ -1,4 +1,4 @@
-"""Write functions that nobody has a protocol for out in those that have one."""
+"""Rewrite functions without a protocol in terms of functions that have one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergec.runtime.core.spec import Vis
 
 
 class ExpandComposites(Pass):
-    """Each rule is an identity, so that what a model of one's own calls needs no op of its own.
+    """Rewrites functions without a protocol by exact identities, so they need no op of their own.
 
     Before:
         %x = input : shared 3x3
@@ -50,7 +50,7 @@ class ExpandComposites(Pass):
             elif node.target in _RULES:
                 result = _RULES[node.target](node, *node.args, **node.kwargs)
                 if result is None:
-                    self.skip(node, "it has options that no rule covers")
+                    self.skip(node, "no rule covers its options")
                     continue
                 _put(node, result)
                 sites += 1
@@ -71,7 +71,7 @@ class ExpandComposites(Pass):
 
     def _unbind(self, node: fx.Node) -> int:
         if not all(calls(user, operator.getitem) for user in node.users):
-            self.skip(node, "it is used as a whole")
+            self.skip(node, "its pieces are not selected one by one")
             return 0
         x, dim = (*node.args, 0)[:2]
         for user in list(node.users):
@@ -81,7 +81,7 @@ class ExpandComposites(Pass):
 
 
 def _put(node: fx.Node, result: fx.Node) -> None:
-    """Nobody else would remove a node that writes in place."""
+    """Replace and erase a node; dead-code removal would keep one that writes in place."""
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
 

@@ -1,4 +1,4 @@
-"""Write `einsum` out as one matrix product."""
+"""Rewrite `einsum` as one matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergec.compiler.graph.shapes import insert_call, length
 
 
 class ExpandEinsum(Pass):
-    """Two operands become a product of matrices, which later patterns know.
+    """Rewrites an einsum of two operands as a matrix product, which later passes recognize.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -41,25 +41,25 @@ class ExpandEinsum(Pass):
         inputs, arrow, output = equation.replace(" ", "").partition("->")
         parts = inputs.split(",")
         if len(parts) != 2 or not arrow or "." in equation:
-            self.skip(node, "only two operands with named dimensions make a product of matrices")
+            self.skip(node, "a matrix product needs two operands with all dimensions named")
             return 0
         left, right = parts
         if any(len(set(part)) != len(part) for part in (left, right, output)):
-            self.skip(node, "a diagonal is no product of matrices")
+            self.skip(node, "it takes a diagonal, which is not a matrix product")
             return 0
         batch = [d for d in left if d in right and d in output]
         inner = [d for d in left if d in right and d not in output]
         rows = [d for d in left if d not in right]
         columns = [d for d in right if d not in left]
         if not inner or set(output) != {*batch, *rows, *columns}:
-            self.skip(node, "it sums over a dimension of one operand, or over none of both")
+            self.skip(node, "it sums over a dimension of one operand only, or over none of both")
             return 0
         factors = (
             _matrices(node, operands[0], left, batch, (rows, inner)),
             _matrices(node, operands[1], right, batch, (inner, columns)),
         )
         if None in factors:
-            self.skip(node, "two of its folded dimensions are lengths")
+            self.skip(node, "two of the dimensions to flatten have variable lengths")
             return 0
         result = insert_call(node, aten.matmul.default, *factors)
         made = [*batch, *rows, *columns]
@@ -78,7 +78,7 @@ class ExpandEinsum(Pass):
 def _matrices(
     before: fx.Node, operand: fx.Node, names: str, batch: list[str], sides: Sequence[list[str]]
 ) -> fx.Node | None:
-    """The operand as matrices, one for each entry of the batch dimensions."""
+    """The operand as a batch of matrices."""
     order = [names.index(d) for group in (batch, *sides) for d in group]
     folded = []
     for group in sides:

@@ -1,4 +1,4 @@
-"""Write torch's fused attention out, so that one pattern recognizes all attention."""
+"""Expand torch's fused attention, so that one pattern recognizes all attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergec.compiler.graph.shapes import insert_call, length
 
 
 class ExpandSdpa(Pass):
-    """Modules of one's own call `scaled_dot_product_attention` or `nn.MultiheadAttention`.
+    """Expands `scaled_dot_product_attention`, as called by custom modules and MultiheadAttention.
 
     Before:
         %q = input : shared 1x2xnewx64
@@ -49,11 +49,11 @@ class ExpandSdpa(Pass):
         query, key, value, mask, _, causal = (*node.args, *_DEFAULTS[len(node.args) - 3 :])[:6]
         scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
         if node.kwargs.get("dropout_p") or node.kwargs.get("attn_mask") is not None:
-            self.skip(node, "its mask is given by name")
+            self.skip(node, "its mask or dropout is a keyword argument")
             return 0
         features = query.meta["val"].shape[-1]
         if not isinstance(features, int) or rank(query) not in (3, 4):
-            self.skip(node, "its queries are no [batch, heads, tokens, features]")
+            self.skip(node, "its queries are not [batch, heads, tokens, features]")
             return 0
         if grouped:
             key, value = (_repeat(node, query, tensor) for tensor in (key, value))
@@ -73,7 +73,7 @@ class ExpandSdpa(Pass):
             scores = insert_call(node, aten.add.Tensor, scores, mask)
         weights = insert_call(node, aten.softmax.int, scores, -1)
         node.replace_all_uses_with(insert_call(node, aten.matmul.default, weights, value))
-        # It counts as random because of its dropout, so that nobody else would remove it.
+        # Its dropout makes it count as random, so dead-code removal would keep it.
         node.graph.erase_node(node)
         return 1
 
@@ -82,7 +82,7 @@ _DEFAULTS: tuple[Any, ...] = (None, 0.0, False)
 
 
 def _repeat(before: fx.Node, query: fx.Node, tensor: fx.Node) -> fx.Node:
-    """Keys or values once for each query head of their group, as models write it themselves."""
+    """Keys or values repeated for each query head of their group, as models themselves do it."""
     batch, groups, size, features = (length(before, tensor, dim) for dim in range(4))
     times = query.meta["val"].shape[1] // tensor.meta["val"].shape[1]
     apart = insert_call(before, aten.unsqueeze.default, tensor, 2)

@@ -1,4 +1,4 @@
-"""Put a constant table in the place of what attention computes of queries and keys."""
+"""Replace the attention weights by a constant table."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mergec.runtime.ops.attention import Attention
 
 
 class FixAttention(Pass):
-    """Attention weights become a table per head: no query, no key, no softmax, no round.
+    """Replaces attention weights by a table per head: no queries, keys, softmax or rounds.
 
-    Lossy. The constant attention of MERGE (Liang et al., AAAI 2024), which trains its table; here
-    it is the mean of the model's own attention, per head and pair of positions, over the
-    calibration prompts. From the length P of the longest prompt on, tokens look as the P-th does:
-    at the same distances back, and at the first token, which takes up what a head has no use for.
-    So it is exact for heads that look by position alone, up to P tokens; calibrate with prompts as
-    long as those that you expect. Queries and keys are dropped, and with them rotary embeddings and
-    the cache of keys. The table follows from the weights, so the server holds it, and its product
-    with cached values costs no message.
+    Lossy. This is the constant attention of MERGE (Liang et al., AAAI 2024). MERGE trains the
+    table; here it is the mean of the model's own attention weights over the calibration prompts,
+    per head and pair of positions. Let P be the length of the longest calibration prompt. Tokens
+    after the P-th attend as the P-th does: to the same distances back, and to the first token,
+    which takes the weight that a head has no use for. So the pass is exact up to P tokens for heads
+    that attend by position alone; calibrate with prompts as long as those that you expect. Queries
+    and keys are dropped, and with them rotary embeddings and the key cache. The table follows from
+    the weights, so the server holds it, and its product with cached values costs no message.
 
     Before:
         %ids = input : client int64 1xnew
@@ -73,7 +73,7 @@ class FixAttention(Pass):
         return len(found)
 
     def _drop_caches(self, graph_module: fx.GraphModule) -> None:
-        """Take out the caches that nothing reads any more; the length of another stays."""
+        """Remove caches that nothing reads any more; another one then supplies their length."""
         *_, output = graph_module.graph.nodes
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         pairs = list(zip(placeholders[1:], self.info.inputs[1:], output.args[0][1:], strict=True))
@@ -91,7 +91,7 @@ class FixAttention(Pass):
 
 
 def _unread(cache: fx.Node, following: fx.Node, output: fx.Node) -> bool:
-    """Whether a cache is only continued, and its number of tokens taken."""
+    """Whether a cache is only appended to, and read for nothing but its number of tokens."""
     return set(following.users) == {output} and all(
         user is following or (calls(user, aten.sym_size.int) and user.args[1] == 2)
         for user in cache.users
@@ -101,7 +101,7 @@ def _unread(cache: fx.Node, following: fx.Node, output: fx.Node) -> bool:
 def _observe(
     graph_module: fx.GraphModule, nodes: list[fx.Node], inputs: Any, sequences: Any
 ) -> dict[fx.Node, torch.Tensor]:
-    """The mean attention [H, P, P] of each node over the sequences, each as a prompt."""
+    """The mean attention weights [H, P, P] of each node over the sequences, each as a prompt."""
     size = max(map(len, sequences))
     sums: dict[fx.Node, Any] = dict.fromkeys(nodes, 0.0)
     counts = torch.zeros(size, 1)

@@ -13,13 +13,14 @@ from mergec.runtime.core.op import target
 
 
 class FoldAttentionScale(Pass):
-    """Scores of scaled queries are scaled; so the query projection, or its norm's gain, does it.
+    """Moves the scale of attention scores into the query projection, or into its norm's gain.
 
-    Attention takes a power of two for nothing. Any other scale is a product of its own with each
-    query: one more truncation, a round and 16 bytes an element. The weights take the part of it
-    that is no power of two, a factor between 0.7 and 1.4, so that queries keep their size and with
-    it their precision. Rotary embedding and the move to heads are linear and let it pass. A layer
-    that makes keys and values too is scaled in the columns of the queries alone.
+    Scaling the queries scales the scores. Attention applies a power of two for free. Any other
+    scale needs a separate product with each query: one more truncation, which costs a round and 16
+    bytes per element. So the weights take the part of the scale that is not a power of two, a
+    factor between 0.7 and 1.4. The queries then keep their magnitude and therefore their
+    precision. Rotary embedding and the split into heads are linear, so the factor can move past
+    them. In a layer that also computes keys and values, only the columns of the queries are scaled.
 
     Before:
         %x = input : shared 1x2xnewx8
@@ -36,7 +37,7 @@ class FoldAttentionScale(Pass):
     """
 
     stage = "optimize"
-    # Where that one has moved a gain into the query projection, there is one weight to change.
+    # After it has moved a norm's gain into the query projection, only one weight has to change.
     after = ("fold_norm_affine",)
 
     def run(self, graph_module: fx.GraphModule) -> int:

@@ -15,16 +15,17 @@ from mergec.runtime.core.op import target
 
 
 class FoldNormAffine(Pass):
-    """linear(y * gain + bias, W, b) is linear(y, W * gain, b + W bias).
+    """Rewrites linear(y * gain + bias, W, b) as linear(y, W * gain, b + W bias).
 
-    Saves two rounds and 24 bytes per element of each norm: with a gain of its own a norm truncates
-    its rows, sends them to the server, and its result is truncated again; without one the first
-    truncation is the last. A LayerNorm's bias costs nothing either way, and goes along.
+    Saves two rounds and 24 bytes per element of each norm. A norm with a gain truncates its rows,
+    sends them to the server, and truncates the result again; without a gain, it truncates once. A
+    LayerNorm's bias costs nothing in either form, and moves along.
 
-    Every consumer must be a linear layer; rows may be moved on the way. A matrix that is used
-    elsewhere too, such as a head tied to the embedding, stays as it is: its folded copy would be
-    one more matrix that is opened under its mask when a session starts, 8 bytes an element, which
-    for a head of 50,000 tokens is hundreds of megabytes against 14 kB and two rounds a token.
+    Every consumer must be a linear layer; only ops that move data may be in between. A matrix that
+    is used elsewhere too, such as a head tied to the embedding, stays as it is: its folded copy
+    would be one more matrix that is opened under a mask at the start of a session, at 8 bytes per
+    element. For a head of 50,000 tokens that is hundreds of megabytes, to save 14 kB and two rounds
+    per token.
 
     Before:
         %x = input : shared 1xnewx8
@@ -50,7 +51,7 @@ class FoldNormAffine(Pass):
         weight, bias, offset, plain = affine
         given = [node for node in (weight, bias) if node is not None]
         if not all(computable(graph_module, node) for node in given):
-            self.skip(norm, "its gain or bias is no constant of 32 bits or more")
+            self.skip(norm, "its gain or bias is not a constant of 32 bits or more")
             return 0
         linears: list[fx.Node] = []
         reason = _collect(norm, linears) or _unfit(graph_module, linears)
@@ -86,7 +87,7 @@ class FoldNormAffine(Pass):
 
 
 def _affine(norm: fx.Node) -> tuple[Any, Any, float, tuple[Any, ...]] | None:
-    """Gain, bias, what is added to the gain, and the norm's arguments without them."""
+    """The gain, the bias, the offset of the gain, and the norm's arguments without them."""
     weight: Any
     bias: Any
     if calls(norm, target("rms_norm")):
@@ -103,24 +104,24 @@ def _operands(linear: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _collect(node: fx.Node, linears: list[fx.Node]) -> str:
-    """Find the linear layers that take a node's rows; gives the reason if it has other users."""
+    """Collect the linear layers that read a node's rows; returns a reason if it has other users."""
     for user in node.users:
         if calls(user, target("linear")) and user.args[0] is node:
             linears.append(user)
         elif not keeps_rows(user):
-            return f"its result goes to {user.target} too, which takes no gain"
+            return f"its result also goes to {user.target}, which cannot absorb the gain"
         elif reason := _collect(user, linears):
             return reason
     return ""
 
 
 def _unfit(graph_module: fx.GraphModule, linears: list[fx.Node]) -> str:
-    """Why a gain cannot move into these layers, if it cannot."""
+    """Why a gain cannot move into these layers; None if it can."""
     for linear in linears:
         _, weight, bias = _operands(linear)
         given = [node for node in (weight, bias) if node is not None]
         if not all(computable(graph_module, node) for node in given):
-            return f"%{linear.name} has no matrix of 32 bits or more"
+            return f"the matrix of %{linear.name} is not a constant of 32 bits or more"
         if any(user is not linear for user in uses(graph_module, weight)):
-            return f"the matrix of %{linear.name} is used elsewhere too, and would be kept twice"
+            return f"the matrix of %{linear.name} has other users, so it would be stored twice"
     return ""

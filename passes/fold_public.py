@@ -1,4 +1,4 @@
-"""Evaluate once what is public and depends on no length."""
+"""Evaluate public values that do not depend on lengths at compile time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from mergec.compiler.graph.weights import evaluate, insert_evaluated, pure
 from mergec.runtime.core.spec import Vis
 
 LARGEST = 1 << 16
-"""Elements of a folded constant: a larger one is cheaper made in each step than kept by all."""
+"""Most elements of a folded constant; a larger one is cheaper to recompute than to store."""
 
 
 class FoldPublic(Pass):
-    """Frequencies, scales and fillings become constants; what depends on lengths is left.
+    """Folds public values such as rotary frequencies, scales and fill values into constants.
+
+    Values that depend on the lengths of a step stay in the graph.
 
     Before:
         %x = input : shared newx4
@@ -56,7 +58,7 @@ class FoldPublic(Pass):
             if all(user in values for user in node.users):
                 continue
             if value.numel() > LARGEST:
-                self.skip(node, f"its value is large: {value.numel()} elements")
+                self.skip(node, f"its value is too large to store: {value.numel()} elements")
                 continue
             known = self.info.constants
             folded = insert_evaluated(graph_module, node, "_folded", value, Vis.PUBLIC, known)

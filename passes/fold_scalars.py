@@ -1,4 +1,4 @@
-"""Move numeric factors into the weights of the layer before them."""
+"""Move numeric factors into the weights of the preceding layer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mergec.runtime.core.op import target
 
 
 class FoldScalars(Pass):
-    """linear(x, W, b) * 0.3 is linear(x, 0.3 W, 0.3 b); tables of embeddings take it, too.
+    """Rewrites linear(x, W, b) * 0.3 as linear(x, 0.3 W, 0.3 b), and embeddings in the same way.
 
-    A factor that is no power of two needs its operand truncated, and leaves a result that is
-    truncated again: up to two rounds and 32 bytes an element. Powers of two are free where they
-    are. A table that is the head's matrix too (gemma) stays: its scaled copy would be one more
-    matrix to open when a session starts, and factors of an embedding need no truncation before.
+    A factor that is not a power of two needs a truncated operand, and its result is truncated
+    again: up to two rounds and 32 bytes per element. Powers of two are free where they are. A table
+    that is also the head's matrix (gemma) stays: its scaled copy would be one more matrix to open
+    at the start of a session, and an embedding needs no truncation before a factor.
 
     Before:
         %x = input : shared 1xnewx8
@@ -31,7 +31,7 @@ class FoldScalars(Pass):
     """
 
     stage = "optimize"
-    # The scale of queries is better split between their weights and the scores.
+    # That pass splits the scale of queries between their weights and the scores, which is better.
     after = ("fold_attention_scale",)
 
     def run(self, graph_module: fx.GraphModule) -> int:
@@ -49,7 +49,7 @@ class FoldScalars(Pass):
                 continue
             found.multiply(graph_module, factor, self.info.constants)
             node.replace_all_uses_with(operand)
-            # As a dead user it would bar the way of the next factor.
+            # A dead user would keep the next factor from being folded.
             graph_module.graph.erase_node(node)
             sites += 1
         return sites

@@ -1,4 +1,4 @@
-"""Compute once what the server would compute from its weights alone."""
+"""Compute at compile time what the server would compute from its weights alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mergec.runtime.core.spec import Vis
 
 
 class FoldWeights(Pass):
-    """A function of weights becomes a weight, which is masked and opened once in a session.
+    """Replaces a function of weights by a weight, which is opened under a mask once per session.
 
-    A norm's gain that a model stores less one (nemotron), say, where no fusion has taken it in.
-    Movement alone is left: a turned matrix would be kept twice.
+    An example is a norm's gain that a model stores minus one (nemotron), if no fusion absorbed it.
+    Ops that only move data stay: a transposed matrix would be stored twice.
 
     Before:
         %x = input : shared 1xnewx8

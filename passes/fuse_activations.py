@@ -1,4 +1,4 @@
-"""Recognize activation functions, written in any way, by their values."""
+"""Recognize activation functions by their values, however they are written."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _SCALAR = (
 )  # fmt: skip
 _CURVED = (aten.tanh.default, aten.erf.default, aten.sigmoid.default)
 _TOLERANCE = 1e-7
-"""Models write their constants with 8 digits or more."""
+"""Tolerance of the comparison: models write their constants with 8 digits or more."""
 
 
 class FuseActivations(Pass):
-    """A region of scalar arithmetic around a tanh, erf or sigmoid is evaluated on a grid.
+    """Fuses the scalar arithmetic around a tanh, erf or sigmoid into one activation op.
 
-    If it has one secret input and one output, and its values are those of GELU (either form), SiLU
-    or quick GELU, it becomes that op.
+    A region with one secret input and one output is evaluated on a grid of inputs. If its values
+    are those of GELU (either form), SiLU or quick GELU, it becomes that op.
 
     Before:
         %x = input : shared 2x4
@@ -60,7 +60,7 @@ class FuseActivations(Pass):
         for node in list(graph_module.graph.nodes):
             if calls(node, *_CURVED) and is_shared(node) and node.users:
                 sites += self._by_value(node)
-        # What a region was made of would be taken for activations of its own.
+        # Otherwise parts of a fused region would be matched as further activations.
         graph_module.graph.eliminate_dead_code()
         for node in list(graph_module.graph.nodes):
             if not is_shared(node) or node.op != "call_function":
@@ -95,7 +95,7 @@ class FuseActivations(Pass):
 
 
 def _collect(node: fx.Node, region: set[fx.Node], sources: set[fx.Node]) -> None:
-    """All ancestors that scalar arithmetic reaches; each is a candidate for the input."""
+    """All ancestors reachable through scalar arithmetic; each is a candidate for the input."""
     for operand in node.all_input_nodes:
         sources.add(operand)
         if calls(operand, *_SCALAR) and operand not in region:

@@ -24,15 +24,15 @@ from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 
 _LOW = -1e4
-"""A score that stands for "not seen": exp of it is 0 beside any score that is seen."""
+"""A score that means "masked": its exponential is 0 relative to that of any visible score."""
 
 
 class FuseAttention(Pass):
-    """One op that works on opened keys and values, with grouped queries left grouped.
+    """Fuses attention into one op on opened keys and values; grouped queries stay grouped.
 
-    Scores may be scaled anywhere, capped by a tanh (gemma2), masked by additions (most), by a
-    selection (gpt_neo) or with ALiBi in a fused product (bloom); keys and values may be repeated
-    for each group of queries.
+    Scores may be scaled at any point, capped by a tanh (gemma2), and masked by additions (most
+    models), by a selection (gpt_neo) or with ALiBi in a fused product (bloom). Keys and values may
+    be repeated for each group of queries.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -77,10 +77,10 @@ class FuseAttention(Pass):
         if _heads_apart(query, keys, values):
             query, keys = (_unsqueeze(product, t) for t in (query, keys))
         if len({rank(t) for t in (query, keys, values)}) > 1:
-            self.skip(softmax, "heads are apart for the scores, and not for the weighted sum")
+            self.skip(softmax, "heads are a dimension of the scores but not of the weighted sum")
             return 0
         if flat:
-            # Heads stand in the batch dimension (bloom): give them one of their own.
+            # Heads are part of the batch dimension (bloom): split them off.
             query, keys, values = (_unsqueeze(product, t) for t in (query, keys, values))
         keys, values = _ungroup(keys), _ungroup(values)
         mask = scores.mask(product, flat)
@@ -96,7 +96,7 @@ class FuseAttention(Pass):
 
 @dataclass
 class _Scores:
-    """The way from the softmax back to the product of queries and keys."""
+    """The path from the softmax back to the product of queries and keys."""
 
     softmax: fx.Node
     scale: float = 1.0
@@ -107,7 +107,7 @@ class _Scores:
     _masked: list[fx.Node] = field(default_factory=list)
 
     def walk(self, node: Any) -> str | None:
-        """Follow the scores upwards; gives the reason where that ends early."""
+        """Follow the scores upwards; returns the reason if that fails."""
         while True:
             if calls(node, aten.matmul.default):
                 return self._product(node.args[0], node.args[1])
@@ -130,7 +130,7 @@ class _Scores:
             elif calls(node, aten.mul.Tensor) and calls(node.args[0], aten.tanh.default):
                 inner = node.args[0].args[0]
                 if not calls(inner, aten.div.Tensor) or inner.args[1] != node.args[1]:
-                    return "a tanh of the scores is no softcap"
+                    return "a tanh of the scores is not a softcap"
                 if self.scale != 1.0:
                     return "the capped scores are scaled"
                 self.cap = float(node.args[1])
@@ -145,7 +145,7 @@ class _Scores:
                 return f"the scores come from {getattr(node, 'target', node)}"
 
     def _open(self) -> bool:
-        """A term below the cap would have to pass through it."""
+        """Whether no softcap was met yet: a term from below one would have to pass through it."""
         return self.cap == 0.0
 
     def _product(self, query: Any, turned: Any) -> str | None:
@@ -159,7 +159,7 @@ class _Scores:
         return None
 
     def mask(self, before: fx.Node, flat: bool) -> fx.Node | None:
-        """One public tensor with everything that is added to the scores."""
+        """The sum of all terms that are added to the scores, as one public tensor."""
         total: Any = None
         terms: list[tuple[Any, float]] = list(self.terms)
         for choice in self._masked:
@@ -175,7 +175,7 @@ class _Scores:
 
 
 def _same_rows(reshape: fx.Node) -> bool:
-    """Whether each row of scores stays one, in its place among the rows of its head."""
+    """Whether a reshape keeps each row of scores whole, in its place within its head."""
     source: Any = reshape.args[0]
     return [str(s) for s in source.meta["val"].shape[-2:]] == [
         str(s) for s in reshape.meta["val"].shape[-2:]
@@ -191,19 +191,19 @@ def _public_term(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _hides(choice: fx.Node) -> bool:
-    """Whether the scores that are not chosen become so low that the softmax gives 0."""
+    """Whether the scores that are not selected become so low that their softmax is 0."""
     low = _number(choice.args[2])
     return is_public(choice.args[0]) and low is not None and low <= _LOW
 
 
 def _keeps(choice: fx.Node) -> bool:
-    """Whether a maximum changes nothing, as no number of its type is lower (xglm)."""
+    """Whether a maximum has no effect, because no number of its type is lower (xglm)."""
     low, dtype = _number(choice.args[1]), choice.meta["val"].dtype
     return low is not None and dtype.is_floating_point and low <= torch.finfo(dtype).min
 
 
 def _heads_apart(query: fx.Node, keys: fx.Node, values: fx.Node) -> bool:
-    """Whether heads stand in the batch dimension for the scores alone (gpt_neox_japanese)."""
+    """Whether heads are part of the batch dimension for the scores only (gpt_neox_japanese)."""
     if (rank(query), rank(keys), rank(values)) != (3, 3, 4):
         return False
     heads = [str(value.meta["val"].shape[0]) for value in (query, keys)]
@@ -240,7 +240,7 @@ def _unsqueeze(before: fx.Node, node: fx.Node) -> fx.Node:
 
 
 def _ungroup(node: Any) -> Any:
-    """Take back the repetition of keys or values: reshape(expand(unsqueeze(x, 2)))."""
+    """Undo the repetition of keys or values: reshape(expand(unsqueeze(x, 2)))."""
     if calls(node, aten.reshape.default) and calls(node.args[0], aten.expand.default):
         inner = node.args[0].args[0]
         if calls(inner, aten.unsqueeze.default) and inner.args[1] in (2, -3) and rank(node) == 4:

@@ -1,4 +1,4 @@
-"""Recognize that new keys and values are appended to the cache."""
+"""Recognize the concatenation that appends new keys and values to the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergec.runtime.core.op import target
 
 
 class FuseCache(Pass):
-    """The new entries are opened under their mask once, when they enter the cache.
+    """Fuses cache updates, so that each entry is opened under its mask once, when it is appended.
 
     Before:
         %key = input : shared 1x2xpastx8
@@ -32,7 +32,7 @@ class FuseCache(Pass):
                 continue
             dim = node.args[1] if len(node.args) > 1 else 0
             if dim not in (-2, rank(node) - 2):
-                self.skip(node, "the cache does not grow along its last dimension but one")
+                self.skip(node, "the cache does not grow along its second-to-last dimension")
                 continue
             replace(node, target("cache_append"), (past, new))
             sites += 1

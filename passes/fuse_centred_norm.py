@@ -1,4 +1,4 @@
-"""Recognize LayerNorm in its written-out forms."""
+"""Recognize LayerNorm that is written out in elementary ops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mergec.runtime.core.spec import Vis
 
 
 class FuseCentredNorm(Pass):
-    """One op that opens its row once, for a chain that would open it four times.
+    """Fuses a written-out LayerNorm, which opens its row four times, into an op that opens it once.
 
-    Runs before `fuse_rms_norm`, which would take the centred row for the row of an RMSNorm.
+    Runs before `fuse_rms_norm`, which would mistake the centred row for the row of an RMSNorm.
 
     Before:
         %x = input : shared 1xnewx8
@@ -52,7 +52,7 @@ class FuseCentredNorm(Pass):
         for product in list(root.users):
             found = _row(product, root, x)
             if found is None:
-                self.skip(root, "the inverse root does not scale the row that it was made of")
+                self.skip(root, "the inverse root does not scale the row that it was computed from")
                 continue
             node, weight = product, found[0]
             if weight is None:
@@ -77,7 +77,7 @@ def _variance(node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _mean_of(node: Any) -> Any:
-    """What is averaged over its last dimension, which is kept."""
+    """The operand of a mean over the last dimension with keepdim=True."""
     if not calls(node, aten.mean.dim) or len(node.args) < 3 or not node.args[2]:
         return None
     x, dims = node.args[:2]
@@ -92,7 +92,7 @@ def _centred(node: Any) -> Any:
 
 
 def _row(product: fx.Node, root: fx.Node, x: fx.Node) -> tuple[Any] | None:
-    """The gain (or None) in a product of the centred row, or of that and a gain, with its root."""
+    """The gain, or None, in a product of the centred row (perhaps times a gain) with its root."""
     if not calls(product, aten.mul.Tensor):
         return None
     first, second = product.args
@@ -107,7 +107,7 @@ def _row(product: fx.Node, root: fx.Node, x: fx.Node) -> tuple[Any] | None:
 
 
 def _applied(node: fx.Node, operation: Any) -> tuple[fx.Node, fx.Node | None]:
-    """The one user that applies a row of weights, and the row; the node itself if there is none."""
+    """The only user if it applies a row of weights, and that row; otherwise the node itself."""
     for user, other in _only_user(node):
         if calls(user, operation) and not user.kwargs and _features(other, node):
             return user, other
@@ -122,7 +122,7 @@ def _only_user(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
 
 
 def _features(weight: Any, row: fx.Node) -> bool:
-    """Whether it is a constant with one number for each feature."""
+    """Whether it is a constant with one number per feature."""
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return False
     held = weight.meta["vis"] in (Vis.SERVER, Vis.PUBLIC)

@@ -12,7 +12,7 @@ from mergec.runtime.core.op import target
 
 
 class FuseGlu(Pass):
-    """The gate's activation and the product with `up` as one op, whose openings share rounds.
+    """Fuses a gate's activation and its product with `up` into one op; their openings share rounds.
 
     Before:
         %gate = input : shared 1xnewx8
@@ -37,10 +37,10 @@ class FuseGlu(Pass):
                 if kind is None:
                     continue
                 if str(active.meta["val"].shape) != str(up.meta["val"].shape):
-                    self.skip(node, "gate and factor differ in shape")
+                    self.skip(node, "the gate and the other factor differ in shape")
                     continue
                 if len(active.users) > 1:
-                    self.skip(node, "the activation is used elsewhere too")
+                    self.skip(node, "the activation is also used elsewhere")
                     continue
                 replace(node, target("glu"), (active.args[0], up, kind))
                 sites += 1

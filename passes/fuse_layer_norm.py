@@ -1,4 +1,4 @@
-"""Recognize LayerNorm."""
+"""Recognize torch's LayerNorm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergec.runtime.core.op import target
 
 
 class FuseLayerNorm(Pass):
-    """One op that opens its row once.
+    """Converts torch's layer_norm into one op that opens its row once.
 
     Before:
         %x = input : shared 1xnewx8
@@ -33,7 +33,7 @@ class FuseLayerNorm(Pass):
                 *(None, None, 1e-5)[len(node.args) - 2 :],
             )[:5]
             if len(shape) != 1:
-                self.skip(node, "it spans several dimensions")
+                self.skip(node, "it normalizes over several dimensions")
                 continue
             replace(node, target("layer_norm"), (x, weight, bias, float(eps)))
             sites += 1

@@ -1,4 +1,4 @@
-"""Recognize RMSNorm in its written-out forms."""
+"""Recognize RMSNorm, written out or as torch's function."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mergec.runtime.core.spec import Vis
 
 
 class FuseRmsNorm(Pass):
-    """One op that opens its row once, for a chain that would open it three times.
+    """Fuses a written-out RMSNorm, which opens its row three times, into an op that opens it once.
 
-    The gain may be missing, or `1 + weight` (gemma). The norm may be over each head (qwen3).
+    The gain may be missing, or `1 + weight` (gemma). The norm may be per head (qwen3).
 
     Before:
         %x = input : shared 1xnewx8
@@ -40,7 +40,7 @@ class FuseRmsNorm(Pass):
         if calls(root, aten.rms_norm.default) and is_shared(root.args[0]):
             x, shape, weight, eps = (*root.args, None, None)[:4]
             if len(shape) != 1:  # type: ignore[arg-type]
-                self.skip(root, "it spans several dimensions")
+                self.skip(root, "it normalizes over several dimensions")
                 return 0
             if eps is None:
                 eps = torch.finfo(root.meta["val"].dtype).eps
@@ -50,13 +50,13 @@ class FuseRmsNorm(Pass):
             return 0
         matched = _mean_square(root.args[0])
         if matched is None:
-            self.skip(root, "its operand is no mean of squares over the last dimension")
+            self.skip(root, "its operand is not a mean of squares over the last dimension")
             return 0
         x, eps = matched
         done = 0
         for product in list(root.users):
             if not calls(product, aten.mul.Tensor) or x not in product.args:
-                self.skip(root, "the inverse root does not scale the row that it was made of")
+                self.skip(root, "the inverse root does not scale the row that it was computed from")
                 continue
             gain = _gain(product)
             if gain is None:
@@ -86,7 +86,7 @@ def _mean_square(node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _gain(product: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """The node that applies the gain, the weight, and what is added to it."""
+    """The node that applies the gain, the weight, and the number added to the weight."""
     if len(product.users) != 1:
         return None
     (user,) = product.users

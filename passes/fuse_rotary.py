@@ -13,9 +13,10 @@ from mergec.runtime.core.op import target
 
 
 class FuseRotary(Pass):
-    """A public linear map of each share: no message, and one op instead of eight.
+    """Fuses rotary position embedding, eight ops, into one linear map of each share; sends nothing.
 
-    Halves (llama) or neighbours (gptj) are paired; features beyond the tables pass (phi).
+    Features are paired by halves (llama) or as neighbours (gptj). Features beyond the width of the
+    tables stay unchanged (phi).
 
     Before:
         %x = input : shared 1x2xnewx8
@@ -51,7 +52,7 @@ class FuseRotary(Pass):
             if interleaved is None:
                 continue
             if any(table.meta["val"].shape[-1] != x.meta["val"].shape[-1] for table in (cos, sin)):
-                self.skip(node, "its tables have another width")
+                self.skip(node, "its tables are not as wide as its operand")
                 continue
             whole, root = _with_rest(node, x)
             replace(whole, target("rotary"), (root, cos, sin, interleaved))
@@ -68,7 +69,7 @@ def _by_table(node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _quarter_turn(node: Any, x: fx.Node) -> bool | None:
-    """Whether `node` is x with its pairs turned: None if not, else whether neighbours pair up."""
+    """None if `node` is not x with its pairs rotated; else whether the pairs are neighbours."""
     size = x.meta["val"].shape[-1]
     if calls(node, aten.cat.default) and len(node.args[0]) == 2:
         negated, first = node.args[0]
@@ -100,7 +101,7 @@ def _slice(node: Any, x: fx.Node) -> tuple[int, int, int] | None:
 
 
 def _with_rest(node: Any, x: Any) -> tuple[fx.Node, fx.Node]:
-    """The concatenation with the features that pass, and the whole input, if there are any."""
+    """The concatenation with the unrotated features and the whole input; node and x without any."""
     if len(node.users) == 1 and calls(x, aten.slice.Tensor):
         (user,) = node.users
         root = x.args[0]

@@ -1,4 +1,4 @@
-"""Select the last position before the last layers work on it, not after."""
+"""Select the last position before the last layers instead of after them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ Take = Callable[[Any, int], Any]
 
 
 class HoistLastPosition(Pass):
-    """An op that works on each position alone commutes with the selection of the last one.
+    """Moves the selection of the last position up, past all ops that work on each position alone.
 
-    `Op.last_position` says which ops do. The selection moves from the result to the operands, as
-    far up as it can. So a prompt's other positions skip the final norm, and in the last layer the
-    MLP, the output projection, and the queries with their attention; only their keys and values are
-    computed. A last layer then costs a prompt of n tokens little more than its keys and values. A
-    single new token is its own last position: decoding does not change.
+    Such ops commute with the selection; `Op.last_position` says which they are. The selection moves
+    from the result to the operands, as far up as possible. So a prompt's other positions skip the
+    final norm and, in the last layer, the MLP, the output projection and the queries with their
+    attention; only their keys and values are computed. The last layer then costs a prompt of n
+    tokens little more than its keys and values. A single new token is its own last position, so
+    decoding does not change.
 
     Before:
         %x = input : shared 1xnewx8
@@ -56,7 +57,7 @@ class HoistLastPosition(Pass):
             if args is None:
                 continue
             row = self._rebuild(value, args, selection)
-            # A selection that was tried before may be the only one left of its value.
+            # A selection that failed before may now be the only user of its value.
             pending += row.all_input_nodes
             sites += 1
         return sites
@@ -119,7 +120,7 @@ def _operands(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
 
 
 def _of_op(value: fx.Node, op: type[Op], dim: int, take: Take) -> tuple[Any, ...] | None:
-    """As `_operands`, for an op of the dialect, which has its own rule."""
+    """Like `_operands`, for an op of the dialect, which has its own rule."""
     rule = op.last_position(dim - rank(value))
     if rule is None:
         return None
@@ -139,7 +140,7 @@ def _aligned(value: fx.Node, dim: int, operand: Any, take: Take) -> Any:
 
 
 def _moved(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
-    """As `_operands`, for a call that moves a single operand."""
+    """Like `_operands`, for a call that moves a single operand."""
     x: Any = value.args[0]
     rest: Any = value.args[1:]
     if calls(value, aten.permute.default):
@@ -158,7 +159,7 @@ def _moved(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
 
 
 def _reshaped(value: fx.Node, dim: int, take: Take) -> tuple[Any, ...] | None:
-    """A reshape keeps positions apart if as many elements stand before the same dimension."""
+    """A reshape keeps positions apart if the same number of elements precedes their dimension."""
     x: Any = value.args[0]
     sizes = list(value.meta["val"].shape)
     before = list(x.meta["val"].shape)

@@ -1,4 +1,4 @@
-"""Products with a server-held matrix become `mpc.linear`."""
+"""Convert products with a server-held matrix into `mpc.linear`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from mergec.runtime.core.op import target
 
 
 class LinearToDialect(Pass):
-    """A matrix that stands the other way (GPT-2's Conv1D) is turned at compile time.
+    """Converts products with a matrix of the server into `mpc.linear`.
+
+    A matrix in the transposed layout (GPT-2's Conv1D) is transposed at compile time.
 
     Before:
         %x = input : shared 5x8
@@ -34,7 +36,7 @@ class LinearToDialect(Pass):
                 x, weight, bias = (*node.args, None)[:3]
             elif calls(node, aten.addmm.default) and is_shared(node.args[1]):
                 if node.kwargs:
-                    self.skip(node, "it has factors of its own")
+                    self.skip(node, "its alpha or beta is not 1")
                     continue
                 bias, x, weight = node.args
                 weight = self._turned(graph_module, weight)
@@ -45,7 +47,7 @@ class LinearToDialect(Pass):
                 continue
             if constant(graph_module, weight) is None:
                 if not calls(node, aten.matmul.default):
-                    self.skip(node, "its matrix is computed from something else")
+                    self.skip(node, "its matrix is computed at run time, it is not a constant")
                 continue
             replace(node, target("linear"), (x, weight, bias))
             sites += 1

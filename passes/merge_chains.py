@@ -1,4 +1,4 @@
-"""Multiply the matrices of linear layers that follow one another with nothing between."""
+"""Merge consecutive linear layers by multiplying their matrices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from mergec.runtime.core.op import target
 
 
 class MergeChains(Pass):
-    """V (W x + b) + c is (V W) x + (V b + c), where that is cheaper.
+    """Rewrites V (W x + b) + c as (V W) x + (V b + c), where that is cheaper.
 
-    Saves the truncation and the sending of what stands between: two rounds and 24 bytes an element.
-    The product of the matrices must not have more elements than both: local work, the dealer's too,
-    and the bytes that open a matrix when a session starts all go by them. So a projection through
-    fewer features (a low-rank pair) stays as it is, and one through more features goes.
+    Saves the truncation and the sending of the value in between: two rounds and 24 bytes per
+    element. The product of the matrices must not have more elements than both together, because
+    the local work, also the dealer's, and the bytes that open a matrix at the start of a session
+    are proportional to it. So a projection through fewer features (a low-rank pair) stays as it is,
+    and one through more features is merged.
 
     Before:
         %x = input : shared 1xnewx8
@@ -34,7 +35,7 @@ class MergeChains(Pass):
     """
 
     stage = "optimize"
-    # Factors and gains between two layers are gone by then.
+    # These passes remove factors and gains between two layers.
     after = ("fold_norm_affine", "fold_scalars")
 
     def run(self, graph_module: fx.GraphModule) -> int:
@@ -66,18 +67,18 @@ class MergeChains(Pass):
 
 
 def _unfit(graph_module: fx.GraphModule, first: fx.Node, second: fx.Node) -> str:
-    """Why two layers should stay two, if they should."""
+    """Why two layers should not be merged; None if they should."""
     if len(first.users) > 1:
-        return f"the result of %{first.name} goes elsewhere too"
+        return f"the result of %{first.name} is also used elsewhere"
     nodes = [node for linear in (first, second) for node in _operands(linear)[1:]]
     if not all(computable(graph_module, node) for node in nodes if node is not None):
-        return "a matrix or bias is no constant of 32 bits or more"
+        return "a matrix or bias is not a constant of 32 bits or more"
     matrices = [_operands(linear)[1] for linear in (first, second)]
     if any(len(uses(graph_module, weight)) > 1 for weight in matrices):
-        return "a matrix is used elsewhere too, and would be kept twice"
+        return "a matrix is also used elsewhere, so it would be stored twice"
     (through, inputs), (outputs, _) = (weight.meta["val"].shape for weight in matrices)
     if outputs * inputs > through * (inputs + outputs):
-        return f"the merged matrix would be larger: they go through {through} features only"
+        return f"the merged matrix would be larger than both: only {through} features in between"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Merge an attention's output projection with the first products of the MLP after it."""
+"""Merge an attention's output projection with the first products of the following MLP."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class _Site:
 
 
 class MergeProjections(Pass):
-    """After a constant attention nothing but a norm stands between it and the MLP's activation.
+    """Merges the output projection of a constant attention with the first products of the MLP.
 
-    Lossy. The merge module of MERGE (Liang et al., AAAI 2024): constant attention, concatenation,
-    linear, activation, linear, norm. With a the concatenated heads, x the residual stream, O the
-    output projection and W a first product of the MLP, a pre-norm decoder computes
+    Lossy. This is the merge module of MERGE (Liang et al., AAAI 2024): constant attention,
+    concatenation, linear, activation, linear, norm. With a the concatenated heads, x the residual
+    stream, O the output projection and W a first product of the MLP, a pre-norm decoder computes
 
         h = x + O a,    m = W norm(h),    y = h + V act(m).
 
-    One thing is given up: the norm between gets constant statistics, estimated as `simplify_norms`
-    does, so that norm(h) = gain * h + shift. The rest is algebra:
+    The only approximation: the norm in between gets constant statistics, estimated as in
+    `simplify_norms`, so that norm(h) = gain * h + shift. The rest is algebra:
     m = (W gain O) a + (W gain) x + constant, with W gain O merged at compile time. The residual
-    stream, which MERGE's module drops there, is kept in both places. What is saved is the norm with
-    its rounds; a and x are sent to the server at once. So it is exact where the rows of h have one
-    mean and deviation. The value projection could be merged, too, as the heads' sums commute with
-    it: but then the whole width instead of a head's goes through the table for each head, and bytes
-    grow by that factor. It stays.
+    stream, which MERGE's module drops there, is kept in both places. The pass saves the norm with
+    its rounds; a and x are sent to the server in the same round. It is exact if all rows of h have
+    the same mean and deviation. The value projection stays. It could be merged too, because the
+    heads' sums commute with it, but then the whole width instead of a head's would go through the
+    table for each head, and bytes would grow by that factor.
 
     Before:
         %ids = input : client int64 1xnew
@@ -83,8 +83,8 @@ class MergeProjections(Pass):
     """
 
     stage = "dialect"
-    # It reads products and sums as ops of the dialect, and its statistics are those of the steps as
-    # they will be, of resent hidden states, too.
+    # It matches products and sums as ops of the dialect. Its statistics are those of the steps that
+    # will run, also with resent hidden states.
     after = ("arithmetic_to_dialect", "linear_to_dialect", "resend_hidden")
     exact = False
 
@@ -108,23 +108,23 @@ class MergeProjections(Pass):
     def _match(self, graph_module: fx.GraphModule, attention: fx.Node) -> list[_Site]:
         out = _following(attention, "linear")
         if out is None or constant(graph_module, out.args[1]) is None:
-            return []  # Nothing that is left of an attention by an earlier run.
+            return []  # An earlier run has merged this attention.
         total = _following(out, "add")
         if total is None:
-            self.skip(attention, "its projection is not added to the residual stream at once")
+            self.skip(attention, "its projection is not added directly to the residual stream")
             return []
         last = _last_move(out)
         residual: Any = total.args[1] if total.args[0] is last else total.args[0]
         norms = [reader for reader in _readers(total) if _is_norm(reader)]
         if len(norms) != 1 or rank(residual) != 3:
-            self.skip(attention, "no MLP with a norm of its own follows it")
+            self.skip(attention, "it is not followed by one norm and an MLP")
             return []
         firsts = _readers(norms[0])
         known = [f for f in firsts if calls(f, target("linear"))]
         if len(known) != len(firsts) or any(
             constant(graph_module, first.args[1]) is None for first in known
         ):
-            self.skip(attention, "the norm after it is read by more than linear products")
+            self.skip(attention, "ops other than linear products also read the norm after it")
             return []
         return [_Site(out, residual, norms[0], firsts)]
 
@@ -176,7 +176,7 @@ def _is_norm(node: fx.Node) -> bool:
 
 
 def _last_move(node: fx.Node) -> fx.Node:
-    """What a value becomes by movement alone, as long as that has one reader."""
+    """Follow a value through ops that only move it, as long as each has one reader."""
     while len(node.users) == 1:
         (user,) = node.users
         if target_name(user.target) not in MOVE_NAMES:
@@ -186,13 +186,13 @@ def _last_move(node: fx.Node) -> fx.Node:
 
 
 def _following(node: fx.Node, op: str) -> fx.Node | None:
-    """The only reader of a value, after movement, if it is this op."""
+    """The only reader of a value, past ops that only move it, if it is this op."""
     users = list(_last_move(node).users)
     return users[0] if len(users) == 1 and calls(users[0], target(op)) else None
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """All that reads a value, after movement."""
+    """All readers of a value, past ops that only move it."""
     found: list[fx.Node] = []
     for user in node.users:
         moved = target_name(user.target) in MOVE_NAMES

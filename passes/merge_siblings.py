@@ -16,16 +16,16 @@ from mergec.runtime.core.op import target
 
 
 class MergeSiblings(Pass):
-    """Queries, keys and values, gate and up, or a parallel MLP beside them, as one product.
+    """Merges queries, keys and values, gate and up, or a parallel MLP with these, into one product.
 
-    The input is sent once either way, so that bytes and rounds stay what they are. What is saved is
-    local: one matrix product instead of two to four, one static mask, one message at the start of a
-    session and one dealt product, and where all the parts are truncated alike, one truncation for
-    all. Each part keeps the fractional bits that its own result leaves room for
-    (`compiler.backend.legalize`), so that nothing is rounded more than in a product of its own.
+    The input is sent once in any case, so bytes and rounds do not change. The pass saves local
+    work: one matrix product instead of two to four, one static mask, one message at the start of a
+    session, one dealt product, and a single truncation if all parts are truncated alike. Each part
+    keeps the fractional bits that its own result has room for (`compiler.backend.legalize`), so
+    nothing is rounded more than in a separate product.
 
-    A matrix that is used elsewhere too is left out: its copy would be opened once more when a
-    session starts.
+    A matrix that is also used elsewhere is left out: its copy would be opened once more at the
+    start of a session.
 
     Before:
         %x = input : shared 1xnewx8
@@ -43,8 +43,8 @@ class MergeSiblings(Pass):
     """
 
     stage = "optimize"
-    # The last layer's queries take the last position alone, and are no siblings of its keys; a
-    # layer behind one of the siblings is no longer next to it once they are one.
+    # The last layer's queries read only the last position, so they are not siblings of its keys.
+    # And once siblings are merged, a layer behind one of them no longer follows it directly.
     after = (
         "fold_norm_affine",
         "fold_attention_scale",
@@ -72,15 +72,15 @@ class MergeSiblings(Pass):
         _, weight, bias = _operands(linear)
         given = [node for node in (weight, bias) if node is not None]
         if not all(computable(graph_module, node) for node in given):
-            self.skip(linear, "its matrix or bias is no constant of 32 bits or more")
+            self.skip(linear, "its matrix or bias is not a constant of 32 bits or more")
         elif any(user is not linear for user in uses(graph_module, weight)):
-            self.skip(linear, "its matrix is used elsewhere too, and would be kept twice")
+            self.skip(linear, "its matrix is also used elsewhere, so it would be stored twice")
         else:
             return True
         return False
 
     def _merge(self, graph_module: fx.GraphModule, linears: list[fx.Node]) -> None:
-        """Put one product, and its parts, where the first of the layers stands."""
+        """Insert one product and its parts at the first of the layers."""
         first = linears[0]
         matrices, biases, given = [], [], []
         for linear in linears:

@@ -1,4 +1,4 @@
-"""Buffers that only say where a token may look are no secret of the server."""
+"""Make buffers public that only say where a token may attend."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LOW = -1e4
 
 
 class PublishMasks(Pass):
-    """A causal mask or a range of positions, kept as a persistent buffer, becomes public.
+    """Makes a causal mask or a range of positions public that is stored as a persistent buffer.
 
-    Such a buffer would count among the weights, although its content follows from its shape:
-    training has left nothing in it. Anything else that is persistent stays with the server.
+    Such a buffer would be treated as a weight, although its content follows from its shape and
+    contains nothing from training. All other persistent buffers stay with the server.
 
     Before:
         %x = input : shared 1xnewx8

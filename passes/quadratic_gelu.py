@@ -1,4 +1,4 @@
-"""Put a quadratic polynomial in the place of GELU."""
+"""Replace GELU by a quadratic polynomial."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ GELU: Coefficients = (0.125, 0.25, 0.5)
 
 
 class QuadraticGelu(Pass):
-    """GELU becomes 0.125 x**2 + 0.25 x + 0.5: one opening, where a table of cubics takes four.
+    """Replaces GELU by 0.125 x**2 + 0.25 x + 0.5: one opening; a table of cubics takes four.
 
-    Lossy. The polynomial is MPCFormer's (Li et al., ICLR 2023, section 3.2), whose models are
-    trained anew with it; without that, activations far from zero are off by as much as they are
-    large. A gated unit is taken apart into the polynomial and the product.
+    Lossy. The polynomial is MPCFormer's (Li et al., ICLR 2023, section 3.2), which retrains its
+    models with it; without retraining, the error of activations far from zero is as large as they
+    are. A gated unit is split into the polynomial and the product.
 
     Before:
         %x = input : shared 1xnewx8
@@ -46,7 +46,7 @@ def put_quadratic(
     gates: tuple[str, ...],
     coefficients: Coefficients,
 ) -> int:
-    """Replace ops of the dialect, and gated units with one of `gates`; gives their number."""
+    """Replace ops of the dialect, and gated units with one of `gates`; returns their number."""
     sites = 0
     for node in list(graph_module.graph.nodes):
         if calls(node, *map(target, ops)):

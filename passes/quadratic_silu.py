@@ -1,4 +1,4 @@
-"""Put a quadratic polynomial in the place of SiLU."""
+"""Replace SiLU by a quadratic polynomial."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SILU: Coefficients = (0.25, 0.5, 0.0)
 
 
 class QuadraticSilu(Pass):
-    """SiLU becomes 0.25 x**2 + 0.5 x, for gated units of the newer decoders.
+    """Replaces SiLU by 0.25 x**2 + 0.5 x, also in the gated units of newer decoders.
 
     Lossy. MPCFormer (Li et al., ICLR 2023, section 3.2) has a polynomial for GELU only; this is the
-    Taylor polynomial of SiLU at zero, where gates without training are met most. Its error is below
-    0.04 for |x| < 1 and grows as x**2 for negative x.
+    Taylor polynomial of SiLU at zero, because most gates of a model that was not retrained are near
+    zero. Its error is below 0.04 for |x| < 1 and grows as x**2 for negative x.
 
     Before:
         %x = input : shared 1xnewx8

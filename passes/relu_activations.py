@@ -1,4 +1,4 @@
-"""Put ReLU in the place of GELU and SiLU."""
+"""Replace GELU and SiLU by ReLU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _GATES = ("gelu", "gelu_tanh", "silu")
 
 
 class ReluActivations(Pass):
-    """GELU and SiLU become ReLU: one comparison with zero and no table.
+    """Replaces GELU and SiLU by ReLU: one comparison with zero and no table.
 
-    Lossy. THE-X (Chen et al., Findings of ACL 2022, section 3) does so with GELU and trains the
-    model anew; SiLU, which it does not meet, differs from ReLU by at most 0.28, GELU by 0.17.
+    Lossy. THE-X (Chen et al., Findings of ACL 2022, section 3) does this for GELU and retrains the
+    model; it does not cover SiLU. SiLU differs from ReLU by at most 0.28, GELU by 0.17.
 
     Before:
         %x = input : shared 1xnewx8
@@ -30,7 +30,7 @@ class ReluActivations(Pass):
     """
 
     stage = "approximate"
-    # Where both are asked for, the polynomials come first and leave nothing.
+    # If both are enabled, the polynomials come first and replace all activations.
     after = ("quadratic_gelu", "quadratic_silu")
     exact = False
 

@@ -1,4 +1,4 @@
-"""Remove calls that give their operand back: copies, casts between float types, dropout."""
+"""Remove calls that return their operand unchanged: copies, casts between float types, dropout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 
 
 class RemoveNoops(Pass):
-    """Secret arithmetic is over fixed-point numbers: a cast between floats means nothing there.
+    """Removes copies, dropout and casts between float types, which mean nothing in fixed point.
 
     Before:
         %x = input : shared 1xnewx8
@@ -48,7 +48,7 @@ class RemoveNoops(Pass):
             operand = self._same_as(graph_module, node)
             if operand is not None:
                 for user in node.users:
-                    # What is left may lie in memory in another order, which a view refuses.
+                    # Without the copy the memory order may differ, which `view` does not accept.
                     if calls(user, aten.view.default):
                         user.target = aten.reshape.default
                 node.replace_all_uses_with(operand)

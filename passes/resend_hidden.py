@@ -1,4 +1,4 @@
-"""Let a step's hidden state be the next step's input, and decode all tokens at the end."""
+"""Use a step's hidden state as the next step's input, and decode all tokens at the end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mergec.runtime.core.structural import target_name
 
 
 class ResendHidden(Pass):
-    """No embedding and no sampling inside the loop: two values become what steps hand on.
+    """Removes embedding and sampling from the loop: a step passes its hidden state to the next one.
 
-    Lossy. The embedding resending of MERGE (Liang et al., AAAI 2024), which trains models to it.
-    What the head reads, the result of the final norm (and of a projection to the embedding's size,
-    as in OPT), takes the place of the next token's row of the embedding table, and goes the way of
-    such a row: it is scaled (Gemma), projected (OPT), normalized (BLOOM), and a learned position is
-    added to it. The graph itself computes what it did; it is cut in three parts that are run by
-    themselves (`RoleProgram.phase`): tokens to hidden state, hidden state to hidden state, and
-    all hidden states to logits, which the head computes at once when the last step is done. So an
-    answer has as many tokens as were asked for: no stop token can end the loop. Exact where the
-    hidden state is the next token's row.
+    Lossy. This is the embedding resending of MERGE (Liang et al., AAAI 2024), which trains models
+    for it. The head's input, which is the result of the final norm (and of a projection to the
+    embedding's size, as in OPT), replaces the next token's row of the embedding table. It is then
+    treated as such a row: scaled (Gemma), projected (OPT), normalized (BLOOM), and added to a
+    learned position. The graph still computes the same; it is cut into three phases that run
+    separately (`RoleProgram.phase`): tokens to hidden state, hidden state to hidden state, and all
+    hidden states to logits, which the head computes in one batch after the last step. So an answer
+    has as many tokens as were requested: no stop token can end the loop. Exact if the hidden state
+    equals the next token's row.
 
     Before:
         %ids = input : client int64 1xnew
@@ -64,7 +64,7 @@ class ResendHidden(Pass):
         head = _head(graph_module)
         state: Any = head.args[0]
         if rank(state) != 3 or state.meta["val"].shape[-1] != table.meta["val"].shape[-1]:
-            reason = "its hidden state has not the shape of the embedding"
+            reason = "its hidden state does not have the shape of the embedding"
             raise CompileError("embedding resending does not fit this model", {head: reason})
         if str(state.meta["val"].shape[1]) != "1":
             last = insert(
@@ -84,7 +84,7 @@ class ResendHidden(Pass):
 
 
 def _embedding(graph_module: fx.GraphModule) -> fx.Node:
-    """The one reading of a table by the client's tokens."""
+    """The one embedding lookup by the client's tokens."""
     found = [
         node
         for node in graph_module.graph.nodes
@@ -108,14 +108,14 @@ def _head(graph_module: fx.GraphModule) -> fx.Node:
     while not calls(node, target("linear")):
         operands = [n for n in node.all_input_nodes if n.meta["vis"] is Vis.SHARED]
         if len(operands) != 1:
-            reason = "the logits come from no linear head"
+            reason = "the logits do not come from a linear head"
             raise CompileError("embedding resending does not fit this model", {node: reason})
         (node,) = operands
     return node
 
 
 def _keep_rows(head: fx.Node) -> None:
-    """Take out what would cut the logits of many steps down to the last."""
+    """Remove the selection that would reduce the logits of many steps to those of the last."""
     following = list(head.users)
     while following:
         node = following.pop()
@@ -126,13 +126,13 @@ def _keep_rows(head: fx.Node) -> None:
 
 
 def _measure(ids: fx.Node, entering: fx.Node) -> None:
-    """Take the number of new tokens from what enters, where it is needed after that.
+    """Read the number of new tokens from the hidden state that enters, not from the tokens.
 
-    Raises CompileError for any other use of the tokens: a later step has none.
+    Raises CompileError for any other use of the tokens: later steps have none.
     """
     before = _ancestors(entering)
     nodes = list(ids.graph.nodes)
-    # What else needs the size comes after what enters.
+    # All other users of the size come after the value that enters.
     place = [node for node in nodes if node.op == "placeholder"][-1]
     for node in nodes:
         if node in before and node.op != "placeholder":

@@ -1,4 +1,4 @@
-"""Open the logits to the client, as early as nothing else is learned by it; or the token alone."""
+"""Reveal the logits to the client as early as that reveals nothing more; or the token alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _BY_NUMBER = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor
 
 
 class RevealLogits(Pass):
-    """What the client computes from revealed numbers alone, it computes in the clear.
+    """Reveals the logits before ops that the client can compute from them in the clear.
 
-    A final softcap (gemma2) is an invertible function of each logit: the client would learn the
-    same from its result. Where the client is to learn the token alone, `mpc.reveal_token` takes the
-    last logits in place of all this.
+    A final softcap (gemma2) is an invertible function of each logit, so the client would learn the
+    same from its result. If the client may learn only the token, `mpc.reveal_token` reads the last
+    logits instead.
 
     Before:
         %x = input : shared 1x1x8
@@ -58,11 +58,11 @@ class RevealLogits(Pass):
 
 
 def _scalar(node: fx.Node) -> bool:
-    """Whether the node's operand follows from its result, number by number."""
+    """Whether each number of the node's operand can be computed from its result."""
     if calls(node, *_INVERTIBLE, aten.reshape.default):
         return True
     if calls(node, aten.slice.Tensor):
-        # A choice of rows comes before the opening: the other rows are nobody's business.
+        # Rows are selected before the opening: the client must not learn the others.
         whole: fx.Node = node.args[0]  # type: ignore[assignment]
         return list(map(str, whole.meta["val"].shape)) == list(map(str, node.meta["val"].shape))
     return (

@@ -1,4 +1,4 @@
-"""Put constant statistics in the place of a norm's own."""
+"""Replace the statistics of norms by constants."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import Vis
 
 _RESENT = 2
-"""Steps that take a hidden state, of each sequence, in the estimate of constant norms."""
+"""Steps per sequence that start from a hidden state, when constant norms are estimated."""
 
 
 class SimplifyNorms(Pass):
-    """A norm becomes gain * x + shift: no square, no inverse root, no opening to both.
+    """Replaces a norm by gain * x + shift: no square, no inverse root, no opening to both parties.
 
-    Lossy. THE-X (Chen et al., Findings of ACL 2022, section 3) drops mean and deviation of the row
-    and trains gain and shift anew. Without training, the two are taken from calibration: with m the
-    mean of all rows, m_i and s_i mean and deviation of row i, and
-    s = sum(s_i**2 + (m_i - m)**2) / sum(s_i), gain = weight / s and shift = bias - m * gain. Of all
-    maps g * x + c this is the nearest to the norm in least squares, and it is exact where rows have
-    one mean and deviation. Of N rows none becomes longer than
-    (1 + sqrt(N)) / 2 times what the norm would make it. A median's gain would make a rare row of
-    1000 times the usual size, as SmolLM2's first token has, 1000 times too long; a gated MLP
-    squares that, and after a few layers it is infinite. The price: where there is such a row, the
-    others nearly vanish. Each norm sees what the model computes with the norms before it, and
-    everything else that is approximated, replaced. Both tensors follow from the weights, so the
-    server holds them; a gain is kept to 16 fractional bits, so that deviations above 2**8 cost
-    precision.
+    Lossy. THE-X (Chen et al., Findings of ACL 2022, section 3) drops the mean and deviation of the
+    row and retrains gain and shift. Here they come from calibration instead of training. Let m be
+    the mean of all rows, m_i and s_i the mean and deviation of row i, and
+    s = sum(s_i**2 + (m_i - m)**2) / sum(s_i). Then gain = weight / s and shift = bias - m * gain.
+    Of all maps g * x + c this one is nearest to the norm in least squares. It is exact if all rows
+    have the same mean and deviation. None of N rows becomes longer than (1 + sqrt(N)) / 2 times
+    what the norm would make it. With the median deviation instead of s, a rare row of 1000 times
+    the usual size, as for SmolLM2's first token, would become 1000 times too long; a gated MLP
+    squares that, and after a few layers it is infinite. The price: if there is such a row, the
+    others nearly vanish. Each norm is estimated with the norms before it, and everything else that
+    is approximated, already replaced. Both tensors follow from the weights, so the server holds
+    them. A gain has 16 fractional bits, so deviations above 2**8 cost precision.
 
     Before:
         %ids = input : client int64 1xnew
@@ -50,7 +49,7 @@ class SimplifyNorms(Pass):
     """
 
     stage = "approximate"
-    # Its statistics are those of the model as it will be.
+    # The statistics must be those of the approximated model.
     after = (
         "fix_attention",
         "quadratic_gelu",
@@ -87,12 +86,12 @@ def _is_norm(node: fx.Node) -> bool:
 def observe_norms(
     graph_module: fx.GraphModule, norms: list[fx.Node], inputs: Any, sequences: Any
 ) -> dict[fx.Node, tuple[float, float]]:
-    """Mean and deviation for each norm, from what reaches it once those before it are constant.
+    """The mean and deviation for each norm, from its inputs once the norms before it are constant.
 
-    All sequences go through the graph together, node by node, and each norm is replaced as soon as
-    its operands are there. Where hidden states are resent, the steps that take them count, too:
-    what a step takes depends on all norms, so that everything is run again with the hidden states
-    and caches of the time before, twice.
+    All sequences run through the graph together, node by node, and each norm is replaced as soon as
+    its operands are computed. If hidden states are resent, the steps that start from them count
+    too. Their inputs depend on all norms, so everything runs twice more, with the hidden states and
+    caches of the previous run.
     """
     carried = [n for n in graph_module.graph.nodes if calls(n, target("carry"))]
 
@@ -108,7 +107,7 @@ def observe_norms(
 
 
 class _Run(fx.Interpreter):
-    """A step of one sequence, which is run node by node."""
+    """A step of one sequence, run node by node."""
 
     def __init__(self, module: fx.GraphModule, inputs: Any, resent: Any = None) -> None:
         super().__init__(module)
@@ -120,7 +119,7 @@ class _Run(fx.Interpreter):
         self.env[node] = self.resent[node] if node in self.resent else self.run_node(node)
 
     def next(self, entering: fx.Node, leaving: fx.Node) -> _Run:
-        """The step after this one, which takes its hidden state and caches."""
+        """The step after this one, which starts from its hidden state and caches."""
         *_, output = self.module.graph.nodes  # type: ignore[union-attr,misc]
         caches = self.env[output][1:]
         inputs = [self.inputs[0][:, -1:], *caches]
@@ -150,7 +149,7 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(node: fx.Node, rows: torch.Tensor) -> tuple[float, float]:
-    """Those with which an affine map is nearest to the norm of these rows, in least squares."""
+    """Statistics that bring an affine map nearest to the norm of these rows, in least squares."""
     eps = bind(_op(node), node)["eps"]
     means = rows.mean(-1)
     if calls(node, target("rms_norm")):
@@ -164,7 +163,7 @@ def _statistics(node: fx.Node, rows: torch.Tensor) -> tuple[float, float]:
 def affine(
     graph_module: fx.GraphModule, node: fx.Node, mean: float, deviation: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gain and shift of a norm with these statistics; an RMSNorm has no shift."""
+    """The gain and shift of a norm with these statistics; an RMSNorm has no shift."""
     arguments = bind(_op(node), node)
     like = node.meta["val"]
     weight = constant(graph_module, arguments["weight"])

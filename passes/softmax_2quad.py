@@ -1,4 +1,4 @@
-"""Put squares in the place of the exponentials of attention."""
+"""Replace the exponentials of attention by squares."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mergec.runtime.core.op import target
 
 
 class Softmax2quad(Pass):
-    """softmax(x) becomes (x + 5)**2 / sum: neither a maximum nor an exponential is left.
+    """Replaces softmax(x) by (x + 5)**2 / sum, which needs neither a maximum nor an exponential.
 
-    Lossy. The 2Quad of MPCFormer (Li et al., ICLR 2023, section 3.2), whose models are trained anew
-    with it: scores below -5 gain weight again, where softmax gives them none. Masked entries weigh
-    nothing, and no row can sum to zero; see `mpc.ratio_attention`.
+    Lossy. This is the 2Quad of MPCFormer (Li et al., ICLR 2023, section 3.2), which retrains its
+    models with it: scores below -5 gain weight again, where softmax gives them almost none. Masked
+    entries have no weight, and no row can sum to zero; see `mpc.ratio_attention`.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -34,7 +34,7 @@ class Softmax2quad(Pass):
 
 
 def put_ratio(rewrite: Pass, graph_module: fx.GraphModule, kind: str) -> int:
-    """Replace each attention by a ratio of this kind; gives their number."""
+    """Replace each attention by a ratio of this kind; returns their number."""
     sites = 0
     for node in list(graph_module.graph.nodes):
         if calls(node, target("attention")):

@@ -1,4 +1,4 @@
-"""Put rectified scores in the place of the exponentials of attention."""
+"""Replace the exponentials of attention by rectified scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mergec.passes.softmax_2quad import put_ratio
 
 
 class Softmax2relu(Pass):
-    """softmax(x) becomes relu(x) / sum: one comparison a score, and no maximum of the row.
+    """Replaces softmax(x) by relu(x) / sum: one comparison per score, and no maximum of the row.
 
     Lossy. After Mohassel and Zhang (SecureML, IEEE S&P 2017, section 5.3) and the 2ReLU of
-    MPCFormer (Li et al., ICLR 2023). Scores below zero are not seen at all. THE-X (Chen et al.,
-    Findings of ACL 2022) rectifies scores, too, but multiplies them with what a small network makes
-    of their sum, as its homomorphic encryption cannot divide. That network is trained for each
-    model and is dropped here: the sum is inverted as it is. A row without a score above zero gets
-    the plain mean, and masked entries weigh nothing; see `mpc.ratio_attention`.
+    MPCFormer (Li et al., ICLR 2023). Scores below zero are ignored. THE-X (Chen et al., Findings of
+    ACL 2022) rectifies scores too, but its homomorphic encryption cannot divide, so it multiplies
+    them by the output of a small network on their sum. That network is trained for each model and
+    is dropped here: the sum itself is inverted. A row without a score above zero gets the plain
+    mean, and masked entries have no weight; see `mpc.ratio_attention`.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -29,7 +29,7 @@ class Softmax2relu(Pass):
     """
 
     stage = "approximate"
-    # Where both are asked for, 2Quad comes first and leaves nothing.
+    # If both are enabled, 2Quad comes first and replaces every softmax.
     after = ("softmax_2quad",)
     exact = False
 

@@ -1,4 +1,4 @@
-"""One spelling for inverse square roots."""
+"""Rewrite all spellings of inverse square roots to one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergec.compiler.graph.shapes import insert_call
 
 
 class UnifyRoots(Pass):
-    """A division by a root is a product with an inverse root, which is one protocol.
+    """Rewrites a division by a square root as a product with `rsqrt`, which is a single protocol.
 
     Before:
         %x = input : shared 2x4
@@ -52,7 +52,7 @@ class UnifyRoots(Pass):
 
 
 def _under_root(node: Any) -> Any:
-    """What a secret square root is taken of."""
+    """The operand of a square root of a secret; None for other nodes."""
     if is_public(node):
         return None
     if calls(node, aten.sqrt.default):

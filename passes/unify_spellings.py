@@ -1,4 +1,4 @@
-"""One spelling for each operation: functional calls, slices instead of splits, reshapes."""
+"""Rewrite each operation to one spelling: functional calls, slices instead of splits, reshapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
 
 
 class UnifySpellings(Pass):
-    """Later patterns then need one form each.
+    """Rewrites variants of one operation to a single spelling, so later patterns need one form.
 
     Before:
         %x = input : shared 1xnewx8
@@ -92,11 +92,11 @@ class UnifySpellings(Pass):
         for piece in pieces:
             offsets.append(offsets[-1] + piece.shape[dim])
         if not all(isinstance(offset, int) for offset in offsets):
-            self.skip(node, "its pieces depend on a length")
+            self.skip(node, "the size of its pieces depends on a variable length")
             return 0
         for user in list(node.users):
             if not calls(user, operator.getitem):
-                self.skip(node, "it is used as a whole")
+                self.skip(node, "its pieces are not selected one by one")
                 return 0
         for user in list(node.users):
             index: Any = user.args[1]
@@ -113,7 +113,7 @@ def _dim(node: fx.Node) -> int:
 
 
 def _shape_of(node: fx.Node) -> list[Any]:
-    """The node's shape as reshape arguments; lengths are taken from its operand at run time."""
+    """The node's shape as reshape arguments; its operand supplies the lengths at run time."""
     source = node.args[0]
     sizes: list[Any] = list(node.meta["val"].shape)
     given: list[torch.SymInt | int] = list(source.meta["val"].shape)  # type: ignore[union-attr]

@@ -283,7 +283,7 @@ def test_another_program(server: Path, tmp_path: Path) -> None:
         (server / name).write_bytes((foreign / name).read_bytes())
     refused(server, "server", bundle.PROGRAM, "changed")
     resign(server)
-    refused(server, "server", bundle.PROGRAM, "is the program", "the manifest speaks of")
+    refused(server, "server", bundle.PROGRAM, "has the program hash", "but the manifest lists")
 
 
 def _first(data: dict[str, Any]) -> dict[str, Any]:
@@ -314,8 +314,8 @@ def _first(data: dict[str, Any]) -> dict[str, Any]:
         (lambda d: d["instructions"].append(3), "must be an object"),
         (lambda d: d.update(extra=1), "must have the fields"),
         (lambda d: d["outputs"].append("answer"), "'answer' is never computed"),
-        (lambda d: d["outputs"].append(None), "outputs must be names"),
-        (lambda d: d["outputs"].remove("cache.out"), "which is no output"),
+        (lambda d: d["outputs"].append(None), "outputs must be a list of names"),
+        (lambda d: d["outputs"].remove("cache.out"), "which is not an output"),
         (lambda d: d["inputs"][0].update(shape=[1, "future"]), "the shape"),
         (lambda d: d["inputs"][0].update(shape=[-1]), "the shape"),
         (lambda d: d["inputs"][0].update(dtype="string"), "unknown dtype 'string'"),

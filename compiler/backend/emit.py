@@ -30,8 +30,9 @@ def emit(
 ) -> Path:
     """Write the bundles of all roles to the folder `path`, all or none; return the folder.
 
-    types: dtypes and shapes of results, for the ONNX graphs. tokenizer_files: they go into the
-    client's bundle. Raises BundleError if `path` cannot be written or holds something else.
+    types: dtypes and shapes of results, for the ONNX graphs. tokenizer_files: content by file name,
+    for the client's bundle. Raises BundleError if `path` cannot be written, or exists and is not a
+    folder of bundles.
     """
     target = Path(path)
     with replacing(target) as folder:

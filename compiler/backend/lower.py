@@ -42,10 +42,10 @@ def lower(
 ) -> dict[str, RoleProgram]:
     """One program per role, by name; all have the same instructions in the same order.
 
-    A role that may not know a value runs its instruction on shapes alone. Which instructions these
-    are follows from the visibilities, so no role leaves any out. Only `tensors` differ: each role
-    gets those that it may know. A graph that was not legalized becomes a program to look at, which
-    nobody can run.
+    A role that may not know a value runs its instruction on shapes alone. The visibilities say
+    which instructions these are, so no role omits any. Only `tensors` differ: each role gets those
+    that it may know. A graph that was not legalized becomes a program that can be inspected but not
+    run.
 
     constants: tensor and visibility by name. fixed: fractional bits of caches and carried values.
     """
@@ -97,7 +97,7 @@ def _phases(
     outputs: list[str],
     fixed: int,
 ) -> list[Phase]:
-    """The phases of a program that carries a hidden state from step to step; [] for others."""
+    """The phases of a program that carries a hidden state from step to step; [] for any other."""
     carried = [node for node in graph.nodes if calls(node, target("carry"))]
     if not carried:
         return []

@@ -57,12 +57,12 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """The graph of `program`. `types`: types of results; required for outputs, optional for others.
 
-    `folder`: contains the tensor file that initializers refer to; without it there are none. Raises
-    MergecError if the type of an output is missing or has no ONNX equivalent.
+    `folder`: contains the tensor file that initializers refer to; without it there are no
+    initializers. Raises MergecError if the type of an output is missing or has no ONNX equivalent.
     """
     missing = [name for name in program.outputs if name not in types]
     if missing:
-        raise MergecError(f"the type of output {missing[0]!r} is not known; pass it in `types`")
+        raise MergecError(f"the type of the output {missing[0]!r} is unknown; pass it in `types`")
     stored = {} if folder is None else _places(folder / TENSORS)
     initializers, inputs = [], []
     for spec in program.inputs:
@@ -108,7 +108,7 @@ def to_onnx(
 
 
 def read_types(file: Path) -> dict[str, ValueType]:
-    """The `types` that `to_onnx` was given, read from its file."""
+    """The `types` that were passed to `to_onnx`, read back from its file."""
     dtypes = {number: name for name, number in _TYPES.items()}
     graph = onnx.load(str(file), load_external_data=False).graph
     types = {}

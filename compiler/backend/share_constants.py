@@ -1,4 +1,4 @@
-"""Turns the server's constants into shared ones, for `weights="shared"`."""
+"""Makes the server's constants shared, for `weights="shared"`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mergec.runtime.core.spec import Vis
 
 
 def share_constants(captured: Captured) -> None:
-    """Mark constants that the server would hold as shared, and update the visibilities.
+    """Mark the server's constants as shared, and update the visibilities.
 
-    What the server alone would compute from its constants in every step is computed at compile
-    time, because on shares it would take a protocol. Requires and updates meta["vis"].
+    Values that the server would compute from its constants in every step are computed at compile
+    time, because on shares they would need a protocol. Requires and updates meta["vis"].
     """
     graph_module = captured.graph_module
     values: dict[fx.Node, Any] = {}
@@ -42,5 +42,5 @@ def share_constants(captured: Captured) -> None:
 
 
 def _constant(node: fx.Node) -> bool:
-    """Whether a call returns the same value in each step, if its operands are constants."""
+    """Whether a call on constants returns the same value in every step."""
     return node.op == "call_function" and node.meta["vis"] in (Vis.PUBLIC, Vis.SERVER)

@@ -8,13 +8,13 @@
     value  = NAME | number | string | word | "[" values "]"
 
 A word is `None`, `True`, `False`, `end` (of a slice), a dtype such as `torch.int64`, or a device.
-`#` begins a comment. What a text may leave out: the type of a call, which follows from its operands
-(where it is given, it is checked); float64 as dtype; and `return`, if the graph returns each value
-that nothing uses. `dump` prints the first and the last.
+`#` begins a comment. A text may omit the type of a call, which follows from its operands (a given
+type is checked); the dtype float64; and `return`, if the graph returns each value that nothing
+uses. `dump` prints the first and the last.
 
-A shape names the lengths that vary: `1xnewx8`. A constant without a value is filled with random
-numbers that depend on its name, or with zeros if its dtype is no float. Its value may be a number
-or a list; `causal`, ones on and below the diagonal; or `range`, 0, 1, 2 and so on.
+Variable lengths in a shape have names: `1xnewx8`. A constant without a value is filled with random
+numbers that depend on its name, or with zeros if its dtype is not a float. Its value may be a
+number or a list; `causal`, ones on and below the diagonal; or `range`, 0, 1, 2 and so on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mergec.runtime.core.structural import TABLE, decode_literal
 from mergec.runtime.program.program import InputSpec
 
 _HINTS = {"new": 3, "past": 4}
-"""Example lengths, as in a captured step; further lengths get larger ones."""
+"""Example values of lengths, as in a captured step; further lengths get larger ones."""
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -70,7 +70,7 @@ _DTYPES = {
 
 
 class ParseError(MergecError):
-    """A text is no graph: names the line, the column, and what was expected there."""
+    """A text is not a graph; the message names the line, the column, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Parsed:
 
 
 def parse(text: str) -> Parsed:
-    """The graph that a text describes; raises ParseError where it is no graph.
+    """The graph that a text describes; raises ParseError if it does not describe one.
 
     Each node's meta["label"] is its name in the text, so that `dump(parse(text).graph_module)` is
-    `text` again if that is as `dump` prints it.
+    `text` again if that is in the format of `dump`.
     """
     return _Parser(text).run()
 
@@ -216,7 +216,7 @@ class _Parser:
     def _call(self, name: str, word: str, column: int) -> fx.Node:
         call = _function(word)
         if call is None:
-            raise self._error(f"{word} is neither an op of the dialect nor one of torch", column)
+            raise self._error(f"{word} is neither a dialect op nor a function of torch", column)
         args, kwargs = self._arguments()
         node = self.graph.create_node(
             "call_function", call, tuple(args), kwargs, name=re.sub(r"\W", "_", name)
@@ -224,7 +224,7 @@ class _Parser:
         node.meta |= {"module": "", "source": ""}
         try:
             node.meta["vis"] = visibility_of(node)
-            # As torch.export does it: some functions take symbolic lengths only there.
+            # As torch.export does it: some functions accept symbolic lengths only in its mode.
             with enable_python_dispatcher():
                 node.meta["val"] = evaluate(call, node.args, node.kwargs, self.mode)
         except Exception as error:
@@ -235,7 +235,7 @@ class _Parser:
             self._hold(node, words)
             found, given = type_text(node, length_symbols(self.graph)), " ".join(words)
             if found != given:
-                raise self._error(f"the type is {found!r} by the operands, not {given!r}", at)
+                raise self._error(f"the operands give the type {found!r}, not {given!r}", at)
         return node
 
     def _return(self, values: list[Any]) -> None:
@@ -267,7 +267,7 @@ class _Parser:
         return Vis(words[0]), dtypes[0] if dtypes else torch.float64, shape
 
     def _hold(self, node: fx.Node, words: list[str]) -> None:
-        """How a shared value is held, if the text tells."""
+        """The form and fractional bits of a shared value, if the text gives them."""
         for word, following in zip(words, [*words[1:], ""], strict=True):
             if re.fullmatch(r"f\d+", word) and word not in _DTYPES:
                 form = following if following.isalpha() and following != "scalar" else "share"
@@ -364,7 +364,7 @@ def _filled(name: str, value: Any, dtype: torch.dtype, shape: list[int]) -> torc
 
 
 def _function(word: str) -> Any:
-    """What a call's target stands for; None if there is no such function."""
+    """The function that a call's target names; None if there is none."""
     space, _, rest = word.partition(".")
     if space == "mpc":
         return target(rest) if rest in REGISTRY else None

@@ -34,7 +34,7 @@ _STYLE = "max-height:32em; overflow:auto; white-space:pre; font-family:monospace
 class GraphView:
     """The graph of one step, before or after the passes.
 
-    `print` shows its text, one line per instruction; so does a notebook.
+    `print` and notebooks show its text, one line per instruction.
 
     types: dtypes and shapes of results, where known.
     """
@@ -46,17 +46,17 @@ class GraphView:
         return graph_text(self.program, self.types)
 
     def _repr_html_(self) -> str:
-        """For a notebook."""
+        """The text, for notebooks."""
         return f'<pre style="{_STYLE}">{escape(str(self))}</pre>'
 
     def to_onnx(self) -> onnx.ModelProto:
-        """For viewers such as Netron: names and shapes, no weights. It cannot be run."""
+        """The graph for viewers such as Netron: names and shapes, no weights. It cannot be run."""
         from mergec.compiler.backend.onnx_export import to_onnx
 
         return to_onnx(self.program, self.types)
 
     def to_dot(self) -> str:
-        """For Graphviz: one cluster per layer; the colour of a node says who knows its value."""
+        """The graph for Graphviz: a cluster per layer; a node's colour says who knows its value."""
         lines = [
             "digraph step {",
             '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=10];',

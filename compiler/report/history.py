@@ -33,7 +33,7 @@ _PLACE = re.compile(r"%[\w.]+")
 class Hunk:
     """A change that a pass made in the same way in each of `layers`.
 
-    In the lines `N` stands for the number of the layer, `N-1` for that of the layer before.
+    In the lines, `N` is the number of the layer, and `N-1` that of the previous layer.
     """
 
     layers: tuple[str, ...]
@@ -62,10 +62,10 @@ class _Trial:
 
 
 class History:
-    """Replays a compile pass by pass. Nothing is computed before it is asked for."""
+    """Replays a compile pass by pass. Everything is computed on first use."""
 
     def __init__(self, captured: Captured, config: CompileConfig, sequences: Sequences) -> None:
-        """captured: a graph that no pass has seen; it is copied and not changed.
+        """captured: the graph before any pass; it is copied, not changed.
 
         config, sequences: the options and the calibration sequences of the compile.
         """
@@ -86,7 +86,7 @@ class History:
 
     @cached_property
     def changes(self) -> list[Change]:
-        """What each pass that changed something did, in the order in which they ran."""
+        """The changes of each pass that changed something, in the order in which they ran."""
         step = self._captured.copy()
         annotate_visibility(step.graph_module, step.inputs, step.constants)
         graph = step.graph_module.graph
@@ -103,8 +103,8 @@ class History:
     def savings(self, new: int, past: int) -> list[Saving]:
         """What each pass saves in a step of `new` tokens after `past` ones.
 
-        Passes that changed nothing are left out. Takes one compile for each of the others, without
-        capture; later calls, for other lengths, reuse them.
+        Passes that changed nothing are left out. Each of the others takes one compile, without
+        capture. Later calls with other lengths reuse these compiles.
         """
         bits = self._config.fractional_bits
 
@@ -126,10 +126,10 @@ class History:
 
     @cached_property
     def _trials(self) -> list[_Trial]:
-        """From the last pass to the first: can the model be compiled without it?
+        """Try to leave out each pass, from the last one to the first.
 
-        If it can, the pass stays out while those before it are tried. So each trial is the program
-        that the next one is compared with, and the last trial consists of needed passes alone.
+        If the model compiles without a pass, that pass stays out of the following trials. So each
+        trial is the baseline of the next one, and the last trial runs only the needed passes.
         """
         order = select(self._config)
         step, snapshots = self._captured.copy(), []
@@ -155,7 +155,7 @@ class History:
         return trials[::-1]
 
     def _program(self, step: Captured, rest: Sequence[type[Pass]]) -> RoleProgram:
-        """The client's program, of a graph on which the `rest` of the passes still has to run."""
+        """The client's program for a graph on which the passes in `rest` have yet to run."""
         dialect = to_dialect(step, self._config, rest, self._sequences)
         return assemble(dialect, self._config)["client"]
 
@@ -164,7 +164,7 @@ class History:
 
 
 def _keep_names(graph: fx.Graph, before: dict[fx.Node, str]) -> dict[fx.Node, str]:
-    """Names for a rewritten graph; nodes that are still there keep theirs."""
+    """Names for a rewritten graph; nodes that survive keep theirs."""
     fresh = assign_names(graph)
     names = {node: before[node] for node in graph.nodes if node in before}
     taken = set(names.values())
@@ -214,7 +214,7 @@ def _layer(node: fx.Node) -> str:
 
 
 def _relative(line: str, layer: str) -> str:
-    """The line with the layer's number as `N`, and other layers' by their distance from it."""
+    """The line with the layer's number as `N`, and other layers by their distance from it."""
     stem, _, number = layer.rpartition(".")
     if not number.isdecimal():
         return line

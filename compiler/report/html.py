@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mergec.compiler.report.history import Change
 
 COLUMN, ROW = 190, 62
-"""Distances of nodes' centres in a layer, in pixels."""
+"""Distances between the centres of nodes in a layer, in pixels."""
 
 _ATEN_KINDS = {
     Kind.LINEAR: ("linear", "matmul", "mm", "bmm", "addmm", "embedding", "baddbmm"),
@@ -33,16 +33,16 @@ _ATEN_KINDS = {
     Kind.ACTIVATION: ("gelu", "silu", "relu", "tanh", "sigmoid", "exp", "reciprocal", "sqrt"),
     Kind.ARITHMETIC: ("add", "sub", "mul", "div", "neg", "sum"),
 }
-"""What torch's own ops do for a model; all others move data. An op of the dialect states it."""
+"""Kinds of torch's own ops; all others move data. An op of the dialect states its own kind."""
 
 _KIND_OF = {op: kind for kind, ops in _ATEN_KINDS.items() for op in ops}
 
 
 @dataclass
 class _Group:
-    """A layer, or a run of nodes that belong to none: its nodes, and values from elsewhere.
+    """A layer, or a run of nodes outside of layers: its nodes, and the values that enter it.
 
-    key: a name of its own; several runs may be of one module. index: numbers of nodes by name.
+    key: a unique name, as several runs may belong to one module. index: numbers of nodes by name.
     links: from node to node, by number.
     """
 
@@ -60,7 +60,7 @@ def page(
     before: GraphView | None = None,
     changes: Sequence[Change] = (),
 ) -> str:
-    """The page's text. Without `before` it shows the graph that the parties run alone."""
+    """The page as HTML. Without `before` it shows only the graph that the parties run."""
     costs = {row.name: row.cost for row in report.rows}
     marks = {name: {"critical": True} for name in report.critical_path}
     marks |= {name: {"idle": True} for name in _idle(after.program, report)}
@@ -101,7 +101,7 @@ def page(
 
 
 def _idle(program: RoleProgram, report: CostReport) -> set[str]:
-    """What does not run in this step, of a program that is cut in phases."""
+    """Names of instructions that this step does not run; only programs with phases have any."""
     names = {item.name for item in program.instructions}
     phase = program.phase(phase_of(report.new, report.past))
     defined = [(item.name, operands(item)) for item in program.instructions]
@@ -117,10 +117,10 @@ def _graph(
     costs: Mapping[str, Cost],
     marks: Mapping[str, dict[str, bool]],
 ) -> dict[str, Any]:
-    """What the page's script draws: groups of nodes, each with the number of its layout.
+    """The data that the page's script draws: groups of nodes, each with the number of its layout.
 
-    Values that all parties know, such as masks and lengths, are left out, and so are checks, whose
-    values nobody takes.
+    Values that all parties know, such as masks and lengths, are left out. So are checks, whose
+    values nobody uses.
     """
     groups, place = _groups(view, costs, marks)
     links = {
@@ -187,7 +187,7 @@ def _groups(
 
 
 def _with_modules(instructions: Sequence[Instruction]) -> list[tuple[Instruction, str]]:
-    """Instructions and their modules; one of no module goes to its first user, just before it."""
+    """Instructions and their modules; one without a module is moved right before its first user."""
     result: list[tuple[Instruction, str]] = []
     waiting: dict[str, Instruction] = {}
 
@@ -233,7 +233,7 @@ def _node(item: Instruction, view: GraphView, cost: Cost) -> dict[str, Any]:
 
 
 def _kind(target: str) -> str:
-    """What the op behind an instruction's target, such as `mpc.gelu`, does for a model."""
+    """The kind of the op behind an instruction's target, such as `mpc.gelu`."""
     space, op = target.split(".")[:2]
     known = load_all().get(op) if space == "mpc" else None
     kind = known.kind if known else _KIND_OF.get(op.strip("_"), Kind.MOVEMENT)
@@ -241,7 +241,7 @@ def _kind(target: str) -> str:
 
 
 def _encode(layout: Layout) -> dict[str, Any]:
-    """A layout in whole pixels: places as one flat list, and of each edge one, too."""
+    """A layout in whole pixels; the centres are one flat list, and so is the path of each edge."""
 
     def flat(points: Sequence[tuple[float, float]]) -> list[int]:
         return [round(number) for point in points for number in point]

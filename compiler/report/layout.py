@@ -1,4 +1,4 @@
-"""Places for the nodes of a small graph in layers, each node above those that take its value."""
+"""Layered layout of a small graph: each node is above those that read its value."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fast_sugiyama import from_edges
 Point = tuple[float, float]
 
 _BEND = 0.4
-"""Room for an edge that passes a layer, as a part of a node's."""
+"""Width reserved for an edge that passes a layer, as a fraction of a node's."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Centres of nodes, and the points that each edge passes on its way, its ends included."""
+    """Centres of nodes, and the points that each edge runs through, including its ends."""
 
     width: float
     height: float
@@ -27,8 +27,8 @@ class Layout:
 def layered(count: int, edges: Sequence[tuple[int, int]], column: float, row: float) -> Layout:
     """Lay out nodes 0 to count - 1 with few crossings; nodes in a row are `column` apart.
 
-    An edge (a, b) says that b is below a; there are no two alike, and no cycles. By the method of
-    Sugiyama, Tagawa and Toda (1981), in its form by Gansner et al. (1993).
+    An edge (a, b) means that b is below a. Edges must be unique and free of cycles. Uses the method
+    of Sugiyama, Tagawa and Toda (1981), as refined by Gansner et al. (1993).
     """
     graph = nx.DiGraph()
     graph.add_nodes_from(range(count))
@@ -36,7 +36,7 @@ def layered(count: int, edges: Sequence[tuple[int, int]], column: float, row: fl
     places: dict[int, Point] = {}
     paths: dict[tuple[int, int], list[Point]] = {}
     right = 0.0
-    # One by one: for several at once the library numbers bends like nodes.
+    # One component at a time: with several, the library gives bends the numbers of nodes.
     for part in nx.weakly_connected_components(graph):
         nodes = sorted(part)
         inside = list(graph.subgraph(nodes).edges)
@@ -58,11 +58,11 @@ def layered(count: int, edges: Sequence[tuple[int, int]], column: float, row: fl
 def _part(
     nodes: Sequence[int], edges: Sequence[tuple[int, int]]
 ) -> tuple[dict[int, Point], dict[tuple[int, int], list[Point]]]:
-    """Places and paths of a graph that hangs together, in columns and rows from 0 on."""
+    """Positions and paths of a connected graph, in columns and rows that start at 0."""
     number = {node: index for index, node in enumerate(nodes)}
     numbered = [(number[a], number[b]) for a, b in edges]
     ((found, _, _, links),) = from_edges(numbered, 1, 1.0, True, _BEND)
-    # It counts rows from the bottom. Bends have numbers from len(nodes) on.
+    # The library counts rows from the bottom, and numbers bends from len(nodes) on.
     top = max(y for _, (_, y) in found)
     left = min(x for _, (x, _) in found)
     at = {int(index): (x - left, top - y) for index, (x, y) in found}

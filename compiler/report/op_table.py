@@ -32,15 +32,15 @@ def op_table() -> str:
     """A Markdown table with one row per op, in the order of their names.
 
     rounds, online and offline (bytes, of both parties together) are what `Op.cost` returns for the
-    sample call, the first of the op's `cases`. A share that may have any number of fractional bits
-    has 32 in it, as a product does. error: the largest absolute error that the op's tests allow.
+    sample call, the first of the op's `cases`. A share whose number of fractional bits is free has
+    32 of them there, as a product does. error: the largest absolute error that the tests allow.
     """
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     return "\n".join([*lines, *(_line(_row(op)) for _, op in sorted(load_all().items()))]) + "\n"
 
 
 def sample_cost(op: type[Op], case: Case) -> Cost:
-    """What a call costs, from the op's own formula on the shapes of its arguments."""
+    """The cost of a call, from the op's own formula on the shapes of its arguments."""
     parameters = inspect.signature(op.reference).parameters
     forms = _forms(op, case)
     given = [_ghost(arg, forms.get(name)) for name, arg in zip(parameters, case.args, strict=False)]
@@ -48,7 +48,7 @@ def sample_cost(op: type[Op], case: Case) -> Cost:
 
 
 def _forms(op: type[Op], case: Case) -> dict[str, str]:
-    """The form of each tensor of a call."""
+    """The form of each tensor argument of a call."""
     parameters = inspect.signature(op.reference).parameters
     known = [
         _known(arg, case.forms.get(name)) for name, arg in zip(parameters, case.args, strict=False)
@@ -65,7 +65,7 @@ def _known(arg: Any, form: str | None) -> Any:
 
 
 def _ghost(arg: Any, form: str | None) -> Any:
-    """A value that carries a shape, in the form in which the protocol takes the argument."""
+    """A value that has only a shape, in the form in which the protocol expects the argument."""
     if not isinstance(arg, torch.Tensor) or form == PUBLIC:
         return arg
     words = torch.empty(arg.shape, dtype=torch.int64, device="meta")
@@ -105,7 +105,7 @@ def _row(op: type[Op]) -> list[str]:
 
 
 def _power(end: float) -> str:
-    """An end of a domain, as a power of two where it is one."""
+    """A bound of a domain, as a power of two if it is one."""
     mantissa, exponent = math.frexp(abs(end))
     if mantissa != 0.5:
         return f"{end:g}"

@@ -19,7 +19,7 @@
   const paper = document.createElement("canvas").getContext("2d");
   const family = getComputedStyle(document.body).fontFamily;
   const measure = (text, font) => { paper.font = `${font} ${family}`; return paper.measureText(text).width; };
-  // The end of a text says most: names begin with where they belong.
+  // Keep the end of a text, which says most: names begin with the module.
   const shorten = (text, font, room) => {
     if (measure(text, font) <= room) return text;
     let cut = 1;
@@ -30,7 +30,7 @@
   // ------------------------------------------------------------------------------ graphs
   const open = new Set();
 
-  // One of the two graphs: where its nodes are, and what is in view.
+  // One of the two graphs: the positions of its nodes, and the part in view.
   class View {
     constructor(graph) {
       this.graph = graph;
@@ -52,7 +52,7 @@
       const shown = sum(graph.groups, (group) => group.real.length);
       caption.innerHTML = `<b></b><span></span>`;
       caption.firstChild.textContent = graph.title;
-      caption.lastChild.textContent = `${many(shown, "node")}; ${many(graph.hidden, "other")} not drawn: known to all, or checks`;
+      caption.lastChild.textContent = `${many(shown, "node")}; ${many(graph.hidden, "other")} not drawn: public values and checks`;
       pane.prepend(caption);
       document.getElementById("panes").append(pane);
       this.view = { x: 0, y: 0, scale: 1 };
@@ -103,7 +103,7 @@
       return { y, width, height };
     }
 
-    // What a closed layer consists of: bytes by kind of node where they are known, else counts.
+    // The composition of a closed layer: bytes by kind of node where they are known, else counts.
     strip(group, box, width) {
       const weigh = group.online ? (node) => node.online || 0 : () => 1;
       const total = sum(group.real, weigh), inner = width - 28;
@@ -187,8 +187,8 @@
       row("module", node.module);
       row("source", node.source);
       row("visibility", node.vis);
-      row("rounds", node.rounds && `${node.rounds}${node.critical ? ", on the critical path" : ", beside others"}`);
-      row("runs", node.idle && "in other steps, not in this one");
+      row("rounds", node.rounds && `${node.rounds}${node.critical ? ", on the critical path" : ", in parallel with others"}`);
+      row("runs", node.idle && "only in other steps");
       row("online", node.online && bytes(node.online));
       row("offline", node.offline && bytes(node.offline));
       const linked = (key, all) => {
@@ -201,8 +201,8 @@
           cell.append(" ");
         });
       };
-      linked("takes", names(node.text).slice(1));
-      linked("goes to", users);
+      linked("operands", names(node.text).slice(1));
+      linked("used by", users);
       detail.hidden = false;
     }
 
@@ -268,7 +268,7 @@
 
   function redraw() { views.forEach((view) => { view.draw(); view.place(); }); }
 
-  // The layer's head stays where it was clicked, and on the other side comes to the same height.
+  // The layer's head stays where it was clicked; the other graph moves it to the same height.
   function toggle(key, view) {
     const box = (v) => v.boxes[v.graph.groups.findIndex((group) => group.key === key)];
     const height = box(view).y * view.view.scale + view.view.y;

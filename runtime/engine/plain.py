@@ -1,4 +1,4 @@
-"""Runs a program in the clear: the reference that the parties' answer is compared with.
+"""Runs a program in the clear, as the reference for the parties' answer.
 
 It needs the server's program, which holds the weights. Nothing is rounded to fixed point.
 """
@@ -32,8 +32,8 @@ class PlainExecutor:
         missing = [c.name for c in program.constants if c.name not in program.tensors]
         if missing:
             raise PromptError(
-                f"plaintext needs the weights, and the {program.role}'s bundle has none "
-                f"({missing[0]}); use the server's"
+                f"plaintext needs the weights, but the {program.role}'s bundle lacks "
+                f"{missing[0]}; use the server's bundle"
             )
         registry = load_all()
         self.program = program
@@ -73,7 +73,7 @@ class PlainExecutor:
     def step(
         self, inputs: dict[str, torch.Tensor], outputs: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run what leads from `inputs` to `outputs`, by default the program's; return these."""
+        """Run the part from `inputs` to `outputs`, by default the program's; return these."""
         wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = {**self._tensors, **inputs}
         for position in needed(self._defined, inputs, wanted):
@@ -141,7 +141,7 @@ class PlainExecutor:
         return decode_literal(arg, self.device)
 
     def _liveness(self) -> dict[int, list[str]]:
-        """By position of an instruction, the values that are not needed after it."""
+        """For each instruction, by position, the values that are not needed after it."""
         last: dict[str, int] = {}
         for position, item in enumerate(self.program.instructions):
             for ref in refs((item.args, item.kwargs)):
@@ -154,7 +154,7 @@ class PlainExecutor:
 
 
 def _meaning(op: type[Op]) -> Callable[..., Any]:
-    """An op in the clear; logits are returned even if the client learns the token alone."""
+    """An op in the clear; returns logits even if the client learns only the token."""
     return _logits if op is RevealToken else op.reference
 
 

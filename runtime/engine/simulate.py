@@ -1,6 +1,6 @@
 """Runs the three roles of a protocol in one process, for tests and bit-exact simulation.
 
-Messages, shares and bytes are those of a real session; only the processes are missing.
+Messages, shares and bytes are those of a real session; only the separate processes are missing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Simulation:
     to_server: Corrections = field(default_factory=Corrections)
     cost: Cost = field(default_factory=Cost)
     transcript: list[torch.Tensor] = field(default_factory=list)
-    """Every payload that a party received, in order, when `record` is set."""
+    """Every payload that a party received, in order; filled only if `record` is set."""
     record: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Simulation:
     def run(self, build: Callable[[Context, int], Protocol]) -> list[Any]:
         """Run `build(ctx, party)` at the three roles in lockstep; return the three results.
 
-        Raises RuntimeError if the roles disagree about the number of rounds or about a message.
+        Raises RuntimeError if the roles disagree on the number of rounds or on a message.
         """
         before = self.dealt
         protocols = [build(self.contexts[party], party) for party in (CLIENT, SERVER, DEALER)]
@@ -106,7 +106,7 @@ class Simulation:
             client, server, dealer = waiting[CLIENT], waiting[SERVER], waiting[DEALER]
             if client is None or server is None or dealer is None:
                 if (client, server, dealer) != (None, None, None):
-                    raise RuntimeError("the three roles do not take the same number of rounds")
+                    raise RuntimeError("the three roles do not run the same number of rounds")
                 break
             rounds += 1
             received, sent = self._deliver(as_tuple(client), as_tuple(server))
@@ -127,7 +127,7 @@ class Simulation:
         sent = 0
         for mine, theirs in zip(client, server, strict=True):
             if type(mine) is not type(theirs) or mine.payload.shape != theirs.payload.shape:
-                raise RuntimeError("the two parties disagree about a message")
+                raise RuntimeError("the two parties disagree on a message")
             size = mine.payload.numel() * mine.payload.element_size()
             if isinstance(mine, (Swap, ToServer)):
                 sent += size

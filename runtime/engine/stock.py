@@ -1,8 +1,8 @@
 """Runs a program with CrypTen's stock protocols, as a baseline for comparison.
 
 The weights are secret-shared at the start of the session, the client shares one-hot rows of its
-tokens, and every op on shares is CrypTen's own. What one party can compute alone is
-computed there, as in `runtime.engine.executor`. Instructions run one after the other.
+tokens, and every op on shares is CrypTen's own. A party computes alone what it can, as in
+`runtime.engine.executor`. Instructions run one after the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StockExecutor:
             self._last_use.update(dict.fromkeys(planned.refs, i))
 
     def setup(self) -> None:
-        """Load the constants and share the server's."""
+        """Load the constants, and secret-share those of the server."""
         for spec in self.program.constants:
             data = self.program.tensors.get(spec.name)
             if spec.vis is Vis.PUBLIC:
@@ -68,7 +68,7 @@ class StockExecutor:
         }
 
     def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
-        """Run what leads from `inputs` to `outputs`, by default the program's; return these."""
+        """Run the part from `inputs` to `outputs`, by default the program's; return these."""
         wanted = self.program.outputs if outputs is None else outputs
         values: dict[str, Any] = dict(inputs)
         with crypten.quiet(), crypten.no_grad():
@@ -109,7 +109,7 @@ class StockExecutor:
 
         def strip(value: Any) -> Any:
             if isinstance(value, list):
-                # Joined to a secret a value becomes one; a list of public indices stays as it is.
+                # A value that is joined with a secret is shared; a list of public indices is not.
                 joined = any(map(crypten.is_secret, value))
                 known = (Held, torch.Tensor) if joined else ()
                 return [strip(self._share(v) if isinstance(v, known) else v) for v in value]
@@ -118,7 +118,7 @@ class StockExecutor:
         return _wrap(planned.apply([strip(v) for v in planned.arguments(operands)]))
 
     def _share(self, value: Held | torch.Tensor) -> Any:
-        """Secret-share what one party holds; the client shares a public value."""
+        """Secret-share a value that one party holds; the client shares a public value."""
         if isinstance(value, torch.Tensor):
             return crypten.cryptensor(value.to(torch.float32), src=0)
         data = value.value
@@ -127,7 +127,7 @@ class StockExecutor:
         return crypten.cryptensor(data.to(self.device, torch.float32), src=OWNER[value.vis])
 
     def _weight_names(self) -> list[str]:
-        """Server-held constants that an op on shares reads."""
+        """Names of server-held constants that an op on shares reads."""
         held = {spec.name for spec in self.program.constants if OWNER.get(spec.vis) == SERVER}
         names: dict[str, None] = {}
         for planned in self._plan.steps:

@@ -1,8 +1,8 @@
 """The bundle of a role on disk: a manifest, the program as JSON, tensors as safetensors.
 
 Nothing in a bundle is executable: no pickle, no code, only names of known ops and literals. A
-bundle is written beside its place and moved there whole; it is checked from the outside in when it
-is read, so that the first thing that is wrong is named, with the file that holds it.
+bundle is written to a temporary folder and then renamed, so it is never incomplete. It is checked
+from the outside in when it is read, so that the error names the first fault and its file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _COPY = "copy the bundle again, or compile the model again"
 
 
 Content = bytes | Path | Callable[[Path], bytes]
-"""A file of a bundle: its bytes, a file to copy, or what makes it from the bundle's folder."""
+"""A file of a bundle: its bytes, a file to copy, or a function of the bundle's folder."""
 
 
 def save_bundle(
@@ -60,16 +60,16 @@ def save_bundle(
     """Write the bundle of one role to the folder `path`, and return the folder.
 
     files: further files, by their names in the bundle. Afterwards `program.manifest` is the
-    manifest that was written. A bundle that stands at `path` already is replaced at once, or not at
-    all. Raises BundleError if the program is not valid or the folder cannot be written.
+    manifest that was written. An existing bundle at `path` is replaced as a whole, or not at all.
+    Raises BundleError if the program is invalid or the folder cannot be written.
     """
     target = Path(path)
     validate(program, str(target))
-    # The files may tell of it, as the ONNX graph does.
+    # Generated files may depend on it, as the ONNX graph does.
     manifest = program.manifest = complete(program)
     with replacing(target) as folder:
         stored, aliases = _storable(program.tensors)
-        # With neither tensors nor metadata, empty metadata would give a file that is no JSON.
+        # Without tensors, empty metadata would produce a file whose header is not JSON.
         save_file(stored, folder / TENSORS, metadata=aliases or None)
         (folder / PROGRAM).write_text(_pretty(encode_program(program)), encoding="utf-8")
         for name, content in (files or {}).items():
@@ -97,7 +97,7 @@ def save_bundle(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh folder that takes the place of `path` when the block ends without an error."""
+    """A fresh folder that replaces `path` when the block ends without an error."""
     check_place(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_place(path: Path) -> None:
-    """BundleError if something stands at `path` that is no bundle, and would be replaced by one."""
+    """Raise BundleError if `path` exists and is not a bundle, so that nothing else is replaced."""
     if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
         raise BundleError(
             f"{path}: exists and is not a mergec bundle; choose another place or remove it"
@@ -134,12 +134,12 @@ def check_place(path: Path) -> None:
 
 
 def role_path(bundle_dir: str | Path, role: str) -> Path:
-    """Where the bundle of `role` stands in a directory of all three."""
+    """The path of the bundle of `role` in a directory that contains all three."""
     return Path(bundle_dir) / role
 
 
 def complete(program: RoleProgram) -> Manifest:
-    """The program's manifest with what follows from the program; `files` and `digest` are empty."""
+    """The manifest with the fields that follow from the program; `files` and `digest` are empty."""
     return replace(
         program.manifest,
         format_version=FORMAT_VERSION,
@@ -156,9 +156,9 @@ def complete(program: RoleProgram) -> Manifest:
 def _storable(
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors as safetensors takes them, and the names that stand for one stored already.
+    """Tensors for safetensors, and names of tensors that are stored under another name.
 
-    Tied weights (an embedding and a head) share memory, and are stored once; the file's metadata
+    Tied weights (an embedding and a head) share memory and are stored once; the file's metadata
     maps the other names to the stored one.
     """
     stored: dict[str, torch.Tensor] = {}
@@ -194,7 +194,7 @@ def _storable(
 def load_bundle(path: str | Path, role: str) -> RoleProgram:
     """Read the bundle of `role` at `path`; checks everything before anything is used.
 
-    Raises BundleError, in one line that names the file, at the first thing that is wrong.
+    Raises BundleError at the first fault, with one line that names the file.
     """
     folder = Path(path)
     manifest = read_manifest(folder, role)
@@ -207,17 +207,17 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     found = program_hash(program)
     if found != manifest.program_hash:
         raise BundleError(
-            f"{where}: is the program {found[:12]}, the manifest speaks of "
+            f"{where}: has the program hash {found[:12]}, but the manifest lists "
             f"{manifest.program_hash[:12]}; {RECOMPILE}"
         )
     return program
 
 
 def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
-    """The manifest of the bundle at `path`, checked by itself: its files are not looked at.
+    """The manifest of the bundle at `path`, checked without reading the other files.
 
-    Raises BundleError, in one line that names the file, if there is no bundle, if it is of another
-    role than `role`, of another format version or ring, or if the manifest was changed.
+    Raises BundleError, with one line that names the file, if there is no bundle, if it has another
+    role than `role`, another format version or another ring, or if the manifest was changed.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -226,14 +226,14 @@ def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
     file = folder / MANIFEST
     if not file.exists() and any(role_path(folder, r).is_dir() for r in ROLES):
         raise BundleError(
-            f"{folder}: holds the bundles of all roles; give one, as {folder / 'client'}"
+            f"{folder}: contains the bundles of all roles; name one of them, as {folder / 'client'}"
         )
     data = _read_json(file)
     if not isinstance(data, dict) or not is_a(data.get("format_version"), int):
         raise BundleError(f"{file}: is not a mergec manifest; {_COPY}")
     if data["format_version"] != FORMAT_VERSION:
         raise BundleError(
-            f"{file}: has format version {data['format_version']}, this mergec ({VERSION}) "
+            f"{file}: has format version {data['format_version']}, but this mergec ({VERSION}) "
             f"reads {FORMAT_VERSION}; {RECOMPILE} with this version"
         )
     try:
@@ -241,18 +241,18 @@ def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
     except BundleError as error:
         raise BundleError(f"{file}: {error}; {_COPY}") from error
     if manifest.digest != digest(data):
-        raise BundleError(f"{file}: does not match its own digest, it was changed; {_COPY}")
+        raise BundleError(f"{file}: does not match its own digest, so it was changed; {_COPY}")
     if manifest.role not in ROLES:
         raise BundleError(f"{file}: unknown role {manifest.role!r}; {RECOMPILE}")
     if role is not None and manifest.role != role:
         raise BundleError(
-            f"{folder}: is the bundle of the {manifest.role}, this party is the {role}; "
-            f"give the {role}'s bundle"
+            f"{folder}: is the bundle of the {manifest.role}, but this party is the {role}; "
+            f"use the {role}'s bundle"
         )
     if manifest.ring_bits != RING_BITS:
         raise BundleError(
-            f"{file}: is for a ring of {manifest.ring_bits} bits, this mergec computes "
-            f"with {RING_BITS}; {RECOMPILE}"
+            f"{file}: is for a ring of {manifest.ring_bits} bits, but this mergec uses "
+            f"{RING_BITS}; {RECOMPILE}"
         )
     return manifest
 
@@ -270,11 +270,11 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         size = file.stat().st_size
         if size != listed.get("bytes"):
             raise BundleError(
-                f"{file}: has {size} bytes instead of {listed.get('bytes')}, it was cut or "
+                f"{file}: has {size} bytes instead of {listed.get('bytes')}, so it was cut or "
                 f"changed; {_COPY}"
             )
         if _file_digest(file) != listed.get("sha256"):
-            raise BundleError(f"{file}: does not match its SHA-256, it was damaged; {_COPY}")
+            raise BundleError(f"{file}: does not match its SHA-256, so it was damaged; {_COPY}")
 
 
 def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
@@ -288,13 +288,15 @@ def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
     tensors = dict(stored)
     for name, other in aliases.items():
         if other not in stored:
-            raise BundleError(f"{file}: has no tensor {other!r}, which {name!r} is; {RECOMPILE}")
+            raise BundleError(
+                f"{file}: has no tensor {other!r}, to which {name!r} is tied; {RECOMPILE}"
+            )
         tensors[name] = stored[other]
     return {name: tensors[name] for name in _in_order(program, tensors)}
 
 
 def _load_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor in a mapping of its own: its pages are given back when it is dropped."""
+    """One tensor in its own memory mapping, so that dropping the tensor frees its pages."""
     with safe_open(file, framework="pt") as reader:
         tensor: torch.Tensor = reader.get_tensor(name)
     return tensor
@@ -314,7 +316,7 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         raise BundleError(f"{file}: cannot be read ({error.strerror}); check the file") from error
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: is not JSON, it was cut or damaged; {_COPY}") from error
+        raise BundleError(f"{file}: is not JSON, so it was cut or damaged; {_COPY}") from error
 
 
 def _no_constant(text: str) -> None:
@@ -328,7 +330,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _inside(name: str, where: str) -> Path:
-    """A file name of a manifest; one that leads out of the bundle is refused."""
+    """The path of a file that a manifest names; BundleError if it is outside of the bundle."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\\" in name:
         raise BundleError(f"{where}: the file name {name!r} leads out of the bundle; {RECOMPILE}")
@@ -336,7 +338,7 @@ def _inside(name: str, where: str) -> Path:
 
 
 def _pretty(encoded: Mapping[str, Any]) -> str:
-    """One line per record: a program is read and compared by people, too."""
+    """JSON with one line per record, because people read and compare programs too."""
     sections = []
     for key, items in encoded.items():
         lines = ",\n".join(f"  {json.dumps(item, allow_nan=False)}" for item in items)

@@ -29,17 +29,17 @@ from mergec.runtime.program.program import (
 RECOMPILE = "compile the model again"
 
 FORMS = ("masked", "sent", "share")
-"""Forms of an input: opened under a mask to both parties or to the server alone, or not at all."""
+"""Forms of an input: opened under a mask to both parties, to the server alone, or not opened."""
 
 LENGTHS = frozenset({"new", "past", "past+new"})
-"""The lengths of a step that are known only when it runs."""
+"""The lengths of a step, which are known only when it runs."""
 
 
 def program_hash(program: RoleProgram) -> str:
-    """SHA-256 of what all roles must agree on, in hexadecimal; equal in the three bundles.
+    """SHA-256 of everything that all roles must agree on, in hexadecimal; equal in all bundles.
 
-    It covers the public tensors and none of the others. It leaves out where an instruction comes
-    from in the user's model, which is for people to read.
+    It covers the public tensors but no others. It omits the places in the user's model that
+    instructions come from, which are only informative.
     """
     encoded = encode_program(program)
     for instruction in encoded["instructions"]:
@@ -59,7 +59,7 @@ def program_hash(program: RoleProgram) -> str:
 
 
 def encode_program(program: RoleProgram) -> dict[str, Any]:
-    """The program as JSON values, without its role, which the manifest holds."""
+    """The program as JSON values, without its role, which is in the manifest."""
     return {
         "constants": [
             {"name": c.name, "vis": c.vis.value, "dtype": c.dtype, "shape": list(c.shape)}
@@ -104,7 +104,7 @@ def _encode_input(spec: InputSpec) -> dict[str, Any]:
 
 
 def decode_program(data: object, role: str, where: str) -> RoleProgram:
-    """The inverse of `encode_program`. Raises BundleError that names the first wrong field."""
+    """The inverse of `encode_program`. Raises BundleError, which names the first wrong field."""
     top = _Record(data, where, "the program")
     top.only("constants", "inputs", "instructions", "outputs", "phases")
     constants = [
@@ -138,7 +138,7 @@ def decode_program(data: object, role: str, where: str) -> RoleProgram:
 
 
 def encode_literal(value: object, owner: str) -> Any:
-    """One argument as a JSON value. Raises BundleError that names `owner` for other types."""
+    """One argument as a JSON value. Raises BundleError, which names `owner`, for other types."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -148,7 +148,7 @@ def encode_literal(value: object, owner: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [encode_literal(item, owner) for item in value]
     raise BundleError(
-        f"{owner!r} has an argument of type {type(value).__name__}, which a bundle cannot hold: "
+        f"{owner!r} has an argument of type {type(value).__name__}, which a bundle cannot store; "
         "use numbers, strings, lists and references"
     )
 
@@ -170,7 +170,7 @@ def decode_literal(value: Any, owner: _Record) -> Any:
 
 
 class _Record:
-    """A JSON object whose fields are read with their types checked."""
+    """A JSON object whose getters check the types of the fields."""
 
     def __init__(self, data: object, where: str, what: str) -> None:
         self.where, self.what = where, what
@@ -215,7 +215,7 @@ class _Record:
     def names(self, key: str) -> list[str]:
         items = self.items(key)
         if not all(isinstance(item, str) for item in items):
-            raise self.wrong(f"{key} must be names")
+            raise self.wrong(f"{key} must be a list of names")
         return items
 
     def input_spec(self) -> InputSpec:
@@ -254,7 +254,7 @@ class _Record:
             if not (is_a(size, int) and size >= 0) and not (
                 isinstance(size, str) and size in lengths
             ):
-                raise self.wrong(f"the shape {list(shape)} is not one")
+                raise self.wrong(f"{list(shape)} is not a valid shape")
         return shape
 
 

@@ -1,4 +1,4 @@
-"""Checks of a whole program: names, ops, shapes, and who may hold what."""
+"""Validates a whole program: names, ops, shapes, and who may hold what."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAY_HOLD = {
 
 
 def validate(program: RoleProgram, where: str) -> None:
-    """Check a program as a whole: names, ops, shapes, and who may hold what."""
+    """Raise BundleError at the first fault of a program: names, ops, shapes, who may hold what."""
     if program.role not in ROLES:
         raise BundleError(f"{where}: unknown role {program.role!r}; one of {', '.join(ROLES)}")
     _check_tensors(program, where)
@@ -34,13 +34,13 @@ def validate(program: RoleProgram, where: str) -> None:
     for spec in program.inputs:
         if spec.cache_output is not None and spec.cache_output not in outputs:
             raise BundleError(
-                f"{where}: the cache {spec.name!r} continues as {spec.cache_output!r}, which is no "
-                f"output; {RECOMPILE}"
+                f"{where}: the cache {spec.name!r} continues as {spec.cache_output!r}, which is "
+                f"not an output; {RECOMPILE}"
             )
 
 
 def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
-    """A phase must be able to compute its outputs, from its inputs and the constants alone."""
+    """A phase must be able to compute its outputs from its inputs and the constants alone."""
     if program.phases and [p.name for p in program.phases] != [PROMPT, DECODE, FINISH]:
         raise BundleError(f"{where}: the phases are not prompt, decode and finish; {RECOMPILE}")
     defined = [
@@ -74,8 +74,8 @@ def _check_tensors(program: RoleProgram, where: str) -> None:
         spec = declared[name]
         if spec.vis not in may_hold:
             raise BundleError(
-                f"{where}: the {program.role}'s bundle holds {name!r}, which is for the "
-                f"{spec.vis.value} alone; do not use it, {RECOMPILE}"
+                f"{where}: the {program.role}'s bundle holds {name!r}, which only the "
+                f"{spec.vis.value} may know; do not use it, {RECOMPILE}"
             )
         if dtype_name(tensor.dtype) != dtype_name(spec.dtype) or tuple(tensor.shape) != spec.shape:
             raise BundleError(
@@ -89,7 +89,7 @@ def _check_tensors(program: RoleProgram, where: str) -> None:
 
 
 def _check_values(program: RoleProgram, where: str) -> dict[str, Vis]:
-    """Every value by name; each is defined once, before its use, by an op that is known."""
+    """Every value by name; each must be defined once, before its use, by a known op."""
     known: dict[str, Vis] = {}
 
     def define(name: str, vis: Vis) -> None:

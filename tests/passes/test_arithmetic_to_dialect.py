@@ -64,7 +64,7 @@ def test_near_miss_other_dimensions() -> None:
         lambda m, x: x.mean(-1),
         lambda m, x: x.sum((1, 2), keepdim=True),
     ):
-        leaves(Graph(body, X), *NAMES, reason="not over the last dimension")
+        leaves(Graph(body, X), *NAMES, reason="does not reduce the last dimension alone")
 
 
 def test_near_miss_a_number_that_adds_dimensions() -> None:

@@ -85,7 +85,7 @@ class _Silent(_Lying):
         ),
         (_Inexact, "changes a value of the example"),
         (_Idle, "finds nothing in the Before"),
-        (_WrongShape, "line 2, column 25: the type is 'shared 2x4' by the operands, not"),
+        (_WrongShape, "line 2, column 25: the operands give the type 'shared 2x4', not"),
         (_Silent, "shows no Before: and After:"),
     ],
 )

@@ -30,7 +30,7 @@ def test_near_miss_everything_is_public() -> None:
 
 def test_near_miss_a_computed_table() -> None:
     graph = Graph(lambda m, ids: F.embedding(ids, m.w * 2.0), IDS, w=TABLE)
-    leaves(graph, NAME, reason="computed from something else")
+    leaves(graph, NAME, reason="computed at run time")
 
 
 def test_near_miss_another_way_to_read() -> None:

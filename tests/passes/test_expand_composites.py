@@ -97,7 +97,7 @@ def test_near_miss_a_bound_that_is_a_tensor() -> None:
 
 
 def test_near_miss_variance_of_another_dimension() -> None:
-    leaves(Graph(lambda m, x: x.var(1), X), NAME, reason="options that no rule covers")
+    leaves(Graph(lambda m, x: x.var(1), X), NAME, reason="no rule covers its options")
 
 
 def test_near_miss_public_values() -> None:

@@ -105,7 +105,7 @@ def test_near_miss_rows_are_cut() -> None:
         lambda m, x: F.linear(rms(x, m.g)[..., :4], m.t),
     ):
         graph = Graph(body, X, g=G, u=normal(5, 3), t=normal(5, 4), v=V)
-        leaves(graph, *NAMES, reason="takes no gain")
+        leaves(graph, *NAMES, reason="cannot absorb the gain")
 
 
 def test_near_miss_a_tied_matrix() -> None:
@@ -122,7 +122,7 @@ def test_near_miss_a_tied_matrix() -> None:
 
 def test_near_miss_a_computed_gain() -> None:
     graph = Graph(lambda m, x: F.linear(rms(x, m.g * 2), m.w), X, g=G, w=W)
-    leaves(graph, *NAMES, reason="is no constant")
+    leaves(graph, *NAMES, reason="is not a constant")
 
 
 def test_near_miss_narrow_weights() -> None:

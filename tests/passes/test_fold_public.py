@@ -59,7 +59,7 @@ def test_near_miss_a_large_table() -> None:
     assert LARGEST < 1024 * 1024
     assert rewrites(graph, NAME)["aten.add.Tensor"] == 1, "the slice is small again"
     graph = Graph(lambda m, x: x[0, 0, 0] + torch.full((1024, 1024), 2.0).triu(1), X)
-    leaves(graph, NAME, reason="its value is large")
+    leaves(graph, NAME, reason="its value is too large to store")
 
 
 def test_near_miss_what_is_written_to() -> None:

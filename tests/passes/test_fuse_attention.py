@@ -114,7 +114,7 @@ def test_near_miss_masked_below_the_cap() -> None:
 
 def test_near_miss_another_cap() -> None:
     graph = Graph(attention(lambda m, s: torch.tanh(s / 20.0) * 10.0), Q, K, V)
-    leaves(graph, *NAMES, reason="no softcap")
+    leaves(graph, *NAMES, reason="not a softcap")
 
 
 def test_near_miss_scaled_after_the_cap() -> None:
@@ -157,7 +157,7 @@ def test_near_miss_other_heads_for_the_weighted_sum() -> None:
         return torch.softmax((q @ k.transpose(1, 2)).view(2, 2, 3, 5), -1) @ v
 
     graph = Graph(body, Q[0], K[0], V.reshape(2, 2, 5, 8))
-    leaves(graph, *NAMES, reason="heads are apart")
+    leaves(graph, *NAMES, reason="not of the weighted sum")
 
 
 def test_no_score_is_lower_than_the_lowest_number() -> None:

@@ -16,7 +16,7 @@ def test_appending() -> None:
 
 def test_near_miss_it_grows_along_another_dimension() -> None:
     graph = Graph(lambda m, p, n: torch.cat([p, n], 1), PAST, normal(1, 3, 4, 8))
-    leaves(graph, NAME, reason="last dimension but one")
+    leaves(graph, NAME, reason="second-to-last dimension")
 
 
 def test_near_misses() -> None:

@@ -72,7 +72,7 @@ def test_near_miss_another_row_is_turned() -> None:
 
 def test_near_miss_one_number_for_all_features() -> None:
     graph = Graph(lambda m, x: x * m.cos + halves(x) * m.sin, X, _cos=COS[:, :1], _sin=SIN[:, :1])
-    leaves(graph, *NAMES, reason="another width")
+    leaves(graph, *NAMES, reason="not as wide as its operand")
 
 
 def test_near_miss_subtracted() -> None:

@@ -31,7 +31,7 @@ def test_three_in_a_row() -> None:
 
 def test_near_miss_a_low_rank_pair() -> None:
     graph = Graph(lambda m, x: F.linear(F.linear(x, m.w), m.v), X, w=normal(2, 8), v=normal(8, 2))
-    leaves(graph, *NAMES, reason="through 2 features only")
+    leaves(graph, *NAMES, reason="only 2 features in between")
 
 
 def test_near_miss_something_between() -> None:

@@ -59,9 +59,9 @@ def test_the_norm_between_is_gone(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "not added to the residual stream at once"),
-        ("falcon", "no MLP with a norm of its own follows it"),
-        ("gptj", "no MLP with a norm of its own follows it"),
+        ("gemma2", "not added directly to the residual stream"),
+        ("falcon", "not followed by one norm and an MLP"),
+        ("gptj", "not followed by one norm and an MLP"),
     ],
 )
 def test_near_misses(family: str, reason: str) -> None:
