@@ -31,7 +31,7 @@ class EmbeddingToDialect(Pass):
                 continue
             weight, ids = node.args[:2]
             if constant(graph_module, weight) is None:
-                self.skip(node, "its table is computed at run time, it is not a constant")
+                self.skip(node, "its table is computed at run time and is not a constant")
                 continue
             replace(node, target("embedding"), (ids, weight))
             sites += 1

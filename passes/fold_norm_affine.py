@@ -123,5 +123,5 @@ def _unfit(graph_module: fx.GraphModule, linears: list[fx.Node]) -> str:
         if not all(computable(graph_module, node) for node in given):
             return f"the matrix of %{linear.name} is not a constant of 32 bits or more"
         if any(user is not linear for user in uses(graph_module, weight)):
-            return f"the matrix of %{linear.name} has other users, so it would be stored twice"
+            return f"the matrix of %{linear.name} is also used elsewhere and would be stored twice"
     return ""

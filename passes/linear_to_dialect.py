@@ -47,7 +47,7 @@ class LinearToDialect(Pass):
                 continue
             if constant(graph_module, weight) is None:
                 if not calls(node, aten.matmul.default):
-                    self.skip(node, "its matrix is computed at run time, it is not a constant")
+                    self.skip(node, "its matrix is computed at run time and is not a constant")
                 continue
             replace(node, target("linear"), (x, weight, bias))
             sites += 1

@@ -1,4 +1,4 @@
-"""Bundles on disk: what goes in comes out, and whatever is wrong is named before anything runs."""
+"""Bundles on disk: a round trip keeps everything, and faults are reported before anything runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Path:
 
 
 def resign(folder: Path, **changes: Any) -> None:
-    """Make the manifest fit the files again: a bundle that was changed by somebody who can hash."""
+    """Make the manifest match the files again, like an attacker who recomputes the hashes."""
     file = folder / bundle.MANIFEST
     manifest = json.loads(file.read_text()) | changes
     for name in manifest["files"]:

@@ -197,7 +197,7 @@ def test_a_byte_now_and_then_is_no_progress() -> None:
 
 
 def test_a_message_may_take_longer_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that moves before each piece: the whole takes 144 s, where 60 are allowed."""
+    """The clock advances before each piece: in total 144 s, where 60 s are allowed."""
     now = [0.0]
     monkeypatch.setattr(channel_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     sender, receiver = pair(60.0)

@@ -65,7 +65,7 @@ def test_neither_client_nor_dealer_gets_a_weight(
 
 
 def _constant(weight: torch.Tensor) -> bool:
-    """A norm's gain of all ones tells nothing."""
+    """A norm's gain of all ones contains no information."""
     return bool((weight == weight.flatten()[0]).all())
 
 

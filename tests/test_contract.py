@@ -101,7 +101,7 @@ def test_changed_outputs_are_traced_to_the_first_node() -> None:
 
 
 def test_weights_in_float32() -> None:
-    """A weight that a pass computes is rounded, which is no fault; halving a scale is one."""
+    """A weight that a pass computes may be rounded; a halved scale is an error."""
     step = capture(random_decoder("llama").float())
     rewrite(step.copy(), CompileConfig(check_passes=True))
     with pytest.raises(InternalError, match=r"pass forgets failed .*first node that differs"):
@@ -152,7 +152,7 @@ def test_a_broken_pass_is_named(kind: type[Pass], words: str) -> None:
 
 
 class _MakesTooEarly(_Broken):
-    """Before ops have to be of the dialect, the op may still become one."""
+    """Until the dialect is required, a later pass may still convert the op."""
 
     stage = "canonicalize"
 

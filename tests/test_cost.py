@@ -74,7 +74,7 @@ def test_totals_add_up(report: CostReport) -> None:
 
 
 def test_openings_are_shared() -> None:
-    """What a norm gives goes to queries, keys and values; what another gives, to gate and up."""
+    """One norm feeds queries, keys and values; the other feeds gate and up."""
     apart = compiled("llama", disable=("merge_siblings",))[1]
     report = cost_report(apart.roles["client"], 1, 7)
     rows = {row.name: row for row in report.rows}

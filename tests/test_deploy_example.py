@@ -1,4 +1,4 @@
-"""The deployment example runs as it is, and its search of the wire finds what is there."""
+"""The deployment example runs unchanged, and its search of the traffic finds planted secrets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_traces_are_found_wherever_they_are(
     held = decoder.weights()
     assert held["embed.weight"][3, : traces.SHOWN].numpy().tobytes() in rows
     count = sum(tensor.reshape(-1, decoder.WIDTH).shape[0] for tensor in held.values())
-    assert len(rows) == 2 * count - 1, "a bias is in no product, so there are no words of it"
+    assert len(rows) == 2 * count - 1, "a bias is not in a product, so it has no words"
     texts = traces.text_traces("what is it", [3, 1, 4])
     assert set(texts) == {"text"} | {
         f"token numbers as {kind}" for kind in ("<u8", ">u8", "<u4", ">u4")

@@ -1,4 +1,4 @@
-"""The tutorials run as they are written, and generated pages have all that the code has."""
+"""The tutorials run as written, and generated pages are complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUNNER = Path(__file__).with_name("docs_runner.py")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. A title names the file that it is the content of."""
+    """A fenced block. A title names the file whose content it is."""
 
     language: str
     title: str

@@ -153,7 +153,7 @@ def test_instructions_and_library_make_the_same_corrections(
 def test_instructions_and_library_find_the_same_parities(
     party: int, depth: int, count: int
 ) -> None:
-    """Keys that belong to no table, at places of each half and at both ends."""
+    """Keys without a table, at places in each half and at both ends."""
     generator, size = Generator(1), LEAF_BITS << depth
     keys = Keys(random_words(count, 2), random_words(count, key_words(depth, 2)))
     places = random_words(count, 5).view(np.int64) & (size - 1)

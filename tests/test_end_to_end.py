@@ -1,4 +1,4 @@
-"""Model to text: compile, save, load, three processes, and the price that was predicted."""
+"""Model to text: compile, save, load, three processes, and the predicted cost."""
 
 from __future__ import annotations
 

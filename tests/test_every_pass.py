@@ -1,4 +1,4 @@
-"""Each exact pass keeps every family's meaning, alone and with all others; twice is once."""
+"""Each exact pass preserves every family's outputs, alone and with the others; it is idempotent."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ OPTIMIZING = [kind for kind in PASSES if STAGES.index(kind.stage) > DIALECT]
 
 @functools.cache
 def in_dialect(family: str) -> Captured:
-    """A family's step with nothing but ops of the dialect, each pass checked on the way there."""
+    """A family's step, fully converted to the dialect; every pass is checked on the way."""
     step = captured(family)
     rewrite(step, CHECKED, [kind for kind in PASSES if kind not in OPTIMIZING])
     return step
 
 
 def settles(step: Captured, passes: list[type[Pass]]) -> int:
-    """The passes keep the graph's outputs, and have nothing to do a second time; gives the sites.
+    """The passes preserve the graph's outputs, and a second run changes nothing; returns the sites.
 
-    A pass that finds nothing has not touched the graph: the contract sees to that, too.
+    The contract also ensures that a pass that finds nothing does not touch the graph.
     """
     first = rewrite(step, CHECKED, passes)
     text = dump(step.graph_module)

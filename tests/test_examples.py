@@ -1,4 +1,4 @@
-"""Every example runs as it is: here, or in another test that names it."""
+"""Every example runs unchanged, here or in another test that names it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_family() -> None:
     ],
 )
 def test_some_test_runs(name: str) -> None:
-    """Its name is in a test, or in an example that a test runs."""
+    """A test names it, or an example that a test runs."""
     file = EXAMPLES / name
     users = [*Path(__file__).parent.rglob("test_*.py")]
     users += [other for other in file.parent.glob("*.py") if other != file]

@@ -142,7 +142,7 @@ def test_a_plan_schedules_what_leads_to_the_outputs() -> None:
 def test_scheduling_reads_the_active_instructions_a_fixed_number_of_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once for each instruction would be quadratic, and programs have thousands."""
+    """Repeating it for each instruction would be quadratic, and programs have thousands."""
     reads = 0
 
     class Watched(list[int]):

@@ -1,8 +1,8 @@
 """Any of the three roles killed, stopped, cut off or slowed, at any moment of a session.
 
-A relay on each of the three connections makes the fault happen at a given frame. Whoever is left
-must end the session with one line within the timeout and free its memory; the server goes on, and
-the same client may start again at once.
+A relay on each of the three connections causes the fault at a given frame. The remaining roles must
+end the session with one line within the timeout and free its memory. The server keeps running, and
+the same client may start again immediately.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PHASES = ("handshake", "preparation", "setup", *STEPS)
 
 
 def spots(link: str, phase: str) -> list[Spot]:
-    """Where a phase is, on a connection."""
+    """The place of a phase on a connection."""
     if phase == "handshake":
         return [(UP, Kind.HELLO, 1)]
     if phase in STEPS:
@@ -56,7 +56,7 @@ def spots(link: str, phase: str) -> list[Spot]:
 
 @dataclass
 class Site:
-    """The three roles with a relay on each connection; roles that were killed can come back."""
+    """The three roles with a relay on each connection; killed roles can be restarted."""
 
     folder: Path
     bundles: Path
@@ -131,7 +131,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def one_line(output: Path) -> str:
-    """What a client that failed has said, which must be one line about a role."""
+    """The output of a client that failed, which must be one line about a role."""
     (line,) = [text for text in output.read_text().splitlines() if text.startswith("error: ")]
     assert re.match(r"error: (the )?(client|server|dealer) ", line), line
     assert "Traceback" not in output.read_text()
@@ -143,12 +143,12 @@ def reasons(role: Role) -> list[str]:
 
 
 def counts(site: Site) -> dict[str, int]:
-    """How many failures either service has logged."""
+    """The number of failures that each service has logged."""
     return {name: len(reasons(role)) for name, role in site.roles.items()}
 
 
 def check_ended(site: Site, before: dict[str, int], *but: str) -> None:
-    """The services, `but` some, have ended their sessions with a reason, and all that they had."""
+    """The services, `but` some, have ended their sessions with a reason and released everything."""
     for name, role in site.roles.items():
         if name in but:
             continue
@@ -159,7 +159,7 @@ def check_ended(site: Site, before: dict[str, int], *but: str) -> None:
 
 
 def check_goes_on(site: Site) -> None:
-    """The same client starts again; of a preparation that failed nothing is left at one side."""
+    """The same client starts again; a failed preparation leaves nothing behind on one side."""
     process, output = site.generate(60)
     assert process.wait() == 0, output.read_text()
     said = [int(word) for word in output.read_text().split()[:TOKENS]]

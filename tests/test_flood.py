@@ -1,4 +1,4 @@
-"""More connections than a role takes: their number is bounded, and an honest one gets through."""
+"""More connections than a role accepts: their number is bounded, and an honest one gets through."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Open(Desk):
 
 
 def work(connection: socket.socket, parent: Parent) -> None:
-    """A session: who says something is known from then on, and is answered."""
+    """A session: a peer that sends something is known from then on, and gets a reply."""
     if connection.recv(1):
         parent.tell(kind="known")
         connection.sendall(b"!")

@@ -62,7 +62,7 @@ NOWHERE = Address("127.0.0.1", 1)
 
 
 class Tap:
-    """Passes a connection on, and keeps what either side said."""
+    """Relays a connection, and records what either side sent."""
 
     def __init__(self, target: Address) -> None:
         self.said: list[tuple[bytearray, bytearray]] = []
@@ -94,7 +94,7 @@ class Tap:
 
 @dataclasses.dataclass
 class Recorded:
-    """The frames of one session, by connection: what each of its ends said."""
+    """The frames of one session, by connection: what each end sent."""
 
     bundles: Path
     to_server: list[bytes]
@@ -106,7 +106,7 @@ class Recorded:
 
 
 def frames(data: bytes) -> list[bytes]:
-    """Cut bytes into frames; what is left over is dropped."""
+    """Split bytes into frames; an incomplete rest is dropped."""
     found, start = [], 0
     while start + HEADER.size <= len(data):
         end = start + HEADER.size + HEADER.unpack_from(data, start)[2]
@@ -150,7 +150,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 @st.composite
 def mutations(draw: Any, original: list[bytes]) -> list[bytes]:
-    """Frames that differ from the recorded ones by a few mishaps, some of which look in order."""
+    """Frames that differ from the recorded ones by a few faults, some of which look valid."""
     found = list(original)
     for _ in range(draw(st.integers(1, 3))):
         if not found:
@@ -188,7 +188,7 @@ def mutations(draw: Any, original: list[bytes]) -> list[bytes]:
 
 
 def json_payloads() -> Any:
-    """Objects with the fields that roles look for, and whatever values."""
+    """Objects with the fields that roles read, and arbitrary values."""
     keys = st.sampled_from(FIELDS)
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
@@ -196,7 +196,7 @@ def json_payloads() -> Any:
 
 
 def renumbered(found: list[bytes]) -> list[bytes]:
-    """The same frames, with the numbers that a cleverer attacker would give them."""
+    """The same frames, renumbered as a cleverer attacker would do it."""
     result = []
     for number, frame in enumerate(found):
         if len(frame) >= HEADER.size:
@@ -210,7 +210,7 @@ def renumbered(found: list[bytes]) -> list[bytes]:
 
 
 class Log:
-    """Stands for the log; our own errors must not be in it."""
+    """Replaces the log; internal errors must not appear in it."""
 
     def bind(self, **_: Any) -> Log:
         return self
@@ -224,7 +224,7 @@ class Log:
 
 
 class Alone(Parent):
-    """The parent's side of a session, which says yes to everything."""
+    """The parent's side of a session, which grants every request."""
 
     def __init__(self, claimed: list[str] | None = None, line: list[bytes] | None = None) -> None:
         self.line, self._other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -252,14 +252,14 @@ class Alone(Parent):
 
 
 class Wire:
-    """Connections that hold all that the peer will ever say."""
+    """Connections that already hold everything that the peer will send."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
 
     def end(self, said: list[bytes]) -> tuple[socket.socket, socket.socket]:
-        """This role's end and the peer's; the latter has spoken and closed its mouth."""
+        """This role's end and the peer's; the peer has sent everything and closed its direction."""
         peer = socket.create_connection(self._listener.getsockname()[:2])
         own, _ = self._listener.accept()
         peer.sendall(b"".join(said))
@@ -343,7 +343,7 @@ def play_client(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
 
 @dataclasses.dataclass
 class Play:
-    """What an honest peer says to a role, and how the role is made to hear something else."""
+    """What an honest peer sends to a role, and how it is mutated."""
 
     original: list[bytes]
     run: Callable[[list[bytes]], list[bytes]]
@@ -366,7 +366,7 @@ def agrees(said: list[bytes], mine: Hello, peer: str) -> bool:
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Whoever allocates what a hostile frame asks for fails."""
+    """Fails a role that allocates what a hostile frame requests."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, before[1]))
     yield
@@ -374,7 +374,7 @@ def bounded() -> Iterator[None]:
 
 
 def resident() -> int:
-    """This process's memory, garbage apart."""
+    """This process's memory, without garbage."""
     gc.collect()
     return int(psutil.Process().memory_info().rss)
 

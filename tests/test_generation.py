@@ -37,7 +37,7 @@ MANIFEST = Manifest(vocab_size=10, max_length=8)
 
 
 class Counting(Session):
-    """Says token n + 1 after token n, and keeps what it was asked."""
+    """Predicts token n + 1 after token n, and records its calls."""
 
     def __init__(self, *, cached: bool = True, **manifest: Any) -> None:
         cache = [InputSpec("c", Vis.SHARED, "float32", (1, 1, "past", 1), 16, "c.next")]

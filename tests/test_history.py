@@ -1,4 +1,4 @@
-"""How a program came about: changes of each pass, what it saves, and the graphs on either side."""
+"""The history of a compile: what each pass changes and saves, and the graphs before and after."""
 
 from __future__ import annotations
 

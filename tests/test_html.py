@@ -1,4 +1,4 @@
-"""The page: its layout and its parts, and what it does in a browser where there is one."""
+"""The inspection page: its layout, its parts, and its behaviour in a browser, if there is one."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_the_page_holds_tables_and_changes(program: Program, page: str) -> None:
 
 
 def own(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A group's nodes without its ports to others."""
+    """A group's nodes, without the ports to other groups."""
     return [node for node in nodes if node["kind"] != "port"]
 
 
 def test_a_step_of_a_program_in_phases() -> None:
-    """Nodes that another step runs are there, and marked."""
+    """Nodes that only another step runs are drawn, and marked."""
     config = CompileConfig(max_length=64, preset="merge")
     program = compile_decoder(random_decoder("llama").float(), config=config)
     assert [row.step for row in program.inspect().steps] == ["prompt", "decode", "finish"]

@@ -28,7 +28,7 @@ def key(tmp_path: Path) -> Path:
 
 
 def ask(made: Deployment, keep: Path | None, **options) -> tuple[int, list[int]]:
-    """Bytes that opening a session took, and an answer."""
+    """The bytes that opening a session took, and an answer."""
     with made.connection(keep=keep, **options) as connection:
         answer = [token.token for token in connection.generate(PROMPT, max_tokens=4)]
         return connection.setup.received, answer

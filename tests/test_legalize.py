@@ -1,4 +1,4 @@
-"""Where truncations and openings stand, and what leaves the ring."""
+"""Where truncations and openings are placed, and which values leave the ring."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_parts_that_are_all_needed_are_opened_together() -> None:
 
 
 def once(graph_module: fx.GraphModule) -> None:
-    """No element of a wire is opened, sent or truncated twice, by whatever movement it is reached.
+    """No element of a wire is opened, sent or truncated twice, however it is moved.
 
-    Each conversion is traced back to what the wire is made of, and the elements are marked there.
+    Each conversion is traced back to the wire's source, where the elements are marked.
     """
     seen: dict[tuple[fx.Node, str], torch.Tensor] = {}
     for node in graph_module.graph.nodes:
@@ -289,7 +289,7 @@ def test_some_ops_have_a_domain() -> None:
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_calibration_near_the_end_of_a_domain_is_refused(name: str) -> None:
-    """An end may be eight times as near as calibration came: 2000 passes for 2**14, 2100 not."""
+    """Calibration must stay a factor of eight from an end: 2000 passes for 2**14, 2100 does not."""
     low, high = BOUNDED[name].domain
     least = low * MARGIN if low > 0 else low / MARGIN
     most = high / MARGIN

@@ -16,7 +16,7 @@ SLOW = Network(latency=0.05, bandwidth=1e6)
 
 
 class Clock(threading.local):
-    """Replaces `time`: sleeping advances the clock of the thread that sleeps."""
+    """Replaces `time`: sleeping advances the clock of the sleeping thread."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""What a notebook shows of a program, its inspection and its graph; and records for pandas."""
+"""How a notebook shows a program, its inspection and its graph; and records for pandas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of all ops: complete, and with the cost that a run of the protocol has."""
+"""The table of all ops is complete, and its costs are those of a run of the protocol."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_row_says_what_the_op_says() -> None:
 
 @pytest.mark.parametrize("op", REGISTRY.values(), ids=REGISTRY)
 def test_the_cost_is_that_of_a_run(op: type[Op]) -> None:
-    """Of every case, and with shares that carry a product, which `test_every_op` has not."""
+    """For every case, also on shares that carry a product, which `test_every_op` does not cover."""
     for case in op.cases():
         if case.error is not None:
             assert sample_cost(op, case) == _run(op, case)

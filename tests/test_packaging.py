@@ -1,4 +1,4 @@
-"""The public face, what a wheel installs, and that a checkout loads each module once."""
+"""The public interface, the content of a wheel, and that a checkout loads each module once."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_missing_module_of_our_own_is_not_taken_for_an_extra() -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: an earlier `build` folder would be packed along."""
+    """A copy of the checkout, because an earlier `build` folder would be packed too."""
     copy = tmp_path_factory.mktemp("source") / "mergec"
     away = shutil.ignore_patterns(
         *(".git", ".venv", ".nox", ".*_cache", "__pycache__", "*.egg-info"),
@@ -238,7 +238,7 @@ def test_a_wheel_works_beside_scripts_of_the_same_names(wheel: Path, tmp_path: P
 
 
 def required(names: list[str]) -> set[str]:
-    """The distributions that these need, and those that they need in turn."""
+    """The distributions that these require, directly or indirectly."""
     found: set[str] = set()
     while names:
         requirement = Requirement(names.pop())

@@ -1,4 +1,4 @@
-"""The text of a graph says all about it: parsed, it prints as the same text."""
+"""The text of a graph is complete: parsed, it prints as the same text."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program whose ENDLESS answer lasts until a test ends it, however late it comes to that."""
+    """A program whose ENDLESS answer lasts until a test ends it, however late that is."""
     return decoder.save(tmp_path_factory.mktemp("endless"), max_length=2**20)
 
 

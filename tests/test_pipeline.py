@@ -1,4 +1,4 @@
-"""The default passes, in their order, keep every family's meaning and find its structure."""
+"""The default passes, in order, preserve every family's outputs and recognize its structure."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ COVERAGE: dict[str, tuple[tuple[str, int, int], tuple[str, str | None], int]] = 
 _TIED = {"fold_norm_affine": 1}
 """The final norm keeps its gain where the head's matrix is the embedding's table."""
 
-# What looks like a pattern and is left alone.
+# Sites that look like a pattern and are skipped.
 LEFT: dict[str, dict[str, int]] = {
     "gpt2": _TIED,
     "opt": _TIED,

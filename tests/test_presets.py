@@ -1,4 +1,4 @@
-"""Every preset compiles every family; what it costs is what was predicted."""
+"""Every preset compiles every family, and its cost is as predicted."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
 
 
 def test_how_far_a_lossy_program_is_from_its_model_is_measured() -> None:
-    """As one finds by hand: the model's own logits after the text that the program has made."""
+    """The same by hand: the model's own logits after the text that the program generated."""
     model = random_decoder("llama").float()
     prompts = ((3, 14, 15, 92, 65, 35), (2, 71, 82, 81))
     for preset in ("merge-er", "mpcformer-2quad"):
@@ -120,7 +120,7 @@ def test_an_exact_program_deviates_from_nothing() -> None:
 
 
 def test_a_lossy_program_costs_less() -> None:
-    """In rounds; in bytes a square opens more than a table takes."""
+    """In rounds, not in bytes: a square opens more than a table does."""
     exact = cost_report(compiled("llama", "exact").any_role, 1, 32).total
     for preset in LOSSY:
         lossy = cost_report(compiled("llama", preset).any_role, 1, 32).total
@@ -144,7 +144,7 @@ def test_in_three_processes(family: str, preset: str, tmp_path: Path) -> None:
 
 
 def test_a_pass_of_its_own() -> None:
-    """`enable` asks for a pass that no preset has to bring."""
+    """`enable` runs a pass that need not be in any preset."""
     step = captured("llama")
     reports = rewrite(step, CompileConfig(enable=("quadratic_silu",)))
     found = {report.name: report for report in reports}

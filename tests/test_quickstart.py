@@ -1,4 +1,4 @@
-"""The notebook runs as it is, and is stored without outputs."""
+"""The notebook runs unchanged, and is stored without outputs."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class {name}(Pass):
 
 
 def load(tmp_path: Path, name: str, source: str) -> ModuleType:
-    """A file as if it stood in passes/."""
+    """A module as if its file were in passes/."""
     file = tmp_path / f"{name}.py"
     file.write_text(HEAD + source)
     spec = importlib.util.spec_from_file_location(f"mergec.passes.{name}", file)

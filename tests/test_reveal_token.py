@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Program:
 def test_steps_give_the_models_token_at_the_predicted_price(
     family: str, options: dict[str, str]
 ) -> None:
-    """gemma2 caps its logits at the end: here that is part of what the parties compute."""
+    """gemma2 caps its logits at the end; here the parties compute that cap."""
     model, program = compiled(family, reveal="token", **options)
     targets = [item.target for item in program.any_role.instructions]
     assert [target for target in targets if "reveal" in target] == ["mpc.reveal_token"]
@@ -75,7 +75,7 @@ def test_sampled_tokens_follow_the_model(saved: Program) -> None:
 
 
 def test_three_processes(saved: Program) -> None:
-    """Greedy as plaintext, at the predicted price."""
+    """Greedy like plaintext, at the predicted cost."""
     assert saved.path is not None
     greedy = run_local(saved.path, STEPS[0], max_tokens=2, ignore_stop=True)
     plain = saved.plaintext(Answer("", STEPS[0], greedy.tokens))
@@ -113,7 +113,7 @@ def test_services_draw_as_the_client_asks(saved: Program, tmp_path: Path) -> Non
 
 
 def test_stored_randomness_draws_among_all_tokens(tmp_path: Path) -> None:
-    """Shared weights besides: their static masks come from the store, too."""
+    """With shared weights as well; their static masks come from the store, too."""
     _, program = compiled("gpt2", reveal="token", weights="shared")
     bundles, key = program.save(tmp_path / "bundles"), tmp_path / "key"
     key.write_text("ab" * 32)
@@ -152,7 +152,7 @@ def test_requests_that_need_the_logits_are_refused(saved: Program) -> None:
 
 
 def test_the_client_gets_four_bytes(saved: Program) -> None:
-    """The only message that is not masked for the server's eyes, nor of the logits' size."""
+    """The only message that is not masked goes to the client, and is not the size of the logits."""
     (reveal,) = [row for row in cost_report(saved.any_role, 1, 5).rows if "token" in row.target]
     assert reveal.vis is Vis.CLIENT
     assert reveal.shape == (1, 1)

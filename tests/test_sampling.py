@@ -1,4 +1,4 @@
-"""Sampling: the distribution after each option, repeatability, and options that make no sense."""
+"""Sampling: the distribution for each option, repeatability, and invalid options."""
 
 from __future__ import annotations
 

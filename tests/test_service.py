@@ -63,7 +63,7 @@ def deployed(bundles: Path, certificates: Path) -> Iterator[Deployment]:
 
 @pytest.fixture
 def running(deployed: Deployment) -> Deployment:
-    """With every place free: the sessions of the test before end on their own time."""
+    """Wait until every slot is free: sessions of the previous test may still be ending."""
     wait_until(lambda: not deployed.server.workers and not deployed.dealer.workers)
     return deployed
 
@@ -78,7 +78,7 @@ def tokens(connection, prompt=PROMPT, count=4):
 
 
 def ended(role: Role) -> int:
-    """Sessions that a role has logged the end of."""
+    """The number of sessions whose end a role has logged."""
     return sum(line["event"] == "session ended" for line in role.log)
 
 
@@ -437,7 +437,7 @@ def test_an_answer_that_outlasts_the_grace_is_told(bundles) -> None:
 
 
 class Child(Parent):
-    """A session's line to its parent, without the handlers of signals."""
+    """A session's connection to its parent, without the signal handlers."""
 
     def __init__(self, line: socket.socket) -> None:
         self.line = line
@@ -453,7 +453,7 @@ class Child(Parent):
     ],
 )
 def test_a_process_that_finds_another_gone_says_so(use, told, unread) -> None:
-    """Whether or not it had read what it was sent, of which the kernel makes different errors."""
+    """Whether or not it had read its input, which causes different errors from the kernel."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if unread:
         ours.send(unread)

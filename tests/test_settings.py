@@ -1,4 +1,4 @@
-"""Every preset, way to hold weights, way to reveal and network: the wire, and that it is blind."""
+"""Every preset, `weights`, `reveal` and `network`: traffic is as predicted and hides the prompt."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_wire_is_as_predicted_and_the_same_for_any_prompt(
 def _transcript(
     roles: Mapping[str, RoleProgram], prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[tuple[int, int]]]:
-    """Bytes out and in of every round, by whom they go to; each step costs what was predicted."""
+    """Bytes sent and received in every round, by peer; each step costs what was predicted."""
     seen: dict[str, list[tuple[int, int]]] = {"client": [], "server": []}
     exchange = LoopbackLink.exchange
 

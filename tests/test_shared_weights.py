@@ -1,4 +1,4 @@
-"""weights="shared": whole programs, the price that was predicted, and what nobody knows."""
+"""weights="shared": whole programs, the predicted cost, and that nobody else knows the weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_three_processes(saved: Program) -> None:
 
 
 def test_services_over_tls_and_from_a_store(saved: Program, tmp_path: Path) -> None:
-    """Each session has masks of its own for the shared constants; a store's serve all of its."""
+    """Each session has its own masks for the shared constants; sessions of one store share them."""
     assert saved.path is not None
     make_certificates(tmp_path / "certs", ("ann",))
     key = tmp_path / "key"
@@ -129,7 +129,7 @@ def test_stock_protocols(saved: Program) -> None:
 
 
 def test_only_the_moving_factor_costs(saved: Program) -> None:
-    """A linear layer opens 16 bytes an input where the server's weights take 8, and no more."""
+    """A linear layer opens 16 bytes per input instead of 8, and rounds do not increase."""
     held = cost_report(compiled("llama")[1].any_role, 1, 8)
     shared = cost_report(saved.any_role, 1, 8)
     assert saved.manifest.weights == "shared"
@@ -143,7 +143,7 @@ def test_unknown_values_are_told() -> None:
 
 
 def test_what_the_server_would_compute_alone_is_computed_at_compile_time() -> None:
-    """A gain that the model computes from its parameter: shares of it would take a protocol."""
+    """A gain that the model computes from its parameter would need a protocol on shares."""
 
     class Head(torch.nn.Module):
         def __init__(self, weight: torch.nn.Parameter) -> None:

@@ -1,4 +1,4 @@
-"""Randomness ahead of time: what is on disk, that it is used once, and answers without a dealer."""
+"""Stored randomness: what is on disk, that it is used once, and answers without a dealer."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_the_next_preparation_removes_what_killed_ones_left_and_no_other(tmp_pat
 
 
 def test_a_long_answer_goes_to_disk_as_it_comes(tmp_path: Path, monkeypatch) -> None:
-    """At its end little is left to bring there: meanwhile the others wait."""
+    """At the end of dealing little remains to be written to disk, while the others wait."""
     monkeypatch.setattr("mergec.runtime.session.stores.writer.SYNC_BYTES", 2 * CHUNK_BYTES)
     header = Header(new_store(), "server", "ab" * 32, 1, 2, 5)
     with StoreWriter(tmp_path, header, KEY, new_seed()) as writer:
@@ -332,7 +332,7 @@ def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
 
 
 def test_a_long_preparation_shows_signs_of_life(tmp_path: Path, monkeypatch) -> None:
-    """One answer may be dealt for longer than the client waits for a message."""
+    """Dealing one answer may take longer than the client waits for a message."""
     now = iter(range(100))
     monkeypatch.setattr(
         "mergec.runtime.roles.server_session.time.monotonic", lambda: 0.6 * next(now)

@@ -1,4 +1,4 @@
-"""An op without a protocol is reported with all its kind, before anything runs."""
+"""All ops without a protocol are reported together, grouped by kind, before anything runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.passes.harness import Graph, leaves, normal
 
 
 class Mixer(nn.Module):
-    """Calls functions without a protocol; one of them is made of functions that have one."""
+    """Calls functions without a protocol; one is a composition of functions that have one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ordered, _ = torch.sort(x, -1)
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
 
 
 def message(layers: int) -> str:
-    """The error of the decoder, with numbers of lines of this file left out."""
+    """The error for the decoder, without the line numbers of this file."""
     with pytest.raises(CompileError) as caught:
         compile_decoder(Decoder(layers))
     assert len(caught.value.nodes) == 4 * layers + 1

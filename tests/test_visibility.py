@@ -1,4 +1,4 @@
-"""The visibility of values, derived from that of the inputs."""
+"""The visibility of values, derived from the visibility of the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's weights as integers: what a program gives up when they are taken."""
+"""The server's weights as integers, and which tensors a program drops when they are taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pass on a graph that is written as text: what it makes, and whether its docstring is true."""
+"""Runs a pass on a graph given as text, and checks the example in a pass's docstring."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALIBRATION = ((5, 17, 3, 88, 41, 9), (2, 60, 71, 8))
 
 @dataclass(frozen=True)
 class Ran:
-    """What a pass did to a graph: its text after, where it stopped short, and the values."""
+    """The effect of a pass on a graph: the text afterwards, the skips, and the values."""
 
     sites: int
     text: str
@@ -36,7 +36,7 @@ class Ran:
 
     @property
     def same_values(self) -> bool:
-        """Whether the graph computes what it did, up to rounding."""
+        """Whether the graph computes the same as before, up to rounding."""
         return all(
             a.shape == b.shape
             and torch.allclose(
@@ -94,7 +94,7 @@ def example(kind: type[Pass]) -> tuple[str, str]:
 
 
 def _declared(before: str, after: str) -> str:
-    """The text after, with the declarations before that it does not repeat.
+    """The text of `After`, with the declarations of `Before` that it does not repeat.
 
     Those are the inputs, unless it lists its own, and the constants that it uses.
     """

@@ -1,4 +1,4 @@
-"""One pass on the smallest graph that shows it: what it makes, and what it leaves alone."""
+"""Runs one pass on a minimal graph, and checks what it changes and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Graph:
 
 
 def rewrites(graph: Graph, *names: str, sites: int = 1) -> dict[str, int]:
-    """The last pass, after the others, changes as many sites, and no value; gives the new ops."""
+    """Run the passes; the last must change `sites` sites and no value. Returns the new ops."""
     *first, name = names
     for needed in first:
         graph.run(needed)
@@ -123,7 +123,7 @@ def rewrites(graph: Graph, *names: str, sites: int = 1) -> dict[str, int]:
 
 
 def leaves(graph: Graph, *names: str, reason: str = "") -> None:
-    """The last pass, after the others, changes nothing, and says why it stopped short."""
+    """Run the passes; the last must change nothing, and record `reason` for the skip."""
     *first, name = names
     for needed in first:
         graph.run(needed)

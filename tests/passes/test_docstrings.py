@@ -1,4 +1,4 @@
-"""What the docstring of each pass shows is what the pass does."""
+"""The example in the docstring of each pass shows what the pass does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Lying(Pass):
 
 
 class _Inexact(_Lying):
-    """Says that it is exact.
+    """Claims to be exact.
 
     Before:
         %x = input : shared 2x4
@@ -51,7 +51,7 @@ class _Inexact(_Lying):
 
 
 class _Idle(_Lying):
-    """Shows what it does not look for.
+    """Shows a graph that it does not match.
 
     Before:
         %x = input : shared 2x4
@@ -62,7 +62,7 @@ class _Idle(_Lying):
 
 
 class _WrongShape(_Lying):
-    """Shows another shape.
+    """Shows a wrong shape.
 
     Before:
         %x = input : shared 2x4
@@ -73,7 +73,7 @@ class _WrongShape(_Lying):
 
 
 class _Silent(_Lying):
-    """Shows nothing."""
+    """Shows no example."""
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_docstring_that_lies_fails(kind: type[Pass], words: str) -> None:
 
 def test_a_docstring_that_tells_the_truth_passes() -> None:
     class Truthful(_Lying):
-        """ReLU of torch becomes that of the dialect.
+        """Torch's ReLU becomes the dialect's.
 
         Before:
             %x = input : shared 2x4

@@ -44,9 +44,9 @@ def test_any_number_of_tokens() -> None:
 
 def test_near_misses() -> None:
     x = normal(3, 3)
-    leaves(Graph(lambda m, x: torch.einsum("ii->i", x), x), NAME, reason="only two operands")
+    leaves(Graph(lambda m, x: torch.einsum("ii->i", x), x), NAME, reason="needs two operands")
     leaves(Graph(lambda m, x: torch.einsum("ij,jj->i", x, x), x), NAME, reason="a diagonal")
     leaves(Graph(lambda m, x: torch.einsum("ij,ij->ij", x, x), x), NAME, reason="it sums over")
     leaves(Graph(lambda m, x: torch.einsum("ij,jk->k", x, x), x), NAME, reason="it sums over")
-    leaves(Graph(lambda m, x: torch.einsum("ij,jk", x, x), x), NAME, reason="only two operands")
+    leaves(Graph(lambda m, x: torch.einsum("ij,jk", x, x), x), NAME, reason="needs two operands")
     leaves(Graph(lambda m, x: torch.einsum("ij,jk->ik", x, x), x, public=(0,)), NAME)

@@ -55,4 +55,4 @@ def test_near_miss_public_attention() -> None:
 
 def test_near_miss_single_head() -> None:
     graph = Graph(lambda m, q, k, v: sdpa(q, k, v), Q[0, 0], K[0, 0], V[0, 0])
-    leaves(graph, NAME, reason="no [batch, heads, tokens, features]")
+    leaves(graph, NAME, reason="not [batch, heads, tokens, features]")

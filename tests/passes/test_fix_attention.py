@@ -110,7 +110,7 @@ def test_a_last_layer_computes_the_last_position_alone(name: str) -> None:
 
 
 def test_near_misses() -> None:
-    """Where another pass came first, and where no attention was recognized."""
+    """Another pass replaced the attention first, or none was recognized."""
     step = captured("gpt2")
     rewrite(step, CompileConfig(enable=("softmax_2quad",)))
     before = dump(step.graph_module)

@@ -93,7 +93,7 @@ def test_near_miss_a_query_is_its_own_key() -> None:
 
 
 def test_queries_scaled_by_the_model() -> None:
-    """opt: the scale stands before the move to heads; a power of two then needs no weight."""
+    """opt: the scale comes before the split into heads; a power of two then needs no weight."""
 
     def body(scale):
         return lambda m, x, k, v: attend(heads(F.linear(x, m.w) * scale), k, v, 1.0)

@@ -38,12 +38,12 @@ def test_the_norm_is_used_twice() -> None:
 
 def test_near_miss_another_dimension() -> None:
     graph = Graph(lambda m, x: m.w * (x * inverse(x, dim=1)), X, w=W)
-    leaves(graph, *NAMES, reason="no mean of squares over the last dimension")
+    leaves(graph, *NAMES, reason="not a mean of squares over the last dimension")
 
 
 def test_near_miss_another_power() -> None:
     graph = Graph(lambda m, x: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1.0), X)
-    leaves(graph, *NAMES, reason="no mean of squares")
+    leaves(graph, *NAMES, reason="not a mean of squares")
 
 
 def test_near_miss_it_scales_another_row() -> None:

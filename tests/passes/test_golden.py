@@ -1,9 +1,9 @@
 """Graph text in, graph text out: a folder for each pass under golden/, with near misses.
 
-A file holds an optional remark, the graph `# before`, and what comes of it: the graph `# after`, or
-`# unchanged`, followed in either case by each node that the pass skipped and why. A case whose name
-begins with `not_` is a near miss, which the pass must leave alone. To add a case, write a file with
-its first part and run pytest with --update-golden.
+A file holds an optional remark, the graph `# before`, and the result: the graph `# after`, or
+`# unchanged`. Each node that the pass skipped follows, with the reason. A case whose name begins
+with `not_` is a near miss, which the pass must not change. To add a case, write a file with its
+first part and run pytest with --update-golden.
 """
 
 from __future__ import annotations

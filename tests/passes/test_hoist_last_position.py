@@ -14,7 +14,7 @@ COS, SIN = normal(1, 64, 4), normal(1, 64, 4, seed=5)
 
 
 def made_from_last(graph: Graph, *shape: int) -> None:
-    """Every call but the selections gives a value of one position."""
+    """Every call but the selections returns a value of one position."""
     for node in graph.module.graph.nodes:
         if target_name(node.target).startswith("mpc."):
             assert tuple(node.meta["val"].shape) == shape

@@ -29,7 +29,7 @@ def norms(step: Captured) -> int:
 
 
 def test_exact_where_all_rows_have_the_same_statistics() -> None:
-    """Attention by position, and rows of mean 0 and deviation 1 between it and the MLP."""
+    """Attention depends on positions alone, and rows before the MLP have mean 0 and deviation 1."""
     model = looks_back()
     step = capture(model)
     reports = merged(step)

@@ -50,7 +50,7 @@ def test_each_input_has_its_own() -> None:
 
 
 def test_a_sibling_after_a_consumer() -> None:
-    """The product stands before the first of them, and so before whatever uses any."""
+    """The product comes before the first of them, and so before all of their users."""
 
     def body(m, x):
         y = F.linear(x, m.v).relu()
@@ -88,7 +88,7 @@ def test_near_miss_narrow_weights() -> None:
 
 @pytest.mark.parametrize("weights", ["server", "shared"])
 def test_each_part_has_the_bits_that_it_has_room_for(weights: str) -> None:
-    """Values are said to be so large that their matrix may not be as fine as that of the keys."""
+    """The values' range is so large that their matrix gets fewer fractional bits than the keys'."""
     config = CompileConfig(weights=weights, max_length=64)
     dialect = to_dialect(capture(random_decoder("qwen2").float()), config)
     values = [n for n in dialect.graph_module.graph.nodes if "v_proj" in n.meta.get("module", "")]

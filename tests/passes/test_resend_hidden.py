@@ -78,7 +78,7 @@ def test_a_stop_token_ends_the_answer_and_not_the_loop(program: Program) -> None
 
 @pytest.mark.parametrize(
     "family",
-    # A learned position, a projection, a scale, a norm: what embeddings go through.
+    # Embeddings may get a learned position, a projection, a scale, or a norm.
     [
         pytest.param(f, marks=() if f in ("gpt2", "opt", "gemma", "bloom") else pytest.mark.slow)
         for f in FAMILIES

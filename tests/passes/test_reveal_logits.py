@@ -13,7 +13,7 @@ def linear(m, x):
 
 
 def first_of(graph: Graph) -> str:
-    """What the revealed value is made by."""
+    """The call that computes the revealed value."""
     (reveal,) = [n for n in graph.module.graph.nodes if "reveal" in str(n.target)]
     return str(reveal.args[0].target)
 
@@ -51,7 +51,7 @@ def test_near_miss_other_rows_stay_secret() -> None:
 
 
 def test_near_miss_not_invertible() -> None:
-    """A softmax, or a product with a weight, says less than what it is made of."""
+    """A softmax, or a product with a weight, reveals less than its operand."""
     for body in (
         lambda m, x: torch.softmax(linear(m, x), -1),
         lambda m, x: linear(m, x) * m.gain,
@@ -65,7 +65,7 @@ def test_near_miss_not_invertible() -> None:
 
 
 def test_the_token_alone_takes_the_whole_logits() -> None:
-    """A softcap is no business of the client's then: it would need the logits for it."""
+    """The client cannot compute the softcap then, because it does not get the logits."""
     graph = Graph(lambda m, x: torch.tanh(linear(m, x) / 30.0) * 30.0, X, w=W)
     graph.info.reveal = "token"
     wanted = graph.before[0].argmax(-1)

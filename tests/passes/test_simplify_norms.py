@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
 
 def alike() -> torch.Tensor:
-    """Rows that have one mean and one deviation, and nothing else in common."""
+    """Rows that have the same mean and deviation, and nothing else in common."""
     rows = torch.tensor([2.0] * 4 + [-1.0] * 4)
     return torch.stack([rows[torch.randperm(WIDTH)] for _ in range(VOCAB)]) * 3.0
 
@@ -87,7 +87,7 @@ def test_no_other_constants_are_nearer() -> None:
 
 
 class Gated(nn.Module):
-    """Layers that add what is quadratic in a norm's result."""
+    """Layers that add a term quadratic in a norm's result."""
 
     def __init__(self, table: torch.Tensor, layers: int) -> None:
         super().__init__()

@@ -68,4 +68,4 @@ def test_near_misses() -> None:
 
 def test_pieces_of_a_length_stay() -> None:
     graph = Graph(lambda m, x: x.chunk(2, 1)[0] * 2.0, normal(2, 6, 2), dynamic=1)
-    leaves(graph, NAME, reason="depend on a length")
+    leaves(graph, NAME, reason="depends on a variable length")
