@@ -80,7 +80,7 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.fractional_bits != 16:
             raise CompileError(
-                f"fractional_bits is {self.fractional_bits}; the protocols' tables are made for 16"
+                f"fractional_bits is {self.fractional_bits}; the protocols' tables support only 16"
             )
         if not 2 <= self.max_length <= MAX_LENGTH:
             raise CompileError(f"max_length is {self.max_length}; it can be 2 to {MAX_LENGTH}")

@@ -58,7 +58,7 @@ def compile_decoder(
         The program, in memory: save it, inspect it, or run it here.
 
     Raises:
-        CompileError: the model is no dense attention decoder, has weights that are not finite,
+        CompileError: the model is not a dense attention decoder, has weights that are not finite,
             calls an op that has no protocol, or needs numbers that do not fit the ring; or an
             option is wrong. The message says where in the model's source.
 

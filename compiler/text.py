@@ -178,7 +178,7 @@ def call_text(
 
 
 def literal(value: Any, name: Callable[[Any], str] = repr) -> str:
-    """An argument as text. `name` prints what is no literal: the operands."""
+    """An argument as text. `name` prints the operands, which are not literals."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(literal(item, name) for item in value)}]"
     if isinstance(value, int) and value == sys.maxsize:

@@ -1,4 +1,4 @@
-"""The former place of `runtime.core.op`; goes with the next release."""
+"""Deprecated alias of `runtime.core.op`; the next release removes it."""
 
 import warnings
 

@@ -54,7 +54,7 @@ def test_a_file_holds_one_pass_of_its_name(tmp_path: Path) -> None:
         ("", r"passes/swap\.py defines no pass; move"),
         (
             PASS.format(name="Swap", more="") + PASS.format(name="Other", more=""),
-            r"passes/swap\.py defines Swap and Other; put each pass into a file of its own",
+            r"passes/swap\.py defines Swap and Other; put each pass into its own file",
         ),
         (
             PASS.format(name="Exchange", more=""),

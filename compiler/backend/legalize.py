@@ -58,7 +58,7 @@ def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
 
 
 def _split_scales(graph_module: fx.GraphModule) -> None:
-    """Move an attention's scale that is no power of two into its queries.
+    """Move an attention's scale that is not a power of two into its queries.
 
     Its protocol can only move the binary point of the scores, not multiply them.
     """

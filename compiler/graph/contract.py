@@ -35,7 +35,7 @@ Values = list[dict[str, torch.Tensor]]
 
 @dataclass
 class _State:
-    """A graph at one moment: the inputs that are used, and what is wrong with it."""
+    """A snapshot of a graph: the inputs that are used, and its faults."""
 
     inputs: set[str]
     dead: set[fx.Node]

@@ -19,8 +19,8 @@ from mergec.runtime.program.program import InputSpec
 
 STAGES = ("canonicalize", "fuse", "approximate", "dialect", "optimize", "finish")
 """canonicalize: one spelling for each operation. fuse: recognize patterns as ops of the dialect.
-approximate: replace functions by cheaper ones, on request. dialect: turn what is left into ops of
-the dialect. optimize: fewer or cheaper ops of the dialect. finish: after everything else."""
+approximate: replace functions by cheaper ones, on request. dialect: turn the remaining calls into
+ops of the dialect. optimize: fewer or cheaper ops of the dialect. finish: after everything else."""
 
 PACKAGE = "mergec.passes"
 """The package of the built-in passes, which are named after their files."""
@@ -83,7 +83,7 @@ class Pass(PassBase):
 
     @classmethod
     def name(cls) -> str:
-        """The name of its file; outside of `passes/`, that of the class in snake case."""
+        """The name of its file; outside of `passes/`, the class's name in snake case."""
         if cls.built_in():
             return cls.__module__.rpartition(".")[2]
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).strip("_").lower()

@@ -96,7 +96,7 @@ class Inspection:
         found = [row for row in self.passes if row.name == name]
         if not found:
             known = sorted({*self.left_out, *(row.name for row in self.passes)})
-            listed = ", ".join(known) or "none that this program tells of"
+            listed = ", ".join(known) or "none that this program lists"
             raise CompileError(f"unknown pass {name!r}; there are: {listed}")
         (row,) = found
         changed = f"changed {row.sites:,} site{'s' if row.sites != 1 else ''}"
@@ -160,7 +160,7 @@ class Inspection:
     def step(self) -> str:
         """Which step: its lengths."""
         if self.new == 0:
-            return f"the last step, logits of {self.past} hidden states at once"
+            return f"the last step, logits of {self.past} hidden states together"
         return f"a step of {self.new} new after {self.past} cached tokens"
 
     def _said(self) -> Iterator[str]:

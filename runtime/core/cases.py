@@ -32,7 +32,7 @@ class Case:
 
 
 class Sampler:
-    """Seeded inputs, so that the cases of an op are the same whenever they are asked for."""
+    """Seeded inputs, so that the cases of an op are the same on every call."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(7)

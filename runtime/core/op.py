@@ -109,7 +109,7 @@ class Op:
         "revealed" (the client knows it). An op with a "revealed" result is the only kind that may
         make a shared value known; it overrides `visibility` and `known_to`.
     local: True if no call sends a message or needs anything of the dealer, and each party maps its
-        own shares linearly. The compiler then may truncate the operands in place of the result.
+        own shares linearly. The compiler then may truncate the operands instead of the result.
     positions: along which dimensions each index is worked on alone (`Positions`); a prompt's last
         position is selected before such an op, not after it.
     domain: lower and upper end of the first operand's values that the protocol supports. Beyond
@@ -236,7 +236,7 @@ class Op:
 
     @classmethod
     def measure(cls, *args: Any) -> dict[str, float]:
-        """What calibration has to know of a call besides the range of its result, by name.
+        """What calibration must know about a call in addition to the range of its result, by name.
 
         The arguments are in the clear. Of all calls calibration keeps the largest of each number.
         """
@@ -361,7 +361,7 @@ def _check_attributes(op: type[Op]) -> None:
             if isinstance(names, str) or name not in op.tensors:
                 raise _mistake(
                     op,
-                    f"`{attribute}` names {name!r}, which is no tensor operand; it has "
+                    f"`{attribute}` names {name!r}, which is not a tensor operand; it has "
                     f"{', '.join(op.tensors)}",
                 )
     for name, form in op.operands.items():
@@ -380,7 +380,7 @@ def _check_attributes(op: type[Op]) -> None:
         if not isinstance(getattr(op, attribute), kind):
             raise _mistake(op, f"`{attribute}` is no {kind.__name__}")
     if not (isinstance(op.domain, tuple) and len(op.domain) == 2 and op.domain[0] < op.domain[1]):
-        raise _mistake(op, f"its domain {op.domain!r} is no pair (lower end, upper end)")
+        raise _mistake(op, f"its domain {op.domain!r} is not a pair (lower end, upper end)")
 
 
 _NONE = inspect.Parameter.empty

@@ -158,7 +158,7 @@ class Executor:
         self.record.total = Cost(rounds, online, offline)
 
     def _drive(self, protocol: Protocol) -> Any:
-        """Run one protocol by itself, and return its result."""
+        """Run one protocol alone, and return its result."""
         reply = None
         while True:
             try:

@@ -42,6 +42,6 @@ def _load(point: EntryPoint) -> None:
     except Exception as error:
         raise OpError(f"{where} cannot be loaded: {error}; repair its package") from error
     if not (isinstance(kind, type) and issubclass(kind, Op)):
-        raise OpError(f"{where} is no subclass of mergec.Op; repair its package")
+        raise OpError(f"{where} is not a subclass of mergec.Op; repair its package")
     if kind not in REGISTRY.values():
-        raise OpError(f"{where} is an abstract class, which is no op; repair its package")
+        raise OpError(f"{where} is an abstract class, not an op; repair its package")

@@ -1,4 +1,4 @@
-"""Open a shared value to the client, and to nobody else."""
+"""Open a shared value to the client alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REVEALED_FRAC = 16
 
 
 class Reveal(Op):
-    """Open a shared value to the client, and to nobody else.
+    """Open a shared value to the client alone.
 
     x [...], shared, |x| < 2**15, gives [...], held by the client. Rounds 1; per element 4 bytes
     online, 0 offline. The result is at most one unit off: of the 16th fractional bit, or of bit 32

@@ -1,4 +1,4 @@
-"""JSON values: a type check that tells bool from int, and the canonical bytes that are hashed."""
+"""JSON values: a type check that separates bool from int, and the canonical bytes to hash."""
 
 from __future__ import annotations
 

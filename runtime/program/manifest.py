@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what is known of a program besides its instructions and tensors."""
+"""The manifest of a bundle: all facts about a program except its instructions and tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle says of its program; the fields stand in `manifest.json` in this order.
+    """The facts that a bundle states about its program, in the order of `manifest.json`.
 
     The compiler fills in the fields from `model` to `left_out`. Saving a bundle fills in the
     others, which an unsaved program may lack.

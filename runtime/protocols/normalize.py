@@ -199,7 +199,7 @@ class RowNorm:
 def _inverse_root(norm: RowNorm) -> Power:
     """Cached: norms are created anew in every step, but the layout of their lookups is the same."""
     squares = 2 * (norm.frac - norm.square_shift) + math.log2(norm.size)
-    # Where `frac` is no integer, its fractional part is applied by the factor.
+    # If `frac` is not an integer, the factor applies its fractional part.
     surplus = norm.frac - math.floor(norm.frac)
     low = max(0, math.floor(math.log2(max(1, norm.eps_units))))
     low = min(low, MAX_EXPONENT - 1)

@@ -246,7 +246,7 @@ class Endpoint:
         if best is not None and not self._revealed:
             raise ApiError(
                 400,
-                "this program reveals tokens alone, so there are no log-probabilities; leave "
+                "this program reveals only tokens, so there are no log-probabilities; leave "
                 "logprobs out",
                 param="logprobs",
                 code="unsupported_value",

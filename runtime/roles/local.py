@@ -33,7 +33,7 @@ JOIN_TIMEOUT = 600.0
 
 FIRST_PARTY_WARNING = (
     "WARNING: with insecure_first_party the client generates all randomness: it can read every "
-    "weight and value. This is no security at all; use it for debugging only."
+    "weight and value. This offers no security at all; use it for debugging only."
 )
 
 _GRACE = 1.0

@@ -109,7 +109,7 @@ class PartyMetrics(Metrics):
         self._rounds.inc(report["rounds"])
 
     def watch(self, stores: Path) -> None:
-        """Report what is left in a folder of stores, read from disk at each request."""
+        """Report what remains in a folder of stores, read from disk at each request."""
         self.registry.register(_Stores(self._prefix, stores))
 
 

@@ -118,7 +118,7 @@ class Stream:
         self._show(self._text.decode(self._ids).rstrip(_REPLACEMENT))
 
     def end(self) -> str:
-        """Write what is left; returns the whole text."""
+        """Write the rest; returns the whole text."""
         whole = self._text.decode(self._ids)
         self._show(whole)
         return whole

@@ -124,7 +124,7 @@ def test_it_says_that_crypten_has_none(package: Path) -> None:
             "Missing",
             "the entry point toys:Missing of mergec.ops cannot be loaded: .*Missing",
         ),
-        (TRIPLE, "Cost", "the entry point toys:Cost of mergec.ops is no subclass of mergec.Op"),
+        (TRIPLE, "Cost", "the entry point toys:Cost of mergec.ops is not a subclass of mergec.Op"),
         (TRIPLE, "Op", "the entry point toys:Op of mergec.ops is an abstract class"),
         (
             TRIPLE.replace('"triple"', '"add"'),

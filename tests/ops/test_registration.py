@@ -101,7 +101,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "'factor' is missing in its schema, and 2.0 in its reference",
     ),
     ("an unknown form", {"operands": {"x": "maskd"}}, "the form 'maskd' of 'x' is none of share,"),
-    ("an operand that is none", {"operands": {"z": "share"}}, "`operands` names 'z', which is no"),
+    ("an operand that is none", {"operands": {"z": "share"}}, "`operands` names 'z', which is not a"),
     ("a number as an operand", {"operands": {"factor": "share"}}, "`operands` names 'factor'"),
     ("a weight that is none", {"weights": ("w",)}, "`weights` names 'w'"),
     ("a string of weights", {"weights": "x"}, "`weights` names 'x'"),
@@ -110,7 +110,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("an unknown result", {"result": "open"}, "its result 'open' is none of share,"),
     ("unknown positions", {"positions": "all"}, "`positions` is no Positions"),
     ("an unknown kind", {"kind": "activation"}, "`kind` is no Kind"),
-    ("a domain upside down", {"domain": (1.0, -1.0)}, "is no pair"),
+    ("a domain upside down", {"domain": (1.0, -1.0)}, "is not a pair"),
     (
         "a secret made public",
         {"visibility": classmethod(lambda cls, *operands: Vis.PUBLIC)},

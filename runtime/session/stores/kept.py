@@ -2,7 +2,7 @@
 
 The server derives the static masks B from its key, the client's name, and W itself, as integers. So
 one B never hides two different W, and W - B is the same message in every session: it need not be
-sent again. W - B is uniformly distributed, and no secret by itself.
+sent again. W - B is uniformly distributed, and alone it is not a secret.
 """
 
 from __future__ import annotations
