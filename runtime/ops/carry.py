@@ -17,7 +17,7 @@ from mergec.runtime.core.values import Shared
 class Carry(Op):
     """A value that may enter or leave a step: the identity, on a share at the program's scale.
 
-    x [...], shared, returns the same share. Local and exact: nothing is sent. See
+    x [...], shared -> the same share. Local and exact: nothing is sent. See
     `runtime.program.program.Phase`.
     """
 

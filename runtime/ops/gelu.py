@@ -39,7 +39,7 @@ GELU_TANH = saturating(_gelu_tanh, -7, 128, 13, 58, 17, left=Tail(0, 0.0), right
 class Gelu(Op):
     """GELU in its erf form, or its tanh form if `tanh`; element by element.
 
-    x [...] shared gives [...] shared. Rounds 2; per element 18 bytes online, 696 offline.
+    x [...] shared -> [...] shared. Rounds 2; per element 18 bytes online, 696 offline.
     Error below 2e-5
     for |x| < 2**14. Each party sees what it sees in
     `protocols.saturate.apply`: masked values that are uniform whatever x is.

@@ -25,7 +25,7 @@ OCTAVES = Octaves(0, 44, _FINE_BITS, _STEP, level_table(np.log, _STEP))
 class Log(Op):
     """Natural logarithm of positive numbers, element by element.
 
-    x [...], shared, gives [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
+    x [...], shared -> [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
     2**-16 <= x < 2**29: error below 2e-5. At 0 it returns the value of 0.9 * 2**-16. The results of
     other inputs are wrong, but not larger than the largest right one. Each party sees what it sees
     in `find_octave` and `truncate`.

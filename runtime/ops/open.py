@@ -18,7 +18,7 @@ from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 class Open(Op):
     """Open a share to both parties under a mask; the identity in the clear.
 
-    x [...], shared, gives [...], opened: both parties know x + r, and nobody the uniform mask r.
+    x [...], shared -> [...], opened: both parties know x + r, and nobody the uniform mask r.
     Rounds 1; per element 16 bytes online, 0 offline. Exact. Each party sees the other's share of
     x + r, uniform as r is, and used for this value alone.
     """

@@ -20,7 +20,7 @@ from mergec.runtime.protocols.multiply import product_of_masked
 class Quadratic(Op):
     """a x**2 + b x + c, element by element, with public numbers a, b and c.
 
-    x [...], opened under a mask, gives [...], shared. No message beyond the opening of x; 8 bytes
+    x [...], opened under a mask -> [...], shared. No message beyond the opening of x; 8 bytes
     offline per element. a is rounded to 16 significant bits, b and c to the result's scale. So the
     error is that of `square`, plus 2**-16 of a x**2.
     """

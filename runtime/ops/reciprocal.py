@@ -21,7 +21,7 @@ SPEC = Power(-1.0, FRACTIONAL_BITS, 6, 33)
 class Reciprocal(Op):
     """1 / x for positive x, element by element.
 
-    x [...], shared, gives [...], shared. Rounds 3; per element 310 bytes online, 41114 offline. For
+    x [...], shared -> [...], shared. Rounds 3; per element 310 bytes online, 41114 offline. For
     2**-10 <= x < 2**18: relative error below 2**-16, and the rounding of the result. From 0 to
     2**-10 it returns the value at that end, 2**10, or up to a ninth more. The results of other
     inputs are wrong, but not larger than that. Each party sees what it sees in `power` and

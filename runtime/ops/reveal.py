@@ -22,7 +22,7 @@ REVEALED_FRAC = 16
 class Reveal(Op):
     """Open a shared value to the client alone.
 
-    x [...], shared, |x| < 2**15, gives [...], held by the client. Rounds 1; per element 4 bytes
+    x [...], shared, |x| < 2**15 -> [...], held by the client. Rounds 1; per element 4 bytes
     online, 0 offline. The result is at most one unit off: of the 16th fractional bit, or of bit 32
     of the share if that is higher. The client sees the value, as it should; the server's window is
     uniform beside the client's own. The bits below, which depend on the roundings of intermediate

@@ -21,7 +21,7 @@ SPEC = Power(-0.5, FRACTIONAL_BITS, 0, 44)
 class Rsqrt(Op):
     """1 / sqrt(x) for positive x, element by element.
 
-    x [...], shared, gives [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
+    x [...], shared -> [...], shared. Rounds 3; per element 260 bytes online, 37530 offline. For
     2**-16 <= x < 2**29: relative error below 2**-16, and the rounding of the result. At 0 it
     returns the value at that end, 2**8, or up to a ninth more. The results of other inputs are
     wrong, but not larger than that. Each party sees what it sees in `power` and `truncate`.

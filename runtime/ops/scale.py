@@ -17,7 +17,7 @@ from mergec.runtime.protocols.local import ghost
 
 
 class Scale(Op):
-    """Product of a tensor and a public number: x [...], shared, gives [...], shared.
+    """Product of a tensor and a public number: x [...], shared -> [...], shared.
 
     Local: no message. A factor that is a power of two only moves the binary point and is exact; any
     other is rounded to 16 significant bits, takes x at the program's fractional bits, and adds up

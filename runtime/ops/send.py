@@ -18,7 +18,7 @@ from mergec.runtime.protocols.weights import send, send_cost
 class Send(Op):
     """Open a share to the server under a mask that the client knows; the identity in the clear.
 
-    x [...], shared, gives [...], sent: the server knows x - a, the client the uniform mask a.
+    x [...], shared -> [...], sent: the server knows x - a, the client the uniform mask a.
     Rounds 1; per element 8 bytes online, 0 offline. Exact. The server sees x - a, uniform as a is
     fresh; the client sees nothing.
     """

@@ -15,7 +15,7 @@ from mergec.runtime.core.values import Shared
 
 
 class Shift(Op):
-    """Sum of a tensor and a public number: x [...], shared, gives [...], shared.
+    """Sum of a tensor and a public number: x [...], shared -> [...], shared.
 
     Local: no message. The number is rounded to the fractional bits of x, which the result keeps.
     """

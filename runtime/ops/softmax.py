@@ -32,7 +32,7 @@ from mergec.runtime.protocols.rows import (
 
 
 class Softmax(Op):
-    """Softmax over the last dimension: x [..., D], shared, gives [..., D], shared.
+    """Softmax over the last dimension: x [..., D], shared -> [..., D], shared.
 
     x at any number of fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
     (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 5, and 3 for

@@ -18,7 +18,7 @@ from mergec.runtime.protocols.multiply import product_of_masked
 class Square(Op):
     """x * x, element by element; cheaper than `mul`, because both factors share one mask.
 
-    x [...], opened under a mask, gives [...], shared, with twice the program's fractional bits. No
+    x [...], opened under a mask -> [...], shared, with twice the program's fractional bits. No
     message beyond the opening of x; 8 bytes offline per element. Exact.
     """
 

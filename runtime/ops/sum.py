@@ -16,7 +16,7 @@ from mergec.runtime.protocols.local import ghost
 
 
 class Sum(Op):
-    """Sum over the last dimension: x [..., D], shared, gives [..., 1], shared.
+    """Sum over the last dimension: x [..., D], shared -> [..., 1], shared.
 
     Local and exact: no message, and the fractional bits of x.
     """

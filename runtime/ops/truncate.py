@@ -18,7 +18,7 @@ from mergec.runtime.protocols.truncate import truncate, truncate_cost
 class Truncate(Op):
     """Bring a share back to the program's fractional bits; the identity in the clear.
 
-    x [...], shared at any number of fractional bits, gives [...], shared. Rounds 1; per element 16
+    x [...], shared at any number of fractional bits -> [...], shared. Rounds 1; per element 16
     bytes online (8 if 32 bits or more are dropped), 16 offline; nothing if there is nothing to
     drop. Error below one unit of the last place. Each party sees x under a fresh uniform mask.
     """

@@ -101,7 +101,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "'factor' is missing in its schema, and 2.0 in its reference",
     ),
     ("an unknown form", {"operands": {"x": "maskd"}}, "the form 'maskd' of 'x' is none of share,"),
-    ("an operand that is none", {"operands": {"z": "share"}}, "`operands` names 'z', which is not a"),
+    ("an operand that is none", {"operands": {"z": "share"}}, "`operands` names 'z', which is not"),
     ("a number as an operand", {"operands": {"factor": "share"}}, "`operands` names 'factor'"),
     ("a weight that is none", {"weights": ("w",)}, "`weights` names 'w'"),
     ("a string of weights", {"weights": "x"}, "`weights` names 'x'"),
