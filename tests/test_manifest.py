@@ -88,6 +88,7 @@ def test_a_manifest_is_not_changed_in_place() -> None:
         ({"model": None}, "model must be str"),
         ({"stop_tokens": (3,)}, "stop_tokens must be list"),
         ({"stop_tokens": [3, "4"]}, "stop_tokens must hold int, not '4'"),
+        ({"passes": ["x" * 10**6]}, f"passes must hold dict, not '{'x' * 59}…$"),
         ({"passes": ["fuse_glu"]}, "passes must hold dict, not 'fuse_glu'"),
         ({"cost": []}, "cost must be dict"),
         ({"reveal": "all"}, "reveal is 'all'; it can be: logits, token"),

@@ -112,9 +112,7 @@ TopP = Annotated[
         help="Sample from the most likely tokens whose probabilities sum to p.", min=0.0, max=1.0
     ),
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="Seed of the sampling; masks are always fresh randomness.")
-]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; it does not affect masks.")]
 Chat = Annotated[
     bool | None,
     typer.Option(help="Apply the chat template; by default if the model has one."),

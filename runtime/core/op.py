@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -299,6 +300,8 @@ def _register(op: type[Op]) -> None:
     for needed in ("reference", "cost", "protocol"):
         if _is_default(op, needed):
             raise _mistake(op, f"it does not define `{needed}`")
+    if not inspect.isgeneratorfunction(op.protocol):
+        raise _mistake(op, "its `protocol` is not a generator: it has to contain a `yield`")
     if _is_default(op, "stock") != bool(op.no_stock):
         raise _mistake(op, "it has to define `stock`, or say in `no_stock` why CrypTen has none")
     op.tensors = _check_schema(op)
@@ -369,18 +372,36 @@ def _check_attributes(op: type[Op]) -> None:
             raise _mistake(op, f"the form {form!r} of {name!r} is none of {', '.join(FORMS)}")
     if op.result not in RESULTS:
         raise _mistake(op, f"its result {op.result!r} is none of {', '.join(RESULTS)}")
-    seen = op.visibility(*[Vis.SHARED] * len(op.tensors))
-    if seen is not (Vis.CLIENT if op.result == "revealed" else Vis.SHARED):
-        raise _mistake(
-            op,
-            f"of shared operands `visibility` returns {seen}; only an op with the result "
-            '"revealed" may make them known, to the client alone',
-        )
+    _check_visibility(op)
     for attribute, kind in (("positions", Positions), ("kind", Kind)):
         if not isinstance(getattr(op, attribute), kind):
             raise _mistake(op, f"`{attribute}` is no {kind.__name__}")
     if not (isinstance(op.domain, tuple) and len(op.domain) == 2 and op.domain[0] < op.domain[1]):
         raise _mistake(op, f"its domain {op.domain!r} is not a pair (lower end, upper end)")
+
+
+def _check_visibility(op: type[Op]) -> None:
+    """Raise OpError if some operands would make a value known to who must not know it."""
+    for operands in itertools.product(Vis, repeat=len(op.tensors)):
+        joined = reduce(Vis.join, operands)
+        seen, alone = op.visibility(*operands), op.known_to(*operands)
+        given = ", ".join(vis.value for vis in operands)
+        if set(operands) == {Vis.SHARED}:
+            fine = seen is (Vis.CLIENT if op.result == "revealed" else Vis.SHARED)
+        else:
+            fine = joined.join(seen) is seen or (op.result == "revealed" and seen is Vis.CLIENT)
+        if not fine:
+            raise _mistake(
+                op,
+                f"of operands ({given}) `visibility` returns {seen.value}; only an op with the "
+                'result "revealed" may make a value known, to the client alone',
+            )
+        if alone is not None and (alone is Vis.SHARED or joined.join(alone) is not alone):
+            raise _mistake(
+                op,
+                f"of operands ({given}) `known_to` returns {alone.value}, who does not know all of "
+                "them; return None where the protocol is needed",
+            )
 
 
 _NONE = inspect.Parameter.empty

@@ -1,6 +1,6 @@
 """The bundle of a role on disk: a manifest, the program as JSON, tensors as safetensors.
 
-Nothing in a bundle is executable: no pickle, no code, only names of known ops and literals. A
+Nothing in a bundle is executable: no pickle, no code, only literals and names of installed ops. A
 bundle is written to a temporary folder and then renamed, so it is never incomplete. It is checked
 from the outside in when it is read, so that the error names the first fault and its file.
 """

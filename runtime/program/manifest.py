@@ -73,18 +73,20 @@ class Manifest:
         for key, kind in _KINDS.items():
             value = getattr(self, key)
             if not is_a(value, kind):
-                raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {value!r}")
+                raise BundleError(
+                    f"the manifest's {key} must be {kind.__name__}, not {_quoted(value)}"
+                )
         for key, kind in _ITEMS.items():
             wrong = [item for item in getattr(self, key) if not is_a(item, kind)]
             if wrong:
                 raise BundleError(
-                    f"the manifest's {key} must hold {kind.__name__}, not {wrong[0]!r}"
+                    f"the manifest's {key} must hold {kind.__name__}, not {_quoted(wrong[0])}"
                 )
         for key, values in CHOICES.items():
             value = getattr(self, key)
             if value not in values:
                 raise BundleError(
-                    f"the manifest's {key} is {value!r}; it can be: {', '.join(values)}"
+                    f"the manifest's {key} is {_quoted(value)}; it can be: {', '.join(values)}"
                 )
 
     @property
@@ -121,3 +123,9 @@ _KINDS = {item.name: _TYPES[str(item.type).partition("[")[0]] for item in fields
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""
+
+
+def _quoted(value: object) -> str:
+    """A value in an error, cut: it may come from a stranger's file."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -108,7 +108,7 @@ def _check_values(program: RoleProgram, where: str) -> dict[str, Vis]:
         if not is_op and item.target not in TABLE:
             remedy = f"{RECOMPILE} with this version"
             if dialect != item.target:
-                remedy = f"install the package that offers it ({ENTRY_POINTS}), or {remedy}"
+                remedy += f", or, if you trust it, install the package of that op ({ENTRY_POINTS})"
             raise BundleError(
                 f"{where}: {item.name!r} needs the op {item.target}, which this mergec "
                 f"({VERSION}) does not have; {remedy}"

@@ -60,7 +60,7 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
 
     In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1 per PIECE
     elements, so that the server never holds a whole mask. Online 8 bytes per element, server to
-    client. The client sees W - B, which is uniform because B is uniform and opened only this once.
+    client. The client sees W - B, which is uniform because B is uniform and never masks another W.
     The server sees nothing.
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")

@@ -77,9 +77,6 @@ class Parent:
             self.check()
 
 
-Work = Callable[[socket.socket, Parent], None]
-
-
 def played(session: Callable[[], None], fail: Callable[[str], None], log: Callable[[], Any]) -> str:
     """Run a session; returns how it ended: "done", "stopped" or "failed".
 

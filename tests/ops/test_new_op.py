@@ -82,7 +82,7 @@ def test_an_op_in_one_file(package: Path, tmp_path: Path) -> None:
     last = refused.stderr.splitlines()[-1]
     assert "BundleError" in last
     assert "needs the op mpc.triple, which this mergec" in last
-    assert "install the package that offers it (mergec.ops), or" in last
+    assert "or, if you trust it, install the package of that op (mergec.ops)" in last
     assert python("-c", LOAD, str(bundles), package=package).returncode == 0
 
 

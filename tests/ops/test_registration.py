@@ -10,6 +10,7 @@ import torch
 
 from mergec.runtime.core.cases import Case
 from mergec.runtime.core.errors import OpError
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import REGISTRY, Op, unregister
 from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.ops import load_all
@@ -19,6 +20,11 @@ load_all()
 
 def _reference(x: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
     return x * factor
+
+
+def _protocol(cls: type[Op], ctx: Any, x: Any, factor: float = 2.0) -> Protocol:
+    yield from ()
+    return x
 
 
 def body(**changes: Any) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def body(**changes: Any) -> dict[str, Any]:
         "reference": staticmethod(_reference),
         "cases": staticmethod(lambda: [Case([torch.ones(2)], 1e-4)]),
         "cost": classmethod(lambda cls, x, factor=2.0, *, fixed: Cost()),
-        "protocol": classmethod(lambda cls, ctx, x, factor=2.0: iter(())),
+        "protocol": classmethod(_protocol),
         **changes,
     }
     return {key: value for key, value in given.items() if value is not None}
@@ -114,14 +120,29 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         "a secret made public",
         {"visibility": classmethod(lambda cls, *operands: Vis.PUBLIC)},
-        "`visibility` returns Vis.PUBLIC",
+        "`visibility` returns public",
     ),
     (
         "a share revealed unsaid",
         {"visibility": classmethod(lambda cls, *operands: Vis.CLIENT)},
         'only an op with the result "revealed"',
     ),
-    ("a result revealed to nobody", {"result": "revealed"}, "`visibility` returns Vis.SHARED"),
+    (
+        "a party's value made public",
+        {"visibility": classmethod(lambda cls, x: x if x is Vis.SHARED else Vis.PUBLIC)},
+        r"of operands \(client\) `visibility` returns public",
+    ),
+    (
+        "a share known to a party",
+        {"known_to": classmethod(lambda cls, *operands: Vis.SERVER)},
+        r"of operands \(client\) `known_to` returns server",
+    ),
+    (
+        "a protocol that yields nothing",
+        {"protocol": classmethod(lambda cls, ctx, x, factor=2.0: x)},
+        "its `protocol` is not a generator",
+    ),
+    ("a result revealed to nobody", {"result": "revealed"}, "`visibility` returns shared"),
 ]
 
 
@@ -156,7 +177,7 @@ def test_an_abstract_class_is_no_op() -> None:
         no_stock = "there is no need for one"
         reference = staticmethod(_reference)
         cost = classmethod(lambda cls, x, factor=2.0, *, fixed: Cost())
-        protocol = classmethod(lambda cls, ctx, x, factor=2.0: iter(()))
+        protocol = classmethod(_protocol)
 
     before = set(REGISTRY)
 
