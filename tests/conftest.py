@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.passes.harness", "tests.passes.examples")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 Golden = Callable[[str | Path, str], None]

@@ -75,6 +75,15 @@ def test_a_file_that_breaks_the_rules_is_named(tmp_path: Path, source: str, word
         only_pass(load(tmp_path, "swap", source))
 
 
+def test_a_second_pass_of_one_name_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("mergec.passes.swap")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = HEAD + PASS.format(name="Swap", more="")
+    exec(source, vars(module))
+    with pytest.raises(CompileError, match=r"the pass Swap .* is defined twice in its file"):
+        exec(source, vars(module))
+
+
 def test_a_stage_that_does_not_exist() -> None:
     with pytest.raises(CompileError, match=r"Late \(tests.*\) has an unknown stage, 'later'; set"):
 

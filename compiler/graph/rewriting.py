@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,6 +64,8 @@ class Pass(PassBase):
         if cls.run is Pass.run:
             return  # A base class of passes.
         where = f"the pass {cls.__qualname__} ({cls.__module__})"
+        if cls.built_in() and hasattr(sys.modules.get(cls.__module__), cls.__qualname__):
+            raise CompileError(f"{where} is defined twice in its file; rename or remove one")
         stage = getattr(cls, "stage", None)
         if stage not in STAGES:
             lacks = "has no stage" if stage is None else f"has an unknown stage, {stage!r}"
