@@ -1,4 +1,4 @@
-"""Answers of a program, what they took, and how they compare with the program in the clear."""
+"""Answers of a program, their cost, and how they compare with the program in the clear."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Phase:
     """The total of one part of a session, counted at the transport.
 
     tokens: how many tokens it processed; 0 for the setup.
-    seconds: of wall clock.
+    seconds: wall clock time.
     rounds: messages that had to follow one another.
     online: bytes between client and server, both directions together.
     offline: bytes from the dealer that the server used.
@@ -41,13 +41,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Answer:
-    """A program's answer, and what it took.
+    """A program's answer, and its cost.
 
     text: empty if the program has no tokenizer.
     prompt, tokens: token numbers of the prompt and of the answer alone.
     sampling: how the tokens were chosen.
     phases: the totals of "setup", "prompt" and "decode", where there are any.
-    peak_memory: bytes, by process.
+    peak_memory: in bytes, by process.
     """
 
     text: str

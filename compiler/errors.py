@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 class CompileError(MergecError):
     """The model cannot be compiled.
 
-    nodes: what is wrong with each offending node. The message shows all of them, in the lines in
-    which the graph is printed, with module path and source line.
+    nodes: the fault of each offending node. The message shows all of them as lines of the printed
+    graph, with module path and source line.
     """
 
     def __init__(self, message: str, nodes: Mapping[fx.Node, str] | None = None) -> None:
         self.nodes = dict(nodes or {})
         lines = [message]
         if self.nodes:
-            # The command line reads the options' names without torch.
+            # Imported here because the command line uses this module without torch.
             from mergec.compiler.text import offences
 
             lines += offences(self.nodes)

@@ -32,7 +32,7 @@ from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec, RoleProgram
 
 Sequences = Sequence[Sequence[int]]
-"""Token sequences whose values tell how large each wire gets."""
+"""Token sequences on which the compiler measures how large each wire gets."""
 
 _SENTENCES = (
     "The capital of France is Paris, and it lies on the river Seine.",
@@ -68,10 +68,11 @@ class DialectProgram:
 
 
 def calibration(config: CompileConfig, captured: Captured, tokenizer: Any = None) -> Sequences:
-    """The sequences that every later stage measures with.
+    """The token sequences on which every later stage measures.
 
     Those of `config.calibration` if given. Otherwise up to 32 token numbers spread evenly over the
-    vocabulary; and, without a tokenizer, the same in reverse, with one, a few fixed sentences.
+    vocabulary, and a few fixed sentences; without a tokenizer, the same numbers in reverse instead
+    of the sentences.
     """
     if config.calibration:
         return config.calibration

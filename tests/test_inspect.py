@@ -87,7 +87,7 @@ def test_formats(inspection: Inspection) -> None:
     with console.capture() as capture:
         console.print(inspection.render())
     assert "mpc.embedding" in capture.get()
-    assert "lossy: computes another function than the model, by fuse_act" in capture.get()
+    assert "lossy: does not compute the model's function, by fuse_act" in capture.get()
 
 
 def test_savings_are_told_where_they_are_known(inspection: Inspection) -> None:
@@ -105,7 +105,7 @@ def test_why_not(inspection: Inspection) -> None:
         == "changed 3 sites; no other looked like its pattern"
     )
     act = inspection.why_not("fuse_act")
-    assert act.verdict == "changed 1 site and left 1 alone:"
+    assert act.verdict == "changed 1 site and skipped 1:"
     assert r"| act | model.layers.1 | m.py:3 | \|x\| is wide |" in act.to_markdown()
     assert json.loads(act.to_json())["skips"][0]["reason"] == "|x| is wide"
     console = Console(width=120)

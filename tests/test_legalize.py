@@ -266,7 +266,7 @@ MARGIN = 2.0**RANGE_MARGIN_BITS
 
 
 def calibrated(name: str, least: float, most: float) -> fx.Graph:
-    """A call of an op whose first operand goes from `least` to `most`."""
+    """A call of an op whose first operand ranges from `least` to `most`."""
     args = REGISTRY[name].cases()[0].args[1:]
     op = getattr(torch.ops.mpc, name)
 
@@ -301,7 +301,7 @@ def test_calibration_near_the_end_of_a_domain_is_refused(name: str) -> None:
     for some, largest in bad:
         with pytest.raises(CompileError, match=rf"mpc\.{name}.* # layers\.0") as caught:
             calibrated(name, some, largest)
-        assert f"goes from {some:.3g} to {largest:.3g} in calibration" in str(caught.value)
+        assert f"ranges from {some:.3g} to {largest:.3g} in calibration" in str(caught.value)
 
 
 def scored(size: float, softcap: float = 0.0) -> Graph:

@@ -94,7 +94,7 @@ def test_an_inspection_shows_its_tables(inspection: Inspection) -> None:
 def test_a_reason_is_shown_as_it_is(inspection: Inspection) -> None:
     text = shown(inspection.why_not("fuse_glu"))
     assert "|x| > 4" in text
-    assert "changed 2 sites and left 1 alone" in text
+    assert "changed 2 sites and skipped 1" in text
 
 
 def test_a_graph_shows_its_text(program: Program) -> None:

@@ -1,4 +1,4 @@
-"""The choice among protocols that compute the same result: the cheapest on a network."""
+"""Chooses among protocols that compute the same result: the cheapest on a network."""
 
 from __future__ import annotations
 

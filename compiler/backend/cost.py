@@ -57,14 +57,14 @@ class CostReport:
 
     @property
     def unshared(self) -> Cost:
-        """The same if, in addition, each instruction opened its operands for itself."""
+        """The same if, in addition, each instruction opened its own operands."""
         again = (row.cost for row in self.rows for _ in range(1, self.takers.get(row.name, 1)))
         return sum(again, self.serial)
 
 
 @dataclass(frozen=True)
 class Walked:
-    """An instruction as `walk` met it.
+    """An instruction as `walk` visited it.
 
     bound: the arguments by parameter name if nobody can compute it alone, else None; secret values
     have shapes and fractional bits, but no data. result: likewise.
@@ -80,7 +80,7 @@ def walk(
 ) -> Iterator[Walked]:
     """Every instruction that leads from `inputs` to `outputs`, run on shapes, in program order.
 
-    fixed: the program's fractional bits. inputs: as `ghost_inputs` makes them.
+    fixed: the program's fractional bits. inputs: from `ghost_inputs`.
     """
     context = ShapeContext(fixed=fixed)
     values, weights = _constants(plan, fixed)
@@ -98,7 +98,7 @@ def walk(
 
 
 def _constants(plan: Plan, fixed: int) -> tuple[dict[str, Any], dict[str, Constant]]:
-    """The constants by name, without data but for public ones; and those under static masks."""
+    """The constants by name, only public ones with data; and those under static masks."""
     held: dict[str, Any] = {}
     weights: dict[str, Constant] = {}
     for spec in plan.program.constants:
@@ -137,7 +137,7 @@ def _result(call: Call, instruction: Instruction) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A real-valued meta tensor in place of any tensor."""
+    """A real-valued meta tensor that stands for a tensor."""
     if isinstance(value, Held):
         return value.value
     if isinstance(value, (Shared, Masked, Sent, Weight)):
@@ -150,9 +150,8 @@ def cost_report(
 ) -> CostReport:
     """Predict the rounds and bytes of one step from the ops' cost formulas.
 
-    It reads no weights, so the program of any role will do. new, past: tokens of the step and
-    before it, as in `runtime.session.generation.Session.step`. fixed: the program's fractional
-    bits.
+    It reads no weights, so the program of any role works. new, past: tokens of the step and before
+    it, as in `runtime.session.generation.Session.step`. fixed: the program's fractional bits.
     """
     plan = Plan(program)
     phase = phase_of(new, past)

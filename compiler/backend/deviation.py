@@ -13,7 +13,7 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.program import RoleProgram
 
 CONTINUED = 4
-"""Tokens at the end of each prompt that the program replaces by its own."""
+"""Tokens at the end of each prompt that the program replaces with its own."""
 
 
 def measure_deviation(
@@ -21,7 +21,7 @@ def measure_deviation(
 ) -> dict[str, Any]:
     """Compare the server's program with its model, both in the clear; for `Manifest.deviation`.
 
-    The program continues each prompt by its own best tokens, and the model predicts the next token
+    The program continues each prompt with its own best tokens; the model predicts the next token
     at the same places of the same text. This way embedding resending, whose first token is exact,
     is measured on the later tokens too.
 
@@ -30,7 +30,7 @@ def measure_deviation(
 
     Returns `places`, the number of tokens compared; `agreed`, at how many of them both have the
     same best token; `worst` and `mean`, the distance of the logits; and `spread`, the mean standard
-    deviation of the model's own logits at a place, as a scale for the two.
+    deviation of the model's own logits at a place, as a scale for these distances.
     """
     plain = PlainExecutor(program)
     agreed, errors, spreads = 0, [], []

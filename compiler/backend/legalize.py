@@ -46,12 +46,12 @@ def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
     """Set meta["frac"] and meta["form"] of every shared wire, and insert the conversions.
 
     fixed: the program's fractional bits. Needs meta["vis"]; uses meta["range"] and what
-    `Op.measure` found, where calibration set them. Raises CompileError that names every value which
-    leaves the ring or the domain of a protocol.
+    `Op.measure` found, where calibration set them. Raises CompileError, which names every value
+    that leaves the ring or the domain of a protocol.
     """
     _split_scales(graph_module)
     _Legalizer(graph_module, fixed).run()
-    # Movements may be unused now: their operand was converted instead of their result.
+    # Ops that move data may be unused now: their operand was converted instead of their result.
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
@@ -114,9 +114,9 @@ class _Legalizer:
     def needed_forms(self) -> dict[fx.Node, set[str]]:
         """The forms in which each shared value is needed as a whole.
 
-        Its consumers need it, or those of the parts that it is cut into, if all parts are needed in
-        the same form. Any other part is then cut from the converted value, with no opening of its
-        own.
+        Either its consumers need the form, or the consumers of its parts do, if all parts are
+        needed in the same form. Any other part is then cut from the converted value, without a
+        separate opening.
         """
         wants: dict[fx.Node, set[str]] = {}
         for node in reversed(self.graph.nodes):
@@ -193,11 +193,11 @@ class _Legalizer:
 
     @staticmethod
     def known(value: Any) -> Any:
-        """What `Op.forms` is passed for an argument."""
+        """The value that `Op.forms` gets for an argument."""
         return value.meta.get("vis", Vis.PUBLIC) if isinstance(value, fx.Node) else value
 
     def seen(self, value: Any) -> Any:
-        """What `Op.scale` is passed for an argument."""
+        """The value that `Op.scale` gets for an argument."""
         if not isinstance(value, fx.Node):
             return value
         vis = value.meta.get("vis", Vis.PUBLIC)
@@ -220,7 +220,7 @@ class _Legalizer:
             node = node.args[0]  # type: ignore[assignment]
         if node not in self.fine:
             frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
-            # Decided once: when the wire is opened for its products, these are its users no more.
+            # Decided once: after the wire is opened for its products, they no longer use it.
             self.fine[node] = all(frac <= self.room[product] for product in _products(node))
         return self.fine[node]
 
@@ -244,7 +244,7 @@ class _Legalizer:
                 node.replace_input_with(value, self.convert(value, "masked"))
 
     def convert(self, node: fx.Node, form: str, fine: bool = False) -> fx.Node:
-        """The node in the wanted form; made once and reused. `fine`: opened without truncation."""
+        """The node in the wanted form, converted once. `fine`: opened without truncation."""
         if form == "share" or node.meta["form"] == form:
             return node
         if node.meta["form"] == "masked" and form in ("fixed", "window"):
@@ -264,7 +264,7 @@ class _Legalizer:
         return self.insert(node, _CONVERSIONS[form], form)
 
     def move(self, node: fx.Node, form: str, fine: bool) -> fx.Node:
-        """The same movement of its operand in the wanted form, which is made anyway."""
+        """The same move on its operand in the wanted form, which exists in any case."""
         source: Any = node.args[0]
         key = (node, form)
         if key not in self.made:
@@ -308,7 +308,7 @@ class _Legalizer:
         return {"bits": bits, "parts": parts}
 
     def spare_bits(self, linear: fx.Node, result: fx.Node) -> int:
-        """How many bits more than usual a layer's matrix can have for this part of its result."""
+        """How many extra bits a layer's matrix can have for this part of its result."""
         x: Any = linear.args[0]
         frac = x.meta["frac"] + self.fixed
         most = min(WEIGHT_BITS, math.floor(self.room[result]) - frac)
@@ -338,7 +338,7 @@ class _Legalizer:
         margin = 2.0**RANGE_MARGIN_BITS
         if least * (1 / margin if least > 0 else margin) < low or most * margin > high:
             self.failures[node] = (
-                f"its operand goes from {least:.3g} to {most:.3g} in calibration, and beyond that "
+                f"its operand ranges from {least:.3g} to {most:.3g} in calibration, and beyond it "
                 f"may grow by {margin:g}; its protocol supports {low:g} to {high:g}"
             )
 
@@ -350,7 +350,7 @@ class _Legalizer:
 
 
 def _products(node: fx.Node) -> Iterator[fx.Node]:
-    """The linear layers that take a wire, directly or after it was moved."""
+    """The linear layers that read a wire, directly or after it was moved."""
     for user in node.users:
         op = op_of(user)
         if op is Linear and user.args[0] is node:
@@ -376,7 +376,7 @@ def _columns(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
 
 
 def _count(node: fx.Node) -> int:
-    """Elements at the lengths that the graph was captured with."""
+    """Number of elements, at the lengths with which the graph was captured."""
     return math.prod(map(known_size, node.meta["val"].shape))
 
 
@@ -391,8 +391,9 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
     """The most fractional bits that each value can have until it is truncated.
 
     A value passes at full scale through movements and local ops, such as sums and rotary
-    embeddings, and through what a protocol does before its first truncation (`Op.inner_bits`). It
-    has to fit all along. Where no range is known, no bits are to spare.
+    embeddings, and through the steps of a protocol before its first truncation (`Op.inner_bits`).
+    It must fit into the ring everywhere on that path. If the range is unknown, there are no spare
+    bits.
     """
     room: dict[fx.Node, float] = {}
     for node in reversed(graph_module.graph.nodes):
@@ -415,7 +416,7 @@ def _room(graph_module: fx.GraphModule) -> dict[fx.Node, float]:
 
 
 def _added_bits(node: fx.Node, user: fx.Node, op: type[Op]) -> float:
-    """Fractional bits that a local op adds to an operand; none matter if it is truncated first."""
+    """Fractional bits that a local op adds to an operand; 0 if the operand is truncated first."""
     arguments = bind(op, user)
     known = [_Legalizer.known(value) for value in arguments.values()]
     forms = op.forms(*known)

@@ -1,4 +1,4 @@
-"""What no pass may break, checked after each one: inputs, outputs, no dead nodes, legal ops."""
+"""The contract of passes, checked after each one: inputs, outputs, no dead nodes, legal ops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-9
 """Relative to the largest value, in float64: passes may change the order in which sums round."""
 
 ROUNDED = 1e-5
-"""The same for a model with float32 weights: passes round the weights that they compute to it."""
+"""The same for a model with float32 weights, to which passes round the weights they compute."""
 
 SAMPLES = ((5, 0), (1, 4))
 """New and past tokens of the steps that are compared: a prompt, and a token onto a cache."""
@@ -43,7 +43,7 @@ class _State:
 
 
 class Contract:
-    """Compares a graph with what it was before a pass: `begin` before each pass, `check` after."""
+    """Compares a graph before and after a pass: call `begin` before each pass, `check` after it."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Contract:
         constants: Mapping[str, Vis],
         tokens: Sequence[int] = (),
     ) -> None:
-        """tokens: what the graph is run on, in float64, around passes whose outputs are compared.
+        """tokens: the input on which the graph runs in float64, if outputs are compared.
 
-        inputs, constants: those of the graph, as passes change them.
+        inputs, constants: those of the graph; passes change these collections in place.
         """
         self.inputs, self.constants, self.tokens = inputs, constants, tokens
         weights = [name for name, vis in constants.items() if vis is Vis.SERVER]
@@ -67,18 +67,18 @@ class Contract:
         self.compare = False
 
     def begin(self, graph_module: fx.GraphModule, *, compare: bool) -> None:
-        """Before a pass; with `compare` the graph's outputs must stay what they are.
+        """Record the state before a pass; with `compare`, the graph's outputs must not change.
 
-        That costs two runs of the graph, or one if the pass before was compared, too.
+        That costs two runs of the graph, or one if the previous pass was compared too.
         """
         self.compare = compare and bool(self.tokens)
         if self.compare and self.values is None:
             self.values = self._run(graph_module)
 
     def check(self, graph_module: fx.GraphModule, *, sites: int, exact: bool, final: bool) -> None:
-        """Raise InternalError if the pass that has just run did what no pass may do.
+        """Raise InternalError if the pass that has just run broke the contract.
 
-        final: whether no later pass turns its ops into those of the dialect.
+        final: whether no later pass converts ops into ops of the dialect.
         """
         before, self.content = self.content, self._content(graph_module)
         changed = self.content != before
@@ -183,12 +183,12 @@ def _state(graph_module: fx.GraphModule) -> _State:
 def _added(
     graph_module: fx.GraphModule, before: Collection[fx.Node], after: Collection[fx.Node]
 ) -> list[fx.Node]:
-    """Nodes that are in a collection now, in their order, and were not before."""
+    """Nodes that are new in a collection, in order."""
     return [n for n in graph_module.graph.nodes if n in after and n not in before]
 
 
 def _compare(graph_module: fx.GraphModule, before: Values, after: Values, tolerance: float) -> None:
-    """Raise InternalError that names the first node whose value has changed, if an output has."""
+    """If an output has changed, raise InternalError, which names the first node that changed."""
     for (new, past), old, now in zip(SAMPLES, before, after, strict=False):
 
         def differs(name: str, old: Any = old, now: Any = now) -> bool:

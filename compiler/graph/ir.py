@@ -27,7 +27,7 @@ def calls(node: Any, *targets: Any) -> bool:
 
 
 def absmax(node: fx.Node) -> float:
-    """How large the node's value got in calibration; 0 where that is not known."""
+    """How large the node's value got in calibration; 0 if that is unknown."""
     least, most = node.meta.get("range", (0.0, 0.0))
     return max(-least, most)
 
@@ -53,7 +53,7 @@ def last_dim(node: fx.Node, dim: int) -> bool:
 
 
 def replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """Put a call in the node's place: same users, same meta. The node is left dead."""
+    """Replace a node by a call with the same users and meta. The old node stays, dead."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta = dict(node.meta)
@@ -62,7 +62,7 @@ def replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
 
 
 def insert(before: fx.Node, target: Any, args: tuple[Any, ...], val: Any, vis: Vis) -> fx.Node:
-    """A further node before another one, from the same place in the model."""
+    """Insert a node before another one, with the same place in the model."""
     with before.graph.inserting_before(before):
         new = before.graph.call_function(target, args)
     new.meta = {key: before.meta.get(key, "") for key in ("module", "source")}
@@ -83,7 +83,7 @@ def constant(graph_module: fx.GraphModule, node: Any) -> torch.Tensor | None:
 def add_constant(
     before: fx.Node, constants: dict[str, Vis], name: str, value: torch.Tensor, vis: Vis
 ) -> fx.Node:
-    """A further constant of the graph, read before a node; `name` may be a path of modules."""
+    """Add a constant to the graph, read before a node; `name` may be a path of modules."""
     module: Any = before.graph.owning_module
     *path, leaf = name.split(".")
     for part in path:

@@ -19,10 +19,10 @@ from mergec.runtime.core.errors import MergecError
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did.
+    """What one pass changed.
 
     summary: what it does. sites: how many places it changed. nodes_before, nodes_after: number of
-    nodes of the graph. skips: the places that it left alone.
+    nodes of the graph. skips: the places that it skipped.
     """
 
     name: str
@@ -38,9 +38,9 @@ class PassReport:
 def ordered(passes: Iterable[type[Pass]], known: Iterable[type[Pass]] = ()) -> list[type[Pass]]:
     """Sort by stage, then `after`, then name.
 
-    `known` are passes that exist and do not run, which `after` may name. Raises CompileError if two
-    passes have one name, if passes wait for each other, or if one waits for a pass that does not
-    exist or is of a later stage.
+    `known` are passes that exist but need not run; `after` may name them. Raises CompileError if
+    two passes have the same name, if passes wait for each other, or if one waits for a pass that
+    does not exist or is of a later stage.
     """
     passes = list(passes)
     by_name: dict[str, type[Pass]] = {}
@@ -97,9 +97,9 @@ def run_passes(
 ) -> list[PassReport]:
     """Run the passes in the given order with torch's PassManager; an error names the failing pass.
 
-    Each pass is held to `compiler.graph.contract`. check: whether outputs on `tokens` are compared
-    before and after an exact pass: True for each, False for none, None for those that are not
-    built in.
+    Each pass must respect `compiler.graph.contract`. check: whether outputs on `tokens` are
+    compared before and after an exact pass: True for each, False for none, None for those that are
+    not built in.
     """
     reports: list[PassReport] = []
     contract = Contract(graph_module, info.inputs, info.constants, tokens)
@@ -127,7 +127,7 @@ def _compared(kind: type[Pass], check: bool | None) -> bool:
 
 
 class _Reporting(PassBase):
-    """Wraps a pass to check it and to record what it did."""
+    """Wraps a pass to check it and to record what it changed."""
 
     def __init__(
         self, inner: Pass, reports: list[PassReport], contract: Contract, compared: bool

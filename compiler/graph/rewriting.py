@@ -29,7 +29,7 @@ PACKAGE = "mergec.passes"
 
 @dataclass
 class GraphInfo:
-    """What a pass knows besides the graph. A pass that adds a constant adds it here, too.
+    """What a pass knows in addition to the graph. A pass that adds a constant also adds it here.
 
     calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
     client learns of a step, "logits" or "token".
@@ -102,7 +102,7 @@ class Pass(PassBase):
         raise NotImplementedError
 
     def skip(self, node: fx.Node, reason: str) -> None:
-        """Record why a site that looked like the pattern was left alone.
+        """Record why a site that looked like the pattern was not rewritten.
 
         The reason may name another node by `%` and its fx name; the report shows its name in the
         graph's text.
@@ -144,7 +144,7 @@ class Pass(PassBase):
 
 @dataclass(frozen=True)
 class Skip:
-    """A node that looked like a pass's pattern: its name, its place, and why it was left alone."""
+    """A node that looked like a pass's pattern: its name, its place, and why it was skipped."""
 
     node: str
     module: str

@@ -1,4 +1,4 @@
-"""What a graph must consist of before it can be lowered."""
+"""Checks that a graph consists only of nodes that can be lowered."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _BUILT_FROM = {
     "addmm": "linear",
     "_softmax": "softmax",
 }
-"""Functions of torch that passes write with an op of the dialect of another name."""
+"""Functions of torch that passes express with a dialect op of another name."""
 
 
 def verify_dialect(graph_module: fx.GraphModule) -> None:
-    """Raise CompileError that names every node which no party could run."""
+    """Raise CompileError, which names every node that no party could run."""
     bad = unlowerable(graph_module)
     if bad:
         many = f"{len(bad)} ops" if len(bad) > 1 else "an op"
@@ -43,9 +43,9 @@ def verify_dialect(graph_module: fx.GraphModule) -> None:
 
 
 def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """Every node which no party could run, and why.
+    """Every node that no party could run, and why.
 
-    A shared value must come from an op of the dialect or from a movement of data. A value that is
+    A shared value must come from an op of the dialect or from one that moves data. A value that is
     public, or held by one party, may come from any function of `runtime.core.structural`.
     """
     bad: dict[fx.Node, str] = {}
@@ -68,10 +68,10 @@ def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _way(node: fx.Node) -> str:
-    """How a secret function can probably be added: by a pass, or by an op with its protocol.
+    """How a function on secrets can probably be added: by a pass, or by an op with its protocol.
 
-    A pass will do if the dialect has an op for it, or for each function that torch decomposes it
-    into. Everything else needs a protocol.
+    A pass suffices if the dialect has an op for it, or for each function into which torch
+    decomposes it. Everything else needs a protocol.
     """
     if node.meta.get("vis") is not Vis.SHARED or not isinstance(node.target, torch._ops.OpOverload):
         return ""
@@ -90,7 +90,7 @@ def _way(node: fx.Node) -> str:
 
 
 def _op_for(name: str) -> str:
-    """The op of the dialect that a function of torch becomes, or is written with."""
+    """The dialect op that a function of torch becomes, or is expressed with."""
     name = _BUILT_FROM.get(name, name)
     return name if name in REGISTRY else ""
 
@@ -118,7 +118,7 @@ def _decomposed(node: fx.Node) -> set[str]:
         try:
             traced = make_fx(call, decomposition_table=dict(table.items()))(*values)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            # What torch cannot trace, it cannot decompose.
+            # Torch decomposes only what it can trace.
             return {target_name(node.target)}
     return {target_name(n.target) for n in traced.graph.nodes if n.op == "call_function"}
 

@@ -22,7 +22,7 @@ from mergec.compiler.text import layer_of
 
 @dataclass(frozen=True)
 class WhyNot:
-    """The sites that a pass left alone, and why."""
+    """The sites that a pass skipped, and why."""
 
     name: str
     verdict: str
@@ -83,11 +83,11 @@ class Inspection:
 
     @property
     def lossy(self) -> list[str]:
-        """The passes that made the program compute another function than the model."""
+        """The passes that made the program compute a different function than the model."""
         return [row.name for row in self.passes if row.sites and not row.exact]
 
     def why_not(self, name: str) -> WhyNot:
-        """Why the pass of this name changed nothing, or which sites it left alone.
+        """Why the pass of this name changed nothing, or which sites it skipped.
 
         Raises CompileError, with the known names, if there is no such pass.
         """
@@ -101,7 +101,7 @@ class Inspection:
         (row,) = found
         changed = f"changed {row.sites:,} site{'s' if row.sites != 1 else ''}"
         if row.skips:
-            return WhyNot(name, f"{changed} and left {len(row.skips):,} alone:", row.skips)
+            return WhyNot(name, f"{changed} and skipped {len(row.skips):,}:", row.skips)
         if row.sites:
             return WhyNot(name, f"{changed}; no other looked like its pattern", [])
         return WhyNot(name, f"found no site that looks like its pattern: {row.summary}", [])
@@ -168,7 +168,7 @@ class Inspection:
             if key != "lossy":
                 yield f"{key.replace('_', ' ')}: {value}"
             elif value:
-                yield f"lossy: computes another function than the model, by {', '.join(self.lossy)}"
+                yield f"lossy: does not compute the model's function, by {', '.join(self.lossy)}"
             else:
                 yield "exact: computes what the model computes"
 
@@ -253,8 +253,8 @@ def _group(
 
 def _schedule(report: CostReport) -> list[ScheduleRow]:
     ways = {
-        "one instruction after the other, each opens what it takes": report.unshared,
+        "one instruction after the other, each opens its own operands": report.unshared,
         "one instruction after the other, each value is opened once": report.serial,
-        "as run: what does not wait for each other shares rounds": report.total,
+        "as run: independent instructions share rounds": report.total,
     }
     return [ScheduleRow(way, cost.rounds, cost.online) for way, cost in ways.items()]

@@ -83,11 +83,11 @@ class Saving:
 
 @dataclass(frozen=True)
 class PassRow:
-    """What one pass did, and what it saves.
+    """What one pass changed, and what it saves.
 
     sites: how many places of the graph it changed.
     nodes_before, nodes_after: nodes of the graph.
-    skips: node, module, source and reason of each site that it left alone.
+    skips: node, module, source and reason of each site that it skipped.
     needed, without, with_it, instructions: see `Saving`; empty unless savings were asked for.
     """
 
@@ -112,7 +112,7 @@ class PassRow:
         return replace(row, **{k: v for k, v in vars(saving).items() if k != "name"})
 
     def to_record(self) -> dict[str, Any]:
-        """The fields by name; sites left alone as a number, costs and instructions spread out."""
+        """The fields by name; skips as a number, costs and instructions as separate fields."""
         record = {key: getattr(self, key) for key in _PASS_FIELDS}
         record["skips"] = len(self.skips)
         before, after = self.instructions or (None, None)

@@ -118,8 +118,8 @@ class Op:
         calibration comes near to an end.
     kind: how the inspection page draws the op (`Kind`).
     prepares: the operand, if any, that the op only brings into shape for its consumer. The text of
-        a graph names a chain of such ops after what they make: `layers.0.attn.q.rotary`.
-    parts: operands after which the text of a graph names the values that make them, such as "q".
+        a graph names a chain of such ops after their result: `layers.0.attn.q.rotary`.
+    parts: operands after which the text of a graph names the values that lead to them, such as "q".
 
     A bundle refers to an op by its name alone and holds none of its code. All three roles need the
     package that offers the op, in the same version: the handshake compares the version of mergec
@@ -193,7 +193,7 @@ class Op:
 
     @classmethod
     def known_to(cls, *operands: Vis) -> Vis | None:
-        """Who can compute the op alone, in the clear; None if that takes the protocol."""
+        """Who can compute the op alone, in the clear; None if it needs the protocol."""
         vis = cls.visibility(*operands)
         return None if vis is Vis.SHARED else vis
 
@@ -303,7 +303,7 @@ def _register(op: type[Op]) -> None:
     if not inspect.isgeneratorfunction(op.protocol):
         raise _mistake(op, "its `protocol` is not a generator: it has to contain a `yield`")
     if _is_default(op, "stock") != bool(op.no_stock):
-        raise _mistake(op, "it has to define `stock`, or say in `no_stock` why CrypTen has none")
+        raise _mistake(op, "it must define `stock`, or say in `no_stock` why CrypTen has none")
     op.tensors = _check_schema(op)
     _check_attributes(op)
     library = torch.library.Library("mpc", "FRAGMENT")
@@ -323,7 +323,7 @@ def _check_schema(op: type[Op]) -> tuple[str, ...]:
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise _mistake(op, f"its schema {op.schema!r} cannot be parsed: {reason}") from error
     if [str(value.type) for value in parsed.returns] != ["Tensor"]:
-        raise _mistake(op, f"its schema {op.schema!r} has to return one Tensor")
+        raise _mistake(op, f"its schema {op.schema!r} must return one Tensor")
     written = {
         argument.name: _plain(argument.default_value) if argument.has_default_value() else _NONE
         for argument in parsed.arguments

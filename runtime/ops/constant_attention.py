@@ -22,9 +22,9 @@ class ConstantAttention(Op):
 
     values [B, G, L, D]: opened to the server, or to both if the table is shared. weight [H, P, P],
     H a multiple of G: a constant of the server's, held or shared, that goes under a static mask.
-    Row i of a head says how much the i-th token looks at each token up to it. Tokens from the P-th
-    on look as the last row does: at the same distances back, and at the first token. The result [B,
-    H, new, D] is shared, with twice the program's fractional bits.
+    Row i of a head says how much the i-th token attends to each token up to it. Tokens from the
+    P-th on attend as the last row does: to the same distances back, and to the first token. The
+    result [B, H, new, D] is shared, with twice the program's fractional bits.
 
     No message: the table is opened once in a session, each value once when it enters the cache.
     8 bytes offline per element of the result. Exact. What each party sees: `times_weight`. MERGE
