@@ -32,8 +32,8 @@ class PlainExecutor:
         missing = [c.name for c in program.constants if c.name not in program.tensors]
         if missing:
             raise PromptError(
-                f"plaintext needs the weights, but the {program.role}'s bundle lacks "
-                f"{missing[0]}; use the server's bundle"
+                f"plaintext needs the weights, but the {program.role}'s bundle has none "
+                f"({missing[0]} is missing); use the server's bundle"
             )
         registry = load_all()
         self.program = program

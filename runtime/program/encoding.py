@@ -254,7 +254,7 @@ class _Record:
             if not (is_a(size, int) and size >= 0) and not (
                 isinstance(size, str) and size in lengths
             ):
-                raise self.wrong(f"{list(shape)} is not a valid shape")
+                raise self.wrong(f"the shape {list(shape)} is not valid")
         return shape
 
 

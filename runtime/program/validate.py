@@ -74,8 +74,8 @@ def _check_tensors(program: RoleProgram, where: str) -> None:
         spec = declared[name]
         if spec.vis not in may_hold:
             raise BundleError(
-                f"{where}: the {program.role}'s bundle holds {name!r}, which only the "
-                f"{spec.vis.value} may know; do not use it, {RECOMPILE}"
+                f"{where}: the {program.role}'s bundle holds {name!r}, which is for the "
+                f"{spec.vis.value} alone; do not use it, {RECOMPILE}"
             )
         if dtype_name(tensor.dtype) != dtype_name(spec.dtype) or tuple(tensor.shape) != spec.shape:
             raise BundleError(
