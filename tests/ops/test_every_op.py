@@ -53,9 +53,11 @@ def test_protocol(op: type[Op], case: Case) -> None:
     simulation.cost = Cost()
     results = simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
     expected = op.reference(*case.args)
-    assert (_value(simulation, results) - expected).abs().max() < case.error
+    error = float((_value(simulation, results) - expected).abs().max())
+    assert error < case.error, f"{op.name}: error {error:.3g}; the case allows {case.error:g}"
     assert all(tuple(result.shape) == tuple(expected.shape) for result in results)
-    assert simulation.cost == op.cost(*(view[2] for view in views), fixed=FIXED)
+    stated = op.cost(*(view[2] for view in views), fixed=FIXED)
+    assert simulation.cost == stated, f"{op.name}: a run took the first; `cost` states the second"
     if op.local:
         assert simulation.cost == Cost()
     assert isinstance(results[0], RESULT_TYPES[op.result])
