@@ -205,7 +205,7 @@ def report(score: Score, window: int, checked: int) -> str:
     ]
     if checked:
         lines += [
-            f"The first {checked} tokens were played in three processes, too, from the same seeds:",
+            f"The first {checked} tokens also ran in three processes, from the same seeds:",
             "all logits were the same, bit for bit.",
         ]
     plain, private = score.perplexity(score.plain), score.perplexity(score.private)

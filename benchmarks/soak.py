@@ -481,7 +481,7 @@ Seed {seed}, {clients} clients, {seconds} s on a machine with other work. All re
 | of these from a store | {stored} |
 | client killed in the meantime | {killed} |
 | ended by an error | {error} |
-| wrong, or without an end | 0 |
+| wrong, or never finished | 0 |
 
 | killed | times |
 | --- | ---: |

@@ -158,7 +158,7 @@ def test_inspect(bundles: Path, capsys: pytest.CaptureFixture[str], fails: Faile
     assert mergec(["inspect", str(bundles), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["past"] == 15, "128 would not fit"
     fails(["inspect", str(bundles), "--new", "17"], FAILED, "more than the 16")
-    fails(["inspect", str(bundles), "--new", "0"], FAILED, "a step needs a token")
+    fails(["inspect", str(bundles), "--new", "0"], FAILED, "must be at least 1")
     for option in (["--savings"], ["--stage", "before"]):
         fails(["inspect", str(bundles), "--past", "4", *option], FAILED, "the model itself")
     fails(["inspect", str(bundles), "--disable", "x"], FAILED, "already compiled")
