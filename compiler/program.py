@@ -229,7 +229,9 @@ class Program:
             # Of a program that resends its hidden state, only the prompt has several tokens.
             past = 0 if resends and new > 1 else min(PAST, max(limit - new, 0)) if limit else PAST
         if new == 0 and not (resends and past):
-            raise PromptError("`new` must be at least 1; only a program of merge-er ends with a step of no tokens")
+            raise PromptError(
+                "`new` must be at least 1; only a program of merge-er ends with a step of no tokens"
+            )
         if resends and new > 1 and past:
             raise PromptError(
                 f"this program takes one token after the prompt, not {new}; "
