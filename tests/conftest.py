@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.passes.harness", "tests.passes.examples")
+pytest.register_assert_rewrite("tests.passes.harness")
 
 GOLDEN = Path(__file__).parent / "golden"
 

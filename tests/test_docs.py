@@ -67,7 +67,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+LONG = ("get-started", "openai-app", "three-machines")
+"""Pages that start services or processes several times; each takes half a minute or more."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in LONG else ())
+        for page in PAGES
+    ],
+)
 def test_a_page_runs(page: Path, folder: Path) -> None:
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     text = re.sub(r"\b(29600|29700|8000)\b", lambda match: ports[match[1]], page.read_text())

@@ -22,7 +22,14 @@ def again(text: str) -> str:
     return dump(parse(text).graph_module)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+FEW = ("gpt2", "llama", "gemma2", "bloom", "phi", "opt")
+"""Families with different attention, norms and activations; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in FAMILIES],
+)
 def test_round_trip(family: str) -> None:
     """Of a graph as captured, of dialect ops, and with its fixed-point forms."""
     step, config = captured(family), CompileConfig()
