@@ -80,7 +80,7 @@ class HoistLastPosition(Pass):
         graph = value.graph
         with graph.inserting_before(value):
             row = graph.call_function(value.target, args, value.kwargs)  # type: ignore[arg-type]
-        row.meta = {key: item for key, item in value.meta.items() if key != "val_of"}
+        row.meta = dict(value.meta)
         row.meta["val"] = selection.meta["val"]
         for user in list(value.users):
             user.replace_all_uses_with(row)
