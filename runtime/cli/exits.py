@@ -12,10 +12,7 @@ from rich.text import Text as RichText
 
 from mergec.runtime.cli.application import app
 from mergec.runtime.cli.console import err
-from mergec.runtime.core.errors import MergecError
-
-DEBUG = "MERGEC_DEBUG"
-"""Environment variable: if set, failures print their traceback, too."""
+from mergec.runtime.core.errors import DEBUG, MergecError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

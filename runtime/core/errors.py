@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+DEBUG = "MERGEC_DEBUG"
+"""Environment variable: if set, failures print their traceback, too."""
+
 
 class MergecError(Exception):
     """Base class of every error that is reported as one line, without a traceback.

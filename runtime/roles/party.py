@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.errors import DEBUG, MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import SEED_BYTES, new_seed
@@ -47,8 +47,6 @@ from mergec.runtime.transport.traffic import Exchange, Traffic
 
 if TYPE_CHECKING:
     from mergec.runtime.engine.executor import Executor
-
-DEBUG = "MERGEC_DEBUG"
 
 
 @dataclass(frozen=True)
