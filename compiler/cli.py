@@ -85,6 +85,13 @@ class CompileOptions:
         str | None,
         typer.Option(help=f"Network to choose protocols for: {', '.join(CHOICES['network'])}."),
     ] = None
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="Who sees how values are rounded: both parties, `public`, or, with `exact`, "
+            "never the client."
+        ),
+    ] = None
     enable: Annotated[
         list[str] | None, typer.Option(help="Run this lossy pass, too; may be repeated.")
     ] = None

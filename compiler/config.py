@@ -48,6 +48,11 @@ class CompileConfig:
     network: the network for which protocols are chosen, where an op can trade bytes for rounds:
         "loopback" (the default; no latency, 2 GB/s), "lan" (0.25 ms one way, 1 Gbit/s) or "wan"
         (20 ms one way, 100 Mbit/s). It changes costs, never results.
+    rounding: who sees how intermediate values are rounded. With "public" (the default) both parties
+        do: this is cheapest, and over many queries a client can estimate weights from it (see the
+        threat model). With "exact" the server answers the client's masked shares with their high
+        bits alone, so that no rounding depends on anything that the client sees. It takes about
+        twice the rounds.
     disable: names of passes to leave out.
     extra_passes: further Pass classes to run, in the order given by their `stage` and `after`.
     check_passes: whether to run the graph in float64 before and after each exact pass, and raise
@@ -71,6 +76,7 @@ class CompileConfig:
     weights: str = "server"
     reveal: str = "logits"
     network: str = "loopback"
+    rounding: str = "public"
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None

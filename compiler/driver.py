@@ -97,8 +97,9 @@ def compile_decoder(
         weights=config.weights,
         reveal=config.reveal,
         network=config.network,
+        rounding=config.rounding,
         shapes=shapes(roles["client"], types),
-        cost=_cost_summary(roles["client"], dialect.max_length, config.fractional_bits),
+        cost=_cost_summary(roles["client"], dialect.max_length, config),
         passes=[_describe_pass(report) for report in dialect.pass_report],
         left_out=left_out(config),
     )
@@ -166,7 +167,7 @@ def _stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in found if token is not None})
 
 
-def _cost_summary(program: RoleProgram, limit: int, fixed: int) -> dict[str, Any]:
+def _cost_summary(program: RoleProgram, limit: int, config: CompileConfig) -> dict[str, Any]:
     """Lengths, rounds and bytes of the steps of COST_LENGTHS, cut to `limit` tokens; by name."""
     summary = {}
     lengths = {}
@@ -176,6 +177,7 @@ def _cost_summary(program: RoleProgram, limit: int, fixed: int) -> dict[str, Any
     if program.resends:
         lengths[FINISH] = 0, 1
     for name, (new, past) in lengths.items():
-        total = cost_report(program, new, past, fixed).total
+        exact = config.rounding == "exact"
+        total = cost_report(program, new, past, config.fractional_bits, exact).total
         summary[name] = {"new": new, "past": past, **asdict(total)}
     return summary

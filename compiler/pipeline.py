@@ -181,5 +181,5 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
     bits = config.fractional_bits
     legalize(dialect.graph_module, bits)
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
-    choose_variants(roles, NETWORKS[config.network], bits)
+    choose_variants(roles, NETWORKS[config.network], bits, config.rounding == "exact")
     return roles

@@ -164,6 +164,7 @@ class Program:
             ["weights", manifest.weights],
             ["reveal", manifest.reveal],
             ["network", manifest.network],
+            ["rounding", manifest.rounding],
             ["tokens at most", f"{manifest.max_length:,}" if manifest.max_length else "no limit"],
             *(
                 [
@@ -247,7 +248,7 @@ class Program:
     def _inspect(self, report: CostReport, savings: bool) -> Inspection:
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
-                 "reveal", "network")  # fmt: skip
+                 "reveal", "network", "rounding")  # fmt: skip
         seconds = NETWORKS[manifest.network].seconds(report.total)
         return inspect_costs(
             report,

@@ -20,11 +20,10 @@ from mergec.compiler.graph.ranges import annotate_ranges
 from mergec.compiler.pipeline import rewrite, to_dialect
 from mergec.compiler.text import dump
 from mergec.runtime.core.op import REGISTRY, Op
-from mergec.runtime.core.spec import HEADROOM_BITS, Vis
+from mergec.runtime.core.spec import HEADROOM_BITS, WINDOW_FRAC, Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec
-from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 from tests.conftest import Golden
 from tests.families import FAMILIES, captured, random_decoder
 from tests.passes.harness import Graph, normal
@@ -145,7 +144,7 @@ def test_every_operand_is_in_the_form_its_op_takes() -> None:
             if form == "fixed":
                 assert value.meta["frac"] == FIXED
             elif form == "window":
-                assert value.meta["frac"] <= MAX_INPUT_FRAC
+                assert value.meta["frac"] <= WINDOW_FRAC
             elif form == "cache":
                 assert value.meta["form"] in ("masked", "sent")
             elif form != "share":

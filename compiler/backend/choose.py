@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergec.compiler.backend.cost import ghost_inputs, walk
+from mergec.compiler.backend.cost import call_cost, ghost_inputs, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
@@ -16,10 +16,12 @@ NEW, PAST = 1, 128
 """The step that protocols are chosen for: one more token after a text of usual length."""
 
 
-def choose_variants(roles: Mapping[str, RoleProgram], network: Network, fixed: int) -> None:
+def choose_variants(
+    roles: Mapping[str, RoleProgram], network: Network, fixed: int, exact: bool = False
+) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
-    Costs are those of a decode step. fixed: the program's fractional bits. All roles get the same
+    Costs are those of a decode step. fixed: the program's fractional bits. exact: whether roundings are exact. All roles get the same
     choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
@@ -36,7 +38,7 @@ def choose_variants(roles: Mapping[str, RoleProgram], network: Network, fixed: i
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
         ) -> float:
-            return network.weight(op.cost(**bound | option, fixed=fixed))
+            return network.weight(call_cost(op, bound | option, fixed, exact))
 
         variant = min(op.variants(*bound.values()), key=weight)
         chosen[item.name] = tuple((planned.bind(item.args, item.kwargs) | variant).values())

@@ -1,4 +1,4 @@
-"""Predicts the rounds and bytes of a step, from the ops' own cost formulas."""
+"""Predicts the rounds and bytes of a step, from the ops' own cost formulas or their protocols."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import networkx as nx
 import torch
 
 from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.messages import as_reply, as_tuple
+from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
 from mergec.runtime.engine.functions import Call, evaluate
+from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.weights import without_data
 from mergec.runtime.program.program import FINISH, Instruction, Phase, RoleProgram, phase_of
@@ -145,14 +148,41 @@ def _plain(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
+def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -> Cost:
+    """Rounds and bytes of a call whose operands have shapes alone.
+
+    The ops' formulas are those of public rounding. With exact rounding the protocol itself runs on
+    the shapes, and its messages are counted.
+    """
+    if not exact:
+        return op.cost(**bound, fixed=fixed)
+    context = ShapeContext(fixed=fixed, exact=True)
+    protocol, reply, rounds, online = op.protocol(context, *bound.values()), None, 0, 0
+    while True:
+        try:
+            yielded = protocol.send(reply)
+        except StopIteration:
+            return Cost(rounds, online, context.offline_bytes)
+        messages = as_tuple(yielded)
+        rounds += 1
+        online += sum(map(online_bytes, messages))
+        reply = as_reply(yielded, exchange(context, None, messages))
+
+
 def cost_report(
-    program: RoleProgram, new: int, past: int, fixed: int = FRACTIONAL_BITS
+    program: RoleProgram,
+    new: int,
+    past: int,
+    fixed: int = FRACTIONAL_BITS,
+    exact: bool | None = None,
 ) -> CostReport:
-    """Predict the rounds and bytes of one step from the ops' cost formulas.
+    """Predict the rounds and bytes of one step (`call_cost`).
 
     It reads no weights, so the program of any role works. new, past: tokens of the step and before
     it, as in `runtime.session.generation.Session.step`. fixed: the program's fractional bits.
+    exact: whether roundings are exact; by default what the program's manifest says.
     """
+    exact = program.manifest.rounding == "exact" if exact is None else exact
     plan = Plan(program)
     phase = phase_of(new, past)
     part = program.phase(phase)
@@ -165,7 +195,7 @@ def cost_report(
         if planned.op is None:
             continue
         if bound is not None:
-            costs[item.name] = planned.op.cost(*bound.values(), fixed=fixed)
+            costs[item.name] = call_cost(planned.op, bound, fixed, exact)
             if planned.op.result != "cache":
                 opened = [key for key, value in bound.items() if isinstance(value, (Masked, Sent))]
                 taken += [planned.argument(key).name for key in opened]

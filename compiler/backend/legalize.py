@@ -22,7 +22,7 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.ir import absmax, aten, bind, calls, op_of
 from mergec.compiler.graph.moves import is_move, known_size
 from mergec.runtime.core.op import Form, Op, target
-from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS, Vis
+from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS, SHARE_FRAC, WINDOW_FRAC, Vis
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.open import Open
@@ -30,7 +30,6 @@ from mergec.runtime.ops.part import Part
 from mergec.runtime.ops.scale import Scale
 from mergec.runtime.ops.send import Send
 from mergec.runtime.ops.truncate import Truncate
-from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 
 SPARE_BITS = 5
 """A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
@@ -250,7 +249,7 @@ class _Legalizer:
         if node.meta["form"] == "masked" and form in ("fixed", "window"):
             return node
         if form == "window":
-            if node.meta["frac"] <= MAX_INPUT_FRAC:
+            if node.meta["frac"] <= WINDOW_FRAC:
                 return node
             form = "fixed"
         if form == "fixed" and node.meta["frac"] == self.fixed:
@@ -313,7 +312,7 @@ class _Legalizer:
         frac = x.meta["frac"] + self.fixed
         most = min(WEIGHT_BITS, math.floor(self.room[result]) - frac)
         if "window" in self.wants[result]:
-            most = min(most, MAX_INPUT_FRAC - frac)
+            most = min(most, WINDOW_FRAC - frac)
         return max(0, most)
 
     def mark(self, node: fx.Node, form: str, frac: int) -> None:
@@ -322,7 +321,11 @@ class _Legalizer:
 
     def check(self, node: fx.Node, bits: int, frac: int) -> None:
         largest = absmax(node)
-        if largest and math.log2(largest) + frac + RANGE_MARGIN_BITS > bits:
+        if frac > SHARE_FRAC:
+            self.failures[node] = (
+                f"has {frac} fractional bits; protocols are tested with up to {SHARE_FRAC}"
+            )
+        elif largest and math.log2(largest) + frac + RANGE_MARGIN_BITS > bits:
             self.failures[node] = (
                 f"reaches {largest:.3g} in calibration, which with {frac} fractional bits leaves "
                 f"no room in {bits} bits; check this module's weights"
@@ -426,5 +429,5 @@ def _added_bits(node: fx.Node, user: fx.Node, op: type[Op]) -> float:
 
 
 def _fitting(largest: float) -> float:
-    """Fractional bits with which values up to `largest` fit into the ring."""
-    return HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(largest)
+    """Fractional bits with which values up to `largest` fit into the ring, `SHARE_FRAC` at most."""
+    return min(SHARE_FRAC, HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(largest))

@@ -106,10 +106,10 @@ class History:
         Passes that changed nothing are left out. Each of the others takes one compile, without
         capture. Later calls with other lengths reuse these compiles.
         """
-        bits = self._config.fractional_bits
+        bits, exact = self._config.fractional_bits, self._config.rounding == "exact"
 
         def cost(program: RoleProgram) -> Cost:
-            return cost_report(program, new, past, bits).total
+            return cost_report(program, new, past, bits, exact).total
 
         return [
             Saving(trial.name, trial.needed)

@@ -52,10 +52,14 @@ class Context(ABC):
 
     party: int
 
-    def __init__(self, device: str = "cpu", fixed: int = FRACTIONAL_BITS) -> None:
+    def __init__(
+        self, device: str = "cpu", fixed: int = FRACTIONAL_BITS, exact: bool = False
+    ) -> None:
         self.device = torch.device(device)
         self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
+        self.exact = exact
+        """Whether roundings are independent of what the client sees (`protocols.opening`)."""
         self.offline_bytes = 0
         """Bytes of corrections so far: read, at a party; written to both parties, at the dealer."""
         self.draw = Draw()
@@ -169,8 +173,9 @@ class _PartyContext(Context):
         corrections: ByteSource,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        exact: bool = False,
     ) -> None:
-        super().__init__(device, fixed)
+        super().__init__(device, fixed, exact)
         self._prg = Prg(derive(seed, "shares"))
         self._corrections = corrections
 
@@ -198,8 +203,9 @@ class ClientContext(_PartyContext):
         corrections: ByteSource,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        exact: bool = False,
     ) -> None:
-        super().__init__(seed, corrections, device, fixed)
+        super().__init__(seed, corrections, device, fixed, exact)
         self.constant_seed = derive(seed, "constants")
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
@@ -229,9 +235,10 @@ class ServerContext(_PartyContext):
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
         weight_seed: bytes | None = None,
+        exact: bool = False,
     ) -> None:
         """weight_seed: seed of the static masks of weights; default: `seed`."""
-        super().__init__(seed, corrections, device, fixed)
+        super().__init__(seed, corrections, device, fixed, exact)
         self._weight_seed = weight_seed or seed
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
@@ -266,12 +273,13 @@ class DealerContext(Context):
         fixed: int = FRACTIONAL_BITS,
         own_seed: bytes | None = None,
         weight_seed: bytes | None = None,
+        exact: bool = False,
     ) -> None:
         """own_seed: seed of `private_words`; default: a fresh one.
 
         weight_seed: seed of the static masks of weights; default: the server's seed.
         """
-        super().__init__(device, fixed)
+        super().__init__(device, fixed, exact)
         self._own = Prg(own_seed or new_seed())
         self._weight_seed = weight_seed or server_seed
         self.constant_seed = derive(client_seed, "constants")
@@ -326,7 +334,10 @@ class DealerContext(Context):
 
 
 class ShapeContext(Context):
-    """No role's side: for running a program on shapes alone. It has no randomness."""
+    """No role's side: for running a program on shapes alone. It has no randomness.
+
+    It counts the bytes that a dealer would send.
+    """
 
     party = DEALER
 
@@ -352,10 +363,12 @@ class ShapeContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        return self.mask(shape, dtype)
+        words = self.mask(shape, dtype)
+        self.offline_bytes += words.nbytes
+        return words
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
-        return None
+        self.offline_bytes += 2 * 8 * count * words
 
 
 def _unsigned(words: torch.Tensor) -> np.ndarray:

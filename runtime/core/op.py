@@ -15,7 +15,7 @@ import torch
 
 from mergec.runtime.core.cases import Case
 from mergec.runtime.core.errors import OpError
-from mergec.runtime.core.spec import Cost, Vis
+from mergec.runtime.core.spec import SHARE_FRAC, WINDOW_FRAC, Cost, Vis
 
 _LIBRARY = torch.library.Library("mpc", "DEF")
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -27,6 +27,10 @@ REGISTRY: dict[str, type[Op]] = {}
 Form = Literal["share", "window", "fixed", "masked", "sent", "cache", "held"]
 FORMS: tuple[str, ...] = get_args(Form)
 """The forms in which a protocol can take an operand; see `Op.operands`."""
+
+FINEST: Mapping[str, int] = {"share": SHARE_FRAC, "window": WINDOW_FRAC}
+"""Most fractional bits of an operand in the forms that leave them open. A test runs every case of
+every op at every number of them, up to this one; the compiler truncates what has more."""
 
 Result = Literal["share", "masked", "sent", "cache", "revealed"]
 RESULTS: tuple[str, ...] = get_args(Result)
@@ -95,8 +99,8 @@ class Op:
 
     operands: the form in which the protocol takes each tensor operand that is shared. An operand
         that is not named is taken as "fixed".
-            "share": a share with any number of fractional bits.
-            "window": a share with at most `runtime.protocols.saturate.MAX_INPUT_FRAC` of them.
+            "share": a share with up to `FINEST["share"]` fractional bits.
+            "window": a share with up to `FINEST["window"]` of them.
             "fixed": a share truncated to the program's fractional bits.
             "masked": opened to both parties under a mask, at the program's fractional bits.
             "sent": opened to the server under a mask that the client knows, with as many

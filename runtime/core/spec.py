@@ -14,6 +14,13 @@ FRACTIONAL_BITS = 16
 HEADROOM_BITS = 62
 """A shared value x must satisfy |x| < 2**62: faithful truncation needs one spare bit."""
 
+WINDOW_FRAC = 48
+"""Most fractional bits of an operand of which a protocol takes a 32-bit window: it keeps 16 bits
+behind the point, so that at most 32 bits are dropped and all 32 bits above are right."""
+
+SHARE_FRAC = HEADROOM_BITS
+"""Most fractional bits of any shared value: with more, nothing as large as 1 would fit."""
+
 RANGE_MARGIN_BITS = 3
 """A value may become 2**3 times as large as in calibration before it leaves the ring."""
 
@@ -26,11 +33,13 @@ CHOICES = {
     "weights": ("server", "shared"),
     "reveal": ("logits", "token"),
     "network": ("loopback", "lan", "wan"),
+    "rounding": ("public", "exact"),
 }
 """Options of a compile and their allowed values, under their names in the manifest.
 
 weights: who knows the weights while the program runs. reveal: what the client learns from a step.
-network: the network that protocols were chosen for (`runtime.core.network`).
+network: the network that protocols were chosen for (`runtime.core.network`). rounding: whether the
+client sees bits that decide how intermediate values are rounded (`protocols.opening`).
 """
 
 

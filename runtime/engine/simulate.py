@@ -57,6 +57,7 @@ class Simulation:
     """A session of three contexts in one process."""
 
     fixed: int = 16
+    exact: bool = False
     to_client: Corrections = field(default_factory=Corrections)
     to_server: Corrections = field(default_factory=Corrections)
     cost: Cost = field(default_factory=Cost)
@@ -66,10 +67,11 @@ class Simulation:
 
     def __post_init__(self) -> None:
         client, server = new_seed(), new_seed()
+        options: dict[str, Any] = {"fixed": self.fixed, "exact": self.exact}
         self.contexts: tuple[Context, Context, Context] = (
-            ClientContext(client, self.to_client, fixed=self.fixed),
-            ServerContext(server, self.to_server, fixed=self.fixed),
-            DealerContext(client, server, self.to_client, self.to_server, fixed=self.fixed),
+            ClientContext(client, self.to_client, **options),
+            ServerContext(server, self.to_server, **options),
+            DealerContext(client, server, self.to_client, self.to_server, **options),
         )
         self._prg = Prg(new_seed())
 

@@ -14,7 +14,7 @@ from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.op import LAST, Kind, Op
-from mergec.runtime.core.spec import RANGE_MARGIN_BITS, Cost
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_FRAC, Cost
 from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
 from mergec.runtime.ops.softmax import too_far_apart
@@ -27,10 +27,9 @@ from mergec.runtime.protocols.normalize import (
     scale_rows_cost,
 )
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
-from mergec.runtime.protocols.power import octaves, octaves_cost
+from mergec.runtime.protocols.power import Power, octaves, octaves_cost
 from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
 from mergec.runtime.protocols.saturate import (
-    MAX_INPUT_FRAC,
     SCALAR_DOMAIN,
     Function,
     Tail,
@@ -87,9 +86,9 @@ class Attention(ScoredAttention):
     """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 5, and 3 for each level of `peak`; two more for a cap, and one if the scores have to be
-    truncated for it. Bytes: `cost`. What each party sees is what it sees in `exponentials`,
-    `open_masked`, `open_row`, `octaves` and `scale_rows`.
+    Rounds 5, and 3 for each level of `peak`; two more for a cap, and one if the scale is so small
+    that the scores have to be truncated. Bytes: `cost`. What each party sees is what
+    it sees in `exponentials`, `open_masked`, `open_row`, `octaves` and `scale_rows`.
     """
 
     name = "attention"
@@ -160,7 +159,7 @@ class Attention(ScoredAttention):
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        total = scores_cost(q, k, scale, softcap, fixed) + exponentials_cost(valid)
+        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid)
         values = weighted_sum_cost(rows, v)
         spec = inverse(v.shape[-2])
         total += values.beside(octaves_cost(spec, rows))
@@ -190,7 +189,7 @@ class Attention(ScoredAttention):
         powers = yield from exponentials(ctx, found, valid)
         spec = inverse(v.shape[-2])
         row, found = yield from together(
-            weighted_sum(ctx, Shared(powers, EXP_FRAC), v),
+            weighted_sum(ctx, Shared(powers, EXP_FRAC), v, spec),
             octaves(ctx, powers.sum(-1), spec),
         )
         result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, found, spec)
@@ -303,31 +302,41 @@ def scores(ctx: Context, q: Masked, k: Masked, scale: float, softcap: float) -> 
     query = Masked(q.opened.reshape(folded), q.mask.reshape(folded), q.frac)
     keys = Masked(k.opened.transpose(-1, -2), k.mask.transpose(-1, -2), k.frac)
     share = matmul_of_masked(ctx, query, keys).reshape(-1, length)
-    frac = q.frac + k.frac - round(math.log2(scale))
+    natural, frac = _natural_frac(q, k, scale), scores_frac(q, k, scale)
+    if natural != frac:
+        share = yield from truncate(ctx, share, natural - frac)
     if softcap:
-        if frac > MAX_INPUT_FRAC:
-            share = yield from truncate(ctx, share, frac - ctx.fixed)
-            frac = ctx.fixed
         narrow = function_input(ctx, Shared(share, frac))
         frac = ctx.fixed
         share = yield from apply(ctx, _cap(softcap), narrow, frac)
     return Shared(share, frac)
 
 
-def scores_cost(q: Masked, k: Masked, scale: float, softcap: float, fixed: int) -> Cost:
+def _natural_frac(q: Masked, k: Masked, scale: float) -> int:
+    """Fractional bits of scale q k^T as it is computed: a power of two moves the binary point."""
+    return q.frac + k.frac - round(math.log2(scale))
+
+
+def scores_frac(q: Masked, k: Masked, scale: float) -> int:
+    """Fractional bits of `scores` without a cap: as many as protocols can take a window of.
+
+    A scale far below 1 would leave too many of them above the window, a large one too few.
+    """
+    return min(max(_natural_frac(q, k, scale), FRACTIONAL_BITS), WINDOW_FRAC)
+
+
+def scores_cost(q: Masked, k: Masked, scale: float, softcap: float) -> Cost:
     """Cost of `scores`."""
     count = math.prod(q.shape[:-1]) * k.shape[2]
     total = Cost(offline=8 * count)
+    total += truncate_cost(count, _natural_frac(q, k, scale) - scores_frac(q, k, scale))
     if softcap:
-        frac = q.frac + k.frac - round(math.log2(scale))
-        if frac > MAX_INPUT_FRAC:
-            total += truncate_cost(count, frac - fixed)
         total += apply_cost(_cap(softcap), count)
     return total
 
 
-def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
-    """The rows [B H N, D] of weights [B H N, L] times values, opened for `scale_rows`.
+def weighted_sum(ctx: Context, weights: Shared, values: Masked, spec: Power) -> Protocol:
+    """The rows [B H N, D] of weights [B H N, L] times values, opened for `scale_rows` with `spec`.
 
     Their fractional bits are those of both factors. Rounds 2: the weights are opened under a mask,
     then the result.
@@ -336,7 +345,7 @@ def weighted_sum(ctx: Context, weights: Shared, values: Masked) -> Protocol:
     folded = Shared(weights.share.reshape(batch, groups, -1, length), weights.frac)
     opened = yield from open_masked(ctx, folded)
     share = matmul_of_masked(ctx, opened, values).reshape(-1, features)
-    row = yield from open_row(ctx, share)
+    row = yield from open_row(ctx, share, weights.frac + values.frac, spec)
     return row
 
 

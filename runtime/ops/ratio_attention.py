@@ -22,6 +22,7 @@ from mergec.runtime.ops.attention import (
     sample_operands,
     scores,
     scores_cost,
+    scores_frac,
     small_operands,
     split_mask,
     stock_scores,
@@ -34,7 +35,7 @@ from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves
 from mergec.runtime.protocols.rectify import rectify, rectify_cost
 from mergec.runtime.protocols.rows import MAX_ROW
 from mergec.runtime.protocols.squares import truncated_square, truncated_square_cost
-from mergec.runtime.protocols.truncate import truncate, truncate_cost
+from mergec.runtime.protocols.truncate import cut, truncate, truncate_cost
 
 OFFSET = 5.0
 """c of (x + c)**2, as in MPCFormer."""
@@ -190,8 +191,8 @@ class RatioAttention(ScoredAttention):
         scales = _Scales(kind, bound)
         rows, features = math.prod(q.shape[:-1]), v.shape[-1]
         count = int(split_mask(mask, q, k)[0].sum())
-        frac = fixed if softcap else q.frac + k.frac - round(math.log2(scale))
-        total = scores_cost(q, k, scale, softcap, fixed)
+        frac = fixed if softcap else scores_frac(q, k, scale)
+        total = scores_cost(q, k, scale, softcap)
         if kind == "2quad":
             total += truncated_square_cost(count)
         else:
@@ -238,7 +239,7 @@ class RatioAttention(ScoredAttention):
             share = yield from truncated_square(ctx, share, found.frac - scales.score_frac)
         else:
             share = yield from truncate(ctx, share, found.frac - scales.score_frac)
-            share = yield from rectify(ctx, share)
+            share = yield from rectify(ctx, cut(ctx, share, 0))
         if not share.is_meta:
             epsilon = torch.tensor(round(EPSILON * 2.0**scales.weight_frac), device=share.device)
             share = share + ctx.public(epsilon)
@@ -331,5 +332,5 @@ def _weighted_sum(
 ) -> Protocol:
     share = yield from truncate(ctx, share, scales.weight_frac - scales.opened_frac)
     weights = Shared(rows.put(share), scales.opened_frac + _ROW_BITS)
-    row = yield from weighted_sum(ctx, weights, values)
+    row = yield from weighted_sum(ctx, weights, values, scales.inverse)
     return row

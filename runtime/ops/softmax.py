@@ -34,7 +34,7 @@ from mergec.runtime.protocols.rows import (
 class Softmax(Op):
     """Softmax over the last dimension: x [..., D], shared -> [..., D], shared.
 
-    x at any number of fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
+    x with up to 48 fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
     (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 5, and 3 for
     each level of `peak`. Each party sees what it sees in `exponentials`, `open_row`, `octaves` and
     `scale_rows`.
@@ -42,7 +42,7 @@ class Softmax(Op):
 
     name = "softmax"
     schema = "(Tensor x) -> Tensor"
-    operands = {"x": "share"}
+    operands = {"x": "window"}
     positions = Positions.ROWS
     kind = Kind.ATTENTION
 
@@ -92,7 +92,9 @@ class Softmax(Op):
         valid = torch.ones(rows.shape, dtype=torch.bool)
         powers = yield from exponentials(ctx, Shared(rows, x.frac), valid)
         spec = inverse(x.shape[-1])
-        row, found = yield from together(open_row(ctx, powers), octaves(ctx, powers.sum(-1), spec))
+        row, found = yield from together(
+            open_row(ctx, powers, EXP_FRAC, spec), octaves(ctx, powers.sum(-1), spec)
+        )
         share = yield from scale_rows(ctx, row, EXP_FRAC, found, spec)
         return Shared(share.reshape(x.shape), SCALED_FRAC)
 

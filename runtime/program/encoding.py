@@ -44,7 +44,10 @@ def program_hash(program: RoleProgram) -> str:
     encoded = encode_program(program)
     for instruction in encoded["instructions"]:
         del instruction["module"], instruction["source"]
+    rounding = program.manifest.rounding
     shared = {
+        # Left out of the others, so that programs keep the hash that they had before the option.
+        **({"rounding": rounding} if rounding != "public" else {}),
         "format_version": FORMAT_VERSION,
         "ring_bits": RING_BITS,
         "fractional_bits": program.manifest.fractional_bits,

@@ -55,6 +55,8 @@ class Manifest:
     """What the client learns of a step."""
     network: str = "loopback"
     """The network that protocols were chosen for."""
+    rounding: str = "public"
+    """Whether the client sees how intermediate values are rounded."""
     mode: str = "mergec"
     shapes: dict[str, Any] = field(default_factory=dict)
     """dtype and shape of each input and output, with `new` and `past` for the lengths of a step."""
@@ -90,6 +92,11 @@ class Manifest:
                 )
 
     @property
+    def arithmetic(self) -> dict[str, Any]:
+        """How the parties compute, as arguments of `runtime.core.context.Context`."""
+        return {"fixed": self.fractional_bits, "exact": self.rounding == "exact"}
+
+    @property
     def reveals_logits(self) -> bool:
         """Whether the client learns a step's logits, and not the chosen token alone."""
         return self.reveal == "logits"
@@ -104,10 +111,11 @@ class Manifest:
 
         Raises BundleError, naming the key, if one is missing or its value is of another type.
         """
-        for key, kind in _KINDS.items():
+        present = {key: kind for key, kind in _KINDS.items() if key in data or key not in _LATER}
+        for key, kind in present.items():
             if not is_a(data.get(key), kind):
                 raise BundleError(f"{key!r} is missing or not {kind.__name__}")
-        return cls(**{key: data[key] for key in _KINDS})
+        return cls(**{key: data[key] for key in present})
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -120,6 +128,9 @@ _TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "
 
 _KINDS = {item.name: _TYPES[str(item.type).partition("[")[0]] for item in fields(Manifest)}
 """The JSON type of each field, from its annotation."""
+
+_LATER = frozenset({"rounding"})
+"""Fields that older bundles lack; they have the default."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""

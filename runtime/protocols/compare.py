@@ -14,8 +14,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import logical_shift
+from mergec.runtime.core.spec import RING_BITS, Cost
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, open_bits
 from mergec.runtime.protocols.opening import open_under
@@ -45,13 +44,15 @@ def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     """Shares modulo 2**32 of the bits [drop, drop + 32) of x, at most one unit too low.
 
     Local. The only error is the lost carry from the dropped low bits. Nothing is lost at the top:
-    the shares determine x modulo 2**64, so the result is exact modulo 2**(64 - drop) even where
-    `drop` exceeds 32 and less than 32 bits are left.
+    the shares determine x modulo 2**64. Raises ValueError if `drop` is not in 0 to 32: beyond that,
+    less than 32 bits are left, and the window would be right modulo 2**(64 - drop) only.
     """
+    if not 0 <= drop <= RING_BITS - WINDOW_BITS:
+        raise ValueError(f"a window of {WINDOW_BITS} bits cannot leave out the lowest {drop}")
     if share.is_meta:
         return torch.empty(share.shape, dtype=torch.int32, device="meta")
-    # With up to 32 dropped bits, none of the sign bits that torch shifts in reaches the window.
-    return (share >> drop if drop <= WINDOW_BITS else logical_shift(share, drop)).to(torch.int32)
+    # None of the sign bits that torch shifts in reaches the window.
+    return (share >> drop).to(torch.int32)
 
 
 def open_window(ctx: Context, share: torch.Tensor) -> Protocol:

@@ -10,14 +10,24 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.opening import (
+    open_high,
+    open_masked,
+    open_masked_cost,
+    open_under,
+)
 from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
-from mergec.runtime.protocols.squares import deal_square, square_share, truncated_square_cost
-from mergec.runtime.protocols.truncate import OFFSET, base_of, top_bit, wrap_of
+from mergec.runtime.protocols.squares import (
+    deal_square,
+    square_share,
+    truncated_square,
+    truncated_square_cost,
+)
+from mergec.runtime.protocols.truncate import OFFSET, base_of, top_bit, truncate, wrap_of
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row, used if calibration provides none."""
@@ -31,24 +41,34 @@ SCALED_FRAC = 2 * FRACTIONAL_BITS
 class Row:
     """Rows [R, d] opened as z = x + 2**62 + r, so that x >> s can be formed for every s.
 
-    opened: z. mask: this party's share of r; the dealer has r itself. top: shares of msb(r).
+    opened: z. mask: this party's share of r; the dealer has r itself. top: shares of msb(r). shift:
+    with exact rounding, the only s.
     """
 
     opened: torch.Tensor
     mask: torch.Tensor
     top: torch.Tensor
+    shift: int = 0
 
 
-def open_row(ctx: Context, share: torch.Tensor) -> Protocol:
-    """Open rows with |x| < 2**62 for `scale_rows`.
+def open_row(
+    ctx: Context, share: torch.Tensor, frac: int, spec: Power, largest: int = 14
+) -> Protocol:
+    """Open rows with |x| < 2**62 and `frac` fractional bits for `scale_rows` with `spec`.
+
+    largest: with exact rounding, the scaled rows are below 2**largest.
 
     Rounds 1, online 16 bytes per element, offline 8. Each party sees z, which is uniform because r
-    is fresh and uniform.
+    is fresh and uniform; with exact rounding, what it sees in `open_high`.
     """
     mask = ctx.mask(share.shape)
     top = ctx.deal(share.shape, lambda: top_bit(mask))
-    opened = yield from open_under(ctx, share, mask, OFFSET)
-    return Row(opened, mask, top)
+    # Rows of the first level, which are scaled up most, keep 16 fractional bits, unless the result
+    # would not fit into the ring.
+    room = HEADROOM_BITS - 1 - largest - _whole_frac(spec)
+    shift = max(0, frac - FRACTIONAL_BITS - spec.first_exponent, frac - room)
+    opened = yield from open_high(ctx, share, mask, shift, OFFSET)
+    return Row(opened, mask, top, shift)
 
 
 def open_row_cost(count: int) -> Cost:
@@ -67,9 +87,18 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
     two units of 2**-16 of the result, plus at most 2**-14 relative from the mantissa. Rounds 1.
     Online 16 bytes per row and level. Offline 8 bytes per element and level that shifts down, plus
     16 per element. Each party sees the mantissas under fresh, uniform masks.
+
+    With exact rounding the bits that a level rounds off may not be those that another level needs.
+    So the row is rounded once, for the first level (`open_high`), and multiplied by the power
+    itself, the sum over the levels; the surplus bits are truncated. Rounds 3, and one more for the
+    row.
     """
+    if ctx.exact:
+        found, shifts = _whole_power(found, spec), np.array([row.shift])
+        down = int(row.shift > 0)
+    else:
+        shifts, down = _shifts(frac, spec)
     factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
-    shifts, down = _shifts(frac, spec)
     rows, size = row.opened.shape
     count = rows * size
 
@@ -85,15 +114,34 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
 
     dealt = ctx.deal(((down + 2) * count,), secret)
     if row.opened.is_meta:
-        return row.opened
-    out = np.empty((rows, size), np.int64)
-    _scale_cpu(
-        *(word.cpu().numpy() for word in (row.opened, row.mask, row.top)),
-        *parts(dealt.cpu().numpy()),
-        *(word.cpu().numpy() for word in (factor.opened, factor.mask)),
-        shifts, ctx.party == CLIENT, out,
-    )  # fmt: skip
-    return torch.from_numpy(out).to(row.opened.device)
+        scaled = row.opened
+    else:
+        out = np.empty((rows, size), np.int64)
+        _scale_cpu(
+            *(word.cpu().numpy() for word in (row.opened, row.mask, row.top)),
+            *parts(dealt.cpu().numpy()),
+            *(word.cpu().numpy() for word in (factor.opened, factor.mask)),
+            shifts, ctx.party == CLIENT, out,
+        )  # fmt: skip
+        scaled = torch.from_numpy(out).to(row.opened.device)
+    if ctx.exact:
+        whole = frac - row.shift + _whole_frac(spec)
+        scaled = yield from truncate(ctx, scaled, whole - SCALED_FRAC)
+    return scaled
+
+
+def _whole_frac(spec: Power) -> int:
+    """Fractional bits of a power as the sum of its levels (`_whole_power`)."""
+    return FRACTIONAL_BITS - spec.first_exponent + spec.octaves.levels - 1
+
+
+def _whole_power(found: torch.Tensor, spec: Power) -> torch.Tensor:
+    """The power as one number [R, 1], from the shares of its mantissa in each level."""
+    if found.is_meta:
+        return found[:, :1]
+    levels = spec.octaves.levels
+    shifts = torch.arange(levels - 1, -1, -1, device=found.device)
+    return (found << shifts).sum(-1, keepdim=True)
 
 
 @compiled()
@@ -190,6 +238,11 @@ class RowNorm:
         return round(self.eps * self.size * 2.0 ** (2 * (self.frac - self.square_shift)))
 
     @property
+    def largest(self) -> int:
+        """Bits of a normalized row's largest entry, which is at most sqrt(d)."""
+        return math.ceil(math.log2(self.size) / 2) + 1
+
+    @property
     def inverse_root(self) -> Power:
         """The power that maps the sum of squares to the row's factor."""
         return _inverse_root(self)
@@ -214,21 +267,28 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     both for its squares (`deal_square`) and for `scale_rows`. Online 16 bytes per element, plus
     those of `octaves` and `scale_rows`, which are per row. Offline 32 bytes per element, plus those
     of `octaves` and `scale_rows`. Each party sees z, which is uniform because r is fresh and
-    uniform, and what it sees in these two.
+    uniform, and what it sees in these two. With exact rounding the row is opened twice, as squares
+    round off other bits than the scaled row: rounds 9.
     """
-    rows = share.reshape(-1, share.shape[-1])
-    mask = ctx.mask(rows.shape)
-    dealt = deal_square(ctx, mask, spec.square_shift)
-    opened = yield from open_under(ctx, rows, mask, OFFSET)
-    row = Row(opened, mask, dealt[0])
-    if rows.is_meta:
-        total = torch.empty(len(rows), dtype=torch.int64, device="meta")
+    rows, frac, root = share.reshape(-1, share.shape[-1]), math.floor(spec.frac), spec.inverse_root
+    if ctx.exact:
+        squares, row = yield from together(
+            truncated_square(ctx, rows, spec.square_shift),
+            open_row(ctx, rows, frac, root, spec.largest),
+        )
     else:
-        total = square_share(ctx, opened, dealt, spec.square_shift).sum(-1)
-        if ctx.party == CLIENT:
-            total += spec.eps_units
-    found = yield from octaves(ctx, total, spec.inverse_root)
-    result = yield from scale_rows(ctx, row, math.floor(spec.frac), found, spec.inverse_root)
+        mask = ctx.mask(rows.shape)
+        dealt = deal_square(ctx, mask, spec.square_shift)
+        opened = yield from open_under(ctx, rows, mask, OFFSET)
+        row = Row(opened, mask, dealt[0])
+        squares = opened
+        if not rows.is_meta:
+            squares = square_share(ctx, opened, dealt, spec.square_shift)
+    total = squares.sum(-1)
+    if ctx.party == CLIENT:
+        total += spec.eps_units
+    found = yield from octaves(ctx, total, root)
+    result = yield from scale_rows(ctx, row, frac, found, root)
     return result.reshape(share.shape)
 
 

@@ -30,11 +30,12 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, DEALER, Cost
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
+from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.formula import Formula, added, conjunction, open_bits
 from mergec.runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
 from mergec.runtime.protocols.local import ghost
-from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.opening import open_high
+from mergec.runtime.protocols.saturate import table_value
 from mergec.runtime.protocols.truncate import NARROW_OFFSET, base_of, truncation_words, wrap_of
 
 MAX_EXPONENT = 53
@@ -176,29 +177,34 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     one unit; and shares of [V is below level k] for all k but the first, [n, levels - 1].
     Rounds 2, online 16 bytes per element, plus 8 for each level and 2 for each but the first. Each
     party sees V, the mantissas and the equality bits, each under fresh, uniform masks.
+
+    With exact rounding V is opened once for each level, under a mask of its own, as each level
+    rounds off other bits (`open_high`): rounds 4.
     """
     count, levels = len(share), spec.levels
-    mask = ctx.mask((count,))
+    mask = ctx.mask((count, levels if ctx.exact else 1))
     places, size = spec.layout
     if levels > 1:
         tables = ctx.deal_bits((count, size), lambda: _one_hot(mask, places, size))
     lifted = share << spec.lift if spec.lift and not share.is_meta else share
-    opened = yield from open_under(ctx, lifted, mask)
+    lifted = lifted[:, None].expand(mask.shape)
+    drops = spec.drops.tolist() if ctx.exact else 0
+    opened = yield from open_high(ctx, lifted, mask, drops)
     # `_positions` of the mask is needed only at the dealer.
     masks = _positions(mask, spec) if ctx.party == DEALER else mask
-    value = evaluate(ctx, _positions(opened, spec), masks, spec.table)
-    value = take_window(value, WINDOW_BITS).reshape(count, levels)
-    value_mask = ctx.mask((count, levels), torch.int32)
     shift = _NARROW_FRAC - spec.mantissa_bits
-    mantissa = open_under(ctx, value, value_mask, NARROW_OFFSET)
+    value = table_value(ctx, evaluate(ctx, _positions(opened, spec), masks, spec.table), shift)
+    wide_mask = value.mask(ctx)
+    value_mask = value.narrow(wide_mask).reshape(count, levels)
+    mantissa = value.open(ctx, wide_mask, NARROW_OFFSET)
     last = ctx.deal((2, count), lambda: truncation_words(value_mask[:, -1], shift))
     if levels > 1:
         bit_mask = ctx.mask_bits((count, levels - 1))
         words = _ZERO_OR_ONE.deal(ctx, bit_mask, lambda: _payload(value_mask, shift), _SHARED)
         equal = open_bits(ctx, _equalities(opened, tables, places), bit_mask)
-        value, bits = yield from together(mantissa, equal)
+        opened_value, bits = yield from together(mantissa, equal)
     else:
-        value = yield from mantissa
+        opened_value = yield from mantissa
     if share.is_meta:
         return ghost((count, levels)), ghost((count, levels - 1))
     found = torch.empty((count, 0, _SHARED), dtype=torch.int64, device=share.device)
@@ -206,8 +212,9 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
         found = _ZERO_OR_ONE.evaluate(bits, words)
     result = np.empty((count, levels), np.int64)
     _choose_cpu(
-        *(word.cpu().numpy() for word in (value, found, last)), shift, ctx.party == CLIENT, result
-    )
+        opened_value.reshape(count, levels).cpu().numpy(),
+        *(word.cpu().numpy() for word in (found, last)), shift, ctx.party == CLIENT, result,
+    )  # fmt: skip
     return torch.from_numpy(result).to(share.device), found[..., 0]
 
 
@@ -258,7 +265,10 @@ def power_cost(spec: Power, count: int) -> Cost:
 
 
 def _positions(words: torch.Tensor, spec: Octaves) -> torch.Tensor:
-    """V (or its mask) in the units of every level's table, flattened to [n * levels]."""
+    """V (or its mask) in the units of every level's table, flattened to [n * levels].
+
+    words: [n, 1] for all levels, or [n, levels].
+    """
     if words.is_meta:
         return torch.empty(len(words) * spec.levels, dtype=torch.int64, device="meta")
     out = np.empty((len(words), spec.levels), np.int64)
@@ -278,7 +288,7 @@ def _payload(value_mask: torch.Tensor, shift: int) -> torch.Tensor:
 def _one_hot(mask: torch.Tensor, places: np.ndarray, size: int) -> torch.Tensor:
     """Packed bits [v = digit of r] per digit and level, [n, size]. Called by the dealer."""
     out = np.zeros((len(mask), size), np.uint8)
-    _one_hot_cpu(mask.cpu().numpy(), places.reshape(-1, 3), out)
+    _one_hot_cpu(mask.cpu().numpy(), places, out)
     return torch.from_numpy(out).to(mask.device)
 
 
@@ -295,9 +305,8 @@ def _equalities(opened: torch.Tensor, tables: torch.Tensor, places: np.ndarray) 
 @compiled()
 def _positions_cpu(words, drops, out):  # type: ignore[no-untyped-def]
     for i in range(words.shape[0]):
-        word = np.uint64(words[i])
         for k in range(drops.shape[0]):
-            drop = drops[k]
+            word, drop = np.uint64(words[i, min(k, words.shape[1] - 1)]), drops[k]
             moved = word >> np.uint64(drop) if drop >= 0 else word << np.uint64(-drop)
             out[i, k] = np.int64(moved)
 
@@ -323,8 +332,9 @@ def _choose_cpu(value, found, last, shift, at_client, out):  # type: ignore[no-u
 def _one_hot_cpu(mask, places, out):  # type: ignore[no-untyped-def]
     for i in range(mask.shape[0]):
         for k in range(places.shape[0]):
-            v = (mask[i] >> places[k, 0]) & places[k, 1]
-            out[i, places[k, 2] + (v >> 3)] |= np.uint8(1 << (v & 7))
+            for d in range(places.shape[1]):
+                v = (mask[i, min(k + 1, mask.shape[1] - 1)] >> places[k, d, 0]) & places[k, d, 1]
+                out[i, places[k, d, 2] + (v >> 3)] |= np.uint8(1 << (v & 7))
 
 
 @compiled()
@@ -335,7 +345,8 @@ def _equalities_cpu(opened, tables, places, out):  # type: ignore[no-untyped-def
             bottom = places[k, 0, 0]
             byte = 0
             for one in range(2):
-                point = opened[i] - (np.int64(one) << bottom)
+                word = opened[i, min(k + 1, opened.shape[1] - 1)]
+                point = word - (np.int64(one) << bottom)
                 for d in range(digits):
                     v = (point >> places[k, d, 0]) & places[k, d, 1]
                     bit = (tables[i, places[k, d, 2] + (v >> 3)] >> (v & 7)) & 1

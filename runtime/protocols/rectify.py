@@ -8,30 +8,30 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.compare import DIGITS, take_window
+from mergec.runtime.protocols.compare import DIGITS
 from mergec.runtime.protocols.formula import Formula, negated, open_bits
-from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.opening import Cut, open_masked, open_masked_cost
 from mergec.runtime.protocols.selection import Line, Selection
 from mergec.runtime.protocols.truncate import NARROW_OFFSET, truncate, truncate_cost
 
 _POSITIVE = Selection(Formula(negated(DIGITS.less)), Line())
 
 
-def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> Protocol:
+def rectify(ctx: Context, x: Cut, factor: Shared | None = None) -> Protocol:
     """Shares modulo 2**64 of max(x, 0), with the fractional bits of x, or of max(x, 0) * factor.
 
-    In: share of an integer in [-2**30, 2**30), modulo 2**64 or 2**32, any shape. A factor adds the
+    In: an integer in [-2**30, 2**30), any shape. A factor adds the
     program's fractional bits. Rounds 2: first the window is opened, then the bits of [x < 0].
     [x >= 0] x is a public linear combination of dealt words, because x is the opened window minus
     its mask (`selection`). Online 10 bytes per element; with a factor, 16 more and those of its
     truncation. Each party sees the openings of a window, of bits and of the factor, each under a
     fresh, uniform mask.
     """
-    narrow = share if share.dtype is torch.int32 else take_window(share, 0)
-    shape, count = narrow.shape, narrow.numel()
-    mask = ctx.mask((count,), torch.int32)
+    shape, count = x.share.shape, x.share.numel()
+    wide = x.mask(ctx)
+    mask = x.narrow(wide)
     tables = ctx.deal_bits((count, DIGITS.table_bytes), lambda: DIGITS.tables(mask))
-    first = [open_under(ctx, narrow.reshape(-1), mask)]
+    first = [x.open(ctx, wide)]
     if factor is not None:
         first.append(truncate(ctx, factor.share.reshape(-1), factor.frac - ctx.fixed))
     opened, *truncated = yield from together(*first)
@@ -44,11 +44,11 @@ def rectify(ctx: Context, share: torch.Tensor, factor: Shared | None = None) -> 
 
     up = factors[0] if factors else None
     words = _POSITIVE.deal(ctx, bit_mask, mask, up)
-    if narrow.is_meta:
+    if x.share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     total = torch.zeros(count, dtype=torch.int64)
     _POSITIVE.add(total, bits, words, opened + NARROW_OFFSET, up)
-    return total.reshape(shape).to(narrow.device)
+    return total.reshape(shape).to(x.share.device)
 
 
 def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:

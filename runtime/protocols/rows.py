@@ -13,6 +13,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.compare import take_window
+from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import entries_of, peak, peak_cost
 from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.saturate import Tail, apply, apply_cost, saturating
@@ -41,22 +42,31 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
 
     In: Shared [R, L], L <= 4096, whose valid entries differ by at most 3.2e4 within a row; `valid`,
     public bool [R, L] with at least one True per row. Out: [R, L], zero where `valid` is False.
-    Error 4e-5 of the row's largest entry. An entry may be zero for x <= c - 12.75, and is zero for
-    x <= c - 13.75. Rounds 2 more than `peak`. Scores are taken modulo 2**32 with 16 fractional bits
-    (`take_window`), where differences below 2**15 fit. Each party sees what it sees in `peak` and
-    `saturate.apply`.
+    Scores have at most 48 fractional bits. Error 4e-5 of the row's largest entry. An entry may be
+    zero for x <= c - 12.75, and is zero for x <= c - 13.75. Rounds 2 more than `peak`. Scores are
+    taken modulo 2**32 with 16 fractional bits (`take_window`), where differences below 2**15 fit.
+    Each party sees what it sees in `peak` and `saturate.apply`. How c is rounded depends on the
+    parties' own shares, and the quotient of two exponentials does not depend on c.
     """
-    narrow = take_window(scores.share, scores.frac - FRACTIONAL_BITS)
+    share, drop = scores.share, scores.frac - FRACTIONAL_BITS
+    narrow = take_window(share, drop)
     shift = yield from peak(ctx, narrow, valid)
     entries = entries_of(valid)
-    if narrow.is_meta:
-        ghost = torch.empty(len(entries.places), dtype=torch.int32, device="meta")
-        yield from apply(ctx, _EXP, ghost, EXP_FRAC)
+    whole = ctx.exact and drop > 0
+    if share.is_meta:
+        dtype = torch.int64 if whole else torch.int32
+        shifted = torch.empty(len(entries.places), dtype=dtype, device="meta")
+    else:
+        places, rows = entries.places.to(share.device), entries.rows.to(share.device)
+        if whole:
+            shifted = share.reshape(-1)[places] - (shift.long()[rows] << drop)
+        else:
+            shifted = narrow.reshape(-1)[places] - shift[rows]
+    window = Cut(shifted, drop, drop) if whole else Cut(shifted)
+    powers = yield from apply(ctx, _EXP, window, EXP_FRAC)
+    if share.is_meta:
         return torch.empty(scores.shape, dtype=torch.int64, device="meta")
-    places, rows = entries.places.to(narrow.device), entries.rows.to(narrow.device)
-    shifted = narrow.reshape(-1)[places] - shift[rows]
-    powers = yield from apply(ctx, _EXP, shifted, EXP_FRAC)
-    result = torch.zeros(scores.shape, dtype=torch.int64, device=narrow.device)
+    result = torch.zeros(scores.shape, dtype=torch.int64, device=share.device)
     result.view(-1)[places] = powers
     return result
 

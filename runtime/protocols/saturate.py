@@ -20,17 +20,9 @@ from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
 from mergec.runtime.protocols.halves import Halves
 from mergec.runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
-from mergec.runtime.protocols.opening import open_masked, open_masked_cost, open_under
+from mergec.runtime.protocols.opening import Cut, open_masked, open_masked_cost
 from mergec.runtime.protocols.selection import Line, Selection
-from mergec.runtime.protocols.truncate import (
-    NARROW_OFFSET,
-    truncate,
-    truncate_cost,
-    unbiased_window,
-)
-
-MAX_INPUT_FRAC = 48
-"""Most fractional bits of an input: 32 bits are left above the 16 that are used."""
+from mergec.runtime.protocols.truncate import NARROW_OFFSET, cut, truncate, truncate_cost
 
 SCALAR_DOMAIN = (-(2.0**14), 2.0**14)
 """Valid inputs of these functions; beyond them the 32-bit window wraps to another number."""
@@ -133,21 +125,24 @@ def saturating(
     return Function(table, end_bits, left, right)
 
 
-def function_input(ctx: Context, x: Shared) -> torch.Tensor:
-    """The window of x that `apply` takes; of up to 48 fractional bits of x, 16 are used."""
-    return unbiased_window(ctx, x.share, x.frac - FRACTIONAL_BITS)
+def function_input(ctx: Context, x: Shared) -> Cut:
+    """The window of x that `apply` takes; of up to 48 fractional bits of x, 16 are used.
+
+    Raises ValueError if x has more.
+    """
+    return cut(ctx, x.share, x.frac - FRACTIONAL_BITS)
 
 
 def apply(
     ctx: Context,
     function: Function,
-    narrow: torch.Tensor,
+    x: Cut,
     out_frac: int,
     factor: Shared | None = None,
 ) -> Protocol:
     """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, or of f(x) * factor.
 
-    In: int32 share of x with 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a
+    In: x to 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a
     factor (Shared, same shape) the result also has the program's fractional bits. Rounds 2. Online
     18 bytes per element; with a factor, 16 more and those of its truncation. The table's value is
     opened under a mask to truncate it, in the same round as the compared bits. The dealer shares
@@ -155,36 +150,45 @@ def apply(
     these times the factor's mask (`selection`). Each party sees the openings of a window, of the
     table's value, of bits and of the factor, each under a fresh, uniform mask.
     """
-    shape, count = narrow.shape, narrow.numel()
-    mask = ctx.mask((count,), torch.int32)
+    shape, count = x.share.shape, x.share.numel()
+    wide = x.mask(ctx)
+    mask = x.narrow(wide)
     comparer = function.comparer
     dealt = comparer.deal(ctx, count, lambda: mask.long() >> function.end_bits)
-    first = [open_under(ctx, narrow.reshape(-1), mask)]
+    first = [x.open(ctx, wide)]
     if factor is not None:
         flat = factor.share.reshape(-1)
         first.append(truncate(ctx, flat, factor.frac - ctx.fixed))
     opened, *truncated = yield from together(*first)
-    value = take_window(evaluate(ctx, opened, mask, function.table), WINDOW_BITS)
-    value_mask = ctx.mask((count,), torch.int32)
+    inside, tails = function.selections(out_frac)
+    value = table_value(ctx, evaluate(ctx, opened, mask, function.table), inside.line.shift)
+    wide_mask = value.mask(ctx)
+    value_mask = value.narrow(wide_mask)
     bit_mask = ctx.mask_bits((count,))
     second = [
         open_bits(ctx, _compare(function, opened, dealt), bit_mask),
-        open_under(ctx, value, value_mask, NARROW_OFFSET),
+        value.open(ctx, wide_mask, NARROW_OFFSET),
         *(open_masked(ctx, Shared(share, ctx.fixed)) for share in truncated),
     ]
     # The factor must be opened before the words that are multiplied by its mask are dealt.
-    bits, value, *factors = yield from together(*second)
+    bits, found, *factors = yield from together(*second)
     up = factors[0] if factors else None
-    inside, tails = function.selections(out_frac)
     dealt_inside = inside.deal(ctx, bit_mask, value_mask, up)
     dealt_tails = [tail.deal(ctx, bit_mask, mask, up) for tail in tails]
-    if narrow.is_meta:
+    if x.share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
     total = torch.zeros(count, dtype=torch.int64)
-    inside.add(total, bits, dealt_inside, value, up)
+    inside.add(total, bits, dealt_inside, found, up)
     for tail, words in zip(tails, dealt_tails, strict=True):
         tail.add(total, bits, words, opened + NARROW_OFFSET, up)
-    return total.reshape(shape).to(narrow.device)
+    return total.reshape(shape).to(x.share.device)
+
+
+def table_value(ctx: Context, value: torch.Tensor, shift: int) -> Cut:
+    """The upper 32 bits of a table's value, of which `shift` more are rounded off after opening."""
+    if ctx.exact:
+        return Cut(value, WINDOW_BITS, WINDOW_BITS + shift)
+    return Cut(take_window(value, WINDOW_BITS))
 
 
 def apply_cost(function: Function, count: int, factor_shift: int | None = None) -> Cost:

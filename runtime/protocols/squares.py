@@ -9,7 +9,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, RING_BITS, Cost
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.opening import open_high
 from mergec.runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
 
 _DEALT = 4
@@ -55,7 +55,7 @@ def truncated_square(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     """
     mask = ctx.mask(share.shape)
     dealt = deal_square(ctx, mask, shift)
-    opened = yield from open_under(ctx, share, mask, OFFSET)
+    opened = yield from open_high(ctx, share, mask, shift, OFFSET)
     return opened if opened.is_meta else square_share(ctx, opened, dealt, shift)
 
 

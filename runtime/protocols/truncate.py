@@ -11,7 +11,7 @@ from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
-from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.opening import Cut, open_high, open_under
 
 OFFSET = 1 << HEADROOM_BITS
 NARROW_OFFSET = 1 << (WINDOW_BITS - 2)
@@ -98,11 +98,14 @@ def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     if shift <= 0:
         return share if share.is_meta else share << -shift
     offset = OFFSET
-    if shift >= WINDOW_BITS:
+    if shift >= WINDOW_BITS and not ctx.exact:
         share, shift, offset = unbiased_window(ctx, share, WINDOW_BITS), shift - 32, NARROW_OFFSET
     mask = ctx.mask(share.shape, share.dtype)
     words = ctx.deal((2, *share.shape), lambda: truncation_words(mask, shift))
-    opened = yield from open_under(ctx, share, mask, offset)
+    if share.dtype is torch.int32:
+        opened = yield from open_under(ctx, share, mask, offset)
+    else:
+        opened = yield from open_high(ctx, share, mask, shift, offset)
     if opened.is_meta:
         return words[0]
     if opened.is_cuda:
@@ -127,6 +130,18 @@ def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tenso
     """`take_window` with the expected loss added back: error in (-1, 1] units, zero on average."""
     window = take_window(share, drop)
     return window if drop == 0 or window.is_meta or ctx.party != CLIENT else window + 1
+
+
+def cut(ctx: Context, share: torch.Tensor, drop: int) -> Cut:
+    """The 32 bits of x from `drop` on, to be opened; what they round off is zero on average.
+
+    In: 64-bit share, any shape; drop 0 to 32. With public rounding the lower bits are dropped here
+    and now, which costs nothing and whose carry depends on the client's own share. With exact
+    rounding they go into the opening, and the client never sees how they round (`open_high`).
+    """
+    if ctx.exact and drop:
+        return Cut(share, drop, drop)
+    return Cut(unbiased_window(ctx, share, drop))
 
 
 @compiled(inline="always")

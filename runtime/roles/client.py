@@ -160,8 +160,7 @@ class Connection:
         return session
 
     def _context(self, seed: bytes, source: ByteSource) -> ClientContext:
-        fixed = self.program.manifest.fractional_bits
-        return ClientContext(seed, source, self._device, fixed)
+        return ClientContext(seed, source, self._device, **self.program.manifest.arithmetic)
 
     def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
         """Connect to the server and wait for a session; returns its secret name, too."""

@@ -131,9 +131,9 @@ class DealerSession:
         server: bytes,
         masks: bytes | None,
     ) -> None:
-        fixed = self._program.manifest.fractional_bits
+        arithmetic = self._program.manifest.arithmetic
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client, server, *streams, fixed=fixed, weight_seed=masks)
+        context = DealerContext(client, server, *streams, weight_seed=masks, **arithmetic)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
@@ -153,7 +153,7 @@ class DealerSession:
                     )
                 for answer in range(plan.answers):
                     own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
-                    session.use(DealerContext(*own, *streams, fixed=fixed))
+                    session.use(DealerContext(*own, *streams, **arithmetic))
                     for new, past in plan.steps():
                         self._parent.check()
                         self._step(session, streams, new, past)

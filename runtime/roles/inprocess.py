@@ -39,11 +39,11 @@ class InProcessSession:
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]
         sources = [source for _, source in streams]
-        fixed = programs[ROLES[CLIENT]].manifest.fractional_bits
+        arithmetic = programs[ROLES[CLIENT]].manifest.arithmetic
         contexts: dict[int, Context] = {
-            CLIENT: ClientContext(client_seed, sources[CLIENT], device, fixed),
-            SERVER: ServerContext(server_seed, sources[SERVER], device, fixed),
-            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, fixed),
+            CLIENT: ClientContext(client_seed, sources[CLIENT], device, **arithmetic),
+            SERVER: ServerContext(server_seed, sources[SERVER], device, **arithmetic),
+            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **arithmetic),
         }
         self.executors = {
             party: Executor(

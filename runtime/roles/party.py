@@ -132,7 +132,8 @@ def deal(
     for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
         channels[party].send(Kind.SEED, seed)
     client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
-    context = DealerContext(client_seed, server_seed, client, server, device, _fixed(program))
+    arithmetic = program.manifest.arithmetic
+    context = DealerContext(client_seed, server_seed, client, server, device, **arithmetic)
     return Executor(program, context, None), (client, server)
 
 
@@ -151,7 +152,7 @@ def compute(
     seed = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES))
     source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
     kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
-    context = kind(seed, source, device, _fixed(program))
+    context = kind(seed, source, device, **program.manifest.arithmetic)
     return Executor(program, context, link, take_weights(program)), source
 
 
@@ -273,10 +274,6 @@ def _serve(
             done()
 
         emit("step", report=measured(session, new, past, work).json())
-
-
-def _fixed(program: RoleProgram) -> int:
-    return program.manifest.fractional_bits
 
 
 def _emit(event: str, **fields: Any) -> None:

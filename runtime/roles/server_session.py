@@ -171,8 +171,8 @@ class ServerSession:
     def _context(
         self, seed: bytes, source: ByteSource, masks: bytes | None = None
     ) -> ServerContext:
-        fixed = self._program.manifest.fractional_bits
-        return ServerContext(seed, source, self._settings.device, fixed, masks)
+        arithmetic = self._program.manifest.arithmetic
+        return ServerContext(seed, source, self._settings.device, weight_seed=masks, **arithmetic)
 
     def _begin(
         self, channel: Channel, context: ServerContext, masks: bytes | None

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mergec.runtime.core.op import REGISTRY
+from mergec.runtime.core.spec import WINDOW_FRAC
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
 from mergec.runtime.protocols.rows import MAX_SPREAD
-from mergec.runtime.protocols.saturate import MAX_INPUT_FRAC
 
 load_all()
 UNIT = 2.0**-16
@@ -31,7 +31,7 @@ def around(*places: float) -> torch.Tensor:
     return (torch.tensor(places, dtype=torch.float64)[:, None] + offsets).flatten()
 
 
-@pytest.mark.parametrize("frac", [16, 32, MAX_INPUT_FRAC - 1])
+@pytest.mark.parametrize("frac", [16, 32, WINDOW_FRAC])
 @pytest.mark.parametrize(
     ("name", "error"),
     [

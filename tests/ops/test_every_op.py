@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +13,15 @@ import torch
 
 from mergec.runtime.core.cases import PUBLIC, Case
 from mergec.runtime.core.messages import Message, Swap
-from mergec.runtime.core.op import FORMS, LAST, REGISTRY, Op
-from mergec.runtime.core.spec import SERVER, Cost, Vis
+from mergec.runtime.core.op import FINEST, FORMS, LAST, REGISTRY, Op
+from mergec.runtime.core.spec import (
+    HEADROOM_BITS,
+    RANGE_MARGIN_BITS,
+    SERVER,
+    SHARE_FRAC,
+    Cost,
+    Vis,
+)
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
@@ -64,6 +72,62 @@ def test_protocol(op: type[Op], case: Case) -> None:
     if not isinstance(results[0], Held):
         seen = [_seen(view[0], arg) for view, arg in zip(views, case.args, strict=True)]
         assert results[0].frac == op.scale(*seen, fixed=FIXED)
+
+
+@every_case
+def test_protocol_with_exact_rounding(op: type[Op], case: Case) -> None:
+    """The same result; bytes and rounds are those of a run on shapes."""
+    assert case.error is not None
+    simulation = Simulation(fixed=FIXED, exact=True)
+    views = arguments(simulation, op, case, case.args)
+    simulation.cost = Cost()
+    results = simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
+    error = float((_value(simulation, results) - op.reference(*case.args)).abs().max())
+    assert error < case.error, f"{op.name}: error {error:.3g}; the case allows {case.error:g}"
+
+
+def _open_forms(op: type[Op], case: Case) -> dict[str, int]:
+    """The shared operands of a case whose number of fractional bits is open: at most how many."""
+    wanted = {**op.forms(*case.args), **dict.fromkeys(case.forms, "")}
+    tensors = dict(zip(op.tensors, case.args, strict=False))
+    return {
+        name: FINEST[wanted[name]]
+        for name, value in tensors.items()
+        if wanted.get(name) in FINEST and isinstance(value, torch.Tensor)
+    }
+
+
+EVERY_FRAC = [
+    pytest.param(op, case, id=param.id, marks=[] if param.id.endswith("-0") else pytest.mark.slow)
+    for param in CASES
+    for op, case in [param.values]
+    if _open_forms(op, case)
+]
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY_FRAC)
+def test_protocol_at_every_number_of_fractional_bits(op: type[Op], case: Case) -> None:
+    """From the program's own up to the most that the form admits, as far as the inputs fit."""
+    finest = _open_forms(op, case)
+    largest = max(float(value.abs().max()) for value in case.args if _is_real(value))
+    inner = op.inner_bits(case.args[0].shape) + math.log2(max(largest, 1.0)) + RANGE_MARGIN_BITS
+    checked = []
+    for frac in range(FIXED, min(*finest.values(), SHARE_FRAC, int(HEADROOM_BITS - inner)) + 1):
+        simulation = Simulation(fixed=FIXED)
+        views = arguments(simulation, op, case, case.args, dict.fromkeys(finest, frac))
+        results = simulation.run(lambda ctx, p, v=views: op.protocol(ctx, *(x[p] for x in v)))
+        if isinstance(results[0], Shared) and results[0].frac + inner > HEADROOM_BITS:
+            # A local op adds bits of its own; the compiler truncates its operand in this case.
+            assert op.local
+            break
+        error = float((_value(simulation, results) - op.reference(*case.args)).abs().max())
+        assert error < case.error, f"{op.name} at {frac} fractional bits: error {error:.3g}"
+        checked.append(frac)
+    assert checked
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 RESULT_TYPES = {
@@ -214,18 +278,24 @@ def test_reference_gives_shapes_on_fake_tensors() -> None:
 
 
 def arguments(
-    simulation: Simulation, op: type[Op], case: Case, args: Sequence[Any]
+    simulation: Simulation,
+    op: type[Op],
+    case: Case,
+    args: Sequence[Any],
+    fracs: Mapping[str, int] | None = None,
 ) -> list[list[Any]]:
-    """What each role gets for each argument."""
+    """What each role gets for each argument. fracs: fractional bits other than the program's."""
     wanted = {**op.forms(*args), **case.forms}
     parameters = inspect.signature(op.reference).parameters
     return [
-        _views(simulation, wanted.get(parameter), parameter, arg)
+        _views(simulation, wanted.get(parameter), parameter, arg, (fracs or {}).get(parameter))
         for parameter, arg in zip(parameters, args, strict=False)
     ]
 
 
-def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> list[Any]:
+def _views(
+    simulation: Simulation, form: str | None, name: str, arg: Any, frac: int | None = None
+) -> list[Any]:
     """What each role gets for an argument."""
     if not isinstance(arg, torch.Tensor) or form == PUBLIC:
         return [arg] * 3
@@ -248,7 +318,7 @@ def _views(simulation: Simulation, form: str | None, name: str, arg: Any) -> lis
                 ctx, name, words if p == SERVER else words.to("meta"), FIXED
             )
         )
-    shares = simulation.share(arg)
+    shares = simulation.share(arg, frac)
     if form in ("masked", "cache"):
         return simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))
     if form == "sent":
