@@ -1,4 +1,4 @@
-"""Every preset, `weights`, `reveal` and `network`: traffic is as predicted and hides the prompt."""
+"""Every preset, `weights`, `reveal`, `network` and `rounding`: traffic is as predicted and hides the prompt."""
 
 from __future__ import annotations
 
@@ -22,34 +22,51 @@ DECODED = ([9], [26])
 
 SETTINGS = [
     setting
-    for setting in itertools.product(PRESETS, CHOICES["weights"], CHOICES["reveal"], ("loopback",))
+    for setting in itertools.product(
+        PRESETS, CHOICES["weights"], CHOICES["reveal"], ("loopback",), CHOICES["rounding"]
+    )
     # Embedding resending is refused where the token alone is revealed.
     if "resend_hidden" not in PRESETS[setting[0]] or setting[2] == "logits"
 ]
 SETTINGS += [
-    ("exact", "server", *rest) for rest in itertools.product(CHOICES["reveal"], ("lan", "wan"))
+    ("exact", "server", *rest)
+    for rest in itertools.product(CHOICES["reveal"], ("lan", "wan"), ("public",))
 ]
 FAST = {
-    ("exact", "server", "logits", "loopback"),
-    ("exact", "shared", "token", "loopback"),
-    ("exact", "server", "token", "wan"),
-    ("merge", "shared", "logits", "loopback"),
-    ("thex", "server", "token", "loopback"),
+    ("exact", "server", "logits", "loopback", "public"),
+    ("exact", "server", "logits", "loopback", "exact"),
+    ("exact", "shared", "token", "loopback", "public"),
+    ("exact", "server", "token", "wan", "public"),
+    ("merge", "shared", "logits", "loopback", "public"),
+    ("thex", "server", "token", "loopback", "exact"),
 }
+NAMES = ("preset", "weights", "reveal", "network", "rounding")
 
 
 @pytest.mark.parametrize(
-    ("preset", "weights", "reveal", "network"),
-    [pytest.param(*s, marks=() if s in FAST else pytest.mark.slow) for s in SETTINGS],
+    "setting", [pytest.param(s, marks=() if s in FAST else pytest.mark.slow) for s in SETTINGS]
 )
 def test_the_wire_is_as_predicted_and_the_same_for_any_prompt(
-    preset: str, weights: str, reveal: str, network: str, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"preset": preset, "weights": weights, "reveal": reveal, "network": network}
-    _, program = compiled("llama", **options)
+    _, program = compiled("llama", **dict(zip(NAMES, setting, strict=True)))
     transcripts = [_transcript(program.roles, prompt, monkeypatch) for prompt in PROMPTS]
     assert transcripts[0] == transcripts[1]
     assert sum(map(len, transcripts[0].values())) > 100
+
+
+def test_exact_rounding_gives_the_model_s_logits() -> None:
+    model, program = compiled("llama", rounding="exact")
+    assert program.manifest.rounding == "exact"
+    with InProcessSession(program.roles) as session, torch.no_grad():
+        found = session.step(PROMPTS[0], 0).reshape(-1)
+        wanted = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+    assert (found - wanted).abs().max() < 1e-3
+
+
+def test_rounding_is_part_of_the_program_hash() -> None:
+    hashes = {compiled("llama", rounding=r)[1].manifest.program_hash for r in CHOICES["rounding"]}
+    assert len(hashes) == 2
 
 
 def _transcript(

@@ -21,8 +21,8 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
-    Costs are those of a decode step. fixed: the program's fractional bits. exact: whether roundings are exact. All roles get the same
-    choice; their instructions are replaced in place.
+    Costs are those of a decode step. fixed: the program's fractional bits. exact: whether roundings
+    are exact. All roles get the same choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
     plan = Plan(program)

@@ -155,7 +155,7 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     the shapes, and its messages are counted.
     """
     if not exact:
-        return op.cost(**bound, fixed=fixed)
+        return op.cost(*bound.values(), fixed=fixed)
     context = ShapeContext(fixed=fixed, exact=True)
     protocol, reply, rounds, online = op.protocol(context, *bound.values()), None, 0, 0
     while True:

@@ -14,12 +14,12 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.power import Octaves, find_octave, find_octave_cost, level_table
+from mergec.runtime.protocols.power import Octaves, find_octave, find_octave_cost, level_tables
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
 
 _FINE_BITS = 24
 _STEP = 2
-OCTAVES = Octaves(0, 44, _FINE_BITS, _STEP, level_table(np.log, _STEP))
+OCTAVES = Octaves(0, 44, _FINE_BITS, _STEP, level_tables(np.log, _STEP))
 
 
 class Log(Op):

@@ -33,6 +33,9 @@ from mergec.runtime.correlations.dpf import (
 from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
 from mergec.runtime.kernels.compiled import compiled
 
+FINER_BITS = 2
+"""Tables for exact rounding have windows of 2**-2 of the size, and 2**-8 of the error."""
+
 _DEGREE = 3
 _WORDS = _DEGREE + 1
 """Words per row entry: one, and the first three powers of the low part of the mask."""

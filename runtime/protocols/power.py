@@ -32,7 +32,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, Cost
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.formula import Formula, added, conjunction, open_bits
-from mergec.runtime.protocols.interval import Table, evaluate, evaluate_cost, fit
+from mergec.runtime.protocols.interval import FINER_BITS, Table, evaluate, evaluate_cost, fit
 from mergec.runtime.protocols.local import ghost
 from mergec.runtime.protocols.opening import open_high
 from mergec.runtime.protocols.saturate import table_value
@@ -64,14 +64,14 @@ _ZERO_OR_ONE = Formula(added(conjunction(range(_DIGITS)), conjunction(range(_DIG
 class Octaves:
     """Adjacent tables, each for `step` octaves of V in [2**low, 2**(high + 1)) plus one of overlap.
 
-    mantissa_bits: fractional bits of a table's value, at most 28.
+    mantissa_bits: fractional bits of a table's value, at most 28. tables: from `level_tables`.
     """
 
     low: int
     high: int
     mantissa_bits: int
     step: int
-    table: Table
+    tables: tuple[Table, Table]
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= MAX_EXPONENT:
@@ -114,21 +114,28 @@ class Octaves:
         return places, first
 
 
-def level_table(function: Callable[[np.ndarray], np.ndarray], step: int) -> Table:
-    """Table of f(w) for w in [1, 2**(step + 1)), unit 2**-18, 16 windows per 1.0; |f| below 4."""
-    return fit(
-        lambda w: function(np.maximum(w, 0.9)),
-        unit_bits=_STEP_BITS + _LEAST,
-        start=0,
-        windows=2 ** (_LEAST + 1 + step),
-        step_bits=_STEP_BITS,
-        out_frac=_TABLE_FRAC,
-    )
+def level_tables(function: Callable[[np.ndarray], np.ndarray], step: int) -> tuple[Table, Table]:
+    """Tables of f(w) for w in [1, 2**(step + 1)), unit 2**-18; |f| below 4.
+
+    The first has 16 windows per 1.0. The second, for exact rounding, has 64 (`Function.fine`).
+    """
+
+    def table(finer: int) -> Table:
+        return fit(
+            lambda w: function(np.maximum(w, 0.9)),
+            unit_bits=_STEP_BITS + _LEAST,
+            start=0,
+            windows=2 ** (_LEAST + 1 + step + finer),
+            step_bits=_STEP_BITS - finer,
+            out_frac=_TABLE_FRAC,
+        )
+
+    return table(0), table(FINER_BITS)
 
 
 @cache
-def _power_table(exponent: float, factor: float) -> Table:
-    return level_table(lambda w: factor * w**exponent, round(-1 / exponent))
+def _power_tables(exponent: float, factor: float) -> tuple[Table, Table]:
+    return level_tables(lambda w: factor * w**exponent, round(-1 / exponent))
 
 
 @dataclass(frozen=True)
@@ -154,8 +161,8 @@ class Power:
         """The mantissa tables; the result's exponent decreases by one from level to level."""
         surplus = self.exponent * (self.low - self.v_frac) - self.first_exponent
         step = round(-1 / self.exponent)
-        table = _power_table(self.exponent, 2.0**surplus)
-        return Octaves(self.low, self.high, self.mantissa_bits, step, table)
+        tables = _power_tables(self.exponent, 2.0**surplus)
+        return Octaves(self.low, self.high, self.mantissa_bits, step, tables)
 
     @cached_property
     def first_exponent(self) -> int:
@@ -193,7 +200,8 @@ def find_octave(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     # `_positions` of the mask is needed only at the dealer.
     masks = _positions(mask, spec) if ctx.party == DEALER else mask
     shift = _NARROW_FRAC - spec.mantissa_bits
-    value = table_value(ctx, evaluate(ctx, _positions(opened, spec), masks, spec.table), shift)
+    found = evaluate(ctx, _positions(opened, spec), masks, spec.tables[ctx.exact])
+    value = table_value(ctx, found, shift)
     wide_mask = value.mask(ctx)
     value_mask = value.narrow(wide_mask).reshape(count, levels)
     mantissa = value.open(ctx, wide_mask, NARROW_OFFSET)
@@ -222,7 +230,7 @@ def find_octave_cost(spec: Octaves, count: int) -> Cost:
     """Cost of `find_octave` for `count` elements."""
     levels, size = spec.levels, spec.layout[1]
     words = 2 + (levels - 1) * _SHARED * _ZERO_OR_ONE.words
-    return evaluate_cost(count * levels, spec.table) + Cost(
+    return evaluate_cost(count * levels, spec.tables[0]) + Cost(
         rounds=2,
         online=(16 + 8 * levels + 2 * (levels - 1)) * count,
         offline=(size + 8 * words) * count,

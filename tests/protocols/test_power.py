@@ -13,7 +13,7 @@ from mergec.runtime.protocols.power import (
     Power,
     _choose_cpu,
     _positions,
-    level_table,
+    level_tables,
     power,
     power_cost,
 )
@@ -64,7 +64,7 @@ def test_beyond_the_octaves_nothing_is_larger_than_the_largest_result(spec: Powe
 
 
 @pytest.mark.parametrize(
-    "spec", [Octaves(0, 9, 16, 2, level_table(np.sqrt, 2)), Power(-1.0, 17, 16, 45).octaves]
+    "spec", [Octaves(0, 9, 16, 2, level_tables(np.sqrt, 2)), Power(-1.0, 17, 16, 45).octaves]
 )
 def test_positions_are_shifted_words(spec: Octaves) -> None:
     """Equal bit for bit; shifts up for the lowest levels and down for the others."""

@@ -1,0 +1,150 @@
+"""Who sees the bits that decide a rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Message, Protocol, Swap, ToClient, ToServer
+from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops.silu import SILU
+from mergec.runtime.ops.softmax import Softmax
+from mergec.runtime.protocols.normalize import RowNorm, normalize
+from mergec.runtime.protocols.opening import open_high
+from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.saturate import apply, function_input
+from mergec.runtime.protocols.squares import truncated_square
+from mergec.runtime.protocols.truncate import cut, truncate
+
+COUNT = 2**15
+LIMIT = 6.0
+"""Standard deviations. A thousand correlations with chance alone stay below."""
+
+
+class Client(Simulation):
+    """Keeps what the client sends and receives; of an opening to both, the sum."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.view: list[torch.Tensor] = []
+
+    def _deliver(self, client: Sequence[Message], server: Sequence[Message]) -> Any:
+        for mine, theirs in zip(client, server, strict=True):
+            if isinstance(mine, Swap):
+                self.view += [mine.payload, mine.payload + theirs.payload]
+            elif isinstance(mine, ToServer):
+                self.view.append(mine.payload)
+            elif isinstance(mine, ToClient):
+                self.view.append(theirs.payload)
+        return super()._deliver(client, server)
+
+
+def _strongest(view: Sequence[torch.Tensor], error: torch.Tensor) -> float:
+    """The largest correlation of the error with the low bits of a word, in standard deviations."""
+    error = error / error.std()
+    found = [0.0]
+    for words in view:
+        if words.numel() != error.numel():
+            continue
+        for bits in range(1, 8 * words.element_size()):
+            low = (words.reshape(-1).long() & ((1 << bits) - 1)).double()
+            if low.std() > 0:
+                coin = (low - low.mean()) / low.std()
+                found.append(float((coin * error).mean().abs()) * error.numel() ** 0.5)
+    return max(found)
+
+
+def _truncate(shift: int) -> Callable[[Context, Shared], Protocol]:
+    return lambda ctx, x: truncate(ctx, x.share, shift)
+
+
+def _softmax(ctx: Context, x: Shared) -> Protocol:
+    result: Shared = yield from Softmax.protocol(ctx, Shared(x.share.reshape(-1, 4), x.frac))
+    return result.share
+
+
+VALUE = 1.2345678
+ROW = ((VALUE,), -0.7, 0.2, 2.7654321)
+"""Repeated, so that each place has one value and many roundings."""
+
+CASES: dict[str, tuple[tuple[float, ...], int, Callable[[Context, Shared], Protocol]]] = {
+    "truncate by 1": ((VALUE,), 30, _truncate(1)),
+    "truncate by 16": ((VALUE,), 32, _truncate(16)),
+    "truncate by 31": ((VALUE,), 47, _truncate(31)),
+    "truncate by 40": ((VALUE,), 56, _truncate(40)),
+    "square": ((VALUE,), 40, lambda ctx, x: truncated_square(ctx, x.share, 22)),
+    "silu": ((VALUE,), 40, lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16)),
+    "relu": ((VALUE,), 40, lambda ctx, x: rectify(ctx, cut(ctx, x.share, 24))),
+    "norm": (
+        ROW,
+        40,
+        lambda ctx, x: normalize(ctx, x.share.reshape(-1, 4), RowNorm(4, 40, 1e-5, 16.0)),
+    ),
+    "softmax": (ROW, 40, _softmax),
+}
+
+
+def _strength(name: str, exact: bool) -> float:
+    row, frac, protocol = CASES[name]
+    simulation = Client(exact=exact)
+    shares = simulation.share(
+        torch.tensor(row, dtype=torch.float64).repeat(COUNT // len(row)), frac
+    )
+    results = simulation.run(lambda ctx, p: protocol(ctx, shares[p]))
+    result = (results[0] + results[1]).reshape(-1, len(row)).double()
+    error = (result - result.mean(0)).reshape(-1)
+    return _strongest([shares[CLIENT].share, *simulation.view], error)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_client_sees_nothing_that_decides_an_exact_rounding(name: str) -> None:
+    assert _strength(name, exact=True) < LIMIT
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"norm", "softmax"}))
+def test_public_roundings_depend_on_what_the_client_sees(name: str) -> None:
+    """So the test above can fail."""
+    assert _strength(name, exact=False) > 4 * LIMIT
+
+
+@pytest.mark.parametrize("hidden", [1, 8, 15, 16, 17, 31, 32, 33, 47, 62])
+def test_hidden_bits_do_not_reach_the_client(hidden: int) -> None:
+    simulation = Client(exact=True)
+    shares = simulation.share(torch.randn(1000, dtype=torch.float64), 16)
+
+    def protocol(ctx: Context, x: Shared) -> Protocol:
+        mask = ctx.mask(x.share.shape)
+        opened = yield from open_high(ctx, x.share, mask, hidden)
+        return opened, mask
+
+    (mine, client_mask), (theirs, server_mask), _ = simulation.run(
+        lambda ctx, p: protocol(ctx, shares[p])
+    )
+    assert torch.equal(mine, theirs)
+    opened = shares[0].share + shares[1].share + client_mask + server_mask
+    assert torch.equal(mine, opened >> hidden << hidden)
+    received = simulation.view[1:]
+    assert sum(part.element_size() for part in received) == (
+        4 if hidden >= 32 else 6 if hidden >= 16 else 8
+    )
+    low = received[-1].long() & ((1 << min(hidden % 32 or 32, 8 * received[-1].element_size())) - 1)
+    assert hidden >= 32 or not bool((received[-1].long() & ((1 << (hidden % 16)) - 1)).any()), low
+
+
+@pytest.mark.parametrize("shift", range(1, 62))
+def test_exact_rounding_is_up_or_down_and_right_on_average(shift: int) -> None:
+    generator = torch.Generator().manual_seed(shift)
+    x = torch.randint(-(2**61), 2**61, (4000,), generator=generator)
+    simulation = Simulation(exact=True)
+    shares = simulation.share(x, 0)
+    results = simulation.run(lambda ctx, p: truncate(ctx, shares[p].share, shift))
+    error = results[0] + results[1] - (x >> shift)
+    assert set(error.unique().tolist()) <= {0, 1}
+    fraction = (x & ((1 << shift) - 1)).double() * 2.0**-shift
+    assert abs(float((error.double() - fraction).mean())) < 6 * 0.5 / len(x) ** 0.5
