@@ -1,4 +1,4 @@
-"""Every preset, `weights`, `reveal`, `network` and `rounding`: traffic is as predicted and hides the prompt."""
+"""For every setting of a compile, traffic is as predicted and hides the prompt."""
 
 from __future__ import annotations
 

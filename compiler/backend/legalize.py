@@ -207,11 +207,12 @@ class _Legalizer:
 
         Rows scaled by a gain carry 48 fractional bits, for example, and a rotary embedding adds 16.
         """
-        largest = absmax(node)
-        if not op.local or not largest:
+        if not op.local:
             return False
+        largest = absmax(node)
+        most = _fitting(largest) if largest else SHARE_FRAC
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
-        return frac > 2 * self.fixed and frac > _fitting(largest)
+        return frac > 2 * self.fixed and frac > most
 
     def fits_products(self, node: fx.Node) -> bool:
         """Whether all products of a wire with weights can hold its fractional bits untruncated."""

@@ -70,7 +70,7 @@ def _softmax(ctx: Context, x: Shared) -> Protocol:
 
 
 VALUE = 1.2345678
-ROW = ((VALUE,), -0.7, 0.2, 2.7654321)
+ROW = (VALUE, -0.7, 0.2, 2.7654321)
 """Repeated, so that each place has one value and many roundings."""
 
 CASES: dict[str, tuple[tuple[float, ...], int, Callable[[Context, Shared], Protocol]]] = {
@@ -93,9 +93,8 @@ CASES: dict[str, tuple[tuple[float, ...], int, Callable[[Context, Shared], Proto
 def _strength(name: str, exact: bool) -> float:
     row, frac, protocol = CASES[name]
     simulation = Client(exact=exact)
-    shares = simulation.share(
-        torch.tensor(row, dtype=torch.float64).repeat(COUNT // len(row)), frac
-    )
+    values = torch.tensor(row, dtype=torch.float64).repeat(COUNT // len(row))
+    shares = simulation.share(values, frac)
     results = simulation.run(lambda ctx, p: protocol(ctx, shares[p]))
     result = (results[0] + results[1]).reshape(-1, len(row)).double()
     error = (result - result.mean(0)).reshape(-1)
