@@ -34,7 +34,7 @@ from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vect
 from mergec.runtime.kernels.compiled import compiled
 
 FINER_BITS = 2
-"""Tables for exact rounding have windows of 2**-2 of the size, and 2**-8 of the error."""
+"""Tables for exact rounding have windows of 2**-2 of the size."""
 
 _DEGREE = 3
 _WORDS = _DEGREE + 1

@@ -55,7 +55,7 @@ class Function:
 
     fine: the table for exact rounding. Which of two adjacent windows serves an input depends on
     bits that the client sees, and so does the small error of its cubic. On windows of a quarter of
-    the size that error is 256 times smaller.
+    the size that error is about a hundred times smaller.
     """
 
     table: Table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +14,18 @@ from mergec.runtime.core.messages import Message, Protocol, Swap, ToClient, ToSe
 from mergec.runtime.core.spec import CLIENT
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.ops.exp import EXP
+from mergec.runtime.ops.gelu import GELU, GELU_TANH
+from mergec.runtime.ops.quick_gelu import QUICK_GELU
+from mergec.runtime.ops.sigmoid import SIGMOID
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.softmax import Softmax
+from mergec.runtime.ops.tanh import TANH
+from mergec.runtime.protocols.interval import Table
 from mergec.runtime.protocols.normalize import RowNorm, normalize
 from mergec.runtime.protocols.opening import open_high
 from mergec.runtime.protocols.rectify import rectify
-from mergec.runtime.protocols.saturate import apply, function_input
+from mergec.runtime.protocols.saturate import Function, apply, function_input
 from mergec.runtime.protocols.squares import truncated_square
 from mergec.runtime.protocols.truncate import cut, truncate
 
@@ -147,3 +154,19 @@ def test_exact_rounding_is_up_or_down_and_right_on_average(shift: int) -> None:
     assert set(error.unique().tolist()) <= {0, 1}
     fraction = (x & ((1 << shift) - 1)).double() * 2.0**-shift
     assert abs(float((error.double() - fraction).mean())) < 6 * 0.5 / len(x) ** 0.5
+
+
+def _gap(table: Table) -> float:
+    """How far the cubics of two adjacent windows are apart where either may serve an input."""
+    size = 2 ** (table.step_bits - table.drop)
+    place = np.arange(0, size, size // 64)[:, None]
+    powers = np.stack([(place - start) ** k for start in (0, size) for k in range(4)])
+    scaled = table.coefficients[: table.windows - 1] * 2.0**-table.out_frac
+    here = np.einsum("wk,kp->wp", scaled[:-1], powers[:4, :, 0])
+    there = np.einsum("wk,kp->wp", scaled[1:], powers[4:, :, 0])
+    return float(np.abs(here - there).max())
+
+
+@pytest.mark.parametrize("function", [SILU, GELU, GELU_TANH, QUICK_GELU, SIGMOID, TANH, EXP])
+def test_finer_tables_depend_far_less_on_the_window_that_serves(function: Function) -> None:
+    assert _gap(function.fine) < _gap(function.table) / 60
