@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.bundle import load_bundle
@@ -244,7 +245,8 @@ class Alone(Parent):
         for packet in self._line:
             theirs.send(packet)
         self.kept.append(theirs)
-        return {"seeds": self._claimed[: 1 if message["role"] == "client" else 2]}, [ours.detach()]
+        seeds = self._claimed[: 1 if message["role"] == "client" else 2]
+        return {"seeds": seeds, "salt": new_salt().hex()}, [ours.detach()]
 
     def close(self) -> None:
         for end in self.kept:

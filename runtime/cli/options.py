@@ -201,13 +201,22 @@ class SessionOptions(ClientOptions):
         if self.store is None:
             return None
         from mergec.runtime.session.stores.folder import stores_below
-        from mergec.runtime.session.stores.format import read_key
+        from mergec.runtime.session.stores.format import StoreError, read_key
         from mergec.runtime.session.stores.reader import Store
 
         secret = read_key(self.store_key)
-        found = [Store.open(inner, secret) for inner in stores_below(self.store)]
-        usable = [store for store in found if store.left()]
-        return usable[0] if usable else (found[0] if found else Store.open(self.store, secret))
+        found: list[Store] = []
+        reasons: list[StoreError] = []
+        for place in stores_below(self.store):
+            try:
+                found.append(Store.open(place, secret))
+                if found[-1].left():
+                    return found[-1]
+            except StoreError as error:  # of another version, say, or restored from a backup
+                reasons.append(error)
+        if reasons:
+            raise reasons[0]
+        return found[0] if found else Store.open(self.store, secret)
 
 
 @dataclass(frozen=True, kw_only=True)

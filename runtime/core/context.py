@@ -20,7 +20,7 @@ import torch
 
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
-from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Keys
+from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import Prg, derive, new_seed
 
 NUMPY: dict[torch.dtype, np.dtype[Any]] = {
@@ -47,15 +47,30 @@ class ByteSource(Interface):
     def read(self, nbytes: int) -> torch.Tensor: ...
 
 
+def constant_seed_of(seed: bytes) -> bytes:
+    """Seed of `Context.constant_words` in a session in which the client has this seed."""
+    return derive(seed, "constants")
+
+
 class Context(ABC):
-    """One party's side of a session. `fixed`: number of fractional bits of the program."""
+    """One party's side of a session.
+
+    fixed: number of fractional bits of the program. salt: the session's public salt, the same at
+    all roles (`correlations.dpf`); empty in simulations.
+    """
 
     party: int
 
     def __init__(
-        self, device: str = "cpu", fixed: int = FRACTIONAL_BITS, exact: bool = False
+        self,
+        device: str = "cpu",
+        fixed: int = FRACTIONAL_BITS,
+        *,
+        salt: bytes = b"",
+        exact: bool = False,
     ) -> None:
         self.device = torch.device(device)
+        self._salt = salt
         self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
         self.exact = exact
@@ -144,6 +159,10 @@ class Context(ABC):
         twice their size) and expand their own roots from their seeds.
         """
 
+    def point_functions(self, blocks: int) -> Generator:
+        """The generator of this session's point functions, with `blocks` blocks per leaf."""
+        return Generator(blocks, self._salt)
+
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         """XOR shares of the uint8 tensor that `secret` returns; meta at the dealer."""
         return self.deal(shape, secret, torch.uint8)
@@ -173,9 +192,11 @@ class _PartyContext(Context):
         corrections: ByteSource,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        *,
+        salt: bytes = b"",
         exact: bool = False,
     ) -> None:
-        super().__init__(device, fixed, exact)
+        super().__init__(device, fixed, salt=salt, exact=exact)
         self._prg = Prg(derive(seed, "shares"))
         self._corrections = corrections
 
@@ -203,10 +224,14 @@ class ClientContext(_PartyContext):
         corrections: ByteSource,
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
+        *,
+        salt: bytes = b"",
         exact: bool = False,
+        constant_seed: bytes | None = None,
     ) -> None:
-        super().__init__(seed, corrections, device, fixed, exact)
-        self.constant_seed = derive(seed, "constants")
+        """constant_seed: seed of `constant_words`; default: `constant_seed_of(seed)`."""
+        super().__init__(seed, corrections, device, fixed, salt=salt, exact=exact)
+        self.constant_seed = constant_seed or constant_seed_of(seed)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
@@ -235,10 +260,12 @@ class ServerContext(_PartyContext):
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
         weight_seed: bytes | None = None,
+        *,
+        salt: bytes = b"",
         exact: bool = False,
     ) -> None:
         """weight_seed: seed of the static masks of weights; default: `seed`."""
-        super().__init__(seed, corrections, device, fixed, exact)
+        super().__init__(seed, corrections, device, fixed, salt=salt, exact=exact)
         self._weight_seed = weight_seed or seed
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
@@ -273,16 +300,18 @@ class DealerContext(Context):
         fixed: int = FRACTIONAL_BITS,
         own_seed: bytes | None = None,
         weight_seed: bytes | None = None,
+        *,
+        salt: bytes = b"",
         exact: bool = False,
     ) -> None:
         """own_seed: seed of `private_words`; default: a fresh one.
 
         weight_seed: seed of the static masks of weights; default: the server's seed.
         """
-        super().__init__(device, fixed, exact)
+        super().__init__(device, fixed, salt=salt, exact=exact)
         self._own = Prg(own_seed or new_seed())
         self._weight_seed = weight_seed or server_seed
-        self.constant_seed = derive(client_seed, "constants")
+        self.constant_seed = constant_seed_of(client_seed)
         self._client = Prg(derive(client_seed, "shares"))
         self._server = Prg(derive(server_seed, "shares"))
         self._to_client, self._to_server = to_client, to_server

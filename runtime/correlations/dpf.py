@@ -14,19 +14,29 @@ other party's node on the path, a pseudorandom value that the party does not kno
 words are indistinguishable from uniform, whatever the place and the value are. A key is made of
 fresh roots and evaluated once.
 
-The generator is G_i(s) = AES_i(s) xor s with fixed public keys, one for each output block, as in
-Wang et al., "Splinter" (NSDI 2017). Roots have 124 bits, as the two lowest bits of both words are
-cleared. In the ideal cipher model, q evaluations of AES distinguish one of N seeds from random with
-probability at most q N / 2**124.
+The generator is G_i(s) = AES_i(s) xor s with public keys, one for each output block, as in Wang et
+al., "Splinter" (NSDI 2017). There the keys are fixed for all time, so an attacker may compute one
+table and hold it against the seeds of every session there ever was. Here they are the hash of a
+salt, which the dealer draws for each session and tells both parties. An evaluation of AES then says
+something about the seeds of one session only, and none can be made before the session. Roots have
+124 bits, as the two lowest bits of both words are cleared. In the ideal cipher model, q evaluations
+of AES under the keys of a session distinguish one of its N seeds from random with probability at
+most q N / 2**124.
+
+The dealer alone draws the salt. The generator protects each party from the other, and neither of
+them can choose a salt that it has prepared for. The dealer knows all roots anyway, and gains
+nothing from a salt of its choice. If it told the parties different salts, results would be wrong,
+as they are whenever it deals wrongly.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -42,6 +52,12 @@ BLOCK_WORDS = 2
 
 LEAF_BITS = 64 * BLOCK_WORDS
 """Table bits that one leaf holds."""
+
+SALT_BYTES = 16
+"""Bytes of a session's salt: two sessions have the same with negligible probability."""
+
+_KEPT_KEYS = 64
+"""Round keys of that many generators are kept. A role uses a few of one session."""
 
 _LOW = np.uint64(3)
 """The two lowest bits of a seed are zero; in a child they are the control bits, left and right.
@@ -65,33 +81,40 @@ class Keys:
     corrections: np.ndarray
 
 
+def new_salt() -> bytes:
+    """A fresh salt for a session's generators. It is public."""
+    return secrets.token_bytes(SALT_BYTES)
+
+
 class _Ciphers(threading.local):
-    """The library's ciphers by name, created once per thread, as threads must not share one."""
+    """The library's ciphers by key, created once per thread, as threads must not share one."""
 
     def __init__(self) -> None:
-        self._made: dict[str, CipherContext] = {}
+        self.of = lru_cache(_KEPT_KEYS)(_cipher)
 
-    def __getitem__(self, name: str) -> CipherContext:
-        if name not in self._made:
-            cipher = Cipher(algorithms.AES(_fixed_key(name)), modes.ECB())
-            self._made[name] = cipher.encryptor()
-        return self._made[name]
+
+def _cipher(key: bytes) -> CipherContext:
+    return Cipher(algorithms.AES(key), modes.ECB()).encryptor()
 
 
 _CIPHERS = _Ciphers()
 
 
 class Generator:
-    """AES under fixed keys: the two children of a seed, and `blocks` blocks of a leaf's value."""
+    """AES under a salt's keys: the two children of a seed, and `blocks` blocks of a leaf's value.
 
-    def __init__(self, blocks: int) -> None:
-        self._names = ["left", "right", *(f"value {i}" for i in range(blocks))]
+    salt: the session's, public; empty in simulations.
+    """
+
+    def __init__(self, blocks: int, salt: bytes = b"") -> None:
+        names = ["left", "right", *(f"value {i}" for i in range(blocks))]
+        self._keys = tuple(_key(name, salt) for name in names)
         self.blocks = blocks
 
     @property
     def round_keys(self) -> np.ndarray:
         """Round keys of the same ciphers, for `runtime.kernels.aes`."""
-        return _round_keys(tuple(self._names))
+        return _round_keys(self._keys)
 
     def children(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AES of seeds [..., 2] under the left and the right key; the caller XORs the seeds."""
@@ -104,18 +127,20 @@ class Generator:
     def _encrypt(self, key: int, seeds: np.ndarray) -> np.ndarray:
         # update_into needs room for one cipher block more than it writes.
         out = np.empty(seeds.size + BLOCK_WORDS, np.uint64)
-        _CIPHERS[self._names[key]].update_into(seeds.data.cast("B"), out.view(np.uint8).data)
+        _CIPHERS.of(self._keys[key]).update_into(seeds.data.cast("B"), out.view(np.uint8).data)
         return out[: seeds.size].reshape(seeds.shape)
 
 
-@cache
-def _fixed_key(name: str) -> bytes:
-    return hashlib.blake2b(f"mergec point function: {name}".encode(), digest_size=16).digest()
+@lru_cache(_KEPT_KEYS)
+def _key(name: str, salt: bytes) -> bytes:
+    """The public AES key of a name: the hash of both, keyed by the salt."""
+    text = f"mergec point function: {name}".encode()
+    return hashlib.blake2b(text, key=salt, digest_size=16).digest()
 
 
-@cache
-def _round_keys(names: tuple[str, ...]) -> np.ndarray:
-    return expand_keys([_fixed_key(name) for name in names])
+@lru_cache(_KEPT_KEYS)
+def _round_keys(keys: tuple[bytes, ...]) -> np.ndarray:
+    return expand_keys(list(keys))
 
 
 def key_words(depth: int, last: int) -> int:

@@ -34,6 +34,7 @@ class Dealt:
 
     party: int
     keys: Keys | None
+    generator: Generator
 
 
 class Halves:
@@ -54,12 +55,14 @@ class Halves:
     def deal(self, ctx: Context, count: int, mask: Callable[[], torch.Tensor]) -> Dealt:
         """Keys of the masks [count], modulo 2**width; `mask` is called by the dealer only."""
 
+        generator = ctx.point_functions(1)
+
         def correct(roots: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
             index = mask().cpu().long().numpy() & (2**self.width - 1)
-            return sharing_bits(index, self._depth, Generator(1))(roots)
+            return sharing_bits(index, self._depth, generator)(roots)
 
         keys = ctx.deal_keys(count, key_words(self._depth, BLOCK_WORDS), correct)
-        return Dealt(ctx.party, keys)
+        return Dealt(ctx.party, keys, generator)
 
     def look_up(self, points: torch.Tensor, dealt: Dealt) -> torch.Tensor:
         """XOR shares of the top bit of v - r for points v [T, n]: uint8 [T, n]."""
@@ -68,7 +71,7 @@ class Halves:
         values = points.cpu().numpy()
         places = np.empty((values.shape[1], 2 * len(values)), np.int64)
         _find_places(values, self.width, places)
-        found = parities(dealt.keys, places, self._depth, dealt.party, Generator(1))
+        found = parities(dealt.keys, places, self._depth, dealt.party, dealt.generator)
         out = torch.empty(points.shape, dtype=torch.uint8)
         _join(found, places, dealt.party == CLIENT, out.numpy())
         return out.to(points.device)

@@ -97,7 +97,7 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
     computationally indistinguishable from uniform, whatever r is.
     """
     count, depth = opened.numel(), _depth(table)
-    generator = Generator(_BLOCKS)
+    generator = ctx.point_functions(_BLOCKS)
     keys = ctx.deal_keys(
         count,
         key_words(depth, _WORDS),

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mergec.runtime.core.context import ByteSource, ClientContext
+from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
 from mergec.runtime.core.errors import LimitError, MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
+from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.encoding import is_a
@@ -24,17 +25,19 @@ from mergec.runtime.session.handshake import (
     SESSION,
     STORED,
     TIMEOUT,
+    Origin,
     greet,
     join_dealer,
     read_token,
 )
 from mergec.runtime.session.hello import Hello
-from mergec.runtime.session.requests import Plan, whole, write_step
+from mergec.runtime.session.requests import Plan, Schedule, whole, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, StepReport, measured
 from mergec.runtime.session.stores.format import Header, StoreError, is_store
+from mergec.runtime.session.stores.journal import Head, tag_of
 from mergec.runtime.session.stores.kept import Kept, is_name
-from mergec.runtime.session.stores.reader import NoCorrections, Store
+from mergec.runtime.session.stores.reader import NoCorrections, Store, differing
 from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
@@ -92,6 +95,7 @@ class Connection:
         self._on_wait = on_wait
         self._keep = keep
         self._masks: object = None
+        self._tag = b""
         self._channels: list[Channel] = []
         self._session: MergecSession | None = None
         self._busy = threading.Lock()
@@ -135,14 +139,24 @@ class Connection:
                 raise StoreError(
                     f"{store.folder}: is for another program; run `mergec prepare` again"
                 )
-            wanted = {"purpose": STORED, "store": store.header.store, "plan": store.header.common}
+            store.hold()
+            wanted = {
+                "purpose": STORED,
+                "store": store.header.store,
+                "plan": store.header.common,
+                **store.journal().fields(),
+            }
         channel, token = self._admitted(hello, wanted)
+        self._tag = tag_of(token)
         if store is not None:
-            return self._set_up(channel, self._context(store.seed, NoCorrections()))
-        dealer, seed = self._join(hello, token)
+            # Masks that the setup drew would be the same in each session from this store.
+            fresh = Origin(new_seed(), store.salt)
+            constants = {"constant_seed": store.static}
+            return self._set_up(channel, self._context(fresh, NoCorrections(), **constants))
+        dealer, origin = self._join(hello, token)
         blocks = ChannelBlockReader(dealer, IDLE_TIMEOUT)
         source = DealerReceiver(blocks, timeout=self._timeout)
-        return self._set_up(channel, self._context(seed, source))
+        return self._set_up(channel, self._context(origin, source))
 
     def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
         """Receive the masked weights, or load those kept if the server reuses its masks."""
@@ -159,8 +173,11 @@ class Connection:
             here.save(executor.hidden_weights())
         return session
 
-    def _context(self, seed: bytes, source: ByteSource) -> ClientContext:
-        return ClientContext(seed, source, self._device, **self.program.manifest.arithmetic)
+    def _context(self, origin: Origin, source: ByteSource, **more: bytes) -> ClientContext:
+        arithmetic = self.program.manifest.arithmetic
+        return ClientContext(
+            origin.seed, source, self._device, salt=origin.salt, **arithmetic, **more
+        )
 
     def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
         """Connect to the server and wait for a session; returns its secret name, too."""
@@ -176,17 +193,21 @@ class Connection:
                 self._on_wait(fields["position"])
         self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
         self._masks = fields.get("masks")
+        if self._store is not None:
+            mine, theirs = self._store.journal().head, Head.read(fields.get("head"), channel.peer)
+            if mine != theirs:
+                raise PartyError(differing(self._store.header.store, mine, theirs))
         return channel, read_token(fields, channel.peer)
 
-    def _join(self, hello: Hello, token: str) -> tuple[Channel, bytes]:
-        """Connect to the dealer; returns this party's seed, too."""
+    def _join(self, hello: Hello, token: str) -> tuple[Channel, Origin]:
+        """Connect to the dealer; returns where this party's randomness comes from, too."""
         if self._dealer is None:
             raise MergecError("no dealer was given; give a dealer or a store")
-        dealer, seed = join_dealer(
+        dealer, origin = join_dealer(
             self._dealer, hello, self._security, token, self._timeout, self._join_timeout
         )
         self._channels.append(dealer)
-        return dealer, seed
+        return dealer, origin
 
     def prepare(
         self,
@@ -206,15 +227,23 @@ class Connection:
         hello = Hello.of(ROLES[CLIENT], self.program.manifest)
         try:
             channel, token = self._admitted(hello, {"purpose": PREPARE})
-            dealer, seed = self._join(hello, token)
+            dealer, origin = self._join(hello, token)
             for other in self._channels:
                 other.send_json(Kind.PLAN, **plan.fields())
             store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
             if not isinstance(store, str) or not is_store(store):
                 raise PartyError("the server does not name its store; run `mergec prepare` again")
-            program = self.program.manifest.program_hash
-            header = Header(store, ROLES[CLIENT], program, plan.answers, plan.prompt, plan.tokens)
-            with StoreWriter(root, header, key, seed) as writer:
+            header = Header(
+                store,
+                ROLES[CLIENT],
+                self.program.manifest.program_hash,
+                plan.answers,
+                plan.prompt,
+                plan.tokens,
+                origin.salt.hex(),
+            )
+            static = constant_seed_of(origin.seed)
+            with StoreWriter(root, header, key, origin.seed, static) as writer:
                 for done in range(1, plan.answers + 1):
                     while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
                         writer.write(received[1])
@@ -278,9 +307,11 @@ class Connection:
                 raise PromptError(
                     "stored randomness does not support top-k; leave it out, or use the dealer"
                 )
-            first = self._begin(session, channels[0], len(ids), max_tokens)
+            first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
 
             def announce(new: int, past: int) -> None:
+                if schedule is not None:
+                    schedule.check(new, past, draw, ROLES[CLIENT])
                 for channel in channels:
                     channel.send(Kind.STEP, write_step(new, past, draw))
 
@@ -297,12 +328,17 @@ class Connection:
         finally:
             self._busy.release()
 
-    def _begin(self, session: MergecSession, channel: Channel, length: int, tokens: int) -> int:
-        """Request an answer; returns how many prompt tokens its first step takes (0: all)."""
+    def _begin(
+        self, session: MergecSession, channel: Channel, length: int, tokens: int
+    ) -> tuple[int, Schedule | None]:
+        """Request an answer; returns how many prompt tokens its first step takes (0: all).
+
+        For an answer from a store, also returns the steps that it was dealt for.
+        """
         try:
             if self._store is None:
                 self._ask(channel, length=length, tokens=tokens)
-                return 0
+                return 0, None
             header = self._store.header
             room = header.tokens - (length - header.prompt) + 1
             if length < header.prompt or tokens > room:
@@ -311,13 +347,14 @@ class Connection:
                     f"room for {max(room, 0)} more after this one of {length}; prepare another "
                     "store, or use the dealer"
                 )
-            for answer in self._store.left():
-                accepted = self._ask(channel, length=length, tokens=tokens, answer=answer)
-                session.use(self._context(*self._store.take(answer)))
-                if accepted:
-                    return header.prompt
-                # The server has used it, before a crash kept the client from noting that.
-            raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
+            if not self._store.left():
+                raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
+            self._ask(channel, length=length, tokens=tokens)
+            # This party first: see `Store` for what a crash between the two leaves.
+            head, seed, corrections = self._store.take(self._tag)
+            channel.send_json(Kind.TAKEN, **head.fields())
+            session.use(self._context(Origin(seed, self._store.salt), corrections))
+            return header.prompt, Plan(1, header.prompt, header.tokens).schedule()
         except MergecError as error:
             if not isinstance(error, PromptError):
                 self._abandon(error)
@@ -326,18 +363,15 @@ class Connection:
             self._abandon(error)
             raise
 
-    def _ask(self, channel: Channel, **wanted: int) -> bool:
-        """Whether the server accepts; it does not if it has used this stored answer before."""
+    def _ask(self, channel: Channel, **wanted: int) -> None:
+        """Ask for an answer; raises PromptError if the server refuses it."""
         channel.send_json(Kind.BEGIN, **wanted)
         kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
-        if kind is Kind.REFUSED and fields.get("used") is True and "answer" in wanted:
-            return False
         if kind is Kind.REFUSED:
             reason = printable(str(fields.get("reason", "")))
             told = f"the server refuses this prompt: {reason}"
             wait = fields.get("wait")
             raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
-        return True
 
     def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
         """Pass tokens on. Stopping within a step ends the session; between steps it does not."""
@@ -375,7 +409,7 @@ class Connection:
     def _forget(self) -> None:
         self._channels, self._session = [], None
         if self._store is not None:
-            self._store.close()
+            self._store.release()
 
 
 def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:

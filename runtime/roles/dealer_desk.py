@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergec.runtime.core.spec import ROLES, SERVER
+from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.roles.observe import Metrics
 from mergec.runtime.roles.service import Desk, Worker
@@ -20,12 +21,13 @@ class _Pending:
     first: Worker
     role: str
     seeds: tuple[str, str]
+    salt: str
     line: socket.socket
     since: float
 
 
 class DealerDesk(Desk):
-    """Gives the processes of a session's two parties the seeds, and a line to each other."""
+    """Gives the processes of a session's two parties seeds, a salt, and a line to each other."""
 
     def __init__(self, sessions: int, metrics: Metrics, wait: float) -> None:
         """`wait`: seconds within which a session's second party must join."""
@@ -52,24 +54,24 @@ class DealerDesk(Desk):
                 worker.tell({"refused": f"it is busy with {self._sessions} sessions"})
                 return
             # Seeds are fresh for every pair, so a name that is used again repeats no mask.
-            seeds = new_seed().hex(), new_seed().hex()
+            seeds, salt = (new_seed().hex(), new_seed().hex()), new_salt().hex()
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._pending[token] = _Pending(worker, role, seeds, theirs, time.monotonic())
-            self._answer(worker, role, seeds, mine)
+            self._pending[token] = _Pending(worker, role, seeds, salt, theirs, time.monotonic())
+            self._answer(worker, role, seeds, salt, mine)
         elif found.role == role:
             worker.tell({"refused": f"another {role} has joined this session"})
         else:
             del self._pending[token]
-            self._answer(worker, role, found.seeds, found.line)
+            self._answer(worker, role, found.seeds, found.salt, found.line)
 
     def _answer(
-        self, worker: Worker, role: str, seeds: tuple[str, str], line: socket.socket
+        self, worker: Worker, role: str, seeds: tuple[str, str], salt: str, line: socket.socket
     ) -> None:
         if role == ROLES[SERVER]:
             self._servers.add(worker.pid)
             self._running.set(len(self._servers))
         shown = seeds if role == ROLES[SERVER] else seeds[:1]
-        worker.tell({"seeds": shown}, (line.fileno(),))
+        worker.tell({"seeds": shown, "salt": salt}, (line.fileno(),))
         line.close()
 
     def left(self, worker: Worker) -> None:

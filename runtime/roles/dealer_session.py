@@ -21,7 +21,7 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.settings import DealerSettings
 from mergec.runtime.roles.worker import Parent, played
-from mergec.runtime.session.handshake import be_greeted, read_masks, read_token
+from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, read_token
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.requests import Plan, read_step
 from mergec.runtime.session.steps import MergecSession, measured
@@ -80,13 +80,13 @@ class DealerSession:
             raise PartyError(answer["refused"])
         self._line = socket.socket(fileno=descriptors[0])
         self._line.settimeout(settings.timeout)
-        seeds = [bytes.fromhex(seed) for seed in answer["seeds"]]
+        salt = bytes.fromhex(answer["salt"])
+        seeds = [Origin(bytes.fromhex(seed), salt) for seed in answer["seeds"]]
         self._log.info("session joined")
+        channel.send(Kind.SEED, seeds[-1].encode())
         if channel.peer == ROLES[CLIENT]:
-            channel.send(Kind.SEED, seeds[0])
             self._relay(channel, self._line)
         else:
-            channel.send(Kind.SEED, seeds[1])
             self._deal(channel, self._line, seeds[0], seeds[1], read_masks(fields, channel.peer))
         self._log.info("session ended")
 
@@ -127,33 +127,40 @@ class DealerSession:
         self,
         channel: Channel,
         line: socket.socket,
-        client: bytes,
-        server: bytes,
+        client: Origin,
+        server: Origin,
         masks: bytes | None,
     ) -> None:
-        arithmetic = self._program.manifest.arithmetic
+        more = {**self._program.manifest.arithmetic, "salt": client.salt}
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client, server, *streams, weight_seed=masks, **arithmetic)
+        context = DealerContext(client.seed, server.seed, *streams, weight_seed=masks, **more)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
         limit = self._program.manifest.max_length
+        planned = False
         while True:
             kind, payload = self._agreed(channel, line)
             if kind is Kind.END:
                 return
             if kind is Kind.PLAN:
                 plan = Plan.read(channel.object(payload), limit, channel.peer)
+                if planned:
+                    # The seeds of answers follow from the session's: they would be dealt again.
+                    raise PartyError("a session deals for one plan; start another session")
+                planned = True
                 if context.offline_bytes:
                     raise PartyError("this program needs the dealer at the start of each session")
-                if session.program.resends:
-                    # How many hidden states the last step takes is known only at that step.
+                if session.program.resends or not session.cached:
+                    # What the last step takes is known only at that step: the number of hidden
+                    # states, or all tokens again.
                     raise PartyError(
                         "answers of this program cannot be precomputed; use the dealer"
                     )
                 for answer in range(plan.answers):
-                    own = derive(client, f"answer {answer}"), derive(server, f"answer {answer}")
-                    session.use(DealerContext(*own, *streams, **arithmetic))
+                    own = f"answer {answer}"
+                    seeds = derive(client.seed, own), derive(server.seed, own)
+                    session.use(DealerContext(*seeds, *streams, **more))
                     for new, past in plan.steps():
                         self._parent.check()
                         self._step(session, streams, new, past)

@@ -17,6 +17,7 @@ import torch
 from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
+from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
@@ -35,15 +36,16 @@ class InProcessSession:
     ) -> None:
         """seeds: the client's and the server's, to repeat a session word for word; else fresh."""
         client_seed, server_seed = seeds or (new_seed(), new_seed())
+        salt = new_salt()
         self._links = link_pair(timeout=600.0)
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]
         sources = [source for _, source in streams]
-        arithmetic = programs[ROLES[CLIENT]].manifest.arithmetic
+        more = {**programs[ROLES[CLIENT]].manifest.arithmetic, "salt": salt}
         contexts: dict[int, Context] = {
-            CLIENT: ClientContext(client_seed, sources[CLIENT], device, **arithmetic),
-            SERVER: ServerContext(server_seed, sources[SERVER], device, **arithmetic),
-            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **arithmetic),
+            CLIENT: ClientContext(client_seed, sources[CLIENT], device, **more),
+            SERVER: ServerContext(server_seed, sources[SERVER], device, **more),
+            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
         }
         self.executors = {
             party: Executor(

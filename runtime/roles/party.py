@@ -26,11 +26,12 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import DEBUG, MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
-from mergec.runtime.correlations.prg import SEED_BYTES, new_seed
+from mergec.runtime.correlations.dpf import new_salt
+from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt, generate
-from mergec.runtime.session.handshake import IDLE_TIMEOUT
+from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.requests import read_step, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
@@ -129,11 +130,12 @@ def deal(
     from mergec.runtime.engine.executor import Executor
 
     client_seed, server_seed = seeds or (new_seed(), new_seed())
+    salt = new_salt()
     for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
-        channels[party].send(Kind.SEED, seed)
+        channels[party].send(Kind.SEED, Origin(seed, salt).encode())
     client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
-    arithmetic = program.manifest.arithmetic
-    context = DealerContext(client_seed, server_seed, client, server, device, **arithmetic)
+    more = {**program.manifest.arithmetic, "salt": salt}
+    context = DealerContext(client_seed, server_seed, client, server, device, **more)
     return Executor(program, context, None), (client, server)
 
 
@@ -149,10 +151,10 @@ def compute(
     from mergec.runtime.engine.weights import take_weights
 
     dealer = channels[DEALER]
-    seed = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES))
+    seed, salt = receive_origin(dealer)
     source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
     kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
-    context = kind(seed, source, device, **program.manifest.arithmetic)
+    context = kind(seed, source, device, salt=salt, **program.manifest.arithmetic)
     return Executor(program, context, link, take_weights(program)), source
 
 

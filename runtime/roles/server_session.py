@@ -20,6 +20,7 @@ from mergec.runtime.core.context import ByteSource, ServerContext
 from mergec.runtime.core.errors import PartyError, PeerEndedError
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
+from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.settings import ServerSettings
@@ -28,16 +29,18 @@ from mergec.runtime.session.handshake import (
     PREPARE,
     SESSION,
     STORED,
+    Origin,
     be_greeted,
     join_dealer,
 )
 from mergec.runtime.session.hello import Hello
-from mergec.runtime.session.requests import Plan, read_step, whole
+from mergec.runtime.session.requests import Plan, Schedule, read_step, whole
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
+from mergec.runtime.session.stores.journal import Head, read_tag, tag_of
 from mergec.runtime.session.stores.kept import mask_seed, name_of
-from mergec.runtime.session.stores.reader import NoCorrections, Store
+from mergec.runtime.session.stores.reader import NoCorrections, Store, differing
 from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from mergec.runtime.transport.connect import accept
@@ -99,13 +102,18 @@ class ServerSession:
         self._log = self._log.bind(session=token[:8])
         self._log.info("session began", purpose=str(purpose))
         masks = self._masks(purpose, store, channel.name)
-        offered = {"masks": name_of(masks)} if masks else {}
+        offered: dict[str, Any] = {"masks": name_of(masks)} if masks else {}
+        if store is not None:
+            offered["head"] = store.journal().head.fields()
         channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits), **offered)
         self._parent.idle = False
         if store is not None:
-            self._serve_stored(store, channel, masks)
+            self._serve_stored(store, channel, masks, tag_of(token))
         elif purpose == PREPARE:
-            self._prepare(channel, self._join(hello, token))
+            # All answers share the static masks, so these have a seed that nothing else follows
+            # from.
+            static = new_seed()
+            self._prepare(channel, self._join(hello, token, masks=static.hex()), static)
         elif purpose == SESSION:
             told = {"masks": masks.hex()} if masks else {}
             self._serve_dealt(channel, self._join(hello, token, **told), masks)
@@ -119,17 +127,17 @@ class ServerSession:
         if any(spec.vis is Vis.SHARED for spec in self._program.constants):
             return None
         if store is not None:
-            return store.seed
+            return store.static
         if purpose != SESSION or not self._settings.store_key:
             return None
         program = self._program.manifest.program_hash
         return mask_seed(self._settings.store_key, program, client, self._digest)
 
-    def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, bytes]:
+    def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, Origin]:
         settings = self._settings
         if settings.dealer is None:
             raise PartyError("this server has no dealer; use stored randomness")
-        dealer, seed = join_dealer(
+        dealer, origin = join_dealer(
             settings.dealer,
             hello,
             settings.security,
@@ -139,16 +147,16 @@ class ServerSession:
             **told,
         )
         self._dealer = dealer
-        return dealer, seed
+        return dealer, origin
 
     def _serve_dealt(
-        self, channel: Channel, joined: tuple[Channel, bytes], masks: bytes | None
+        self, channel: Channel, joined: tuple[Channel, Origin], masks: bytes | None
     ) -> None:
         """Serve a session whose randomness the dealer deals step by step."""
-        dealer, seed = joined
+        dealer, origin = joined
         blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
         source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
-        session = self._begin(channel, self._context(seed, source, masks), masks)
+        session = self._begin(channel, self._context(origin, source, masks), masks)
 
         def watch() -> None:
             if source.ended:
@@ -158,21 +166,33 @@ class ServerSession:
         dealer.send(Kind.END)
         dealer.close()
 
-    def _serve_stored(self, store: Store, channel: Channel, masks: bytes | None) -> None:
-        """Serve a session whose randomness is in a store."""
-        session = self._begin(channel, self._context(store.seed, NoCorrections()), masks)
+    def _serve_stored(
+        self, store: Store, channel: Channel, masks: bytes | None, tag: bytes
+    ) -> None:
+        """Serve a session whose randomness is in a store; `tag`: the session's in journals."""
+        # Masks that the setup drew would be the same in each session from this store.
+        fresh = Origin(new_seed(), store.salt)
+        session = self._begin(channel, self._context(fresh, NoCorrections(), store.static), masks)
+        plan = Plan(1, store.header.prompt, store.header.tokens)
 
-        def take(answer: int) -> None:
-            session.use(self._context(*store.take(answer)))
+        def take() -> Schedule:
+            client = Head.read(channel.receive_json(Kind.TAKEN)[1], channel.peer)
+            if client != store.journal().head.after(tag):
+                raise PartyError(differing(store.header.store, client, store.journal().head))
+            _, seed, corrections = store.take(tag)
+            session.use(self._context(Origin(seed, store.salt), corrections))
+            return plan.schedule()
 
         self._answers(session, channel, lambda *_: None, lambda: None, take)
         store.close()
 
     def _context(
-        self, seed: bytes, source: ByteSource, masks: bytes | None = None
+        self, origin: Origin, source: ByteSource, masks: bytes | None = None
     ) -> ServerContext:
-        arithmetic = self._program.manifest.arithmetic
-        return ServerContext(seed, source, self._settings.device, weight_seed=masks, **arithmetic)
+        return ServerContext(
+            origin.seed, source, self._settings.device, weight_seed=masks, salt=origin.salt,
+            **self._program.manifest.arithmetic,
+        )  # fmt: skip
 
     def _begin(
         self, channel: Channel, context: ServerContext, masks: bytes | None
@@ -210,11 +230,14 @@ class ServerSession:
             raise PartyError(
                 "the server's weights have changed since then; run `mergec prepare` again"
             )
+        head = Head.read(fields.get("head"), channel.peer)
+        if store.follow(head, read_tag(fields.get("tag"), channel.peer)):
+            self._log.warning("skipped an answer", store=header.store, answer=head.used - 1)
         return store
 
-    def _prepare(self, channel: Channel, joined: tuple[Channel, bytes]) -> None:
-        """Store what the dealer deals for the client's plan."""
-        settings, (dealer, seed) = self._settings, joined
+    def _prepare(self, channel: Channel, joined: tuple[Channel, Origin], static: bytes) -> None:
+        """Store what the dealer deals for the client's plan; `static`: seed of static masks."""
+        settings, (dealer, origin) = self._settings, joined
         if settings.stores is None:
             raise PartyError("this server stores no randomness; it needs --stores")
         payload = channel.receive_any((Kind.PLAN,))[1]
@@ -227,13 +250,15 @@ class ServerSession:
             plan.answers,
             plan.prompt,
             plan.tokens,
+            origin.salt.hex(),
             channel.name,
             self._digest,
         )
         channel.send_json(Kind.ACCEPTED, store=header.store)
         try:
             with StoreWriter(
-                settings.stores, header, settings.store_key, seed, settings.store_bytes
+                *(settings.stores, header, settings.store_key),
+                *(origin.seed, static, settings.store_bytes),
             ) as writer:
                 done, told = 0, time.monotonic()
                 while done < plan.answers:
@@ -285,12 +310,13 @@ class ServerSession:
         channel: Channel,
         relay: Callable[[Kind, memoryview], None],
         watch: Callable[[], None],
-        take: Callable[[int], None] | None = None,
+        take: Callable[[], Schedule] | None = None,
     ) -> None:
         """Serve answers until the client ends the session.
 
         relay: passes the client's requests on to the dealer. watch: called while the client is
-        idle; raises if the session cannot go on. take: uses up an answer of the store.
+        idle; raises if the session cannot go on. take: uses up the next answer of the store, after
+        the client has; returns the steps that it was dealt for.
         """
         while True:
             self._await(channel, watch)
@@ -304,15 +330,9 @@ class ServerSession:
             if refusal:
                 channel.send_json(Kind.REFUSED, **refusal)
                 continue
-            if take is not None:
-                try:
-                    take(whole(fields, "answer", 0, 1 << 30, channel.peer))
-                except StoreError as error:
-                    self._log.warning("not given", reason=str(error))
-                    channel.send_json(Kind.REFUSED, reason="used up", used=True)
-                    continue
             channel.send_json(Kind.ACCEPTED)
-            self._answer(session, channel, relay, length + tokens)
+            schedule = take() if take is not None else None
+            self._answer(session, channel, relay, length + tokens, schedule)
 
     def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
         """Wait for the client's next request. Between answers the session may be ended."""
@@ -347,8 +367,12 @@ class ServerSession:
         channel: Channel,
         relay: Callable[[Kind, memoryview], None],
         limit: int,
+        schedule: Schedule | None = None,
     ) -> None:
-        """Run the steps of one answer; `limit`: maximum tokens of prompt and answer together."""
+        """Run the steps of one answer.
+
+        limit: maximum tokens of prompt and answer together. schedule: of a stored answer.
+        """
         done = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
@@ -359,6 +383,8 @@ class ServerSession:
             turn = past == (done if session.cached else 0) or new == 0
             if not session.allows(new, past) or not turn or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
+            if schedule is not None:
+                schedule.check(new, past, draw, channel.peer)
             work = partial(session.step, new, past, draw=draw)
             report = measured(session, new, past, work)
             done += new

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import DEALER, ROLES
+from mergec.runtime.correlations.dpf import SALT_BYTES
 from mergec.runtime.correlations.prg import SEED_BYTES
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.stores.kept import is_name
@@ -29,6 +30,27 @@ SESSION, PREPARE, STORED = "session", "prepare", "stored"
 _TOKEN_BYTES = 32
 
 
+class Origin(NamedTuple):
+    """Where a party's randomness comes from: its secret seed, and the session's public salt.
+
+    The dealer draws both, see `correlations.dpf` for why it draws the salt alone.
+    """
+
+    seed: bytes
+    salt: bytes
+
+    def encode(self) -> bytes:
+        return self.seed + self.salt
+
+
+def receive_origin(dealer: Channel) -> Origin:
+    """What the dealer sends a party first. Raises PartyError if it is not of this length."""
+    data = bytes(dealer.receive(Kind.SEED, limit=SEED_BYTES + SALT_BYTES))
+    if len(data) != SEED_BYTES + SALT_BYTES:
+        raise PartyError("the dealer sent no seed and salt; install the same mergec everywhere")
+    return Origin(data[:SEED_BYTES], data[SEED_BYTES:])
+
+
 def greet(channel: Channel, mine: Hello, **more: Any) -> dict[str, Any]:
     """Open a session on a channel that this role connected; returns the peer's fields."""
     channel.send_json(Kind.HELLO, **mine.fields(), **more)
@@ -38,10 +60,15 @@ def greet(channel: Channel, mine: Hello, **more: Any) -> dict[str, Any]:
 
 
 def be_greeted(channel: Channel, mine: Hello, roles: tuple[str, ...]) -> dict[str, Any]:
-    """The other side of `greet`. Without certificates, the peer's own claim of its role is used."""
+    """The other side of `greet`. Returns the peer's fields.
+
+    On a channel without certificates, the peer's own claim of its role is used. With certificates
+    the role is that of the certificate, whatever its name is, and a peer that claims another one is
+    refused.
+    """
     _, fields = channel.receive_json(Kind.HELLO, timeout=min(channel.timeout, HANDSHAKE_TIMEOUT))
     channel.send_json(Kind.HELLO, **mine.fields())
-    if channel.name == channel.peer and fields.get("role") in roles:
+    if not channel.proven and fields.get("role") in roles:
         channel.peer = channel.name = fields["role"]
     compare(mine, Hello.read(fields, channel.peer), channel.peer)
     return fields
@@ -55,8 +82,8 @@ def join_dealer(
     timeout: float,
     wait: float,
     **more: Any,
-) -> tuple[Channel, bytes]:
-    """Join a session at the dealer; returns the channel, and this party's seed for the session.
+) -> tuple[Channel, Origin]:
+    """Join a session at the dealer; returns the channel, and where its randomness comes from.
 
     token: the session's secret name. more: further fields for the dealer; the server sends the seed
     of its static masks as `masks`.
@@ -64,7 +91,7 @@ def join_dealer(
     channel = connect(address, ROLES[DEALER], security, timeout, wait)
     try:
         greet(channel, hello, session=token, **more)
-        return channel, bytes(channel.receive(Kind.SEED, limit=SEED_BYTES))
+        return channel, receive_origin(channel)
     except PartyError as error:
         channel.fail(str(error))
         raise

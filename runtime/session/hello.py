@@ -11,7 +11,7 @@ from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, ROLES
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.manifest import Manifest
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Incremented with every change to the messages between parties."""
 
 MODES = ("mergec", "crypten")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,5 +66,32 @@ class Plan:
         tokens = whole(fields, "tokens", 0, limit - prompt, peer)
         return cls(whole(fields, "answers", 1, 1 << 20, peer), prompt, tokens)
 
+    def schedule(self) -> Schedule:
+        """Holds the steps of one answer to this plan."""
+        return Schedule(self.steps())
+
     def fields(self) -> dict[str, int]:
         return {"answers": self.answers, "prompt": self.prompt, "tokens": self.tokens}
+
+
+class Schedule:
+    """Holds the steps of one answer to those that its randomness was dealt for.
+
+    Every step takes the randomness of the step of its place, so any other step would combine
+    masks and shares that do not belong together. An answer may end before the last step.
+    """
+
+    def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
+        self._steps = iter(steps)
+
+    def check(self, new: int, past: int, draw: Draw, peer: str) -> None:
+        """Check the next step, before anything is sent; raises PartyError if it is another one."""
+        due = next(self._steps, None)
+        if (new, past) == due and not draw.top_k:
+            return
+        choice = f" with top-k {draw.top_k}" if draw.top_k else ""
+        dealt = "no further step" if due is None else f"{due[0]} tokens after {due[1]}"
+        raise PartyError(
+            f"the {peer} requests {new} tokens after {past}{choice}, but the store holds "
+            f"randomness for {dealt}; keep to the plan that it was prepared for"
+        )

@@ -91,7 +91,7 @@ class Kind(enum.IntEnum):
     END = 11
     """Empty: the session is over."""
     SEED = 12
-    """The dealer's seed for a party."""
+    """From the dealer: the party's seed, and the session's public salt."""
     BLOCK = 13
     """A block of the dealer's stream."""
     MARK = 14
@@ -104,13 +104,16 @@ class Kind(enum.IntEnum):
     """JSON: whether the client has kept the hidden weights that the server named."""
     OBJECT = 18
     """JSON: a plain object that CrypTen sends (`runtime.transport.communicator`)."""
+    TAKEN = 19
+    """JSON: the client has used up an answer of the store, and the head of its journal since."""
 
 
 class Channel:
     """One end of a connection. One thread may receive while another sends.
 
-    peer: the other end's role. name: its identity, from its certificate. traffic: payload bytes of
-    rounds, and the rounds; bytes of the dealer's stream and seeds count as offline.
+    peer: the other end's role. name: its identity, from its certificate. proven: whether role and
+    name come from a certificate; otherwise they are what was assumed or claimed. traffic: payload
+    bytes of rounds, and the rounds; bytes of the dealer's stream and seeds count as offline.
     """
 
     def __init__(
@@ -119,10 +122,12 @@ class Channel:
         peer: str,
         timeout: float = REPLY_TIMEOUT,
         name: str = "",
+        proven: bool = False,
     ) -> None:
         connection.setblocking(False)
         self.peer = peer
         self.name = name or peer
+        self.proven = proven
         self.timeout = timeout
         self.traffic = Traffic()
         self._socket = connection

@@ -106,10 +106,10 @@ def accept(
     peer = " or ".join(roles)
     with _one_line(peer):
         if context is None:
-            return _channel(connection, roles[0], "", timeout)
+            return _channel(connection, roles[0], timeout)
         wrapped = context.wrap_socket(connection, server_side=True)
         role, name = _identity(wrapped)
-        channel = _channel(wrapped, role or peer, name, timeout)
+        channel = _channel(wrapped, role or peer, timeout, name)
     if role not in roles:
         reason = f"only the {peer} may connect here, not {role or 'a party without a role'}"
         channel.fail(reason)
@@ -131,10 +131,10 @@ def connect(
     connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
     with _one_line(role):
         if context is None:
-            return _channel(connection, role, "", timeout)
+            return _channel(connection, role, timeout)
         wrapped = context.wrap_socket(connection)
         found, name = _identity(wrapped)
-        channel = _channel(wrapped, role, name, timeout)
+        channel = _channel(wrapped, role, timeout, name)
     if found != role:
         reason = f"{address} is {found or 'a party without a role'}, not the {role}"
         channel.fail(reason)
@@ -159,9 +159,12 @@ def _await(address: Address, role: str, join_timeout: float) -> socket.socket:
         time.sleep(_POLL)
 
 
-def _channel(connection: socket.socket, role: str, name: str, timeout: float) -> Channel:
+def _channel(
+    connection: socket.socket, role: str, timeout: float, name: str | None = None
+) -> Channel:
+    """`name`: that in the peer's certificate; None if there is no certificate."""
     keep_alive(connection, timeout)
-    return Channel(connection, role, timeout, name)
+    return Channel(connection, role, timeout, name or "", proven=name is not None)
 
 
 def _identity(connection: ssl.SSLSocket) -> tuple[str, str]:

@@ -15,8 +15,9 @@ from mergec.runtime.session.stores.format import (
     is_store,
     read_file,
     read_header,
-    used_answers,
+    sync_folder,
 )
+from mergec.runtime.session.stores.journal import count_entries
 
 
 def stores_below(root: Path) -> list[Path]:
@@ -38,7 +39,7 @@ def left_below(root: Path) -> dict[str, tuple[int, int]]:
     for folder in stores_below(root):
         with suppress(StoreError):
             header = read_header(folder, read_file(folder, HEADER))
-            left = header.answers - len(used_answers(folder))
+            left = max(0, header.answers - count_entries(folder))
             answers, tokens = found.get(header.client, (0, 0))
             found[header.client] = answers + left, tokens + left * header.tokens
     return found
@@ -47,6 +48,8 @@ def left_below(root: Path) -> dict[str, tuple[int, int]]:
 def remove_store(root: Path, number: str) -> None:
     """Remove a store of which the other party has no part."""
     shutil.rmtree(root / number, ignore_errors=True)
+    with suppress(OSError):
+        sync_folder(root)
 
 
 def remove_unfinished(root: Path) -> int:

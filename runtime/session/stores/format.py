@@ -1,9 +1,10 @@
 """The format of a store: randomness dealt ahead of time, on disk, for answers that use it once.
 
 Each party has a folder for its part of the store; both folders have the same number as their name.
-A folder holds the party's seed and the dealer's corrections for it, one file per answer in the
-order of use, all encrypted with AES-256-GCM under a key of the party's own. A journal lists the
-answers that have been used.
+A folder holds one file per answer, in the order of use: the party's seed for this answer, and the
+dealer's corrections for it. A further file holds the seed of what all answers share. All are
+encrypted with AES-256-GCM, under a key of the party's own and, for an answer, a key that is erased
+when the answer is used (`stores.keys`). A journal lists the answers that have been used.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from mergec.runtime.program.json_values import is_a
 KEY_VARIABLE = "MERGEC_STORE_KEY"
 """Environment variable that holds the key, unless a file does."""
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 20
 """Bytes of corrections that are encrypted together."""
 
-HEADER, SEED, JOURNAL = "store.json", "seed.bin", "used"
+HEADER, STATIC, KEYS, JOURNAL = "store.json", "static.bin", "keys.bin", "journal"
 """Names of a store's files, besides those of the answers."""
 
 LENGTH = struct.Struct("!I")
 """Before each chunk in an answer's file: its encrypted size in bytes."""
 
 NUMBER = struct.Struct("!Q")
-"""An entry of the journal: the answer's number."""
+"""An answer's number."""
 
 _NONCE_BYTES = 12
 
@@ -50,7 +51,8 @@ class StoreError(MergecError):
 class Header:
     """What a store is for. The headers of both parties differ in `role`, `client`, `weights` only.
 
-    answers, prompt, tokens: its plan (`session.requests.Plan`). client: at the server, the client
+    answers, prompt, tokens: its plan (`session.requests.Plan`). salt: that of the session in which
+    it was dealt (`correlations.dpf`), in hexadecimal; public. client: at the server, the client
     that may use the store. weights: digest of the server's weights. One mask hides the weights for
     as long as the store lasts, so the store must not serve other weights: the client could compute
     the difference of the two.
@@ -62,6 +64,7 @@ class Header:
     answers: int
     prompt: int
     tokens: int
+    salt: str
     client: str = ""
     weights: str = ""
     format: int = FORMAT
@@ -108,7 +111,11 @@ def read_file(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except FileNotFoundError as error:
-        raise StoreError(f"{folder}: no such store; create one with `mergec prepare`") from error
+        if name == HEADER:
+            told = f"{folder}: no such store; create one with `mergec prepare`"
+        else:
+            told = f"{folder / name}: is missing; run `mergec prepare` again"
+        raise StoreError(told) from error
     except OSError as error:
         raise StoreError(f"{folder}: cannot be read ({error.strerror})") from error
 
@@ -119,24 +126,15 @@ def read_header(folder: Path, data: bytes) -> Header:
         found = json.loads(data)
         header = Header(**found)
         numbers = all(is_a(found[k], int) for k in ("answers", "prompt", "tokens", "format"))
-        texts = all(is_a(found[k], str) for k in ("store", "client"))
-        if header.format != FORMAT or not numbers or not texts:
+        texts = ("store", "role", "program", "salt", "client", "weights")
+        if header.format != FORMAT or not numbers or not all(is_a(found[k], str) for k in texts):
             raise ValueError("format")
+        bytes.fromhex(header.salt)
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"{folder / HEADER}: is damaged or of another version; run `mergec prepare` again"
         ) from error
     return header
-
-
-def used_answers(folder: Path) -> set[int]:
-    """Answers in the journal. An incomplete entry, which a crash leaves behind, does not count."""
-    try:
-        data = (folder / JOURNAL).read_bytes()
-    except FileNotFoundError:
-        return set()
-    whole = len(data) // NUMBER.size * NUMBER.size
-    return {number for (number,) in NUMBER.iter_unpack(data[:whole])}
 
 
 def answer_file(folder: Path, answer: int) -> Path:
@@ -155,6 +153,20 @@ def seal(key: bytes, number: int, data: bytes, context: bytes) -> bytes:
 def unseal(key: bytes, number: int, data: bytes, context: bytes, file: Path) -> bytes:
     """Undo `seal`; raises StoreError, which names `file`, if the data is not authentic."""
     try:
-        return AESGCM(key).decrypt(number.to_bytes(_NONCE_BYTES, "big"), data, context)
+        return unsealed(key, number, data, context)
     except InvalidTag as error:
         raise StoreError(f"{file}: is damaged, or encrypted under another key") from error
+
+
+def unsealed(key: bytes, number: int, data: bytes, context: bytes) -> bytes:
+    """Undo `seal`; raises InvalidTag if the data is not authentic."""
+    return AESGCM(key).decrypt(number.to_bytes(_NONCE_BYTES, "big"), data, context)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk: that files in it were made, moved or removed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

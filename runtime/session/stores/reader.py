@@ -1,13 +1,14 @@
 """Reads a store, and uses up its answers.
 
-An answer is entered in the journal, and the journal is flushed to disk, before any of its masks is
+An answer is entered in the journal, and its key is erased from the disk, before any of its masks is
 used: an answer that a crash interrupts is lost, never reused.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH
 from pathlib import Path
 
 import numpy as np
@@ -15,60 +16,120 @@ import torch
 
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.correlations.prg import derive
+from mergec.runtime.session.stores.folder import locked
 from mergec.runtime.session.stores.format import (
     CHUNK_BYTES,
     HEADER,
     JOURNAL,
     LENGTH,
-    NUMBER,
-    SEED,
+    STATIC,
     Header,
     StoreError,
     answer_file,
     read_file,
     read_header,
+    sync_folder,
     unseal,
-    used_answers,
 )
+from mergec.runtime.session.stores.journal import Head, Journal, append, read_journal
+from mergec.runtime.session.stores.keys import AnswerKey, KeyFile
 
 
 class Store:
-    """One party's part of a store."""
+    """One party's part of a store.
 
-    def __init__(self, folder: Path, header: Header, key: bytes, seed: bytes) -> None:
+    Both parties use answers in order, the client first: it enters an answer, and then tells the
+    server, which enters it too. So a crash leaves the client at most one answer ahead. When the
+    next session opens the server then skips that answer (`follow`): no mask of it was or will be
+    used by the server. Any other difference shows that one part was restored from a backup or
+    copied, and the session is refused.
+    """
+
+    def __init__(
+        self, folder: Path, header: Header, key: bytes, keys: KeyFile, static: bytes
+    ) -> None:
         self.folder = folder
         self.header = header
+        self.salt = bytes.fromhex(header.salt)
         self._key = key
+        self._keys = keys
         self._open: Corrections | None = None
-        self.seed = seed
-        """Seed of what belongs to no answer: the static masks of weights."""
+        self._held = ExitStack()
+        self.static = static
+        """Seed of what all answers share: static masks of weights, or shared constants."""
 
     @classmethod
     def open(cls, folder: Path, key: bytes) -> Store:
         """Read a store; raises StoreError if it is missing, damaged, or under another key."""
         data = read_file(folder, HEADER)
         header = read_header(folder, data)
-        sealed = read_file(folder, SEED)
+        sealed = read_file(folder, STATIC)
         own = derive(key, f"store {header.store} {header.role}")
-        seed = unseal(own, 0, sealed, data, folder / SEED)
-        return cls(folder, header, own, seed)
+        static = unseal(own, 0, sealed, data, folder / STATIC)
+        store = cls(folder, header, own, KeyFile(folder, own, data), static)
+        store.journal()
+        return store
 
-    def left(self) -> list[int]:
-        """Unused answers, in order."""
-        used = used_answers(self.folder)
-        return [n for n in range(self.header.answers) if n not in used]
+    def hold(self) -> None:
+        """Let nobody else hold this store until `release`. The client does so for a session.
 
-    def take(self, answer: int) -> tuple[bytes, Corrections]:
-        """Use up an answer for good; returns its seed and the dealer's corrections.
+        Two sessions at once would take each other's answers for lost. Raises StoreError if another
+        process or session holds it.
+        """
+        try:
+            self._held.enter_context(locked(self.folder / HEADER, LOCK_EX | LOCK_NB))
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{self.folder}: is in use by another session of this client; end that one, or "
+                "prepare another store"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"{self.folder}: cannot be read ({error.strerror})") from error
 
-        Closes the answer taken before. Raises StoreError if this one has been used before.
+    def release(self) -> None:
+        """Close the answer that was taken, and let others hold the store."""
+        self.close()
+        self._held.close()
+
+    def journal(self) -> Journal:
+        """The journal; raises StoreError if it, or the key file, was changed or restored."""
+        with self._locked(LOCK_SH):
+            return self._state()[0]
+
+    def left(self) -> int:
+        """The number of unused answers."""
+        return self.header.answers - self.journal().head.used
+
+    def take(self, tag: bytes) -> tuple[Head, bytes, Corrections]:
+        """Use up the next answer for good, in the session with this tag.
+
+        Returns the journal's head, the answer's seed, and the dealer's corrections. Closes the
+        answer taken before. Raises StoreError if none is left.
         """
         self.close()
-        self._note(answer)
-        self._open = Corrections(
-            answer_file(self.folder, answer), derive(self._key, f"answer {answer}")
-        )
-        return derive(self.seed, f"answer {answer}"), self._open
+        with self._locked():
+            head, key = self._use(tag)
+        self._open = Corrections(answer_file(self.folder, key.answer), key.own)
+        return head, self._open.seed, self._open
+
+    def follow(self, client: Head, tag: bytes) -> bool:
+        """Compare heads with the client's; at the server, when a session opens.
+
+        client: the client's head. tag: of the last entry in its journal. Returns whether an answer
+        was skipped: the last one that the client has used, and this party has not. Raises
+        PartyError if the two parts do not belong together any more.
+        """
+        with self._locked():
+            mine = self._state()[0].head
+            if client == mine:
+                return False
+            if client == mine.after(tag) and client.used <= self.header.answers:
+                _, key = self._use(tag)
+                with suppress(FileNotFoundError):
+                    answer_file(self.folder, key.answer).unlink()
+                sync_folder(self.folder)
+                return True
+        raise PartyError(differing(self.header.store, client, mine))
 
     def close(self) -> None:
         """Close the answer that was taken."""
@@ -76,25 +137,55 @@ class Store:
             self._open.close()
             self._open = None
 
-    def _note(self, answer: int) -> None:
-        """Enter an answer in the journal, and flush the journal to disk."""
-        with (self.folder / JOURNAL).open("ab+") as journal:
-            fcntl.flock(journal, fcntl.LOCK_EX)
-            if not 0 <= answer < self.header.answers or answer in used_answers(self.folder):
-                raise StoreError(f"{self.folder}: answer {answer} has been used or does not exist")
-            try:
-                # A crash may have left an incomplete entry; that answer was never started.
-                os.truncate(journal.fileno(), self._whole() * NUMBER.size)
-                journal.write(NUMBER.pack(answer))
-                journal.flush()
-                os.fsync(journal.fileno())
-            except OSError as error:
-                raise StoreError(
-                    f"{self.folder}: cannot write the journal ({error.strerror}); free some space"
-                ) from error
+    @contextmanager
+    def _locked(self, how: int = LOCK_EX) -> Iterator[None]:
+        """Hold the lock of journal and keys; turn errors of the file system into a StoreError."""
+        try:
+            with locked(self.folder, how):
+                yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder}: cannot write the journal ({error.strerror}); free some space"
+            ) from error
 
-    def _whole(self) -> int:
-        return (self.folder / JOURNAL).stat().st_size // NUMBER.size
+    def _state(self) -> tuple[Journal, AnswerKey]:
+        """The journal and the current key, which must agree.
+
+        The journal is written first. So after a crash the key may be one behind, or the journal may
+        end in an incomplete entry while the key is that of this answer; both are harmless, as the
+        answer was not used. Anything else shows that one of the files was changed or restored.
+        """
+        journal, key = read_journal(self.folder, self.header, self._key), self._keys.read()
+        behind = journal.head.used - key.answer
+        if behind not in (0, 1) or (behind and journal.torn) or key.answer > self.header.answers:
+            raise StoreError(
+                f"{self.folder}: {JOURNAL} and keys do not belong together: one of them was "
+                "changed or restored from a backup; run `mergec prepare` again"
+            )
+        return journal, key
+
+    def _use(self, tag: bytes) -> tuple[Head, AnswerKey]:
+        """Enter the next answer in the journal, and erase its key; returns this key."""
+        journal, key = self._state()
+        if journal.head.used > key.answer:  # a crash came between the two steps below
+            key = self._keys.advance(key)
+        self._keys.clear(key)
+        if key.answer >= self.header.answers:
+            raise StoreError(f"{self.folder}: is used up; run `mergec prepare` again")
+        head = append(self.folder, self._key, journal.head, tag)
+        self._keys.advance(key)
+        return head, key
+
+
+def differing(store: str, client: Head, server: Head) -> str:
+    """Why the two parts of a store, with these heads, can no longer be used."""
+    counts = f"the client has used {client.used} answers of it, the server {server.used}"
+    if client.used == server.used:
+        counts = "they have used other answers"
+    return (
+        f"the two parts of store {store[:8]} do not match: {counts}; one part was restored from a "
+        "backup or copied, so remove both and run `mergec prepare` again"
+    )
 
 
 class NoCorrections:
@@ -105,9 +196,9 @@ class NoCorrections:
 
 
 class Corrections:
-    """Reads an answer's corrections from its file, which is unlinked as soon as it is open.
+    """Reads an answer's seed and corrections from its file, which is unlinked once it is open.
 
-    So nothing stays on disk, however the answer ends.
+    So nothing stays in the folder, however the answer ends.
     """
 
     def __init__(self, file: Path, key: bytes) -> None:
@@ -115,10 +206,13 @@ class Corrections:
         try:
             self._file = file.open("rb")
             file.unlink()
+            sync_folder(file.parent)
         except OSError as error:
             raise StoreError(f"{file}: cannot be read ({error.strerror})") from error
         self._chunk = np.empty(0, np.uint8)
         self._number = 0
+        self.seed = self._next()
+        """The party's seed for this answer."""
 
     def read(self, nbytes: int) -> torch.Tensor:
         """The next `nbytes` bytes, as a new tensor."""
