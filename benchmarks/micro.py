@@ -20,7 +20,7 @@ from mergec.runtime.core.memory import keep_freed_memory
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.kernels.matmul import matmul_rows, set_threads
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import Security
 from mergec.runtime.transport.lines import Lines, take
@@ -66,7 +66,7 @@ def round_costs() -> list[float]:
     """CPU microseconds that client and server together spend on one round."""
     costs = []
     with tempfile.TemporaryDirectory(prefix="mergec-micro-") as folder:
-        make_certificates(Path(folder), (ROLES[CLIENT],))
+        make_certificates(Path(folder))
         for way in WAYS:
             with Lines() as lines:
                 parties = [

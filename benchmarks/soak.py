@@ -41,7 +41,7 @@ from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.stores.folder import stores_below
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.connect import Security
 from tests import decoder
 from tests.roles import environment, free_port

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -19,11 +19,11 @@ import torch
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.transport import channel as channel_module
 from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.authority import make_certificates, make_request
 from mergec.runtime.transport.certificates import (
     CERTIFICATE,
     KEY,
     check_certificate,
-    make_certificates,
 )
 from mergec.runtime.transport.channel import Channel, Kind, printable
 from mergec.runtime.transport.connect import Security, accept, connect, listen
@@ -34,6 +34,7 @@ from mergec.runtime.transport.dealer_link import (
     DealerSender,
 )
 from mergec.runtime.transport.traffic import Traffic
+from tests.handshakes import meet
 
 BIG = 3_000_001
 
@@ -48,24 +49,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(timeout: float = 10.0) -> tuple[Channel, Channel]:
     one, other = socket.socketpair()
     return Channel(one, "server", timeout), Channel(other, "client", timeout)
-
-
-def meet(
-    client: Security, server: Security, roles: tuple[str, ...] = ("client",)
-) -> tuple[Any, Any]:
-    """The results of connecting at either side: a channel, or the error."""
-
-    def attempt(call: Callable[[], Channel]) -> Channel | MergecError:
-        try:
-            return call()
-        except MergecError as error:
-            return error
-
-    with listen(Address("127.0.0.1", 0), server) as listener, ThreadPoolExecutor(1) as pool:
-        address = Address("127.0.0.1", listener.getsockname()[1])
-        accepted = pool.submit(attempt, lambda: accept(listener.accept()[0], server, roles, 5.0))
-        connected = attempt(lambda: connect(address, "server", client, 5.0, 5.0))
-        return connected, accepted.result()
 
 
 def flat(size: int) -> torch.Tensor:
@@ -310,8 +293,15 @@ def test_keys_are_for_their_owner_alone_and_further_clients_can_be_added(tmp_pat
     assert (client.name, server.name) == ("server", "bob")
     (tmp_path / "bob" / KEY).chmod(0o644)
     assert "other users can read it" in check_certificate(tmp_path / "bob", "client")
-    with pytest.raises(MergecError, match="cannot name a client"):
-        make_certificates(tmp_path, ("server",))
+    for name in ("server", "dealer", "client", "Server"):
+        with pytest.raises(MergecError, match="cannot name a client, as it is the name of a role"):
+            make_certificates(tmp_path, (name,))
+    for name in ("", "..", ".x", "a/b", "a b", "x" * 41):
+        with pytest.raises(MergecError, match="cannot name a client; use up to 40 letters"):
+            make_certificates(tmp_path, (name,))
+    for name in ("server", ".."):
+        with pytest.raises(MergecError, match="cannot name a client"):
+            make_request(tmp_path / "new", "client", name)
 
 
 def test_plaintext_is_for_loopback_and_by_request(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.distributed import ReduceOp
 
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.crypten import compat as crypten
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Channel, Kind
 from mergec.runtime.transport.communicator import ChannelCommunicator
 from tests.roles import ROOT, environment, finish, outputs
@@ -284,7 +284,7 @@ OVER_TLS = """
 
 
 def test_stock_crypten_computes_between_two_processes_over_tls(tmp_path: Path) -> None:
-    make_certificates(tmp_path, ("client",))
+    make_certificates(tmp_path)
 
     def begin(role: str, port: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -10,13 +10,13 @@ import pytest
 from mergec.runtime.cli import run
 from mergec.runtime.cli.doctor import BAD, GOOD, POOR, examine
 from mergec.runtime.kernels.compiled import can_keep, compiled
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from tests import decoder
 
 
 def test_this_machine_and_a_good_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundles = decoder.save(tmp_path / "bundles")
-    make_certificates(tmp_path / "certs", ("client",))
+    make_certificates(tmp_path / "certs")
     found = {f.what: f for f in examine(bundles / "client", tmp_path / "certs", ("127.0.0.1:0",))}
     for what in ("Python", "torch", "packages", "TLS 1.3", "cores", "memory", "bundle"):
         assert found[what].state == GOOD, found[what]
@@ -30,7 +30,7 @@ def test_this_machine_and_a_good_bundle(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_what_will_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundles = decoder.save(tmp_path / "bundles")
-    make_certificates(tmp_path / "certs", ("client",))
+    make_certificates(tmp_path / "certs")
     (bundles / "server" / "tensors.safetensors").write_bytes(b"cut")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"127.0.0.1:{taken.getsockname()[1]}"

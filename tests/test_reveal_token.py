@@ -18,7 +18,7 @@ from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.sampling import Sampling
 from mergec.runtime.session.stores.reader import Store
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.connect import Security
 from tests.families import VOCAB, tokens
 from tests.services import deployment

@@ -28,7 +28,7 @@ from mergec.runtime.roles.server_desk import ServerDesk
 from mergec.runtime.roles.settings import Limits
 from mergec.runtime.roles.worker import Parent
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.certificates import make_certificates
+from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security, listen
 from tests import decoder

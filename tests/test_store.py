@@ -631,7 +631,7 @@ def test_peers_that_do_not_keep_to_the_plan_or_the_journal_are_refused(
         # Its first step takes one token, where four were dealt for. The server's first message
         # after that is the refusal, so it has sent nothing of that step.
         hostile = Store.open(place, KEY)
-        hostile.header = replace(hostile.header, prompt=1)
+        hostile.header = replace(hostile.header, prompt=1, tokens=6)
         monkeypatch.setattr(Header, "common", Store.open(place, KEY).header.common)
         with monkeypatch.context() as patch:
             patch.setattr(Schedule, "check", lambda *_: None)
@@ -661,7 +661,9 @@ def test_a_schedule_takes_the_steps_of_its_plan_once_and_in_order() -> None:
     whole = Plan(1, 4, 2).schedule()
     for step in due:
         whole.check(*step, Draw(7), "client")
-    with pytest.raises(PartyError, match="1 tokens after 6, but .* randomness for no further step"):
+    with pytest.raises(
+        PartyError, match=r"1 tokens after 6, but .* randomness for no further step"
+    ):
         whole.check(1, 6, Draw(), "client")
     for steps in ([(4, 0), (4, 0)], [(1, 4)], [(4, 0), (1, 5)], [(5, 0)], [(4, 0), (1, 4), (1, 4)]):
         schedule = Plan(1, 4, 2).schedule()

@@ -22,7 +22,7 @@ from mergec.runtime.program.bundle import TOKENIZER, load_bundle, read_manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.certificates import check_certificate
+from mergec.runtime.transport.certificates import check_certificate, find_folder
 
 GOOD, POOR, BAD = "good", "poor", "bad"
 """Fine; usable, but slow or without something that not everybody needs; not usable."""
@@ -173,9 +173,8 @@ def _certificates(folder: Path, role: str) -> Finding:
     candidates = [role] if role else list(ROLES)
     reason = ""
     for candidate in candidates:
-        inner = folder / candidate
         try:
-            warning = check_certificate(inner if inner.is_dir() else folder, candidate)
+            warning = check_certificate(find_folder(folder, candidate), candidate)
         except MergecError as error:
             reason = reason or str(error)
             continue

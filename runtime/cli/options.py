@@ -76,6 +76,19 @@ Certs = Annotated[
 Plaintext = Annotated[
     bool, typer.Option("--plaintext", help="Connect without TLS; on loopback only.")
 ]
+Revoked = Annotated[
+    Path | None,
+    typer.Option(
+        help="List of revoked certificates; by default revoked.pem beside the certificate, if any."
+    ),
+]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Accept only peers whose keys have these fingerprints; may be repeated. "
+        "`mergec certs show` prints them."
+    ),
+]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for a peer's message.", min=0.1)]
 IdleTimeout = Annotated[float, typer.Option(help="Seconds that a session may be idle.", min=0.1)]
 Grace = Annotated[
@@ -126,6 +139,8 @@ class PartyOptions:
     bundle: Bundle
     certs: Certs = None
     plaintext: Plaintext = False
+    revoked: Revoked = None
+    accept: Accept = None
     timeout: Timeout = 120.0
     config: Config = None
 
@@ -138,7 +153,13 @@ class PartyOptions:
         """How `role` secures its connections."""
         from mergec.runtime.transport.connect import Security
 
-        return Security(role, self.certs, plaintext=self.plaintext)
+        return Security(
+            role,
+            self.certs,
+            plaintext=self.plaintext,
+            revoked=self.revoked,
+            accepted=tuple(self.accept or ()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

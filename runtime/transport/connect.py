@@ -1,8 +1,9 @@
 """Connections between roles: TLS 1.3 with certificates of a private authority on both sides.
 
 A role trusts only the authority in its own folder, and a certificate names the role that its holder
-may play. Host names are not checked, so a role may move between machines. Plain TCP is allowed only
-on loopback, and only if requested explicitly.
+may play. If there is a list of revoked certificates, OpenSSL checks it at each handshake. A role
+can also accept only the keys that it was told of. Host names are not checked, so a role may move
+between machines. Plain TCP is allowed only on loopback, and only if requested explicitly.
 """
 
 from __future__ import annotations
@@ -13,19 +14,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from cryptography import x509
 
 from mergec.runtime.core.errors import MergecError, PartyError
-from mergec.runtime.core.spec import ROLES
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.certificates import (
     AUTHORITY,
     CERTIFICATE,
     KEY,
-    ROLE_URI,
     check_certificate,
+    find_folder,
+    fingerprint,
+    name_of,
+    read_fingerprints,
+    revoked_in,
+    role_of,
 )
-from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, explain, keep_alive
+from mergec.runtime.transport.channel import (
+    HANDSHAKE_TIMEOUT,
+    Channel,
+    explain,
+    keep_alive,
+    printable,
+)
 
 _POLL = 0.1
 _BACKLOG = 64
@@ -34,25 +46,38 @@ _BACKLOG = 64
 class Security:
     """How a role's connections are protected: by certificates, or not at all (`plaintext`)."""
 
-    def __init__(self, role: str, certificates: Path | None, *, plaintext: bool = False) -> None:
+    def __init__(
+        self,
+        role: str,
+        certificates: Path | None,
+        *,
+        plaintext: bool = False,
+        revoked: Path | None = None,
+        accepted: Sequence[str] = (),
+    ) -> None:
         """certificates: the role's folder, or the folder that contains those of all roles.
 
-        Raises MergecError if neither or both are given, or if the role's certificate is invalid.
+        revoked: list of revoked certificates; default: the one in the role's folder, if any. It is
+        read at each handshake. accepted: fingerprints of the only keys that peers may have; empty
+        for any. Raises MergecError if neither or both of certificates and plaintext are given, or
+        if the role's certificate is invalid.
         """
         self.role = role
         self.folder: Path | None = None
+        self._revoked, self._accepted = revoked, read_fingerprints(accepted)
         if certificates is None:
             if not plaintext:
                 raise MergecError(
                     "connections need certificates; give --certs DIR (`mergec certs` makes one), "
                     "or --plaintext for unencrypted connections on this machine"
                 )
+            if revoked is not None or accepted:
+                raise MergecError("--revoked and --accept are for certificates; give --certs")
             return
         if plaintext:
             raise MergecError("--plaintext and --certs exclude each other; give one")
-        inner = certificates / role
-        self.folder = inner if inner.is_dir() else certificates
-        check_certificate(self.folder, role)
+        self.folder = find_folder(certificates, role)
+        check_certificate(self.folder, role, revoked=revoked)
 
     def check(self, address: Address) -> None:
         """Raise MergecError for plaintext connections across a network."""
@@ -72,9 +97,26 @@ class Security:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(self.folder / AUTHORITY)
         context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
+        revoked = self._revoked or revoked_in(self.folder)
+        if revoked is not None:
+            try:
+                context.load_verify_locations(revoked)
+            except OSError as error:  # nobody is let in who might be on it
+                raise MergecError(
+                    f"{revoked}: cannot be read as a list of revoked certificates; "
+                    "`mergec certs revoke` writes it"
+                ) from error
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         if listening:
             context.num_tickets = 0
         return context
+
+    def refusal(self, peer: x509.Certificate) -> str:
+        """Why the holder of a certificate is not accepted; empty if it is."""
+        found = fingerprint(peer.public_key())
+        if not self._accepted or found in self._accepted:
+            return ""
+        return f"the {self.role} does not accept the key {found[:16]}… (--accept)"
 
 
 def listen(address: Address, security: Security) -> socket.socket:
@@ -108,12 +150,17 @@ def accept(
         if context is None:
             return _channel(connection, roles[0], timeout)
         wrapped = context.wrap_socket(connection, server_side=True)
-        role, name = _identity(wrapped)
+        certificate = _certificate(wrapped, peer)
+        role, name = role_of(certificate), name_of(certificate)
         channel = _channel(wrapped, role or peer, timeout, name)
     if role not in roles:
         reason = f"only the {peer} may connect here, not {role or 'a party without a role'}"
+        remedy = "give each role its own certificate"
+    else:
+        reason, remedy = security.refusal(certificate), "add it if it should be"
+    if reason:
         channel.fail(reason)
-        raise PartyError(f"{name!r} was rejected: {reason}; give each role its own certificate")
+        raise PartyError(f"{printable(name)!r} was rejected: {reason}; {remedy}")
     return channel
 
 
@@ -133,12 +180,17 @@ def connect(
         if context is None:
             return _channel(connection, role, timeout)
         wrapped = context.wrap_socket(connection)
-        found, name = _identity(wrapped)
-        channel = _channel(wrapped, role, timeout, name)
+        certificate = _certificate(wrapped, role)
+        channel = _channel(wrapped, role, timeout, name_of(certificate))
+    found = role_of(certificate)
     if found != role:
         reason = f"{address} is {found or 'a party without a role'}, not the {role}"
+        remedy = "give each role its own certificate, and check the address"
+    else:
+        reason, remedy = security.refusal(certificate), "check the address, and who runs it"
+    if reason:
         channel.fail(reason)
-        raise PartyError(f"{reason}; give each role its own certificate, and check the address")
+        raise PartyError(f"{reason}; {remedy}")
     return channel
 
 
@@ -167,15 +219,14 @@ def _channel(
     return Channel(connection, role, timeout, name or "", proven=name is not None)
 
 
-def _identity(connection: ssl.SSLSocket) -> tuple[str, str]:
-    """Role and name in the peer's certificate, which OpenSSL has verified."""
-    found = connection.getpeercert() or {}
-    names: Any = found.get("subjectAltName", ())
-    roles = [v.removeprefix(ROLE_URI) for k, v in names if k == "URI" and v.startswith(ROLE_URI)]
-    subject: Any = found.get("subject", ())
-    common = [value for part in subject for key, value in part if key == "commonName"]
-    name = common[0] if common else ""
-    return (roles[0] if len(roles) == 1 and roles[0] in ROLES else ""), name
+def _certificate(connection: ssl.SSLSocket, peer: str) -> x509.Certificate:
+    """The peer's certificate, which OpenSSL has verified."""
+    try:
+        return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True) or b"")
+    except ValueError as error:
+        raise PartyError(
+            f"the {peer} has a certificate that cannot be read; run `mergec certs`"
+        ) from error
 
 
 @contextmanager
