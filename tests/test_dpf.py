@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from mergec.runtime.core.context import ShapeContext
-from mergec.runtime.core.spec import CLIENT, SERVER
+from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.correlations.dpf import (
     LEAF_BITS,
+    SALT_BYTES,
     Generator,
     Keys,
     correct,
     correct_by_library,
     grow,
     key_words,
+    new_salt,
     parities,
     parities_by_library,
     sharing_bits,
@@ -24,6 +26,8 @@ from mergec.runtime.correlations.dpf import (
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.aes import LANES, vectors
+from mergec.runtime.roles.inprocess import InProcessSession
+from tests import decoder
 from tests.protocols.harness import uniform_bytes
 
 WORDS = 4
@@ -169,6 +173,39 @@ def test_vectors_begin_at_a_line_of_the_cache() -> None:
     kept = [vectors(count) for count in range(1, 40)]
     assert all(some.ctypes.data % 64 == 0 for some in kept)
     assert [some.shape for some in kept] == [(count, 2 * LANES) for count in range(1, 40)]
+
+
+def test_keys_of_the_ciphers_follow_from_the_salt() -> None:
+    """Each name and each salt has a key of its own; the same ones give the same."""
+    seeds = random_words(50, 2)
+    salts = [b"", bytes(SALT_BYTES), new_salt(), new_salt()]
+    made = [Generator(2, salt) for salt in salts]
+    blocks = [[*one.children(seeds), *one.value(seeds)] for one in made]
+    assert len({block.tobytes() for some in blocks for block in some}) == 4 * len(salts)
+    again = Generator(2, salts[2])
+    assert np.array_equal(again.value(seeds), made[2].value(seeds))
+    assert np.array_equal(again.round_keys, made[2].round_keys)
+
+
+def test_parties_with_other_salts_get_other_tables() -> None:
+    index, payload = np.arange(8), random_words(8, WORDS).view(np.int64)
+    mine, theirs = (Generator(WORDS // 2, new_salt()) for _ in range(2))
+    keys = keys_of(8, sharing_words(index, payload, 3, mine))
+    for other, good in ((mine, True), (theirs, False)):
+        total = expanded(keys[0], 3, 0, mine) + expanded(keys[1], 3, 1, other)
+        assert (np.count_nonzero(total) == 8 * WORDS) == good
+
+
+def test_the_roles_of_a_session_share_a_fresh_salt() -> None:
+    salts = []
+    for _ in range(2):
+        session = InProcessSession({role: decoder.program(role) for role in ROLES})
+        found = {executor.context._salt for executor in session.executors.values()}
+        assert [len(salt) for salt in found] == [SALT_BYTES]
+        salts += found
+        with session:
+            session.step([5, 1], 0)
+    assert salts[0] != salts[1]
 
 
 def test_corrections_of_another_length_are_our_mistake() -> None:

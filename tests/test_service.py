@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -22,8 +24,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from mergec.runtime.cli import INTERRUPTED, run
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.program.bundle import save_bundle
+from mergec.runtime.roles.dealer_desk import DealerDesk
 from mergec.runtime.roles.dealer_session import hear, tell
-from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.roles.observe import Metrics, PartyMetrics
 from mergec.runtime.roles.server_desk import ServerDesk
 from mergec.runtime.roles.settings import Limits
 from mergec.runtime.roles.worker import Parent
@@ -256,6 +259,8 @@ def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
 CLIENT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.fork import prepare_to_fork
 from mergec.runtime.transport.address import Address
@@ -460,6 +465,35 @@ def test_a_process_that_finds_another_gone_says_so(use, told, unread) -> None:
     theirs.close()
     with pytest.raises(PartyError, match=told):
         use(ours)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_metrics_that_others_can_read_are_warned_of(host: str) -> None:
+    said: list[tuple[str, str]] = []
+    log = SimpleNamespace(
+        info=lambda event, **_: said.append(("info", event)),
+        warning=lambda event, reason, **_: said.append((event, reason)),
+    )
+    PartyMetrics("server").serve(Address(host, 0), log)
+    warned = ("exposed without encryption", "whoever reaches it reads names of clients, lengths ")
+    assert said[-1] == ("info", "serving metrics")
+    assert [(event, reason[:51]) for event, reason in said[:-1]] == [warned] * (host == "0.0.0.0")
+
+
+def test_both_parties_get_the_salt_of_their_session() -> None:
+    told: list[list[dict[str, Any]]] = []
+    desk = DealerDesk(4, Metrics("dealer"), 10.0)
+    for token in ("one", "two"):
+        told.append([])
+        for pid, role in enumerate(("server", "client")):
+            tell = lambda message, _: told[-1].append(message)  # noqa: E731
+            worker = SimpleNamespace(pid=pid, tell=tell)
+            desk.asked(worker, {"kind": "claim", "token": token, "role": role})
+    salts = [[message["salt"] for message in session] for session in told]
+    assert all(one == other for one, other in salts)
+    assert len({*salts[0], *salts[1]}) == 2
+    seeds = [seed for session in told for seed in session[0]["seeds"]]
+    assert len({*seeds, *salts[0], *salts[1]}) == 6, "the salt is public, and no seed"
 
 
 def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.proxy.answer import Answer, Part
 from mergec.runtime.proxy.errors import ApiError, explain, invalid, place_of
+from mergec.runtime.proxy.key import KeyCheck
 from mergec.runtime.proxy.reader import Reader
 from mergec.runtime.proxy.replies import ChatForm, CompletionForm, Form, cost
 from mergec.runtime.proxy.requests import ChatRequest, CompletionRequest, StreamOptions, Wanted
@@ -49,8 +50,13 @@ MOST_BODY = 1 << 20
 T = TypeVar("T")
 
 
-def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], log: Any) -> FastAPI:
-    """The endpoint. hosts: accepted Host headers. origins: of web pages that may send requests."""
+def make_app(
+    sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], log: Any, key: str = ""
+) -> FastAPI:
+    """The endpoint. hosts: accepted Host headers. origins: of web pages that may send requests.
+
+    key: what requests must show; empty if they need none.
+    """
     endpoint = Endpoint(sessions, log)
     app = FastAPI(
         docs_url=None,
@@ -61,6 +67,8 @@ def make_app(sessions: Sessions, hosts: Sequence[str], origins: Sequence[str], l
         strict_content_type=True,
     )
     app.add_middleware(BodyLimit)
+    if key:
+        app.add_middleware(KeyCheck, key=key)
     # Prevents DNS rebinding: a web page could point its own host name at this machine.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     if origins:

@@ -32,7 +32,8 @@ class ProxySettings:
     exposed: accept requests from other machines, which are not encrypted. origins: of other web
     pages that may send requests. sessions: most simultaneous sessions with the server. queue: most
     requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
-    address of the Prometheus endpoint. stores: folder of stored randomness to use, if any.
+    address of the Prometheus endpoint. stores: folder of stored randomness to use, if any. key:
+    what requests must show; empty if they need none.
     """
 
     listen: Address
@@ -43,6 +44,7 @@ class ProxySettings:
     grace: float = 5.0
     metrics: Address | None = None
     stores: Path | None = None
+    key: str = ""
 
 
 def proxy(
@@ -67,12 +69,17 @@ def proxy(
         metrics.watch(settings.stores)
     with _listen(address) as listener:
         if settings.metrics is not None:
-            log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
+            metrics.serve(settings.metrics, log)
         sessions = Sessions(connect, settings.sessions, settings.queue, metrics)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
-        app = make_app(sessions, hosts, settings.origins, log)
+        app = make_app(sessions, hosts, settings.origins, log, settings.key)
         bound = Address(*listener.getsockname()[:2])
         log.info("listening", address=str(bound), model=sessions.program.manifest.model)
+        if not address.loopback:
+            reach = "whoever can read the network sees prompts and answers"
+            if not settings.key:
+                reach += ", and whoever reaches it can ask in your name; give --api-key-file"
+            log.warning("exposed without encryption", address=str(bound), reason=reach)
         on_ready(f"http://{bound}")
         # uvicorn's own logs would contain paths and exceptions; ours contain lengths and reasons.
         config = uvicorn.Config(

@@ -28,7 +28,7 @@ def deal(settings: DealerSettings) -> bool:
     program = load_bundle(settings.bundle, ROLES[DEALER])
     metrics = Metrics(ROLES[DEALER])
     if settings.metrics is not None:
-        log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
+        metrics.serve(settings.metrics, log)
     with listen(settings.listen, settings.security) as listener:
         log.info("listening", address=_name(listener), program=program.manifest.program_hash)
 

@@ -83,8 +83,8 @@ class Metrics:
         self._bytes.labels("offline").inc(report["offline_bytes"])
         self._seconds.labels(report["phase"]).observe(report["seconds"])
 
-    def serve(self, address: Address) -> Address:
-        """Serve Prometheus from a thread; returns the address, with the port that 0 chose."""
+    def serve(self, address: Address, log: Any) -> None:
+        """Serve Prometheus from a thread; logs the address, with the port that 0 chose."""
         try:
             server, _ = start_http_server(address.port, address.host, self.registry)
         except OSError as error:
@@ -92,7 +92,11 @@ class Metrics:
             raise PartyError(
                 f"cannot listen at {address} ({reason}); choose another --metrics"
             ) from error
-        return Address(address.host, server.server_port)
+        served = str(Address(address.host, server.server_port))
+        if not address.loopback:
+            reason = "whoever reaches it reads names of clients, lengths and times"
+            log.warning("exposed without encryption", address=served, reason=reason)
+        log.info("serving metrics", address=served)
 
 
 class PartyMetrics(Metrics):

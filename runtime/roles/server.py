@@ -47,7 +47,7 @@ def serve(settings: ServerSettings) -> bool:
                 log.warning("a store that cannot be used", reason=str(error))
         metrics.watch(settings.stores)
     if settings.metrics is not None:
-        log.info("serving metrics", address=str(metrics.serve(settings.metrics)))
+        metrics.serve(settings.metrics, log)
     with listen(settings.listen, settings.security) as listener:
         address = Address(*listener.getsockname()[:2])
         log.info("listening", address=str(address), program=program.manifest.program_hash)

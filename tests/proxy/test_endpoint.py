@@ -528,6 +528,30 @@ def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: st
             stopped.wait_for("listening")
             assert stopped.stop(signal.SIGINT) == INTERRUPTED
             assert stopped.output.splitlines()[-1] == "stopped"
+        made.server.wait_for("session ended", 3)
+        check_an_exposed_endpoint_with_a_key(bundles, at, said)
+
+
+def check_an_exposed_endpoint_with_a_key(bundles: Path, at: tuple[str, ...], said: str) -> None:
+    key = bundles / "api.key"
+    key.write_text("0123456789abcdef\n")
+    exposed = ("--host", "0.0.0.0", "--expose", "--metrics", "0.0.0.0:0")
+    with role("proxy", bundles, *at, "--plaintext", *exposed, "--api-key-file", str(key)) as made:
+        made.wait_for("listening")
+        # Each is one line, of the metrics and of the endpoint.
+        reasons = [made.wait_for("exposed without encryption", n)["reason"] for n in (1, 2)]
+        assert "reads names of clients, lengths and times" in reasons[0]
+        assert "read the network sees prompts" in reasons[1]
+        assert "--api-key-file" not in reasons[1], "which was given"
+        base = f"http://127.0.0.1:{made.address.port}/v1"
+        right, wrong = (
+            openai.OpenAI(base_url=base, api_key=shown, max_retries=0, timeout=START)
+            for shown in ("0123456789abcdef", "none")
+        )
+        answer = right.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, **SAME)
+        assert answer.choices[0].text == said[:3]
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            wrong.models.list()
 
 
 # ------------------------------------------------------------------------- at the start

@@ -18,7 +18,9 @@ class _Group(TyperGroup):
     """`mergec certs FOLDER` is short for `mergec certs create FOLDER`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if not args:
+            args = ["--help"]
+        elif args[0] not in self.commands and args[0] != "--help":
             args = [_CREATE, *args]
         return super().parse_args(ctx, args)
 
@@ -26,7 +28,6 @@ class _Group(TyperGroup):
 certs = typer.Typer(
     cls=_Group,
     help="Create certificates, or a request for one; sign requests, and revoke certificates.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.add_typer(certs, name="certs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,13 @@ def proxy_command(
         list[str] | None,
         typer.Option(help="Origin of a web page elsewhere that may send requests: https://host."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a key that requests must show; by default MERGEC_API_KEY holds it, if "
+            "any."
+        ),
+    ] = None,
     sessions: Annotated[int, typer.Option(help="Number of sessions with the server.", min=1)] = 1,
     queue: Annotated[int, typer.Option(help="Maximum number of waiting requests.", min=0)] = 16,
     grace: Grace = 5.0,
@@ -35,6 +43,7 @@ def proxy_command(
     """Offer OpenAI's API and a chat page on this machine."""
     if options.store is not None and sessions > 1:
         raise MergecError("a store serves one session at a time; leave out --sessions")
+    from mergec.runtime.proxy.key import read_api_key
     from mergec.runtime.proxy.serve import ProxySettings, proxy
     from mergec.runtime.transport.address import Address
 
@@ -49,6 +58,7 @@ def proxy_command(
             grace=grace,
             metrics=address(metrics) if metrics else None,
             stores=options.store,
+            key=read_api_key(api_key_file),
         ),
         lambda url: err.print(f"chat page: {url}; OpenAI API for apps: {url}/v1", soft_wrap=True),
     )
