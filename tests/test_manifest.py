@@ -111,5 +111,5 @@ def test_what_roles_tell_each_other_of_it() -> None:
     hello = Hello.of("client", Manifest(program_hash="ab", passes=[PASS], fractional_bits=16))
     assert json.loads(hello.encode()) == {
         "role": "client", "mode": "mergec", "program_hash": "ab", "passes": ["fuse_glu:2"],
-        "fixed": 16, "ring": 64, "debug": 0, "version": 2,
+        "fixed": 16, "ring": 64, "debug": 0, "version": 3,
     }  # fmt: skip

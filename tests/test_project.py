@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from mergec import __version__
 from mergec.runtime.program.manifest import FORMAT_VERSION
 from mergec.runtime.session.hello import PROTOCOL_VERSION
+from mergec.runtime.session.stores.format import FORMAT as STORE_FORMAT
 from tests.test_layers import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,7 @@ def test_the_version_policy_names_the_numbers_in_force() -> None:
     policy = text("CHANGELOG.md")
     assert f"`format_version` in the manifest, now {FORMAT_VERSION} " in policy
     assert f"`PROTOCOL_VERSION` in the greeting, now {PROTOCOL_VERSION} " in policy
+    assert f"`format` in the store's header, now {STORE_FORMAT} " in policy
 
 
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "SECURITY.md"])

@@ -533,7 +533,7 @@ def test_a_port_in_use_and_a_wrong_option_in_a_file_are_one_line(bundles, tmp_pa
     config = tmp_path / "server.toml"
     config.write_text("sesions = 4\n")
     assert run(["serve", str(bundles), "--plaintext", "--config", str(config)]) == 1
-    assert "unknown option 'sesions'; this command has: bundle, certs" in capsys.readouterr().err
+    assert "unknown option 'sesions'; this command has: accept, bundle" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert run(["deal", str(bundles), "--plaintext", "--metrics", address]) == 1

@@ -196,7 +196,7 @@ def test_parties_that_agree_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"\xff", b"{}", b"[" * 9999, b'{"version": 2}', b'{"version": true}']
+    "data", [b"", b"[]", b"\xff", b"{}", b"[" * 9999, b'{"version": 3}', b'{"version": true}']
 )
 def test_a_greeting_that_cannot_be_read_is_refused(data: bytes) -> None:
     with pytest.raises(PartyError, match="the server sent a malformed hello"):
