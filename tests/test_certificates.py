@@ -190,6 +190,10 @@ def test_a_revoked_certificate_is_refused_from_the_next_handshake_on(tmp_path: P
     assert meet(bob, server)[1].name == "bob"
     with pytest.raises(MergecError, match=r"ann/certificate.pem: was revoked, as .*revoked.pem"):
         Security("client", tmp_path / "ann")
+    # Its owner gets a new one, for a new key.
+    assert make_certificates(tmp_path, ("ann", "bob")) == [tmp_path / "ann"]
+    assert meet(Security("client", tmp_path / "ann"), server)[1].name == "ann"
+    assert "certificate revoked" in str(meet(mallory, server)[1])
     # Further ones are added, and the server's, too, which its peers notice.
     revoke(tmp_path, [str(tmp_path / "server" / CERTIFICATE)])
     (tmp_path / "mallory" / "revoked.pem").unlink()

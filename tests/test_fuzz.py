@@ -57,6 +57,7 @@ KEPT = 1 << 18
 FIELDS = [
     *("role", "version", "mode", "program_hash", "passes", "fixed", "purpose", "session", "store"),
     *("plan", "position", "length", "tokens", "answer", "answers", "prompt", "reason", "used"),
+    *("head", "tag", "chain", "salt"),
 ]
 PLAIN = {name: Security(name, None, plaintext=True) for name in ("client", "server", "dealer")}
 NOWHERE = Address("127.0.0.1", 1)

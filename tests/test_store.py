@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from cryptography.exceptions import InvalidTag
 
+from mergec.runtime.cli.options import SessionOptions
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.correlations.prg import derive, new_seed
@@ -385,6 +387,9 @@ def test_a_copy_that_went_its_own_way_is_noticed(tmp_path: Path) -> None:
     copy.take(OTHER)
     with pytest.raises(PartyError, match="they have used other answers"):
         opened(copy, server)
+    with pytest.raises(PartyError, match="the client has used 2 answers of it, the server 1; one"):
+        server.take(TAG, copy.journal().head.after(TAG))
+    assert server.left() == 5, "and nothing was used up"
     copy.take(OTHER)  # one ahead, but of another history
     with pytest.raises(PartyError, match="the client has used 2 answers of it, the server 1"):
         opened(copy, server)
@@ -403,6 +408,27 @@ def test_heads_that_peers_send_are_checked() -> None:
     for wrong in (None, "", "00", 5):
         with pytest.raises(PartyError, match="the client names no session"):
             read_tag(wrong, "client")
+
+
+def test_stores_of_another_version_are_refused_and_do_not_hide_others(
+    tmp_path: Path, monkeypatch
+) -> None:
+    old = tmp_path / "00000000000000000000000000000000"
+    old.mkdir()
+    former = {
+        "store": old.name, "role": "client", "program": "ab" * 32, "answers": 3, "prompt": 2,
+        "tokens": 5, "client": "", "weights": "", "format": 1,
+    }  # fmt: skip
+    (old / "store.json").write_text(json.dumps(former))
+    told = "store.json: is damaged or of another version; run `mergec prepare` again"
+    with pytest.raises(StoreError, match=told):
+        Store.open(old, KEY)
+    monkeypatch.setenv(KEY_VARIABLE, KEY.hex())
+    options = SessionOptions(bundle=tmp_path, store=tmp_path)
+    with pytest.raises(StoreError, match=told):
+        options._opened_store()
+    store, _, _ = written(tmp_path, 1, (b"x",))
+    assert options._opened_store().folder == store.folder
 
 
 @pytest.mark.parametrize("file", ["store.json", "static.bin", "answer-000000.bin"])
@@ -653,6 +679,11 @@ def test_peers_that_do_not_keep_to_the_plan_or_the_journal_are_refused(
             with pytest.raises(PartyError, match="the client has used 2 answers of it, the server"):
                 ask(store, prompt)
         assert ask(store, prompt) == decoder.plaintext(bundles, prompt, 3), "nobody is locked out"
+        # The dealer's salt is that of the session in which the store was dealt.
+        with made.connection(dealer=None, store=store) as connection:
+            assert connection._session._executor.context._salt == store.salt
+            with pytest.raises(StoreError, match="is in use by another session of this client"):
+                ask(Store.open(place, KEY), prompt)
 
 
 def test_a_schedule_takes_the_steps_of_its_plan_once_and_in_order() -> None:

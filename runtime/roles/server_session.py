@@ -40,7 +40,7 @@ from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
 from mergec.runtime.session.stores.journal import Head, read_tag, tag_of
 from mergec.runtime.session.stores.kept import mask_seed, name_of
-from mergec.runtime.session.stores.reader import NoCorrections, Store, differing
+from mergec.runtime.session.stores.reader import NoCorrections, Store
 from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from mergec.runtime.transport.connect import accept
@@ -177,9 +177,7 @@ class ServerSession:
 
         def take() -> Schedule:
             client = Head.read(channel.receive_json(Kind.TAKEN)[1], channel.peer)
-            if client != store.journal().head.after(tag):
-                raise PartyError(differing(store.header.store, client, store.journal().head))
-            _, seed, corrections = store.take(tag)
+            _, seed, corrections = store.take(tag, client)
             session.use(self._context(Origin(seed, store.salt), corrections))
             return plan.schedule()
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -27,6 +27,7 @@ from mergec.runtime.transport.certificates import (
     KEY,
     REVOKED,
     ROLE_URI,
+    UNREADABLE,
     find_certificate,
     fingerprint,
     name_of,
@@ -83,8 +84,9 @@ def make_certificates(
     """Create what is missing in `folder`: an authority, and folders of server, dealer and clients.
 
     Certificates are valid for `days` from `now`. Limits and logs refer to a client by its name. An
-    existing authority is reused to sign further clients. Returns the folders created. Raises
-    MergecError for an invalid client name, or if `folder` cannot be written.
+    existing authority is reused to sign further clients, and anew for certificates that were
+    revoked. Returns the folders created. Raises MergecError for an invalid client name, or if
+    `folder` cannot be written.
     """
     for name in clients:
         check_name(name)
@@ -93,10 +95,12 @@ def make_certificates(
     with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         authority, authority_key = _authority(folder, valid)
+        revoked = _serials(folder, authority)
         roles = {name: name for name in ROLES[CLIENT + 1 :]} | dict.fromkeys(clients, ROLES[CLIENT])
         for name, role in roles.items():
             place = folder / name
-            if (place / CERTIFICATE).exists():
+            exists = (place / CERTIFICATE).exists()
+            if exists and find_certificate(place).serial_number not in revoked:
                 continue
             place.mkdir(exist_ok=True)
             key = ec.generate_private_key(ec.SECP256R1())
@@ -249,10 +253,10 @@ def _read_request(file: Path) -> x509.CertificateSigningRequest:
     told = "`mergec certs request` makes one"
     try:
         found = x509.load_pem_x509_csr(file.read_bytes())
-        valid = found.is_signature_valid
+        valid = found.is_signature_valid and found.public_key() and name_of(found)
     except OSError as error:
         raise MergecError(f"{file}: cannot be read ({error.strerror}); {told}") from error
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise MergecError(f"{file}: is not a request for a certificate; {told}") from error
     if not valid:
         raise MergecError(f"{file}: is not signed by the key that it is for; {told}")

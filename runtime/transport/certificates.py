@@ -85,6 +85,16 @@ def check_certificate(
     return ""
 
 
+UNREADABLE = (
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    UnsupportedAlgorithm,
+    ValueError,
+)
+"""What `cryptography` raises for parts of a certificate or a request that it cannot read."""
+
+
 def find_folder(certificates: Path, role: str) -> Path:
     """The folder of `role` in a folder that contains those of all roles, or this folder itself.
 
@@ -177,7 +187,7 @@ def role_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> s
     """The role that a certificate or a request names, or an empty string."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except UNREADABLE:
         return ""
     found = [
         uri.removeprefix(ROLE_URI)

@@ -100,14 +100,19 @@ class Store:
         """The number of unused answers."""
         return self.header.answers - self.journal().head.used
 
-    def take(self, tag: bytes) -> tuple[Head, bytes, Corrections]:
+    def take(self, tag: bytes, client: Head | None = None) -> tuple[Head, bytes, Corrections]:
         """Use up the next answer for good, in the session with this tag.
 
-        Returns the journal's head, the answer's seed, and the dealer's corrections. Closes the
-        answer taken before. Raises StoreError if none is left.
+        client: at the server, the head that the client has come to; raises PartyError, and uses
+        nothing, if this party would come to another one. Returns the journal's head, the answer's
+        seed, and the dealer's corrections. Closes the answer taken before. Raises StoreError if
+        none is left.
         """
         self.close()
         with self._locked():
+            mine = self._state()[0].head
+            if client is not None and client != mine.after(tag):
+                raise PartyError(differing(self.header.store, client, mine))
             head, key = self._use(tag)
         self._open = Corrections(answer_file(self.folder, key.answer), key.own)
         return head, self._open.seed, self._open
