@@ -528,12 +528,11 @@ def test_sessions_side_by_side_within_the_servers_limits(bundles: Path, said: st
             stopped.wait_for("listening")
             assert stopped.stop(signal.SIGINT) == INTERRUPTED
             assert stopped.output.splitlines()[-1] == "stopped"
-        made.server.wait_for("session ended", 3)
-        check_an_exposed_endpoint_with_a_key(bundles, at, said)
 
 
-def check_an_exposed_endpoint_with_a_key(bundles: Path, at: tuple[str, ...], said: str) -> None:
-    key = bundles / "api.key"
+def test_an_exposed_endpoint_with_a_key(running: Deployment, said: str, tmp_path: Path) -> None:
+    bundles, key = running.bundles, tmp_path / "key"
+    at = ("--server", str(running.server.address), "--dealer", str(running.dealer.address))
     key.write_text("0123456789abcdef\n")
     exposed = ("--host", "0.0.0.0", "--expose", "--metrics", "0.0.0.0:0")
     with role("proxy", bundles, *at, "--plaintext", *exposed, "--api-key-file", str(key)) as made:
