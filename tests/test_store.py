@@ -23,10 +23,12 @@ from mergec.runtime.cli.options import SessionOptions
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.correlations.prg import derive, new_seed
-from mergec.runtime.roles import server_session
-from mergec.runtime.roles.settings import ServerSettings
+from mergec.runtime.roles import dealer_session, server_session
+from mergec.runtime.roles.dealer_session import DealerSession
+from mergec.runtime.roles.settings import DealerSettings, ServerSettings
 from mergec.runtime.session.handshake import Origin
 from mergec.runtime.session.requests import Plan, Schedule
+from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.session.stores.folder import left_below, remove_unfinished, stores_below
 from mergec.runtime.session.stores.format import (
     CHUNK_BYTES,
@@ -44,6 +46,7 @@ from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.traffic import Traffic
 from tests import decoder
 from tests.services import START, deployment, role, wait_until
 
@@ -684,6 +687,42 @@ def test_peers_that_do_not_keep_to_the_plan_or_the_journal_are_refused(
             assert connection._session._executor.context._salt == store.salt
             with pytest.raises(StoreError, match="is in use by another session of this client"):
                 ask(Store.open(place, KEY), prompt)
+
+
+def deal(tmp_path: Path, monkeypatch, plans: int) -> list[Kind]:
+    """What the dealer's process sends a server that requests a plan of two answers so often."""
+    requests = iter([(Kind.PLAN, memoryview(b""))] * plans + [(Kind.END, memoryview(b""))])
+    monkeypatch.setattr(dealer_session, "tell", lambda *_: None)
+    settings = DealerSettings(
+        tmp_path, Address("127.0.0.1", 0), Security("dealer", None, plaintext=True)
+    )
+    parent = SimpleNamespace(tell=lambda **_: None, check=lambda: None)
+    session = DealerSession(settings, decoder.program("dealer"), None, parent, None)
+    session._agreed = lambda *_: next(requests)
+    said: list[Kind] = []
+    channel = SimpleNamespace(
+        object=lambda _: Plan(2, 2, 1).fields(), peer="server", traffic=Traffic(),
+        send=lambda kind, *_: said.append(kind),
+    )  # fmt: skip
+    origins = [Origin(new_seed(), bytes(16)) for _ in range(2)]
+    session._deal(channel, None, *origins, None)
+    return said
+
+
+def test_the_dealer_deals_for_one_plan_in_a_session(tmp_path: Path, monkeypatch) -> None:
+    """The seeds of answers follow from the session's, so a second plan would repeat the masks."""
+    said = deal(tmp_path, monkeypatch, 1)
+    assert said.count(Kind.MARK) == 2
+    assert set(said) == {Kind.BLOCK, Kind.MARK}
+    with pytest.raises(PartyError, match="a session deals for one plan; start another session"):
+        deal(tmp_path, monkeypatch, 2)
+
+
+def test_a_program_without_a_cache_cannot_be_prepared(tmp_path: Path, monkeypatch) -> None:
+    """Its later steps take all tokens again, which the plan does not foresee."""
+    monkeypatch.setattr(MergecSession, "cached", False)
+    with pytest.raises(PartyError, match="answers of this program cannot be precomputed"):
+        deal(tmp_path, monkeypatch, 1)
 
 
 def test_a_schedule_takes_the_steps_of_its_plan_once_and_in_order() -> None:

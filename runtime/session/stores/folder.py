@@ -72,7 +72,7 @@ def remove_unfinished(root: Path) -> int:
 
 @contextmanager
 def locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold a lock of the folder; it is released with the process at the latest."""
+    """Hold a lock of the folder, or file; it is released with the process at the latest."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, how)
