@@ -101,9 +101,13 @@ def find_folder(certificates: Path, role: str) -> Path:
     Raises MergecError if it contains the folders of several clients.
     """
     inner = certificates / role
-    if inner.is_dir() or (certificates / CERTIFICATE).exists() or not certificates.is_dir():
-        return inner if inner.is_dir() else certificates
-    folders = [place for place in sorted(certificates.iterdir()) if (place / CERTIFICATE).exists()]
+    try:
+        if inner.is_dir() or (certificates / CERTIFICATE).exists() or not certificates.is_dir():
+            return inner if inner.is_dir() else certificates
+        inside = sorted(certificates.iterdir())
+        folders = [place for place in inside if (place / CERTIFICATE).exists()]
+    except OSError as error:
+        raise _unreadable(certificates, error) from error
     found = [place for place in folders if role_of(find_certificate(place)) == role]
     if len(found) > 1:
         names = ", ".join(place.name for place in found)

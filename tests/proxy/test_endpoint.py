@@ -551,6 +551,29 @@ def test_an_exposed_endpoint_with_a_key(running: Deployment, said: str, tmp_path
         assert answer.choices[0].text == said[:3]
         with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
             wrong.models.list()
+        check_the_page_asks_for_the_key(f"http://127.0.0.1:{made.address.port}", tmp_path)
+
+
+def check_the_page_asks_for_the_key(url: str, folder: Path) -> None:
+    """Once for a tab; a wrong one is said to be wrong."""
+    with chromium(folder / "profile") as browser:
+
+        def shown() -> str:
+            return str(browser.find_element("id", "model").text)
+
+        def asked() -> bool:
+            with suppress(Exception):
+                return bool(browser.switch_to.alert.text)
+            return False
+
+        for given, expected in (("none", "the API key is missing or wrong"), ("right", MODEL)):
+            browser.get(url)
+            wait_until(asked)
+            browser.switch_to.alert.send_keys("0123456789abcdef" if given == "right" else given)
+            browser.switch_to.alert.accept()
+            wait_until(lambda expected=expected: shown().startswith(expected))
+        browser.get(url)
+        wait_until(lambda: shown() == MODEL)
 
 
 # ------------------------------------------------------------------------- at the start
