@@ -124,6 +124,9 @@ class Op:
     prepares: the operand, if any, that the op only brings into shape for its consumer. The text of
         a graph names a chain of such ops after their result: `layers.0.attn.q.rotary`.
     parts: operands after which the text of a graph names the values that lead to them, such as "q".
+    choosers: operands whose values choose entries of another operand, so that `reference` fails for
+        some values. One party's secret may not choose where that party computes the op alone, as
+        the other would see the failure; the protocol has to accept every value.
 
     A bundle refers to an op by its name alone and holds none of its code. All three roles need the
     package that offers the op, in the same version: the handshake compares the version of mergec
@@ -175,6 +178,7 @@ class Op:
     kind: ClassVar[Kind] = Kind.ARITHMETIC
     prepares: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ()
+    choosers: ClassVar[tuple[str, ...]] = ()
     no_stock: ClassVar[str] = ""
 
     tensors: ClassVar[tuple[str, ...]]

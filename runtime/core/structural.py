@@ -75,6 +75,44 @@ TABLE["aten.view.default"] = TABLE["aten._unsafe_view.default"] = torch.reshape
 
 MOVE_NAMES = frozenset({*(f"aten.{name}" for name in MOVES), "sym.getitem"})
 
+SIZE = "aten.sym_size.int"
+"""A length: public, whatever tensor it is the length of."""
+
+_SPLITS = ("split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int")
+SECRET_MOVES = MOVE_NAMES | {f"aten.{name}" for name in _SPLITS} | {SIZE}
+"""What a program may call on shares and masks. Anything else would compute with single shares."""
+
+_VALUE_DEPENDENT = {
+    "aten.index.Tensor": {"indices"},
+    "aten.index_select.default": {"index"},
+    "aten.gather.default": {"index"},
+    "aten.embedding.default": {"indices"},
+    "aten.floor_divide.default": {"other"},
+}
+"""Parameters whose values decide the result's shape, or whether the call fails. These must be
+public: lengths and failures are visible to the other party."""
+
+
+def public_parameters(target: str, count: int) -> set[int | str]:
+    """Which arguments of a function must be public, as positions of the first `count` and names.
+
+    These are all numbers, lists of numbers and flags, because a tensor in their place is read as a
+    number, and those tensors whose values decide the shape of the result or whether the call fails.
+    With the rest secret, the shape of the result follows from shapes and public values alone, and
+    no value makes the call fail. Raises KeyError if the target is not allowed.
+    """
+    function(target)
+    if not target.startswith("aten."):
+        # A list or tensor may be secret, its index not; all else here is arithmetic on lengths.
+        return set(range(1 if target == "sym.getitem" else 0, count))
+    found: set[int | str] = set()
+    named = _VALUE_DEPENDENT.get(target, set())
+    for place, argument in enumerate(_overload(target.removeprefix("aten."))._schema.arguments):
+        if "Tensor" not in str(argument.type) or argument.name in named:
+            found |= {place, argument.name}
+    return found
+
+
 _NAMES: dict[Any, str] = {_overload(name): f"aten.{name}" for name in (*MOVES, *PUBLIC)}
 _NAMES |= {call: name for name, call in _SYMBOLIC.items()}
 _NAMES |= {torch.sym_max: "sym.max", torch.sym_min: "sym.min"}

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol, as_reply, as_tuple
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Weight
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.rehearsal import Rounds, form
 from mergec.runtime.engine.weights import Constants, load_constants
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.transport.traffic import Exchange
@@ -81,11 +83,18 @@ class Executor:
         weights = self._constants.weights
         return {name: w.difference for name, w in weights.items() if isinstance(w, Weight)}
 
-    def step(self, inputs: dict[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+    def step(
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[str] | None = None,
+        rehearsed: Rounds | None = None,
+    ) -> dict[str, Any]:
         """Run the instructions that lead from `inputs` to `outputs`; return the outputs by name.
 
         outputs: by default the program's. An input may stand for the result of an instruction,
-        which then does not run. Afterwards `record` holds the rounds and bytes of this step.
+        which then does not run. rehearsed: the messages of this step, from `Rehearsal.step`; raises
+        BundleError before a round is sent that differs. Afterwards `record` holds the rounds and
+        bytes of this step.
         """
         self.record = StepRecord()
         wanted = tuple(self.program.outputs if outputs is None else outputs)
@@ -139,6 +148,8 @@ class Executor:
                 waiting.clear()
                 messages = [as_tuple(yielded) for _, (_, yielded) in batch]
                 due = [message for group in messages for message in group]
+                if rehearsed is not None:
+                    _compare(rehearsed, rounds, due, [steps[i].name for i, _ in batch])
                 replies = iter(exchange(context, self._link, due))
                 rounds += 1
                 for (i, (protocol, yielded)), group in zip(batch, messages, strict=True):
@@ -146,6 +157,11 @@ class Executor:
                     spent[i].online += sum(map(online_bytes, group))
                     reply = [next(replies) for _ in group]
                     advance(i, protocol, as_reply(yielded, reply))
+        if rehearsed is not None and rounds != len(rehearsed):
+            raise BundleError(
+                f"this step ended after {rounds} rounds instead of {len(rehearsed)}, so it might "
+                "depend on secrets; do not use this bundle"
+            )
         self._note(rounds, spent)
         return {name: values[name] for name in wanted}
 
@@ -167,3 +183,16 @@ class Executor:
                 return stop.value
             messages = list(as_tuple(yielded))
             reply = as_reply(yielded, exchange(self.context, self._link, messages))
+
+
+def _compare(
+    rehearsed: Rounds, number: int, messages: Sequence[Message], names: Sequence[str]
+) -> None:
+    """Raise BundleError unless the messages are those of the rehearsed round of this number."""
+    if number < len(rehearsed) and rehearsed[number] == list(map(form, messages)):
+        return
+    listed = ", ".join(names[:3])
+    raise BundleError(
+        f"round {number + 1} of this step, of {listed}, is not the one that its lengths tell, so "
+        "it might depend on secrets; it was not sent; do not use this bundle"
+    )

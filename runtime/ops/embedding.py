@@ -22,7 +22,8 @@ class Embedding(Op):
     The client holds the ids, or they are public; the table is a constant of the server's, held or
     shared. The result is shared, with the table's fractional bits. Secret ids: 1 round, 8 V bytes
     online and 8 D offline per id. Public ids of a shared table: local. Exact. The server sees
-    one-hot rows minus a fresh uniform mask; the client sees nothing.
+    one-hot rows minus a fresh uniform mask; the client sees nothing. A secret id outside of the
+    table selects zeros, because a failure would tell the server about it.
 
     MERGE (AAAI 2024) names this product as the cost of private embedding; the one-way form is rule
     2 of docs/protocols.md.
@@ -32,6 +33,7 @@ class Embedding(Op):
     schema = "(Tensor ids, Tensor weight) -> Tensor"
     operands = {"ids": "held"}
     weights = ("weight",)
+    choosers = ("ids",)
     kind = Kind.LINEAR
 
     @staticmethod

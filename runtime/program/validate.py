@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from inspect import signature
 
 from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.op import REGISTRY, Op
 from mergec.runtime.core.spec import ROLES, Vis
-from mergec.runtime.core.structural import TABLE
+from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, public_parameters
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.ops import ENTRY_POINTS, load_all
 from mergec.runtime.program.encoding import RECOMPILE, dtype_name, refs
-from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram, needed
+from mergec.runtime.program.program import (
+    DECODE,
+    FINISH,
+    PROMPT,
+    Instruction,
+    RoleProgram,
+    needed,
+)
 
 # A shared constant comes from the server's bundle; it is shared at the start of a session.
 _MAY_HOLD = {
@@ -120,10 +130,59 @@ def _check_values(program: RoleProgram, where: str) -> dict[str, Vis]:
                     f"{where}: {item.name!r} ({item.target}) uses {used!r} before it is defined; "
                     f"{RECOMPILE}"
                 )
-        if is_op and item.vis is Vis.PUBLIC and any(known[u] is not Vis.PUBLIC for u in uses):
+        fault = _fault(item, known)
+        if fault:
             raise BundleError(
-                f"{where}: {item.name!r} ({item.target}) makes a secret public; do not use it, "
-                f"{RECOMPILE}"
+                f"{where}: {item.name!r} ({item.target}) {fault}; do not use it, {RECOMPILE}"
             )
         define(item.name, item.vis)
     return known
+
+
+def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
+    """Why an instruction may not run, as the end of a sentence; empty if it may.
+
+    A length and a failure of one party are visible to the other. So what an instruction does with
+    a secret must not depend on the secret's value: neither the shape of the result nor whether
+    there is one. And the result must be known to those roles that it is declared for, no more.
+    """
+    operands = [known[ref.name] for ref in refs((item.args, item.kwargs))]
+    if item.target.startswith("mpc."):
+        op = REGISTRY[item.target.removeprefix("mpc.")]
+        public, moves, joined = _public_parameters(op, operands), True, op.visibility(*operands)
+    else:
+        public = public_parameters(item.target, len(item.args))
+        moves = item.target in SECRET_MOVES
+        joined = reduce(Vis.join, operands, Vis.PUBLIC)
+        if item.target == SIZE:
+            joined = Vis.PUBLIC
+    for key, argument in [*enumerate(item.args), *item.kwargs.items()]:
+        for ref in refs(argument):
+            vis = known[ref.name]
+            if key in public and vis is not Vis.PUBLIC:
+                return f"depends on the value of {ref.name!r}, which is {_whose(vis)}"
+            if not moves and vis is Vis.SHARED:
+                return f"computes with single shares of {ref.name!r}"
+    if item.vis is Vis.PUBLIC and joined is not Vis.PUBLIC:
+        return "makes a secret public"
+    if item.vis is not joined:
+        return f"is declared as {item.vis.value}, but is {joined.value}"
+    return ""
+
+
+def _public_parameters(op: type[Op], operands: Sequence[Vis]) -> set[int | str]:
+    """Which arguments of a dialect op must be public, as positions and names.
+
+    Where one party computes the op alone, these include the operands whose values may make it fail.
+    """
+    chosen = op.choosers if op.known_to(*operands) is not None else ()
+    return {
+        key
+        for place, name in enumerate(signature(op.reference).parameters)
+        if name not in op.tensors or name in chosen
+        for key in (place, name)
+    }
+
+
+def _whose(vis: Vis) -> str:
+    return "shared" if vis is Vis.SHARED else f"known to the {vis.value} alone"

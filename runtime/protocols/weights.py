@@ -147,7 +147,8 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     In: ids at the client, meta elsewhere. Rounds 1, online 8 V bytes per id, client to server;
     offline 8 D bytes per id. The server sees one-hot rows e minus a fresh uniform mask a, which are
     uniform; the client sees nothing. For a shared constant, e W = e z - (e - a) B - a B, where
-    z = W + B is open and a B is dealt; the client computes e z by selecting rows of z.
+    z = W + B is open and a B is dealt; the client computes e z by selecting rows of z. An id outside
+    of the table selects zeros: failing would tell the server about the id.
     """
     mask = ctx.client_mask((*ids.shape, weight.shape[0]))
     ctx.spend(mask)
@@ -155,8 +156,8 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     if ctx.party == CLIENT:
         # Avoid building one-hot rows: for a prompt, each would have as many words as the
         # vocabulary.
-        chosen = ids.to(ctx.device)[..., None]
-        rows = (-mask).scatter_add_(-1, chosen, torch.ones_like(chosen))
+        chosen, inside = _clamped(ids.to(ctx.device), weight.shape[0])
+        rows = (-mask).scatter_add_(-1, chosen[..., None], inside[..., None])
         yield ToServer(rows)
     else:
         rows = yield ToServer(away)
@@ -170,7 +171,14 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     if ctx.party == SERVER:
         return -matmul_columns(sent.opened, weight.mask) - cross
     hidden = matmul_columns(rows, weight.mask) + cross
-    return weight.opened[ids.to(ctx.device)] - hidden
+    return weight.opened[chosen] * inside[..., None] - hidden
+
+
+def _clamped(ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids moved into the table of that many rows, and 1 for each that was inside, else 0."""
+    whole = ids.long()
+    chosen = whole.clamp(0, count - 1)
+    return chosen, (chosen == whole).long()
 
 
 def table_rows_cost(count: int, weight: Constant) -> Cost:

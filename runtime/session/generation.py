@@ -91,6 +91,7 @@ def answer(
             logits: list[torch.Tensor | None] = []
 
             def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
+                session.rehearse(len(feed), past, draw)
                 announce(len(feed), past)
                 logits.append(session.step(len(feed), past, feed, draw))
 
@@ -121,6 +122,7 @@ def _resend(
 
         def step(new: int = new, past: int = past) -> None:
             nonlocal rows
+            session.rehearse(new, past)
             announce(new, past)
             rows = session.step(new, past, prompt)
 

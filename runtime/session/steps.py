@@ -14,6 +14,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
+from mergec.runtime.engine.rehearsal import Rehearsal, Rounds
 from mergec.runtime.program.program import FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.transport.traffic import Traffic
 
@@ -107,7 +108,7 @@ class Session(ABC):
         """
         if not self.allows(new, past):
             raise BundleError(f"a step of {new} tokens after {past} is out of turn")
-        self._prepare(draw or Draw())
+        self._prepare(new, past, draw or Draw())
         phase = self.program.phase(phase_of(new, past))
         if phase.name == FINISH:
             return self._finish(phase)
@@ -152,8 +153,14 @@ class Session(ABC):
         value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
         return value.reshape(-1, value.shape[-1])
 
-    def _prepare(self, draw: Draw) -> None:  # noqa: B027 - nothing to do by default
-        """Note how the step's token is chosen, for programs whose parties choose it."""
+    def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:  # noqa: B027
+        """Find out what a step of these lengths sends, before anybody is told of the step.
+
+        Raises BundleError if that depends on more than the lengths. `step` does the same.
+        """
+
+    def _prepare(self, new: int, past: int, draw: Draw) -> None:  # noqa: B027
+        """Note the step's lengths, and how its token is chosen if the parties choose it."""
 
 
 class MergecSession(Session):
@@ -163,6 +170,10 @@ class MergecSession(Session):
         super().__init__(executor.program)
         self._executor = executor
         self._counted = counted
+        # The dealer has nothing but shapes anyway, and sends neither party a message.
+        self._rehearsal = Rehearsal(executor.program) if self.party != DEALER else None
+        self._step: tuple[int, int, Draw] | None = None
+        self._rounds: Rounds | None = None
 
     def setup(self) -> None:
         self._executor.setup()
@@ -191,12 +202,19 @@ class MergecSession(Session):
             return Sent(words if server else ghost, ghost if server else words, spec.frac)
         return Masked(ghost if self.party == DEALER else words, words, spec.frac)
 
-    def _prepare(self, draw: Draw) -> None:
+    def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
+        step = (new, past, draw or Draw())
+        if self._rehearsal is not None and step != self._step:
+            self._rounds = self._rehearsal.step(*step)
+            self._step = step
+
+    def _prepare(self, new: int, past: int, draw: Draw) -> None:
         self._executor.context.draw = draw
+        self.rehearse(new, past, draw)
 
     @torch.inference_mode()
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        return self._executor.step(inputs, outputs)
+        return self._executor.step(inputs, outputs, self._rounds)
 
     def _join(self, values: Sequence[Any]) -> Any:
         return Shared(torch.cat([value.share for value in values], 1), values[0].frac)
