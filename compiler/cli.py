@@ -19,8 +19,10 @@ from mergec.runtime.cli import (
     Chat,
     Device,
     DeviceOption,
+    Expected,
     MaxTokens,
     SamplingOptions,
+    Tokenizer,
     app,
     err,
     grouped,
@@ -212,6 +214,8 @@ def run_command(
     device: DeviceOption = Device.cpu,
     max_tokens: MaxTokens = 32,
     chat: Chat = None,
+    tokenizer: Tokenizer = None,
+    expect: Expected = None,
     check_plaintext: Annotated[
         bool, typer.Option("--check-plaintext", help="Compute the answer in plaintext, too.")
     ] = False,
@@ -222,6 +226,7 @@ def run_command(
     with _steps() as step:
         step("reading the bundles")
         program = Program.load(bundles)
+        program.check(expect, tokenizer)
     _run(
         program,
         prompt,

@@ -11,7 +11,7 @@ import torch
 
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.backend.deviation import measure_deviation
-from mergec.compiler.backend.emit import shapes, tokenizer_files, value_types
+from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model
@@ -21,7 +21,7 @@ from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
 from mergec.runtime.program.bundle import complete
-from mergec.runtime.program.manifest import Manifest
+from mergec.runtime.program.manifest import Manifest, tokenizer_digest
 from mergec.runtime.program.program import FINISH, RoleProgram
 
 Progress = Callable[[str], object]
@@ -86,12 +86,14 @@ def compile_decoder(
         progress("comparing the lossy program with the model")
         deviation = measure_deviation(roles["server"], captured, sequences)
     progress("counting rounds and bytes")
+    files = tokenizer_files(tokenizer)
     manifest = Manifest(
         model=config.name or _model_name(model),
         fractional_bits=config.fractional_bits,
         max_length=dialect.max_length,
         vocab_size=dialect.vocab_size,
         stop_tokens=_stop_tokens(model, tokenizer),
+        tokenizer=tokenizer_digest(file_digests(files)),
         lossy=dialect.lossy,
         deviation=deviation,
         weights=config.weights,
@@ -107,7 +109,7 @@ def compile_decoder(
         program.manifest = manifest
         program.manifest = complete(program)
     history = History(captured, config, sequences)
-    return Program(roles, types, tokenizer_files(tokenizer), history=history)
+    return Program(roles, types, files, history=history)
 
 
 def compile_source(

@@ -24,6 +24,7 @@ from mergec.runtime.program.bundle import (
     MANIFEST,
     TOKENIZER,
     complete,
+    expect,
     load_bundle,
     role_path,
 )
@@ -79,6 +80,7 @@ class Program:
         self.history = history
         self._types = dict(types or {})
         self._files = dict(tokenizer_files or {})
+        self._text: Text | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -125,6 +127,16 @@ class Program:
             if file.is_file()
         }
         return cls(programs, None, files, place)
+
+    def check(self, expected: str | None = None, tokenizer: Path | None = None) -> None:
+        """Compare the program's hash with the expected one, and take another tokenizer, if given.
+
+        Raises BundleError if the hash is another one, or if there is no tokenizer at that place.
+        """
+        if expected is not None:
+            expect(self.manifest, expected, tokenizer is not None)
+        if tokenizer is not None:
+            self._text = Text.given(tokenizer)
 
     def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
         """Write the three bundles to the folder `path`, all or none; return the folder.
@@ -294,7 +306,7 @@ class Program:
 
     def text(self) -> Text:
         """The client's tokenizer. Raises a MergecError if the program has none."""
-        return Text.from_files(self._files, str(self.path or "the program"))
+        return self._text or Text.from_files(self._files, str(self.path or "the program"))
 
     def generate_local(
         self,
@@ -385,7 +397,7 @@ class Program:
         return PlainAnswer(text, tokens, margins)
 
     def _has_text(self) -> bool:
-        return VOCABULARY in self._files
+        return self._text is not None or VOCABULARY in self._files
 
     def _tokens(
         self, prompt: str | Sequence[int], chat: bool | None, max_tokens: int

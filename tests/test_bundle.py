@@ -253,8 +253,8 @@ def test_manifest_without_a_key(server: Path, key: str) -> None:
 
 
 def test_other_version(server: Path) -> None:
-    resign(server, format_version=2)
-    refused(server, "server", "format version 2", "reads 1", "compile the model again")
+    resign(server, format_version=3)
+    refused(server, "server", "format version 3", "reads 1 and 2", "compile the model again")
 
 
 def test_other_role(server: Path) -> None:

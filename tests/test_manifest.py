@@ -21,11 +21,11 @@ from tests.test_former_bundles import ARCHIVE as FORMER
 
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
-    "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "lossy", "deviation",
-    "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out", "files",
+    "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
+    "deviation", "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out", "files",
     "digest",
 ]  # fmt: skip
-"""In the order of every manifest.json of format version 1."""
+"""In the order of every manifest.json of format version 2."""
 
 PASS = {
     "pass": "fuse_glu", "summary": "x", "exact": True, "sites": 2, "nodes_before": 9,
@@ -35,7 +35,7 @@ PASS = {
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Path) -> None:
-    """Its manifest was a dictionary then."""
+    """Its manifest was a dictionary then, and its hash covered no tokenizer."""
     with tarfile.open(FORMER) as archive:
         archive.extractall(tmp_path, filter="data")
     before = tmp_path / "bundles-0.1.0" / role
@@ -51,7 +51,10 @@ def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Pat
         assert (after / name).read_bytes() == (before / name).read_bytes()
     old, new = ((f / bundle.MANIFEST).read_text().splitlines() for f in (before, after))
     changed = {line.strip().partition(":")[0] for line in {*old} ^ {*new}}
-    assert changed <= {'"mergec_version"', '"torch_version"', '"digest"'}
+    assert changed <= {
+        '"format_version"', '"mergec_version"', '"torch_version"', '"program_hash"',
+        '"tokenizer"', '"digest"',
+    }  # fmt: skip
 
 
 def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:

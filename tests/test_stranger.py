@@ -1,4 +1,4 @@
-"""What a bundle from a stranger can make a party do: nothing whose size or failure tells a secret."""
+"""A bundle from a stranger makes no party do anything whose size or failure tells a secret."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mergec.compiler.backend.onnx_export import ValueType, to_onnx
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program.bundle import GRAPH, TOKENIZER, Content, replacing, save_bundle
 from mergec.runtime.program.encoding import dtype_name
+from mergec.runtime.program.manifest import tokenizer_digest
 from mergec.runtime.program.program import RoleProgram
 
 Progress = Callable[[str], object]
@@ -36,9 +39,11 @@ def emit(
     """
     target = Path(path)
     with replacing(target) as folder:
+        digest = tokenizer_digest(file_digests(tokenizer_files or {}))
         for role in ROLES:
             progress(f"writing the {role}'s bundle")
             program = programs[role]
+            program.manifest = replace(program.manifest, tokenizer=digest)
             files: dict[str, Content] = {GRAPH: partial(_graph, program, types)}
             if role == "client":
                 files |= {f"{TOKENIZER}/{k}": v for k, v in (tokenizer_files or {}).items()}
@@ -63,6 +68,11 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
             for file in sorted(place.rglob("*"))
             if file.is_file()
         }
+
+
+def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The SHA-256 of each file by its name, in hexadecimal."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def value_types(

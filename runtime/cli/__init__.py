@@ -11,9 +11,11 @@ from mergec.runtime.cli.options import (
     Chat,
     Device,
     DeviceOption,
+    Expected,
     MaxTokens,
     Prompt,
     SamplingOptions,
+    Tokenizer,
     grouped,
 )
 
@@ -25,9 +27,11 @@ __all__ = [
     "Chat",
     "Device",
     "DeviceOption",
+    "Expected",
     "MaxTokens",
     "Prompt",
     "SamplingOptions",
+    "Tokenizer",
     "app",
     "err",
     "grouped",

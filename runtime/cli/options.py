@@ -114,6 +114,27 @@ Keep = Annotated[
         help="Folder to keep the masked weights in: a server with a --store-key sends them once."
     ),
 ]
+Expected = Annotated[
+    str | None,
+    typer.Option(
+        "--expect",
+        metavar="HASH",
+        help="Refuse a bundle whose program hash, in full, is not this one.",
+    ),
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        help="Your own tokenizer instead of the bundle's: tokenizer.json, or a folder that has it."
+    ),
+]
+FixedLength = Annotated[
+    bool,
+    typer.Option(
+        "--fixed-length",
+        help="Run --max-tokens steps in any case, so that their number says nothing.",
+    ),
+]
 Prompt = Annotated[
     str, typer.Option("--prompt", "-p", help="The prompt; `-` reads it from standard input.")
 ]
@@ -178,6 +199,7 @@ class ClientOptions(PartyOptions):
 
     server: ServerAt = SERVER_ADDRESS
     dealer: DealerAt = DEALER_ADDRESS
+    expect: Expected = None
 
     def connection(self) -> Connection:
         """A connection, not yet open, that takes its randomness from the dealer."""
@@ -191,6 +213,7 @@ class ClientOptions(PartyOptions):
             server=address(self.server),
             security=self.security("client"),
             timeout=self.timeout,
+            expected=self.expect,
             on_wait=lambda place: err.print(
                 f"waiting for a free session, number {place} in the queue", style="dim"
             ),
@@ -205,6 +228,7 @@ class SessionOptions(ClientOptions):
     store: StoreAt = None
     store_key: StoreKey = None
     keep: Keep = None
+    tokenizer: Tokenizer = None
     device: DeviceOption = Device.cpu
 
     def connection(self) -> Connection:
@@ -215,6 +239,7 @@ class SessionOptions(ClientOptions):
             store=store,
             device=self.device.value,
             keep=self.keep,
+            tokenizer=self.tokenizer,
         )
 
     def _opened_store(self) -> Store | None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import RING_BITS, ROLES
+from mergec.runtime.core.spec import CLIENT, RING_BITS, ROLES
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.program.encoding import (
     RECOMPILE,
@@ -31,7 +31,13 @@ from mergec.runtime.program.encoding import (
     program_hash,
 )
 from mergec.runtime.program.json_values import is_a
-from mergec.runtime.program.manifest import FORMAT_VERSION, Manifest, digest
+from mergec.runtime.program.manifest import (
+    FORMAT_VERSION,
+    READABLE_VERSIONS,
+    Manifest,
+    digest,
+    tokenizer_digest,
+)
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.program.validate import validate
 
@@ -147,7 +153,7 @@ def complete(program: RoleProgram) -> Manifest:
         torch_version=str(torch.__version__),
         role=program.role,
         ring_bits=RING_BITS,
-        program_hash=program_hash(program),
+        program_hash=program_hash(program, FORMAT_VERSION),
         files={},
         digest="",
     )
@@ -199,6 +205,7 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     folder = Path(path)
     manifest = read_manifest(folder, role)
     _check_files(folder, manifest)
+    _check_tokenizer(folder, manifest)
     where = str(folder / PROGRAM)
     program = decode_program(_read_json(folder / PROGRAM), role, where)
     program.manifest = manifest
@@ -211,6 +218,25 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
             f"{manifest.program_hash[:12]}; {RECOMPILE}"
         )
     return program
+
+
+def expect(manifest: Manifest, wanted: str, own_tokenizer: bool = False) -> None:
+    """Raise BundleError unless the program is the one whose hash a user expects.
+
+    wanted: the hash, in full. own_tokenizer: the user brings a tokenizer, so that of the bundle,
+    which hashes of format version 1 do not cover, does not matter.
+    """
+    if manifest.program_hash != wanted.lower():
+        raise BundleError(
+            f"the bundle is of program {manifest.program_hash}, but {wanted[:80]!r} is "
+            "expected; ask its owner, and do not use it until you know why"
+        )
+    covered = manifest.tokenizer or not any(name.startswith(TOKENIZER) for name in manifest.files)
+    if not covered and not own_tokenizer:
+        raise BundleError(
+            "the program's hash does not cover the tokenizer in the bundle; compile the model "
+            "again, or give a tokenizer of your own"
+        )
 
 
 def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
@@ -231,10 +257,10 @@ def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
     data = _read_json(file)
     if not isinstance(data, dict) or not is_a(data.get("format_version"), int):
         raise BundleError(f"{file}: is not a mergec manifest; {_COPY}")
-    if data["format_version"] != FORMAT_VERSION:
+    if data["format_version"] not in READABLE_VERSIONS:
         raise BundleError(
             f"{file}: has format version {data['format_version']}, but this mergec ({VERSION}) "
-            f"reads {FORMAT_VERSION}; {RECOMPILE} with this version"
+            f"reads {' and '.join(map(str, READABLE_VERSIONS))}; {RECOMPILE} with this version"
         )
     try:
         manifest = Manifest.from_dict(data)
@@ -275,6 +301,27 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             )
         if _file_digest(file) != listed.get("sha256"):
             raise BundleError(f"{file}: does not match its SHA-256, so it was damaged; {_COPY}")
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """The tokenizer must be the one of the program hash, and none of its files unlisted."""
+    prefix = f"{TOKENIZER}/"
+    for file in sorted((folder / TOKENIZER).rglob("*")):
+        if file.is_file() and file.relative_to(folder).as_posix() not in manifest.files:
+            raise BundleError(f"{file}: is not listed in {MANIFEST}; remove it, or {_COPY}")
+    if manifest.role != ROLES[CLIENT] or not manifest.tokenizer:
+        return
+    found = tokenizer_digest(
+        {
+            name.removeprefix(prefix): listed["sha256"]
+            for name, listed in manifest.files.items()
+            if name.startswith(prefix)
+        }
+    )
+    if found != manifest.tokenizer:
+        raise BundleError(
+            f"{folder / TOKENIZER}: is not the tokenizer that the program was compiled with; {_COPY}"
+        )
 
 
 def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:

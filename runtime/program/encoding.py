@@ -13,7 +13,6 @@ import torch
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import RING_BITS, Vis
 from mergec.runtime.program.json_values import canonical, is_a
-from mergec.runtime.program.manifest import FORMAT_VERSION
 from mergec.runtime.program.program import (
     DECODE,
     FINISH,
@@ -35,22 +34,23 @@ LENGTHS = frozenset({"new", "past", "past+new"})
 """The lengths of a step, which are known only when it runs."""
 
 
-def program_hash(program: RoleProgram) -> str:
+def program_hash(program: RoleProgram, version: int | None = None) -> str:
     """SHA-256 of everything that all roles must agree on, in hexadecimal; equal in all bundles.
 
-    It covers the public tensors but no others. It omits the places in the user's model that
-    instructions come from, which are only informative.
+    It covers the public tensors but no others; how values are rounded; and the digest of the
+    tokenizer and the stop tokens, because these decide how long prompts and answers are. It omits the places in the user's model
+    that instructions come from, which are only informative. version: of the bundle's format; by
+    default that of the manifest.
     """
+    manifest = program.manifest
+    version = manifest.format_version if version is None else version
     encoded = encode_program(program)
     for instruction in encoded["instructions"]:
         del instruction["module"], instruction["source"]
-    rounding = program.manifest.rounding
     shared = {
-        # Left out of the others, so that programs keep the hash that they had before the option.
-        **({"rounding": rounding} if rounding != "public" else {}),
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "ring_bits": RING_BITS,
-        "fractional_bits": program.manifest.fractional_bits,
+        "fractional_bits": manifest.fractional_bits,
         "public": {
             spec.name: _tensor_digest(program.tensors[spec.name])
             for spec in program.constants
@@ -58,6 +58,9 @@ def program_hash(program: RoleProgram) -> str:
         },
         **encoded,
     }
+    if version > 1:
+        keys = ("rounding", "tokenizer", "stop_tokens")
+        shared |= {key: getattr(manifest, key) for key in keys}
     return hashlib.sha256(canonical(shared)).hexdigest()
 
 

@@ -11,8 +11,11 @@ from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS
 from mergec.runtime.program.json_values import canonical, is_a
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever an older runtime could misread a bundle."""
+
+READABLE_VERSIONS = (1, 2)
+"""Of version 1, the program hash covers neither the tokenizer nor the stop tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ class Manifest:
     """Number of tokens that the model knows; 0 if unknown."""
     stop_tokens: list[int] = field(default_factory=list)
     """Tokens that end an answer."""
+    tokenizer: str = ""
+    """SHA-256 of the client's tokenizer and chat template (`tokenizer_digest`); empty if there is
+    no tokenizer."""
     lossy: bool = False
     """Whether a lossy pass changed the program."""
     deviation: dict[str, Any] = field(default_factory=dict)
@@ -111,11 +117,17 @@ class Manifest:
 
         Raises BundleError, naming the key, if one is missing or its value is of another type.
         """
-        present = {key: kind for key, kind in _KINDS.items() if key in data or key not in _LATER}
-        for key, kind in present.items():
+        later = _SINCE_2 if data.get("format_version") == 1 else ()
+        known = {key: kind for key, kind in _KINDS.items() if key not in later}
+        for key, kind in known.items():
             if not is_a(data.get(key), kind):
                 raise BundleError(f"{key!r} is missing or not {kind.__name__}")
-        return cls(**{key: data[key] for key in present})
+        return cls(**{key: data[key] for key in known})
+
+
+def tokenizer_digest(files: Mapping[str, str]) -> str:
+    """One SHA-256 for the files of a tokenizer, from the SHA-256 of each by name; "" for none."""
+    return hashlib.sha256(canonical(dict(files))).hexdigest() if files else ""
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -129,8 +141,8 @@ _TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "
 _KINDS = {item.name: _TYPES[str(item.type).partition("[")[0]] for item in fields(Manifest)}
 """The JSON type of each field, from its annotation."""
 
-_LATER = frozenset({"rounding"})
-"""Fields that older bundles lack; they have the default."""
+_SINCE_2 = ("rounding", "tokenizer")
+"""Fields that manifests of version 1 lack; their defaults hold there."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""

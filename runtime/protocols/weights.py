@@ -147,8 +147,8 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     In: ids at the client, meta elsewhere. Rounds 1, online 8 V bytes per id, client to server;
     offline 8 D bytes per id. The server sees one-hot rows e minus a fresh uniform mask a, which are
     uniform; the client sees nothing. For a shared constant, e W = e z - (e - a) B - a B, where
-    z = W + B is open and a B is dealt; the client computes e z by selecting rows of z. An id outside
-    of the table selects zeros: failing would tell the server about the id.
+    z = W + B is open and a B is dealt; the client computes e z by selecting rows of z. An id
+    outside of the table selects zeros: failing would tell the server about the id.
     """
     mask = ctx.client_mask((*ids.shape, weight.shape[0]))
     ctx.spend(mask)

@@ -14,7 +14,7 @@ from mergec.runtime.core.errors import LimitError, MergecError, PartyError, Prom
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
-from mergec.runtime.program.bundle import TOKENIZER, load_bundle
+from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import Token, answer, check_prompt
@@ -70,12 +70,16 @@ class Connection:
         join_timeout: float = JOIN_TIMEOUT,
         on_wait: Callable[[int], object] = lambda _: None,
         keep: Path | None = None,
+        tokenizer: str | Path | None = None,
+        expected: str | None = None,
     ) -> None:
         """Prepare a connection; `open` connects.
 
         bundle: the client's bundle, or its folder. dealer or store: the source of randomness, one
         of the two; a store needs no dealer. on_wait: called with the position in the server's
         queue. keep: folder for masked weights, so that a server that has a key sends them once.
+        tokenizer: a tokenizer of your own instead of the bundle's, as in `Text.given`. expected:
+        the program's hash, if you know it; another program, tokenizer or chat template is refused.
         Raises MergecError if neither or both of dealer and store are given.
         """
         if (dealer is None) == (store is None):
@@ -88,6 +92,10 @@ class Connection:
             self.program = load_bundle(bundle, ROLES[CLIENT])
             folder = Path(bundle) / TOKENIZER
             self.text = Text.load(folder) if (folder / VOCABULARY).is_file() else None
+        if expected is not None:
+            expect(self.program.manifest, expected, tokenizer is not None)
+        if tokenizer is not None:
+            self.text = Text.given(tokenizer)
         self._server, self._dealer, self._store = server, dealer, store
         self._security = security
         self._device = device
@@ -284,12 +292,14 @@ class Connection:
         max_tokens: int = 32,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
+        fixed_length: bool = False,
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
 
         Opens a session if there is none. stop: tokens that end the answer; by default those of the
-        program. Closing the iterator ends the answer after the current step; the session stays
-        open. Raises PromptError for a prompt or sampling that the program or the server does not
+        program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
+        about the answer. Closing the iterator ends the answer after the current step; the session
+        stays open. Raises PromptError for a prompt or sampling that the program or the server does not
         allow, and PartyError if a peer fails.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -323,6 +333,7 @@ class Connection:
                 stop=ending,
                 announce=announce,
                 first=first,
+                fixed_length=fixed_length,
             )
             yield from self._whole_steps(tokens)
         finally:

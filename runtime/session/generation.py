@@ -57,12 +57,14 @@ def answer(
     stop: Sequence[int] = (),
     announce: Callable[[int, int], object] = lambda _new, _past: None,
     first: int = 0,
+    fixed_length: bool = False,
 ) -> Iterator[Token]:
     """The client's loop: yields the tokens after the prompt, a stop token included.
 
     announce: called with new and past tokens before each step, to tell the other roles. first:
     number of prompt tokens that the first step takes, while the later steps take one token each; 0
-    for all. The caller may leave the loop at any token.
+    for all. fixed_length: after a stop token, run the steps up to `max_tokens` without yielding
+    their tokens. The caller may leave the loop at any token.
 
     A program that resends its hidden state knows no token before the last step: it runs all
     `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
@@ -84,7 +86,7 @@ def answer(
     tokens: list[int] = []
     first = first if session.cached and 0 < first < len(prompt) else len(prompt)
     feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
-    past = 0
+    past, ended = 0, False
     while True:
         reports, row = [], None
         for feed in feeds:
@@ -102,8 +104,10 @@ def answer(
         if row is None:
             raise BundleError("only the client sees a result; run this loop there")
         tokens.append(choose(row, sampling, generator) if revealed else int(row))
-        yield Token(tokens[-1], tuple(reports), row if revealed else None)
-        if tokens[-1] in stop or len(tokens) == max_tokens:
+        if not ended:
+            yield Token(tokens[-1], tuple(reports), row if revealed else None)
+        ended = ended or tokens[-1] in stop
+        if len(tokens) == max_tokens or (ended and not fixed_length):
             return
         feeds = [tokens[-1:] if session.cached else [*prompt, *tokens]]
 

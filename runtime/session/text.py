@@ -46,6 +46,20 @@ class Text:
         return cls.from_files(found, str(place))
 
     @classmethod
+    def given(cls, path: str | Path) -> Text:
+        """A user's own tokenizer: a folder as in `load`, or a `tokenizer.json` without template.
+
+        Raises BundleError if there is none at `path`, or if it is damaged.
+        """
+        place = Path(path)
+        if not place.is_file():
+            return cls.load(place)
+        try:
+            return cls.from_files({VOCABULARY: place.read_bytes()}, str(place))
+        except OSError as error:
+            raise BundleError(f"{place}: cannot be read ({error.strerror})") from error
+
+    @classmethod
     def from_files(cls, files: Mapping[str, bytes], where: str) -> Text:
         """Like `load`, from the contents of the files; errors name `where`."""
         if VOCABULARY not in files:

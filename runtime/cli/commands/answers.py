@@ -15,6 +15,7 @@ from mergec.runtime.cli.console import err, out, waiting, write
 from mergec.runtime.cli.options import (
     Chat,
     ClientOptions,
+    FixedLength,
     MaxTokens,
     Prompt,
     SamplingOptions,
@@ -77,13 +78,19 @@ def generate_command(
     ] = False,
     max_tokens: MaxTokens = 32,
     chat: Chat = None,
+    fixed_length: FixedLength = False,
 ) -> None:
     """Send one prompt to a server and stream the answer."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with options.connection() as connection:
         asked = _numbers(text) if ids else connection.encode(text, chat)
         _, stopped = _answer(
-            connection, asked, show_ids=ids, max_tokens=max_tokens, sampling=choice.sampling()
+            connection,
+            asked,
+            show_ids=ids,
+            max_tokens=max_tokens,
+            sampling=choice.sampling(),
+            fixed_length=fixed_length,
         )
     if stopped:
         raise KeyboardInterrupt
@@ -95,6 +102,7 @@ def chat_command(
     options: SessionOptions,
     choice: SamplingOptions,
     max_tokens: MaxTokens = 128,
+    fixed_length: FixedLength = False,
 ) -> None:
     """Chat with a server. Ctrl-C ends an answer; an empty line or Ctrl-D ends the chat."""
     sampling = choice.sampling()
@@ -110,7 +118,13 @@ def chat_command(
             turns.append({"role": "user", "content": said})
             try:
                 asked = connection.encode_chat(turns)
-                text, _ = _answer(connection, asked, max_tokens=max_tokens, sampling=sampling)
+                text, _ = _answer(
+                    connection,
+                    asked,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    fixed_length=fixed_length,
+                )
                 turns.append({"role": "assistant", "content": text})
             except MergecError as error:
                 turns.pop()
