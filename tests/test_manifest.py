@@ -22,8 +22,8 @@ from tests.test_former_bundles import ARCHIVE as FORMER
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
-    "deviation", "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out", "files",
-    "digest",
+    "deviation", "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out",
+    "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2."""
 

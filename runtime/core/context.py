@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.messages import Message
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import Prg, derive, new_seed
@@ -398,6 +399,9 @@ class ShapeContext(Context):
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         self.offline_bytes += 2 * 8 * count * words
+
+    def sent(self, messages: Sequence[Message]) -> None:
+        """Called with the messages of each round of a protocol."""
 
 
 def _unsigned(words: torch.Tensor) -> np.ndarray:

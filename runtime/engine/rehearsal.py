@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mergec.runtime.core.context import Context, ShapeContext
+from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError
 from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
@@ -60,10 +60,11 @@ class Part:
 class Rehearsal:
     """Runs the steps of a program on shapes. It needs no weights: any role's program will do."""
 
-    def __init__(self, program: RoleProgram, context: Context | None = None) -> None:
-        """context: by default a `ShapeContext`."""
+    def __init__(self, program: RoleProgram, context: ShapeContext | None = None) -> None:
+        """context: is told of each round's messages; then every instruction runs in every step."""
         self.program = program
         self.context = context or ShapeContext(fixed=program.manifest.fractional_bits)
+        self._watched = context is not None
         self.plan = Plan(program)
         self._setup: list[list[Message]] = []
         self._constants: Constants | None = None
@@ -131,7 +132,7 @@ class Rehearsal:
         planned = self.plan.steps[position]
         key = _key(operands)
         known = self._known[position]
-        if key is not None and key in known:
+        if key is not None and key in known and not self._watched:
             return known[key]
         try:
             result = evaluate(self.context, planned, operands, constants.weights)
@@ -159,7 +160,7 @@ _REMEMBERED = 4
 """Forms of operands that are remembered for each instruction."""
 
 
-def _drive(context: Context, protocol: Protocol) -> tuple[list[list[Message]], Any]:
+def _drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]], Any]:
     """Run a protocol alone; returns its messages by round, and its result."""
     rounds: list[list[Message]] = []
     reply = None
@@ -170,6 +171,7 @@ def _drive(context: Context, protocol: Protocol) -> tuple[list[list[Message]], A
             return rounds, stop.value
         messages = list(as_tuple(yielded))
         rounds.append(messages)
+        context.sent(messages)
         reply = as_reply(yielded, exchange(context, None, messages))
 
 

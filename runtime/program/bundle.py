@@ -320,7 +320,8 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
     )
     if found != manifest.tokenizer:
         raise BundleError(
-            f"{folder / TOKENIZER}: is not the tokenizer that the program was compiled with; {_COPY}"
+            f"{folder / TOKENIZER}: is not the tokenizer that the program was compiled with; "
+            f"{_COPY}"
         )
 
 

@@ -299,8 +299,8 @@ class Connection:
         Opens a session if there is none. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
         about the answer. Closing the iterator ends the answer after the current step; the session
-        stays open. Raises PromptError for a prompt or sampling that the program or the server does not
-        allow, and PartyError if a peer fails.
+        stays open. Raises PromptError for a prompt or sampling that the program or the server does
+        not allow, and PartyError if a peer fails.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
