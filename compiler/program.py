@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mergec.compiler.backend.cost import CostReport
     from mergec.compiler.backend.onnx_export import ValueType
     from mergec.compiler.report.history import History
+    from mergec.runtime.engine.audit import Audit
 
 Progress = Callable[[str], object]
 
@@ -228,10 +229,22 @@ class Program:
         from mergec.compiler.report.html import page
 
         report = self._costs(new, past)
-        inspection = self._inspect(report, savings)
+        inspection, found = self._inspect(report, savings), self.audit()
         if self.history is None:
-            return page(inspection, report, self.graph)
-        return page(inspection, report, self.graph, self.history.before, self.history.changes)
+            return page(inspection, report, self.graph, audit=found)
+        before, changes = self.history.before, self.history.changes
+        return page(inspection, report, self.graph, before, changes, found)
+
+    def audit(self, queries: int = 1000) -> Audit:
+        """What each role sees when the program runs; `to_text` and `to_json` show it.
+
+        It runs the protocols on shapes, so it shows every message of every op. queries: steps that
+        a client is assumed to ask for, to tell what their answers determine of the weights.
+        """
+        from mergec.runtime.engine.audit import audit
+
+        self.any_role.manifest = self.manifest
+        return audit(self.any_role, queries)
 
     def _costs(self, new: int, past: int | None) -> CostReport:
         from mergec.compiler.backend.cost import cost_report

@@ -22,6 +22,7 @@ from mergec.runtime.program.program import InputSpec, Instruction, RoleProgram, 
 
 if TYPE_CHECKING:
     from mergec.compiler.report.history import Change
+    from mergec.runtime.engine.audit import Audit
 
 COLUMN, ROW = 190, 62
 """Distances between the centres of nodes in a layer, in pixels."""
@@ -59,8 +60,11 @@ def page(
     after: GraphView,
     before: GraphView | None = None,
     changes: Sequence[Change] = (),
+    audit: Audit | None = None,
 ) -> str:
-    """The page as HTML. Without `before` it shows only the graph that the parties run."""
+    """The page as HTML. Without `before` it shows only the graph that the parties run; without
+    `audit` it has no section on what each role sees.
+    """
     costs = {row.name: row.cost for row in report.rows}
     marks = {name: {"critical": True} for name in report.critical_path}
     marks |= {name: {"idle": True} for name in _idle(after.program, report)}
@@ -82,6 +86,7 @@ def page(
     }
     return environment.get_template("page.html").render(
         inspection=inspection,
+        audit=audit,
         baseline=baseline.without if baseline is not None else None,
         changes={change.name: change for change in changes},
         data={

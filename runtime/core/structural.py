@@ -107,7 +107,8 @@ def public_parameters(target: str, count: int) -> set[int | str]:
         return set(range(1 if target == "sym.getitem" else 0, count))
     found: set[int | str] = set()
     named = _VALUE_DEPENDENT.get(target, set())
-    for place, argument in enumerate(_overload(target.removeprefix("aten."))._schema.arguments):
+    overload: Any = _overload(target.removeprefix("aten."))
+    for place, argument in enumerate(overload._schema.arguments):
         if "Tensor" not in str(argument.type) or argument.name in named:
             found |= {place, argument.name}
     return found

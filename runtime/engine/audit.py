@@ -88,6 +88,11 @@ class Seen:
         masked = {FRESH: f"x {plus} r", OWN: "x - a", STATIC: "W - B", NONE: "x"}
         return f"{masked[self.mask]} {ring}"
 
+    @property
+    def hidden(self) -> str:
+        """By which mask, in words."""
+        return "revealed on purpose" if self.revealed else _MASKS[self.mask]
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -98,8 +103,8 @@ class Extraction:
     logits come from; 0 if there is none. honest: numbers that a client determines by following the
     protocol: with r = min(queries, width) independent rows it knows the space that the matrix's
     columns span, r (vocabulary - r) numbers, and nothing inside of it (Carlini et al., ICML 2024;
-    Finlayson et al., 2024); None if it sees tokens alone. deviating: numbers that a client
-    determines if it adds errors to shares, one for each logit, by counting equations; None likewise.
+    Finlayson et al., COLM 2024); None if it sees tokens alone. deviating: numbers that a client
+    determines if it adds errors to shares, at most one for each logit; None likewise.
     bits: what the answers hold, by counting them. everything: the fewest queries that could
     determine all weights, by the same counts; no attack is claimed to reach it.
     """
@@ -442,9 +447,9 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
 def _text(found: Audit) -> Iterator[str]:
     facts = found.facts
     yield f"{found.model}: program {found.program_hash}"
-    yield f"reveals {facts['reveal']}; weights: {facts['weights']}; semi-honest parties, one of them"
-    yield "corrupted; n: tokens of a prompt, p: tokens before a decode step" + (
-        ", k: tokens of an answer" if facts["resends"] else ""
+    yield f"reveal: {facts['reveal']}; weights: {facts['weights']}; one semi-honest party corrupted"
+    yield "n: tokens of a prompt; p: tokens before a decode step" + (
+        "; k: tokens of an answer" if facts["resends"] else ""
     )
     titles = {
         "server": "The server sees, of the client's shares and tokens",
@@ -457,7 +462,11 @@ def _text(found: Audit) -> Iterator[str]:
         steps = list(dict.fromkeys(name for seen in rows for name in seen.words))
         head = ["op", "what", "mask", *(f"words, {name}" for name in steps)]
         yield from _columns([head, *(_row(seen, steps) for seen in rows)])
-    yield from ("", "Each masked word is uniform whatever x is: its mask hides nothing else.")
+    yield from (
+        "",
+        "A mask is told by its ring and size, and hides one value. So each masked word is",
+    )
+    yield "uniform whatever x is, if the op's protocol adds the mask that it spends."
     if found.unmasked:
         listed = ", ".join(sorted({seen.op for seen in found.unmasked}))
         yield f"WARNING: sent without a mask, and not meant for the client: {listed}"
@@ -495,17 +504,17 @@ def _notes(found: Audit) -> Iterator[str]:
         yield "  how far the program is from its model (deviation in the manifest)"
     yield from ("", "Roundings:")
     if facts["rounding"] == "public":
-        yield "  public: both parties know the coins that intermediate values are rounded by, so the"
-        yield "  last bits of what is revealed depend on intermediate values as well as on the result"
+        yield "  public: both parties know the coins that intermediate values are rounded by, so"
+        yield "  the last bits of what is revealed depend on intermediate values, too"
     else:
         yield f"  {facts['rounding']}"
     yield from ("", f"The weights, {bounds.weights:,} numbers, after {bounds.queries:,} queries:")
     if bounds.honest is not None and bounds.deviating is not None:
-        yield f"  logits are {bounds.vocabulary:,} numbers, a matrix times a vector of {bounds.width:,}"
-        yield f"  honest client: {bounds.honest:,} numbers, which determine the span of that matrix"
+        yield f"  logits: a matrix of {bounds.vocabulary:,} x {bounds.width:,} times a vector"
+        yield f"  honest client: {bounds.honest:,} numbers, which determine the matrix's span"
         yield "    (Carlini et al., ICML 2024; Finlayson et al., COLM 2024)"
-        yield f"  deviating client: at most {bounds.deviating:,} numbers, one for each logit; errors in"
-        yield f"    the vector give the matrix itself in {bounds.width + 1:,} queries"
+        yield f"  deviating client: at most {bounds.deviating:,} numbers, one for each logit;"
+        yield f"    errors in the vector show the matrix itself in {bounds.width + 1:,} queries"
     else:
         yield "  honest or deviating client: no number, but the choices that they lead to"
     yield f"  by counting, the answers hold at most {bounds.bits:,} bits"
@@ -513,8 +522,7 @@ def _notes(found: Audit) -> Iterator[str]:
 
 
 def _row(seen: Seen, steps: Sequence[str]) -> list[str]:
-    mask = "revealed on purpose" if seen.revealed else _MASKS[seen.mask]
-    return [seen.op, seen.form, mask, *(str(seen.words.get(name, "")) for name in steps)]
+    return [seen.op, seen.form, seen.hidden, *(str(seen.words.get(name, "")) for name in steps)]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
