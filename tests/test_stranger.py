@@ -12,7 +12,7 @@ import torch
 from mergec.runtime.core.context import ClientContext, ServerContext
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES, Vis
-from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, _overload, public_parameters
+from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, _overload, secret_parameters
 from mergec.runtime.core.values import Held
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
@@ -33,12 +33,12 @@ IDS, EMBED, TABLE_NAME = Ref("ids"), Ref("embed"), Ref("embed.weight")
 
 
 def with_more(program: RoleProgram, *items: tuple[Any, ...]) -> RoleProgram:
-    """The program with more instructions behind `embed`: (name, target, vis, *args)."""
-    more = [
-        Instruction(name, target, args, {}, vis, 16 if vis is Vis.SHARED else 0)
-        for name, target, vis, *args in items
-        for args in [tuple(args)]
-    ]
+    """The program with more instructions behind `embed`: (name, target, vis, *args[, kwargs])."""
+    more = []
+    for name, target, vis, *args in items:
+        kwargs = args.pop() if isinstance(args[-1], dict) else {}
+        frac = 16 if vis is Vis.SHARED else 0
+        more.append(Instruction(name, target, tuple(args), kwargs, vis, frac))
     place = next(i for i, item in enumerate(program.instructions) if item.name == "embed") + 1
     program.instructions[place:place] = more
     return program
@@ -101,6 +101,14 @@ REFUSED: dict[str, tuple[list[tuple[Any, ...]], str]] = {
             ("x", "sym.getitem", SHARED, Ref("parts"), Ref("token")),
         ],
         "depends on the value of 'token'",
+    ),
+    "by another name": (
+        [TOKEN, ("x", "aten.view.default", CLIENT, IDS, {"shape": [1, Ref("token")]})],
+        "depends on the value of 'token'",
+    ),
+    "one argument too many": (
+        [("x", "mpc.square", SHARED, EMBED, IDS)],
+        "depends on the value of 'ids'",
     ),
     "arithmetic of lengths": (
         [TOKEN, ("x", "sym.max", CLIENT, Ref("token"), 3)],
@@ -187,6 +195,7 @@ SIZES = (
     "as long as a token",
     "filled with a token",
     "one of a list",
+    "by another name",
     "arithmetic of lengths",
 )
 """Of these, those that cannot run on shapes alone. The others only fail for some values."""
@@ -288,14 +297,14 @@ VALUES: list[Callable[[], torch.Tensor]] = [
 
 def _arguments(target: str, secret: torch.Tensor) -> list[Any]:
     """One argument for each required parameter of an ATen function."""
-    public, made = public_parameters(target, 0), []
+    secrets, made = secret_parameters(target), []
     for argument in _overload(target.removeprefix("aten."))._schema.arguments:
         kind = str(argument.type)
         if argument.has_default_value() and "Tensor" not in kind:
             continue
         if argument.kwarg_only:
             continue
-        one = torch.zeros(1, dtype=torch.int64) if argument.name in public else secret
+        one = torch.zeros(1, dtype=torch.int64) if argument.name not in secrets else secret
         made.append(
             [one] if kind.startswith("List[Opt") or kind == "List[Tensor]"
             else one if "Tensor" in kind

@@ -93,25 +93,27 @@ _VALUE_DEPENDENT = {
 public: lengths and failures are visible to the other party."""
 
 
-def public_parameters(target: str, count: int) -> set[int | str]:
-    """Which arguments of a function must be public, as positions of the first `count` and names.
+def secret_parameters(target: str) -> set[int | str]:
+    """Which arguments of a function may be secret, as positions and names.
 
-    These are all numbers, lists of numbers and flags, because a tensor in their place is read as a
-    number, and those tensors whose values decide the shape of the result or whether the call fails.
-    With the rest secret, the shape of the result follows from shapes and public values alone, and
-    no value makes the call fail. Raises KeyError if the target is not allowed.
+    All others must be public: numbers, lists of numbers and flags, because a tensor in their place
+    is read as a number; tensors whose values decide the shape of the result or whether the call
+    fails; and arguments that the function does not have. So the shape of the result follows from
+    shapes and public values alone, and no secret value makes the call fail. Raises KeyError if the
+    target is not allowed.
     """
     function(target)
     if not target.startswith("aten."):
-        # A list or tensor may be secret, its index not; all else here is arithmetic on lengths.
-        return set(range(1 if target == "sym.getitem" else 0, count))
-    found: set[int | str] = set()
+        # A list or a tensor may be secret, its index not; all else here is arithmetic on lengths.
+        return {0} if target == "sym.getitem" else set()
     named = _VALUE_DEPENDENT.get(target, set())
     overload: Any = _overload(target.removeprefix("aten."))
-    for place, argument in enumerate(overload._schema.arguments):
-        if "Tensor" not in str(argument.type) or argument.name in named:
-            found |= {place, argument.name}
-    return found
+    return {
+        key
+        for place, argument in enumerate(overload._schema.arguments)
+        if "Tensor" in str(argument.type) and argument.name not in named
+        for key in (place, argument.name)
+    }
 
 
 _NAMES: dict[Any, str] = {_overload(name): f"aten.{name}" for name in (*MOVES, *PUBLIC)}

@@ -9,7 +9,7 @@ from inspect import signature
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.op import REGISTRY, Op
 from mergec.runtime.core.spec import ROLES, Vis
-from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, public_parameters
+from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, secret_parameters
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.ops import ENTRY_POINTS, load_all
 from mergec.runtime.program.encoding import RECOMPILE, dtype_name, refs
@@ -149,9 +149,9 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     operands = [known[ref.name] for ref in refs((item.args, item.kwargs))]
     if item.target.startswith("mpc."):
         op = REGISTRY[item.target.removeprefix("mpc.")]
-        public, moves, joined = _public_parameters(op, operands), True, op.visibility(*operands)
+        secret, moves, joined = _secret_parameters(op, operands), True, op.visibility(*operands)
     else:
-        public = public_parameters(item.target, len(item.args))
+        secret = secret_parameters(item.target)
         moves = item.target in SECRET_MOVES
         joined = reduce(Vis.join, operands, Vis.PUBLIC)
         if item.target == SIZE:
@@ -159,7 +159,7 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     for key, argument in [*enumerate(item.args), *item.kwargs.items()]:
         for ref in refs(argument):
             vis = known[ref.name]
-            if key in public and vis is not Vis.PUBLIC:
+            if key not in secret and vis is not Vis.PUBLIC:
                 return f"depends on the value of {ref.name!r}, which is {_whose(vis)}"
             if not moves and vis is Vis.SHARED:
                 return f"computes with single shares of {ref.name!r}"
@@ -170,16 +170,16 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     return ""
 
 
-def _public_parameters(op: type[Op], operands: Sequence[Vis]) -> set[int | str]:
-    """Which arguments of a dialect op must be public, as positions and names.
+def _secret_parameters(op: type[Op], operands: Sequence[Vis]) -> set[int | str]:
+    """Which arguments of a dialect op may be secret, as positions and names.
 
-    Where one party computes the op alone, these include the operands whose values may make it fail.
+    Where one party computes the op alone, no operand whose values may make it fail is among these.
     """
     chosen = op.choosers if op.known_to(*operands) is not None else ()
     return {
         key
         for place, name in enumerate(signature(op.reference).parameters)
-        if name not in op.tensors or name in chosen
+        if name in op.tensors and name not in chosen
         for key in (place, name)
     }
 
