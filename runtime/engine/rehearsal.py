@@ -7,6 +7,7 @@ else, whatever the program is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,9 +69,9 @@ class Rehearsal:
         self.plan = Plan(program)
         self._setup: list[list[Message]] = []
         self._constants: Constants | None = None
-        self._known: list[dict[Any, tuple[list[list[Message]], Any]]] = [
-            {} for _ in self.plan.steps
-        ]
+        self._calls = [_call(planned) for planned in self.plan.steps]
+        self._known: dict[Any, Played] = {}
+        self._known_now: dict[Any, Played] = {}
 
     @property
     def setup(self) -> list[list[Message]]:
@@ -97,7 +98,10 @@ class Rehearsal:
         """Every instruction of a step, in program order; see `step`."""
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
-            self._known = [{} for _ in self.plan.steps]
+            self._known.clear()
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        self._known_now.clear()
         name = phase_of(new, past)
         phase = self.program.phase(name)
         lengths = (past, 0) if name == FINISH else (new, past)
@@ -125,14 +129,18 @@ class Rehearsal:
             self._constants = load_constants(self.plan, self.context, drive, {})
         return self._constants
 
-    def _play(
-        self, position: int, operands: Sequence[Any], constants: Constants
-    ) -> tuple[list[list[Message]], Any]:
-        """The messages of an instruction, and its result; remembered for operands of one form."""
+    def _play(self, position: int, operands: Sequence[Any], constants: Constants) -> Played:
+        """The messages of an instruction, and its result; remembered for operands of one form.
+
+        Layers are alike, and so are steps: few instructions have to run.
+        """
         planned = self.plan.steps[position]
-        key = _key(operands)
-        known = self._known[position]
-        if key is not None and key in known and not self._watched:
+        forms: list[Any] = [self._calls[position]]
+        used = (constants.weights.get(name) for _, name in planned.constants)
+        forms += [None if weight is None else (type(weight), weight.frac) for weight in used]
+        lasting = _add_forms(forms, operands)
+        key, known = tuple(forms), self._known if lasting else self._known_now
+        if key in known and not self._watched:
             return known[key]
         try:
             result = evaluate(self.context, planned, operands, constants.weights)
@@ -149,15 +157,15 @@ class Rehearsal:
                 f"{planned.name!r} ({item.target}) cannot run on shapes alone ({said}), so sizes "
                 "might depend on secrets; nothing of this step was sent; do not use this bundle"
             ) from error
-        if key is not None:
-            if len(known) >= _REMEMBERED:
-                known.clear()
-            known[key] = rounds, result
+        known[key] = rounds, result
         return rounds, result
 
 
-_REMEMBERED = 4
-"""Forms of operands that are remembered for each instruction."""
+Played = tuple[list[list[Message]], Any]
+"""The messages of an instruction, by round, and its result."""
+
+_REMEMBERED = 1 << 14
+"""Calls that are remembered from step to step, before all are forgotten."""
 
 
 def _drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]], Any]:
@@ -175,26 +183,37 @@ def _drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message
         reply = as_reply(yielded, exchange(context, None, messages))
 
 
-def _key(values: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that an instruction without secrets' values can depend on; None if that is much."""
-    found: list[Any] = []
+def _call(planned: Planned) -> str:
+    """What an instruction calls, with all arguments but its operands, and which of these are one."""
+    item, names = planned.instruction, planned.refs
+    same = [names.index(name) for name in names]
+    nested = [item.target, item.args, sorted(item.kwargs.items()), same]
+    return json.dumps(nested, default=lambda _: "operand")
+
+
+def _add_forms(forms: list[Any], values: Sequence[Any]) -> bool:
+    """Append all that a call can depend on where secrets have no data.
+
+    Public tensors are told apart as objects. Returns whether there are none, so that the forms mean
+    the same in another step.
+    """
+    lasting = True
     for value in values:
         if isinstance(value, Shared):
-            found.append((Shared, value.share.shape, value.share.dtype, value.frac))
+            forms.append((Shared, value.share.shape, value.share.dtype, value.frac))
         elif isinstance(value, (Masked, Sent)):
-            found.append((type(value), value.opened.shape, value.frac, value.room is None))
+            forms.append((type(value), value.opened.shape, value.frac, value.room is None))
         elif isinstance(value, Held):
-            found.append((value.vis, value.value.shape, value.value.dtype))
+            forms.append((value.vis, value.value.shape, value.value.dtype))
         elif isinstance(value, (bool, int, float)):
-            found.append((type(value), value))
+            forms.append((type(value), value))
         elif isinstance(value, list):
-            inner = _key(value)
-            if inner is None:
-                return None
-            found.append(inner)
+            forms.append(len(value))
+            lasting &= _add_forms(forms, value)
         else:
-            return None
-    return tuple(found)
+            forms.append(id(value))
+            lasting = False
+    return lasting
 
 
 def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
