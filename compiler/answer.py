@@ -45,7 +45,9 @@ class Answer:
 
     text: empty if the program has no tokenizer.
     prompt, tokens: token numbers of the prompt and of the answer alone.
-    sampling: how the tokens were chosen.
+    sampling: what was asked about the choice of tokens.
+    max_tokens: most tokens that were asked for; 0 if unknown.
+    continues: whether the text continues the prompt's, as it does without a chat template.
     phases: the totals of "setup", "prompt" and "decode", where there are any.
     peak_memory: in bytes, by process.
     """
@@ -56,6 +58,8 @@ class Answer:
     sampling: Sampling = field(default_factory=Sampling)
     phases: dict[str, Phase] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
+    max_tokens: int = 0
+    continues: bool = False
 
     def table(self) -> RenderableType:
         """Seconds, bytes and rounds per token, by phase; and peak memory by process."""

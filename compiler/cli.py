@@ -100,6 +100,13 @@ class CompileOptions:
     disable: Annotated[
         list[str] | None, typer.Option(help="Leave out this pass; may be repeated.")
     ] = None
+    ignore_setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Leave out this setting of the model's generation_config; may be repeated.",
+        ),
+    ] = None
     check_passes: Annotated[
         bool,
         typer.Option(
@@ -110,6 +117,7 @@ class CompileOptions:
     def given(self) -> dict[str, Any]:
         """The options that were given, as arguments of CompileConfig."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["ignore_settings"] = values.pop("ignore_setting")
         return {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()

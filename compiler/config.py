@@ -62,6 +62,8 @@ class CompileConfig:
         measure how large each value gets, and lossy passes take their constants from them. By
         default a few fixed sentences in the model's tokens and one sequence of tokens spread over
         the vocabulary; without a tokenizer, only sequences of the second kind.
+    ignore_settings: names of settings in the model's generation_config to leave out of the program.
+        Settings that cannot be honoured are refused unless they are named here.
     name: the program's name in reports; by default the model's own name.
 
     Raises:
@@ -81,6 +83,7 @@ class CompileConfig:
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
     calibration: tuple[tuple[int, ...], ...] = ()
+    ignore_settings: tuple[str, ...] = ()
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.pipeline import assemble, calibration, left_out, to_dialect
@@ -59,8 +60,9 @@ def compile_decoder(
 
     Raises:
         CompileError: the model is not a dense attention decoder, has weights that are not finite,
-            calls an op that has no protocol, or needs numbers that do not fit the ring; or an
-            option is wrong. The message says where in the model's source.
+            calls an op that has no protocol, or needs numbers that do not fit the ring; its
+            generation_config has a setting that cannot be honoured; or an option is wrong. The
+            message says where in the model's source.
 
     Example:
         >>> import mergec
@@ -75,6 +77,12 @@ def compile_decoder(
     config = config or CompileConfig()
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
+    settings = generation_settings(
+        model,
+        reveal=config.reveal,
+        ignored=config.ignore_settings,
+        vocab_size=captured.vocab_size,
+    )
     sequences = calibration(config, captured, tokenizer)
     dialect = to_dialect(captured.copy(), config, sequences=sequences)
     progress("placing truncations and openings, lowering to instructions")
@@ -93,6 +101,7 @@ def compile_decoder(
         max_length=dialect.max_length,
         vocab_size=dialect.vocab_size,
         stop_tokens=_stop_tokens(model, tokenizer),
+        generation=settings,
         tokenizer=tokenizer_digest(file_digests(files)),
         lossy=dialect.lossy,
         deviation=deviation,

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from mergec.compiler.answer import Answer, PlainAnswer, phases_of
 from mergec.compiler.config import PAST
 from mergec.compiler.report.graph_view import GraphView
@@ -31,7 +29,7 @@ from mergec.runtime.program.bundle import (
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt
-from mergec.runtime.session.sampling import Sampling, choose
+from mergec.runtime.session.sampling import Chooser, Sampling
 from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
 if TYPE_CHECKING:
@@ -328,10 +326,12 @@ class Program:
         max_tokens: int = 32,
         mode: str = "mergec",
         device: str = "cpu",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         chat: bool | None = None,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
@@ -344,10 +344,14 @@ class Program:
             max_tokens: most tokens of the answer; a stop token ends it earlier.
             mode: "mergec", or "crypten" for CrypTen's stock protocols, for comparison.
             device: where client and server compute, such as "cpu" or "cuda".
-            temperature: 0 always takes the best token; more makes the choice more random.
+            temperature: 0 always takes the best token; more makes the choice more random. None,
+                here and below, leaves it to the checkpoint's generation settings; if they say
+                nothing, the best token is taken.
             top_k: choose among this many best tokens; 0 for all.
             top_p: choose among the best tokens whose probabilities add up to this, 0 to 1.
             seed: repeats the choice of tokens; None for a fresh one.
+            min_p: choose among tokens at least this fraction as likely as the likeliest; 0 for all.
+            repetition_penalty: above 1 makes tokens that occurred less likely; 1 for none.
             chat: whether to put text into the model's chat template; None if there is one.
             on_text: called with each piece of the answer's text as it comes.
 
@@ -358,11 +362,12 @@ class Program:
             PromptError: the prompt is empty, too long, or has tokens outside of the vocabulary.
             PartyError: one of the three processes failed; the message is its own.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        ids, text = self._tokens(prompt, chat, max_tokens)
+        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        ids, text, templated = self._tokens(prompt, chat, max_tokens)
         from mergec.runtime.roles.local import run_local
 
-        stream = Stream(text, on_text) if text is not None else None
+        after = () if templated else ids
+        stream = Stream(text, on_text, after) if text is not None else None
         result = run_local(
             self._place(),
             ids,
@@ -373,6 +378,8 @@ class Program:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(
@@ -380,6 +387,8 @@ class Program:
             prompt=ids,
             tokens=list(result.tokens),
             sampling=sampling,
+            max_tokens=max_tokens,
+            continues=not templated,
             phases=phases_of(result),
             peak_memory=dict(result.peak_memory),
         )
@@ -397,16 +406,14 @@ class Program:
         plain = PlainExecutor(self.roles["server"])
         stop = self.manifest.stop_tokens
         tokens, margins = [], []
-        sampling, generator = answer.sampling, answer.sampling.generator()
-
-        def pick(logits: torch.Tensor) -> int:
-            return choose(logits, sampling, generator)
-
+        most = answer.max_tokens or len(answer.tokens)
+        pick = Chooser(answer.sampling, self.manifest, answer.prompt, most)
         for token, logits in plain.generate(answer.prompt, len(answer.tokens), pick, stop):
             best = logits.topk(2).values
             tokens.append(token)
             margins.append(float(best[0] - best[1]))
-        text = self.text().decode(tokens) if self._has_text() else ""
+        after = answer.prompt if answer.continues else ()
+        text = self.text().decode(tokens, after) if self._has_text() else ""
         return PlainAnswer(text, tokens, margins)
 
     def _has_text(self) -> bool:
@@ -414,17 +421,21 @@ class Program:
 
     def _tokens(
         self, prompt: str | Sequence[int], chat: bool | None, max_tokens: int
-    ) -> tuple[list[int], Text | None]:
-        """The prompt's tokens, checked against the program's limits, and the tokenizer if any."""
+    ) -> tuple[list[int], Text | None, bool]:
+        """The prompt's tokens, checked against the program's limits, the tokenizer if any, and
+        whether the chat template was applied.
+        """
         text = self.text() if self._has_text() or isinstance(prompt, str) else None
+        templated = False
         if isinstance(prompt, str) and text is not None:
             if not prompt.strip():
                 raise PromptError("the prompt is empty; say something")
-            ids = text.encode(prompt, text.has_chat if chat is None else chat)
+            templated = text.has_chat if chat is None else chat
+            ids = text.encode(prompt, templated)
         else:
             ids = [int(token) for token in prompt]
         check_prompt(ids, max_tokens, self.manifest)
-        return ids, text
+        return ids, text, templated
 
     def _place(self) -> Path:
         """The folder of the bundles; a temporary one for a program that was never saved."""

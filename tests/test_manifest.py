@@ -14,6 +14,7 @@ from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program import bundle
 from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundle
+from mergec.runtime.program.generation_settings import GenerationSettings
 from mergec.runtime.program.manifest import Manifest, digest
 from mergec.runtime.session.hello import Hello
 from tests.fixtures import tiny
@@ -25,7 +26,11 @@ KEYS = [
     "deviation", "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out",
     "files", "digest",
 ]  # fmt: skip
-"""In the order of every manifest.json of format version 2."""
+"""In the order of every manifest.json of format version 2; settings are left out if there are none.
+"""
+
+SETTINGS = GenerationSettings(do_sample=True, top_p=0.9, sequence_bias=[[[3, 4], -1.5]])
+
 
 PASS = {
     "pass": "fuse_glu", "summary": "x", "exact": True, "sites": 2, "nodes_before": 9,
@@ -61,10 +66,61 @@ def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:
     folder = save_bundle(tiny("client", lossy=True), tmp_path / "b")
     text = (folder / bundle.MANIFEST).read_text()
     data = json.loads(text)
-    assert list(data) == KEYS == [field.name for field in dataclasses.fields(Manifest)]
+    fields = [field.name for field in dataclasses.fields(Manifest)]
+    assert list(data) == KEYS == [name for name in fields if name != "generation"]
+    assert data["format_version"] == 1
     assert text == json.dumps(data, indent=1) + "\n"
     assert data == read_manifest(folder).to_dict()
     assert data["digest"] == digest(data)
+
+
+def test_a_bundle_with_settings_is_of_version_2_and_the_same_program(tmp_path: Path) -> None:
+    """An older runtime, which would answer without them, refuses it by its version."""
+    folder = save_bundle(tiny("client", generation=SETTINGS), tmp_path / "b")
+    data = json.loads((folder / bundle.MANIFEST).read_text())
+    assert data["format_version"] == 2
+    assert data["generation"] == SETTINGS.to_dict()
+    manifest = load_bundle(folder, "client").manifest
+    assert manifest.generation == SETTINGS
+    without = save_bundle(tiny("client"), tmp_path / "a")
+    assert manifest.program_hash == read_manifest(without).program_hash
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "'generation' is not dict"),
+        ({"top_z": 1}, "the generation setting 'top_z' is not known"),
+        ({"do_sample": 1}, "do_sample must be true or false, not 1"),
+        ({"temperature": "hot"}, "temperature must be a number, 0 or more, not 'hot'"),
+        ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, not 1.5"),
+        ({"top_k": -1}, "top_k must be a whole number, 0 or more, not -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, not 0"),
+        ({"repetition_penalty": True}, "repetition_penalty must be a number above 0, not True"),
+        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size must be a whole number"),
+        ({"eta_cutoff": 1}, "eta_cutoff must be a number, 0 or more and below 1, not 1"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids must be a list of lists of tokens, not \[3\]"),
+        ({"bad_words_ids": [[11]]}, "bad_words_ids names token 11, .* vocabulary of 11"),
+        ({"forced_bos_token_id": 99}, "forced_bos_token_id names token 99"),
+        ({"forced_eos_token_id": [1, 99]}, "forced_eos_token_id names token 99"),
+        ({"sequence_bias": [[[99], 1.0]]}, "sequence_bias names token 99"),
+        ({"sequence_bias": [[[1], "x"]]}, "sequence_bias must be a list of pairs"),
+        ({"sequence_bias": [[1, 2, 3]]}, "sequence_bias must be a list of pairs"),
+        ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty must be"),
+        ({"suppress_tokens": ["a"] * 99}, r"suppress_tokens must be a list of tokens, not .{60}…;"),
+    ],
+)
+def test_wrong_settings_in_a_bundle_are_refused_in_one_line(
+    settings: Any, words: str, tmp_path: Path
+) -> None:
+    folder = save_bundle(tiny("client"), tmp_path / "b")
+    file = folder / bundle.MANIFEST
+    data = json.loads(file.read_text()) | {"format_version": 2, "generation": settings}
+    file.write_text(json.dumps(data | {"digest": digest(data)}))
+    with pytest.raises(BundleError, match=words) as caught:
+        load_bundle(folder, "client")
+    assert str(caught.value).startswith(f"{file}: ")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_a_compiler_does_not_say() -> None:

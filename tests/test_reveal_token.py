@@ -13,10 +13,11 @@ from mergec.compiler.answer import Answer
 from mergec.compiler.backend.cost import cost_report
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.core.spec import CLIENT, Vis
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.requests import Plan
-from mergec.runtime.session.sampling import Sampling
+from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.connect import Security
@@ -65,7 +66,8 @@ def test_sampled_tokens_follow_the_model(saved: Program) -> None:
         logits = model(input_ids=torch.tensor([[7]])).logits[0, -1].double()
     temperature, count = 0.05, 30
     wanted = torch.softmax(logits / temperature, -1)
-    draw = Sampling(temperature=temperature).draw(VOCAB)
+    manifest = Manifest(reveal="token", vocab_size=VOCAB)
+    draw = draw_for(Sampling(temperature=temperature), manifest)
     with InProcessSession(saved.roles) as session:
         drawn = [int(session.step([7], 0, draw)) for _ in range(count)]
     counts = collections.Counter(drawn)

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from mergec.runtime.core.errors import PromptError
-from mergec.runtime.session.sampling import Sampling, choose, probabilities
+from mergec.runtime.program.generation_settings import GenerationSettings
+from mergec.runtime.program.manifest import Manifest
+from mergec.runtime.session.sampling import Chooser, Sampling
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -5.0])
+
+
+def chooser(sampling: Sampling, **settings: Any) -> Chooser:
+    manifest = Manifest(generation=GenerationSettings(**settings))
+    return Chooser(sampling, manifest, [0], 8)
+
+
+def choose(logits: torch.Tensor, sampling: Sampling) -> int:
+    return chooser(sampling)(logits)
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling, **settings: Any) -> torch.Tensor:
+    """The distribution that a token is drawn from."""
+    return torch.softmax(chooser(sampling, **settings).scores(logits), -1)
 
 
 def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     assert choose(LOGITS, Sampling()) == 1
     assert choose(torch.tensor([[[2.0, 7.0, 7.0]]]), Sampling()) == 1
-    assert probabilities(LOGITS, Sampling()).tolist() == [0, 1, 0, 0, 0]
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -54,8 +70,8 @@ def test_a_seed_repeats_a_run() -> None:
     sampling = Sampling(temperature=1.5, seed=7)
 
     def run() -> list[int]:
-        generator = sampling.generator()
-        return [choose(LOGITS, sampling, generator) for _ in range(50)]
+        pick = chooser(sampling)
+        return [pick(LOGITS) for _ in range(50)]
 
     assert run() == run()
     assert len(set(run())) > 1
@@ -68,8 +84,8 @@ def test_without_a_seed_runs_differ() -> None:
 
 def test_frequencies_follow_the_distribution() -> None:
     sampling = Sampling(temperature=1.0, top_k=3, seed=1)
-    generator = sampling.generator()
-    draws = torch.tensor([choose(LOGITS, sampling, generator) for _ in range(4000)])
+    pick = chooser(sampling)
+    draws = torch.tensor([pick(LOGITS) for _ in range(4000)])
     counts = torch.bincount(draws, minlength=5) / 4000
     # Five standard deviations of a proportion of 4000 draws are below 0.04.
     assert torch.allclose(counts.double(), probabilities(LOGITS, sampling), atol=0.04)

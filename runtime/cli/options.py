@@ -6,7 +6,7 @@ import functools
 import inspect
 import tomllib
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -138,13 +138,31 @@ FixedLength = Annotated[
 Prompt = Annotated[
     str, typer.Option("--prompt", "-p", help="The prompt; `-` reads it from standard input.")
 ]
-Temperature = Annotated[float, typer.Option(help="0 chooses the most likely token.", min=0.0)]
-TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.", min=0)]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0 chooses the most likely token. By default as the model's generation settings say.",
+        min=0.0,
+    ),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from the k most likely tokens; 0: all.", min=0)
+]
 TopP = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Sample from the most likely tokens whose probabilities sum to p.", min=0.0, max=1.0
     ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample from tokens at least p times as likely as the likeliest.", min=0.0, max=1.0
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 1, tokens that occurred become less likely.", min=0.0),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; it does not affect masks.")]
 Chat = Annotated[
@@ -269,15 +287,17 @@ class SessionOptions(ClientOptions):
 class SamplingOptions:
     """How the next token is chosen."""
 
-    temperature: Temperature = 0.0
-    top_k: TopK = 0
-    top_p: TopP = 1.0
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = None
     seed: Seed = None
 
     def sampling(self) -> Sampling:
         from mergec.runtime.session.sampling import Sampling
 
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        return Sampling(**asdict(self))
 
 
 def address(text: str) -> Address:

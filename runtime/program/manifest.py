@@ -9,13 +9,15 @@ from typing import Any, Self
 
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS
+from mergec.runtime.program.generation_settings import GenerationSettings, cut
 from mergec.runtime.program.json_values import canonical, is_a
 
 FORMAT_VERSION = 2
 """Raised whenever an older runtime could misread a bundle."""
 
 READABLE_VERSIONS = (1, 2)
-"""Of version 1, the program hash covers neither the tokenizer nor the stop tokens."""
+"""Of version 1, the program hash covers neither the tokenizer nor the stop tokens, and there are no
+generation settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class Manifest:
     The compiler fills in the fields from `model` to `left_out`. Saving a bundle fills in the
     others, which an unsaved program may lack.
 
-    Raises BundleError if a value is of another type than its field, or if `weights`, `reveal` or
-    `network` is none of `CHOICES`.
+    Raises BundleError if a value is of another type than its field, if `weights`, `reveal` or
+    `network` is none of `CHOICES`, or if a generation setting names a token that does not exist.
 
     >>> Manifest(model="tiny", max_length=64).reveals_logits
     True
@@ -48,6 +50,8 @@ class Manifest:
     """Number of tokens that the model knows; 0 if unknown."""
     stop_tokens: list[int] = field(default_factory=list)
     """Tokens that end an answer."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """The checkpoint's generation settings."""
     tokenizer: str = ""
     """SHA-256 of the client's tokenizer and chat template (`tokenizer_digest`); empty if there is
     no tokenizer."""
@@ -81,21 +85,24 @@ class Manifest:
         for key, kind in _KINDS.items():
             value = getattr(self, key)
             if not is_a(value, kind):
-                raise BundleError(
-                    f"the manifest's {key} must be {kind.__name__}, not {_quoted(value)}"
-                )
+                raise BundleError(f"the manifest's {key} must be {kind.__name__}, not {cut(value)}")
         for key, kind in _ITEMS.items():
             wrong = [item for item in getattr(self, key) if not is_a(item, kind)]
             if wrong:
                 raise BundleError(
-                    f"the manifest's {key} must hold {kind.__name__}, not {_quoted(wrong[0])}"
+                    f"the manifest's {key} must hold {kind.__name__}, not {cut(wrong[0])}"
                 )
         for key, values in CHOICES.items():
             value = getattr(self, key)
             if value not in values:
                 raise BundleError(
-                    f"the manifest's {key} is {_quoted(value)}; it can be: {', '.join(values)}"
+                    f"the manifest's {key} is {cut(value)}; it can be: {', '.join(values)}"
                 )
+        if not isinstance(self.generation, GenerationSettings):
+            raise BundleError(
+                f"the manifest's generation must be settings, not {cut(self.generation)}"
+            )
+        self.generation.check_tokens(self.vocab_size)
 
     @property
     def arithmetic(self) -> dict[str, Any]:
@@ -109,7 +116,14 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON values, in the order of `manifest.json`."""
-        return {key: getattr(self, key) for key in _KINDS}
+        result: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, GenerationSettings):
+                result[item.name] = value
+            elif value:
+                result[item.name] = value.to_dict()
+        return result
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -122,7 +136,11 @@ class Manifest:
         for key, kind in known.items():
             if not is_a(data.get(key), kind):
                 raise BundleError(f"{key!r} is missing or not {kind.__name__}")
-        return cls(**{key: data[key] for key in known})
+        settings = {} if later else data.get("generation", {})
+        if not is_a(settings, dict):
+            raise BundleError("'generation' is not dict")
+        generation = GenerationSettings.from_dict(settings)
+        return cls(**{key: data[key] for key in known}, generation=generation)
 
 
 def tokenizer_digest(files: Mapping[str, str]) -> str:
@@ -138,17 +156,15 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 _TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "dict": dict}
 
-_KINDS = {item.name: _TYPES[str(item.type).partition("[")[0]] for item in fields(Manifest)}
-"""The JSON type of each field, from its annotation."""
+_KINDS = {
+    item.name: _TYPES[str(item.type).partition("[")[0]]
+    for item in fields(Manifest)
+    if item.name != "generation"
+}
+"""The JSON type of each field, from its annotation; settings check themselves."""
 
 _SINCE_2 = ("rounding", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""
-
-
-def _quoted(value: object) -> str:
-    """A value in an error, cut: it may come from a stranger's file."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

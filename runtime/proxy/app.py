@@ -144,6 +144,9 @@ class Endpoint:
         self._model = manifest.model
         self._revealed = manifest.reveals_logits
         self._stop = frozenset(manifest.stop_tokens)
+        # OpenAI's default is 1. Where the parties choose the token it is the checkpoint's own one.
+        stated = manifest.generation.temperature
+        self._temperature = (1.0 if stated is None else stated) if self._revealed else None
         self._fingerprint = f"mergec-{manifest.program_hash[:12]}"
         self._began = int(time.time())
 
@@ -200,7 +203,8 @@ class Endpoint:
     async def complete(self, wanted: CompletionRequest, request: Request) -> Response:
         self._check_model(wanted.model)
         ids = self._text.encode(wanted.prompt) if isinstance(wanted.prompt, str) else wanted.prompt
-        return await self._reply(wanted, ids, CompletionForm, request)
+        # A completion continues its prompt; an answer to a chat is a text of its own.
+        return await self._reply(wanted, ids, CompletionForm, request, after=ids)
 
     async def chat(self, wanted: ChatRequest, request: Request) -> Response:
         self._check_model(wanted.model)
@@ -248,7 +252,12 @@ class Endpoint:
     # ------------------------------------------------------------------------------ answers
 
     async def _reply(
-        self, wanted: Wanted, ids: list[int], form: type[Form], request: Request
+        self,
+        wanted: Wanted,
+        ids: list[int],
+        form: type[Form],
+        request: Request,
+        after: Sequence[int] = (),
     ) -> Response:
         best = wanted.best
         if best is not None and not self._revealed:
@@ -260,10 +269,9 @@ class Endpoint:
                 code="unsupported_value",
             )
         tokens = self._tokens(wanted, len(ids))
-        # Where the parties choose the token, the default is the best one.
-        sampling = wanted.sampling(temperature=1.0 if self._revealed else 0.0)
+        sampling = wanted.sampling(self._temperature)
         job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
-        reader = Reader(self._text, wanted.stop or (), best)
+        reader = Reader(self._text, wanted.stop or (), best, after)
         answered = self._sessions.answered
         answer = Answer(job, reader, len(ids), self._stop, self._log, answered)
         made = form(self._model, self._fingerprint, places=best is not None)

@@ -77,5 +77,36 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
             400, "the body is not a JSON object sent as application/json", code="invalid_json"
         )
     known = code if code == "unsupported_value" else "invalid_value"
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {message}", param=param, code=known)
+    return ApiError(400, f"{param}: {_words(first)}", param=param, code=known)
+
+
+_WORDS = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "none_required": "is not supported; leave it out",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "string_too_short": "must not be empty",
+    "too_short": "must have at least {min_length} item",
+    "literal_error": "must be {expected}; nothing else is supported",
+}
+"""What is wrong with a parameter, by pydantic's code for it."""
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    """What is wrong, in the words of the API. Errors of our own have theirs already."""
+    code = str(found["type"])
+    if code in ("invalid_value", "unsupported_value"):
+        return str(found["msg"])
+    return _WORDS.get(code, "has an invalid value").format(**found.get("ctx") or {})

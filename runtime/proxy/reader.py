@@ -9,20 +9,30 @@ import torch
 
 from mergec.runtime.session.text import Stream, Text
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 @dataclass(frozen=True)
 class Scored:
     """A candidate token at a place, and the log of its probability there."""
 
-    text: str
+    raw: bytes
     logprob: float
 
     @property
-    def bytes(self) -> list[int] | None:
-        """UTF-8 bytes; None for a token that is only part of a character."""
-        return None if _REPLACEMENT in self.text else list(self.text.encode())
+    def bytes(self) -> list[int]:
+        return list(self.raw)
+
+    @property
+    def text(self) -> str:
+        """The bytes as UTF-8. Those that are only part of a character are written as in `\\xe2`."""
+        return self.raw.decode(errors="backslashreplace")
+
+    @property
+    def name(self) -> str:
+        """The text; as in OpenAI's API, part of a character has `bytes:` before it."""
+        try:
+            return self.raw.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{self.text}"
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,20 @@ class Piece:
 class Reader:
     """Holds back text that may be the start of a stop string, and incomplete characters.
 
-    best: number of candidates listed at each place; None omits places.
+    best: number of candidates listed at each place; None omits places. after: the tokens of a
+    prompt that the text continues; none if it stands alone.
     """
 
-    def __init__(self, text: Text, stop: Sequence[str] = (), best: int | None = None) -> None:
+    def __init__(
+        self,
+        text: Text,
+        stop: Sequence[str] = (),
+        best: int | None = None,
+        after: Sequence[int] = (),
+    ) -> None:
         self._text, self._stop, self._best = text, tuple(stop), best
-        self._stream = Stream(text, self._add)
-        self._ids: list[int] = []
+        self._stream = Stream(text, self._add, after)
+        self._ids = list(after)
         self._held = ""
         self._given = 0
         self._places: list[Place] = []
@@ -100,7 +117,7 @@ class Reader:
         order = torch.sort(scores, descending=True, stable=True).indices[:best].tolist()
 
         def scored(token: int) -> Scored:
-            return Scored(self._text.piece(token, self._ids), float(scores[token]))
+            return Scored(self._text.bytes_of(token, self._ids), float(scores[token]))
 
         # Offsets count the text decoded so far; a part of a character has the character's offset.
         offset = self._given + len(self._held)

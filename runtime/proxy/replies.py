@@ -136,8 +136,16 @@ class CompletionForm(Form):
 
     def _named(self, places: Sequence[Place]) -> dict[str, Any]:
         return {
-            "tokens": [place.chosen.text for place in places],
+            "tokens": [place.chosen.name for place in places],
             "token_logprobs": [place.chosen.logprob for place in places],
-            "top_logprobs": [{o.text: o.logprob for o in place.best} for place in places],
+            "top_logprobs": [_by_name(place.best) for place in places],
             "text_offset": [place.offset for place in places],
         }
+
+
+def _by_name(best: Sequence[Scored]) -> dict[str, float]:
+    """Log-probabilities by name, the best first; of two tokens of one name, that of the better."""
+    found: dict[str, float] = {}
+    for scored in best:
+        found.setdefault(scored.name, scored.logprob)
+    return found

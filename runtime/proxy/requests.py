@@ -1,7 +1,8 @@
 """Requests: the parameters of OpenAI's API that are supported.
 
 A parameter that would change an answer and is not supported is rejected by name, unless its value
-requests nothing. Parameters that only identify the user are accepted and ignored.
+requests nothing. Parameters that only identify the user, or only steer a cache, are accepted and
+ignored. Every parameter that may be left out may also be null, which says the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -31,8 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
@@ -63,7 +63,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_prompt(value: Any) -> Any:
+def _few(value: list[str] | None) -> list[str] | None:
+    if value is not None and len(value) > MOST_STOPS:
+        raise PydanticCustomError("invalid_value", f"may hold at most {MOST_STOPS} texts")
+    return value
+
+
+def _as_prompt(value: Any) -> str | list[int]:
     """The single prompt of a list of prompts."""
     several = isinstance(value, list) and value and isinstance(value[0], (str, list))
     if several and len(value) > 1:
@@ -74,7 +80,16 @@ def _as_prompt(value: Any) -> Any:
     whole = isinstance(found, list) and found and all(type(item) is int for item in found)
     if not whole and not isinstance(found, str):
         raise PydanticCustomError("invalid_value", "must be text or a list of token numbers")
-    return found
+    return _unicode(found) if isinstance(found, str) else found
+
+
+def _as_parts(value: Any) -> Any:
+    """Content as a list of parts: a text is a single one."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": _unicode(value)}]
+    if value is not None and not isinstance(value, list):
+        raise PydanticCustomError("invalid_value", "must be text or a list of parts")
+    return value
 
 
 class _Model(BaseModel):
@@ -84,9 +99,9 @@ class _Model(BaseModel):
 class StreamOptions(_Model):
     """Extra information in a stream. include_cost: cost of each token; not part of OpenAI's API."""
 
-    include_usage: bool = False
-    include_cost: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_cost: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Wanted(_Model):
@@ -96,12 +111,14 @@ class Wanted(_Model):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**63)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
         BeforeValidator(_as_list),
-        Field(max_length=MOST_STOPS),
+        AfterValidator(_few),
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -114,8 +131,6 @@ class Wanted(_Model):
     n: Any = None
     frequency_penalty: Any = None
     presence_penalty: Any = None
-    repetition_penalty: Any = None
-    min_p: Any = None
     logit_bias: Any = None
 
     @field_validator(*NEUTRAL, mode="before", check_fields=False)
@@ -141,20 +156,22 @@ class Wanted(_Model):
         """Number of candidates to list at each place; None for no log-probabilities."""
         raise NotImplementedError
 
-    def sampling(self, temperature: float) -> Sampling:
+    def sampling(self, temperature: float | None) -> Sampling:
         """How tokens are chosen. temperature: default if the request sets none."""
         return Sampling(
             temperature if self.temperature is None else self.temperature,
-            self.top_k or 0,
-            1.0 if self.top_p is None else self.top_p,
+            self.top_k,
+            self.top_p,
             None if self.seed is None else self.seed % 2**63,
+            self.min_p,
+            self.repetition_penalty,
         )
 
 
 class CompletionRequest(Wanted):
     """A request to continue a text."""
 
-    prompt: Annotated[Words | list[int], BeforeValidator(_as_prompt)]
+    prompt: Annotated[str | list[int], PlainValidator(_as_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
 
     best_of: Any = None
@@ -175,13 +192,16 @@ class TextPart(_Model):
 
     type: Literal["text"]
     text: Words
+    cache_control: Any = None
 
 
 class Message(_Model):
     """A message of a conversation. Apps send answers back with fields that are always None here."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | list[TextPart]
+    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts)] = Field(
+        None, validate_default=True
+    )
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -189,10 +209,25 @@ class Message(_Model):
     tool_calls: None = None
     annotations: Any = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(cls, value: list[TextPart] | None, info: Any) -> list[TextPart] | None:
+        if value is None and info.data.get("role") not in (None, "assistant"):
+            raise PydanticCustomError("invalid_value", "must be text or a list of parts")
+        return value
+
+    @field_validator("tool_calls", mode="before")
+    @classmethod
+    def _no_calls(cls, value: Any) -> None:
+        if value not in (None, []):
+            raise PydanticCustomError("unsupported_value", "is not supported; leave it out")
+
     def turn(self) -> dict[str, str]:
-        """The message for a chat template; templates do not know the role "developer"."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        """The message for a chat template; templates do not know the role "developer".
+
+        An answer without content is empty text, as many templates read the content of every turn.
+        """
+        text = "".join(part.text for part in self.content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 

@@ -15,6 +15,7 @@ from mergec.runtime.proxy.errors import LIMITED, ApiError
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.observe import PartyMetrics
 from mergec.runtime.session.generation import Token
+from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import StepReport
 
 
@@ -70,13 +71,15 @@ class Sessions:
     ) -> None:
         """Open the first session.
 
-        connect: creates a client that has no session yet. Raises MergecError if opening fails, and
-        BundleError if the bundle has no tokenizer.
+        connect: creates a client that has no session yet. Raises MergecError if opening fails, or
+        if generation settings need a package that is not installed, and BundleError if the bundle
+        has no tokenizer.
         """
         self._connect = connect
         first = connect()
         if first.text is None:
             raise BundleError("this bundle has no tokenizer; compile with one")
+        draw_for(Sampling(), first.program.manifest)
         first.open()
         self.program, self.text = first.program, first.text
         self.setup: StepReport | None = first.setup

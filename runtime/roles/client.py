@@ -296,11 +296,13 @@ class Connection:
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
 
-        Opens a session if there is none. stop: tokens that end the answer; by default those of the
+        Opens a session if there is none. sampling: by default, and where it says nothing, the
+        checkpoint's generation settings. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
         about the answer. Closing the iterator ends the answer after the current step; the session
         stays open. Raises PromptError for a prompt or sampling that the program or the server does
-        not allow, and PartyError if a peer fails.
+        not allow, PartyError if a peer fails, and MergecError if the settings need transformers and
+        it is not installed.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
@@ -315,7 +317,7 @@ class Connection:
                 raise PartyError("the session is over; open a new one")
             if self._store is not None and draw.top_k:
                 raise PromptError(
-                    "stored randomness does not support top-k; leave it out, or use the dealer"
+                    "stored randomness does not support top-k; set it to 0, or use the dealer"
                 )
             first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
 

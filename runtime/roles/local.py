@@ -65,10 +65,12 @@ def run_local(
     max_tokens: int = 32,
     mode: str = "mergec",
     device: str = "cpu",
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     ignore_stop: bool = False,
     insecure_first_party: bool = False,
     on_token: Callable[[int], object] | None = None,
@@ -79,12 +81,13 @@ def run_local(
 ) -> LocalResult:
     """Run the three bundles below `bundle_dir` as processes on this machine; returns the answer.
 
+    temperature to repetition_penalty: see `Sampling`; None leaves it to the checkpoint's settings.
     on_token: called with each token as it is generated. on_event: called with a role and an event
     of it. If a role fails, all are ended, and its error is raised here. insecure_first_party: in
     mode crypten, let the client generate all randomness, as CrypTen does by default; for debugging
     only.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     for role in ROLES:
         manifest = read_manifest(role_path(bundle_dir, role), role)
         if role == ROLES[CLIENT]:

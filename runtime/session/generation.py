@@ -10,7 +10,7 @@ import torch
 
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.program.manifest import Manifest
-from mergec.runtime.session.sampling import Sampling, choose, draw_for
+from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
 from mergec.runtime.session.steps import Session, StepReport, measured
 
 
@@ -61,6 +61,7 @@ def answer(
 ) -> Iterator[Token]:
     """The client's loop: yields the tokens after the prompt, a stop token included.
 
+    sampling: how tokens are chosen; by default as the checkpoint's generation settings say.
     announce: called with new and past tokens before each step, to tell the other roles. first:
     number of prompt tokens that the first step takes, while the later steps take one token each; 0
     for all. fixed_length: after a stop token, run the steps up to `max_tokens` without yielding
@@ -71,13 +72,15 @@ def answer(
     """
     check_prompt(prompt, max_tokens, session.program.manifest)
     sampling = sampling or Sampling()
-    generator = sampling.generator()
-    draw = draw_for(sampling, session.program.manifest)
-    revealed = session.program.manifest.reveals_logits
+    manifest = session.program.manifest
+    draw, revealed = draw_for(sampling, manifest), manifest.reveals_logits
+    choose: Callable[[torch.Tensor], int] = int
+    if revealed:
+        choose = Chooser(sampling, manifest, prompt, max_tokens)
     if session.program.resends:
         rows, reports = _resend(session, prompt, max_tokens, announce)
         for row in rows:
-            token = choose(row, sampling, generator)
+            token = choose(row)
             yield Token(token, tuple(reports), row)
             if token in stop:
                 return
@@ -103,7 +106,7 @@ def answer(
             past += len(feed) if session.cached else 0
         if row is None:
             raise BundleError("only the client sees a result; run this loop there")
-        tokens.append(choose(row, sampling, generator) if revealed else int(row))
+        tokens.append(choose(row) if revealed else int(row))
         if not ended:
             yield Token(tokens[-1], tuple(reports), row if revealed else None)
         ended = ended or tokens[-1] in stop

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.session.templates import render
+from mergec.runtime.session.vocabulary import Vocabulary
 
 VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 FILES = (VOCABULARY, SETTINGS, TEMPLATE)
@@ -29,13 +27,18 @@ class Text:
     def __init__(
         self, tokenizer: Tokenizer, settings: dict[str, Any], template: str | None
     ) -> None:
+        # A file may store how a training loop cut and padded its texts; a prompt is used whole.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._template = template
-        self._special = {
-            key: value["content"] if isinstance(value, dict) else value
+        named = {
+            key: value.get("content") if isinstance(value, dict) else value
             for key, value in settings.items()
-            if key.endswith("_token") and isinstance(value, (str, dict))
+            if key.endswith("_token")
         }
+        self._special = {key: value for key, value in named.items() if isinstance(value, str)}
 
     @classmethod
     def load(cls, folder: str | Path) -> Text:
@@ -68,6 +71,8 @@ class Text:
             tokenizer = Tokenizer.from_str(files[VOCABULARY].decode())
             settings = json.loads(files.get(SETTINGS, b"{}"))
             template = files[TEMPLATE].decode() if TEMPLATE in files else None
+            if not isinstance(settings, dict):
+                raise TypeError(f"{SETTINGS} holds no settings")
         except Exception as error:  # the tokenizers package raises nothing narrower
             raise BundleError(
                 f"{where}: the tokenizer cannot be read ({error}); compile again"
@@ -83,57 +88,73 @@ class Text:
         """Tokens of a prompt; `chat` applies the chat template to it as the user's message."""
         if chat:
             return self.encode_chat([{"role": "user", "content": prompt}])
-        return list(self._tokenizer.encode(prompt).ids)
+        return self._ids(prompt, special=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, each message with its `role` and `content`."""
-        return list(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+        return self._ids(self.render(messages), special=False)
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except Exception as error:  # the tokenizers package raises nothing narrower
+            said = " ".join(str(error).split())
+            raise PromptError(
+                f"the model's tokenizer cannot encode this text ({said[:200]})"
+            ) from error
 
-    def piece(self, token: int, after: Sequence[int] = ()) -> str:
-        """The text that a token adds after the tokens before it; of a special token, its name."""
-        # Some tokenizers drop the space before a text's first word; one token of context is enough.
-        before = list(after[-1:])
-        added = self.decode([*before, token])[len(self.decode(before)) :]
-        return added or str(self._tokenizer.id_to_token(token) or "")
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of tokens, without special tokens; after: the tokens that it continues.
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        Many tokenizers drop the space before a text's first word, so a text that continues another
+        one is decoded together with it.
+        """
+        if not after:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        before, whole = self.decode(after), self.decode([*after, *ids])
+        # If the tokens before end within a character, the continuation completes it.
+        for start in (before, before.rstrip(_REPLACEMENT)):
+            if whole.startswith(start):
+                return whole[len(start) :]
+        return self.decode(ids)
+
+    def bytes_of(self, token: int, after: Sequence[int] = ()) -> bytes:
+        """The bytes that a token stands for; of a special token, those of its name.
+
+        after: the tokens before it, for tokenizers whose vocabulary does not say the bytes.
+        """
+        known = self._vocabulary.bytes_of(token)
+        if known is not None:
+            return known
+        # One token of context is enough to see the space between two words.
+        added = self.decode([token], after[-1:])
+        return (added or str(self._tokenizer.id_to_token(token) or "")).encode()
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Apply the chat template to messages."""
         if self._template is None:
             raise PromptError("this model has no chat template; use --no-chat")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = _now
-        try:
-            return environment.from_string(self._template).render(
-                messages=list(messages),
-                add_generation_prompt=True,
-                **self._special,
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template fails ({error}); use --no-chat") from error
+        return render(self._template, messages, self._special)
 
 
 class Stream:
     """Turns tokens into text, in whole characters: a character may take several tokens."""
 
-    def __init__(self, text: Text, write: Callable[[str], object]) -> None:
-        self._text, self._write = text, write
+    def __init__(
+        self, text: Text, write: Callable[[str], object], after: Sequence[int] = ()
+    ) -> None:
+        """after: the tokens of a prompt that the text continues; none if it stands alone."""
+        self._text, self._write, self._after = text, write, tuple(after)
         self._ids: list[int] = []
         self._shown = ""
 
     def token(self, token: int) -> None:
         self._ids.append(token)
-        self._show(self._text.decode(self._ids).rstrip(_REPLACEMENT))
+        self._show(self._text.decode(self._ids, self._after).rstrip(_REPLACEMENT))
 
     def end(self) -> str:
         """Write the rest; returns the whole text."""
-        whole = self._text.decode(self._ids)
+        whole = self._text.decode(self._ids, self._after)
         self._show(whole)
         return whole
 
@@ -141,15 +162,3 @@ class Stream:
         if len(whole) > len(self._shown) and whole.startswith(self._shown):
             self._write(whole[len(self._shown) :])
             self._shown = whole
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)

@@ -87,7 +87,7 @@ def test_draws_follow_the_softmax(temperature: float, top_k: int) -> None:
         scores[scores < scores.topk(top_k).values.min()] = -torch.inf
     expected = torch.softmax(scores, -1) * 8000
     sampling = Sampling(temperature=temperature, top_k=top_k)
-    drawn = _draw(logits.expand(8000, -1), sampling.draw(7))
+    drawn = _draw(logits.expand(8000, -1), draw_for(sampling, replace(TOKEN, vocab_size=7)))
     counts = torch.bincount(drawn, minlength=7).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0

@@ -74,5 +74,7 @@ def test_a_character_of_several_tokens() -> None:
     pieces = [reader.token(token, torch.zeros(256)) for token in text.encode("aü→b")[:6]]
     assert [piece.text for piece in pieces] == ["a", "", "ü", "", "", ""]
     assert [len(piece.places) for piece in pieces] == [1, 0, 2, 0, 0, 0]
-    assert pieces[2].places[0].chosen.bytes is None, "half a character"
+    half, other = (place.chosen for place in pieces[2].places)
+    assert (half.bytes, other.bytes) == ([0xC3], [0xBC])
+    assert (half.text, half.name) == ("\\xc3", "bytes:\\xc3")
     assert reader.stopped

@@ -84,10 +84,12 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     with options.connection() as connection:
         asked = _numbers(text) if ids else connection.encode(text, chat)
+        templated = connection.text is not None and connection.text.has_chat
         _, stopped = _answer(
             connection,
             asked,
             show_ids=ids,
+            continues=not (templated if chat is None else chat),
             max_tokens=max_tokens,
             sampling=choice.sampling(),
             fixed_length=fixed_length,
@@ -132,16 +134,25 @@ def chat_command(
 
 
 def _answer(
-    connection: Connection, asked: list[int], *, show_ids: bool = False, **options: Any
+    connection: Connection,
+    asked: list[int],
+    *,
+    show_ids: bool = False,
+    continues: bool = False,
+    **options: Any,
 ) -> tuple[str, bool]:
     """Stream an answer and print its cost; returns its text, and whether Ctrl-C ended it.
+
+    continues: whether the text continues the prompt's, as it does without a chat template.
 
     Ctrl-C ends the answer after the current step, so that the session stays usable; a second one
     ends it at once.
     """
     from mergec.runtime.session.text import Stream
 
-    stream = Stream(connection.text, write) if connection.text and not show_ids else None
+    stream = None
+    if connection.text and not show_ids:
+        stream = Stream(connection.text, write, asked if continues else ())
     stopped = False
 
     def stop(*_: object) -> None:
