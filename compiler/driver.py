@@ -61,8 +61,8 @@ def compile_decoder(
     Raises:
         CompileError: the model is not a dense attention decoder, has weights that are not finite,
             calls an op that has no protocol, or needs numbers that do not fit the ring; its
-            generation_config has a setting that cannot be honoured; or an option is wrong. The
-            message says where in the model's source.
+            generation_config has a setting that cannot be honoured; the tokenizer cannot be stored;
+            or an option is wrong. The message says where in the model's source.
 
     Example:
         >>> import mergec
@@ -75,6 +75,7 @@ def compile_decoder(
         >>> program.save("bundles/smollm2")  # doctest: +SKIP
     """
     config = config or CompileConfig()
+    files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
     settings = generation_settings(

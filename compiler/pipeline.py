@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,18 +72,47 @@ def calibration(config: CompileConfig, captured: Captured, tokenizer: Any = None
     """The token sequences on which every later stage measures.
 
     Those of `config.calibration` if given. Otherwise up to 32 token numbers spread evenly over the
-    vocabulary, and a few fixed sentences; without a tokenizer, the same numbers in reverse instead
-    of the sentences.
+    vocabulary, and a few fixed sentences, without tokens that the model does not know; the same
+    numbers in reverse instead of the sentences, if there is no tokenizer or it knows none of them.
+
+    Raises CompileError if the model cannot run on a given sequence.
     """
     if config.calibration:
+        _check_calibration(config.calibration, captured)
         return config.calibration
     vocab_size = captured.vocab_size
     size = min(_CALIBRATION_TOKENS, captured.max_length or _CALIBRATION_TOKENS)
     step = max(1, vocab_size // size)
     spread = [(i * step + i) % vocab_size for i in range(size)]
-    if tokenizer is None:
-        return [spread, spread[::-1]]
-    return [spread, *(tokenizer(text)["input_ids"][:size] for text in _SENTENCES)]
+    read = [_read(tokenizer, text)[:size] for text in _SENTENCES] if tokenizer is not None else []
+    known = [[token for token in ids if 0 <= token < vocab_size] for ids in read]
+    return [spread, *(filter(None, known) if any(known) else [spread[::-1]])]
+
+
+def _read(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text; none if the tokenizer cannot encode it, as one for other symbols."""
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception:  # noqa: BLE001  (what tokenizers raise has no common class)
+        return []
+
+
+def _check_calibration(sequences: Sequences, captured: Captured) -> None:
+    """Raise CompileError for a sequence that the model cannot run on."""
+    vocab_size, limit = captured.vocab_size, captured.max_length
+    for place, tokens in enumerate(sequences):
+        what = f"sequence {place} of the option calibration"
+        if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            raise CompileError(f"{what} is {tokens!r}; give a sequence of token numbers")
+        if not tokens or (limit and len(tokens) > limit):
+            most = f"1 to {limit}" if limit else "at least 1"
+            raise CompileError(f"{what} has {len(tokens)} tokens; the model takes {most}")
+        for token in tokens:
+            whole = isinstance(token, Integral) and not isinstance(token, bool)
+            if not whole or not 0 <= token < (vocab_size or token + 1):
+                raise CompileError(
+                    f"{what} holds {token!r}, which is no token of the vocabulary of {vocab_size}"
+                )
 
 
 def select(config: CompileConfig) -> list[type[Pass]]:

@@ -51,6 +51,26 @@ def test_a_tokenizer_comes_along(tmp_path: Path, folder: Path) -> None:
     assert tokenizer("hello big world")["input_ids"] == [1, 0, 2]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma"])
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(family: str, tmp_path: Path) -> None:
+    """transformers would make a tokenizer of a few special tokens for it."""
+    from transformers import AutoTokenizer
+
+    random_decoder(family).float().save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) < 10
+    assert load_model(tmp_path)[1] is None
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_model(tmp_path)[1] is None
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    random_decoder("llama").float().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CompileError, match=r"tokenizer\.json cannot be loaded as a tok") as caught:
+        load_model(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def spoil_weights(path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
 

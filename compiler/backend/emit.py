@@ -15,11 +15,14 @@ import torch
 from torch import fx
 
 from mergec.compiler.backend.onnx_export import ValueType, to_onnx
+from mergec.compiler.errors import CompileError
+from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program.bundle import GRAPH, TOKENIZER, Content, replacing, save_bundle
 from mergec.runtime.program.encoding import dtype_name
 from mergec.runtime.program.manifest import tokenizer_digest
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.text import VOCABULARY, Text
 
 Progress = Callable[[str], object]
 
@@ -57,17 +60,40 @@ def _graph(program: RoleProgram, types: Mapping[str, ValueType], folder: Path) -
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The files that a Hugging Face tokenizer's `save_pretrained` writes, by name; {} for None."""
+    """The files that a Hugging Face tokenizer's `save_pretrained` writes, by name; {} for None.
+
+    Raises CompileError if it is none, or if the client could not read the files.
+    """
     if tokenizer is None:
         return {}
+    kind = type(tokenizer).__name__
+    if not callable(getattr(tokenizer, "save_pretrained", None)) or not callable(tokenizer):
+        raise CompileError(
+            f"the tokenizer is of the class {kind}; give one of Hugging Face, as "
+            "AutoTokenizer.from_pretrained returns"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise CompileError(f"the tokenizer {kind} cannot be saved: {said[:200]}") from error
         place = Path(folder)
-        return {
+        files = {
             file.relative_to(place).as_posix(): file.read_bytes()
             for file in sorted(place.rglob("*"))
             if file.is_file()
         }
+    if VOCABULARY not in files:
+        raise CompileError(
+            f"the tokenizer {kind} is saved without a {VOCABULARY}, which the client reads; give a "
+            "fast one, or compile without a tokenizer"
+        )
+    try:
+        Text.from_files(files, f"the tokenizer {kind}")
+    except BundleError as error:
+        raise CompileError(str(error)) from error
+    return files
 
 
 def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:

