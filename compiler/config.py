@@ -24,6 +24,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
 MAX_LENGTH = 4096
 """Longest row of attention scores that the softmax supports, in tokens."""
 
+DEFAULT_LENGTH = 1024
+"""Most tokens of prompt and answer together, of a model that can take as many."""
+
 
 PAST = 128
 """Default number of tokens before an inspected step, where the program allows that many."""
@@ -35,8 +38,8 @@ class CompileConfig:
 
     fractional_bits: bits after the binary point of every fixed-point number. Only 16 is supported,
         because the tables of the protocols are built for 16.
-    max_length: most tokens of prompt and answer together, 2 to 4096; default 1024. The model's own
-        limit applies if it is lower.
+    max_length: most tokens of prompt and answer together, 2 to 4096. By default 1024, or the
+        model's own limit if that is lower.
     preset: the lossy passes to run in addition to the exact ones: "exact" (none, the default),
         "mpcformer-2quad", "mpcformer-2relu", "thex", "merge-er", "merge-mm" or "merge".
     enable: names of further lossy passes to run.
@@ -72,7 +75,7 @@ class CompileConfig:
     """
 
     fractional_bits: int = 16
-    max_length: int = 1024
+    max_length: int | None = None
     preset: str = "exact"
     enable: tuple[str, ...] = ()
     weights: str = "server"
@@ -91,7 +94,7 @@ class CompileConfig:
             raise CompileError(
                 f"fractional_bits is {self.fractional_bits}; the protocols' tables support only 16"
             )
-        if not 2 <= self.max_length <= MAX_LENGTH:
+        if self.max_length is not None and not 2 <= self.max_length <= MAX_LENGTH:
             raise CompileError(f"max_length is {self.max_length}; it can be 2 to {MAX_LENGTH}")
         if self.preset not in PRESETS:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")

@@ -12,12 +12,12 @@ import torch
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
-from mergec.compiler.config import CompileConfig
+from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import assemble, calibration, left_out, to_dialect
+from mergec.compiler.pipeline import assemble, calibration, left_out, longest, to_dialect
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
@@ -50,7 +50,8 @@ def compile_decoder(
         tokenizer: the model's Hugging Face tokenizer. It becomes part of the client's bundle.
             Without one, prompts and answers are token numbers.
         config: options; see `CompileConfig`. By default exact, for a fast network, with
-            16 fractional bits and at most 1024 tokens of prompt and answer together.
+            16 fractional bits and at most 1024 tokens of prompt and answer together, or as many as
+            the model takes.
         progress: called with one line of text as each stage begins.
         captured: what `capture(model)` returned, to compile one model several times. It is not
             changed.
@@ -84,6 +85,9 @@ def compile_decoder(
         ignored=config.ignore_settings,
         vocab_size=captured.vocab_size,
     )
+    length = longest(config, captured)
+    if captured.limit is not None and length == captured.limit.length < DEFAULT_LENGTH:
+        progress(f"max_length is {length}, the most that the model takes: {captured.limit.reason}")
     sequences = calibration(config, captured, tokenizer)
     dialect = to_dialect(captured.copy(), config, sequences=sequences)
     progress("placing truncations and openings, lowering to instructions")

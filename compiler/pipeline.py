@@ -17,7 +17,7 @@ from mergec.compiler.backend.choose import choose_variants
 from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.backend.share_constants import share_constants
-from mergec.compiler.config import PRESETS, CompileConfig
+from mergec.compiler.config import DEFAULT_LENGTH, PRESETS, CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.ir import is_shared
@@ -115,6 +115,28 @@ def _check_calibration(sequences: Sequences, captured: Captured) -> None:
                 )
 
 
+def longest(config: CompileConfig, captured: Captured) -> int:
+    """Most tokens of prompt and answer together: what `config` asks for, or else what is possible.
+
+    Raises CompileError if the model cannot take as many, or is not what was captured for as many.
+    """
+    asked, limit, branch = config.max_length, captured.limit, captured.branch
+    if asked is not None and limit is not None and asked > limit.length:
+        raise CompileError(
+            f"max_length is {asked}, but the model takes at most {limit.length} tokens: "
+            f"{limit.reason}; ask for {limit.length} or fewer"
+        )
+    length = asked or DEFAULT_LENGTH
+    if limit is not None:
+        length = min(length, limit.length)
+    if branch is not None and length > branch.length:
+        raise CompileError(
+            f"the model is not one function of its tokens: {branch.reason}; compile with "
+            f"max_length={branch.length} or less, or rewrite it without that branch"
+        )
+    return length
+
+
 def select(config: CompileConfig) -> list[type[Pass]]:
     """The passes that `config` asks for, in the order in which they run.
 
@@ -191,7 +213,7 @@ def to_dialect(
         captured.tensors(),
         reports,
         captured.vocab_size,
-        min(captured.max_length or config.max_length, config.max_length),
+        longest(config, captured),
     )
 
 

@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "one position": (LastOnly, r"2 dimensions .* instead of logits"),
     "two inputs": (Masked, "missing 1 required positional argument: 'mask'"),
     "one length": (OneLength, "only one number of tokens"),
-    "branch": (Branch, r"branches on secret numbers \(test_capture.py:\d+\)"),
+    "branch": (Branch, r"known only when it runs \(test_capture.py:\d+\)"),
     "control flow": (Conditional, "control flow cannot be compiled"),
     "write to a view": (WritesView, "writing in place"),
     "write to an alias": (WritesAlias, "writing in place"),

@@ -10,7 +10,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,20 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from mergec.compiler.config import MAX_LENGTH
 from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.lengths import (
+    Bound,
+    Comparison,
+    branch_place,
+    declared_limit,
+    find_bounds,
+    fixed_rotary,
+    guards_of,
+    one_line,
+    short_steps,
+    table_limit,
+)
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
@@ -40,6 +53,8 @@ class Captured:
     are get_attr nodes named as in the model. inputs: in the order of the placeholders. constants:
     visibility of each get_attr target; parameters and persistent buffers belong to the server,
     other buffers and literals are public. layers: number of cached layers.
+    limit: the longest text that the model itself can take; None if it has no limit.
+    branch: the longest text for which the graph is the model; None if it always is.
     """
 
     graph_module: fx.GraphModule
@@ -47,7 +62,13 @@ class Captured:
     constants: dict[str, Vis]
     layers: int
     vocab_size: int
-    max_length: int | None = None
+    limit: Bound | None = None
+    branch: Bound | None = None
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a text for which the graph is the model; None if there is no limit."""
+        return min([bound.length for bound in (self.limit, self.branch) if bound], default=None)
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, Vis]]:
         """Every constant and its visibility, by name."""
@@ -81,7 +102,17 @@ class _CachedStep(nn.Module):
             # All layers share one symbol for the past length, because models mix them freely.
             torch._check(cache.shape[2] == caches[0].shape[2])
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        past = DynamicCache(ddp_cache_data=pairs)
+        return self._step(input_ids, DynamicCache(ddp_cache_data=pairs))
+
+    def eager(self, input_ids: torch.Tensor, *caches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same outside of an export, where a model can tell that nothing is cached yet."""
+        from transformers.cache_utils import DynamicCache
+
+        if caches[0].shape[2] == 0:
+            return self._step(input_ids, DynamicCache())
+        return self(input_ids, *caches)
+
+    def _step(self, input_ids: torch.Tensor, past: Any) -> tuple[torch.Tensor, ...]:
         options = {"logits_to_keep": 1} if self.keep_last else {}
         result = self.model(
             input_ids=input_ids, past_key_values=past, use_cache=True, return_dict=True, **options
@@ -106,6 +137,10 @@ class _PlainStep(nn.Module):
                 raise TypeError(f"it returns a {type(logits).__name__}")
             return (logits,)
         return (self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits,)
+
+    def eager(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same outside of an export."""
+        return self(input_ids)
 
 
 def capture(model: nn.Module, *, cache: bool = True) -> Captured:
@@ -199,7 +234,6 @@ def _widened(model: nn.Module) -> nn.Module:
 
 
 def _capture_cached(model: nn.Module) -> Captured:
-    config = model.config
     parameters = inspect.signature(model.forward).parameters
     layers = _cache_layers(model)
     # Fresh tensors, because a sliding window would have cut the model's own; the mask covers that.
@@ -211,13 +245,13 @@ def _capture_cached(model: nn.Module) -> Captured:
     step = _CachedStep(model, "logits_to_keep" in parameters)
     ids = torch.zeros((1, _NEW), dtype=torch.int64)
     dynamic = torch.export.Dim.DYNAMIC
-    program = _export(step, (ids, *caches), ({1: dynamic}, tuple({2: dynamic} for _ in caches)))
+    shapes = ({1: dynamic}, tuple({2: dynamic} for _ in caches))
     inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
     for index, tensor in enumerate(caches):
         name = f"cache.{index // 2}.{'key' if index % 2 == 0 else 'value'}"
         shape = (1, tensor.shape[1], "past", tensor.shape[3])
         inputs.append(InputSpec(name, Vis.SHARED, "torch.float64", shape, 0, f"{name}.next"))
-    return _finish(program, inputs, len(layers), config)
+    return _captured(step, (ids, *caches), shapes, inputs, len(layers))
 
 
 def _cache_layers(model: nn.Module) -> list[Any]:
@@ -228,7 +262,7 @@ def _cache_layers(model: nn.Module) -> list[Any]:
         with torch.no_grad():
             result = model(input_ids=example, use_cache=True, return_dict=True)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise CompileError(f"{name} does not run on token ids: {_first_line(error)}") from error
+        raise CompileError(f"{name} does not run on token ids: {one_line(error)}") from error
     layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
     if not layers or not all(hasattr(layer, "keys") for layer in layers):
         raise CompileError(
@@ -241,37 +275,87 @@ def _cache_layers(model: nn.Module) -> list[Any]:
 def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
     step = _PlainStep(model, hugging_face)
     ids = torch.zeros((1, _NEW), dtype=torch.int64)
-    try:
-        program = _export(step, (ids,), ({1: torch.export.Dim.DYNAMIC},))
-    except (TypeError, AttributeError) as error:
-        raise CompileError(
-            f"{type(model).__name__} is not a decoder that maps token ids [1, N] to logits: {error}"
-        ) from error
     inputs = [InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "new"))]
-    return _finish(program, inputs, 0, getattr(model, "config", None))
+    return _captured(step, (ids,), ({1: torch.export.Dim.DYNAMIC},), inputs, 0)
 
 
-def _export(step: nn.Module, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
+def _captured(
+    step: _CachedStep | _PlainStep,
+    example: tuple[torch.Tensor, ...],
+    dynamic: Any,
+    inputs: list[InputSpec],
+    layers: int,
+) -> Captured:
+    """Export a step, and find the lengths for which its graph is the model."""
+    model: Any = step.model
+    with fixed_rotary(model) as switch:
+        program = _export(step, example, dynamic)
+        guards = guards_of(program)
+        captured = _finish(program, inputs, layers)
+        empty = [cache[:, :, :0] for cache in example[1:]]
+        comparison = Comparison(
+            step.eager, captured.graph_module, inputs, captured.vocab_size, empty
+        )
+        with torch.inference_mode():
+            _check_short(comparison, lambda: _export(step, example, dynamic), model)
+            limits = [declared_limit(getattr(model, "config", None))]
+            most = min([MAX_LENGTH, *(bound.length for bound in limits if bound)])
+            limits.append(table_limit(captured.graph_module, inputs, most))
+            limit = min(filter(None, limits), key=lambda bound: bound.length, default=None)
+            bounds = find_bounds(guards, limit, comparison, model)
+    captured.limit, branch = bounds
+    both = [bound for bound in (branch, switch) if bound]
+    captured.branch = min(both, key=lambda bound: bound.length, default=None)
+    for bound in (captured.limit, captured.branch):
+        if bound and bound.length < 2:
+            raise CompileError(f"the model works for too few lengths of text: {bound.reason}")
+    return captured
+
+
+def _check_short(comparison: Comparison, again: Callable[[], Any], model: nn.Module) -> None:
+    """Raise CompileError if the graph is not the model on texts of one token, or without a past.
+
+    again: exports the step once more.
+    """
+    for pieces in short_steps(comparison.cached):
+        said = " and then ".join(f"{n} token{'s' if n > 1 else ''}" for n in pieces)
+        try:
+            same = comparison.same(*pieces)
+        except Exception as error:
+            raise CompileError(f"the model fails on {said}: {one_line(error)}") from error
+        if not same:
+            place = branch_place(again, pieces, model)
+            raise CompileError(
+                f"the model cannot be captured: for {said} it computes something else than for "
+                f"longer texts{place}; rewrite it without a branch on the number of tokens"
+            )
+
+
+def _export(step: _CachedStep | _PlainStep, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
     try:
         with torch.no_grad():
             return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
-    except (TypeError, AttributeError):
-        raise
+    except (TypeError, AttributeError) as error:
+        if isinstance(step, _CachedStep):
+            raise
+        raise CompileError(
+            f"{type(step.model).__name__} is not a decoder that maps token ids [1, N] to logits: "
+            f"{error}"
+        ) from error
     except Exception as error:
-        reason = _first_line(error)
+        reason = one_line(error)
         if isinstance(error, GuardOnDataDependentSymNode):
             place = _user_line(str(error))
-            reason = f"it branches on secret numbers ({place}); rewrite it without branches"
+            reason = (
+                f"it branches on numbers that are known only when it runs ({place}); rewrite it "
+                "without that branch"
+            )
         elif reason.startswith("Constraints violated"):
             reason = "it works for only one number of tokens"
         raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
-def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> Captured:
+def _finish(program: Any, inputs: list[InputSpec], layers: int) -> Captured:
     graph_module, constants = from_exported(program, inputs)
     (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
     logits = output.args[0][0].meta["val"]
@@ -280,8 +364,7 @@ def _finish(program: Any, inputs: list[InputSpec], layers: int, config: Any) -> 
             f"the model returns a tensor with {logits.dim()} dimensions and dtype {logits.dtype} "
             "instead of logits [1, N, V]"
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]), longest)
+    return Captured(graph_module, inputs, constants, layers, int(logits.shape[-1]))
 
 
 def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule, dict[str, Vis]]:
