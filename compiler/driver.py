@@ -12,6 +12,7 @@ import torch
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
+from mergec.compiler.backend.rounding import check_rounding
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.generation import generation_settings
@@ -92,6 +93,7 @@ def compile_decoder(
     dialect = to_dialect(captured.copy(), config, sequences=sequences)
     progress("placing truncations and openings, lowering to instructions")
     roles = assemble(dialect, config)
+    check_rounding(dialect.graph_module, dialect.inputs, sequences)
     graph = dialect.graph_module.graph
     types = value_types(dialect.graph_module, assign_names(graph), length_symbols(graph))
     deviation = {}

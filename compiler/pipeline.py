@@ -206,14 +206,15 @@ def to_dialect(
         share_constants(captured)
     verify_dialect(graph_module)
     _check_result(graph_module)
-    annotate_ranges(graph_module, captured.inputs, sequences)
+    max_length = longest(config, captured)
+    annotate_ranges(graph_module, captured.inputs, sequences, max_length)
     return DialectProgram(
         graph_module,
         captured.inputs,
         captured.tensors(),
         reports,
         captured.vocab_size,
-        longest(config, captured),
+        max_length,
     )
 
 

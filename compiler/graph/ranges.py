@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.extremes import extreme_positions, extreme_tokens
 from mergec.compiler.graph.ir import op_of
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
@@ -23,14 +24,38 @@ def annotate_ranges(
     graph_module: fx.GraphModule,
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sequence[int]],
+    max_length: int = 0,
 ) -> None:
     """Set meta["range"] of every float value, and what dialect calls measure (`Op.measure`).
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
-    tokens one by one. meta["range"] is the smallest and the largest number of a value. Requires
+    tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
+    extreme rows follow as two more sequences, and single tokens at the most extreme positions below
+    `max_length`. meta["range"] is the smallest and the largest number of a value. Requires
     meta["vis"]. Raises CompileError that names the first secret value that is not finite.
     """
-    replay(_Recorder(graph_module), inputs, sequences, decoded=_DECODED)
+    recorder = _Recorder(graph_module)
+    extremes = extreme_tokens(graph_module)
+    limit = max_length or max(map(len, sequences))
+    more = [extremes[:limit], extremes[-limit:][::-1]] if extremes else []
+    replay(recorder, inputs, [*sequences, *more], decoded=_DECODED)
+    token = (extremes or sequences[0])[0]
+    start = prompt(graph_module, inputs, [token])
+    for position in extreme_positions(graph_module, start, max_length):
+        _visit(recorder, inputs, token, position)
+
+
+def _visit(
+    recorder: fx.Interpreter, inputs: Sequence[InputSpec], token: int, position: int
+) -> None:
+    """Run one token at a position, after a cache of zeros; without a cache, after itself."""
+    ids, *caches = prompt(recorder.module, inputs, [token])
+    if not caches:
+        ids = ids.expand(1, position + 1)
+    sizes = [[position if isinstance(s, str) else s for s in spec.shape] for spec in inputs[1:]]
+    past = [cache.new_zeros(()).expand(size) for cache, size in zip(caches, sizes, strict=True)]
+    with torch.inference_mode():
+        recorder.run(ids, *past)
 
 
 def replay(

@@ -262,6 +262,15 @@ class Op:
         return ""
 
     @classmethod
+    def rounded(cls, fracs: Mapping[str, int], *args: Any) -> Any:
+        """`reference` with the roundings inside of the protocol, for `compiler.backend.rounding`.
+
+        Needed only if the protocol rounds more than operands and result, or coarser. fracs:
+        fractional bits of each tensor operand, by name.
+        """
+        return cls.reference(*args)
+
+    @classmethod
     def variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same at another cost; the compiler picks the cheapest."""
         return ()

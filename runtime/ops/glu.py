@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
-from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.ops.gelu import GELU, GELU_TANH, Gelu
 from mergec.runtime.ops.silu import SILU
@@ -57,6 +57,17 @@ class Glu(Op):
             Case([make.normal(3, 8, scale=3), make.normal(3, 8), act], 2e-4) for act in ACTIVATIONS
         ]
         return [*mine, *(Case([x, y, act], stock=1e-2) for act in ACTIVATIONS)]
+
+    @classmethod
+    def rounded(
+        cls, fracs: Mapping[str, int], gate: torch.Tensor, up: torch.Tensor, act: str
+    ) -> torch.Tensor:
+        """Both factors are truncated to the program's fractional bits."""
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return (x * 2.0**FRACTIONAL_BITS).round() * 2.0**-FRACTIONAL_BITS
+
+        return rounded(ACTIVATIONS[act](gate)) * rounded(up)
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:

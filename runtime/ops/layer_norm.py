@@ -17,7 +17,13 @@ from mergec.runtime.core.values import Held, Shared
 from mergec.runtime.crypten.domain import norm_factor
 from mergec.runtime.ops.rms_norm import row_bound
 from mergec.runtime.protocols.gain import apply_gain, gain_cost
-from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
+from mergec.runtime.protocols.normalize import (
+    SCALED_FRAC,
+    RowNorm,
+    normalize,
+    normalize_cost,
+    rounded_rows,
+)
 from mergec.runtime.protocols.weights import Constant, add_held
 
 
@@ -77,14 +83,29 @@ class LayerNorm(Op):
         return math.log2(2 * shape[-1])
 
     @classmethod
+    def rounded(
+        cls,
+        fracs: Mapping[str, int],
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        bound: float = 0.0,
+    ) -> torch.Tensor:
+        centred = x.double() - x.double().mean(-1, keepdim=True)
+        spec = cls._spec(x.shape[-1], fracs["x"], eps, bound)
+        y = rounded_rows(centred, spec).to(x.dtype)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
         return row_bound(measured)
 
     @staticmethod
-    def _spec(x: Shared, eps: float, bound: float) -> RowNorm:
+    def _spec(size: int, frac: int, eps: float, bound: float) -> RowNorm:
         # Rows are centred as d x - sum(x), which is exact and local: they carry log2(d) bits more.
-        size = x.shape[-1]
-        return RowNorm(size, x.frac + math.log2(size), eps, bound)
+        return RowNorm(size, frac + math.log2(size), eps, bound)
 
     @classmethod
     def cost(
@@ -97,7 +118,7 @@ class LayerNorm(Op):
         *,
         fixed: int,
     ) -> Cost:
-        spec = cls._spec(x, eps, bound)
+        spec = cls._spec(x.shape[-1], x.frac, eps, bound)
         rows = math.prod(x.shape[:-1])
         return normalize_cost(spec, rows) + gain_cost(x.shape, weight)
 
@@ -112,7 +133,7 @@ class LayerNorm(Op):
         bound: float = 0.0,
     ) -> Protocol:
         """Centre the rows locally, then as `rms_norm`; adding the bias is local."""
-        spec = cls._spec(x, eps, bound)
+        spec = cls._spec(x.shape[-1], x.frac, eps, bound)
         centred = x.share
         if not centred.is_meta:
             centred = centred * x.shape[-1] - centred.sum(-1, keepdim=True)

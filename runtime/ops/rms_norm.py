@@ -16,7 +16,13 @@ from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.crypten.domain import norm_factor
 from mergec.runtime.protocols.gain import apply_gain, gain_cost
-from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
+from mergec.runtime.protocols.normalize import (
+    SCALED_FRAC,
+    RowNorm,
+    normalize,
+    normalize_cost,
+    rounded_rows,
+)
 from mergec.runtime.protocols.weights import Constant
 
 _NORM_MARGIN = 2.0**4
@@ -67,6 +73,19 @@ class RmsNorm(Op):
     @classmethod
     def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
         return {"mean_square": float(x.double().square().mean(-1).max())}
+
+    @classmethod
+    def rounded(
+        cls,
+        fracs: Mapping[str, int],
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        offset: float = 0.0,
+        bound: float = 0.0,
+    ) -> torch.Tensor:
+        y = rounded_rows(x, RowNorm(x.shape[-1], fracs["x"], eps, bound)).to(x.dtype)
+        return y if weight is None else y * (weight + offset)
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

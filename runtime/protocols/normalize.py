@@ -292,6 +292,19 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     return result.reshape(share.shape)
 
 
+def rounded_rows(rows: torch.Tensor, spec: RowNorm) -> torch.Tensor:
+    """What `normalize` returns for rows in the clear, with its roundings: [..., d], float64.
+
+    The squares have `spec.frac - spec.square_shift` fractional bits, eps is a whole number of their
+    units, and the result has 16 bits behind the point.
+    """
+    unit = 2.0 ** (spec.square_shift - spec.frac)
+    rows = rows.double()
+    total = (rows / unit).round().square().sum(-1, keepdim=True) + spec.eps_units
+    result = rows / unit * (total.clamp(min=1.0) / spec.size).rsqrt()
+    return (result * 2.0**FRACTIONAL_BITS).round() * 2.0**-FRACTIONAL_BITS
+
+
 def normalize_cost(spec: RowNorm, rows: int) -> Cost:
     """Cost of `normalize` for `rows` rows."""
     count = rows * spec.size
