@@ -49,7 +49,7 @@ FAMILIES = (
 """Every pass and every preset is tested on these."""
 
 MORE = (
-    *("arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "diffllama", "ernie4_5"),
+    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "diffllama", "ernie4_5"),
     *("exaone4", "gemma3_text", "glm", "glm4", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese"),
     *("granite", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jais2", "ministral"),
     *("ministral3", "mpt", "nanochat", "nemotron", "olmo2", "olmo3", "persimmon", "seed_oss"),
@@ -57,7 +57,7 @@ MORE = (
 )
 
 REFUSED = (
-    *("apertus", "bert", "doge", "gpt_oss", "granite_swa", "jamba", "mamba", "mixtral"),
+    *("bert", "doge", "gpt_oss", "granite_swa", "jamba", "mamba", "mixtral"),
     *("openai-gpt", "qwen2_moe", "qwen3_next", "rwkv"),
 )
 

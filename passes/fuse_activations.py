@@ -70,6 +70,12 @@ class FuseActivations(Pass):
                     node, target("gelu"), (node.args[0], node.kwargs.get("approximate") == "tanh")
                 )
                 sites += 1
+            elif calls(node, aten.elu.default):
+                if any(value != 1 for value in (*node.args[1:], *node.kwargs.values())):
+                    self.skip(node, "its alpha or one of its scales is not 1")
+                    continue
+                replace(node, target("elu"), (node.args[0],))
+                sites += 1
             elif node.target in _DIRECT and node.users:
                 replace(node, target(_DIRECT[node.target]), (node.args[0],))
                 sites += 1

@@ -8,6 +8,7 @@ import torch
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
+from mergec.compiler.graph.extremes import extreme_tokens
 from mergec.compiler.graph.ir import absmax
 from mergec.compiler.graph.ranges import annotate_ranges
 from mergec.compiler.pipeline import calibration, to_dialect
@@ -53,11 +54,46 @@ def test_largest_values_and_rows() -> None:
     assert meta(graph, "mpc.layer_norm")["mean_square"] == pytest.approx(square)
 
 
-def test_tokens_that_are_not_fed_do_not_count() -> None:
+def test_extreme_tokens_count_even_if_they_are_not_fed() -> None:
     graph, table = measured()
     annotate_ranges(graph.module, [IDS], [[0, 0]])
-    ends = (2 * table[0].min().item(), 2 * table[0].max().item())
+    ends = (2 * table.min().item(), 2 * table.max().item())
     assert meta(graph, "aten.mul.Tensor")["range"] == pytest.approx(ends)
+
+
+def test_which_tokens_are_extreme() -> None:
+    table = torch.ones(97, 8, dtype=torch.float64) + normal(97, 8) * 0.01
+    table[13] *= 50.0  # the largest
+    table[29] *= 1e-3  # the smallest
+    table[41] = 0.0  # unused
+    table[60, 1:] *= 1e-2  # one large entry
+
+    def body(m, ids):
+        return torch.nn.functional.embedding(ids, m.w)
+
+    graph = Graph(body, torch.tensor([[1, 2]]), w=table)
+    found = extreme_tokens(graph.module, [torch.tensor([[1]])])
+    assert found[0] == 13
+    assert found[-1] == 29
+    assert 60 in found
+    assert 41 not in found
+    assert len(found) == len(set(found)) <= 16
+
+
+def test_positions_that_no_prompt_reaches_count() -> None:
+    model = random_decoder("gpt2").float()
+    with torch.no_grad():
+        model.transformer.wpe.weight[50] = 9.0
+
+    def largest(max_length: int) -> float:
+        config = CompileConfig(max_length=max_length)
+        program = to_dialect(capture(model), config, sequences=[[1, 2, 3]])
+        (node,) = [n for n in program.graph_module.graph.nodes if n.name == "add" or
+                   (n.meta.get("module") == "transformer" and "add" in n.name)][:1]  # fmt: skip
+        return absmax(node)
+
+    assert largest(64) == pytest.approx(9.0, rel=0.1)
+    assert largest(32) < 1.0, "no prompt may be that long"
 
 
 def test_the_cache_is_fed_as_in_a_session() -> None:
@@ -92,8 +128,9 @@ def test_calibration_is_the_users_or_ours() -> None:
 
     table = random_decoder("gpt2").transformer.wte.weight.float().abs().amax(1)
     token = int(table.argmin())
-    assert largest(CompileConfig(calibration=((token,) * 4,))) == pytest.approx(table.min().item())
-    assert largest(CompileConfig()) <= table.max().item()
+    # Whatever the prompts are, the largest row counts.
+    assert largest(CompileConfig(calibration=((token,) * 4,))) == pytest.approx(table.max().item())
+    assert largest(CompileConfig()) == pytest.approx(table.max().item())
 
     def tokenizer(text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % VOCAB for letter in text]}

@@ -19,11 +19,19 @@ import torch
 from torch import fx
 
 from mergec.compiler.errors import CompileError
-from mergec.compiler.graph.ir import absmax, aten, bind, calls, op_of
+from mergec.compiler.graph.ir import absmax, aten, bind, calls, constant, op_of
 from mergec.compiler.graph.moves import is_move, known_size
 from mergec.runtime.core.op import Form, Op, target
-from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS, SHARE_FRAC, WINDOW_FRAC, Vis
+from mergec.runtime.core.spec import (
+    FRACTIONAL_BITS,
+    HEADROOM_BITS,
+    RANGE_MARGIN_BITS,
+    SHARE_FRAC,
+    WINDOW_FRAC,
+    Vis,
+)
 from mergec.runtime.ops.attention import ScoredAttention
+from mergec.runtime.ops.embedding import Embedding
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.open import Open
 from mergec.runtime.ops.part import Part
@@ -36,6 +44,12 @@ SPARE_BITS = 5
 
 WEIGHT_BITS = 6
 """Most fractional bits that a matrix may have beyond an activation's, if its result has room."""
+
+SMALLEST = 2.0**-7
+"""A constant of this size is rounded to the program's fractional bits by one part in 2**10."""
+
+_UNITS_BITS = 14
+"""A constant that is smaller gets so many fractional bits that it has about 2**14 units."""
 
 _CONVERSIONS: dict[str, type[Op]] = {"masked": Open, "sent": Send}
 """The op that brings a share into a form."""
@@ -88,7 +102,9 @@ class _Legalizer:
         self.graph = graph_module.graph
         self.fixed = fixed
         self.room = _room(graph_module)
+        self.tensors = _constants(graph_module)
         self.single = _used_once(graph_module)
+        self.tied = self.bits_of_tied()
         self.wants = self.needed_forms()
         self.made: dict[tuple[fx.Node, str], fx.Node] = {}
         self.fine: dict[fx.Node, bool] = {}
@@ -164,6 +180,10 @@ class _Legalizer:
             arguments |= self.weight_bits(node)
             if not arguments["parts"]:
                 del arguments["parts"]
+        elif "bits" in arguments:
+            arguments["bits"] = self.constant_bits(node, op, arguments)
+            if not arguments["bits"]:
+                del arguments["bits"]
         node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         if op.result == "cache":
@@ -221,7 +241,9 @@ class _Legalizer:
         if node not in self.fine:
             frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
             # Decided once: after the wire is opened for its products, they no longer use it.
-            self.fine[node] = all(frac <= self.room[product] for product in _products(node))
+            self.fine[node] = all(
+                frac + self.least_bits(product) <= self.room[product] for product in _products(node)
+            )
         return self.fine[node]
 
     def pass_through(self, node: fx.Node) -> None:
@@ -295,10 +317,13 @@ class _Legalizer:
         """
         weight: Any = node.args[1]
         if weight.op != "get_attr" or weight.target not in self.single:
-            return {"bits": 0, "parts": []}
+            return {"bits": self.tied.get(str(weight.target), 0), "parts": []}
         columns = _columns(node)
-        most = [self.spare_bits(node, part) for part in columns]
-        bits = min(most, default=self.spare_bits(node, node))
+        matrix = self.tensors[weight.target]
+        most = [
+            self.spare_bits(node, part, matrix[start:end]) for part, (start, end) in columns.items()
+        ]
+        bits = min(most, default=self.spare_bits(node, node, matrix))
         if max(most, default=bits) == bits:
             return {"bits": bits, "parts": []}
         parts = []
@@ -307,14 +332,74 @@ class _Legalizer:
             part.target, part.args = target(Part.name), (node, start, end, own - bits)
         return {"bits": bits, "parts": parts}
 
-    def spare_bits(self, linear: fx.Node, result: fx.Node) -> int:
+    def spare_bits(self, linear: fx.Node, result: fx.Node, matrix: torch.Tensor) -> int:
         """How many extra bits a layer's matrix can have for this part of its result."""
         x: Any = linear.args[0]
         frac = x.meta["frac"] + self.fixed
-        most = min(WEIGHT_BITS, math.floor(self.room[result]) - frac)
+        wanted = max(WEIGHT_BITS, _needed_bits(matrix, self.fixed + WEIGHT_BITS) + WEIGHT_BITS)
+        most = min(wanted, math.floor(self.room[result]) - frac)
         if "window" in self.wants[result]:
             most = min(most, WINDOW_FRAC - frac)
         return max(0, most)
+
+    def least_bits(self, linear: fx.Node) -> int:
+        """How many extra bits a layer's matrix has at least: those of a tied or very small one."""
+        weight: Any = linear.args[1]
+        if weight.op != "get_attr":
+            return 0
+        if weight.target not in self.single:
+            return self.tied.get(str(weight.target), 0)
+        return _needed_bits(self.tensors[weight.target], self.fixed)
+
+    def constant_bits(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> int:
+        """How many extra bits the constant of an embedding, a norm or a product needs, if any.
+
+        A small constant keeps its precision this way. So does what is computed from it until the
+        next truncation, such as a residual stream from its embedding on.
+        """
+        names = [name for name in op.weights if isinstance(arguments[name], fx.Node)]
+        held = [arguments[name] for name in names if arguments[name].op == "get_attr"]
+        if len(held) != 1:
+            return 0
+        (weight,) = held
+        if weight.target in self.tied:
+            return self.tied[weight.target]
+        fixed = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
+        return self._bits(node, self.needed(op, arguments, weight), fixed)
+
+    def _bits(self, node: fx.Node, needed: int, frac: int) -> int:
+        return max(0, min(needed, math.floor(self.room[node]) - frac))
+
+    def needed(self, op: type[Op], arguments: dict[str, Any], weight: fx.Node) -> int:
+        """How many extra bits would do for a constant, whatever there is room for."""
+        tensor = self.tensors[str(weight.target)]
+        if op is Embedding:
+            return _needed_bits(tensor, self.fixed, rows=True)
+        return _needed_bits(tensor + arguments.get("offset", 0.0), self.fixed)
+
+    def bits_of_tied(self) -> dict[str, int]:
+        """The extra bits of constants that several ops use, which are encoded once for all."""
+        found: dict[str, int] = {}
+        for node in self.graph.nodes:
+            op = op_of(node)
+            if op is None or not _by_protocol(node, op):
+                continue
+            arguments = bind(op, node)
+            for name in op.weights:
+                weight = arguments[name]
+                if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+                    continue
+                key = str(weight.target)
+                if key in self.single or key not in self.tensors:
+                    continue
+                # An op that cannot have more bits decides for all of them.
+                bits = self.needed(op, arguments, weight) if "bits" in arguments else 0
+                if op is Embedding:
+                    bits = self._bits(node, bits, self.fixed)
+                elif op is Linear:
+                    bits = self._bits(node, bits, 2 * self.fixed)
+                found[key] = min(bits, found.get(key, bits))
+        return found
 
     def mark(self, node: fx.Node, form: str, frac: int) -> None:
         node.meta["form"], node.meta["frac"] = form, frac
@@ -351,6 +436,35 @@ class _Legalizer:
         reason = op.refusal(node.meta, arguments)
         if reason:
             self.failures[node] = reason
+
+
+def _constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The real-valued constants of a graph, by name."""
+    names = {str(node.target): node for node in graph_module.graph.nodes if node.op == "get_attr"}
+    found = {name: constant(graph_module, node) for name, node in names.items()}
+    return {k: v for k, v in found.items() if v is not None and v.is_floating_point()}
+
+
+def _needed_bits(values: torch.Tensor, frac: int, *, rows: bool = False) -> int:
+    """Fractional bits beyond `frac` that a constant needs; 0 if it is not small.
+
+    rows: whether the smallest row decides, because a norm may make it as large as the others. Rows
+    and entries that are zero do not count.
+    """
+    norms = values.detach().reshape(-1, values.shape[-1] if values.dim() else 1).norm(dim=-1)
+    present = norms > 0
+    if not bool(present.any()):
+        return 0
+    if rows:
+        # A row that is far smaller than the largest one needs no more than that one's precision.
+        size = max(float(norms[present].min()), float(norms.max()) * 2.0**-_UNITS_BITS)
+        size /= math.sqrt(values.shape[-1])
+    else:
+        entries = int(torch.count_nonzero(values))
+        size = float(norms.double().norm()) / math.sqrt(entries)
+    if size * 2.0**frac >= SMALLEST * 2.0**FRACTIONAL_BITS:
+        return 0
+    return math.ceil(_UNITS_BITS - frac - math.log2(size))
 
 
 def _products(node: fx.Node) -> Iterator[fx.Node]:

@@ -39,7 +39,9 @@ def check_rounding(
     Runs the legalized graph on the first sequence and on the tokens with the most extreme rows of
     the embedding (`graph.extremes`), each as a prompt.
     """
-    extremes = extreme_tokens(graph_module)[: len(sequences[0])]
+    extremes = extreme_tokens(graph_module, prompt(graph_module, inputs, sequences[0][:1]))[
+        : len(sequences[0])
+    ]
     for sequence in (sequences[0], extremes, extremes[::-1]):
         if not sequence:
             continue

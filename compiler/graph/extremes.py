@@ -26,21 +26,27 @@ _POSITIONS = 2
 """The same for tables of positions, each of which takes a step of its own."""
 
 
-def extreme_tokens(graph_module: fx.GraphModule) -> list[int]:
+def extreme_tokens(graph_module: fx.GraphModule, start: Sequence[torch.Tensor]) -> list[int]:
     """The tokens with the most extreme rows, of every table that is read by token; none twice.
 
-    At most 16 for each table. Requires meta["vis"].
+    At most 16 for each table, those with large rows first. start: the graph's inputs for one token
+    and empty caches. Requires meta["vis"].
     """
-    (ids, *_) = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    given: dict[fx.Node, Any] = dict(zip(inputs, start, strict=True))
     found: list[list[int]] = []
     for node in graph_module.graph.nodes:
         table, index = _lookup(graph_module, node)
         if table is None or index is None or index.meta.get("vis") is not Vis.CLIENT:
             continue
-        rows = _evaluated(graph_module, index, {ids: torch.arange(len(table))[None]}).reshape(-1)
         # Some models read a table at an offset, or by a part of the token's number.
-        tokens = _extreme_rows(table[rows.clamp(0, len(table) - 1)], _TOKENS)
-        found.append([token for token in tokens if int(rows[token]) < len(table)])
+        values = given | {inputs[0]: torch.arange(len(table))[None]}
+        rows = _evaluated(graph_module, index, values).reshape(-1)
+        used = (rows >= 0) & (rows < len(table))
+        tokens = torch.arange(len(rows))[used]
+        chosen = tokens[_extreme_rows(table[rows[used]], _TOKENS)]
+        norms = table[rows[chosen]].float().norm(dim=-1)
+        found.append(chosen[norms.argsort(descending=True)].tolist())
     return list(dict.fromkeys(chain.from_iterable(found)))
 
 

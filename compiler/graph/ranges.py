@@ -35,12 +35,12 @@ def annotate_ranges(
     meta["vis"]. Raises CompileError that names the first secret value that is not finite.
     """
     recorder = _Recorder(graph_module)
-    extremes = extreme_tokens(graph_module)
+    start = prompt(graph_module, inputs, sequences[0][:1])
+    extremes = extreme_tokens(graph_module, start)
     limit = max_length or max(map(len, sequences))
     more = [extremes[:limit], extremes[-limit:][::-1]] if extremes else []
     replay(recorder, inputs, [*sequences, *more], decoded=_DECODED)
     token = (extremes or sequences[0])[0]
-    start = prompt(graph_module, inputs, [token])
     for position in extreme_positions(graph_module, start, max_length):
         _visit(recorder, inputs, token, position)
 

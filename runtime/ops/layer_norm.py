@@ -32,12 +32,15 @@ class LayerNorm(Op):
 
     x [..., D], shared at any number of fractional bits; weight and bias [D], constants of the
     server's, held or shared, or none. The result [..., D] is shared. bound: an upper end of a
-    centred row's mean square, from calibration. Cost and error as in `rms_norm`; rows are centred
+    centred row's mean square, from calibration. bits: fractional bits of the gain beyond the
+    program's. Cost and error as in `rms_norm`; rows are centred
     locally. Each party sees what it sees in `normalize` and `apply_gain`.
     """
 
     name = "layer_norm"
-    schema = "(Tensor x, Tensor? weight, Tensor? bias, float eps, float bound=0.0) -> Tensor"
+    schema = (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, float bound=0.0, int bits=0) -> Tensor"
+    )
     operands = {"x": "share"}
     weights = ("weight",)
     positions = Positions.ROWS
@@ -50,6 +53,7 @@ class LayerNorm(Op):
         bias: torch.Tensor | None,
         eps: float,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> torch.Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -74,8 +78,18 @@ class LayerNorm(Op):
         return {"mean_square": float(rows.square().mean(-1).max())}
 
     @classmethod
-    def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
-        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
+    def scale(
+        cls,
+        x: int,
+        weight: object,
+        bias: object = None,
+        eps: float = 0.0,
+        bound: float = 0.0,
+        bits: int = 0,
+        *,
+        fixed: int,
+    ) -> int:
+        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed + bits
 
     @classmethod
     def inner_bits(cls, shape: Sequence[int]) -> float:
@@ -91,6 +105,7 @@ class LayerNorm(Op):
         bias: torch.Tensor | None,
         eps: float,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> torch.Tensor:
         centred = x.double() - x.double().mean(-1, keepdim=True)
         spec = cls._spec(x.shape[-1], fracs["x"], eps, bound)
@@ -115,6 +130,7 @@ class LayerNorm(Op):
         bias: Held | Shared | None,
         eps: float,
         bound: float = 0.0,
+        bits: int = 0,
         *,
         fixed: int,
     ) -> Cost:
@@ -131,6 +147,7 @@ class LayerNorm(Op):
         bias: Held | Shared | None,
         eps: float,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> Protocol:
         """Centre the rows locally, then as `rms_norm`; adding the bias is local."""
         spec = cls._spec(x.shape[-1], x.frac, eps, bound)
@@ -144,7 +161,9 @@ class LayerNorm(Op):
         return Shared(add_held(scaled.share, bias, scaled.frac), scaled.frac)
 
     @classmethod
-    def stock(cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0) -> Any:
+    def stock(
+        cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0, bits: int = 0
+    ) -> Any:
         """CrypTen's mean, square and inverse root of the row, brought into its domain first."""
         factor = norm_factor(bound)
         x = (x - x.mean(-1, keepdim=True)).mul(factor)

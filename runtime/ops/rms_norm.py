@@ -34,13 +34,17 @@ class RmsNorm(Op):
 
     x [..., D], shared at any number of fractional bits, and weight [D], a constant of the server's,
     held or shared, or none. The result [..., D] is shared. gemma stores its gain minus 1: offset is
-    1 then. bound: an upper end of a row's mean square, from calibration. Cost: `normalize_cost`,
+    1 then. bound: an upper end of a row's mean square, from calibration. bits: fractional bits
+    of the gain beyond the program's. Cost: `normalize_cost`,
     and for a gain one opening of the rows (`gain_cost`). Error about 2**-13 of the result. Each
     party sees what it sees in `normalize` and `apply_gain`.
     """
 
     name = "rms_norm"
-    schema = "(Tensor x, Tensor? weight, float eps, float offset=0.0, float bound=0.0) -> Tensor"
+    schema = (
+        "(Tensor x, Tensor? weight, float eps, float offset=0.0, float bound=0.0, int bits=0) "
+        "-> Tensor"
+    )
     operands = {"x": "share"}
     weights = ("weight",)
     positions = Positions.ROWS
@@ -53,6 +57,7 @@ class RmsNorm(Op):
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> torch.Tensor:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return y if weight is None else y * (weight + offset)
@@ -83,6 +88,7 @@ class RmsNorm(Op):
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> torch.Tensor:
         y = rounded_rows(x, RowNorm(x.shape[-1], fracs["x"], eps, bound)).to(x.dtype)
         return y if weight is None else y * (weight + offset)
@@ -92,8 +98,18 @@ class RmsNorm(Op):
         return row_bound(measured)
 
     @classmethod
-    def scale(cls, x: int, weight: object, *args: object, fixed: int) -> int:
-        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed
+    def scale(
+        cls,
+        x: int,
+        weight: object,
+        eps: float = 0.0,
+        offset: float = 0.0,
+        bound: float = 0.0,
+        bits: int = 0,
+        *,
+        fixed: int,
+    ) -> int:
+        return SCALED_FRAC if weight is None else SCALED_FRAC + fixed + bits
 
     @classmethod
     def cost(
@@ -103,6 +119,7 @@ class RmsNorm(Op):
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
+        bits: int = 0,
         *,
         fixed: int,
     ) -> Cost:
@@ -119,6 +136,7 @@ class RmsNorm(Op):
         eps: float,
         offset: float = 0.0,
         bound: float = 0.0,
+        bits: int = 0,
     ) -> Protocol:
         """`normalize`, then the gain by one opening of the rows."""
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
@@ -127,7 +145,9 @@ class RmsNorm(Op):
         return scaled
 
     @classmethod
-    def stock(cls, x: Any, weight: Any, eps: float, offset: float = 0.0, bound: float = 0.0) -> Any:
+    def stock(
+        cls, x: Any, weight: Any, eps: float, offset: float = 0.0, bound: float = 0.0, bits: int = 0
+    ) -> Any:
         """CrypTen's square, mean and inverse root of the row, brought into its domain first."""
         factor = norm_factor(bound)
         x = x.mul(factor)

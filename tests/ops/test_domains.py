@@ -38,6 +38,7 @@ def around(*places: float) -> torch.Tensor:
         ("silu", 5e-5),
         ("gelu", 5e-5),
         ("quick_gelu", 5e-5),
+        ("elu", 5e-5),
         ("tanh", 5e-5),
         ("sigmoid", 5e-5),
         ("relu", 2 * UNIT),

@@ -31,6 +31,7 @@ SPELLINGS = {
     "swish": (lambda x: torch.sigmoid(x) * x, "mpc.silu", ()),
     "quick": (lambda x: x * torch.sigmoid(1.702 * x), "mpc.quick_gelu", ()),
     "relu": (F.relu, "mpc.relu", ()),
+    "elu": (F.elu, "mpc.elu", ()),
     "tanh": (torch.tanh, "mpc.tanh", ()),
     "sigmoid": (torch.sigmoid, "mpc.sigmoid", ()),
 }
@@ -63,6 +64,13 @@ def test_near_miss_another_constant() -> None:
         for name in NAMES:
             graph.run(name)
         assert not set(graph.ops) & {"mpc.gelu", "mpc.quick_gelu"}
+        assert graph.same()
+
+
+def test_near_miss_another_elu() -> None:
+    for body in (lambda x: F.elu(x, 0.5), F.selu):
+        graph = Graph(lambda m, x, f=body: f(x), X)
+        assert graph.run("fuse_activations") == 0
         assert graph.same()
 
 

@@ -125,7 +125,9 @@ def test_norms_of_every_small_row_of_two() -> None:
     assert (result - exact).abs().max() < 2**-15 + 2**-13
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu"])
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "elu"]
+)
 def test_functions_at_every_input_around_zero(name: str) -> None:
     """A quarter of the inputs on either side of zero, one by one, and those at the table's ends."""
     op = REGISTRY[name]
@@ -140,7 +142,7 @@ def test_functions_at_every_input_around_zero(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "elu"])
 def test_functions_at_every_input_of_the_table(name: str) -> None:
     """All 16-bit fractions from -20 to 20: 2.6 million inputs."""
     op = REGISTRY[name]

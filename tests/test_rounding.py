@@ -1,0 +1,182 @@
+"""Whatever the size of a model's weights: the private logits are right, or the compile refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.driver import compile_decoder
+from mergec.compiler.errors import CompileError
+from mergec.runtime.core.structural import target_name
+from tests.families import VOCAB, random_decoder
+from tests.session import play
+
+PARTS = {
+    "llama": {
+        "embedding": "embed_tokens.weight",
+        "first gain": "input_layernorm.weight",
+        "second gain": "post_attention_layernorm.weight",
+        "last gain": "model.norm.weight",
+        "queries": "q_proj",
+        "values": "v_proj",
+        "out": "o_proj",
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+        "head": "lm_head",
+    },
+    "gpt2": {
+        "embedding": "wte",
+        "positions": "wpe",
+        "first gain": "ln_1.weight",
+        "first bias": "ln_1.bias",
+        "attention": "attn.c_attn.weight",
+        "out": "attn.c_proj.weight",
+        "up": "mlp.c_fc.weight",
+        "up bias": "mlp.c_fc.bias",
+        "down": "mlp.c_proj.weight",
+        "last gain": "ln_f.weight",
+    },
+}
+"""Tensors by family: the part of their name that tells them. GPT-2's embedding is its head, too."""
+
+RIGHT = 0.1
+"""Largest error of a logit that is right, in standard deviations of the logits of one place.
+
+Twice the error at which the compiler refuses, because private roundings fall otherwise.
+"""
+
+
+def scaled(family: str, part: str = "", factor: float = 1.0) -> Any:
+    """A one-layer decoder with logits that differ, and the tensors of one part times a factor."""
+    tied = family == "gpt2"
+    layers = {"n_layer" if tied else "num_hidden_layers": 1}
+    model = random_decoder(family, tie_word_embeddings=tied, **layers).float()
+    name = PARTS[family].get(part)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+            elif "bias" in key:
+                parameter.normal_(std=0.1)
+            if name and name in key:
+                parameter.mul_(factor)
+    return model
+
+
+def prompts(model: Any) -> list[list[int]]:
+    """Prompts that are no calibration prompts, with the tokens of the most extreme rows."""
+    norms = model.get_input_embeddings().weight.norm(dim=1)
+    largest, smallest = int(norms.argmax()), int(norms.argmin())
+    return [[largest, 5, VOCAB - 9, smallest], [17, 3, largest]]
+
+
+def errors(model: Any, **options: Any) -> list[float]:
+    """The largest error of each prompt's private logits, in standard deviations."""
+    program = compile_decoder(model, config=CompileConfig(max_length=64, **options))
+    found = []
+    for ids in prompts(model):
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids])).logits[0, -1].double()
+        (step,) = play(program.roles, [ids])
+        got = step.logits.reshape(-1, len(wanted))[-1]
+        found.append(float((got - wanted).abs().max() / wanted.std()))
+    return found
+
+
+def right_or_refused(model: Any, **options: Any) -> bool:
+    """Whether a model compiles. If it does, its private logits are right; if not, it says where."""
+    try:
+        assert max(errors(model, **options)) < RIGHT
+    except CompileError as refusal:
+        assert "\n" not in str(refusal).partition("\n")[0]
+        assert refusal.nodes
+        assert all(node.meta.get("module") for node in refusal.nodes)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "factor"),
+    [
+        ("llama", "embedding", 1e-3),
+        ("llama", "embedding", 1e3),
+        ("llama", "first gain", 1e-5),
+        ("llama", "values", 1e-5),
+        ("llama", "down", 1e-4),
+        ("llama", "up", 1e2),
+        ("gpt2", "embedding", 1e-3),
+        ("gpt2", "positions", 1e2),
+        ("gpt2", "last gain", 10.0),
+    ],
+)
+def test_sizes_that_compile(family: str, part: str, factor: float) -> None:
+    assert max(errors(scaled(family, part, factor))) < RIGHT
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "factor"),
+    [
+        ("llama", "embedding", 1e-6),
+        ("llama", "head", 1e-6),
+        ("llama", "queries", 1e3),
+        ("gpt2", "last gain", 1e-6),
+    ],
+)
+def test_other_sizes_are_right_or_refused(family: str, part: str, factor: float) -> None:
+    right_or_refused(scaled(family, part, factor))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["server", "shared"])
+@pytest.mark.parametrize("factor", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 10.0, 30.0, 1e2, 1e3])
+@pytest.mark.parametrize(
+    ("family", "part"), [(family, part) for family, parts in PARTS.items() for part in parts]
+)
+def test_every_size(family: str, part: str, factor: float, weights: str) -> None:
+    right_or_refused(scaled(family, part, factor), weights=weights)
+
+
+def test_a_row_that_no_prompt_has() -> None:
+    """Calibration knows the largest rows of the table, whatever its prompts are."""
+    model = scaled("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] *= 300.0
+    assert prompts(model)[0][0] == 1
+    assert max(errors(model, calibration=((5, 17, 88),))) < RIGHT
+
+
+def test_a_position_that_no_prompt_reaches() -> None:
+    model = scaled("gpt2")
+    with torch.no_grad():
+        model.transformer.wpe.weight[50] *= 300.0
+    ids = [(7 * i) % VOCAB for i in range(51)]
+    program = compile_decoder(model, config=CompileConfig(max_length=64, calibration=((5, 17),)))
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0, -1].double()
+    (step,) = play(program.roles, [ids])
+    error = (step.logits.reshape(-1, VOCAB)[-1] - wanted).abs().max() / wanted.std()
+    assert error < RIGHT
+
+
+def test_small_tables_get_more_bits_than_ordinary_ones() -> None:
+    def frac(factor: float) -> int:
+        model = scaled("llama", "embedding", factor)
+        program = compile_decoder(model, config=CompileConfig(max_length=64))
+        (lookup,) = [i for i in program.roles["client"].instructions if "embedding" in i.target]
+        return lookup.frac
+
+    assert frac(1.0) == 16
+    assert frac(1e-3) > 24
+
+
+def test_a_value_that_is_too_small_is_named() -> None:
+    """A head of 10^-6 makes logits of 10^-6, of which 16 bits behind the point keep nothing."""
+    with pytest.raises(CompileError, match="rounding to fixed point would move logits") as caught:
+        compile_decoder(scaled("llama", "head", 1e-6), config=CompileConfig(max_length=64))
+    (node,) = caught.value.nodes
+    assert node.meta["module"] == "lm_head" or "reveal" in target_name(node.target)
+    assert "fractional bits are too few" in str(caught.value)
