@@ -62,23 +62,32 @@ class Answer:
     continues: bool = False
 
     def table(self) -> RenderableType:
-        """Seconds, bytes and rounds per token, by phase; and peak memory by process."""
+        """Seconds, bytes and rounds per token, by phase; totals of the setup; peak memory."""
         shown = Table(header_style="bold", box=SIMPLE)
         shown.add_column("")
         for name in ("tokens", "s/token", "online/token", "rounds/token", "offline/token"):
             shown.add_column(name, justify="right")
+        lines = []
         for name, phase in self.phases.items():
-            per = max(phase.tokens, 1)
+            if not phase.tokens:
+                lines.append(
+                    f"{name}, once per session: {phase.seconds:.2f} s, "
+                    f"{readable(phase.online)} online, {phase.rounds:,} rounds, "
+                    f"{readable(phase.offline)} offline"
+                )
+                continue
             shown.add_row(
                 name,
-                f"{phase.tokens}" if phase.tokens else "",
-                f"{phase.seconds / per:.2f}",
-                readable(phase.online / per),
-                f"{phase.rounds / per:,.0f}",
-                readable(phase.offline / per),
+                f"{phase.tokens}",
+                f"{phase.seconds / phase.tokens:.2f}",
+                readable(phase.online / phase.tokens),
+                f"{phase.rounds / phase.tokens:,.0f}",
+                readable(phase.offline / phase.tokens),
             )
-        peaks = ", ".join(f"{role} {readable(n)}" for role, n in self.peak_memory.items())
-        return Group(shown, Text(f"peak memory: {peaks}")) if peaks else shown
+        if self.peak_memory:
+            peaks = ", ".join(f"{role} {readable(n)}" for role, n in self.peak_memory.items())
+            lines.append(f"peak memory: {peaks}")
+        return Group(shown, *map(Text, lines))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,9 +183,16 @@ def inspect_command(
     from mergec.compiler.program import Program, check_whole
 
     given = options.given()
+    files = [path for path in (html, dot, onnx) if path is not None]
+    for path in files:
+        _check_file(path)
     with _steps() as step:
         check_whole(Path(source))
         if not Program.stands_at(source):
+            if why_not is not None:
+                from mergec.compiler.pipeline import check_names
+
+                check_names([why_not])
             program = _compile(source, given, step, keep_history=True)
         elif given:
             raise MergecError(f"{source} is already compiled; give the model to change options")
@@ -198,7 +206,7 @@ def inspect_command(
             _write_file(dot, view.to_dot().encode())
         if onnx is not None:
             _write_file(onnx, view.to_onnx().SerializeToString())
-        if graph or (files := [path for path in (html, dot, onnx) if path is not None]):
+        if graph or files:
             sys.stdout.write(str(view) if graph else "".join(f"{path}\n" for path in files))
             return
         step("measuring what each pass saves" if savings else "counting rounds and bytes")
@@ -262,10 +270,12 @@ def demo_command(
 ) -> None:
     """Compile SmolLM2-135M and run it on a prompt."""
     from mergec.compiler.program import Program
+    from mergec.runtime.program.bundle import check_place
 
     _check_prompt(prompt)
     with _steps() as step:
         if not (reuse and Program.stands_at(output)):
+            check_place(output)
             program = _compile(DEMO_SOURCE, {}, step)
             program.save(output, step)
             del program
@@ -287,6 +297,17 @@ def _compile(
     from mergec.compiler.driver import compile_source
 
     return compile_source(source, options, step, keep_history=keep_history)
+
+
+def _check_file(path: Path) -> None:
+    """Raise MergecError if a file cannot be written, before the work for it begins."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise MergecError(f"{path} cannot be written: it is a folder")
+    if not folder.is_dir():
+        raise MergecError(f"{path} cannot be written: {folder} is not a folder; create it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise MergecError(f"{path} cannot be written: no permission")
 
 
 def _write_file(path: Path, content: bytes) -> None:

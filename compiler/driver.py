@@ -18,7 +18,15 @@ from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import assemble, calibration, left_out, longest, to_dialect
+from mergec.compiler.pipeline import (
+    assemble,
+    calibration,
+    left_out,
+    longest,
+    runs_anyway,
+    select,
+    to_dialect,
+)
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
@@ -77,6 +85,7 @@ def compile_decoder(
         >>> program.save("bundles/smollm2")  # doctest: +SKIP
     """
     config = config or CompileConfig()
+    select(config)  # Names of passes that do not exist are reported before any work.
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
@@ -150,6 +159,9 @@ def compile_source(
     config = CompileConfig(**options)
     if not config.name:
         config = replace(config, name=Path(source).stem)
+    select(config)
+    for name in runs_anyway(config):
+        progress(f"the pass {name} runs without being enabled")
     progress("loading the model")
     model, tokenizer = load_model(source)
     program = compile_decoder(model, tokenizer, config, progress)

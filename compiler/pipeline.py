@@ -140,13 +140,14 @@ def longest(config: CompileConfig, captured: Captured) -> int:
 def select(config: CompileConfig) -> list[type[Pass]]:
     """The passes that `config` asks for, in the order in which they run.
 
-    Raises CompileError if `enable` or `disable` names an unknown pass, or if the passes' `after`
-    cannot be satisfied.
+    Raises CompileError if `enable` or `disable` names an unknown pass, if both name one, or if the
+    passes' `after` cannot be satisfied.
     """
     known = available()
-    unknown = [name for name in (*config.enable, *config.disable) if name not in known]
-    if unknown:
-        raise CompileError(f"unknown pass {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+    both = sorted({*config.enable} & {*config.disable})
+    if both:
+        raise CompileError(f"the pass {both[0]!r} is both enabled and disabled; leave out one")
+    check_names((*config.enable, *config.disable))
     asked = {*PRESETS[config.preset], *config.enable}
     chosen = [
         kind
@@ -154,6 +155,20 @@ def select(config: CompileConfig) -> list[type[Pass]]:
         if (kind.exact or name in asked) and name not in config.disable
     ]
     return ordered([*chosen, *config.extra_passes], known.values())
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise CompileError, with the known names, if there is no pass of one of these names."""
+    known = available()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise CompileError(f"unknown pass {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+
+
+def runs_anyway(config: CompileConfig) -> list[str]:
+    """The passes that `enable` names needlessly: exact ones, and those of the preset."""
+    known = available()
+    return [name for name in config.enable if known[name].exact or name in PRESETS[config.preset]]
 
 
 def left_out(config: CompileConfig) -> dict[str, str]:

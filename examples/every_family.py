@@ -116,7 +116,7 @@ def rows(families: list[str]) -> tuple[list[list[str]], dict[str, str]]:
             result = measure(family)
         except CompileError as error:
             refused[family] = "; ".join(
-                [str(error).splitlines()[0], *dict.fromkeys(error.nodes.values())][:2]
+                [str(error).splitlines()[0], *dict.fromkeys(error.nodes.values())]
             )
             continue
         costs = [f"{number:,}" for cost in (result.prompt, result.decode) for number in cost]

@@ -21,6 +21,7 @@ from mergec.runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
 from mergec.runtime.cli import run as mergec
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import CHOICES, ROLES
+from tests.families import random_decoder
 from tests.fixtures import decoder, greedy
 from tests.roles import ROOT, environment
 from tests.test_program import TYPES
@@ -65,13 +66,21 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("mergec ")
 
 
+def test_the_bare_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mergec([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Usage: mergec")
+    assert "compile" in printed.out
+    assert not printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["frobnicate"], "frobnicate"),
         (["run"], "Missing"),
         (["run", "somewhere"], "--prompt"),
-        (["run", "somewhere", "--prompt", "x", "--mode", "fast"], "--mode"),
+        (["run", "somewhere", "--prompt", "x", "--mode", "fast"], "'--mode': 'fast' is not one of"),
         (["run", "somewhere", "--prompt", "x", "--device", "tpu"], "--device"),
         (["run", "somewhere", "--prompt", "x", "--temperature", "-1"], "--temperature"),
         (["run", "somewhere", "--prompt", "x", "--top-p", "2"], "--top-p"),
@@ -89,6 +98,51 @@ def test_usage(fails: Failed, arguments: list[str], words: str) -> None:
 def test_values_of_options(fails: Failed, option: str, values: tuple[str, ...]) -> None:
     given = ["compile", "smollm2", "-o", "somewhere", f"--{option}", "any"]
     fails(given, FAILED, f"{option} is 'any'; it can be: {', '.join(values)}")
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: str) -> None:
+        raise AssertionError("the model was loaded before the options were checked")
+
+    monkeypatch.setattr("mergec.compiler.driver.load_model", load)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_options_are_checked_before_the_model_is_loaded(fails: Failed, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    fails(["compile", "x", "-o", str(file)], FAILED, "exists and is not a mergec bundle")
+    fails(["compile", "x", "-o", str(file / "new")], FAILED, "is not a folder")
+    fails(["demo", "-o", str(file / "new")], FAILED, "is not a folder")
+    new = str(tmp_path / "new")
+    for option in ("--enable", "--disable"):
+        fails(["compile", "x", "-o", new, option, "any"], FAILED, "unknown pass 'any'; there are:")
+    both = ["--enable", "relu_activations", "--disable", "relu_activations"]
+    fails(["compile", "x", "-o", new, *both], FAILED, "both enabled and disabled")
+    fails(["inspect", "x", "--why-not", "any"], FAILED, "unknown pass 'any'; there are:")
+    for option in ("--html", "--dot", "--onnx"):
+        fails(["inspect", "x", option, str(file / "x")], FAILED, "is not a folder")
+        fails(["inspect", "x", option, str(tmp_path)], FAILED, "it is a folder")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_that_must_not_be_written(fails: Failed, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    fails(["compile", "x", "-o", str(tmp_path / "new")], FAILED, "no permission")
+    fails(["inspect", "x", "--html", str(tmp_path / "x.html")], FAILED, "no permission")
+
+
+def test_a_pass_that_runs_anyway_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "mergec.compiler.driver.load_model", lambda _: (random_decoder("llama").float(), None)
+    )
+    given = ["--enable", "fold_public", "--max-length", "16"]
+    assert mergec(["compile", "x", "-o", str(tmp_path / "new"), *given]) == 0
+    assert "the pass fold_public runs without being enabled" in capsys.readouterr().err
 
 
 def test_bad_bundles(fails: Failed, bundles: Path, tmp_path: Path) -> None:
@@ -225,7 +279,11 @@ def test_run_prints_answer_summary_and_plaintext(
     def generate(self: Program, prompt: str, **options: Any) -> Answer:
         options["on_text"]("to ")
         options["on_text"]("be")
-        phases = {"prompt": Phase(1, 2.0, 40, 5_000_000, 70), "decode": Phase(3, 3.0, 90, 900, 0)}
+        phases = {
+            "setup": Phase(0, 9.0, 7, 3000, 80),
+            "prompt": Phase(1, 2.0, 40, 5_000_000, 70),
+            "decode": Phase(3, 3.0, 90, 900, 0),
+        }
         return Answer("to be", [3], tokens, phases=phases, peak_memory={"client": 10**9})
 
     monkeypatch.setattr(Program, "generate_local", generate)
@@ -235,6 +293,7 @@ def test_run_prints_answer_summary_and_plaintext(
     assert "to be\n" in printed
     for cell in ("2.00", "5.0 MB", "1.00", "300 B", "30", "client 1.0 GB"):
         assert cell in printed
+    assert "setup, once per session: 9.00 s, 3,000 B online, 7 rounds, 80 B offline" in printed
     assert "all 4 tokens are the same" in printed
 
 

@@ -13,6 +13,7 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergec.compiler.errors import CompileError
+from mergec.compiler.graph.ir import is_public
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import MOVE_NAMES, TABLE, target_name
@@ -29,6 +30,17 @@ _BUILT_FROM = {
     "_softmax": "softmax",
 }
 """Functions of torch that passes express with a dialect op of another name."""
+
+
+_CHOICES = {
+    "aten.where.self",
+    "aten.where.ScalarOther",
+    "aten.where.ScalarSelf",
+    "aten.where.Scalar",
+    "aten.masked_fill.Scalar",
+    "aten.masked_fill.Tensor",
+}
+"""Functions that choose between two values by a condition."""
 
 
 def verify_dialect(graph_module: fx.GraphModule) -> None:
@@ -83,10 +95,26 @@ def _way(node: fx.Node) -> str:
             f"; the dialect has mpc.{op}: write a pass that makes it, or enable the one that does"
         )
     parts = _decomposed(node)
+    if parts & _CHOICES and _chooses_publicly(node):
+        return (
+            "; its condition is public: write a pass that multiplies by it, with mpc.mul and "
+            "mpc.add"
+        )
     if parts and all(part in MOVE_NAMES or _op_for(part.split(".")[1]) for part in parts):
         ops = sorted({f"mpc.{op}" for part in parts if (op := _op_for(part.split(".")[1]))})
         return f"; write a pass that expresses it with {', '.join(ops)}"
     return f"; it needs an op with a protocol of its own: add runtime/ops/{name.strip('_')}.py"
+
+
+def _chooses_publicly(node: fx.Node) -> bool:
+    """Whether the condition of a choice, its only boolean operand, is public."""
+    kinds = [operand for operand in node.all_input_nodes if _is_boolean(operand)]
+    return bool(kinds) and all(is_public(operand) for operand in kinds)
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
 
 
 def _op_for(name: str) -> str:

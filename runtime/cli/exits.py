@@ -71,7 +71,8 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 
 def _message(error: Any) -> str:
-    return str(error.format_message()).rstrip(".")
+    # Newer versions of typer check values with pydantic, which says what kind of error it raised.
+    return str(error.format_message()).replace(": Value error, ", ": ").rstrip(".")
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

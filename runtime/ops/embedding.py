@@ -49,8 +49,6 @@ class Embedding(Op):
         return [
             Case([ids, table], 1e-5, forms={"weight": "weight"}),
             Case([ids, table], 1e-5, forms={"weight": "shared"}),
-            Case([ids, table / 2**10, 10], 1e-8, forms={"weight": "weight"}),
-            Case([ids, table / 2**10, 10], 1e-8, forms={"ids": PUBLIC, "weight": "shared"}),
             Case([ids, table], 1e-5, forms={"ids": PUBLIC, "weight": "shared"}),
             Case([torch.tensor([[2, 6, 0]]), make.small(7, 4)], stock=1e-4),
         ]

@@ -52,7 +52,6 @@ class Mul(Op):
             Case([make.normal(3, 4), make.normal(3, 1)], 1e-4),
             Case([make.normal(3, 4), make.normal(4)], 1e-4, forms={"b": PUBLIC}),
             Case([make.normal(8), make.normal(3, 8)], 1e-4, forms={"a": "shared"}),
-            Case([make.normal(3, 4), make.normal(4) / 2**10, 10], 1e-7, forms={"b": "weight"}),
             Case([make.normal(3, 4), make.normal(4) / 2**10, 10], 1e-7, forms={"b": PUBLIC}),
             Case([x, y], stock=5e-4),
             Case([x, y], stock=5e-4, forms={"a": PUBLIC}),

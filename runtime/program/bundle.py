@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_place(path: Path) -> None:
-    """Raise BundleError if `path` exists and is not a bundle, so that nothing else is replaced."""
+    """Raise BundleError if a bundle cannot be written to `path`, or would replace something else.
+
+    Something that exists there must be a bundle or an empty folder.
+    """
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if not (above.is_dir() or above == path.absolute()):
+        raise BundleError(f"{path}: cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise BundleError(f"{path}: cannot be written: no permission to write to {above}")
     if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
         raise BundleError(
             f"{path}: exists and is not a mergec bundle; choose another place or remove it"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mergec.compiler.graph.contract import TOLERANCE, Wide
-from mergec.compiler.graph.parse import Parsed, parse
+from mergec.compiler.graph.parse import Parsed, ParseError, parse
 from mergec.compiler.graph.rewriting import GraphInfo, Pass
 from mergec.compiler.text import dump
 from mergec.runtime.core.spec import Vis
@@ -48,7 +48,7 @@ class Ran:
 
 def run(kind: type[Pass], text: str, reveal: str = "logits") -> Ran:
     """Run a pass on a graph, and the graph before and after it on random inputs."""
-    parsed = parse(text)
+    parsed = _parsed(kind, text)
     inputs = {spec.name: value for spec, value in zip(parsed.inputs, _inputs(parsed), strict=True)}
     before = _values(parsed, inputs)
     made = kind(GraphInfo(parsed.inputs, parsed.constants, CALIBRATION, reveal))
@@ -62,6 +62,16 @@ def run(kind: type[Pass], text: str, reveal: str = "logits") -> Ran:
     )
 
 
+def _parsed(kind: type[Pass], text: str) -> Parsed:
+    """The graph of a text; fails with the name of the pass if it is not one."""
+    try:
+        return parse(text)
+    except ParseError as error:
+        raise AssertionError(
+            f"{kind.name()}: {error}, in this graph of its docstring or golden file:\n{text}"
+        ) from error
+
+
 def check_example(kind: type[Pass]) -> None:
     """Fail unless the pass turns the `Before:` of its docstring into the `After:`, exactly.
 
@@ -71,7 +81,7 @@ def check_example(kind: type[Pass]) -> None:
     before, after = example(kind)
     ran = run(kind, before)
     assert ran.sites > 0, f"{kind.name()} finds nothing in the Before of its docstring"
-    wanted = dump(parse(_declared(before, after)).graph_module)
+    wanted = dump(_parsed(kind, _declared(before, after)).graph_module)
     difference = "\n".join(
         difflib.unified_diff(wanted.splitlines(), ran.text.splitlines(), "After", "made", "", "", 9)
     )
