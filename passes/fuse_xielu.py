@@ -165,7 +165,7 @@ def _exponential(node: Any, x: fx.Node) -> Any:
     if not calls(node, aten.sub.Tensor) or node.args[1] is not x or node.kwargs:
         return None
     curved = node.args[0]
-    cut = curved.args[0] if calls(curved, aten.expm1.default) else None
+    cut: Any = curved.args[0] if calls(curved, aten.expm1.default) else None
     if not calls(cut, aten.min.other, aten.minimum.default, aten.clamp_max.default):
         return None
     return cut.args[1] if cut.args[0] is x else None

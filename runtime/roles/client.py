@@ -181,7 +181,7 @@ class Connection:
             here.save(executor.hidden_weights())
         return session
 
-    def _context(self, origin: Origin, source: ByteSource, **more: bytes) -> ClientContext:
+    def _context(self, origin: Origin, source: ByteSource, **more: Any) -> ClientContext:
         arithmetic = self.program.manifest.arithmetic
         return ClientContext(
             origin.seed, source, self._device, salt=origin.salt, **arithmetic, **more
