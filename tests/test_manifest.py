@@ -23,8 +23,8 @@ from tests.test_former_bundles import ARCHIVE as FORMER
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
-    "deviation", "weights", "reveal", "network", "mode", "shapes", "cost", "passes", "left_out",
-    "files", "digest",
+    "deviation", "weights", "reveal", "network", "rounding", "mode", "shapes", "cost", "passes",
+    "left_out", "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2; settings are left out if there are none.
 """
@@ -58,7 +58,7 @@ def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Pat
     changed = {line.strip().partition(":")[0] for line in {*old} ^ {*new}}
     assert changed <= {
         '"format_version"', '"mergec_version"', '"torch_version"', '"program_hash"',
-        '"tokenizer"', '"digest"',
+        '"tokenizer"', '"rounding"', '"digest"',
     }  # fmt: skip
 
 
@@ -68,17 +68,16 @@ def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:
     data = json.loads(text)
     fields = [field.name for field in dataclasses.fields(Manifest)]
     assert list(data) == KEYS == [name for name in fields if name != "generation"]
-    assert data["format_version"] == 1
+    assert data["format_version"] == 2
     assert text == json.dumps(data, indent=1) + "\n"
     assert data == read_manifest(folder).to_dict()
     assert data["digest"] == digest(data)
 
 
-def test_a_bundle_with_settings_is_of_version_2_and_the_same_program(tmp_path: Path) -> None:
-    """An older runtime, which would answer without them, refuses it by its version."""
+def test_settings_are_the_client_s_own_affair(tmp_path: Path) -> None:
+    """They make no other program."""
     folder = save_bundle(tiny("client", generation=SETTINGS), tmp_path / "b")
     data = json.loads((folder / bundle.MANIFEST).read_text())
-    assert data["format_version"] == 2
     assert data["generation"] == SETTINGS.to_dict()
     manifest = load_bundle(folder, "client").manifest
     assert manifest.generation == SETTINGS
