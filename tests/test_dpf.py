@@ -200,7 +200,7 @@ def test_the_roles_of_a_session_share_a_fresh_salt() -> None:
     salts = []
     for _ in range(2):
         session = InProcessSession({role: decoder.program(role) for role in ROLES})
-        found = {executor.context._salt for executor in session.executors.values()}
+        found = {executor.context.salt for executor in session.executors.values()}
         assert [len(salt) for salt in found] == [SALT_BYTES]
         salts += found
         with session:

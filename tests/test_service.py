@@ -30,6 +30,8 @@ from mergec.runtime.roles.observe import Metrics, PartyMetrics
 from mergec.runtime.roles.server_desk import ServerDesk
 from mergec.runtime.roles.settings import Limits
 from mergec.runtime.roles.worker import Parent
+from mergec.runtime.session import handshake
+from mergec.runtime.session.handshake import Origin
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Kind
@@ -193,6 +195,14 @@ def test_metrics_and_logs_tell_what_happened_but_no_secret(running, bundles, ann
     for words in held:
         found = [role for role, content in kept.items() if words in content]
         assert found == ["server"]
+
+
+def test_a_dealer_that_tells_two_salts_is_noticed(running, ann, monkeypatch) -> None:
+    real = handshake.receive_origin
+    monkeypatch.setattr(handshake, "receive_origin", lambda c: Origin(real(c).seed, bytes(16)))
+    with pytest.raises(PartyError, match="the server says: the client has another salt than this"):
+        tokens(running.connection(security=ann))
+    assert "so the dealer told them different ones" in running.server.output
 
 
 def test_a_session_that_is_killed_ends_alone(running, bundles, certificates, ann) -> None:

@@ -71,7 +71,7 @@ class Context(ABC):
         exact: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self._salt = salt
+        self.salt = salt
         self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
         self.exact = exact
@@ -162,7 +162,7 @@ class Context(ABC):
 
     def point_functions(self, blocks: int) -> Generator:
         """The generator of this session's point functions, with `blocks` blocks per leaf."""
-        return Generator(blocks, self._salt)
+        return Generator(blocks, self.salt)
 
     def deal_bits(self, shape: Sequence[int], secret: Callable[[], torch.Tensor]) -> torch.Tensor:
         """XOR shares of the uint8 tensor that `secret` returns; meta at the dealer."""

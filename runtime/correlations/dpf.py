@@ -25,8 +25,8 @@ most q N / 2**124.
 
 The dealer alone draws the salt. The generator protects each party from the other, and neither of
 them can choose a salt that it has prepared for. The dealer knows all roots anyway, and gains
-nothing from a salt of its choice. If it told the parties different salts, results would be wrong,
-as they are whenever it deals wrongly.
+nothing from a salt of its choice. With each request the client tells the server its salt, so that a
+dealer that told the two different ones is noticed before anything is computed with them.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ class Connection:
         """
         try:
             if self._store is None:
-                self._ask(channel, length=length, tokens=tokens)
+                self._ask(channel, session, length, tokens)
                 return 0, None
             header = self._store.header
             room = header.tokens - (length - header.prompt) + 1
@@ -362,7 +362,7 @@ class Connection:
                 )
             if not self._store.left():
                 raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
-            self._ask(channel, length=length, tokens=tokens)
+            self._ask(channel, session, length, tokens)
             # This party first: see `Store` for what a crash between the two leaves.
             head, seed, corrections = self._store.take(self._tag)
             channel.send_json(Kind.TAKEN, **head.fields())
@@ -376,9 +376,10 @@ class Connection:
             self._abandon(error)
             raise
 
-    def _ask(self, channel: Channel, **wanted: int) -> None:
+    def _ask(self, channel: Channel, session: MergecSession, length: int, tokens: int) -> None:
         """Ask for an answer; raises PromptError if the server refuses it."""
-        channel.send_json(Kind.BEGIN, **wanted)
+        salt = session.salt.hex()
+        channel.send_json(Kind.BEGIN, length=length, tokens=tokens, salt=salt)
         kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
         if kind is Kind.REFUSED:
             reason = printable(str(fields.get("reason", "")))

@@ -322,6 +322,11 @@ class ServerSession:
             if kind is Kind.END:
                 return
             fields = channel.object(payload)
+            if fields.get("salt") != session.salt.hex():
+                raise PartyError(
+                    "the client has another salt than this server, so the dealer told them "
+                    "different ones; start another session, and check the dealer"
+                )
             length = whole(fields, "length", 1, 1 << 30, channel.peer)
             tokens = whole(fields, "tokens", 1, 1 << 30, channel.peer)
             refusal = self._refusal(length, tokens)

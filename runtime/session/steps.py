@@ -175,6 +175,11 @@ class MergecSession(Session):
         self._step: tuple[int, int, Draw] | None = None
         self._rounds: Rounds | None = None
 
+    @property
+    def salt(self) -> bytes:
+        """The public salt of the randomness in use (`correlations.dpf`)."""
+        return self._executor.context.salt
+
     def setup(self) -> None:
         self._executor.setup()
 
