@@ -18,6 +18,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.connect import Security
 from tests import decoder
-from tests.roles import environment, free_port
+from tests.roles import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 10.0
@@ -369,6 +370,13 @@ class Soak:
             with suppress(psutil.Error, ProcessLookupError):
                 self._random.choice(alive).kill()
                 self.kills[kind] += 1
+
+
+def free_port() -> int:
+    """A port for a service that is restarted at the same address."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def entries_of(mine: Store, theirs: Path, key: bytes) -> tuple[int, str]:
