@@ -19,7 +19,7 @@ from mergec.runtime.core.op import REGISTRY, Op, unregister
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Cost, Vis
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.audit import FRESH, NONE, OWN, Audit, Watch, audit
-from mergec.runtime.engine.rehearsal import _drive
+from mergec.runtime.engine.rehearsal import _drive, form
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 from mergec.runtime.protocols.opening import open_masked
@@ -168,8 +168,11 @@ def test_every_message_of_every_op_is_under_a_mask(op: type[Op], case: Case) -> 
         assert not bare
     assert {mask for m, mask in messages if isinstance(m, ToServer)} <= {OWN}
     assert {mask for m, mask in messages if isinstance(m, Swap)} <= {FRESH}
-    before = simulation.cost
+    before, simulation.record = simulation.cost, True
     simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))
+    received = [(str(words.dtype), tuple(words.shape)) for words in simulation.transcript]
+    rehearsed = [form(m) for m, _ in messages for _ in range(1 + isinstance(m, Swap))]
+    assert sorted(received) == sorted((str(dtype), shape) for _, dtype, shape in rehearsed)
     online = sum(m.payload.nbytes * (1 + isinstance(m, Swap)) for m, _ in messages)
     assert simulation.cost.online - before.online == online
     assert simulation.cost.offline - before.offline == sum(watch.dealt.values())

@@ -154,3 +154,13 @@ def test_in_a_browser(browser: Any, program: Program, page: str, tmp_path: Path)
     all_of("[data-tab=cost]")[0].click()
     assert all_of(".costs .track i")[0].size["width"] > 0
     assert not browser.get_log("browser")
+
+
+def test_the_page_shows_what_each_role_sees(program: Program, page: str) -> None:
+    found = program.audit()
+    shown = page.partition('<main id="privacy"')[2]
+    assert 'data-tab="privacy"' in page
+    for seen in found.seen:
+        assert f'<td class="name">{seen.op}</td><td>{seen.form}</td>' in shown
+    assert "Nothing is sent without a mask but what is revealed to the client." in shown
+    assert program.manifest.program_hash in shown

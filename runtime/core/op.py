@@ -90,7 +90,8 @@ class Op:
     cost: rounds and bytes of a call, from operand values that carry shapes alone
         (`runtime.core.values`). A test compares it with what the protocol sends, exactly.
     protocol: the two-party protocol: a generator that yields messages (`runtime.core.messages`).
-        All three roles run it.
+        All three roles run it, and yield messages of the same kinds, types and shapes: both parties
+        run each step on shapes first, and send no message that differs.
     stock, or no_stock: the op by CrypTen's stock protocols, on CrypTen tensors; or in one sentence
         why CrypTen has none.
     cases: sample calls with the largest error of each protocol. Tests run them.

@@ -184,7 +184,7 @@ def _drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message
 
 
 def _call(planned: Planned) -> str:
-    """What an instruction calls, with all arguments but its operands, and which of those agree."""
+    """What an instruction calls: all arguments but its operands, and which of these are one."""
     item, names = planned.instruction, planned.refs
     same = [names.index(name) for name in names]
     nested = [item.target, item.args, sorted(item.kwargs.items()), same]
