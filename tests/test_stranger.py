@@ -16,7 +16,8 @@ from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, _overload,
 from mergec.runtime.core.values import Held
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.plan import Planned
+from mergec.runtime.engine.rehearsal import Rehearsal, _call
 from mergec.runtime.engine.simulate import Corrections, Simulation
 from mergec.runtime.program.bundle import save_bundle
 from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram
@@ -258,6 +259,31 @@ def test_both_parties_send_what_was_rehearsed(lengths: tuple[int, int]) -> None:
         spent = [link.traffic - b for link, b in zip(session._links, before, strict=True)]
     assert [traffic.sent for traffic in spent] == [sizes["client"], sizes["server"]]
     assert {traffic.rounds for traffic in spent} == {len(rounds)}
+
+
+def test_calls_that_differ_are_rehearsed_apart() -> None:
+    """What is remembered of one call must not stand for another one."""
+    x, y = Ref("x"), Ref("y")
+    calls = [
+        ("aten.add.Tensor", (x, y), {}),
+        ("aten.add.Tensor", (x, x), {}),
+        ("aten.sub.Tensor", (x, y), {}),
+        ("aten.add.Tensor", (x, "operand"), {}),
+        ("aten.add.Tensor", ("operand", x), {}),
+        ("aten.add.Tensor", (x, 1), {}),
+        ("aten.add.Tensor", (x, 1.0), {}),
+        ("aten.add.Tensor", (x, True), {}),
+        ("aten.add.Tensor", (x, [1]), {}),
+        ("aten.add.Tensor", (x,), {"other": 1}),
+        ("aten.add.Tensor", (x,), {"other": y}),
+    ]
+    keys = {
+        _call(Planned(Instruction("z", target, args, kwargs, Vis.SHARED, 0)))
+        for target, args, kwargs in calls
+    }
+    assert len(keys) == len(calls)
+    other = Instruction("w", "aten.add.Tensor", (Ref("a"), Ref("b")), {}, Vis.SHARED, 0)
+    assert _call(Planned(other)) in keys
 
 
 def test_a_rehearsal_knows_no_role() -> None:

@@ -188,7 +188,8 @@ def _call(planned: Planned) -> str:
     item, names = planned.instruction, planned.refs
     same = [names.index(name) for name in names]
     nested = [item.target, item.args, sorted(item.kwargs.items()), same]
-    return json.dumps(nested, default=lambda _: "operand")
+    # No literal is an object, so no literal looks like an operand.
+    return json.dumps(nested, default=lambda _: {})
 
 
 def _add_forms(forms: list[Any], values: Sequence[Any]) -> bool:
