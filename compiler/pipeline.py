@@ -97,7 +97,7 @@ def _read(tokenizer: Any, text: str) -> list[int]:
         return []
 
 
-def _check_calibration(sequences: Any, captured: Captured) -> None:
+def _check_calibration(sequences: Sequence[Any], captured: Captured) -> None:
     """Raise CompileError for a sequence that the model cannot run on."""
     vocab_size, limit = captured.vocab_size, captured.max_length
     for place, tokens in enumerate(sequences):

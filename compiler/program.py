@@ -174,6 +174,11 @@ class Program:
             *([["deviation", self.deviation]] if self.deviation else []),
             ["weights", manifest.weights],
             ["reveal", manifest.reveal],
+            *(
+                [["generation settings", ", ".join(manifest.generation.to_dict())]]
+                if manifest.generation
+                else []
+            ),
             ["network", manifest.network],
             ["rounding", manifest.rounding],
             ["tokens at most", f"{manifest.max_length:,}" if manifest.max_length else "no limit"],

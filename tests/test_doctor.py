@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from mergec.runtime.cli import run
-from mergec.runtime.cli.doctor import BAD, GOOD, POOR, examine
+from mergec.runtime.cli.doctor import BAD, GOOD, POOR, Finding, examine
 from mergec.runtime.kernels.compiled import can_keep, compiled
+from mergec.runtime.program.generation_settings import GenerationSettings
 from mergec.runtime.transport.authority import make_certificates
 from tests import decoder
 
@@ -26,6 +28,20 @@ def test_this_machine_and_a_good_bundle(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["tokenizer"].state == POOR
     assert run(["doctor", str(bundles / "client")]) == 0
     assert "handmade for the client" in capsys.readouterr().out
+
+
+def test_settings_that_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = GenerationSettings(do_sample=True, repetition_penalty=1.1)
+    bundles = decoder.save(tmp_path / "bundles", generation=settings)
+
+    def found() -> Finding:
+        every = {finding.what: finding for finding in examine(bundles / "client")}
+        return every["generation settings"]
+
+    assert (found().state, found().said) == (GOOD, "do_sample, repetition_penalty")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert found().state == BAD
+    assert "repetition_penalty" in found().said
 
 
 def test_what_will_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,9 @@ from mergec.runtime.core.errors import BundleError, MergecError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle, read_manifest
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.certificates import check_certificate, find_folder
@@ -29,7 +31,10 @@ GOOD, POOR, BAD = "good", "poor", "bad"
 
 PYTHON, TORCH = (3, 11), ((2, 11), (2, 14))
 _NEEDED = ("numpy", "numba", "safetensors", "cryptography", "tokenizers", "jinja2", "structlog")
-_OPTIONAL = {"crypten": "--mode crypten", "transformers": "compiling models"}
+_OPTIONAL = {
+    "crypten": "--mode crypten",
+    "transformers": "compiling models, and some generation settings",
+}
 _SAMPLE_BYTES, _SLOW_RATE = 32 << 20, 0.4e9
 
 
@@ -148,6 +153,8 @@ def _bundle(folder: Path, role: str) -> Iterator[Finding]:
     yield Finding("memory for it", GOOD if needed < free else BAD, said)
     if role == ROLES[CLIENT]:
         yield _tokenizer(folder / TOKENIZER)
+        if manifest.generation:
+            yield _settings(manifest)
 
 
 def _memory(program: RoleProgram, role: str) -> int:
@@ -156,6 +163,14 @@ def _memory(program: RoleProgram, role: str) -> int:
     held = sum(tensor.numel() * tensor.element_size() for tensor in program.tensors.values())
     each = {ROLES[CLIENT]: 8, ROLES[DEALER]: 8, ROLES[SERVER]: 4}[role]
     return each * count + held
+
+
+def _settings(manifest: Manifest) -> Finding:
+    try:
+        draw_for(Sampling(), manifest)
+    except MergecError as error:
+        return Finding("generation settings", BAD, str(error))
+    return Finding("generation settings", GOOD, ", ".join(manifest.generation.to_dict()))
 
 
 def _tokenizer(folder: Path) -> Finding:

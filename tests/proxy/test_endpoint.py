@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from mergec.runtime.cli import INTERRUPTED, run
 from mergec.runtime.core.errors import LimitError
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.program.generation_settings import GenerationSettings
 from mergec.runtime.proxy.errors import explain
 from mergec.runtime.proxy.sessions import Sessions
 from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.session.sampling import Chooser, Sampling
+from mergec.runtime.session.text import Text
 from mergec.runtime.transport.channel import Kind
 from tests import characters
 from tests.browser import chromium
@@ -38,6 +42,7 @@ MODEL, PROMPT = "tiny", "a "
 HI = [{"role": "user", "content": "a"}]
 """Equal to PROMPT after the chat template."""
 LONG = 80
+TEXT = Text.from_files(characters.files(), "test")
 SAME = {"temperature": 0}
 ENTER, ESCAPE = "\ue007", "\ue00c"
 """WebDriver's names of keys."""
@@ -167,6 +172,42 @@ def test_a_seed_repeats_an_answer(client: Any) -> None:
         return client.completions.create(model=MODEL, prompt=PROMPT, **asked).choices[0].text
 
     assert ask(7) == ask(7) != ask(8)
+
+
+def test_a_checkpoints_settings_are_honoured_by_every_client(
+    tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the endpoint where a request says nothing, by a connection, and by `mergec generate`."""
+    settings = GenerationSettings(
+        temperature=0.0, repetition_penalty=1.5, suppress_tokens=characters.ids(said[0])
+    )
+    bundles = characters.save(tmp_path / "bundles", generation=settings)
+    server = load_bundle(role_path(bundles, "server"), "server")
+    prompt, count = characters.ids(PROMPT), 6
+    choose = Chooser(Sampling(), server.manifest, prompt, count)
+    stop = server.manifest.stop_tokens
+    tokens = [t for t, _ in PlainExecutor(server).generate(prompt, count, choose, stop)]
+    wanted = TEXT.decode(tokens)
+    assert wanted[0] != said[0]
+    with deployment(bundles) as made:
+        at = ("--server", str(made.server.address), "--dealer", str(made.dealer.address))
+        with made.connection() as connection:
+            found = connection.generate(prompt, max_tokens=count)
+            assert [token.token for token in found] == tokens
+        arguments = ["generate", str(bundles), *at, "--plaintext", "--max-tokens", str(count)]
+        assert run([*arguments, "-p", "a"]) == 0
+        assert capsys.readouterr().out.strip() == wanted.strip()
+        with role("proxy", bundles, *at, "--plaintext") as proxy:
+            url = f"http://{proxy.address}/v1"
+            app = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=START)
+            asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": count}
+            assert app.completions.create(**asked).choices[0].text == wanted
+            more = {"repetition_penalty": 1.0}
+            other = app.completions.create(**asked, extra_body=more).choices[0].text
+            lighter = replace(server.manifest, generation=replace(settings, repetition_penalty=1))
+            choose = Chooser(Sampling(), lighter, prompt, count)
+            found = PlainExecutor(server).generate(prompt, count, choose, stop)
+            assert other == TEXT.decode([token for token, _ in found])
 
 
 def test_logprobs_are_the_models(client: Any, bundles: Path, said: str) -> None:
