@@ -41,6 +41,11 @@ _NEW, _PAST = 3, 4
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+_PACKED = re.compile(r"(qweight|qzeros|weight_packed|packed_params|SCB)\b")
+"""Names of integer buffers that hold weights."""
+
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 """Higher-order regions that do not change values."""
 
@@ -216,6 +221,7 @@ def _check_architecture(model: nn.Module) -> bool:
 
 
 def _check_weights(model: nn.Module) -> None:
+    _check_quantized(model)
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
         raise CompileError("the model's weights are on the meta device; load them first")
@@ -223,6 +229,24 @@ def _check_weights(model: nn.Module) -> None:
     if bad:
         shown = ", ".join(bad[:5]) + (", …" if len(bad) > 5 else "")
         raise CompileError(f"weights are NaN or infinite: {shown}; repair the checkpoint")
+
+
+def _check_quantized(model: nn.Module) -> None:
+    """Raise CompileError, which names the first module, if weights are not plain real numbers."""
+    for path, module in model.named_modules():
+        held = module.state_dict(keep_vars=True).items()
+        for name, value in held if not any(module.children()) else ():
+            plain = type(value) in (torch.Tensor, nn.Parameter) and not value.is_quantized
+            floating = plain and value.dtype in _FLOATS
+            # Buffers may be masks and positions; packed weights are known by their names.
+            packed = plain and not floating and _PACKED.search(name) is not None
+            if not plain or packed or (isinstance(value, nn.Parameter) and not floating):
+                kind = getattr(value, "dtype", type(value).__name__)
+                raise CompileError(
+                    f"{path or type(model).__name__} is a {type(module).__name__} whose {name} is "
+                    f"not a plain floating-point tensor ({kind}); mergec reads floating-point "
+                    "weights, so give the model from before it was quantized"
+                )
 
 
 def _widened(model: nn.Module) -> nn.Module:

