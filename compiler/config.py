@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergec.compiler.errors import CompileError
+from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.spec import CHOICES
 
 _MPCFORMER = ("quadratic_gelu", "quadratic_silu")
@@ -90,14 +91,47 @@ class CompileConfig:
     name: str = ""
 
     def __post_init__(self) -> None:
+        check = Arguments(CompileError)
+        check.whole("fractional_bits", self.fractional_bits, 0)
         if self.fractional_bits != 16:
             raise CompileError(
                 f"fractional_bits is {self.fractional_bits}; the protocols' tables support only 16"
             )
-        if self.max_length is not None and not 2 <= self.max_length <= MAX_LENGTH:
-            raise CompileError(f"max_length is {self.max_length}; it can be 2 to {MAX_LENGTH}")
-        if self.preset not in PRESETS:
+        length = self.max_length
+        if length is not None:
+            length = check.whole("max_length", length, 2, MAX_LENGTH)
+        if check.text("preset", self.preset) not in PRESETS:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
         for option, values in CHOICES.items():
-            if (given := getattr(self, option)) not in values:
-                raise CompileError(f"{option} is {given!r}; it can be: {', '.join(values)}")
+            check.choice(option, getattr(self, option), values)
+        check.flag("check_passes", self.check_passes, or_none=True)
+        check.text("name", self.name)
+        kept = {
+            "max_length": length,
+            "enable": check.names("enable", self.enable),
+            "disable": check.names("disable", self.disable),
+            "extra_passes": _classes(self.extra_passes),
+            "calibration": _prompts(check, self.calibration),
+        }
+        for option, value in kept.items():
+            object.__setattr__(self, option, value)
+
+
+def _classes(given: Any) -> tuple[Any, ...]:
+    if not isinstance(given, (tuple, list)) or not all(isinstance(kind, type) for kind in given):
+        raise CompileError("extra_passes must be a tuple of subclasses of mergec.Pass")
+    return tuple(given)
+
+
+def _prompts(check: Arguments, given: Any) -> tuple[tuple[int, ...], ...]:
+    """Calibration prompts, none of them empty."""
+    if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+        raise CompileError("calibration must be a sequence of prompts, as ((1, 2, 3), (4, 5))")
+    prompts = []
+    for position, prompt in enumerate(given):
+        name = f"calibration prompt {position}"
+        tokens = check.tokens(name, prompt)
+        if not tokens:
+            raise CompileError(f"{name} is empty; give at least one token number")
+        prompts.append(tuple(tokens))
+    return tuple(prompts)

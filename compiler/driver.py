@@ -14,7 +14,9 @@ from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
 from mergec.compiler.backend.rounding import check_rounding
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
+from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.manager import PassReport
@@ -30,6 +32,7 @@ from mergec.compiler.pipeline import (
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
+from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.program.bundle import complete
 from mergec.runtime.program.manifest import Manifest, tokenizer_digest
 from mergec.runtime.program.program import FINISH, RoleProgram
@@ -44,6 +47,7 @@ def _quiet(_: str) -> None:
     """No progress."""
 
 
+@exclusive
 def compile_decoder(
     model: torch.nn.Module,
     tokenizer: Any = None,
@@ -74,6 +78,8 @@ def compile_decoder(
             generation_config has a setting that cannot be honoured; the tokenizer cannot be stored;
             or an option is wrong. The message says where in the model's source.
 
+    Threads that compile wait for each other.
+
     Example:
         >>> import mergec
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer  # doctest: +SKIP
@@ -84,7 +90,7 @@ def compile_decoder(
         >>> program = mergec.compile_decoder(model, tokenizer, config)  # doctest: +SKIP
         >>> program.save("bundles/smollm2")  # doctest: +SKIP
     """
-    config = config or CompileConfig()
+    config = _check_arguments(model, tokenizer, config, progress, captured)
     select(config)  # Names of passes that do not exist are reported before any work.
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
@@ -135,6 +141,32 @@ def compile_decoder(
         program.manifest = complete(program)
     history = History(captured, config, sequences)
     return Program(roles, types, files, history=history)
+
+
+def _check_arguments(
+    model: Any, tokenizer: Any, config: Any, progress: Any, captured: Any
+) -> CompileConfig:
+    """The options; raises CompileError for an argument of another type than documented."""
+    check = Arguments(CompileError)
+    if not isinstance(model, torch.nn.Module):
+        raise CompileError(
+            f"a {type(model).__name__} is not a model; load it first, as an nn.Module"
+        )
+    if isinstance(tokenizer, CompileConfig):
+        raise CompileError("the second argument is the tokenizer; pass options as config=")
+    if tokenizer is not None and not (
+        callable(tokenizer) and callable(getattr(tokenizer, "save_pretrained", None))
+    ):
+        raise CompileError(
+            f"a {type(tokenizer).__name__} is not a tokenizer; load it first, with transformers' "
+            "AutoTokenizer, or leave it out for prompts of token numbers"
+        )
+    if config is not None:
+        check.instance("config", config, CompileConfig, "make one, as CompileConfig(max_length=64)")
+    check.function("progress", progress)
+    if captured is not None:
+        check.instance("captured", captured, Captured, "pass what capture(model) returned")
+    return config or CompileConfig()
 
 
 def compile_source(

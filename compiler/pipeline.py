@@ -78,7 +78,7 @@ def calibration(config: CompileConfig, captured: Captured, tokenizer: Any = None
     Raises CompileError if the model cannot run on a given sequence.
     """
     if config.calibration:
-        _check_calibration(config.calibration, captured)
+        _check_calibration(config, captured)
         return config.calibration
     vocab_size = captured.vocab_size
     size = min(_CALIBRATION_TOKENS, captured.max_length or _CALIBRATION_TOKENS)
@@ -97,22 +97,20 @@ def _read(tokenizer: Any, text: str) -> list[int]:
         return []
 
 
-def _check_calibration(sequences: Sequence[Any], captured: Captured) -> None:
-    """Raise CompileError for a sequence that the model cannot run on."""
-    vocab_size, limit = captured.vocab_size, captured.max_length
-    for place, tokens in enumerate(sequences):
-        what = f"sequence {place} of the option calibration"
-        if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-            raise CompileError(f"{what} is {tokens!r}; give a sequence of token numbers")
-        if not tokens or (limit and len(tokens) > limit):
-            most = f"1 to {limit}" if limit else "at least 1"
-            raise CompileError(f"{what} has {len(tokens)} tokens; the model takes {most}")
-        for token in tokens:
-            whole = isinstance(token, Integral) and not isinstance(token, bool)
-            if not whole or not 0 <= token < (vocab_size or token + 1):
-                raise CompileError(
-                    f"{what} holds {token!r}, which is no token of the vocabulary of {vocab_size}"
-                )
+def _check_calibration(config: CompileConfig, captured: Captured) -> None:
+    limit = captured.max_length
+    for position, prompt in enumerate(config.calibration):
+        wrong = [token for token in prompt if not 0 <= token < captured.vocab_size]
+        if wrong:
+            raise CompileError(
+                f"calibration prompt {position} holds the token {wrong[0]}, which is not in the "
+                f"vocabulary of {captured.vocab_size}"
+            )
+        if limit is not None and len(prompt) > limit:
+            raise CompileError(
+                f"calibration prompt {position} has {len(prompt)} tokens, but the model was "
+                f"captured for at most {limit}; shorten it"
+            )
 
 
 def longest(config: CompileConfig, captured: Captured) -> int:
@@ -154,6 +152,11 @@ def select(config: CompileConfig) -> list[type[Pass]]:
         for name, kind in known.items()
         if (kind.exact or name in asked) and name not in config.disable
     ]
+    for kind in config.extra_passes:
+        if not issubclass(kind, Pass):
+            raise CompileError(
+                f"extra_passes holds {kind.__qualname__}, which is not a subclass of mergec.Pass"
+            )
     return ordered([*chosen, *config.extra_passes], known.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergec.compiler.answer import Answer, PlainAnswer, phases_of
 from mergec.compiler.config import PAST
@@ -14,6 +14,7 @@ from mergec.compiler.report.inspect import Inspection, inspect_costs
 from mergec.compiler.report.rows import PassRow
 from mergec.compiler.report.tables import html, table
 from mergec.compiler.report.text import readable
+from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import ROLES
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], object]
 
+MODES = ("mergec", "crypten")
+"""Protocols that `generate_local` can run."""
+
 
 def _quiet(_: object) -> None:
     """No progress."""
@@ -54,6 +58,8 @@ class Program:
     roles: the program of each role that is at hand, by name.
     path: the folder of its bundles; None if it was never saved.
     history: how it was compiled; None if it was loaded.
+
+    A program can be copied and pickled; the copy has no path and no history.
 
     Example:
         >>> program = mergec.Program.load("bundles/mine")  # doctest: +SKIP
@@ -81,6 +87,15 @@ class Program:
         self._files = dict(tokenizer_files or {})
         self._text: Text | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle` and `copy`: the programs, types and tokenizer. Not the history: it holds
+        the model's own graph, and a program that was loaded has none either."""
+        return {"roles": self.roles, "types": self._value_types(), "files": self._files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is as good as unsaved: its folder may be elsewhere, or gone."""
+        self.__init__(state["roles"], state["types"], state["files"])  # type: ignore[misc]
 
     @property
     def any_role(self) -> RoleProgram:
@@ -110,9 +125,14 @@ class Program:
         Raises BundleError, in one line that names the file, if a bundle is missing, damaged, of
         another version or of another program than the others.
         """
-        place = Path(path)
+        check = Arguments(BundleError)
+        place = check.path("path", path)
+        if not (wanted := check.names("roles", roles)):
+            raise BundleError(f"roles is empty; name some of: {', '.join(ROLES)}")
+        for role in wanted:
+            check.choice("a role", role, ROLES)
         check_whole(place)
-        programs = {role: load_bundle(role_path(place, role), role) for role in roles}
+        programs = {role: load_bundle(role_path(place, role), role) for role in wanted}
         hashes = {role: p.manifest.program_hash for role, p in programs.items()}
         if len(set(hashes.values())) > 1:
             listed = ", ".join(f"{role} {value[:12]}" for role, value in hashes.items())
@@ -146,10 +166,13 @@ class Program:
         """
         from mergec.compiler.backend.emit import emit
 
+        check = Arguments(BundleError)
+        place = check.path("path", path)
+        check.function("progress", progress)
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
             raise BundleError(f"the {missing[0]}'s program was not loaded; load all roles to save")
-        self.path = emit(self.roles, self._value_types(), path, self._files, progress)
+        self.path = emit(self.roles, self._value_types(), place, self._files, progress)
         return self.path
 
     def describe(self) -> str:
@@ -221,6 +244,7 @@ class Program:
             PromptError: the program cannot run a step of these lengths.
             BundleError: savings are asked of a program that was loaded.
         """
+        Arguments(PromptError).flag("savings", savings)
         return self._inspect(self._costs(new, past), savings)
 
     def to_html(self, new: int = 1, past: int | None = None, *, savings: bool = False) -> str:
@@ -252,6 +276,9 @@ class Program:
     def _costs(self, new: int, past: int | None) -> CostReport:
         from mergec.compiler.backend.cost import cost_report
 
+        check = Arguments(PromptError)
+        new = check.whole("new", new, 0)
+        past = None if past is None else check.whole("past", past, 0)
         limit = self.manifest.max_length
         resends = self.any_role.resends
         if past is None:
@@ -367,7 +394,23 @@ class Program:
             PromptError: the prompt is empty, too long, or has tokens outside of the vocabulary.
             PartyError: one of the three processes failed; the message is its own.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        check = Arguments(PromptError)
+        max_tokens = check.whole("max_tokens", max_tokens, 1)
+        check.choice("mode", mode, MODES)
+        check.text("device", device)
+        options = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        given = {k: check.number(k, v) for k, v in options.items() if v is not None}
+        if top_k is not None:
+            top_k = check.whole("top_k", top_k, 0)
+        seed = None if seed is None else check.whole("seed", seed, 0, 2**63 - 1)
+        check.flag("chat", chat, or_none=True)
+        check.function("on_text", on_text)
+        sampling = Sampling(top_k=top_k, seed=seed, **given)
         ids, text, templated = self._tokens(prompt, chat, max_tokens)
         from mergec.runtime.roles.local import run_local
 
@@ -406,6 +449,8 @@ class Program:
         """
         from mergec.runtime.engine.plain import PlainExecutor
 
+        remedy = "pass what generate_local returned"
+        Arguments(PromptError).instance("answer", answer, Answer, remedy)
         if "server" not in self.roles:
             raise BundleError("plaintext needs the server's program; load it")
         plain = PlainExecutor(self.roles["server"])
@@ -438,7 +483,9 @@ class Program:
             templated = text.has_chat if chat is None else chat
             ids = text.encode(prompt, templated)
         else:
-            ids = [int(token) for token in prompt]
+            if chat:
+                raise PromptError("chat=True needs a text; this prompt is token numbers")
+            ids = Arguments(PromptError).tokens("prompt", prompt)
         check_prompt(ids, max_tokens, self.manifest)
         return ids, text, templated
 

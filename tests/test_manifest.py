@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mergec.compiler.program import Program
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program import bundle
@@ -17,8 +18,9 @@ from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundl
 from mergec.runtime.program.generation_settings import GenerationSettings
 from mergec.runtime.program.manifest import Manifest, digest
 from mergec.runtime.session.hello import Hello
-from tests.fixtures import tiny
+from tests.fixtures import decoder, tiny
 from tests.test_former_bundles import ARCHIVE as FORMER
+from tests.test_program import TYPES
 
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
@@ -36,6 +38,10 @@ PASS = {
     "pass": "fuse_glu", "summary": "x", "exact": True, "sites": 2, "nodes_before": 9,
     "nodes_after": 7, "skips": [],
 }  # fmt: skip
+
+
+STEP = {"new": 1, "past": 128, "rounds": 9, "online": 80, "offline": 0}
+DEVIATION = {"places": 4, "agreed": 3, "worst": 2, "mean": 0.5, "spread": 1.5}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -150,6 +156,18 @@ def test_a_manifest_is_not_changed_in_place() -> None:
         ({"passes": ["fuse_glu"]}, "passes must hold dict, not 'fuse_glu'"),
         ({"cost": []}, "cost must be dict"),
         ({"reveal": "all"}, "reveal is 'all'; it can be: logits, token"),
+        ({"max_length": -1}, "max_length is -1"),
+        ({"cost": {"decode": 3}}, "cost must hold dict, not 3"),
+        ({"cost": {"decode": {}}}, "cost of 'decode' needs new as int, not None"),
+        ({"cost": {"decode": STEP | {"rounds": "9"}}}, "needs rounds as int, not '9'"),
+        ({"cost": {"decode": STEP | {"past": -1}}}, "needs past as int, not -1"),
+        ({"passes": [PASS | {"sites": None}]}, "report of a pass needs sites as int, not None"),
+        ({"passes": [{"pass": "fuse_glu"}]}, "report of a pass needs summary as str"),
+        ({"passes": [PASS | {"skips": ["x"]}]}, "skips must hold dict, not 'x'"),
+        ({"passes": [PASS | {"skips": [{"node": "x"}]}]}, "skip of a pass needs module as str"),
+        ({"deviation": {"places": 1}}, "deviation needs agreed as int"),
+        ({"deviation": DEVIATION | {"mean": float("inf")}}, "deviation needs mean as float"),
+        ({"left_out": {"quad": 3}}, "left_out must hold str, not 3"),
     ],
 )
 def test_a_wrong_value_is_refused_where_it_is_given(said: dict[str, Any], words: str) -> None:
@@ -157,6 +175,15 @@ def test_a_wrong_value_is_refused_where_it_is_given(said: dict[str, Any], words:
         Manifest(**said)
     with pytest.raises(BundleError):
         Manifest.from_dict(Manifest().to_dict() | said)
+
+
+def test_more_keys_of_a_later_compiler_are_ignored() -> None:
+    later: dict[str, Any] = {"later": 1}
+    told = {"cost": {"decode": STEP | later}, "passes": [PASS | later], "deviation": DEVIATION}
+    program = Program({role: decoder(role, **told) for role in ROLES}, TYPES)
+    assert "9 rounds" in program._repr_html_()
+    assert program.inspect(1, 4).steps[0].rounds == 9
+    assert program.inspect(1, 4).passes[0].sites == 2
 
 
 def test_an_unknown_field_is_an_error_in_code_and_ignored_on_disk() -> None:

@@ -39,6 +39,7 @@ from mergec.runtime.transport.connect import Security, listen
 from tests import decoder
 from tests.roles import ROOT, environment
 from tests.services import START, Deployment, Role, deployment, wait_until
+from tests.test_manifest import PASS
 
 PROMPT = [5, 1, 7]
 TIMES = ("--timeout", "8", "--grace", "5")
@@ -315,7 +316,7 @@ def test_a_client_that_goes_away_frees_its_place(running, certificates, ann, how
 
 
 def test_other_programs_are_named_at_both_ends(running, tmp_path, ann) -> None:
-    other = decoder.save(tmp_path / "other", passes=[{"pass": "fuse_glu", "sites": 2}])
+    other = decoder.save(tmp_path / "other", passes=[PASS])
     connection = running.connection(security=ann)
     mismatched = Deployment(other, running.server, running.dealer).connection(security=ann)
     with pytest.raises(PartyError, match=r"the server has a program of other passes \(fuse_glu:2"):

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mergec.compiler.config import MAX_LENGTH
 from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.lengths import (
     Bound,
     Comparison,
@@ -148,6 +149,7 @@ class _PlainStep(nn.Module):
         return self(input_ids)
 
 
+@exclusive
 def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     """Export one step of a decoder; `new` and `past` are dynamic, the batch size is one.
 

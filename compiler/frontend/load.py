@@ -21,6 +21,7 @@ from mergec.compiler.frontend.adapters import (
     merged,
     without_adapter,
 )
+from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.gguf_file import GgufFile
 from mergec.compiler.frontend.sources import check_folder
 
@@ -34,6 +35,7 @@ _RECOMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias|attenti
 """Buffers that former checkpoints hold, and that a model computes itself."""
 
 
+@exclusive
 def load_model(source: str | Path) -> tuple[Any, Any]:
     """The model and its tokenizer (None if there is none), in float32, ready to compile.
 

@@ -14,6 +14,7 @@ from mergec.compiler.backend.emit import value_types
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured
+from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.visibility import annotate_visibility
@@ -74,6 +75,7 @@ class History:
         self._sequences = sequences
 
     @cached_property
+    @exclusive
     def before(self) -> GraphView:
         """The graph as captured, of ATen ops."""
         step = self._captured.copy()
@@ -85,6 +87,7 @@ class History:
         return GraphView(program, types)
 
     @cached_property
+    @exclusive
     def changes(self) -> list[Change]:
         """The changes of each pass that changed something, in the order in which they ran."""
         step = self._captured.copy()
@@ -125,6 +128,7 @@ class History:
         ]
 
     @cached_property
+    @exclusive
     def _trials(self) -> list[_Trial]:
         """Try to leave out each pass, from the last one to the first.
 

@@ -18,6 +18,7 @@ from mergec.compiler.report.rows import PassRow, Row, ScheduleRow, StepRow
 from mergec.compiler.report.tables import html, markdown, table
 from mergec.compiler.report.text import shape_text
 from mergec.compiler.text import layer_of
+from mergec.runtime.program.manifest import STEP
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,10 @@ def inspect_costs(
         schedule=_schedule(report),
         by_op=_group(report, path, lambda row: row.target, by_cost=True),
         by_layer=_group(report, path, lambda row: layer_of(row.module), by_cost=False),
-        steps=[StepRow(name, **step) for name, step in (steps or {}).items()],
+        steps=[
+            StepRow(name, **{key: step[key] for key in STEP})
+            for name, step in (steps or {}).items()
+        ],
         passes=list(passes),
         left_out=dict(left_out or {}),
         facts=dict(facts or {}),

@@ -106,7 +106,8 @@ class PassRow:
     @classmethod
     def of(cls, entry: Mapping[str, Any], saving: Saving | None = None) -> PassRow:
         """From an entry of `Manifest.passes`."""
-        row = cls(name=entry["pass"], **{k: v for k, v in entry.items() if k != "pass"})
+        told = ("summary", "exact", "sites", "nodes_before", "nodes_after", "skips")
+        row = cls(name=entry["pass"], **{key: entry[key] for key in told})
         if saving is None:
             return row
         return replace(row, **{k: v for k, v in vars(saving).items() if k != "name"})

@@ -92,6 +92,25 @@ class Manifest:
                 raise BundleError(
                     f"the manifest's {key} must hold {kind.__name__}, not {cut(wrong[0])}"
                 )
+        for key, kind in _VALUES.items():
+            for name, item in getattr(self, key).items():
+                if not isinstance(name, str) or not is_a(item, kind):
+                    raise BundleError(
+                        f"the manifest's {key} must hold {kind.__name__}, not {cut(item)}"
+                    )
+        for key in ("fractional_bits", "max_length", "vocab_size"):
+            if getattr(self, key) < 0:
+                raise BundleError(f"the manifest's {key} is {cut(getattr(self, key))}")
+        for name, step in self.cost.items():
+            _check_record(f"cost of {cut(name)}", step, STEP)
+        for entry in self.passes:
+            _check_record("report of a pass", entry, _PASS)
+            for skip in entry["skips"]:
+                if not isinstance(skip, dict):
+                    raise BundleError(f"the manifest's skips must hold dict, not {cut(skip)}")
+                _check_record("skip of a pass", skip, _SKIP)
+        if self.deviation:
+            _check_record("deviation", self.deviation, _DEVIATION)
         for key, values in CHOICES.items():
             value = getattr(self, key)
             if value not in values:
@@ -168,3 +187,41 @@ _SINCE_2 = ("rounding", "tokenizer")
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""
+
+
+_VALUES: dict[str, type] = {"cost": dict, "left_out": str}
+"""The JSON type of a dictionary's values."""
+
+STEP: dict[str, type] = dict.fromkeys(("new", "past", "rounds", "online", "offline"), int)
+"""What `Manifest.cost` says of each step."""
+
+_PASS: dict[str, type] = {
+    "pass": str, "summary": str, "exact": bool, "sites": int, "nodes_before": int,
+    "nodes_after": int, "skips": list,
+}  # fmt: skip
+_SKIP: dict[str, type] = dict.fromkeys(("node", "module", "source", "reason"), str)
+_DEVIATION: dict[str, type] = {
+    "places": int, "agreed": int, "worst": float, "mean": float, "spread": float,
+}  # fmt: skip
+
+
+def _check_record(what: str, record: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise BundleError unless a record has these keys; more keys are ignored.
+
+    Numbers must be finite, and whole ones not negative.
+    """
+    for key, kind in kinds.items():
+        value = record.get(key)
+        fits = is_a(value, kind) or (kind is float and is_a(value, int))
+        if kind in (int, float) and fits:
+            number: Any = value
+            fits = abs(number) < _LARGEST and (kind is float or number >= 0)
+        if not fits:
+            raise BundleError(
+                f"the manifest's {what} needs {key} as {kind.__name__}, not {cut(value)}"
+            )
+
+
+_LARGEST = 1e300
+"""Beyond any number that a program has; infinity and what is not a number are beyond it, too."""
+
