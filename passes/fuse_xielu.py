@@ -31,7 +31,7 @@ class FuseXielu(Pass):
         %p = constant : server 1
         %n = constant : server 1
         %b = constant : server scalar
-        %eps = constant eps : server scalar
+        %eps = constant -1e-06 : server scalar
         %1 = aten.gt.Scalar(%x, 0)
         %2 = aten.mul.Tensor(%p, %x)
         %3 = aten.mul.Tensor(%2, %x)
@@ -164,8 +164,10 @@ def _exponential(node: Any, x: fx.Node) -> Any:
     """The eps of expm1(min(x, eps)) - x; None for anything else."""
     if not calls(node, aten.sub.Tensor) or node.args[1] is not x or node.kwargs:
         return None
-    curved = node.args[0]
-    cut: Any = curved.args[0] if calls(curved, aten.expm1.default) else None
+    curved: Any = node.args[0]
+    if not calls(curved, aten.expm1.default):
+        return None
+    cut: Any = curved.args[0]
     if not calls(cut, aten.min.other, aten.minimum.default, aten.clamp_max.default):
         return None
     return cut.args[1] if cut.args[0] is x else None

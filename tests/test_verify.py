@@ -99,6 +99,24 @@ def test_unknown_functions_of_public_values() -> None:
         verify_dialect(graph.module)
 
 
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_choice_by_a_public_mask_needs_a_pass_and_no_op(filled: bool) -> None:
+    seen = torch.tensor([[True, False, True]])
+
+    def body(m: Any, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(seen, 2.0) if filled else torch.where(seen, x, 2 * x)
+
+    graph = Graph(body, normal(2, 3), seen, public=(1,))
+    graph.run("arithmetic_to_dialect")
+    with pytest.raises(CompileError, match="its condition is public: write a pass"):
+        verify_dialect(graph.module)
+    secret = Graph(lambda m, x: torch.where(x > 0, x, 2 * x), normal(2, 3))
+    secret.run("arithmetic_to_dialect")
+    with pytest.raises(CompileError, match="needs an op with a protocol") as caught:
+        verify_dialect(secret.module)
+    assert "its condition is public" not in str(caught.value)
+
+
 def test_a_node_that_is_no_call() -> None:
     graph = Graph(lambda m, x: x.reshape(6), normal(2, 3))
     (node,) = [n for n in graph.module.graph.nodes if n.op == "call_function"]
