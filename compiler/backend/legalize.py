@@ -378,8 +378,12 @@ class _Legalizer:
         return _needed_bits(tensor + arguments.get("offset", 0.0), self.fixed)
 
     def bits_of_tied(self) -> dict[str, int]:
-        """The extra bits of constants that several ops use, which are encoded once for all."""
-        found: dict[str, int] = {}
+        """The extra bits of constants that several ops use, which are encoded once for all.
+
+        As many as the use needs that needs most, and as every use has room for.
+        """
+        needs: dict[str, int] = {}
+        rooms: dict[str, int] = {}
         for node in self.graph.nodes:
             op = op_of(node)
             if op is None or not _by_protocol(node, op):
@@ -392,14 +396,22 @@ class _Legalizer:
                 key = str(weight.target)
                 if key in self.single or key not in self.tensors:
                     continue
-                # An op that cannot have more bits decides for all of them.
-                bits = self.needed(op, arguments, weight) if "bits" in arguments else 0
-                if op is Embedding:
-                    bits = self._bits(node, bits, self.fixed)
-                elif op is Linear:
-                    bits = self._bits(node, bits, 2 * self.fixed)
-                found[key] = min(bits, found.get(key, bits))
-        return found
+                needed = self.needed(op, arguments, weight) if "bits" in arguments else 0
+                needs[key] = max(needed, needs.get(key, 0))
+                room = self.tied_room(node, op, needed) if "bits" in arguments else 0
+                rooms[key] = min(room, rooms.get(key, room))
+        return {key: max(0, min(needs[key], rooms[key])) for key in needs}
+
+    def tied_room(self, node: fx.Node, op: type[Op], needed: int) -> int:
+        """How many extra bits a use of a tied constant has room for, before wires are scaled."""
+        room = math.floor(self.room[node])
+        if op is Embedding:
+            return room - self.fixed
+        if op is Linear:
+            # What only another use needs must not cost the input its fractional bits.
+            spare = room - 3 * self.fixed - (SPARE_BITS - RANGE_MARGIN_BITS)
+            return max(spare, min(needed, room - 2 * self.fixed))
+        return room - 3 * self.fixed
 
     def mark(self, node: fx.Node, form: str, frac: int) -> None:
         node.meta["form"], node.meta["frac"] = form, frac
