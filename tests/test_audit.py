@@ -18,8 +18,8 @@ from mergec.runtime.core.messages import Swap, ToClient, ToServer
 from mergec.runtime.core.op import REGISTRY, Op, unregister
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Cost, Vis
 from mergec.runtime.core.values import Shared
-from mergec.runtime.engine.audit import FRESH, NONE, OWN, Audit, Watch, audit
-from mergec.runtime.engine.rehearsal import _drive, form
+from mergec.runtime.engine.audit import FRESH, HIGH, NONE, OWN, Audit, Watch, audit
+from mergec.runtime.engine.rehearsal import drive, form
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 from mergec.runtime.protocols.opening import open_masked
@@ -152,13 +152,14 @@ def test_a_new_op_shows_up_by_itself(name: str, role: str, mask: str) -> None:
     assert (warned in found.to_text()) == (mask == NONE)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["public", "exact"])
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_every_message_of_every_op_is_under_a_mask(op: type[Op], case: Case) -> None:
+def test_every_message_of_every_op_is_under_a_mask(op: type[Op], case: Case, exact: bool) -> None:
     """But for those of ops that reveal, of which the last one goes to the client."""
-    simulation = Simulation(fixed=FIXED)
+    simulation = Simulation(fixed=FIXED, exact=exact)
     views = arguments(simulation, op, case, case.args)
-    watch = Watch(FIXED)
-    _drive(watch, op.protocol(watch, *(view[2] for view in views)))
+    watch = Watch(fixed=FIXED, exact=exact)
+    drive(watch, op.protocol(watch, *(view[2] for view in views)))
     messages = watch.take()
     bare = [message for message, mask in messages if mask == NONE]
     if op.result == "revealed":
@@ -166,7 +167,10 @@ def test_every_message_of_every_op_is_under_a_mask(op: type[Op], case: Case) -> 
         assert isinstance(bare[0], ToClient)
     else:
         assert not bare
-    assert {mask for m, mask in messages if isinstance(m, ToServer)} <= {OWN}
+    to_server = {mask for m, mask in messages if isinstance(m, ToServer)}
+    to_client = {mask for m, mask in messages if isinstance(m, ToClient) and mask != NONE}
+    assert to_server <= ({OWN, FRESH} if exact else {OWN})
+    assert to_client <= ({HIGH} if exact else set())
     assert {mask for m, mask in messages if isinstance(m, Swap)} <= {FRESH}
     before, simulation.record = simulation.cost, True
     simulation.run(lambda ctx, p: op.protocol(ctx, *(view[p] for view in views)))

@@ -11,13 +11,13 @@ import networkx as nx
 import torch
 
 from mergec.runtime.core.context import ShapeContext
-from mergec.runtime.core.messages import as_reply, as_tuple
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
 from mergec.runtime.engine.functions import Call, evaluate
-from mergec.runtime.engine.packing import exchange, online_bytes
+from mergec.runtime.engine.packing import online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.rehearsal import drive
 from mergec.runtime.engine.weights import without_data
 from mergec.runtime.program.program import FINISH, Instruction, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.weights import Constant
@@ -157,16 +157,9 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     if not exact:
         return op.cost(*bound.values(), fixed=fixed)
     context = ShapeContext(fixed=fixed, exact=True)
-    protocol, reply, rounds, online = op.protocol(context, *bound.values()), None, 0, 0
-    while True:
-        try:
-            yielded = protocol.send(reply)
-        except StopIteration:
-            return Cost(rounds, online, context.offline_bytes)
-        messages = as_tuple(yielded)
-        rounds += 1
-        online += sum(map(online_bytes, messages))
-        reply = as_reply(yielded, exchange(context, None, messages))
+    rounds, _ = drive(context, op.protocol(context, *bound.values()))
+    online = sum(online_bytes(message) for messages in rounds for message in messages)
+    return Cost(len(rounds), online, context.offline_bytes)
 
 
 def cost_report(

@@ -118,6 +118,12 @@ class Context(ABC):
         # The record must go with the mask, because its address may be reused.
         spent[key] = weakref.ref(mask, lambda _: spent.pop(key))
 
+    def cover(self, parts: Iterable[torch.Tensor]) -> None:  # noqa: B027
+        """Note that what is sent next are parts of a value opened under a spent mask.
+
+        Only a context that watches (`engine.audit`) keeps it.
+        """
+
     def _spend_name(self, name: str) -> None:
         if name in self._static:
             raise RuntimeError(f"a second constant would be opened under the mask of {name}")

@@ -28,12 +28,14 @@ from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram
 SCHEMA = 1
 """Raised when a key of the JSON goes or changes its meaning."""
 
-FRESH, OWN, STATIC, NONE = "fresh", "client", "static", "none"
-"""Masks: drawn for one value, of which each party has a share; the same, but known to the client;
-drawn once for a constant and known to the server; and no mask."""
+FRESH, HIGH, OWN, STATIC, NONE = "fresh", "high", "client", "static", "none"
+"""Masks: drawn for one value, of which each party has a share; the same, of which only the high
+bits are shown; known to the client; drawn once for a constant and known to the server; and no mask.
+"""
 
 _MASKS = {
     FRESH: "a fresh mask r that neither party knows",
+    HIGH: "a fresh mask r that neither party knows; the server keeps the low bits",
     OWN: "a fresh mask a that only the client knows",
     STATIC: "the static mask B that only the server knows",
     NONE: "NO MASK",
@@ -85,7 +87,13 @@ class Seen:
         """What is seen, as a formula."""
         ring = "bit by bit" if self.bits else f"mod 2^{self.ring}"
         plus = "xor" if self.bits else "+"
-        masked = {FRESH: f"x {plus} r", OWN: "x - a", STATIC: "W - B", NONE: "x"}
+        masked = {
+            FRESH: f"x {plus} r",
+            HIGH: "high bits of x + r",
+            OWN: "x - a",
+            STATIC: "W - B",
+            NONE: "x",
+        }
         return f"{masked[self.mask]} {ring}"
 
     @property
@@ -158,8 +166,8 @@ class Audit:
 class Watch(ShapeContext):
     """Notes which masks are drawn and spent, and what is sent and dealt."""
 
-    def __init__(self, fixed: int) -> None:
-        super().__init__(fixed=fixed)
+    def __init__(self, **arithmetic: Any) -> None:
+        super().__init__(**arithmetic)
         self.dealt = {"client": 0, "server": 0}
         self.static = 0
         """Words of static masks that were drawn."""
@@ -167,11 +175,13 @@ class Watch(ShapeContext):
         """The messages since the last `take`, each with the kind of its mask."""
         self._kinds: dict[int, tuple[str, torch.Tensor]] = {}
         self._now: list[torch.Tensor] = []
+        self._covered: dict[int, torch.Tensor] = {}
 
     def take(self) -> list[tuple[Message, str]]:
         """The messages since the last call, and forget them."""
         found, self.messages = self.messages, []
         self._kinds.clear()
+        self._covered.clear()
         return found
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -188,6 +198,9 @@ class Watch(ShapeContext):
     def spend(self, mask: torch.Tensor) -> None:
         super().spend(mask)
         self._now.append(mask)
+
+    def cover(self, parts: Iterable[torch.Tensor]) -> None:
+        self._covered |= {id(part): part for part in parts}
 
     def deal(
         self,
@@ -207,6 +220,9 @@ class Watch(ShapeContext):
         """Find the mask of each message among those that were spent for this round."""
         spent, self._now = self._now, []
         for message in messages:
+            if id(message.payload) in self._covered:
+                self.messages.append((message, HIGH))
+                continue
             fits = [mask for mask in spent if _fits(mask, message)]
             kind = NONE
             if fits:
@@ -252,7 +268,7 @@ def audit(program: RoleProgram, queries: int = 1000) -> Audit:
     run on shapes alone.
     """
     manifest = program.manifest
-    watch = Watch(manifest.fractional_bits)
+    watch = Watch(**manifest.arithmetic)
     rehearsal = Rehearsal(program, watch)
     seen = _setup(rehearsal, watch)
     limit = manifest.max_length or max(PROMPT_LENGTHS + PAST_LENGTHS) + 1
@@ -432,7 +448,7 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
     return {
         "reveal": manifest.reveal,
         "weights": manifest.weights,
-        "rounding": getattr(manifest, "rounding", "public"),
+        "rounding": manifest.rounding,
         "fractional_bits": manifest.fractional_bits,
         "max_length": manifest.max_length,
         "vocab_size": manifest.vocab_size,
@@ -507,7 +523,7 @@ def _notes(found: Audit) -> Iterator[str]:
         yield "  public: both parties know the coins that intermediate values are rounded by, so"
         yield "  the last bits of what is revealed depend on intermediate values, too"
     else:
-        yield f"  {facts['rounding']}"
+        yield "  exact: the bits that decide how values are rounded stay with the server"
     yield from ("", f"The weights, {bounds.weights:,} numbers, after {bounds.queries:,} queries:")
     if bounds.honest is not None and bounds.deviating is not None:
         yield f"  logits: a matrix of {bounds.vocabulary:,} x {bounds.width:,} times a vector"

@@ -64,7 +64,7 @@ class Rehearsal:
     def __init__(self, program: RoleProgram, context: ShapeContext | None = None) -> None:
         """context: is told of each round's messages; then every instruction runs in every step."""
         self.program = program
-        self.context = context or ShapeContext(fixed=program.manifest.fractional_bits)
+        self.context = context or ShapeContext(**program.manifest.arithmetic)
         self._watched = context is not None
         self.plan = Plan(program)
         self._setup: list[list[Message]] = []
@@ -121,12 +121,12 @@ class Rehearsal:
     def _load(self) -> Constants:
         if self._constants is None:
 
-            def drive(protocol: Protocol) -> Any:
-                rounds, result = _drive(self.context, protocol)
+            def run(protocol: Protocol) -> Any:
+                rounds, result = drive(self.context, protocol)
                 self._setup += rounds
                 return result
 
-            self._constants = load_constants(self.plan, self.context, drive, {})
+            self._constants = load_constants(self.plan, self.context, run, {})
         return self._constants
 
     def _play(self, position: int, operands: Sequence[Any], constants: Constants) -> Played:
@@ -147,7 +147,7 @@ class Rehearsal:
             rounds: list[list[Message]] = []
             if isinstance(result, Call):
                 protocol = result.op.protocol(self.context, *result.bound.values())
-                rounds, result = _drive(self.context, protocol)
+                rounds, result = drive(self.context, protocol)
         except MergecError:
             raise
         except Exception as error:  # whatever torch raises where there is no data to look at
@@ -168,7 +168,7 @@ _REMEMBERED = 1 << 14
 """Calls that are remembered from step to step, before all are forgotten."""
 
 
-def _drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]], Any]:
+def drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]], Any]:
     """Run a protocol alone; returns its messages by round, and its result."""
     rounds: list[list[Message]] = []
     reply = None

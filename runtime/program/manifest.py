@@ -224,4 +224,3 @@ def _check_record(what: str, record: Mapping[str, Any], kinds: Mapping[str, type
 
 _LARGEST = 1e300
 """Beyond any number that a program has; infinity and what is not a number are beyond it, too."""
-

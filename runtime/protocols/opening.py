@@ -66,7 +66,9 @@ def open_high(
         return _join(parts)
     theirs = yield ToServer(share if share.is_meta else share.to("meta"))
     if share.is_meta:
-        yield tuple(map(ToClient, _split(share, min(every))))
+        parts = _split(share, min(every))
+        ctx.cover(parts)
+        yield tuple(map(ToClient, parts))
         return share
     low = torch.tensor([max(0, bits) for bits in every], device=share.device)
     opened = (theirs + share + mask) >> low << low
