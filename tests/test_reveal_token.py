@@ -129,7 +129,7 @@ def test_stored_randomness_draws_among_all_tokens(tmp_path: Path) -> None:
             greedy = [t.token for t in connection.generate([3, 5], max_tokens=2, stop=())]
             plain = program.plaintext(Answer("", [3, 5], greedy))
             assert greedy == plain.tokens
-            with pytest.raises(PromptError, match="does not support top-k; leave it out"):
+            with pytest.raises(PromptError, match="does not support top-k; set it to 0"):
                 next(connection.generate([3, 5], sampling=Sampling(temperature=1.0, top_k=2)))
             drawn = connection.generate([3, 5], max_tokens=1, sampling=Sampling(temperature=1.0))
             assert 0 <= next(drawn).token < VOCAB
