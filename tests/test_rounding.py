@@ -11,6 +11,9 @@ from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.structural import target_name
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, rounded_rows
 from tests.families import VOCAB, random_decoder
 from tests.session import play
 
@@ -180,3 +183,27 @@ def test_a_value_that_is_too_small_is_named() -> None:
     (node,) = caught.value.nodes
     assert node.meta["module"] == "lm_head" or "reveal" in target_name(node.target)
     assert "fractional bits are too few" in str(caught.value)
+
+
+@pytest.mark.parametrize(("eps", "bound"), [(1e-5, 4.0), (1e-12, 2.0**30)])
+def test_norms_are_rounded_as_their_protocol_rounds(eps: float, bound: float) -> None:
+    """With a large bound an eps of 10^-12 is less than a unit of the squares, and so are rows."""
+    spec = RowNorm(8, 16, eps, bound)
+    sizes = torch.tensor([[1e-5], [1e-4], [1e-3], [1e-2], [1.0]], dtype=torch.float64)
+    rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = (rows * sizes * 2**16).round() / 2**16
+    simulation = Simulation()
+    shares = simulation.share(rows)
+
+    def protocol(context: Any, party: int) -> Any:
+        result = yield from normalize(context, shares[party].share, spec)
+        return Shared(result, SCALED_FRAC)
+
+    found = simulation.reveal(simulation.run(protocol))
+    wanted = rounded_rows(rows, spec)
+    # The squares are those of rows that are rounded at random, by up to a unit.
+    unit = 2.0 ** (spec.square_shift - 16)
+    size = rows.square().mean(-1, keepdim=True).sqrt() + unit
+    assert ((found - wanted).abs() < 2**-13 * (1 + wanted.abs()) + unit / size * wanted.abs()).all()
+    exact = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    assert (float((wanted - exact).abs().max()) > 1.0) == (spec.eps_units == 0)
