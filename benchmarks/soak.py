@@ -303,6 +303,7 @@ class Soak:
         }
         if name == "server":
             options["--dealer"] = self.places["dealer"]
+            options["--rate"] = "0"
             options["--stores"] = str(self.folder / "stores")
             options["--store-key"] = str(self.folder / "server.key")
         command = "serve" if name == "server" else "deal"

@@ -176,5 +176,5 @@ def deployment(bundles: Path, *, serve: tuple[str, ...] = (), deal: tuple[str, .
     security = () if "--certs" in serve else ("--plaintext",)
     with role("deal", bundles, *security, *deal) as dealer:
         at = ("--dealer", str(dealer.address))
-        with role("serve", bundles, *security, *at, *serve) as server:
+        with role("serve", bundles, *security, *at, "--rate", "0", *serve) as server:
             yield Deployment(bundles, server, dealer)

@@ -126,7 +126,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
         dealer = stack.enter_context(role("deal", bundles, "--plaintext"))
         to_dealer = Tap(dealer.address)
         at = ("--dealer", str(to_dealer.address))
-        server = stack.enter_context(role("serve", bundles, "--plaintext", *at))
+        server = stack.enter_context(role("serve", bundles, "--plaintext", "--rate", "0", *at))
         to_server = Tap(server.address)
         with Connection(
             bundles / "client",

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 
+DEFAULT_RATE = 600
+"""Tokens per client and minute that `mergec serve` allows unless it is told otherwise: about twice
+what a person reads. A client has 864,000 a day, so this slows an attack by many queries down and
+does not prevent it (docs/rounding.md)."""
+
 
 class Allowance:
     """A token bucket that refills within a minute. An answer that has begun may overdraw it."""

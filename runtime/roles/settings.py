@@ -17,8 +17,8 @@ class Limits:
     sessions: at once, of all clients together. client_sessions: at once per client, by the name in
     its certificate. queue: clients that may wait for a session. length: maximum tokens of prompt
     and answer together. tokens: maximum tokens of an answer. rate: maximum tokens of prompts and
-    answers per client and minute. For length, tokens and rate, 0 sets no limit beyond the
-    program's own.
+    answers per client and minute; `mergec serve` sets one by default. For length, tokens and rate,
+    0 sets no limit beyond the program's own.
     """
 
     sessions: int = 4

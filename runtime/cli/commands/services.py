@@ -19,6 +19,7 @@ from mergec.runtime.cli.options import (
     address,
     grouped,
 )
+from mergec.runtime.roles.rate_limit import DEFAULT_RATE
 
 
 @app.command("serve")
@@ -40,7 +41,7 @@ def serve_command(
     tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer; 0: any.", min=0)] = 0,
     rate: Annotated[
         int, typer.Option(help="Maximum tokens per client and minute; 0: any.", min=0)
-    ] = 0,
+    ] = DEFAULT_RATE,
     device: DeviceOption = Device.cpu,
     stores: Annotated[
         Path | None,
