@@ -33,7 +33,7 @@ from mergec.runtime.cli import (
     write,
 )
 from mergec.runtime.core.errors import MergecError, PromptError
-from mergec.runtime.core.spec import CHOICES
+from mergec.runtime.core.spec import CHOICES, MAX_NOISE
 
 if TYPE_CHECKING:
     from mergec.compiler.program import Program
@@ -84,6 +84,14 @@ class CompileOptions:
         str | None,
         typer.Option(help="What the client learns: all `logits`, or only the `token`."),
     ] = None
+    logit_noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the server's noise in a revealed logit; 0: none.",
+            min=0.0,
+            max=MAX_NOISE,
+        ),
+    ] = None
     network: Annotated[
         str | None,
         typer.Option(help=f"Network to choose protocols for: {', '.join(CHOICES['network'])}."),
@@ -122,7 +130,7 @@ class CompileOptions:
         return {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
-            if value
+            if value is not None and value is not False and value != []
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.arguments import Arguments
-from mergec.runtime.core.spec import CHOICES
+from mergec.runtime.core.spec import CHOICES, MAX_NOISE
 
 _MPCFORMER = ("quadratic_gelu", "quadratic_silu")
 
@@ -28,6 +28,9 @@ MAX_LENGTH = 4096
 DEFAULT_LENGTH = 1024
 """Most tokens of prompt and answer together, of a model that can take as many."""
 
+DEFAULT_NOISE = 2.0**-8
+"""Standard deviation of the noise in a logit, chosen by two tables: benchmarks/rounding_attack.py
+says how far it sets the attack back, benchmarks/exactness.py whether it changes a token."""
 
 PAST = 128
 """Default number of tokens before an inspected step, where the program allows that many."""
@@ -49,6 +52,9 @@ class CompileConfig:
         the benchmarks of the MERGE and CrypTen papers.
     reveal: what the client learns from each step: "logits" (the default), or "token" for the chosen
         token alone.
+    logit_noise: with reveal="logits", the standard deviation of normal noise that the server adds
+        to every logit, so that the client cannot read the model off the roundings of intermediate
+        values (docs/rounding.md). 0 adds none; at most 1/16. Default 1/256.
     network: the network for which protocols are chosen, where an op can trade bytes for rounds:
         "loopback" (the default; no latency, 2 GB/s), "lan" (0.25 ms one way, 1 Gbit/s) or "wan"
         (20 ms one way, 100 Mbit/s). It changes costs, never results.
@@ -81,6 +87,7 @@ class CompileConfig:
     enable: tuple[str, ...] = ()
     weights: str = "server"
     reveal: str = "logits"
+    logit_noise: float = DEFAULT_NOISE
     network: str = "loopback"
     rounding: str = "public"
     disable: tuple[str, ...] = ()
@@ -102,6 +109,12 @@ class CompileConfig:
             length = check.whole("max_length", length, 2, MAX_LENGTH)
         if check.text("preset", self.preset) not in PRESETS:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(PRESETS)}")
+        noise = self.logit_noise
+        if not isinstance(noise, (int, float)) or not 0 <= noise <= MAX_NOISE:
+            raise CompileError(
+                f"logit_noise is {noise!r}; it can be 0 (none) to {MAX_NOISE:g}, the standard "
+                "deviation of what is added to a logit"
+            )
         for option, values in CHOICES.items():
             check.choice(option, getattr(self, option), values)
         check.flag("check_passes", self.check_passes, or_none=True)

@@ -129,6 +129,7 @@ def compile_decoder(
         deviation=deviation,
         weights=config.weights,
         reveal=config.reveal,
+        logit_noise=float(config.logit_noise) if config.reveal == "logits" else 0.0,
         network=config.network,
         rounding=config.rounding,
         shapes=shapes(roles["client"], types),

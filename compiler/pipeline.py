@@ -198,7 +198,9 @@ def rewrite(
     load_all()
     if sequences is None:
         sequences = calibration(config, captured)
-    info = GraphInfo(captured.inputs, captured.constants, sequences, config.reveal)
+    info = GraphInfo(
+        captured.inputs, captured.constants, sequences, config.reveal, float(config.logit_noise)
+    )
     chosen = select(config) if passes is None else passes
     return run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
 

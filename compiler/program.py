@@ -202,6 +202,7 @@ class Program:
                 if manifest.generation
                 else []
             ),
+            *([["noise in a logit", f"{manifest.logit_noise:g}"]] if manifest.logit_noise else []),
             ["network", manifest.network],
             ["rounding", manifest.rounding],
             ["tokens at most", f"{manifest.max_length:,}" if manifest.max_length else "no limit"],
@@ -303,7 +304,7 @@ class Program:
     def _inspect(self, report: CostReport, savings: bool) -> Inspection:
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
-                 "reveal", "network", "rounding")  # fmt: skip
+                 "reveal", "logit_noise", "network", "rounding")  # fmt: skip
         seconds = NETWORKS[manifest.network].seconds(report.total)
         return inspect_costs(
             report,

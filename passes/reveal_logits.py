@@ -18,7 +18,8 @@ class RevealLogits(Pass):
 
     A final softcap (gemma2) is an invertible function of each logit, so the client would learn the
     same from its result. If the client may learn only the token, `mpc.reveal_token` reads the last
-    logits instead.
+    logits instead. With the option `logit_noise` the server adds noise, an argument of
+    `mpc.reveal`.
 
     Before:
         %x = input : shared 1x1x8
@@ -48,9 +49,10 @@ class RevealLogits(Pass):
             return 1
         while len(logits.users) == 1 and _scalar(logits):
             logits = logits.args[0]
+        noise = (self.info.logit_noise,) if self.info.logit_noise else ()
         users = list(logits.users)
         with graph_module.graph.inserting_after(logits):
-            revealed = graph_module.graph.call_function(target("reveal"), (logits,))
+            revealed = graph_module.graph.call_function(target("reveal"), (logits, *noise))
         revealed.meta = dict(logits.meta)
         for user in users:
             user.replace_input_with(logits, revealed)

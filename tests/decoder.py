@@ -37,7 +37,9 @@ def weights(seed: int = 3) -> dict[str, torch.Tensor]:
     }
 
 
-def program(role: str = "server", seed: int = 3, **manifest: Any) -> RoleProgram:
+def program(
+    role: str = "server", seed: int = 3, noise: float = 0.0, **manifest: Any
+) -> RoleProgram:
     """Embedding, norm, attention with a cache, residual and head; greedy margins are large."""
     secret = weights(seed)
     made: list[Instruction] = []
@@ -84,7 +86,7 @@ def program(role: str = "server", seed: int = 3, **manifest: Any) -> RoleProgram
     added = add("added", "mpc.add", embed, out, frac=32)
     last = add("last", "aten.slice.Tensor", added, 1, -1, LAST, frac=32)
     head = linear("head", sent(last))
-    add("logits", "mpc.reveal", head, vis=Vis.CLIENT, frac=0)
+    add("logits", "mpc.reveal", head, *([noise] if noise else []), vis=Vis.CLIENT, frac=0)
     shared = {"zero": torch.zeros(())}
     specs = [
         TensorSpec(name, vis, "float32", tuple(tensor.shape))

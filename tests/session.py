@@ -45,9 +45,13 @@ class Step:
 
 @functools.cache
 def compiled(family: str, **options: Any) -> tuple[Any, Program]:
-    """A tiny float32 decoder and its program, compiled with these options; must not be modified."""
+    """A tiny float32 decoder and its program, compiled with these options; must not be modified.
+
+    By default without noise in the logits, so that they can be compared with the model's.
+    """
     model = random_decoder(family).float()
-    return model, compile_decoder(model, config=CompileConfig(max_length=64, **options))
+    config = CompileConfig(**{"max_length": 64, "logit_noise": 0.0, **options})
+    return model, compile_decoder(model, config=config)
 
 
 def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import pytest
 
 import mergec.compiler.cli as cli
 from mergec.compiler.answer import Answer, Phase
+from mergec.compiler.cli import CompileOptions
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.program import Program
 from mergec.runtime.cli import DEBUG, FAILED, INTERRUPTED, USAGE
 from mergec.runtime.cli import run as mergec
+from mergec.runtime.cli.commands.services import serve_command
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import CHOICES, ROLES
+from mergec.runtime.roles.rate_limit import DEFAULT_RATE
 from tests.families import random_decoder
 from tests.fixtures import decoder, greedy
 from tests.roles import ROOT, environment
@@ -92,6 +96,26 @@ def test_the_bare_command_prints_its_help(capsys: pytest.CaptureFixture[str]) ->
 )
 def test_usage(fails: Failed, arguments: list[str], words: str) -> None:
     fails(arguments, USAGE, words, "mergec --help")
+
+
+@pytest.mark.parametrize("noise", ["-0.001", "0.5", "some"])
+def test_noise_out_of_range(fails: Failed, noise: str) -> None:
+    given = ["compile", "smollm2", "-o", "somewhere", "--logit-noise", noise]
+    fails(given, USAGE, "--logit-noise")
+
+
+def test_no_noise_can_be_asked_for() -> None:
+    """Zero is an option that was given, not one that was left out."""
+    assert CompileOptions().given() == {}
+    assert CompileOptions(logit_noise=0.0).given() == {"logit_noise": 0.0}
+    assert CompileOptions(logit_noise=0.01, enable=["a"]).given() == {
+        "logit_noise": 0.01,
+        "enable": ("a",),
+    }
+
+
+def test_a_server_limits_the_rate_by_default() -> None:
+    assert signature(serve_command).parameters["rate"].default == DEFAULT_RATE > 0
 
 
 @pytest.mark.parametrize(("option", "values"), CHOICES.items())

@@ -25,8 +25,8 @@ from tests.test_program import TYPES
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
-    "deviation", "weights", "reveal", "network", "rounding", "mode", "shapes", "cost", "passes",
-    "left_out", "files", "digest",
+    "deviation", "weights", "reveal", "logit_noise", "network", "rounding", "mode", "shapes", "cost",
+    "passes", "left_out", "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2; settings are left out if there are none.
 """
@@ -64,8 +64,9 @@ def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Pat
     changed = {line.strip().partition(":")[0] for line in {*old} ^ {*new}}
     assert changed <= {
         '"format_version"', '"mergec_version"', '"torch_version"', '"program_hash"',
-        '"tokenizer"', '"rounding"', '"digest"',
+        '"tokenizer"', '"logit_noise"', '"rounding"', '"digest"',
     }  # fmt: skip
+    assert '"logit_noise": 0.0,' in (after / bundle.MANIFEST).read_text()
 
 
 def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:
@@ -155,6 +156,9 @@ def test_a_manifest_is_not_changed_in_place() -> None:
         ({"passes": ["x" * 10**6]}, f"passes must hold dict, not '{'x' * 59}…$"),
         ({"passes": ["fuse_glu"]}, "passes must hold dict, not 'fuse_glu'"),
         ({"cost": []}, "cost must be dict"),
+        ({"logit_noise": 0}, "logit_noise must be float, not 0"),
+        ({"logit_noise": -0.001}, "logit_noise is -0.001; it can be 0 to 0.0625"),
+        ({"logit_noise": 0.5}, "logit_noise is 0.5; it can be 0 to 0.0625"),
         ({"reveal": "all"}, "reveal is 'all'; it can be: logits, token"),
         ({"max_length": -1}, "max_length is -1"),
         ({"cost": {"decode": 3}}, "cost must hold dict, not 3"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import fx
 
 import passes
-from mergec.compiler.config import CompileConfig
+from mergec.compiler.config import DEFAULT_NOISE, CompileConfig
 from mergec.compiler.errors import CompileError, InternalError
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.manager import PassReport, ordered
@@ -294,6 +295,23 @@ def test_names_are_checked() -> None:
         rewrite(captured("gpt2"), CompileConfig(disable=("fuse_all",)))
     with pytest.raises(CompileError, match="unknown preset 'fast'; there are: exact"):
         CompileConfig(preset="fast")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [({}, (DEFAULT_NOISE,)), ({"logit_noise": 0}, ()), ({"logit_noise": 0.01}, (0.01,))],
+)
+def test_the_noise_of_the_logits(options: dict[str, float], arguments: tuple[float, ...]) -> None:
+    step = captured("gpt2")
+    rewrite(step, CompileConfig(**options))
+    (revealed,) = [n for n in step.graph_module.graph.nodes if "mpc.reveal" in str(n.target)]
+    assert revealed.args[1:] == arguments
+
+
+@pytest.mark.parametrize("noise", [-0.001, 0.0626, float("nan"), "0.001", None])
+def test_noise_out_of_range(noise: Any) -> None:
+    with pytest.raises(CompileError, match=r"logit_noise is .*; it can be 0 \(none\) to 0\.0625"):
+        CompileConfig(logit_noise=noise)
 
 
 def test_a_pass_can_be_left_out() -> None:

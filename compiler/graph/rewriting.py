@@ -32,13 +32,15 @@ class GraphInfo:
     """What a pass knows in addition to the graph. A pass that adds a constant also adds it here.
 
     calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
-    client learns of a step, "logits" or "token".
+    client learns of a step, "logits" or "token". logit_noise: standard deviation of the noise that
+    the server adds to logits.
     """
 
     inputs: list[InputSpec]
     constants: dict[str, Vis]
     calibration: Sequence[Sequence[int]] = ()
     reveal: str = "logits"
+    logit_noise: float = 0.0
 
 
 class Pass(PassBase):

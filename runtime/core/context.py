@@ -143,6 +143,13 @@ class Context(ABC):
         """Fresh uniform words that only the dealer knows. Raises RuntimeError at the parties."""
         raise RuntimeError("only the dealer has private words")
 
+    def server_words(self, shape: Sequence[int]) -> torch.Tensor:
+        """Fresh uniform words that only the server knows, not the dealer either.
+
+        Raises RuntimeError at the other roles.
+        """
+        raise RuntimeError("only the server has words of its own")
+
     @abstractmethod
     def deal(
         self,
@@ -267,16 +274,25 @@ class ServerContext(_PartyContext):
         device: str = "cpu",
         fixed: int = FRACTIONAL_BITS,
         weight_seed: bytes | None = None,
+        own_seed: bytes | None = None,
         *,
         salt: bytes = b"",
         exact: bool = False,
     ) -> None:
-        """weight_seed: seed of the static masks of weights; default: `seed`."""
+        """weight_seed: seed of the static masks of weights; default: `seed`.
+
+        own_seed: seed of `server_words`; default: a fresh one. The dealer, which knows `seed`, must
+        not know it.
+        """
         super().__init__(seed, corrections, device, fixed, salt=salt, exact=exact)
         self._weight_seed = weight_seed or seed
+        self._own = Prg(own_seed or new_seed())
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
+    def server_words(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._own, shape, torch.int64)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)

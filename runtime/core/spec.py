@@ -24,6 +24,10 @@ SHARE_FRAC = HEADROOM_BITS
 RANGE_MARGIN_BITS = 3
 """A value may become 2**3 times as large as in calibration before it leaves the ring."""
 
+MAX_NOISE = 2.0**-4
+"""Largest standard deviation of the server's noise in a logit. The largest number that is drawn is
+then below 1, which fits beside any value that a share can hold."""
+
 CLIENT, SERVER, DEALER = 0, 1, 2
 """Party numbers. The client owns the prompt, the server owns the weights, the dealer neither."""
 

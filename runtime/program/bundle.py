@@ -159,7 +159,6 @@ def complete(program: RoleProgram) -> Manifest:
     """The manifest with the fields that follow from the program; `files` and `digest` are empty."""
     return replace(
         program.manifest,
-        format_version=FORMAT_VERSION,
         mergec_version=VERSION,
         torch_version=str(torch.__version__),
         role=program.role,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, RING_BITS
+from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, MAX_NOISE, RING_BITS
 from mergec.runtime.program.generation_settings import GenerationSettings, cut
 from mergec.runtime.program.json_values import canonical, is_a
 
@@ -16,8 +16,8 @@ FORMAT_VERSION = 2
 """Raised whenever an older runtime could misread a bundle."""
 
 READABLE_VERSIONS = (1, 2)
-"""Of version 1, the program hash covers neither the tokenizer nor the stop tokens, and there are no
-generation settings."""
+"""Of version 1, the program hash covers neither the tokenizer nor the stop tokens, there are no
+generation settings, roundings are public, and logits are revealed without noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Manifest:
     others, which an unsaved program may lack.
 
     Raises BundleError if a value is of another type than its field, if `weights`, `reveal` or
-    `network` is none of `CHOICES`, or if a generation setting names a token that does not exist.
+    `network` is none of `CHOICES`, if `logit_noise` is out of range, or if a generation setting
+    names a token that does not exist.
 
     >>> Manifest(model="tiny", max_length=64).reveals_logits
     True
@@ -63,6 +64,8 @@ class Manifest:
     """Who knows the weights while the program runs."""
     reveal: str = "logits"
     """What the client learns of a step."""
+    logit_noise: float = 0.0
+    """Standard deviation of the noise that the server adds to a revealed logit; 0 for none."""
     network: str = "loopback"
     """The network that protocols were chosen for."""
     rounding: str = "public"
@@ -128,6 +131,11 @@ class Manifest:
         """How the parties compute, as arguments of `runtime.core.context.Context`."""
         return {"fixed": self.fractional_bits, "exact": self.rounding == "exact"}
 
+        if not 0 <= self.logit_noise <= MAX_NOISE:
+            raise BundleError(
+                f"the manifest's logit_noise is {self.logit_noise}; it can be 0 to {MAX_NOISE:g}"
+            )
+
     @property
     def reveals_logits(self) -> bool:
         """Whether the client learns a step's logits, and not the chosen token alone."""
@@ -148,7 +156,8 @@ class Manifest:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_dict` returned. Unknown keys are ignored: newer compilers may add some.
 
-        Raises BundleError, naming the key, if one is missing or its value is of another type.
+        Raises BundleError, naming the key, if one is missing or its value is of another type. A key
+        that came with a later version of the format may be missing.
         """
         later = _SINCE_2 if data.get("format_version") == 1 else ()
         known = {key: kind for key, kind in _KINDS.items() if key not in later}
@@ -173,7 +182,14 @@ def digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(rest)).hexdigest()
 
 
-_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "dict": dict}
+_TYPES: dict[str, type] = {
+    "int": int,
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "float": float,
+}
 
 _KINDS = {
     item.name: _TYPES[str(item.type).partition("[")[0]]
@@ -182,7 +198,7 @@ _KINDS = {
 }
 """The JSON type of each field, from its annotation; settings check themselves."""
 
-_SINCE_2 = ("rounding", "tokenizer")
+_SINCE_2 = ("logit_noise", "rounding", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}

@@ -17,8 +17,8 @@ import torch
 from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
-from mergec.runtime.correlations.dpf import new_salt
-from mergec.runtime.correlations.prg import new_seed
+from mergec.runtime.correlations.dpf import SALT_BYTES, new_salt
+from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.steps import MergecSession
@@ -36,7 +36,7 @@ class InProcessSession:
     ) -> None:
         """seeds: the client's and the server's, to repeat a session word for word; else fresh."""
         client_seed, server_seed = seeds or (new_seed(), new_seed())
-        salt = new_salt()
+        salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
         self._links = link_pair(timeout=600.0)
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]
@@ -44,7 +44,10 @@ class InProcessSession:
         more = {**programs[ROLES[CLIENT]].manifest.arithmetic, "salt": salt}
         contexts: dict[int, Context] = {
             CLIENT: ClientContext(client_seed, sources[CLIENT], device, **more),
-            SERVER: ServerContext(server_seed, sources[SERVER], device, **more),
+            SERVER: ServerContext(
+                server_seed, sources[SERVER], device,
+                own_seed=seeds and _own(seeds[SERVER]), **more,
+            ),  # fmt: skip
             DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
         }
         self.executors = {
@@ -122,6 +125,11 @@ class InProcessSession:
                 raise
 
         return list(self._pool.map(guarded, range(len(ROLES))))
+
+
+def _own(seed: bytes) -> bytes:
+    """A seed for the server's own noise, so that a session with given seeds can be repeated."""
+    return derive(seed, "own")
 
 
 def _lengths(party: int, ids: Sequence[int], past: int) -> tuple[int, int, Sequence[int] | None]:
