@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+ATTACK_ARGS ?=
 BASE ?=
 
 ifdef MERGEC_PYTHON
@@ -22,7 +23,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak check lint docs format size exactness perplexity evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -84,6 +85,9 @@ exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exa
 
 perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes docs/perplexity.md
 	$(PYTHON) benchmarks/perplexity.py --check 16
+
+rounding-attack: $(READY) ## what roundings tell a client of the weights; writes docs/rounding.md; ATTACK_ARGS=…
+	PYTHONPATH=. $(PYTHON) benchmarks/rounding_attack.py $(ATTACK_ARGS)
 
 evidence: $(READY) ## a million inputs for every protocol, 10^8 truncations; writes docs/evidence.md
 	$(PYTHON) -m tests.protocols.evidence
