@@ -51,7 +51,8 @@ attacker gets whatever helps it: which rounding belongs to the wanted matrix, an
 are the coin; the coins of all other roundings that matter, regressed jointly; the steps of coins
 that fall the same way in every query; the bits that the opening of the logits drops of its own
 share; and the space of all logits, on which it projects them, so that noise outside of it is lost.
-It averages nothing before the regression, which would average the coins as well. Made by `make rounding-attack`.
+It averages nothing before the regression, which would average the coins as well. Made by
+`make rounding-attack`.
 """
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "rounding.md"
 
@@ -83,7 +84,7 @@ class Victim:
     space: np.ndarray
 
 
-def small_decoder(options: Mapping[str, Any]) -> Victim:
+def small_decoder(_: Mapping[str, Any]) -> Victim:
     """The decoder of the tests, a program written by hand, to which no option applies."""
     weights = {name: tensor.double().numpy() for name, tensor in decoder.weights().items()}
     head = weights["head.weight"]
@@ -318,17 +319,20 @@ def measured(bundles: Path, queries: int) -> Model:
 
 def extrapolation(model: Model) -> list[str]:
     """Markdown about a model that was not attacked."""
-    lines = [
-        f"## {model.name}: extrapolated",
-        "",
+    said = (
         f"Not attacked. A last layer of {model.vocabulary:,} x {model.width}, whose entries have a "
         f"root mean square of {model.size:.3f}. Over {model.queries} queries of one token its "
         f"logits varied by {model.spread:.2g} (standard deviation), by roundings alone. The table "
-        "assumes that a coin of the last rounding moves a logit by 2^-16 times an entry of the last "
-        "layer, that the client regresses on odds, and that the noise is projected on the "
+        "assumes that a coin of the last rounding moves a logit by 2^-16 times an entry of the "
+        "last layer, that the client regresses on odds, and that the noise is projected on the "
         f"{model.width} dimensions of the logits. In the first column the other roundings stand "
         "against the client. In the second it has explained all of them by regressing on their "
-        "coins as well, for which it needs at least as many queries as there are coins.",
+        "coins as well, for which it needs at least as many queries as there are coins."
+    )
+    lines = [
+        f"## {model.name}: extrapolated",
+        "",
+        said,
         "",
         "| revealed | queries for 0.9 | the same, all other roundings explained |",
         "| --- | ---: | ---: |",

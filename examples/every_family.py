@@ -132,8 +132,8 @@ INTRODUCTION = f"""# Families
 {len(FAMILIES) + len(MORE)} families of transformers {transformers.__version__}, each with random
 weights, 2 layers and a width of 32. The three parties ran a prompt of {len(PROMPT)} tokens and
 {len(ANSWER)} decode steps. `largest error` is the largest difference between a revealed logit and
-the model's own, without the server's noise; `logit` is the largest logit. All passes and presets are tested on the first
-{len(FAMILIES)} families. Made by `make families`.
+the model's own, without the server's noise; `logit` is the largest logit. All passes and presets
+are tested on the first {len(FAMILIES)} families. Made by `make families`.
 """
 
 REFUSALS = """Families that the compiler rejects, with its error message. Where an op is named, it

@@ -25,8 +25,8 @@ from tests.test_program import TYPES
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
-    "deviation", "weights", "reveal", "logit_noise", "network", "rounding", "mode", "shapes", "cost",
-    "passes", "left_out", "files", "digest",
+    "deviation", "weights", "reveal", "logit_noise", "network", "rounding", "mode", "shapes",
+    "cost", "passes", "left_out", "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2; settings are left out if there are none.
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CLIENT, DEALER, MAX_NOISE, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Shared, decode, encode
 from mergec.runtime.correlations.prg import Prg
