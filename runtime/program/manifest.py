@@ -125,16 +125,15 @@ class Manifest:
                 f"the manifest's generation must be settings, not {cut(self.generation)}"
             )
         self.generation.check_tokens(self.vocab_size)
+        if not 0 <= self.logit_noise <= MAX_NOISE:
+            raise BundleError(
+                f"the manifest's logit_noise is {self.logit_noise}; it can be 0 to {MAX_NOISE:g}"
+            )
 
     @property
     def arithmetic(self) -> dict[str, Any]:
         """How the parties compute, as arguments of `runtime.core.context.Context`."""
         return {"fixed": self.fractional_bits, "exact": self.rounding == "exact"}
-
-        if not 0 <= self.logit_noise <= MAX_NOISE:
-            raise BundleError(
-                f"the manifest's logit_noise is {self.logit_noise}; it can be 0 to {MAX_NOISE:g}"
-            )
 
     @property
     def reveals_logits(self) -> bool:

@@ -45,8 +45,11 @@ class InProcessSession:
         contexts: dict[int, Context] = {
             CLIENT: ClientContext(client_seed, sources[CLIENT], device, **more),
             SERVER: ServerContext(
-                server_seed, sources[SERVER], device,
-                own_seed=seeds and _own(seeds[SERVER]), **more,
+                server_seed,
+                sources[SERVER],
+                device,
+                own_seed=seeds and _own(seeds[SERVER]),
+                **more,
             ),  # fmt: skip
             DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
         }
