@@ -50,7 +50,7 @@ class InProcessSession:
                 device,
                 own_seed=seeds and _own(seeds[SERVER]),
                 **more,
-            ),  # fmt: skip
+            ),
             DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
         }
         self.executors = {
