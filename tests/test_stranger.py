@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mergec.runtime.engine.plan import Planned
 from mergec.runtime.engine.rehearsal import Rehearsal, _call
 from mergec.runtime.engine.simulate import Corrections, Simulation
 from mergec.runtime.program.bundle import save_bundle
-from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram
+from mergec.runtime.program.program import InputSpec, Instruction, Phase, Ref, RoleProgram
 from mergec.runtime.program.validate import validate
 from mergec.runtime.protocols.weights import share_weight, table_rows
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -131,6 +132,10 @@ REFUSED: dict[str, tuple[list[tuple[Any, ...]], str]] = {
         [LARGE, ("x", "aten.index.Tensor", SERVER, TABLE_NAME, [Ref("large")])],
         "depends on the value of 'large', which is known to the server alone",
     ),
+    "a share as a token": (
+        [("x", "mpc.embedding", SHARED, EMBED, TABLE_NAME)],
+        "needs 'embed' in the clear, but it is shared",
+    ),
     "declared as public": (
         [("x", "aten.add.Scalar", PUBLIC, IDS, 1)],
         "makes a secret public",
@@ -183,6 +188,76 @@ ALLOWED: dict[str, list[tuple[Any, ...]]] = {
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_what_depends_on_shapes_is_not_refused(kind: str) -> None:
     validate(with_more(decoder.program("client"), *ALLOWED[kind]), "here")
+
+
+def test_a_cache_cannot_make_a_secret_public() -> None:
+    """What one step knows as a token would be a public number in the next one."""
+    taken = ("taken", "aten.add.Scalar", PUBLIC, Ref("cache.x"), 0)
+    for vis, output, words in (
+        (PUBLIC, "x", "'cache.x' is public, but caches are shared"),
+        (SHARED, "x", "'x' is client, but caches are shared"),
+        (CLIENT, "x", "'cache.x' is client, but caches are shared"),
+    ):
+        items = [("x", "aten.add.Scalar", CLIENT, IDS, 1), *([taken] if vis is PUBLIC else [])]
+        program = with_more(decoder.program("client"), *items)
+        program.inputs.append(InputSpec("cache.x", vis, "int64", (1, "past"), 0, output))
+        program.outputs.append(output)
+        with pytest.raises(BundleError, match=words):
+            validate(program, "here")
+
+
+@pytest.mark.parametrize(
+    ("phase", "place", "change"),
+    [
+        ("prompt", 0, {"name": "new"}),  # a public length, which the tokens would stand for
+        ("prompt", 0, {"vis": PUBLIC}),
+        ("prompt", 1, {"vis": PUBLIC}),
+        ("decode", 0, {"name": "new"}),
+        ("decode", 0, {"vis": CLIENT}),
+        ("finish", 0, {"vis": PUBLIC}),
+    ],
+)
+def test_a_phase_cannot_make_a_secret_public(
+    phase: str, place: int, change: dict[str, Any]
+) -> None:
+    program = decoder.program("client")
+    caches = tuple(spec for spec in program.inputs if spec.cache_output)
+    names = tuple(spec.cache_output or "" for spec in caches)
+    hidden = InputSpec("embed", SHARED, "float32", (1, "new", 8), 16, form="share")
+    last = InputSpec("added", SHARED, "float32", (1, "new", 8), 32, form="share")
+    program.phases = [
+        Phase("prompt", (program.inputs[0], *caches), ("added", *names)),
+        Phase("decode", (hidden, *caches), ("added", *names)),
+        Phase("finish", (last,), ("logits",)),
+    ]
+    wrong = {one.name: one for one in program.phases}[phase]
+    # Lengths come from the tokens, which a decode step of this program does not have.
+    for at, item in enumerate(program.instructions):
+        if item.name == "new":
+            program.instructions[at] = dataclasses.replace(item, args=(Ref("cache.k"), 2))
+    validate(program, "here")
+    inputs = list(wrong.inputs)
+    inputs[place] = dataclasses.replace(inputs[place], **change)
+    place_of = program.phases.index(wrong)
+    program.phases[place_of] = dataclasses.replace(wrong, inputs=tuple(inputs))
+    with pytest.raises(BundleError, match=f"of the phase {phase} is not"):
+        validate(program, "here")
+
+
+def test_a_phase_passes_on_what_is_shared() -> None:
+    """A hidden state that the client knows would be taken for a shared one by the next step."""
+    program = with_more(decoder.program("client"), TOKEN)
+    tokens, *caches = program.inputs
+    names = [spec.cache_output or "" for spec in caches]
+    hidden = InputSpec("embed", SHARED, "float32", (1, "new", 8), 16, form="share")
+    last = InputSpec("added", SHARED, "float32", (1, "new", 8), 32, form="share")
+    program.phases = [
+        Phase("prompt", (tokens, *caches), ("token", *names)),
+        Phase("decode", (hidden, *caches), ("added", *names)),
+        Phase("finish", (last,), ("logits",)),
+    ]
+    with pytest.raises(BundleError, match="'token' of the phase prompt is not shared"):
+        validate(program, "here")
 
 
 # ------------------------------------------------------------ what a session does without the above

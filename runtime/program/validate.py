@@ -47,6 +47,14 @@ def validate(program: RoleProgram, where: str) -> None:
                 f"{where}: the cache {spec.name!r} continues as {spec.cache_output!r}, which is "
                 f"not an output; {RECOMPILE}"
             )
+        # What a step takes for public must not be a secret of the step before.
+        if spec.cache_output is not None:
+            for name, vis in ((spec.name, spec.vis), (spec.cache_output, known[spec.cache_output])):
+                if vis is not Vis.SHARED:
+                    raise BundleError(
+                        f"{where}: {name!r} is {vis.value}, but caches are shared; do not use it, "
+                        f"{RECOMPILE}"
+                    )
 
 
 def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
@@ -58,6 +66,21 @@ def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) ->
         for item in program.instructions
     ]
     for phase in program.phases:
+        first = Vis.CLIENT if phase.name == PROMPT else Vis.SHARED
+        for place, spec in enumerate(phase.inputs):
+            wanted = first if place == 0 else Vis.SHARED
+            if known.get(spec.name, wanted) is not wanted or spec.vis is not wanted:
+                raise BundleError(
+                    f"{where}: the input {spec.name!r} of the phase {phase.name} is not "
+                    f"{wanted.value}; do not use it, {RECOMPILE}"
+                )
+        # The next step takes it for the hidden state, whatever it is.
+        passed_on = phase.outputs[:1] if phase.name != FINISH else ()
+        if any(known.get(name, Vis.SHARED) is not Vis.SHARED for name in passed_on):
+            raise BundleError(
+                f"{where}: the output {phase.outputs[0]!r} of the phase {phase.name} is not "
+                f"shared; do not use it, {RECOMPILE}"
+            )
         given = {spec.name for spec in phase.inputs}
         missing = sorted((given | set(phase.outputs)) - set(known))
         run = {defined[i][0] for i in needed(defined, given, phase.outputs)}
@@ -147,9 +170,11 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     there is one. And the result must be known to those roles that it is declared for, no more.
     """
     operands = [known[ref.name] for ref in refs((item.args, item.kwargs))]
+    held: set[int | str] = set()
     if item.target.startswith("mpc."):
         op = REGISTRY[item.target.removeprefix("mpc.")]
         secret, moves, joined = _secret_parameters(op, operands), True, op.visibility(*operands)
+        held = _keys(op, {name for name in op.tensors if op.operands.get(name) == "held"})
     else:
         secret = secret_parameters(item.target)
         moves = item.target in SECRET_MOVES
@@ -161,6 +186,8 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
             vis = known[ref.name]
             if key not in secret and vis is not Vis.PUBLIC:
                 return f"depends on the value of {ref.name!r}, which is {_whose(vis)}"
+            if key in held and vis is Vis.SHARED:
+                return f"needs {ref.name!r} in the clear, but it is shared"
             if not moves and vis is Vis.SHARED:
                 return f"computes with single shares of {ref.name!r}"
     if item.vis is Vis.PUBLIC and joined is not Vis.PUBLIC:
@@ -176,12 +203,13 @@ def _secret_parameters(op: type[Op], operands: Sequence[Vis]) -> set[int | str]:
     Where one party computes the op alone, no operand whose values may make it fail is among these.
     """
     chosen = op.choosers if op.known_to(*operands) is not None else ()
-    return {
-        key
-        for place, name in enumerate(signature(op.reference).parameters)
-        if name in op.tensors and name not in chosen
-        for key in (place, name)
-    }
+    return _keys(op, set(op.tensors) - set(chosen))
+
+
+def _keys(op: type[Op], names: set[str]) -> set[int | str]:
+    """Parameters of a dialect op, as positions and names."""
+    parameters = enumerate(signature(op.reference).parameters)
+    return {key for place, name in parameters if name in names for key in (place, name)}
 
 
 def _whose(vis: Vis) -> str:
