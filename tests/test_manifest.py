@@ -101,6 +101,8 @@ def test_settings_are_the_client_s_own_affair(tmp_path: Path) -> None:
         ({"temperature": "hot"}, "temperature must be a number, 0 or more, not 'hot'"),
         ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, not 1.5"),
         ({"top_k": -1}, "top_k must be a whole number, 0 or more, not -1"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be a number above 0, not 100"),
+        ({"suppress_tokens": [10**400]}, "suppress_tokens must be a list of tokens"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, not 0"),
         ({"repetition_penalty": True}, "repetition_penalty must be a number above 0, not True"),
         ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size must be a whole number"),

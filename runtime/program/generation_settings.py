@@ -112,7 +112,9 @@ def cut(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return (is_a(value, int) or is_a(value, float)) and math.isfinite(value)
+    if is_a(value, int):
+        return abs(value) < 2**63  # a larger one might not fit a float
+    return is_a(value, float) and math.isfinite(value)
 
 
 def _from(low: float, high: float = math.inf) -> Callable[[Any], bool]:
