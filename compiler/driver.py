@@ -108,7 +108,7 @@ def compile_decoder(
     dialect = to_dialect(captured.copy(), config, sequences=sequences)
     progress("placing truncations and openings, lowering to instructions")
     roles = assemble(dialect, config)
-    check_rounding(dialect.graph_module, dialect.inputs, sequences)
+    check_rounding(dialect.graph_module, dialect.inputs, sequences, lossy=dialect.lossy)
     graph = dialect.graph_module.graph
     types = value_types(dialect.graph_module, assign_names(graph), length_symbols(graph))
     deviation = {}

@@ -226,8 +226,7 @@ def to_dialect(
     verify_dialect(graph_module)
     _check_result(graph_module)
     max_length = longest(config, captured)
-    annotate_ranges(graph_module, captured.inputs, sequences, max_length)
-    return DialectProgram(
+    program = DialectProgram(
         graph_module,
         captured.inputs,
         captured.tensors(),
@@ -235,6 +234,11 @@ def to_dialect(
         captured.vocab_size,
         max_length,
     )
+    # The constants of lossy passes hold for the calibration prompts: beyond them the program may
+    # diverge, in the clear as well, so that no range covers it.
+    tables = not program.lossy
+    annotate_ranges(graph_module, captured.inputs, sequences, max_length, tables=tables)
+    return program
 
 
 def _check_result(graph_module: fx.GraphModule) -> None:

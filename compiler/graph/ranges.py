@@ -25,16 +25,21 @@ def annotate_ranges(
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sequence[int]],
     max_length: int = 0,
+    *,
+    tables: bool = True,
 ) -> None:
     """Set meta["range"] of every float value, and what dialect calls measure (`Op.measure`).
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
     tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
     extreme rows follow as two more sequences, and single tokens at the most extreme positions below
-    `max_length`. meta["range"] is the smallest and the largest number of a value. Requires
+    `max_length`; without `tables`, nothing follows. meta["range"] is the smallest and the largest number of a value. Requires
     meta["vis"]. Raises CompileError that names the first secret value that is not finite.
     """
     recorder = _Recorder(graph_module)
+    if not tables:
+        replay(recorder, inputs, sequences, decoded=_DECODED)
+        return
     start = prompt(graph_module, inputs, sequences[0][:1])
     extremes = extreme_tokens(graph_module, start)
     limit = max_length or max(map(len, sequences))
