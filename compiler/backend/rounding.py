@@ -27,28 +27,35 @@ from mergec.runtime.program.program import InputSpec
 TOLERANCE = 0.05
 """How far rounding may move a logit, in standard deviations of the logits of one place."""
 
+LOSSY_TOLERANCE = 0.5
+"""The same for lossy programs, whose squares and unbounded rows enlarge what rounding does."""
+
 _WHOLE = 1e-3
 """A number of units this close to a whole number is one."""
 
 
 def check_rounding(
-    graph_module: fx.GraphModule, inputs: Sequence[InputSpec], sequences: Sequence[Sequence[int]]
+    graph_module: fx.GraphModule,
+    inputs: Sequence[InputSpec],
+    sequences: Sequence[Sequence[int]],
+    *,
+    lossy: bool = False,
 ) -> None:
     """Raise CompileError if rounding changes the logits, which names the value that is too coarse.
 
-    Runs the legalized graph on the first sequence and on the tokens with the most extreme rows of
-    the embedding (`graph.extremes`), each as a prompt.
+    Runs the legalized graph on the first sequence, and unless it is lossy on the tokens with the
+    most extreme rows of the embedding (`graph.extremes`), each as a prompt.
     """
-    extremes = extreme_tokens(graph_module, prompt(graph_module, inputs, sequences[0][:1]))[
-        : len(sequences[0])
-    ]
+    tolerance = LOSSY_TOLERANCE if lossy else TOLERANCE
+    start = prompt(graph_module, inputs, sequences[0][:1])
+    extremes = [] if lossy else extreme_tokens(graph_module, start)[: len(sequences[0])]
     for sequence in (sequences[0], extremes, extremes[::-1]):
         if not sequence:
             continue
         trial = _Trial(graph_module, prompt(graph_module, inputs, sequence))
         moved = trial.moved()
-        if moved > TOLERANCE:
-            node = trial.culprit()
+        if moved > tolerance:
+            node = trial.culprit(tolerance)
             reason = (
                 f"{node.meta['frac']} fractional bits are too few: its values are about "
                 f"{trial.size(node):.0e} in calibration; check the size of this module's weights"
@@ -78,7 +85,7 @@ class _Trial:
         spread = float(self.exact.std(correction=0))
         return change / spread if spread else 0.0
 
-    def culprit(self) -> fx.Node:
+    def culprit(self, tolerance: float) -> fx.Node:
         """The first node whose rounding, with those before it, moves the logits too far.
 
         Found by bisection, in about eight runs.
@@ -86,7 +93,7 @@ class _Trial:
         low, high = 1, len(self.rounded)
         while low < high:
             middle = (low + high) // 2
-            if self.moved(middle) > TOLERANCE:
+            if self.moved(middle) > tolerance:
                 high = middle
             else:
                 low = middle + 1

@@ -33,8 +33,9 @@ def annotate_ranges(
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
     tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
     extreme rows follow as two more sequences, and single tokens at the most extreme positions below
-    `max_length`; without `tables`, nothing follows. meta["range"] is the smallest and the largest number of a value. Requires
-    meta["vis"]. Raises CompileError that names the first secret value that is not finite.
+    `max_length`; without `tables`, nothing follows. meta["range"] is the smallest and the largest
+    number of a value. Requires meta["vis"]. Raises CompileError that names the first secret value
+    that is not finite.
     """
     recorder = _Recorder(graph_module)
     if not tables:
