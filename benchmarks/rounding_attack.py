@@ -3,14 +3,14 @@
 Asks one prompt of one token again and again, regresses the logits on what the client knows of the
 coins of each rounding, and compares the estimate with the true weights: for the default program and
 for others. Writes docs/rounding.md. Usage: python benchmarks/rounding_attack.py [--queries N]
-[--victims decoder,llama] [--option rounding=exact] [--recordings FOLDER] [--output FILE]
+[--victims decoder,llama] [--option NAME=VALUE] [--recordings FOLDER] [--output FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,7 +44,8 @@ from coins in another order than the logits. `queries for 0.9` extrapolates from
 queries: the error of a regression falls as the square root of their number.
 
 All queries of a victim are one session, with the real protocols, of which the program records every
-value that is opened to the client and every own share whose low bits are dropped. Each row then
+value that is opened to the client, every own share whose low bits are dropped, and every message
+that goes one way. Each row then
 reveals the same logits by the real op, in the row's setting; 16 bits without noise (22, where a
 share has more than 48) is what mergec 0.1.0 revealed. `noise` is the standard deviation. The
 attacker gets whatever helps it: which rounding belongs to the wanted matrix, and which of its bits
@@ -84,8 +85,11 @@ class Victim:
     space: np.ndarray
 
 
-def small_decoder(_: Mapping[str, Any]) -> Victim:
-    """The decoder of the tests, a program written by hand, to which no option applies."""
+def small_decoder(options: Mapping[str, Any]) -> Victim:
+    """The decoder of the tests, a program written by hand, to which only `rounding` applies."""
+    programs = {role: decoder.program(role) for role in ROLES}
+    for program in programs.values():
+        program.manifest = replace(program.manifest, rounding=options.get("rounding", "public"))
     weights = {name: tensor.double().numpy() for name, tensor in decoder.weights().items()}
     head = weights["head.weight"]
     inner = head @ weights["out.weight"] @ weights["v.weight"]
@@ -93,7 +97,7 @@ def small_decoder(_: Mapping[str, Any]) -> Victim:
         "decoder",
         f"the tests' decoder of one layer, width {decoder.WIDTH}, {decoder.VOCAB} tokens, "
         "large weights",
-        {role: decoder.program(role) for role in ROLES},
+        programs,
         (
             Secret("head", "last.trunc", OPENED, head),
             Secret("first layer (head · out · v)", "norm.trunc", DROPPED, inner),
@@ -170,6 +174,10 @@ SETTINGS = (
     *(Setting(12, 2.0**-exponent) for exponent in range(12, 6, -1)),
 )
 """22 and 16 bits are what 0.1.0 revealed, of shares with more than 48 bits and of others."""
+
+EXACT_SETTINGS = (Setting(22, 0.0), Setting(12, 0.0), Setting(12, DEFAULT_NOISE))
+EXACT_QUERIES = 20_000
+"""Against exact rounding."""
 
 
 def revealed(recording: Recording, setting: Setting) -> np.ndarray:
@@ -258,13 +266,17 @@ def attack(
 
 
 def _of(secret: Secret, ranked: Sequence[Coins]) -> tuple[int, Coins]:
-    """The best group of the secret's instruction and kind that has its size, and its place."""
-    return next(
+    """The best group of the secret's instruction that has its size, and its place.
+
+    Of its kind, if there is one; exact rounding opens nothing and drops nothing.
+    """
+    fitting = [
         (place, coins)
         for place, coins in enumerate(ranked)
-        if (coins.group.instruction, coins.group.kind) == (secret.instruction, secret.kind)
+        if coins.group.instruction == secret.instruction
         and coins.group.size == secret.matrix.shape[1]
-    )
+    ]
+    return next((item for item in fitting if item[1].group.kind == secret.kind), fitting[0])
 
 
 @dataclass(frozen=True)
@@ -360,6 +372,26 @@ def _rounded(number: float) -> int:
     return int(float(f"{number:.1e}"))
 
 
+def attacked(
+    name: str,
+    given: Mapping[str, Any],
+    settings: Sequence[Setting],
+    queries: int,
+    options: argparse.Namespace,
+) -> tuple[Victim, Recording, list[Row]]:
+    """A victim compiled with these options, its queries, and a row for each secret and setting."""
+    victim = VICTIMS[name](given)
+    tag = "".join(f"-{name}-{value}" for name, value in sorted(given.items()))
+    recording = recorded(victim, queries, options.recordings, tag)
+    counts = [count for count in (1000, 4000) if count < queries]
+    rows = [
+        row
+        for setting in settings
+        for row in attack(victim, recording, setting, [*counts, queries])
+    ]
+    return victim, recording, rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=14000)
@@ -378,18 +410,13 @@ def main() -> None:
     set_threads(1)
     torch.set_num_threads(1)
     given = dict(item.split("=", 1) for item in options.option)
-    tag = "".join(f"-{name}-{value}" for name, value in sorted(given.items()))
-    counts = [count for count in (1000, 4000) if count < options.queries]
+    most = min(options.queries, EXACT_QUERIES) if options.queries < 4000 else EXACT_QUERIES
     lines = [INTRODUCTION]
     for name in options.victims.split(","):
         print(name, flush=True)
-        victim = VICTIMS[name](given)
-        recording = recorded(victim, options.queries, options.recordings, tag)
-        rows = [
-            row
-            for setting in SETTINGS
-            for row in attack(victim, recording, setting, [*counts, options.queries])
-        ]
+        victim, recording, rows = attacked(name, given, SETTINGS, options.queries, options)
+        exactly = {**given, "rounding": "exact"}
+        _, _, exact = attacked(name, exactly, EXACT_SETTINGS, most, options)
         spread = recording.logits.std(0).mean() / 2.0**recording.frac
         for secret in victim.secrets:
             chosen = [row for row in rows if row.secret == secret.label]
@@ -404,6 +431,10 @@ def main() -> None:
                 f"{explained} of that.",
                 "",
                 *table(chosen),
+                "",
+                "The same with `rounding=exact`:",
+                "",
+                *table([row for row in exact if row.secret == secret.label]),
                 "",
             ]
     if options.extrapolate is not None:

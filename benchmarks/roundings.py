@@ -25,17 +25,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from mergec.runtime.core.messages import Swap, as_tuple
+from mergec.runtime.core.messages import ToClient, ToServer, as_tuple
 from mergec.runtime.core.spec import CLIENT, SERVER
 from mergec.runtime.engine import executor
 from mergec.runtime.engine.functions import Call
 from mergec.runtime.protocols import compare
 from mergec.runtime.roles.inprocess import InProcessSession
 
-OPENED, DROPPED = "opened", "dropped"
-"""Kinds of words: opened to both parties; the client's own share, of which bits are dropped."""
+OPENED, DROPPED, SENT, RECEIVED = "opened", "dropped", "sent", "received"
+"""Kinds of words: opened to both parties; the client's own share, of which bits are dropped; what
+the client alone sends; and what the server alone sends."""
 
-_LARGEST_SHIFT = {64: 62, 32: 30}
+_LARGEST_SHIFT = {64: 62, 32: 30, 16: 14}
 _SEARCHED = 4000
 """Queries used to find which low bits are coins."""
 
@@ -152,7 +153,11 @@ class _Tap:
             reply = yield yielded
             answers = reply if isinstance(yielded, tuple) else [reply]
             for message, answer in zip(as_tuple(yielded), answers, strict=True):
-                if isinstance(message, Swap) and message.payload.element_size() >= 4:
+                if isinstance(message, ToServer):
+                    self.seen.append((name, SENT, 0, message.payload))
+                elif isinstance(message, ToClient):
+                    self.seen.append((name, RECEIVED, 0, answer))
+                elif message.payload.element_size() >= 4:
                     self.seen.append((name, OPENED, 0, message.payload + answer))
 
 
