@@ -300,7 +300,7 @@ class Evidence:
         explained = 12 * ((odds.astype(np.float32).T @ seen) ** 2).sum(1) / count
         # Random logits would explain so much more by a step only once in a thousand coins.
         found, needed = odds.copy(), explained + 4 * total / count
-        for place in np.linspace(-0.5, 0.5, 17)[1:-1]:
+        for place in np.linspace(-0.5, 0.5, 33)[1:-1]:
             step = (odds > place).astype(np.float32) - np.float32(0.5 - place)
             by_step = ((step.T @ seen) ** 2).sum(1) / (count * (0.25 - place**2))
             better = by_step > needed
