@@ -102,7 +102,7 @@ def compile_decoder(
         vocab_size=captured.vocab_size,
     )
     length = longest(config, captured)
-    if captured.limit is not None and length == captured.limit.length < DEFAULT_LENGTH:
+    if config.max_length is None and captured.limit is not None and length < DEFAULT_LENGTH:
         progress(f"max_length is {length}, the most that the model takes: {captured.limit.reason}")
     sequences = calibration(config, captured, tokenizer)
     dialect = to_dialect(captured.copy(), config, sequences=sequences)

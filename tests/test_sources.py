@@ -264,6 +264,9 @@ def test_rotary_factors(tmp_path: Path) -> None:
     rotary = wanted.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq / torch.tensor(FACTORS)
     same(write_gguf(tmp_path / "a.gguf", factors=True), wanted)
+    rotary.inv_freq = rotary.inv_freq / 4.0
+    scaled = {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}
+    same(write_gguf(tmp_path / "b.gguf", factors=True, **scaled), wanted)
 
 
 @pytest.mark.parametrize(

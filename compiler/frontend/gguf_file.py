@@ -113,7 +113,9 @@ class GgufFile:
         (held,) = [tensor for tensor in self._reader.tensors if tensor.name == _ROPE_FACTORS]
         factors = torch.tensor(dequantize(held.data, held.tensor_type)).flatten()
         found = [m for m in model.modules() if hasattr(m, "original_inv_freq")]
-        fits = [m for m in found if m.inv_freq.shape == factors.shape and m.rope_type == "default"]
+        # Both scalings are products, so their order does not matter.
+        simple = [m for m in found if m.rope_type in ("default", "linear")]
+        fits = [m for m in simple if m.inv_freq.shape == factors.shape]
         if not fits or fits != found or not bool((factors > 0).all()):
             raise CompileError(
                 f"{self.path} holds rotary factors ({_ROPE_FACTORS}) that do not fit this model; "
