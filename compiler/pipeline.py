@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,13 +100,14 @@ def _read(tokenizer: Any, text: str) -> list[int]:
 def _check_calibration(config: CompileConfig, captured: Captured) -> None:
     limit = captured.max_length
     for position, prompt in enumerate(config.calibration):
-        wrong = [token for token in prompt if not 0 <= token < captured.vocab_size]
+        known = captured.vocab_size or math.inf
+        wrong = [token for token in prompt if not 0 <= token < known]
         if wrong:
             raise CompileError(
                 f"calibration prompt {position} holds the token {wrong[0]}, which is not in the "
                 f"vocabulary of {captured.vocab_size}"
             )
-        if limit is not None and len(prompt) > limit:
+        if limit and len(prompt) > limit:
             raise CompileError(
                 f"calibration prompt {position} has {len(prompt)} tokens, but the model was "
                 f"captured for at most {limit}; shorten it"
@@ -255,7 +257,7 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
     The graph is legalized in place. The programs' manifests are empty.
     """
     bits = config.fractional_bits
-    legalize(dialect.graph_module, bits)
+    legalize(dialect.graph_module, bits, config.rounding == "exact")
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
     choose_variants(roles, NETWORKS[config.network], bits, config.rounding == "exact")
     return roles

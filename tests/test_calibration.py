@@ -72,15 +72,15 @@ def test_a_tokenizer_that_knows_no_sentence_is_as_none(model: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (((),), "sequence 0 .* has 0 tokens; the model takes 1 to 40"),
-        (((1,), range(41)), "sequence 1 .* has 41 tokens; the model takes 1 to 40"),
-        (((1, 256),), "sequence 0 .* holds 256, which is no token of the vocabulary of 256"),
-        (((-1,),), "holds -1"),
-        (((1.5,),), "holds 1.5"),
-        (((True,),), "holds True"),
-        ((("a",),), "holds 'a'"),
-        (("text",), "sequence 0 .* is 'text'; give a sequence of token numbers"),
-        ((5,), "sequence 0 .* is 5; give a sequence of token numbers"),
+        (((),), "prompt 0 is empty"),
+        (((1,), range(41)), "prompt 1 has 41 tokens, .* at most 40; shorten it"),
+        (((1, 256),), "prompt 0 holds the token 256, which is not in the vocabulary of 256"),
+        (((-1,),), "holds the token -1"),
+        (((1.5,),), "1.5"),
+        (((True,),), "True"),
+        ((("a",),), "'a'"),
+        (("text",), "prompt 0 is 'text'; it must be a sequence of token numbers"),
+        ((5,), "prompt 0 is 5; it must be a sequence of token numbers"),
     ],
 )
 def test_a_given_sequence_must_run(given: Any, words: str) -> None:
@@ -89,9 +89,10 @@ def test_a_given_sequence_must_run(given: Any, words: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_given_sequences_are_used_as_they_are() -> None:
-    given = ((1, 2), [3], range(4), (np.int64(5),))
-    assert calibration(CompileConfig(calibration=given), MODEL) is given
+def test_given_sequences_are_used() -> None:
+    given: Any = ((1, 2), [3], range(4), (np.int64(5),))
+    found = calibration(CompileConfig(calibration=given), MODEL)
+    assert list(found) == [(1, 2), (3,), (0, 1, 2, 3), (5,)]
     unknown: Any = SimpleNamespace(vocab_size=0, max_length=0)
     assert calibration(CompileConfig(calibration=((10**6,) * 99,)), unknown)
 

@@ -76,7 +76,9 @@ def test_three_machines(tmp_path: Path) -> None:
         for line in said
         if " to the server, " in line
     }
-    assert back["The chat, weights kept"] < back["The first answer"] == back["The stored answer"]
+    assert back["The chat, weights kept"] < back["The first answer"]
+    # The parties of a stored answer also compare their journals.
+    assert back["The first answer"] < back["The stored answer"] < back["The first answer"] + 200
     assert [line for line in said if "stopped" in line] == [
         f"[{role}] stopped, exit code 0" for role in ("dealer", "server")
     ]

@@ -79,7 +79,8 @@ def prompts(model: Any) -> list[list[int]]:
 
 def errors(model: Any, **options: Any) -> list[float]:
     """The largest error of each prompt's private logits, in standard deviations."""
-    program = compile_decoder(model, config=CompileConfig(max_length=64, **options))
+    config = CompileConfig(max_length=64, logit_noise=0.0, **options)
+    program = compile_decoder(model, config=config)
     found = []
     for ids in prompts(model):
         with torch.no_grad():
@@ -111,7 +112,7 @@ def right_or_refused(model: Any, **options: Any) -> bool:
         ("llama", "values", 1e-5),
         ("llama", "down", 1e-4),
         ("llama", "up", 1e2),
-        ("gpt2", "embedding", 1e-3),
+        ("gpt2", "embedding", 0.1),
         ("gpt2", "positions", 1e2),
         ("gpt2", "last gain", 10.0),
     ],

@@ -55,15 +55,16 @@ _CONVERSIONS: dict[str, type[Op]] = {"masked": Open, "sent": Send}
 """The op that brings a share into a form."""
 
 
-def legalize(graph_module: fx.GraphModule, fixed: int) -> None:
+def legalize(graph_module: fx.GraphModule, fixed: int, exact: bool = False) -> None:
     """Set meta["frac"] and meta["form"] of every shared wire, and insert the conversions.
 
     fixed: the program's fractional bits. Needs meta["vis"]; uses meta["range"] and what
-    `Op.measure` found, where calibration set them. Raises CompileError, which names every value
-    that leaves the ring or the domain of a protocol.
+    `Op.measure` found, where calibration set them. exact: whether roundings are exact. Raises
+    CompileError, which names every value that leaves the ring or the domain of a protocol, or whose
+    protocol has no exact rounding.
     """
     _split_scales(graph_module)
-    _Legalizer(graph_module, fixed).run()
+    _Legalizer(graph_module, fixed, exact).run()
     # Ops that move data may be unused now: their operand was converted instead of their result.
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -98,9 +99,10 @@ def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
 
 
 class _Legalizer:
-    def __init__(self, graph_module: fx.GraphModule, fixed: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, fixed: int, exact: bool) -> None:
         self.graph = graph_module.graph
         self.fixed = fixed
+        self.exact = exact
         self.room = _room(graph_module)
         self.tensors = _constants(graph_module)
         self.single = _used_once(graph_module)
@@ -446,6 +448,8 @@ class _Legalizer:
     def check_measured(self, node: fx.Node, op: type[Op], arguments: dict[str, Any]) -> None:
         """Record a failure if the op's protocol cannot run on what calibration measured."""
         reason = op.refusal(node.meta, arguments)
+        if self.exact and (inexact := op.inexact(arguments)):
+            reason = f"{inexact}; compile with rounding='public'"
         if reason:
             self.failures[node] = reason
 

@@ -272,6 +272,11 @@ class Op:
         return cls.reference(*args)
 
     @classmethod
+    def inexact(cls, arguments: Mapping[str, Any]) -> str:
+        """Why a call cannot keep its roundings from the client; empty if it can."""
+        return ""
+
+    @classmethod
     def variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same at another cost; the compiler picks the cheapest."""
         return ()

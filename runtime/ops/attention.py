@@ -71,6 +71,11 @@ class ScoredAttention(Op, abstract=True):
         return {"q": LAST, "mask": LAST} if dim == -2 else None
 
     @classmethod
+    def inexact(cls, arguments: Mapping[str, Any]) -> str:
+        # The table of a cap is so wide that the cubics of its windows are 2**-14 apart.
+        return "it caps its scores; a cap has no exact rounding" if arguments["softcap"] else ""
+
+    @classmethod
     def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
         uncapped = measured.get("uncapped_score", 0.0)
         if uncapped * 2.0**RANGE_MARGIN_BITS > SCALAR_DOMAIN[1]:

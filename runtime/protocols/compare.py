@@ -47,12 +47,17 @@ def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     the shares determine x modulo 2**64. Raises ValueError if `drop` is not in 0 to 32: beyond that,
     less than 32 bits are left, and the window would be right modulo 2**(64 - drop) only.
     """
-    if not 0 <= drop <= RING_BITS - WINDOW_BITS:
-        raise ValueError(f"a window of {WINDOW_BITS} bits cannot leave out the lowest {drop}")
+    check_drop(drop)
     if share.is_meta:
         return torch.empty(share.shape, dtype=torch.int32, device="meta")
     # None of the sign bits that torch shifts in reaches the window.
     return (share >> drop).to(torch.int32)
+
+
+def check_drop(drop: int) -> None:
+    """Raise ValueError unless a share has a whole window above its lowest `drop` bits."""
+    if not 0 <= drop <= RING_BITS - WINDOW_BITS:
+        raise ValueError(f"a window of {WINDOW_BITS} bits cannot leave out the lowest {drop}")
 
 
 def open_window(ctx: Context, share: torch.Tensor) -> Protocol:

@@ -77,15 +77,49 @@ def fit(
     function: takes and returns real numbers; one unit of x is 2**-unit_bits. Its values times
     2**out_frac must stay below 2**62.
     """
-    nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)
-    scale = 2.0 ** (step_bits - unit_bits)
-    centers = (start + np.arange(windows) * 2.0**step_bits) * 2.0**-unit_bits
-    values = function(centers[:, None] + nodes[None, :] * scale)
+    nodes, values = _sampled(function, unit_bits, start, windows, step_bits)
     fitted = np.polynomial.polynomial.polyfit(nodes, values.T, _DEGREE).T
     powers = 2.0 ** (out_frac - (step_bits - drop) * np.arange(_DEGREE + 1))
     return Table(
         windows, step_bits, start, drop, out_frac, np.rint(fitted * powers).astype(np.int64)
     )
+
+
+def fit_finely(
+    function: Callable[[np.ndarray], np.ndarray],
+    unit_bits: int,
+    start: int,
+    windows: int,
+    step_bits: int,
+    out_frac: int,
+    drop: int = 0,
+) -> Table:
+    """Like `fit`, but the lower coefficients make up for the rounding of the higher ones.
+
+    In small windows the cube's coefficient is a small integer, whose rounding would dominate.
+    """
+    nodes, values = _sampled(function, unit_bits, start, windows, step_bits)
+    coefficients = np.empty((windows, _DEGREE + 1), np.int64)
+    for degree in range(_DEGREE, -1, -1):
+        unit = 2.0 ** ((step_bits - drop) * degree - out_frac)
+        fitted = np.polynomial.polynomial.polyfit(nodes, values.T, degree)[degree]
+        coefficients[:, degree] = np.rint(fitted / unit)
+        values = values - coefficients[:, degree, None] * unit * nodes**degree
+    return Table(windows, step_bits, start, drop, out_frac, coefficients)
+
+
+def _sampled(
+    function: Callable[[np.ndarray], np.ndarray],
+    unit_bits: int,
+    start: int,
+    windows: int,
+    step_bits: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chebyshev nodes in [-1, 1], and the function's values there in every window."""
+    nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)
+    scale = 2.0 ** (step_bits - unit_bits)
+    centers = (start + np.arange(windows) * 2.0**step_bits) * 2.0**-unit_bits
+    return nodes, function(centers[:, None] + nodes[None, :] * scale)
 
 
 def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Table) -> torch.Tensor:

@@ -32,7 +32,14 @@ from mergec.runtime.core.spec import CLIENT, DEALER, Cost
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.formula import Formula, added, conjunction, open_bits
-from mergec.runtime.protocols.interval import FINER_BITS, Table, evaluate, evaluate_cost, fit
+from mergec.runtime.protocols.interval import (
+    FINER_BITS,
+    Table,
+    evaluate,
+    evaluate_cost,
+    fit,
+    fit_finely,
+)
 from mergec.runtime.protocols.local import ghost
 from mergec.runtime.protocols.opening import open_high
 from mergec.runtime.protocols.saturate import table_value
@@ -121,7 +128,7 @@ def level_tables(function: Callable[[np.ndarray], np.ndarray], step: int) -> tup
     """
 
     def table(finer: int) -> Table:
-        return fit(
+        return (fit_finely if finer else fit)(
             lambda w: function(np.maximum(w, 0.9)),
             unit_bits=_STEP_BITS + _LEAST,
             start=0,

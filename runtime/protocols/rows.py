@@ -46,7 +46,8 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     zero for x <= c - 12.75, and is zero for x <= c - 13.75. Rounds 2 more than `peak`. Scores are
     taken modulo 2**32 with 16 fractional bits (`take_window`), where differences below 2**15 fit.
     Each party sees what it sees in `peak` and `saturate.apply`. How c is rounded depends on the
-    parties' own shares, and the quotient of two exponentials does not depend on c.
+    parties' own shares; a quotient of two exponentials depends on it only where one is cut to zero.
+    With exact rounding that is at x <= c - 27 and beyond.
     """
     share, drop = scores.share, scores.frac - FRACTIONAL_BITS
     narrow = take_window(share, drop)

@@ -19,7 +19,14 @@ from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
 from mergec.runtime.protocols.halves import Halves
-from mergec.runtime.protocols.interval import FINER_BITS, Table, evaluate, evaluate_cost, fit
+from mergec.runtime.protocols.interval import (
+    FINER_BITS,
+    Table,
+    evaluate,
+    evaluate_cost,
+    fit,
+    fit_finely,
+)
 from mergec.runtime.protocols.opening import Cut, open_masked, open_masked_cost
 from mergec.runtime.protocols.selection import Line, Selection
 from mergec.runtime.protocols.truncate import NARROW_OFFSET, cut, truncate, truncate_cost
@@ -53,16 +60,17 @@ class Function:
     within `SCALAR_DOMAIN` use their tail. An input on the side of a missing tail, or beyond
     `SCALAR_DOMAIN`, returns the value of another input.
 
-    fine: the table for exact rounding. Which of two adjacent windows serves an input depends on
-    bits that the client sees, and so does the small error of its cubic. On windows of a quarter of
-    the size that error is about a hundred times smaller.
+    fine: the same function for exact rounding. Which of two adjacent windows serves an input, and
+    near an end whether the table or the tail does, depends on bits that the client sees. So does
+    the small error of the result. On windows of a quarter of the size, and with ends twice as far
+    apart, that error is far below a unit (`tests/protocols/test_rounding.py` states the bound).
     """
 
     table: Table
-    fine: Table
     end_bits: int
     left: Tail | None
     right: Tail | None
+    fine: Function | None = None
 
     @cached_property
     def thresholds(self) -> list[int]:
@@ -128,10 +136,17 @@ def saturating(
     drop = max(0, step_bits - _POSITION_BITS)
     first = round(start * scale)
     table = fit(function, FRACTIONAL_BITS, first, windows, step_bits, out_frac, drop)
-    few, many = step_bits - FINER_BITS, windows << FINER_BITS
-    drop = max(0, few - _POSITION_BITS)
-    fine = fit(function, FRACTIONAL_BITS, first, many, few, out_frac, drop)
-    return Function(table, fine, end_bits, left, right)
+    reach = windows << step_bits
+    fine = fit_finely(
+        function,
+        FRACTIONAL_BITS,
+        first - (reach // 2 if left and right else reach if left else 0),
+        windows << (FINER_BITS + 1),
+        step_bits - FINER_BITS,
+        out_frac - 1,
+        max(0, step_bits - FINER_BITS - _POSITION_BITS),
+    )
+    return Function(table, end_bits, left, right, Function(fine, end_bits, left, right))
 
 
 def function_input(ctx: Context, x: Shared) -> Cut:
@@ -159,6 +174,8 @@ def apply(
     these times the factor's mask (`selection`). Each party sees the openings of a window, of the
     table's value, of bits and of the factor, each under a fresh, uniform mask.
     """
+    if ctx.exact and function.fine is not None:
+        function = function.fine
     shape, count = x.share.shape, x.share.numel()
     wide = x.mask(ctx)
     mask = x.narrow(wide)
@@ -170,8 +187,8 @@ def apply(
         first.append(truncate(ctx, flat, factor.frac - ctx.fixed))
     opened, *truncated = yield from together(*first)
     inside, tails = function.selections(out_frac)
-    table = function.fine if ctx.exact else function.table
-    value = table_value(ctx, evaluate(ctx, opened, mask, table), inside.line.shift)
+    value = evaluate(ctx, opened, mask, function.table)
+    value = table_value(ctx, value, inside.line.shift)
     wide_mask = value.mask(ctx)
     value_mask = value.narrow(wide_mask)
     bit_mask = ctx.mask_bits((count,))

@@ -10,7 +10,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
+from mergec.runtime.protocols.compare import WINDOW_BITS, check_drop, take_window
 from mergec.runtime.protocols.opening import Cut, open_high, open_under
 
 OFFSET = 1 << HEADROOM_BITS
@@ -138,7 +138,9 @@ def cut(ctx: Context, share: torch.Tensor, drop: int) -> Cut:
     In: 64-bit share, any shape; drop 0 to 32. With public rounding the lower bits are dropped here
     and now, which costs nothing and whose carry depends on the client's own share. With exact
     rounding they go into the opening, and the client never sees how they round (`open_high`).
+    Raises ValueError for any other drop (`take_window`).
     """
+    check_drop(drop)
     if ctx.exact and drop:
         return Cut(share, drop, drop)
     return Cut(unbiased_window(ctx, share, drop))

@@ -99,6 +99,7 @@ def test_the_tests_of_every_op_check_it(package: Path) -> None:
     }
     assert passed == {
         "test_protocol",
+        "test_protocol_with_exact_rounding",
         "test_the_forms_are_known",
         "test_messages_are_uniform_and_of_one_shape",
         "test_an_op_without_messages_is_local",

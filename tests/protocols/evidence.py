@@ -33,7 +33,7 @@ from mergec.runtime.protocols.peak import peak
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.saturate import Function, apply, function_input
 from mergec.runtime.protocols.squares import truncated_square
-from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import linear, send, share_weight
 from tests.protocols.harness import integers, run, words
 
@@ -184,7 +184,7 @@ def rectified(count: int) -> Outcome:
         values = inputs(size, seed, -(2**30), RANGE, THRESHOLDS)
         simulation = Simulation()
         shares = integers(simulation, values)
-        result, _ = run(simulation, lambda ctx, p, s=shares: rectify(ctx, s[p].share))
+        result, _ = run(simulation, lambda ctx, p, s=shares: rectify(ctx, cut(ctx, s[p].share, 0)))
         outcome.add(result - values.clamp(min=0), 0.0)
     return outcome
 

@@ -20,7 +20,7 @@ from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.power import Power, find_octave, power
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.squares import truncated_square
-from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import linear, send, share_weight
 from tests.protocols.harness import integers, run
 
@@ -71,7 +71,8 @@ def test_a_held_weight_times_all_bytes() -> None:
 
 
 def test_rectification_and_squares_of_every_small_number() -> None:
-    assert torch.equal(_run(SMALL, rectify), SMALL.clamp(min=0))
+    found = _run(SMALL, lambda ctx, share: rectify(ctx, cut(ctx, share, 0)))
+    assert torch.equal(found, SMALL.clamp(min=0))
     assert torch.equal(_run(SMALL, lambda ctx, x: truncated_square(ctx, x, 0)), SMALL**2)
     square = _run(SMALL, lambda ctx, x: truncated_square(ctx, x, 5))
     low = SMALL >> 5

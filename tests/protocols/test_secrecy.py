@@ -19,7 +19,7 @@ from mergec.runtime.protocols.opening import open_masked, open_under
 from mergec.runtime.protocols.power import Power, power
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.saturate import apply, function_input
-from mergec.runtime.protocols.truncate import truncate
+from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import send, share_weight
 from tests.protocols.harness import integers, uniform_bytes
 
@@ -42,7 +42,7 @@ PROTOCOLS = {
     "truncate far": lambda ctx, x: truncate(ctx, x.share, 40),
     "silu": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16),
     "silu times itself": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16, x),
-    "relu": lambda ctx, x: rectify(ctx, x.share, x),
+    "relu": lambda ctx, x: rectify(ctx, cut(ctx, x.share, 0), x),
     "softmax": lambda ctx, x: Softmax.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac)),
     "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33)),
     "maximum": lambda ctx, x: maximum(

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra proxy is not installed")
 
 from mergec.runtime.core.errors import MergecError
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.proxy.app import make_app
 from mergec.runtime.proxy.key import API_KEY_VARIABLE, read_api_key
 from tests import decoder
@@ -23,9 +24,7 @@ KEY = "0123456789abcdef"
 def ask(key: str, path: str, *headers: tuple[str, str], method: str = "GET", **more: Any) -> Any:
     """Status, headers and body of a request to an endpoint with this key."""
     program = decoder.program("client")
-    program.manifest = SimpleNamespace(
-        model="tiny", reveals_logits=True, stop_tokens=(), program_hash="ab" * 32
-    )
+    program.manifest = Manifest(model="tiny", program_hash="ab" * 32)
     sessions = SimpleNamespace(text=None, program=program)
     app = make_app(sessions, ("127.0.0.1",), more.get("origins", ()), None, key)
     told: list[dict[str, Any]] = []
