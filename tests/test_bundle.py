@@ -20,7 +20,9 @@ from mergec.runtime.program import bundle, encoding
 from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundle
 from mergec.runtime.program.encoding import program_hash
 from mergec.runtime.program.manifest import Manifest, digest
-from mergec.runtime.program.program import Instruction, Ref, RoleProgram
+from mergec.runtime.program.program import InputSpec, Instruction, Phase, Ref, RoleProgram
+from mergec.runtime.program.validate import validate
+from tests import fixtures
 from tests.fixtures import tiny
 
 
@@ -404,3 +406,35 @@ def test_a_program_of_many_instructions_is_quick(tmp_path: Path) -> None:
         )
     loaded = load_bundle(save_bundle(program, tmp_path / "b"), "server")
     assert len(loaded.instructions) == len(program.instructions)
+
+
+def in_phases(**changes: tuple[list[str], list[str]]) -> RoleProgram:
+    """A program whose hidden state is the next input; `changes` replaces a phase's names."""
+    program = fixtures.decoder("client")
+    hidden = ("embed", "up.truncate")
+    given = {spec.name: spec for spec in program.inputs} | {
+        name: InputSpec(name, Vis.SHARED, "float32", (1, "new", fixtures.WIDTH)) for name in hidden
+    }
+    names = {
+        "prompt": (["ids", "cache"], ["up.truncate", "cache.out"]),
+        "decode": (["embed", "cache"], ["up.truncate", "cache.out"]),
+        "finish": (["up.truncate"], ["logits"]),
+    } | changes
+    program.phases = [
+        Phase(name, tuple(given[name] for name in inputs), tuple(outputs))
+        for name, (inputs, outputs) in names.items()
+    ]
+    return program
+
+
+def test_a_phase_has_all_that_its_instructions_use() -> None:
+    validate(in_phases(), "here")
+    for phase, inputs, outputs, lacks in (
+        ("decode", ["embed"], ["up.truncate", "cache.out"], "cache"),
+        ("decode", ["cache"], ["up.truncate", "cache.out"], "ids"),
+        ("prompt", ["ids"], ["up.truncate", "cache.out"], "cache"),
+        ("finish", ["up.truncate"], ["logits", "answer"], "answer"),
+        ("finish", ["up.truncate"], ["cache"], "cache"),
+    ):
+        with pytest.raises(BundleError, match=f"the phase {phase} lacks '{lacks}'"):
+            validate(in_phases(**{phase: (inputs, outputs)}), "here")

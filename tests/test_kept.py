@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -105,5 +106,6 @@ def test_no_room_is_one_line(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "keep", "cd" * 32, NAME)
     assert kept.load() is None
     kept.save({"a": torch.arange(3)})
+    assert stat.S_IMODE((tmp_path / "keep").stat().st_mode) == 0o700, "for its owner alone"
     assert kept.load()["a"].tolist() == [0, 1, 2]
     assert Kept(tmp_path / "keep", "ce" * 32, NAME).load() is None

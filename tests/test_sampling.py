@@ -77,6 +77,11 @@ def test_a_seed_repeats_a_run() -> None:
     assert len(set(run())) > 1
 
 
+def test_every_seed_in_range_is_itself() -> None:
+    for seed in (0, 1, 2**63 - 1):
+        assert Sampling(seed=seed).generator().initial_seed() == seed
+
+
 def test_without_a_seed_runs_differ() -> None:
     sampling = Sampling(temperature=1.0)
     assert sampling.generator().initial_seed() != sampling.generator().initial_seed()
@@ -101,6 +106,7 @@ def test_frequencies_follow_the_distribution() -> None:
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.1}, "top-p must be above 0"),
         ({"seed": -1}, "the seed must be"),
+        ({"seed": 2**63}, "the seed must be"),
     ],
 )
 def test_options_are_checked(options: dict[str, float], message: str) -> None:

@@ -366,7 +366,7 @@ class DealerContext(Context):
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
         share = self._client.words((math.prod(shape),), NUMPY[dtype])
-        value = secret().to("cpu", dtype).contiguous().numpy().reshape(-1)
+        value = secret().to("cpu", dtype).contiguous().numpy().ravel()
         combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
         correction = combine(value, share, out=share)
         self.offline_bytes += correction.nbytes
@@ -382,7 +382,7 @@ class DealerContext(Context):
             raise ValueError(f"keys have {words} words, not {corrections.shape[1:]}")
         for sink in (self._to_client, self._to_server):
             self.offline_bytes += corrections.nbytes
-            sink.write(torch.from_numpy(corrections.reshape(-1).view(np.uint8)))
+            sink.write(torch.from_numpy(corrections.ravel().view(np.uint8)))
 
 
 class ShapeContext(Context):

@@ -48,8 +48,6 @@ def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     less than 32 bits are left, and the window would be right modulo 2**(64 - drop) only.
     """
     check_drop(drop)
-    if share.is_meta:
-        return torch.empty(share.shape, dtype=torch.int32, device="meta")
     # None of the sign bits that torch shifts in reaches the window.
     return (share >> drop).to(torch.int32)
 

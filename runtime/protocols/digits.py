@@ -120,16 +120,23 @@ def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> t
     points: int64 [..., n]. tables: packed bits, uint8 [n, bytes]. places: for each table i, the
     shift and mask of its digit and the first byte of the table. Returns uint8 [..., n].
     """
-    if not points.is_cuda:
-        out = torch.empty(points.shape, dtype=torch.uint8)
-        count = len(tables)
-        _look_up_cpu(
-            points.contiguous().numpy().reshape(-1, count),
-            tables.numpy(),
-            places,
-            out.numpy().reshape(-1, count),
-        )
-        return out
+    if points.is_cuda:
+        return _look_up_tensors(points, tables, places)
+    out = torch.empty(points.shape, dtype=torch.uint8)
+    count = len(tables)
+    _look_up_cpu(
+        points.contiguous().numpy().reshape(-1, count),
+        tables.numpy(),
+        places,
+        out.numpy().reshape(-1, count),
+    )
+    return out
+
+
+def _look_up_tensors(
+    points: torch.Tensor, tables: torch.Tensor, places: np.ndarray
+) -> torch.Tensor:
+    """`look_up` by torch alone, for any device."""
     byte = torch.zeros(points.shape, dtype=torch.uint8, device=points.device)
     element = torch.arange(len(tables), device=points.device)
     for position, (shift, ones, first) in enumerate(places.tolist()):

@@ -85,8 +85,7 @@ class Formula:
         if bits.is_meta:
             return torch.empty(words.shape[:-1], dtype=words.dtype, device="meta")
         if bits.is_cuda:
-            rows = torch.from_numpy(self.coefficients).to(bits.device)[bits.long()]
-            return (rows[..., None, :].to(words.dtype) * words).sum(-1, dtype=words.dtype)
+            return self._evaluate_tensors(bits, words)
         out = torch.empty(words.shape[:-1], dtype=words.dtype)
         _evaluate_cpu(
             bits.numpy().reshape(-1),
@@ -95,6 +94,11 @@ class Formula:
             out.numpy().reshape(bits.numel(), -1),
         )
         return out
+
+    def _evaluate_tensors(self, bits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """`evaluate` by torch alone, for any device."""
+        rows = torch.from_numpy(self.coefficients).to(bits.device)[bits.long()]
+        return (rows[..., None, :].to(words.dtype) * words).sum(-1, dtype=words.dtype)
 
 
 def open_bits(ctx: Context, mine: torch.Tensor, mask: torch.Tensor) -> Protocol:

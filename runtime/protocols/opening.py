@@ -99,12 +99,17 @@ class Cut:
     """Shares of which 32 bits are to be opened, those from `drop` on.
 
     share: int32 [...] if the bits below were dropped locally, and then drop is 0; or int64. hidden:
-    the bits that the client must not see; at least `drop`.
+    the bits that the client must not see; at least `drop`. Raises ValueError if `drop` is not in 0
+    to 32.
     """
 
     share: torch.Tensor
     drop: int = 0
     hidden: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop <= _WORD_BITS:
+            raise ValueError(f"of 64 bits no window of 32 begins at bit {self.drop}")
 
     def mask(self, ctx: Context) -> torch.Tensor:
         """A fresh mask for `open`, flattened to [n]."""

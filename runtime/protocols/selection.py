@@ -29,11 +29,19 @@ from mergec.runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
 
 @dataclass(frozen=True)
 class Line:
-    """scale * (x >> shift) + constant, modulo 2**64, for an x of less than 30 bits."""
+    """scale * (x >> shift) + constant, modulo 2**64, for an x of less than 30 bits.
+
+    Raises ValueError if `shift` is not in 0 to 30. Processors shift by 70 bits as if by 6, so a
+    wrong shift need not show in the result.
+    """
 
     shift: int = 0
     scale: int = 1
     constant: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift <= WINDOW_BITS - 2:
+            raise ValueError(f"30 bits cannot be shifted by {self.shift}")
 
     @property
     def parts(self) -> int:

@@ -109,14 +109,21 @@ def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
     if opened.is_meta:
         return words[0]
     if opened.is_cuda:
-        parts = Truncation(opened, shift)
-        return ctx.public(parts.base) - words[0] + parts.wrap * words[1]
+        return _truncate_tensors(ctx, opened, words, shift)
     out = torch.empty(opened.shape, dtype=torch.int64)
     _truncate_cpu(
         opened.numpy().reshape(-1), words.numpy().reshape(2, -1), shift, width_of(opened),
         ctx.party == CLIENT, out.numpy().reshape(-1),
     )  # fmt: skip
     return out
+
+
+def _truncate_tensors(
+    ctx: Context, opened: torch.Tensor, words: torch.Tensor, shift: int
+) -> torch.Tensor:
+    """`_truncate_cpu` by torch alone, for any device."""
+    parts = Truncation(opened, shift)
+    return ctx.public(parts.base) - words[0] + parts.wrap * words[1]
 
 
 def truncate_cost(count: int, shift: int) -> Cost:

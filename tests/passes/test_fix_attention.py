@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.graph.manager import PassReport
@@ -60,6 +61,20 @@ def test_queries_keys_and_their_cache_are_gone() -> None:
     assert list(tables.values()) == [Vis.SERVER] * 2
     assert rewrite(step, ASKED)[0].sites == 0
     assert dump(step.graph_module) == text
+
+
+def test_a_cache_that_only_tables_read_is_opened_to_the_server_alone() -> None:
+    """Half the bytes of an opening to both, which the cache of an attention needs."""
+    step, _ = fixed(capture(looks_back()))
+    usual = captured("llama")
+    rewrite(usual, CompileConfig())
+    for made, form in ((step, "sent"), (usual, "masked")):
+        legalize(made.graph_module, 16)
+        nodes = list(made.graph_module.graph.nodes)
+        caches = [node for node in nodes if node.op == "placeholder"][1:]
+        assert caches
+        longer = nodes[-1].args[0][1:]
+        assert {node.meta["form"] for node in (*caches, *longer)} == {form}
 
 
 def test_the_table_is_the_mean_attention() -> None:

@@ -71,8 +71,7 @@ def test_a_held_weight_times_all_bytes() -> None:
 
 
 def test_rectification_and_squares_of_every_small_number() -> None:
-    found = _run(SMALL, lambda ctx, share: rectify(ctx, cut(ctx, share, 0)))
-    assert torch.equal(found, SMALL.clamp(min=0))
+    assert torch.equal(_run(SMALL, lambda ctx, x: rectify(ctx, cut(ctx, x, 0))), SMALL.clamp(min=0))
     assert torch.equal(_run(SMALL, lambda ctx, x: truncated_square(ctx, x, 0)), SMALL**2)
     square = _run(SMALL, lambda ctx, x: truncated_square(ctx, x, 5))
     low = SMALL >> 5

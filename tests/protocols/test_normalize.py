@@ -56,6 +56,17 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert (result.double() * 2.0**-SCALED_FRAC).abs().max() < 0.01
 
 
+def test_a_row_of_a_single_unit_is_normalized_without_an_eps() -> None:
+    """The smallest sum of squares that is not zero lies in the lowest octave."""
+    simulation = Simulation()
+    shares = integers(simulation, torch.tensor([[1, 0, 0, 0], [0, -1, 0, 0], [1, 1, 0, 0]]))
+    result, _ = run(
+        simulation, lambda ctx, p: normalize(ctx, shares[p].share, RowNorm(4, 6, 0.0, 1.0))
+    )
+    exact = torch.tensor([[2.0, 0, 0, 0], [0, -2, 0, 0], [2**0.5, 2**0.5, 0, 0]])
+    assert (result.double() * 2.0**-SCALED_FRAC - exact).abs().max() < 2**-12
+
+
 @pytest.mark.parametrize("at_client", [False, True])
 @pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 62, 62], [-2, 0]])
 def test_kernels_compute_what_words_of_tensors_do(shifts: list[int], at_client: bool) -> None:

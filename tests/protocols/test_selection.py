@@ -76,3 +76,9 @@ def test_it_is_the_line_where_the_bits_say_so(
     assert torch.equal(result, expected * times if multiplied else expected)
     assert torch.equal(seen[CLIENT][0], seen[SERVER][0])
     assert cost.offline == 8 * COUNT * selection.words(int(multiplied))
+
+
+@pytest.mark.parametrize("shift", [-1, 31, 64])
+def test_a_shift_beyond_the_number_is_refused(shift: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot be shifted by {shift}"):
+        Line(shift)
