@@ -27,7 +27,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
-def _play(arguments: list[str], output: Path) -> None:
+Patch = Callable[[], object]
+"""Changes modules in a role's process before it starts; a function of a module."""
+
+
+def _play(arguments: list[str], output: Path, patch: Patch | None) -> None:
     """Run `mergec` in its own process and process group, with its output in a file."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -39,15 +43,17 @@ def _play(arguments: list[str], output: Path) -> None:
     sys.argv = ["mergec", *arguments]
     from mergec.runtime.cli import main
 
+    if patch is not None:
+        patch()
     main()
 
 
 class Process:
     """A `mergec` command, forked from a process that has imported what roles load."""
 
-    def __init__(self, arguments: list[str], output: Path) -> None:
+    def __init__(self, arguments: list[str], output: Path, patch: Patch | None = None) -> None:
         output.touch()
-        self._process = CONTEXT.Process(target=_play, args=(arguments, output), daemon=True)
+        self._process = CONTEXT.Process(target=_play, args=(arguments, output, patch), daemon=True)
         self._process.start()
         self.pid = int(self._process.pid or 0)
 
@@ -77,12 +83,14 @@ class Process:
 class Role:
     """A role's process and its log."""
 
-    def __init__(self, command: str, bundle: Path, *options: str) -> None:
+    def __init__(
+        self, command: str, bundle: Path, *options: str, patch: Patch | None = None
+    ) -> None:
         # Opened for appending, because reading here must not move the position of writes.
         self._folder = tempfile.TemporaryDirectory()
         self._file = Path(self._folder.name) / "log"
         listen = ("--port", "0") if command == "proxy" else ("--listen", "127.0.0.1:0")
-        self.process = Process([command, str(bundle), *listen, *options], self._file)
+        self.process = Process([command, str(bundle), *listen, *options], self._file, patch)
 
     @property
     def output(self) -> str:
@@ -143,8 +151,8 @@ def wait_until(condition: Callable[[], object], timeout: float = START) -> None:
 
 
 @contextmanager
-def role(command: str, bundle: Path, *options: str) -> Iterator[Role]:
-    started = Role(command, bundle, *options)
+def role(command: str, bundle: Path, *options: str, patch: Patch | None = None) -> Iterator[Role]:
+    started = Role(command, bundle, *options, patch=patch)
     try:
         yield started
     finally:
@@ -171,10 +179,19 @@ class Deployment:
 
 
 @contextmanager
-def deployment(bundles: Path, *, serve: tuple[str, ...] = (), deal: tuple[str, ...] = ()) -> Any:
-    """Both services, over plain TCP unless `serve` and `deal` give certificates."""
+def deployment(
+    bundles: Path,
+    *,
+    serve: tuple[str, ...] = (),
+    deal: tuple[str, ...] = (),
+    patch: Patch | None = None,
+) -> Any:
+    """Both services, over plain TCP unless `serve` and `deal` give certificates.
+
+    patch: for the dealer.
+    """
     security = () if "--certs" in serve else ("--plaintext",)
-    with role("deal", bundles, *security, *deal) as dealer:
+    with role("deal", bundles, *security, *deal, patch=patch) as dealer:
         at = ("--dealer", str(dealer.address))
         with role("serve", bundles, *security, *at, "--rate", "0", *serve) as server:
             yield Deployment(bundles, server, dealer)

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.errors import MergecError, PartyError, PeerStoppedError
 from mergec.runtime.transport import channel as channel_module
+from mergec.runtime.transport import pulse as pulse_module
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates, make_request
 from mergec.runtime.transport.certificates import (
@@ -33,10 +34,16 @@ from mergec.runtime.transport.dealer_link import (
     DealerReceiver,
     DealerSender,
 )
+from mergec.runtime.transport.pulse import Pulse
 from mergec.runtime.transport.traffic import Traffic
 from tests.handshakes import meet
+from tests.services import wait_until
 
 BIG = 3_000_001
+HUGE = 50_000_000
+"""Bytes that no socket takes before its peer reads."""
+
+SIZES = [0, 1, 100_000, 7] * 25
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,11 @@ def header(kind: int, number: int, length: int) -> bytes:
         (header(2, 0, 2) + b"[]", "sent text that cannot be read"),
         (header(2, 0, 17) + b'{"reason": "no!"}', "the client says: no!"),
         (header(9, 0, 8) + b"xyz", "the client went away"),
+        (header(20, 1, 0), "sent a frame twice or out of order"),
+        (header(20, 0, 0) * 2, "sent a frame twice or out of order"),
+        (header(20, 0, 1) + b"x", "sent frame 20 where ROUND was expected"),
+        (header(20, 0, 0) + header(9, 1, 7) + b"x" * 7, "sent 7 bytes where 8 were expected"),
+        (header(2, 0, 34) + b'{"reason": "no!", "stopped": true}', "the client says: no!"),
         (b"GET / HTTP/1.1\r\n\r\n", "sent a frame twice or out of order"),
         (b"", "the client went away"),
     ],
@@ -195,6 +207,177 @@ def test_a_message_may_take_longer_than_the_timeout(monkeypatch: pytest.MonkeyPa
     with ThreadPoolExecutor(1) as pool:
         pool.submit(pieces)
         assert receiver.exchange(None, 600_000).numel() == 600_000
+
+
+class Clock:
+    """Replaces the clock of channels, which then waits for frames alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(channel_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def beat(self, one: Channel, other: Channel, step: float = 40.0) -> None:
+        """A heartbeat from `one` after so many seconds; waits until `other` has taken it."""
+        self.now += step
+        due = one._sent + 1
+        one.beat()
+        wait_until(lambda: other._received == due)
+
+
+def test_a_peer_at_work_is_waited_for(channels: tuple[Any, Any], monkeypatch: Any) -> None:
+    """Heartbeats extend the wait from 60 s to 240 s, and are no traffic."""
+    clock = Clock(monkeypatch)
+    client, server = channels
+    client.timeout = 60.0
+    client.expect(1000.0)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(client.exchange, flat(5), BIG)
+        assert server.exchange(None, 5).equal(flat(5))
+        for _ in range(6):
+            clock.beat(server, client)
+        server.exchange(flat(BIG), 0)
+        assert reply.result().equal(flat(BIG))
+    assert client.traffic == Traffic(1, 5, BIG)
+    assert server.traffic == Traffic(2, BIG, 5)
+
+
+def test_a_peer_that_only_says_so_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    client, server = pair(60.0)
+    client.expect(150.0)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(client.exchange, None, 8)
+        for _ in range(4):
+            clock.beat(server, client)
+        with pytest.raises(PartyError, match="the server says that it is at work, but sent nothin"):
+            reply.result()
+    assert clock.now == 160.0
+
+
+def test_heartbeats_outside_of_a_step_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    client, server = pair(60.0)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(client.receive_any, (Kind.STEP,))
+        for _ in range(2):
+            clock.beat(server, client)
+        with pytest.raises(PartyError, match="the server says that it is at work, but sent nothin"):
+            reply.result()
+    assert clock.now == 80.0
+
+
+def test_a_flood_of_heartbeats_ends_in_time() -> None:
+    raw, other = socket.socketpair()
+    channel = Channel(other, "client", 0.3)
+    channel.expect(0.6)
+
+    def flood() -> None:
+        with suppress(OSError):
+            for start in range(0, 1 << 30, 1000):
+                raw.sendall(b"".join(header(20, start + n, 0) for n in range(1000)))
+
+    with ThreadPoolExecutor(1) as pool:
+        flooding = pool.submit(flood)
+        with pytest.raises(PartyError, match="the client says that it is at work, but sent"):
+            channel.exchange(None, 8)
+        channel.close()
+        flooding.result()
+
+
+def test_a_peer_that_is_slow_to_read_but_at_work_is_waited_for(
+    channels: tuple[Any, Any], monkeypatch: Any
+) -> None:
+    """The sender reads heartbeats while its own frame waits; what else came stays in place."""
+    clock = Clock(monkeypatch)
+    party, dealer = channels
+    dealer.timeout = 60.0
+    dealer.expect(1000.0)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dealer.send, Kind.BLOCK, bytes(HUGE))
+        for _ in range(6):
+            clock.beat(party, dealer)
+        party.send(Kind.DONE)
+        assert len(party.receive(Kind.BLOCK, limit=HUGE)) == HUGE
+        sent.result()
+        assert dealer.receive_any((Kind.DONE,))[0] is Kind.DONE
+
+
+def test_a_peer_that_ends_is_heard_while_a_frame_waits() -> None:
+    party, dealer = pair()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(dealer.send, Kind.BLOCK, bytes(HUGE))
+        party.fail("it was stopped", stopped=True)
+        with pytest.raises(PeerStoppedError, match="the client says: it was stopped"):
+            sent.result()
+
+
+def test_heartbeats_come_between_frames_of_another_thread(channels: tuple[Any, Any]) -> None:
+    client, server = channels
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.is_set():
+            client.beat()
+
+    with ThreadPoolExecutor(2) as pool:
+        beating = pool.submit(beat)
+        sent = pool.submit(lambda: [client.send(Kind.BLOCK, bytes(size)) for size in SIZES])
+        received = [len(server.receive(Kind.BLOCK, limit=BIG)) for _ in SIZES]
+        sent.result()
+        ended.set()
+        beating.result()
+    assert received == SIZES
+    assert server._received > len(SIZES)
+
+
+def test_a_heartbeat_into_a_full_socket_neither_waits_nor_breaks_a_frame() -> None:
+    client, server = pair()
+    # Each has 16 bytes of header, so that a heartbeat may fit in part.
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
+    before = -1
+    while client._sent != before:
+        before = client._sent
+        client.beat()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(client.send, Kind.DONE)
+        assert server.receive_any((Kind.DONE,))[0] is Kind.DONE
+        sent.result()
+    assert server._received == client._sent == before + 1
+
+
+def test_polling_shows_no_heartbeats(channels: tuple[Any, Any]) -> None:
+    client, server = channels
+    for _ in range(3):
+        server.beat()
+    server.beat(quiet=1000.0)  # it sent something less than 1,000 s ago
+    wait_until(lambda: client.readable(0.01) == set() and client._received == 3)
+    one, other = socket.socketpair()
+    with one, other:
+        other.send(b"x")
+        server.beat()
+        assert client.readable(5.0, one.fileno()) == {one.fileno()}
+        server.send(Kind.DONE)
+        wait_until(lambda: client.readable(5.0, one.fileno()) == {client.fileno(), one.fileno()})
+    assert client.receive_any((Kind.DONE,))[0] is Kind.DONE
+    server.close()
+    assert client.readable(5.0) == {client.fileno()}
+
+
+def test_a_pulse_beats_while_there_is_work_and_never_after(monkeypatch: Any) -> None:
+    monkeypatch.setattr(pulse_module, "BEAT", 0.01)
+    pulse, beats = Pulse(), []
+    pulse.beats.append(lambda: beats.append(1))
+    for _ in range(3):
+        before = len(beats)
+        with pulse.working(), pulse.working():
+            wait_until(lambda before=before: len(beats) > before + 2)
+        after = len(beats)
+        threading.Event().wait(0.05)
+        assert len(beats) == after
+    thread = pulse._thread
+    pulse.close()
+    thread.join(5.0)
+    assert not thread.is_alive()
 
 
 def test_a_peer_says_why_it_ends_the_session_also_to_one_that_sends() -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import urllib.request
 from dataclasses import replace
 from itertools import pairwise
@@ -702,10 +703,12 @@ def deal(tmp_path: Path, monkeypatch, plans: int) -> list[Kind]:
     said: list[Kind] = []
     channel = SimpleNamespace(
         object=lambda _: Plan(2, 2, 1).fields(), peer="server", traffic=Traffic(),
-        send=lambda kind, *_: said.append(kind),
+        send=lambda kind, *_: said.append(kind), expect=lambda _: None, beat=lambda _: None,
     )  # fmt: skip
     origins = [Origin(new_seed(), bytes(16)) for _ in range(2)]
-    session._deal(channel, None, *origins, None)
+    line, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with line, other:
+        session._deal(channel, line, *origins, None)
     return said
 
 

@@ -51,3 +51,7 @@ class PeerEndedError(PartyError):
     """A peer disconnected, or announced that it ends the session; that peer knows the cause."""
 
     distance = 2
+
+
+class PeerStoppedError(PeerEndedError):
+    """A person stopped the session at a peer: nothing has failed."""

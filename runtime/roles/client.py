@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ from mergec.runtime.session.handshake import (
     read_token,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.requests import Plan, Schedule, whole, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, StepReport, measured
@@ -44,6 +46,7 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
 from mergec.runtime.transport.connect import Security, connect
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+from mergec.runtime.transport.pulse import BEAT, Pulse
 
 QUEUE_TIMEOUT = 3600.0
 """Seconds that a client waits for a session at a busy server."""
@@ -105,6 +108,7 @@ class Connection:
         self._masks: object = None
         self._tag = b""
         self._channels: list[Channel] = []
+        self._pulse = Pulse()
         self._session: MergecSession | None = None
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
@@ -133,7 +137,8 @@ class Connection:
         if self.is_open:
             return
         try:
-            self._session = self._open()
+            with self._pulse.working():
+                self._session = self._open()
         except BaseException as error:
             self._abandon(error)
             raise
@@ -194,11 +199,14 @@ class Connection:
         )
         self._channels.append(channel)
         greet(channel, hello, **wanted)
+        self._pulse.beats.append(partial(channel.beat, BEAT / 2))
+        channel.expect(QUEUE_TIMEOUT)
         kind, fields = Kind.QUEUED, dict[str, Any]()
         while kind is Kind.QUEUED:
-            kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED, timeout=QUEUE_TIMEOUT)
+            kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED)
             if kind is Kind.QUEUED and is_a(fields.get("position"), int):
                 self._on_wait(fields["position"])
+        channel.expect(setup_patience(self.program, self._timeout))
         self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
         self._masks = fields.get("masks")
         if self._store is not None:
@@ -215,6 +223,8 @@ class Connection:
             self._dealer, hello, self._security, token, self._timeout, self._join_timeout
         )
         self._channels.append(dealer)
+        self._pulse.beats.append(partial(dealer.beat, BEAT / 2))
+        dealer.expect(setup_patience(self.program, self._timeout))
         return dealer, origin
 
     def prepare(
@@ -232,41 +242,49 @@ class Connection:
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
-        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
         try:
-            channel, token = self._admitted(hello, {"purpose": PREPARE})
-            dealer, origin = self._join(hello, token)
-            for other in self._channels:
-                other.send_json(Kind.PLAN, **plan.fields())
-            store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
-            if not isinstance(store, str) or not is_store(store):
-                raise PartyError("the server does not name its store; run `mergec prepare` again")
-            header = Header(
-                store,
-                ROLES[CLIENT],
-                self.program.manifest.program_hash,
-                plan.answers,
-                plan.prompt,
-                plan.tokens,
-                origin.salt.hex(),
-            )
-            static = constant_seed_of(origin.seed)
-            with StoreWriter(root, header, key, origin.seed, static) as writer:
-                for done in range(1, plan.answers + 1):
-                    while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
-                        writer.write(received[1])
-                    writer.end_answer()
-                    stored = {"answers": 0}
-                    while whole(stored, "answers", 0, plan.answers, channel.peer) < done:
-                        stored = channel.receive_json(Kind.STORED)[1]
-                    size = writer.size + whole(stored, "bytes", 0, 1 << 62, channel.peer)
-                    on_answer(done, size)
-                channel.receive_json(Kind.DONE)
-                writer.finish()
+            with self._pulse.working():
+                place, size = self._prepare(plan, root, key, on_answer)
         except BaseException as error:
             self._abandon(error)
             raise
         self.close()
+        return place, size
+
+    def _prepare(
+        self, plan: Plan, root: Path, key: bytes, on_answer: Callable[[int, int], object]
+    ) -> tuple[Path, int]:
+        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
+        channel, token = self._admitted(hello, {"purpose": PREPARE})
+        dealer, origin = self._join(hello, token)
+        for other in self._channels:
+            other.send_json(Kind.PLAN, **plan.fields())
+        store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
+        if not isinstance(store, str) or not is_store(store):
+            raise PartyError("the server does not name its store; run `mergec prepare` again")
+        header = Header(
+            store,
+            ROLES[CLIENT],
+            self.program.manifest.program_hash,
+            plan.answers,
+            plan.prompt,
+            plan.tokens,
+            origin.salt.hex(),
+        )
+        static = constant_seed_of(origin.seed)
+        with StoreWriter(root, header, key, origin.seed, static) as writer:
+            for done in range(1, plan.answers + 1):
+                self._expect(plan.steps())
+                while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
+                    writer.write(received[1])
+                writer.end_answer()
+                stored = {"answers": 0}
+                while whole(stored, "answers", 0, plan.answers, channel.peer) < done:
+                    stored = channel.receive_json(Kind.STORED)[1]
+                size = writer.size + whole(stored, "bytes", 0, 1 << 62, channel.peer)
+                on_answer(done, size)
+            channel.receive_json(Kind.DONE)
+            writer.finish()
         return root / header.store, size
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
@@ -324,6 +342,7 @@ class Connection:
             def announce(new: int, past: int) -> None:
                 if schedule is not None:
                     schedule.check(new, past, draw, ROLES[CLIENT])
+                self._expect([(new, past)])
                 for channel in channels:
                     channel.send(Kind.STEP, write_step(new, past, draw))
 
@@ -392,7 +411,8 @@ class Connection:
         try:
             while True:
                 try:
-                    token = next(tokens, None)
+                    with self._pulse.working():
+                        token = next(tokens, None)
                 except BaseException as error:
                     self._abandon(error)
                     raise
@@ -407,10 +427,17 @@ class Connection:
                 self._abandon(error)
 
     def _abandon(self, error: BaseException) -> None:
-        reason = str(error) if isinstance(error, PartyError) else "it was stopped"
+        # What stops the caller stops the session: nothing has failed.
+        stopped = not isinstance(error, Exception)
+        reason = "it was stopped" if stopped else "it cannot go on; see its error message"
         for channel in self._channels:
-            channel.fail(reason)
+            channel.fail(str(error) if isinstance(error, PartyError) else reason, stopped)
         self._forget()
+
+    def _expect(self, steps: Sequence[tuple[int, int]]) -> None:
+        """Let heartbeats of the peers extend waits for as long as these steps may take."""
+        for channel in self._channels:
+            channel.expect(patience(self.program, steps, self._timeout))
 
     def close(self) -> None:
         """End the session."""
@@ -422,6 +449,8 @@ class Connection:
 
     def _forget(self) -> None:
         self._channels, self._session = [], None
+        self._pulse.close()
+        self._pulse = Pulse()
         if self._store is not None:
             self._store.release()
 

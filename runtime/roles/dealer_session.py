@@ -5,9 +5,13 @@ The server's process deals; the client's passes on the client's requests, and wh
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +27,20 @@ from mergec.runtime.roles.settings import DealerSettings
 from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, read_token
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.requests import Plan, read_step
 from mergec.runtime.session.steps import MergecSession, measured
-from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.channel import Channel, Kind, ending
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockWriter, DealerSender
+from mergec.runtime.transport.pulse import BEAT, Pulse
 
 PARTIES = (ROLES[CLIENT], ROLES[SERVER])
 _REQUEST = 1 << 17
 _NOTHING = memoryview(b"")
+_LONGEST = 1 << 20
+"""Most tokens of a step; the program's own limit is checked where the step is dealt."""
+
 _PIECE = 1 << 16
 """Bytes of the client's stream that are passed on at once."""
 
@@ -54,16 +63,24 @@ class DealerSession:
         self._log = log
         self._channel: Channel | None = None
         self._line: socket.socket | None = None
+        self._pulse = Pulse()
         self._answering = False
+        self._allowed = 0.0
+        """Seconds that the last step may take."""
 
     def play(self) -> None:
         how = played(self._run, self._fail, lambda: self._log)
         if self._line is not None:
             self._parent.tell(kind="end", how=how)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, stopped: bool) -> None:
+        if stopped and self._line is not None:
+            self._line.settimeout(0)
+            fields = json.dumps({"reason": reason, "stopped": True}).encode()
+            with suppress(PartyError):
+                tell(self._line, "other party", Kind.ERROR, memoryview(fields))
         if self._channel is not None:
-            self._channel.fail(reason)
+            self._channel.fail(reason, stopped)
 
     def _run(self) -> None:
         settings, parent = self._settings, self._parent
@@ -97,7 +114,10 @@ class DealerSession:
         """
         self._parent.idle = not self._answering
         parent = self._parent.line.fileno()
-        ready = channel.readable(self._settings.idle_timeout, parent, line.fileno())
+        seconds = self._settings.idle_timeout
+        if self._answering:
+            seconds = max(seconds, self._allowed)  # the parties may still be at the last step
+        ready = channel.readable(seconds, parent, line.fileno())
         if parent in ready:
             self._parent.hear()  # raises if the parent has ended; it sends nothing else
         if not ready:
@@ -112,16 +132,40 @@ class DealerSession:
         return kind, payload
 
     def _relay(self, channel: Channel, line: socket.socket) -> None:
-        """Pass the client's requests to the process that deals, and what it deals to the client."""
+        """Pass the client's requests to the process that deals, and what it deals to the client.
+
+        Heartbeats are passed on, too, and not made here: the client waits for the one that deals.
+        """
         kind = Kind.STEP
         while kind is not Kind.END:
             if line.fileno() in self._wait(channel, line):
                 said = memoryview(hear(line, ROLES[SERVER]))
+                if said[0] == Kind.ALIVE:
+                    channel.beat()
+                    continue
+                if said[0] == Kind.MARK:
+                    channel.expect(self._allowed)
                 channel.send(Kind(said[0]), said[1:])
                 channel.traffic.offline_sent += len(said) - 1
                 continue
             kind, payload = self._request(channel)
+            self._allowed = self._patience(kind, payload, channel)
+            channel.expect(self._allowed)
             tell(line, ROLES[SERVER], kind, payload)
+
+    def _patience(self, kind: Kind, payload: memoryview, channel: Channel) -> float:
+        """Seconds that a step that the client requests may take, or an answer of its plan."""
+        steps: list[tuple[int, int]] = []
+        limit = self._program.manifest.max_length
+        if kind is Kind.STEP:
+            new, past, _ = read_step(payload, channel.peer)
+            if not (0 <= new <= _LONGEST and 0 <= past <= _LONGEST):
+                raise PartyError(f"{new} tokens after {past} are more than this program runs")
+            steps = [(new, past)]
+        elif kind is Kind.PLAN:
+            plan = Plan.read(channel.object(payload), limit, channel.peer)
+            steps = plan.steps()
+        return patience(self._program, steps, self._settings.timeout)
 
     def _deal(
         self,
@@ -136,7 +180,18 @@ class DealerSession:
         context = DealerContext(client.seed, server.seed, *streams, weight_seed=masks, **more)
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
-        session.setup()
+        self._pulse.beats += [partial(channel.beat, BEAT / 2), partial(_beat, line)]
+        timeout = self._settings.timeout
+
+        def allow(new: int, past: int) -> None:
+            self._allowed = patience(self._program, [(new, past)], timeout)
+            channel.expect(self._allowed)
+            # The process of the client watches the client, and ends if it is silent.
+            line.settimeout(self._allowed)
+
+        channel.expect(setup_patience(self._program, timeout))
+        with self._pulse.working():
+            session.setup()
         limit = self._program.manifest.max_length
         planned = False
         while True:
@@ -161,23 +216,29 @@ class DealerSession:
                     own = f"answer {answer}"
                     seeds = derive(client.seed, own), derive(server.seed, own)
                     session.use(DealerContext(*seeds, *streams, **more))
-                    for new, past in plan.steps():
-                        self._parent.check()
-                        self._step(session, streams, new, past)
-                    channel.send(Kind.MARK)
-                    tell(line, ROLES[CLIENT], Kind.MARK)
+                    with self._pulse.working():
+                        for new, past in plan.steps():
+                            self._parent.check()
+                            allow(new, past)
+                            self._step(session, streams, new, past)
+                        channel.send(Kind.MARK)
+                        tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
                 new, past, draw = read_step(payload, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
+                allow(new, past)
                 self._step(session, streams, new, past, draw)
 
     def _agreed(self, channel: Channel, line: socket.socket) -> tuple[Kind, memoryview]:
         """The next request, once both parties have made it; the second must follow in time."""
         ready = self._wait(channel, line)
-        said = hear(line, ROLES[CLIENT]) if line.fileno() in ready else b""
-        kind, payload = self._request(channel)
-        if (said or hear(line, ROLES[CLIENT])) != bytes([kind]) + payload:
+        with self._pulse.working():
+            line.settimeout(self._settings.timeout)
+            said = hear(line, ROLES[CLIENT]) if line.fileno() in ready else b""
+            kind, payload = self._request(channel)
+            said = said or hear(line, ROLES[CLIENT])
+        if said != bytes([kind]) + payload:
             raise PartyError("the client and the server request different steps")
         return kind, payload
 
@@ -194,7 +255,9 @@ class DealerSession:
             for stream in streams:
                 stream.flush()
 
-        self._parent.tell(kind="step", report=asdict(measured(session, new, past, work)))
+        with self._pulse.working():
+            report = measured(session, new, past, work)
+        self._parent.tell(kind="step", report=asdict(report))
 
 
 class _LineBlockWriter:
@@ -218,12 +281,14 @@ def tell(line: socket.socket, peer: str, kind: Kind, payload: memoryview = _NOTH
         line.sendmsg([bytes([kind]), payload])
     except TimeoutError as error:
         raise PartyError(f"the {peer} does not read what is sent to it") from error
-    except OSError as error:
-        raise PeerEndedError(f"the {peer} went away; see its own message") from error
+    except OSError:
+        while True:
+            hear(line, peer)  # raises at the end of what it sent, or earlier if it said why
 
 
 def hear(line: socket.socket, peer: str) -> bytes:
     """Receive from that process; raises PartyError if it sends nothing in time, or has ended."""
+    said = b""
     try:
         said = line.recv(_REQUEST)
     except TimeoutError as error:
@@ -231,7 +296,16 @@ def hear(line: socket.socket, peer: str) -> bytes:
             f"the {peer} did not request the step that the other party requests"
         ) from error
     except OSError:  # it left something unread when it ended
-        said = b""
+        with suppress(OSError):
+            said = line.recv(_REQUEST, socket.MSG_DONTWAIT)
     if not said:
         raise PeerEndedError(f"the {peer} went away; see its own message")
+    if said[0] == Kind.ERROR:
+        raise ending(json.loads(said[1:]), peer)
     return said
+
+
+def _beat(line: socket.socket) -> None:
+    """Send a heartbeat to the process of the client, unless something is in its way."""
+    with suppress(OSError):
+        os.write(line.fileno(), bytes([Kind.ALIVE]))

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +34,7 @@ from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
+from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.requests import read_step, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
@@ -44,6 +46,7 @@ from mergec.runtime.transport.dealer_link import (
     DealerSender,
 )
 from mergec.runtime.transport.lines import take
+from mergec.runtime.transport.pulse import BEAT, Pulse
 from mergec.runtime.transport.traffic import Exchange, Traffic
 
 if TYPE_CHECKING:
@@ -100,10 +103,15 @@ def run_party(options: Options, emit: Emit) -> None:
     debug = int(options.insecure_first_party)
     greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
     emit("joined")
-    if options.mode == "crypten":
-        _run_stock(options, program, channels, emit)
-    else:
-        _run_mergec(options, program, channels, emit)
+    pulse = Pulse()
+    pulse.beats += [partial(channel.beat, BEAT / 2) for channel in channels.values()]
+    for channel in channels.values():
+        channel.expect(setup_patience(program, options.timeout))
+    with pulse.working():
+        if options.mode == "crypten":
+            _run_stock(options, program, channels, emit)
+        else:
+            _run_mergec(options, program, channels, emit)
     emit("end", peak_bytes=peak_bytes())
 
 
@@ -168,7 +176,7 @@ def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit
                 stream.flush()
 
         _set_up(session, emit, flush)
-        _serve(session, channels[CLIENT], emit, flush)
+        _serve(options, session, channels, emit, flush)
         for stream in streams:
             stream.close()
         return
@@ -177,9 +185,9 @@ def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit
     session = MergecSession(executor, lambda: link.traffic)
     _set_up(session, emit)
     if options.role == ROLES[CLIENT]:
-        _ask(options, session, [channels[SERVER], channels[DEALER]], emit)
+        _ask(options, session, channels, (SERVER, DEALER), emit)
     else:
-        _serve(session, link, emit)
+        _serve(options, session, channels, emit)
     # To a dealer that still sends, a party that leaves at once would look like one that failed.
     source.finish()
 
@@ -204,9 +212,9 @@ def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit:
     session = StockSession(StockExecutor(program, options.device), lambda: communicator.traffic)
     _set_up(session, emit)
     if options.role == ROLES[SERVER]:
-        _serve(session, channels[CLIENT], emit)
+        _serve(options, session, channels, emit)
         return
-    _ask(options, session, [channels[SERVER]], emit)
+    _ask(options, session, channels, (SERVER,), emit)
     if options.insecure_first_party:
         channels[DEALER].send(Kind.END)
     else:
@@ -233,12 +241,16 @@ def _set_up(session: Session, emit: Emit, done: Callable[[], object] = lambda: N
     )
 
 
-def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Emit) -> None:
-    """At the client: generate, telling the others of every step."""
+def _ask(
+    options: Options, session: Session, channels: Channels, told: Sequence[int], emit: Emit
+) -> None:
+    """At the client: generate, telling some of the others of every step."""
+    others = [channels[party] for party in told]
     draw = draw_for(options.sampling, session.program.manifest, options.mode)
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
     def announce(new: int, past: int) -> None:
+        _expect(options, session, channels, new, past)
         for channel in others:
             channel.send(Kind.STEP, write_step(new, past, draw))
 
@@ -256,10 +268,21 @@ def _ask(options: Options, session: Session, others: Sequence[Channel], emit: Em
         channel.send(Kind.END)
 
 
+def _expect(options: Options, session: Session, channels: Channels, new: int, past: int) -> None:
+    """Let heartbeats of the others extend waits for as long as a step may take."""
+    for channel in channels.values():
+        channel.expect(patience(session.program, [(new, past)], options.timeout))
+
+
 def _serve(
-    session: Session, client: Channel, emit: Emit, done: Callable[[], object] = lambda: None
+    options: Options,
+    session: Session,
+    channels: Channels,
+    emit: Emit,
+    done: Callable[[], object] = lambda: None,
 ) -> None:
     """At server and dealer: run the steps that the client requests, until it ends the session."""
+    client = channels[CLIENT]
     limit = session.program.manifest.max_length
     while True:
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
@@ -270,6 +293,7 @@ def _serve(
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"
             )
+        _expect(options, session, channels, new, past)
 
         def work(new: int = new, past: int = past, draw: Draw = draw) -> None:
             session.step(new, past, draw=draw)

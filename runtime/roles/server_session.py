@@ -34,6 +34,7 @@ from mergec.runtime.session.handshake import (
     join_dealer,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.requests import Plan, Schedule, read_step, whole
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.session.stores.folder import remove_store
@@ -45,6 +46,7 @@ from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+from mergec.runtime.transport.pulse import BEAT, Pulse
 
 AHEAD_BYTES = 64 << 20
 """Bytes that a session takes from the dealer before it uses them."""
@@ -75,6 +77,7 @@ class ServerSession:
         self._log = log
         self._channel: Channel | None = None
         self._dealer: Channel | None = None
+        self._pulse = Pulse()
         self._seated = False
 
     def play(self) -> None:
@@ -82,10 +85,16 @@ class ServerSession:
         if self._seated:
             self._parent.tell(kind="end", how=how)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, stopped: bool) -> None:
         for channel in (self._channel, self._dealer):
             if channel is not None:
-                channel.fail(reason)
+                channel.fail(reason, stopped)
+
+    def _expect(self, seconds: float) -> None:
+        """Let heartbeats of both peers extend waits for so long from now on."""
+        for channel in (self._channel, self._dealer):
+            if channel is not None:
+                channel.expect(seconds)
 
     def _run(self) -> None:
         settings = self._settings
@@ -95,10 +104,12 @@ class ServerSession:
         )
         hello = Hello.of(ROLES[SERVER], self._program.manifest)
         fields = be_greeted(channel, hello, (ROLES[CLIENT],))
+        self._pulse.beats.append(partial(channel.beat, BEAT / 2))
         purpose = fields.get("purpose")
         self._log = self._log.bind(client=channel.name)
         store = self._find_store(fields, channel) if purpose == STORED else None
-        token = self._place(channel)
+        with self._pulse.working():
+            token = self._place(channel)
         self._log = self._log.bind(session=token[:8])
         self._log.info("session began", purpose=str(purpose))
         masks = self._masks(purpose, store, channel.name)
@@ -107,6 +118,7 @@ class ServerSession:
             offered["head"] = store.journal().head.fields()
         channel.send_json(Kind.ADMITTED, session=token, **asdict(settings.limits), **offered)
         self._parent.idle = False
+        self._expect(setup_patience(self._program, settings.timeout))
         if store is not None:
             self._serve_stored(store, channel, masks, tag_of(token))
         elif purpose == PREPARE:
@@ -137,16 +149,19 @@ class ServerSession:
         settings = self._settings
         if settings.dealer is None:
             raise PartyError("this server has no dealer; use stored randomness")
-        dealer, origin = join_dealer(
-            settings.dealer,
-            hello,
-            settings.security,
-            token,
-            settings.timeout,
-            settings.join_timeout,
-            **told,
-        )
+        with self._pulse.working():
+            dealer, origin = join_dealer(
+                settings.dealer,
+                hello,
+                settings.security,
+                token,
+                settings.timeout,
+                settings.join_timeout,
+                **told,
+            )
         self._dealer = dealer
+        dealer.expect(setup_patience(self._program, settings.timeout))
+        self._pulse.beats.append(partial(dealer.beat, BEAT / 2))
         return dealer, origin
 
     def _serve_dealt(
@@ -196,6 +211,12 @@ class ServerSession:
         self, channel: Channel, context: ServerContext, masks: bytes | None
     ) -> MergecSession:
         """Set the session up: send the masked weights, unless the client has kept them."""
+        with self._pulse.working():
+            return self._set_up(channel, context, masks)
+
+    def _set_up(
+        self, channel: Channel, context: ServerContext, masks: bytes | None
+    ) -> MergecSession:
         kept = False
         if masks:
             kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
@@ -241,6 +262,8 @@ class ServerSession:
         payload = channel.receive_any((Kind.PLAN,))[1]
         plan = Plan.read(channel.object(payload), self._program.manifest.max_length, "client")
         dealer.send(Kind.PLAN, payload)
+        whole_answer = patience(self._program, plan.steps(), settings.timeout)
+        self._expect(whole_answer)
         header = Header(
             new_store(),
             ROLES[SERVER],
@@ -254,10 +277,13 @@ class ServerSession:
         )
         channel.send_json(Kind.ACCEPTED, store=header.store)
         try:
-            with StoreWriter(
-                *(settings.stores, header, settings.store_key),
-                *(origin.seed, static, settings.store_bytes),
-            ) as writer:
+            with (
+                self._pulse.working(),
+                StoreWriter(
+                    *(settings.stores, header, settings.store_key),
+                    *(origin.seed, static, settings.store_bytes),
+                ) as writer,
+            ):
                 done, told = 0, time.monotonic()
                 while done < plan.answers:
                     kind, block = dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
@@ -265,6 +291,7 @@ class ServerSession:
                         writer.write(block)
                     else:
                         writer.end_answer()
+                        self._expect(whole_answer)
                         done += 1
                     # Dealing one answer may take longer than the client's timeout.
                     if kind is Kind.MARK or time.monotonic() - told > _LOOK:
@@ -379,8 +406,8 @@ class ServerSession:
         done = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
-            relay(kind, payload)
             if kind is Kind.DONE:
+                relay(kind, payload)
                 return
             new, past, draw = read_step(payload, channel.peer)
             turn = past == (done if session.cached else 0) or new == 0
@@ -388,7 +415,10 @@ class ServerSession:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             if schedule is not None:
                 schedule.check(new, past, draw, channel.peer)
-            work = partial(session.step, new, past, draw=draw)
-            report = measured(session, new, past, work)
+            self._expect(patience(self._program, [(new, past)], self._settings.timeout))
+            with self._pulse.working():
+                relay(kind, payload)
+                work = partial(session.step, new, past, draw=draw)
+                report = measured(session, new, past, work)
             done += new
             self._parent.tell(kind="step", report=asdict(report))

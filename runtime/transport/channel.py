@@ -4,6 +4,11 @@ A frame is a 16-byte header (kind, number of the frame, length) and its payload.
 from the program which kinds may come next and how long they may be. So a peer cannot make it
 allocate memory, and a frame that is out of place, repeated or too long ends the session. Incoming
 data is never executed or unpickled: payloads are the bytes of tensors, numbers, or JSON objects.
+
+A timeout measures silence: how long nothing that is due has arrived. A peer that is at work says so
+with heartbeats (`Channel.beat`), which may come between any two frames. They are empty, and sent by
+the clock alone, so they show that a process runs and nothing else. They extend a wait only while
+the peer has a step to do, up to a limit that the receiver sets (`Channel.expect`).
 """
 
 from __future__ import annotations
@@ -23,11 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
+from mergec.runtime.core.errors import (
+    PartyError,
+    PeerEndedError,
+    PeerSilentError,
+    PeerStoppedError,
+)
 from mergec.runtime.transport.traffic import Traffic
 
 REPLY_TIMEOUT = 600.0
-"""Seconds that a party waits for a message that it needs; a step of the peer must fit in."""
+"""Seconds that a party waits for a peer that gives no sign of life."""
 
 MAX_BLOCK = 4 << 20
 """Largest frame of the dealer's stream, in bytes."""
@@ -73,7 +83,8 @@ class Kind(enum.IntEnum):
     HELLO = 1
     """JSON: what a role states about itself (`runtime.session.hello`)."""
     ERROR = 2
-    """JSON: why the sender ends the session. May be sent instead of any other kind."""
+    """JSON: why the sender ends the session, and whether a person stopped it. May be sent instead
+    of any other kind."""
     QUEUED = 3
     """JSON: the session has to wait."""
     ADMITTED = 4
@@ -108,10 +119,12 @@ class Kind(enum.IntEnum):
     """JSON: a plain object that CrypTen sends (`runtime.transport.communicator`)."""
     TAKEN = 19
     """JSON: the client has used up an answer of the store, and the head of its journal since."""
+    ALIVE = 20
+    """Empty: a heartbeat. May come before any other frame."""
 
 
 class Channel:
-    """One end of a connection. One thread may receive while another sends.
+    """One end of a connection. One thread may receive while others send.
 
     peer: the other end's role. name: its identity, from its certificate. proven: whether role and
     name come from a certificate; otherwise they are what was assumed or claimed. traffic: payload
@@ -139,6 +152,14 @@ class Channel:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._start = self._stop = 0
         self._unsent: list[memoryview] = []
+        # Held while a frame is sent: frames of several threads do not mix.
+        self._sending = threading.Lock()
+        self._reading = threading.Lock()
+        self._beats: list[memoryview] = []
+        """What the socket has not taken yet of a heartbeat; goes before the next frame."""
+        self._gave = self._got = self._alive = self._until = 0.0
+        """When bytes were last sent, when a frame or 64 KiB of one last arrived, when a heartbeat
+        last arrived, and until when heartbeats count."""
 
     def fileno(self) -> int:
         """The socket's descriptor, for polling; check `buffered` as well."""
@@ -148,7 +169,7 @@ class Channel:
 
     def send(self, kind: Kind, payload: bytes | bytearray | memoryview = b"") -> None:
         """Send one frame. Raises PartyError if the peer does not take it in time."""
-        self._transfer(self._frame(kind, memoryview(payload)), None)
+        self._transfer((kind, memoryview(payload)), None)
 
     def send_json(self, kind: Kind, **fields: Any) -> None:
         """Send a frame of JSON."""
@@ -163,7 +184,7 @@ class Channel:
     ) -> tuple[Kind, memoryview]:
         """The next frame. Raises PartyError unless it is one of `kinds` and within `limit`."""
         incoming = _Incoming(lambda header: self._accept(kinds, 0, limit, header))
-        self._transfer([], incoming, timeout)
+        self._transfer(None, incoming, timeout)
         self._check_error(incoming)
         return Kind(incoming.kind), incoming.payload
 
@@ -190,10 +211,10 @@ class Channel:
         Both parties call this for every round. An empty message is not sent.
         """
         reply = torch.empty(incoming, dtype=torch.uint8)
-        unsent: list[memoryview] = []
+        sent = None
         if outgoing is not None and outgoing.numel():
             check_payload(outgoing)
-            unsent = self._frame(Kind.ROUND, outgoing.numpy().data)
+            sent = (Kind.ROUND, outgoing.numpy().data)
             self.traffic.sent += outgoing.numel()
         expected = None
         if incoming:
@@ -203,7 +224,7 @@ class Channel:
             )
         self.traffic.received += incoming
         self.traffic.rounds += 1
-        self._transfer(unsent, expected)
+        self._transfer(sent, expected)
         if expected is not None:
             self._check_error(expected)
         return reply
@@ -245,8 +266,7 @@ class Channel:
 
     def _told(self, incoming: _Incoming) -> PeerEndedError:
         """The error that an ERROR frame reports."""
-        reason = str(self.object(incoming.payload).get("reason", ""))
-        return PeerEndedError(f"the {self.peer} says: {printable(reason)}")
+        return ending(self.object(incoming.payload), self.peer)
 
     def _strange(self, what: str) -> PartyError:
         return PartyError(f"the {self.peer} {what}; install the same mergec everywhere")
@@ -254,57 +274,92 @@ class Channel:
     # -------------------------------------------------------------------------------- bytes
 
     def _transfer(
-        self, unsent: list[memoryview], incoming: _Incoming | None, timeout: float | None = None
+        self,
+        outgoing: tuple[Kind, memoryview] | None,
+        incoming: _Incoming | None,
+        timeout: float | None = None,
     ) -> None:
         """Send and receive at the same time, so that two full buffers cannot deadlock."""
         limit = self.timeout if timeout is None else timeout
-        if unsent:
-            self._unsent = unsent
-        deadline, moved, heard = time.monotonic() + limit, 0, 0
+        sending = reading = False
+        since, moved, heard = time.monotonic(), 0, 0
         try:
-            while unsent or (incoming is not None and not incoming.complete):
+            if outgoing is not None:
+                sending = self._sending.acquire()
+                self._unsent = [*self._beats, *self._frame(*outgoing)]
+                self._beats = []
+            if incoming is not None:
+                reading = self._reading.acquire()
+            while True:
+                if sending and not self._unsent:
+                    # Only now: another thread may send while this one waits for the answer.
+                    self._sending.release()
+                    sending = False
+                due = incoming is not None and not incoming.complete
+                if not sending and not due:
+                    break
                 given = taken = 0
-                if unsent:
-                    given = self._give(unsent[0][:_AT_ONCE])
-                    unsent[0] = unsent[0][given:]
-                    if not unsent[0]:
-                        unsent.pop(0)
-                if incoming is not None and not incoming.complete:
-                    if not (unsent or heard or self.buffered):
+                events = select.POLLOUT if sending else 0
+                if sending:
+                    given = self._give_first(self._unsent)
+                if incoming is not None and due:
+                    if not (sending or heard or self.buffered):
                         # The peer's message has rarely arrived yet, so poll before reading.
-                        self._wait(select.POLLIN, deadline)
+                        self._wait(select.POLLIN, self.deadline(since, limit))
                     taken = self._fill(incoming)
+                    events |= select.POLLIN
+                elif not given and self._listen():
+                    events |= select.POLLIN
                 moved += given + taken
                 heard += taken
                 if moved >= _PACE:
-                    deadline, moved, heard = time.monotonic() + limit, 0, 0
+                    since, moved, heard = time.monotonic(), 0, 0
+                    if taken:
+                        self._got = since
                 elif not given + taken:
-                    reading = incoming is not None and not incoming.complete
-                    events = select.POLLIN if reading else 0
-                    self._wait(events | (select.POLLOUT if unsent else 0), deadline)
+                    deadline = self.deadline(since, limit)
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError
+                    self._wait(events, deadline)
+            if incoming is not None:
+                self._got = time.monotonic()
         except TimeoutError as error:
-            what = f"sent only {heard} bytes in" if heard else "sent nothing for"
-            reason = f"the {self.peer} {what} {limit:g} s; check what it is doing"
-            raise PeerSilentError(reason) from error
+            raise self.silent(since, limit, heard) from error
         except OSError as error:
-            raise self._lost(error, unsent) from error
+            raise self._lost(error, sending) from error
+        finally:
+            if sending:
+                self._sending.release()
+            if reading:
+                self._reading.release()
+
+    def _give_first(self, unsent: list[memoryview]) -> int:
+        """Send of the first of some pieces as much as possible; returns the number of bytes."""
+        given = self._give(unsent[0][:_AT_ONCE])
+        unsent[0] = unsent[0][given:]
+        if not unsent[0]:
+            unsent.pop(0)
+        return given
 
     def _give(self, data: memoryview) -> int:
         """Send as much of `data` as possible without blocking; returns the number of bytes."""
         try:
             with self._lock:
-                return self._socket.send(data)
+                count = self._socket.send(data)
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             return 0
+        self._gave = time.monotonic()
+        return count
 
     def _fill(self, incoming: _Incoming) -> int:
-        """Read as much of a frame as possible without blocking; returns the number of bytes."""
+        """Read as much of a frame as possible without blocking; returns the number of bytes.
+
+        Heartbeats before it, and a part of a header, count as none.
+        """
         taken = 0
         if not incoming.begun:
-            if self._stop - self._start < _HEADER.size:
-                taken = self._refill()
-                if self._stop - self._start < _HEADER.size:
-                    return taken
+            if not self._arrived():
+                return 0
             incoming.begin(_HEADER.unpack_from(self._buffer, self._start))
             self._start += _HEADER.size
             taken = _HEADER.size
@@ -319,6 +374,39 @@ class Channel:
         self._start += count
         incoming.advance(count)
         return taken + count
+
+    def _arrived(self) -> bool:
+        """Drop the heartbeats that have arrived; returns whether the next frame's header has."""
+        self._drop_beats()
+        if self._stop - self._start < _HEADER.size:
+            # Once: a flood of heartbeats must not keep this thread from looking at the clock.
+            self._refill()
+            self._drop_beats()
+        return self._stop - self._start >= _HEADER.size
+
+    def _drop_beats(self) -> None:
+        while self._stop - self._start >= _HEADER.size:
+            if _HEADER.unpack_from(self._buffer, self._start) != (Kind.ALIVE, self._received, 0):
+                return
+            self._received = (self._received + 1) & 0xFFFFFFFF
+            self._start += _HEADER.size
+            self._alive = time.monotonic()
+
+    def _listen(self) -> bool:
+        """Take heartbeats while sending; returns whether to look for more.
+
+        Another frame is left to whoever receives it next, but an error ends the session.
+        """
+        if not self._reading.acquire(blocking=False):
+            return False  # the thread that receives notes the heartbeats
+        try:
+            if not self._arrived():
+                return True
+            if self._buffer[self._start] == Kind.ERROR:
+                raise ConnectionAbortedError  # `_lost` reads why
+            return False
+        finally:
+            self._reading.release()
 
     def _refill(self) -> int:
         """Read more bytes into the buffer, which holds less than a header; returns their number."""
@@ -343,13 +431,11 @@ class Channel:
         # Not kept between calls: two threads may wait at once, each for its own direction.
         poll = select.poll()
         poll.register(self._socket, events)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            raise TimeoutError
+        poll.poll(1000 * max(0.0, deadline - time.monotonic()))
 
-    def _lost(self, error: OSError, unsent: list[memoryview]) -> PartyError:
+    def _lost(self, error: OSError, sending: bool) -> PartyError:
         """The connection broke. If this end was sending, the peer may have said why before."""
-        if unsent:
+        if sending:
             with suppress(OSError, PartyError):
                 incoming = _Incoming(lambda header: self._accept((), 0, 0, header))
                 while not incoming.complete and self._fill(incoming):
@@ -368,25 +454,85 @@ class Channel:
         return self._start < self._stop or pending
 
     def readable(self, seconds: float, *others: int) -> set[int]:
-        """Wait for data here or at one of the other file descriptors; returns those with data."""
+        """Wait for a frame here or data at other file descriptors; returns those that have some.
+
+        Heartbeats are taken, and count as nothing.
+        """
+        deadline, mine = time.monotonic() + seconds, self.fileno()
         poll = select.poll()
-        for descriptor in (self.fileno(), *others):
+        for descriptor in (mine, *others):
             poll.register(descriptor, select.POLLIN)
-        found = {d for d, _ in poll.poll(0 if self.buffered else seconds * 1000)}
-        return found | {self.fileno()} if self.buffered else found
+        while True:
+            left = deadline - time.monotonic()
+            here = self._has_frame()
+            found = {d for d, _ in poll.poll(0 if here else 1000 * max(0.0, left))} - {mine}
+            if here:
+                return found | {mine}
+            if found or left <= 0:
+                return found
+
+    def _has_frame(self) -> bool:
+        try:
+            return self._arrived()
+        except OSError:
+            return True  # whoever receives next finds out what happened
+
+    # --------------------------------------------------------------------------- heartbeats
+
+    def expect(self, seconds: float) -> None:
+        """Let the peer's heartbeats extend waits for up to `seconds` from now on.
+
+        Each party calls this when a step begins, with what the step may take at most: a peer that
+        sends heartbeats for ever holds nobody up for longer.
+        """
+        self._until = time.monotonic() + seconds
+
+    def beat(self, quiet: float = 0.0) -> None:
+        """Tell the peer that this party is at work, if it sent nothing for `quiet` seconds.
+
+        May be called from any thread. Neither blocks nor raises: a heartbeat that cannot be sent at
+        once is not needed, as what is in its way shows the same.
+        """
+        if time.monotonic() - self._gave < quiet or not self._sending.acquire(blocking=False):
+            return
+        try:
+            if self._unsent:
+                return  # an error has ended the session within a frame
+            if not self._beats:
+                self._beats = self._frame(Kind.ALIVE, _NOTHING)
+            self._give_first(self._beats)
+        except OSError:
+            pass  # whoever waits for the peer finds out
+        finally:
+            self._sending.release()
+
+    def deadline(self, since: float, limit: float) -> float:
+        """When the peer, which has been waited for `since` then, has been silent for too long."""
+        return max(max(since, self._got) + limit, min(self._alive + limit, self._until))
+
+    def silent(self, since: float, limit: float, heard: int = 0) -> PeerSilentError:
+        """The error for a deadline that has passed; `heard`: bytes of a message that arrived."""
+        if heard:
+            what = f"sent only {heard} bytes in {limit:g} s"
+        elif self._alive > since:
+            what = f"says that it is at work, but sent nothing for {time.monotonic() - since:.3g} s"
+        else:
+            what = f"sent nothing for {limit:g} s"
+        return PeerSilentError(f"the {self.peer} {what}; check what it is doing")
 
     # ---------------------------------------------------------------------------------- end
 
-    def fail(self, reason: str) -> None:
-        """Send the peer the reason why the session ends here, and close. Takes at most 1 s."""
+    def fail(self, reason: str, stopped: bool = False) -> None:
+        """Send the peer the reason why the session ends here, and close. Takes at most 2 s.
+
+        stopped: whether a person stopped the session, so that nothing has failed.
+        """
+        self._until = 0.0
         with suppress(OSError, PartyError):
             if self._unsent:
                 raise ConnectionAbortedError  # within a frame, nothing else can be sent
-            self._transfer(
-                self._frame(Kind.ERROR, memoryview(json.dumps({"reason": reason}).encode())),
-                None,
-                _LINGER,
-            )
+            fields: dict[str, Any] = {"reason": reason, **({"stopped": True} if stopped else {})}
+            self._transfer((Kind.ERROR, memoryview(json.dumps(fields).encode())), None, _LINGER)
             self._socket.shutdown(socket.SHUT_WR)
             # Closing with unread data would make the kernel drop what was just sent.
             deadline = time.monotonic() + _LINGER
@@ -397,6 +543,10 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection."""
+        with suppress(OSError, ValueError):
+            # What is unread, such as a heartbeat, would make the kernel drop what was just sent.
+            while self._socket.fileno() >= 0 and self._take(self._buffer):
+                pass
         with suppress(OSError):
             self._socket.close()
 
@@ -420,6 +570,12 @@ class _Incoming:
     def advance(self, count: int) -> None:
         self.rest = self.rest[count:]
         self.complete = not self.rest
+
+
+def ending(fields: dict[str, Any], peer: str) -> PeerEndedError:
+    """The error for a peer that said why it ends the session, in the fields of an ERROR frame."""
+    told = f"the {peer} says: {printable(str(fields.get('reason', '')))}"
+    return PeerStoppedError(told) if fields.get("stopped") is True else PeerEndedError(told)
 
 
 def printable(text: str) -> str:

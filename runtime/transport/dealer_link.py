@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
+from mergec.runtime.core.errors import PartyError, PeerEndedError
 from mergec.runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
 
 BLOCK_BYTES = 1 << 20
@@ -35,6 +37,12 @@ class BlockReader(Protocol):
     """Returns the blocks in order; None after the last."""
 
     def get(self) -> torch.Tensor | None: ...
+
+    def deadline(self, since: float, limit: float) -> float:
+        """When a dealer that has been waited for `since` then is silent for too long."""
+
+    def silent(self, since: float, limit: float) -> PartyError:
+        """The error for that."""
 
 
 class DealerSender:
@@ -118,7 +126,8 @@ class DealerReceiver:
         """The next `nbytes` bytes of the stream, which nothing else refers to; blocks until there.
 
         They are aligned to words of 8 bytes. Raises PeerSilentError after `timeout` seconds without
-        a block, PeerEndedError if the stream ends first, and the reader's PartyError if it failed.
+        a block or a heartbeat that counts, PeerEndedError if the stream ends first, and the
+        reader's PartyError if it failed.
         """
         start, stop = self._head, self._head + nbytes
         if stop < self._block.nbytes:
@@ -148,15 +157,18 @@ class DealerReceiver:
     def finish(self) -> None:
         """Wait until the dealer ends the stream, after all of it has been read."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, self._timeout):
-                raise self._silent()
+            self._await(lambda: self._ended)
         if self._failure is not None:
             raise self._failure
 
-    def _silent(self) -> PeerSilentError:
-        return PeerSilentError(
-            f"the dealer sent nothing for {self._timeout:g} s; check what it is doing"
-        )
+    def _await(self, ready: Callable[[], object]) -> None:
+        """Wait for a state of the stream; raises PeerSilentError if the dealer is silent."""
+        since = time.monotonic()
+        while not ready():
+            left = self._blocks.deadline(since, self._timeout) - time.monotonic()
+            if left <= 0:
+                raise self._blocks.silent(since, self._timeout)
+            self._changed.wait(left)
 
     def _next(self) -> None:
         with self._changed:
@@ -175,16 +187,15 @@ class DealerReceiver:
                 self._changed.notify_all()
 
     def _wait(self) -> None:
-        while not self._queue:
-            if self._failure is not None:
-                raise self._failure
-            if self._ended:
-                raise PeerEndedError(
-                    "the dealer ended the session before it had sent all randomness; "
-                    "see its error message, and start all three roles again"
-                )
-            if not self._changed.wait(self._timeout):
-                raise self._silent()
+        self._await(lambda: self._queue or self._ended)
+        if self._queue:
+            return
+        if self._failure is not None:
+            raise self._failure
+        raise PeerEndedError(
+            "the dealer ended the session before it had sent all randomness; "
+            "see its error message, and start all three roles again"
+        )
 
     def _fill(self) -> None:
         try:
@@ -236,3 +247,9 @@ class ChannelBlockReader:
             raise PartyError(f"the {self._channel.peer} sent an empty block")
         self._channel.traffic.offline_received += payload.nbytes
         return torch.frombuffer(payload, dtype=torch.uint8)
+
+    def deadline(self, since: float, limit: float) -> float:
+        return self._channel.deadline(since, limit)
+
+    def silent(self, since: float, limit: float) -> PartyError:
+        return self._channel.silent(since, limit)

@@ -96,6 +96,12 @@ class _Blocks:
             self._changed.notify_all()
             return block
 
+    def deadline(self, since: float, limit: float) -> float:
+        return since + limit
+
+    def silent(self, since: float, limit: float) -> PartyError:
+        return PeerSilentError(f"the dealer sent nothing for {limit:g} s; check what it is doing")
+
 
 def dealer_pair(
     block_bytes: int = BLOCK_BYTES, ahead_bytes: int = AHEAD_BYTES, timeout: float = 30.0
