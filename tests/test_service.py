@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mergec.runtime.cli import INTERRUPTED, run
 from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.core.spec import DEALER
 from mergec.runtime.program.bundle import save_bundle
 from mergec.runtime.roles.dealer_desk import DealerDesk
 from mergec.runtime.roles.dealer_session import hear, tell
@@ -32,6 +33,9 @@ from mergec.runtime.roles.settings import Limits
 from mergec.runtime.roles.worker import Parent
 from mergec.runtime.session import handshake
 from mergec.runtime.session.handshake import Origin
+from mergec.runtime.session.requests import Plan
+from mergec.runtime.session.steps import MergecSession
+from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Kind
@@ -265,6 +269,123 @@ def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
                 for _ in range(int(START / 0.2)):
                     slow.sendall(b"\x01")
                     time.sleep(0.2)
+
+
+HELD, TIMEOUT = 7.0, 3
+"""Seconds that a step is held up at the dealer, and that the parties wait for a sign of life."""
+
+
+def hold() -> None:
+    """At the dealer: deal each prompt only after a while, in which it does something else."""
+    hold_for(HELD)
+
+
+def hold_on() -> None:
+    """At the dealer: deal no prompt."""
+    hold_for(10 * START)
+
+
+def hold_for(seconds: float) -> None:
+    real = MergecSession.step
+
+    def step(self, new: int, past: int, *args, **more):
+        if not past and self.party == DEALER:
+            time.sleep(seconds)
+        return real(self, new, past, *args, **more)
+
+    MergecSession.step = step
+
+
+HELD_UP = ("--timeout", str(TIMEOUT), "--grace", "5", "--metrics", "127.0.0.1:0")
+
+
+@pytest.mark.slow
+def test_a_dealer_that_takes_longer_than_the_timeout_is_waited_for(bundles, tmp_path) -> None:
+    (tmp_path / "key").write_text("ab" * 32)
+    stores = ("--stores", str(tmp_path / "stores"), "--store-key", str(tmp_path / "key"))
+    serve = (*HELD_UP, *stores)
+    with deployment(bundles, serve=serve, deal=HELD_UP, patch=hold) as made:
+        with made.connection(timeout=TIMEOUT) as connection:
+            for prompt in (PROMPT, [2]):
+                said = list(connection.generate(prompt, max_tokens=4))
+                assert [t.token for t in said] == decoder.plaintext(bundles, prompt, 4)
+                assert said[0].reports[0].seconds > HELD
+                costs = {(r.rounds, r.sent, r.received) for t in said[1:] for r in t.reports}
+                assert len(costs) == 1, "heartbeats are no part of what a step sends"
+        key = bytes.fromhex("ab" * 32)
+        place, _ = made.connection(timeout=TIMEOUT).prepare(Plan(2, 2, 4), tmp_path / "mine", key)
+        with made.connection(dealer=None, store=Store.open(place, key)) as connection:
+            assert tokens(connection, [4, 1]) == decoder.plaintext(bundles, [4, 1], 4)
+        for role in made.roles.values():
+            wait_until(lambda role=role: not role.workers)
+            assert "failed" not in role.output
+
+
+@pytest.mark.slow
+def test_a_dealer_that_is_at_work_for_ever_is_given_up(bundles) -> None:
+    """The tiny step may take five times the timeout, and no longer."""
+    with deployment(bundles, serve=HELD_UP, deal=HELD_UP, patch=hold_on) as made:
+        began = time.monotonic()
+        with pytest.raises(PartyError, match="the dealer says that it is at work, but sent nothi"):
+            tokens(made.connection())
+        assert time.monotonic() - began > 4 * TIMEOUT
+        told = made.server.wait_for("session failed")["reason"]
+        assert told.startswith("the dealer says that it is at work, but sent nothing for ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_dealer_that_ends_at_work_is_noticed_in_time(bundles, number) -> None:
+    with (
+        deployment(bundles, serve=HELD_UP, deal=HELD_UP, patch=hold_on) as made,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        connection = made.connection()
+        connection.open()
+        asked = pool.submit(tokens, connection)
+        # Heartbeats have come, so it has been at work.
+        wait_until(lambda: connection._channels and connection._channels[1]._alive)
+        began = time.monotonic()
+        for worker in made.dealer.workers:
+            worker.send_signal(number)
+        with pytest.raises(PartyError, match="the dealer (sent nothing for 3 s|went away)"):
+            asked.result()
+        # Well before the limit of a step.
+        assert time.monotonic() - began < 4 * TIMEOUT
+        for worker in made.dealer.workers:
+            worker.kill()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit, SystemExit])
+def test_a_person_who_stops_within_a_step_is_no_failure(running, ann, stop, monkeypatch) -> None:
+    """Whatever ends the client's code ends the session; nobody calls that a failure."""
+    before = {
+        name: sum(line["event"] == "session stopped" for line in role.log)
+        for name, role in running.roles.items()
+    }
+    failed = {name: role.output.count("session failed") for name, role in running.roles.items()}
+    connection = running.connection(security=ann)
+    answer = connection.generate(PROMPT, max_tokens=9)
+    next(answer)
+
+    def press(*_: object) -> None:
+        raise stop
+
+    # By now both other roles are told of the step.
+    monkeypatch.setattr(connection._session._executor, "step", press)
+    with pytest.raises(stop):
+        next(answer)
+    assert not connection.is_open
+    for name, connections in (("server", 1), ("dealer", 2)):
+        role = running.roles[name]
+        told = role.wait_for("session stopped", before[name] + connections)
+        assert told["level"] == "info"
+        assert "says: it was stopped" in told["reason"] or "says: the client says" in told["reason"]
+        wait_until(lambda role=role: not role.workers)
+        assert role.output.count("session failed") == failed[name]
+        url = f"http://{role.metrics}/metrics"
+        counted = f'mergec_{name}_sessions_ended_total{{how="stopped"}}'
+        wait_until(lambda url=url, c=counted: c in urllib.request.urlopen(url).read().decode())
 
 
 CLIENT = """

@@ -90,7 +90,7 @@ class Answer:
             return
         self._closed = True
         self._job.leave()
-        how = self.finish if self._over else "failed" if isinstance(error, Exception) else "left"
+        how = self.finish if self._over else "failed" if isinstance(error, Exception) else "stopped"
         self._answered.labels(how).inc()
         told = {"prompt": self._length, "tokens": self._count}
         took = round(time.monotonic() - self._began, 3)

@@ -430,7 +430,10 @@ class Channel:
     def _wait(self, events: int, deadline: float) -> None:
         # Not kept between calls: two threads may wait at once, each for its own direction.
         poll = select.poll()
-        poll.register(self._socket, events)
+        descriptor = self.fileno()
+        if descriptor < 0:
+            raise ConnectionAbortedError  # another thread has closed it
+        poll.register(descriptor, events)
         poll.poll(1000 * max(0.0, deadline - time.monotonic()))
 
     def _lost(self, error: OSError, sending: bool) -> PartyError:
@@ -514,7 +517,7 @@ class Channel:
         """The error for a deadline that has passed; `heard`: bytes of a message that arrived."""
         if heard:
             what = f"sent only {heard} bytes in {limit:g} s"
-        elif self._alive > since:
+        elif self._alive > since and time.monotonic() < self._alive + limit:
             what = f"says that it is at work, but sent nothing for {time.monotonic() - since:.3g} s"
         else:
             what = f"sent nothing for {limit:g} s"
@@ -543,10 +546,15 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection."""
-        with suppress(OSError, ValueError):
+        if self._reading.acquire(blocking=False):
             # What is unread, such as a heartbeat, would make the kernel drop what was just sent.
-            while self._socket.fileno() >= 0 and self._take(self._buffer):
-                pass
+            try:
+                while self._take(self._buffer):
+                    pass
+            except OSError:
+                pass  # it has ended the connection already
+            finally:
+                self._reading.release()
         with suppress(OSError):
             self._socket.close()
 

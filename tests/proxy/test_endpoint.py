@@ -370,7 +370,7 @@ def test_who_goes_away_frees_the_place(
                 )
                 wait_until(lambda: busy(url) == 1)
         left = next_answered(endpoint, before)
-    assert left["how"] == "left"
+    assert left["how"] == "stopped"
     assert left["tokens"] < LONG
     again = client.completions.create(**{**asked, "max_tokens": 4})
     assert again.choices[0].text == said[:4]
@@ -396,7 +396,7 @@ def test_requests_wait_for_the_session_and_too_many_are_turned_away(
                 ask(2)
             assert found.value.code == "too_many_requests"
             chunks.close()
-            assert next_answered(endpoint, before)["how"] == "left"
+            assert next_answered(endpoint, before)["how"] == "stopped"
         assert [job.result() for job in waiting] == [said[:3], said[:4]]
 
 
@@ -503,7 +503,7 @@ def test_the_page_in_a_browser(
             words.send_keys(ESCAPE)
             wait_for(lambda: len(text(".turn.assistant .foot")) == 2)
             assert text(".foot")[1].startswith("stopped")
-            assert next_answered(endpoint, before)["how"] == "left"
+            assert next_answered(endpoint, before)["how"] == "stopped"
 
         root = browser.find_element("css selector", "html")
         themes = []
@@ -530,7 +530,7 @@ def test_sigterm_ends_the_sessions(client: Any, endpoint: Role, running: Deploym
     next(iter(stream))
     assert endpoint.stop() == 0
     stream.close()
-    assert answered(endpoint)[-1]["how"] in ("left", "length")
+    assert answered(endpoint)[-1]["how"] in ("stopped", "length")
     assert endpoint.log[-1]["event"] == "stopped"
     running.server.wait_for("session ended", before + 1)
     assert "Traceback" not in endpoint.output
