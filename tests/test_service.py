@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mergec.runtime.cli import INTERRUPTED, run
-from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.core.errors import BusyError, PartyError, PromptError
 from mergec.runtime.core.spec import DEALER
 from mergec.runtime.program.bundle import save_bundle
 from mergec.runtime.roles.dealer_desk import DealerDesk
@@ -30,6 +30,7 @@ from mergec.runtime.roles.dealer_session import hear, tell
 from mergec.runtime.roles.observe import Metrics, PartyMetrics
 from mergec.runtime.roles.server_desk import ServerDesk
 from mergec.runtime.roles.settings import Limits
+from mergec.runtime.roles.turnover import Turnover
 from mergec.runtime.roles.worker import Parent
 from mergec.runtime.session import handshake
 from mergec.runtime.session.handshake import Origin
@@ -137,11 +138,41 @@ def test_a_full_queue_turns_clients_away(running, ann) -> None:
             opened = pool.submit(third.open)
             assert waiting.wait(START)
             fourth = running.connection(security=ann)
-            with pytest.raises(PartyError, match="the server says: it is busy: 2 sessions, 1 cl"):
+            busy = r"the server says: it is busy: 2 sessions, 1 clients wait; try again in \d+ s"
+            with pytest.raises(BusyError, match=busy) as found:
                 fourth.open()
+            assert f"in {found.value.wait} s" in str(found.value)
             third._channels[0].fail("changed my mind")
             with pytest.raises(PartyError):
                 opened.result(START)
+
+
+def test_a_dealer_without_room_says_when_to_come_back(bundles) -> None:
+    with deployment(bundles, deal=("--sessions", "1")) as made, made.connection() as first:
+        busy = r"the dealer says: it is busy with 1 sessions; try again in \d+ s"
+        with pytest.raises(BusyError, match=busy) as found:
+            made.connection().open()
+        assert found.value.wait >= 1
+        assert made.server.wait_for("session refused")["level"] == "warning"
+        assert tokens(first) == decoder.plaintext(bundles, PROMPT, 4)
+
+
+def test_the_wait_for_a_place_follows_from_how_long_places_were_taken(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("mergec.runtime.roles.turnover.time.monotonic", lambda: now[0])
+    turnover = Turnover(2)
+    assert turnover.wait(0) == 1, "nothing is known yet"
+    for holder, seconds in (("one", 40.0), ("two", 20.0)):
+        turnover.take(holder)
+        now[0] += seconds
+        turnover.leave(holder)
+    turnover.leave("nobody")
+    assert [turnover.wait(ahead) for ahead in range(4)] == [15, 30, 45, 60]
+    turnover.take("three")
+    now[0] += 90.5  # longer than those before
+    assert turnover.wait(0) == 46
+    now[0] += 1e6
+    assert turnover.wait(9) == 3600
 
 
 def test_limits_refuse_a_prompt_and_leave_the_session_open(running, bundles, ann) -> None:
@@ -310,8 +341,6 @@ def test_a_dealer_that_takes_longer_than_the_timeout_is_waited_for(bundles, tmp_
                 said = list(connection.generate(prompt, max_tokens=4))
                 assert [t.token for t in said] == decoder.plaintext(bundles, prompt, 4)
                 assert said[0].reports[0].seconds > HELD
-                costs = {(r.rounds, r.sent, r.received) for t in said[1:] for r in t.reports}
-                assert len(costs) == 1, "heartbeats are no part of what a step sends"
         key = bytes.fromhex("ab" * 32)
         place, _ = made.connection(timeout=TIMEOUT).prepare(Plan(2, 2, 4), tmp_path / "mine", key)
         with made.connection(dealer=None, store=Store.open(place, key)) as connection:
@@ -348,7 +377,7 @@ def test_a_dealer_that_ends_at_work_is_noticed_in_time(bundles, number) -> None:
         began = time.monotonic()
         for worker in made.dealer.workers:
             worker.send_signal(number)
-        with pytest.raises(PartyError, match="the dealer (sent nothing for 3 s|went away)"):
+        with pytest.raises(PartyError, match=r"the dealer (sent nothing for 3 s|went away)"):
             asked.result()
         # Well before the limit of a step.
         assert time.monotonic() - began < 4 * TIMEOUT

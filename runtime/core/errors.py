@@ -55,3 +55,11 @@ class PeerEndedError(PartyError):
 
 class PeerStoppedError(PeerEndedError):
     """A person stopped the session at a peer: nothing has failed."""
+
+
+class BusyError(PeerEndedError):
+    """A peer has no room for another session; it may have some after `wait` seconds."""
+
+    def __init__(self, message: str, wait: int) -> None:
+        super().__init__(message)
+        self.wait = wait

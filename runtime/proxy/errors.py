@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergec.runtime.core.errors import LimitError, PartyError, PromptError
+from mergec.runtime.core.errors import BusyError, LimitError, PartyError, PromptError
 from mergec.runtime.transport.channel import printable
 
 INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
@@ -48,6 +48,8 @@ def explain(error: BaseException) -> ApiError:
         return error
     if isinstance(error, LimitError):
         return ApiError(429, str(error), kind=LIMITED, code="rate_limit_exceeded", wait=error.wait)
+    if isinstance(error, BusyError):
+        return ApiError(429, str(error), kind=LIMITED, code="server_busy", wait=error.wait)
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="prompt_refused")
     if isinstance(error, PartyError):

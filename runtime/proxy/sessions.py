@@ -14,6 +14,7 @@ from mergec.runtime.core.errors import BundleError, PartyError
 from mergec.runtime.proxy.errors import LIMITED, ApiError
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.observe import PartyMetrics
+from mergec.runtime.roles.turnover import Turnover
 from mergec.runtime.session.generation import Token
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import StepReport
@@ -87,6 +88,7 @@ class Sessions:
         self.limits = first.limits
         """The server's limits."""
         self.most = min(most, self.limits.get("client_sessions") or most)
+        self._turnover = Turnover(self.most)
         self._queue = queue
         self._idle = [first]
         self._lock = threading.Lock()
@@ -111,11 +113,15 @@ class Sessions:
         self._jobs = [(job, future) for job, future in self._jobs if not future.done()]
         waiting = max(self.busy - self.most, 0)
         if self.busy >= self.most and waiting >= self._queue:
+            with self._lock:
+                wait = self._turnover.wait(waiting)
             raise ApiError(
                 429,
-                f"{self.most} answers are in progress and {waiting} requests wait; try again later",
+                f"{self.most} answers are in progress and {waiting} requests wait; try again in "
+                f"{wait} s",
                 kind=LIMITED,
                 code="too_many_requests",
+                wait=wait,
             )
         job = Job()
         future = self._threads.submit(self._work, job, list(prompt), options)
@@ -129,6 +135,7 @@ class Sessions:
             connection = (kept or self._idle or [self._connect()])[0]
             if connection in self._idle:
                 self._idle.remove(connection)
+            self._turnover.take(job)
         try:
             with closing(self._answer(connection, prompt, options)) as tokens:
                 for token in tokens:
@@ -141,6 +148,7 @@ class Sessions:
             with self._lock:
                 self.setup, self.limits = connection.setup, connection.limits
                 self._idle.append(connection)
+                self._turnover.leave(job)
 
     def _answer(
         self, connection: Connection, prompt: list[int], options: dict[str, Any]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
-from mergec.runtime.core.errors import LimitError, MergecError, PartyError, PromptError
+from mergec.runtime.core.errors import BusyError, LimitError, MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
@@ -431,7 +431,8 @@ class Connection:
         stopped = not isinstance(error, Exception)
         reason = "it was stopped" if stopped else "it cannot go on; see its error message"
         for channel in self._channels:
-            channel.fail(str(error) if isinstance(error, PartyError) else reason, stopped)
+            wait = error.wait if isinstance(error, BusyError) else 0
+            channel.fail(str(error) if isinstance(error, PartyError) else reason, stopped, wait)
         self._forget()
 
     def _expect(self, steps: Sequence[tuple[int, int]]) -> None:

@@ -12,6 +12,7 @@ from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.roles.observe import Metrics
 from mergec.runtime.roles.service import Desk, Worker
+from mergec.runtime.roles.turnover import Turnover
 
 
 @dataclass
@@ -32,6 +33,7 @@ class DealerDesk(Desk):
     def __init__(self, sessions: int, metrics: Metrics, wait: float) -> None:
         """`wait`: seconds within which a session's second party must join."""
         self._sessions = sessions
+        self._turnover = Turnover(sessions)
         self._metrics = metrics
         self._running = metrics.gauge("sessions", "Sessions under way.")
         self._ended = metrics.counter("sessions_ended", "Connections, by how they ended.", "how")
@@ -51,7 +53,8 @@ class DealerDesk(Desk):
         found = self._pending.get(token)
         if found is None:
             if len(self._servers) + len(self._pending) >= self._sessions:
-                worker.tell({"refused": f"it is busy with {self._sessions} sessions"})
+                busy = f"it is busy with {self._sessions} sessions"
+                worker.tell({"refused": busy, "wait": self._turnover.wait(0)})
                 return
             # Seeds are fresh for every pair, so a name that is used again repeats no mask.
             seeds, salt = (new_seed().hex(), new_seed().hex()), new_salt().hex()
@@ -69,6 +72,7 @@ class DealerDesk(Desk):
     ) -> None:
         if role == ROLES[SERVER]:
             self._servers.add(worker.pid)
+            self._turnover.take(worker.pid)
             self._running.set(len(self._servers))
         shown = seeds if role == ROLES[SERVER] else seeds[:1]
         worker.tell({"seeds": shown, "salt": salt}, (line.fileno(),))
@@ -76,6 +80,7 @@ class DealerDesk(Desk):
 
     def left(self, worker: Worker) -> None:
         self._servers.discard(worker.pid)
+        self._turnover.leave(worker.pid)
         self._running.set(len(self._servers))
         self._forget(lambda pending: pending.first is worker)
 

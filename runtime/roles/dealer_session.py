@@ -18,7 +18,7 @@ import torch
 
 from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import PartyError, PeerEndedError
+from mergec.runtime.core.errors import BusyError, PartyError, PeerEndedError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import derive
 from mergec.runtime.engine.executor import Executor
@@ -73,14 +73,14 @@ class DealerSession:
         if self._line is not None:
             self._parent.tell(kind="end", how=how)
 
-    def _fail(self, reason: str, stopped: bool) -> None:
+    def _fail(self, reason: str, stopped: bool = False, wait: int = 0) -> None:
         if stopped and self._line is not None:
             self._line.settimeout(0)
             fields = json.dumps({"reason": reason, "stopped": True}).encode()
             with suppress(PartyError):
                 tell(self._line, "other party", Kind.ERROR, memoryview(fields))
         if self._channel is not None:
-            self._channel.fail(reason, stopped)
+            self._channel.fail(reason, stopped, wait)
 
     def _run(self) -> None:
         settings, parent = self._settings, self._parent
@@ -93,6 +93,9 @@ class DealerSession:
         token = read_token(fields, channel.peer)
         self._log = self._log.bind(peer=channel.peer, name=channel.name, session=token[:8])
         answer, descriptors = parent.ask(kind="claim", token=token, role=channel.peer)
+        if "wait" in answer:
+            wait = answer["wait"]
+            raise BusyError(f"{answer['refused']}; try again in {wait} s", wait)
         if "refused" in answer:
             raise PartyError(answer["refused"])
         self._line = socket.socket(fileno=descriptors[0])

@@ -8,6 +8,7 @@ from mergec.runtime.roles.observe import PartyMetrics
 from mergec.runtime.roles.rate_limit import Allowance
 from mergec.runtime.roles.service import Desk, Worker
 from mergec.runtime.roles.settings import Limits
+from mergec.runtime.roles.turnover import Turnover
 from mergec.runtime.session.handshake import new_token
 
 
@@ -20,6 +21,8 @@ class ServerDesk(Desk):
         self._running = metrics.gauge("sessions", "Sessions under way.")
         self._waiting = metrics.gauge("queue", "Clients that wait for a session.")
         self._ended = metrics.counter("sessions_ended", "Sessions, by how they ended.", "how")
+        self._refused = metrics.counter("refused", "Refusals, by what was used up.", "what")
+        self._turnover = Turnover(limits.sessions)
         self._seated: dict[int, str] = {}
         self._queue: list[Worker] = []
         self._allowances: dict[str, Allowance] = {}
@@ -32,10 +35,15 @@ class ServerDesk(Desk):
             if worker in self._queue and len(self._queue) > self._limits.queue:
                 self._queue.remove(worker)
                 waiting, running = len(self._queue), len(self._seated)
-                worker.tell({"refused": f"it is busy: {running} sessions, {waiting} clients wait"})
+                busy = f"it is busy: {running} sessions, {waiting} clients wait"
+                worker.tell({"refused": busy, "wait": self._turnover.wait(waiting)})
+                self._refused.labels("sessions").inc()
             self._count()
         elif message["kind"] == "allowance":
-            worker.tell({"wait": self.allowance(worker.facts["name"]).wait()})
+            wait = self.allowance(worker.facts["name"]).wait()
+            worker.tell({"wait": wait})
+            if wait:
+                self._refused.labels("tokens").inc()
         elif message["kind"] == "step":
             self._metrics.step(message["report"])
             self.allowance(worker.facts["name"]).spend(message["report"]["new"])
@@ -44,6 +52,7 @@ class ServerDesk(Desk):
 
     def left(self, worker: Worker) -> None:
         self._seated.pop(worker.pid, None)
+        self._turnover.leave(worker.pid)
         if worker in self._queue:
             self._queue.remove(worker)
         self._seat()
@@ -59,6 +68,7 @@ class ServerDesk(Desk):
                 continue
             self._queue.remove(worker)
             self._seated[worker.pid] = name
+            self._turnover.take(worker.pid)
             worker.tell({"session": new_token()})
         for position, worker in enumerate(self._queue, 1):
             if worker.facts.get("position") != position:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import ByteSource, ServerContext
-from mergec.runtime.core.errors import PartyError, PeerEndedError
+from mergec.runtime.core.errors import BusyError, PartyError, PeerEndedError
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import new_seed
@@ -85,10 +85,10 @@ class ServerSession:
         if self._seated:
             self._parent.tell(kind="end", how=how)
 
-    def _fail(self, reason: str, stopped: bool) -> None:
+    def _fail(self, reason: str, stopped: bool = False, wait: int = 0) -> None:
         for channel in (self._channel, self._dealer):
             if channel is not None:
-                channel.fail(reason, stopped)
+                channel.fail(reason, stopped, wait)
 
     def _expect(self, seconds: float) -> None:
         """Let heartbeats of both peers extend waits for so long from now on."""
@@ -323,7 +323,8 @@ class ServerSession:
                 continue
             message, _ = self._parent.hear()
             if "refused" in message:
-                raise PartyError(f"{message['refused']}; try again later")
+                wait = message["wait"]
+                raise BusyError(f"{message['refused']}; try again in {wait} s", wait)
             if "session" in message:
                 self._seated = True
                 return str(message["session"])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from mergec.runtime.core.errors import MergecError, PartyError, PeerStoppedError
+from mergec.runtime.core.errors import BusyError, MergecError, PartyError, PeerStoppedError
 
 DATAGRAM = 1 << 16
 """Maximum size of a message between a session's process and its parent, in bytes."""
@@ -77,34 +77,36 @@ class Parent:
             self.check()
 
 
-def played(
-    session: Callable[[], None], fail: Callable[[str, bool], None], log: Callable[[], Any]
-) -> str:
-    """Run a session; returns how it ended: "done", "stopped" or "failed".
+def played(session: Callable[[], None], fail: Callable[..., None], log: Callable[[], Any]) -> str:
+    """Run a session; returns how it ended: "done", "stopped", "refused" or "failed".
 
-    What ends it is logged, and sent to the peer with `fail`, with whether a person stopped it. The
-    peer gets the text of a PartyError only: other errors may name files of this machine.
+    What ends it is logged, and sent to the peer with `fail`, as in `Channel.fail`. The peer gets
+    the text of a PartyError only: other errors may name files of this machine.
     """
     try:
         session()
         return "done"
     except StoppingError as error:
         log().info("session stopped")
-        fail(str(error), False)
+        fail(str(error))
         return "stopped"
     except PeerStoppedError as error:
         log().info("session stopped", reason=str(error))
-        fail(str(error), True)
+        fail(str(error), stopped=True)
         return "stopped"
+    except BusyError as error:
+        log().warning("session refused", reason=str(error))
+        fail(str(error), wait=error.wait)
+        return "refused"
     except PartyError as error:
         log().warning("session failed", reason=str(error))
-        fail(str(error), False)
+        fail(str(error))
     except MergecError as error:
         log().error("session failed", reason=str(error))
-        fail("it cannot go on; see its log", False)
+        fail("it cannot go on; see its log")
     except MemoryError:
         log().error("session failed", reason="out of memory")
-        fail("it is out of memory; try again later", False)
+        fail("it is out of memory; try again later")
     except Exception as error:  # noqa: BLE001  (a bug of ours: the other sessions go on)
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:
@@ -112,5 +114,5 @@ def played(
         place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else ""
         # The message is not logged: it might contain values.
         log().error("session failed", reason=f"internal error: {type(error).__name__}", place=place)
-        fail("it cannot go on; see its log", False)
+        fail("it cannot go on; see its log")
     return "failed"

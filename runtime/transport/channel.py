@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.errors import (
+    BusyError,
     PartyError,
     PeerEndedError,
     PeerSilentError,
@@ -64,6 +65,9 @@ _HEADER = struct.Struct("!BxxxIQ")
 _MAX_TEXT = 1 << 16
 """Largest JSON frame, in bytes."""
 
+_LONGEST_WAIT = 86_400
+"""Most seconds that a peer may ask to wait for a session."""
+
 _LAST_WORDS = 400
 """Most characters taken from a peer's error message."""
 
@@ -83,8 +87,8 @@ class Kind(enum.IntEnum):
     HELLO = 1
     """JSON: what a role states about itself (`runtime.session.hello`)."""
     ERROR = 2
-    """JSON: why the sender ends the session, and whether a person stopped it. May be sent instead
-    of any other kind."""
+    """JSON: why the sender ends the session, whether a person stopped it, and after how many
+    seconds there may be room for another one. May be sent instead of any other kind."""
     QUEUED = 3
     """JSON: the session has to wait."""
     ADMITTED = 4
@@ -525,16 +529,18 @@ class Channel:
 
     # ---------------------------------------------------------------------------------- end
 
-    def fail(self, reason: str, stopped: bool = False) -> None:
+    def fail(self, reason: str, stopped: bool = False, wait: int = 0) -> None:
         """Send the peer the reason why the session ends here, and close. Takes at most 2 s.
 
-        stopped: whether a person stopped the session, so that nothing has failed.
+        stopped: whether a person stopped the session, so that nothing has failed. wait: seconds
+        after which there may be room for a session, if that is why; otherwise 0.
         """
         self._until = 0.0
         with suppress(OSError, PartyError):
             if self._unsent:
                 raise ConnectionAbortedError  # within a frame, nothing else can be sent
-            fields: dict[str, Any] = {"reason": reason, **({"stopped": True} if stopped else {})}
+            fields: dict[str, Any] = {"reason": reason}
+            fields |= {"stopped": True} if stopped else {"wait": wait} if wait else {}
             self._transfer((Kind.ERROR, memoryview(json.dumps(fields).encode())), None, _LINGER)
             self._socket.shutdown(socket.SHUT_WR)
             # Closing with unread data would make the kernel drop what was just sent.
@@ -583,6 +589,9 @@ class _Incoming:
 def ending(fields: dict[str, Any], peer: str) -> PeerEndedError:
     """The error for a peer that said why it ends the session, in the fields of an ERROR frame."""
     told = f"the {peer} says: {printable(str(fields.get('reason', '')))}"
+    wait = fields.get("wait")
+    if type(wait) is int and 0 < wait <= _LONGEST_WAIT:
+        return BusyError(told, wait)
     return PeerStoppedError(told) if fields.get("stopped") is True else PeerEndedError(told)
 
 

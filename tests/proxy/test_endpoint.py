@@ -395,9 +395,32 @@ def test_requests_wait_for_the_session_and_too_many_are_turned_away(
             with pytest.raises(openai.RateLimitError) as found:
                 ask(2)
             assert found.value.code == "too_many_requests"
+            wait = found.value.response.headers["Retry-After"]
+            assert f"2 requests wait; try again in {wait} s" in str(found.value)
             chunks.close()
             assert next_answered(endpoint, before)["how"] == "stopped"
         assert [job.result() for job in waiting] == [said[:3], said[:4]]
+
+
+def test_a_server_without_room_is_429_with_the_time_to_wait(bundles: Path) -> None:
+    relay = Relay()
+    with deployment(bundles, serve=("--sessions", "1", "--queue", "0")) as made:
+        relay.target = made.server.address
+        at = ("--server", str(relay.address), "--dealer", str(made.dealer.address))
+        with role("proxy", bundles, *at, "--plaintext") as proxy:
+            url = f"http://{proxy.address}/v1"
+            relay.disarm()  # the proxy loses its session
+            wait_until(lambda: not made.server.workers)
+            asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2, "stream": True}
+            with made.connection():
+                told = httpx.post(f"{url}/completions", json=asked, timeout=START)
+            assert told.status_code == 429
+            error = told.json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "server_busy")
+            assert error["message"].endswith(f"try again in {told.headers['Retry-After']} s")
+            wait_until(lambda: not made.server.workers)
+            assert httpx.post(f"{url}/completions", json=asked, timeout=START).status_code == 200
+    relay.close()
 
 
 def test_a_session_that_ended_is_begun_anew(
