@@ -166,13 +166,14 @@ def apply(
 ) -> Protocol:
     """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, or of f(x) * factor.
 
-    In: x to 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a
-    factor (Shared, same shape) the result also has the program's fractional bits. Rounds 2. Online
-    18 bytes per element; with a factor, 16 more and those of its truncation. The table's value is
-    opened under a mask to truncate it, in the same round as the compared bits. The dealer shares
-    the products of mask bits, times the words that make up the table's value and x, and each of
-    these times the factor's mask (`selection`). Each party sees the openings of a window, of the
-    table's value, of bits and of the factor, each under a fresh, uniform mask.
+    In: x to 16 fractional bits (`function_input`), any shape, |x| < 2**14. With a factor (Shared,
+    same shape) the result also has the program's fractional bits. Rounds 2, with exact rounding 4.
+    Online 18 bytes per element; with a factor, 16 more and those of its truncation. The table's
+    value is opened under a mask to truncate it, in the same round as the compared bits. The dealer
+    shares the products of mask bits, times the words that make up the table's value and x, and each
+    of these times the factor's mask (`selection`). Each party sees the openings of a window, of the
+    table's value, of bits and of the factor, each under a fresh, uniform mask; with exact rounding,
+    the client sees of the first two what `open_high` says.
     """
     if ctx.exact and function.fine is not None:
         function = function.fine
@@ -187,8 +188,8 @@ def apply(
         first.append(truncate(ctx, flat, factor.frac - ctx.fixed))
     opened, *truncated = yield from together(*first)
     inside, tails = function.selections(out_frac)
-    value = evaluate(ctx, opened, mask, function.table)
-    value = table_value(ctx, value, inside.line.shift)
+    looked_up = evaluate(ctx, opened, mask, function.table)
+    value = table_value(ctx, looked_up, inside.line.shift)
     wide_mask = value.mask(ctx)
     value_mask = value.narrow(wide_mask)
     bit_mask = ctx.mask_bits((count,))
