@@ -54,6 +54,7 @@ def test_traces_are_found_wherever_they_are(
         assert list(traces.search(file, texts, rows)) == [f"1.up: {what}"]
 
 
+@pytest.mark.slow
 def test_three_machines(tmp_path: Path) -> None:
     """Without TLS, so only the protocols hide prompt, answers and weights."""
     done = subprocess.run(

@@ -50,7 +50,14 @@ def test_the_tolerance_is_as_promised() -> None:
     assert TOLERANCE == 1e-9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+FEW = ("gpt2", "llama", "gemma2", "bloom", "phi")
+"""Families with different attention, norms and activations; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in FAMILIES],
+)
 def test_alone(family: str) -> None:
     for kind in OPTIMIZING:
         settles(in_dialect(family).copy(), [kind])

@@ -58,6 +58,7 @@ def test_inspect_graph(tmp_path: Path) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_two_families() -> None:
     said = run("every_family.py", "gpt2", "qwen3")
     assert "gpt2" in said
