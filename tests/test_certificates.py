@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.session.handshake import be_greeted, greet
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.transport import authority
 from mergec.runtime.transport.authority import (
     AUTHORITY_KEY,
     REQUEST,
@@ -182,10 +183,10 @@ def test_a_revoked_certificate_is_refused_from_the_next_handshake_on(tmp_path: P
     # Both ends say so, although neither was started again.
     (tmp_path / "mallory" / "revoked.pem").unlink()
     client, accepted = meet(mallory, server)
-    assert "the client has an invalid certificate (certificate revoked); it must ask" in str(
+    assert "'ann' was rejected: the certificate of 'ann' was revoked; ask the authority" in str(
         accepted
     )
-    with pytest.raises(PartyError, match="says that this party's certificate was revoked; ask the"):
+    with pytest.raises(PartyError, match="the server says: the certificate of 'ann' was revoked"):
         client.exchange(None, 1)
     assert meet(bob, server)[1].name == "bob"
     with pytest.raises(MergecError, match=r"ann/certificate.pem: was revoked, as .*revoked.pem"):
@@ -193,13 +194,13 @@ def test_a_revoked_certificate_is_refused_from_the_next_handshake_on(tmp_path: P
     # Its owner gets a new one, for a new key.
     assert make_certificates(tmp_path, ("ann", "bob")) == [tmp_path / "ann"]
     assert meet(Security("client", tmp_path / "ann"), server)[1].name == "ann"
-    assert "certificate revoked" in str(meet(mallory, server)[1])
+    assert "the certificate of 'ann' was revoked" in str(meet(mallory, server)[1])
     # Further ones are added, and the server's, too, which its peers notice.
     revoke(tmp_path, [str(tmp_path / "server" / CERTIFICATE)])
     (tmp_path / "mallory" / "revoked.pem").unlink()
-    assert "certificate revoked" in str(meet(mallory, server)[1])
+    assert "the certificate of 'ann' was revoked" in str(meet(mallory, server)[1])
     connected, _ = meet(bob, server)
-    assert "the server has an invalid certificate (certificate revoked)" in str(connected)
+    assert "the certificate of 'server' was revoked; ask the authority" in str(connected)
 
 
 def test_lists_that_will_not_do_let_nobody_in(tmp_path: Path) -> None:
@@ -225,7 +226,65 @@ def test_lists_that_will_not_do_let_nobody_in(tmp_path: Path) -> None:
         _, accepted = meet(ann, server)
         assert isinstance(accepted, MergecError)
     Path(given).unlink()
-    assert "cannot be read as a list" in str(meet(ann, server)[1])
+    assert "given.pem: cannot be read (No such file" in str(meet(ann, server)[1])
+
+
+def test_a_list_brings_in_no_authority(tmp_path: Path) -> None:
+    """Not even with an empty list of its own, beside the true one, and at either end."""
+    make_certificates(tmp_path, ("ann", "bob"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "_AUTHORITY_NAME", "another authority")
+        make_certificates(tmp_path / "evil", ("ann",))
+    foreign = revoke(tmp_path / "evil", [])
+    revoke(tmp_path, ["bob"])
+    server, ann = Security("server", tmp_path), Security("client", tmp_path / "ann")
+    evil_server = Security("server", tmp_path / "evil")
+    (tmp_path / "evil" / "ann" / "revoked.pem").unlink()
+    evil = Security("client", tmp_path / "evil" / "ann")
+    true = (tmp_path / "revoked.pem").read_bytes()
+    own = (tmp_path / "evil" / AUTHORITY).read_bytes()
+    mores = (own, own + foreign.read_bytes(), foreign.read_bytes(), b"words", true)
+    for data in [true + more for more in mores] + [more + true for more in mores]:
+        for place in ("server", "ann"):
+            (tmp_path / place / "revoked.pem").write_bytes(data)
+        _, accepted = meet(evil, server)
+        assert isinstance(accepted, MergecError)
+        assert "server/revoked.pem: is not a list of revoked certificates alone" in str(accepted)
+        connected, _ = meet(ann, evil_server)
+        assert isinstance(connected, MergecError)
+        assert "ann/revoked.pem: is not a list of revoked certificates alone" in str(connected)
+        with pytest.raises(MergecError, match="is not a list of revoked certificates alone"):
+            Security("server", tmp_path)
+    for place in ("server", "ann"):
+        (tmp_path / place / "revoked.pem").write_bytes(true)
+    # Neither does another certificate in the authority's own file.
+    with (tmp_path / "server" / AUTHORITY).open("ab") as file:
+        file.write(own)
+    assert "the client trusts another authority" in str(meet(evil, server)[1])
+    assert isinstance(meet(evil, evil_server)[1], Channel), "it is accepted where it belongs"
+    assert meet(ann, server)[1].name == "ann"
+
+
+def test_a_list_that_is_gone_lets_nobody_in(tmp_path: Path) -> None:
+    make_certificates(tmp_path, ("ann", "bob"))
+    revoke(tmp_path, ["bob"])
+    listed = tmp_path / "server" / "revoked.pem"
+    ann, server = Security("client", tmp_path / "ann"), Security("server", tmp_path)
+    listed.unlink()
+    assert "revoked.pem: cannot be read (No such file" in str(meet(ann, server)[1])
+    listed.symlink_to(tmp_path / "nowhere.pem")
+    assert "revoked.pem: cannot be read (No such file" in str(meet(ann, server)[1])
+    with pytest.raises(MergecError, match=r"revoked.pem: cannot be read \(No such file"):
+        Security("server", tmp_path)
+    listed.unlink()
+    listed.symlink_to(tmp_path / "revoked.pem")
+    assert meet(ann, server)[1].name == "ann"
+    # The authority itself forgets no list either.
+    (tmp_path / "revoked.pem").unlink()
+    (tmp_path / "revoked.pem").symlink_to(tmp_path / "nowhere.pem")
+    for call in (lambda: revoke(tmp_path, ["ann"]), lambda: make_certificates(tmp_path)):
+        with pytest.raises(MergecError, match=r"revoked.pem: cannot be read \(No such file"):
+            call()
 
 
 def test_only_the_keys_that_were_given_are_accepted(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from mergec.runtime.transport.certificates import (
     read_certificate,
     read_key,
     read_revoked,
+    revoked_in,
     role_of,
 )
 
@@ -46,6 +47,7 @@ REQUEST = "request.pem"
 FIRST_CLIENT = "client-1"
 """Name of a client to try things out with."""
 
+_AUTHORITY_NAME = "mergec authority"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _BACKDATED = timedelta(minutes=5)
 
@@ -193,7 +195,7 @@ def sign_request(
         place.mkdir(exist_ok=True)
         _write(place / AUTHORITY, _pem(authority))
         _write(place / CERTIFICATE, _pem(certificate))
-        if (folder / REVOKED).exists():
+        if revoked_in(folder) is not None:
             _write(place / REVOKED, (folder / REVOKED).read_bytes())
     return place, fingerprint(public)
 
@@ -243,9 +245,10 @@ def revoke(folder: Path, names: Sequence[str], now: datetime | None = None) -> P
 
 def _serials(folder: Path, authority: x509.Certificate) -> dict[int, datetime]:
     """Serial numbers of the certificates that were revoked so far, and when."""
-    if not (folder / REVOKED).exists():
+    listed = revoked_in(folder)
+    if listed is None:
         return {}
-    found = read_revoked(folder / REVOKED, authority)
+    found = read_revoked(listed, authority)
     return {entry.serial_number: entry.revocation_date_utc for entry in found}
 
 
@@ -278,7 +281,7 @@ def _authority(
     if (folder / AUTHORITY).exists():
         return _existing(folder)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _common("mergec authority")
+    name = _common(_AUTHORITY_NAME)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)

@@ -124,14 +124,23 @@ def find_certificate(folder: Path) -> x509.Certificate:
 
 
 def revoked_in(folder: Path) -> Path | None:
-    """The list of revoked certificates in a role's folder, if there is one."""
-    return folder / REVOKED if (folder / REVOKED).exists() else None
+    """The list of revoked certificates in a role's folder, if there is one.
+
+    A link that leads nowhere, or a file that cannot be read, is one too: it has to be an error.
+    """
+    return folder / REVOKED if os.path.lexists(folder / REVOKED) else None
 
 
 def read_revoked(file: Path, authority: x509.Certificate) -> x509.CertificateRevocationList:
-    """Read a list of revoked certificates; raises MergecError unless the authority signed it."""
+    """Read a list of revoked certificates.
+
+    Raises MergecError unless the file holds one list, signed by the authority, and nothing else.
+    """
     try:
-        found = x509.load_pem_x509_crl(file.read_bytes())
+        data = file.read_bytes()
+        found = x509.load_pem_x509_crl(data)
+        if data.split() != found.public_bytes(serialization.Encoding.PEM).split():
+            raise ValueError("there is something else in the file")
         valid = found.issuer == authority.subject and found.is_signature_valid(
             authority.public_key()  # type: ignore[arg-type]
         )
@@ -141,7 +150,7 @@ def read_revoked(file: Path, authority: x509.Certificate) -> x509.CertificateRev
         ) from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise MergecError(
-            f"{file}: is not a list of revoked certificates; `mergec certs revoke` writes it"
+            f"{file}: is not a list of revoked certificates alone; `mergec certs revoke` writes it"
         ) from error
     if not valid:
         raise MergecError(

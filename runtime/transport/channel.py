@@ -51,8 +51,6 @@ _REASONS = {
     "or set the clocks",
     "UNKNOWN_CA": "trusts another authority; use certificates of one `mergec certs`",
     "CERTIFICATE_REQUIRED": "requires a certificate; give --certs",
-    "CERTIFICATE_REVOKED": "says that this party's certificate was revoked; ask the authority for "
-    "another one",
     "BAD_CERTIFICATE": "does not accept this party's certificate; run `mergec certs`, or set the "
     "clocks",
     "WRONG_VERSION_NUMBER": "does not use TLS; start both with --certs, or neither",
@@ -630,10 +628,6 @@ def explain(error: OSError, peer: str) -> str:
         said = error.verify_message
         if "not yet valid" in said or "expired" in said:
             remedy = "run `mergec certs`, or set the clocks"
-        elif "revoked" in said:
-            remedy = "it must ask the authority for another one"
-        elif "CRL" in said:
-            remedy = "use the list of revoked certificates of its authority"
         else:
             remedy = "use certificates of one `mergec certs`"
         return f"the {peer} has an invalid certificate ({said}); {remedy}"

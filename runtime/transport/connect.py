@@ -1,9 +1,10 @@
 """Connections between roles: TLS 1.3 with certificates of a private authority on both sides.
 
 A role trusts only the authority in its own folder, and a certificate names the role that its holder
-may play. If there is a list of revoked certificates, OpenSSL checks it at each handshake. A role
-can also accept only the keys that it was told of. Host names are not checked, so a role may move
-between machines. Plain TCP is allowed only on loopback, and only if requested explicitly.
+may play. If there is a list of revoked certificates, it is read at each handshake. OpenSSL never
+gets this file: it would trust every authority that it finds there. A role can also accept only the
+keys that it was told of. Host names are not checked, so a role may move between machines. Plain TCP
+is allowed only on loopback, and only if requested explicitly.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.transport.address import Address
@@ -27,7 +29,9 @@ from mergec.runtime.transport.certificates import (
     find_folder,
     fingerprint,
     name_of,
+    read_certificate,
     read_fingerprints,
+    read_revoked,
     revoked_in,
     role_of,
 )
@@ -58,7 +62,7 @@ class Security:
         """certificates: the role's folder, or the folder that contains those of all roles.
 
         revoked: list of revoked certificates; default: the one in the role's folder, if any. It is
-        read at each handshake. accepted: fingerprints of the only keys that peers may have; empty
+        read at each handshake; one that is there at the start has to stay. accepted: fingerprints of the only keys that peers may have; empty
         for any. Raises MergecError if neither or both of certificates and plaintext are given, or
         if the role's certificate is invalid.
         """
@@ -77,7 +81,7 @@ class Security:
         if plaintext:
             raise MergecError("--plaintext and --certs exclude each other; give one")
         self.folder = find_folder(certificates, role)
-        check_certificate(self.folder, role, revoked=revoked)
+        check_certificate(self.folder, role, revoked=self._list())
 
     def check(self, address: Address) -> None:
         """Raise MergecError for plaintext connections across a network."""
@@ -95,28 +99,46 @@ class Security:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(self.folder / AUTHORITY)
+        # One certificate, the one that lists of revoked certificates are checked against.
+        authority = read_certificate(self.folder / AUTHORITY)
+        context.load_verify_locations(cadata=authority.public_bytes(Encoding.DER))
         context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
-        revoked = self._revoked or revoked_in(self.folder)
-        if revoked is not None:
-            try:
-                context.load_verify_locations(revoked)
-            except OSError as error:  # nobody is let in who might be on it
-                raise MergecError(
-                    f"{revoked}: cannot be read as a list of revoked certificates; "
-                    "`mergec certs revoke` writes it"
-                ) from error
-            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
         if listening:
             context.num_tickets = 0
         return context
 
-    def refusal(self, peer: x509.Certificate) -> str:
-        """Why the holder of a certificate is not accepted; empty if it is."""
+    def revoked(self) -> frozenset[int]:
+        """Serial numbers of revoked certificates; none without a list.
+
+        Raises MergecError if the list cannot be read, is not the authority's, or is gone.
+        """
+        listed = self._list()
+        if self.folder is None or listed is None:
+            return frozenset()
+        found = read_revoked(listed, read_certificate(self.folder / AUTHORITY))
+        return frozenset(entry.serial_number for entry in found)
+
+    def _list(self) -> Path | None:
+        """The list of revoked certificates. One that was there is not forgotten if it is gone."""
+        if self._revoked is None and self.folder is not None:
+            self._revoked = revoked_in(self.folder)
+        return self._revoked
+
+    def refusal(self, peer: x509.Certificate, revoked: frozenset[int]) -> tuple[str, str]:
+        """Why the holder of a certificate is not accepted, and what to do; empty if it is.
+
+        revoked: what `revoked` returned.
+        """
+        if peer.serial_number in revoked:
+            name = printable(name_of(peer))
+            return f"the certificate of {name!r} was revoked", "ask the authority for another one"
         found = fingerprint(peer.public_key())
         if not self._accepted or found in self._accepted:
-            return ""
-        return f"the {self.role} does not accept the key {found[:16]}… (--accept)"
+            return "", ""
+        return (
+            f"the {self.role} does not accept the key {found[:16]}… (--accept)",
+            "give the keys of all peers, and check who this one is",
+        )
 
 
 def listen(address: Address, security: Security) -> socket.socket:
@@ -143,7 +165,7 @@ def accept(
     Raises PartyError if it is not. Without certificates, the peer is assumed to be the first of
     `roles` until it says otherwise.
     """
-    context = security.context(listening=True)
+    context, revoked = _settings(connection, security, listening=True)
     connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
     peer = " or ".join(roles)
     with _one_line(peer):
@@ -157,7 +179,7 @@ def accept(
         reason = f"only the {peer} may connect here, not {role or 'a party without a role'}"
         remedy = "give each role its own certificate"
     else:
-        reason, remedy = security.refusal(certificate), "add it if it should be"
+        reason, remedy = security.refusal(certificate, revoked)
     if reason:
         channel.fail(reason)
         raise PartyError(f"{printable(name)!r} was rejected: {reason}; {remedy}")
@@ -173,8 +195,8 @@ def connect(
     Raises PartyError if it does not answer, or if its certificate names another role.
     """
     security.check(address)
-    context = security.context(listening=False)
     connection = _await(address, role, min(join_timeout, timeout))
+    context, revoked = _settings(connection, security, listening=False)
     connection.settimeout(min(HANDSHAKE_TIMEOUT, timeout))
     with _one_line(role):
         if context is None:
@@ -187,11 +209,22 @@ def connect(
         reason = f"{address} is {found or 'a party without a role'}, not the {role}"
         remedy = "give each role its own certificate, and check the address"
     else:
-        reason, remedy = security.refusal(certificate), "check the address, and who runs it"
+        reason, remedy = security.refusal(certificate, revoked)
     if reason:
         channel.fail(reason)
         raise PartyError(f"{reason}; {remedy}")
     return channel
+
+
+def _settings(
+    connection: socket.socket, security: Security, *, listening: bool
+) -> tuple[ssl.SSLContext | None, frozenset[int]]:
+    """What a handshake needs; if it cannot be had, the connection is closed."""
+    try:
+        return security.context(listening=listening), security.revoked()
+    except (MergecError, OSError):
+        connection.close()
+        raise
 
 
 def _await(address: Address, role: str, join_timeout: float) -> socket.socket:
