@@ -28,6 +28,7 @@ from mergec.runtime.session.hello import Hello
 from mergec.runtime.transport import authority
 from mergec.runtime.transport.authority import (
     AUTHORITY_KEY,
+    ISSUED,
     REQUEST,
     make_authority,
     make_certificates,
@@ -318,3 +319,81 @@ def test_a_folder_of_all_roles_has_one_client_that_is_meant(tmp_path: Path) -> N
     with pytest.raises(MergecError, match=r"several parties of the role client \(ann, client-1\)"):
         Security("client", tmp_path)
     assert Security("dealer", tmp_path).folder == tmp_path / "dealer"
+
+
+def signed(folder: Path, machine: Path, name: str) -> Path:
+    """A certificate for the key of a machine, in its folder, by the authority in `folder`."""
+    request, _ = make_request(machine, "client", name)
+    place, _ = sign_request(folder, request, "client", name)
+    for file in place.iterdir():
+        shutil.copy(file, machine)
+    return machine / CERTIFICATE
+
+
+@pytest.mark.parametrize("by", ["name", "file", "name without a folder"])
+def test_revoking_includes_earlier_certificates_and_the_key(tmp_path: Path, by: str) -> None:
+    folder, machine = tmp_path / "authority", tmp_path / "machine"
+    make_certificates(folder, ("ann",))
+    server = Security("server", folder)
+    earlier = signed(folder, machine, "bob").read_bytes()
+    last = signed(folder, machine, "bob")
+    other = signed(folder, tmp_path / "other", "ann2")
+    # The same key under another name.
+    (tmp_path / "alias").mkdir()
+    shutil.copy(machine / KEY, tmp_path / "alias")
+    alias = signed(folder, tmp_path / "alias", "bobby")
+    bob, certificates = (
+        Security("client", machine),
+        [earlier, last.read_bytes(), alias.read_bytes()],
+    )
+    for data in certificates:
+        last.write_bytes(data)
+        assert meet(bob, server)[1].name.startswith("bob")
+    if by == "name without a folder":
+        shutil.rmtree(folder / "bob")
+    revoke(folder, [str(alias) if by == "file" else "bob"])
+    for data in certificates:
+        last.write_bytes(data)
+        assert "was revoked" in str(meet(bob, server)[1])
+    assert meet(Security("client", other.parent), server)[1].name == "ann2"
+    # The key is of no use any more, under any name, and a new one is.
+    for name in ("bob", "bobby", "carol"):
+        request, _ = make_request(machine, "client", name)
+        with pytest.raises(MergecError, match="certificate was revoked; make a new key: remove"):
+            sign_request(folder, request, "client", name)
+    (machine / KEY).unlink()
+    signed(folder, machine, "bob")
+    assert meet(Security("client", machine), server)[1].name == "bob"
+
+
+def test_an_authority_from_before_has_no_record(tmp_path: Path) -> None:
+    """What is revoked is recorded then, and so is what is signed from then on."""
+    folder, machine = tmp_path / "authority", tmp_path / "machine"
+    make_authority(folder)
+    first = signed(folder, machine, "bob").read_bytes()
+    (folder / ISSUED).unlink()
+    request, _ = make_request(machine, "client", "bob")
+    (tmp_path / "first.pem").write_bytes(first)
+    signed(folder, machine, "bob")
+    revoke(folder, [str(tmp_path / "first.pem")])
+    shutil.rmtree(folder / "bob")
+    with pytest.raises(MergecError, match="certificate was revoked; make a new key"):
+        sign_request(folder, request, "client", "bob")
+    assert len((folder / ISSUED).read_bytes().splitlines()) == 2
+
+
+def test_the_record_survives_a_crash_and_is_not_guessed(tmp_path: Path) -> None:
+    folder, machine = tmp_path / "authority", tmp_path / "machine"
+    make_authority(folder)
+    signed(folder, machine, "bob")
+    whole = (folder / ISSUED).read_bytes()
+    (folder / ISSUED).write_bytes(whole + whole[:40])
+    signed(folder, machine, "bob")
+    assert (folder / ISSUED).read_bytes().startswith(whole)
+    assert len((folder / ISSUED).read_bytes().splitlines()) == 2
+    for damage in (b"x\n", b'{"serial": "1", "name": "bob", "key": ""}\n', b"[]\n", b"\xff\n"):
+        (folder / ISSUED).write_bytes(whole + damage)
+        with pytest.raises(MergecError, match=f"{ISSUED}: is damaged, so which certificates"):
+            revoke(folder, ["bob"])
+        with pytest.raises(MergecError, match=f"{ISSUED}: is damaged, so which certificates"):
+            signed(folder, machine, "bob")

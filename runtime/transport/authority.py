@@ -6,10 +6,13 @@ holder ever has a key. To try things out, `make_certificates` makes all keys in 
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -40,6 +43,12 @@ from mergec.runtime.transport.certificates import (
 
 AUTHORITY_KEY = "authority-key.pem"
 """The authority's private key. Whoever has it can issue a certificate for any role."""
+
+ISSUED = "issued.jsonl"
+"""What the authority has signed: serial number, name and key's fingerprint, one record per line.
+
+A certificate that was renewed is on no machine of the authority's any more, but remains valid.
+"""
 
 REQUEST = "request.pem"
 """A request for a certificate, beside the key that it is for."""
@@ -107,6 +116,7 @@ def make_certificates(
             place.mkdir(exist_ok=True)
             key = ec.generate_private_key(ec.SECP256R1())
             certificate = _sign(name, role, key.public_key(), authority, authority_key, valid)
+            _record(folder, [Issued.of(certificate)])
             _write(place / AUTHORITY, _pem(authority))
             _write(place / KEY, _private(key), secret=True)
             _write(place / CERTIFICATE, _pem(certificate))
@@ -166,7 +176,8 @@ def sign_request(
     role, name: what the one who signs expects the request to ask for. Only this goes into the
     certificate, and the key: nothing else of the request does. Raises MergecError if the request
     asks for anything else or is not signed by its key, if another key has a certificate of this
-    name that was not revoked, or if the folder cannot be written.
+    name that was not revoked, if a certificate of this key was revoked, or if the folder cannot be
+    written.
     """
     subject = _subject(role, name)
     wanted = _read_request(request)
@@ -180,18 +191,23 @@ def sign_request(
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
         raise MergecError(f"{request}: is not for a key that `mergec certs request` makes")
     authority, authority_key = _existing(folder)
-    place = folder / subject
+    place, revoked, issued = folder / subject, _serials(folder, authority), _issued(folder)
     if (place / CERTIFICATE).exists():
         former = find_certificate(place)
-        if former.public_key() != public and former.serial_number not in _serials(
-            folder, authority
-        ):
+        issued.append(Issued.of(former))
+        if former.public_key() != public and former.serial_number not in revoked:
             raise MergecError(
                 f"{place / CERTIFICATE}: is for another key; run `mergec certs revoke` first, or "
                 "choose another name"
             )
+    if any(entry.serial in revoked and entry.key == fingerprint(public) for entry in issued):
+        raise MergecError(
+            f"{request}: is for a key of which a certificate was revoked; make a new key: remove "
+            f"{KEY} on the machine that uses it, and run `mergec certs request` there"
+        )
     certificate = _sign(subject, role, public, authority, authority_key, _validity(days, now))
     with _told(folder):
+        _record(folder, [Issued.of(certificate)])
         place.mkdir(exist_ok=True)
         _write(place / AUTHORITY, _pem(authority))
         _write(place / CERTIFICATE, _pem(certificate))
@@ -203,15 +219,21 @@ def sign_request(
 def revoke(folder: Path, names: Sequence[str], now: datetime | None = None) -> Path:
     """Add the certificates of these names, or in these files, to the authority's list.
 
-    The list is written to `folder`, and to the folders below it that have this authority. It does
-    not expire. Returns the list. Raises MergecError if a certificate is missing, or of another
-    authority.
+    With them all certificates of the same keys are revoked, and all that were signed for a name:
+    renewing leaves earlier ones valid. The list is written to `folder`, and to the folders below it
+    that have this authority. It does not expire. Returns the list. Raises MergecError if a
+    certificate is missing, or of another authority.
     """
     authority, key = _existing(folder)
     since = (now or datetime.now(UTC)) - _BACKDATED
-    serials = _serials(folder, authority)
+    serials, issued = _serials(folder, authority), _issued(folder)
+    known, named = {entry.serial for entry in issued}, {entry.name for entry in issued}
+    chosen, added = [], []
     for name in names:
+        chosen += [entry for entry in issued if entry.name == name]
         file = folder / name / CERTIFICATE
+        if name in named and not file.exists():
+            continue
         file = file if file.exists() else Path(name)
         if file.is_dir():
             file = file / CERTIFICATE
@@ -222,7 +244,13 @@ def revoke(folder: Path, names: Sequence[str], now: datetime | None = None) -> P
             raise MergecError(
                 f"{file}: was signed by another authority, which alone can revoke it"
             ) from error
-        serials.setdefault(found.serial_number, since)
+        entry = Issued.of(found)
+        chosen.append(entry)
+        if entry.serial not in known:
+            added.append(entry)
+    keys = {entry.key for entry in chosen}
+    for entry in [*chosen, *(entry for entry in issued if entry.key in keys)]:
+        serials.setdefault(entry.serial, since)
     made = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(authority.subject)
@@ -235,6 +263,7 @@ def revoke(folder: Path, names: Sequence[str], now: datetime | None = None) -> P
         )
     data = _pem(made.sign(key, hashes.SHA256()))
     with _told(folder):
+        _record(folder, added)
         _write(folder / REVOKED, data)
         for place in sorted(folder.iterdir()):
             own = place / AUTHORITY
@@ -250,6 +279,73 @@ def _serials(folder: Path, authority: x509.Certificate) -> dict[int, datetime]:
         return {}
     found = read_revoked(listed, authority)
     return {entry.serial_number: entry.revocation_date_utc for entry in found}
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate that the authority signed. key: its fingerprint."""
+
+    serial: int
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> Issued:
+        """The record of a certificate."""
+        key = fingerprint(certificate.public_key())
+        return cls(certificate.serial_number, name_of(certificate), key)
+
+
+def _issued(folder: Path) -> list[Issued]:
+    """What the authority has signed, as far as it is recorded. Raises MergecError for damage."""
+    file = folder / ISSUED
+    try:
+        # A crash can have cut the last line; its certificate was never written.
+        lines = file.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MergecError(f"{file}: cannot be read ({error.strerror}); correct that") from error
+    found = []
+    for line in lines:
+        try:
+            entry = Issued(**json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _damaged(file) from error
+        if [type(entry.serial), type(entry.name), type(entry.key)] != [int, str, str]:
+            raise _damaged(file)
+        found.append(entry)
+    return found
+
+
+def _damaged(file: Path) -> MergecError:
+    return MergecError(
+        f"{file}: is damaged, so which certificates exist is not known; restore it from a backup, "
+        "or make a new authority"
+    )
+
+
+def _record(folder: Path, entries: Sequence[Issued]) -> None:
+    """Append to what the authority has signed, durably: before a certificate leaves it.
+
+    A record that was cut by a crash is removed, as its certificate was never written.
+    """
+    if not entries:
+        return
+    text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries).encode()
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    with os.fdopen(os.open(folder / ISSUED, flags, 0o644), "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def _read_request(file: Path) -> x509.CertificateSigningRequest:
