@@ -81,15 +81,32 @@ def test_a_manifest_is_written_as_ever(tmp_path: Path) -> None:
     assert data["digest"] == digest(data)
 
 
-def test_settings_are_the_client_s_own_affair(tmp_path: Path) -> None:
-    """They make no other program."""
-    folder = save_bundle(tiny("client", generation=SETTINGS), tmp_path / "b")
-    data = json.loads((folder / bundle.MANIFEST).read_text())
-    assert data["generation"] == SETTINGS.to_dict()
-    manifest = load_bundle(folder, "client").manifest
-    assert manifest.generation == SETTINGS
-    without = save_bundle(tiny("client"), tmp_path / "a")
-    assert manifest.program_hash == read_manifest(without).program_hash
+def test_settings_are_part_of_the_program(tmp_path: Path) -> None:
+    """They decide how long answers are: a bias can make one stop where its prompt says so."""
+    hashes = set()
+    for role in ROLES:
+        folder = save_bundle(tiny(role, generation=SETTINGS), tmp_path / role)
+        data = json.loads((folder / bundle.MANIFEST).read_text())
+        assert data["generation"] == SETTINGS.to_dict()
+        manifest = load_bundle(folder, role).manifest
+        assert manifest.generation == SETTINGS
+        hashes.add(manifest.program_hash)
+    assert len(hashes) == 1
+    for n, other in enumerate(({}, {**SETTINGS.to_dict(), "min_length": 3})):
+        settings = GenerationSettings.from_dict(other)
+        folder = save_bundle(tiny("client", generation=settings), tmp_path / str(n))
+        hashes.add(read_manifest(folder).program_hash)
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_settings_that_were_changed_are_another_program(role: str, tmp_path: Path) -> None:
+    folder = save_bundle(tiny(role, generation=SETTINGS), tmp_path / "b")
+    file = folder / bundle.MANIFEST
+    data = json.loads(file.read_text()) | {"generation": {"sequence_bias": [[[3, 4], 1e9]]}}
+    file.write_text(json.dumps(data | {"digest": digest(data)}))
+    with pytest.raises(BundleError, match=r"has the program hash .*, but the manifest lists"):
+        load_bundle(folder, role)
 
 
 @pytest.mark.parametrize(

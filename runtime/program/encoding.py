@@ -38,9 +38,9 @@ def program_hash(program: RoleProgram, version: int | None = None) -> str:
     """SHA-256 of everything that all roles must agree on, in hexadecimal; equal in all bundles.
 
     It covers the public tensors but no others; how values are rounded; and the digest of the
-    tokenizer and the stop tokens, because these decide how long prompts and answers are. It omits
-    the places in the user's model that instructions come from, which are only informative. version:
-    of the bundle's format; by default that of the manifest.
+    tokenizer, the stop tokens and the generation settings, because these decide how long prompts
+    and answers are. It omits the places in the user's model that instructions come from, which are
+    only informative. version: of the bundle's format; by default that of the manifest.
     """
     manifest = program.manifest
     version = manifest.format_version if version is None else version
@@ -61,6 +61,7 @@ def program_hash(program: RoleProgram, version: int | None = None) -> str:
     if version > 1:
         keys = ("rounding", "tokenizer", "stop_tokens")
         shared |= {key: getattr(manifest, key) for key in keys}
+        shared["generation"] = manifest.generation.to_dict()
     return hashlib.sha256(canonical(shared)).hexdigest()
 
 

@@ -62,9 +62,9 @@ class Security:
         """certificates: the role's folder, or the folder that contains those of all roles.
 
         revoked: list of revoked certificates; default: the one in the role's folder, if any. It is
-        read at each handshake; one that is there at the start has to stay. accepted: fingerprints of the only keys that peers may have; empty
-        for any. Raises MergecError if neither or both of certificates and plaintext are given, or
-        if the role's certificate is invalid.
+        read at each handshake; one that is there at the start has to stay. accepted: fingerprints
+        of the only keys that peers may have; empty for any. Raises MergecError if neither or both
+        of certificates and plaintext are given, or if the role's certificate is invalid.
         """
         self.role = role
         self.folder: Path | None = None
