@@ -109,17 +109,44 @@ def test_a_client_expects_a_program(bundles: Path) -> None:
         assert len(str(caught.value)) < 400
 
 
-def test_a_hash_that_covers_no_tokenizer_is_not_enough(tmp_path: Path) -> None:
-    """That of a former bundle; with a tokenizer of one's own it is."""
+def test_a_hash_of_a_former_version_is_not_enough(tmp_path: Path) -> None:
+    """It covers no stop tokens, so whoever changes these decides how long answers are."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
-    manifest = read_manifest(tmp_path / "bundles-0.1.0" / "client")
-    expect(manifest, manifest.program_hash)  # it has no tokenizer at all
-    named = {**manifest.files, f"{TOKENIZER}/{VOCABULARY}": {"bytes": 1, "sha256": ""}}
+    client = tmp_path / "bundles-0.1.0" / "client"
+    right = read_manifest(client).program_hash
+    resign(client, stop_tokens=[3, 4, 5])
+    manifest = read_manifest(client)
+    assert manifest.program_hash == right
+    assert load_bundle(client, "client").manifest.stop_tokens == [3, 4, 5]
+    for own in (False, True):
+        with pytest.raises(BundleError, match="has format version 1, whose hash covers neither"):
+            expect(manifest, right, own_tokenizer=own)
+
+
+def test_a_hash_that_covers_no_tokenizer_is_not_enough() -> None:
+    """With a tokenizer of one's own it is."""
+    manifest = tiny(program_hash="ab").manifest
+    expect(manifest, "ab")  # it has no tokenizer at all
+    named = {f"{TOKENIZER}/{VOCABULARY}": {"bytes": 1, "sha256": ""}}
     object.__setattr__(manifest, "files", named)
     with pytest.raises(BundleError, match="does not cover the tokenizer"):
-        expect(manifest, manifest.program_hash)
-    expect(manifest, manifest.program_hash, own_tokenizer=True)
+        expect(manifest, "ab")
+    expect(manifest, "ab", own_tokenizer=True)
+
+
+@pytest.mark.parametrize("name", [TOKENIZER, f"{TOKENIZER}/{TEMPLATE}", f"{TOKENIZER}/more"])
+def test_links_in_a_tokenizer_are_refused(copy: Path, tmp_path: Path, name: str) -> None:
+    """Also those that lead to the same content, and to folders."""
+    place, outside = copy / "client" / name, tmp_path / "outside"
+    if place.exists():
+        place.rename(outside)
+    else:
+        outside.mkdir()
+        (outside / "additional_chat_templates").write_text(WORD_LENGTHS)
+    place.symlink_to(outside)
+    with pytest.raises(BundleError, match=f"{name}: is a symbolic link; put the file itself"):
+        load_bundle(copy / "client", "client")
 
 
 def test_a_tokenizer_of_ones_own(bundles: Path, tmp_path: Path) -> None:

@@ -233,13 +233,19 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
 def expect(manifest: Manifest, wanted: str, own_tokenizer: bool = False) -> None:
     """Raise BundleError unless the program is the one whose hash a user expects.
 
-    wanted: the hash, in full. own_tokenizer: the user brings a tokenizer, so that of the bundle,
-    which hashes of format version 1 do not cover, does not matter.
+    wanted: the hash, in full. own_tokenizer: the user brings a tokenizer, so one in the bundle that
+    the hash does not cover does not matter. A hash of format version 1 covers nothing that decides
+    how long an answer is, so no such bundle is the expected one.
     """
     if manifest.program_hash != wanted.lower():
         raise BundleError(
             f"the bundle is of program {manifest.program_hash}, but {wanted[:80]!r} is "
             "expected; ask its owner, and do not use it until you know why"
+        )
+    if manifest.format_version == 1:
+        raise BundleError(
+            "the bundle has format version 1, whose hash covers neither the tokenizer nor the stop "
+            f"tokens, so no program can be expected; {RECOMPILE}"
         )
     covered = manifest.tokenizer or not any(name.startswith(TOKENIZER) for name in manifest.files)
     if not covered and not own_tokenizer:
@@ -314,9 +320,14 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    """The tokenizer must be the one of the program hash, and none of its files unlisted."""
+    """The tokenizer must be the one of the program hash, and none of its files unlisted.
+
+    A link could lead to another file later, or to a folder whose files are not looked at here.
+    """
     prefix = f"{TOKENIZER}/"
-    for file in sorted((folder / TOKENIZER).rglob("*")):
+    for file in [folder / TOKENIZER, *sorted((folder / TOKENIZER).rglob("*"))]:
+        if file.is_symlink():
+            raise BundleError(f"{file}: is a symbolic link; put the file itself there, or {_COPY}")
         if file.is_file() and file.relative_to(folder).as_posix() not in manifest.files:
             raise BundleError(f"{file}: is not listed in {MANIFEST}; remove it, or {_COPY}")
     if manifest.role != ROLES[CLIENT] or not manifest.tokenizer:
