@@ -23,7 +23,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak load check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -62,6 +62,9 @@ fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; ME
 
 soak: $(READY) ## 200 answers while everything is killed at random; writes docs/soak.md
 	PYTHONPATH=. $(PYTHON) benchmarks/soak.py --output docs/soak.md
+
+load: $(READY) ## 1 to 8 clients at once, and more than there is room for; writes docs/load.md
+	PYTHONPATH=. $(PYTHON) benchmarks/load.py --output docs/load.md
 
 check: lint docs test ## format, lint, types, documentation and tests: what CI runs
 

@@ -160,7 +160,7 @@ def mutations(draw: Any, original: list[bytes]) -> list[bytes]:
         i = draw(st.integers(0, len(found) - 1))
         frame = found[i]
         kind, number, length = HEADER.unpack(frame[: HEADER.size]) if len(frame) >= 16 else (0,) * 3
-        match draw(st.integers(0, 9)):
+        match draw(st.integers(0, 10)):
             case 0:
                 del found[i]
             case 1:
@@ -184,6 +184,11 @@ def mutations(draw: Any, original: list[bytes]) -> list[bytes]:
             case 8:
                 payload = draw(st.binary(max_size=64) | json_payloads())
                 found[i] = HEADER.pack(kind, number, len(payload)) + payload
+            case 9:
+                beats = draw(st.integers(1, 300))
+                found[i:i] = [
+                    HEADER.pack(Kind.ALIVE, (number + n) % 2**32, 0) for n in range(beats)
+                ]
             case _:
                 found = found[: i + 1]
     return renumbered(found) if draw(st.booleans()) else found
@@ -309,7 +314,8 @@ def play_server(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
 def play_dealer(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, Play]:
     program = load_bundle(recorded.bundles / "dealer", "dealer")
     options = DealerSettings(Path(), NOWHERE, PLAIN["dealer"], timeout=0.2)
-    line = [frame[:1] + frame[HEADER.size :] for frame in recorded.client_to_dealer[1:]]
+    requests = [frame for frame in recorded.client_to_dealer[1:] if frame[0] != Kind.ALIVE]
+    line = [frame[:1] + frame[HEADER.size :] for frame in requests]
 
     def play(said: list[bytes]) -> list[bytes]:
         own, peer = wire.end(said)
@@ -358,9 +364,10 @@ SAFE = {Kind.HELLO, Kind.ERROR}
 
 
 def agrees(said: list[bytes], mine: Hello, peer: str) -> bool:
-    """Whether the first frame is a greeting that this role has to accept."""
+    """Whether the first frame but heartbeats is a greeting that this role has to accept."""
     try:
-        theirs = Hello.decode(frames(b"".join(said))[0][HEADER.size :], peer)
+        told = [frame for frame in frames(b"".join(said)) if frame[0] != Kind.ALIVE]
+        theirs = Hello.decode(told[0][HEADER.size :], peer)
         compare(mine, theirs, peer)
     except (PartyError, IndexError):
         return False
@@ -402,7 +409,7 @@ def test_mutated_sessions_end_in_one_line(
         nonlocal tried, examples
         told = [frame[0] for frame in play.run(said)]
         tried, examples = tried + len(said), examples + 1
-        assert set(told) <= set(honest) | {Kind.ERROR, Kind.REFUSED}
+        assert set(told) <= set(honest) | {Kind.ERROR, Kind.REFUSED, Kind.ALIVE}
         # Rounds and blocks are as many as in the honest session, at most, and none for strangers.
         for kind in (Kind.ROUND, Kind.BLOCK, Kind.SEED, Kind.STEP):
             assert told.count(kind) <= 2 * honest.count(kind)
