@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergec.runtime.core.errors import (
     BundleError,
+    BusyError,
     LimitError,
     MergecError,
     OpError,
@@ -41,6 +42,7 @@ __version__ = VERSION
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CompileConfig",
     "CompileError",
     "InternalError",

@@ -89,7 +89,9 @@ Accept = Annotated[
         "`mergec certs show` prints them."
     ),
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait for a peer's message.", min=0.1)]
+Timeout = Annotated[
+    float, typer.Option(help="Seconds of silence after which a peer is gone.", min=0.1)
+]
 IdleTimeout = Annotated[float, typer.Option(help="Seconds that a session may be idle.", min=0.1)]
 Grace = Annotated[
     float, typer.Option(help="Seconds that running answers have to finish at shutdown.", min=0)

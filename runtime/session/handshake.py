@@ -19,7 +19,7 @@ JOIN_TIMEOUT = 30.0
 """Seconds that a role waits until another one listens."""
 
 TIMEOUT = 120.0
-"""Seconds that a role waits for an expected message."""
+"""Seconds that a role waits for an expected message from a peer that gives no sign of life."""
 
 IDLE_TIMEOUT = 1800.0
 """Seconds that a session may wait for its next prompt."""
