@@ -193,6 +193,7 @@ class DealerSession:
             line.settimeout(self._allowed)
 
         channel.expect(setup_patience(self._program, timeout))
+        line.settimeout(setup_patience(self._program, timeout))
         with self._pulse.working():
             session.setup()
         limit = self._program.manifest.max_length

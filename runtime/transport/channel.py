@@ -287,11 +287,15 @@ class Channel:
         since, moved, heard = time.monotonic(), 0, 0
         try:
             if outgoing is not None:
-                sending = self._sending.acquire()
+                sending = self._sending.acquire(timeout=limit)
+                if not sending:
+                    raise TimeoutError  # another thread's frame is in the way
                 self._unsent = [*self._beats, *self._frame(*outgoing)]
                 self._beats = []
             if incoming is not None:
-                reading = self._reading.acquire()
+                reading = self._reading.acquire(timeout=limit)
+                if not reading:
+                    raise TimeoutError
             while True:
                 if sending and not self._unsent:
                     # Only now: another thread may send while this one waits for the answer.
