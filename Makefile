@@ -9,6 +9,7 @@ BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ATTACK_ARGS ?=
+MUTANT_ARGS ?=
 BASE ?=
 
 ifdef MERGEC_PYTHON
@@ -23,7 +24,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -67,6 +68,10 @@ load: $(READY) ## 1 to 8 clients at once, and more than there is room for; write
 	PYTHONPATH=. $(PYTHON) benchmarks/load.py --output docs/load.md
 
 check: lint docs test ## format, lint, types, documentation and tests: what CI runs
+
+# Begins no change after 50 minutes. Works on copies: the checkout stays as it is.
+mutants: $(READY) ## put single faults into the code and run the tests; writes docs/mutants.md; MUTANT_ARGS=…
+	$(PYTHON) benchmarks/mutants.py --output docs/mutants.md $(MUTANT_ARGS)
 
 lint: $(READY) ## format, lint and types
 	$(PYTHON) -m ruff format --check .
