@@ -106,7 +106,8 @@ def program(
         constants=specs,
         tensors={**shared, **(secret if role == "server" else {})},
         manifest=Manifest(
-            **{"model": "handmade", "vocab_size": VOCAB, "max_length": LENGTH, **manifest}
+            **{"model": "handmade", "vocab_size": VOCAB, "max_length": LENGTH, "logit_noise": noise}
+            | manifest
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import MergecError, PromptError
+from mergec.runtime.core.spec import ROLES
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.program.generation_settings import NAMES, GenerationSettings
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
@@ -370,3 +373,18 @@ def test_in_three_processes(model: Any, plain: list[int]) -> None:
     assert made.plaintext(answer).tokens == answer.tokens
     other = made.generate_local(PROMPT, max_tokens=4, repetition_penalty=1)
     assert other.tokens == theirs(changed, repetition_penalty=1.0)[:4]
+
+
+def test_all_roles_have_the_settings_and_one_hash(
+    model: Any, program: Program, tmp_path: Path
+) -> None:
+    settings = {"sequence_bias": [[[3, 4], 5.0]], "top_p": 0.9, "forced_eos_token_id": [7]}
+    other = compile_decoder(configured(model, **settings), config=CompileConfig(max_length=64))
+    assert other.manifest.program_hash != program.manifest.program_hash
+    other.save(tmp_path / "b")
+    manifests = [load_bundle(tmp_path / "b" / role, role).manifest for role in ROLES]
+    manifests.append(Program.load(tmp_path / "b").manifest)
+    assert {found.program_hash for found in manifests} == {other.manifest.program_hash}
+    for found in manifests:
+        assert settings.items() <= found.generation.to_dict().items()
+    Program.load(tmp_path / "b").check(other.manifest.program_hash)

@@ -110,7 +110,23 @@ REFUSED: dict[str, tuple[list[tuple[Any, ...]], str]] = {
     ),
     "one argument too many": (
         [("x", "mpc.square", SHARED, EMBED, IDS)],
-        "depends on the value of 'ids'",
+        "does not fit the op's schema '(Tensor x) -> Tensor' (too many positional arguments)",
+    ),
+    "one literal too many": (
+        [("x", "mpc.square", SHARED, EMBED, 7)],
+        "does not fit the op's schema '(Tensor x) -> Tensor' (too many positional arguments)",
+    ),
+    "a parameter that does not exist": (
+        [("x", "mpc.square", SHARED, EMBED, {"y": 7})],
+        "(got an unexpected keyword argument 'y')",
+    ),
+    "a parameter twice": (
+        [("x", "mpc.square", SHARED, EMBED, {"x": EMBED})],
+        "(multiple values for argument 'x')",
+    ),
+    "one argument too few": (
+        [("x", "mpc.mul", SHARED, EMBED)],
+        "(missing a required argument: ",
     ),
     "arithmetic of lengths": (
         [TOKEN, ("x", "sym.max", CLIENT, Ref("token"), 3)],
@@ -188,6 +204,54 @@ ALLOWED: dict[str, list[tuple[Any, ...]]] = {
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_what_depends_on_shapes_is_not_refused(kind: str) -> None:
     validate(with_more(decoder.program("client"), *ALLOWED[kind]), "here")
+
+
+@pytest.mark.parametrize(
+    ("noise", "stated", "words"),
+    [
+        (
+            0.0,
+            2.0**-8,
+            "'logits' (mpc.reveal) reveals with noise 0.0, but the manifest says 0.0039",
+        ),
+        (2.0**-8, 0.0, "reveals with noise 0.00390625, but the manifest says 0.0;"),
+        (2.0**-9, 2.0**-8, "reveals with noise 0.001953125, but the manifest says 0.00390625;"),
+        ("x" * 99, 0.0, f"reveals with noise '{'x' * 59}…, but the manifest says 0.0;"),
+        (Ref("new"), 0.0, "reveals with noise a computed value, but the manifest says 0.0;"),
+    ],
+)
+def test_the_noise_is_what_the_manifest_says(
+    tmp_path: Path, noise: Any, stated: float, words: str
+) -> None:
+    program = decoder.program("server", noise=noise, logit_noise=stated)
+    with pytest.raises(BundleError) as caught:
+        save_bundle(program, tmp_path / "b")
+    assert words in str(caught.value)
+    right = decoder.program("server", noise=2.0**-8)
+    assert right.manifest.logit_noise == 2.0**-8
+    # A second opening, of which nothing is said.
+    last = right.instructions[-1]
+    more = dataclasses.replace(last, name="again", args=last.args[:1])
+    validate(right, "here")
+    right.instructions.append(more)
+    with pytest.raises(BundleError, match=r"'again' .* reveals with noise 0.0, but"):
+        validate(right, "here")
+    right.instructions[-1] = dataclasses.replace(more, kwargs={"noise": 2.0**-8})
+    validate(right, "here")
+
+
+def test_what_is_revealed_is_what_the_manifest_says() -> None:
+    logits = decoder.program("client")
+    validate(logits, "here")
+    logits.manifest = dataclasses.replace(logits.manifest, reveal="token")
+    with pytest.raises(BundleError, match="reveals logits, but the manifest says the token alone"):
+        validate(logits, "here")
+    last = logits.instructions[-1]
+    logits.instructions[-1] = dataclasses.replace(last, target="mpc.reveal_token")
+    validate(logits, "here")
+    logits.manifest = dataclasses.replace(logits.manifest, reveal="logits")
+    with pytest.raises(BundleError, match="reveals a token, but the manifest says logits"):
+        validate(logits, "here")
 
 
 def test_a_cache_cannot_make_a_secret_public() -> None:

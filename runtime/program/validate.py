@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from inspect import signature
+from typing import Any
 
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.op import REGISTRY, Op
@@ -13,11 +14,13 @@ from mergec.runtime.core.structural import SECRET_MOVES, SIZE, TABLE, secret_par
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.ops import ENTRY_POINTS, load_all
 from mergec.runtime.program.encoding import RECOMPILE, dtype_name, refs
+from mergec.runtime.program.generation_settings import cut
 from mergec.runtime.program.program import (
     DECODE,
     FINISH,
     PROMPT,
     Instruction,
+    Ref,
     RoleProgram,
     needed,
 )
@@ -29,6 +32,9 @@ _MAY_HOLD = {
     "dealer": frozenset({Vis.PUBLIC}),
 }
 
+_WHOLE, _TOKEN = "mpc.reveal", "mpc.reveal_token"
+"""The ops that tell the client something: a value, and the token that it chooses."""
+
 
 def validate(program: RoleProgram, where: str) -> None:
     """Raise BundleError at the first fault of a program: names, ops, shapes, who may hold what."""
@@ -36,6 +42,7 @@ def validate(program: RoleProgram, where: str) -> None:
         raise BundleError(f"{where}: unknown role {program.role!r}; one of {', '.join(ROLES)}")
     _check_tensors(program, where)
     known = _check_values(program, where)
+    _check_revealed(program, where)
     for output in program.outputs:
         if output not in known:
             raise BundleError(f"{where}: the output {output!r} is never computed; {RECOMPILE}")
@@ -55,6 +62,28 @@ def validate(program: RoleProgram, where: str) -> None:
                         f"{where}: {name!r} is {vis.value}, but caches are shared; do not use it, "
                         f"{RECOMPILE}"
                     )
+
+
+def _check_revealed(program: RoleProgram, where: str) -> None:
+    """What the program reveals, and with which noise, must be what the manifest tells people."""
+    manifest = program.manifest
+    for item in program.instructions:
+        if item.target == _WHOLE:
+            noise = _arguments(item).get("noise", 0.0)
+            if not manifest.reveals_logits:
+                fault = "reveals logits, but the manifest says the token alone"
+            elif isinstance(noise, Ref) or noise != manifest.logit_noise:
+                said = "a computed value" if isinstance(noise, Ref) else cut(noise)
+                fault = f"reveals with noise {said}, but the manifest says {manifest.logit_noise}"
+            else:
+                continue
+        elif item.target == _TOKEN and manifest.reveals_logits:
+            fault = "reveals a token, but the manifest says logits"
+        else:
+            continue
+        raise BundleError(
+            f"{where}: {item.name!r} ({item.target}) {fault}; do not use it, {RECOMPILE}"
+        )
 
 
 def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
@@ -173,6 +202,10 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     held: set[int | str] = set()
     if item.target.startswith("mpc."):
         op = REGISTRY[item.target.removeprefix("mpc.")]
+        try:
+            _arguments(item)
+        except TypeError as error:
+            return f"does not fit the op's schema {cut(op.schema)} ({error})"
         secret, moves, joined = _secret_parameters(op, operands), True, op.visibility(*operands)
         held = _keys(op, {name for name in op.tensors if op.operands.get(name) == "held"})
     else:
@@ -195,6 +228,12 @@ def _fault(item: Instruction, known: Mapping[str, Vis]) -> str:
     if item.vis is not joined:
         return f"is declared as {item.vis.value}, but is {joined.value}"
     return ""
+
+
+def _arguments(item: Instruction) -> Mapping[str, Any]:
+    """The arguments of a dialect op by parameter; TypeError if there are too many or too few."""
+    reference = REGISTRY[item.target.removeprefix("mpc.")].reference
+    return signature(reference).bind(*item.args, **item.kwargs).arguments
 
 
 def _secret_parameters(op: type[Op], operands: Sequence[Vis]) -> set[int | str]:
