@@ -243,6 +243,7 @@ def _stop(todo: multiprocessing.Queue) -> None:
 
 def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
     """The result as Markdown."""
+    told = [f"--{name}={value}" for name, value in vars(args).items() if value and name != "output"]
     counts = Counter(outcome.result for outcome in outcomes)
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in outcomes:
@@ -256,7 +257,7 @@ def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
         "`benchmarks/mutants.py` lists the modules, and the tests of each.",
         "",
         f"Seed {args.seed}, {len(outcomes)} of {total} places. Command:",
-        f"`python benchmarks/mutants.py {shlex.join(sys.argv[1:])}`.",
+        f"`make mutants MUTANT_ARGS={shlex.quote(shlex.join(told))}`.",
         "",
         "| module | tried | noticed | out of time | unnoticed |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -77,6 +77,13 @@ def test_a_seed_repeats_a_run() -> None:
     assert len(set(run())) > 1
 
 
+def test_the_last_token_of_an_answer_is_known_to_be_the_last() -> None:
+    """A checkpoint may force it; the prompt counts as part of the length."""
+    manifest = Manifest(generation=GenerationSettings(forced_eos_token_id=4))
+    pick = Chooser(Sampling(), manifest, [0, 2, 0], 4)
+    assert [pick(LOGITS) for _ in range(4)] == [1, 1, 1, 4]
+
+
 def test_every_seed_in_range_is_itself() -> None:
     for seed in (0, 1, 2**63 - 1):
         assert Sampling(seed=seed).generator().initial_seed() == seed
