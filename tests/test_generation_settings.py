@@ -348,6 +348,8 @@ def test_what_the_parties_can_honour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw_for(Sampling(), manifest) == Draw(2**15, 8)
     assert draw_for(Sampling(temperature=0), manifest) == Draw()
     assert draw_for(Sampling(top_k=0), manifest) == Draw(2**15)
+    few = Manifest(reveal="token", vocab_size=8, generation=settings)
+    assert draw_for(Sampling(), few) == Draw(2**15), "the 8 best of 8 tokens are all"
     for asked in (Sampling(min_p=0.1), Sampling(repetition_penalty=1.1)):
         with pytest.raises(PromptError, match="needs the logits"):
             draw_for(asked, manifest)
