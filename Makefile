@@ -71,6 +71,7 @@ check: lint docs test ## format, lint, types, documentation and tests: what CI r
 
 # Begins no change after 50 minutes. Works on copies: the checkout stays as it is.
 mutants: $(READY) ## put single faults into the code and run the tests; writes docs/mutants.md; MUTANT_ARGS=…
+	test -z "$(READY)" || $(PYTHON) -m pip install --quiet --editable '.[mutants]'
 	$(PYTHON) benchmarks/mutants.py --output docs/mutants.md $(MUTANT_ARGS)
 
 lint: $(READY) ## format, lint and types
