@@ -283,8 +283,8 @@ class Evidence:
             blocks.append(self._sharpened(odds))
         known = np.concatenate(blocks, 1)
         known -= known.mean(0)
-        # The Gram matrix of independent coins is well conditioned.
-        solved = np.linalg.solve(known.T @ known, known.T @ self._seen)
+        # The Gram matrix of independent coins is well conditioned, but words may have constant bits.
+        solved = np.linalg.pinv(known.T @ known, hermitian=True) @ (known.T @ self._seen)
         estimate: np.ndarray = self._basis @ solved[: target.group.size].T
         return estimate
 
