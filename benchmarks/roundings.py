@@ -283,7 +283,7 @@ class Evidence:
             blocks.append(self._sharpened(odds))
         known = np.concatenate(blocks, 1)
         known -= known.mean(0)
-        # The Gram matrix of independent coins is well conditioned, but words may have constant bits.
+        # The Gram matrix of independent coins is well conditioned, but some words are constant.
         solved = np.linalg.pinv(known.T @ known, hermitian=True) @ (known.T @ self._seen)
         estimate: np.ndarray = self._basis @ solved[: target.group.size].T
         return estimate
