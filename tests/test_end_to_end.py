@@ -45,7 +45,8 @@ def decoder(family: str, **options: Any) -> nn.Module:
 
 
 def compiled(model: nn.Module, path: Path, max_length: int = 64) -> Program:
-    config = CompileConfig(max_length=max_length)
+    # Noise might move a token where two logits are close.
+    config = CompileConfig(max_length=max_length, logit_noise=0.0)
     compile_decoder(model, config=config).save(path)
     return Program.load(path)
 

@@ -54,11 +54,12 @@ def test_unmasking_is_exact_for_every_mask_and_every_bit_pattern(name: str) -> N
 @pytest.mark.parametrize("name", ["less than", "zero or one", "all"])
 def test_arithmetic_of_polynomials_is_that_of_their_values(name: str) -> None:
     one, other = FORMULAS[name], FORMULAS["between"]
+    negation = Formula(negated(one.polynomial))
+    both = Formula(added(one.polynomial, other.polynomial, -3))
     for byte in range(256):
         value = _value(one, byte)
-        assert _value(Formula(negated(one.polynomial)), byte) == 1 - value
-        both = added(one.polynomial, other.polynomial, -3)
-        assert _value(Formula(both), byte) == value - 3 * _value(other, byte)
+        assert _value(negation, byte) == 1 - value
+        assert _value(both, byte) == value - 3 * _value(other, byte)
 
 
 @pytest.mark.parametrize("widths", [w for w in WIDTHS if sum(w) <= 8])
