@@ -439,4 +439,5 @@ def test_mutated_sessions_end_in_one_line(
                 f"\n{name} told by a hostile {peer}: {tried} frames in {examples} sessions, "
                 f"{time.process_time() - began:.0f} s of CPU, {grown / 1e6:.0f} MB more\n"
             )
-    assert grown < ROOM // 64 + KEPT * examples
+    # A frame may claim all of ROOM; what a process loads at its first steps is far less.
+    assert grown < ROOM // 32 + KEPT * examples
