@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mergec.compiler.backend.cost import call_cost, ghost_inputs, walk
+from mergec.compiler.backend.cost import call_cost, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
+from mergec.runtime.engine.rehearsal import ghost_inputs
 from mergec.runtime.program.program import RoleProgram
 
 NEW, PAST = 1, 128

@@ -17,9 +17,9 @@ from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
-from mergec.runtime.engine.rehearsal import drive
+from mergec.runtime.engine.rehearsal import drive, ghost_inputs
 from mergec.runtime.engine.weights import without_data
-from mergec.runtime.program.program import FINISH, Instruction, Phase, RoleProgram, phase_of
+from mergec.runtime.program.program import FINISH, Instruction, RoleProgram, phase_of
 from mergec.runtime.protocols.weights import Constant
 
 
@@ -159,7 +159,7 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     context = ShapeContext(fixed=fixed, exact=True)
     rounds, _ = drive(context, op.protocol(context, *bound.values()))
     online = sum(online_bytes(message) for messages in rounds for message in messages)
-    return Cost(len(rounds), online, context.offline_bytes)
+    return Cost(len(rounds), online, sum(context.dealt.values()))
 
 
 def cost_report(
@@ -201,25 +201,6 @@ def cost_report(
     rounds = sum(costs.get(name, Cost()).rounds for name in path)
     total = Cost(rounds, total.online, total.offline)
     return CostReport(new, past, rows, total, path, _takers(plan, taken))
-
-
-def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
-    """The inputs of one step as meta tensors, in the forms that the program expects."""
-    lengths = {"new": new, "past": past, "past+new": past + new}
-    inputs: dict[str, Any] = {}
-    for spec in part.inputs:
-        shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
-        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-        ghost = torch.empty(shape, dtype=dtype, device="meta")
-        if spec.form == "share":
-            inputs[spec.name] = Shared(_words(shape), spec.frac)
-        elif spec.vis is Vis.SHARED:
-            words = _words(shape)
-            form = Sent if spec.form == "sent" else Masked
-            inputs[spec.name] = form(words, words, spec.frac)
-        else:
-            inputs[spec.name] = Held(spec.vis, ghost)
-    return inputs
 
 
 def _takers(plan: Plan, taken: Sequence[str]) -> dict[str, int]:

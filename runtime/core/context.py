@@ -388,10 +388,15 @@ class DealerContext(Context):
 class ShapeContext(Context):
     """No role's side: for running a program on shapes alone. It has no randomness.
 
-    It counts the bytes that a dealer would send.
+    dealt: bytes that a dealer would have sent so far, by role.
     """
 
     party = DEALER
+
+    def __init__(self, **arithmetic: Any) -> None:
+        """arithmetic: `fixed` and `exact`, as in `Context`."""
+        super().__init__(**arithmetic)
+        self.dealt = {"client": 0, "server": 0}
 
     @property
     def tensor_device(self) -> torch.device:
@@ -415,12 +420,13 @@ class ShapeContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        words = self.mask(shape, dtype)
-        self.offline_bytes += words.nbytes
+        words = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self.dealt["server"] += words.nbytes
         return words
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
-        self.offline_bytes += 2 * 8 * count * words
+        for role in self.dealt:
+            self.dealt[role] += 8 * count * words
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Called with the messages of each round of a protocol."""

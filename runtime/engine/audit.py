@@ -20,7 +20,6 @@ from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.correlations.dpf import Correct
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.rehearsal import Rehearsal
 from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram
@@ -164,11 +163,10 @@ class Audit:
 
 
 class Watch(ShapeContext):
-    """Notes which masks are drawn and spent, and what is sent and dealt."""
+    """Notes which masks are drawn and spent, and what is sent."""
 
     def __init__(self, **arithmetic: Any) -> None:
         super().__init__(**arithmetic)
-        self.dealt = {"client": 0, "server": 0}
         self.static = 0
         """Words of static masks that were drawn."""
         self.messages: list[tuple[Message, str]] = []
@@ -201,20 +199,6 @@ class Watch(ShapeContext):
 
     def cover(self, parts: Iterable[torch.Tensor]) -> None:
         self._covered |= {id(part): part for part in parts}
-
-    def deal(
-        self,
-        shape: Sequence[int],
-        secret: Callable[[], torch.Tensor],
-        dtype: torch.dtype = torch.int64,
-    ) -> torch.Tensor:
-        words = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        self.dealt["server"] += words.nbytes
-        return words
-
-    def deal_keys(self, count: int, words: int, correct: Correct) -> None:
-        for role in self.dealt:
-            self.dealt[role] += 8 * count * words
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Find the mask of each message among those that were spent for this round."""
