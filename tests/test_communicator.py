@@ -332,6 +332,9 @@ def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Pat
             crypten.start_party()
             x = crypten.cryptensor(torch.tensor([1.5, -2.0]), src=0)
             print((x * x).get_plain_text().tolist(), x.lt(0).get_plain_text().tolist())
+        # A party that leaves while gloo's threads still serve its peer is aborted.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     """
     meeting = {"DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{tmp_path}/store"}
     processes = [
