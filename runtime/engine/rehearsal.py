@@ -7,6 +7,7 @@ else, whatever the program is.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,23 @@ class Part:
     """An instruction as it was rehearsed.
 
     start: the first of its rounds, if it sends anything. rounds: its messages, by round. result: a
-    value without data.
+    value without data. forms: what shows of its messages, by round.
     """
 
     planned: Planned
     start: int
     rounds: list[list[Message]]
     result: Any
+    forms: Rounds
+
+
+class Played(NamedTuple):
+    """A call as it ran on shapes; see `Part`. mark: of its result, see `Rehearsal._mark`."""
+
+    rounds: list[list[Message]]
+    result: Any
+    forms: Rounds
+    mark: int
 
 
 class Rehearsal:
@@ -69,9 +80,13 @@ class Rehearsal:
         self.plan = Plan(program)
         self._setup: list[list[Message]] = []
         self._constants: Constants | None = None
-        self._calls = [_call(planned) for planned in self.plan.steps]
-        self._known: dict[Any, Played] = {}
-        self._known_now: dict[Any, Played] = {}
+        self._marks: dict[Any, int] = {}
+        self._passing = itertools.count(-1, -1)
+        self._calls: list[int] = []
+        self._lasting: dict[str, int] = {}
+        self._orders: dict[str, list[int]] = {}
+        self._known: dict[tuple[int, ...], Played] = {}
+        self._known_now: dict[tuple[int, ...], Played] = {}
 
     @property
     def setup(self) -> list[list[Message]]:
@@ -88,10 +103,10 @@ class Rehearsal:
         """
         rounds: Rounds = []
         for part in self.parts(new, past, draw):
-            for number, messages in enumerate(part.rounds, part.start):
+            for number, forms in enumerate(part.forms, part.start):
                 while len(rounds) <= number:
                     rounds.append([])
-                rounds[number] += map(form, messages)
+                rounds[number] += forms
         return rounds
 
     def parts(self, new: int, past: int, draw: Draw | None = None) -> Iterator[Part]:
@@ -106,17 +121,26 @@ class Rehearsal:
         phase = self.program.phase(name)
         lengths = (past, 0) if name == FINISH else (new, past)
         constants = self._load()
-        values = {**constants.held, **ghost_inputs(phase, *lengths)}
-        given = frozenset(spec.name for spec in phase.inputs)
-        ends: dict[int, int] = {}
-        for position in self.plan.active(given, phase.outputs):
+        inputs = ghost_inputs(phase, *lengths)
+        values = {**constants.held, **inputs}
+        marks = {**self._lasting, **{name: self._mark(value) for name, value in inputs.items()}}
+        if name not in self._orders:
+            given = [spec.name for spec in phase.inputs]
+            self._orders[name] = self.plan.active(given, phase.outputs)
+        ends: dict[str, int] = {}
+        for position in self._orders[name]:
             planned = self.plan.steps[position]
-            operands = [values[ref] for ref in planned.refs]
-            rounds, result = self._play(position, operands, constants)
-            values[planned.name] = result
-            start = max((ends.get(i, 0) for i in self.plan.dependencies[position]), default=0)
-            ends[position] = start + len(rounds)
-            yield Part(planned, start, rounds, result)
+            refs = planned.refs
+            key = (self._calls[position], *[marks[ref] for ref in refs])
+            played = self._known.get(key) or self._known_now.get(key)
+            if played is None or self._watched:
+                played = self._play(planned, [values[ref] for ref in refs], constants)
+                # What has a mark of this step alone means nothing in the next one.
+                (self._known if min(key) > 0 else self._known_now)[key] = played
+            values[planned.name], marks[planned.name] = played.result, played.mark
+            start = max([ends.get(ref, 0) for ref in refs], default=0)
+            ends[planned.name] = start + len(played.rounds)
+            yield Part(planned, start, played.rounds, played.result, played.forms)
 
     def _load(self) -> Constants:
         if self._constants is None:
@@ -126,22 +150,37 @@ class Rehearsal:
                 self._setup += rounds
                 return result
 
-            self._constants = load_constants(self.plan, self.context, run, {})
+            loaded = load_constants(self.plan, self.context, run, {})
+            for planned in self.plan.steps:
+                used = (loaded.weights.get(name) for _, name in planned.constants)
+                weights = [
+                    None if weight is None else (type(weight), weight.frac) for weight in used
+                ]
+                self._calls.append(self._number((_call(planned), *weights)))
+            # Constants stay what they are, public ones, too: each is known by its name.
+            self._lasting = {
+                name: self._number(_form(value) or name) for name, value in loaded.held.items()
+            }
+            self._constants = loaded
         return self._constants
 
-    def _play(self, position: int, operands: Sequence[Any], constants: Constants) -> Played:
-        """The messages of an instruction, and its result; remembered for operands of one form.
+    def _number(self, described: Any) -> int:
+        """A number above 0, the same for the same description."""
+        return self._marks.setdefault(described, len(self._marks) + 1)
+
+    def _mark(self, value: Any) -> int:
+        """A number that is the same for values that no call on shapes can tell apart.
+
+        It is below 0, and the value's own, for a public tensor: of that calls can read the data.
+        """
+        described = _form(value)
+        return next(self._passing) if described is None else self._number(described)
+
+    def _play(self, planned: Planned, operands: Sequence[Any], constants: Constants) -> Played:
+        """Run an instruction on shapes.
 
         Layers are alike, and so are steps: few instructions have to run.
         """
-        planned = self.plan.steps[position]
-        forms: list[Any] = [self._calls[position]]
-        used = (constants.weights.get(name) for _, name in planned.constants)
-        forms += [None if weight is None else (type(weight), weight.frac) for weight in used]
-        lasting = _add_forms(forms, operands)
-        key, known = tuple(forms), self._known if lasting else self._known_now
-        if key in known and not self._watched:
-            return known[key]
         try:
             result = evaluate(self.context, planned, operands, constants.weights)
             rounds: list[list[Message]] = []
@@ -157,12 +196,9 @@ class Rehearsal:
                 f"{planned.name!r} ({item.target}) cannot run on shapes alone ({said}), so sizes "
                 "might depend on secrets; nothing of this step was sent; do not use this bundle"
             ) from error
-        known[key] = rounds, result
-        return rounds, result
+        forms = [[form(message) for message in messages] for messages in rounds]
+        return Played(rounds, result, forms, self._mark(result))
 
-
-Played = tuple[list[list[Message]], Any]
-"""The messages of an instruction, by round, and its result."""
 
 _REMEMBERED = 1 << 14
 """Calls that are remembered from step to step, before all are forgotten."""
@@ -192,29 +228,20 @@ def _call(planned: Planned) -> str:
     return json.dumps(nested, default=lambda _: {})
 
 
-def _add_forms(forms: list[Any], values: Sequence[Any]) -> bool:
-    """Append all that a call can depend on where secrets have no data.
-
-    Public tensors are told apart as objects. Returns whether there are none, so that the forms mean
-    the same in another step.
-    """
-    lasting = True
-    for value in values:
-        if isinstance(value, Shared):
-            forms.append((Shared, value.share.shape, value.share.dtype, value.frac))
-        elif isinstance(value, (Masked, Sent)):
-            forms.append((type(value), value.opened.shape, value.frac, value.room is None))
-        elif isinstance(value, Held):
-            forms.append((value.vis, value.value.shape, value.value.dtype))
-        elif isinstance(value, (bool, int, float)):
-            forms.append((type(value), value))
-        elif isinstance(value, list):
-            forms.append(len(value))
-            lasting &= _add_forms(forms, value)
-        else:
-            forms.append(id(value))
-            lasting = False
-    return lasting
+def _form(value: Any) -> Any:
+    """All that a call can depend on where secrets have no data; None where there may be data."""
+    if isinstance(value, Shared):
+        return Shared, value.share.shape, value.share.dtype, value.frac
+    if isinstance(value, (Masked, Sent)):
+        return type(value), value.opened.shape, value.frac, value.room is None
+    if isinstance(value, Held):
+        return value.vis, value.value.shape, value.value.dtype
+    if isinstance(value, (bool, int, float)):
+        return type(value), value
+    if isinstance(value, list):
+        forms = tuple(map(_form, value))
+        return None if None in forms else (list, forms)
+    return None
 
 
 def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
