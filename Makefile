@@ -46,7 +46,7 @@ demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
 	$(PYTHON) -m mergec demo
 
 test: $(READY) ## the tests that take seconds
-	$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, all of them; run before a release
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
@@ -54,7 +54,7 @@ test-slow: $(READY) ## the tests that take minutes, all of them; run before a re
 # What parties do in their own processes counts, too; what a killed process did does not.
 coverage: $(READY) ## the tests that take seconds, and the lines that they do not run
 	rm -f .coverage .coverage.*
-	$(PYTHON) -m coverage run -m pytest -n 2 $(PYTEST_ARGS)
+	$(PYTHON) -m coverage run -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 

@@ -85,6 +85,13 @@ def _captured(family: str) -> Captured:
     return capture(decoder(family))
 
 
+@functools.cache
+def float_decoder(family: str) -> tuple[Any, Captured]:
+    """The model of a family in float32, and its step as captured; neither may be modified."""
+    model = random_decoder(family).float()
+    return model, capture(model)
+
+
 def captured(family: str) -> Captured:
     """A copy of the captured step of a family, which may be rewritten."""
     return _captured(family).copy()

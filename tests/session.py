@@ -21,7 +21,7 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
-from tests.families import random_decoder
+from tests.families import float_decoder
 
 TIMEOUT = 600.0
 
@@ -49,9 +49,9 @@ def compiled(family: str, **options: Any) -> tuple[Any, Program]:
 
     By default without noise in the logits, so that they can be compared with the model's.
     """
-    model = random_decoder(family).float()
+    model, captured = float_decoder(family)
     config = CompileConfig(**{"max_length": 64, "logit_noise": 0.0, **options})
-    return model, compile_decoder(model, config=config)
+    return model, compile_decoder(model, config=config, captured=captured)
 
 
 def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:

@@ -44,6 +44,7 @@ def small_plan(bench: Any, *settings: Any) -> Any:
     return bench.Plan({"tiny": load}, settings, ((1, 16), (4, 0)))
 
 
+@pytest.mark.slow
 def test_rows_are_written_and_only_what_failed_is_tried_again(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

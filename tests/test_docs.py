@@ -67,8 +67,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-LONG = ("get-started", "openai-app", "three-machines")
-"""Pages that start services or processes several times; each takes half a minute or more."""
+LONG = ("add-an-op", "get-started", "openai-app", "three-machines", "write-a-pass")
+"""Pages that take about half a minute or more."""
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,15 @@ def check(program: Program, tokens: int = TOKENS, prompt: list[int] | None = Non
         assert record.offline_bytes == predicted.offline
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")],
+)
 def test_family_in_three_processes(family: str, tmp_path: Path) -> None:
     check(compiled(decoder(family, **SMALL, **FAMILIES[family]), tmp_path / "bundles"))
 
 
+@pytest.mark.slow
 def test_the_same_program_by_stock_protocols(tmp_path: Path) -> None:
     """The baseline runs the same bundles, at many times the bytes and rounds."""
     model = decoder("llama", **SMALL, **FAMILIES["llama"])

@@ -36,6 +36,7 @@ def test_own_pass() -> None:
     assert len((EXAMPLES / "own_pass.py").read_text().splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_own_decoder() -> None:
     *graph, private, plain = run("own_decoder.py").splitlines()
     assert any("mpc.embedding" in line for line in graph)
@@ -49,6 +50,7 @@ def test_ask_smollm2() -> None:
     assert "Paris" in said
 
 
+@pytest.mark.slow
 def test_inspect_graph(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     said = run("inspect_graph.py", str(page))

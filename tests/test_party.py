@@ -46,7 +46,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return decoder.save(tmp_path_factory.mktemp("endless"), max_length=2**20)
 
 
-@pytest.mark.parametrize("mode", ["mergec", "crypten"])
+@pytest.mark.parametrize("mode", ["mergec", pytest.param("crypten", marks=pytest.mark.slow)])
 def test_three_processes_say_what_plaintext_says(bundles: Path, mode: str) -> None:
     streamed: list[int] = []
     result = run_local(bundles, PROMPT, max_tokens=6, mode=mode, on_token=streamed.append)

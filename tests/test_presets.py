@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from mergec.passes import available
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import FAMILIES, captured, random_decoder
+from tests.session import compiled as compiled_with
 from tests.test_end_to_end import check
 
 LOSSY = tuple(name for name in PRESETS if name != "exact")
@@ -27,11 +27,8 @@ TOLERANCE = 2e-2
 """Of logits around 1, after two layers of approximate functions in fixed point."""
 
 
-@functools.cache
 def compiled(family: str, preset: str) -> Program:
-    model = random_decoder(family).float()
-    config = CompileConfig(max_length=64, preset=preset, logit_noise=0)
-    return compile_decoder(model, config=config)
+    return compiled_with(family, preset=preset)[1]
 
 
 def test_presets_name_lossy_passes() -> None:

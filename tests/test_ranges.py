@@ -15,7 +15,7 @@ from mergec.compiler.pipeline import calibration, to_dialect
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.program.program import InputSpec
-from tests.families import VOCAB, captured, decoder, random_decoder, tokens
+from tests.families import VOCAB, captured, decoder, float_decoder, random_decoder, tokens
 from tests.passes.harness import Graph, normal
 
 IDS = InputSpec("ids", Vis.CLIENT, "torch.int64", (1, "new"))
@@ -119,8 +119,8 @@ def test_nothing_but_meta_changes() -> None:
 
 def test_calibration_is_the_users_or_ours() -> None:
     def largest(config: CompileConfig, tokenizer: object = None) -> float:
-        step = capture(random_decoder("gpt2").float())
-        program = to_dialect(step, config, sequences=calibration(config, step, tokenizer))
+        step = float_decoder("gpt2")[1]
+        program = to_dialect(step.copy(), config, sequences=calibration(config, step, tokenizer))
         nodes = program.graph_module.graph.nodes
         return next(absmax(n) for n in nodes if "wte.embedding" in n.meta.get("module", "")
                     or n.meta.get("module") == "transformer.wte")  # fmt: skip

@@ -74,6 +74,7 @@ def test_steps_cost_what_was_predicted_and_give_the_models_logits(family: str) -
     assert (steps[-1].logits.reshape(-1) - wanted).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_three_processes(saved: Program) -> None:
     assert saved.path is not None
     prompt = STEPS[0]

@@ -52,7 +52,7 @@ def message(layers: int) -> str:
     return re.sub(r"test_verify\.py:\d+", "test_verify.py", str(caught.value)) + "\n"
 
 
-@pytest.mark.parametrize("layers", [1, 2, 30])
+@pytest.mark.parametrize("layers", [1, 2, pytest.param(30, marks=pytest.mark.slow)])
 def test_offenders_are_shown_once_for_all_layers(layers: int, golden: Golden) -> None:
     golden(f"errors/unlowerable_{layers}.txt", message(layers))
 

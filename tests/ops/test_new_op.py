@@ -73,6 +73,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("toys"), TRIPLE, "Triple")
 
 
+@pytest.mark.slow
 def test_an_op_in_one_file(package: Path, tmp_path: Path) -> None:
     """Compiled, hoisted, legalized, drawn, run; without its package its bundles are refused."""
     bundles = tmp_path / "bundles"
