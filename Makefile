@@ -24,7 +24,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small install clean
+.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small bench-wan install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -106,6 +106,9 @@ bench: $(READY) ## every setting on GPT-2-base and SmolLM2; writes benchmarks/re
 
 bench-quick: $(READY) ## one decode step in three settings
 	$(PYTHON) benchmarks/bench.py --quick $(BENCH_ARGS)
+
+bench-wan: $(READY) ## a decode step on emulated networks, predicted and measured; BENCH_ARGS=…
+	$(PYTHON) benchmarks/network.py $(BENCH_ARGS)
 
 bench-small: $(READY) ## decoders of two layers by stock protocols and ours; writes docs/side-by-side.md
 	$(PYTHON) benchmarks/bench.py --small $(BENCH_ARGS)

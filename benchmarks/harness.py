@@ -81,8 +81,8 @@ def run(
 ) -> list[Taken]:
     """Run the steps one after another in three connected processes.
 
-    network: profile to emulate on the link between client and server, if any (`network`). Raises
-    RunError if a step fails.
+    network: profile to emulate on the links between the roles, if any (`network`). Raises RunError
+    if a step fails.
     """
     with tempfile.TemporaryDirectory(prefix="mergec-bench-") as name:
         folder = Path(name)

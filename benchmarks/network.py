@@ -1,63 +1,194 @@
-"""A decode step on emulated networks: each program on the network that it was compiled for.
+"""A decode step on emulated networks: what it waits for, as predicted and as measured.
 
-The link between client and server is slowed down in the transport (`runtime.transport.emulated`): a
-message is delivered when the profile's latency and bandwidth would have delivered it. The parties
-send the same data as on a real network; the dealer's stream is not slowed down. This requires no
-network namespaces with tc netem, for which the kernel needs the netem module.
+Each program is compiled for the network that it runs on. All three links are slowed down in the
+transport (`runtime.transport.emulated`): messages and the dealer's blocks are delivered when the
+profile's latency and bandwidth would have delivered them. The roles send the same data as on a real
+network. Network namespaces with tc netem would be the alternative, for which the kernel needs the
+netem module.
 
-Usage: python benchmarks/network.py [gpt2-base | smollm2-135m] [--layers N]
+Local work is measured by the same program on links that are not slowed down. Writes network.md,
+network.json and network.png to benchmarks/results.
+
+Usage: python benchmarks/network.py [--models gpt2-base smollm2-135m] [--layers N]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from bench import MODELS, shortened, steps_of
+import matplotlib as mpl
+from bench import MODELS, RESULTS, shortened, steps_of
 from harness import Taken, run
-from rich.console import Console
-from rich.table import Table
+from torch import nn
 
-from mergec import CompileConfig, Program, compile_decoder
-from mergec.compiler.backend.cost import cost_report
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from mergec import CompileConfig, compile_decoder
+from mergec.compiler.backend.cost import dealt_bytes
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.report.tables import markdown
 from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.spec import Cost
 
 STEP = (1, 128)
 """New and past tokens."""
 
-REVEALS = ("logits", "token")
+REPEATS = 3
 
 
-def measure(model: str, layers: int | None, reveal: str, network: str) -> tuple[Program, Taken]:
-    """Compile a model for a network, and run a step on it."""
-    module, tokens = MODELS[model]()
-    if layers is not None:
-        module = shortened(module, layers)
-    program = compile_decoder(module, config=CompileConfig(reveal=reveal, network=network))
-    (taken,) = run(
-        program.roles, steps_of(program, tokens, [STEP], repeats=3), "mergec", network=network
-    )
-    return program, taken
+@dataclass(frozen=True)
+class Row:
+    """A step on a network. Bytes; seconds of each cause as predicted, and in all as measured.
+
+    local, local_prepared: measured without emulation, while the dealer works and with its
+    randomness at hand. measured, prepared: the same on the emulated network. otherwise: the ops for
+    which another protocol was chosen than for loopback.
+    """
+
+    model: str
+    network: str
+    rounds: int
+    online_bytes: int
+    to_client_bytes: int
+    to_server_bytes: int
+    rounds_seconds: float
+    online_seconds: float
+    to_client_seconds: float
+    to_server_seconds: float
+    local: float
+    local_prepared: float
+    measured: float
+    prepared: float
+    otherwise: str
+
+    @property
+    def predicted(self) -> float:
+        """Seconds of a step while the dealer works."""
+        exchanged = self.rounds_seconds + self.online_seconds
+        return self.local + max(exchanged, self.to_client_seconds, self.to_server_seconds)
+
+    @property
+    def predicted_prepared(self) -> float:
+        """Seconds of a step with the dealer's randomness at hand."""
+        return self.local_prepared + self.rounds_seconds + self.online_seconds
+
+
+def measure(
+    name: str, model: nn.Module, captured: Captured, tokens: Sequence[int], network: str
+) -> Row:
+    """Compile for a network, and run a step with and without its delays."""
+    program = compile_decoder(model, config=CompileConfig(network=network), captured=captured)
+
+    def taken(emulated: str) -> Taken:
+        steps = steps_of(program, tokens, [STEP], repeats=REPEATS, ahead=REPEATS)
+        return run(program.roles, steps, "mergec", network=emulated)[0]
+
+    plain = taken("")
+    slow = plain if network == "loopback" else taken(network)
+    dealt = dealt_bytes(program.any_role, *STEP)
+    waiting = NETWORKS[network].waiting(Cost(slow.rounds, slow.online, slow.offline), dealt)
+    if plain.online_seconds is None or slow.online_seconds is None:
+        raise RuntimeError("no step was run with its randomness at hand")
+    return Row(
+        name, network, slow.rounds, slow.online, dealt["client"], dealt["server"],
+        waiting.rounds, waiting.online, waiting.to_client, waiting.to_server,
+        plain.seconds, plain.online_seconds, slow.seconds, slow.online_seconds,
+        str(program.inspect(*STEP).facts.get("chosen_otherwise_than_for_loopback", "")),
+    )  # fmt: skip
+
+
+HEAD = (
+    "model", "network", "rounds", "online MB", "dealt MB, client", "server", "rounds s", "online s",
+    "dealt s", "local s", "predicted s", "measured s", "prepared, predicted s", "measured s",
+)  # fmt: skip
+
+PAGE = """# Networks
+
+A decode step after 128 tokens, exact, server-held weights, revealed logits. Each program is
+compiled for the network that it runs on; all three links are slowed down in the transport.
+Written by `make bench-wan`.
+
+*dealt s*: the slower of the dealer's two links. *local s*: the same program on links that are not
+slowed down. *predicted s*: local work, and the longer of rounds with online bytes and dealt bytes.
+*prepared*: all of the dealer's randomness is at hand before the step.
+
+{table}
+
+Ops for which another protocol was chosen than for loopback:
+
+{chosen}
+"""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a page."""
+    cells = [list(HEAD)]
+    for row in rows:
+        sizes = row.online_bytes, row.to_client_bytes, row.to_server_bytes
+        dealt = max(row.to_client_seconds, row.to_server_seconds)
+        seconds = (
+            row.rounds_seconds, row.online_seconds, dealt, row.local, row.predicted, row.measured,
+            row.predicted_prepared, row.prepared,
+        )  # fmt: skip
+        figures = [*(f"{n / 1e6:.2f}" for n in sizes), *(f"{s:.2f}" for s in seconds)]
+        cells.append([row.model, row.network, f"{row.rounds:,}", *figures])
+    others = [row for row in rows if row.network != "loopback"]
+    chosen = "\n".join(f"* {row.model}, {row.network}: {row.otherwise}" for row in others)
+    return PAGE.format(table=markdown(cells), chosen=chosen)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Where the seconds of each step go, and its measured time."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 3.5), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        group = [row for row in rows if row.model == model][::-1]
+        left = [0.0] * len(group)
+        for label, values in (
+            ("local work", [row.local for row in group]),
+            ("rounds", [row.rounds_seconds for row in group]),
+            ("online bytes", [row.online_seconds for row in group]),
+            ("dealt bytes beyond", [row.predicted - row.local - row.rounds_seconds
+                                    - row.online_seconds for row in group]),
+        ):  # fmt: skip
+            axis.barh([row.network for row in group], values, left=left, label=label)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        names = [row.network for row in group]
+        axis.plot([row.measured for row in group], names, "k|", ms=14, label="measured")
+        axis.set_xlabel("seconds")
+        axis.set_title(f"{model}, decode after {STEP[1]}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", choices=MODELS, default="smollm2-135m")
-    parser.add_argument("--layers", type=int, help="first layers of the model only")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--layers", type=int, help="first layers of the models only")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    table = Table("network", "reveal", "rounds", "online MB", "network, estimated s", "measured s")
-    for network, profile in NETWORKS.items():
-        for reveal in REVEALS:
-            program, taken = measure(options.model, options.layers, reveal, network)
-            estimate = profile.seconds(cost_report(program.any_role, *STEP).total)
-            table.add_row(
-                network,
-                reveal,
-                f"{taken.rounds:,}",
-                f"{taken.online / 1e6:.2f}",
-                f"{estimate:.2f}",
-                f"{taken.seconds:.2f}",
-            )
-    Console().print(table)
+    rows: list[Row] = []
+    for name in options.models:
+        model, tokens = MODELS[name]()
+        if options.layers is not None:
+            model = shortened(model, options.layers)
+        captured = capture(model)
+        for network in options.networks:
+            rows.append(measure(name, model, captured, tokens, network))
+            print(rows[-1], flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "network.json").write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    (options.output / "network.md").write_text(table(rows))
+    plot(rows, options.output / "network.png")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from mergec.runtime.program.program import FINISH, Phase, RoleProgram
 from mergec.runtime.roles.party import compute, deal
 from mergec.runtime.transport.channel import Channel, Kind
 from mergec.runtime.transport.communicator import ChannelCommunicator
-from mergec.runtime.transport.emulated import EmulatedLink
+from mergec.runtime.transport.emulated import EmulatedBlocks, EmulatedLink
 from mergec.runtime.transport.lines import take
 from mergec.runtime.transport.traffic import Exchange, Traffic
 
@@ -66,7 +66,7 @@ def executor_of(
 ) -> Running:
     """The executor of mergec's protocols.
 
-    network: profile to emulate on the link between client and server, if any. seeds: see `deal`.
+    network: profile to emulate on all links, if any. seeds: see `deal`.
     """
     if program.role == ROLES[DEALER]:
         executor, streams = deal(program, channels, seeds=seeds)
@@ -76,9 +76,13 @@ def executor_of(
             lambda: [stream.close() for stream in streams],
         )
     link: Exchange = channels[peer_of(program.role)]
+    slowed: dict[str, Any] = {}
     if network:
-        link = EmulatedLink(link, NETWORKS[network])
-    executor, source = compute(program, channels, link)
+        profile = NETWORKS[network]
+        link = EmulatedLink(link, profile.parties)
+        from_dealer = profile.to_client if program.role == ROLES[CLIENT] else profile.to_server
+        slowed["slowed"] = lambda blocks: EmulatedBlocks(blocks, from_dealer)
+    executor, source = compute(program, channels, link, **slowed)
 
     def dealt(nbytes: int) -> None:
         while source.received - source.consumed < nbytes:

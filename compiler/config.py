@@ -56,8 +56,9 @@ class CompileConfig:
         to every logit, so that the client cannot read the model off the roundings of intermediate
         values (docs/rounding.md). 0 adds none; at most 1/16. Default 1/256.
     network: the network for which protocols are chosen, where an op can trade bytes for rounds:
-        "loopback" (the default; no latency, 2 GB/s), "lan" (0.25 ms one way, 1 Gbit/s) or "wan"
-        (20 ms one way, 100 Mbit/s). It changes costs, never results.
+        "loopback" (the default; no latency, 2 GB/s), "lan" (0.25 ms one way, 1 Gbit/s), "wan" (a
+        client 20 ms away, over 100 Mbit/s, and a dealer in the server's region) or "wan3" (all
+        three roles 20 ms apart, over 100 Mbit/s). It changes costs, never results.
     rounding: who sees how intermediate values are rounded. With "public" (the default) both parties
         do: this is cheapest, and over many queries a client can estimate weights from it (see the
         threat model). With "exact" the server answers the client's masked shares with their high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,10 +303,13 @@ class Program:
         return cost_report(self.any_role, new, past, self.manifest.fractional_bits)
 
     def _inspect(self, report: CostReport, savings: bool) -> Inspection:
+        from mergec.compiler.backend.cost import dealt_bytes
+
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
                  "reveal", "logit_noise", "network", "rounding")  # fmt: skip
-        seconds = NETWORKS[manifest.network].seconds(report.total)
+        dealt = dealt_bytes(self.any_role, report.new, report.past)
+        waiting = NETWORKS[manifest.network].waiting(report.total, dealt)
         return inspect_costs(
             report,
             manifest.model or "program",
@@ -314,8 +318,22 @@ class Program:
             manifest.left_out,
             {key: getattr(manifest, key) for key in shown}
             | ({"deviation": self.deviation} if self.deviation else {})
-            | {"estimated_network_seconds": round(seconds, 4)},
+            | {f"dealt_to_{role}": count for role, count in dealt.items()}
+            | {"estimated_network_seconds": round(waiting.total, 4)}
+            | {"waiting_for": {key: round(value, 4) for key, value in asdict(waiting).items()}}
+            | self._variants(),
         )
+
+    def _variants(self) -> dict[str, str]:
+        """Which protocols were chosen for the program's network and not for `loopback`."""
+        manifest = self.manifest
+        if manifest.network == "loopback":
+            return {}
+        from mergec.compiler.backend.choose import chosen_otherwise
+
+        found = chosen_otherwise(self.any_role, NETWORKS["loopback"], manifest.fractional_bits)
+        listed = ", ".join(f"{count} of {target}" for target, count in found.items())
+        return {"chosen_otherwise_than_for_loopback": listed or "nothing"}
 
     def _passes(self, new: int, past: int, savings: bool) -> list[PassRow]:
         saved = {}

@@ -4,42 +4,77 @@ from __future__ import annotations
 
 import pytest
 
-from mergec.compiler.backend.cost import cost_report
-from mergec.runtime.core.network import MAKING, NETWORKS, Network
+from mergec.compiler.backend.choose import chosen_otherwise
+from mergec.compiler.backend.cost import cost_report, dealt_bytes
+from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from tests.session import compiled
 
 
-def test_profiles_are_those_that_can_be_asked_for() -> None:
+def test_every_network_has_a_profile() -> None:
     assert tuple(NETWORKS) == CHOICES["network"]
 
 
-def test_seconds_are_rounds_and_bytes() -> None:
-    network = Network(latency=0.01, bandwidth=1e6, overhead=0.001)
-    cost = Cost(rounds=100, online=4_000_000, offline=10**9)
-    assert network.seconds(cost) == pytest.approx(100 * 0.011 + 2.0)
-    assert network.weight(cost) == pytest.approx(network.seconds(cost) + 10**9 / MAKING)
+def test_time_is_counted_link_by_link() -> None:
+    network = Network(Link(0.01, 1e6), Link(0.02, 2e6), Link(0.03, 4e6), overhead=0.001)
+    cost, dealt = Cost(100, 4 * 10**6, 14 * 10**6), {"client": 6 * 10**6, "server": 8 * 10**6}
+    waiting = network.waiting(cost, dealt)
+    assert waiting.rounds == pytest.approx(100 * 0.011)
+    assert waiting.online == pytest.approx(2.0)
+    assert waiting.to_client == pytest.approx(0.02 + 3.0)
+    assert waiting.to_server == pytest.approx(0.03 + 2.0)
+    assert waiting.prepared == pytest.approx(3.1)
+    assert waiting.total == pytest.approx(3.1)
+    assert network.weight(cost, dealt) == pytest.approx(3.1 + 3.0 + 2.0 + cost.offline / MAKING)
+
+
+def test_a_step_waits_for_the_slowest_link() -> None:
+    link = Link(0.0, 1e6)
+    network = Network(link, link, link, overhead=0.0)
+    for client, server in ((9, 1), (1, 9)):
+        dealt = {"client": client * 10**6, "server": server * 10**6}
+        assert network.waiting(Cost(1, 4 * 10**6, 10**7), dealt).total == pytest.approx(9.0)
 
 
 def test_slow_networks_get_fewer_rounds_and_more_bytes() -> None:
     programs = {name: compiled("llama", reveal="token", network=name)[1] for name in NETWORKS}
     costs = {name: cost_report(p.any_role, 1, 8).total for name, p in programs.items()}
+    dealt = {name: dealt_bytes(p.any_role, 1, 8) for name, p in programs.items()}
     assert costs["wan"].rounds <= costs["lan"].rounds < costs["loopback"].rounds
     assert costs["wan"].offline > costs["loopback"].offline
     for name, program in programs.items():
         assert program.manifest.network == name
-        network = NETWORKS[name]
-        best = min(costs.values(), key=network.weight)
-        assert network.weight(costs[name]) == network.weight(best)
+        assert sum(dealt[name].values()) == costs[name].offline
+        weights = {other: NETWORKS[name].weight(costs[other], dealt[other]) for other in programs}
+        assert weights[name] == min(weights.values())
 
 
 def test_inspection_tells_the_estimate() -> None:
     _, program = compiled("llama", reveal="token", network="wan")
-    total = cost_report(program.any_role, 1, 8).total
-    facts = program.inspect(1, 8).facts
+    total, dealt = cost_report(program.any_role, 1, 8).total, dealt_bytes(program.any_role, 1, 8)
+    inspection = program.inspect(1, 8)
+    facts = inspection.facts
     assert (facts["weights"], facts["reveal"], facts["network"]) == ("server", "token", "wan")
-    seconds = total.rounds * 0.02005 + total.online / 2 / 12.5e6
-    assert facts["estimated_network_seconds"] == pytest.approx(seconds, abs=1e-4)
+    assert (facts["dealt_to_client"], facts["dealt_to_server"]) == tuple(dealt.values())
+    waiting = facts["waiting_for"]
+    assert waiting["rounds"] == pytest.approx(total.rounds * 0.02005, abs=1e-4)
+    assert waiting["online"] == pytest.approx(total.online / 2 / 12.5e6, abs=1e-4)
+    assert waiting["to_client"] == pytest.approx(0.02 + dealt["client"] / 12.5e6, abs=1e-4)
+    assert waiting["to_server"] == pytest.approx(0.0005 + dealt["server"] / 1.25e9, abs=1e-4)
+    assert facts["estimated_network_seconds"] == pytest.approx(
+        waiting["rounds"] + waiting["online"], abs=2e-4
+    )
+    assert "* waiting for: rounds " in inspection.to_markdown()
+
+
+def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
+    key = "chosen_otherwise_than_for_loopback"
+    assert compiled("llama", reveal="token", network="wan")[1].inspect().facts[key] == (
+        "1 of mpc.reveal_token"
+    )
+    assert key not in compiled("llama", reveal="token")[1].inspect().facts
+    _, program = compiled("llama", reveal="token", network="wan")
+    assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
 
 
 def test_all_roles_get_the_same_choice() -> None:

@@ -7,12 +7,13 @@ import threading
 import pytest
 import torch
 
-from mergec.runtime.core.network import Network
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.network import Link
 from mergec.runtime.transport import emulated
-from mergec.runtime.transport.emulated import EmulatedLink
+from mergec.runtime.transport.emulated import EmulatedBlocks, EmulatedLink
 from mergec.runtime.transport.loopback import link_pair
 
-SLOW = Network(latency=0.05, bandwidth=1e6)
+SLOW = Link(latency=0.05, bandwidth=1e6)
 
 
 class Clock(threading.local):
@@ -81,3 +82,51 @@ def test_sending_waits_for_nobody(clock: Clock) -> None:
     (reply,) = _play(lambda: server.exchange(None, 8), lambda: [client.exchange(_message(8), 0)])
     assert reply.numel() == 0
     assert clock.now == 0.0
+
+
+class Blocks:
+    """A dealer's blocks of these sizes; `None` is a pause of a second."""
+
+    def __init__(
+        self, clock: Clock, sizes: list[int | None], failure: PartyError | None = None
+    ) -> None:
+        self.clock, self.sizes, self.failure = clock, sizes, failure
+
+    def get(self) -> torch.Tensor | None:
+        while self.sizes:
+            size = self.sizes.pop(0)
+            if size is not None:
+                return _message(size)
+            self.clock.now += 1.0
+        if self.failure is not None:
+            raise self.failure
+        return None
+
+    def deadline(self, since: float, limit: float) -> float:
+        return since + limit
+
+    def silent(self, since: float, limit: float) -> PartyError:
+        return PartyError(f"silent for {limit:g} s")
+
+
+def test_a_dealer_s_blocks_share_the_line_and_their_latency(clock: Clock) -> None:
+    blocks = EmulatedBlocks(Blocks(clock, [20_000, 30_000, None, 10_000]), SLOW)
+    arrived = []
+    while (block := blocks.get()) is not None:
+        arrived.append((block.numel(), round(clock.now, 9)))
+    # The second is on the way right behind the first; the third is sent after a pause.
+    assert arrived == [(20_000, 0.07), (30_000, 0.1), (10_000, 1.06)]
+
+
+def test_a_slowed_stream_fails_like_its_own(clock: Clock) -> None:
+    blocks = EmulatedBlocks(Blocks(clock, [8], PartyError("the dealer ended")), SLOW)
+    assert blocks.get() is not None
+    with pytest.raises(PartyError, match="the dealer ended"):
+        blocks.get()
+
+
+def test_a_slowed_stream_is_silent_like_its_own(clock: Clock) -> None:
+    blocks = EmulatedBlocks(Blocks(clock, []), SLOW)
+    assert blocks.get() is None
+    assert blocks.deadline(3.0, 4.0) == 7.0
+    assert str(blocks.silent(0.0, 4.0)) == "silent for 4 s"

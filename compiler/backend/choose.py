@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mergec.compiler.backend.cost import call_cost, walk
+from mergec.compiler.backend.cost import call_cost, call_dealt, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
@@ -26,10 +27,35 @@ def choose_variants(
     are exact. All roles get the same choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
+    best = {choice.name: choice.best for choice in _choices(program, network, fixed, exact)}
+    for role in roles.values():
+        role.instructions = [
+            replace(item, args=best.get(item.name, item.args)) for item in role.instructions
+        ]
+
+
+def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
+    """How many calls of each op have other literals than `choose_variants` sets for `network`."""
+    exact = program.manifest.rounding == "exact"
+    choices = _choices(program, network, fixed, exact)
+    return dict(Counter(c.target for c in choices if list(c.best) != list(c.given)))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A call of an op with variants: the instruction's name and target, and all its arguments as
+    they are and as they would be best."""
+
+    name: str
+    target: str
+    given: tuple[Any, ...]
+    best: tuple[Any, ...]
+
+
+def _choices(program: RoleProgram, network: Network, fixed: int, exact: bool) -> Iterator[_Choice]:
     plan = Plan(program)
     if not any(planned.op and _has_variants(planned.op) for planned in plan.steps):
         return
-    chosen: dict[str, tuple[Any, ...]] = {}
     for walked in walk(plan, fixed, ghost_inputs(program, NEW, PAST), program.outputs):
         planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
         op = planned.op
@@ -39,14 +65,13 @@ def choose_variants(
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
         ) -> float:
-            return network.weight(call_cost(op, bound | option, fixed, exact))
+            arguments = bound | option
+            cost = call_cost(op, arguments, fixed, exact)
+            return network.weight(cost, call_dealt(op, arguments, fixed, exact))
 
-        variant = min(op.variants(*bound.values()), key=weight)
-        chosen[item.name] = tuple((planned.bind(item.args, item.kwargs) | variant).values())
-    for role in roles.values():
-        role.instructions = [
-            replace(item, args=chosen.get(item.name, item.args)) for item in role.instructions
-        ]
+        given = planned.bind(item.args, item.kwargs)
+        best = given | min(op.variants(*bound.values()), key=weight)
+        yield _Choice(item.name, item.target, tuple(given.values()), tuple(best.values()))
 
 
 def _has_variants(op: type[Op]) -> bool:

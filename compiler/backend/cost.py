@@ -17,7 +17,7 @@ from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
-from mergec.runtime.engine.rehearsal import drive, ghost_inputs
+from mergec.runtime.engine.rehearsal import Rehearsal, drive, ghost_inputs
 from mergec.runtime.engine.weights import without_data
 from mergec.runtime.program.program import FINISH, Instruction, RoleProgram, phase_of
 from mergec.runtime.protocols.weights import Constant
@@ -160,6 +160,25 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     rounds, _ = drive(context, op.protocol(context, *bound.values()))
     online = sum(online_bytes(message) for messages in rounds for message in messages)
     return Cost(len(rounds), online, sum(context.dealt.values()))
+
+
+def call_dealt(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -> dict[str, int]:
+    """Bytes that a dealer sends for a call whose operands have shapes alone, by role."""
+    context = ShapeContext(fixed=fixed, exact=exact)
+    drive(context, op.protocol(context, *bound.values()))
+    return context.dealt
+
+
+def dealt_bytes(program: RoleProgram, new: int, past: int) -> dict[str, int]:
+    """Bytes that a dealer sends for one step, by role; their sum is `Cost.offline`.
+
+    The program of any role works. new, past: see `cost_report`.
+    """
+    total = {"client": 0, "server": 0}
+    for part in Rehearsal(program).parts(new, past):
+        for role in total:
+            total[role] += part.dealt[role]
+    return total
 
 
 def cost_report(

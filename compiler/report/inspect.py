@@ -166,7 +166,10 @@ class Inspection:
 
     def _said(self) -> Iterator[str]:
         for key, value in self.facts.items():
-            if key != "lossy":
+            if isinstance(value, Mapping):
+                parts = ", ".join(f"{name.replace('_', ' ')} {n:g} s" for name, n in value.items())
+                yield f"{key.replace('_', ' ')}: {parts}"
+            elif key != "lossy":
                 yield f"{key.replace('_', ' ')}: {value}"
             elif value:
                 yield f"lossy: does not compute the model's function, by {', '.join(self.lossy)}"

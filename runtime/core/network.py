@@ -1,7 +1,9 @@
-"""Network profiles: the time that a round and a byte between the parties cost."""
+"""Network profiles: the time that rounds and bytes cost on the links between the three roles."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergec.runtime.core.spec import Cost
@@ -11,34 +13,89 @@ MAKING = 5e8
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network between the two parties.
-
-    latency: seconds, one way. bandwidth: bytes per second, each way. overhead: seconds that the
-    parties' own machines spend on a round, on any network.
-    """
+class Link:
+    """A link between two roles. latency: seconds, one way. bandwidth: bytes per second each way."""
 
     latency: float
     bandwidth: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Seconds that a step waits for a network, without anybody's computation.
+
+    rounds: latency of the messages between the parties. online: transfer of their bytes. to_client,
+    to_server: transfer of the dealer's bytes.
+    """
+
+    rounds: float
+    online: float
+    to_client: float
+    to_server: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step; the dealer's bytes arrive while the parties exchange messages."""
+        return max(self.rounds + self.online, self.to_client, self.to_server)
+
+    @property
+    def prepared(self) -> float:
+        """The same if everything of the dealer's arrived before the step."""
+        return self.rounds + self.online
+
+
+@dataclass(frozen=True)
+class Network:
+    """The three links between client, server and dealer.
+
+    parties: between client and server. to_client, to_server: from the dealer. overhead: seconds
+    that the parties' own machines spend on a round, on any network.
+    """
+
+    parties: Link
+    to_client: Link
+    to_server: Link
     overhead: float = 5e-5
 
-    def seconds(self, cost: Cost) -> float:
-        """Estimated network time in seconds, without the parties' computation.
+    def waiting(self, cost: Cost, dealt: Mapping[str, int]) -> Waiting:
+        """Estimated seconds of a step. dealt: bytes that the dealer sends, by role.
 
         A round takes the latency plus the overhead. Online bytes are summed over both directions,
         which transfer at the same time, so half of them are divided by the bandwidth.
         """
-        return cost.rounds * (self.latency + self.overhead) + cost.online / 2 / self.bandwidth
+        return Waiting(
+            cost.rounds * (self.parties.latency + self.overhead),
+            cost.online / 2 / self.parties.bandwidth,
+            self.to_client.latency + dealt["client"] / self.to_client.bandwidth,
+            self.to_server.latency + dealt["server"] / self.to_server.bandwidth,
+        )
 
-    def weight(self, cost: Cost) -> float:
-        """Seconds used to compare protocols: network time plus the dealer's work."""
-        return self.seconds(cost) + cost.offline / MAKING
+    def weight(self, cost: Cost, dealt: Mapping[str, int]) -> float:
+        """Seconds used to compare protocols: rounds, the bytes of all links, and the dealer's work.
 
+        Added up, because what a step waits for is decided by all of its instructions together.
+        """
+        waiting = self.waiting(cost, dealt)
+        sent = (
+            dealt["client"] / self.to_client.bandwidth + dealt["server"] / self.to_server.bandwidth
+        )
+        return waiting.prepared + sent + cost.offline / MAKING
+
+
+_SAME_MACHINE = Link(0.0, math.inf)
+"""What moving the dealer's bytes costs there is part of `MAKING`."""
+
+_LAN = Link(2.5e-4, 1.25e8)
+_FAR = Link(2e-2, 1.25e7)
+_REGION = Link(5e-4, 1.25e9)
 
 NETWORKS = {
-    "loopback": Network(latency=0.0, bandwidth=2e9),
-    "lan": Network(latency=2.5e-4, bandwidth=1.25e8),
-    "wan": Network(latency=2e-2, bandwidth=1.25e7),
+    "loopback": Network(Link(0.0, 2e9), _SAME_MACHINE, _SAME_MACHINE),
+    "lan": Network(_LAN, _LAN, _LAN),
+    "wan": Network(_FAR, _FAR, _REGION),
+    "wan3": Network(_FAR, _FAR, _FAR),
 }
-"""loopback: two processes of one machine. lan: 1 Gbit/s, 0.25 ms one way. wan: 100 Mbit/s, 20 ms.
+"""loopback: processes of one machine. lan: 1 Gbit/s, 0.25 ms one way. wan: a client far away, over
+100 Mbit/s and 20 ms, and a dealer in the server's region, over 10 Gbit/s and 0.5 ms. wan3: three
+roles far from each other, over 100 Mbit/s and 20 ms.
 """

@@ -36,7 +36,7 @@ ROLES = ("client", "server", "dealer")
 CHOICES = {
     "weights": ("server", "shared"),
     "reveal": ("logits", "token"),
-    "network": ("loopback", "lan", "wan"),
+    "network": ("loopback", "lan", "wan", "wan3"),
     "rounding": ("public", "exact"),
 }
 """Options of a compile and their allowed values, under their names in the manifest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ class Part:
     """An instruction as it was rehearsed.
 
     start: the first of its rounds, if it sends anything. rounds: its messages, by round. result: a
-    value without data. forms: what shows of its messages, by round.
+    value without data. forms: what shows of its messages, by round. dealt: bytes that a dealer
+    sends for it, by role.
     """
 
     planned: Planned
@@ -58,6 +59,7 @@ class Part:
     rounds: list[list[Message]]
     result: Any
     forms: Rounds
+    dealt: Mapping[str, int]
 
 
 class Played(NamedTuple):
@@ -66,6 +68,7 @@ class Played(NamedTuple):
     rounds: list[list[Message]]
     result: Any
     forms: Rounds
+    dealt: Mapping[str, int]
     mark: int
 
 
@@ -140,7 +143,7 @@ class Rehearsal:
             values[planned.name], marks[planned.name] = played.result, played.mark
             start = max([ends.get(ref, 0) for ref in refs], default=0)
             ends[planned.name] = start + len(played.rounds)
-            yield Part(planned, start, played.rounds, played.result, played.forms)
+            yield Part(planned, start, *played[:-1])
 
     def _load(self) -> Constants:
         if self._constants is None:
@@ -181,6 +184,7 @@ class Rehearsal:
 
         Layers are alike, and so are steps: few instructions have to run.
         """
+        before = dict(self.context.dealt)
         try:
             result = evaluate(self.context, planned, operands, constants.weights)
             rounds: list[list[Message]] = []
@@ -197,7 +201,8 @@ class Rehearsal:
                 "might depend on secrets; nothing of this step was sent; do not use this bundle"
             ) from error
         forms = [[form(message) for message in messages] for messages in rounds]
-        return Played(rounds, result, forms, self._mark(result))
+        dealt = {role: now - before[role] for role, now in self.context.dealt.items()}
+        return Played(rounds, result, forms, dealt, self._mark(result))
 
 
 _REMEMBERED = 1 << 14

@@ -40,6 +40,7 @@ from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
 from mergec.runtime.transport.dealer_link import (
+    BlockReader,
     ChannelBlockReader,
     ChannelBlockWriter,
     DealerReceiver,
@@ -152,15 +153,20 @@ def compute(
     channels: Channels,
     link: Exchange,
     device: str = "cpu",
+    slowed: Callable[[BlockReader], BlockReader] = lambda blocks: blocks,
 ) -> tuple[Executor, DealerReceiver]:
-    """A computing party's executor over `link`, and its stream from the dealer."""
+    """A computing party's executor over `link`, and its stream from the dealer.
+
+    slowed: wraps that stream, to emulate a network.
+    """
     from mergec.runtime.core.context import ClientContext, ServerContext
     from mergec.runtime.engine.executor import Executor
     from mergec.runtime.engine.weights import take_weights
 
     dealer = channels[DEALER]
     seed, salt = receive_origin(dealer)
-    source = DealerReceiver(ChannelBlockReader(dealer, IDLE_TIMEOUT), timeout=dealer.timeout)
+    blocks = slowed(ChannelBlockReader(dealer, IDLE_TIMEOUT))
+    source = DealerReceiver(blocks, timeout=dealer.timeout)
     kind = ClientContext if program.role == ROLES[CLIENT] else ServerContext
     context = kind(seed, source, device, salt=salt, **program.manifest.arithmetic)
     return Executor(program, context, link, take_weights(program)), source

@@ -1,4 +1,4 @@
-"""A link that is as slow as an emulated network: for measurements on one machine.
+"""Links that are as slow as those of an emulated network: for measurements on one machine.
 
 Sessions never use it unless asked to. Both ends must wrap their link, and run on one machine: the
 transfer time of a message is measured from when it was sent, by the machine's monotonic clock.
@@ -7,27 +7,34 @@ transfer time of a message is measured from when it was sent, by the machine's m
 from __future__ import annotations
 
 import struct
+import threading
 import time
+from queue import Queue
 
 import torch
 
-from mergec.runtime.core.network import Network
+from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.network import Link
+from mergec.runtime.transport.dealer_link import BlockReader
 from mergec.runtime.transport.traffic import Exchange, Traffic
 
 _STAMP = struct.Struct("<d")
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+_BLOCKS = 256
+"""Blocks that are on the way at once."""
 
 
 class EmulatedLink:
-    """Delivers a message when the network would: after the transfer of its bytes, and the latency.
+    """Delivers a message when the link would: after the transfer of its bytes, and the latency.
 
     Each message carries its send time, 8 bytes that are not counted as traffic. A message waits for
     the previous one in its direction, as both share the line; the two directions do not wait for
-    each other. The profile's overhead is not added, because this machine has its own.
+    each other. No overhead is added, because this machine has its own.
     """
 
-    def __init__(self, link: Exchange, network: Network) -> None:
+    def __init__(self, link: Exchange, emulated: Link) -> None:
         self._link = link
-        self._network = network
+        self._emulated = emulated
         self._line_free = 0.0
 
     @property
@@ -46,6 +53,47 @@ class EmulatedLink:
             return reply
         self.traffic.received -= _STAMP.size
         (sent,) = _STAMP.unpack(reply[: _STAMP.size].numpy().tobytes())
-        self._line_free = max(self._line_free, sent) + incoming / self._network.bandwidth
-        time.sleep(max(0.0, self._line_free + self._network.latency - time.monotonic()))
+        self._line_free = max(self._line_free, sent) + incoming / self._emulated.bandwidth
+        time.sleep(max(0.0, self._line_free + self._emulated.latency - time.monotonic()))
         return reply[_STAMP.size :]
+
+
+class EmulatedBlocks:
+    """Delivers a dealer's blocks when the link would: after their transfer, and the latency.
+
+    A block counts as sent when it arrives here, which a thread of its own notes.
+    """
+
+    def __init__(self, blocks: BlockReader, emulated: Link) -> None:
+        self._blocks = blocks
+        self._emulated = emulated
+        self._line_free = 0.0
+        self._arrived: Queue[tuple[float, torch.Tensor | PartyError | None]] = Queue(_BLOCKS)
+        threading.Thread(target=self._take, name="emulated-stream", daemon=True).start()
+
+    def get(self) -> torch.Tensor | None:
+        """The next block; None after the last."""
+        sent, block = self._arrived.get()
+        if isinstance(block, PartyError):
+            raise block
+        if block is not None:
+            self._line_free = max(self._line_free, sent) + block.numel() / self._emulated.bandwidth
+            time.sleep(max(0.0, self._line_free + self._emulated.latency - time.monotonic()))
+        return block
+
+    def _take(self) -> None:
+        block: torch.Tensor | PartyError | None = _NOTHING
+        while isinstance(block, torch.Tensor):
+            try:
+                block = self._blocks.get()
+            except PartyError as error:
+                block = error
+            self._arrived.put((time.monotonic(), block))
+
+    def deadline(self, since: float, limit: float) -> float:
+        """See `BlockReader`."""
+        return self._blocks.deadline(since, limit)
+
+    def silent(self, since: float, limit: float) -> PartyError:
+        """See `BlockReader`."""
+        return self._blocks.silent(since, limit)
