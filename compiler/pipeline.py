@@ -201,7 +201,12 @@ def rewrite(
     if sequences is None:
         sequences = calibration(config, captured)
     info = GraphInfo(
-        captured.inputs, captured.constants, sequences, config.reveal, float(config.logit_noise)
+        captured.inputs,
+        captured.constants,
+        sequences,
+        config.reveal,
+        float(config.logit_noise),
+        NETWORKS[config.network],
     )
     chosen = select(config) if passes is None else passes
     return run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)

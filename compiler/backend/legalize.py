@@ -33,11 +33,14 @@ from mergec.runtime.core.spec import (
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.embedding import Embedding
 from mergec.runtime.ops.linear import Linear
+from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.open import Open
 from mergec.runtime.ops.part import Part
 from mergec.runtime.ops.scale import Scale
 from mergec.runtime.ops.send import Send
 from mergec.runtime.ops.truncate import Truncate
+from mergec.runtime.protocols.deferred import LARGEST
+from mergec.runtime.protocols.normalize import SCALED_FRAC
 
 SPARE_BITS = 5
 """A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
@@ -178,8 +181,10 @@ class _Legalizer:
         self.check_domain(node, op)
         self.check_measured(node, op, arguments)
         arguments |= op.calibrate(node.meta, arguments)
-        if op is Linear:
-            arguments |= self.weight_bits(node)
+        if issubclass(op, NormedLinear):
+            arguments |= self.deferral(node, op, arguments)
+        elif op is Linear:
+            arguments |= self.weight_bits(node, arguments["x"].meta["frac"])
             if not arguments["parts"]:
                 del arguments["parts"]
         elif "bits" in arguments:
@@ -311,9 +316,37 @@ class _Legalizer:
             self.made[key] = new
         return self.made[key]
 
-    def weight_bits(self, node: fx.Node) -> dict[str, Any]:
+    def deferral(
+        self, node: fx.Node, op: type[NormedLinear], arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Fractional bits of the matrix and of the rows in a product of normalized rows.
+
+        If the product has no room in the ring before it is scaled, the norm runs before it.
+        """
+        least = self.least_bits(node)
+        fine = SCALED_FRAC + self.fixed + least + SPARE_BITS - RANGE_MARGIN_BITS <= self.room[node]
+        rows, room, limit, needed = arguments["rows"], 0, SHARE_FRAC, 0
+        if rows and node.meta.get("unscaled") and absmax(node):
+            room = math.floor(HEADROOM_BITS - SPARE_BITS - math.log2(node.meta["unscaled"]))
+            factor = op.factor(arguments["weight"].meta["val"].shape[-1])
+            frac = math.ceil(arguments["x"].meta["frac"] + math.log2(factor))
+            # Scaled up, the bits that are left off are no more than half a unit of a normalized row.
+            needed = min(frac, self.fixed + max(0, math.ceil(math.log2(node.meta["factor"]))))
+            limit = room - needed - self.fixed
+        if limit < least or absmax(node) * 2.0**RANGE_MARGIN_BITS > 2.0**LARGEST:
+            rows, limit = 0, SHARE_FRAC
+        found = self.weight_bits(node, SCALED_FRAC if fine else self.fixed, limit)
+        kept = room - self.fixed - found["bits"] - max(found["parts"][1::2], default=0)
+        if not rows or kept < needed:
+            return found | {"fine": fine, "kept": 0, "rows": 0}
+        return found | {"fine": fine, "kept": min(kept, frac), "rows": rows}
+
+    def weight_bits(
+        self, node: fx.Node, frac: int, limit: int = SHARE_FRAC
+    ) -> dict[str, Any]:
         """How many more bits a matrix can have that nothing else uses, and each of its parts.
 
+        frac: fractional bits of the rows that it is multiplied by. limit: the most for any part.
         Several layers in one product each get the bits that their own result has room for.
         `mpc.part` then takes out the parts of the product that have more bits than the rest.
         """
@@ -323,9 +356,10 @@ class _Legalizer:
         columns = _columns(node)
         matrix = self.tensors[weight.target]
         most = [
-            self.spare_bits(node, part, matrix[start:end]) for part, (start, end) in columns.items()
+            min(limit, self.spare_bits(frac, part, matrix[start:end]))
+            for part, (start, end) in columns.items()
         ]
-        bits = min(most, default=self.spare_bits(node, node, matrix))
+        bits = min(most, default=min(limit, self.spare_bits(frac, node, matrix)))
         if max(most, default=bits) == bits:
             return {"bits": bits, "parts": []}
         parts = []
@@ -334,10 +368,9 @@ class _Legalizer:
             part.target, part.args = target(Part.name), (node, start, end, own - bits)
         return {"bits": bits, "parts": parts}
 
-    def spare_bits(self, linear: fx.Node, result: fx.Node, matrix: torch.Tensor) -> int:
+    def spare_bits(self, frac: int, result: fx.Node, matrix: torch.Tensor) -> int:
         """How many extra bits a layer's matrix can have for this part of its result."""
-        x: Any = linear.args[0]
-        frac = x.meta["frac"] + self.fixed
+        frac += self.fixed
         wanted = max(WEIGHT_BITS, _needed_bits(matrix, self.fixed + WEIGHT_BITS) + WEIGHT_BITS)
         most = min(wanted, math.floor(self.room[result]) - frac)
         if "window" in self.wants[result]:

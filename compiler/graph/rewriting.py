@@ -15,6 +15,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.visibility import annotate_visibility
 from mergec.compiler.text import assign_names
+from mergec.runtime.core.network import NETWORKS, Network
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
@@ -33,7 +34,8 @@ class GraphInfo:
 
     calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
     client learns of a step, "logits" or "token". logit_noise: standard deviation of the noise that
-    the server adds to logits.
+    the server adds to logits. network: where the program will run, for passes that trade bytes for
+    rounds.
     """
 
     inputs: list[InputSpec]
@@ -41,6 +43,7 @@ class GraphInfo:
     calibration: Sequence[Sequence[int]] = ()
     reveal: str = "logits"
     logit_noise: float = 0.0
+    network: Network = NETWORKS["loopback"]
 
 
 class Pass(PassBase):

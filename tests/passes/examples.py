@@ -14,6 +14,7 @@ from mergec.compiler.graph.contract import TOLERANCE, Wide
 from mergec.compiler.graph.parse import Parsed, ParseError, parse
 from mergec.compiler.graph.rewriting import GraphInfo, Pass
 from mergec.compiler.text import dump
+from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
 
@@ -51,7 +52,9 @@ def run(kind: type[Pass], text: str, reveal: str = "logits") -> Ran:
     parsed = _parsed(kind, text)
     inputs = {spec.name: value for spec, value in zip(parsed.inputs, _inputs(parsed), strict=True)}
     before = _values(parsed, inputs)
-    made = kind(GraphInfo(parsed.inputs, parsed.constants, CALIBRATION, reveal))
+    network = NETWORKS["wan"]  # Where passes that save rounds have the most to do.
+    info = GraphInfo(parsed.inputs, parsed.constants, CALIBRATION, reveal, network=network)
+    made = kind(info)
     made(parsed.graph_module)
     return Ran(
         made.sites,

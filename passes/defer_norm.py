@@ -1,0 +1,151 @@
+"""Apply the scale of a normalized row behind the product that reads the row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call
+from mergec.compiler.graph.weights import computable, uses
+from mergec.runtime.core.op import REGISTRY, target
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
+from mergec.runtime.core.values import Shared, Weight
+from mergec.runtime.ops.normed_linear import NormedLinear
+
+
+class DeferNorm(Pass):
+    """Rewrites linear(norm(x), W, b) as one op that can scale the product instead of the row.
+
+    Saves a round, or two where the normalized row would have to be truncated for the product: x W
+    is computed while the protocol finds out how large x is (`runtime.protocols.deferred`). It takes
+    more bytes if the layer has more outputs than about half of its inputs, as each output is opened
+    to both parties. So it pays where a round takes long: the cost model for the network decides for
+    each layer up to how many rows, and steps of more rows, such as long prompts, run the norm first.
+
+    The norm must have neither gain nor bias, its rows must be read by one product alone, and the
+    matrix must not be used elsewhere.
+
+    Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 16x8
+        %bias = constant : server 16
+        %1 = mpc.rms_norm(%x, None, 1e-06, 0.0)
+        %2 = mpc.linear(%1, %weight, %bias)
+    After:
+        %2 = mpc.rms_norm_linear(%x, %weight, %bias, 1e-06, rows=1024)
+    """
+
+    stage = "optimize"
+    # These passes fold what stands between a norm and its products, or change which products there
+    # are.
+    after = (
+        "fold_norm_affine",
+        "fold_attention_scale",
+        "fold_scalars",
+        "hoist_last_position",
+        "merge_chains",
+        "merge_siblings",
+    )
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        norms = [
+            (node, op)
+            for node in list(graph_module.graph.nodes)
+            for op in _ops()
+            if calls(node, target(op.norm.name)) and node.meta["vis"] is Vis.SHARED
+        ]
+        if norms and not self.info.network.latency:
+            self.skip(norms[0][0], "a message takes no time on this network; nor for other norms")
+            return 0
+        return sum(self._defer(graph_module, norm, op) for norm, op in norms)
+
+    def _defer(
+        self, graph_module: fx.GraphModule, norm: fx.Node, op: type[NormedLinear]
+    ) -> int:
+        arguments = dict(zip(_parameters(op.norm), norm.args, strict=False))
+        if any(arguments.get(name) is not None for name in op.norm.tensors[1:]):
+            self.skip(norm, "it has a gain or a bias, which no product has absorbed")
+            return 0
+        moves, product = _product(norm)
+        if product is None:
+            self.skip(norm, "its rows are not read by one product alone")
+            return 0
+        _, weight, bias = (*product.args, None)[:3]
+        if not computable(graph_module, weight) or weight.meta["vis"] is not Vis.SERVER:
+            self.skip(norm, f"the matrix of %{product.name} is not a constant of 32 bits or more")
+            return 0
+        if len(uses(graph_module, weight)) > 1:
+            self.skip(norm, f"the matrix of %{product.name} is also used elsewhere")
+            return 0
+        rows, seconds = self._rows(op, *weight.meta["val"].shape)
+        if not rows:
+            self.skip(norm, f"scaling the product would take {seconds:.1e} s more for each token")
+            return 0
+        x: Any = norm.args[0]
+        for move in moves:
+            x = insert_call(move, move.target, x, *move.args[1:], **move.kwargs)
+        new = insert_call(
+            product, target(op.name), x, weight, bias, float(arguments["eps"]), rows=rows
+        )
+        new.meta = dict(product.meta)
+        product.replace_all_uses_with(new)
+        return 1
+
+    def _rows(self, op: type[NormedLinear], outputs: int, inputs: int) -> tuple[int, float]:
+        """For how many rows scaling the product is cheaper; else by how many seconds it is not.
+
+        Both costs are affine in the number of rows. Fractional bits, and how many octaves the rows
+        span, are known only later; these are the usual ones.
+        """
+        words = torch.empty((outputs, inputs), dtype=torch.int64, device="meta")
+        weight = Weight(words, words, words, FRACTIONAL_BITS)
+
+        def gain(count: int) -> float:
+            rows = Shared(words.new_empty((count, inputs)), 2 * FRACTIONAL_BITS)
+            first, then = (
+                self.info.network.weight(
+                    op.cost(rows, weight, None, 1e-6, rows=most, kept=24, fixed=FRACTIONAL_BITS)
+                )
+                for most in (count, 0)
+            )
+            return then - first
+
+        once, each = gain(1), gain(1) - gain(2)
+        if once <= 0:
+            return 0, -once
+        return (MOST if each <= 0 else min(MOST, math.ceil(once / each))), 0.0
+
+
+MOST = 1024
+"""The largest limit of rows that a program states."""
+
+
+def _ops() -> list[type[NormedLinear]]:
+    return [op for op in REGISTRY.values() if issubclass(op, NormedLinear)]
+
+
+def _parameters(op: type[Any]) -> list[str]:
+    """The parameters of an op, in the order of its arguments."""
+    return [argument.name for argument in target(op.name)._schema.arguments]
+
+
+def _product(norm: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """The moves of whole rows behind a norm and the product that reads them, if it is the only one.
+    """
+    moves: list[fx.Node] = []
+    node = norm
+    while len(node.users) == 1:
+        (user,) = node.users
+        if calls(user, target("linear")):
+            return moves, user if user.args[0] is node else None
+        if not keeps_rows(user):
+            break
+        moves.append(user)
+        node = user
+    return moves, None

@@ -1,0 +1,61 @@
+"""The product of rows after LayerNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergec.runtime.core.cases import Case, Sampler
+from mergec.runtime.ops.layer_norm import LayerNorm
+from mergec.runtime.ops.linear import Linear
+from mergec.runtime.ops.normed_linear import NormedLinear
+
+
+class LayerNormLinear(NormedLinear):
+    """LayerNorm(x) @ weight.T + bias: see `NormedLinear`.
+
+    Rounds 4 for up to `rows` rows, else 5, or 6 without `fine`. Bytes: `cost`. Rows are centred as
+    d x - sum(x), which is exact and local; the factor d is removed by the scale of the row.
+    """
+
+    name = "layer_norm_linear"
+    norm = LayerNorm
+
+    @staticmethod
+    def reference(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        bound: float = 0.0,
+        bits: int = 0,
+        parts: Sequence[int] = (),
+        fine: bool = True,
+        kept: int = 0,
+        rows: int = 0,
+    ) -> torch.Tensor:
+        return Linear.reference(LayerNorm.reference(x, None, None, eps), weight, bias)
+
+    @staticmethod
+    def cases() -> list[Case]:
+        make = Sampler()
+        x, weight, bias = make.normal(3, 48) + 2, make.normal(5, 48), make.normal(5)
+        held = {"weight": "weight", "bias": "held"}
+        shared = {"weight": "shared", "bias": "share"}
+        few = [4.0**4, 0, [], True, 24, 9]
+        return [
+            Case([x, weight, bias, 1e-5, *few], 3e-4, forms=held),
+            Case([x, weight, bias, 1e-5, *few], 3e-4, forms=shared),
+            Case([x, weight, None, 1e-5, *few[:3], False, 24, 9], 3e-4, forms={"weight": "weight"}),
+            Case([x, weight, bias, 1e-5, 4.0**4], 3e-4, forms=held),
+            Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
+        ]
+
+    @staticmethod
+    def centred(rows: torch.Tensor) -> torch.Tensor:
+        return rows * rows.shape[-1] - rows.sum(-1, keepdim=True)
+
+    @staticmethod
+    def factor(size: int) -> int:
+        return size
