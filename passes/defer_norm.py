@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.ir import calls, constant
 from mergec.compiler.graph.moves import keeps_rows
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
-from mergec.compiler.graph.weights import computable, uses
+from mergec.compiler.graph.weights import uses
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
 from mergec.runtime.core.values import Shared, Weight
@@ -77,8 +77,8 @@ class DeferNorm(Pass):
             self.skip(norm, "its rows are not read by one product alone")
             return 0
         _, weight, bias = (*product.args, None)[:3]
-        if not computable(graph_module, weight) or weight.meta["vis"] is not Vis.SERVER:
-            self.skip(norm, f"the matrix of %{product.name} is not a constant of 32 bits or more")
+        if constant(graph_module, weight) is None or weight.meta["vis"] is not Vis.SERVER:
+            self.skip(norm, f"the matrix of %{product.name} is not a constant of the server's")
             return 0
         if len(uses(graph_module, weight)) > 1:
             self.skip(norm, f"the matrix of %{product.name} is also used elsewhere")

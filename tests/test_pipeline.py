@@ -66,6 +66,7 @@ optimize      fold_scalars
 optimize      hoist_last_position
 optimize      merge_chains
 optimize      merge_siblings
+optimize      defer_norm
 """
 
 REORDERED = 1e-9
@@ -203,7 +204,8 @@ def test_structure_is_found(family: str) -> None:
     exact = [kind for kind in available().values() if kind.exact]
     assert list(found) == [kind.name() for kind in ordered(exact)]
     left = Counter(report.name for report in reports for _ in report.skips)
-    assert left == Counter(LEFT.get(family, {}))
+    # On a network on which messages take no time, one skip says so for all norms.
+    assert left == Counter({"defer_norm": 1, **LEFT.get(family, {})})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])

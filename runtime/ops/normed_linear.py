@@ -71,12 +71,11 @@ class NormedLinear(Op, abstract=True):
     def measure(cls, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> dict[str, float]:
         """Of rows and products before they are scaled, and of the factor that scales them."""
         rows = cls.centred(x.double()) / cls.factor(x.shape[-1])
-        eps = float(rest[1])
         squares = rows.square().mean(-1)
         return {
             "mean_square": float(squares.max()),
-            "unscaled": float((rows @ weight.double().T).abs().max()),
-            "factor": float((squares + eps).rsqrt().max()),
+            "unscaled": float((rows.to(weight.dtype) @ weight.T).abs().max()),
+            "factor": float((squares + float(rest[1])).rsqrt().max()),
         }
 
     @classmethod

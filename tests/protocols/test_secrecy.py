@@ -13,6 +13,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.softmax import Softmax
 from mergec.runtime.protocols.compare import maximum, take_window
+from mergec.runtime.protocols.deferred import Deferred, deferred_norm
 from mergec.runtime.protocols.formula import open_bits
 from mergec.runtime.protocols.normalize import RowNorm, normalize
 from mergec.runtime.protocols.opening import open_masked, open_under
@@ -35,6 +36,14 @@ def _transcript(protocol, values: torch.Tensor) -> list[torch.Tensor]:
     return simulation.transcript
 
 
+def _deferred_norm(ctx, x):
+    """Of rows of 64 words, with a matrix that is put under its mask first."""
+    words = torch.arange(-64, 64).reshape(2, 64).to(torch.int32)
+    weight = yield from share_weight(ctx, "w", words if ctx.party == SERVER else words.to("meta"), 6)
+    spec = Deferred(RowNorm(64, 16, 1e-5, 2.0**10), 3, 6, 8)
+    return (yield from deferred_norm(ctx, x.share.reshape(-1, 64), weight, spec))
+
+
 PROTOCOLS = {
     "open": open_masked,
     "send": send,
@@ -51,6 +60,7 @@ PROTOCOLS = {
     "normalize": lambda ctx, x: normalize(
         ctx, x.share.reshape(-1, 64), RowNorm(64, 16, 1e-5, 2.0**10)
     ),
+    "deferred norm": _deferred_norm,
 }
 
 

@@ -1,0 +1,213 @@
+"""Products whose rows are normalized behind them, against float64 and against words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mergec.runtime.core.spec import HEADROOM_BITS, SERVER
+from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.deferred import (
+    Deferred,
+    _deal_cpu,
+    _scale_cpu,
+    deferred_norm,
+    deferred_norm_cost,
+)
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm
+from mergec.runtime.protocols.truncate import OFFSET
+from mergec.runtime.protocols.weights import Weight, share_weight
+from tests.protocols.harness import integers
+
+EPS = 1e-5
+WEIGHT_FRAC = 16
+
+
+def run(
+    rows: torch.Tensor, matrix: torch.Tensor, spec: Deferred, *, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, Simulation]:
+    """The result as real numbers, what it should be, and the simulation with the cost of the run.
+
+    The reference multiplies the rows and the matrix as they are rounded to fixed point.
+    """
+    simulation = Simulation(exact=exact)
+    frac = int(spec.norm.frac)
+    rounded = torch.round(rows * 2.0**frac)
+    shares = integers(simulation, rounded.long())
+    units = torch.exp2(WEIGHT_FRAC + torch.from_numpy(spec.further(len(matrix))).double())
+    words = torch.round(matrix * units[:, None]).long()
+    weights = simulation.run(
+        lambda ctx, p: share_weight(ctx, "w", words if p == SERVER else words.to("meta"), 16)
+    )
+    simulation.cost = type(simulation.cost)()
+    client, server, dealer = simulation.run(
+        lambda ctx, p: deferred_norm(ctx, shares[p].share, weights[p], spec)
+    )
+    assert dealer.is_meta
+    assert dealer.shape == client.shape == (*rows.shape[:-1], len(matrix))
+    found = (client + server).double() / units * 2.0 ** (WEIGHT_FRAC - SCALED_FRAC - spec.finer)
+    rows = rounded * 2.0**-frac
+    scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + spec.norm.eps)
+    return found, (rows @ (words / units[:, None]).T) * scale, simulation
+
+
+def normal(*shape: int, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def tolerance(spec: Deferred, rows: torch.Tensor, matrix: torch.Tensor) -> float:
+    """What the docstring promises: the row's lost bits, the mantissa, and two units."""
+    largest = float((rows @ matrix.T).abs().max())
+    scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + spec.norm.eps)
+    relative = 2**-14 * float(((rows @ matrix.T) * scale).abs().max())
+    lost = 2.0 ** (spec.drop - int(spec.norm.frac)) if spec.drop else 0.0
+    moved = lost * float(matrix.abs().sum(-1).max()) * float(scale.max())
+    assert largest * 2.0**spec.frac < 2.0**HEADROOM_BITS
+    return moved + relative + 2 * 2.0**-16
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("finer", [0, 1, 5, 16, 22])
+@pytest.mark.parametrize("frac", [16, 24, 32, 38, 54])
+def test_against_float64(frac: int, finer: int, exact: bool) -> None:
+    rows, matrix = normal(4, 64), normal(9, 64, seed=3)
+    rows[1] *= 2.0**-5
+    spec = Deferred(RowNorm(64, frac, EPS, 2.0**8), max(0, frac - 30), WEIGHT_FRAC, finer)
+    found, wanted, simulation = run(rows, matrix, spec, exact=exact)
+    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    if not exact:
+        assert simulation.cost == deferred_norm_cost(spec, 4, ghost_weight(9, 64))
+
+
+def ghost_weight(outputs: int, inputs: int) -> Weight:
+    words = torch.empty((outputs, inputs), dtype=torch.int64, device="meta")
+    return Weight(words, words, words, WEIGHT_FRAC)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_massive_activations_beside_ordinary_and_tiny_rows(exact: bool) -> None:
+    """All in one product: no range is lost, as each octave has a shift of its own."""
+    rows, matrix = normal(5, 576), normal(40, 576, seed=3) * 0.2
+    rows[0] *= 30
+    rows[0, 3] = 24_926.0
+    rows[1, 7] = -20_000.0
+    rows[3] *= 2.0**-4
+    rows[4] = 0.0
+    norm = RowNorm(576, 24, EPS, 2.0**22)
+    spec = Deferred(norm, 0, WEIGHT_FRAC, 5)
+    found, wanted, _ = run(rows, matrix, spec, exact=exact)
+    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert found[4].abs().max() < 2**-15
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_rows_of_zeros_and_of_single_units(exact: bool) -> None:
+    rows, matrix = torch.zeros(3, 16, dtype=torch.float64), normal(5, 16)
+    rows[1, 4], rows[2] = 2.0**-20, -(2.0**-20)
+    spec = Deferred(RowNorm(16, 20, EPS, 1.0), 0, WEIGHT_FRAC, 8)
+    found, wanted, _ = run(rows, matrix, spec, exact=exact)
+    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_parts_with_bits_of_their_own(exact: bool) -> None:
+    rows, matrix = normal(3, 32), normal(9, 32, seed=3)
+    parts = (2, 0, 4, 6, 3, 3)
+    spec = Deferred(RowNorm(32, 24, EPS, 2.0**6), 2, WEIGHT_FRAC, 7, parts)
+    found, wanted, _ = run(rows, matrix, spec, exact=exact)
+    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+
+
+def test_products_as_large_as_the_ring_allows() -> None:
+    """Before scaling up to 2**62 units, of either sign, and rows of any number of dimensions."""
+    rows = torch.full((1, 2, 16), 2.0**10, dtype=torch.float64)
+    rows[0, 1] *= -1
+    matrix = torch.full((2, 16), 1.999, dtype=torch.float64)
+    spec = Deferred(RowNorm(16, 30, EPS, 2.0**20), 0, WEIGHT_FRAC, 16)
+    found, wanted, _ = run(rows, matrix, spec)
+    assert float((rows @ matrix.T).abs().max()) * 2.0**spec.frac > 2.0 ** (HEADROOM_BITS - 2)
+    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_every_row_of_a_small_domain(bits: int) -> None:
+    """Every pair of entries, as one row each; the matrix is the identity."""
+    side = torch.arange(-(2**bits), 2**bits, dtype=torch.float64)
+    rows = torch.cartesian_prod(side, side) * 2.0**-4
+    spec = Deferred(RowNorm(2, 4, 0.0, 2.0**4), 0, WEIGHT_FRAC, 3)
+    found, wanted, _ = run(rows, torch.eye(2, dtype=torch.float64), spec)
+    present = (rows != 0).any(-1)
+    assert (found - wanted)[present].abs().max() < 2**-13
+    assert not bool(found[~present].any())
+
+
+def test_the_server_s_product_depends_on_fresh_masks_alone() -> None:
+    """The row that goes to the server is another uniform word each time, whatever the row is."""
+    rows, matrix = torch.zeros(64, 16, dtype=torch.float64), normal(3, 16)
+    spec = Deferred(RowNorm(16, 24, EPS, 1.0), 4, WEIGHT_FRAC, 8)
+    seen = []
+    for _ in range(2):
+        simulation = Simulation(record=True)
+        shares = integers(simulation, rows.long())
+        words = torch.round(matrix * 2.0**16).long()
+        weights = simulation.run(
+            lambda ctx, p, w=words: share_weight(ctx, "w", w if p == SERVER else w.to("meta"), 16)
+        )
+        simulation.transcript.clear()
+        simulation.run(
+            lambda ctx, p, s=shares, w=weights: deferred_norm(ctx, s[p].share, w[p], spec)
+        )
+        seen.append([payload for payload in simulation.transcript if payload.shape == rows.shape])
+    # The opening of the rows, in both directions, and the message to the server.
+    assert len(seen[0]) == len(seen[1]) == 3
+    for first, second in zip(*seen, strict=True):
+        assert not bool((first == second).any())
+        assert len(first.unique()) == first.numel()
+
+
+@pytest.mark.parametrize("at_client", [False, True])
+@pytest.mark.parametrize("shifts", [[-5, -1, 3], [0, 7], [19, 60, 75], [1]])
+def test_kernels_compute_what_whole_numbers_do(shifts: list[int], at_client: bool) -> None:
+    """Equal bit for bit to Python's integers, on words that belong to no row."""
+    prg, rows, columns, bands = Prg(new_seed()), 3, 5, len(shifts)
+    further = np.array([0, 0, 2, 6, 1])
+
+    def words(*shape: int) -> np.ndarray:
+        return prg.read(8 * int(np.prod(shape))).view(np.int64).reshape(shape)
+
+    def unsigned(word: np.int64) -> int:
+        return int(word) % 2**64
+
+    mask, factors = words(rows, columns), words(rows, bands)
+    dealt = np.empty((bands + 3, rows, columns), np.int64)
+    dealt[0] = mask < 0
+    _deal_cpu(mask, factors, np.array(shifts), further, dealt)
+    opened, share, public, own = (
+        words(rows, columns), words(rows, columns), words(rows, bands), words(rows, bands)
+    )  # fmt: skip
+    found = np.empty((rows, columns), np.int64)
+    _scale_cpu(opened, share, public, own, dealt, np.array(shifts), further, at_client, found)
+    for i in range(rows):
+        for e in range(columns):
+            r, z, top = unsigned(mask[i, e]), unsigned(opened[i, e]), int(mask[i, e] < 0)
+            low_sum = top_sum = 0
+            total = int(dealt[bands + 1, i, e])
+            for k in range(bands):
+                s = min(shifts[k] + int(further[e]), HEADROOM_BITS)
+                f = int(factors[i, k])
+                low = r >> s if s > 0 else r << -s
+                assert unsigned(dealt[1 + k, i, e]) == low % 2**64
+                low_sum += low * f
+                top_sum += top * f * 2 ** (64 - s) if s > 0 else 0
+                carry = 2 ** (64 - s) if s > 0 and z < 2**63 else 0
+                base = (z >> s) - 2 ** (62 - s) if s > 0 else (z - OFFSET) << -s
+                mine = (int(public[i, k]) if at_client else 0) - int(own[i, k])
+                total += base * mine - int(dealt[1 + k, i, e]) * int(public[i, k])
+                total += carry * int(public[i, k]) * int(dealt[0, i, e])
+            assert unsigned(dealt[bands + 1, i, e]) == low_sum % 2**64
+            assert unsigned(dealt[bands + 2, i, e]) == top_sum % 2**64
+            total -= int(dealt[bands + 2, i, e]) * (z < 2**63)
+            assert unsigned(found[i, e]) == (total << int(further[e])) % 2**64
