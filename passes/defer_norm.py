@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import calls, constant
+from mergec.compiler.graph.ir import bind, calls, constant
 from mergec.compiler.graph.moves import keeps_rows
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
@@ -16,6 +16,7 @@ from mergec.compiler.graph.weights import uses
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
 from mergec.runtime.core.values import Shared, Weight
+from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 
 
@@ -24,9 +25,9 @@ class DeferNorm(Pass):
 
     Saves a round, or two where the normalized row would have to be truncated for the product: x W
     is computed while the protocol finds out how large x is (`runtime.protocols.deferred`). It takes
-    more bytes if the layer has more outputs than about half of its inputs, as each output is opened
-    to both parties. So it pays where a round takes long: the cost model for the network decides for
-    each layer up to how many rows, and steps of more rows, such as long prompts, run the norm first.
+    16 bytes more for each output, which is opened to both parties. So it pays where a round takes
+    long: the cost model for the network decides for each layer up to how many rows. Steps of more
+    rows, such as long prompts, run the norm first.
 
     The norm must have neither gain nor bias, its rows must be read by one product alone, and the
     matrix must not be used elsewhere.
@@ -65,18 +66,17 @@ class DeferNorm(Pass):
             return 0
         return sum(self._defer(graph_module, norm, op) for norm, op in norms)
 
-    def _defer(
-        self, graph_module: fx.GraphModule, norm: fx.Node, op: type[NormedLinear]
-    ) -> int:
-        arguments = dict(zip(_parameters(op.norm), norm.args, strict=False))
-        if any(arguments.get(name) is not None for name in op.norm.tensors[1:]):
+    def _defer(self, graph_module: fx.GraphModule, norm: fx.Node, op: type[NormedLinear]) -> int:
+        arguments = bind(op.norm, norm)
+        if any(arguments[name] is not None for name in op.norm.tensors[1:]):
             self.skip(norm, "it has a gain or a bias, which no product has absorbed")
             return 0
         moves, product = _product(norm)
         if product is None:
             self.skip(norm, "its rows are not read by one product alone")
             return 0
-        _, weight, bias = (*product.args, None)[:3]
+        given = bind(Linear, product)
+        weight: Any = given["weight"]
         if constant(graph_module, weight) is None or weight.meta["vis"] is not Vis.SERVER:
             self.skip(norm, f"the matrix of %{product.name} is not a constant of the server's")
             return 0
@@ -87,11 +87,11 @@ class DeferNorm(Pass):
         if not rows:
             self.skip(norm, f"scaling the product would take {seconds:.1e} s more for each token")
             return 0
-        x: Any = norm.args[0]
+        x = arguments["x"]
         for move in moves:
             x = insert_call(move, move.target, x, *move.args[1:], **move.kwargs)
         new = insert_call(
-            product, target(op.name), x, weight, bias, float(arguments["eps"]), rows=rows
+            product, target(op.name), x, weight, given["bias"], arguments["eps"], rows=rows
         )
         new.meta = dict(product.meta)
         product.replace_all_uses_with(new)
@@ -130,14 +130,8 @@ def _ops() -> list[type[NormedLinear]]:
     return [op for op in REGISTRY.values() if issubclass(op, NormedLinear)]
 
 
-def _parameters(op: type[Any]) -> list[str]:
-    """The parameters of an op, in the order of its arguments."""
-    return [argument.name for argument in target(op.name)._schema.arguments]
-
-
 def _product(norm: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """The moves of whole rows behind a norm and the product that reads them, if it is the only one.
-    """
+    """Moves of whole rows behind a norm, and the product that reads them if nothing else does."""
     moves: list[fx.Node] = []
     node = norm
     while len(node.users) == 1:

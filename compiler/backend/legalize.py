@@ -321,7 +321,9 @@ class _Legalizer:
     ) -> dict[str, Any]:
         """Fractional bits of the matrix and of the rows in a product of normalized rows.
 
-        If the product has no room in the ring before it is scaled, the norm runs before it.
+        If the product has no room in the ring before it is scaled, the norm runs before it. The
+        room is that for `SPARE_BITS`, as after each fine factor. The bits of the rows come first,
+        as far as a normalized row has them, then those of the matrix.
         """
         least = self.least_bits(node)
         fine = SCALED_FRAC + self.fixed + least + SPARE_BITS - RANGE_MARGIN_BITS <= self.room[node]
@@ -330,7 +332,7 @@ class _Legalizer:
             room = math.floor(HEADROOM_BITS - SPARE_BITS - math.log2(node.meta["unscaled"]))
             factor = op.factor(arguments["weight"].meta["val"].shape[-1])
             frac = math.ceil(arguments["x"].meta["frac"] + math.log2(factor))
-            # Scaled up, the bits that are left off are no more than half a unit of a normalized row.
+            # Scaled up, the bits that are left off are at most one unit of a normalized row.
             needed = min(frac, self.fixed + max(0, math.ceil(math.log2(node.meta["factor"]))))
             limit = room - needed - self.fixed
         if limit < least or absmax(node) * 2.0**RANGE_MARGIN_BITS > 2.0**LARGEST:
@@ -341,9 +343,7 @@ class _Legalizer:
             return found | {"fine": fine, "kept": 0, "rows": 0}
         return found | {"fine": fine, "kept": min(kept, frac), "rows": rows}
 
-    def weight_bits(
-        self, node: fx.Node, frac: int, limit: int = SHARE_FRAC
-    ) -> dict[str, Any]:
+    def weight_bits(self, node: fx.Node, frac: int, limit: int = SHARE_FRAC) -> dict[str, Any]:
         """How many more bits a matrix can have that nothing else uses, and each of its parts.
 
         frac: fractional bits of the rows that it is multiplied by. limit: the most for any part.

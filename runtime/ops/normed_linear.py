@@ -219,7 +219,13 @@ class NormedLinear(Op, abstract=True):
 
     @classmethod
     def _deferred(
-        cls, norm: RowNorm, weight: Constant, parts: Sequence[int], fine: bool, kept: int, fixed: int
+        cls,
+        norm: RowNorm,
+        weight: Constant,
+        parts: Sequence[int],
+        fine: bool,
+        kept: int,
+        fixed: int,
     ) -> Deferred:
         finer = weight.frac if fine else weight.frac + fixed - SCALED_FRAC
         return Deferred(norm, cls._drop(norm, kept), weight.frac, finer, tuple(parts))

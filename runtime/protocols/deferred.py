@@ -29,9 +29,9 @@ from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RIN
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.local import ghost
-from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, open_row, scale_rows
+from mergec.runtime.protocols.normalize import RowNorm, open_row, scale_rows
 from mergec.runtime.protocols.opening import open_under
-from mergec.runtime.protocols.power import Power, octaves, octaves_cost
+from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.squares import (
     deal_square,
     square_share,
@@ -93,16 +93,14 @@ class Deferred:
         return np.repeat(np.array(self.parts[1::2]), np.array(self.parts[::2]))
 
 
-def deferred_norm(
-    ctx: Context, share: torch.Tensor, weight: Constant, spec: Deferred
-) -> Protocol:
+def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
     """Shares of (x / sqrt(mean(x**2) + eps)) @ weight.T, with 32 fractional bits and `spec.finer`.
 
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `spec.norm.bound`,
     and a constant [O, d], held by the server or shared. The product must be below 2**62 in its
-    units before it is scaled, and below 2**14 and 2**62 units afterwards. Out: [..., O]. Error: that of the product with the row and
-    the constant as they are rounded; of that, 2**-14 relative by the mantissa; and two units of
-    2**-16.
+    units before it is scaled, and below 2**14 and 2**62 units afterwards. Out: [..., O]. Error:
+    that of the product with the row and the constant as they are rounded; of that, 2**-14 relative
+    by the mantissa; and two units of 2**-16.
 
     Rounds 4: the row; V and the row for the product; the octaves' bits and mantissas; the power and
     the product. Online 16 bytes per element of the row, 8 more (16 if the constant is shared) for
@@ -184,9 +182,7 @@ def _product(ctx: Context, kept: torch.Tensor, weight: Constant) -> Protocol:
     return linear(ctx, moved, weight)
 
 
-def _exact_product(
-    ctx: Context, kept: torch.Tensor, weight: Constant, spec: Deferred
-) -> Protocol:
+def _exact_product(ctx: Context, kept: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
     """The product, opened for `scale_rows` with exact rounding. All columns get one scale."""
     product = yield from _product(ctx, kept, weight)
     if not product.is_meta:
@@ -232,7 +228,7 @@ def scale_product(
         return ghost(product.shape)
     result = np.empty((rows, columns), np.int64)
     _scale_cpu(
-        *(word.cpu().numpy() for word in (opened, mask, factor, power_mask, dealt)),
+        *(word.cpu().numpy() for word in (opened, factor, power_mask, dealt)),
         shifts, further, ctx.party == CLIENT, result,
     )  # fmt: skip
     return torch.from_numpy(result).to(product.device)
@@ -287,7 +283,7 @@ def _deal_cpu(mask, factors, shifts, further, out):  # type: ignore[no-untyped-d
 
 @compiled()
 def _scale_cpu(  # type: ignore[no-untyped-def]
-    opened, mask, factor, factor_mask, dealt, shifts, further, at_client, out
+    opened, factor, factor_mask, dealt, shifts, further, at_client, out
 ):
     bands = shifts.shape[0]
     for i in range(opened.shape[0]):

@@ -185,11 +185,9 @@ def test_kernels_compute_what_whole_numbers_do(shifts: list[int], at_client: boo
     dealt = np.empty((bands + 3, rows, columns), np.int64)
     dealt[0] = mask < 0
     _deal_cpu(mask, factors, np.array(shifts), further, dealt)
-    opened, share, public, own = (
-        words(rows, columns), words(rows, columns), words(rows, bands), words(rows, bands)
-    )  # fmt: skip
+    opened, public, own = words(rows, columns), words(rows, bands), words(rows, bands)
     found = np.empty((rows, columns), np.int64)
-    _scale_cpu(opened, share, public, own, dealt, np.array(shifts), further, at_client, found)
+    _scale_cpu(opened, public, own, dealt, np.array(shifts), further, at_client, found)
     for i in range(rows):
         for e in range(columns):
             r, z, top = unsigned(mask[i, e]), unsigned(opened[i, e]), int(mask[i, e] < 0)

@@ -39,7 +39,9 @@ def _transcript(protocol, values: torch.Tensor) -> list[torch.Tensor]:
 def _deferred_norm(ctx, x):
     """Of rows of 64 words, with a matrix that is put under its mask first."""
     words = torch.arange(-64, 64).reshape(2, 64).to(torch.int32)
-    weight = yield from share_weight(ctx, "w", words if ctx.party == SERVER else words.to("meta"), 6)
+    weight = yield from share_weight(
+        ctx, "w", words if ctx.party == SERVER else words.to("meta"), 6
+    )
     spec = Deferred(RowNorm(64, 16, 1e-5, 2.0**10), 3, 6, 8)
     return (yield from deferred_norm(ctx, x.share.reshape(-1, 64), weight, spec))
 
