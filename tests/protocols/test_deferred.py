@@ -58,15 +58,20 @@ def normal(*shape: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def tolerance(spec: Deferred, rows: torch.Tensor, matrix: torch.Tensor) -> float:
-    """What the docstring promises: the row's lost bits, the mantissa, and two units."""
-    largest = float((rows @ matrix.T).abs().max())
-    scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + spec.norm.eps)
-    relative = 2**-14 * float(((rows @ matrix.T) * scale).abs().max())
+def tolerance(spec: Deferred, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """What the docstring promises of each result: the row's lost bits, the mantissa, two units.
+
+    And the sum of squares of rows that are far smaller than the largest that is expected: each
+    entry is rounded by less than a unit at random, so six standard deviations of all together.
+    """
+    product = rows @ matrix.T
+    mean = rows.square().mean(-1, keepdim=True) + spec.norm.eps
+    units = mean.sqrt() * 2.0 ** (spec.norm.frac - spec.norm.square_shift)
+    relative = 2**-14 + 6 * 0.5 / (units * rows.shape[-1] ** 0.5)
     lost = 2.0 ** (spec.drop - int(spec.norm.frac)) if spec.drop else 0.0
-    moved = lost * float(matrix.abs().sum(-1).max()) * float(scale.max())
-    assert largest * 2.0**spec.frac < 2.0**HEADROOM_BITS
-    return moved + relative + 2 * 2.0**-16
+    moved = lost * matrix.abs().sum(-1).max() * mean.rsqrt()
+    assert float(product.abs().max()) * 2.0**spec.frac < 2.0**HEADROOM_BITS
+    return moved + relative * (product * mean.rsqrt()).abs() + 2 * 2.0**-16
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -77,7 +82,7 @@ def test_against_float64(frac: int, finer: int, exact: bool) -> None:
     rows[1] *= 2.0**-5
     spec = Deferred(RowNorm(64, frac, EPS, 2.0**8), max(0, frac - 30), WEIGHT_FRAC, finer)
     found, wanted, simulation = run(rows, matrix, spec, exact=exact)
-    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert bool(((found - wanted).abs() <= tolerance(spec, rows, matrix)).all())
     if not exact:
         assert simulation.cost == deferred_norm_cost(spec, 4, ghost_weight(9, 64))
 
@@ -99,7 +104,7 @@ def test_massive_activations_beside_ordinary_and_tiny_rows(exact: bool) -> None:
     norm = RowNorm(576, 24, EPS, 2.0**22)
     spec = Deferred(norm, 0, WEIGHT_FRAC, 5)
     found, wanted, _ = run(rows, matrix, spec, exact=exact)
-    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert bool(((found - wanted).abs() <= tolerance(spec, rows, matrix)).all())
     assert found[4].abs().max() < 2**-15
 
 
@@ -109,7 +114,7 @@ def test_rows_of_zeros_and_of_single_units(exact: bool) -> None:
     rows[1, 4], rows[2] = 2.0**-20, -(2.0**-20)
     spec = Deferred(RowNorm(16, 20, EPS, 1.0), 0, WEIGHT_FRAC, 8)
     found, wanted, _ = run(rows, matrix, spec, exact=exact)
-    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert bool(((found - wanted).abs() <= tolerance(spec, rows, matrix)).all())
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -118,7 +123,7 @@ def test_parts_with_bits_of_their_own(exact: bool) -> None:
     parts = (2, 0, 4, 6, 3, 3)
     spec = Deferred(RowNorm(32, 24, EPS, 2.0**6), 2, WEIGHT_FRAC, 7, parts)
     found, wanted, _ = run(rows, matrix, spec, exact=exact)
-    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert bool(((found - wanted).abs() <= tolerance(spec, rows, matrix)).all())
 
 
 def test_products_as_large_as_the_ring_allows() -> None:
@@ -129,7 +134,7 @@ def test_products_as_large_as_the_ring_allows() -> None:
     spec = Deferred(RowNorm(16, 30, EPS, 2.0**20), 0, WEIGHT_FRAC, 16)
     found, wanted, _ = run(rows, matrix, spec)
     assert float((rows @ matrix.T).abs().max()) * 2.0**spec.frac > 2.0 ** (HEADROOM_BITS - 2)
-    assert (found - wanted).abs().max() < tolerance(spec, rows, matrix)
+    assert bool(((found - wanted).abs() <= tolerance(spec, rows, matrix)).all())
 
 
 @pytest.mark.parametrize("bits", [3, 4])
