@@ -45,6 +45,7 @@ def _ops(names: str) -> str:
 SUITES = {
     "runtime/protocols/argmax.py": f"{_P}argmax.py {_EVIDENCE}",
     "runtime/protocols/compare.py": f"{_P}compare.py {_EVIDENCE}",
+    "runtime/protocols/deferred.py": f"{_P}deferred.py {_EVIDENCE} {_P}rounding.py",
     "runtime/protocols/digits.py": f"{_P}formula.py {_P}compare.py",
     "runtime/protocols/formula.py": f"{_P}formula.py {_P}selection.py",
     "runtime/protocols/gain.py": _ops("norm"),

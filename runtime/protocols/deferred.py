@@ -29,7 +29,7 @@ from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RIN
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.local import ghost
-from mergec.runtime.protocols.normalize import RowNorm, open_row, scale_rows
+from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, open_row, scale_rows
 from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.squares import (
@@ -69,6 +69,10 @@ class Deferred:
     finer: int
     parts: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        if self.finer < 0:
+            raise ValueError(f"a scaled product has no {SCALED_FRAC + self.finer} fractional bits")
+
     @property
     def frac(self) -> int:
         """Fractional bits of the product before it is scaled, without its further ones."""
@@ -87,10 +91,13 @@ class Deferred:
         return np.arange(first, first + power.octaves.levels, self.span)
 
     def further(self, columns: int) -> np.ndarray:
-        """Further fractional bits of each column."""
+        """Further fractional bits of each column. Raises ValueError if `parts` has others."""
         if not self.parts:
             return np.zeros(columns, np.int64)
-        return np.repeat(np.array(self.parts[1::2]), np.array(self.parts[::2]))
+        found = np.repeat(np.array(self.parts[1::2]), np.array(self.parts[::2]))
+        if len(found) != columns or found.min() < 0:
+            raise ValueError(f"the parts {self.parts} are not those of {columns} columns")
+        return found
 
 
 def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:

@@ -27,6 +27,7 @@ from mergec.runtime.ops.reciprocal import SPEC as RECIPROCAL
 from mergec.runtime.ops.rsqrt import SPEC as RSQRT
 from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
 from mergec.runtime.protocols.compare import less_than, maximum, open_window, take_window
+from mergec.runtime.protocols.deferred import Deferred, deferred_norm
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.peak import peak
@@ -306,6 +307,44 @@ def norms(eps: float, bound: float, spread: float, peak_value: float) -> Callabl
     return attempt
 
 
+def deferred_norms(
+    bound: float, spread: float, peak_value: float, kept: int
+) -> Callable[[int], Outcome]:
+    """Of each row 64 results count. Rows are rounded to `kept` of their 32 fractional bits."""
+
+    def attempt(count: int) -> Outcome:
+        outcome, width, frac, results, weight_frac = Outcome(), 576, 32, 64, 16
+        spec = Deferred(RowNorm(width, frac, 1e-5, bound), frac - kept, weight_frac, 6)
+        for size, seed in pieces(max(1, count // results), 64):
+            generator = torch.Generator().manual_seed(seed)
+            rows = torch.randn(size, width, dtype=torch.float64, generator=generator)
+            rows *= spread * torch.exp2(-8 * torch.rand(size, 1, generator=generator).double())
+            if peak_value:
+                rows[:, seed % width] = peak_value
+            matrix = words(results * width, -(2**14), 2**14, seed).reshape(results, width)
+            simulation = Simulation()
+            shares = integers(simulation, torch.round(rows * 2.0**frac).long())
+
+            def protocol(ctx: Any, p: int, shares: Any = shares, matrix: Any = matrix) -> Any:
+                held = matrix if p == SERVER else matrix.to("meta")
+                weight = yield from share_weight(ctx, "w", held, weight_frac)
+                return (yield from deferred_norm(ctx, shares[p].share, weight, spec))
+
+            found, _ = run(simulation, protocol)
+            real = matrix.double() * 2.0**-weight_frac
+            scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
+            exact = (rows @ real.T) * scale
+            # Two units, 2**-14 of the mantissa, and a unit of each entry of the row.
+            moved = 2.0**-kept * real.abs().sum(-1) * scale
+            outcome.add(
+                found.double() * 2.0 ** -(SCALED_FRAC + spec.finer) - exact,
+                2 * UNIT + 2**-14 * exact.abs() + moved,
+            )
+        return outcome
+
+    return attempt
+
+
 # ---------------------------------------------------------------------------- scalar functions
 
 
@@ -406,6 +445,18 @@ CHECKS = [
         norms(1e-5, 2.0**24, 30.0, 25_000.0),
     ),
     Check("norm, eps of 10^6", "spread 30", "2^-15 + 2^-14 y", norms(1e6, 2.0**12, 30.0, 0.0)),
+    Check(
+        "product behind its norm, 576 to 64",
+        "unit size",
+        "2^-15 + 2^-14 y, and the row's",
+        deferred_norms(2.0**4, 1.0, 0.0, 30),
+    ),
+    Check(
+        "product behind its norm, one activation of 25,000",
+        "spread 30",
+        "2^-15 + 2^-14 y, and the row's",
+        deferred_norms(2.0**24, 30.0, 25_000.0, 24),
+    ),
     Check("SiLU", _TAILS, "5e-5", scalar("silu")),
     Check("GELU", _TAILS, "5e-5", scalar("gelu")),
     Check("GELU by tanh", _TAILS, "5e-5", scalar("gelu", True)),
