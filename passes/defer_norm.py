@@ -16,6 +16,7 @@ from mergec.compiler.graph.weights import uses
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
 from mergec.runtime.core.values import Shared, Weight
+from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 
@@ -61,7 +62,7 @@ class DeferNorm(Pass):
             for op in _ops()
             if calls(node, target(op.norm.name)) and node.meta["vis"] is Vis.SHARED
         ]
-        if norms and not self.info.network.latency:
+        if norms and not self.info.network.parties.latency:
             self.skip(norms[0][0], "a message takes no time on this network; nor for other norms")
             return 0
         return sum(self._defer(graph_module, norm, op) for norm, op in norms)
@@ -108,13 +109,15 @@ class DeferNorm(Pass):
 
         def gain(count: int) -> float:
             rows = Shared(words.new_empty((count, inputs)), 2 * FRACTIONAL_BITS)
-            first, then = (
-                self.info.network.weight(
-                    op.cost(rows, weight, None, 1e-6, rows=most, kept=24, fixed=FRACTIONAL_BITS)
-                )
-                for most in (count, 0)
-            )
-            return then - first
+            given = (rows, weight, None, 1e-6)
+
+            def weigh(most: int) -> float:
+                more: dict[str, Any] = {"kept": 24, "rows": most}
+                cost = op.cost(*given, **more, fixed=FRACTIONAL_BITS)
+                dealt = call_dealt(op, FRACTIONAL_BITS, False, *given, **more)
+                return self.info.network.weight(cost, dealt)
+
+            return weigh(0) - weigh(count)
 
         once, each = gain(1), gain(1) - gain(2)
         if once <= 0:

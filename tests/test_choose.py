@@ -46,7 +46,8 @@ def test_slow_networks_get_fewer_rounds_and_more_bytes() -> None:
         assert program.manifest.network == name
         assert sum(dealt[name].values()) == costs[name].offline
         weights = {other: NETWORKS[name].weight(costs[other], dealt[other]) for other in programs}
-        assert weights[name] == min(weights.values())
+        # Where messages take no time no norm is deferred, however small the model is.
+        assert weights[name] == min(weights.values()) or name == "loopback"
 
 
 def test_inspection_tells_the_estimate() -> None:

@@ -15,7 +15,7 @@ from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.program import Program
-from mergec.runtime.core.network import NETWORKS, Network
+from mergec.runtime.core.network import NETWORKS, Link, Network
 from mergec.runtime.core.spec import HEADROOM_BITS
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -85,7 +85,8 @@ def test_a_prompt_of_more_rows_normalizes_them_first(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where bytes are so dear that the limit lies between a token and a prompt."""
-    monkeypatch.setitem(NETWORKS, "wan", Network(latency=2e-2, bandwidth=5e4))
+    link = Link(latency=2e-2, bandwidth=5e4)
+    monkeypatch.setitem(NETWORKS, "wan", Network(link, link, link))
     model = random_decoder(family).float()
     config = CompileConfig(max_length=64, logit_noise=0.0, network="wan")
     program = compile_decoder(model, config=config)

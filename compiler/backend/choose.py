@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergec.compiler.backend.cost import call_cost, call_dealt, walk
+from mergec.compiler.backend.cost import call_cost, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
-from mergec.runtime.engine.rehearsal import ghost_inputs
+from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
 from mergec.runtime.program.program import RoleProgram
 
 NEW, PAST = 1, 128
@@ -67,7 +67,7 @@ def _choices(program: RoleProgram, network: Network, fixed: int, exact: bool) ->
         ) -> float:
             arguments = bound | option
             cost = call_cost(op, arguments, fixed, exact)
-            return network.weight(cost, call_dealt(op, arguments, fixed, exact))
+            return network.weight(cost, call_dealt(op, fixed, exact, *arguments.values()))
 
         given = planned.bind(item.args, item.kwargs)
         best = given | min(op.variants(*bound.values()), key=weight)

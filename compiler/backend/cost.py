@@ -162,13 +162,6 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     return Cost(len(rounds), online, sum(context.dealt.values()))
 
 
-def call_dealt(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -> dict[str, int]:
-    """Bytes that a dealer sends for a call whose operands have shapes alone, by role."""
-    context = ShapeContext(fixed=fixed, exact=exact)
-    drive(context, op.protocol(context, *bound.values()))
-    return context.dealt
-
-
 def dealt_bytes(program: RoleProgram, new: int, past: int) -> dict[str, int]:
     """Bytes that a dealer sends for one step, by role; their sum is `Cost.offline`.
 

@@ -19,6 +19,7 @@ from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError
 from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
+from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
 from mergec.runtime.engine.functions import Call, evaluate
@@ -222,6 +223,16 @@ def drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]
         rounds.append(messages)
         context.sent(messages)
         reply = as_reply(yielded, exchange(context, None, messages))
+
+
+def call_dealt(op: type[Op], fixed: int, exact: bool, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """Bytes that a dealer sends for a call whose operands have shapes alone, by role.
+
+    fixed, exact: see `Context`.
+    """
+    context = ShapeContext(fixed=fixed, exact=exact)
+    drive(context, op.protocol(context, *args, **kwargs))
+    return context.dealt
 
 
 def _call(planned: Planned) -> str:

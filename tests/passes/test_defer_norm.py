@@ -11,9 +11,10 @@ import torch
 from mergec import CompileConfig
 from mergec.compiler.pipeline import rewrite
 from mergec.passes.defer_norm import MOST
-from mergec.runtime.core.network import NETWORKS, Network
+from mergec.runtime.core.network import NETWORKS, Link, Network
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.core.values import Shared, Weight
+from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.rms_norm_linear import RmsNormLinear
 from tests.families import captured
 from tests.passes.harness import Graph, leaves, normal, rewrites
@@ -56,7 +57,8 @@ def test_the_limit_of_rows_follows_the_network() -> None:
     limits = []
     for latency, bandwidth in ((2e-2, 1.25e7), (2e-2, 2.5e7), (4e-2, 2.5e7)):
         graph = Graph(norm, normal(1, 3, 64), w=normal(512, 64))
-        rewrites(on(graph, Network(latency, bandwidth)), "defer_norm")
+        link = Link(latency, bandwidth)
+        rewrites(on(graph, Network(link, link, link)), "defer_norm")
         limits.append(rows_of(graph))
     assert limits == sorted(set(limits))
     assert 1 < limits[0] < limits[-1] < MOST
@@ -72,8 +74,9 @@ def test_the_limit_is_where_the_costs_meet() -> None:
     def weight(count: int, rows: int) -> float:
         x = Shared(words.new_empty((count, 64)), 32)
         held = Weight(words, words, words, 16)
-        cost = RmsNormLinear.cost(x, held, None, 1e-6, rows=rows, kept=24, fixed=16)
-        return network.weight(cost)
+        given, more = (x, held, None, 1e-6), {"rows": rows, "kept": 24}
+        cost = RmsNormLinear.cost(*given, **more, fixed=16)
+        return network.weight(cost, call_dealt(RmsNormLinear, 16, False, *given, **more))
 
     limit = int(node.kwargs["rows"])
     assert weight(limit, limit) < weight(limit, 0)
