@@ -187,7 +187,7 @@ def correct_by_library(
         left, right = generator.children(seeds)
         turn = ((index >> (depth - 1 - level)) & 1).astype(np.uint8)
         words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-        _correct_level(seeds, bits, left, right, turn, words)
+        correct_level(seeds, bits, left, right, turn, words)
     client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
     last = payload - client + server if additive else payload ^ client ^ server
     negative = additive & (bits[1] == 1)
@@ -206,7 +206,7 @@ def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.n
         grown = np.empty((len(seeds), 2 * seeds.shape[1], SEED_WORDS), np.uint64)
         controls = np.empty(grown.shape[:2], np.uint8)
         word = keys.corrections[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-        _grow_level(seeds, bits, left, right, word, grown, controls)
+        grow_level(seeds, bits, left, right, word, grown, controls)
         seeds, bits = grown, controls
     return seeds, bits
 
@@ -266,7 +266,7 @@ def parities_by_library(
         left, right = generator.children(seeds)
         word = keys.corrections[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
         turns = (flat >> (depth - 1 - level)) // LEAF_BITS & 1
-        _step_down(seeds, bits, left, right, word, turns, each, found)
+        step_down(seeds, bits, left, right, word, turns, each, found)
     leaves = generator.value(seeds)[0] ^ seeds
     _count_before(leaves, bits, keys.corrections[:, -BLOCK_WORDS:], flat, each, found)
 
@@ -280,7 +280,7 @@ def _set_bits(index, leaf, payload):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _grow_level(seeds, bits, left, right, words, grown, controls):  # type: ignore[no-untyped-def]
+def grow_level(seeds, bits, left, right, words, grown, controls):  # type: ignore[no-untyped-def]
     low, one = np.uint64(3), np.uint64(1)
     for i in range(seeds.shape[0]):
         first, second = words[i, 0], words[i, 1]
@@ -298,7 +298,7 @@ def _grow_level(seeds, bits, left, right, words, grown, controls):  # type: igno
 
 
 @compiled()
-def _correct_level(seeds, bits, left, right, turn, words):  # type: ignore[no-untyped-def]
+def correct_level(seeds, bits, left, right, turn, words):  # type: ignore[no-untyped-def]
     """Choose the correction word of a level, and descend the path: updates `seeds` and `bits`."""
     low, one = np.uint64(3), np.uint64(1)
     for i in range(seeds.shape[1]):
@@ -325,7 +325,7 @@ def _correct_level(seeds, bits, left, right, turn, words):  # type: ignore[no-un
 
 
 @compiled()
-def _step_down(  # type: ignore[no-untyped-def]
+def step_down(  # type: ignore[no-untyped-def]
     seeds, bits, left, right, words, turns, each, found
 ):
     """Descend to the child that `turns` selects; add the parity to its left to `found`."""

@@ -344,10 +344,18 @@ def _correct_level(  # type: ignore[no-untyped-def]
     ), generate
 
 
-def _finishing(additive: bool) -> Any:
+def _lanewise(builder: Any, name: str, one: Any, other: Any, bits: int) -> Any:
+    """`add` or `sub` of two vectors, number by number of `bits` bits."""
+    kind = ir.VectorType(ir.IntType(bits), _VECTOR.count * 64 // bits)
+    found = getattr(builder, name)(builder.bitcast(one, kind), builder.bitcast(other, kind))
+    return builder.bitcast(found, _VECTOR)
+
+
+def _finishing(bits: int) -> Any:
     """Writes block `block` of a group's last corrections: pair `level` + `block` of its words.
 
-    payload: what the leaves must become, as a difference modulo 2**64 if additive, else as an XOR.
+    payload: what the leaves must become, as a difference of numbers of `bits` bits; as an XOR if
+    `bits` is 0.
     """
 
     @intrinsic
@@ -370,11 +378,12 @@ def _finishing(additive: bool) -> Any:
                 seed = nodes.load(builder.add(first, _WORD(party)))
                 values.append(builder.xor(_encrypt(builder, seed, ciphers, cipher), seed))
             word = wanted.load(block)
-            if additive:
-                word = builder.add(builder.sub(word, values[0]), values[1])
+            if bits:
+                word = _lanewise(builder, "sub", word, values[0], bits)
+                word = _lanewise(builder, "add", word, values[1], bits)
                 # Where the server adds the word, it counts negatively.
                 flag = chosen.load(group)
-                word = builder.sub(builder.xor(word, flag), flag)
+                word = _lanewise(builder, "sub", builder.xor(word, flag), flag, bits)
             else:
                 word = builder.xor(word, builder.xor(*values))
             corrections.store(builder.add(level, block), word)
@@ -387,7 +396,8 @@ def _finishing(additive: bool) -> Any:
     return finish
 
 
-_finish_sum, _finish_xor = _finishing(True), _finishing(False)
+_finish_sum, _finish_xor = _finishing(64), _finishing(0)
+_finish_bytes, _finish_pairs = _finishing(8), _finishing(16)
 
 
 @compiled()
@@ -536,3 +546,56 @@ def parities_before(  # type: ignore[no-untyped-def]
         for k in range(min(rows.shape[0], flat.shape[0] - start)):
             group, word = k // LANES, 2 * (k % LANES)
             shares[start + k] = (found[group, word] + found[group, word + 1]) & np.uint64(1)
+
+
+@compiled()
+def correct_counters(  # type: ignore[no-untyped-def]
+    keys, client, server, index, payload, depths, bits, out
+):
+    """Like `correct_paths`, for numbers of 8 or 16 bits at several depths of one tree.
+
+    depths: number of levels above each block of `payload` [n, 2 * blocks], ascending. Block k is
+    masked by the value of the node at its depth under cipher 2 + k. out: [n, 2 * (levels +
+    blocks)], where levels is the last of `depths`.
+    """
+    seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
+    rows = np.empty(_GROUPS * LANES, np.int64)
+    low, ones, levels = ~np.uint64(3), ~np.uint64(0), depths[-1]
+    for start in range(0, index.shape[0], rows.shape[0]):
+        flags[:] = ones
+        for k in range(rows.shape[0]):
+            # Lanes without a key repeat the last one.
+            i = rows[k] = min(start + k, index.shape[0] - 1)
+            group, word = k // LANES, 2 * (k % LANES)
+            for half in range(2):
+                seeds[2 * group, word + half] = client[i, half] & low
+                seeds[2 * group + 1, word + half] = server[i, half] & low
+                turns[group, word + half] = index[i]
+        for level in range(levels + 1):
+            for block in range(depths.shape[0]):
+                if depths[block] == level:
+                    for group in range(_GROUPS):
+                        if bits == 8:
+                            _finish_bytes(
+                                keys, seeds, flags, payload, out, rows, group, levels, block
+                            )
+                        else:
+                            _finish_pairs(
+                                keys, seeds, flags, payload, out, rows, group, levels, block
+                            )
+            if level < levels:
+                for group in range(_GROUPS):
+                    _correct_level(
+                        keys, seeds, flags, turns, out, rows, group, level, levels - 1 - level
+                    )
+
+
+@compiled()
+def descend(keys, seeds, flags, nodes, found, words, rows, depth):  # type: ignore[no-untyped-def]
+    """Walk LANES trees down from their roots, in the first vector of `seeds` and `flags`, in place.
+
+    nodes: one vector, the number of each lane's node among those at `depth`. found: one vector that
+    is overwritten. words: corrections [n, ...] of all keys. rows: the key of each lane.
+    """
+    for level in range(depth):
+        _step_down(keys, seeds, flags, nodes, found, words, rows, 0, level, depth - 1 - level)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -57,13 +57,18 @@ class _Level:
 class Entries:
     """The valid entries of rows, and how they are compared.
 
-    places: their flat indices among all entries, int64 [entries]. rows: the row of each. levels:
-    see `_Level`.
+    places: their flat indices among all entries, int64 [entries]. rows: the row of each. counts:
+    their number in each row.
     """
 
     places: torch.Tensor
     rows: torch.Tensor
-    levels: Sequence[_Level]
+    counts: torch.Tensor
+
+    @cached_property
+    def levels(self) -> Sequence[_Level]:
+        """How `peak` compares them, level by level."""
+        return tuple(_plan(self.counts))
 
 
 def entries_of(valid: torch.Tensor) -> Entries:
@@ -81,11 +86,10 @@ def _remembered(valid: bytes, shape: Sequence[int]) -> Entries:
 
 def _find_entries(valid: torch.Tensor) -> Entries:
     rows, columns = valid.nonzero(as_tuple=True)
-    return Entries(rows * valid.shape[1] + columns, rows, tuple(_plan(valid)))
+    return Entries(rows * valid.shape[1] + columns, rows, valid.sum(1))
 
 
-def _plan(valid: torch.Tensor) -> Iterator[_Level]:
-    counts = valid.sum(1)
+def _plan(counts: torch.Tensor) -> Iterator[_Level]:
     longest = int(counts.max())
     levels = 0
     while GROUP**levels < longest:
@@ -127,14 +131,26 @@ def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     integer parts, bits and ranks, each under fresh, uniform masks.
     """
     entries = entries_of(valid)
-    if share.is_meta:
-        values = torch.empty(len(entries.places), dtype=torch.int16, device="meta")
-    else:
-        # For x = a + b, the integer parts of a and b add up to that of x, or to one less.
-        values = share.reshape(-1)[entries.places.to(share.device)]
-        values = (values >> _INTEGER_DROP).to(torch.int16)
+    values = integer_parts(share, entries)
     for level in entries.levels:
         values = yield from _winners(ctx, values, level)
+    return from_integers(values)
+
+
+def integer_parts(share: torch.Tensor, entries: Entries) -> torch.Tensor:
+    """Shares modulo 2**16 of the integer parts of valid entries [entries], or of one less.
+
+    In: int32 share [R, L] with 16 fractional bits. Local.
+    """
+    if share.is_meta:
+        return torch.empty(len(entries.places), dtype=torch.int16, device="meta")
+    # For x = a + b, the integer parts of a and b add up to that of x, or to one less.
+    values = share.reshape(-1)[entries.places.to(share.device)]
+    return (values >> _INTEGER_DROP).to(torch.int16)
+
+
+def from_integers(values: torch.Tensor) -> torch.Tensor:
+    """Shares modulo 2**32, with 16 fractional bits, of integers shared modulo 2**16."""
     return values.to(torch.int32) if values.is_meta else values.to(torch.int32) << _INTEGER_DROP
 
 

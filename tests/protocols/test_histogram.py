@@ -1,0 +1,166 @@
+"""The maximum of rows by histograms: every place on the circle, wide and long rows, masked ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.correlations import counters
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.histogram import STEP, crest, crest_cost
+from mergec.runtime.protocols.rows import MAX_SPREAD
+from tests.protocols.harness import run, uniform_bytes, words
+
+UNIT = 2**16
+SPREAD = int(MAX_SPREAD) * UNIT
+WRAP = 2**32
+
+
+def _crest(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    simulation = Simulation()
+    # The parties' shares are modulo 2**32, as those of a window are.
+    shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+    result, cost = run(simulation, lambda ctx, p: crest(ctx, shares[p], valid))
+    assert cost == crest_cost(valid)
+    assert cost.rounds == 4
+    return result.long()
+
+
+def _check(values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+    """Below the maximum by less than four units, modulo 2**32."""
+    valid = torch.ones(values.shape, dtype=torch.bool) if valid is None else valid
+    exact = torch.where(valid, values, -(2**62)).max(1).values
+    found = _crest(values, valid)
+    assert bool((found % UNIT == 0).all())
+    assert bool(((exact - found) % WRAP < (STEP + 1) * UNIT).all())
+
+
+def test_every_integer_modulo_2_16_alone_in_its_row() -> None:
+    _check((torch.arange(2**16)[:, None]) * UNIT + 40_000)
+
+
+def test_every_order_of_four_values_with_ties_at_every_part_of_a_cell() -> None:
+    rows = torch.tensor(list(itertools.product((-3, 0, 0.5, 130), repeat=4)))
+    for place in (0, 1, 127, 128, 255, 2**15 - 1, -1):
+        _check(((rows + place) * UNIT).long())
+
+
+@pytest.mark.parametrize("gap", [1, 127, 128, 129, 255, 256, 257, 16_000, 32_000])
+def test_two_values_at_places_all_around_the_circle(gap: int) -> None:
+    low = torch.arange(0, 2**16, 37)
+    _check(torch.stack([low + gap, low, low], 1) * UNIT)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 129, 255, 256, 257, 4096])
+def test_rows_of_any_length(length: int) -> None:
+    count = 20 if length < 1000 else 8
+    values = words(count * length, 0, SPREAD, seed=length).reshape(count, length)
+    values[0] = values[0, 0]
+    values[1] = torch.arange(length) * 1000
+    values[2] = -values[1]
+    # One spike above equal values, and one equal value in a row of low ones.
+    values[3], values[4] = 5 * UNIT, -7
+    values[3, length // 2] = 5 * UNIT + SPREAD
+    values[4, -1] = -7 - SPREAD
+    values[5] = -1
+    # All in the top cell but one.
+    values[6] = words(length, 0, 200 * UNIT, seed=length)
+    values[6, 0] = -SPREAD + 200 * UNIT
+    _check(values)
+
+
+def test_256_equal_scores_are_not_none() -> None:
+    for length in (256, 512, 4096):
+        values = torch.full((2, length), 12 * UNIT)
+        values[1, : length // 2] = -SPREAD
+        _check(values)
+
+
+def test_spreads_up_to_the_edge_of_the_range_from_every_fraction() -> None:
+    low = words(400, -(2**31), 2**31)
+    high = low + SPREAD
+    between = low + (words(400, 0, 2**31, seed=1) % SPREAD)
+    _check(torch.stack([low, high, between], 1))
+    _check(torch.stack([high, high, low], 1))
+
+
+def test_masked_entries_are_left_out() -> None:
+    values = words(40 * 37, -(2**31), 2**31).reshape(40, 37)
+    valid = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    valid[:, 5] = True
+    valid[3] = False
+    valid[3, 36] = True
+    values[valid] = words(int(valid.sum()), 0, SPREAD)
+    _check(values, valid)
+    values = words(40 * 37, 0, SPREAD).reshape(40, 37)
+    _check(values, torch.ones(40, 37, dtype=torch.bool).tril())
+
+
+def test_processors_without_aes_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "LANES", 0)
+    for length in (5, 300):
+        _check(words(6 * length, 0, SPREAD).reshape(6, length))
+
+
+def test_what_is_opened_is_uniform_and_of_one_shape() -> None:
+    """Also the number of the cell, which no mask but the row's turn hides."""
+    shapes = set()
+    for fill in (0, 1000 * UNIT, -1, "mixed"):
+        values = torch.full((4096, 3), 0 if fill == "mixed" else fill)
+        if fill == "mixed":
+            values[:, 0] = SPREAD
+        simulation = Simulation(record=True)
+        shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+        valid = torch.ones(values.shape, dtype=torch.bool)
+        simulation.run(lambda ctx, p, s=shares, v=valid: crest(ctx, s[p], v))
+        sent = simulation.transcript
+        assert len(sent) == 8
+        assert abs(uniform_bytes(sent)) < 6.5
+        for first, second in zip(sent[::2], sent[1::2], strict=True):
+            opened = first ^ second if first.shape == (4096,) else first + second
+            assert abs(uniform_bytes([first])) < 6.5
+            assert abs(uniform_bytes([opened])) < 6.5
+        shapes.add(tuple((t.dtype, tuple(t.shape)) for t in sent))
+    assert len(shapes) == 1
+
+
+def test_the_cell_is_independent_of_the_opened_scores() -> None:
+    """A carry puts a maximum into one of two cells; seen with z, the cell must not tell which."""
+    counts = []
+    for other in (0, -100 * UNIT):
+        values = torch.zeros(2**15, 2, dtype=torch.int64)
+        values[:, 1] = other
+        simulation = Simulation(record=True)
+        shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+        valid = torch.ones(values.shape, dtype=torch.bool)
+        simulation.run(lambda ctx, p, s=shares, v=valid: crest(ctx, s[p], v))
+        sent = simulation.transcript
+        z = (sent[0] + sent[1]).reshape(-1, 2).long()
+        cell = (sent[4] ^ sent[5]).long() & 255
+        # The low bits of both z, from which carries follow, beside the cell's low bits.
+        low = ((z & 255) >> 6) @ torch.tensor([1, 4])
+        joint = torch.bincount(low * 16 + cell % 16, minlength=256).double()
+        counts.append(float(((joint - 128) ** 2 / 128).sum() - 255) / (2 * 255) ** 0.5)
+    assert max(map(abs, counts)) < 6.5, counts
+
+
+def test_shapes_alone_take_the_same_rounds() -> None:
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    context = ShapeContext()
+    steps = crest(context, torch.empty(3, 9, dtype=torch.int32, device="meta"), valid)
+    sent = []
+    message = next(steps)
+    try:
+        while True:
+            sent.append((message.payload.dtype, message.payload.numel()))
+            message = steps.send(message.payload)
+    except StopIteration as stop:
+        assert stop.value.shape == (3,) and stop.value.dtype == torch.int32
+    assert sent == [(torch.int16, 27), (torch.int8, 1536), (torch.int8, 3), (torch.int8, 381)]
+    assert sum(context.dealt.values()) == crest_cost(valid).offline
+    assert 2 * sum(count * dtype.itemsize for dtype, count in sent) == crest_cost(valid).online
+    assert np.dtype("u1").itemsize == torch.int8.itemsize
