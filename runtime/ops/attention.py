@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,7 +28,15 @@ from mergec.runtime.protocols.normalize import (
 )
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.power import Power, octaves, octaves_cost
-from mergec.runtime.protocols.rows import EXP_FRAC, exponentials, exponentials_cost, inverse
+from mergec.runtime.protocols.rows import (
+    EXP_FRAC,
+    HISTOGRAM,
+    PAIRS,
+    exponentials,
+    exponentials_cost,
+    inverse,
+    shift_variants,
+)
 from mergec.runtime.protocols.saturate import (
     SCALAR_DOMAIN,
     Function,
@@ -91,14 +99,19 @@ class Attention(ScoredAttention):
     """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 5, and 3 for each level of `peak`; two more for a cap, and one if the scale is so small
-    that the scores have to be truncated. Bytes: `cost`. What each party sees is what
-    it sees in `exponentials`, `open_masked`, `open_row`, `octaves` and `scale_rows`.
+    Rounds 5, and 3 for each level of `peak`, or 4 in all for `crest`; two more for a cap, and one
+    if the scale is so small that the scores have to be truncated. Bytes: `cost`. What each party
+    sees is what it sees in `exponentials`, `open_masked`, `open_row`, `octaves` and `scale_rows`.
+
+    shift: how the number near the maximum is found that rows of scores are shifted by, one of
+    `rows.SHIFTS`. By pairs, a row of L entries takes values up to 2**(26 - log2 L); by histograms,
+    up to 2**(23 - log2 L).
     """
 
     name = "attention"
     schema = (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
+        "str shift='pairs') -> Tensor"
     )
 
     @staticmethod
@@ -109,6 +122,7 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
     ) -> torch.Tensor:
         return plain_weighted_sum(Attention.probabilities(q, k, mask, scale, softcap), v)
 
@@ -118,6 +132,10 @@ class Attention(ScoredAttention):
         one = tuple(x[:, :, :1] for x in few[:3])
         return [
             *(Case(args, 3e-4, forms={"mask": PUBLIC}) for args in sample_operands(make)),
+            *(
+                Case([*args, HISTOGRAM], 3e-4, forms={"mask": PUBLIC})
+                for args in sample_operands(make)
+            ),
             Case([*few[:3], None, 0.5], stock=1e-2),
             Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
             Case([*one, None, 0.5], stock=1e-2),
@@ -144,10 +162,25 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
     ) -> dict[str, float]:
         found, valid = counted_scores(q, k, mask, scale, softcap)
         spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
         return {"score_spread": float(spread.max()), **largest_before_cap(q, k, scale, softcap)}
+
+    @classmethod
+    def variants(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        shift: str = PAIRS,
+    ) -> Iterable[dict[str, Any]]:
+        """Histograms take fewer rounds, pairs fewer bytes."""
+        return shift_variants()
 
     @classmethod
     def cost(
@@ -158,15 +191,16 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
         *,
         fixed: int,
     ) -> Cost:
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid)
+        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, shift)
         values = weighted_sum_cost(rows, v)
-        spec = inverse(v.shape[-2])
+        spec = inverse(v.shape[-2], shift)
         total += values.beside(octaves_cost(spec, rows))
         return total + scale_rows_cost(EXP_FRAC + v.frac, spec, rows, features)
 
@@ -180,6 +214,7 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
@@ -191,8 +226,8 @@ class Attention(ScoredAttention):
         valid, bias = split_mask(mask, q, k)
         if bias is not None and not found.share.is_meta:
             found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
-        powers = yield from exponentials(ctx, found, valid)
-        spec = inverse(v.shape[-2])
+        powers = yield from exponentials(ctx, found, valid, shift)
+        spec = inverse(v.shape[-2], shift)
         row, found = yield from together(
             weighted_sum(ctx, Shared(powers, EXP_FRAC), v, spec),
             octaves(ctx, powers.sum(-1), spec),
@@ -209,6 +244,7 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
     ) -> Any:
         """CrypTen's matrix products and softmax."""
         scores = stock_scores(q, k, scale, softcap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from mergec.runtime.protocols.normalize import (
 from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.rows import (
     EXP_FRAC,
+    HISTOGRAM,
     MAX_SPREAD,
+    PAIRS,
     exponentials,
     exponentials_cost,
     inverse,
+    shift_variants,
 )
 
 
@@ -36,18 +39,20 @@ class Softmax(Op):
 
     x with up to 48 fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
     (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 5, and 3 for
-    each level of `peak`. Each party sees what it sees in `exponentials`, `open_row`, `octaves` and
-    `scale_rows`.
+    each level of `peak`, or 4 in all for `crest`. Each party sees what it sees in `exponentials`,
+    `open_row`, `octaves` and `scale_rows`.
+
+    shift: how the number near the maximum is found that rows are shifted by, one of `rows.SHIFTS`.
     """
 
     name = "softmax"
-    schema = "(Tensor x) -> Tensor"
+    schema = "(Tensor x, str shift='pairs') -> Tensor"
     operands = {"x": "window"}
     positions = Positions.ROWS
     kind = Kind.ATTENTION
 
     @staticmethod
-    def reference(x: torch.Tensor) -> torch.Tensor:
+    def reference(x: torch.Tensor, shift: str = PAIRS) -> torch.Tensor:
         return torch.softmax(x, -1)
 
     @staticmethod
@@ -57,12 +62,14 @@ class Softmax(Op):
         return [
             Case([make.normal(5, 37, scale=8)], 1e-4),
             Case([far], 1e-4),
+            Case([make.normal(5, 37, scale=8), HISTOGRAM], 1e-4),
+            Case([far, HISTOGRAM], 1e-4),
             Case([x], stock=5e-3),
             Case([x[..., :1]], stock=5e-3),
         ]
 
     @classmethod
-    def measure(cls, x: torch.Tensor) -> dict[str, float]:
+    def measure(cls, x: torch.Tensor, shift: str = PAIRS) -> dict[str, float]:
         return {"score_spread": float((x.amax(-1) - x.amin(-1)).max())}
 
     @classmethod
@@ -70,28 +77,33 @@ class Softmax(Op):
         return too_far_apart(measured)
 
     @classmethod
-    def scale(cls, x: int, *, fixed: int) -> int:
+    def scale(cls, x: int, shift: str = PAIRS, *, fixed: int) -> int:
         return SCALED_FRAC
 
     @classmethod
-    def cost(cls, x: Shared, *, fixed: int) -> Cost:
+    def variants(cls, x: Shared, shift: str = PAIRS) -> Iterable[dict[str, Any]]:
+        """Histograms take fewer rounds, pairs fewer bytes."""
+        return shift_variants()
+
+    @classmethod
+    def cost(cls, x: Shared, shift: str = PAIRS, *, fixed: int) -> Cost:
         rows = math.prod(x.shape[:-1])
         length = x.shape[-1]
         valid = torch.ones((rows, length), dtype=torch.bool)
-        spec = inverse(length)
+        spec = inverse(length, shift)
         return (
-            exponentials_cost(valid)
+            exponentials_cost(valid, shift)
             + octaves_cost(spec, rows).beside(open_row_cost(valid.numel()))
             + scale_rows_cost(EXP_FRAC, spec, rows, length)
         )
 
     @classmethod
-    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+    def protocol(cls, ctx: Context, x: Shared, shift: str = PAIRS) -> Protocol:
         """exp(x - c) by rows, with c near the maximum, divided by their sum."""
         rows = x.share.reshape(-1, x.shape[-1])
         valid = torch.ones(rows.shape, dtype=torch.bool)
-        powers = yield from exponentials(ctx, Shared(rows, x.frac), valid)
-        spec = inverse(x.shape[-1])
+        powers = yield from exponentials(ctx, Shared(rows, x.frac), valid, shift)
+        spec = inverse(x.shape[-1], shift)
         row, found = yield from together(
             open_row(ctx, powers, EXP_FRAC, spec), octaves(ctx, powers.sum(-1), spec)
         )
@@ -99,7 +111,7 @@ class Softmax(Op):
         return Shared(share.reshape(x.shape), SCALED_FRAC)
 
     @classmethod
-    def stock(cls, x: Any) -> Any:
+    def stock(cls, x: Any, shift: str = PAIRS) -> Any:
         """CrypTen's softmax: maximum by comparisons, exponential, reciprocal."""
         return x.softmax(-1)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.ranks import Pairs
 
 GROUP = 16
-"""Largest group whose members are all compared with each other."""
+"""Default of the most members of a group, which are all compared with each other."""
 
 _DIGITS = Digits(6, 5, 5)
 _LESS = Formula(_DIGITS.less)
@@ -37,6 +37,10 @@ _INTEGER_DROP = 16
 
 _REMEMBERED = 1 << 22
 """Masks up to this many entries stay cached for the next layer: 591 tokens of 12 heads, 131 MB."""
+
+
+_KEPT = 6
+"""Two steps of up to three sets of rows: all, and the short and the long ones (`histogram`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +69,9 @@ class Entries:
     rows: torch.Tensor
     counts: torch.Tensor
 
-    @cached_property
-    def levels(self) -> Sequence[_Level]:
-        """How `peak` compares them, level by level."""
-        return tuple(_plan(self.counts))
+    def levels(self, group: int) -> Sequence[_Level]:
+        """How `peak` compares them in groups of at most that many, level by level."""
+        return _levels(self, group)
 
 
 def entries_of(valid: torch.Tensor) -> Entries:
@@ -78,7 +81,7 @@ def entries_of(valid: torch.Tensor) -> Entries:
     return _remembered(valid.numpy().tobytes(), valid.shape)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=_KEPT)
 def _remembered(valid: bytes, shape: Sequence[int]) -> Entries:
     """All layers of a step share the same entries; those of the last two steps are cached."""
     return _find_entries(torch.frombuffer(bytearray(valid), dtype=torch.bool).reshape(shape))
@@ -89,20 +92,25 @@ def _find_entries(valid: torch.Tensor) -> Entries:
     return Entries(rows * valid.shape[1] + columns, rows, valid.sum(1))
 
 
-def _plan(counts: torch.Tensor) -> Iterator[_Level]:
+@lru_cache(maxsize=_KEPT)
+def _levels(entries: Entries, group: int) -> Sequence[_Level]:
+    return tuple(_plan(entries.counts, group))
+
+
+def _plan(counts: torch.Tensor, group: int) -> Iterator[_Level]:
     longest = int(counts.max())
     levels = 0
-    while GROUP**levels < longest:
+    while group**levels < longest:
         levels += 1
     for left in range(levels, 0, -1):
         # The smallest groups whose winners fit into the remaining levels.
-        size = max(2, -(-longest // GROUP ** (left - 1)))
+        size = max(2, -(-longest // group ** (left - 1)))
         groups = -(-counts // size)
         row = torch.repeat_interleave(torch.arange(len(counts)), counts)
         place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        group = (groups.cumsum(0) - groups)[row] + place // size
+        own = (groups.cumsum(0) - groups)[row] + place // size
         table = torch.full((int(groups.sum()), size), -1)
-        table[group, place % size] = torch.arange(len(row))
+        table[own, place % size] = torch.arange(len(row))
         contested = table[:, 1] >= 0
         members = table[contested]
         members = members[members >= 0].sort().values
@@ -115,24 +123,26 @@ def _plan(counts: torch.Tensor) -> Iterator[_Level]:
             members.numpy(),
             # The one-hot row has a power of two of entries, more than any rank.
             Pairs(first, second, len(members), 1 << (size - 1).bit_length()),
-            group.numpy(),
+            own.numpy(),
             len(table),
         )
         counts, longest = groups, -(-longest // size)
 
 
-def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
+def peak(ctx: Context, share: torch.Tensor, valid: torch.Tensor, group: int = GROUP) -> Protocol:
     """Shares modulo 2**32 of a multiple of 2**16 in (m - 2 * 2**16, m] for each row's maximum m.
 
     In: int32 share [R, L] with 16 fractional bits whose differences are in [-2**15, 2**15) units;
-    `valid`, public bool [R, L] with at least one True per row. Other entries are ignored. Out: [R].
-    Rounds 3 per level; a row of 16**n entries takes n levels. Online 6 bytes for each member of a
-    group and 2 for each pair; offline 44 bytes per pair and up to 64 per member. Each party sees
-    integer parts, bits and ranks, each under fresh, uniform masks.
+    `valid`, public bool [R, L] with at least one True per row. Other entries are ignored. group:
+    how many are compared with each other at most, up to 128. Out: [R]. Rounds 3 per level; a row of
+    group**n entries takes n levels. Online 6 bytes for each member of a group and 2 for each pair;
+    offline 44 bytes per pair and, per member, 4 for each member that a group may have, rounded up
+    to a power of two. Each party sees integer parts, bits and ranks, each under fresh, uniform
+    masks.
     """
     entries = entries_of(valid)
     values = integer_parts(share, entries)
-    for level in entries.levels:
+    for level in entries.levels(group):
         values = yield from _winners(ctx, values, level)
     return from_integers(values)
 
@@ -154,10 +164,10 @@ def from_integers(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.int32) if values.is_meta else values.to(torch.int32) << _INTEGER_DROP
 
 
-def peak_cost(valid: torch.Tensor) -> Cost:
+def peak_cost(valid: torch.Tensor, group: int = GROUP) -> Cost:
     """Cost of `peak` for rows with these valid entries."""
     total = Cost()
-    for level in entries_of(valid).levels:
+    for level in entries_of(valid).levels(group):
         members, pairs = len(level.members), len(level.pairs.first)
         total += Cost(
             rounds=3,

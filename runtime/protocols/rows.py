@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -13,13 +15,15 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.compare import take_window
+from mergec.runtime.protocols.histogram import STEP, crest, crest_cost
+from mergec.runtime.protocols.interval import fit_finely
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import entries_of, peak, peak_cost
 from mergec.runtime.protocols.power import Power
-from mergec.runtime.protocols.saturate import Tail, apply, apply_cost, saturating
+from mergec.runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
 
 EXP_FRAC = 17
-"""Fractional bits of an exponential. The largest exponential of a row is at least 1 and below 8."""
+"""Fractional bits of an exponential. The largest one of a row is at least 1."""
 
 MAX_ROW = 4096
 """Longest supported row of scores."""
@@ -27,31 +31,81 @@ MAX_ROW = 4096
 MAX_SPREAD = 32_000.0
 """Largest difference between scores of a row; their absolute position does not matter."""
 
-_EXP = saturating(np.exp, -13.75, 64, 14, 58, 16, left=Tail(0, 0.0), right=None)
+_START, _STEP_BITS, _END_BITS = -13.75, 14, 16
+_EXP = saturating(np.exp, _START, 64, _STEP_BITS, 58, _END_BITS, left=Tail(0, 0.0), right=None)
+
+
+def _further() -> Function:
+    """The exponential up to 4, where a table of 58 bits would overflow.
+
+    With three bits less, the rounding of coefficients would show but for `fit_finely`. Windows that
+    no score reaches hold a constant.
+    """
+    start = round(_START * 2**FRACTIONAL_BITS)
+    table = fit_finely(
+        lambda x: np.exp(np.minimum(x, 4.5)), FRACTIONAL_BITS, start, 128, _STEP_BITS, 55
+    )
+    return Function(table, _END_BITS, Tail(0, 0.0), None)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A way to find the number that a row is shifted by.
+
+    find, cost: the protocol and its cost. reach: the shift is above the row's maximum less this.
+    exp: the exponential from there on. top_bits: exponentials are below 2**top_bits.
+    """
+
+    find: Callable[[Context, torch.Tensor, torch.Tensor], Protocol]
+    cost: Callable[[torch.Tensor], Cost]
+    reach: int
+    exp: Function
+    top_bits: int
+
+
+PAIRS, HISTOGRAM = "pairs", "histogram"
+SHIFTS = {
+    PAIRS: Shift(peak, peak_cost, 2, _EXP, 3),
+    HISTOGRAM: Shift(crest, crest_cost, STEP + 1, _further(), 6),
+}
+"""By their names in programs. `pairs` costs fewer bytes, `histogram` fewer rounds for rows of more
+than 16 entries."""
+
+
+def shift_variants() -> Iterator[dict[str, str]]:
+    """For `Op.variants` of an op with an argument `shift`."""
+    return ({"shift": name} for name in SHIFTS)
 
 
 @cache
-def inverse(length: int) -> Power:
-    """1 / (sum of a row's exponentials), where the sum is at least 1 and below 8 per entry."""
-    high = EXP_FRAC + 2 + math.ceil(math.log2(length))
+def inverse(length: int, shift: str) -> Power:
+    """1 / (sum of a row's exponentials), where the sum is at least 1 and below 2**top_bits each."""
+    high = EXP_FRAC + SHIFTS[shift].top_bits - 1 + math.ceil(math.log2(length))
     return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high, FRACTIONAL_BITS)
 
 
-def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
-    """Shares of exp(x - c) with 17 fractional bits, c in (max - 2, max] of the row's valid entries.
+def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) -> Protocol:
+    """Shares of exp(x - c) with 17 fractional bits, c in (max - d, max] of the row's valid entries.
 
     In: Shared [R, L], L <= 4096, whose valid entries differ by at most 3.2e4 within a row; `valid`,
     public bool [R, L] with at least one True per row. Out: [R, L], zero where `valid` is False.
     Scores have at most 48 fractional bits. Error 4e-5 of the row's largest entry. An entry may be
-    zero for x <= c - 12.75, and is zero for x <= c - 13.75. Rounds 2 more than `peak`. Scores are
-    taken modulo 2**32 with 16 fractional bits (`take_window`), where differences below 2**15 fit.
-    Each party sees what it sees in `peak` and `saturate.apply`. How c is rounded depends on the
-    parties' own shares; a quotient of two exponentials depends on it only where one is cut to zero.
-    With exact rounding that is at x <= c - 27 and beyond.
+    zero for x <= c - 12.75, and is zero for x <= c - 13.75. shift: how c is found, one of `SHIFTS`;
+    d is 2 for pairs and 4 for histograms. Rounds 2 more than that. Scores are taken modulo 2**32
+    with 16 fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what
+    it sees in `peak` or `crest`, and in `saturate.apply`. How c is rounded depends on the parties'
+    own shares; a quotient of two exponentials depends on it only where one is cut to zero. With
+    exact rounding that is at x <= c - 27 and beyond, and c is always found by pairs, as there is no
+    finer table for a wider range.
+
+    Raises KeyError for another `shift`.
     """
+    chosen = SHIFTS[shift]
+    if ctx.exact:
+        chosen = SHIFTS[PAIRS]
     share, drop = scores.share, scores.frac - FRACTIONAL_BITS
     narrow = take_window(share, drop)
-    shift = yield from peak(ctx, narrow, valid)
+    top = yield from chosen.find(ctx, narrow, valid)
     entries = entries_of(valid)
     whole = ctx.exact and drop > 0
     if share.is_meta:
@@ -60,11 +114,11 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     else:
         places, rows = entries.places.to(share.device), entries.rows.to(share.device)
         if whole:
-            shifted = share.reshape(-1)[places] - (shift.long()[rows] << drop)
+            shifted = share.reshape(-1)[places] - (top.long()[rows] << drop)
         else:
-            shifted = narrow.reshape(-1)[places] - shift[rows]
+            shifted = narrow.reshape(-1)[places] - top[rows]
     window = Cut(shifted, drop, drop) if whole else Cut(shifted)
-    powers = yield from apply(ctx, _EXP, window, EXP_FRAC)
+    powers = yield from apply(ctx, chosen.exp, window, EXP_FRAC)
     if share.is_meta:
         return torch.empty(scores.shape, dtype=torch.int64, device="meta")
     result = torch.zeros(scores.shape, dtype=torch.int64, device=share.device)
@@ -72,6 +126,7 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor) -> Protocol:
     return result
 
 
-def exponentials_cost(valid: torch.Tensor) -> Cost:
+def exponentials_cost(valid: torch.Tensor, shift: str) -> Cost:
     """Cost of `exponentials` for rows with these valid entries."""
-    return peak_cost(valid) + apply_cost(_EXP, int(valid.sum()))
+    chosen = SHIFTS[shift]
+    return chosen.cost(valid) + apply_cost(chosen.exp, int(valid.sum()))
