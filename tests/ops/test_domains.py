@@ -11,7 +11,7 @@ from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import WINDOW_FRAC
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
-from mergec.runtime.protocols.rows import MAX_SPREAD
+from mergec.runtime.protocols.rows import MAX_SPREAD, SHIFTS
 
 load_all()
 UNIT = 2.0**-16
@@ -19,10 +19,10 @@ LEVELLED = 1 / 0.9
 """Below its domain a power keeps the value at 0.9 of the lower end."""
 
 
-def evaluate(name: str, x: torch.Tensor, frac: int = 16) -> torch.Tensor:
-    simulation = Simulation()
+def evaluate(name: str, x: torch.Tensor, frac: int = 16, *more: str) -> torch.Tensor:
+    simulation, op = Simulation(), REGISTRY[name]
     views = simulation.share(x, frac)
-    return simulation.reveal(simulation.run(lambda ctx, p: REGISTRY[name].protocol(ctx, views[p])))
+    return simulation.reveal(simulation.run(lambda ctx, p: op.protocol(ctx, views[p], *more)))
 
 
 def around(*places: float) -> torch.Tensor:
@@ -76,11 +76,14 @@ def test_zero_and_what_is_too_small_keep_the_value_of_the_end(name: str) -> None
     assert bool(((found > ends.min() - slack) & (found < ends.max() + slack)).all())
 
 
+@pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("offset", [0.0, -1e6, 16_384.0, 1e8])
-def test_rows_of_scores_that_are_far_apart(offset: float) -> None:
+def test_rows_of_scores_that_are_far_apart(offset: float, shift: str) -> None:
     """It matters how far apart they are, not where they lie, beyond a 32-bit window, too."""
     rows = torch.tensor(
         [[MAX_SPREAD, 0.0, MAX_SPREAD - 1, MAX_SPREAD / 2], [0.0, MAX_SPREAD, 1.0, 0.0]]
     ).double()
-    found = evaluate("softmax", rows + offset)
+    # Rows of 40 entries are long enough for histograms.
+    rows = rows.repeat_interleave(10, 1)
+    found = evaluate("softmax", rows + offset, 16, shift)
     assert (found - torch.softmax(rows, -1)).abs().max() < 1e-4

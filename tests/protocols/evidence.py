@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Shared
@@ -28,6 +29,7 @@ from mergec.runtime.ops.rsqrt import SPEC as RSQRT
 from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
 from mergec.runtime.protocols.compare import less_than, maximum, open_window, take_window
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm
+from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.peak import peak
@@ -232,18 +234,22 @@ def maxima(count: int) -> Outcome:
     return outcome
 
 
-def near_maxima(length: int) -> Callable[[int], Outcome]:
+def near_maxima(
+    find: Callable[..., Protocol], length: int, edge: int, reach: int
+) -> Callable[[int], Outcome]:
+    """Rows of values within `edge` of zero; the result is less than `reach` below the maximum."""
+
     def attempt(count: int) -> Outcome:
         outcome = Outcome()
         for size, seed in pieces(max(1, count // length), max(1, (1 << 17) // length)):
-            values = row_values(size, length, seed, 16_383 * 2**16)
+            values = row_values(size, length, seed, edge * 2**16)
             valid = torch.ones(values.shape, dtype=torch.bool)
             simulation = Simulation()
             shares = [s.share.to(torch.int32) for s in integers(simulation, values)]
-            result, _ = run(simulation, lambda ctx, p, s=shares, v=valid: peak(ctx, s[p], v))
+            result, _ = run(simulation, lambda ctx, p, s=shares, v=valid: find(ctx, s[p], v))
             below = (values.max(1).values - result.long()) * UNIT
-            # In [0, 2): one in either direction from the middle.
-            outcome.add(below - 1, 1.0)
+            # In [0, reach): half of it in either direction from the middle.
+            outcome.add(below - reach / 2, reach / 2)
             outcome.tried += values.numel() - size
         return outcome
 
@@ -432,8 +438,30 @@ CHECKS = [
     Check("max(x, 0)", "the same", "exact", rectified),
     Check("square of a truncated value", "abs(x) < 2^62", _UNITS + " of the root", squares),
     Check("maximum of rows of 257", "abs(x) < 2^30, ties", "exact", maxima),
-    Check("near maximum, rows of 256", "abs(x) < 2^14, ties", "[0, 2) below", near_maxima(256)),
-    Check("near maximum, rows of 4,096", "the same", "[0, 2) below", near_maxima(4096)),
+    Check(
+        "near maximum, rows of 256",
+        "abs(x) < 2^14, ties",
+        "[0, 2) below",
+        near_maxima(peak, 256, 16_383, 2),
+    ),
+    Check(
+        "near maximum, rows of 4,096",
+        "the same",
+        "[0, 2) below",
+        near_maxima(peak, 4096, 16_383, 2),
+    ),
+    Check(
+        "the same by histograms, rows of 256",
+        "abs(x) < 16,000, ties",
+        "[0, 4) below",
+        near_maxima(crest, 256, 16_000, 4),
+    ),
+    Check(
+        "the same by histograms, rows of 4,096",
+        "the same",
+        "[0, 4) below",
+        near_maxima(crest, 4096, 16_000, 4),
+    ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("softmax, rows of 256", "scores from -1e4 to 1e4", "1e-4", softmaxes(256)),
     Check("softmax, rows of 4,096", "the same", "1e-4", softmaxes(4096)),

@@ -19,6 +19,7 @@ from mergec.runtime.protocols.normalize import RowNorm, normalize
 from mergec.runtime.protocols.opening import open_masked, open_under
 from mergec.runtime.protocols.power import Power, power
 from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.rows import HISTOGRAM
 from mergec.runtime.protocols.saturate import apply, function_input
 from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import send, share_weight
@@ -55,6 +56,9 @@ PROTOCOLS = {
     "silu times itself": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16, x),
     "relu": lambda ctx, x: rectify(ctx, cut(ctx, x.share, 0), x),
     "softmax": lambda ctx, x: Softmax.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac)),
+    "softmax by histograms": lambda ctx, x: Softmax.protocol(
+        ctx, Shared(x.share.reshape(-1, 64), x.frac), HISTOGRAM
+    ),
     "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33)),
     "maximum": lambda ctx, x: maximum(
         ctx, take_window(x.share.reshape(-1, 64), 0), torch.ones(COUNT // 64, 64, dtype=torch.bool)
