@@ -264,5 +264,6 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
     bits = config.fractional_bits
     legalize(dialect.graph_module, bits, config.rounding == "exact")
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
-    choose_variants(roles, NETWORKS[config.network], bits, config.rounding == "exact")
+    exact = config.rounding == "exact"
+    choose_variants(roles, NETWORKS[config.network], bits, exact, dialect.max_length)
     return roles

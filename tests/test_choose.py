@@ -6,6 +6,7 @@ import pytest
 
 from mergec.compiler.backend.choose import chosen_otherwise
 from mergec.compiler.backend.cost import cost_report, dealt_bytes
+from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from tests.session import compiled
@@ -83,3 +84,30 @@ def test_all_roles_get_the_same_choice() -> None:
     (one, *others) = [program.roles[role].instructions for role in ROLES]
     assert all(other == one for other in others)
     assert [item.args[1] for item in one if item.target == "mpc.reveal_token"] == [[8, 16]]
+
+
+def _shifts(program: Program) -> list[str]:
+    items = program.any_role.instructions
+    return [item.args[6] for item in items if item.target == "mpc.attention"]
+
+
+def test_attention_takes_fewer_rounds_on_a_slow_network() -> None:
+    near, far = (
+        compiled("llama", network=name, disable=("defer_norm",))[1] for name in ("loopback", "wan")
+    )
+    shifts = _shifts(far)
+    assert set(_shifts(near)) == {"pairs"}
+    assert set(shifts) == {"histogram"}
+    rounds = [cost_report(program.any_role, 1, 60).total.rounds for program in (near, far)]
+    assert rounds[0] == rounds[1] + 2 * len(shifts)
+
+
+def test_exact_rounding_leaves_pairs() -> None:
+    _, program = compiled("llama", network="wan", rounding="exact")
+    assert set(_shifts(program)) == {"pairs"}
+
+
+def test_a_program_for_few_tokens_is_chosen_for_as_many_as_it_takes() -> None:
+    """A row of 16 scores takes as many rounds either way, and fewer bytes by pairs."""
+    _, program = compiled("llama", network="wan", max_length=16)
+    assert set(_shifts(program)) == {"pairs"}

@@ -15,19 +15,26 @@ from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
 from mergec.runtime.program.program import RoleProgram
 
 NEW, PAST = 1, 128
-"""The step that protocols are chosen for: one more token after a text of usual length."""
+"""The step that protocols are chosen for: one more token after a text of usual length, or after as
+many tokens as the program takes."""
 
 
 def choose_variants(
-    roles: Mapping[str, RoleProgram], network: Network, fixed: int, exact: bool = False
+    roles: Mapping[str, RoleProgram],
+    network: Network,
+    fixed: int,
+    exact: bool = False,
+    max_length: int = NEW + PAST,
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
     Costs are those of a decode step. fixed: the program's fractional bits. exact: whether roundings
-    are exact. All roles get the same choice; their instructions are replaced in place.
+    are exact. max_length: most tokens that the program takes. All roles get the same choice; their
+    instructions are replaced in place.
     """
     program = next(iter(roles.values()))
-    best = {choice.name: choice.best for choice in _choices(program, network, fixed, exact)}
+    choices = _choices(program, network, fixed, exact, max_length)
+    best = {choice.name: choice.best for choice in choices}
     for role in roles.values():
         role.instructions = [
             replace(item, args=best.get(item.name, item.args)) for item in role.instructions
@@ -36,8 +43,10 @@ def choose_variants(
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
     """How many calls of each op have other literals than `choose_variants` sets for `network`."""
-    exact = program.manifest.rounding == "exact"
-    choices = _choices(program, network, fixed, exact)
+    manifest = program.manifest
+    choices = _choices(
+        program, network, fixed, manifest.rounding == "exact", manifest.max_length or NEW + PAST
+    )
     return dict(Counter(c.target for c in choices if list(c.best) != list(c.given)))
 
 
@@ -52,11 +61,14 @@ class _Choice:
     best: tuple[Any, ...]
 
 
-def _choices(program: RoleProgram, network: Network, fixed: int, exact: bool) -> Iterator[_Choice]:
+def _choices(
+    program: RoleProgram, network: Network, fixed: int, exact: bool, max_length: int
+) -> Iterator[_Choice]:
+    past = min(PAST, max_length - NEW)
     plan = Plan(program)
     if not any(planned.op and _has_variants(planned.op) for planned in plan.steps):
         return
-    for walked in walk(plan, fixed, ghost_inputs(program, NEW, PAST), program.outputs):
+    for walked in walk(plan, fixed, ghost_inputs(program, NEW, past), program.outputs):
         planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
         op = planned.op
         if op is None or bound is None or not _has_variants(op):
@@ -75,4 +87,4 @@ def _choices(program: RoleProgram, network: Network, fixed: int, exact: bool) ->
 
 
 def _has_variants(op: type[Op]) -> bool:
-    return "variants" in vars(op)
+    return op.variants.__func__ is not Op.variants.__func__  # type: ignore[attr-defined]

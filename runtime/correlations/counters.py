@@ -31,9 +31,9 @@ from mergec.runtime.correlations.dpf import (
 from mergec.runtime.kernels.aes import (
     LANES,
     correct_counters,
+    counters_of_leaves,
     descend,
     grow_trees,
-    values_of_leaves,
     vectors,
 )
 from mergec.runtime.kernels.compiled import compiled
@@ -241,12 +241,10 @@ def _tally_by_instructions(
     generator: Generator,
     total: np.ndarray,
 ) -> None:
-    depths, blocks = job.counters.depths, job.counters.blocks
-    corrections = np.ascontiguousarray(keys.corrections)
-    last = corrections[:, SEED_WORDS * depths[-1] :].reshape(len(corrections), blocks, BLOCK_WORDS)
+    depths = job.counters.depths
     _tally_trees(
-        generator.round_keys[[0, 1, 2 + job.table]], keys.roots, corrections,
-        np.ascontiguousarray(last[:, job.table]).view(job.counters.dtype),
+        generator.round_keys[[0, 1, 2 + job.table]], keys.roots,
+        np.ascontiguousarray(keys.corrections), depths[-1] + job.table,
         nodes.reshape(-1), offsets.reshape(-1), rows, nodes.shape[1],
         depths[job.table] - job.cut, job.cut, party, total,
     )  # fmt: skip
@@ -294,14 +292,14 @@ def _tally_by_library(
 
 @compiled()
 def _tally_trees(  # type: ignore[no-untyped-def]
-    ciphers, roots, corrections, last, nodes, offsets, rows, each, top, cut, party, total
+    ciphers, roots, corrections, block, nodes, offsets, rows, each, top, cut, party, total
 ):
-    leaves, width = 1 << cut, last.shape[1]
+    """block: which pair of words corrects the leaves' values."""
+    leaves, bits = 1 << cut, 8 * total.itemsize
     seeds, flags, words = vectors(leaves), vectors(leaves), vectors(cut + 1)
     turns, passed = vectors(1), vectors(1)
     values = vectors(leaves).reshape(1, LANES, leaves, 2)
     lanes = np.empty(LANES, np.int64)
-    words[cut] = np.uint64(0)
     for start in range(0, nodes.shape[0], LANES):
         for lane in range(LANES):
             # Lanes without a path repeat the last one.
@@ -312,17 +310,14 @@ def _tally_trees(  # type: ignore[no-untyped-def]
                 turns[0, 2 * lane + half] = nodes[path]
                 for k in range(cut):
                     words[k, 2 * lane + half] = corrections[i, 2 * (top + k) + half]
+                words[cut, 2 * lane + half] = corrections[i, 2 * block + half]
         flags[0] = np.uint64(0) - np.uint64(party)
         descend(ciphers, seeds, flags, turns, passed, corrections, lanes, top)
         grow_trees(ciphers, seeds, flags, words, cut)
-        values_of_leaves(ciphers, seeds, flags, words, cut, values)
+        counters_of_leaves(ciphers, seeds, flags, words, cut, bits, values)
         for lane in range(min(LANES, nodes.shape[0] - start)):
             path = start + lane
-            counters = values[0, lane].reshape(-1).view(last.dtype)
-            target, word = total[rows[path // each], offsets[path] :], last[path // each]
-            for leaf in range(leaves):
-                # All ones or zeros, so that no branch depends on a seed.
-                chosen = flags[leaf, 2 * lane :].view(last.dtype)[0]
-                entries, place = counters[leaf * width :], target[leaf * width :]
-                for k in range(width):
-                    place[k] += entries[k] + (chosen & word[k])
+            counters = values[0, lane].reshape(-1).view(total.dtype)
+            target = total[rows[path // each], offsets[path] :]
+            for k in range(counters.shape[0]):
+                target[k] += counters[k]

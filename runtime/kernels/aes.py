@@ -188,36 +188,54 @@ def _grow_node(typing, keys, seeds, flags, words, node, level):  # type: ignore[
     return types.void(keys, seeds, flags, words, types.int64, types.int64), generate
 
 
-@intrinsic
-def _value_of_leaf(  # type: ignore[no-untyped-def]
-    typing, keys, seeds, flags, words, leaf, word, block, out
-):
-    """Write block `block` of a leaf's value, by cipher 2 + `block`: out [blocks, lanes, leaves, 2].
+def _lanewise(builder: Any, name: str, one: Any, other: Any, bits: int) -> Any:
+    """`add` or `sub` of two vectors, number by number of `bits` bits."""
+    kind = ir.VectorType(ir.IntType(bits), _VECTOR.count * 64 // bits)
+    found = getattr(builder, name)(builder.bitcast(one, kind), builder.bitcast(other, kind))
+    return builder.bitcast(found, _VECTOR)
 
-    The last correction, `words` [word], is added modulo 2**64 where the flag is set.
+
+def _valuing(bits: int) -> Any:
+    """Writes a block of a leaf's value, by cipher 2 + `block`: out [blocks, lanes, leaves, 2].
+
+    The last correction, `words` [word], is added where the flag is set, number by number of `bits`
+    bits.
     """
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        ciphers, grown, chosen, corrections = (
-            _Vectors(context, builder, signature.args[i], args[i]) for i in range(4)
-        )
-        leaf, word, block = args[4:7]
-        seed = grown.load(leaf)
-        value = builder.xor(_encrypt(builder, seed, ciphers, builder.add(block, _WORD(2))), seed)
-        value = builder.add(value, builder.and_(chosen.load(leaf), corrections.load(word)))
-        array = context.make_array(signature.args[7])(context, builder, args[7])
-        data = builder.bitcast(array.data, _PAIR.as_pointer())
-        leaves = builder.extract_value(array.shape, 2)
-        place = builder.add(builder.mul(builder.mul(block, _WORD(LANES)), leaves), leaf)
-        for lane in range(LANES):
-            own = _of_lane(builder, value, lane)
-            builder.store(own, builder.gep(data, [place]), align=8)
-            place = builder.add(place, leaves)
-        return context.get_dummy_value()
+    @intrinsic
+    def value(  # type: ignore[no-untyped-def]
+        typing, keys, seeds, flags, words, leaf, word, block, out
+    ):
 
-    return types.void(
-        keys, seeds, flags, words, types.int64, types.int64, types.int64, out
-    ), generate
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            ciphers, grown, chosen, corrections = (
+                _Vectors(context, builder, signature.args[i], args[i]) for i in range(4)
+            )
+            leaf, word, block = args[4:7]
+            seed = grown.load(leaf)
+            value = builder.xor(
+                _encrypt(builder, seed, ciphers, builder.add(block, _WORD(2))), seed
+            )
+            last = builder.and_(chosen.load(leaf), corrections.load(word))
+            value = _lanewise(builder, "add", value, last, bits)
+            array = context.make_array(signature.args[7])(context, builder, args[7])
+            data = builder.bitcast(array.data, _PAIR.as_pointer())
+            leaves = builder.extract_value(array.shape, 2)
+            place = builder.add(builder.mul(builder.mul(block, _WORD(LANES)), leaves), leaf)
+            for lane in range(LANES):
+                own = _of_lane(builder, value, lane)
+                builder.store(own, builder.gep(data, [place]), align=8)
+                place = builder.add(place, leaves)
+            return context.get_dummy_value()
+
+        return types.void(
+            keys, seeds, flags, words, types.int64, types.int64, types.int64, out
+        ), generate
+
+    return value
+
+
+_value_of_leaf, _bytes_of_leaf, _pairs_of_leaf = _valuing(64), _valuing(8), _valuing(16)
 
 
 def _lanes_of(context: Any, builder: Any, kind: Any, rows: Any, group: Any) -> Any:
@@ -344,13 +362,6 @@ def _correct_level(  # type: ignore[no-untyped-def]
     ), generate
 
 
-def _lanewise(builder: Any, name: str, one: Any, other: Any, bits: int) -> Any:
-    """`add` or `sub` of two vectors, number by number of `bits` bits."""
-    kind = ir.VectorType(ir.IntType(bits), _VECTOR.count * 64 // bits)
-    found = getattr(builder, name)(builder.bitcast(one, kind), builder.bitcast(other, kind))
-    return builder.bitcast(found, _VECTOR)
-
-
 def _finishing(bits: int) -> Any:
     """Writes block `block` of a group's last corrections: pair `level` + `block` of its words.
 
@@ -475,6 +486,19 @@ def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-
     for block in range(out.shape[0]):
         for leaf in range(out.shape[2]):
             _value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+
+
+@compiled()
+def counters_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ignore[no-untyped-def]
+    """Like `values_of_leaves`, for one block of numbers of 8 or 16 bits: out [1, LANES, leaves, 2].
+
+    bits: of a number. words: as in `grow_trees`, followed by one vector.
+    """
+    for leaf in range(out.shape[2]):
+        if bits == 8:
+            _bytes_of_leaf(keys, seeds, flags, words, leaf, depth, 0, out)
+        else:
+            _pairs_of_leaf(keys, seeds, flags, words, leaf, depth, 0, out)
 
 
 @compiled()
