@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -181,4 +180,3 @@ def test_shapes_alone_take_the_same_rounds() -> None:
     assert sent == [(torch.int16, 27), (torch.int8, 1536), (torch.int8, 3), (torch.int8, 381)]
     assert sum(context.dealt.values()) == crest_cost(valid).offline
     assert 2 * sum(count * dtype.itemsize for dtype, count in sent) == crest_cost(valid).online
-    assert np.dtype("u1").itemsize == torch.int8.itemsize
