@@ -85,8 +85,9 @@ def test_a_prompt_of_more_rows_normalizes_them_first(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where bytes are so dear that the limit lies between a token and a prompt."""
-    link = Link(latency=2e-2, bandwidth=5e4)
-    monkeypatch.setitem(NETWORKS, "wan", Network(link, link, link))
+    near = Link(latency=0.0, bandwidth=math.inf)
+    slow = Network(Link(latency=2e-2, bandwidth=5e4), near, near)
+    monkeypatch.setitem(NETWORKS, "wan", slow)
     model = random_decoder(family).float()
     config = CompileConfig(max_length=64, logit_noise=0.0, network="wan")
     program = compile_decoder(model, config=config)
