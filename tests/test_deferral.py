@@ -120,34 +120,34 @@ def test_massive_activations() -> None:
     check(model, program)
 
 
-def _legal(frac: int, unscaled: float, **measured: float) -> dict[str, Any]:
-    """The arguments of a legalized product of normalized rows, and its own fractional bits."""
+def _legal(unscaled: float, *, fine: bool = False, **measured: float) -> dict[str, Any]:
+    """The arguments of a legalized product of normalized rows; `fine` ones have 32 bits."""
 
     def body(self: Any, x: torch.Tensor) -> Any:
-        return torch.ops.mpc.rms_norm_linear(x, self.w, None, 1e-5, rows=9)
+        rows = torch.ops.mpc.linear(x, self.v, None) if fine else x
+        return torch.ops.mpc.rms_norm_linear(rows, self.w, None, 1e-5, rows=9)
 
-    graph = Graph(body, normal(1, 3, 8), w=normal(4, 8))
+    graph = Graph(body, normal(1, 3, 8), w=normal(4, 8), v=normal(8, 8))
     (node,) = [n for n in graph.module.graph.nodes if "norm_linear" in str(n.target)]
-    (x,) = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
     largest = measured.pop("largest", 30.0)
     node.meta |= {"range": (-largest, largest), "unscaled": unscaled, "mean_square": 1.0}
     node.meta |= {"factor": 1.0, **measured}
-    legalize(graph.module, frac)
-    (node,) = [n for n in graph.module.graph.nodes if "norm_linear" in str(n.target)]
+    legalize(graph.module, 16)
     op = op_of(node)
     assert op is not None and issubclass(op, NormedLinear)
     found = bind(op, node)
     if found["rows"]:
-        total = found["kept"] + frac + found["bits"] + math.log2(unscaled)
+        total = found["kept"] + 16 + found["bits"] + math.log2(unscaled)
         assert total <= HEADROOM_BITS - SPARE_BITS
-    assert x.meta["frac"] == frac
-    return found | {"frac": node.meta["frac"]}
+    assert found["x"].meta["frac"] == (32 if fine else 16)
+    assert node.meta["frac"] == (48 if found["fine"] else 32) + found["bits"]
+    return found
 
 
 @pytest.mark.parametrize("exponent", range(-6, 40))
 def test_the_product_fits_before_it_is_scaled(exponent: int) -> None:
     """Or the norm runs first, and the matrix keeps the bits that it has in any case."""
-    found = _legal(16, 2.0**exponent)
+    found = _legal(2.0**exponent)
     assert found["rows"] == (9 if exponent <= 25 else 0)
     if not found["rows"] or exponent <= 19:
         assert found["bits"] == 6
@@ -155,6 +155,26 @@ def test_the_product_fits_before_it_is_scaled(exponent: int) -> None:
 
 
 def test_results_beyond_what_scaling_supports_run_the_norm_first() -> None:
-    assert _legal(16, 2.0, largest=2.0**10.9)["rows"] == 9
-    assert _legal(16, 2.0, largest=2.0**11.1)["rows"] == 0
-    assert _legal(16, 2.0, largest=0.0)["rows"] == 0
+    assert _legal(2.0, largest=2.0**10.9)["rows"] == 9
+    assert _legal(2.0, largest=2.0**11.1)["rows"] == 0
+    assert _legal(2.0, largest=0.0)["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("unscaled", "factor", "wanted"),
+    [
+        # All bits of the rows fit.
+        (1.0, 1.0, (32, 6, 9)),
+        # Some are dropped, as many as a normalized row does not have.
+        (2.0**15, 1.0, (20, 6, 9)),
+        # Rows that are scaled up need more, and the matrix gets fewer.
+        (2.0**15, 2.0**8, (24, 2, 9)),
+        (2.0**15, 2.0**10, (26, 0, 9)),
+        (2.0**15, 2.0**11, (0, 6, 0)),
+    ],
+)
+def test_rows_keep_the_bits_that_they_have_when_they_are_normalized(
+    unscaled: float, factor: float, wanted: tuple[int, int, int]
+) -> None:
+    found = _legal(unscaled, fine=True, factor=factor)
+    assert (found["kept"], found["bits"], found["rows"]) == wanted
