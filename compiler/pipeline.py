@@ -16,6 +16,7 @@ from torch import fx
 from mergec.compiler.backend.choose import choose_variants
 from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.backend.lower import lower
+from mergec.compiler.backend.outliers import shrink_outliers
 from mergec.compiler.backend.share_constants import share_constants
 from mergec.compiler.config import DEFAULT_LENGTH, PRESETS, CompileConfig
 from mergec.compiler.errors import CompileError
@@ -233,7 +234,12 @@ def to_dialect(
     verify_dialect(graph_module)
     _check_result(graph_module)
     max_length = longest(config, captured)
-    program = DialectProgram(
+    # The constants of lossy passes hold for the calibration prompts: beyond them the program may
+    # diverge, in the clear as well, so that no range covers it.
+    tables = not any(report.sites and not report.exact for report in reports)
+    annotate_ranges(graph_module, captured.inputs, sequences, max_length, tables=tables)
+    shrink_outliers(captured, config.fractional_bits)
+    return DialectProgram(
         graph_module,
         captured.inputs,
         captured.tensors(),
@@ -241,11 +247,6 @@ def to_dialect(
         captured.vocab_size,
         max_length,
     )
-    # The constants of lossy passes hold for the calibration prompts: beyond them the program may
-    # diverge, in the clear as well, so that no range covers it.
-    tables = not program.lossy
-    annotate_ranges(graph_module, captured.inputs, sequences, max_length, tables=tables)
-    return program
 
 
 def _check_result(graph_module: fx.GraphModule) -> None:

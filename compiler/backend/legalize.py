@@ -42,9 +42,6 @@ from mergec.runtime.ops.truncate import Truncate
 from mergec.runtime.protocols.deferred import LARGEST
 from mergec.runtime.protocols.normalize import SCALED_FRAC
 
-SPARE_BITS = 5
-"""A factor keeps its 32 fractional bits only if the product may become 2**5 times as large."""
-
 WEIGHT_BITS = 6
 """Most fractional bits that a matrix may have beyond an activation's, if its result has room."""
 
@@ -189,8 +186,10 @@ class _Legalizer:
                 del arguments["parts"]
         elif "bits" in arguments:
             arguments["bits"] = self.constant_bits(node, op, arguments)
-            if not arguments["bits"]:
-                del arguments["bits"]
+            if not arguments.get("columns"):
+                arguments.pop("columns", None)
+                if not arguments["bits"]:
+                    del arguments["bits"]
         node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         if op.result == "cache":
@@ -246,7 +245,7 @@ class _Legalizer:
         while is_move(node):
             node = node.args[0]  # type: ignore[assignment]
         if node not in self.fine:
-            frac = node.meta["frac"] + self.fixed + SPARE_BITS - RANGE_MARGIN_BITS
+            frac = node.meta["frac"] + self.fixed
             # Decided once: after the wire is opened for its products, they no longer use it.
             self.fine[node] = all(
                 frac + self.least_bits(product) <= self.room[product] for product in _products(node)
@@ -444,7 +443,7 @@ class _Legalizer:
             return room - self.fixed
         if op is Linear:
             # What only another use needs must not cost the input its fractional bits.
-            spare = room - 3 * self.fixed - (SPARE_BITS - RANGE_MARGIN_BITS)
+            spare = room - 3 * self.fixed
             return max(spare, min(needed, room - 2 * self.fixed))
         return room - 3 * self.fixed
 

@@ -2,8 +2,9 @@
 
 Keys of node.meta: "val", the example value (a fake tensor with symbolic sizes); "module" and
 "source", where the node comes from in the model; "pass", the pass that made it; "vis", who knows
-the value; "range", its smallest and largest number in calibration, beside the keys that
-`Op.measure` sets; "form" and "frac", how a shared value is held (see `compiler.backend.legalize`);
+the value; "range", its smallest and largest number in calibration, and "columns", those of each
+column of a residual stream, beside the keys that `Op.measure` sets; "form" and "frac", how a shared
+value is held (see `compiler.backend.legalize`);
 "label", the name that it has in a parsed text.
 """
 

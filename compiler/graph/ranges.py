@@ -12,6 +12,7 @@ from torch import fx
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.extremes import extreme_positions, extreme_tokens
 from mergec.compiler.graph.ir import op_of
+from mergec.compiler.graph.streams import streams
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
@@ -34,8 +35,9 @@ def annotate_ranges(
     tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
     extreme rows follow as two more sequences, and single tokens at the most extreme positions below
     `max_length`; without `tables`, nothing follows. meta["range"] is the smallest and the largest
-    number of a value. Requires meta["vis"]. Raises CompileError that names the first secret value
-    that is not finite.
+    number of a value. Values of residual streams also get meta["columns"], the smallest and the
+    largest number of each column. Requires meta["vis"]. Raises CompileError that names the first
+    secret value that is not finite.
     """
     recorder = _Recorder(graph_module)
     if not tables:
@@ -105,6 +107,7 @@ class _Recorder(fx.Interpreter):
         carried: list[Any] = [n for n in module.graph.nodes if n.target is target("carry")]
         self._entering, self._leaving = carried or [None, None]
         self._hidden: Any = None
+        self._streams = {node for stream in streams(module.graph) for node in stream.values}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -126,6 +129,11 @@ class _Recorder(fx.Interpreter):
                 raise CompileError("a value is not finite in calibration", {n: reason})
             least, most = n.meta.get("range", ends)
             n.meta["range"] = min(least, ends[0]), max(most, ends[1])
+            if n in self._streams:
+                rows = result.double().flatten(0, -2)
+                columns = rows.amin(0), rows.amax(0)
+                lows, highs = n.meta.get("columns", columns)
+                n.meta["columns"] = torch.minimum(lows, columns[0]), highs.maximum(columns[1])
         op = op_of(n)
         if op is not None:
             for name, value in op.measure(*self.fetch_args_kwargs_from_env(n)[0]).items():

@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.visibility import annotate_visibility
+from mergec.compiler.graph.weights import drop_unused_constants
 from mergec.compiler.text import assign_names
 from mergec.runtime.core.network import NETWORKS, Network
 from mergec.runtime.core.spec import Vis
@@ -121,7 +122,7 @@ class Pass(PassBase):
         self.explained = self._explain(graph_module)
         if self.sites:
             graph_module.graph.eliminate_dead_code()
-            self._drop_unused_constants(graph_module)
+            drop_unused_constants(graph_module, self.info.constants)
             graph_module.graph.lint()
             graph_module.recompile()
             annotate_visibility(graph_module, self.info.inputs, self.info.constants)
@@ -137,14 +138,6 @@ class Pass(PassBase):
             module, source = node.meta.get("module", ""), node.meta.get("source", "")
             found.append(Skip(names.get(node, node.name), module, source, reason))
         return tuple(found)
-
-    def _drop_unused_constants(self, graph_module: fx.GraphModule) -> None:
-        """Otherwise a matrix and its folded copies would stay in memory until the compile ends."""
-        used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-        for name in [name for name in self.info.constants if name not in used]:
-            path, _, leaf = name.rpartition(".")
-            delattr(graph_module.get_submodule(path), leaf)
-            del self.info.constants[name]
 
 
 @dataclass(frozen=True)

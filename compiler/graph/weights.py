@@ -26,6 +26,20 @@ def uses(graph_module: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
     return [user for node in named for user in node.users]
 
 
+def drop_unused_constants(
+    graph_module: fx.GraphModule, constants: MutableMapping[str, Vis]
+) -> None:
+    """Otherwise a matrix and its folded copies would stay in memory until the compile ends.
+
+    constants: visibilities by name, from which those of unused constants are removed as well.
+    """
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in constants if name not in used]:
+        path, _, leaf = name.rpartition(".")
+        delattr(graph_module.get_submodule(path), leaf)
+        del constants[name]
+
+
 def computable(graph_module: fx.GraphModule, node: Any) -> bool:
     """Whether a node is a constant that new ones may be computed from.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.crypten.domain import norm_factor
+from mergec.runtime.protocols.columns import factors
 from mergec.runtime.protocols.gain import apply_gain, gain_cost
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
@@ -38,12 +39,16 @@ class RmsNorm(Op):
     of the gain beyond the program's. Cost: `normalize_cost`,
     and for a gain one opening of the rows (`gain_cost`). Error about 2**-13 of the result. Each
     party sees what it sees in `normalize` and `apply_gain`.
+
+    columns: those of x that stand for numbers larger by powers of two, as (columns, exponent,
+    columns, exponent, ...): the row is x times these powers (`mpc.shrink` is the inverse). Columns
+    of massive activations have room in the ring that way.
     """
 
     name = "rms_norm"
     schema = (
-        "(Tensor x, Tensor? weight, float eps, float offset=0.0, float bound=0.0, int bits=0) "
-        "-> Tensor"
+        "(Tensor x, Tensor? weight, float eps, float offset=0.0, float bound=0.0, int bits=0, "
+        "int[] columns=[]) -> Tensor"
     )
     operands = {"x": "share"}
     weights = ("weight",)
@@ -58,7 +63,10 @@ class RmsNorm(Op):
         offset: float = 0.0,
         bound: float = 0.0,
         bits: int = 0,
+        columns: Sequence[int] = (),
     ) -> torch.Tensor:
+        if columns:
+            x = x * factors(columns).to(x)
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return y if weight is None else y * (weight + offset)
 
@@ -71,8 +79,11 @@ class RmsNorm(Op):
             Case([x, gain, 1e-5, 1.0], 3e-4, forms={"weight": "weight"}),
             Case([x, gain, 1e-5, 1.0], 3e-4, forms={"weight": "shared"}),
             Case([x, None, 1e-5], 2e-4),
+            Case([x, None, 1e-5, 0.0, 4.0**8, 0, [5, 0, 2, 3, 56, 0, 1, 6]], 3e-4),
+            Case([x, gain, 1e-5, 1.0, 0.0, 0, [63, 0, 1, 4]], 3e-4, forms={"weight": "weight"}),
             Case([make.small(2, 3, 16), None, 1e-5], stock=1e-2),
             Case([wide, make.small(8), 1e-5, 1.0, 900.0 * 16], stock=1e-2),
+            Case([wide, None, 1e-5, 0.0, 900.0 * 64, 0, [7, 0, 1, 1]], stock=1e-2),
         ]
 
     @classmethod
@@ -89,7 +100,10 @@ class RmsNorm(Op):
         offset: float = 0.0,
         bound: float = 0.0,
         bits: int = 0,
+        columns: Sequence[int] = (),
     ) -> torch.Tensor:
+        if columns:
+            x = x * factors(columns).to(x)
         y = rounded_rows(x, RowNorm(x.shape[-1], fracs["x"], eps, bound)).to(x.dtype)
         return y if weight is None else y * (weight + offset)
 
@@ -106,6 +120,7 @@ class RmsNorm(Op):
         offset: float = 0.0,
         bound: float = 0.0,
         bits: int = 0,
+        columns: Sequence[int] = (),
         *,
         fixed: int,
     ) -> int:
@@ -120,12 +135,13 @@ class RmsNorm(Op):
         offset: float = 0.0,
         bound: float = 0.0,
         bits: int = 0,
+        columns: Sequence[int] = (),
         *,
         fixed: int,
     ) -> Cost:
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
         rows = math.prod(x.shape[:-1])
-        return normalize_cost(spec, rows) + gain_cost(x.shape, weight)
+        return normalize_cost(spec, rows, columns) + gain_cost(x.shape, weight)
 
     @classmethod
     def protocol(
@@ -137,20 +153,30 @@ class RmsNorm(Op):
         offset: float = 0.0,
         bound: float = 0.0,
         bits: int = 0,
+        columns: Sequence[int] = (),
     ) -> Protocol:
         """`normalize`, then the gain by one opening of the rows."""
         spec = RowNorm(x.shape[-1], x.frac, eps, bound)
-        share = yield from normalize(ctx, x.share, spec)
+        share = yield from normalize(ctx, x.share, spec, columns)
         scaled: Shared = yield from apply_gain(ctx, share, SCALED_FRAC, weight, offset)
         return scaled
 
     @classmethod
     def stock(
-        cls, x: Any, weight: Any, eps: float, offset: float = 0.0, bound: float = 0.0, bits: int = 0
+        cls,
+        x: Any,
+        weight: Any,
+        eps: float,
+        offset: float = 0.0,
+        bound: float = 0.0,
+        bits: int = 0,
+        columns: Sequence[int] = (),
     ) -> Any:
         """CrypTen's square, mean and inverse root of the row, brought into its domain first."""
         factor = norm_factor(bound)
         x = x.mul(factor)
+        if columns:
+            x = x * factors(columns).to(torch.float32)
         y = x * (x.square().mean(-1, keepdim=True) + eps * factor**2).inv_sqrt()
         if weight is None:
             return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -14,6 +15,7 @@ from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.protocols.columns import groups
 from mergec.runtime.protocols.opening import (
     open_high,
     open_masked,
@@ -259,7 +261,9 @@ def _inverse_root(norm: RowNorm) -> Power:
     return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT, FRACTIONAL_BITS)
 
 
-def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
+def normalize(
+    ctx: Context, share: torch.Tensor, spec: RowNorm, parts: Sequence[int] = ()
+) -> Protocol:
     """Shares of x / sqrt(mean(x**2) + eps) for each row, with 32 fractional bits.
 
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`. Beyond the
@@ -269,27 +273,81 @@ def normalize(ctx: Context, share: torch.Tensor, spec: RowNorm) -> Protocol:
     of `octaves` and `scale_rows`. Each party sees z, which is uniform because r is fresh and
     uniform, and what it sees in these two. With exact rounding the row is opened twice, as squares
     round off other bits than the scaled row: rounds 9.
+
+    parts: columns whose words stand for numbers that are larger by powers of two, as (columns,
+    exponent, columns, exponent, ...), for rows of which `spec.frac` is an integer. Columns of each
+    exponent are shifted by their own number of bits, and are otherwise opened, squared and scaled
+    as any others. `scale_rows` opens its mantissas once for each exponent, under a fresh mask.
     """
-    rows, frac, root = share.reshape(-1, share.shape[-1]), math.floor(spec.frac), spec.inverse_root
-    if ctx.exact:
-        squares, row = yield from together(
-            truncated_square(ctx, rows, spec.square_shift),
-            open_row(ctx, rows, frac, root, spec.largest),
-        )
-    else:
-        mask = ctx.mask(rows.shape)
-        dealt = deal_square(ctx, mask, spec.square_shift)
-        opened = yield from open_under(ctx, rows, mask, OFFSET)
-        row = Row(opened, mask, dealt[0])
-        squares = opened
-        if not rows.is_meta:
-            squares = square_share(ctx, opened, dealt, spec.square_shift)
-    total = squares.sum(-1)
+    rows, root = share.reshape(-1, share.shape[-1]), spec.inverse_root
+    blocks = _blocks(spec, parts)
+    opened = yield from together(
+        *(_open_block(ctx, rows, spec, block, len(blocks) > 1) for block in blocks)
+    )
+    total = sum(squares.sum(-1) for squares, _ in opened)
     if ctx.party == CLIENT:
         total += spec.eps_units
     found = yield from octaves(ctx, total, root)
-    result = yield from scale_rows(ctx, row, frac, found, root)
-    return result.reshape(share.shape)
+    scaled = yield from together(
+        *(
+            scale_rows(ctx, row, block.frac, found, root)
+            for (_, row), block in zip(opened, blocks, strict=True)
+        )
+    )
+    if len(blocks) == 1:
+        return scaled[0].reshape(share.shape)
+    if share.is_meta:
+        return share
+    places = torch.cat([block.columns for block in blocks]).to(share.device)
+    return torch.cat(scaled, -1)[:, places.argsort()].reshape(share.shape)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns of one exponent.
+
+    lift: bits by which their words are shifted up at first. frac, square_shift: the fractional bits
+    that they have then, and how many of them are dropped before squaring.
+    """
+
+    columns: torch.Tensor
+    lift: int
+    frac: int
+    square_shift: int
+
+
+def _blocks(spec: RowNorm, parts: Sequence[int]) -> list[_Block]:
+    """The columns by exponent, scaled such that the squares of all of them have one scale."""
+    blocks = []
+    for exponent, columns in groups(parts, spec.size):
+        lift = max(0, exponent - spec.square_shift)
+        finer = lift - exponent
+        frac = math.floor(spec.frac) + finer
+        blocks.append(_Block(columns, lift, frac, spec.square_shift + finer))
+    return blocks
+
+
+def _open_block(
+    ctx: Context, rows: torch.Tensor, spec: RowNorm, block: _Block, several: bool
+) -> Protocol:
+    """The shares of the squares [R, columns], and the opened `Row`."""
+    if several:
+        rows = rows[:, : len(block.columns)] if rows.is_meta else rows[:, block.columns]
+    if block.lift and not rows.is_meta:
+        rows = rows << block.lift
+    if ctx.exact:
+        squares, row = yield from together(
+            truncated_square(ctx, rows, block.square_shift),
+            open_row(ctx, rows, block.frac, spec.inverse_root, spec.largest),
+        )
+        return squares, row
+    mask = ctx.mask(rows.shape)
+    dealt = deal_square(ctx, mask, block.square_shift)
+    opened = yield from open_under(ctx, rows, mask, OFFSET)
+    squares = opened
+    if not rows.is_meta:
+        squares = square_share(ctx, opened, dealt, block.square_shift)
+    return squares, Row(opened, mask, dealt[0])
 
 
 def rounded_rows(rows: torch.Tensor, spec: RowNorm) -> torch.Tensor:
@@ -305,11 +363,11 @@ def rounded_rows(rows: torch.Tensor, spec: RowNorm) -> torch.Tensor:
     return (result * 2.0**FRACTIONAL_BITS).round() * 2.0**-FRACTIONAL_BITS
 
 
-def normalize_cost(spec: RowNorm, rows: int) -> Cost:
+def normalize_cost(spec: RowNorm, rows: int, parts: Sequence[int] = ()) -> Cost:
     """Cost of `normalize` for `rows` rows."""
-    count = rows * spec.size
-    return (
-        truncated_square_cost(count)
-        + octaves_cost(spec.inverse_root, rows)
-        + scale_rows_cost(math.floor(spec.frac), spec.inverse_root, rows, spec.size)
-    )
+    opened = scaled = Cost()
+    for block in _blocks(spec, parts):
+        size = len(block.columns)
+        opened = opened.beside(truncated_square_cost(rows * size))
+        scaled = scaled.beside(scale_rows_cost(block.frac, spec.inverse_root, rows, size))
+    return opened + octaves_cost(spec.inverse_root, rows) + scaled
