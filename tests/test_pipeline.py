@@ -61,6 +61,7 @@ dialect       arithmetic_to_dialect
 dialect       resend_hidden
 dialect       merge_projections
 optimize      fold_norm_affine
+optimize      centre_residual
 optimize      fold_attention_scale
 optimize      fold_scalars
 optimize      hoist_last_position
@@ -77,24 +78,24 @@ CASTS = 1e-6
 
 # Per layer: norms, activation with its kind, rotary embeddings.
 COVERAGE: dict[str, tuple[tuple[str, int, int], tuple[str, str | None], int]] = {
-    "gpt2": (("layer_norm", 2, 1), ("gelu", "tanh"), 0),
+    "gpt2": (("rms_norm", 2, 1), ("gelu", "tanh"), 0),
     "llama": (("rms_norm", 2, 1), ("glu", "silu"), 2),
     "qwen2": (("rms_norm", 2, 1), ("glu", "silu"), 2),
     "qwen3": (("rms_norm", 4, 1), ("glu", "silu"), 2),
     "mistral": (("rms_norm", 2, 1), ("glu", "silu"), 2),
-    "opt": (("layer_norm", 2, 1), ("relu", None), 0),
-    "gpt_neox": (("layer_norm", 2, 1), ("gelu", "erf"), 2),
-    "gpt_neo": (("layer_norm", 2, 1), ("gelu", "tanh"), 0),
-    "phi": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
+    "opt": (("rms_norm", 2, 1), ("relu", None), 0),
+    "gpt_neox": (("rms_norm", 2, 1), ("gelu", "erf"), 2),
+    "gpt_neo": (("rms_norm", 2, 1), ("gelu", "tanh"), 0),
+    "phi": (("rms_norm", 1, 1), ("gelu", "tanh"), 2),
     "phi3": (("rms_norm", 2, 1), ("glu", "silu"), 2),
     "gemma": (("rms_norm", 2, 1), ("glu", "gelu_tanh"), 2),
     "gemma2": (("rms_norm", 4, 1), ("glu", "gelu_tanh"), 2),
     "bloom": (("layer_norm", 2, 2), ("gelu", "tanh"), 0),
-    "falcon": (("layer_norm", 1, 1), ("gelu", "erf"), 2),
-    "gptj": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
-    "codegen": (("layer_norm", 1, 1), ("gelu", "tanh"), 2),
-    "stablelm": (("layer_norm", 2, 1), ("glu", "silu"), 2),
-    "olmo": (("layer_norm", 2, 1), ("glu", "silu"), 2),
+    "falcon": (("rms_norm", 1, 1), ("gelu", "erf"), 2),
+    "gptj": (("rms_norm", 1, 1), ("gelu", "tanh"), 2),
+    "codegen": (("rms_norm", 1, 1), ("gelu", "tanh"), 2),
+    "stablelm": (("rms_norm", 2, 1), ("glu", "silu"), 2),
+    "olmo": (("rms_norm", 2, 1), ("glu", "silu"), 2),
 }
 
 _TIED = {"fold_norm_affine": 1}
@@ -113,7 +114,7 @@ LEFT: dict[str, dict[str, int]] = {
     # Norms of what is added to the residual.
     "gemma2": {"fold_norm_affine": 1 + 2 * LAYERS, "fold_scalars": 1},
     # The norm of the embedding.
-    "bloom": {"fold_norm_affine": 2},
+    "bloom": {"fold_norm_affine": 2, "centre_residual": 1},
 }
 
 

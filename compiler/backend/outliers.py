@@ -29,6 +29,7 @@ from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS, Vis
 from mergec.runtime.ops.embedding import Embedding
 from mergec.runtime.ops.linear import Linear
+from mergec.runtime.ops.scale import Scale
 from mergec.runtime.protocols.columns import factors
 
 MOST_BITS = 8
@@ -90,7 +91,7 @@ def _shrinkable(graph_module: fx.GraphModule, writer: fx.Node) -> bool:
         return True
     op = op_of(writer)
     if op is not Linear:
-        return op is Embedding or (op is not None and op.local)
+        return op in (Embedding, Scale)
     _, weight, bias = (*writer.args, None)[:3]
     given = [node for node in (weight, bias) if isinstance(node, fx.Node)]
     return all(
