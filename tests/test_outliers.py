@@ -83,5 +83,7 @@ def test_only_a_few_large_columns(largest: float, columns: int, shrunk: int) -> 
     sums = [value for value in stream.values if calls(value, target("add"))]
     assert shrink_outliers(step, 16) == shrunk
     for value in sums:
-        assert value.meta["range"][1] == largest if not shrunk else 2.0**8 < absmax(value) <= 2.0**11
+        assert (
+            value.meta["range"][1] == largest if not shrunk else 2.0**8 < absmax(value) <= 2.0**11
+        )
     assert [bool(bind(RmsNorm, norm)["columns"]) for norm in stream.readers] == [bool(shrunk)] * 5

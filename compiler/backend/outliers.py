@@ -62,9 +62,7 @@ def shrink_outliers(captured: Captured, fixed: int) -> int:
     return count
 
 
-def _exponents(
-    graph_module: fx.GraphModule, stream: Stream, fixed: int
-) -> torch.Tensor | None:
+def _exponents(graph_module: fx.GraphModule, stream: Stream, fixed: int) -> torch.Tensor | None:
     """By how many bits to shrink each column; None to leave the stream as it is."""
     if stream.others or not all(calls(norm, target("rms_norm")) for norm in stream.readers):
         return None
@@ -141,7 +139,8 @@ def _shrink(captured: Captured, stream: Stream, exponents: torch.Tensor) -> None
         else:
             shrunk = insert_call(writer.next, target("shrink"), writer, parts)
             shrunk.meta |= {key: writer.meta[key] for key in ("module", "source", "range")}
-            writer.replace_all_uses_with(shrunk, lambda user, new=shrunk: user is not new)
+            for user in [user for user in writer.users if user is not shrunk]:
+                user.replace_input_with(writer, shrunk)
             least, most = (end * divisor for end in writer.meta["columns"])
             writer.meta["range"] = float(least.min()), float(most.max())
     for norm in stream.readers:

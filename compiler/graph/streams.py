@@ -82,6 +82,5 @@ def _is_norm(node: fx.Node) -> bool:
 
 def _width(node: Any) -> int:
     """The number of columns of a value; 0 if it has none, or a number that varies."""
-    value = node.meta.get("val")
-    shape = getattr(value, "shape", ())
+    shape: Any = getattr(node.meta.get("val"), "shape", ())
     return shape[-1] if len(shape) and isinstance(shape[-1], int) else 0

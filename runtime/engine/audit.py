@@ -384,6 +384,8 @@ def _calibrated(plan: Plan) -> dict[str, list[float]]:
             numbers = isinstance(default, (int, float)) and isinstance(value, (int, float))
             if numbers and not isinstance(value, bool) and value != default:
                 found.setdefault(f"{planned.instruction.target} {name}", []).append(value)
+            elif default == () and value:
+                found.setdefault(f"{planned.instruction.target} {name}", []).extend(value)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.columns import factors
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     RowNorm,
@@ -16,6 +19,7 @@ from mergec.runtime.protocols.normalize import (
     _scale_cpu,
     normalize,
     normalize_cost,
+    rounded_rows,
 )
 from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit
 from tests.protocols.harness import integers, run
@@ -105,3 +109,40 @@ def test_kernels_compute_what_words_of_tensors_do(shifts: list[int], at_client: 
     given = (opened, mask, top, low, crossed, top_crossed, public, hidden)
     _scale_cpu(*(word.numpy() for word in given), np.array(shifts), at_client, found)
     assert np.array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "frac"),
+    [
+        ([7, 0, 1, 4, 56, 0], 48),
+        ([3, 2, 1, 8, 2, 2, 58, 0], 44),
+        ([64, 3], 40),
+        ([63, 0, 1, 6], 16),
+    ],
+)
+def test_columns_of_another_size(columns: list[int], frac: int, exact: bool) -> None:
+    """Massive ones, up to 2**62 units and its negative, beside rows without any."""
+    size = 64
+    powers = factors(columns)
+    rows = torch.randn(6, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rows *= 300.0
+    most = torch.full((size,), min(2.0 ** (62 - frac) - 1, 2.0**13)) * powers
+    place = int(powers.argmax())
+    rows[0, place], rows[1, place] = most[place], -most[place]
+    bound = 4.0 ** math.ceil(math.log(float(rows.square().mean(-1).max()), 4))
+    simulation = Simulation(exact=exact)
+    shares = integers(simulation, torch.round(rows / powers * 2.0**frac).long())
+    spec = RowNorm(size, frac, EPS, bound)
+    result, cost = run(simulation, lambda ctx, p: normalize(ctx, shares[p].share, spec, columns))
+    rounded = torch.round(rows / powers * 2.0**frac) * 2.0**-frac * powers
+    wanted = rounded_rows(rounded, spec)
+    error = (result.double() * 2.0**-SCALED_FRAC - wanted).abs()
+    assert (error / wanted.abs().clamp(min=1.0)).max() < 3e-4
+    if not exact:
+        assert cost == normalize_cost(spec, 6, columns)
+
+
+def test_columns_must_be_those_of_the_rows() -> None:
+    with pytest.raises(ValueError, match="the parts have 63 columns, the rows 64"):
+        normalize_cost(RowNorm(64, 32, EPS, 2.0**10), 1, [62, 0, 1, 4])
