@@ -21,6 +21,7 @@ from mergec.runtime.correlations.dpf import (
     parities,
     parities_by_library,
     sharing_bits,
+    sharing_prefixes,
     sharing_words,
 )
 from mergec.runtime.correlations.prg import Prg, new_seed
@@ -66,6 +67,39 @@ def test_words_stand_in_their_place_and_zeros_elsewhere(depth: int) -> None:
     wanted = np.zeros_like(total)
     wanted[np.arange(len(index)), index] = payload.view(np.uint64)
     assert np.array_equal(total, wanted)
+
+
+@pytest.mark.parametrize("ends", [(5,), (5, 4, 2), (3, 0), (0, 1, 2, 3, 4, 5)])
+def test_words_stand_at_each_prefix_and_zeros_elsewhere(ends: tuple[int, ...]) -> None:
+    """Every place, and every node of the tree at the depths of the tables."""
+    depth, index = 5, np.arange(2**5)
+    payloads = random_words(len(ends), len(index), WORDS)
+    generator = Generator(WORDS // 2)
+    keys = keys_of(len(index), sharing_prefixes(index, payloads, ends, depth, generator))
+    assert keys[0].corrections.shape == (len(index), key_words(depth, WORDS * len(ends)))
+    for k, end in enumerate(ends):
+        total = np.zeros((len(index), 2**end, WORDS), np.uint64)
+        for party, key in enumerate(keys):
+            place = 2 * depth + WORDS * k
+            seeds, bits = grow(key, end, party, generator)
+            rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
+            rows += bits[..., None] * key.corrections[:, None, place : place + WORDS]
+            total += -rows if party else rows
+        wanted = np.zeros_like(total)
+        wanted[index, index >> (depth - end)] = payloads[k]
+        assert np.array_equal(total, wanted)
+
+
+def test_corrections_of_prefixes_are_uniform_and_do_not_repeat_each_other() -> None:
+    """Also together: the sum and the XOR of any two words of a key."""
+    generator, index = Generator(2), np.full(4096, 5)
+    payloads = np.broadcast_to(np.arange(3)[:, None, None], (3, 4096, WORDS)).copy()
+    (key, _) = keys_of(4096, sharing_prefixes(index, payloads, (4, 3, 1), 4, generator))
+    columns = key.corrections.T
+    for i, one in enumerate(columns):
+        for other in columns[:i]:
+            for word in (one, one ^ other, one + other):
+                assert abs(uniform_bytes([torch.from_numpy(word.view(np.int64).copy())])) < 6.5
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -124,7 +158,8 @@ def test_the_library_tells_the_same(depth: int) -> None:
     payload[index, index % LEAF_BITS // 64] = np.uint64(1) << (index % 64).astype(np.uint64)
     roots = random_words(size, 2), random_words(size, 2)
     corrections = np.empty((size, key_words(depth, 2)), np.uint64)
-    correct_by_library(roots, index // LEAF_BITS, payload, depth, generator, False, corrections)
+    leaf, ends = index // LEAF_BITS, np.array([depth])
+    correct_by_library(roots, leaf, payload[None], ends, depth, generator, False, corrections)
     places = np.broadcast_to(index, (size, size)).copy()
     found = np.empty((2, size, size), np.uint8)
     for party, root in enumerate(roots):
@@ -143,10 +178,11 @@ def test_instructions_and_library_make_the_same_corrections(
     generator = Generator(1 + additive)
     roots = random_words(count, 2), random_words(count, 2)
     index = random_words(count).view(np.int64) & (2**depth - 1)
-    payload = random_words(count, 2 * generator.blocks)
-    made = correct(roots, index, payload, depth, generator, additive)
+    payloads = random_words(3, count, 2 * generator.blocks)
+    ends = np.array([depth, depth // 2, 0])
+    made = correct(roots, index, payloads, ends, depth, generator, additive)
     expected = np.empty_like(made)
-    correct_by_library(roots, index, payload, depth, generator, additive, expected)
+    correct_by_library(roots, index, payloads, ends, depth, generator, additive, expected)
     assert np.array_equal(made, expected)
 
 

@@ -12,7 +12,8 @@ correction word sets the special leaf's value.
 A party sees its root and the correction words. Each correction word is masked by a child of the
 other party's node on the path, a pseudorandom value that the party does not know. So the correction
 words are indistinguishable from uniform, whatever the place and the value are. A key is made of
-fresh roots and evaluated once.
+fresh roots and evaluated once. A key may also give values to the nodes above the special leaf, each
+by a correction word of its own (`sharing_prefixes`).
 
 The generator is G_i(s) = AES_i(s) xor s with public keys, one for each output block, as in Wang et
 al., "Splinter" (NSDI 2017). There the keys are fixed for all time, so an attacker may compute one
@@ -34,7 +35,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -151,29 +152,33 @@ def key_words(depth: int, last: int) -> int:
 def correct(
     roots: tuple[np.ndarray, np.ndarray],
     index: np.ndarray,
-    payload: np.ndarray,
+    payloads: np.ndarray,
+    ends: np.ndarray,
     depth: int,
     generator: Generator,
     additive: bool,
 ) -> np.ndarray:
-    """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + W].
+    """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + K * W].
 
     roots: of client and server, uint64 [n, 2]. index: int64 [n], the number of the special leaf,
-    below 2**depth. payload: uint64 [n, W], the value of this leaf after the last correction: the
-    client's share minus the server's modulo 2**64 if `additive`, otherwise the XOR of both.
+    below 2**depth. payloads: uint64 [K, n, W]; payload k is the value of the node at depth
+    `ends[k]` above this leaf, after its correction: the client's share minus the server's modulo
+    2**64 if `additive`, otherwise the XOR of both. ends: int64 [K].
     """
-    out = np.empty((len(index), key_words(depth, payload.shape[1])), np.uint64)
+    last = payloads.shape[0] * payloads.shape[2]
+    out = np.empty((len(index), key_words(depth, last)), np.uint64)
     if LANES:
-        correct_paths(generator.round_keys, *roots, index, payload, depth, additive, out)
+        correct_paths(generator.round_keys, *roots, index, payloads, ends, depth, additive, out)
     else:
-        correct_by_library(roots, index, payload, depth, generator, additive, out)
+        correct_by_library(roots, index, payloads, ends, depth, generator, additive, out)
     return out
 
 
 def correct_by_library(
     roots: tuple[np.ndarray, np.ndarray],
     index: np.ndarray,
-    payload: np.ndarray,
+    payloads: np.ndarray,
+    ends: np.ndarray,
     depth: int,
     generator: Generator,
     additive: bool,
@@ -183,15 +188,21 @@ def correct_by_library(
     seeds = np.stack(roots) & ~_LOW
     bits = np.zeros(seeds.shape[:2], np.uint8)
     bits[1] = 1
-    for level in range(depth):
+    size = payloads.shape[2]
+    for level in range(depth + 1):
+        for k in np.flatnonzero(ends == level):
+            client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
+            payload = payloads[k]
+            last = payload - client + server if additive else payload ^ client ^ server
+            negative = additive & (bits[1] == 1)
+            first = SEED_WORDS * depth + size * k
+            out[:, first : first + size] = np.where(negative[:, None], -last, last)
+        if level == depth:
+            break
         left, right = generator.children(seeds)
         turn = ((index >> (depth - 1 - level)) & 1).astype(np.uint8)
         words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
         correct_level(seeds, bits, left, right, turn, words)
-    client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
-    last = payload - client + server if additive else payload ^ client ^ server
-    negative = additive & (bits[1] == 1)
-    out[:, SEED_WORDS * depth :] = np.where(negative[:, None], -last, last)
 
 
 def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -202,13 +213,23 @@ def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.n
     seeds = (keys.roots & ~_LOW)[:, None]
     bits = np.full(seeds.shape[:2], party, np.uint8)
     for level in range(depth):
-        left, right = generator.children(seeds)
-        grown = np.empty((len(seeds), 2 * seeds.shape[1], SEED_WORDS), np.uint64)
-        controls = np.empty(grown.shape[:2], np.uint8)
-        word = keys.corrections[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-        grow_level(seeds, bits, left, right, word, grown, controls)
-        seeds, bits = grown, controls
+        seeds, bits = children(seeds, bits, keys, level, generator)
     return seeds, bits
+
+
+def children(
+    seeds: np.ndarray, bits: np.ndarray, keys: Keys, level: int, generator: Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The children of nodes at depth `level`, in order: seeds [n, 2 N, 2] and bits [n, 2 N].
+
+    seeds: [n, N, 2], contiguous. bits: [n, N]. Nodes of a key may be any, and more than once.
+    """
+    left, right = generator.children(seeds)
+    grown = np.empty((len(seeds), 2 * seeds.shape[1], SEED_WORDS), np.uint64)
+    controls = np.empty(grown.shape[:2], np.uint8)
+    word = keys.corrections[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
+    grow_level(seeds, bits, left, right, word, grown, controls)
+    return grown, controls
 
 
 def sharing_words(
@@ -219,8 +240,29 @@ def sharing_words(
     For each leaf: the client's value plus its bit times the last correction word, minus the same
     expression of the server, is the table entry modulo 2**64.
     """
-    index, words = np.ascontiguousarray(index), np.ascontiguousarray(payload).view(np.uint64)
-    return lambda roots: correct(roots, index, words, depth, generator, additive=True)
+    return sharing_prefixes(index, payload[None], (depth,), depth, generator)
+
+
+def sharing_prefixes(
+    index: np.ndarray,
+    payloads: np.ndarray,
+    ends: Sequence[int],
+    depth: int,
+    generator: Generator,
+) -> Correct:
+    """Corrections for one table for each prefix length in `ends`, of at most `depth` bits.
+
+    Table k has 2**ends[k] rows, zero except for words payloads[k] [n, W] in the row whose number is
+    the first ends[k] bits of index [n], a number of `depth` bits. Its rows are the values of the
+    nodes at depth ends[k], as in `sharing_words`; its correction words come after those of the
+    levels and of the tables before it. A node's value and its children are outputs of the generator
+    under different keys, so the children look uniform beside the value. Source: the incremental
+    point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight Techniques for
+    Private Heavy Hitters" (IEEE S&P 2021), section 4.
+    """
+    index, places = np.ascontiguousarray(index), np.array(ends, np.int64)
+    words = np.ascontiguousarray(payloads).view(np.uint64)
+    return lambda roots: correct(roots, index, words, places, depth, generator, additive=True)
 
 
 def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct:
@@ -231,7 +273,8 @@ def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct
 
     leaf, payload = np.empty(len(index), np.int64), np.zeros((len(index), BLOCK_WORDS), np.uint64)
     _set_bits(index, leaf, payload)
-    return lambda roots: correct(roots, leaf, payload, depth, generator, additive=False)
+    ends = np.array([depth])
+    return lambda roots: correct(roots, leaf, payload[None], ends, depth, generator, additive=False)
 
 
 def parities(

@@ -472,9 +472,18 @@ def grow_trees(keys, seeds, flags, words, depth):  # type: ignore[no-untyped-def
     shape, all ones where a node's control bit is set. words: one vector of corrections per level.
     """
     for level in range(depth):
-        # Last node first, because children overwrite the positions of nodes after their parent.
-        for node in range((1 << level) - 1, -1, -1):
-            _grow_node(keys, seeds, flags, words, node, level)
+        grow_level(keys, seeds, flags, words, level, 1 << level)
+
+
+@compiled()
+def grow_level(keys, seeds, flags, words, level, nodes):  # type: ignore[no-untyped-def]
+    """Replace the first `nodes` vectors, which lie at depth `level`, by twice as many: children.
+
+    Vector v becomes vectors 2 v and 2 v + 1, the left and the right children of its lanes.
+    """
+    # Last node first, because children overwrite the positions of nodes after their parent.
+    for node in range(nodes - 1, -1, -1):
+        _grow_node(keys, seeds, flags, words, node, level)
 
 
 @compiled()
@@ -503,16 +512,18 @@ def counters_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ig
 
 @compiled()
 def correct_paths(  # type: ignore[no-untyped-def]
-    keys, client, server, index, payload, depth, additive, out
+    keys, client, server, index, payloads, ends, depth, additive, out
 ):
-    """The dealer's correction words, for `depth` levels and the leaves: out [n, 2 * depth + W].
+    """The dealer's correction words, for `depth` levels and each payload: out [n, 2 * depth + K W].
 
-    client, server: roots [n, 2]. index: [n], the number of the special leaf. payload: [n, W], what
-    that leaf must become: the client's share minus the server's if additive, otherwise their XOR.
+    client, server: roots [n, 2]. index: [n], the number of the special leaf. payloads: [K, n, W];
+    payload k is what the node on the path at depth ends[k] must become: the client's share minus
+    the server's if additive, otherwise their XOR.
     """
     seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
     rows = np.empty(_GROUPS * LANES, np.int64)
     low, ones = ~np.uint64(3), ~np.uint64(0)
+    blocks = payloads.shape[2] // 2
     for start in range(0, index.shape[0], rows.shape[0]):
         flags[:] = ones
         for k in range(rows.shape[0]):
@@ -523,17 +534,22 @@ def correct_paths(  # type: ignore[no-untyped-def]
                 seeds[2 * group, word + half] = client[i, half] & low
                 seeds[2 * group + 1, word + half] = server[i, half] & low
                 turns[group, word + half] = index[i]
-        for level in range(depth):
-            for group in range(_GROUPS):
-                _correct_level(
-                    keys, seeds, flags, turns, out, rows, group, level, depth - 1 - level
-                )
-        for block in range(payload.shape[1] // 2):
-            for group in range(_GROUPS):
-                if additive:
-                    _finish_sum(keys, seeds, flags, payload, out, rows, group, depth, block)
-                else:
-                    _finish_xor(keys, seeds, flags, payload, out, rows, group, depth, block)
+        for level in range(depth + 1):
+            for k in range(ends.shape[0]):
+                if ends[k] != level:
+                    continue
+                payload, first = payloads[k], depth + k * blocks
+                for block in range(blocks):
+                    for group in range(_GROUPS):
+                        if additive:
+                            _finish_sum(keys, seeds, flags, payload, out, rows, group, first, block)
+                        else:
+                            _finish_xor(keys, seeds, flags, payload, out, rows, group, first, block)
+            if level < depth:
+                for group in range(_GROUPS):
+                    _correct_level(
+                        keys, seeds, flags, turns, out, rows, group, level, depth - 1 - level
+                    )
 
 
 @compiled()
