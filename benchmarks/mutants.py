@@ -56,6 +56,7 @@ SUITES = {
     "runtime/protocols/local.py": f"{_P}multiply.py {_ops('mul or scale or embedding')}",
     "runtime/protocols/multiply.py": f"{_P}multiply.py {_EVIDENCE}",
     "runtime/protocols/normalize.py": f"{_P}normalize.py {_EVIDENCE} {_P}rounding.py",
+    "runtime/protocols/octave.py": f"{_P}octave.py {_O}domains.py {_P}rounding.py",
     "runtime/protocols/opening.py": f"{_P}compare.py {_P}rounding.py {_P}secrecy.py",
     "runtime/protocols/peak.py": f"{_P}peak.py {_P}formula.py {_EVIDENCE}",
     "runtime/protocols/power.py": f"{_P}power.py {_EVIDENCE} {_O}domains.py {_P}rounding.py",

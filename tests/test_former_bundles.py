@@ -41,6 +41,7 @@ def test_a_former_bundle_answers_as_before(program: Program) -> None:
 def test_a_former_bundle_can_be_inspected(program: Program) -> None:
     predicted = program.manifest.cost["decode"]
     found = program.inspect(new=predicted["new"], past=predicted["past"])
+    # Protocols may have become cheaper since.
     for figure in ("rounds", "online", "offline"):
-        assert getattr(found.total, figure) == predicted[figure], figure
+        assert 0 < getattr(found.total, figure) <= predicted[figure], figure
     assert [row.name for row in found.passes]

@@ -321,14 +321,14 @@ class _Legalizer:
         """Fractional bits of the matrix and of the rows in a product of normalized rows.
 
         If the product has no room in the ring before it is scaled, the norm runs before it. The
-        room is that for `SPARE_BITS`, as after each fine factor. The bits of the rows come first,
+        room is that of any value. The bits of the rows come first,
         as far as a normalized row has them, then those of the matrix.
         """
         least = self.least_bits(node)
-        fine = SCALED_FRAC + self.fixed + least + SPARE_BITS - RANGE_MARGIN_BITS <= self.room[node]
+        fine = SCALED_FRAC + self.fixed + least <= self.room[node]
         rows, room, limit, needed = arguments["rows"], 0, SHARE_FRAC, 0
         if rows and node.meta.get("unscaled") and absmax(node):
-            room = math.floor(HEADROOM_BITS - SPARE_BITS - math.log2(node.meta["unscaled"]))
+            room = math.floor(HEADROOM_BITS - RANGE_MARGIN_BITS - math.log2(node.meta["unscaled"]))
             factor = op.factor(arguments["weight"].meta["val"].shape[-1])
             frac = math.ceil(arguments["x"].meta["frac"] + math.log2(factor))
             # Scaled up, the bits that are left off are at most one unit of a normalized row.

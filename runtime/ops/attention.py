@@ -23,11 +23,13 @@ from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     open_row,
     open_row_cost,
+    row_factor,
+    row_factor_cost,
     scale_rows,
     scale_rows_cost,
 )
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
-from mergec.runtime.protocols.power import Power, octaves, octaves_cost
+from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.rows import (
     EXP_FRAC,
     HISTOGRAM,
@@ -99,9 +101,9 @@ class Attention(ScoredAttention):
     """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 5, and 3 for each level of `peak`, or 4 in all for `crest`; two more for a cap, and one
+    Rounds 4, and 3 for each level of `peak`, or 4 in all for `crest`; two more for a cap, and one
     if the scale is so small that the scores have to be truncated. Bytes: `cost`. What each party
-    sees is what it sees in `exponentials`, `open_masked`, `open_row`, `octaves` and `scale_rows`.
+    sees is what it sees in `exponentials`, `open_masked`, `open_row` and `row_factor`.
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
     `rows.SHIFTS`. By pairs, a row of L entries takes values up to 2**(26 - log2 L); by histograms,
@@ -199,7 +201,7 @@ class Attention(ScoredAttention):
         total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, shift)
         values = weighted_sum_cost(rows, v)
         spec = inverse(v.shape[-2], shift)
-        total += values.beside(octaves_cost(spec, rows))
+        total += values.beside(row_factor_cost(spec, rows))
         return total + scale_rows_cost(EXP_FRAC + v.frac, spec, rows, features)
 
     @classmethod
@@ -226,11 +228,11 @@ class Attention(ScoredAttention):
             found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
         powers = yield from exponentials(ctx, found, valid, shift)
         spec = inverse(v.shape[-2], shift)
-        row, found = yield from together(
+        row, factor = yield from together(
             weighted_sum(ctx, Shared(powers, EXP_FRAC), v, spec),
-            octaves(ctx, powers.sum(-1), spec),
+            row_factor(ctx, powers.sum(-1), spec),
         )
-        result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, found, spec)
+        result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, factor, spec)
         return Shared(result.reshape(q.shape), SCALED_FRAC)
 
     @classmethod

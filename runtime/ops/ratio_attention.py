@@ -30,8 +30,15 @@ from mergec.runtime.ops.attention import (
     weighted_sum,
     weighted_sum_cost,
 )
-from mergec.runtime.protocols.normalize import SCALED_FRAC, scale_rows, scale_rows_cost
-from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
+from mergec.runtime.protocols.normalize import (
+    SCALED_FRAC,
+    row_factor,
+    row_factor_cost,
+    scale_rows,
+    scale_rows_cost,
+)
+from mergec.runtime.protocols.octave import MAX_EXPONENT
+from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.rectify import rectify, rectify_cost
 from mergec.runtime.protocols.rows import MAX_ROW
 from mergec.runtime.protocols.squares import truncated_square, truncated_square_cost
@@ -91,7 +98,7 @@ class _Scales:
         """1 / (mean weight of a row), which is at least EPSILON / 2 and at most 2**top."""
         frac = self.weight_frac + _ROW_BITS
         low = frac + int(math.log2(EPSILON)) - 2
-        return Power(-1.0, frac, low, frac + self.top, FRACTIONAL_BITS)
+        return Power(-1.0, frac, low, frac + self.top)
 
 
 class RatioAttention(ScoredAttention):
@@ -105,7 +112,7 @@ class RatioAttention(ScoredAttention):
     a power of two that |s + 5| or |s| stays below, from calibration.
 
     Error below 1e-3 for values of size 1. Bytes: `cost`. Each party sees what it sees in
-    `truncate`, `rectify`, `octaves`, `weighted_sum` and `scale_rows`.
+    `truncate`, `rectify`, `row_factor` and `weighted_sum`.
     """
 
     name = "ratio_attention"
@@ -199,7 +206,7 @@ class RatioAttention(ScoredAttention):
             total += truncate_cost(count, frac - scales.score_frac) + rectify_cost(count)
         values = truncate_cost(count, scales.weight_frac - scales.opened_frac)
         values += weighted_sum_cost(rows, v)
-        total += values.beside(octaves_cost(scales.inverse, rows))
+        total += values.beside(row_factor_cost(scales.inverse, rows))
         frac = scales.opened_frac + _ROW_BITS + v.frac
         return total + scale_rows_cost(frac, scales.inverse, rows, features)
 
@@ -245,7 +252,7 @@ class RatioAttention(ScoredAttention):
             share = share + ctx.public(epsilon)
         weights = rows.put(share)
         reciprocal, row = yield from together(
-            octaves(ctx, weights.sum(-1), scales.inverse),
+            row_factor(ctx, weights.sum(-1), scales.inverse),
             _weighted_sum(ctx, rows, share, v, scales),
         )
         frac = scales.opened_frac + _ROW_BITS + v.frac

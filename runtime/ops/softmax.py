@@ -18,10 +18,11 @@ from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     open_row,
     open_row_cost,
+    row_factor,
+    row_factor_cost,
     scale_rows,
     scale_rows_cost,
 )
-from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.rows import (
     EXP_FRAC,
     HISTOGRAM,
@@ -38,9 +39,9 @@ class Softmax(Op):
     """Softmax over the last dimension: x [..., D], shared -> [..., D], shared.
 
     x with up to 48 fractional bits, in rows of up to 4096 whose numbers are up to 3.2e4 apart
-    (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 5, and 3 for
+    (`rows.MAX_SPREAD`). The result has 32 fractional bits. Error below 1e-4. Rounds 4, and 3 for
     each level of `peak`, or 4 in all for `crest`. Each party sees what it sees in `exponentials`,
-    `open_row`, `octaves` and `scale_rows`.
+    `open_row` and `row_factor`.
 
     shift: how the number near the maximum is found that rows are shifted by, one of `rows.SHIFTS`.
     """
@@ -93,7 +94,7 @@ class Softmax(Op):
         spec = inverse(length, shift)
         return (
             exponentials_cost(valid, shift)
-            + octaves_cost(spec, rows).beside(open_row_cost(valid.numel()))
+            + row_factor_cost(spec, rows).beside(open_row_cost(valid.numel()))
             + scale_rows_cost(EXP_FRAC, spec, rows, length)
         )
 
@@ -104,10 +105,10 @@ class Softmax(Op):
         valid = torch.ones(rows.shape, dtype=torch.bool)
         powers = yield from exponentials(ctx, Shared(rows, x.frac), valid, shift)
         spec = inverse(x.shape[-1], shift)
-        row, found = yield from together(
-            open_row(ctx, powers, EXP_FRAC, spec), octaves(ctx, powers.sum(-1), spec)
+        row, factor = yield from together(
+            open_row(ctx, powers, EXP_FRAC, spec), row_factor(ctx, powers.sum(-1), spec)
         )
-        share = yield from scale_rows(ctx, row, EXP_FRAC, found, spec)
+        share = yield from scale_rows(ctx, row, EXP_FRAC, factor, spec)
         return Shared(share.reshape(x.shape), SCALED_FRAC)
 
     @classmethod

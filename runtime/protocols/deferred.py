@@ -8,10 +8,8 @@ so is u = x W, and s u is a public combination of dealt words. For each output t
 than sending a normalized row takes for each input, but one round less, or two if the normalized row
 would have to be truncated.
 
-Only a few of the octaves that V may lie in need a shift of u of their own: in a *band* of adjacent
-octaves u is rounded for the smallest rows, and the surplus bits of the others stay in the result,
-if it has room for them. Opening, truncation and power are those of `normalize`; scaling the product
-instead of the row, and the bands, are ours.
+Opening, truncation, power and scaling are those of `normalize`; scaling the product instead of the
+row is ours.
 """
 
 from __future__ import annotations
@@ -25,28 +23,27 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
+from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Shared
-from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.protocols.local import ghost
-from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, open_row, scale_rows
+from mergec.runtime.protocols.normalize import (
+    SCALED_FRAC,
+    Row,
+    RowNorm,
+    open_row,
+    open_row_cost,
+    row_factor,
+    row_factor_cost,
+    scale_rows,
+    scale_rows_cost,
+)
 from mergec.runtime.protocols.opening import open_under
-from mergec.runtime.protocols.power import octaves, octaves_cost
 from mergec.runtime.protocols.squares import (
     deal_square,
     square_share,
     truncated_square,
     truncated_square_cost,
 )
-from mergec.runtime.protocols.truncate import (
-    OFFSET,
-    Truncation,
-    base_of,
-    low_of,
-    top_bit,
-    truncate,
-    wrap_of,
-)
+from mergec.runtime.protocols.truncate import OFFSET, Truncation, truncate
 from mergec.runtime.protocols.weights import Constant, linear, move, move_cost
 
 LARGEST = 14
@@ -78,26 +75,15 @@ class Deferred:
         """Fractional bits of the product before it is scaled, without its further ones."""
         return math.floor(self.norm.frac) - self.drop + self.weight_frac
 
-    @property
-    def span(self) -> int:
-        """Octaves per band: each but the first takes one more bit of the result."""
-        return self.finer + 1
+    def further(self, columns: int) -> list[tuple[int, int]]:
+        """Runs of columns, each with its further fractional bits.
 
-    @property
-    def shifts(self) -> np.ndarray:
-        """By how much each band shifts the product down, without its further fractional bits."""
-        power = self.norm.inverse_root
-        first = self.frac - FRACTIONAL_BITS - power.first_exponent
-        return np.arange(first, first + power.octaves.levels, self.span)
-
-    def further(self, columns: int) -> np.ndarray:
-        """Further fractional bits of each column. Raises ValueError if `parts` has others."""
-        if not self.parts:
-            return np.zeros(columns, np.int64)
-        found = np.repeat(np.array(self.parts[1::2]), np.array(self.parts[::2]))
-        if len(found) != columns or found.min() < 0:
+        Raises ValueError if `parts` has others.
+        """
+        runs = list(zip(self.parts[::2], self.parts[1::2], strict=True)) or [(columns, 0)]
+        if sum(run for run, _ in runs) != columns or min(bits for _, bits in runs) < 0:
             raise ValueError(f"the parts {self.parts} are not those of {columns} columns")
-        return found
+        return runs
 
 
 def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
@@ -109,49 +95,53 @@ def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Def
     that of the product with the row and the constant as they are rounded; of that, 2**-14 relative
     by the mantissa; and two units of 2**-16.
 
-    Rounds 4: the row; V and the row for the product; the octaves' bits and mantissas; the power and
-    the product. Online 16 bytes per element of the row, 8 more (16 if the constant is shared) for
-    the product, 16 per element of the result, 16 per row and band, and those of `octaves`. Offline
-    32 bytes per element of the row, 8 more if bits are dropped, 8 per element of the result for the
-    product and 8 * (bands + 3) for its scaling, and those of `octaves`.
+    Rounds 3: the row; V and the row for the product; the mantissas and the product. Online 16 bytes
+    per element of the row, 8 more (16 if the constant is shared) for the product, 16 per element of
+    the result, and those of `row_factor`. Offline 32 bytes per element of the row, 8 more if bits
+    are dropped, per element of the result 16 and those of `scale_rows`, and those of `row_factor`.
 
-    Both parties see z = x + 2**62 + r, z' = x W + 2**62 + r', and the power in each band plus a
-    mask f: uniform, because r, r' and f are fresh and uniform on the ring, and each is used for
-    this opening alone. The server sees in addition the truncated row minus a mask that is fresh and
-    the client's own (`weights.send`). All else is what they see in `octaves`. With exact rounding
-    the row is opened twice, and once more to be truncated, and every opening that is rounded is one
-    of `open_high`: rounds 9.
+    Both parties see z = x + 2**62 + r and z' = x W + 2**62 + r': uniform, because r and r' are
+    fresh and uniform on the ring, and each is used for this opening alone. The server sees in
+    addition the truncated row minus a mask that is fresh and the client's own (`weights.send`). All
+    else is what they see in `row_factor`. With exact rounding the row is opened twice, and once
+    more to be truncated, and every opening that is rounded is one of `open_high`: rounds 8.
     """
     rows = share.reshape(-1, share.shape[-1])
     total, kept = yield from _opened_row(ctx, rows, spec)
     power = spec.norm.inverse_root
+    factor, row = yield from together(
+        row_factor(ctx, total, power), _opened_product(ctx, kept, weight, spec)
+    )
+    runs = spec.further(row.opened.shape[-1])
     if ctx.exact:
-        found, row = yield from together(
-            octaves(ctx, total, power), _exact_product(ctx, kept, weight, spec)
-        )
-        scaled = yield from scale_rows(ctx, row, spec.frac + _most(spec), found, power)
-        if not scaled.is_meta:
-            scaled = scaled << (spec.finer + _further(spec, scaled))
+        frac = spec.frac + max(further for _, further in runs)
+        result = yield from scale_rows(ctx, row, frac, factor, power)
+        result = _shifted(result, [(size, spec.finer + further) for size, further in runs])
     else:
-        found, product = yield from together(
-            octaves(ctx, total, power), _product(ctx, kept, weight)
-        )
-        scaled = yield from scale_product(ctx, product, found, spec)
-    return scaled.reshape(*share.shape[:-1], scaled.shape[-1])
+        columns, first = [], 0
+        for size, further in runs:
+            own = slice(first, first + size)
+            part = Row(row.opened[:, own], row.mask[:, own], row.top[:, own])
+            frac = spec.frac + further
+            columns.append((yield from scale_rows(ctx, part, frac, factor, power, spec.finer)))
+            first += size
+        result = _shifted(torch.cat(columns, -1), runs)
+    return result.reshape(*share.shape[:-1], result.shape[-1])
 
 
 def deferred_norm_cost(spec: Deferred, rows: int, weight: Constant) -> Cost:
     """Cost of `deferred_norm` for `rows` rows."""
     columns, size = weight.shape
+    power = spec.norm.inverse_root
     product = move_cost(rows * size, weight) + Cost(offline=8 * rows * columns)
     row = truncated_square_cost(rows * size)
     if spec.drop:
         row += Cost(offline=8 * rows * size)
-    return (
-        row
-        + octaves_cost(spec.norm.inverse_root, rows).beside(product)
-        + scale_product_cost(spec, rows, columns)
-    )
+    opened = product + open_row_cost(rows * columns)
+    scaled = Cost()
+    for count, further in spec.further(columns):
+        scaled += scale_rows_cost(spec.frac + further, power, rows, count, spec.finer)
+    return row + row_factor_cost(power, rows).beside(opened) + scaled
 
 
 def _opened_row(ctx: Context, rows: torch.Tensor, spec: Deferred) -> Protocol:
@@ -183,128 +173,26 @@ def _low(mask: torch.Tensor, shift: int) -> torch.Tensor:
     return torch.from_numpy((mask.cpu().numpy().view(np.uint64) >> np.uint64(shift)).view(np.int64))
 
 
-def _product(ctx: Context, kept: torch.Tensor, weight: Constant) -> Protocol:
-    """Shares of the rows times the constant, which are opened to the server for it. Rounds 1."""
+def _opened_product(ctx: Context, kept: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
+    """The rows times the constant, opened for `scale_rows`. Rounds 2.
+
+    With exact rounding all columns get one scale.
+    """
     moved = yield from move(ctx, Shared(kept, 0), weight)
-    return linear(ctx, moved, weight)
+    product = linear(ctx, moved, weight)
+    frac = spec.frac
+    if ctx.exact:
+        runs = spec.further(product.shape[-1])
+        most = max(further for _, further in runs)
+        product = _shifted(product, [(size, most - further) for size, further in runs])
+        frac += most
+    row: Row = yield from open_row(ctx, product, frac, spec.norm.inverse_root, LARGEST)
+    return row
 
 
-def _exact_product(ctx: Context, kept: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
-    """The product, opened for `scale_rows` with exact rounding. All columns get one scale."""
-    product = yield from _product(ctx, kept, weight)
-    if not product.is_meta:
-        product = product << (_most(spec) - _further(spec, product))
-    frac = spec.frac + _most(spec)
-    return (yield from open_row(ctx, product, frac, spec.norm.inverse_root, LARGEST))
-
-
-def _most(spec: Deferred) -> int:
-    return max(spec.parts[1::2], default=0)
-
-
-def _further(spec: Deferred, product: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(spec.further(product.shape[-1])).to(product.device)
-
-
-def scale_product(
-    ctx: Context, product: torch.Tensor, found: torch.Tensor, spec: Deferred
-) -> Protocol:
-    """Shares of the products [R, O] times the power of V that `octaves` found [R, levels].
-
-    Like `scale_rows`, but with a shift for each band instead of each level, and with the opening of
-    the product in the same round as that of the power. Rounds 1. Online 16 bytes per element and
-    16 per row and band, offline 8 * (bands + 3) per element.
-    """
-    power = _banded(found, spec)
-    mask, power_mask = ctx.mask(product.shape), ctx.mask(power.shape)
-    shifts, further = spec.shifts, spec.further(product.shape[-1])
-    rows, columns = product.shape
-    words = len(shifts) + 3
-
-    def secret() -> torch.Tensor:
-        out = np.empty((words, rows, columns), np.int64)
-        out[0] = top_bit(mask).cpu().numpy()
-        _deal_cpu(mask.cpu().numpy(), power_mask.cpu().numpy(), shifts, further, out)
-        return torch.from_numpy(out)
-
-    dealt = ctx.deal((words, rows, columns), secret)
-    opened, factor = yield from together(
-        open_under(ctx, product, mask, OFFSET), open_under(ctx, power, power_mask)
-    )
-    if opened.is_meta:
-        return ghost(product.shape)
-    result = np.empty((rows, columns), np.int64)
-    _scale_cpu(
-        *(word.cpu().numpy() for word in (opened, factor, power_mask, dealt)),
-        shifts, further, ctx.party == CLIENT, result,
-    )  # fmt: skip
-    return torch.from_numpy(result).to(product.device)
-
-
-def scale_product_cost(spec: Deferred, rows: int, columns: int) -> Cost:
-    """Cost of `scale_product`."""
-    bands, count = len(spec.shifts), rows * columns
-    return Cost(1, online=16 * count + 16 * rows * bands, offline=8 * (bands + 3) * count)
-
-
-def _banded(found: torch.Tensor, spec: Deferred) -> torch.Tensor:
-    """The power in each band [R, bands], from the mantissa in each level [R, levels]."""
-    rows, levels = found.shape
-    bands = len(spec.shifts)
-    if found.is_meta:
-        return ghost((rows, bands))
-    padded = torch.nn.functional.pad(found, (0, bands * spec.span - levels))
-    weights = 1 << torch.arange(spec.span - 1, -1, -1, device=found.device)
-    return (padded.reshape(rows, bands, spec.span) * weights).sum(-1)
-
-
-@compiled(inline="always")
-def _low_of(word, shift):  # type: ignore[no-untyped-def]
-    """The word shifted right as an unsigned one, or left if the shift is negative."""
-    if shift > 0:
-        return low_of(word, shift, RING_BITS)
-    return np.int64(word) << -shift
-
-
-@compiled()
-def _deal_cpu(mask, factors, shifts, further, out):  # type: ignore[no-untyped-def]
-    """Dealer's words from the masks r [R, O] of products and f [R, bands] of powers.
-
-    out[1:-2]: r >> s for each band. out[-2]: the sum over the bands of (r >> s) f. out[-1]: the sum
-    of msb(r) 2**(64 - s) f over the bands that shift down.
-    """
-    bands = shifts.shape[0]
-    for i in range(mask.shape[0]):
-        for e in range(mask.shape[1]):
-            total, wrapped = np.int64(0), np.int64(0)
-            for k in range(bands):
-                s = min(shifts[k] + further[e], HEADROOM_BITS)
-                low = _low_of(mask[i, e], s)
-                out[1 + k, i, e] = low
-                total += low * factors[i, k]
-                if s > 0:
-                    wrapped += factors[i, k] << (RING_BITS - s)
-            out[bands + 1, i, e] = total
-            out[bands + 2, i, e] = wrapped * out[0, i, e]
-
-
-@compiled()
-def _scale_cpu(  # type: ignore[no-untyped-def]
-    opened, factor, factor_mask, dealt, shifts, further, at_client, out
-):
-    bands = shifts.shape[0]
-    for i in range(opened.shape[0]):
-        for e in range(opened.shape[1]):
-            z, total, wrap = opened[i, e], dealt[bands + 1, i, e], np.int64(0)
-            for k in range(bands):
-                s = min(shifts[k] + further[e], HEADROOM_BITS)
-                share = (factor[i, k] if at_client else np.int64(0)) - factor_mask[i, k]
-                if s > 0:
-                    base = base_of(z, s, RING_BITS)
-                    wrap += wrap_of(z, s, RING_BITS) * factor[i, k]
-                else:
-                    base = (z - OFFSET) << -s
-                total += base * share - dealt[1 + k, i, e] * factor[i, k]
-            no_top = np.int64(z >= 0)
-            total += wrap * dealt[0, i, e] - no_top * dealt[bands + 2, i, e]
-            out[i, e] = total << further[e]
+def _shifted(words: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Words [R, O] shifted up, runs of columns each by a number of bits."""
+    if words.is_meta:
+        return words
+    sizes, bits = (torch.tensor(each, device=words.device) for each in zip(*runs, strict=True))
+    return words << bits.repeat_interleave(sizes)

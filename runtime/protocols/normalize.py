@@ -12,24 +12,36 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, HEADROOM_BITS, RING_BITS, Cost
-from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.core.spec import (
+    CLIENT,
+    FRACTIONAL_BITS,
+    HEADROOM_BITS,
+    RING_BITS,
+    Cost,
+)
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.columns import groups
-from mergec.runtime.protocols.opening import (
-    open_high,
-    open_masked,
-    open_masked_cost,
-    open_under,
-)
-from mergec.runtime.protocols.power import MAX_EXPONENT, Power, octaves, octaves_cost
+from mergec.runtime.protocols.compare import WINDOW_BITS
+from mergec.runtime.protocols.octave import MAX_EXPONENT
+from mergec.runtime.protocols.opening import Cut, open_high, open_under
+from mergec.runtime.protocols.power import COLUMN_BITS, TABLE_FRAC, Power, octaves, octaves_cost
 from mergec.runtime.protocols.squares import (
     deal_square,
     square_share,
     truncated_square,
     truncated_square_cost,
 )
-from mergec.runtime.protocols.truncate import OFFSET, base_of, top_bit, truncate, wrap_of
+from mergec.runtime.protocols.truncate import (
+    NARROW_OFFSET,
+    OFFSET,
+    Truncation,
+    base_of,
+    top_bit,
+    truncate,
+    truncation_words,
+    window_of_zeros,
+    wrap_of,
+)
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row, used if calibration provides none."""
@@ -65,7 +77,7 @@ def open_row(
     """
     mask = ctx.mask(share.shape)
     top = ctx.deal(share.shape, lambda: top_bit(mask))
-    # Rows of the first level, which are scaled up most, keep 16 fractional bits, unless the result
+    # Rows of the first column, which are scaled up most, keep 16 fractional bits, unless the result
     # would not fit into the ring.
     room = HEADROOM_BITS - 1 - largest - _whole_frac(spec)
     shift = max(0, frac - FRACTIONAL_BITS - spec.first_exponent, frac - room)
@@ -78,52 +90,115 @@ def open_row_cost(count: int) -> Cost:
     return Cost(rounds=1, online=16 * count, offline=8 * count)
 
 
-def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Power) -> Protocol:
-    """Shares of the rows times the power of V that `octaves` found: [R, d], 32 fractional bits.
+@dataclass
+class Factor:
+    """Factors of rows, [R, columns], as they are opened: base - low + wrap * top, modulo 2**64.
 
-    In: rows with `frac` fractional bits; `found` [R, levels] with 16 (`spec.mantissa_bits`). Level
-    k needs the row times 2**(first_exponent - k), that is x >> s_k, a public linear combination of
-    dealt words from the row's opening. Its product with the k-th mantissa is formed from the
-    mantissa's own opening. All mantissas but one are zero, so the sum over k is the result. The
-    full input range is supported, and only the remaining bits are rounded, at random: the error is
-    two units of 2**-16 of the result, plus at most 2**-14 relative from the mantissa. Rounds 1.
-    Online 16 bytes per row and level. Offline 8 bytes per element and level that shifts down, plus
-    16 per element. Each party sees the mantissas under fresh, uniform masks.
+    base, wrap: public. low, top: shares. mask: at the dealer, the mask that `low` and `top` are
+    words of, modulo 2**32.
+    """
 
-    With exact rounding the bits that a level rounds off may not be those that another level needs.
-    So the row is rounded once, for the first level (`open_high`), and multiplied by the power
-    itself, the sum over the levels; the surplus bits are truncated. Rounds 3, and one more for the
-    row.
+    base: torch.Tensor
+    wrap: torch.Tensor
+    low: torch.Tensor
+    top: torch.Tensor
+    mask: torch.Tensor
+
+
+def open_factor(ctx: Context, found: torch.Tensor) -> Protocol:
+    """Open the mantissas that `octaves` found, [R, columns], as a `Factor` with 16 fractional bits.
+
+    A mantissa is truncated as it is opened, and products with it are formed from this opening. A
+    mantissa that is zero stays exactly zero. Rounds 1, with exact rounding 2. Online 8 bytes per
+    mantissa, offline 16. Each party sees the upper 32 bits of each mantissa under a mask that is
+    fresh and uniform modulo 2**32; with exact rounding, what it sees in `open_high`.
     """
     if ctx.exact:
-        found, shifts = _whole_power(found, spec), np.array([row.shift])
-        down = int(row.shift > 0)
+        value = Cut(found, WINDOW_BITS, WINDOW_BITS + _FACTOR_SHIFT)
     else:
-        shifts, down = _shifts(frac, spec)
-    factor: Masked = yield from open_masked(ctx, Shared(found, FRACTIONAL_BITS))
-    rows, size = row.opened.shape
-    count = rows * size
+        value = Cut(window_of_zeros(ctx, found))
+    wide = value.mask(ctx)
+    mask = value.narrow(wide).reshape(found.shape)
+    low, top = ctx.deal((2, *mask.shape), lambda: truncation_words(mask, _FACTOR_SHIFT))
+    opened = yield from value.open(ctx, wide, NARROW_OFFSET)
+    if opened.is_meta:
+        return Factor(low, low, low, top, mask)
+    parts = Truncation(opened.reshape(found.shape), _FACTOR_SHIFT)
+    return Factor(parts.base, parts.wrap, low, top, mask)
 
-    def parts(words: np.ndarray) -> tuple[np.ndarray, ...]:
-        low = words[: down * count].reshape(rows, size, down)
-        crossed, top_crossed = words[down * count :].reshape(2, rows, size)
-        return low, crossed, top_crossed
+
+def open_factor_cost(spec: Power, rows: int) -> Cost:
+    """Cost of `open_factor` for that many rows."""
+    count = rows * spec.octaves.columns
+    return Cost(rounds=1, online=8 * count, offline=16 * count)
+
+
+def row_factor(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
+    """The `Factor` of rows with the numbers V [R]: `octaves`, then `open_factor`. Rounds 2."""
+    found = yield from octaves(ctx, share, spec)
+    factor = yield from open_factor(ctx, found)
+    return factor
+
+
+def row_factor_cost(spec: Power, rows: int) -> Cost:
+    """Cost of `row_factor` for that many rows."""
+    return octaves_cost(spec, rows) + open_factor_cost(spec, rows)
+
+
+def scale_rows(
+    ctx: Context, row: Row, frac: int, factor: Factor, spec: Power, finer: int = 0
+) -> Protocol:
+    """Shares of the rows times the power of V that `octaves` found: [R, d].
+
+    In: rows with `frac` fractional bits; `factor` from `open_factor`. Out: 32 fractional bits and
+    `finer`. Column c needs the row times
+    2**(first_exponent - COLUMN_BITS c), that is x >> s_c, a public linear combination of dealt
+    words from the row's opening. The mantissa is one from its own opening, so their product is one
+    of the products of these words. All mantissas but one are zero, so the sum over c is the result.
+    The full input range is supported, and only the remaining bits are rounded, at random: the error
+    is two units of 2**-16 of the result, plus at most 2**-14 relative from the mantissa. Rounds 0,
+    online 0 bytes. Offline per element 16 bytes, plus 8 for each column, 8 more for each that
+    shifts down, and 2 to 8 more for each that shifts down so far that both of its wraps matter.
+    With `finer` > 0 columns form bands that shift down alike, and so need one word for that: a row
+    is rounded for the first column of its band, and the surplus bits of the others stay in the
+    result.
+
+    With exact rounding the bits that a column rounds off may not be those that another one needs.
+    So the row is rounded once, for the first column (`open_high`), and multiplied by the power
+    itself, the sum over the columns; the surplus bits are truncated. Rounds 2, and one more for the
+    row; `finer` is not used. Where two columns share a number the mantissa's error is up to 2**-13
+    relative.
+    """
+    shifts, weights = _whole(row.shift, spec) if ctx.exact else _shifts(frac, spec, finer)
+    near, far, kind = _word_counts(shifts)
+    rows, size = row.opened.shape
+
+    def parts(words: np.ndarray) -> list[np.ndarray]:
+        return np.split(words, np.cumsum(near)[:-1], axis=2)
 
     def secret() -> torch.Tensor:
-        words = np.empty((down + 2) * count, np.int64)
-        _deal_cpu(row.mask.cpu().numpy(), factor.mask.cpu().numpy(), shifts, *parts(words))
+        words = np.empty((rows, size, sum(near)), np.int64)
+        low, top = truncation_words(factor.mask, _FACTOR_SHIFT).numpy()
+        _deal_cpu(row.mask.cpu().numpy(), low * weights, top, shifts, *parts(words))
         return torch.from_numpy(words)
 
-    dealt = ctx.deal(((down + 2) * count,), secret)
+    def tops() -> torch.Tensor:
+        last = top_bit(factor.mask)[:, len(shifts) - far :]
+        return top_bit(row.mask)[..., None] * last[:, None]
+
+    dealt = ctx.deal((rows, size, sum(near)), secret)
+    both = ctx.deal((rows, size, far), tops, kind) if far else dealt[..., :0]
     if row.opened.is_meta:
         scaled = row.opened
     else:
         out = np.empty((rows, size), np.int64)
+        base, wrap, low, top = (
+            word.cpu().numpy() for word in (factor.base, factor.wrap, factor.low, factor.top)
+        )
         _scale_cpu(
             *(word.cpu().numpy() for word in (row.opened, row.mask, row.top)),
-            *parts(dealt.cpu().numpy()),
-            *(word.cpu().numpy() for word in (factor.opened, factor.mask)),
-            shifts, ctx.party == CLIENT, out,
+            base * weights, wrap * weights, low * weights, top, *parts(dealt.cpu().numpy()),
+            both.long().cpu().numpy(), shifts, ctx.party == CLIENT, out,
         )  # fmt: skip
         scaled = torch.from_numpy(out).to(row.opened.device)
     if ctx.exact:
@@ -133,85 +208,112 @@ def scale_rows(ctx: Context, row: Row, frac: int, found: torch.Tensor, spec: Pow
 
 
 def _whole_frac(spec: Power) -> int:
-    """Fractional bits of a power as the sum of its levels (`_whole_power`)."""
-    return FRACTIONAL_BITS - spec.first_exponent + spec.octaves.levels - 1
+    """Fractional bits of a power as the sum of its columns."""
+    return FRACTIONAL_BITS - spec.first_exponent + COLUMN_BITS * (spec.octaves.columns - 1)
 
 
-def _whole_power(found: torch.Tensor, spec: Power) -> torch.Tensor:
-    """The power as one number [R, 1], from the shares of its mantissa in each level."""
-    if found.is_meta:
-        return found[:, :1]
-    levels = spec.octaves.levels
-    shifts = torch.arange(levels - 1, -1, -1, device=found.device)
-    return (found << shifts).sum(-1, keepdim=True)
+_FACTOR_SHIFT = TABLE_FRAC - FRACTIONAL_BITS - WINDOW_BITS
+"""Bits of a mantissa's upper half that are rounded off when it is opened."""
+
+_WRAP_BITS = WINDOW_BITS - _FACTOR_SHIFT
+"""Where a mantissa wraps around in its opening it is off by 2**20 units."""
+
+
+def _word_counts(shifts: np.ndarray) -> tuple[list[int], int, torch.dtype]:
+    """Dealt words per element of a row: those of `_deal_cpu`; products of top bits; their type.
+
+    Where both a row, shifted down by s, and its factor wrap around, the product is off by
+    2**(84 - s). For s <= 20 that is zero modulo 2**64, and else only s - 20 bits of the product of
+    the top bits matter.
+    """
+    down = len({s for s in shifts.tolist() if s > 0})
+    bits = int(shifts[-1]) - _WRAP_BITS
+    kind = torch.int16 if bits <= 16 else torch.int32 if bits <= WINDOW_BITS else torch.int64
+    return [down, len(shifts), 2], int((shifts > _WRAP_BITS).sum()), kind
 
 
 @compiled()
-def _deal_cpu(mask, factors, shifts, low, crossed, top_crossed):  # type: ignore[no-untyped-def]
-    """Dealer's words, from the masks r [R, d] of rows and f [R, levels] of mantissas.
+def _deal_cpu(mask, factor_low, factor_top, shifts, low, topped, crossed):  # type: ignore[no-untyped-def]
+    """Dealer's words, from the masks r [R, d] of rows and the words l, t [R, C] of their factors.
 
-    low: r >> s for the levels that shift down, [R, d, number of those]. crossed: the sum of
-    (r >> s) f over all levels, [R, d]. top_crossed: the sum of msb(r) 2**(64 - s) f over the levels
-    that shift down, [R, d].
+    With p = r >> s for each of the C columns: low: p for each s > 0, once where neighbours have the
+    same. topped: p t. crossed: the sum of p l over all columns, and msb(r) times the sum of
+    2**(64 - s) l over those with s > 0.
     """
     for i in range(mask.shape[0]):
         for e in range(mask.shape[1]):
             r = np.uint64(mask[i, e])
             top = np.int64(r >> np.uint64(63))
-            total, wrapped, down = np.int64(0), np.int64(0), 0
+            total, wrapped, down = np.int64(0), np.int64(0), -1
             for k in range(shifts.shape[0]):
-                s, factor = shifts[k], factors[i, k]
+                s, factor = shifts[k], factor_low[i, k]
                 if s > 0:
                     part = np.int64(r >> np.uint64(s))
+                    down += k == 0 or s != shifts[k - 1]
                     low[i, e, down] = part
-                    down += 1
                     wrapped += factor << (64 - s)
                 else:
                     part = np.int64(r << np.uint64(-s))
                 total += part * factor
-            crossed[i, e] = total
-            top_crossed[i, e] = top * wrapped
+                topped[i, e, k] = part * factor_top[i, k]
+            crossed[i, e, 0] = total
+            crossed[i, e, 1] = top * wrapped
 
 
 @compiled()
 def _scale_cpu(  # type: ignore[no-untyped-def]
-    opened, mask, top, low, crossed, top_crossed, public, factor_mask, shifts, at_client, out
-):
-    levels = shifts.shape[0]
+    opened, mask, top, base, wrap, factor_low, factor_top, low, topped, crossed, both, shifts,
+    at_client, out,
+):  # fmt: skip
+    columns = shifts.shape[0]
+    share = np.empty(columns, np.int64)
     for i in range(opened.shape[0]):
-        factor = public[i]
-        share = (factor if at_client else np.zeros_like(factor)) - factor_mask[i]
-        wrap = np.int64(0)
-        for k in range(levels):
-            wrap += wrap_of(0, shifts[k], RING_BITS) * factor[k] if shifts[k] > 0 else 0
+        row_wrap = np.int64(0)
+        for k in range(columns):
+            share[k] = (base[i, k] if at_client else 0) - factor_low[i, k]
+            share[k] += wrap[i, k] * factor_top[i, k]
+            if shifts[k] > 0:
+                row_wrap += wrap_of(0, shifts[k], RING_BITS) * base[i, k]
         for e in range(opened.shape[1]):
             z = opened[i, e]
-            total, down = crossed[i, e], 0
-            for k in range(levels):
+            total, down, far, both_wrap = crossed[i, e, 0], -1, 0, np.int64(0)
+            for k in range(columns):
                 s = shifts[k]
                 if s > 0:
-                    total += base_of(z, s, RING_BITS) * share[k] - low[i, e, down] * factor[k]
-                    down += 1
+                    down += k == 0 or s != shifts[k - 1]
+                    total += base_of(z, s, RING_BITS) * share[k] - low[i, e, down] * base[i, k]
                 else:
                     x = (z - (np.int64(1) << 62)) << -s
-                    total += x * share[k] - (mask[i, e] << -s) * factor[k]
+                    total += x * share[k] - (mask[i, e] << -s) * base[i, k]
+                total -= topped[i, e, k] * wrap[i, k]
+                if s > _WRAP_BITS:
+                    both_wrap += wrap_of(0, s, RING_BITS) * wrap[i, k] * both[i, e, far]
+                    far += 1
             no_top = np.int64(z >= 0)
-            out[i, e] = total + no_top * (wrap * top[i, e] - top_crossed[i, e])
+            out[i, e] = total + no_top * (row_wrap * top[i, e] - crossed[i, e, 1] + both_wrap)
 
 
-def scale_rows_cost(frac: int, spec: Power, rows: int, size: int) -> Cost:
+def scale_rows_cost(frac: int, spec: Power, rows: int, size: int, finer: int = 0) -> Cost:
     """Cost of `scale_rows` for `rows` rows of `size` elements."""
-    _, down = _shifts(frac, spec)
-    words = down + 2
-    return open_masked_cost(rows * spec.octaves.levels) + Cost(offline=8 * words * rows * size)
+    near, far, kind = _word_counts(_shifts(frac, spec, finer)[0])
+    return Cost(offline=(8 * sum(near) + kind.itemsize * far) * rows * size)
 
 
 @cache
-def _shifts(frac: int, spec: Power) -> tuple[np.ndarray, int]:
-    """Right shift of the rows in each level, and the number of levels with a positive one."""
+def _shifts(frac: int, spec: Power, finer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right shift of the rows in each column, which is that of its band; its mantissa's weight."""
     first = frac - FRACTIONAL_BITS - spec.first_exponent
-    shifts = np.array([min(first + k, HEADROOM_BITS) for k in range(spec.octaves.levels)])
-    return shifts, int((shifts > 0).sum())
+    columns = np.arange(spec.octaves.columns)
+    starts = columns - columns % (finer // COLUMN_BITS + 1)
+    shifts = np.minimum(first + COLUMN_BITS * starts, HEADROOM_BITS)
+    return shifts, 1 << (finer - COLUMN_BITS * (columns - starts))
+
+
+@cache
+def _whole(shift: int, spec: Power) -> tuple[np.ndarray, np.ndarray]:
+    """The same if rows are multiplied by the power itself: one shift, and weights of mantissas."""
+    columns = np.arange(spec.octaves.columns)
+    return np.full_like(columns, shift), 1 << COLUMN_BITS * columns[::-1]
 
 
 @dataclass(frozen=True)
@@ -258,7 +360,7 @@ def _inverse_root(norm: RowNorm) -> Power:
     surplus = norm.frac - math.floor(norm.frac)
     low = max(0, math.floor(math.log2(max(1, norm.eps_units))))
     low = min(low, MAX_EXPONENT - 1)
-    return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT, FRACTIONAL_BITS)
+    return Power(-0.5, squares - 2 * surplus, low, MAX_EXPONENT)
 
 
 def normalize(
@@ -267,17 +369,17 @@ def normalize(
     """Shares of x / sqrt(mean(x**2) + eps) for each row, with 32 fractional bits.
 
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`. Beyond the
-    bound the result is wrong, but finite. Rounds 4. The row is opened once, as z = x + 2**62 + r,
+    bound the result is wrong, but finite. Rounds 3. The row is opened once, as z = x + 2**62 + r,
     both for its squares (`deal_square`) and for `scale_rows`. Online 16 bytes per element, plus
-    those of `octaves` and `scale_rows`, which are per row. Offline 32 bytes per element, plus those
-    of `octaves` and `scale_rows`. Each party sees z, which is uniform because r is fresh and
-    uniform, and what it sees in these two. With exact rounding the row is opened twice, as squares
-    round off other bits than the scaled row: rounds 9.
+    those of `octaves` and `open_factor`, which are per row. Offline 32 bytes per element, plus
+    those of these two and of `scale_rows`. Each party sees z, which is uniform because r is fresh
+    and uniform, and what it sees in these two. With exact rounding the row is opened twice, as
+    squares round off other bits than the scaled row: rounds 8.
 
     parts: columns whose words stand for numbers that are larger by powers of two, as (columns,
     exponent, columns, exponent, ...), for rows of which `spec.frac` is an integer. Columns of each
     exponent are shifted by their own number of bits, and are otherwise opened, squared and scaled
-    as any others. `scale_rows` opens its mantissas once for each exponent, under a fresh mask.
+    as any others, by one opening of the mantissas.
     """
     rows, root = share.reshape(-1, share.shape[-1]), spec.inverse_root
     blocks = _blocks(spec, parts)
@@ -287,10 +389,10 @@ def normalize(
     total = sum(squares.sum(-1) for squares, _ in opened)
     if ctx.party == CLIENT:
         total += spec.eps_units
-    found = yield from octaves(ctx, total, root)
+    factor = yield from row_factor(ctx, total, root)
     scaled = yield from together(
         *(
-            scale_rows(ctx, row, block.frac, found, root)
+            scale_rows(ctx, row, block.frac, factor, root)
             for (_, row), block in zip(opened, blocks, strict=True)
         )
     )
@@ -370,4 +472,4 @@ def normalize_cost(spec: RowNorm, rows: int, parts: Sequence[int] = ()) -> Cost:
         size = len(block.columns)
         opened = opened.beside(truncated_square_cost(rows * size))
         scaled = scaled.beside(scale_rows_cost(block.frac, spec.inverse_root, rows, size))
-    return opened + octaves_cost(spec.inverse_root, rows) + scaled
+    return opened + row_factor_cost(spec.inverse_root, rows) + scaled

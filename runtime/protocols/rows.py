@@ -81,7 +81,7 @@ def shift_variants() -> Iterator[dict[str, str]]:
 def inverse(length: int, shift: str) -> Power:
     """1 / (sum of a row's exponentials), where the sum is at least 1 and below 2**top_bits each."""
     high = EXP_FRAC + SHIFTS[shift].top_bits - 1 + math.ceil(math.log2(length))
-    return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high, FRACTIONAL_BITS)
+    return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high)
 
 
 def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) -> Protocol:

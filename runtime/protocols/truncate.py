@@ -139,6 +139,17 @@ def unbiased_window(ctx: Context, share: torch.Tensor, drop: int) -> torch.Tenso
     return window if drop == 0 or window.is_meta or ctx.party != CLIENT else window + 1
 
 
+def window_of_zeros(ctx: Context, share: torch.Tensor) -> torch.Tensor:
+    """Shares modulo 2**32 of the upper half of x, less than one unit off; exactly 0 if x is 0.
+
+    Local: the client rounds its share down, the server up. The shares of zero are opposite, and so
+    are their halves.
+    """
+    if share.is_meta or ctx.party == CLIENT:
+        return take_window(share, WINDOW_BITS)
+    return -take_window(-share, WINDOW_BITS)
+
+
 def cut(ctx: Context, share: torch.Tensor, drop: int) -> Cut:
     """The 32 bits of x from `drop` on, to be opened; what they round off is zero on average.
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from mergec.runtime.core.spec import HEADROOM_BITS, SERVER
-from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols.deferred import (
     Deferred,
-    _deal_cpu,
-    _scale_cpu,
     deferred_norm,
     deferred_norm_cost,
 )
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm
-from mergec.runtime.protocols.truncate import OFFSET
 from mergec.runtime.protocols.weights import Weight, share_weight
 from tests.protocols.harness import integers
 
@@ -36,7 +31,8 @@ def run(
     frac = int(spec.norm.frac)
     rounded = torch.round(rows * 2.0**frac)
     shares = integers(simulation, rounded.long())
-    units = torch.exp2(WEIGHT_FRAC + torch.from_numpy(spec.further(len(matrix))).double())
+    further = [bits for size, bits in spec.further(len(matrix)) for _ in range(size)]
+    units = torch.exp2(WEIGHT_FRAC + torch.tensor(further).double())
     words = torch.round(matrix * units[:, None]).long()
     weights = simulation.run(
         lambda ctx, p: share_weight(ctx, "w", words if p == SERVER else words.to("meta"), 16)
@@ -171,46 +167,3 @@ def test_the_server_s_product_depends_on_fresh_masks_alone() -> None:
     for first, second in zip(*seen, strict=True):
         assert not bool((first == second).any())
         assert len(first.unique()) == first.numel()
-
-
-@pytest.mark.parametrize("at_client", [False, True])
-@pytest.mark.parametrize("shifts", [[-5, -1, 3], [0, 7], [19, 60, 75], [1]])
-def test_kernels_compute_what_whole_numbers_do(shifts: list[int], at_client: bool) -> None:
-    """Equal bit for bit to Python's integers, on words that belong to no row."""
-    prg, rows, columns, bands = Prg(new_seed()), 3, 5, len(shifts)
-    further = np.array([0, 0, 2, 6, 1])
-
-    def words(*shape: int) -> np.ndarray:
-        return prg.read(8 * int(np.prod(shape))).view(np.int64).reshape(shape)
-
-    def unsigned(word: np.int64) -> int:
-        return int(word) % 2**64
-
-    mask, factors = words(rows, columns), words(rows, bands)
-    dealt = np.empty((bands + 3, rows, columns), np.int64)
-    dealt[0] = mask < 0
-    _deal_cpu(mask, factors, np.array(shifts), further, dealt)
-    opened, public, own = words(rows, columns), words(rows, bands), words(rows, bands)
-    found = np.empty((rows, columns), np.int64)
-    _scale_cpu(opened, public, own, dealt, np.array(shifts), further, at_client, found)
-    for i in range(rows):
-        for e in range(columns):
-            r, z, top = unsigned(mask[i, e]), unsigned(opened[i, e]), int(mask[i, e] < 0)
-            low_sum = top_sum = 0
-            total = int(dealt[bands + 1, i, e])
-            for k in range(bands):
-                s = min(shifts[k] + int(further[e]), HEADROOM_BITS)
-                f = int(factors[i, k])
-                low = r >> s if s > 0 else r << -s
-                assert unsigned(dealt[1 + k, i, e]) == low % 2**64
-                low_sum += low * f
-                top_sum += top * f * 2 ** (64 - s) if s > 0 else 0
-                carry = 2 ** (64 - s) if s > 0 and z < 2**63 else 0
-                base = (z >> s) - 2 ** (62 - s) if s > 0 else (z - OFFSET) << -s
-                mine = (int(public[i, k]) if at_client else 0) - int(own[i, k])
-                total += base * mine - int(dealt[1 + k, i, e]) * int(public[i, k])
-                total += carry * int(public[i, k]) * int(dealt[0, i, e])
-            assert unsigned(dealt[bands + 1, i, e]) == low_sum % 2**64
-            assert unsigned(dealt[bands + 2, i, e]) == top_sum % 2**64
-            total -= int(dealt[bands + 2, i, e]) * (z < 2**63)
-            assert unsigned(found[i, e]) == (total << int(further[e])) % 2**64

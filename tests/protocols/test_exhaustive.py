@@ -12,12 +12,11 @@ from mergec.runtime.core.spec import FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
-from mergec.runtime.ops.log import OCTAVES as LOG
 from mergec.runtime.protocols.argmax import Candidates, best
 from mergec.runtime.protocols.compare import maximum
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
-from mergec.runtime.protocols.power import Power, find_octave, power
+from mergec.runtime.protocols.power import Power, power
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.squares import truncated_square
 from mergec.runtime.protocols.truncate import cut, truncate
@@ -93,27 +92,11 @@ def test_maximum_and_place_of_every_row_of_four() -> None:
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5])
 def test_powers_of_every_small_number(exponent: float) -> None:
-    spec = Power(exponent, 0, 0, 12, 24)
+    spec, frac = Power(exponent, 0, 0, 12), 40
     values = torch.arange(1, 2**13)
-    result = _run(values, lambda ctx, x: power(ctx, x, spec)).double() * 2.0**-spec.out_frac
+    result = _run(values, lambda ctx, x: power(ctx, x, spec, frac)).double() * 2.0**-frac
     exact = values.double() ** exponent
     assert ((result / exact - 1).abs() < 2**-16).all()
-
-
-def test_every_small_number_lies_in_one_octave() -> None:
-    """The level, counted as the levels that V is not below, is the one whose table is used."""
-    values = torch.arange(1, 2**10)
-    simulation = Simulation()
-    shares = integers(simulation, values)
-    client, server, _ = simulation.run(lambda ctx, p: find_octave(ctx, shares[p].share, LOG))
-    found, below = (one + other for one, other in zip(client, server, strict=True))
-    assert bool(((found.abs() > 1).sum(1) <= 1).all())
-    level = LOG.levels - 1 - below.sum(1)
-    chosen = found.gather(1, level[:, None])[:, 0].double() * 2.0**-LOG.mantissa_bits
-    position = values.double() * 2.0 ** -torch.tensor(
-        [LOG.bottom(int(k)) - LOG.lift for k in level]
-    )
-    assert (chosen - position.log()).abs().max() < 2e-5
 
 
 def test_norms_of_every_small_row_of_two() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergec.runtime.core.messages import together
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
@@ -19,10 +20,19 @@ from mergec.runtime.protocols.normalize import (
     _scale_cpu,
     normalize,
     normalize_cost,
+    open_factor,
+    open_row,
+    open_row_cost,
     rounded_rows,
+    row_factor,
+    row_factor_cost,
+    scale_rows,
+    scale_rows_cost,
 )
-from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit
-from tests.protocols.harness import integers, run
+from mergec.runtime.protocols.power import Power
+from mergec.runtime.protocols.rows import inverse
+from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit, window_of_zeros
+from tests.protocols.harness import integers, run, words
 
 EPS = 1e-5
 
@@ -71,42 +81,111 @@ def test_a_row_of_a_single_unit_is_normalized_without_an_eps() -> None:
     assert (result.double() * 2.0**-SCALED_FRAC - exact).abs().max() < 2**-12
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("frac", [-3, 0, 5, 16, 27, 32, 40, 47])
+@pytest.mark.parametrize("spec", [inverse(129, "pairs"), Power(-0.5, 40.3, 10, 53), Power(-1.0, 20, 6, 24)])
+def test_rows_are_scaled_by_the_power_of_their_number(spec: Power, frac: int, exact: bool) -> None:
+    """Every octave and its neighbours, with rows at the size that this octave is for.
+
+    The error is that of the docstring: two units of 2**-16, and 2**-14 relative; the row itself
+    has units of 2**-frac.
+    """
+    edges = [2**k + d for k in range(spec.low, spec.high + 2) for d in (-1, 0, 1)]
+    numbers = torch.tensor(edges).clamp(2**spec.low, 2 ** (spec.high + 1) - 1).repeat(3)
+    wanted = torch.randn(len(numbers), 5, dtype=torch.float64) * 2
+    factor = (numbers.double() * 2.0**-spec.v_frac) ** spec.exponent
+    # A row may have any size that a word holds.
+    rows = (wanted / factor[:, None] * 2.0**frac).clamp(-(2.0**61), 2.0**61).round().long()
+    simulation = Simulation(exact=exact)
+    shares, values = integers(simulation, rows), integers(simulation, numbers)
+
+    def protocol(ctx, p):
+        row, scale = yield from together(
+            open_row(ctx, shares[p].share, frac, spec, 5), row_factor(ctx, values[p].share, spec)
+        )
+        result = yield from scale_rows(ctx, row, frac, scale, spec)
+        return result
+
+    result, cost = run(simulation, protocol)
+    real = rows.double() * 2.0**-frac * factor[:, None]
+    error = (result.double() * 2.0**-SCALED_FRAC - real).abs()
+    assert bool((error <= 2.0**-15 + 2.0**-14 * real.abs()).all())
+    if not exact:
+        open_cost = open_row_cost(rows.numel()).beside(row_factor_cost(spec, len(rows)))
+        assert cost == open_cost + scale_rows_cost(frac, spec, *rows.shape)
+
+
+def test_halves_of_zero_are_zero_whatever_its_shares_are() -> None:
+    simulation = Simulation()
+    client, server, _ = simulation.contexts
+    edges = torch.tensor([0, 1, -1, 2**32, -(2**32), 2**32 - 1, 2**63 - 1, -(2**63)])
+    some = torch.cat([edges, words(5000, -(2**63), 2**63 - 1)])
+    zero = window_of_zeros(client, some) + window_of_zeros(server, -some)
+    assert not bool(zero.any())
+    x = words(len(some), -(2**61), 2**61, 1)
+    upper = (window_of_zeros(client, some) + window_of_zeros(server, x - some)).double()
+    assert (upper - x.double() * 2.0**-32).abs().max() < 1
+
+
+def test_a_mantissa_that_is_zero_is_exactly_zero_when_it_is_opened() -> None:
+    """Else a row of another octave, which is shifted down too little, would be in the result."""
+    for exact in (False, True):
+        simulation = Simulation(exact=exact)
+        shares = integers(simulation, torch.zeros(3000, 4, dtype=torch.int64))
+        factors = simulation.run(lambda ctx, p, s=shares: open_factor(ctx, s[p].share))
+        client, server = factors[:2]
+        value = client.base - client.low - server.low + client.wrap * (client.top + server.top)
+        assert not bool(value.any())
+
+
 @pytest.mark.parametrize("at_client", [False, True])
-@pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 62, 62], [-2, 0]])
+@pytest.mark.parametrize("shifts", [[-3, -1, 0, 1, 2], [1, 17, 25, 62, 62], [-2, 0], [9, 9, 9]])
 def test_kernels_compute_what_words_of_tensors_do(shifts: list[int], at_client: bool) -> None:
     """Equal bit for bit, on words that belong to no row."""
-    prg, rows, size = Prg(new_seed()), 3, 11
-    down = [(k, s) for k, s in enumerate(shifts) if s > 0]
+    prg, rows, size, columns = Prg(new_seed()), 3, 11, len(shifts)
+    down = sorted({s for s in shifts if s > 0})
+    far = [(k, s) for k, s in enumerate(shifts) if s > 20]
 
     def words(*shape: int) -> torch.Tensor:
         return torch.from_numpy(prg.read(8 * int(np.prod(shape))).view(np.int64).reshape(shape))
 
-    mask, factors = words(rows, size), words(rows, len(shifts))
-    low, crossed, top_crossed = words(rows, size, len(down)), words(rows, size), words(rows, size)
-    dealt = (word.numpy() for word in (low, crossed, top_crossed))
-    _deal_cpu(mask.numpy(), factors.numpy(), np.array(shifts), *dealt)
+    mask, low_words, top_words = words(rows, size), words(rows, columns), words(rows, columns)
+    low, topped = words(rows, size, len(down)), words(rows, size, columns)
+    crossed = words(rows, size, 2)
+    dealt = (word.numpy() for word in (low, topped, crossed))
+    _deal_cpu(mask.numpy(), low_words.numpy(), top_words.numpy(), np.array(shifts), *dealt)
     shifted = [logical_shift(mask, s) if s > 0 else mask << -s for s in shifts]
-    products = [part * factors[:, k, None] for k, part in enumerate(shifted)]
-    for index, (k, _) in enumerate(down):
-        assert torch.equal(low[..., index], shifted[k])
-    assert torch.equal(crossed, torch.stack(products).sum(0))
-    wrapped = sum((factors[:, k, None] << (64 - s) for k, s in down), torch.zeros_like(mask))
-    assert torch.equal(top_crossed, top_bit(mask) * wrapped)
+    products = [part * low_words[:, k, None] for k, part in enumerate(shifted)]
+    for index, s in enumerate(down):
+        assert torch.equal(low[..., index], logical_shift(mask, s))
+    for k, part in enumerate(shifted):
+        assert torch.equal(topped[..., k], part * top_words[:, k, None])
+    assert torch.equal(crossed[..., 0], torch.stack(products).sum(0))
+    wrapped = sum(
+        (low_words[:, k, None] << (64 - s) for k, s in enumerate(shifts) if s > 0),
+        torch.zeros_like(mask),
+    )
+    assert torch.equal(crossed[..., 1], top_bit(mask) * wrapped)
 
-    opened, top, public, hidden = (words(rows, n) for n in (size, size, len(shifts), len(shifts)))
-    share = (public if at_client else 0) - hidden
-    expected, wrap = crossed.clone(), torch.zeros_like(opened)
-    for index, (k, s) in enumerate(down):
-        x = Truncation(opened, s)
-        expected += x.base * share[:, k, None] - low[..., index] * public[:, k, None]
-        wrap += x.wrap * public[:, k, None]
+    opened, top = words(rows, size), words(rows, size)
+    base, wrap, both = words(rows, columns), words(rows, columns), words(rows, size, len(far))
+    share = (base if at_client else 0) - low_words + wrap * top_words
+    expected, wraps = crossed[..., 0].clone(), -crossed[..., 1]
     for k, s in enumerate(shifts):
-        if s <= 0:
-            up = (mask << -s) * public[:, k, None]
+        expected -= topped[..., k] * wrap[:, k, None]
+        if s > 0:
+            x = Truncation(opened, s)
+            part = low[..., down.index(s)]
+            expected += x.base * share[:, k, None] - part * base[:, k, None]
+            wraps += (base[:, k, None] << (64 - s)) * top
+        else:
+            up = (mask << -s) * base[:, k, None]
             expected += ((opened - OFFSET) << -s) * share[:, k, None] - up
-    expected += wrap * top - (opened >= 0).long() * top_crossed
+    for index, (k, s) in enumerate(far):
+        wraps += (wrap[:, k, None] << (64 - s)) * both[..., index]
+    expected += (opened >= 0).long() * wraps
     found = np.empty((rows, size), np.int64)
-    given = (opened, mask, top, low, crossed, top_crossed, public, hidden)
+    given = (opened, mask, top, base, wrap, low_words, top_words, low, topped, crossed, both)
     _scale_cpu(*(word.numpy() for word in given), np.array(shifts), at_client, found)
     assert np.array_equal(found, expected.numpy())
 

@@ -26,6 +26,7 @@ from mergec.runtime.protocols.deferred import Deferred, deferred_norm
 from mergec.runtime.protocols.interval import Table
 from mergec.runtime.protocols.normalize import RowNorm, normalize
 from mergec.runtime.protocols.opening import open_high
+from mergec.runtime.protocols.power import Power, power
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.rows import _EXP
 from mergec.runtime.protocols.saturate import Function, apply, function_input
@@ -112,6 +113,8 @@ VALUE = 1.2345678
 ROW = (VALUE, -0.7, 0.2, 2.7654321)
 ENDS = (-15.0, -15.2, 15.0, -7.9, 8.1, -14.6, -7.2, 8.6)
 """Where a table ends that is made for public rounding, and a tail begins."""
+OCTAVES = (1.0000001, 1.9999, 2.03, 1.97, 7.9, 8.1, 0.51, 3.0)
+"""In the middle of octaves and near their ends, where another one begins to count."""
 LONG = (0.3, *[0.3 - 13.6] * 63)
 """Scores at the end of what an exponential made for public rounding tells from zero.
 
@@ -133,6 +136,7 @@ CASES: dict[str, tuple[tuple[float, ...], int, Callable[[Context, Shared], Proto
         lambda ctx, x: normalize(ctx, x.share.reshape(-1, 4), RowNorm(4, 40, 1e-5, 16.0)),
     ),
     "deferred norm": (ROW, 40, _deferred_norm),
+    "power": (OCTAVES, 40, lambda ctx, x: power(ctx, x.share, Power(-0.5, 40, 30, 44), 16)),
     "softmax": (ROW, 40, _softmax(4)),
     "softmax of a long row": (LONG, 40, _softmax(64)),
 }

@@ -59,7 +59,7 @@ PROTOCOLS = {
     "softmax by histograms": lambda ctx, x: Softmax.protocol(
         ctx, Shared(x.share.reshape(-1, 64), x.frac), HISTOGRAM
     ),
-    "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33)),
+    "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33), 16),
     "maximum": lambda ctx, x: maximum(
         ctx, take_window(x.share.reshape(-1, 64), 0), torch.ones(COUNT // 64, 64, dtype=torch.bool)
     ),
