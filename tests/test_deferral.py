@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mergec.compiler.backend.cost import cost_report
-from mergec.compiler.backend.legalize import SPARE_BITS, legalize
+from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.program import Program
 from mergec.runtime.core.network import NETWORKS, Link, Network
-from mergec.runtime.core.spec import HEADROOM_BITS
+from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import random_decoder
@@ -138,7 +138,7 @@ def _legal(unscaled: float, *, fine: bool = False, **measured: float) -> dict[st
     found = bind(op, node)
     if found["rows"]:
         total = found["kept"] + 16 + found["bits"] + math.log2(unscaled)
-        assert total <= HEADROOM_BITS - SPARE_BITS
+        assert total <= HEADROOM_BITS - RANGE_MARGIN_BITS
     assert found["x"].meta["frac"] == (32 if fine else 16)
     assert node.meta["frac"] == (48 if found["fine"] else 32) + found["bits"]
     return found

@@ -159,7 +159,7 @@ def test_the_library_tells_the_same(depth: int) -> None:
     roots = random_words(size, 2), random_words(size, 2)
     corrections = np.empty((size, key_words(depth, 2)), np.uint64)
     leaf, ends = index // LEAF_BITS, np.array([depth])
-    correct_by_library(roots, leaf, payload[None], ends, depth, generator, False, corrections)
+    correct_by_library(roots, leaf, payload[None], ends, depth, generator, 0, corrections)
     places = np.broadcast_to(index, (size, size)).copy()
     found = np.empty((2, size, size), np.uint8)
     for party, root in enumerate(roots):
@@ -171,18 +171,18 @@ def test_the_library_tells_the_same(depth: int) -> None:
 @instructions
 @pytest.mark.parametrize("count", [1, 3, 131])
 @pytest.mark.parametrize("depth", [0, 1, 7])
-@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("bits", [64, 16, 8, 0])
 def test_instructions_and_library_make_the_same_corrections(
-    additive: bool, depth: int, count: int
+    bits: int, depth: int, count: int
 ) -> None:
-    generator = Generator(1 + additive)
+    generator = Generator(2 if bits else 1)
     roots = random_words(count, 2), random_words(count, 2)
     index = random_words(count).view(np.int64) & (2**depth - 1)
     payloads = random_words(3, count, 2 * generator.blocks)
     ends = np.array([depth, depth // 2, 0])
-    made = correct(roots, index, payloads, ends, depth, generator, additive)
+    made = correct(roots, index, payloads, ends, depth, generator, bits)
     expected = np.empty_like(made)
-    correct_by_library(roots, index, payloads, ends, depth, generator, additive, expected)
+    correct_by_library(roots, index, payloads, ends, depth, generator, bits, expected)
     assert np.array_equal(made, expected)
 
 

@@ -64,6 +64,20 @@ def test_exact_rounding_gives_the_model_s_logits() -> None:
     assert (found - wanted).abs().max() < 1e-3
 
 
+def test_rows_long_enough_for_histograms_give_the_model_s_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt of 50 tokens, and a decode step, of a program for a slow network."""
+    model, program = compiled("llama", network="wan")
+    prompt = [(7 * i + 3) % 50 for i in range(50)]
+    with InProcessSession(program.roles) as session, torch.no_grad():
+        found = [session.step(prompt, 0).reshape(-1), session.step([5], 50).reshape(-1)]
+        wanted = model(torch.tensor([[*prompt, 5]])).logits[0, -2:]
+    assert (torch.stack(found) - wanted).abs().max() < 1e-3
+    transcripts = [_transcript(program.roles, ids, monkeypatch) for ids in (prompt, prompt[::-1])]
+    assert transcripts[0] == transcripts[1]
+
+
 def test_rounding_is_part_of_the_program_hash() -> None:
     hashes = {compiled("llama", rounding=r)[1].manifest.program_hash for r in CHOICES["rounding"]}
     assert len(hashes) == 2

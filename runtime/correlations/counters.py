@@ -1,18 +1,14 @@
-"""Point functions with a counter of 8 or 16 bits for each place, at several depths of one tree.
+"""Point functions whose values are counters of 8 or 16 bits, one for each place.
 
 Who adds up the tables of many keys, entry by entry, has a share of a histogram of their places. The
-tree is that of `dpf`. A leaf's value is a block of 128 bits: 16 counters of 8 bits or 8 of 16 bits,
-added entry by entry modulo 2**8 or 2**16. A node above the leaves has a value as well, under a
-cipher of its own, so that one key also serves the table of the place's top bits alone. Source: the
-incremental point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight
-Techniques for Private Heavy Hitters" (IEEE S&P 2021), whose value at a node is, as here, another
-output of the generator than the children.
+tree is that of `dpf`. A leaf's value is a block of 128 bits, 16 counters of 8 bits or 8 of 16 bits,
+which are added one by one modulo 2**8 or 2**16. A party may read a few entries of a large table: it
+grows only the parts of the tree that hold them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -23,14 +19,13 @@ from mergec.runtime.correlations.dpf import (
     Correct,
     Generator,
     Keys,
-    correct_level,
+    correct,
     grow_level,
     key_words,
     step_down,
 )
 from mergec.runtime.kernels.aes import (
     LANES,
-    correct_counters,
     counters_of_leaves,
     descend,
     grow_trees,
@@ -50,18 +45,16 @@ _LOW = ~np.uint64(3)
 
 @dataclass(frozen=True)
 class Counters:
-    """Keys of tables of counters.
+    """Keys of tables of 2**width counters.
 
-    bits: of a counter, 8 or 16. widths: bits of a place in each of the tables, ascending. The
-    entries of the last one are numbered by the whole place, those of the others by its top bits.
-    Raises ValueError if a table has less entries than a leaf.
+    bits: of a counter, 8 or 16. Raises ValueError if a table has less entries than a leaf.
     """
 
     bits: int
-    widths: tuple[int, ...]
+    width: int
 
     def __post_init__(self) -> None:
-        if min(self.depths) < 0:
+        if self.depth < 0:
             raise ValueError(f"a leaf has {self.leaf} counters of {self.bits} bits")
 
     @property
@@ -74,20 +67,15 @@ class Counters:
         """Number of counters in a leaf."""
         return LEAF_BITS // self.bits
 
-    @cached_property
-    def depths(self) -> tuple[int, ...]:
-        """Levels above the leaves of each table."""
-        return tuple(width - (self.leaf.bit_length() - 1) for width in self.widths)
-
     @property
-    def blocks(self) -> int:
-        """Number of tables, and of blocks that the generator has to have."""
-        return len(self.widths)
+    def depth(self) -> int:
+        """Levels above the leaves."""
+        return self.width - (self.leaf.bit_length() - 1)
 
     @property
     def words(self) -> int:
         """Words of a key's corrections."""
-        return key_words(self.depths[-1], BLOCK_WORDS * self.blocks)
+        return key_words(self.depth, BLOCK_WORDS)
 
     @property
     def dealt_bytes(self) -> int:
@@ -97,60 +85,19 @@ class Counters:
     def counting(self, places: np.ndarray, generator: Generator) -> Correct:
         """Corrections for keys with the counter one at each place, int64 [n], and zero elsewhere.
 
-        For each table and entry, the client's share plus the server's is the counter.
+        For each entry, the client's share plus the server's is the counter. The generator has one
+        block.
         """
-        places = np.ascontiguousarray(places)
-        payload = np.zeros((len(places), BLOCK_WORDS * self.blocks), np.uint64)
-        entries = payload.view(self.dtype).reshape(len(places), self.blocks, self.leaf)
-        for block, width in enumerate(self.widths):
-            entry = (places >> (self.widths[-1] - width)) % self.leaf
-            entries[np.arange(len(places)), block, entry] = 1
         index = places >> (self.leaf.bit_length() - 1)
+        payload = np.zeros((len(places), BLOCK_WORDS), np.uint64)
+        payload.view(self.dtype)[np.arange(len(places)), places % self.leaf] = 1
 
-        def correct(roots: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-            out = np.empty((len(index), self.words), np.uint64)
-            if LANES:
-                depths = np.array(self.depths)
-                correct_counters(
-                    generator.round_keys, *roots, index, payload, depths, self.bits, out
-                )
-            else:
-                self.correct_by_library(roots, index, payload, generator, out)
-            return out
-
-        return correct
-
-    def correct_by_library(
-        self,
-        roots: tuple[np.ndarray, np.ndarray],
-        index: np.ndarray,
-        payload: np.ndarray,
-        generator: Generator,
-        out: np.ndarray,
-    ) -> None:
-        """Like `kernels.aes.correct_counters`, for processors without AES instructions."""
-        seeds = np.stack(roots) & _LOW
-        bits = np.zeros(seeds.shape[:2], np.uint8)
-        bits[1] = 1
-        levels = self.depths[-1]
-        for level in range(levels + 1):
-            for block in np.flatnonzero(np.array(self.depths) == level):
-                words = payload[:, BLOCK_WORDS * block : BLOCK_WORDS * (block + 1)]
-                client, server = (generator.value(seeds)[block] ^ seeds).view(self.dtype)
-                last = np.ascontiguousarray(words).view(self.dtype) - client + server
-                last = np.where(bits[1][:, None] == 1, -last, last)
-                first = SEED_WORDS * levels + BLOCK_WORDS * block
-                out[:, first : first + BLOCK_WORDS] = last.view(np.uint64)
-            if level < levels:
-                left, right = generator.children(seeds)
-                turn = ((index >> (levels - 1 - level)) & 1).astype(np.uint8)
-                words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-                correct_level(seeds, bits, left, right, turn, words)
+        words, ends = payload[None], np.array([self.depth])
+        return lambda roots: correct(roots, index, words, ends, self.depth, generator, self.bits)
 
     def tally(
         self,
         keys: Keys,
-        table: int,
         first: np.ndarray,
         rows: np.ndarray,
         shape: tuple[int, int],
@@ -159,11 +106,11 @@ class Counters:
     ) -> np.ndarray:
         """A party's shares of histograms, `shape` [R, N]: entry p of row r counts its keys at p.
 
-        first: int64 [n]; a key whose place is first - p, modulo the size of table number `table`,
-        counts at p. So p is a public number minus the place. rows: int64 [n], the row of each key.
+        first: int64 [n]; a key whose place is first - p, modulo the size of the table, counts at p.
+        So p is a public number minus the place. rows: int64 [n], the row of each key.
         N is the size of the table, or so small that no entry of it is read twice. Local.
         """
-        job = _Tally(self, table, shape[1])
+        job = _Tally(self, shape[1])
         total = np.zeros((shape[0], job.padded), self.dtype)
         nodes, offsets = job.paths(first)
         expand = _tally_by_instructions if LANES else _tally_by_library
@@ -185,13 +132,12 @@ class _Tally:
     """
 
     counters: Counters
-    table: int
     count: int
 
     @property
     def size(self) -> int:
         """Entries of the table."""
-        return 1 << self.counters.widths[self.table]
+        return 1 << self.counters.width
 
     @property
     def whole(self) -> bool:
@@ -202,9 +148,9 @@ class _Tally:
     def cut(self) -> int:
         """Levels from the end of a path to the leaves."""
         if self.whole:
-            return self.counters.depths[self.table]
+            return self.counters.depth
         few = min(self.count, _SUBTREE) - 1
-        return min((few // self.counters.leaf).bit_length(), self.counters.depths[self.table])
+        return min((few // self.counters.leaf).bit_length(), self.counters.depth)
 
     @property
     def group(self) -> int:
@@ -241,12 +187,10 @@ def _tally_by_instructions(
     generator: Generator,
     total: np.ndarray,
 ) -> None:
-    depths = job.counters.depths
     _tally_trees(
-        generator.round_keys[[0, 1, 2 + job.table]], keys.roots,
-        np.ascontiguousarray(keys.corrections), depths[-1] + job.table,
+        generator.round_keys, keys.roots, np.ascontiguousarray(keys.corrections),
         nodes.reshape(-1), offsets.reshape(-1), rows, nodes.shape[1],
-        depths[job.table] - job.cut, job.cut, party, total,
+        job.counters.depth - job.cut, job.cut, party, total,
     )  # fmt: skip
 
 
@@ -261,9 +205,8 @@ def _tally_by_library(
     total: np.ndarray,
 ) -> None:
     """Like `_tally_by_instructions`, for processors without AES instructions."""
-    depths, each = job.counters.depths, nodes.shape[1]
-    top = depths[job.table] - job.cut
-    first = SEED_WORDS * depths[-1] + BLOCK_WORDS * job.table
+    depth, each = job.counters.depth, nodes.shape[1]
+    top = depth - job.cut
     flat, starts = nodes.reshape(-1), offsets.reshape(-1)
     for start in range(0, len(flat), _PIECE):
         some = np.arange(start, min(start + _PIECE, len(flat)))
@@ -276,15 +219,15 @@ def _tally_by_library(
             turns = (flat[some] >> (top - 1 - level)) & 1
             step_down(seeds, bits, left, right, word, turns, 1, passed)
         seeds, bits = seeds[:, None], bits[:, None]
-        for level in range(top, depths[job.table]):
+        for level in range(top, depth):
             left, right = generator.children(seeds)
             grown = np.empty((len(some), 2 * seeds.shape[1], SEED_WORDS), np.uint64)
             controls = np.empty(grown.shape[:2], np.uint8)
             word = words[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
             grow_level(seeds, bits, left, right, word, grown, controls)
             seeds, bits = grown, controls
-        raw = (generator.value(seeds)[job.table] ^ seeds).view(job.counters.dtype)
-        last = words[:, first : first + BLOCK_WORDS].copy().view(job.counters.dtype)
+        raw = (generator.value(seeds)[0] ^ seeds).view(job.counters.dtype)
+        last = words[:, -BLOCK_WORDS:].copy().view(job.counters.dtype)
         values = raw + bits[..., None].astype(job.counters.dtype) * last[:, None]
         for path, value in zip(some, values.reshape(len(some), -1), strict=True):
             total[rows[path // each], starts[path] : starts[path] + job.group] += value
@@ -292,9 +235,8 @@ def _tally_by_library(
 
 @compiled()
 def _tally_trees(  # type: ignore[no-untyped-def]
-    ciphers, roots, corrections, block, nodes, offsets, rows, each, top, cut, party, total
+    ciphers, roots, corrections, nodes, offsets, rows, each, top, cut, party, total
 ):
-    """block: which pair of words corrects the leaves' values."""
     leaves, bits = 1 << cut, 8 * total.itemsize
     seeds, flags, words = vectors(leaves), vectors(leaves), vectors(cut + 1)
     turns, passed = vectors(1), vectors(1)
@@ -308,9 +250,8 @@ def _tally_trees(  # type: ignore[no-untyped-def]
             for half in range(2):
                 seeds[0, 2 * lane + half] = roots[i, half] & ~np.uint64(3)
                 turns[0, 2 * lane + half] = nodes[path]
-                for k in range(cut):
+                for k in range(cut + 1):
                     words[k, 2 * lane + half] = corrections[i, 2 * (top + k) + half]
-                words[cut, 2 * lane + half] = corrections[i, 2 * block + half]
         flags[0] = np.uint64(0) - np.uint64(party)
         descend(ciphers, seeds, flags, turns, passed, corrections, lanes, top)
         grow_trees(ciphers, seeds, flags, words, cut)

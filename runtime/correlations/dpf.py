@@ -51,7 +51,10 @@ SEED_WORDS = 2
 BLOCK_WORDS = 2
 """64-bit words that one AES evaluation returns."""
 
-LEAF_BITS = 64 * BLOCK_WORDS
+WORD_BITS = 64
+"""Bits of a word."""
+
+LEAF_BITS = WORD_BITS * BLOCK_WORDS
 """Table bits that one leaf holds."""
 
 SALT_BYTES = 16
@@ -156,21 +159,21 @@ def correct(
     ends: np.ndarray,
     depth: int,
     generator: Generator,
-    additive: bool,
+    bits: int,
 ) -> np.ndarray:
     """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + K * W].
 
     roots: of client and server, uint64 [n, 2]. index: int64 [n], the number of the special leaf,
     below 2**depth. payloads: uint64 [K, n, W]; payload k is the value of the node at depth
-    `ends[k]` above this leaf, after its correction: the client's share minus the server's modulo
-    2**64 if `additive`, otherwise the XOR of both. ends: int64 [K].
+    `ends[k]` above this leaf, after its correction: the client's share minus the server's, number
+    by number of `bits` bits (8, 16 or 64), or the XOR of both if `bits` is 0. ends: int64 [K].
     """
     last = payloads.shape[0] * payloads.shape[2]
     out = np.empty((len(index), key_words(depth, last)), np.uint64)
     if LANES:
-        correct_paths(generator.round_keys, *roots, index, payloads, ends, depth, additive, out)
+        correct_paths(generator.round_keys, *roots, index, payloads, ends, depth, bits, out)
     else:
-        correct_by_library(roots, index, payloads, ends, depth, generator, additive, out)
+        correct_by_library(roots, index, payloads, ends, depth, generator, bits, out)
     return out
 
 
@@ -181,28 +184,41 @@ def correct_by_library(
     ends: np.ndarray,
     depth: int,
     generator: Generator,
-    additive: bool,
+    bits: int,
     out: np.ndarray,
 ) -> None:
     """Write the result of `correct`, on processors without AES instructions."""
     seeds = np.stack(roots) & ~_LOW
-    bits = np.zeros(seeds.shape[:2], np.uint8)
-    bits[1] = 1
+    controls = np.zeros(seeds.shape[:2], np.uint8)
+    controls[1] = 1
     size = payloads.shape[2]
     for level in range(depth + 1):
         for k in np.flatnonzero(ends == level):
             client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
-            payload = payloads[k]
-            last = payload - client + server if additive else payload ^ client ^ server
-            negative = additive & (bits[1] == 1)
             first = SEED_WORDS * depth + size * k
-            out[:, first : first + size] = np.where(negative[:, None], -last, last)
+            out[:, first : first + size] = _last_words(
+                payloads[k], client, server, controls[1], bits
+            )
         if level == depth:
             break
         left, right = generator.children(seeds)
         turn = ((index >> (depth - 1 - level)) & 1).astype(np.uint8)
         words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-        correct_level(seeds, bits, left, right, turn, words)
+        correct_level(seeds, controls, left, right, turn, words)
+
+
+def _last_words(
+    payload: np.ndarray, client: np.ndarray, server: np.ndarray, negative: np.ndarray, bits: int
+) -> np.ndarray:
+    """What corrects the values of both parties to the payload, uint64 [n, W]; see `correct`."""
+    if not bits:
+        return payload ^ client ^ server
+    kind = np.dtype(f"u{bits // 8}")
+    wanted, one, other = (
+        np.ascontiguousarray(words).view(kind) for words in (payload, client, server)
+    )
+    last = wanted - one + other
+    return np.where(negative[:, None] == 1, -last, last).view(np.uint64)
 
 
 def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +278,7 @@ def sharing_prefixes(
     """
     index, places = np.ascontiguousarray(index), np.array(ends, np.int64)
     words = np.ascontiguousarray(payloads).view(np.uint64)
-    return lambda roots: correct(roots, index, words, places, depth, generator, additive=True)
+    return lambda roots: correct(roots, index, words, places, depth, generator, WORD_BITS)
 
 
 def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct:
@@ -274,7 +290,7 @@ def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct
     leaf, payload = np.empty(len(index), np.int64), np.zeros((len(index), BLOCK_WORDS), np.uint64)
     _set_bits(index, leaf, payload)
     ends = np.array([depth])
-    return lambda roots: correct(roots, leaf, payload[None], ends, depth, generator, additive=False)
+    return lambda roots: correct(roots, leaf, payload[None], ends, depth, generator, 0)
 
 
 def parities(

@@ -512,13 +512,13 @@ def counters_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ig
 
 @compiled()
 def correct_paths(  # type: ignore[no-untyped-def]
-    keys, client, server, index, payloads, ends, depth, additive, out
+    keys, client, server, index, payloads, ends, depth, bits, out
 ):
     """The dealer's correction words, for `depth` levels and each payload: out [n, 2 * depth + K W].
 
     client, server: roots [n, 2]. index: [n], the number of the special leaf. payloads: [K, n, W];
     payload k is what the node on the path at depth ends[k] must become: the client's share minus
-    the server's if additive, otherwise their XOR.
+    the server's, number by number of `bits` bits (8, 16 or 64); or their XOR if `bits` is 0.
     """
     seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
     rows = np.empty(_GROUPS * LANES, np.int64)
@@ -541,8 +541,16 @@ def correct_paths(  # type: ignore[no-untyped-def]
                 payload, first = payloads[k], depth + k * blocks
                 for block in range(blocks):
                     for group in range(_GROUPS):
-                        if additive:
+                        if bits == 64:
                             _finish_sum(keys, seeds, flags, payload, out, rows, group, first, block)
+                        elif bits == 16:
+                            _finish_pairs(
+                                keys, seeds, flags, payload, out, rows, group, first, block
+                            )
+                        elif bits == 8:
+                            _finish_bytes(
+                                keys, seeds, flags, payload, out, rows, group, first, block
+                            )
                         else:
                             _finish_xor(keys, seeds, flags, payload, out, rows, group, first, block)
             if level < depth:
@@ -586,48 +594,6 @@ def parities_before(  # type: ignore[no-untyped-def]
         for k in range(min(rows.shape[0], flat.shape[0] - start)):
             group, word = k // LANES, 2 * (k % LANES)
             shares[start + k] = (found[group, word] + found[group, word + 1]) & np.uint64(1)
-
-
-@compiled()
-def correct_counters(  # type: ignore[no-untyped-def]
-    keys, client, server, index, payload, depths, bits, out
-):
-    """Like `correct_paths`, for numbers of 8 or 16 bits at several depths of one tree.
-
-    depths: number of levels above each block of `payload` [n, 2 * blocks], ascending. Block k is
-    masked by the value of the node at its depth under cipher 2 + k. out: [n, 2 * (levels +
-    blocks)], where levels is the last of `depths`.
-    """
-    seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
-    rows = np.empty(_GROUPS * LANES, np.int64)
-    low, ones, levels = ~np.uint64(3), ~np.uint64(0), depths[-1]
-    for start in range(0, index.shape[0], rows.shape[0]):
-        flags[:] = ones
-        for k in range(rows.shape[0]):
-            # Lanes without a key repeat the last one.
-            i = rows[k] = min(start + k, index.shape[0] - 1)
-            group, word = k // LANES, 2 * (k % LANES)
-            for half in range(2):
-                seeds[2 * group, word + half] = client[i, half] & low
-                seeds[2 * group + 1, word + half] = server[i, half] & low
-                turns[group, word + half] = index[i]
-        for level in range(levels + 1):
-            for block in range(depths.shape[0]):
-                if depths[block] == level:
-                    for group in range(_GROUPS):
-                        if bits == 8:
-                            _finish_bytes(
-                                keys, seeds, flags, payload, out, rows, group, levels, block
-                            )
-                        else:
-                            _finish_pairs(
-                                keys, seeds, flags, payload, out, rows, group, levels, block
-                            )
-            if level < levels:
-                for group in range(_GROUPS):
-                    _correct_level(
-                        keys, seeds, flags, turns, out, rows, group, level, levels - 1 - level
-                    )
 
 
 @compiled()

@@ -101,7 +101,7 @@ class Attention(ScoredAttention):
     """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 4, and 3 for each level of `peak`, or 4 in all for `crest`; two more for a cap, and one
+    Rounds 4, and 3 for each level of `peak`, or 4 for `crest`; two more for a cap, and one
     if the scale is so small that the scores have to be truncated. Bytes: `cost`. What each party
     sees is what it sees in `exponentials`, `open_masked`, `open_row` and `row_factor`.
 
@@ -179,7 +179,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
     ) -> Iterable[dict[str, Any]]:
-        """Histograms take fewer rounds, pairs fewer bytes."""
+        """Histograms take fewer rounds, pairs fewer dealt bytes."""
         return shift_variants()
 
     @classmethod
@@ -277,11 +277,11 @@ def sample_operands(make: Sampler) -> list[list[Any]]:
 
 
 def _longer_operands(make: Sampler) -> list[Any]:
-    """The same with 24, 32, 33 and 40 scores in a row: as many as histograms are for, and fewer."""
-    mask = torch.zeros(1, 1, 4, 40)
-    for row, length in enumerate((24, 32, 33, 40)):
+    """The same with 24, 40, 41 and 48 scores in a row: as many as histograms are for, and fewer."""
+    mask = torch.zeros(1, 1, 4, 48)
+    for row, length in enumerate((24, 40, 41, 48)):
         mask[..., row, length:] = -3.4e38
-    keys, values = make.normal(1, 2, 40, 16), make.normal(1, 2, 40, 16)
+    keys, values = make.normal(1, 2, 48, 16), make.normal(1, 2, 48, 16)
     return [make.normal(1, 4, 4, 16, scale=3), keys, values, mask, 0.25]
 
 

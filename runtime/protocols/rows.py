@@ -68,8 +68,8 @@ SHIFTS = {
     PAIRS: Shift(peak, peak_cost, 2, _EXP, 3),
     HISTOGRAM: Shift(crest, crest_cost, STEP + 1, _further(), 6),
 }
-"""By their names in programs. `pairs` costs fewer bytes, `histogram` fewer rounds for rows of more
-than 16 entries."""
+"""By their names in programs. `pairs` costs fewer dealt bytes, `histogram` fewer rounds for rows of
+more than 16 entries."""
 
 
 def shift_variants() -> Iterator[dict[str, str]]:

@@ -83,7 +83,7 @@ def test_rows_of_scores_that_are_far_apart(offset: float, shift: str) -> None:
     rows = torch.tensor(
         [[MAX_SPREAD, 0.0, MAX_SPREAD - 1, MAX_SPREAD / 2], [0.0, MAX_SPREAD, 1.0, 0.0]]
     ).double()
-    # Rows of 40 entries are long enough for histograms.
-    rows = rows.repeat_interleave(10, 1)
+    # Rows of 48 entries are long enough for histograms.
+    rows = rows.repeat_interleave(12, 1)
     found = evaluate("softmax", rows + offset, 16, shift)
     assert (found - torch.softmax(rows, -1)).abs().max() < 1e-4

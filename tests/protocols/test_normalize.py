@@ -83,7 +83,9 @@ def test_a_row_of_a_single_unit_is_normalized_without_an_eps() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("frac", [-3, 0, 5, 16, 27, 32, 40, 47])
-@pytest.mark.parametrize("spec", [inverse(129, "pairs"), Power(-0.5, 40.3, 10, 53), Power(-1.0, 20, 6, 24)])
+@pytest.mark.parametrize(
+    "spec", [inverse(129, "pairs"), Power(-0.5, 40.3, 10, 53), Power(-1.0, 20, 6, 24)]
+)
 def test_rows_are_scaled_by_the_power_of_their_number(spec: Power, frac: int, exact: bool) -> None:
     """Every octave and its neighbours, with rows at the size that this octave is for.
 
