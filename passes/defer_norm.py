@@ -47,6 +47,7 @@ class DeferNorm(Pass):
     # These passes fold what stands between a norm and its products, or change which products there
     # are.
     after = (
+        "centre_residual",
         "fold_norm_affine",
         "fold_attention_scale",
         "fold_scalars",

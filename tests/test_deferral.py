@@ -41,7 +41,7 @@ SETTINGS: tuple[dict[str, str], ...] = (
 def limits(program: Program) -> list[int]:
     """Up to how many rows each product of normalized rows is scaled."""
     calls = [item for item in program.roles["client"].instructions if "norm_linear" in item.target]
-    return [int(item.args[-1]) for item in calls]
+    return [int(item.args[9]) for item in calls]
 
 
 def check(model: Any, program: Program, steps: Sequence[int] = STEPS) -> None:
@@ -86,7 +86,7 @@ def test_a_prompt_of_more_rows_normalizes_them_first(
 ) -> None:
     """Where bytes are so dear that the limit lies between a token and a prompt."""
     near = Link(latency=0.0, bandwidth=math.inf)
-    slow = Network(Link(latency=2e-2, bandwidth=5e4), near, near)
+    slow = Network(Link(latency=2e-2, bandwidth=8e4), near, near)
     monkeypatch.setitem(NETWORKS, "wan", slow)
     model = random_decoder(family).float()
     config = CompileConfig(max_length=64, logit_noise=0.0, network="wan")

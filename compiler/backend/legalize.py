@@ -321,8 +321,7 @@ class _Legalizer:
         """Fractional bits of the matrix and of the rows in a product of normalized rows.
 
         If the product has no room in the ring before it is scaled, the norm runs before it. The
-        room is that of any value. The bits of the rows come first,
-        as far as a normalized row has them, then those of the matrix.
+        bits of the rows come first, as far as a normalized row has them, then those of the matrix.
         """
         least = self.least_bits(node)
         fine = SCALED_FRAC + self.fixed + least <= self.room[node]

@@ -64,7 +64,7 @@ def shrink_outliers(captured: Captured, fixed: int) -> int:
 
 def _exponents(graph_module: fx.GraphModule, stream: Stream, fixed: int) -> torch.Tensor | None:
     """By how many bits to shrink each column; None to leave the stream as it is."""
-    if stream.others or not all(calls(norm, target("rms_norm")) for norm in stream.readers):
+    if stream.others or not all(_takes_columns(norm) for norm in stream.readers):
         return None
     if not all(_shrinkable(graph_module, writer) for writer in stream.writers):
         return None
@@ -81,6 +81,10 @@ def _exponents(graph_module: fx.GraphModule, stream: Stream, fixed: int) -> torc
     if not shrunk or shrunk * FEW > stream.width or int(exponents.max()) > MOST_BITS:
         return None
     return exponents
+
+
+def _takes_columns(norm: fx.Node) -> bool:
+    return calls(norm, target("rms_norm"), target("rms_norm_linear"))
 
 
 def _shrinkable(graph_module: fx.GraphModule, writer: fx.Node) -> bool:

@@ -12,6 +12,9 @@ from mergec.compiler.graph.moves import keeps_rows
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 
+_NORMS = ("rms_norm", "layer_norm", "rms_norm_linear", "layer_norm_linear")
+"""Ops whose first operand is a row that they normalize."""
+
 
 @dataclass
 class Stream:
@@ -77,7 +80,7 @@ def _sources(node: fx.Node) -> list[Any]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    return calls(node, target("rms_norm"), target("layer_norm"))
+    return calls(node, *map(target, _NORMS))
 
 
 def _width(node: Any) -> int:

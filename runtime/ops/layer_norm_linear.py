@@ -15,7 +15,7 @@ from mergec.runtime.ops.normed_linear import NormedLinear
 class LayerNormLinear(NormedLinear):
     """LayerNorm(x) @ weight.T + bias: see `NormedLinear`.
 
-    Rounds 4 for up to `rows` rows, else 5, or 6 without `fine`. Bytes: `cost`. Rows are centred as
+    Rounds 3 for up to `rows` rows, else 4, or 5 without `fine`. Bytes: `cost`. Rows are centred as
     d x - sum(x), which is exact and local; the factor d is removed by the scale of the row.
     """
 

@@ -15,6 +15,7 @@ from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
 from mergec.runtime.core.values import Held, Shared
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.rms_norm import row_bound
+from mergec.runtime.protocols.columns import factors
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm, deferred_norm_cost
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
@@ -35,6 +36,8 @@ class NormedLinear(Op, abstract=True):
     not, it truncates them to 16 first, in one more round. The first never does, and returns as many
     bits. kept: the most fractional bits that a row has in the product of the first way, so that the
     product fits into the ring before it is scaled.
+
+    columns: as in `rms_norm`, for the product after it.
 
     Error of the first way: that of the row with `kept` bits times the weight as it is rounded,
     times the row's scale; 2**-14 of the result; and two units of 2**-16. What each party sees:
@@ -69,7 +72,10 @@ class NormedLinear(Op, abstract=True):
 
     @classmethod
     def measure(cls, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> dict[str, float]:
-        """Of rows and products before they are scaled, and of the factor that scales them."""
+        """Of rows and products before they are scaled, and of the factor that scales them.
+
+        Columns are shrunk only after this was measured.
+        """
         rows = cls.centred(x.double()) / cls.factor(x.shape[-1])
         squares = rows.square().mean(-1)
         return {
@@ -95,6 +101,7 @@ class NormedLinear(Op, abstract=True):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
         *,
         fixed: int,
     ) -> int:
@@ -114,10 +121,13 @@ class NormedLinear(Op, abstract=True):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
     ) -> torch.Tensor:
         size = x.shape[-1]
         spec = cls._norm(size, fracs["x"], eps, bound)
         words = (cls.centred(x.double()) * 2.0 ** fracs["x"]).round()
+        if columns:
+            words *= factors(columns)
         squares = (words * 2.0**-spec.square_shift).round().square().sum(-1, keepdim=True)
         scale = ((squares + spec.eps_units).clamp(min=1.0) / size).rsqrt()
         drop = cls._drop(spec, kept) if rows else 0
@@ -141,6 +151,7 @@ class NormedLinear(Op, abstract=True):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
     ) -> Iterable[dict[str, Any]]:
         return ({"rows": 0}, {"rows": rows}) if rows else ({"rows": 0},)
 
@@ -157,17 +168,19 @@ class NormedLinear(Op, abstract=True):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
         *,
         fixed: int,
     ) -> Cost:
-        count, columns = math.prod(x.shape[:-1]), weight.shape[0]
+        count = math.prod(x.shape[:-1])
         norm = cls._norm(x.shape[-1], x.frac, eps, bound)
         if count <= rows:
             spec = cls._deferred(norm, weight, parts, fine, kept, fixed)
-            return deferred_norm_cost(spec, count, weight)
+            return deferred_norm_cost(spec, count, weight, columns)
         size = count * x.shape[-1]
         opened = truncate_cost(size, 0 if fine else SCALED_FRAC - fixed) + move_cost(size, weight)
-        return normalize_cost(norm, count) + opened + Cost(offline=8 * count * columns)
+        product = Cost(offline=8 * count * weight.shape[0])
+        return normalize_cost(norm, count, columns) + opened + product
 
     @classmethod
     def protocol(
@@ -183,6 +196,7 @@ class NormedLinear(Op, abstract=True):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
     ) -> Protocol:
         """Centre the rows locally, then one of the two ways; adding the bias is local."""
         norm = cls._norm(x.shape[-1], x.frac, eps, bound)
@@ -190,9 +204,9 @@ class NormedLinear(Op, abstract=True):
         frac = (SCALED_FRAC if fine else ctx.fixed) + weight.frac
         if math.prod(x.shape[:-1]) <= rows:
             spec = cls._deferred(norm, weight, parts, fine, kept, ctx.fixed)
-            share = yield from deferred_norm(ctx, share, weight, spec)
+            share = yield from deferred_norm(ctx, share, weight, spec, columns)
         else:
-            share = yield from normalize(ctx, share, norm)
+            share = yield from normalize(ctx, share, norm, columns)
             if not fine:
                 share = yield from truncate(ctx, share, SCALED_FRAC - ctx.fixed)
             opened = yield from move(ctx, Shared(share, frac - weight.frac), weight)

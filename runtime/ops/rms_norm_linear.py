@@ -15,10 +15,11 @@ from mergec.runtime.ops.rms_norm import RmsNorm
 class RmsNormLinear(NormedLinear):
     """(x / sqrt(mean(x**2) + eps)) @ weight.T + bias: see `NormedLinear`.
 
-    Rounds 4 for up to `rows` rows, else 5, or 6 without `fine`. Bytes: `cost`.
+    Rounds 3 for up to `rows` rows, else 4, or 5 without `fine`. Bytes: `cost`.
     """
 
     name = "rms_norm_linear"
+    schema = NormedLinear.schema.replace(") ->", ", int[] columns=[]) ->")
     norm = RmsNorm
 
     @staticmethod
@@ -33,8 +34,10 @@ class RmsNormLinear(NormedLinear):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
     ) -> torch.Tensor:
-        return Linear.reference(RmsNorm.reference(x, None, eps), weight, bias)
+        normed = RmsNorm.reference(x, None, eps, columns=columns)
+        return Linear.reference(normed, weight, bias)
 
     @staticmethod
     def cases() -> list[Case]:
@@ -49,6 +52,11 @@ class RmsNormLinear(NormedLinear):
             Case([x, weight, None, 1e-5, *few[:3], False, 24, 9], 5e-4, forms={"weight": "weight"}),
             Case([x, weight, bias, 1e-5, 4.0**4], 5e-4, forms=held),
             Case([x, weight, None, 1e-5, *few[:3], False], 5e-4, forms={"weight": "weight"}),
+            *(
+                Case([x, weight, bias, 1e-5, 4.0**8, *few[1:5], most, shrunk], 5e-4, forms=held)
+                for most in (9, 0)
+                for shrunk in ([5, 0, 2, 3, 56, 0, 1, 6], [63, 0, 1, 4])
+            ),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]
 

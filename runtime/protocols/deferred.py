@@ -27,8 +27,11 @@ from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
+    Block,
     Row,
     RowNorm,
+    blocks_of,
+    in_order,
     open_row,
     open_row_cost,
     row_factor,
@@ -75,6 +78,10 @@ class Deferred:
         """Fractional bits of the product before it is scaled, without its further ones."""
         return math.floor(self.norm.frac) - self.drop + self.weight_frac
 
+    def dropped(self, block: Block) -> int:
+        """Bits that are dropped off the words of a block; below 0, by how much they are lifted."""
+        return block.frac - math.floor(self.norm.frac) + self.drop
+
     def further(self, columns: int) -> list[tuple[int, int]]:
         """Runs of columns, each with its further fractional bits.
 
@@ -86,7 +93,13 @@ class Deferred:
         return runs
 
 
-def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
+def deferred_norm(
+    ctx: Context,
+    share: torch.Tensor,
+    weight: Constant,
+    spec: Deferred,
+    columns: Sequence[int] = (),
+) -> Protocol:
     """Shares of (x / sqrt(mean(x**2) + eps)) @ weight.T, with 32 fractional bits and `spec.finer`.
 
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `spec.norm.bound`,
@@ -105,9 +118,11 @@ def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Def
     addition the truncated row minus a mask that is fresh and the client's own (`weights.send`). All
     else is what they see in `row_factor`. With exact rounding the row is opened twice, and once
     more to be truncated, and every opening that is rounded is one of `open_high`: rounds 8.
+
+    columns: of the row, those that stand for numbers larger by powers of two (`normalize`).
     """
     rows = share.reshape(-1, share.shape[-1])
-    total, kept = yield from _opened_row(ctx, rows, spec)
+    total, kept = yield from _opened_row(ctx, rows, spec, columns)
     power = spec.norm.inverse_root
     factor, row = yield from together(
         row_factor(ctx, total, power), _opened_product(ctx, kept, weight, spec)
@@ -118,54 +133,67 @@ def deferred_norm(ctx: Context, share: torch.Tensor, weight: Constant, spec: Def
         result = yield from scale_rows(ctx, row, frac, factor, power)
         result = _shifted(result, [(size, spec.finer + further) for size, further in runs])
     else:
-        columns, first = [], 0
+        scaled, first = [], 0
         for size, further in runs:
             own = slice(first, first + size)
             part = Row(row.opened[:, own], row.mask[:, own], row.top[:, own])
             frac = spec.frac + further
-            columns.append((yield from scale_rows(ctx, part, frac, factor, power, spec.finer)))
+            scaled.append((yield from scale_rows(ctx, part, frac, factor, power, spec.finer)))
             first += size
-        result = _shifted(torch.cat(columns, -1), runs)
+        result = _shifted(torch.cat(scaled, -1), runs)
     return result.reshape(*share.shape[:-1], result.shape[-1])
 
 
-def deferred_norm_cost(spec: Deferred, rows: int, weight: Constant) -> Cost:
+def deferred_norm_cost(
+    spec: Deferred, rows: int, weight: Constant, columns: Sequence[int] = ()
+) -> Cost:
     """Cost of `deferred_norm` for `rows` rows."""
-    columns, size = weight.shape
+    outputs, size = weight.shape
     power = spec.norm.inverse_root
-    product = move_cost(rows * size, weight) + Cost(offline=8 * rows * columns)
-    row = truncated_square_cost(rows * size)
-    if spec.drop:
-        row += Cost(offline=8 * rows * size)
-    opened = product + open_row_cost(rows * columns)
+    product = move_cost(rows * size, weight) + Cost(offline=8 * rows * outputs)
+    row = Cost()
+    for block in blocks_of(spec.norm, columns):
+        count = rows * len(block.columns)
+        low = Cost(offline=8 * count if spec.dropped(block) > 0 else 0)
+        row = row.beside(truncated_square_cost(count) + low)
+    opened = product + open_row_cost(rows * outputs)
     scaled = Cost()
-    for count, further in spec.further(columns):
+    for count, further in spec.further(outputs):
         scaled += scale_rows_cost(spec.frac + further, power, rows, count, spec.finer)
     return row + row_factor_cost(power, rows).beside(opened) + scaled
 
 
-def _opened_row(ctx: Context, rows: torch.Tensor, spec: Deferred) -> Protocol:
+def _opened_row(
+    ctx: Context, rows: torch.Tensor, spec: Deferred, columns: Sequence[int]
+) -> Protocol:
     """Shares of each row's sum of squares plus eps, and of the row without its lowest bits."""
-    shift = spec.norm.square_shift
+    blocks = blocks_of(spec.norm, columns)
+    opened = yield from together(*(_open_block(ctx, rows, spec, block) for block in blocks))
+    total = sum(squares.sum(-1) for squares, _ in opened)
+    if ctx.party == CLIENT:
+        total += spec.norm.eps_units
+    return total, in_order([kept for _, kept in opened], blocks)
+
+
+def _open_block(ctx: Context, rows: torch.Tensor, spec: Deferred, block: Block) -> Protocol:
+    """The same of columns of one exponent: shares of squares and of what is kept."""
+    rows, shift, drop = block.of(rows), block.square_shift, spec.dropped(block)
     if ctx.exact:
         squares, kept = yield from together(
-            truncated_square(ctx, rows, shift), truncate(ctx, rows, spec.drop)
+            truncated_square(ctx, rows, shift), truncate(ctx, rows, max(0, drop))
         )
     else:
         mask = ctx.mask(rows.shape)
         dealt = deal_square(ctx, mask, shift)
-        low = ctx.deal(rows.shape, lambda: _low(mask, spec.drop)) if spec.drop else rows
+        low = ctx.deal(rows.shape, lambda: _low(mask, drop)) if drop > 0 else rows
         opened = yield from open_under(ctx, rows, mask, OFFSET)
         squares, kept = opened, rows
         if not rows.is_meta:
             squares = square_share(ctx, opened, dealt, shift)
-            if spec.drop:
-                cut = Truncation(opened, spec.drop)
+            if drop > 0:
+                cut = Truncation(opened, drop)
                 kept = ctx.public(cut.base) - low + cut.wrap * dealt[0]
-    total = squares.sum(-1)
-    if ctx.party == CLIENT:
-        total += spec.norm.eps_units
-    return total, kept
+    return squares, kept << -drop if drop < 0 and not kept.is_meta else kept
 
 
 def _low(mask: torch.Tensor, shift: int) -> torch.Tensor:

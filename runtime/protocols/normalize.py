@@ -382,10 +382,8 @@ def normalize(
     as any others, by one opening of the mantissas.
     """
     rows, root = share.reshape(-1, share.shape[-1]), spec.inverse_root
-    blocks = _blocks(spec, parts)
-    opened = yield from together(
-        *(_open_block(ctx, rows, spec, block, len(blocks) > 1) for block in blocks)
-    )
+    blocks = blocks_of(spec, parts)
+    opened = yield from together(*(_open_block(ctx, rows, spec, block) for block in blocks))
     total = sum(squares.sum(-1) for squares, _ in opened)
     if ctx.party == CLIENT:
         total += spec.eps_units
@@ -396,47 +394,58 @@ def normalize(
             for (_, row), block in zip(opened, blocks, strict=True)
         )
     )
-    if len(blocks) == 1:
-        return scaled[0].reshape(share.shape)
-    if share.is_meta:
-        return share
-    places = torch.cat([block.columns for block in blocks]).to(share.device)
-    return torch.cat(scaled, -1)[:, places.argsort()].reshape(share.shape)
+    return in_order(scaled, blocks).reshape(share.shape)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Columns of one exponent.
+class Block:
+    """Columns of one exponent, of rows of `size` columns.
 
     lift: bits by which their words are shifted up at first. frac, square_shift: the fractional bits
     that they have then, and how many of them are dropped before squaring.
     """
 
     columns: torch.Tensor
+    size: int
     lift: int
     frac: int
     square_shift: int
 
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The words of these columns, shifted up."""
+        if len(self.columns) < self.size:
+            rows = rows[:, : len(self.columns)] if rows.is_meta else rows[:, self.columns]
+        return rows << self.lift if self.lift and not rows.is_meta else rows
 
-def _blocks(spec: RowNorm, parts: Sequence[int]) -> list[_Block]:
-    """The columns by exponent, scaled such that the squares of all of them have one scale."""
+
+def in_order(parts: Sequence[torch.Tensor], blocks: Sequence[Block]) -> torch.Tensor:
+    """Rows [R, d] from the columns of all blocks."""
+    if len(blocks) == 1:
+        return parts[0]
+    rows = torch.cat(list(parts), -1)
+    if rows.is_meta:
+        return rows
+    places = torch.cat([block.columns for block in blocks]).to(rows.device)
+    return rows[:, places.argsort()]
+
+
+def blocks_of(spec: RowNorm, parts: Sequence[int]) -> list[Block]:
+    """The columns by exponent, scaled such that the squares of all of them have one scale.
+
+    parts: see `normalize`.
+    """
     blocks = []
     for exponent, columns in groups(parts, spec.size):
         lift = max(0, exponent - spec.square_shift)
         finer = lift - exponent
         frac = math.floor(spec.frac) + finer
-        blocks.append(_Block(columns, lift, frac, spec.square_shift + finer))
+        blocks.append(Block(columns, spec.size, lift, frac, spec.square_shift + finer))
     return blocks
 
 
-def _open_block(
-    ctx: Context, rows: torch.Tensor, spec: RowNorm, block: _Block, several: bool
-) -> Protocol:
+def _open_block(ctx: Context, rows: torch.Tensor, spec: RowNorm, block: Block) -> Protocol:
     """The shares of the squares [R, columns], and the opened `Row`."""
-    if several:
-        rows = rows[:, : len(block.columns)] if rows.is_meta else rows[:, block.columns]
-    if block.lift and not rows.is_meta:
-        rows = rows << block.lift
+    rows = block.of(rows)
     if ctx.exact:
         squares, row = yield from together(
             truncated_square(ctx, rows, block.square_shift),
@@ -468,7 +477,7 @@ def rounded_rows(rows: torch.Tensor, spec: RowNorm) -> torch.Tensor:
 def normalize_cost(spec: RowNorm, rows: int, parts: Sequence[int] = ()) -> Cost:
     """Cost of `normalize` for `rows` rows."""
     opened = scaled = Cost()
-    for block in _blocks(spec, parts):
+    for block in blocks_of(spec, parts):
         size = len(block.columns)
         opened = opened.beside(truncated_square_cost(rows * size))
         scaled = scaled.beside(scale_rows_cost(block.frac, spec.inverse_root, rows, size))
