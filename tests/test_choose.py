@@ -6,9 +6,12 @@ import pytest
 
 from mergec.compiler.backend.choose import chosen_otherwise
 from mergec.compiler.backend.cost import cost_report, dealt_bytes
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.driver import compile_decoder
 from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
+from tests.families import float_decoder
 from tests.session import compiled
 
 
@@ -26,7 +29,9 @@ def test_time_is_counted_link_by_link() -> None:
     assert waiting.to_server == pytest.approx(0.03 + 2.0)
     assert waiting.prepared == pytest.approx(3.1)
     assert waiting.total == pytest.approx(3.1)
-    assert network.weight(cost, dealt) == pytest.approx(3.1 + 3.0 + 2.0 + cost.offline / MAKING)
+    making = cost.offline / MAKING
+    assert network.weight(cost, dealt) == pytest.approx(3.1 + 3.0 + 2.0 + making)
+    assert network.weight(cost, dealt, waits=False) == pytest.approx(3.1 + making)
 
 
 def test_a_step_waits_for_the_slowest_link() -> None:
@@ -47,7 +52,10 @@ def test_slow_networks_get_fewer_rounds_and_more_bytes() -> None:
     for name, program in programs.items():
         assert program.manifest.network == name
         assert sum(dealt[name].values()) == costs[name].offline
-        weights = {other: NETWORKS[name].weight(costs[other], dealt[other]) for other in programs}
+        weights = {
+            other: NETWORKS[name].weight(costs[other], dealt[other], waits=False)
+            for other in programs
+        }
         # Where messages take no time no norm is deferred, however small the model is.
         assert weights[name] == min(weights.values()) or name == "loopback"
 
@@ -111,3 +119,31 @@ def test_a_program_for_few_tokens_is_chosen_for_as_many_as_it_takes() -> None:
     """A row of 16 scores takes as many rounds either way, and fewer bytes by pairs."""
     _, program = compiled("llama", network="wan", max_length=16)
     assert set(_shifts(program)) == {"pairs"}
+
+
+def test_the_dealer_s_bytes_count_where_a_step_would_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Histograms save rounds for dealt bytes: not where these are what takes long."""
+    far = NETWORKS["wan"].parties
+    for bandwidth, shift in ((far.bandwidth, "histogram"), (1e4, "pairs")):
+        slow = Network(far, Link(far.latency, bandwidth), Link(far.latency, bandwidth))
+        monkeypatch.setitem(NETWORKS, "wan3", slow)
+        model, captured = float_decoder("llama")
+        config = CompileConfig(max_length=64, network="wan3", disable=("defer_norm",))
+        program = compile_decoder(model, config=config, captured=captured)
+        assert set(_shifts(program)) == {shift}
+
+
+def test_a_prompt_is_shifted_by_pairs() -> None:
+    """They take fewer dealt bytes, of which a prompt has many."""
+    near, far = (
+        compiled("llama", network=name, disable=("defer_norm",))[1] for name in ("loopback", "wan")
+    )
+
+    def first(program: Program, new: int, past: int) -> Cost:
+        rows = cost_report(program.any_role, new, past).rows
+        return next(row.cost for row in rows if row.target == "mpc.attention")
+
+    assert first(near, 50, 0) == first(far, 50, 0)
+    assert first(near, 8, 42).rounds > first(far, 8, 42).rounds

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergec.compiler.backend.cost import call_cost, walk
+from mergec.compiler.backend.cost import call_cost, cost_report, dealt_bytes, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
@@ -28,26 +28,42 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
-    Costs are those of a decode step. fixed: the program's fractional bits. exact: whether roundings
-    are exact. max_length: most tokens that the program takes. All roles get the same choice; their
-    instructions are replaced in place.
+    Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
+    messages, so they count only if the step would otherwise wait for them. fixed: the program's
+    fractional bits. exact: whether roundings are exact. max_length: most tokens that the program
+    takes. All roles get the same choice; their instructions are replaced in place.
     """
-    program = next(iter(roles.values()))
-    choices = _choices(program, network, fixed, exact, max_length)
-    best = {choice.name: choice.best for choice in choices}
-    for role in roles.values():
-        role.instructions = [
-            replace(item, args=best.get(item.name, item.args)) for item in role.instructions
-        ]
+    for waits in (False, True):
+        program = next(iter(roles.values()))
+        choices = _choices(program, network, fixed, exact, max_length, waits)
+        best = {choice.name: choice.best for choice in choices}
+        for role in roles.values():
+            role.instructions = [
+                replace(item, args=best.get(item.name, item.args)) for item in role.instructions
+            ]
+        if not best or not _waits(program, network, fixed, exact, max_length):
+            return
 
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
-    """How many calls of each op have other literals than `choose_variants` sets for `network`."""
+    """How many calls of each op have other literals than the cheapest on `network`, by op.
+
+    There no step waits for the dealer's bytes.
+    """
     manifest = program.manifest
-    choices = _choices(
-        program, network, fixed, manifest.rounding == "exact", manifest.max_length or NEW + PAST
-    )
+    exact, most = manifest.rounding == "exact", manifest.max_length or NEW + PAST
+    choices = _choices(program, network, fixed, exact, most, waits=False)
     return dict(Counter(c.target for c in choices if list(c.best) != list(c.given)))
+
+
+def _waits(
+    program: RoleProgram, network: Network, fixed: int, exact: bool, max_length: int
+) -> bool:
+    """Whether a decode step takes as long as the dealer's bytes do."""
+    past = min(PAST, max_length - NEW)
+    cost = cost_report(program, NEW, past, fixed, exact).total
+    waiting = network.waiting(cost, dealt_bytes(program, NEW, past, fixed, exact))
+    return waiting.total > waiting.prepared
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,12 @@ class _Choice:
 
 
 def _choices(
-    program: RoleProgram, network: Network, fixed: int, exact: bool, max_length: int
+    program: RoleProgram,
+    network: Network,
+    fixed: int,
+    exact: bool,
+    max_length: int,
+    waits: bool,
 ) -> Iterator[_Choice]:
     past = min(PAST, max_length - NEW)
     plan = Plan(program)
@@ -79,7 +100,8 @@ def _choices(
         ) -> float:
             arguments = bound | option
             cost = call_cost(op, arguments, fixed, exact)
-            return network.weight(cost, call_dealt(op, fixed, exact, *arguments.values()))
+            dealt = call_dealt(op, fixed, exact, *arguments.values())
+            return network.weight(cost, dealt, waits=waits)
 
         given = planned.bind(item.args, item.kwargs)
         best = given | min(op.variants(*bound.values()), key=weight)

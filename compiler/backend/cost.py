@@ -162,13 +162,22 @@ def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -
     return Cost(len(rounds), online, sum(context.dealt.values()))
 
 
-def dealt_bytes(program: RoleProgram, new: int, past: int) -> dict[str, int]:
+def dealt_bytes(
+    program: RoleProgram,
+    new: int,
+    past: int,
+    fixed: int | None = None,
+    exact: bool | None = None,
+) -> dict[str, int]:
     """Bytes that a dealer sends for one step, by role; their sum is `Cost.offline`.
 
-    The program of any role works. new, past: see `cost_report`.
+    The program of any role works. new, past, fixed, exact: see `cost_report`.
     """
+    arithmetic = program.manifest.arithmetic
+    given = {"fixed": fixed, "exact": exact}
+    arithmetic |= {key: value for key, value in given.items() if value is not None}
     total = {"client": 0, "server": 0}
-    for part in Rehearsal(program).parts(new, past):
+    for part in Rehearsal(program, arithmetic=arithmetic).parts(new, past):
         for role in total:
             total[role] += part.dealt[role]
     return total

@@ -70,16 +70,16 @@ class Network:
             self.to_server.latency + dealt["server"] / self.to_server.bandwidth,
         )
 
-    def weight(self, cost: Cost, dealt: Mapping[str, int]) -> float:
+    def weight(self, cost: Cost, dealt: Mapping[str, int], *, waits: bool = True) -> float:
         """Seconds used to compare protocols: rounds, the bytes of all links, and the dealer's work.
 
-        Added up, because what a step waits for is decided by all of its instructions together.
+        waits: whether a step waits for the dealer's bytes; if not, only its work for them counts.
         """
-        waiting = self.waiting(cost, dealt)
-        sent = (
-            dealt["client"] / self.to_client.bandwidth + dealt["server"] / self.to_server.bandwidth
-        )
-        return waiting.prepared + sent + cost.offline / MAKING
+        seconds = self.waiting(cost, dealt).prepared + cost.offline / MAKING
+        if waits:
+            seconds += dealt["client"] / self.to_client.bandwidth
+            seconds += dealt["server"] / self.to_server.bandwidth
+        return seconds
 
 
 _SAME_MACHINE = Link(0.0, math.inf)

@@ -76,10 +76,18 @@ class Played(NamedTuple):
 class Rehearsal:
     """Runs the steps of a program on shapes. It needs no weights: any role's program will do."""
 
-    def __init__(self, program: RoleProgram, context: ShapeContext | None = None) -> None:
-        """context: is told of each round's messages; then every instruction runs in every step."""
+    def __init__(
+        self,
+        program: RoleProgram,
+        context: ShapeContext | None = None,
+        arithmetic: Mapping[str, Any] | None = None,
+    ) -> None:
+        """context: is told of each round's messages; then every instruction runs in every step.
+
+        arithmetic: without a context, how the parties compute; by default as the manifest says.
+        """
         self.program = program
-        self.context = context or ShapeContext(**program.manifest.arithmetic)
+        self.context = context or ShapeContext(**(arithmetic or program.manifest.arithmetic))
         self._watched = context is not None
         self.plan = Plan(program)
         self._setup: list[list[Message]] = []

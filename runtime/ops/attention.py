@@ -106,8 +106,9 @@ class Attention(ScoredAttention):
     sees is what it sees in `exponentials`, `open_masked`, `open_row` and `row_factor`.
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
-    `rows.SHIFTS`. By pairs, a row of L entries takes values up to 2**(26 - log2 L); by histograms,
-    up to 2**(23 - log2 L).
+    `rows.SHIFTS`; in a step of more than 8 tokens always by pairs, which take fewer dealt bytes. By
+    pairs, a row of L entries takes values up to 2**(26 - log2 L); by histograms, up to
+    2**(23 - log2 L).
     """
 
     name = "attention"
@@ -198,9 +199,10 @@ class Attention(ScoredAttention):
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, shift)
+        way = _way(q, shift)
+        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, way)
         values = weighted_sum_cost(rows, v)
-        spec = inverse(v.shape[-2], shift)
+        spec = inverse(v.shape[-2], way)
         total += values.beside(row_factor_cost(spec, rows))
         return total + scale_rows_cost(EXP_FRAC + v.frac, spec, rows, features)
 
@@ -226,8 +228,9 @@ class Attention(ScoredAttention):
         valid, bias = split_mask(mask, q, k)
         if bias is not None and not found.share.is_meta:
             found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
-        powers = yield from exponentials(ctx, found, valid, shift)
-        spec = inverse(v.shape[-2], shift)
+        way = _way(q, shift)
+        powers = yield from exponentials(ctx, found, valid, way)
+        spec = inverse(v.shape[-2], way)
         row, factor = yield from together(
             weighted_sum(ctx, Shared(powers, EXP_FRAC), v, spec),
             row_factor(ctx, powers.sum(-1), spec),
@@ -252,6 +255,15 @@ class Attention(ScoredAttention):
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
         return stock_weighted_sum(scores.softmax(-1), v)
+
+
+_MOST_NEW = 8
+"""Tokens of a step up to which its rows may be shifted by histograms."""
+
+
+def _way(q: Masked, shift: str) -> str:
+    """How a step's rows are shifted if it has these queries."""
+    return shift if q.shape[-2] <= _MOST_NEW else PAIRS
 
 
 def sample_operands(make: Sampler) -> list[list[Any]]:
