@@ -271,6 +271,9 @@ class _Watch:
         ]
         # A role that was killed reports nothing, while those that lose it do.
         if silent:
+            # From a terminal Ctrl-C reaches all processes, and a role may be gone before this one.
+            if any(party.process.poll() == -signal.SIGINT for party in silent):
+                raise KeyboardInterrupt
             raise PartyError(_epitaph(silent[0]))
         if not failures:
             raise PartyError("a party ended before the session was over; start again")

@@ -101,8 +101,8 @@ def test_every_small_number_under_every_mask_with_exact_rounding(descend) -> Non
 
 
 SPECS = {
-    "softmax": inverse(129).octaves,
-    "long softmax": inverse(MAX_ROW).octaves,
+    "softmax": inverse(129, "pairs").octaves,
+    "long softmax": inverse(MAX_ROW, "pairs").octaves,
     "norm": RowNorm(576, 32, 1e-5, 2.0**18).inverse_root.octaves,
     "norm of any row": RowNorm(4, 6, 0.0, 1.0).inverse_root.octaves,
     "one column": Octaves(3, 40, 38, np.log2, 55),
