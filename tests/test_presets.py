@@ -44,7 +44,13 @@ def test_an_unknown_preset_lists_the_valid_ones() -> None:
         CompileConfig(preset="fast")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+FEW = ("gpt2", "llama", "gemma2", "bloom", "phi", "opt")
+"""Families with different attention, norms and activations; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in FEW else pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize(
     "preset",
     # These have all passes between them.
