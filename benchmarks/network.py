@@ -32,7 +32,7 @@ from mergec import CompileConfig, compile_decoder
 from mergec.compiler.backend.cost import dealt_bytes
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.report.tables import markdown
-from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.network import NETWORKS, Waiting
 from mergec.runtime.core.spec import Cost
 
 STEP = (1, 128)
@@ -43,7 +43,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """A step on a network. Bytes; seconds of each cause as predicted, and in all as measured.
+    """A step on a network. Bytes; waiting as predicted, and seconds as measured.
 
     local, local_prepared: measured without emulation, while the dealer works and with its
     randomness at hand. measured, prepared: the same on the emulated network. otherwise: the ops for
@@ -56,10 +56,7 @@ class Row:
     online_bytes: int
     to_client_bytes: int
     to_server_bytes: int
-    rounds_seconds: float
-    online_seconds: float
-    to_client_seconds: float
-    to_server_seconds: float
+    waiting: Waiting
     local: float
     local_prepared: float
     measured: float
@@ -69,13 +66,12 @@ class Row:
     @property
     def predicted(self) -> float:
         """Seconds of a step while the dealer works."""
-        exchanged = self.rounds_seconds + self.online_seconds
-        return self.local + max(exchanged, self.to_client_seconds, self.to_server_seconds)
+        return self.local + self.waiting.total
 
     @property
     def predicted_prepared(self) -> float:
         """Seconds of a step with the dealer's randomness at hand."""
-        return self.local_prepared + self.rounds_seconds + self.online_seconds
+        return self.local_prepared + self.waiting.prepared
 
 
 def measure(
@@ -96,8 +92,7 @@ def measure(
         raise RuntimeError("no step was run with its randomness at hand")
     return Row(
         name, network, slow.rounds, slow.online, dealt["client"], dealt["server"],
-        waiting.rounds, waiting.online, waiting.to_client, waiting.to_server,
-        plain.seconds, plain.online_seconds, slow.seconds, slow.online_seconds,
+        waiting, plain.seconds, plain.online_seconds, slow.seconds, slow.online_seconds,
         str(program.inspect(*STEP).facts.get("chosen_otherwise_than_for_loopback", "")),
     )  # fmt: skip
 
@@ -130,9 +125,10 @@ def table(rows: Sequence[Row]) -> str:
     cells = [list(HEAD)]
     for row in rows:
         sizes = row.online_bytes, row.to_client_bytes, row.to_server_bytes
-        dealt = max(row.to_client_seconds, row.to_server_seconds)
+        waiting = row.waiting
+        dealt = max(waiting.to_client, waiting.to_server)
         seconds = (
-            row.rounds_seconds, row.online_seconds, dealt, row.local, row.predicted, row.measured,
+            waiting.rounds, waiting.online, dealt, row.local, row.predicted, row.measured,
             row.predicted_prepared, row.prepared,
         )  # fmt: skip
         figures = [*(f"{n / 1e6:.2f}" for n in sizes), *(f"{s:.2f}" for s in seconds)]
@@ -151,11 +147,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         left = [0.0] * len(group)
         for label, values in (
             ("local work", [row.local for row in group]),
-            ("rounds", [row.rounds_seconds for row in group]),
-            ("online bytes", [row.online_seconds for row in group]),
-            ("dealt bytes beyond", [row.predicted - row.local - row.rounds_seconds
-                                    - row.online_seconds for row in group]),
-        ):  # fmt: skip
+            ("rounds", [row.waiting.rounds for row in group]),
+            ("online bytes", [row.waiting.online for row in group]),
+            ("dealt bytes beyond", [row.waiting.total - row.waiting.prepared for row in group]),
+        ):
             axis.barh([row.network for row in group], values, left=left, label=label)
             left = [a + b for a, b in zip(left, values, strict=True)]
         names = [row.network for row in group]

@@ -41,7 +41,7 @@ def choose_variants(
             role.instructions = [
                 replace(item, args=best.get(item.name, item.args)) for item in role.instructions
             ]
-        if not best or not _waits(program, network, fixed, exact, max_length):
+        if waits or not best or not _waits(program, network, fixed, exact, max_length):
             return
 
 

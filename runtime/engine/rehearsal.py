@@ -147,7 +147,8 @@ class Rehearsal:
             played = self._known.get(key) or self._known_now.get(key)
             if played is None or self._watched:
                 played = self._play(planned, [values[ref] for ref in refs], constants)
-                # What has a mark of this step alone means nothing in the next one.
+                # Layers are alike, and so are steps: few instructions have to run. But what has a
+                # mark of this step alone means nothing in the next one.
                 (self._known if min(key) > 0 else self._known_now)[key] = played
             values[planned.name], marks[planned.name] = played.result, played.mark
             start = max([ends.get(ref, 0) for ref in refs], default=0)
@@ -189,10 +190,7 @@ class Rehearsal:
         return next(self._passing) if described is None else self._number(described)
 
     def _play(self, planned: Planned, operands: Sequence[Any], constants: Constants) -> Played:
-        """Run an instruction on shapes.
-
-        Layers are alike, and so are steps: few instructions have to run.
-        """
+        """Run an instruction on shapes."""
         before = dict(self.context.dealt)
         try:
             result = evaluate(self.context, planned, operands, constants.weights)

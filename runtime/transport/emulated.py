@@ -24,6 +24,19 @@ _BLOCKS = 256
 """Blocks that are on the way at once."""
 
 
+class _Line:
+    """One direction of a link: what is sent waits for what was sent before."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._free = 0.0
+
+    def wait(self, sent: float, size: int) -> None:
+        """Sleep until `size` bytes would have arrived that were sent at this time."""
+        self._free = max(self._free, sent) + size / self._link.bandwidth
+        time.sleep(max(0.0, self._free + self._link.latency - time.monotonic()))
+
+
 class EmulatedLink:
     """Delivers a message when the link would: after the transfer of its bytes, and the latency.
 
@@ -34,8 +47,7 @@ class EmulatedLink:
 
     def __init__(self, link: Exchange, emulated: Link) -> None:
         self._link = link
-        self._emulated = emulated
-        self._line_free = 0.0
+        self._incoming = _Line(emulated)
 
     @property
     def traffic(self) -> Traffic:
@@ -53,8 +65,7 @@ class EmulatedLink:
             return reply
         self.traffic.received -= _STAMP.size
         (sent,) = _STAMP.unpack(reply[: _STAMP.size].numpy().tobytes())
-        self._line_free = max(self._line_free, sent) + incoming / self._emulated.bandwidth
-        time.sleep(max(0.0, self._line_free + self._emulated.latency - time.monotonic()))
+        self._incoming.wait(sent, incoming)
         return reply[_STAMP.size :]
 
 
@@ -66,8 +77,7 @@ class EmulatedBlocks:
 
     def __init__(self, blocks: BlockReader, emulated: Link) -> None:
         self._blocks = blocks
-        self._emulated = emulated
-        self._line_free = 0.0
+        self._incoming = _Line(emulated)
         self._arrived: Queue[tuple[float, torch.Tensor | PartyError | None]] = Queue(_BLOCKS)
         threading.Thread(target=self._take, name="emulated-stream", daemon=True).start()
 
@@ -77,8 +87,7 @@ class EmulatedBlocks:
         if isinstance(block, PartyError):
             raise block
         if block is not None:
-            self._line_free = max(self._line_free, sent) + block.numel() / self._emulated.bandwidth
-            time.sleep(max(0.0, self._line_free + self._emulated.latency - time.monotonic()))
+            self._incoming.wait(sent, block.numel())
         return block
 
     def _take(self) -> None:
