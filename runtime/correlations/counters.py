@@ -19,8 +19,8 @@ from mergec.runtime.correlations.dpf import (
     Correct,
     Generator,
     Keys,
+    children,
     correct,
-    grow_level,
     key_words,
     step_down,
 )
@@ -220,12 +220,7 @@ def _tally_by_library(
             step_down(seeds, bits, left, right, word, turns, 1, passed)
         seeds, bits = seeds[:, None], bits[:, None]
         for level in range(top, depth):
-            left, right = generator.children(seeds)
-            grown = np.empty((len(some), 2 * seeds.shape[1], SEED_WORDS), np.uint64)
-            controls = np.empty(grown.shape[:2], np.uint8)
-            word = words[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
-            grow_level(seeds, bits, left, right, word, grown, controls)
-            seeds, bits = grown, controls
+            seeds, bits = children(seeds, bits, Keys(keys.roots, words), level, generator)
         raw = (generator.value(seeds)[0] ^ seeds).view(job.counters.dtype)
         last = words[:, -BLOCK_WORDS:].copy().view(job.counters.dtype)
         values = raw + bits[..., None].astype(job.counters.dtype) * last[:, None]
