@@ -189,6 +189,20 @@ def is_secret(value: object) -> bool:
     return isinstance(value, MPCTensor)
 
 
+def plain_text(tensor: Any, dst: int | None = None) -> Any:
+    """What CrypTen's `get_plain_text` is meant to return: float64, or None if it is not for us.
+
+    CrypTen's decoder returns one less for a negative number that is a few units of its last place
+    above a whole number.
+
+    tensor: any shape. dst: the party that learns the value; both if None.
+    """
+    if not tensor.nelement():
+        return torch.empty(tensor.shape, dtype=torch.float64)
+    words = tensor.reveal(dst=dst)
+    return None if words is None else words.double() / tensor.encoder.scale
+
+
 def use_provider(name: str) -> None:
     """Choose the source of correlated randomness; call before the parties join."""
     cfg.mpc.provider = PROVIDERS[name]
@@ -239,6 +253,7 @@ __all__ = [
     "install",
     "is_secret",
     "no_grad",
+    "plain_text",
     "quiet",
     "serve_third_party",
     "stack",

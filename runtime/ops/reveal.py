@@ -107,7 +107,9 @@ class Reveal(Op):
     @classmethod
     def stock(cls, x: Any, noise: float = 0.0) -> Any:
         """CrypTen's reduction of the shares to the client, without noise."""
-        value = x.get_plain_text(dst=CLIENT)
+        from mergec.runtime.crypten import compat as crypten
+
+        value = crypten.plain_text(x, CLIENT)
         if value is None:
             value = torch.empty(x.shape, device="meta")
         return Held(Vis.CLIENT, value)
