@@ -324,6 +324,24 @@ def test_scores_that_are_too_far_apart() -> None:
         legalize(graph.module, FIXED)
 
 
+def test_values_that_are_too_large_to_be_weighed() -> None:
+    """A row of 4,096 of them, eight times as large as in calibration, has to fit into the ring."""
+
+    def graph(size: float) -> Graph:
+        def body(m, ids):
+            x = torch.nn.functional.embedding(ids, m.w)[None]
+            return torch.ops.mpc.attention(x, x, x * size, None, 1.0)
+
+        built = Graph(body, torch.tensor([[0, 1]]), w=torch.eye(2, 16).double())
+        ids = InputSpec("ids", Vis.CLIENT, "torch.int64", (1, "new"))
+        annotate_ranges(built.module, [ids], [[0, 1]])
+        return built
+
+    legalize(graph(256.0).module, FIXED)
+    with pytest.raises(CompileError, match=r"(?s)mpc.attention.*values reach 257 .* up to 2048"):
+        legalize(graph(257.0).module, FIXED)
+
+
 def test_scores_that_are_too_large_to_be_capped() -> None:
     legalize(scored(2000.0, softcap=20.0).module, FIXED)
     with pytest.raises(CompileError, match=r"(?s)mpc.attention.*3e\+03 .*cap.* up to 16384"):

@@ -33,6 +33,7 @@ from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.rows import (
     EXP_FRAC,
     HISTOGRAM,
+    MAX_ROW,
     PAIRS,
     exponentials,
     exponentials_cost,
@@ -49,6 +50,9 @@ from mergec.runtime.protocols.saturate import (
     saturating,
 )
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
+
+_LARGEST_VALUE = 2.0**23 / MAX_ROW
+"""Values up to this can be weighed in the longest row, whichever way the row is shifted."""
 
 MASKED_SCORE = -1e4
 """A mask entry at or below this value hides the position."""
@@ -167,7 +171,21 @@ class Attention(ScoredAttention):
     ) -> dict[str, float]:
         found, valid = counted_scores(q, k, mask, scale, softcap)
         spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
-        return {"score_spread": float(spread.max()), **largest_before_cap(q, k, scale, softcap)}
+        return {
+            "score_spread": float(spread.max()),
+            "largest_value": float(v.abs().max()),
+            **largest_before_cap(q, k, scale, softcap),
+        }
+
+    @classmethod
+    def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+        largest = measured.get("largest_value", 0.0)
+        if largest * 2.0**RANGE_MARGIN_BITS <= _LARGEST_VALUE:
+            return super().refusal(measured, arguments)
+        return (
+            f"its values reach {largest:.3g} in calibration, and beyond that may grow by "
+            f"{2**RANGE_MARGIN_BITS}; the protocol weighs values up to {_LARGEST_VALUE:g}"
+        )
 
     @classmethod
     def variants(
