@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from mergec.compiler.frontend.capture import Captured, capture
@@ -61,6 +63,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "olmo": _COMMON,
 }
 FAMILIES = tuple(_CONFIGS)
+UNLIKE = ("gpt2", "llama", "qwen3", "opt", "gpt_neox", "gpt_neo", "gemma2", "bloom", "falcon")
+"""Families of which each has something that the others lack."""
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters of slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def every_family(quick: Sequence[str] = UNLIKE) -> pytest.MarkDecorator:
+    """All families as the parameter `family`; those that are not `quick` in the slow tests."""
+    families = [name if name in quick else slow(name)[0] for name in FAMILIES]
+    return pytest.mark.parametrize("family", families)
 
 
 def random_decoder(family: str, **changes: Any) -> Any:

@@ -13,7 +13,6 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
 from mergec.runtime.core.spec import Vis
 from tests.families import (
-    FAMILIES,
     LAYERS,
     LENGTHS,
     VOCAB,
@@ -22,6 +21,7 @@ from tests.families import (
     decoder,
     empty_caches,
     error,
+    every_family,
     expected,
     outputs,
     random_decoder,
@@ -51,7 +51,7 @@ class Bigram(nn.Module):
         return self.head(self.hidden(ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family()
 def test_a_step_is_the_models(family: str) -> None:
     step = captured(family)
     assert step.cached
@@ -72,7 +72,7 @@ def test_the_cache_is_the_models() -> None:
         assert error(value, layer.values) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("bloom", marks=pytest.mark.slow)])
 def test_without_a_cache(family: str) -> None:
     step = capture(decoder(family), cache=False)
     assert not step.cached
@@ -82,9 +82,8 @@ def test_without_a_cache(family: str) -> None:
         assert error(logits, decoder(family)(ids).logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_is_left_as_it_was(family: str) -> None:
-    model = random_decoder(family).train()
+def test_a_model_is_left_as_it_was() -> None:
+    model = random_decoder("llama").train()
     model.get_submodule("lm_head").eval()
     model.set_attn_implementation("sdpa")
     modes = [module.training for module in model.modules()]
@@ -120,7 +119,7 @@ def test_who_knows_the_constants() -> None:
 def test_tied_weights_are_one_constant() -> None:
     assert sum("weight" in name for name in capture(Bigram(tied=True)).constants) == 1
     assert sum("weight" in name for name in capture(Bigram()).constants) == 2
-    tied = capture(random_decoder("llama", tie_word_embeddings=True))
+    tied = capture(random_decoder("llama", num_hidden_layers=1, tie_word_embeddings=True))
     assert "lm_head.weight" not in tied.constants
 
 
@@ -143,7 +142,9 @@ def test_training_mode_and_attention_kind_do_not_matter() -> None:
     assert error(outputs(capture(fused.train()), 5, 0)[0], wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_a_model_of_short_floats_is_computed_in_float32(dtype: torch.dtype) -> None:
     model = random_decoder("llama").to(dtype)
     step = capture(model)

@@ -8,13 +8,12 @@ from torch import fx
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError, InternalError
-from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.contract import Contract
 from mergec.compiler.graph.ir import calls
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.pipeline import rewrite
 from mergec.runtime.core.op import target
-from tests.families import captured, random_decoder
+from tests.families import captured, float_decoder
 
 aten = torch.ops.aten
 
@@ -102,7 +101,7 @@ def test_changed_outputs_are_traced_to_the_first_node() -> None:
 
 def test_weights_in_float32() -> None:
     """A weight that a pass computes may be rounded; a halved scale is an error."""
-    step = capture(random_decoder("llama").float())
+    step = float_decoder("llama")[1].copy()
     rewrite(step.copy(), CompileConfig(check_passes=True))
     with pytest.raises(InternalError, match=r"pass forgets failed .*first node that differs"):
         rewrite(step, CompileConfig(extra_passes=(_Forgets,), check_passes=True))

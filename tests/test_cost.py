@@ -12,10 +12,10 @@ import torch
 from mergec.compiler.backend.cost import CostReport, cost_report
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
 from mergec.runtime.program.program import Ref, RoleProgram
-from tests.families import LAYERS, tokens
+from tests.families import LAYERS, slow, tokens
 from tests.session import compiled, play
 
-PLAYED = ("gpt2", "llama", "gemma2", "bloom", "falcon", "gpt_neo")
+PLAYED = ("gpt2", "llama", "gemma2", *slow("bloom", "falcon", "gpt_neo"))
 PROMPT = 5
 
 LOGIT_ERROR = {"gemma2": 5e-3}

@@ -19,7 +19,7 @@ from mergec.runtime.core.network import NETWORKS, Link, Network
 from mergec.runtime.core.spec import HEADROOM_BITS, RANGE_MARGIN_BITS
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import random_decoder
+from tests.families import float_decoder, random_decoder, slow
 from tests.passes.harness import Graph, normal
 from tests.session import compiled
 
@@ -72,7 +72,7 @@ def test_a_decoder_s_logits(family: str, setting: dict[str, str]) -> None:
     check(model, program)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *slow("gpt2")])
 def test_a_token_takes_fewer_rounds(family: str) -> None:
     _, program = compiled(family, network="wan")
     _, plain = compiled(family, network="wan", disable=("defer_norm",))
@@ -80,7 +80,7 @@ def test_a_token_takes_fewer_rounds(family: str) -> None:
     assert rounds[1] - rounds[0] >= len(limits(program))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *slow("gpt2")])
 def test_a_prompt_of_more_rows_normalizes_them_first(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,9 +88,9 @@ def test_a_prompt_of_more_rows_normalizes_them_first(
     near = Link(latency=0.0, bandwidth=math.inf)
     slow = Network(Link(latency=2e-2, bandwidth=8e4), near, near)
     monkeypatch.setitem(NETWORKS, "wan", slow)
-    model = random_decoder(family).float()
+    model, captured = float_decoder(family)
     config = CompileConfig(max_length=64, logit_noise=0.0, network="wan")
-    program = compile_decoder(model, config=config)
+    program = compile_decoder(model, config=config, captured=captured)
     assert limits(program)
     assert all(1 <= limit < STEPS[0] for limit in limits(program))
     check(model, program)

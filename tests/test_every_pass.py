@@ -15,7 +15,7 @@ from mergec.compiler.graph.contract import TOLERANCE
 from mergec.compiler.graph.rewriting import STAGES, Pass
 from mergec.compiler.pipeline import rewrite, select
 from mergec.compiler.text import dump
-from tests.families import FAMILIES, captured, random_decoder
+from tests.families import captured, every_family, random_decoder
 
 CHECKED = CompileConfig(check_passes=True)
 """Runs the graph in float64 before and after each pass, see mergec.compiler.graph.contract."""
@@ -54,16 +54,13 @@ FEW = ("gpt2", "llama", "gemma2", "bloom", "phi")
 """Families with different attention, norms and activations; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in FAMILIES],
-)
+@every_family(FEW)
 def test_alone(family: str) -> None:
     for kind in OPTIMIZING:
         settles(in_dialect(family).copy(), [kind])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family()
 def test_all_together(family: str) -> None:
     assert settles(in_dialect(family).copy(), OPTIMIZING) > 0
 

@@ -11,15 +11,16 @@ import pytest
 from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.report.rows import Saving
 from mergec.runtime.core.errors import BundleError
-from tests.families import LAYERS, random_decoder
+from tests.families import LAYERS, float_decoder
 
 LENGTHS = (1, 8)
 
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    model = random_decoder("llama").float()
-    return compile_decoder(model, config=CompileConfig(max_length=64, disable=("fuse_cache",)))
+    model, captured = float_decoder("llama")
+    config = CompileConfig(max_length=64, disable=("fuse_cache",))
+    return compile_decoder(model, config=config, captured=captured)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def test_what_a_pass_saves_is_what_leaving_it_out_costs(
     last = [s for s in savings.values() if s.without is not None][-1]
     disabled = ("fuse_cache", last.name)
     config = CompileConfig(max_length=64, disable=disabled)
-    total = compile_decoder(random_decoder("llama").float(), config=config).inspect(*LENGTHS).total
+    model, captured = float_decoder("llama")
+    total = compile_decoder(model, config=config, captured=captured).inspect(*LENGTHS).total
     assert last.without is not None
     assert (last.without.rounds, last.without.online) == (total.rounds, total.online)
 

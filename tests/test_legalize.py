@@ -25,7 +25,7 @@ from mergec.runtime.core.structural import target_name
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec
 from tests.conftest import Golden
-from tests.families import FAMILIES, captured, random_decoder
+from tests.families import captured, every_family, float_decoder, random_decoder
 from tests.passes.harness import Graph, normal
 
 load_all()
@@ -113,7 +113,7 @@ def once(graph_module: fx.GraphModule) -> None:
         assert count.max() == 1, node
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family()
 def test_no_wire_is_opened_twice(family: str) -> None:
     step = captured(family)
     rewrite(step, CompileConfig())
@@ -128,7 +128,7 @@ def test_sums_of_products_are_truncated_once() -> None:
 
 
 def test_every_operand_is_in_the_form_its_op_takes() -> None:
-    program = to_dialect(capture(random_decoder("gemma2").float()), CompileConfig())
+    program = to_dialect(float_decoder("gemma2")[1].copy(), CompileConfig())
     legalize(program.graph_module, FIXED)
     checked = 0
     for node in program.graph_module.graph.nodes:
@@ -153,7 +153,7 @@ def test_every_operand_is_in_the_form_its_op_takes() -> None:
 
 
 def test_cache_outputs_have_the_form_of_cache_inputs() -> None:
-    program = to_dialect(capture(random_decoder("falcon").float()), CompileConfig())
+    program = to_dialect(float_decoder("falcon")[1].copy(), CompileConfig())
     legalize(program.graph_module, FIXED)
     nodes = list(program.graph_module.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"][1:]
@@ -186,7 +186,7 @@ def test_another_scale_goes_to_the_queries() -> None:
 
 
 def test_norms_learn_how_large_their_rows_get() -> None:
-    program = to_dialect(capture(random_decoder("llama").float()), CompileConfig())
+    program = to_dialect(float_decoder("llama")[1].copy(), CompileConfig())
     nodes = [n for n in program.graph_module.graph.nodes if "rms_norm" in str(n.target)]
     squares = [node.meta["mean_square"] for node in nodes]
     legalize(program.graph_module, FIXED)

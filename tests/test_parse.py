@@ -13,7 +13,7 @@ from mergec.compiler.pipeline import to_dialect
 from mergec.compiler.text import dump
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
-from tests.families import FAMILIES, captured
+from tests.families import captured, every_family
 
 load_all()
 
@@ -26,10 +26,7 @@ FEW = ("gpt2", "llama", "gemma2")
 """Families with different attention, norms and activations; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in FAMILIES],
-)
+@every_family(FEW)
 def test_round_trip(family: str) -> None:
     """Of a graph as captured, of dialect ops, and with its fixed-point forms."""
     step, config = captured(family), CompileConfig()

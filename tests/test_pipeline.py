@@ -24,7 +24,7 @@ from mergec.passes import available
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.ops import load_all
-from tests.families import FAMILIES, LAYERS, LENGTHS, captured, error, expected, outputs
+from tests.families import LAYERS, LENGTHS, captured, error, every_family, expected, outputs
 
 load_all()
 
@@ -167,7 +167,7 @@ def test_every_pass_has_tests_and_shows_what_it_does() -> None:
         assert "After:" in (kind.__doc__ or "")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family()
 def test_the_meaning_stays(family: str) -> None:
     original, step = in_double(captured(family)), in_double(captured(family))
     rewrite(step, CompileConfig())
@@ -180,7 +180,7 @@ def test_the_meaning_stays(family: str) -> None:
         assert error(logits, expected(family, new + past)) < CASTS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_family()
 def test_structure_is_found(family: str) -> None:
     (norm, norms, final), (activation, kind), rotary = COVERAGE[family]
     step, reports = rewritten(family)

@@ -17,7 +17,7 @@ from mergec.compiler.pipeline import rewrite, to_dialect
 from mergec.passes import available
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import FAMILIES, captured, random_decoder
+from tests.families import captured, every_family, float_decoder
 from tests.session import compiled as compiled_with
 from tests.test_end_to_end import check
 
@@ -48,9 +48,7 @@ FEW = ("gpt2", "llama", "gemma2", "bloom", "phi", "opt")
 """Families with different attention, norms and activations; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in FEW else pytest.mark.slow) for f in FAMILIES]
-)
+@every_family(FEW)
 @pytest.mark.parametrize(
     "preset",
     # These have all passes between them.
@@ -95,11 +93,11 @@ def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
 
 def test_how_far_a_lossy_program_is_from_its_model_is_measured() -> None:
     """The same by hand: the model's own logits after the text that the program generated."""
-    model = random_decoder("llama").float()
+    model, step = float_decoder("llama")
     prompts = ((3, 14, 15, 92, 65, 35), (2, 71, 82, 81))
     for preset in ("merge-er", "mpcformer-2quad"):
         config = CompileConfig(max_length=64, preset=preset, calibration=prompts, name="mine")
-        program = compile_decoder(model, config=config)
+        program = compile_decoder(model, config=config, captured=step)
         plain = PlainExecutor(program.roles["server"])
         apart, agreed = [], 0
         for given in (prompts[0][:-CONTINUED], prompts[1][:1]):

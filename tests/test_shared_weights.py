@@ -19,11 +19,11 @@ from mergec.runtime.session.requests import Plan
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.connect import Security
-from tests.families import FAMILIES, random_decoder, tokens
+from tests.families import every_family, random_decoder, tokens
 from tests.services import deployment
 from tests.session import compiled, play
 
-RUN = ("gpt2", "llama", "opt", "gemma")
+RUN = ("gpt2", "llama")
 KEY = bytes.fromhex("ab" * 32)
 STEPS = ([int(t) for t in tokens(6)[0]], [7], [1, 2])
 
@@ -35,9 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return Program.load(path)
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in RUN else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@every_family(RUN)
 def test_every_family_compiles(family: str) -> None:
     """No value of the program is the server's alone, and its tensors are in its bundle only."""
     _, program = compiled(family, weights="shared")

@@ -16,7 +16,7 @@ from mergec.runtime.core.structural import target_name
 from mergec.runtime.core.values import Shared, Weight
 from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.rms_norm_linear import RmsNormLinear
-from tests.families import captured
+from tests.families import captured, slow
 from tests.passes.harness import Graph, leaves, normal, rewrites
 
 mpc = torch.ops.mpc
@@ -83,7 +83,9 @@ def test_the_limit_is_where_the_costs_meet() -> None:
     assert weight(limit + 1, limit + 1) >= weight(limit + 1, 0)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "opt", "phi", "gemma", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "gpt_neox", *slow("qwen2", "opt", "phi", "gemma")]
+)
 def test_whole_models_compute_the_same(family: str) -> None:
     """`check_passes` compares the graphs in float64, for a prompt and for a token onto a cache."""
     step = captured(family)

@@ -17,7 +17,7 @@ from mergec.runtime.program.encoding import decode_program, encode_program
 from mergec.runtime.program.program import DECODE, FINISH, PROMPT
 from mergec.runtime.program.validate import validate
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import FAMILIES, captured, outputs
+from tests.families import captured, every_family, outputs
 from tests.merge_models import POSITIONS, says_its_next_row
 
 ASKED = CompileConfig(enable=("resend_hidden",), max_length=POSITIONS, logit_noise=0)
@@ -76,14 +76,8 @@ def test_a_stop_token_ends_the_answer_and_not_the_loop(program: Program) -> None
     assert steps == 6, "five steps and the head"
 
 
-@pytest.mark.parametrize(
-    "family",
-    # Embeddings may get a learned position, a projection, a scale, or a norm.
-    [
-        pytest.param(f, marks=() if f in ("gpt2", "opt", "gemma", "bloom") else pytest.mark.slow)
-        for f in FAMILIES
-    ],
-)
+# Embeddings may get a learned position, a projection, a scale, or a norm.
+@every_family(("opt", "gemma2", "bloom"))
 def test_the_graph_computes_what_it_did(family: str) -> None:
     step, plain = captured(family), captured(family)
     reports = {report.name: report for report in rewrite(step, ASKED)}
