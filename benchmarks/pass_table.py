@@ -151,11 +151,10 @@ def main() -> None:
     # One process per model: passes run on one core, and its memory is freed when it ends.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(MODELS), spawn, max_tasks_per_child=1) as pool:
-        parts = [INTRODUCTION]
-        for text in pool.map(section, MODELS, [wanted] * len(MODELS)):
-            parts.append(text)
-            TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(TARGET.read_text(encoding="utf-8"))
+        parts = [INTRODUCTION, *pool.map(section, MODELS, [wanted] * len(MODELS))]
+    text = "\n\n".join(parts)
+    TARGET.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
