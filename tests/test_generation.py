@@ -61,6 +61,9 @@ class Counting(Session):
     def _start(self) -> dict[str, Any]:
         return {"c": 0} if self.cached else {}
 
+    def _cut(self, cache: Any, dim: int, length: int) -> Any:
+        return length
+
     def _join(self, values: Sequence[Any]) -> Any:
         raise NotImplementedError
 

@@ -404,16 +404,22 @@ class ServerSession:
 
         limit: maximum tokens of prompt and answer together. schedule: of a stored answer.
         """
-        done = 0
+        done = computed = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
             if kind is Kind.DONE:
                 relay(kind, payload)
                 return
             new, past, draw = read_step(payload, channel.peer)
-            turn = past == (done if session.cached else 0) or new == 0
+            # The caches may still hold an earlier answer, which this one does not continue.
+            turn = past <= done or not session.cached or new == 0
             if not session.allows(new, past) or not turn or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
+            computed += new
+            if session.cached and computed > limit:
+                raise PartyError(
+                    f"the client asks for {computed} tokens in an answer of {limit}; start another"
+                )
             if schedule is not None:
                 schedule.check(new, past, draw, channel.peer)
             self._expect(patience(self._program, [(new, past)], self._settings.timeout))
@@ -421,5 +427,5 @@ class ServerSession:
                 relay(kind, payload)
                 work = partial(session.step, new, past, draw=draw)
                 report = measured(session, new, past, work)
-            done += new
+            done = past + new
             self._parent.tell(kind="step", report=asdict(report))

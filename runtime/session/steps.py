@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,8 @@ class Session(ABC):
             )
         self._caches: dict[str, Any] = {}
         self._hidden: list[Any] = []
+        self.length = 0
+        """Number of tokens in the caches; 0 without caches."""
 
     @property
     def cached(self) -> bool:
@@ -80,6 +82,10 @@ class Session(ABC):
         """Run the instructions that compute the outputs from the inputs."""
 
     @abstractmethod
+    def _cut(self, cache: Any, dim: int, length: int) -> Any:
+        """The first `length` entries of a cache, along its dimension `dim`."""
+
+    @abstractmethod
     def _join(self, values: Sequence[Any]) -> Any:
         """Concatenate shares of n rows [1, 1, E] into one share of [1, n, E]."""
 
@@ -87,6 +93,10 @@ class Session(ABC):
         self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
     ) -> torch.Tensor | None:
         """Run one step, at all roles together; only the client has `ids`, and gets a result.
+
+        past: cached tokens that the step continues. Where more are cached, the caches are cut to
+        `past` entries first, at every role; 0 empties them. What is computed in place of a dropped
+        entry is opened under a fresh mask, since each role's stream of randomness goes on.
 
         The result is logits [V]. A program that reveals only the token returns the token [1]
         instead, chosen as `draw` says, by default the most likely one.
@@ -107,19 +117,24 @@ class Session(ABC):
         the logits of every new token.
         """
         if not self.allows(new, past):
-            raise BundleError(f"a step of {new} tokens after {past} is out of turn")
+            raise BundleError(
+                f"a step of {new} tokens after {past} is out of turn; {self.length} are cached"
+            )
         self._prepare(new, past, draw or Draw())
         phase = self.program.phase(phase_of(new, past))
         if phase.name == FINISH:
             return self._finish(phase)
         if past == 0:
             self._caches, self._hidden = self._start(), []
+        elif past < self.length:
+            self._roll_back(past)
         outputs = self._execute(
             {phase.inputs[0].name: self._first(new, ids), **self._caches}, phase.outputs
         )
         self._caches = {
             spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
         }
+        self.length = past + new if self.cached else 0
         first = outputs[phase.outputs[0]]
         if self.program.resends:
             self._hidden.append(first)
@@ -130,7 +145,17 @@ class Session(ABC):
         """Whether a step of these lengths can come now."""
         if new == 0:
             return self.program.resends and past == len(self._hidden) > 0
-        return new > 0 and past >= 0 and (past == 0 or new == 1 or not self.program.resends)
+        if self.program.resends and past > 0:
+            return new == 1 and past == self.length  # its hidden states cannot be rolled back
+        return new > 0 and 0 <= past <= self.length
+
+    def _roll_back(self, past: int) -> None:
+        """Drop all but the first `past` entries of every cache."""
+        for spec in self.cache_specs:
+            if "past" not in spec.shape:
+                raise BundleError(f"{spec.name} has no length, so this program cannot roll back")
+            dim = spec.shape.index("past")
+            self._caches[spec.name] = self._cut(self._caches[spec.name], dim, past)
 
     def _finish(self, phase: Phase) -> torch.Tensor | None:
         hidden, self._hidden = self._join(self._hidden), []
@@ -221,6 +246,14 @@ class MergecSession(Session):
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         return self._executor.step(inputs, outputs, self._rounds)
 
+    def _cut(self, cache: Any, dim: int, length: int) -> Masked | Sent:
+        opened, mask = (part.narrow(dim, 0, length) for part in (cache.opened, cache.mask))
+        room = cache.room if dim == opened.dim() - 2 else None  # `Room` counts rows
+        if room is not None:
+            # What is dropped is continued by nobody, so later entries may be written over it.
+            room.used = length
+        return replace(cache, opened=opened, mask=mask, room=room)
+
     def _join(self, values: Sequence[Any]) -> Any:
         return Shared(torch.cat([value.share for value in values], 1), values[0].frac)
 
@@ -244,6 +277,9 @@ class StockSession(Session):
 
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         return self._executor.step(inputs, outputs)
+
+    def _cut(self, cache: Any, dim: int, length: int) -> Any:
+        return cache.narrow(dim, 0, length)
 
     def _join(self, values: Sequence[Any]) -> Any:
         from mergec.runtime.crypten import compat as crypten
