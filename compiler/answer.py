@@ -30,6 +30,8 @@ class Phase:
     rounds: messages that had to follow one another.
     online: bytes between client and server, both directions together.
     offline: bytes from the dealer that the server used.
+    drafted, accepted: drafted tokens that steps checked, and how many of them were right.
+    steps: how many there were.
     """
 
     tokens: int
@@ -37,6 +39,9 @@ class Phase:
     rounds: int
     online: int
     offline: int
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Answer:
                 f"{phase.rounds / phase.tokens:,.0f}",
                 readable(phase.offline / phase.tokens),
             )
+            if phase.drafted:
+                lines.append(
+                    f"{name}: {phase.tokens / phase.steps:.2f} tokens a step; {phase.accepted} of "
+                    f"{phase.drafted} drafts were right"
+                )
         if self.peak_memory:
             peaks = ", ".join(f"{role} {readable(n)}" for role, n in self.peak_memory.items())
             lines.append(f"peak memory: {peaks}")
@@ -137,11 +147,14 @@ def phases_of(result: LocalResult) -> dict[str, Phase]:
         steps.setdefault(report.phase, []).append(report)
     return {
         name: Phase(
-            tokens=sum(r.new for r in reports),
+            tokens=sum(r.tokens for r in reports),
             seconds=sum(r.seconds for r in reports),
             rounds=sum(r.rounds for r in reports),
             online=sum(r.sent + r.received for r in reports),
             offline=sum(r.offline_bytes for r in reports),
+            drafted=sum(r.drafted for r in reports),
+            accepted=sum(r.accepted for r in reports),
+            steps=len(reports),
         )
         for name, reports in steps.items()
     }

@@ -23,6 +23,7 @@ from mergec.runtime.cli import (
     Expected,
     MaxTokens,
     SamplingOptions,
+    SpeculationOptions,
     Tokenizer,
     app,
     err,
@@ -33,7 +34,7 @@ from mergec.runtime.cli import (
     write,
 )
 from mergec.runtime.core.errors import MergecError, PromptError
-from mergec.runtime.core.spec import CHOICES, MAX_NOISE
+from mergec.runtime.core.spec import CHOICES, MAX_DRAFTS, MAX_NOISE
 
 if TYPE_CHECKING:
     from mergec.compiler.program import Program
@@ -101,6 +102,14 @@ class CompileOptions:
         typer.Option(
             help="Who sees how values are rounded: both parties, `public`, or, with `exact`, "
             "never the client."
+        ),
+    ] = None
+    speculate_up_to: Annotated[
+        int | None,
+        typer.Option(
+            help="Most drafted tokens that one step checks, for `--speculate` (0: none).",
+            min=0,
+            max=MAX_DRAFTS,
         ),
     ] = None
     enable: Annotated[
@@ -234,6 +243,7 @@ def run_command(
     bundles: Annotated[Path, typer.Argument(help="Folder of the three bundles.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt.")],
     choice: SamplingOptions,
+    drafting: SpeculationOptions,
     mode: ModeOption = Mode.mergec,
     device: DeviceOption = Device.cpu,
     max_tokens: MaxTokens = 32,
@@ -260,6 +270,7 @@ def run_command(
         max_tokens=max_tokens,
         chat=chat,
         **asdict(choice),
+        **asdict(drafting),
     )
 
 

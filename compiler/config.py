@@ -7,7 +7,7 @@ from typing import Any
 
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.arguments import Arguments
-from mergec.runtime.core.spec import CHOICES, MAX_NOISE
+from mergec.runtime.core.spec import CHOICES, MAX_DRAFTS, MAX_NOISE
 
 _MPCFORMER = ("quadratic_gelu", "quadratic_silu")
 
@@ -64,6 +64,10 @@ class CompileConfig:
         threat model). With "exact" the server answers the client's masked shares with their high
         bits alone, so that no rounding depends on anything that the client sees. It takes about
         twice the rounds.
+    speculate_up_to: most drafted tokens that one step checks, 0 to 31; 0 (the default) for programs
+        that answer one token a step. A step of up to so many drafts and the token before them gives
+        the client the logits (or the token) at each of its positions; prompts and steps of one
+        token cost what they cost without. Needs a program with caches.
     disable: names of passes to leave out.
     extra_passes: further Pass classes to run, in the order given by their `stage` and `after`.
     check_passes: whether to run the graph in float64 before and after each exact pass, and raise
@@ -91,6 +95,7 @@ class CompileConfig:
     logit_noise: float = DEFAULT_NOISE
     network: str = "loopback"
     rounding: str = "public"
+    speculate_up_to: int = 0
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
@@ -122,11 +127,18 @@ class CompileConfig:
         check.text("name", self.name)
         kept = {
             "max_length": length,
+            "speculate_up_to": check.whole("speculate_up_to", self.speculate_up_to, 0, MAX_DRAFTS),
             "enable": check.names("enable", self.enable),
             "disable": check.names("disable", self.disable),
             "extra_passes": _classes(self.extra_passes),
             "calibration": _prompts(check, self.calibration),
         }
+        asked = {*PRESETS[self.preset], *self.enable}
+        if self.speculate_up_to and "resend_hidden" in asked:
+            raise CompileError(
+                "speculate_up_to needs tokens after each step, and resend_hidden gives them only "
+                "at the end; leave one of them out"
+            )
         for option, value in kept.items():
             object.__setattr__(self, option, value)
 

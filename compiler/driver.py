@@ -19,6 +19,7 @@ from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
+from mergec.compiler.frontend.positions import keep_drafts
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.pipeline import (
     assemble,
@@ -95,6 +96,9 @@ def compile_decoder(
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
+    if config.speculate_up_to:
+        captured = captured.copy()
+        keep_drafts(captured, config.speculate_up_to)
     settings = generation_settings(
         model,
         reveal=config.reveal,
@@ -132,6 +136,7 @@ def compile_decoder(
         logit_noise=float(config.logit_noise) if config.reveal == "logits" else 0.0,
         network=config.network,
         rounding=config.rounding,
+        speculate_up_to=config.speculate_up_to,
         shapes=shapes(roles["client"], types),
         cost=_cost_summary(roles["client"], dialect.max_length, config),
         passes=[_describe_pass(report) for report in dialect.pass_report],

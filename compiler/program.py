@@ -384,6 +384,8 @@ class Program:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         chat: bool | None = None,
+        speculate: str = "none",
+        speculate_tokens: int | None = None,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
         """Run client, server and dealer as three processes on this machine.
@@ -404,6 +406,10 @@ class Program:
             min_p: choose among tokens at least this fraction as likely as the likeliest; 0 for all.
             repetition_penalty: above 1 makes tokens that occurred less likely; 1 for none.
             chat: whether to put text into the model's chat template; None if there is one.
+            speculate: what drafts the next tokens, so that a step can give several: `lookup`,
+                `retrieve:DIR`, `draft:DIR`, or `none`. Greedy answers and those of a seed stay the
+                same. The program must have been compiled with `speculate_up_to`.
+            speculate_tokens: drafts of a step; None to choose as many as pay.
             on_text: called with each piece of the answer's text as it comes.
 
         Returns:
@@ -428,6 +434,9 @@ class Program:
             top_k = check.whole("top_k", top_k, 0)
         seed = None if seed is None else check.whole("seed", seed, 0, 2**63 - 1)
         check.flag("chat", chat, or_none=True)
+        check.text("speculate", speculate)
+        if speculate_tokens is not None:
+            speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
         ids, text, templated = self._tokens(prompt, chat, max_tokens)
@@ -447,6 +456,8 @@ class Program:
             seed=seed,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            speculate=speculate,
+            speculate_tokens=speculate_tokens,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(

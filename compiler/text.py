@@ -206,6 +206,8 @@ def type_text(node: fx.Node, symbols: Mapping[str, str]) -> str:
     if "form" in node.meta and node.meta.get("vis") is Vis.SHARED:
         form = node.meta["form"]
         parts += [f"f{node.meta['frac']}", "" if form == "share" else form]
+    if "length" in node.meta:
+        parts.append(node.meta["length"])
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         if node.op == "placeholder":
@@ -223,10 +225,13 @@ def _size(size: Any, symbols: Mapping[str, str]) -> str:
 
 
 def length_symbols(graph: fx.Graph) -> dict[str, str]:
-    """The names, "new" and "past", of the symbolic lengths in the inputs' shapes."""
+    """The names, "new" and "past", of the symbolic lengths in the inputs' shapes; and "rows" where
+    the number of positions that are revealed follows from both (`frontend.positions`)."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
+        if "length" in node.meta:
+            found[str(value)] = node.meta["length"]
         if node.op != "placeholder" or not isinstance(value, torch.Tensor):
             continue
         given = node.meta.get("lengths", {})

@@ -84,7 +84,15 @@ def program(
     flat = add("mixed.flat", "aten.reshape.default", mixed, [1, new, WIDTH], frac=46)
     out = linear("out", sent(flat), bias=True)
     added = add("added", "mpc.add", embed, out, frac=32)
-    last = add("last", "aten.slice.Tensor", added, 1, -1, LAST, frac=32)
+    start: Any = -1
+    if most := manifest.get("speculate_up_to", 0):
+        # new for 1 to `most` + 1 new tokens after cached ones, else 1; see `frontend.positions`.
+        few = public("few.1", "sym.sub", most + 2, new)
+        few = public("few", "sym.max", 0, public("few.0", "sym.min", 1, few))
+        few = public("checks", "sym.mul", few, public("behind", "sym.min", 1, past))
+        few = public("drafts", "sym.mul", few, public("more", "sym.sub", new, 1))
+        start = public("start", "sym.neg", public("kept", "sym.add", few, 1))
+    last = add("last", "aten.slice.Tensor", added, 1, start, LAST, frac=32)
     head = linear("head", sent(last))
     add("logits", "mpc.reveal", head, *([noise] if noise else []), vis=Vis.CLIENT, frac=0)
     shared = {"zero": torch.zeros(())}

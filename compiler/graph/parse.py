@@ -44,7 +44,7 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import TABLE, decode_literal
 from mergec.runtime.program.program import InputSpec
 
-_HINTS = {"new": 3, "past": 4}
+_HINTS = {"new": 3, "past": 4, "rows": 2}
 """Example values of lengths, as in a captured step; further lengths get larger ones."""
 
 _TOKEN = re.compile(
@@ -233,6 +233,9 @@ class _Parser:
         if self.token == ":":
             at, words = self._type()
             self._hold(node, words)
+            if words[0] == Vis.PUBLIC.value and isinstance(node.meta["val"], torch.SymInt):
+                for length in words[1:]:  # a length of its own, as the number of kept positions
+                    node.meta |= {"length": length, "val": self._length(length)}
             found, given = type_text(node, length_symbols(self.graph)), " ".join(words)
             if found != given:
                 raise self._error(f"the operands give the type {found!r}, not {given!r}", at)

@@ -15,6 +15,10 @@ from mergec.compiler.graph.visibility import visibility_of
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import Vis
 
+ROWS = "rows"
+"""The name of the number of positions at which a step reveals its result, where it is a length of
+its own: meta["length"] of the node that computes it."""
+
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The fake mode of the graph's example values; None for a graph without any."""

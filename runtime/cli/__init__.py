@@ -15,6 +15,7 @@ from mergec.runtime.cli.options import (
     MaxTokens,
     Prompt,
     SamplingOptions,
+    SpeculationOptions,
     Tokenizer,
     grouped,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "MaxTokens",
     "Prompt",
     "SamplingOptions",
+    "SpeculationOptions",
     "Tokenizer",
     "app",
     "err",

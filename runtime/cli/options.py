@@ -302,6 +302,23 @@ class SamplingOptions:
         return Sampling(**asdict(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeculationOptions:
+    """What drafts tokens that a step checks several of at once."""
+
+    speculate: Annotated[
+        str,
+        typer.Option(
+            help="What drafts the next tokens, so that a step can give several: `lookup`, "
+            "`retrieve:DIR`, `draft:DIR` or `none`."
+        ),
+    ] = "none"
+    speculate_tokens: Annotated[
+        int | None,
+        typer.Option(help="Drafted tokens of a step; by default as many as pay.", min=1),
+    ] = None
+
+
 def address(text: str) -> Address:
     """An address from `host:port`; MergecError if it has another form."""
     from mergec.runtime.transport.address import Address

@@ -28,6 +28,9 @@ MAX_NOISE = 2.0**-4
 """Largest standard deviation of the server's noise in a logit. The largest number that is drawn is
 then below 1, which fits beside any value that a share can hold."""
 
+MAX_DRAFTS = 31
+"""Most drafted tokens that a step can check. Longer runs of right drafts are too rare to pay."""
+
 CLIENT, SERVER, DEALER = 0, 1, 2
 """Party numbers. The client owns the prompt, the server owns the weights, the dealer neither."""
 

@@ -105,7 +105,8 @@ class Seen:
 class Extraction:
     """What the answers to some queries can at most determine of the weights.
 
-    A query is one step: it returns one row of logits, or one token.
+    A query is one step: it returns one row of logits, or one token. A step that checks drafts is
+    one query for each of its tokens.
     weights: all of the server's numbers. vocabulary, width: rows and columns of the matrix that the
     logits come from; 0 if there is none. honest: numbers that a client determines by following the
     protocol: with r = min(queries, width) independent rows it knows the space that the matrix's
@@ -441,6 +442,7 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
         "tokenizer_in_hash": bool(manifest.tokenizer),
         "cached": any(spec.cache_output for spec in program.inputs),
         "resends": program.resends,
+        "speculate_up_to": manifest.speculate_up_to,
         "lossy": manifest.lossy,
         "instructions": len(plan.steps),
     }
@@ -495,6 +497,10 @@ def _notes(found: Audit) -> Iterator[str]:
     facts, bounds = found.facts, found.extraction
     if facts["reveal"] == "token":
         yield "  and of temperature and top-k, which all roles know"
+    if drafts := facts["speculate_up_to"]:
+        yield f"  with drafts (at most {drafts:,} a step, made by the client): the new tokens of a"
+        yield "  step tell server and dealer how many it checks, and the past of the next one how"
+        yield "  many were right; of each draft the client learns what it learns of a step"
     if facts["tokenizer_in_hash"]:
         yield "  how text becomes tokens, and so these lengths, is covered by the program's hash"
     yield from ("", "From calibration, in all three bundles:")

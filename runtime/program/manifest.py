@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, MAX_NOISE, RING_BITS
+from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, MAX_DRAFTS, MAX_NOISE, RING_BITS
 from mergec.runtime.program.generation_settings import GenerationSettings, cut
 from mergec.runtime.program.json_values import canonical, is_a
 
@@ -70,6 +70,9 @@ class Manifest:
     """The network that protocols were chosen for."""
     rounding: str = "public"
     """Whether the client sees how intermediate values are rounded."""
+    speculate_up_to: int = 0
+    """Most drafted tokens that a step checks: up to so many positions after the first one, a step
+    that follows cached tokens gives results at all of them. 0 for results at the last one alone."""
     mode: str = "mergec"
     shapes: dict[str, Any] = field(default_factory=dict)
     """dtype and shape of each input and output, with `new` and `past` for the lengths of a step."""
@@ -125,6 +128,11 @@ class Manifest:
                 f"the manifest's generation must be settings, not {cut(self.generation)}"
             )
         self.generation.check_tokens(self.vocab_size)
+        if not 0 <= self.speculate_up_to <= MAX_DRAFTS:
+            raise BundleError(
+                f"the manifest's speculate_up_to is {self.speculate_up_to}; it can be 0 to "
+                f"{MAX_DRAFTS}"
+            )
         if not 0 <= self.logit_noise <= MAX_NOISE:
             raise BundleError(
                 f"the manifest's logit_noise is {self.logit_noise}; it can be 0 to {MAX_NOISE:g}"
@@ -197,7 +205,7 @@ _KINDS = {
 }
 """The JSON type of each field, from its annotation; settings check themselves."""
 
-_SINCE_2 = ("logit_noise", "rounding", "tokenizer")
+_SINCE_2 = ("logit_noise", "rounding", "speculate_up_to", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}

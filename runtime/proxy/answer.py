@@ -36,14 +36,17 @@ class Answer:
         stop: Container[int],
         log: Any,
         answered: Counter,
+        drafts: bool = False,
     ) -> None:
         """length: length of the prompt, in tokens. stop: tokens that end an answer.
 
-        answered: counter of answers, labelled by how they ended.
+        answered: counter of answers, labelled by how they ended. drafts: whether to count drafted
+        tokens.
         """
         self._job, self._reader, self._stop = job, reader, stop
         self._log, self._answered = log, answered
         self._length, self._count = length, 0
+        self._drafts, self._drafted, self._accepted = drafts, 0, 0
         self._began = time.monotonic()
         self._over = self._closed = False
         self.finish = "length"
@@ -51,7 +54,9 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._length, self._count)
+        if not self._drafts:
+            return Usage(self._length, self._count)
+        return Usage(self._length, self._count, self._accepted, self._drafted - self._accepted)
 
     async def next(self) -> Part | None:
         """The next part; None after the last. Raises the error that ended the answer early."""
@@ -61,6 +66,8 @@ class Answer:
         if token is None:
             return self._last(Piece())
         self._count += 1
+        self._drafted += sum(report.drafted for report in token.reports)
+        self._accepted += sum(report.accepted for report in token.reports)
         if token.token in self._stop:
             self.finish = "stop"
             return self._last(Piece(), token.reports)

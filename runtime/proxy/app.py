@@ -273,7 +273,8 @@ class Endpoint:
         job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
         reader = Reader(self._text, wanted.stop or (), best, after)
         answered = self._sessions.answered
-        answer = Answer(job, reader, len(ids), self._stop, self._log, answered)
+        drafts = self._sessions.drafts
+        answer = Answer(job, reader, len(ids), self._stop, self._log, answered, drafts)
         made = form(self._model, self._fingerprint, places=best is not None)
         try:
             if wanted.stream:

@@ -15,17 +15,28 @@ from mergec.runtime.session.steps import StepReport
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of a prompt and its answer."""
+    """Token counts of a prompt and its answer.
+
+    accepted, rejected: drafted tokens that were right, and that were not; None without drafts.
+    """
 
     prompt: int
     answer: int
+    accepted: int | None = None
+    rejected: int | None = None
 
-    def json(self) -> dict[str, int]:
-        return {
+    def json(self) -> dict[str, Any]:
+        told: dict[str, Any] = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.answer,
             "total_tokens": self.prompt + self.answer,
         }
+        if self.accepted is not None:
+            told["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            }
+        return told
 
 
 def cost(reports: Sequence[StepReport]) -> dict[str, Any]:

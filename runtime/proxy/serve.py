@@ -33,7 +33,8 @@ class ProxySettings:
     pages that may send requests. sessions: most simultaneous sessions with the server. queue: most
     requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
     address of the Prometheus endpoint. stores: folder of stored randomness to use, if any. key:
-    what requests must show; empty if they need none.
+    what requests must show; empty if they need none. speculate, speculate_tokens: as in
+    `Connection.generate`.
     """
 
     listen: Address
@@ -45,6 +46,8 @@ class ProxySettings:
     metrics: Address | None = None
     stores: Path | None = None
     key: str = ""
+    speculate: str = "none"
+    speculate_tokens: int | None = None
 
 
 def proxy(
@@ -70,7 +73,11 @@ def proxy(
     with _listen(address) as listener:
         if settings.metrics is not None:
             metrics.serve(settings.metrics, log)
-        sessions = Sessions(connect, settings.sessions, settings.queue, metrics)
+        drafting = {
+            "speculate": settings.speculate,
+            "speculate_tokens": settings.speculate_tokens,
+        }
+        sessions = Sessions(connect, settings.sessions, settings.queue, metrics, drafting)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)
         app = make_app(sessions, hosts, settings.origins, log, settings.key)
         bound = Address(*listener.getsockname()[:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -68,11 +68,17 @@ class Sessions:
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], most: int, queue: int, metrics: PartyMetrics
+        self,
+        connect: Callable[[], Connection],
+        most: int,
+        queue: int,
+        metrics: PartyMetrics,
+        drafting: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the first session.
 
-        connect: creates a client that has no session yet. Raises MergecError if opening fails, or
+        connect: creates a client that has no session yet. drafting: `speculate` and
+        `speculate_tokens` of every answer; by default none. Raises MergecError if opening fails, or
         if generation settings need a package that is not installed, and BundleError if the bundle
         has no tokenizer.
         """
@@ -81,6 +87,10 @@ class Sessions:
         if first.text is None:
             raise BundleError("this bundle has no tokenizer; compile with one")
         draw_for(Sampling(), first.program.manifest)
+        self._drafting = dict(drafting or {})
+        wanted = (self._drafting.get(key) for key in ("speculate", "speculate_tokens"))
+        self.drafts = first.speculation(*wanted) is not None
+        """Whether answers are drafted."""
         first.open()
         self.program, self.text = first.program, first.text
         self.setup: StepReport | None = first.setup
@@ -124,7 +134,8 @@ class Sessions:
                 wait=wait,
             )
         job = Job()
-        future = self._threads.submit(self._work, job, list(prompt), options)
+        given = {**self._drafting, **options}
+        future = self._threads.submit(self._work, job, list(prompt), given)
         self._jobs.append((job, future))
         job.watch(future)
         return job

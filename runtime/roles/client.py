@@ -18,6 +18,8 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.drafting import Drafter, Speculation
+from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import Token, answer, check_prompt
 from mergec.runtime.session.handshake import (
     IDLE_TIMEOUT,
@@ -110,6 +112,7 @@ class Connection:
         self._channels: list[Channel] = []
         self._pulse = Pulse()
         self._session: MergecSession | None = None
+        self._opened: tuple[tuple[str, int | None], Speculation | None] | None = None
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
         """What opening the session cost."""
@@ -311,21 +314,27 @@ class Connection:
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
         fixed_length: bool = False,
+        speculate: str | Drafter | None = None,
+        speculate_tokens: int | None = None,
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
 
         Opens a session if there is none. sampling: by default, and where it says nothing, the
         checkpoint's generation settings. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
-        about the answer. Closing the iterator ends the answer after the current step; the session
-        stays open. Raises PromptError for a prompt or sampling that the program or the server does
-        not allow, PartyError if a peer fails, and MergecError if the settings need transformers and
-        it is not installed.
+        about the answer. speculate: what drafts the next tokens, so that a step can give several:
+        `lookup`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and those of a
+        seed stay the same, and server and dealer see how many drafts of each step were right.
+        speculate_tokens: drafts of a step; None to choose as many as pay. Closing the iterator ends
+        the answer after the current step; the session stays open. Raises PromptError for a prompt,
+        sampling or drafter that the program or the server does not allow, PartyError if a peer
+        fails, and MergecError if the settings or the drafter need a package that is not installed.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
+        speculation = self.speculation(speculate, speculate_tokens)
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
         try:
@@ -333,6 +342,11 @@ class Connection:
             session, channels = self._session, self._channels
             if session is None:
                 raise PartyError("the session is over; open a new one")
+            if self._store is not None and speculation is not None:
+                raise PromptError(
+                    "stored randomness is dealt for one token a step; leave speculate out, or use "
+                    "the dealer"
+                )
             if self._store is not None and draw.top_k:
                 raise PromptError(
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
@@ -355,10 +369,27 @@ class Connection:
                 announce=announce,
                 first=first,
                 fixed_length=fixed_length,
+                speculation=speculation,
             )
             yield from self._whole_steps(tokens)
         finally:
             self._busy.release()
+
+    def speculation(
+        self, speculate: str | Drafter | None, tokens: int | None
+    ) -> Speculation | None:
+        """What drafts for `generate`; opened once, so that it keeps what it has seen and loaded.
+
+        Raises PromptError if there is no such drafter, if it does not fit the program, or if the
+        program cannot check drafts, and MergecError if a package is missing.
+        """
+        if isinstance(speculate, Drafter):
+            return Speculation(speculate, tokens)
+        wanted = speculate or NONE, tokens
+        if self._opened is None or self._opened[0] != wanted:
+            made = Speculation.open(*wanted, self.program.manifest, self.text)
+            self._opened = wanted, made
+        return self._opened[1]
 
     def _begin(
         self, session: MergecSession, channel: Channel, length: int, tokens: int

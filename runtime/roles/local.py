@@ -22,6 +22,8 @@ from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
 from mergec.runtime.roles.party import Options
+from mergec.runtime.session.drafting.drafter import read
+from mergec.runtime.session.drafting.speculation import NONE, check
 from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import StepReport
@@ -72,6 +74,8 @@ def run_local(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     ignore_stop: bool = False,
+    speculate: str = "",
+    speculate_tokens: int | None = None,
     insecure_first_party: bool = False,
     on_token: Callable[[int], object] | None = None,
     on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
@@ -83,9 +87,9 @@ def run_local(
 
     temperature to repetition_penalty: see `Sampling`; None leaves it to the checkpoint's settings.
     on_token: called with each token as it is generated. on_event: called with a role and an event
-    of it. If a role fails, all are ended, and its error is raised here. insecure_first_party: in
-    mode crypten, let the client generate all randomness, as CrypTen does by default; for debugging
-    only.
+    of it. speculate, speculate_tokens: as in `Connection.generate`, by name. If a role fails, all
+    are ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
+    generate all randomness, as CrypTen does by default; for debugging only.
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     for role in ROLES:
@@ -93,6 +97,9 @@ def run_local(
         if role == ROLES[CLIENT]:
             check_prompt(prompt_ids, max_tokens, manifest)
             draw_for(sampling, manifest, mode)
+            if speculate not in (NONE, ""):
+                read(speculate)
+                check(manifest)
     if insecure_first_party:
         if mode != "crypten":
             raise MergecError("insecure_first_party is for mode crypten only")
@@ -121,6 +128,8 @@ def run_local(
                         max_tokens=max_tokens,
                         sampling=sampling,
                         ignore_stop=ignore_stop,
+                        speculate=speculate,
+                        speculate_tokens=speculate_tokens,
                     )
                 jobs[role] = job.json()
                 parties[role] = stack.enter_context(_started(role, descriptors, environment))

@@ -29,8 +29,9 @@ from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
-from mergec.runtime.program.bundle import load_bundle
+from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
@@ -38,6 +39,7 @@ from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.requests import read_step, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
+from mergec.runtime.session.text import Text
 from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
 from mergec.runtime.transport.dealer_link import (
     BlockReader,
@@ -74,6 +76,8 @@ class Options:
     max_tokens: int = 32
     sampling: Sampling = field(default_factory=Sampling)
     ignore_stop: bool = False
+    speculate: str = ""
+    speculate_tokens: int | None = None
 
     def json(self) -> str:
         return json.dumps(asdict(self))
@@ -253,6 +257,12 @@ def _ask(
     """At the client: generate, telling some of the others of every step."""
     others = [channels[party] for party in told]
     draw = draw_for(options.sampling, session.program.manifest, options.mode)
+    speculation = Speculation.open(
+        options.speculate,
+        options.speculate_tokens,
+        session.program.manifest,
+        Text.load(folder) if (folder := Path(options.bundle) / TOKENIZER).is_dir() else None,
+    )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
     def announce(new: int, past: int) -> None:
@@ -267,6 +277,7 @@ def _ask(
         sampling=options.sampling,
         stop=stop,
         announce=announce,
+        speculation=speculation,
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),
     )

@@ -363,7 +363,7 @@ class ServerSession:
                 continue
             channel.send_json(Kind.ACCEPTED)
             schedule = take() if take is not None else None
-            self._answer(session, channel, relay, length + tokens, schedule)
+            self._answer(session, channel, relay, length, tokens, schedule)
 
     def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
         """Wait for the client's next request. Between answers the session may be ended."""
@@ -397,13 +397,17 @@ class ServerSession:
         session: MergecSession,
         channel: Channel,
         relay: Callable[[Kind, memoryview], None],
-        limit: int,
+        length: int,
+        tokens: int,
         schedule: Schedule | None = None,
     ) -> None:
         """Run the steps of one answer.
 
-        limit: maximum tokens of prompt and answer together. schedule: of a stored answer.
+        length, tokens: most tokens of its prompt, and of the answer. schedule: of a stored answer.
         """
+        limit = length + tokens
+        # A token of the answer may take a step with as many wrong drafts as the program checks.
+        most = limit + tokens * self._program.manifest.speculate_up_to
         done = computed = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
@@ -416,7 +420,8 @@ class ServerSession:
             if not session.allows(new, past) or not turn or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             computed += new
-            if session.cached and computed > limit:
+            # Rolling back, an answer of bounded length could go on for ever.
+            if session.cached and computed > most:
                 raise PartyError(
                     f"the client asks for {computed} tokens in an answer of {limit}; start another"
                 )

@@ -10,6 +10,7 @@ import torch
 
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.program.manifest import Manifest
+from mergec.runtime.session.drafting.speculation import Speculation
 from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
 from mergec.runtime.session.steps import Session, StepReport, measured
 
@@ -40,7 +41,8 @@ class Token:
     """One token of an answer.
 
     reports: one for each step that led to the token; several for the first token of a prompt that
-    is fed in parts. logits: those it was chosen from, [V]; None if only the token is revealed.
+    is fed in parts, none for one that came of the step before, behind a right draft. logits: those
+    it was chosen from, [V]; None if only the token is revealed.
     """
 
     token: int
@@ -58,6 +60,7 @@ def answer(
     announce: Callable[[int, int], object] = lambda _new, _past: None,
     first: int = 0,
     fixed_length: bool = False,
+    speculation: Speculation | None = None,
 ) -> Iterator[Token]:
     """The client's loop: yields the tokens after the prompt, a stop token included.
 
@@ -66,6 +69,15 @@ def answer(
     number of prompt tokens that the first step takes, while the later steps take one token each; 0
     for all. fixed_length: after a stop token, run the steps up to `max_tokens` without yielding
     their tokens. The caller may leave the loop at any token.
+
+    speculation: drafts the next tokens, and steps check them. A step takes the last token and the
+    drafts, and gives a result at each of its positions. Token after token is chosen from these as
+    it would be without drafts, by the same processors, with the same history and the same numbers
+    of the generator, until one is not the drafted one. The later results were computed for another
+    text and are dropped, as are their entries of the caches, by the `past` of the next step. So a
+    draft is kept with exactly the probability that the model gives it, and where it is not, the
+    token is drawn from the rest: rejection sampling (Leviathan et al., ICML 2023) for drafts that
+    are no random choice. A seed gives the same tokens with and without drafts.
 
     A program that resends its hidden state knows no token before the last step: it runs all
     `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
@@ -77,6 +89,9 @@ def answer(
     choose: Callable[[torch.Tensor], int] = int
     if revealed:
         choose = Chooser(sampling, manifest, prompt, max_tokens)
+    if speculation is not None:
+        _check_speculation(session, fixed_length)
+        speculation.begin(session.program, len(prompt), session.rehearsal)
     if session.program.resends:
         rows, reports = _resend(session, prompt, max_tokens, announce)
         for row in rows:
@@ -90,29 +105,72 @@ def answer(
     first = first if session.cached and 0 < first < len(prompt) else len(prompt)
     feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
     past, ended = 0, False
+    drafts: list[int] = []
     while True:
-        reports, row = [], None
+        reports = []
         for feed in feeds:
-            logits: list[torch.Tensor | None] = []
+            results: list[torch.Tensor | None] = []
 
-            def work(feed: list[int] = feed, past: int = past, logits: list[Any] = logits) -> None:
+            def work(
+                feed: list[int] = feed, past: int = past, results: list[Any] = results
+            ) -> None:
                 session.rehearse(len(feed), past, draw)
                 announce(len(feed), past)
-                logits.append(session.step(len(feed), past, feed, draw))
+                results.append(session.rows(len(feed), past, feed, draw))
 
             report = measured(session, len(feed), past, work)
             reports.append(replace(report, phase="decode" if tokens else "prompt"))
-            row = logits[0]
             past += len(feed) if session.cached else 0
-        if row is None:
+        found = results[0]
+        if found is None:
             raise BundleError("only the client sees a result; run this loop there")
-        tokens.append(choose(row) if revealed else int(row))
-        if not ended:
-            yield Token(tokens[-1], tuple(reports), row if revealed else None)
-        ended = ended or tokens[-1] in stop
+        if len(found) <= len(drafts):
+            raise BundleError("this program does not check drafts as it says; compile it again")
+        chosen = _accepted(found[-1 - len(drafts) :], drafts, choose, stop)
+        right = len(chosen) - 1
+        if drafts:
+            reports[-1] = replace(reports[-1], drafted=len(drafts), accepted=right)
+        if speculation is not None and tokens:
+            speculation.learn(1 + len(drafts), reports[-1].seconds, [token for token, _ in chosen])
+        past -= len(drafts) - right
+        for token, row in chosen:
+            tokens.append(token)
+            if not ended:
+                yield Token(token, tuple(reports), row if revealed else None)
+            ended, reports = ended or token in stop, []
         if len(tokens) == max_tokens or (ended and not fixed_length):
             return
-        feeds = [tokens[-1:] if session.cached else [*prompt, *tokens]]
+        if speculation is not None:
+            drafts = speculation.draft([*prompt, *tokens], max_tokens - len(tokens))
+        feeds = [[tokens[-1], *drafts] if session.cached else [*prompt, *tokens]]
+
+
+def _accepted(
+    rows: torch.Tensor,
+    drafts: Sequence[int],
+    choose: Callable[[torch.Tensor], int],
+    stop: Sequence[int],
+) -> list[tuple[int, torch.Tensor]]:
+    """The tokens of a step's results [1 + drafts, …], each with its row: up to the first that is
+    not the drafted one, or that ends the answer."""
+    chosen: list[tuple[int, torch.Tensor]] = []
+    for place, row in enumerate(rows):
+        token = choose(row)
+        chosen.append((token, row))
+        if place == len(drafts) or token != drafts[place] or token in stop:
+            break
+    return chosen
+
+
+def _check_speculation(session: Session, fixed_length: bool) -> None:
+    """Raise PromptError if drafts do not go with the program or with the other options."""
+    if session.program.resends or not session.cached:
+        raise PromptError("this program has no caches to roll back; leave speculate out")
+    if fixed_length:
+        raise PromptError(
+            "with drafts the number of steps depends on the answer, which fixed_length is to hide; "
+            "leave one of them out"
+        )
 
 
 def _resend(

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The cost of one step, as this party counted it: seconds, bytes and rounds."""
+    """The cost of one step, as this party counted it: seconds, bytes and rounds.
+
+    drafted, accepted: how many of the new tokens were drafts, and how many of these were right;
+    only the client knows the second at once.
+    """
 
     phase: str
     new: int
@@ -36,6 +40,13 @@ class StepReport:
     received: int = 0
     rounds: int = 0
     offline_bytes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt or answer that the step led on: `new`, without the wrong drafts."""
+        return self.new - self.drafted + self.accepted
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +70,8 @@ class Session(ABC):
         self._hidden: list[Any] = []
         self.length = 0
         """Number of tokens in the caches; 0 without caches."""
+        self.rehearsal: Rehearsal | None = None
+        """Runs steps on shapes, if this party compares its steps with such runs."""
 
     @property
     def cached(self) -> bool:
@@ -113,8 +126,10 @@ class Session(ABC):
     def rows(
         self, new: int, past: int, ids: Sequence[int] | None = None, draw: Draw | None = None
     ) -> torch.Tensor | None:
-        """Like `step`, with all rows that the program reveals: [1, V], unless a user's pass keeps
-        the logits of every new token.
+        """Like `step`, with all rows that the program reveals: logits [R, V], or tokens [R, 1].
+
+        R is `new` for a step that checks drafts: one of up to 1 + `Manifest.speculate_up_to` tokens
+        after cached ones. It is 1 for any other, unless a user's pass keeps every position.
         """
         if not self.allows(new, past):
             raise BundleError(
@@ -176,7 +191,7 @@ class Session(ABC):
         if self.party != CLIENT:
             return None
         value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
-        return value.reshape(-1, value.shape[-1])
+        return value.reshape(-1, value.shape[-1] if self.program.manifest.reveals_logits else 1)
 
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:  # noqa: B027
         """Find out what a step of these lengths sends, before anybody is told of the step.
@@ -196,7 +211,8 @@ class MergecSession(Session):
         self._executor = executor
         self._counted = counted
         # The dealer has nothing but shapes anyway, and sends neither party a message.
-        self._rehearsal = Rehearsal(executor.program) if self.party != DEALER else None
+        if self.party != DEALER:
+            self.rehearsal = Rehearsal(executor.program)
         self._step: tuple[int, int, Draw] | None = None
         self._rounds: Rounds | None = None
 
@@ -234,8 +250,8 @@ class MergecSession(Session):
 
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
         step = (new, past, draw or Draw())
-        if self._rehearsal is not None and step != self._step:
-            self._rounds = self._rehearsal.step(*step)
+        if self.rehearsal is not None and step != self._step:
+            self._rounds = self.rehearsal.step(*step)
             self._step = step
 
     def _prepare(self, new: int, past: int, draw: Draw) -> None:

@@ -5,6 +5,8 @@ It needs only the packages `tokenizers` and `jinja2`, so a client need not insta
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.program.json_values import canonical
 from mergec.runtime.session.templates import render
 from mergec.runtime.session.vocabulary import Vocabulary
 
@@ -79,6 +82,17 @@ class Text:
             ) from error
         template = template or settings.get("chat_template")
         return cls(tokenizer, settings, template if isinstance(template, str) else None)
+
+    @functools.cached_property
+    def vocabulary_hash(self) -> str:
+        """SHA-256, in hexadecimal, of what decides which text each token number stands for, and
+        how text becomes tokens. Chat templates and special tokens around a text are left out.
+        """
+        told = json.loads(self._tokenizer.to_str())
+        kept = {
+            key: told.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")
+        }
+        return hashlib.sha256(canonical(kept)).hexdigest()
 
     @property
     def has_chat(self) -> bool:

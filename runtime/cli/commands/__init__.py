@@ -7,3 +7,4 @@ from mergec.runtime.cli.commands import audit  # noqa: F401
 from mergec.runtime.cli.commands import services  # noqa: F401
 from mergec.runtime.cli.commands import answers  # noqa: F401
 from mergec.runtime.cli.commands import proxy  # noqa: F401
+from mergec.runtime.cli.commands import datastore  # noqa: F401

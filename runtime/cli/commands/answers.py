@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from mergec.runtime.cli.options import (
     Prompt,
     SamplingOptions,
     SessionOptions,
+    SpeculationOptions,
     StoreKey,
     grouped,
 )
@@ -73,6 +75,7 @@ def generate_command(
     prompt: Prompt,
     options: SessionOptions,
     choice: SamplingOptions,
+    drafting: SpeculationOptions,
     ids: Annotated[
         bool, typer.Option("--ids", help="The prompt is a list of token numbers.")
     ] = False,
@@ -93,6 +96,7 @@ def generate_command(
             max_tokens=max_tokens,
             sampling=choice.sampling(),
             fixed_length=fixed_length,
+            **asdict(drafting),
         )
     if stopped:
         raise KeyboardInterrupt
@@ -103,6 +107,7 @@ def generate_command(
 def chat_command(
     options: SessionOptions,
     choice: SamplingOptions,
+    drafting: SpeculationOptions,
     max_tokens: MaxTokens = 128,
     fixed_length: FixedLength = False,
 ) -> None:
@@ -126,6 +131,7 @@ def chat_command(
                     max_tokens=max_tokens,
                     sampling=sampling,
                     fixed_length=fixed_length,
+                    **asdict(drafting),
                 )
                 turns.append({"role": "assistant", "content": text})
             except MergecError as error:
@@ -183,9 +189,11 @@ def _answer(
     seconds, count = sum(r.seconds for r in reports), len(reports)
     online = sum(r.sent + r.received for r in reports)
     rounds = sum(r.rounds for r in reports)
+    drafted = sum(r.drafted for r in reports)
+    right = f"; {sum(r.accepted for r in reports)} of {drafted} drafts were right" * bool(drafted)
     err.print(
         f"{count} steps; per step {seconds / count:.2f} s, {online / count / 1e6:.2f} MB and "
-        f"{rounds / count:.0f} rounds",
+        f"{rounds / count:.0f} rounds{right}",
         style="dim",
     )
     return text, stopped

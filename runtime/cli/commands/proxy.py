@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,14 @@ import typer
 
 from mergec.runtime.cli.application import app
 from mergec.runtime.cli.console import err
-from mergec.runtime.cli.options import Grace, MetricsAt, SessionOptions, address, grouped
+from mergec.runtime.cli.options import (
+    Grace,
+    MetricsAt,
+    SessionOptions,
+    SpeculationOptions,
+    address,
+    grouped,
+)
 from mergec.runtime.core.errors import MergecError
 
 
@@ -17,6 +25,7 @@ from mergec.runtime.core.errors import MergecError
 @grouped
 def proxy_command(
     options: SessionOptions,
+    drafting: SpeculationOptions,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen at; 0 chooses a free one.", min=0, max=65535)
@@ -59,6 +68,7 @@ def proxy_command(
             metrics=address(metrics) if metrics else None,
             stores=options.store,
             key=read_api_key(api_key_file),
+            **asdict(drafting),
         ),
         lambda url: err.print(f"chat page: {url}; OpenAI API for apps: {url}/v1", soft_wrap=True),
     )

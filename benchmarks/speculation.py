@@ -1,0 +1,252 @@
+"""Tokens, bytes and rounds of SmolLM2 with drafts, on three tasks. Writes docs/speculation.md.
+
+Greedy answers do not depend on drafts, nor acceptance on the parties' computation. So each answer
+is computed once in the clear, and the client's loop runs on it again with every drafter. Bytes and
+rounds come from the cost model for the lengths of the steps, seconds from the network profiles. One
+answer is also computed by the three roles, with drafts and without.
+Usage: python benchmarks/speculation.py [--tokens N] [--private N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergec import CompileConfig, compile_decoder
+from mergec.compiler.frontend.load import load_model
+from mergec.compiler.program import Program
+from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.values import Held
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.kernels.matmul import set_threads
+from mergec.runtime.session.drafting import Drafter, Speculation
+from mergec.runtime.session.drafting.datastore import Datastore
+from mergec.runtime.session.drafting.lookup import Lookup
+from mergec.runtime.session.drafting.pace import step_cost
+from mergec.runtime.session.drafting.retrieve import Retrieve
+from mergec.runtime.session.generation import answer
+from mergec.runtime.session.plain import PlainSession
+from mergec.runtime.session.steps import StepReport
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "speculation.md"
+
+MOST = 7
+"""Drafts of a step at most: up to 8 tokens, attention finds its maxima in the fewest rounds."""
+
+PAST = 128
+"""Cached tokens for which the cost of a step is computed, as in the other tables."""
+
+ROLES = """The client owns the prompt and reads the answer. The server owns the weights. Neither \
+learns the other's secret. A dealer supplies both with correlated randomness; it sees message \
+sizes and token counts, never data."""
+
+CODE = """def total_price(items, tax):
+    result = 0
+    for item in items:
+        result += item.price * item.count
+    if tax is not None:
+        result *= 1 + tax
+    return result"""
+
+TASKS = {
+    "quote from a text": f"Repeat this text word for word:\n\n{ROLES}",
+    "edit code": f"Rename the variable `result` to `price` in this function:\n\n```python\n{CODE}"
+    "\n```",
+    "free chat": "What should I think about before I get a dog?",
+}
+
+
+INTRODUCTION = """SmolLM2-135M-Instruct, unchanged, greedy, {count} tokens of answer at most, \
+compiled for `wan` with `speculate_up_to={most}`. Tokens a step, and what each token of the answer \
+costs after the first one. Acceptance does not depend on the parties' computation, so each answer \
+is computed once in the clear, and the client's loop runs on it with each drafter. Rounds and \
+bytes are those of a step after {past} tokens, by its messages on shapes, with which each party \
+compares what it sends. Seconds are predictions of the network profiles, without anybody's \
+computation. `retrieve` drafts from a datastore of {size:,} tokens, this repository's pages and \
+sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
+
+
+class Replay(PlainSession):
+    """Gives back a known answer: at each position the token that follows there."""
+
+    def __init__(self, executor: PlainExecutor, tokens: Sequence[int]) -> None:
+        super().__init__(executor)
+        self._tokens = list(tokens)
+
+    def _start(self) -> dict[str, Any]:
+        return {spec.name: torch.zeros(1, 1, 0, 1) for spec in self.cache_specs}
+
+    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        tokens = next(value for value in inputs.values() if isinstance(value, Held)).value
+        past, new = next(iter(self._caches.values())).shape[2], tokens.shape[1]
+        following = torch.tensor([*self._tokens, 0])[past + 1 : past + new + 1]
+        logits = torch.nn.functional.one_hot(following, self.program.manifest.vocab_size).float()
+        cache = torch.zeros(1, 1, past + new, 1)
+        return dict.fromkeys(outputs, cache) | {outputs[0]: logits[None]}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The decode steps of an answer: cost by network, and their number of tokens."""
+
+    tokens: int
+    reports: list[StepReport]
+
+    @property
+    def a_step(self) -> float:
+        return self.tokens / len(self.reports)
+
+    def each(self, costs: dict[int, float]) -> float:
+        """A cost of steps, by their new tokens, for each token of the answer."""
+        return sum(costs[report.new] for report in self.reports) / self.tokens
+
+
+def played(
+    session: PlainSession, prompt: Sequence[int], count: int, drafter: Drafter | None, most: int
+) -> tuple[list[int], Steps]:
+    """An answer, and its steps after the prompt's."""
+    made = Speculation(drafter, most) if drafter is not None else None
+    found = list(answer(session, prompt, max_tokens=count, speculation=made))
+    reports = [report for token in found for report in token.reports]
+    return [token.token for token in found], Steps(len(found) - 1, reports[1:])
+
+
+def costs(program: Program) -> dict[str, dict[int, float]]:
+    """Of a step by its new tokens: rounds, online and dealt bytes, and seconds by network."""
+    names = ("rounds", "online", "dealt", "loopback", "wan")
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    rehearsal = Rehearsal(program.any_role)
+    for new in range(1, MOST + 2):
+        total, dealt = step_cost(rehearsal, new, PAST)
+        found["rounds"][new], found["online"][new] = total.rounds, total.online
+        found["dealt"][new] = total.offline
+        for name in ("loopback", "wan"):
+            found[name][new] = NETWORKS[name].waiting(total, dealt).total
+    return found
+
+
+def datastore(program: Program) -> Datastore:
+    """Of this repository's pages and sources, without the tasks, which this file holds."""
+    files = [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("runtime/**/*.py"))]
+    texts = [file.read_text(encoding="utf-8") for file in files if file != TARGET]
+    text = program.text()
+    return Datastore.of(
+        [text.encode(t) for t in texts if ROLES[:60] not in t], text.vocabulary_hash
+    )
+
+
+def page(rows: Sequence[str], private: Sequence[str], count: int, size: int) -> str:
+    return "\n".join(
+        [
+            "# Several tokens a step",
+            "",
+            INTRODUCTION.format(count=count, most=MOST, past=PAST, size=size),
+            "",
+            "| task | drafts | tokens a step | right | rounds | online | dealt | loopback | wan |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *rows,
+            "",
+            "## By the three roles",
+            "",
+            *private,
+            "",
+        ]
+    )
+
+
+def row(task: str, name: str, steps: Steps, by: dict[str, dict[int, float]]) -> str:
+    drafted = sum(report.drafted for report in steps.reports)
+    right = sum(report.accepted for report in steps.reports)
+    cells = [
+        task,
+        name,
+        f"{steps.a_step:.2f}",
+        f"{right} of {drafted}" if drafted else "",
+        f"{steps.each(by['rounds']):.0f}",
+        f"{steps.each(by['online']) / 1e6:.1f} MB",
+        f"{steps.each(by['dealt']) / 1e6:.0f} MB",
+        f"{steps.each(by['loopback']):.3f} s",
+        f"{steps.each(by['wan']):.1f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def private_lines(program: Program, prompt: Sequence[int], count: int) -> list[str]:
+    """One answer by client, server and dealer as processes of this machine, in both ways."""
+    lines = ["| drafts | tokens | steps | seconds | online | rounds |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    tokens: list[list[int]] = []
+    for speculate, most in (("none", None), ("lookup", MOST)):
+        found = program.generate_local(
+            prompt, max_tokens=count, speculate=speculate, speculate_tokens=most
+        )
+        decode = found.phases["decode"]
+        tokens.append(found.tokens)
+        lines.append(
+            f"| {speculate} | {decode.tokens} | {decode.steps} | {decode.seconds:.1f} | "
+            f"{decode.online / 1e6:.0f} MB | {decode.rounds:,} |"
+        )
+    same = "the same" if tokens[0] == tokens[1] else "DIFFERENT"
+    lines += ["", f"The tokens of both runs are {same}. The prompt's step is left out."]
+    return [
+        "The first task on this machine, three processes over loopback, all decode steps together.",
+        "",
+        *lines,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--private", type=int, default=24, help="of the answer by the three roles")
+    parser.add_argument("--output", type=Path, default=TARGET)
+    options = parser.parse_args()
+    keep_freed_memory()
+    set_threads(1)
+    model, tokenizer = load_model("smollm2")
+    config = CompileConfig(network="wan", max_length=512, speculate_up_to=MOST)
+    program = compile_decoder(model, tokenizer, config, print)
+    program.history, model = None, None  # their weights are not needed any more
+    plain = PlainExecutor(program.roles["server"])
+    by, store = costs(program), datastore(program)
+    drafters: dict[str, Drafter | None] = {
+        "none": None,
+        "lookup": Lookup(),
+        "retrieve": Retrieve(store),
+    }
+    rows: list[str] = []
+    prompts = {task: program.text().encode(text, chat=True) for task, text in TASKS.items()}
+    for task, prompt in prompts.items():
+        tokens, single = played(PlainSession(plain), prompt, options.tokens, None, 0)
+        print(f"{task}: {program.text().decode(tokens)!r}")
+        rows.append(row(task, "none", single, by))
+        whole = [*prompt, *tokens]
+        for name, drafter in drafters.items():
+            for most in (3, MOST) if drafter is not None else ():
+                again, steps = played(Replay(plain, whole), prompt, len(tokens), drafter, most)
+                if again != tokens:
+                    raise SystemExit(f"{task}, {name}: drafts changed the answer")
+                rows.append(row(task, f"{name}, up to {most}", steps, by))
+        if task == next(iter(prompts)):
+            checked, _ = played(PlainSession(plain), prompt, len(tokens), Lookup(), MOST)
+            if checked != tokens:
+                raise SystemExit(f"{task}: drafts changed the answer of the model")
+    print("\n".join(rows))
+    with tempfile.TemporaryDirectory(prefix="mergec-") as folder:
+        program.save(Path(folder) / "program")
+        private = private_lines(program, prompts[next(iter(prompts))], options.private)
+    options.output.write_text(page(rows, private, options.tokens, store.size), encoding="utf-8")
+    print("\n".join(private))
+
+
+if __name__ == "__main__":
+    main()

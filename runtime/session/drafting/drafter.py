@@ -1,0 +1,112 @@
+"""What makes drafts: the interface, and the drafters by name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import ClassVar, Self
+
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.session.text import Text
+
+ENTRY_POINTS = "mergec.drafters"
+"""The group of entry points under which other packages offer drafters."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The program that drafts are for.
+
+    vocab_size: number of its tokens; 0 if unknown. text: its tokenizer, if it has one.
+    """
+
+    vocab_size: int
+    text: Text | None
+
+    def tokens_of(self, place: str) -> str:
+        """What identifies the program's tokens, to compare with those of `place`.
+
+        Raises PromptError if the program has no tokenizer: token numbers alone do not say it.
+        """
+        if self.text is None:
+            raise PromptError(
+                f"{place} is for the tokens of one tokenizer, and this program has none to compare "
+                "with; compile with the tokenizer, or draft by lookup"
+            )
+        return self.text.vocabulary_hash
+
+
+class Drafter(ABC):
+    """Guesses the tokens that follow; a guess costs nothing but time if it is wrong.
+
+    A subclass in a file of this package, or an entry point of the group `mergec.drafters`, can be
+    named in `speculate`: by its `name`, or `name:PLACE` if it reads something from a place.
+
+    name: what `speculate` calls it. place: what stands behind the colon, as in "DIR"; "" if nothing
+    does.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[str] = ""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, place: str, target: Target) -> Self:
+        """A drafter for a program. Raises PromptError if it does not fit the program."""
+
+    @abstractmethod
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `tokens`, the prompt's and the answer's; or none.
+
+        Must be a function of its arguments and of what the drafter was opened with: then a drafted
+        token that is kept if the model chooses it leaves the answer's distribution as it is.
+        """
+
+
+@cache
+def drafters() -> dict[str, type[Drafter]]:
+    """Every drafter by name: those of this package, and those that other packages offer.
+
+    Raises PromptError that names an entry point which cannot be used.
+    """
+    package = importlib.import_module("mergec.runtime.session.drafting")
+    found: dict[str, type[Drafter]] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+        for kind in vars(loaded).values():
+            if isinstance(kind, type) and issubclass(kind, Drafter) and kind is not Drafter:
+                found[kind.name] = kind
+    for point in entry_points(group=ENTRY_POINTS):
+        kind = _loaded(point)
+        if found.setdefault(kind.name, kind) is not kind:
+            raise PromptError(f"there are two drafters {kind.name!r}; uninstall {point.value}")
+    return found
+
+
+def _loaded(point: EntryPoint) -> type[Drafter]:
+    where = f"the entry point {point.value} of {ENTRY_POINTS}"
+    try:
+        kind = point.load()
+    except Exception as error:
+        raise PromptError(f"{where} cannot be loaded: {error}; repair its package") from error
+    if not (isinstance(kind, type) and issubclass(kind, Drafter) and hasattr(kind, "name")):
+        raise PromptError(f"{where} is not a named subclass of mergec's Drafter")
+    return kind
+
+
+def read(speculate: str) -> tuple[type[Drafter], str]:
+    """The drafter that `speculate` names, and its place. Raises PromptError for any other text."""
+    name, colon, place = speculate.partition(":")
+    known = drafters()
+    kind = known.get(name)
+    if kind is None or bool(place) != bool(kind.place) or (colon and not place):
+        forms = [f"{k.name}:{k.place}" if k.place else k.name for k in known.values()]
+        raise PromptError(
+            f"speculate is {speculate!r}; it can be: {', '.join([*sorted(forms), 'none'])}"
+        )
+    return kind, place

@@ -1,0 +1,56 @@
+"""Drafts what follows the same tokens in a datastore of the client's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.session.drafting.datastore import Datastore
+from mergec.runtime.session.drafting.drafter import Drafter, Target
+
+LEAST, MOST = 2, 16
+"""Fewest and most tokens of the end that are looked for."""
+
+PLACES = 1024
+"""Most occurrences whose continuations are weighed."""
+
+
+class Retrieve(Drafter):
+    """Finds the longest end of the tokens that occurs in a datastore, and drafts what follows it.
+
+    Of the continuations of all occurrences, the most frequent token at each place. The datastore is
+    the client's and is never sent. Source: REST (He et al., arXiv 2311.08252), with a chain of
+    tokens in place of a tree.
+    """
+
+    name = "retrieve"
+    place = "DIR"
+
+    def __init__(self, datastore: Datastore) -> None:
+        self._datastore = datastore
+
+    @classmethod
+    def open(cls, place: str, target: Target) -> Self:
+        datastore = Datastore.load(Path(place))
+        if datastore.vocabulary != target.tokens_of(place):
+            raise PromptError(
+                f"{place} was built for another tokenizer than this program's; build it again"
+            )
+        return cls(datastore)
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        positions = self._datastore.followers(tokens, LEAST, MOST, PLACES)
+        drafted: list[int] = []
+        while len(positions) and len(drafted) < most:
+            found, inside = self._datastore.after(positions, len(drafted))
+            if not inside.any():
+                break
+            values, counts = np.unique(found[inside], return_counts=True)
+            best = int(values[counts.argmax()])
+            drafted.append(best)
+            positions = positions[inside & (found == best)]
+        return drafted

@@ -1,0 +1,102 @@
+"""Several tokens a step: drafts them, decides how many, and counts how many were right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.program.manifest import Manifest
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.drafting.drafter import Drafter, Target, read
+from mergec.runtime.session.drafting.pace import (
+    Acceptance,
+    Seconds,
+    best_length,
+    modelled_seconds,
+)
+from mergec.runtime.session.text import Text
+
+NONE = "none"
+
+
+class Speculation:
+    """A drafter, and how many of its tokens a step checks.
+
+    It serves one session, one answer at a time. What it has seen of a drafter's drafts and of a
+    session's steps stays from answer to answer.
+    """
+
+    def __init__(self, drafter: Drafter, tokens: int | None = None) -> None:
+        """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`."""
+        if tokens is not None and tokens < 1:
+            raise PromptError(f"speculate_tokens is {tokens}; it can be 1 or more")
+        self.drafter, self.tokens = drafter, tokens
+        self._acceptance = Acceptance()
+        self._seconds: Seconds | None = None
+        self._drafted: list[int] = []
+        self.most = 0
+        """Most drafts of a step of the program."""
+
+    @classmethod
+    def open(
+        cls, speculate: str, tokens: int | None, manifest: Manifest, text: Text | None
+    ) -> Self | None:
+        """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
+
+        Raises PromptError if there is no such drafter, if it does not fit the program, or if the
+        program cannot check drafts.
+        """
+        if speculate in (NONE, ""):
+            if tokens is not None:
+                raise PromptError("speculate_tokens needs speculate, as in speculate='lookup'")
+            return None
+        kind, place = read(speculate)
+        check(manifest)
+        drafter = kind.open(place, Target(manifest.vocab_size, text))
+        return cls(drafter, tokens)
+
+    def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
+        """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
+
+        rehearsal: of the program, if there is one.
+        """
+        check(program.manifest)
+        self.most = program.manifest.speculate_up_to
+        if self.tokens is None and self._seconds is None:
+            network = NETWORKS[program.manifest.network]
+            limit = program.manifest.max_length or length + 1 + self.most
+            most = max(1, min(1 + self.most, limit - length))
+            counts = sorted({1, most})
+            steps = rehearsal or Rehearsal(program)
+            self._seconds = Seconds(modelled_seconds(steps, length, counts, network))
+
+    def draft(self, tokens: Sequence[int], room: int) -> list[int]:
+        """The drafts of the next step after `tokens`. room: most tokens that may still come."""
+        most = min(self.most, room - 1)
+        if most < 1:
+            self._drafted = []
+            return []
+        wanted = most if self.tokens is None else min(most, self.tokens)
+        self._drafted = self.drafter.draft(tokens, wanted)[:wanted]
+        if self.tokens is not None or self._seconds is None or not self._drafted:
+            return self._drafted
+        seconds = self._seconds.of(1 + len(self._drafted))
+        return self._drafted[: best_length(seconds, self._acceptance.value)]
+
+    def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
+        """Note a step of `new` tokens, and the tokens that came of it."""
+        self._acceptance.learn(self._drafted, tokens)
+        if self._seconds is not None:
+            self._seconds.learn(new, seconds)
+
+
+def check(manifest: Manifest) -> None:
+    """Raise PromptError if a program cannot check drafts."""
+    if not manifest.speculate_up_to:
+        raise PromptError(
+            "this program answers one token a step; compile with speculate_up_to=7 "
+            "(--speculate-up-to 7), or leave speculate out"
+        )
