@@ -25,7 +25,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan install clean
+.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan prompts install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -113,6 +113,9 @@ bench-wan: $(READY) ## a decode step on emulated networks, predicted and measure
 
 bench-small: $(READY) ## decoders of two layers by stock protocols and ours; writes docs/side-by-side.md
 	$(PYTHON) benchmarks/bench.py --small $(BENCH_ARGS)
+
+prompts: $(READY) ## public text, turns of a chat and pieces, on SmolLM2; writes docs/prompts.md
+	PYTHONPATH=. $(PYTHON) benchmarks/prompts.py --output docs/prompts.md $(BENCH_ARGS)
 
 pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
 	$(PYTHON) benchmarks/pass_table.py

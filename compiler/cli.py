@@ -22,6 +22,8 @@ from mergec.runtime.cli import (
     DeviceOption,
     Expected,
     MaxTokens,
+    PromptPiece,
+    PublicPrompt,
     SamplingOptions,
     SpeculationOptions,
     Tokenizer,
@@ -248,6 +250,8 @@ def run_command(
     device: DeviceOption = Device.cpu,
     max_tokens: MaxTokens = 32,
     chat: Chat = None,
+    public_prompt: PublicPrompt = None,
+    prompt_piece: PromptPiece = 0,
     tokenizer: Tokenizer = None,
     expect: Expected = None,
     check_plaintext: Annotated[
@@ -261,6 +265,11 @@ def run_command(
         step("reading the bundles")
         program = Program.load(bundles)
         program.check(expect, tokenizer)
+    public = None
+    if public_prompt is not None:
+        from mergec.runtime.session.public_text import read_public_text
+
+        public = read_public_text(public_prompt)
     _run(
         program,
         prompt,
@@ -269,6 +278,8 @@ def run_command(
         device=device.value,
         max_tokens=max_tokens,
         chat=chat,
+        public_prefix=public,
+        prompt_piece=prompt_piece,
         **asdict(choice),
         **asdict(drafting),
     )

@@ -31,6 +31,7 @@ from mergec.runtime.program.bundle import (
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt
+from mergec.runtime.session.public_text import check_public, prompt_tokens, public_tokens
 from mergec.runtime.session.sampling import Chooser, Sampling
 from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
@@ -386,6 +387,8 @@ class Program:
         chat: bool | None = None,
         speculate: str = "none",
         speculate_tokens: int | None = None,
+        public_prefix: str | Sequence[int] | None = None,
+        prompt_piece: int = 0,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
         """Run client, server and dealer as three processes on this machine.
@@ -410,6 +413,12 @@ class Program:
                 `retrieve:DIR`, `draft:DIR`, or `none`. Greedy answers and those of a seed stay the
                 same. The program must have been compiled with `speculate_up_to`.
             speculate_tokens: drafts of a step; None to choose as many as pay.
+            public_prefix: what the prompt begins with and both parties know. The server computes
+                its keys and values in the clear, so it takes no steps. A text is the system message
+                in a chat template, else the beginning of the text; token numbers go before those of
+                the prompt. None for none.
+            prompt_piece: most tokens of the prompt that one step takes, which bounds the memory
+                that a long prompt takes; 0 for any number.
             on_text: called with each piece of the answer's text as it comes.
 
         Returns:
@@ -421,6 +430,7 @@ class Program:
         """
         check = Arguments(PromptError)
         max_tokens = check.whole("max_tokens", max_tokens, 1)
+        prompt_piece = check.whole("prompt_piece", prompt_piece, 0)
         check.choice("mode", mode, MODES)
         check.text("device", device)
         options = {
@@ -439,7 +449,7 @@ class Program:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
-        ids, text, templated = self._tokens(prompt, chat, max_tokens)
+        ids, text, templated, public = self._tokens(prompt, chat, max_tokens, public_prefix)
         from mergec.runtime.roles.local import run_local
 
         after = () if templated else ids
@@ -458,6 +468,8 @@ class Program:
             repetition_penalty=repetition_penalty,
             speculate=speculate,
             speculate_tokens=speculate_tokens,
+            public=public,
+            prompt_piece=prompt_piece,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(
@@ -500,10 +512,14 @@ class Program:
         return self._text is not None or VOCABULARY in self._files
 
     def _tokens(
-        self, prompt: str | Sequence[int], chat: bool | None, max_tokens: int
-    ) -> tuple[list[int], Text | None, bool]:
-        """The prompt's tokens, checked against the program's limits, the tokenizer if any, and
-        whether the chat template was applied.
+        self,
+        prompt: str | Sequence[int],
+        chat: bool | None,
+        max_tokens: int,
+        public: str | Sequence[int] | None,
+    ) -> tuple[list[int], Text | None, bool, list[int]]:
+        """The prompt's tokens, checked against the program's limits, the tokenizer if any, whether
+        the chat template was applied, and those of the tokens that are public.
         """
         text = self.text() if self._has_text() or isinstance(prompt, str) else None
         templated = False
@@ -511,13 +527,24 @@ class Program:
             if not prompt.strip():
                 raise PromptError("the prompt is empty; say something")
             templated = text.has_chat if chat is None else chat
-            ids = text.encode(prompt, templated)
+            known = public if isinstance(public, str) else None
+            ids = prompt_tokens(text, prompt, templated, known)
         else:
             if chat:
                 raise PromptError("chat=True needs a text; this prompt is token numbers")
             ids = Arguments(PromptError).tokens("prompt", prompt)
+        begins: list[int] = []
+        if isinstance(public, str):
+            if text is None or not isinstance(prompt, str):
+                raise PromptError("this prompt is token numbers; give public_prefix as such, too")
+            begins = public_tokens(text, public, templated)
+        elif public is not None:
+            begins = Arguments(PromptError).tokens("public_prefix", public)
+            ids = [*begins, *ids]
         check_prompt(ids, max_tokens, self.manifest)
-        return ids, text, templated
+        if begins:
+            check_public(self.any_role, len(begins), begins)
+        return ids, text, templated, begins
 
     def _place(self) -> Path:
         """The folder of the bundles; a temporary one for a program that was never saved."""

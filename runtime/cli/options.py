@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -167,6 +167,28 @@ RepetitionPenalty = Annotated[
     typer.Option(help="Above 1, tokens that occurred become less likely.", min=0.0),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; it does not affect masks.")]
+PublicPrompt = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-prompt",
+        help="File of public text: what prompts begin with, as the system message where there is a "
+        "chat template. The server must know it, too; it takes no steps.",
+    ),
+]
+Reuse = Annotated[
+    bool,
+    typer.Option(
+        help="Continue the caches of an earlier prompt that begins like this one. The server and "
+        "the dealer see which one, and how much both have in common."
+    ),
+]
+PromptPiece = Annotated[
+    int,
+    typer.Option(
+        help="Most tokens of a prompt in one step, to bound the memory of long prompts; 0: any.",
+        min=0,
+    ),
+]
 Chat = Annotated[
     bool | None,
     typer.Option(help="Apply the chat template; by default if the model has one."),
@@ -250,11 +272,31 @@ class SessionOptions(ClientOptions):
     keep: Keep = None
     tokenizer: Tokenizer = None
     device: DeviceOption = Device.cpu
+    public_prompt: PublicPrompt = None
+    reuse: Reuse = True
+    prompt_piece: PromptPiece = 0
 
-    def connection(self) -> Connection:
-        """A connection, not yet open; with a store it needs no dealer."""
+    def public(self) -> str | None:
+        """The public text, if one is given."""
+        if self.public_prompt is None:
+            return None
+        from mergec.runtime.session.public_text import read_public_text
+
+        return read_public_text(self.public_prompt)
+
+    def connection(
+        self, public: str | Sequence[int] | None = None, chat: bool | None = None
+    ) -> Connection:
+        """A connection, not yet open; with a store it needs no dealer.
+
+        public: a public text. chat: see `Connection`.
+        """
         store = self._opened_store()
         return self._connection(
+            public_prefixes=[] if public is None else [public],
+            public_chat=chat,
+            reuse=self.reuse,
+            prompt_piece=self.prompt_piece,
             dealer=address(self.dealer) if store is None else None,
             store=store,
             device=self.device.value,

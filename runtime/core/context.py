@@ -98,6 +98,10 @@ class Context(ABC):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         """A fresh uniform mask known to the client and the dealer; a meta tensor at the server."""
 
+    @abstractmethod
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        """A fresh uniform mask known to the server and the dealer; a meta tensor at the client."""
+
     def weight_mask(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The static mask of a weight, known to the server and the dealer; meta at the client."""
         return next(self.weight_masks(name, [shape]))
@@ -250,6 +254,9 @@ class ClientContext(_PartyContext):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
 
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         return (torch.empty(tuple(shape), dtype=torch.int64, device="meta") for shape in shapes)
 
@@ -290,6 +297,9 @@ class ServerContext(_PartyContext):
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
+
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
 
     def server_words(self, shape: Sequence[int]) -> torch.Tensor:
         return self._words(self._own, shape, torch.int64)
@@ -354,6 +364,9 @@ class DealerContext(Context):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self._words(self._client, shape, torch.int64)
 
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._words(self._server, shape, torch.int64)
+
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
         prg = Prg(derive(self._weight_seed, f"weight {name}"))
@@ -406,6 +419,9 @@ class ShapeContext(Context):
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.mask(shape)
+
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self.mask(shape)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:

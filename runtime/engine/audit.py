@@ -21,21 +21,25 @@ from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plan import Plan
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.rehearsal import Rehearsal, drive
 from mergec.runtime.program.program import DECODE, FINISH, PROMPT, RoleProgram
+from mergec.runtime.protocols.public_text import enter
 
 SCHEMA = 1
 """Raised when a key of the JSON goes or changes its meaning."""
 
-FRESH, HIGH, OWN, STATIC, NONE = "fresh", "high", "client", "static", "none"
+FRESH, HIGH, OWN, SERVERS = "fresh", "high", "client", "server"
+STATIC, NONE = "static", "none"
 """Masks: drawn for one value, of which each party has a share; the same, of which only the high
-bits are shown; known to the client; drawn once for a constant and known to the server; and no mask.
+bits are shown; known to the client; known to the server; drawn once for a constant and known to the
+server; and no mask.
 """
 
 _MASKS = {
     FRESH: "a fresh mask r that neither party knows",
     HIGH: "a fresh mask r that neither party knows; the server keeps the low bits",
     OWN: "a fresh mask a that only the client knows",
+    SERVERS: "a fresh mask b that only the server knows",
     STATIC: "the static mask B that only the server knows",
     NONE: "NO MASK",
 }
@@ -70,7 +74,7 @@ class Seen:
     separate bits, masked by XOR. revealed: whether the op is one that tells the client on purpose.
     words: number of words by the kind of step: in a prompt by its tokens, in a decode step by the
     tokens before it, in the last step of a program that resends its hidden state by the tokens of
-    the answer, and once at the setup.
+    the answer, in a public text by its tokens, and once at the setup.
     """
 
     role: str
@@ -90,6 +94,7 @@ class Seen:
             FRESH: f"x {plus} r",
             HIGH: "high bits of x + r",
             OWN: "x - a",
+            SERVERS: "x + b",
             STATIC: "W - B",
             NONE: "x",
         }
@@ -189,6 +194,9 @@ class Watch(ShapeContext):
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self._drawn(OWN, torch.empty(tuple(shape), dtype=torch.int64, device="meta"))
 
+    def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
+        return self._drawn(SERVERS, super().server_mask(shape))
+
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         for shape in shapes:
             self.static += math.prod(shape)
@@ -229,10 +237,10 @@ def _fits(mask: torch.Tensor, message: Message) -> bool:
 Kind = tuple[str, str, int, bool, str, bool]
 """The fields of `Seen` that tell kinds apart: role, op, ring, bits, mask, revealed."""
 
-SETUP = "setup"
-CONSTANTS = "the weights"
+SETUP, PUBLIC = "setup", "public text"
+CONSTANTS, ROWS = "the weights", "keys and values of public text"
 
-_LETTERS = {PROMPT: "n", DECODE: "p", FINISH: "k"}
+_LETTERS = {PROMPT: "n", DECODE: "p", FINISH: "k", PUBLIC: "m"}
 """What the length of a step is called in a formula."""
 
 
@@ -255,7 +263,7 @@ def audit(program: RoleProgram, queries: int = 1000) -> Audit:
     manifest = program.manifest
     watch = Watch(**manifest.arithmetic)
     rehearsal = Rehearsal(program, watch)
-    seen = _setup(rehearsal, watch)
+    seen = [*_setup(rehearsal, watch), *_public(program, watch)]
     limit = manifest.max_length or max(PROMPT_LENGTHS + PAST_LENGTHS) + 1
     steps = {
         PROMPT: {n: (n, 0) for n in PROMPT_LENGTHS if n <= limit},
@@ -280,8 +288,10 @@ def audit(program: RoleProgram, queries: int = 1000) -> Audit:
         return lambda step: step.dealt[role]
 
     kinds = {kind for steps in played.values() for step in steps.values() for kind in step.words}
-    for kind in sorted(kinds):
-        seen.append(Seen(*kind, {name: growth(name, by_kind(kind)) for name in played}))
+    seen += [
+        Seen(*kind, {name: growth(name, by_kind(kind)) for name in played})
+        for kind in sorted(kinds)
+    ]
     return Audit(
         manifest.model or "program",
         manifest.program_hash,
@@ -319,6 +329,25 @@ def _setup(rehearsal: Rehearsal, watch: Watch) -> list[Seen]:
             )
         )  # fmt: skip
     return found
+
+
+def _public(program: RoleProgram, watch: Watch) -> list[Seen]:
+    """What a session sends for a public text, if it has one."""
+    specs = [spec for spec in program.inputs if spec.cache_output is not None]
+    counts: dict[tuple[str, str], dict[int, int]] = {}
+    for length in PROMPT_LENGTHS if specs and not program.resends else ():
+        for spec in specs:
+            shape = [length if isinstance(size, str) else size for size in spec.shape]
+            words = torch.empty(shape, dtype=torch.int64, device="meta")
+            drive(watch, enter(watch, words, spec.frac, spec.form))
+        for message, mask in watch.take():
+            at = counts.setdefault((_READERS[type(message)], mask), {})
+            at[length] = at.get(length, 0) + message.payload.numel()
+    letter = _LETTERS[PUBLIC]
+    return [
+        Seen(role, ROWS, 64, False, mask, False, {PUBLIC: _growth(letter, at)})
+        for (role, mask), at in counts.items()
+    ]
 
 
 _READERS: dict[type[Message], str] = {Swap: "both", ToServer: "server", ToClient: "client"}
@@ -453,7 +482,7 @@ def _text(found: Audit) -> Iterator[str]:
     yield f"{found.model}: program {found.program_hash}"
     yield f"reveal: {facts['reveal']}; weights: {facts['weights']}; one semi-honest party corrupted"
     yield "n: tokens of a prompt; p: tokens before a decode step" + (
-        "; k: tokens of an answer" if facts["resends"] else ""
+        "; k: tokens of an answer" if facts["resends"] else "; m: tokens of public text, if any"
     )
     titles = {
         "server": "The server sees, of the client's shares and tokens",

@@ -75,7 +75,7 @@ class Executor:
         Raises KeyError if the program lacks a public tensor.
         """
         self._constants = load_constants(
-            self.plan, self.context, self._drive, self._encoded, self._kept
+            self.plan, self.context, self.drive, self._encoded, self._kept
         )
 
     def hidden_weights(self) -> dict[str, torch.Tensor]:
@@ -173,7 +173,7 @@ class Executor:
         offline = sum(of.offline for of in spent.values())
         self.record.total = Cost(rounds, online, offline)
 
-    def _drive(self, protocol: Protocol) -> Any:
+    def drive(self, protocol: Protocol) -> Any:
         """Run one protocol alone, and return its result."""
         reply = None
         while True:

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from mergec.runtime.core.errors import PartyError
+from mergec.runtime.program.program import PROMPT
 from mergec.runtime.proxy.errors import place_of
 from mergec.runtime.proxy.reader import Piece, Place, Reader
 from mergec.runtime.proxy.replies import Usage
@@ -45,7 +46,7 @@ class Answer:
         """
         self._job, self._reader, self._stop = job, reader, stop
         self._log, self._answered = log, answered
-        self._length, self._count = length, 0
+        self._length, self._count, self._cached = length, 0, 0
         self._drafts, self._drafted, self._accepted = drafts, 0, 0
         self._began = time.monotonic()
         self._over = self._closed = False
@@ -54,9 +55,9 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        if not self._drafts:
-            return Usage(self._length, self._count)
-        return Usage(self._length, self._count, self._accepted, self._drafted - self._accepted)
+        wrong = self._drafted - self._accepted
+        drafts = (self._accepted, wrong) if self._drafts else None
+        return Usage(self._length, self._count, self._cached, drafts)
 
     async def next(self) -> Part | None:
         """The next part; None after the last. Raises the error that ended the answer early."""
@@ -65,6 +66,9 @@ class Answer:
         token = await self._job.next()
         if token is None:
             return self._last(Piece())
+        if not self._count:
+            computed = sum(report.new for report in token.reports if report.phase == PROMPT)
+            self._cached = max(self._length - computed, 0)
         self._count += 1
         self._drafted += sum(report.drafted for report in token.reports)
         self._accepted += sum(report.accepted for report in token.reports)

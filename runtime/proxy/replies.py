@@ -17,24 +17,27 @@ from mergec.runtime.session.steps import StepReport
 class Usage:
     """Token counts of a prompt and its answer.
 
-    accepted, rejected: drafted tokens that were right, and that were not; None without drafts.
+    cached: of the prompt, those not computed anew. drafts: how many drafted tokens were right, and
+    how many were not; None without drafts.
     """
 
     prompt: int
     answer: int
-    accepted: int | None = None
-    rejected: int | None = None
+    cached: int = 0
+    drafts: tuple[int, int] | None = None
 
     def json(self) -> dict[str, Any]:
         told: dict[str, Any] = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.answer,
             "total_tokens": self.prompt + self.answer,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
-        if self.accepted is not None:
+        if self.drafts is not None:
+            accepted, rejected = self.drafts
             told["completion_tokens_details"] = {
-                "accepted_prediction_tokens": self.accepted,
-                "rejected_prediction_tokens": self.rejected,
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": rejected,
             }
         return told
 

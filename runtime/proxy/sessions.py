@@ -142,10 +142,7 @@ class Sessions:
 
     def _work(self, job: Job, prompt: list[int], options: dict[str, Any]) -> None:
         with self._lock:
-            kept = [connection for connection in self._idle if connection.is_open]
-            connection = (kept or self._idle or [self._connect()])[0]
-            if connection in self._idle:
-                self._idle.remove(connection)
+            connection = self._free(prompt)
             self._turnover.take(job)
         try:
             with closing(self._answer(connection, prompt, options)) as tokens:
@@ -160,6 +157,15 @@ class Sessions:
                 self.setup, self.limits = connection.setup, connection.limits
                 self._idle.append(connection)
                 self._turnover.leave(job)
+
+    def _free(self, prompt: Sequence[int]) -> Connection:
+        """Take an idle connection: of the open ones, that which has most of the prompt cached."""
+        kept = [connection for connection in self._idle if connection.is_open]
+        if not (kept or self._idle):
+            return self._connect()
+        found = max(kept or self._idle, key=lambda connection: connection.cached(prompt))
+        self._idle.remove(found)
+        return found
 
     def _answer(
         self, connection: Connection, prompt: list[int], options: dict[str, Any]

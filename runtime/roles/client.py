@@ -18,6 +18,7 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.conversations import STILL, Conversations, Place, common_length
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import Token, answer, check_prompt
@@ -35,6 +36,13 @@ from mergec.runtime.session.handshake import (
 )
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
+from mergec.runtime.session.public_text import (
+    PublicText,
+    check_public,
+    digest_of_tokens,
+    prompt_tokens,
+    public_tokens,
+)
 from mergec.runtime.session.requests import Plan, Schedule, whole, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, StepReport, measured
@@ -77,6 +85,10 @@ class Connection:
         keep: Path | None = None,
         tokenizer: str | Path | None = None,
         expected: str | None = None,
+        public_prefixes: Sequence[str | Sequence[int]] = (),
+        public_chat: bool | None = None,
+        reuse: bool = True,
+        prompt_piece: int = 0,
     ) -> None:
         """Prepare a connection; `open` connects.
 
@@ -85,7 +97,14 @@ class Connection:
         queue. keep: folder for masked weights, so that a server that has a key sends them once.
         tokenizer: a tokenizer of your own instead of the bundle's, as in `Text.given`. expected:
         the program's hash, if you know it; another program, tokenizer or chat template is refused.
-        Raises MergecError if neither or both of dealer and store are given.
+        public_prefixes: what prompts may begin with and the server knows, too: texts, each a system
+        message if the model has a chat template and the beginning of a prompt otherwise, or tokens.
+        A prompt that begins with one of them takes no steps for it. public_chat: whether such texts
+        are system messages; None if the model has a chat template. Raises MergecError if neither or
+        both of dealer and store are given, and PromptError if the program cannot begin with such a
+        text. reuse: let a prompt continue the caches of an earlier one where it begins like it;
+        otherwise each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one
+        step takes; 0 for any number.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
@@ -101,6 +120,11 @@ class Connection:
             expect(self.program.manifest, expected, tokenizer is not None)
         if tokenizer is not None:
             self.text = Text.given(tokenizer)
+        self._public = [self._public_text(given, public_chat) for given in public_prefixes]
+        if self._public and store is not None:
+            raise MergecError(
+                "stored randomness does not support public text; use the dealer, or leave it out"
+            )
         self._server, self._dealer, self._store = server, dealer, store
         self._security = security
         self._device = device
@@ -113,6 +137,8 @@ class Connection:
         self._pulse = Pulse()
         self._session: MergecSession | None = None
         self._opened: tuple[tuple[str, int | None], Speculation | None] | None = None
+        self._reuse, self._piece = reuse, prompt_piece
+        self._conversations = Conversations(1)
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
         """What opening the session cost."""
@@ -150,6 +176,8 @@ class Connection:
         hello = Hello.of(ROLES[CLIENT], self.program.manifest)
         store = self._store
         wanted: dict[str, Any] = {"purpose": SESSION}
+        if self._public:
+            wanted["public"] = [digest_of_tokens(text.tokens) for text in self._public]
         if store is not None:
             if store.header.program != hello.program_hash:
                 raise StoreError(
@@ -184,7 +212,12 @@ class Connection:
             channel.send_json(Kind.KEPT, kept=found is not None)
         executor = Executor(self.program, context, channel, kept=found)
         session = MergecSession(executor, lambda: channel.traffic)
-        self.setup = measured(session, 0, 0, session.setup)
+
+        def begin() -> None:
+            session.setup()
+            session.enter_public(self._public)
+
+        self.setup = measured(session, 0, 0, begin)
         if here is not None and found is None:
             here.save(executor.hidden_weights())
         return session
@@ -211,6 +244,7 @@ class Connection:
                 self._on_wait(fields["position"])
         channel.expect(setup_patience(self.program, self._timeout))
         self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
+        self._conversations = Conversations(self.limits.get("conversations", 1))
         self._masks = fields.get("masks")
         if self._store is not None:
             mine, theirs = self._store.journal().head, Head.read(fields.get("head"), channel.peer)
@@ -290,16 +324,28 @@ class Connection:
             writer.finish()
         return root / header.store, size
 
-    def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
-        """Tokens of a text. chat: apply the chat template; None applies it if the model has one."""
+    def encode(self, prompt: str, chat: bool | None = None, public: str | None = None) -> list[int]:
+        """Tokens of a text. chat: apply the chat template; None applies it if the model has one.
+
+        public: a public text that comes before it, as the system message or as it is.
+        """
         text = self._text()
         if not prompt.strip():
             raise PromptError("the prompt is empty; say something")
-        return text.encode(prompt, text.has_chat if chat is None else chat)
+        return prompt_tokens(text, prompt, text.has_chat if chat is None else chat, public)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation, by the chat template; each message has `role` and `content`."""
         return self._text().encode_chat(messages)
+
+    def _public_text(self, given: str | Sequence[int], chat: bool | None) -> PublicText:
+        if isinstance(given, str):
+            text = self._text()
+            tokens = public_tokens(text, given, text.has_chat if chat is None else chat)
+        else:
+            tokens = list(given)
+        check_public(self.program, len(tokens), tokens)
+        return PublicText(len(tokens), tokens=tokens)
 
     def _text(self) -> Text:
         if self.text is None:
@@ -352,13 +398,17 @@ class Connection:
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
                 )
             first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
+            place, cached = self._place(session, ids)
+            session.turn_to(place)
 
             def announce(new: int, past: int) -> None:
+                nonlocal place
                 if schedule is not None:
                     schedule.check(new, past, draw, ROLES[CLIENT])
                 self._expect([(new, past)])
                 for channel in channels:
-                    channel.send(Kind.STEP, write_step(new, past, draw))
+                    channel.send(Kind.STEP, write_step(new, past, draw, place))
+                place = Place(place.conversation, place.conversation)
 
             tokens = answer(
                 session,
@@ -368,11 +418,16 @@ class Connection:
                 stop=ending,
                 announce=announce,
                 first=first,
+                cached=cached,
+                piece=self._piece if self._store is None else 0,
                 fixed_length=fixed_length,
                 speculation=speculation,
             )
             yield from self._whole_steps(tokens)
         finally:
+            if fixed_length and self._session is not None:
+                # Where the next prompt departs from these steps would tell the answer's length.
+                self._session.forget(len(ids))
             self._busy.release()
 
     def speculation(
@@ -390,6 +445,21 @@ class Connection:
             made = Speculation.open(*wanted, self.program.manifest, self.text)
             self._opened = wanted, made
         return self._opened[1]
+
+    def cached(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt need not be computed, as far as is known now."""
+        session = self._session
+        if session is None or not self._reuse:
+            return 0
+        kept = session.cached_tokens().values()
+        return max((common_length(prompt, tokens) for tokens in kept), default=0)
+
+    def _place(self, session: MergecSession, ids: Sequence[int]) -> tuple[Place, int]:
+        """Which caches an answer continues, and how many of its tokens are in them."""
+        if not session.continues or self._store is not None:
+            return STILL, 0  # what is stored was dealt for whole prompts
+        kept = session.cached_tokens() if self._reuse else {}
+        return self._conversations.choose(ids, kept, [text.tokens for text in self._public])
 
     def _begin(
         self, session: MergecSession, channel: Channel, length: int, tokens: int

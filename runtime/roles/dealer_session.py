@@ -28,7 +28,8 @@ from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, read_token
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.requests import Plan, read_step
+from mergec.runtime.session.public_text import PublicText, read_lengths
+from mergec.runtime.session.requests import Plan, read_step, turn
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.transport.channel import Channel, Kind, ending
 from mergec.runtime.transport.connect import accept
@@ -107,7 +108,10 @@ class DealerSession:
         if channel.peer == ROLES[CLIENT]:
             self._relay(channel, self._line)
         else:
-            self._deal(channel, self._line, seeds[0], seeds[1], read_masks(fields, channel.peer))
+            most = self._program.manifest.max_length
+            public = read_lengths(fields, most, channel.peer)
+            masks = read_masks(fields, channel.peer)
+            self._deal(channel, self._line, seeds[0], seeds[1], masks, public)
         self._log.info("session ended")
 
     def _wait(self, channel: Channel, line: socket.socket) -> set[int]:
@@ -161,7 +165,7 @@ class DealerSession:
         steps: list[tuple[int, int]] = []
         limit = self._program.manifest.max_length
         if kind is Kind.STEP:
-            new, past, _ = read_step(payload, channel.peer)
+            new, past, _, _ = read_step(payload, channel.peer)
             if not (0 <= new <= _LONGEST and 0 <= past <= _LONGEST):
                 raise PartyError(f"{new} tokens after {past} are more than this program runs")
             steps = [(new, past)]
@@ -177,7 +181,9 @@ class DealerSession:
         client: Origin,
         server: Origin,
         masks: bytes | None,
+        public: Sequence[int] = (),
     ) -> None:
+        """Deal what both parties request. public: lengths of the session's public texts."""
         more = {**self._program.manifest.arithmetic, "salt": client.salt}
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
         context = DealerContext(client.seed, server.seed, *streams, weight_seed=masks, **more)
@@ -196,6 +202,7 @@ class DealerSession:
         line.settimeout(setup_patience(self._program, timeout))
         with self._pulse.working():
             session.setup()
+            session.enter_public([PublicText(length) for length in public])
         limit = self._program.manifest.max_length
         planned = False
         while True:
@@ -228,7 +235,8 @@ class DealerSession:
                         channel.send(Kind.MARK)
                         tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
-                new, past, draw = read_step(payload, channel.peer)
+                new, past, draw, place = read_step(payload, channel.peer)
+                turn(session, place, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 allow(new, past)

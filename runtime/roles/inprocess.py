@@ -21,6 +21,8 @@ from mergec.runtime.correlations.dpf import SALT_BYTES, new_salt
 from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.conversations import Place
+from mergec.runtime.session.public_text import PublicText, compute_public
 from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 
@@ -33,8 +35,12 @@ class InProcessSession:
         programs: Mapping[str, RoleProgram],
         device: str = "cpu",
         seeds: tuple[bytes, bytes] | None = None,
+        public: Sequence[Sequence[int]] = (),
     ) -> None:
-        """seeds: the client's and the server's, to repeat a session word for word; else fresh."""
+        """seeds: the client's and the server's, to repeat a session word for word; else fresh.
+
+        public: tokens of public texts, which `turn_to` can continue.
+        """
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
         self._links = link_pair(timeout=600.0)
@@ -63,10 +69,17 @@ class InProcessSession:
             party: MergecSession(executor, lambda link=self._links[CLIENT]: link.traffic)  # type: ignore[misc]
             for party, executor in self.executors.items()
         }
+        server = programs[ROLES[SERVER]]
+        self._public = {
+            CLIENT: [PublicText(len(tokens), tokens=tokens) for tokens in public],
+            SERVER: [compute_public(server, tokens) for tokens in public],
+            DEALER: [PublicText(len(tokens)) for tokens in public],
+        }
         self._pool = ThreadPoolExecutor(max_workers=len(ROLES))
 
     def __enter__(self) -> InProcessSession:
         self._all(lambda party: self._sessions[party].setup())
+        self._all(lambda party: self._sessions[party].enter_public(self._public[party]))
         return self
 
     def __exit__(
@@ -110,6 +123,10 @@ class InProcessSession:
         results = self._all(lambda party: self._sessions[party].rows(*_lengths(party, ids, past)))
         logits: torch.Tensor = results[CLIENT]
         return logits
+
+    def turn_to(self, place: Place) -> None:
+        """Let the next steps continue other caches of this session; see `Session.turn_to`."""
+        self._all(lambda party: self._sessions[party].turn_to(place))
 
     def _all(self, work: Callable[[int], Any]) -> list[Any]:
         def guarded(party: int) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mergec.runtime.core import errors
-from mergec.runtime.core.errors import MergecError, PartyError
+from mergec.runtime.core.errors import MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
 from mergec.runtime.roles.party import Options
@@ -77,6 +77,8 @@ def run_local(
     speculate: str = "",
     speculate_tokens: int | None = None,
     insecure_first_party: bool = False,
+    public: Sequence[int] = (),
+    prompt_piece: int = 0,
     on_token: Callable[[int], object] | None = None,
     on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
     threads: int | None = None,
@@ -89,7 +91,9 @@ def run_local(
     on_token: called with each token as it is generated. on_event: called with a role and an event
     of it. speculate, speculate_tokens: as in `Connection.generate`, by name. If a role fails, all
     are ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
-    generate all randomness, as CrypTen does by default; for debugging only.
+    generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
+    prompt begins with and that both parties know; they take no steps. prompt_piece: most tokens of
+    the prompt that one step takes; 0 for any number.
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     for role in ROLES:
@@ -100,6 +104,10 @@ def run_local(
             if speculate not in (NONE, ""):
                 read(speculate)
                 check(manifest)
+    if public and (mode != "mergec" or list(prompt_ids[: len(public)]) != list(public)):
+        raise PromptError("public text begins the prompt, and needs mergec's own protocols")
+    if public and len(prompt_ids) == len(public):
+        raise PromptError("all of the prompt is public text; add what to answer")
     if insecure_first_party:
         if mode != "crypten":
             raise MergecError("insecure_first_party is for mode crypten only")
@@ -120,6 +128,7 @@ def run_local(
                     join_timeout=join_timeout,
                     timeout=timeout,
                     insecure_first_party=insecure_first_party,
+                    public=list(public),
                 )
                 if role == ROLES[CLIENT]:
                     job = replace(
@@ -130,6 +139,7 @@ def run_local(
                         ignore_stop=ignore_stop,
                         speculate=speculate,
                         speculate_tokens=speculate_tokens,
+                        prompt_piece=prompt_piece,
                     )
                 jobs[role] = job.json()
                 parties[role] = stack.enter_context(_started(role, descriptors, environment))

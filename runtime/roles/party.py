@@ -31,12 +31,19 @@ from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.conversations import STILL, Place, public_source
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.requests import read_step, write_step
+from mergec.runtime.session.public_text import (
+    PublicText,
+    check_public,
+    compute_public,
+    digest_of_tokens,
+)
+from mergec.runtime.session.requests import read_step, turn, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.session.text import Text
@@ -78,6 +85,9 @@ class Options:
     ignore_stop: bool = False
     speculate: str = ""
     speculate_tokens: int | None = None
+    prompt_piece: int = 0
+    public: Sequence[int] = ()
+    """Tokens that the prompt begins with and that all roles are told of."""
 
     def json(self) -> str:
         return json.dumps(asdict(self))
@@ -104,6 +114,7 @@ def run_party(options: Options, emit: Emit) -> None:
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
         draw_for(options.sampling, program.manifest, options.mode)
+    texts = _public_texts(options, program)
     emit("loaded", pid=os.getpid(), program=program.manifest.program_hash)
     debug = int(options.insecure_first_party)
     greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
@@ -116,17 +127,20 @@ def run_party(options: Options, emit: Emit) -> None:
         if options.mode == "crypten":
             _run_stock(options, program, channels, emit)
         else:
-            _run_mergec(options, program, channels, emit)
+            _run_mergec(options, program, texts, channels, emit)
     emit("end", peak_bytes=peak_bytes())
 
 
 def greet(channels: Channels, hello: Hello, options: Options) -> None:
     """Compare versions, modes, programs and roles with the two others."""
+    public = digest_of_tokens(options.public)
     for channel in channels.values():
-        channel.send_json(Kind.HELLO, **hello.fields())
+        channel.send_json(Kind.HELLO, **hello.fields(), public=public)
     for channel in channels.values():
         _, fields = channel.receive_json(Kind.HELLO, timeout=options.join_timeout)
         compare(hello, Hello.read(fields, channel.peer), channel.peer)
+        if fields.get("public") != public:
+            raise PartyError(f"the {channel.peer} has another public text; give all the same one")
 
 
 def deal(
@@ -176,7 +190,23 @@ def compute(
     return Executor(program, context, link, take_weights(program)), source
 
 
-def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit: Emit) -> None:
+def _public_texts(options: Options, program: RoleProgram) -> list[PublicText]:
+    """The public text as this role knows it; at the server, before its weights are encoded."""
+    if not options.public:
+        return []
+    check_public(program, len(options.public), options.public)
+    if options.role == ROLES[SERVER]:
+        return [compute_public(program, options.public)]
+    return [PublicText(len(options.public), tokens=options.public)]
+
+
+def _run_mergec(
+    options: Options,
+    program: RoleProgram,
+    texts: Sequence[PublicText],
+    channels: Channels,
+    emit: Emit,
+) -> None:
     if options.role == ROLES[DEALER]:
         executor, streams = deal(program, channels, options.device)
         session = MergecSession(executor, Traffic)
@@ -185,7 +215,7 @@ def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit
             for stream in streams:
                 stream.flush()
 
-        _set_up(session, emit, flush)
+        _set_up(session, texts, emit, flush)
         _serve(options, session, channels, emit, flush)
         for stream in streams:
             stream.close()
@@ -193,7 +223,7 @@ def _run_mergec(options: Options, program: RoleProgram, channels: Channels, emit
     link = channels[SERVER if options.role == ROLES[CLIENT] else CLIENT]
     executor, source = compute(program, channels, link, options.device)
     session = MergecSession(executor, lambda: link.traffic)
-    _set_up(session, emit)
+    _set_up(session, texts, emit)
     if options.role == ROLES[CLIENT]:
         _ask(options, session, channels, (SERVER, DEALER), emit)
     else:
@@ -220,7 +250,7 @@ def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit:
         return
     crypten.start_party()
     session = StockSession(StockExecutor(program, options.device), lambda: communicator.traffic)
-    _set_up(session, emit)
+    _set_up(session, (), emit)
     if options.role == ROLES[SERVER]:
         _serve(options, session, channels, emit)
         return
@@ -231,9 +261,15 @@ def _run_stock(options: Options, program: RoleProgram, channels: Channels, emit:
         crypten.end_third_party()
 
 
-def _set_up(session: Session, emit: Emit, done: Callable[[], object] = lambda: None) -> None:
+def _set_up(
+    session: Session,
+    texts: Sequence[PublicText],
+    emit: Emit,
+    done: Callable[[], object] = lambda: None,
+) -> None:
     before, began = session.traffic(), time.perf_counter()
     session.setup()
+    session.enter_public(texts)
     done()
     spent = session.traffic() - before
     emit(
@@ -265,10 +301,15 @@ def _ask(
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
+    place = Place(0, public_source(0)) if options.public else STILL
+    session.turn_to(place)
+
     def announce(new: int, past: int) -> None:
+        nonlocal place
         _expect(options, session, channels, new, past)
         for channel in others:
-            channel.send(Kind.STEP, write_step(new, past, draw))
+            channel.send(Kind.STEP, write_step(new, past, draw, place))
+        place = STILL
 
     generate(
         session,
@@ -278,6 +319,8 @@ def _ask(
         stop=stop,
         announce=announce,
         speculation=speculation,
+        cached=len(options.public),
+        piece=options.prompt_piece,
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),
     )
@@ -305,7 +348,8 @@ def _serve(
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
         if kind is Kind.END:
             return
-        new, past, draw = read_step(payload, client.peer)
+        new, past, draw, place = read_step(payload, client.peer)
+        turn(session, place, client.peer)
         if not session.allows(new, past) or (limit and new + past > limit):
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import socket
 
 from mergec.runtime.core.memory import release_freed_memory
-from mergec.runtime.core.spec import ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.weights import take_weights
-from mergec.runtime.program.bundle import load_bundle
+from mergec.runtime.program.bundle import TOKENIZER, load_bundle
+from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import PartyMetrics, open_log
 from mergec.runtime.roles.server_desk import ServerDesk
@@ -19,10 +20,17 @@ from mergec.runtime.roles.server_session import ServerSession
 from mergec.runtime.roles.service import Service
 from mergec.runtime.roles.settings import ServerSettings
 from mergec.runtime.roles.worker import Parent
+from mergec.runtime.session.public_text import (
+    PublicText,
+    compute_public,
+    digest_of_tokens,
+    tokens_of_file,
+)
 from mergec.runtime.session.stores.folder import remove_unfinished, stores_below
 from mergec.runtime.session.stores.format import StoreError
 from mergec.runtime.session.stores.kept import digest_of
 from mergec.runtime.session.stores.reader import Store
+from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.connect import listen
 
@@ -32,6 +40,7 @@ def serve(settings: ServerSettings) -> bool:
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     program = load_bundle(settings.bundle, ROLES[SERVER])
+    public = _public_texts(settings, program)  # needs the weights as they are
     encoded = take_weights(program)
     # Without a key nothing outlasts a session, so nothing needs the digest to tell weights apart.
     digest = digest_of(encoded) if settings.store_key else ""
@@ -48,15 +57,36 @@ def serve(settings: ServerSettings) -> bool:
         metrics.watch(settings.stores)
     if settings.metrics is not None:
         metrics.serve(settings.metrics, log)
+    for name, known in public.items():
+        log.info("public text", digest=name, tokens=known.length)
     with listen(settings.listen, settings.security) as listener:
         address = Address(*listener.getsockname()[:2])
         log.info("listening", address=str(address), program=program.manifest.program_hash)
 
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)
-            ServerSession(settings, program, encoded, digest, connection, parent, log).play()
+            ServerSession(
+                settings, program, encoded, digest, connection, parent, log, public
+            ).play()
 
         desk = ServerDesk(settings.limits, metrics)
         interrupted = Service(listener, work, desk, settings.grace).run()
     log.info("stopped")
     return interrupted
+
+
+def _public_texts(settings: ServerSettings, program: RoleProgram) -> dict[str, PublicText]:
+    """The cache rows of every public text that clients may name, by digest."""
+    if not settings.public:
+        return {}
+    beside = settings.bundle.parent / ROLES[CLIENT] / TOKENIZER
+    text = None
+    if settings.tokenizer is not None:
+        text = Text.given(settings.tokenizer)
+    elif (beside / VOCABULARY).is_file():
+        text = Text.load(beside)
+    found = {}
+    for path in settings.public:
+        for tokens in tokens_of_file(path, text):
+            found[digest_of_tokens(tokens)] = compute_public(program, tokens)
+    return found

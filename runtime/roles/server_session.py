@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -35,7 +35,8 @@ from mergec.runtime.session.handshake import (
 )
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.requests import Plan, Schedule, read_step, whole
+from mergec.runtime.session.public_text import PublicText, read_digests
+from mergec.runtime.session.requests import Plan, Schedule, read_step, turn, whole
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
@@ -68,10 +69,13 @@ class ServerSession:
         connection: socket.socket,
         parent: Parent,
         log: Any,
+        public: Mapping[str, PublicText] | None = None,
     ) -> None:
+        """public: texts that the client may name, by digest."""
         self._settings = settings
         self._program = program
         self._encoded, self._digest = encoded, digest
+        self._public = public or {}
         self._connection = connection
         self._parent = parent
         self._log = log
@@ -108,6 +112,7 @@ class ServerSession:
         purpose = fields.get("purpose")
         self._log = self._log.bind(client=channel.name)
         store = self._find_store(fields, channel) if purpose == STORED else None
+        public = self._agreed(fields, channel) if purpose == SESSION else []
         with self._pulse.working():
             token = self._place(channel)
         self._log = self._log.bind(session=token[:8])
@@ -127,8 +132,10 @@ class ServerSession:
             static = new_seed()
             self._prepare(channel, self._join(hello, token, masks=static.hex()), static)
         elif purpose == SESSION:
-            told = {"masks": masks.hex()} if masks else {}
-            self._serve_dealt(channel, self._join(hello, token, **told), masks)
+            told: dict[str, Any] = {"masks": masks.hex()} if masks else {}
+            if public:
+                told["public"] = [text.length for text in public]
+            self._serve_dealt(channel, self._join(hello, token, **told), masks, public)
         else:
             raise PartyError("the client requests something that this server does not offer")
         channel.close()
@@ -145,7 +152,18 @@ class ServerSession:
         program = self._program.manifest.program_hash
         return mask_seed(self._settings.store_key, program, client, self._digest)
 
-    def _join(self, hello: Hello, token: str, **told: str) -> tuple[Channel, Origin]:
+    def _agreed(self, fields: dict[str, Any], channel: Channel) -> list[PublicText]:
+        """The public texts that the client names; raises PartyError if one is not served here."""
+        named = read_digests(fields, channel.peer)
+        unknown = [name for name in named if name not in self._public]
+        if unknown:
+            raise PartyError(
+                f"public text {unknown[0][:8]} is none that the server agrees to; start it with "
+                "--public-prompt and the same file and tokenizer, or leave the text out"
+            )
+        return [self._public[name] for name in named]
+
+    def _join(self, hello: Hello, token: str, **told: Any) -> tuple[Channel, Origin]:
         settings = self._settings
         if settings.dealer is None:
             raise PartyError("this server has no dealer; use stored randomness")
@@ -165,13 +183,17 @@ class ServerSession:
         return dealer, origin
 
     def _serve_dealt(
-        self, channel: Channel, joined: tuple[Channel, Origin], masks: bytes | None
+        self,
+        channel: Channel,
+        joined: tuple[Channel, Origin],
+        masks: bytes | None,
+        public: Sequence[PublicText],
     ) -> None:
         """Serve a session whose randomness the dealer deals step by step."""
         dealer, origin = joined
         blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
         source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
-        session = self._begin(channel, self._context(origin, source, masks), masks)
+        session = self._begin(channel, self._context(origin, source, masks), masks, public)
 
         def watch() -> None:
             if source.ended:
@@ -208,14 +230,23 @@ class ServerSession:
         )  # fmt: skip
 
     def _begin(
-        self, channel: Channel, context: ServerContext, masks: bytes | None
+        self,
+        channel: Channel,
+        context: ServerContext,
+        masks: bytes | None,
+        public: Sequence[PublicText] = (),
     ) -> MergecSession:
-        """Set the session up: send the masked weights, unless the client has kept them."""
+        """Set the session up: send the masked weights, unless the client has kept them, and rows
+        of public text."""
         with self._pulse.working():
-            return self._set_up(channel, context, masks)
+            return self._set_up(channel, context, masks, public)
 
     def _set_up(
-        self, channel: Channel, context: ServerContext, masks: bytes | None
+        self,
+        channel: Channel,
+        context: ServerContext,
+        masks: bytes | None,
+        public: Sequence[PublicText],
     ) -> MergecSession:
         kept = False
         if masks:
@@ -225,6 +256,7 @@ class ServerSession:
         )
         session = MergecSession(executor, lambda: channel.traffic)
         session.setup()
+        session.enter_public(public)
         release_freed_memory()
         self._log.info("set up", kept=kept)
         return session
@@ -408,16 +440,18 @@ class ServerSession:
         limit = length + tokens
         # A token of the answer may take a step with as many wrong drafts as the program checks.
         most = limit + tokens * self._program.manifest.speculate_up_to
-        done = computed = 0
+        computed = 0
         while True:
             kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
             if kind is Kind.DONE:
                 relay(kind, payload)
                 return
-            new, past, draw = read_step(payload, channel.peer)
-            # The caches may still hold an earlier answer, which this one does not continue.
-            turn = past <= done or not session.cached or new == 0
-            if not session.allows(new, past) or not turn or new + past > limit:
+            new, past, draw, place = read_step(payload, channel.peer)
+            if place.conversation >= self._settings.limits.conversations:
+                held = self._settings.limits.conversations
+                raise PartyError(f"the client asks for more than {held} conversations at once")
+            turn(session, place, channel.peer)
+            if not session.allows(new, past) or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             computed += new
             # Rolling back, an answer of bounded length could go on for ever.
@@ -426,11 +460,10 @@ class ServerSession:
                     f"the client asks for {computed} tokens in an answer of {limit}; start another"
                 )
             if schedule is not None:
-                schedule.check(new, past, draw, channel.peer)
+                schedule.check(new, past, draw, channel.peer, place)
             self._expect(patience(self._program, [(new, past)], self._settings.timeout))
             with self._pulse.working():
                 relay(kind, payload)
                 work = partial(session.step, new, past, draw=draw)
                 report = measured(session, new, past, work)
-            done = past + new
             self._parent.tell(kind="step", report=asdict(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ class Limits:
     its certificate. queue: clients that may wait for a session. length: maximum tokens of prompt
     and answer together. tokens: maximum tokens of an answer. rate: maximum tokens of prompts and
     answers per client and minute; `mergec serve` sets one by default. For length, tokens and rate,
-    0 sets no limit beyond the program's own.
+    0 sets no limit beyond the program's own. conversations: those whose caches a session keeps at
+    once; each takes, at client and server, 16 bytes for each number that is cached of a token, and
+    half as much at the dealer.
     """
 
     sessions: int = 4
@@ -27,6 +30,7 @@ class Limits:
     length: int = 0
     tokens: int = 0
     rate: int = 0
+    conversations: int = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class ServerSettings:
     """Key of the stores, and of static masks that outlast a session; empty if there is none."""
     store_bytes: int = 16 << 30
     """Maximum size of one store on disk, in bytes."""
+    public: Sequence[Path] = ()
+    """Files of public text that clients may begin their prompts with."""
+    tokenizer: Path | None = None
+    """The model's tokenizer, to read them with; by default that of a client's bundle beside."""
 
 
 @dataclass(frozen=True)

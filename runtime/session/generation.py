@@ -59,6 +59,8 @@ def answer(
     stop: Sequence[int] = (),
     announce: Callable[[int, int], object] = lambda _new, _past: None,
     first: int = 0,
+    cached: int = 0,
+    piece: int = 0,
     fixed_length: bool = False,
     speculation: Speculation | None = None,
 ) -> Iterator[Token]:
@@ -67,8 +69,11 @@ def answer(
     sampling: how tokens are chosen; by default as the checkpoint's generation settings say.
     announce: called with new and past tokens before each step, to tell the other roles. first:
     number of prompt tokens that the first step takes, while the later steps take one token each; 0
-    for all. fixed_length: after a stop token, run the steps up to `max_tokens` without yielding
-    their tokens. The caller may leave the loop at any token.
+    for all. cached: number of prompt tokens that are in the caches already, fewer than all; the
+    first step cuts the caches to them. piece: most prompt tokens of a step, which bounds the memory
+    that a long prompt takes; 0 for any number; a program without caches takes a prompt whole.
+    fixed_length: after a stop token, run the steps up to `max_tokens` without yielding their
+    tokens. The caller may leave the loop at any token.
 
     speculation: drafts the next tokens, and steps check them. A step takes the last token and the
     drafts, and gives a result at each of its positions. Token after token is chosen from these as
@@ -103,8 +108,10 @@ def answer(
         return
     tokens: list[int] = []
     first = first if session.cached and 0 < first < len(prompt) else len(prompt)
-    feeds = [list(prompt[:first]), *([token] for token in prompt[first:])]
-    past, ended = 0, False
+    piece = piece if session.cached and piece else len(prompt)
+    feeds = [list(prompt[n : min(n + piece, first)]) for n in range(cached, first, piece)]
+    feeds += [[token] for token in prompt[first:]]
+    past, ended = cached, False
     drafts: list[int] = []
     while True:
         reports = []

@@ -5,13 +5,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import PartyError, PromptError
+from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.program.json_values import is_a
+from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place
+from mergec.runtime.session.public_text import MOST_PREFIXES
 
-_STEP = struct.Struct("!4q")
+if TYPE_CHECKING:
+    from mergec.runtime.session.steps import Session
+
+_STEP = struct.Struct("!6q")
 
 
 def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) -> int:
@@ -22,17 +27,35 @@ def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) ->
     return int(value)
 
 
-def write_step(new: int, past: int, draw: Draw) -> bytes:
-    """Encode a step: `new` tokens after `past` ones, and how the next token is chosen."""
-    return _STEP.pack(new, past, draw.units, draw.top_k)
+def write_step(new: int, past: int, draw: Draw, place: Place = STILL) -> bytes:
+    """Encode a step: `new` tokens after `past` ones, how the next token is chosen, and the caches.
+
+    Raises struct.error if a number has more than 64 bits.
+    """
+    return _STEP.pack(new, past, draw.units, draw.top_k, *place)
 
 
-def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw]:
-    """Decode a step: new and past tokens, and the choice. The caller checks the lengths."""
+def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, Place]:
+    """Decode a step: new and past tokens, the choice, and the caches that it continues.
+
+    The caller checks the lengths, and whether there are such caches. Raises PartyError if the
+    numbers of the caches are out of bounds.
+    """
     if len(payload) != _STEP.size:
         raise PartyError(f"the {peer} sent a step that cannot be read")
-    new, past, units, top_k = _STEP.unpack(payload)
-    return new, past, draw_of(units, top_k, peer)
+    new, past, units, top_k, conversation, source = _STEP.unpack(payload)
+    bound = MOST_CONVERSATIONS
+    if not (0 <= conversation < bound and -MOST_PREFIXES <= source < bound):
+        raise PartyError(f"the {peer} requests caches {source} for conversation {conversation}")
+    return new, past, draw_of(units, top_k, peer), Place(conversation, source)
+
+
+def turn(session: Session, place: Place, peer: str) -> None:
+    """Turn to the caches that a peer names; raises PartyError if there are none."""
+    try:
+        session.turn_to(place)
+    except BundleError as error:
+        raise PartyError(f"the {peer} requests what is not there: {error}") from error
 
 
 def draw_of(units: int, top_k: int, peer: str) -> Draw:
@@ -84,10 +107,10 @@ class Schedule:
     def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
         self._steps = iter(steps)
 
-    def check(self, new: int, past: int, draw: Draw, peer: str) -> None:
+    def check(self, new: int, past: int, draw: Draw, peer: str, place: Place = STILL) -> None:
         """Check the next step, before anything is sent; raises PartyError if it is another one."""
         due = next(self._steps, None)
-        if (new, past) == due and not draw.top_k:
+        if (new, past) == due and not draw.top_k and place == STILL:
             return
         choice = f" with top-k {draw.top_k}" if draw.top_k else ""
         dealt = "no further step" if due is None else f"{due[0]} tokens after {due[1]}"

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
 from mergec.runtime.engine.rehearsal import Rehearsal, Rounds
+from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.program import FINISH, InputSpec, Phase, RoleProgram, phase_of
+from mergec.runtime.protocols.public_text import enter
+from mergec.runtime.session.conversations import Place, public_source
+from mergec.runtime.session.public_text import PublicText, check_public
 from mergec.runtime.transport.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -52,6 +57,18 @@ class StepReport:
         return asdict(self)
 
 
+@dataclass
+class Cached:
+    """The caches that a conversation's steps left, or those of a public text.
+
+    length: the number of tokens in them. tokens: these tokens, at the client; empty elsewhere.
+    """
+
+    caches: dict[str, Any]
+    length: int
+    tokens: list[int]
+
+
 class Session(ABC):
     """One role's executor, and the caches that its steps pass on."""
 
@@ -72,6 +89,10 @@ class Session(ABC):
         """Number of tokens in the caches; 0 without caches."""
         self.rehearsal: Rehearsal | None = None
         """Runs steps on shapes, if this party compares its steps with such runs."""
+        self.tokens: list[int] = []
+        """The tokens in the caches, at the client; empty elsewhere."""
+        self._conversation = 0
+        self._others: dict[int, Cached] = {}
 
     @property
     def cached(self) -> bool:
@@ -85,6 +106,52 @@ class Session(ABC):
     @abstractmethod
     def traffic(self) -> Traffic:
         """What this party has sent and received so far."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether caches may be continued in another way than by the next token."""
+        return self.cached and not self.program.resends
+
+    def enter_public(self, texts: Sequence[PublicText]) -> None:
+        """Put public texts into caches of their own, which steps can continue; after `setup`.
+
+        Raises PromptError if the program cannot begin with public text.
+        """
+        if texts:
+            raise PromptError("CrypTen's stock protocols take no public text; leave it out")
+
+    def turn_to(self, place: Place) -> None:
+        """Let the next steps continue the caches of `place.source`, as `place.conversation`'s own.
+
+        If the source is another conversation, its own caches stay as they are: an entry is opened
+        once, under one mask, however many conversations continue it. Raises BundleError if there
+        are no such caches, or if the program has none that can be continued like that.
+        """
+        if place == (self._conversation, self._conversation):
+            return
+        if not self.continues or (place.source < 0 and place.source not in self._others):
+            raise BundleError(f"there are no caches {place.source} that a step could continue")
+        self._others[self._conversation] = Cached(self._caches, self.length, self.tokens)
+        source = self._others.get(place.source, Cached({}, 0, []))
+        caches = source.caches
+        if place.source != place.conversation:
+            caches = {name: self._fork(cache) for name, cache in caches.items()}
+        self._others.pop(place.conversation, None)
+        self._conversation = place.conversation
+        self._caches, self.length, self.tokens = caches, source.length, list(source.tokens)
+
+    def forget(self, length: int) -> None:
+        """At the client: continue no more than the first `length` tokens of this conversation."""
+        del self.tokens[length:]
+
+    def cached_tokens(self) -> dict[int, list[int]]:
+        """The tokens in the caches of each conversation, at the client."""
+        others = {n: held.tokens for n, held in self._others.items() if n >= 0}
+        return {**others, self._conversation: self.tokens}
+
+    def _fork(self, cache: Any) -> Any:
+        """The same cache, for a second continuation."""
+        return cache
 
     @abstractmethod
     def _start(self) -> dict[str, Any]:
@@ -150,6 +217,7 @@ class Session(ABC):
             spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
         }
         self.length = past + new if self.cached else 0
+        self.tokens = [*self.tokens[:past], *(ids or ())] if self.continues else []
         first = outputs[phase.outputs[0]]
         if self.program.resends:
             self._hidden.append(first)
@@ -234,6 +302,28 @@ class MergecSession(Session):
         result.offline_received = self._executor.context.offline_bytes
         result.offline_sent = 0
         return result
+
+    def enter_public(self, texts: Sequence[PublicText]) -> None:
+        for number, text in enumerate(texts):
+            check_public(self.program, text.length, text.tokens)
+            entered = self._executor.drive(
+                together(*[self._enter(spec, text) for spec in self.cache_specs])
+            )
+            names = [spec.name for spec in self.cache_specs]
+            caches = dict(zip(names, entered, strict=True))
+            self._others[public_source(number)] = Cached(caches, text.length, list(text.tokens))
+
+    def _enter(self, spec: InputSpec, text: PublicText) -> Protocol:
+        shape = [text.length if isinstance(size, str) else size for size in spec.shape]
+        ghost = torch.empty(shape, dtype=torch.int64, device="meta")
+        words = text.rows[spec.name] if self.party == SERVER else ghost
+        return enter(self._executor.context, words, spec.frac, spec.form)
+
+    def _fork(self, cache: Masked | Sent) -> Masked | Sent:
+        # In tensors of its own: the source may drop rows and write others over them.
+        room = make_room(cache, 0)
+        opened, mask = (part.narrow(-2, 0, room.used) for part in (room.opened, room.mask))
+        return replace(cache, opened=opened, mask=mask, room=room)
 
     def _start(self) -> dict[str, Any]:
         return {spec.name: self._empty(spec) for spec in self.cache_specs}

@@ -463,10 +463,12 @@ def test_metrics_count_what_the_client_saw(client: Any, endpoint: Role) -> None:
         return {name.removeprefix("mergec_client_"): float(value) for name, value in lines}
 
     before = counted()
-    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, **SAME)
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, **SAME)
     after = counted()
     grown = {name: after[name] - before.get(name, 0.0) for name in after}
-    assert grown['tokens_total{phase="prompt"}'] == len(PROMPT)
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert cached in range(len(PROMPT))
+    assert grown['tokens_total{phase="prompt"}'] == len(PROMPT) - cached
     assert grown['tokens_total{phase="decode"}'] == 2
     assert grown['answers_total{how="length"}'] == 1
     for kind in ("sent", "received", "offline"):
@@ -660,3 +662,17 @@ def test_mistakes_at_the_start_are_one_line(
     assert told.startswith("error: ")
     assert message in told
     assert len(told.splitlines()) == 1
+
+
+def test_the_next_turn_is_computed_alone(client: Any, bundles: Path) -> None:
+    """What a chat said before is in the caches, and the usage says so."""
+    turns = [{"role": "user", "content": "bab"}]
+    first = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
+    said = first.choices[0].message.content
+    turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "ab"}]
+    second = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
+    prompt = TEXT.render(turns)
+    assert second.choices[0].message.content == characters.plaintext(bundles, prompt, 4)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # All but the last token of the first answer, which no step took.
+    assert cached == first.usage.total_tokens - 1

@@ -84,9 +84,13 @@ def generate_command(
     fixed_length: FixedLength = False,
 ) -> None:
     """Send one prompt to a server and stream the answer."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    with options.connection() as connection:
-        asked = _numbers(text) if ids else connection.encode(text, chat)
+    text, public = sys.stdin.read() if prompt == "-" else prompt, options.public()
+    known = _numbers(public) if ids and public is not None else public
+    with options.connection(known, chat) as connection:
+        if ids:
+            asked = [*(known or ()), *_numbers(text)]
+        else:
+            asked = connection.encode(text, chat, public)
         templated = connection.text is not None and connection.text.has_chat
         _, stopped = _answer(
             connection,
@@ -113,8 +117,9 @@ def chat_command(
 ) -> None:
     """Chat with a server. Ctrl-C ends an answer; an empty line or Ctrl-D ends the chat."""
     sampling = choice.sampling()
-    turns: list[dict[str, str]] = []
-    with options.connection() as connection:
+    public = options.public()
+    turns = [{"role": "system", "content": public}] if public is not None else []
+    with options.connection(public) as connection:
         while True:
             try:
                 said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()

@@ -56,8 +56,9 @@ def proxy_command(
     from mergec.runtime.proxy.serve import ProxySettings, proxy
     from mergec.runtime.transport.address import Address
 
+    public = options.public()
     proxy(
-        options.connection,
+        lambda: options.connection(public),
         ProxySettings(
             listen=Address(host, port),
             exposed=expose,

@@ -20,6 +20,7 @@ from mergec.runtime.cli.options import (
     grouped,
 )
 from mergec.runtime.roles.rate_limit import DEFAULT_RATE
+from mergec.runtime.session.conversations import MOST_CONVERSATIONS
 
 
 @app.command("serve")
@@ -42,6 +43,14 @@ def serve_command(
     rate: Annotated[
         int, typer.Option(help="Maximum tokens per client and minute; 0: any.", min=0)
     ] = DEFAULT_RATE,
+    conversations: Annotated[
+        int,
+        typer.Option(
+            help="Maximum number of conversations whose caches a session keeps.",
+            min=1,
+            max=MOST_CONVERSATIONS,
+        ),
+    ] = 4,
     device: DeviceOption = Device.cpu,
     stores: Annotated[
         Path | None,
@@ -57,6 +66,20 @@ def serve_command(
     store_bytes: Annotated[
         int, typer.Option(help="Maximum size of one store in bytes.", min=1)
     ] = 16 << 30,
+    public_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of public text that clients may begin their prompts with; may be repeated. "
+            "Text, or a list of token numbers."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model's tokenizer, to read public text with; by default that of a client's "
+            "bundle in the same folder."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model to clients until SIGTERM."""
     from mergec.runtime.roles.server import serve
@@ -69,7 +92,7 @@ def serve_command(
             listen=address(listen),
             security=service.security("server"),
             dealer=address(dealer) if dealer else None,
-            limits=Limits(sessions, client_sessions, queue, length, tokens, rate),
+            limits=Limits(sessions, client_sessions, queue, length, tokens, rate, conversations),
             device=device.value,
             timeout=service.timeout,
             idle_timeout=service.idle_timeout,
@@ -79,6 +102,8 @@ def serve_command(
             stores=stores,
             store_key=read_key(store_key) if stores or store_key else b"",
             store_bytes=store_bytes,
+            public=tuple(public_prompt or ()),
+            tokenizer=tokenizer,
         )
     )
     if interrupted:
