@@ -11,6 +11,8 @@ BENCH_ARGS ?=
 ATTACK_ARGS ?=
 MUTANT_ARGS ?=
 SPECULATION_ARGS ?=
+PEER_ARGS ?=
+SPU_PYTHON ?= python3.11
 BASE ?=
 
 ifdef MERGEC_PYTHON
@@ -25,7 +27,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan prompts install clean
+.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -117,6 +119,19 @@ bench-small: $(READY) ## decoders of two layers by stock protocols and ours; wri
 prompts: $(READY) ## public text, turns of a chat and pieces, on SmolLM2; writes docs/prompts.md
 	PYTHONPATH=. $(PYTHON) benchmarks/prompts.py --output docs/prompts.md $(BENCH_ARGS)
 
+# SPU pins jax, so it has an environment of its own.
+.venv-spu/installed:
+	@command -v $(SPU_PYTHON) > /dev/null || { echo "SPU 0.9.5 needs Python 3.11: set SPU_PYTHON" >&2; exit 1; }
+	test -x .venv-spu/bin/python || $(SPU_PYTHON) -m venv .venv-spu
+	.venv-spu/bin/python -m pip install --quiet spu==0.9.5 jax==0.4.34 jaxlib==0.4.34
+	touch $@
+
+bench-peers: $(READY) .venv-spu/installed ## a decode step by SPU and ours; writes docs/peers.md; PEER_ARGS="--pairs 3"
+	$(PYTHON) benchmarks/peers.py $(PEER_ARGS)
+
+costs: $(READY) ## rounds, bytes and seconds of prompts on each network, predicted; writes docs/costs.md
+	$(PYTHON) benchmarks/costs.py
+
 pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passes.md
 	$(PYTHON) benchmarks/pass_table.py
 
@@ -127,4 +142,4 @@ families: $(READY) ## a small model of each family against its own logits; write
 	$(PYTHON) examples/every_family.py --markdown > docs/families.new && mv docs/families.new docs/families.md
 
 clean: ## remove .venv and caches
-	rm -rf .venv .nox .pytest_cache .mypy_cache .ruff_cache .coverage* build dist *.egg-info
+	rm -rf .venv .venv-spu .nox .pytest_cache .mypy_cache .ruff_cache .coverage* build dist *.egg-info

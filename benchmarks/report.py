@@ -206,3 +206,16 @@ def plots(rows: Sequence[Row], folder: Path) -> None:
         figure.tight_layout()
         figure.savefig(folder / f"{key}.png", dpi=120)
         plt.close(figure)
+
+
+def replace_between(path: Path, mark: str, text: str) -> None:
+    """Put a text between a file's lines `<!-- MARK: begin -->` and `<!-- MARK: end -->`.
+
+    Raises ValueError if the file does not have both.
+    """
+    begin, end = (f"<!-- {mark}: {place} -->\n" for place in ("begin", "end"))
+    before, found, rest = path.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path}: lacks {begin.strip()} or {end.strip()}")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
