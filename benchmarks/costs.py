@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import LATEST, MODELS, RESULTS, ROOT, shortened
 from report import replace_between
@@ -131,12 +132,14 @@ def short(rows: Sequence[Row]) -> str:
             group = sorted(
                 (r for r in rows if (r.model, r.new, r.past) == (model, *step)), key=order
             )
+            bytes_of = [
+                joined([getattr(row, key) for row in group], megabytes)
+                for key in ("online", "to_client", "to_server")
+            ]
             cells.append([
-                model, group[0].step, joined(f"{row.rounds:,}" for row in group),
-                joined(megabytes(row.online) for row in group),
-                joined(megabytes(row.to_client) for row in group),
-                joined(megabytes(row.to_server) for row in group),
-                joined(f"{row.seconds:,.1f}" for row in group), group[0].measured,
+                model, group[0].step, joined([row.rounds for row in group], "{:,}".format),
+                *bytes_of, joined([row.seconds for row in group], "{:,.1f}".format),
+                group[0].measured,
             ])  # fmt: skip
     return markdown(cells)
 
@@ -145,13 +148,14 @@ def order(row: Row) -> tuple[int, int]:
     return STEPS.index((row.new, row.past)), CHOSEN.index(row.network)
 
 
-def joined(cells: Iterable[str]) -> str:
-    """The networks' cells; one, if all are the same."""
-    found = list(cells)
-    return found[0] if len(set(found)) == 1 else " / ".join(found)
+def joined(values: Sequence[float], text: Callable[[Any], str]) -> str:
+    """The networks' figures; the first alone if they are within a hundredth of each other."""
+    if max(values) - min(values) <= 0.01 * max(values):
+        return text(values[0])
+    return " / ".join(map(text, values))
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f}" if count < 1e8 else f"{count / 1e6:,.0f}"
 
 

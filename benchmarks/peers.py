@@ -206,16 +206,16 @@ def short(columns: Sequence[Column]) -> str:
 PAGE = """# mergec and SPU, side by side
 
 A decode step of {model}{layers} after {past} tokens on loopback, with the same random weights,
-token and caches in all rows. {pairs} in alternation: each pair is one run of mergec and one of each
-protocol of [SPU](https://github.com/secretflow/spu) {spu}. Times are ratios to mergec's time in the
-same pair, as median and range. Written on {date} by
+token and caches in all rows. A pair is one run of mergec and one of each protocol of
+[SPU](https://github.com/secretflow/spu) {spu}, one after the other; pairs: {pairs}. Times
+are ratios to mergec's time in the same pair, as median and range. Written on {date} by
 
     {command}
 
 on {cores} cores with {memory_gb} GB of memory that all parties share, with Python {python} and
 torch {torch}. The load average was {load:.1f} when the run began. On a machine that does other
-work, a message waits for its receiver to be scheduled, which makes systems with many messages
-slower; a ratio from an idle machine is smaller.
+work, a message waits until its receiver is scheduled, which slows down whoever sends many of them:
+the ratios of an idle machine are others.
 
 {table}
 
@@ -227,7 +227,9 @@ slower; a ratio from an idle machine is smaller.
 * *dealt MB*: what mergec's dealer sends to both parties. *all bytes*: online and dealt together.
 * *sends*: messages of the party that sends most; for mergec rounds, in each of which a party sends
   one message at most.
-* *worst error*: largest difference from the logits of plaintext PyTorch.
+* *worst error*: largest difference from the logits of plaintext PyTorch. mergec's contains the
+  noise that its server adds to logits on purpose, of standard deviation {noise:.4f}
+  ([why](rounding.md)).
 
 ## How SPU runs
 
@@ -417,6 +419,27 @@ def code(returned: int) -> str:
     return f"code {returned}" if returned > 0 else signal.Signals(-returned).name
 
 
+def write(columns: Sequence[Column], facts: dict[str, Any], folder: Path | None) -> None:
+    """Write what is measured so far: to a folder, or to the repository's own places."""
+    results = folder or RESULTS
+    results.mkdir(parents=True, exist_ok=True)
+    stored = {"facts": facts, "columns": [asdict(column) for column in columns]}
+    (results / "peers.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (folder or ROOT / "docs").joinpath("peers.md").write_text(page(columns, facts))
+    if folder is None:
+        replace_between(ROOT / "README.md", "peers", short(columns))
+
+
+def stored(results: Path) -> tuple[list[Column], dict[str, Any]]:
+    """What `write` stored."""
+    found = json.loads((results / "peers.json").read_text())
+    columns = [
+        Column(one["name"], [Measured(**run) for run in one["runs"]], one["failed"])
+        for one in found["columns"]
+    ]
+    return columns, found["facts"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3)
@@ -428,7 +451,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds of one peer's run")
     parser.add_argument("--spu", type=Path, default=PYTHON, help="Python that has SPU")
     parser.add_argument("--output", type=Path, help="folder to write to instead of docs and README")
+    parser.add_argument(
+        "--render", action="store_true", help="write the pages of the last run again"
+    )
     options = parser.parse_args(arguments)
+    if options.render:
+        write(*stored(options.output or RESULTS), options.output)
+        return
     installed(options.spu)
     load = os.getloadavg()[0]
     peers = [peer for peer, name in zip(PEERS, names, strict=True) if name in options.peers]
@@ -444,18 +473,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dealt = sum(dealt_bytes(program.any_role, *shape).values())
     with torch.inference_mode():
         exact = model(input_ids=torch.tensor([list(tokens[: PAST + 1])])).logits[0, -1].double()
-
-    extra = "" if options.repeats == REPEATS else f" --repeats {options.repeats}"
     facts = machine() | {
         "model": options.model,
         "layers": "" if options.layers is None else f", first {options.layers} layers,",
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "load": load,
         "repeats": options.repeats,
+        "noise": program.manifest.logit_noise,
     }
 
-    folder = options.output or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mergec-peers-") as place:
         inputs = Inputs(model, tokens, Path(place))
         for pair in range(options.pairs):
@@ -463,17 +489,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 (taken,) = run(program.roles, steps, OURS)
             except RunError as error:
                 raise SystemExit(f"mergec's run failed: {error}") from None
-            (error,) = errors_of(model, tokens, [shape], [taken])
-            columns[0].runs.append(
-                Measured(taken.seconds, taken.online, taken.rounds, error, taken.online_seconds,
-                         dealt)
-            )  # fmt: skip
-            print(f"pair {pair + 1}, {OURS}: {columns[0].runs[-1]}", flush=True)
+            (worst,) = errors_of(model, tokens, [shape], [taken])
+            one = Measured(
+                taken.seconds, taken.online, taken.rounds, worst, taken.online_seconds, dealt
+            )
+            columns[0].runs.append(one)
+            print(f"pair {pair + 1}, {OURS}: {one}", flush=True)
             for peer, column in zip(peers, columns[1:], strict=True):
                 if column.failed:
                     continue
                 try:
-                    found, logits = run_peer(
+                    one, logits = run_peer(
                         options.spu, peer, inputs, options.repeats, options.limit
                     )
                 except PeerError as error:
@@ -481,20 +507,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"pair {pair + 1}, {peer.name}: failed: {error}", flush=True)
                     continue
                 worst = float((torch.from_numpy(logits).double() - exact).abs().max())
-                column.runs.append(replace(found, error=worst))
+                column.runs.append(replace(one, error=worst))
                 print(f"pair {pair + 1}, {peer.name}: {column.runs[-1]}", flush=True)
-            kept = json.dumps([asdict(column) for column in columns], indent=1)
-            (folder / "peers.json").write_text(kept + "\n")
             # Pair by pair: what is there holds if the run is interrupted.
-            said = facts | {
-                "pairs": f"{pair + 1} pair{'s' if pair else ''}",
-                "command": f'make bench-peers PEER_ARGS="--pairs {pair + 1}{extra}"',
-            }
-            if options.output:
-                (folder / "peers.md").write_text(page(columns, said))
-            else:
-                (ROOT / "docs" / "peers.md").write_text(page(columns, said))
-                replace_between(ROOT / "README.md", "peers", short(columns))
+            extra = "" if options.repeats == REPEATS else f" --repeats {options.repeats}"
+            facts["pairs"] = pair + 1
+            facts["command"] = f'make bench-peers PEER_ARGS="--pairs {pair + 1}{extra}"'
+            write(columns, facts, options.output)
 
 
 if __name__ == "__main__":

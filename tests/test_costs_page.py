@@ -22,7 +22,9 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def rows(costs: Any) -> list[Any]:
     return [
-        costs.Row("m", network, new, past, 100 + new + i, 5_000_000, 250_000_000, 10**9, 1.5, 0.5)
+        costs.Row(
+            "m", network, new, past, 100 + new + 10 * i, 5_000_000, 250_000_000, 10**9, 1.5, 0.5
+        )
         for i, network in enumerate(costs.CHOSEN)
         for new, past in costs.STEPS
     ]
@@ -31,14 +33,20 @@ def rows(costs: Any) -> list[Any]:
 def test_a_step_s_networks_stand_beside_each_other(costs: Any, rows: list[Any]) -> None:
     lines = costs.short(rows).splitlines()
     assert len(lines) == 2 + len(costs.STEPS)
-    assert lines[2] == "| m | prompt of 16 | 116 / 117 / 118 | 5.0 | 250 | 1,000 | 1.5 |  |"
-    assert lines[-1].startswith("| m | decode after 128 | 101 / 102 / 103 |")
+    assert lines[2] == "| m | prompt of 16 | 116 / 126 / 136 | 5.0 | 250 | 1,000 | 1.5 |  |"
+    assert lines[-1].startswith("| m | decode after 128 | 101 / 111 / 121 |")
+
+
+def test_figures_within_a_hundredth_are_one(costs: Any) -> None:
+    assert costs.joined([1000, 1000, 1010], "{:,}".format) == "1,000"
+    assert costs.joined([1000, 1000, 1011], "{:,}".format) == "1,000 / 1,000 / 1,011"
+    assert costs.joined([0.0, 0.0, 0.0], "{:.1f}".format) == "0.0"
 
 
 def test_the_page_has_a_line_for_each_step_and_network(costs: Any, rows: list[Any]) -> None:
     text = costs.page(rows)
     assert text.count("| prompt of 500 |") == text.count("| decode after 128 |") == 3
-    assert "| prompt of 64 | wan | 166 | 5.0 | 250 | 1,000 | 1.50 | 0.50 |" in text
+    assert "| prompt of 64 | wan | 184 | 5.0 | 250 | 1,000 | 1.50 | 0.50 |" in text
 
 
 def test_rows_are_those_of_the_inspection(costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,9 @@ def test_a_spread_is_median_and_range(peers: Any) -> None:
     assert peers.spread([30.0, 10.0, 1000.0]) == "30.0 (10.0–1,000.0)"
 
 
-def test_rows_say_what_was_measured_and_what_is_not_known(peers: Any, measured: Any) -> None:
+def test_rows_say_what_was_measured_and_what_is_not_known(
+    peers: Any, measured: Any, tmp_path: Path
+) -> None:
     ours = peers.Column(peers.OURS, [
         measured(0.5, prepared=0.25, dealt=46_000_000),
         measured(1.0, prepared=0.5, dealt=46_000_000),
@@ -105,11 +107,16 @@ def test_rows_say_what_was_measured_and_what_is_not_known(peers: Any, measured: 
     heads = peers.short([ours, first]).splitlines()[0]
     assert "time × mergec" in heads and "prepared" not in heads and "trust" in heads
     facts = dict.fromkeys(("layers", "pairs", "model", "command", "date", "repeats"), "x")
-    facts |= {"load": 0.5, "cores": 2, "memory_gb": 8, "python": "3", "torch": "2"}
+    facts |= {"noise": 0.004, "load": 0.5, "cores": 2, "memory_gb": 8, "python": "3", "torch": "2"}
     text = peers.page([ours, first, third, failed], facts)
     assert "| semi2k | 5.00 | 20.00 |" in text
     assert "| mergec, prepared | 0.25 | 0.50 |" in text
     assert "| aby3 | 5.00 |  |" in text
+
+    peers.write([ours, first, third, failed], facts, tmp_path)
+    (tmp_path / "peers.md").unlink()
+    peers.main(["--render", "--output", str(tmp_path)])
+    assert (tmp_path / "peers.md").read_text() == text
 
 
 def test_the_link_s_statistics_are_read_per_execution(peers: Any) -> None:
