@@ -46,7 +46,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def softmax(x: jax.Array) -> jax.Array:
     powers = jnp.exp(x - x.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    # One reciprocal for a row: SPU would divide each element.
+    return powers * (1 / powers.sum(-1, keepdims=True))
 
 
 def decode_step(heads: int, past: int, eps: float) -> Callable[..., tuple[jax.Array, Any]]:

@@ -72,7 +72,7 @@ class Peer:
     once: bool = False
 
 
-_FIRST = "two parties; insecure as run: the first one can derive every mask"
+_FIRST = "two parties; insecure as run: the server can derive the client's masks"
 _UNKNOWN = "not counted"
 _NO_DEALER = "none: no dealer"
 
@@ -253,11 +253,12 @@ All rows are semi-honest: parties follow the protocol. Beyond that they are not 
 
 * **mergec** needs a dealer that colludes with neither party. Its bytes are counted, under *dealt*.
 * **semi2k** needs correlated randomness, too. Here it comes from SPU's default,
-  `TrustedFirstParty`: both parties tell the first one their seeds, from which it derives
-  everybody's masks. So the first party can unmask every value of the other. It emulates a dealer,
-  costs no bytes, and protects nothing from the first party. A deployment would use
-  `TrustedThirdParty`, a dealer like mergec's. The server for it is not in SPU's Python package, and
-  SPU's statistics do not say what it would send, so the total of these two rows is not known.
+  `TrustedFirstParty` (in SPU's code `BeaverTfpUnsafe`): every party tells the first one, here the
+  server, the seed of its masks. So the server can unmask the client's values. It stands in for a
+  dealer, costs no bytes, and protects nothing from the first party. A deployment would use
+  `TrustedThirdParty`, a dealer like mergec's. Its server is not in SPU's Python package, and SPU's
+  statistics do not say what it would send, so the total of these two rows is not known: it is at
+  least what is online.
 * **aby3** needs a third party that computes as the others do, and an honest majority: any two of
   the three together see everything.
 * **cheetah** needs nobody else. It is the strongest of these settings.
