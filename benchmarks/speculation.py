@@ -155,10 +155,7 @@ def page(rows: Sequence[str], private: Sequence[str], count: int, size: int) -> 
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             "",
-            "## By the three roles",
-            "",
-            *private,
-            "",
+            *(["## By the three roles", "", *private, ""] if private else []),
         ]
     )
 
@@ -207,7 +204,9 @@ def private_lines(program: Program, prompt: Sequence[int], count: int) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--private", type=int, default=24, help="of the answer by the three roles")
+    parser.add_argument(
+        "--private", type=int, default=24, help="of the answer by the three roles; 0: none"
+    )
     parser.add_argument("--output", type=Path, default=TARGET)
     options = parser.parse_args()
     keep_freed_memory()
@@ -241,11 +240,16 @@ def main() -> None:
             if checked != tokens:
                 raise SystemExit(f"{task}: drafts changed the answer of the model")
     print("\n".join(rows))
-    with tempfile.TemporaryDirectory(prefix="mergec-") as folder:
-        program.save(Path(folder) / "program")
-        private = private_lines(program, prompts[next(iter(prompts))], options.private)
-    options.output.write_text(page(rows, private, options.tokens, store.size), encoding="utf-8")
-    print("\n".join(private))
+
+    def write(private: Sequence[str]) -> None:
+        text = page(rows, private, options.tokens, store.size)
+        options.output.write_text(text, encoding="utf-8")
+
+    write(())
+    if options.private:
+        with tempfile.TemporaryDirectory(prefix="mergec-") as folder:
+            program.save(Path(folder) / "program")
+            write(private_lines(program, prompts[next(iter(prompts))], options.private))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from tests.test_program import TYPES
 KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
-    "deviation", "weights", "reveal", "logit_noise", "network", "rounding", "mode", "shapes",
+    "deviation", "weights", "reveal", "logit_noise", "network", "rounding",
+    "speculate_up_to", "mode", "shapes",
     "cost", "passes", "left_out", "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2; settings are left out if there are none.
@@ -64,7 +65,7 @@ def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Pat
     changed = {line.strip().partition(":")[0] for line in {*old} ^ {*new}}
     assert changed <= {
         '"format_version"', '"mergec_version"', '"torch_version"', '"program_hash"',
-        '"tokenizer"', '"logit_noise"', '"rounding"', '"digest"',
+        '"tokenizer"', '"logit_noise"', '"rounding"', '"speculate_up_to"', '"digest"',
     }  # fmt: skip
     assert '"logit_noise": 0.0,' in (after / bundle.MANIFEST).read_text()
 
@@ -175,6 +176,8 @@ def test_a_manifest_is_not_changed_in_place() -> None:
         ({"passes": ["x" * 10**6]}, f"passes must hold dict, not '{'x' * 59}…$"),
         ({"passes": ["fuse_glu"]}, "passes must hold dict, not 'fuse_glu'"),
         ({"cost": []}, "cost must be dict"),
+        ({"speculate_up_to": 32}, "speculate_up_to is 32; it can be 0 to 31"),
+        ({"speculate_up_to": -1}, "speculate_up_to is -1; it can be 0 to 31"),
         ({"logit_noise": 0}, "logit_noise must be float, not 0"),
         ({"logit_noise": -0.001}, "logit_noise is -0.001; it can be 0 to 0.0625"),
         ({"logit_noise": 0.5}, "logit_noise is 0.5; it can be 0 to 0.0625"),
