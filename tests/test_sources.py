@@ -162,7 +162,7 @@ def test_an_adapter_without_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         "mergec.compiler.frontend.adapters.importlib.util.find_spec", lambda _: None
     )
     adapter(folder, "somebody/model")
-    refused(folder, "holds an adapter", "peft", "is not installed")
+    refused(folder, "holds an adapter", "peft", "is not installed", "mergec[adapters]")
     (folder / "adapter_model.safetensors").unlink()
     refused(folder, "without adapter_model.safetensors")
 

@@ -33,7 +33,8 @@ def check_adapter(folder: Path) -> None:
     if importlib.util.find_spec("peft") is None:
         raise CompileError(
             f"{folder} holds an adapter ({ADAPTER}), and the package peft, which merges it, is "
-            "not installed; install it, or merge the adapter elsewhere and save the result"
+            "not installed; run `pip install 'mergec[adapters]'`, or merge the adapter elsewhere "
+            "and save the result"
         )
 
 
