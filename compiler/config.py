@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergec.compiler.errors import CompileError
@@ -77,6 +78,10 @@ class CompileConfig:
         measure how large each value gets, and lossy passes take their constants from them. By
         default a few fixed sentences in the model's tokens and one sequence of tokens spread over
         the vocabulary; without a tokenizer, only sequences of the second kind.
+    adapted: the folder that `mergec adapt` wrote, if the model comes from there. The program gets
+        the preset and the passes that the model was trained for, and their trained constants,
+        and is calibrated on prompts of the text that it was trained on. `mergec compile FOLDER`
+        sets this by itself.
     ignore_settings: names of settings in the model's generation_config to leave out of the program.
         Settings that cannot be honoured are refused unless they are named here.
     name: the program's name in reports; by default the model's own name.
@@ -100,6 +105,7 @@ class CompileConfig:
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
     calibration: tuple[tuple[int, ...], ...] = ()
+    adapted: str = ""
     ignore_settings: tuple[str, ...] = ()
     name: str = ""
 
@@ -125,9 +131,11 @@ class CompileConfig:
             check.choice(option, getattr(self, option), values)
         check.flag("check_passes", self.check_passes, or_none=True)
         check.text("name", self.name)
+        adapted = str(self.adapted) if isinstance(self.adapted, Path) else self.adapted
         kept = {
             "max_length": length,
             "speculate_up_to": check.whole("speculate_up_to", self.speculate_up_to, 0, MAX_DRAFTS),
+            "adapted": check.text("adapted", adapted),
             "enable": check.names("enable", self.enable),
             "disable": check.names("disable", self.disable),
             "extra_passes": _classes(self.extra_passes),

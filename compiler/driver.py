@@ -15,6 +15,7 @@ from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, 
 from mergec.compiler.backend.rounding import check_rounding
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.adaptation import read_adaptation, stands_at
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
@@ -26,6 +27,7 @@ from mergec.compiler.pipeline import (
     calibration,
     left_out,
     longest,
+    resolved,
     runs_anyway,
     select,
     to_dialect,
@@ -92,6 +94,7 @@ def compile_decoder(
         >>> program.save("bundles/smollm2")  # doctest: +SKIP
     """
     config = _check_arguments(model, tokenizer, config, progress, captured)
+    config = resolved(config)
     select(config)  # Names of passes that do not exist are reported before any work.
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
@@ -116,7 +119,9 @@ def compile_decoder(
     graph = dialect.graph_module.graph
     types = value_types(dialect.graph_module, assign_names(graph), length_symbols(graph))
     deviation = {}
-    if dialect.lossy:
+    if config.adapted:
+        deviation = dict(read_adaptation(config.adapted).deviation)
+    elif dialect.lossy:
         progress("comparing the lossy program with the model")
         deviation = measure_deviation(roles["server"], captured, sequences)
     progress("counting rounds and bytes")
@@ -195,6 +200,15 @@ def compile_source(
         CompileError: the model cannot be loaded or compiled; see `compile_decoder`.
     """
     config = CompileConfig(**options)
+    if not config.adapted and stands_at(Path(source)):
+        if options.get("preset") == "exact":
+            preset = read_adaptation(source).preset
+            raise CompileError(
+                f"{source} was adapted for the preset {preset!r}, and its weights fit no other; "
+                "compile the model from before it was adapted"
+            )
+        config = replace(config, adapted=str(source))
+    config = resolved(config)
     if not config.name:
         config = replace(config, name=Path(source).stem)
     select(config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mergec.compiler.backend.outliers import shrink_outliers
 from mergec.compiler.backend.share_constants import share_constants
 from mergec.compiler.config import DEFAULT_LENGTH, PRESETS, CompileConfig
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.adaptation import read_adaptation
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.ir import is_shared
 from mergec.compiler.graph.manager import PassReport, ordered, run_passes
@@ -137,6 +138,32 @@ def longest(config: CompileConfig, captured: Captured) -> int:
     return length
 
 
+def resolved(config: CompileConfig) -> CompileConfig:
+    """The options with the preset, the passes and the prompts of the adapted folder.
+
+    Raises CompileError if other options than those ask for another preset, or leave out a pass.
+    """
+    if not config.adapted:
+        return config
+    adaptation = read_adaptation(config.adapted)
+    if config.preset not in ("exact", adaptation.preset):
+        raise CompileError(
+            f"{config.adapted} was adapted for the preset {adaptation.preset!r}, not for "
+            f"{config.preset!r}; leave out the preset, or adapt the model for the other one"
+        )
+    dropped = [name for name in adaptation.passes if name in config.disable]
+    if dropped:
+        raise CompileError(
+            f"{config.adapted} was trained for the pass {dropped[0]!r}; do not disable it"
+        )
+    return replace(
+        config,
+        preset=adaptation.preset,
+        enable=tuple(dict.fromkeys((*adaptation.enable, *config.enable))),
+        calibration=config.calibration or adaptation.calibration,
+    )
+
+
 def select(config: CompileConfig) -> list[type[Pass]]:
     """The passes that `config` asks for, in the order in which they run.
 
@@ -208,9 +235,17 @@ def rewrite(
         config.reveal,
         float(config.logit_noise),
         NETWORKS[config.network],
+        read_adaptation(config.adapted).constants if config.adapted else {},
     )
     chosen = select(config) if passes is None else passes
-    return run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
+    reports = run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
+    left = sorted(info.trained.keys() - info.taken)
+    if passes is None and left:
+        raise CompileError(
+            f"{config.adapted} holds {left[0]}, for which this model has no place; give the model "
+            "that was adapted"
+        )
+    return reports
 
 
 def to_dialect(

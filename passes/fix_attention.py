@@ -19,13 +19,14 @@ class FixAttention(Pass):
     """Replaces attention weights by a table per head: no queries, keys, softmax or rounds.
 
     Lossy. This is the constant attention of MERGE (Liang et al., AAAI 2024). MERGE trains the
-    table; here it is the mean of the model's own attention weights over the calibration prompts,
-    per head and pair of positions. Let P be the length of the longest calibration prompt. Tokens
-    after the P-th attend as the P-th does: to the same distances back, and to the first token,
-    which takes the weight that a head has no use for. So the pass is exact up to P tokens for heads
-    that attend by position alone; calibrate with prompts as long as those that you expect. Queries
-    and keys are dropped, and with them rotary embeddings and the key cache. The table follows from
-    the weights, so the server holds it, and its product with cached values costs no message.
+    table, as `mergec adapt` does; of a model that was not adapted it is the mean of its own
+    attention weights over the calibration prompts, per head and pair of positions. Let P be the
+    length of the longest prompt. Tokens after the P-th attend as the P-th does: to the same
+    distances back, and to the first token, which takes the weight that a head has no use for. So
+    the pass is exact up to P tokens for heads that attend by position alone; calibrate with prompts
+    as long as those that you expect. Queries and keys are dropped, and with them rotary embeddings
+    and the key cache. The table follows from the weights, so the server holds it, and its product
+    with cached values costs no message.
 
     Before:
         %ids = input : client int64 1xnew
@@ -59,18 +60,25 @@ class FixAttention(Pass):
         found = [n for n in graph_module.graph.nodes if calls(n, target("attention"))]
         if not found:
             return 0
-        tables = _observe(graph_module, found, self.info.inputs, self.info.calibration)
+        tables = {node: table for node in found if (table := self._trained(node)) is not None}
+        rest = [node for node in found if node not in tables]
+        if rest:
+            tables |= _observe(graph_module, rest, self.info.inputs, self.info.calibration)
         ids = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
         new = insert(found[0], aten.sym_size.int, (ids, 1), ids.meta["val"].shape[1], Vis.PUBLIC)
         for node in found:
             table = tables[node].to(node.meta["val"].dtype)
-            place = node.meta.get("module") or node.name
-            held = add_constant(node, self.info.constants, f"{place}.table", table, Vis.SERVER)
+            held = add_constant(node, self.info.constants, _name(node), table, Vis.SERVER)
             values = bind(REGISTRY["attention"], node)["v"]
             replace(node, target("constant_attention"), (values, held, new))
         graph_module.graph.eliminate_dead_code()
         self._drop_caches(graph_module)
         return len(found)
+
+    def _trained(self, node: fx.Node) -> torch.Tensor | None:
+        """The table that training determined for this attention, if it did."""
+        heads = bind(REGISTRY["attention"], node)["q"].meta["val"].shape[1]
+        return self.info.take(_name(node), (heads, None, None))
 
     def _drop_caches(self, graph_module: fx.GraphModule) -> None:
         """Remove caches that nothing reads any more; another one then supplies their length."""
@@ -88,6 +96,10 @@ class FixAttention(Pass):
                 size.replace_input_with(cache, kept[0])
             graph_module.graph.erase_node(cache)
             self.info.inputs.remove(spec)
+
+
+def _name(node: fx.Node) -> str:
+    return f"{node.meta.get('module') or node.name}.table"
 
 
 def _unread(cache: fx.Node, following: fx.Node, output: fx.Node) -> bool:

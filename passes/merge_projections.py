@@ -10,7 +10,7 @@ from torch import fx
 
 from mergec.compiler.graph.ir import add_constant, aten, calls, constant, insert, rank, replace
 from mergec.compiler.graph.rewriting import Pass
-from mergec.passes.simplify_norms import affine, observe_norms
+from mergec.passes.simplify_norms import constant_norms, put_affine
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import MOVE_NAMES, target_name
@@ -35,8 +35,8 @@ class MergeProjections(Pass):
 
         h = x + O a,    m = W norm(h),    y = h + V act(m).
 
-    The only approximation: the norm in between gets constant statistics, estimated as in
-    `simplify_norms`, so that norm(h) = gain * h + shift. The rest is algebra:
+    The only approximation: the norm in between gets constant statistics, trained or estimated as
+    in `simplify_norms`, so that norm(h) = gain * h + shift. The rest is algebra:
     m = (W gain O) a + (W gain) x + constant, with W gain O merged at compile time. The residual
     stream, which MERGE's module drops there, is kept in both places. The pass saves the norm with
     its rounds; a and x are sent to the server in the same round. It is exact if all rows of h have
@@ -89,21 +89,34 @@ class MergeProjections(Pass):
     exact = False
 
     def run(self, graph_module: fx.GraphModule) -> int:
-        found = [
+        found = self._sites(graph_module)
+        if not found:
+            return 0
+        norms = constant_norms(self.info, graph_module, [site.norm for site in found])
+        for site in found:
+            for first in site.firsts:
+                self._merge(graph_module, site, first, *norms[site.norm])
+        return len(found)
+
+    def loosen(self, graph_module: fx.GraphModule) -> int:
+        """Only replace the norms in between by affine maps, which training can change.
+
+        The graph then computes what it computes after `run`; returns the number of norms.
+        """
+        found = self._sites(graph_module)
+        if found:
+            norms = constant_norms(self.info, graph_module, [site.norm for site in found])
+            for norm, (gain, shift) in norms.items():
+                put_affine(self.info, norm, gain, shift)
+        return len(found)
+
+    def _sites(self, graph_module: fx.GraphModule) -> list[_Site]:
+        return [
             site
             for node in graph_module.graph.nodes
             if calls(node, target("constant_attention"))
             for site in self._match(graph_module, node)
         ]
-        if not found:
-            return 0
-        norms = [site.norm for site in found]
-        statistics = observe_norms(graph_module, norms, self.info.inputs, self.info.calibration)
-        for site in found:
-            gain, shift = affine(graph_module, site.norm, *statistics[site.norm])
-            for first in site.firsts:
-                self._merge(graph_module, site, first, gain, shift)
-        return len(found)
 
     def _match(self, graph_module: fx.GraphModule, attention: fx.Node) -> list[_Site]:
         out = _following(attention, "linear")

@@ -60,8 +60,8 @@ class ResendHidden(Pass):
         ids, *caches = (n for n in graph_module.graph.nodes if n.op == "placeholder")
         if not caches:
             raise CompileError("embedding resending needs a model with a cache; this one has none")
-        table = _embedding(graph_module)
-        head = _head(graph_module)
+        table = embedding_of(graph_module)
+        head = head_of(graph_module)
         state: Any = head.args[0]
         if rank(state) != 3 or state.meta["val"].shape[-1] != table.meta["val"].shape[-1]:
             reason = "its hidden state does not have the shape of the embedding"
@@ -83,7 +83,7 @@ class ResendHidden(Pass):
         return 1
 
 
-def _embedding(graph_module: fx.GraphModule) -> fx.Node:
+def embedding_of(graph_module: fx.GraphModule) -> fx.Node:
     """The one embedding lookup by the client's tokens."""
     found = [
         node
@@ -96,7 +96,7 @@ def _embedding(graph_module: fx.GraphModule) -> fx.Node:
     return found[0]
 
 
-def _head(graph_module: fx.GraphModule) -> fx.Node:
+def head_of(graph_module: fx.GraphModule) -> fx.Node:
     """The last product before the logits are revealed."""
     revealed = [n for n in graph_module.graph.nodes if calls(n, target("reveal"))]
     if not revealed:

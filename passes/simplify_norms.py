@@ -9,7 +9,7 @@ from torch import fx
 
 from mergec.compiler.graph.ir import add_constant, aten, bind, calls, constant, insert, replace
 from mergec.compiler.graph.ranges import prompt
-from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.rewriting import GraphInfo, Pass
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import Vis
 
@@ -21,14 +21,14 @@ class SimplifyNorms(Pass):
     """Replaces a norm by gain * x + shift: no square, no inverse root, no opening to both parties.
 
     Lossy. THE-X (Chen et al., Findings of ACL 2022, section 3) drops the mean and deviation of the
-    row and retrains gain and shift. Here they come from calibration instead of training. Let m be
-    the mean of all rows, m_i and s_i the mean and deviation of row i, and
-    s = sum(s_i**2 + (m_i - m)**2) / sum(s_i). Then gain = weight / s and shift = bias - m * gain.
-    Of all maps g * x + c this one is nearest to the norm in least squares. It is exact if all rows
-    have the same mean and deviation. None of N rows becomes longer than (1 + sqrt(N)) / 2 times
-    what the norm would make it. With the median deviation instead of s, a rare row of 1000 times
-    the usual size, as for SmolLM2's first token, would become 1000 times too long; a gated MLP
-    squares that, and after a few layers it is infinite. The price: if there is such a row, the
+    row and retrains gain and shift, as `mergec adapt` does. Of a model that was not adapted they
+    come from calibration. Let m be the mean of all rows, m_i and s_i the mean and deviation of row
+    i, and s = sum(s_i**2 + (m_i - m)**2) / sum(s_i). Then gain = weight / s and shift = bias - m *
+    gain. Of all maps g * x + c this one is nearest to the norm in least squares. It is exact if all
+    rows have the same mean and deviation. None of N rows becomes longer than (1 + sqrt(N)) / 2
+    times what the norm would make it. With the median deviation instead of s, a rare row of 1000
+    times the usual size, as for SmolLM2's first token, would become 1000 times too long; a gated
+    MLP squares that, and after a few layers it is infinite. The price: if there is such a row, the
     others nearly vanish. Each norm is estimated with the norms before it, and everything else that
     is approximated, already replaced. Both tensors follow from the weights, so the server holds
     them. A gain has 16 fractional bits, so deviations above 2**8 cost precision.
@@ -64,19 +64,55 @@ class SimplifyNorms(Pass):
         norms = [node for node in graph_module.graph.nodes if _is_norm(node)]
         if not norms:
             return 0
-        found = observe_norms(graph_module, norms, self.info.inputs, self.info.calibration)
+        found = constant_norms(self.info, graph_module, norms)
         for node in norms:
-            gain, shift = affine(graph_module, node, *found[node])
-            place = node.meta.get("module") or node.name
-            held = add_constant(node, self.info.constants, f"{place}.gain", gain, Vis.SERVER)
-            arguments = (node.args[0], held)
-            if shift is None:
-                replace(node, aten.mul.Tensor, arguments)
-                continue
-            scaled = insert(node, aten.mul.Tensor, arguments, node.meta["val"], Vis.SHARED)
-            held = add_constant(node, self.info.constants, f"{place}.shift", shift, Vis.SERVER)
-            replace(node, aten.add.Tensor, (scaled, held))
+            put_affine(self.info, node, *found[node])
         return len(norms)
+
+
+Affine = tuple[torch.Tensor, torch.Tensor | None]
+"""The gain of a constant norm, and its shift, which an RMSNorm has not."""
+
+
+def constant_norms(
+    info: GraphInfo, graph_module: fx.GraphModule, norms: list[fx.Node]
+) -> dict[fx.Node, Affine]:
+    """The gain and shift of each norm: those that training determined, or else from calibration."""
+    found = {norm: value for norm in norms if (value := _trained(info, norm)) is not None}
+    if len(found) < len(norms):
+        observed = observe_norms(graph_module, norms, info.inputs, info.calibration)
+        for norm in norms:
+            found.setdefault(norm, affine(graph_module, norm, *observed[norm]))
+    return found
+
+
+def put_affine(
+    info: GraphInfo, node: fx.Node, gain: torch.Tensor, shift: torch.Tensor | None
+) -> None:
+    """Replace a norm by gain * x + shift."""
+    place = _place(node)
+    held = add_constant(node, info.constants, f"{place}.gain", gain, Vis.SERVER)
+    arguments = (node.args[0], held)
+    if shift is None:
+        replace(node, aten.mul.Tensor, arguments)
+        return
+    scaled = insert(node, aten.mul.Tensor, arguments, node.meta["val"], Vis.SHARED)
+    held = add_constant(node, info.constants, f"{place}.shift", shift, Vis.SERVER)
+    replace(node, aten.add.Tensor, (scaled, held))
+
+
+def _place(node: fx.Node) -> str:
+    return node.meta.get("module") or node.name
+
+
+def _trained(info: GraphInfo, node: fx.Node) -> Affine | None:
+    like = node.meta["val"]
+    width = (int(like.shape[-1]),)
+    gain = info.take(f"{_place(node)}.gain", width)
+    if gain is None:
+        return None
+    shift = info.take(f"{_place(node)}.shift", width)
+    return gain.to(like.dtype), None if shift is None else shift.to(like.dtype)
 
 
 def _is_norm(node: fx.Node) -> bool:
@@ -160,9 +196,7 @@ def _statistics(node: fx.Node, rows: torch.Tensor) -> tuple[float, float]:
     return float(mean), float((squares + spread).sum() / squares.sqrt().sum())
 
 
-def affine(
-    graph_module: fx.GraphModule, node: fx.Node, mean: float, deviation: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def affine(graph_module: fx.GraphModule, node: fx.Node, mean: float, deviation: float) -> Affine:
     """The gain and shift of a norm with these statistics; an RMSNorm has no shift."""
     arguments = bind(_op(node), node)
     like = node.meta["val"]

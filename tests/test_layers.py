@@ -18,6 +18,7 @@ FOLDERS = ("compiler", "passes", "runtime")
 FLOORS = (
     "mergec",
     "compiler.cli",
+    "compiler.adaptation",
     "compiler.driver",
     "compiler.program",
     "compiler.answer",

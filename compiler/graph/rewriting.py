@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -36,7 +37,8 @@ class GraphInfo:
     calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
     client learns of a step, "logits" or "token". logit_noise: standard deviation of the noise that
     the server adds to logits. network: where the program will run, for passes that trade bytes for
-    rounds.
+    rounds. trained: constants of lossy passes by name, which training has determined; such a pass
+    takes them instead of observing the graph. taken: the names of those that a pass has taken.
     """
 
     inputs: list[InputSpec]
@@ -45,6 +47,27 @@ class GraphInfo:
     reveal: str = "logits"
     logit_noise: float = 0.0
     network: Network = NETWORKS["loopback"]
+    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    def take(self, name: str, shape: Sequence[int | None]) -> torch.Tensor | None:
+        """The trained constant of this name; None if there is none.
+
+        shape: what it must have; None for any size. Raises CompileError for another one.
+        """
+        value = self.trained.get(name)
+        if value is None:
+            return None
+        if len(value.shape) != len(shape) or any(
+            wanted not in (None, size) for size, wanted in zip(value.shape, shape, strict=True)
+        ):
+            said = "x".join("n" if size is None else str(size) for size in shape)
+            raise CompileError(
+                f"the trained constant {name} has the shape {'x'.join(map(str, value.shape))} "
+                f"instead of {said}; adapt this model again"
+            )
+        self.taken.add(name)
+        return value
 
 
 class Pass(PassBase):

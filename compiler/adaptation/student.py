@@ -1,0 +1,302 @@
+"""A model as the compiler rewrites it, as a module that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.graph.ir import aten, calls, constant, is_shared
+from mergec.compiler.graph.manager import run_passes
+from mergec.compiler.graph.rewriting import STAGES, GraphInfo
+from mergec.compiler.pipeline import select
+from mergec.compiler.text import op_of
+from mergec.passes.merge_projections import MergeProjections
+from mergec.passes.resend_hidden import embedding_of, head_of
+from mergec.runtime.core.op import target
+from mergec.runtime.ops import load_all
+
+TABLE = ".table"
+"""How names of attention tables end."""
+
+_TRAINED = (TABLE, ".gain", ".shift")
+"""How names of constants end that lossy passes make, and that can be trained."""
+
+_TURNED = "_turned"
+"""How `linear_to_dialect` names a transposed copy of a weight."""
+
+_LEAST = 1e-6
+"""Smallest weight of a table's entry when its training starts: log 0 has no gradient."""
+
+_LEFT_OUT = {"merge_projections", "resend_hidden", "fold_weights"}
+"""Passes of the stages that a student goes through which it does not need, or not as they are."""
+
+
+@dataclass
+class Result:
+    """What a student computes of token ids [B, N].
+
+    logits [B, N, V]; hidden [B, N, E], the head's input, which embedding resending sends on;
+    streams: the sums that layers add to residual streams [B, N, E], in the graph's order.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    streams: list[torch.Tensor]
+
+
+class Student(nn.Module):
+    """A model's graph after the lossy passes of a configuration, as a module with parameters.
+
+    The graph is the compiler's own: the model's captured step, rewritten by the same passes up to
+    the stage "dialect", in which every op runs by its reference. What follows in a compile is
+    exact. So what is trained is what is compiled, for every family. Three things differ: there is
+    no cache, because training knows all tokens; `merge_projections` only replaces its norms by
+    affine maps, and merges nothing; and hidden states are resent by whoever calls (`forward`).
+
+    Parameters are those of `model` that the graph reads, the very same tensors, and the constants
+    of lossy passes: gains, shifts, and for each attention table the logits T of
+    softmax(T).tril(), as in MERGE (Liang et al., AAAI 2024). They have the names of the graph's
+    constants, with "/" for ".".
+
+    model: a Hugging Face decoder in float32 or float64. config: its lossy passes count. sequences:
+    token sequences from which the constants start; the longest is the size of attention tables.
+    Raises CompileError if the model cannot be captured, or lacks what a pass needs.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: CompileConfig, sequences: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        load_all()
+        # In a tuple, because it is no submodule: parameters are registered below, each once.
+        self._model = (model,)
+        captured = capture(model, cache=False)
+        self.limit = captured.max_length
+        self.vocab_size = captured.vocab_size
+        asked = {kind.name() for kind in select(config) if not kind.exact}
+        self.resends = "resend_hidden" in asked
+        self.sites, self.changed = _rewrite(captured, config, sequences)
+        self._graph = (captured.graph_module,)
+        self._logits, self._hidden, self._embedding, self._table, self._streams = _places(
+            captured.graph_module, resends=self.resends
+        )
+        self.constants: list[str] = []
+        self._names: dict[str, str] = {}
+        given = dict(model.named_parameters(remove_duplicate=False))
+        for name, (value, _) in captured.tensors().items():
+            self._add(name, value, given)
+
+    def _add(self, name: str, value: torch.Tensor, given: dict[str, nn.Parameter]) -> None:
+        """Register a constant of the graph: as a parameter, or as a buffer if nothing trains it."""
+        key = name.replace(".", "/")
+        self._names[name] = key
+        source = given.get(name)
+        if name in self.sites:
+            if name.endswith(TABLE):
+                value = value.clamp(min=_LEAST).log()
+            self.constants.append(name)
+            self.register_parameter(key, nn.Parameter(value.contiguous().clone()))
+        elif source is not None and source.is_floating_point():
+            self.register_parameter(key, source)
+        else:
+            # A checkpoint needs no constants, and could not hold two that share memory.
+            self.register_buffer(key, value, persistent=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose parameters these are."""
+        return self._model[0]
+
+    def value(self, name: str) -> torch.Tensor:
+        """A constant of the graph as it is now."""
+        held: torch.Tensor = getattr(self, self._names[name])
+        if name in self.sites and name.endswith(TABLE):
+            return held.softmax(-1).tril()
+        return held
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The constants of the lossy passes as they are now, by name, for `Adaptation`."""
+        return {name: self.value(name).detach().cpu().clone() for name in self.constants}
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of the embedding [B, N, E] of token ids [B, N].
+
+        Raises CompileError if the model has not one embedding of the tokens.
+        """
+        if self._table is None:
+            raise CompileError("the model does not have one embedding of the tokens")
+        return nn.functional.embedding(ids, self.value(self._table))
+
+    def forward(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> Result:
+        """Run the graph on token ids [B, N].
+
+        rows: what to take instead of the embedding's rows [B, N, E]: with noise, or hidden states
+        that are resent. Texts may be padded at their ends: no token depends on later ones.
+        """
+        values = {name: self.value(name) for name in self._names}
+        wanted = [self._logits, self._hidden, *self._streams]
+
+        def one(ids: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            given = {} if rows is None else {self._embedding: rows[None]}
+            run = _Run(self._graph[0], values, given, wanted)
+            run.run(ids[None])
+            return tuple(run.found[node][0] for node in wanted)
+
+        dims = (0, None if rows is None else 0)
+        logits, hidden, *values_of = torch.vmap(one, in_dims=dims)(ids, rows)
+        return Result(logits, hidden, values_of)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """`count` greedy tokens after each prompt, as the compiled program chooses them.
+
+        If hidden states are resent, each is the next step's row, and tokens are only read off.
+        Computes the whole text again for each token: for short texts.
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        size = int(lengths.max()) + count
+        device = next(self.parameters()).device
+        ids = torch.zeros(len(prompts), size, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(list(prompt))
+        ids, lengths = ids.to(device), lengths.to(device)
+        which = torch.arange(len(prompts), device=device)
+        rows = self.embed(ids) if self.resends else None
+        found = []
+        for step in range(count):
+            at = lengths + step
+            most = int(at.max())
+            result = self(ids[:, :most], None if rows is None else rows[:, :most])
+            tokens = result.logits[which, at - 1].argmax(-1)
+            ids[which, at] = tokens
+            if rows is not None:
+                rows[which, at] = result.hidden[which, at - 1].to(rows.dtype)
+            found.append(tokens)
+        return torch.stack(found, 1).tolist()
+
+
+class _Run(fx.Interpreter):
+    """One run of a graph: constants and some values are given, some values are kept."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        values: dict[str, torch.Tensor],
+        given: dict[fx.Node, torch.Tensor],
+        wanted: Sequence[fx.Node],
+    ) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.values = values
+        self.given = given
+        self.wanted = set(wanted)
+        self.found: dict[fx.Node, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.given:
+            result = self.given[n]
+        elif n.op == "get_attr" and n.target in self.values:
+            result = self.values[str(n.target)]
+        elif calls(n, aten.sym_size.int):
+            # vmap has no rule for it.
+            value, dim = self.fetch_args_kwargs_from_env(n)[0]
+            result = value.shape[dim]
+        elif (op := op_of(n)) is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            # The dispatcher's op would not record gradients.
+            result = op.reference(*args, **kwargs)
+        else:
+            result = super().run_node(n)
+        if n in self.wanted:
+            self.found[n] = result
+        return result
+
+
+def _rewrite(
+    captured: Captured, config: CompileConfig, sequences: Sequence[Sequence[int]]
+) -> tuple[set[str], int]:
+    """Run the passes that a student goes through.
+
+    Returns the names of the constants that they leave to train, and the number of places that
+    lossy passes changed.
+    """
+    info = GraphInfo(captured.inputs, captured.constants, sequences)
+    before = set(captured.constants)
+    last = STAGES.index("dialect")
+    chosen = select(config)
+    passes = [
+        kind for kind in chosen if STAGES.index(kind.stage) <= last and kind.name() not in _LEFT_OUT
+    ]
+    reports = run_passes(captured.graph_module, info, passes, sequences[0])
+    changed = sum(report.sites for report in reports if not report.exact)
+    if MergeProjections in chosen:
+        changed += MergeProjections(info).loosen(captured.graph_module)
+    made = set(captured.constants) - before
+    _turn_back(captured)
+    graph = captured.graph_module.graph
+    graph.eliminate_dead_code()
+    graph.lint()
+    captured.graph_module.recompile()
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in list(captured.constants):
+        if name not in used:
+            del captured.constants[name]
+    return {name for name in made & used if name.endswith(_TRAINED)}, changed
+
+
+def _turn_back(captured: Captured) -> None:
+    """Compute transposed copies of weights from the weights, so that they follow their training."""
+    graph_module = captured.graph_module
+    for node in list(graph_module.graph.nodes):
+        name = str(node.target)
+        if node.op != "get_attr" or not name.endswith(_TURNED) or name not in captured.constants:
+            continue
+        origin = name.removesuffix(_TURNED)
+        if origin not in captured.constants:
+            path, _, leaf = origin.rpartition(".")
+            matrix = constant(graph_module, node)
+            graph_module.get_submodule(path).register_buffer(leaf, matrix.T)  # type: ignore[union-attr]
+        with graph_module.graph.inserting_before(node):
+            source = graph_module.graph.get_attr(origin)
+            turned = graph_module.graph.call_function(aten.permute.default, (source, [1, 0]))
+        turned.meta = dict(node.meta)
+        node.replace_all_uses_with(turned)
+        captured.constants[origin] = captured.constants[name]
+
+
+def _places(
+    graph_module: fx.GraphModule, *, resends: bool
+) -> tuple[fx.Node, fx.Node, fx.Node | None, str | None, list[fx.Node]]:
+    """The logits, the head's input, the embedding and its table, and the residual streams' sums.
+
+    Raises CompileError if hidden states are to be resent, and the model has no place for that.
+    """
+    *_, output = graph_module.graph.nodes
+    logits: Any = output.args[0][0]
+    head = head_of(graph_module)
+    hidden: Any = head.args[0]
+    table = None
+    embedding: fx.Node | None = None
+    try:
+        embedding = embedding_of(graph_module)
+    except CompileError:
+        if resends:
+            raise
+    if embedding is not None and constant(graph_module, embedding.args[1]) is not None:
+        table = str(embedding.args[1].target)  # type: ignore[union-attr]
+    # Sums of rows with biases and with shifts of constant norms have an operand that is not shared.
+    sums = [
+        node
+        for node in graph_module.graph.nodes
+        if calls(node, target("add"))
+        and all(map(is_shared, node.args))
+        and list(map(str, node.meta["val"].shape)) == list(map(str, hidden.meta["val"].shape))
+    ]
+    return logits, hidden, embedding, table, sums

@@ -1,0 +1,186 @@
+"""What is trained is what is compiled: the student and the program, with changed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.adaptation.student import Student
+from mergec.compiler.config import PRESETS
+from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.adaptation import Adaptation, write_adaptation
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.roles.inprocess import InProcessSession
+from tests.families import FAMILIES, LAYERS, random_decoder
+
+LOSSY = tuple(name for name in PRESETS if name != "exact")
+PROMPT, ANSWER = [3, 14, 15, 92, 65, 35], [9, 26]
+SEQUENCES = [[3, 14, 15, 92, 65, 35, 8, 9, 26, 53], [2, 71, 82, 81]]
+TOLERANCE = 1e-5
+UNDER_MPC = 2e-2
+"""Of logits around 1, after two layers of approximate functions in fixed point."""
+
+
+def moved(model: Any, config: CompileConfig) -> Student:
+    """A student all of whose parameters are others than at the start, as after some training."""
+    student = Student(model, config, SEQUENCES)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            change = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.1 * parameter.abs().mean() * change
+    return student
+
+
+def answers(student: Student) -> torch.Tensor:
+    """The logits after the prompt and after each token of a given answer."""
+    text = torch.tensor([PROMPT + ANSWER])
+    with torch.no_grad():
+        if not student.resends:
+            return student(text).logits[0, len(PROMPT) - 1 :]
+        rows = student.embed(text)
+        for place in range(len(PROMPT), text.shape[1]):
+            rows[:, place] = student(text, rows).hidden[:, place - 1]
+        return student(text, rows).logits[0, len(PROMPT) - 1 :]
+
+
+def compiled(model: Any, student: Student, config: CompileConfig, folder: Path) -> Program:
+    folder.mkdir(exist_ok=True)
+    write_adaptation(folder, Adaptation(config.preset, config.enable, student.trained()))
+    return compile_decoder(
+        model, config=CompileConfig(max_length=32, logit_noise=0.0, adapted=str(folder))
+    )
+
+
+def said(program: Program) -> torch.Tensor:
+    tokens = iter(ANSWER)
+    plain = PlainExecutor(program.roles["server"])
+    return torch.stack([row for _, row in plain.generate(PROMPT, 3, lambda _: next(tokens, 0))])
+
+
+SOME = ("gpt2", "llama")
+OTHERS = [f for f in FAMILIES if f not in SOME]
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        *(pytest.param("gpt2", p, marks=() if p == "merge" else pytest.mark.slow) for p in LOSSY),
+        *(pytest.param("llama", p, marks=() if p == "thex" else pytest.mark.slow) for p in LOSSY),
+        *(pytest.param(f, p, marks=pytest.mark.slow) for f in OTHERS for p in ("merge-mm", "thex")),
+    ],
+)
+def test_the_program_computes_what_the_student_does(
+    family: str, preset: str, tmp_path: Path
+) -> None:
+    model, config = random_decoder(family), CompileConfig(preset=preset)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    student = moved(model, config)
+    assert any(not torch.equal(v, before[n]) for n, v in model.named_parameters())
+    program = compiled(model, student, config, tmp_path / "adapted")
+    assert program.manifest.lossy
+    wanted, found = answers(student), said(program)
+    assert wanted.shape == found.shape
+    assert float((wanted - found).abs().max()) < TOLERANCE
+
+
+def test_under_mpc(tmp_path: Path) -> None:
+    """With a pass beyond the preset: the quadratic activation of MERGE."""
+    config = CompileConfig(preset="merge", enable=("quadratic_gelu",))
+    model = random_decoder("gpt2").float()
+    student = moved(model, config)
+    program = compiled(model, student, config, tmp_path)
+    ran = {entry["pass"]: entry["sites"] for entry in program.manifest.passes}
+    assert ran["quadratic_gelu"] == ran["fix_attention"] == ran["merge_projections"] == LAYERS
+    wanted = answers(student)
+    with InProcessSession(program.roles) as session:
+        for ids, past in ((PROMPT, 0), ([0], 6), ([0], 7)):
+            session.step(ids, past)
+        found = session.step([], 3)
+    assert float((found - wanted).abs().max()) < UNDER_MPC
+
+
+def test_the_student_starts_as_the_model_for_exact_passes() -> None:
+    model = random_decoder("llama")
+    ids = torch.tensor([SEQUENCES[0], SEQUENCES[0][::-1]])
+    student = Student(model, CompileConfig(), SEQUENCES)
+    with torch.no_grad():
+        assert float((student(ids).logits - model(ids).logits).abs().max()) < 1e-6
+    assert student.constants == []
+    assert len(student(ids).streams) == 2 * LAYERS
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = random_decoder("gpt2")
+    student = Student(model, CompileConfig(preset="merge"), SEQUENCES)
+    ids = torch.tensor([SEQUENCES[0]])
+    student(ids, student.embed(ids)).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert len(student.constants) == 3 * LAYERS
+    tables = [value for name, value in student.trained().items() if name.endswith(".table")]
+    assert [tuple(table.shape) for table in tables] == [(4, 10, 10)] * LAYERS
+    assert all(torch.equal(table, table.tril()) for table in tables)
+    # They start from the mean attention, whose rows sum to one, less what masked entries keep.
+    assert all(float((table.sum(-1) - 1).abs().max()) < 1e-4 for table in tables)
+
+
+@pytest.mark.parametrize("preset", ["merge-er", "merge-mm"])
+def test_it_answers_as_the_program_does(preset: str, tmp_path: Path) -> None:
+    """Prompts of different lengths side by side, each as if it were alone."""
+    model, config = random_decoder("gpt2"), CompileConfig(preset=preset)
+    student = moved(model, config)
+    program = compiled(model, student, config, tmp_path)
+    prompts = [PROMPT, [7], [81, 4, 4]]
+    plain = PlainExecutor(program.roles["server"])
+    wanted = [[token for token, _ in plain.generate(prompt, 4)] for prompt in prompts]
+    assert student.generate(prompts, 4) == wanted
+
+
+def test_another_model_has_no_place_for_the_constants(tmp_path: Path) -> None:
+    config = CompileConfig(preset="merge-mm")
+    student = Student(random_decoder("gpt2"), config, SEQUENCES)
+    with pytest.raises(CompileError, match=r"holds transformer.h.0.attn.table, for which this mo"):
+        compiled(random_decoder("llama"), student, config, tmp_path)
+    with pytest.raises(CompileError, match=r"attn.table has the shape 4x10x10 instead of 2xnxn"):
+        compiled(random_decoder("gpt2", n_head=2), student, config, tmp_path)
+
+
+def test_options_that_contradict_the_folder(tmp_path: Path) -> None:
+    write_adaptation(tmp_path, Adaptation("merge-mm"))
+    model = random_decoder("gpt2")
+    for options, reason in (
+        ({"preset": "thex"}, "was adapted for the preset 'merge-mm', not for 'thex'"),
+        ({"disable": ("fix_attention",)}, "was trained for the pass 'fix_attention'"),
+    ):
+        config = CompileConfig(adapted=str(tmp_path), **options)
+        with pytest.raises(CompileError, match=reason):
+            compile_decoder(model, config=config)
+    with pytest.raises(CompileError, match=r"holds no adapted model; make one with `mergec adapt`"):
+        compile_decoder(model, config=CompileConfig(adapted=str(tmp_path / "elsewhere")))
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    write_adaptation(tmp_path, Adaptation("merge-mm", constants={"a.table": torch.ones(1, 2, 2)}))
+    model, config = random_decoder("gpt2"), CompileConfig(adapted=str(tmp_path))
+    settings = tmp_path / "mergec_adaptation.json"
+    whole = settings.read_text()
+    for text, reason in (
+        (whole.replace('"merge-mm"', '"fast"'), "is damaged"),
+        (whole.replace('"format": 1', '"format": 2'), "has the format 2"),
+        (whole.replace('"calibration": []', '"calibration": [["a"]]'), "is damaged"),
+        ("{", "is not JSON"),
+    ):
+        settings.write_text(text)
+        with pytest.raises(CompileError, match=reason):
+            compile_decoder(model, config=config)
+    settings.write_text(whole)
+    write_adaptation(tmp_path, Adaptation("thex", constants={"a": torch.tensor([torch.nan])}))
+    with pytest.raises(CompileError, match=r"a is NaN or infinite"):
+        compile_decoder(model, config=config)
+    (tmp_path / "mergec_adaptation.safetensors").write_bytes(b"cut")
+    with pytest.raises(CompileError, match=r"cannot be read"):
+        compile_decoder(model, config=config)
