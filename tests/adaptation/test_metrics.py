@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergec.compiler.adaptation.config import AdaptConfig
+from mergec.compiler.adaptation.data import Encoded
+from mergec.compiler.adaptation.losses import IGNORED, collate
+from mergec.compiler.adaptation.metrics import agreement, distinct, missing, text_scores
+from mergec.compiler.errors import CompileError
+
+
+def test_agreement_counts_places() -> None:
+    assert agreement([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == 3 / 4
+    assert agreement([[1, 2]], [[1, 2, 3, 4]]) == 1 / 2
+    assert agreement([], []) == 0
+
+
+def test_distinct_counts_over_all_answers() -> None:
+    assert distinct([[1, 2, 1], [1, 2]], 1) == 2 / 5
+    assert distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
+    assert distinct([[1]], 2) == 0
+
+
+@pytest.mark.skipif(bool(missing()), reason="the extra `adapt` is not installed")
+def test_scores_of_text() -> None:
+    same = ["the dog runs over the green hill", "a cat sleeps on the warm stone wall"]
+    perfect = text_scores(same, [[text] for text in same])
+    assert perfect == pytest.approx({"BLEU": 100, "chrF++": 100, "ROUGE-L": 100})
+    # The best of several references counts, and a text may have fewer than another.
+    assert text_scores(same, [[same[0]], ["nothing alike", same[1]]]) == pytest.approx(perfect)
+    far = text_scores(["x y z w", "q r s t"], [[text] for text in same])
+    assert max(far.values()) < 10
+
+
+def test_without_the_packages_scores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert missing() == ["sacrebleu", "rouge_score"]
+    assert text_scores(["a"], [["a"]]) == {}
+
+
+def test_batches_are_padded_at_their_ends() -> None:
+    batch = collate([Encoded((5, 6, 7), 2), Encoded((8, 9), 1)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7], [IGNORED, 9, IGNORED]]
+    assert torch.equal(batch["kept"], torch.tensor([[True, True, True], [True, True, False]]))
+
+
+def test_recipes() -> None:
+    paper = AdaptConfig().complete()
+    assert (paper.noise, paper.dropout, paper.evaluate_training) == (0.7, 0.6, False)
+    assert (paper.steps, paper.batch, paper.learning_rate) == (50_000, 16, 8e-5)
+    assert (paper.objective, paper.cosine, paper.evaluate_every) == ("data", 0.75, 5_000)
+    run = AdaptConfig(recipe="as-run").complete()
+    assert (run.noise, run.dropout, run.evaluate_training) == (0.2, 0.7, True)
+    other = AdaptConfig(preset="thex", recipe="as-run", steps=7).complete()
+    assert (other.noise, other.dropout, other.evaluate_training) == (0, 0, False)
+    assert (other.objective, other.evaluate_every, other.log_every) == ("teacher", 1, 1)
+    assert AdaptConfig(noise=0.1).complete().noise == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"preset": "exact"}, "there is nothing to train; choose one of: mpcformer-2quad"),
+        ({"preset": "fast"}, "unknown preset 'fast'; there are: mpcformer-2quad"),
+        ({"enable": "quadratic_gelu"}, "enable"),
+        ({"format": "csv"}, "format is 'csv'; it can be: auto, text"),
+        ({"recipe": "mine"}, "recipe is 'mine'; it can be: paper, as-run"),
+        ({"objective": "both"}, "objective is 'both'; it can be: data, teacher"),
+        ({"steps": 0}, "steps is 0; it can be 1 or more"),
+        ({"dropout": 1.0}, "dropout is 1; it can be 0 to 0.99"),
+        ({"cosine": -0.1}, "cosine is -0.1; it can be 0 to 1"),
+        ({"chat": 1}, "chat"),
+    ],
+)
+def test_wrong_options(options: dict, said: str) -> None:
+    with pytest.raises(CompileError, match=said.replace("(", r"\(")):
+        AdaptConfig(**options)
