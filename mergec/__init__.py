@@ -31,6 +31,8 @@ from mergec.runtime.core.errors import (
 from mergec.runtime.core.version import VERSION
 
 if TYPE_CHECKING:
+    from mergec.compiler.adaptation.config import AdaptConfig
+    from mergec.compiler.adaptation.run import adapt
     from mergec.compiler.config import CompileConfig
     from mergec.compiler.driver import compile_decoder
     from mergec.compiler.errors import CompileError, InternalError
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 __all__ = [
+    "AdaptConfig",
     "BundleError",
     "BusyError",
     "CompileConfig",
@@ -55,16 +58,19 @@ __all__ = [
     "Program",
     "PromptError",
     "__version__",
+    "adapt",
     "compile_decoder",
 ]
 
 _HOMES = {
+    "AdaptConfig": "mergec.compiler",
     "CompileConfig": "mergec.compiler",
     "CompileError": "mergec.compiler.errors",
     "InternalError": "mergec.compiler.errors",
     "Op": "mergec.runtime.core.op",
     "Pass": "mergec.compiler.graph.rewriting",
     "Program": "mergec.compiler",
+    "adapt": "mergec.compiler",
     "compile_decoder": "mergec.compiler",
 }
 """The module of each name that is loaded on first use."""

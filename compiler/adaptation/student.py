@@ -142,9 +142,10 @@ class Student(nn.Module):
         """
         values = {name: self.value(name) for name in self._names}
         wanted = [self._logits, self._hidden, *self._streams]
+        place = self._embedding
 
         def one(ids: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-            given = {} if rows is None else {self._embedding: rows[None]}
+            given = {} if rows is None or place is None else {place: rows[None]}
             run = _Run(self._graph[0], values, given, wanted)
             run.run(ids[None])
             return tuple(run.found[node][0] for node in wanted)
@@ -197,6 +198,7 @@ class _Run(fx.Interpreter):
         self.values = values
         self.given = given
         self.wanted = set(wanted)
+        self.device = next(iter(values.values())).device
         self.found: dict[fx.Node, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -217,6 +219,13 @@ class _Run(fx.Interpreter):
         if n in self.wanted:
             self.found[n] = result
         return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function on the parameters' device; the graph names the one of its capture."""
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda value: self.device if isinstance(value, torch.device) else value
+        )
+        return super().call_function(target, args, kwargs)
 
 
 def _rewrite(

@@ -1,0 +1,351 @@
+"""`mergec adapt`, from top to bottom: load, read, train, save, compile, report."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergec.compiler.adaptation.config import AdaptConfig
+from mergec.compiler.adaptation.data import Encoded, Encoder, Example, read_examples, split
+from mergec.compiler.adaptation.report import Report, text_row, write_report
+from mergec.compiler.adaptation.student import Student
+from mergec.compiler.backend.deviation import measure_deviation
+from mergec.compiler.config import CompileConfig
+from mergec.compiler.driver import compile_decoder
+from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.adaptation import (
+    Adaptation,
+    read_adaptation,
+    stands_at,
+    write_adaptation,
+)
+from mergec.compiler.frontend.capture import capture
+from mergec.compiler.frontend.load import load_model
+from mergec.compiler.pipeline import runs_anyway, select
+from mergec.compiler.program import Program
+from mergec.runtime.core.arguments import Arguments
+from mergec.runtime.engine.plain import PlainExecutor
+
+Progress = Callable[[str], object]
+
+RUN = "run.json"
+"""Settings of a run that is not finished, in its folder."""
+
+CHECKPOINTS = "checkpoints"
+
+_APART = 1e-2
+"""How far the program's logits may be from the student's, in standard deviations. Both are float32,
+in another order: merged products and long sums."""
+
+_OBSERVED = 32
+"""Texts from which constants start."""
+
+_CALIBRATED = 8
+"""Validation texts that become calibration prompts of the compiled program."""
+
+
+def _quiet(_: str) -> None:
+    """No progress."""
+
+
+def adapt(
+    model: str | Path | nn.Module,
+    data: str | Path,
+    output: str | Path,
+    config: AdaptConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    validation: str | Path | None = None,
+    progress: Progress = _quiet,
+) -> Report:
+    """Train a model so that a lossy preset works, and save it in a folder.
+
+    `mergec compile FOLDER` compiles the result with the passes that it was trained for, and with
+    the trained constants in place; so does `compile_decoder` with `CompileConfig(adapted=FOLDER)`.
+    The folder also holds report.md and report.json. It is the server's secret, as any model is.
+
+    Args:
+        model: a folder in Hugging Face format, a .gguf file, `smollm2`, or a model in memory, which
+            is not changed. It is the teacher, too, so it should be good at what `data` holds.
+        data: a file of texts, or of prompts with answers.
+        output: a new or empty folder; or that of an interrupted run with the same model, data and
+            options, which then continues from its last checkpoint.
+        config: options; see `AdaptConfig`.
+        tokenizer: that of a model in memory. Without one, the data must be token numbers.
+        validation: a file to validate with, instead of a share of `data`.
+        progress: called with one line of text as each stage begins, and while training runs.
+
+    Returns:
+        The report: how good the model was, and the student before and after.
+
+    Raises:
+        CompileError: the model cannot be loaded, captured or compiled, or has nothing to train for
+            the preset; a line of the data is not as expected; the output folder holds something
+            else; or an option is wrong.
+
+    Example:
+        >>> import mergec
+        >>> config = mergec.AdaptConfig(preset="merge-mm", steps=2_000)
+        >>> mergec.adapt("gpt2", "dialogues.jsonl", "adapted", config)  # doctest: +SKIP
+    """
+    config = _checked(config, progress).complete()
+    folder = Path(output)
+    if isinstance(model, (str, Path)) and stands_at(Path(model)):
+        preset = read_adaptation(model).preset
+        raise CompileError(
+            f"{model} is already adapted, for the preset {preset!r}; give the model from before"
+        )
+    _check_place(folder)
+    examples = read_examples(data, config.format)
+    if validation is None:
+        learned, held = split(examples, config.validation, config.seed)
+    else:
+        learned, held = examples, read_examples(validation, config.format)
+    progress("loading the model")
+    loaded: Any
+    if isinstance(model, nn.Module):
+        loaded = copy.deepcopy(model).eval()
+    else:
+        loaded, tokenizer = load_model(model)
+    if not hasattr(loaded, "save_pretrained"):
+        raise CompileError(
+            f"a {type(loaded).__name__} cannot be saved in a folder; give a Hugging Face decoder"
+        )
+    # 16-bit floats train badly; a program is compiled from float32 in any case.
+    if next(loaded.parameters()).dtype != torch.float64:
+        loaded = loaded.float()
+    progress("capturing the model and rewriting it")
+    teacher = Student(copy.deepcopy(loaded), CompileConfig(), [[0]])
+    teacher.requires_grad_(False)
+    if teacher.limit is not None and config.length > teacher.limit:
+        raise CompileError(
+            f"length is {config.length}, but the model takes at most {teacher.limit} tokens; ask "
+            f"for {teacher.limit} or fewer"
+        )
+    encoder = Encoder(
+        tokenizer,
+        teacher.vocab_size,
+        config.length,
+        config.separator,
+        chat=config.chat,
+        file=data,
+    )
+    texts, kept = _encoded(encoder, learned, "train on"), _encoded(encoder, held, "validate with")
+    compiled = CompileConfig(preset=config.preset, enable=config.enable)
+    student = Student(loaded, compiled, _observed(texts, config.seed))
+    _check_student(student, compiled, config)
+    settings = {
+        **config.settings(),
+        "model": _digest_of(teacher),
+        "data": _digest(Path(data)),
+        "validation_data": None if validation is None else _digest(Path(validation)),
+    }
+    run = _Run(loaded, tokenizer, teacher, student, config, folder, settings, progress)
+    return run.all(texts, kept)
+
+
+class _Run:
+    """A run whose arguments have been checked."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        teacher: Student,
+        student: Student,
+        config: AdaptConfig,
+        folder: Path,
+        settings: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.teacher, self.student = teacher, student
+        self.config, self.folder, self.settings = config, folder, settings
+        self.progress = progress
+
+    def all(self, texts: Sequence[Encoded], held: Sequence[Encoded]) -> Report:
+        """Train, save, compile, and report."""
+        from mergec.compiler.adaptation.train import Measures, StudentTrainer, train
+
+        measures = Measures(self.teacher, held, self.config)
+        checkpoints = self.folder / CHECKPOINTS
+        trainer = StudentTrainer(
+            self.student, self.teacher, texts, measures, self.config, checkpoints, self.progress
+        )
+        self.student.to(trainer.args.device)
+        before = self._begin(lambda: self._rows(measures))
+        self.progress(f"training on {len(texts):,} texts, validating with {len(held):,}")
+        history = train(trainer, checkpoints)
+        self.progress("measuring the adapted model")
+        self.student.eval().requires_grad_(False)
+        rows = [
+            *before,
+            text_row(f"{self.config.preset}, adapted", measures, self.student, self.tokenizer),
+        ]
+        self.student.cpu()
+        self.teacher.cpu()
+        prompts = tuple(text.tokens for text in held[:_CALIBRATED])
+        self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), prompts))
+        report = Report(self.folder, self.config, rows, history, len(texts), len(held))
+        write_report(report)
+        (self.folder / RUN).unlink()
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        self._compile(report, prompts)
+        return report
+
+    @property
+    def _enable(self) -> tuple[str, ...]:
+        compiled = CompileConfig(preset=self.config.preset, enable=self.config.enable)
+        needless = runs_anyway(compiled)
+        return tuple(name for name in self.config.enable if name not in needless)
+
+    def _rows(self, measures: Any) -> list[dict[str, Any]]:
+        """How good the model is, and the student before any training."""
+        self.progress("measuring the model, and the preset before training")
+        self.student.eval()
+        untrained = f"{self.config.preset}, untrained"
+        rows = [
+            text_row("the model", measures, self.teacher, self.tokenizer),
+            text_row(untrained, measures, self.student, self.tokenizer),
+        ]
+        self.student.train()
+        return rows
+
+    def _begin(self, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Note the settings in the folder, or compare those that are there: a run continues then.
+
+        Returns the measures from before the training.
+        """
+        file = self.folder / RUN
+        if not file.is_file():
+            rows = measure()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"settings": self.settings, "before": rows}, indent=2))
+            return rows
+        try:
+            noted = json.loads(file.read_text(encoding="utf-8"))
+            former, rows = dict(noted["settings"]), list(noted["before"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CompileError(f"{file} is damaged; choose another folder") from error
+        for name, value in self.settings.items():
+            if former.get(name) != value:
+                raise CompileError(
+                    f"{self.folder} holds an interrupted run with another {name} "
+                    f"({former.get(name)!r}, not {value!r}); continue it as it was, or choose "
+                    "another folder"
+                )
+        self.progress("continuing an interrupted run")
+        return rows
+
+    def _save(self, adaptation: Adaptation) -> None:
+        self.progress(f"saving the model in {self.folder}")
+        self.model.save_pretrained(self.folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(self.folder)
+        write_adaptation(self.folder, adaptation)
+
+    def _compile(self, report: Report, prompts: Sequence[Sequence[int]]) -> None:
+        """Compile what was saved; note its cost, and how far it is from the teacher."""
+        self.progress("compiling the adapted model")
+        asked = CompileConfig(adapted=str(self.folder), name=self.folder.name)
+        try:
+            program = compile_decoder(self.model, self.tokenizer, asked)
+        except CompileError as error:
+            raise CompileError(
+                f"{self.folder} holds the adapted model, but it does not compile: {error}"
+            ) from error
+        self._compare(program, prompts[0])
+        former = capture(self.teacher.model)
+        deviation = measure_deviation(program.roles["server"], former, prompts)
+        adaptation = read_adaptation(self.folder)
+        write_adaptation(
+            self.folder,
+            Adaptation(
+                adaptation.preset,
+                adaptation.enable,
+                adaptation.constants,
+                adaptation.calibration,
+                deviation,
+            ),
+        )
+        report.cost = dict(program.manifest.cost)
+        report.deviation = deviation
+        write_report(report)
+
+    def _compare(self, program: Program, prompt: Sequence[int]) -> None:
+        """Raise InternalError if the program does not compute what was trained."""
+        ((_, found),) = PlainExecutor(program.roles["server"]).generate(prompt, 1)
+        with torch.no_grad():
+            wanted = self.student(torch.tensor([list(prompt)])).logits[0, -1]
+        apart = float((found - wanted).abs().max() / wanted.std())
+        if not apart < _APART:
+            raise InternalError(
+                f"the program's logits are {apart:.2g} standard deviations from the student's"
+            )
+
+
+def _checked(config: Any, progress: Any) -> AdaptConfig:
+    check = Arguments(CompileError)
+    if config is not None:
+        check.instance("config", config, AdaptConfig, "make one, as AdaptConfig(preset='merge')")
+    check.function("progress", progress)
+    config = config or AdaptConfig()
+    select(CompileConfig(preset=config.preset, enable=config.enable))
+    return config
+
+
+def _check_place(folder: Path) -> None:
+    """Raise CompileError if a folder holds something other than an interrupted run."""
+    if stands_at(folder):
+        raise CompileError(f"{folder} holds an adapted model; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise CompileError(f"{folder} is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN).is_file():
+        raise CompileError(f"{folder} is not empty; choose a new folder")
+
+
+def _encoded(encoder: Encoder, examples: Sequence[Example], purpose: str) -> list[Encoded]:
+    found = encoder(examples)
+    if not found:
+        raise CompileError(f"the data holds nothing to {purpose}; its texts have too few tokens")
+    return found
+
+
+def _observed(texts: Sequence[Encoded], seed: int) -> list[list[int]]:
+    """A few texts, the longest among them: an attention's table is as long as it."""
+    some = random.Random(seed).sample(list(texts), min(_OBSERVED, len(texts)))
+    longest = max(texts, key=lambda text: len(text.tokens))
+    return [list(text.tokens) for text in (longest, *some)]
+
+
+def _check_student(student: Student, compiled: CompileConfig, config: AdaptConfig) -> None:
+    """Raise CompileError if no pass changed the model, or the recipe does not fit it."""
+    if not student.changed and not student.resends:
+        names = ", ".join(kind.name() for kind in select(compiled) if not kind.exact)
+        raise CompileError(
+            f"the preset {config.preset!r} changes nothing in this model ({names} found no place), "
+            "so there is nothing to train"
+        )
+    if config.noise or config.dropout:
+        student.embed(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def _digest_of(teacher: Student) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(teacher.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,222 @@
+"""The whole way: train a tiny model, save it, and compile the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mergec
+from mergec import AdaptConfig, CompileConfig
+from mergec.compiler.adaptation import run
+from mergec.compiler.adaptation.data import Encoded
+from mergec.compiler.adaptation.losses import collate, losses
+from mergec.compiler.adaptation.student import Student
+from mergec.compiler.driver import compile_source
+from mergec.compiler.errors import CompileError
+from mergec.runtime.engine.plain import PlainExecutor
+from tests.families import random_decoder
+
+VOCAB = 97
+SHORT: dict[str, Any] = {
+    "steps": 4,
+    "batch": 4,
+    "length": 12,
+    "samples": 2,
+    "answer": 2,
+    "learning_rate": 1e-3,
+    "noise": 0.01,
+    "dropout": 0.0,
+    "evaluate_every": 2,
+    "save_every": 2,
+    "log_every": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Counting texts: token numbers that follow each other."""
+    file = tmp_path / "counting.jsonl"
+    lines = [
+        {"prompt": [start, start + 1], "answer": [start + i for i in range(2, 8)]}
+        for start in range(40)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return random_decoder("gpt2", n_layer=1).float()
+
+
+def config(preset: str, **changes: Any) -> AdaptConfig:
+    return AdaptConfig(preset=preset, **{**SHORT, **changes})
+
+
+def test_from_the_model_to_the_program(model: Any, data: Path, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    said: list[str] = []
+    folder = tmp_path / "adapted"
+    report = mergec.adapt(model, data, folder, config("merge"), progress=said.append)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [row["name"] for row in report.rows] == [
+        "the model",
+        "merge, untrained",
+        "merge, adapted",
+    ]
+    assert report.rows[0]["agreement"] == 1
+    assert any(line.startswith("step 1 of 4: loss") and "cosine distance" in line for line in said)
+    assert any("validation agreement" in line for line in said)
+    assert {"report.md", "report.json", "config.json", "model.safetensors"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert not {run.RUN, run.CHECKPOINTS} & {file.name for file in folder.iterdir()}
+    whole = json.loads((folder / "report.json").read_text())
+    assert whole["settings"]["preset"] == "merge"
+    assert whole["cost"]["decode"]["rounds"] > 0
+    assert [entry["step"] for entry in whole["history"] if "eval_loss" in entry] == [2, 4]
+
+    program = compile_source(folder, {"max_length": 16, "logit_noise": 0.0})
+    assert program.manifest.deviation == report.deviation
+    assert program.any_role.resends
+    passes = {entry["pass"]: entry["sites"] for entry in program.manifest.passes}
+    assert passes["fix_attention"] == passes["merge_projections"] == 1
+    plain = list(PlainExecutor(program.roles["server"]).generate([3, 4], 3))
+    assert len(plain) == 3
+
+    for options, reason in (
+        ({"preset": "thex"}, "was adapted for the preset 'merge', not for 'thex'"),
+        ({"preset": "exact"}, "was adapted for the preset 'merge', and its weights fit no other"),
+    ):
+        with pytest.raises(CompileError, match=reason):
+            compile_source(folder, options)
+    with pytest.raises(CompileError, match=r"holds an adapted model; choose another folder"):
+        mergec.adapt(model, data, folder, config("merge"))
+    with pytest.raises(CompileError, match=r"is already adapted, for the preset 'merge'"):
+        mergec.adapt(folder, data, tmp_path / "again", config("thex"))
+
+
+def test_an_interrupted_run_continues(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the very weights that a run without interruption ends with."""
+    monkeypatch.setattr(run._Run, "_compile", lambda *_: None)
+    asked = config("merge-mm", noise=0.0)
+    whole = mergec.adapt(model, data, tmp_path / "whole", asked)
+    folder = tmp_path / "cut"
+
+    def stop(line: str) -> None:
+        if line.startswith("step 3 of 4: loss"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mergec.adapt(model, data, folder, asked, progress=stop)
+    assert (folder / run.RUN).is_file()
+    with pytest.raises(CompileError, match=r"interrupted run with another steps \(4, not 5\)"):
+        mergec.adapt(model, data, folder, config("merge-mm", noise=0.0, steps=5))
+    said: list[str] = []
+    again = mergec.adapt(model, data, folder, asked, progress=said.append)
+    assert "continuing an interrupted run" in said
+    assert not any(line.startswith("step 1 of") for line in said)
+    assert again.rows[1:] == whole.rows[1:]
+    for name in ("mergec_adaptation.safetensors", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_places_that_hold_something_else(model: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    with pytest.raises(CompileError, match=r"full is not empty; choose a new folder"):
+        mergec.adapt(model, data, tmp_path / "full", config("merge"))
+    with pytest.raises(CompileError, match=r"mine.txt is a file; choose a folder"):
+        mergec.adapt(model, data, tmp_path / "full/mine.txt", config("merge"))
+
+
+def test_nothing_to_train(data: Path, tmp_path: Path) -> None:
+    """A model whose activation MPCFormer's passes do not replace, asked for that alone."""
+    relu = random_decoder("gpt2", n_layer=1, activation_function="relu").float()
+    asked = CompileConfig(preset="mpcformer-2quad", disable=("softmax_2quad",))
+    student = Student(relu, asked, [[1, 2]])
+    with pytest.raises(CompileError, match=r"'mpcformer-2quad' changes nothing in this model"):
+        run._check_student(student, asked, config("mpcformer-2quad"))
+    with pytest.raises(CompileError, match=r"length is 128, but the model takes at most 64 tokens"):
+        mergec.adapt(relu, data, tmp_path / "long", config("merge-mm", length=128))
+
+
+TEXTS = [Encoded(tuple(range(start, start + 8)), 2) for start in (0, 20, 40)]
+
+
+def test_the_loss_is_the_papers(model: Any) -> None:
+    """By hand: (1 - λ) · cross entropy + λ · (1 - cos(h_t, E[x_{t+1}])), over the answers."""
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    asked = AdaptConfig(preset="merge-er", noise=0.0, dropout=0.0, cosine=0.75).complete()
+    found = losses(student, None, collate(TEXTS), asked)
+    with torch.no_grad():
+        ids = torch.tensor([text.tokens for text in TEXTS])
+        done = model(ids, output_hidden_states=True)
+        entropy = torch.nn.functional.cross_entropy(
+            done.logits[:, 1:-1].reshape(-1, VOCAB), ids[:, 2:].reshape(-1)
+        )
+        rows = model.transformer.wte(ids[:, 2:])
+        near = torch.cosine_similarity(done.hidden_states[-1][:, 1:-1], rows, dim=-1).mean()
+    assert float(found.parts["cross entropy"]) == pytest.approx(float(entropy), rel=1e-5)
+    assert float(found.parts["cosine distance"]) == pytest.approx(1 - float(near), rel=1e-4)
+    wanted = 0.25 * float(entropy) + 0.75 * (1 - float(near))
+    assert found.total.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_resent_states_enter_the_loss(model: Any) -> None:
+    """As the program sends them: up to the tokens that as many further runs reach."""
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    batch = collate([Encoded((4, 9, 2, 7), 2)])
+    asked = AdaptConfig(preset="merge-er", noise=0.0, dropout=0.0, cosine=0.0, resent=1).complete()
+    found = losses(student, None, batch, asked)
+    with torch.no_grad():
+        ids = batch["input_ids"]
+        rows = student.embed(ids)
+        first = student(ids, rows).hidden
+        rows[:, 2:] = first[:, 1:-1]
+        logits = student(ids, rows).logits[0, 1:3]
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 7]))
+    assert found.total.item() == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_distillation(model: Any) -> None:
+    """No distance from itself; noise and dropout only where they are asked for."""
+    asked = AdaptConfig(preset="mpcformer-2quad").complete()
+    teacher = Student(model, CompileConfig(), [[1, 2]])
+    student = Student(model, CompileConfig(preset="mpcformer-2quad"), [[1, 2]])
+    batch = collate(TEXTS)
+    for layers in (True, False):
+        assert losses(teacher, teacher, batch, asked, layers=layers).total.item() < 1e-6
+        assert losses(student, teacher, batch, asked, layers=layers).total.item() > 1e-5
+    calm = AdaptConfig(preset="merge-er", noise=0.5, dropout=0.5).complete()
+    resends = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    still = [losses(resends, None, batch, calm).total.item() for _ in range(2)]
+    moved = [losses(resends, None, batch, calm, disturbed=True).total.item() for _ in range(2)]
+    assert still[0] == still[1]
+    assert len({*still, *moved}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["merge-er", "mpcformer-2relu", "thex"])
+def test_training_helps(preset: str, data: Path, tmp_path: Path) -> None:
+    """Of a model that counts: what a preset breaks, some hundred steps repair in part."""
+    teacher = random_decoder("gpt2", n_layer=1).float()
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
+    texts = torch.tensor([[(start + i) % VOCAB for i in range(8)] for start in range(VOCAB)])
+    for _ in range(200):
+        loss = teacher(texts, labels=texts).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    asked = config(preset, steps=150, samples=8, evaluate_every=150, save_every=150, noise=0.0)
+    _, untrained, trained = mergec.adapt(teacher, data, tmp_path / "out", asked).rows
+    key = "agreement" if preset == "merge-er" else "perplexity"
+    better = trained[key] > untrained[key] if key == "agreement" else trained[key] < untrained[key]
+    assert better, (untrained, trained)
