@@ -413,6 +413,7 @@ def test_the_party_has_its_commands_alone() -> None:
     commands = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line]
     assert commands == [
         "doctor", "audit", "serve", "deal", "prepare", "generate", "chat", "proxy", "certs",
+        "datastore",
     ]  # fmt: skip
     assert not set(modules.split()) & {"mergec.compiler", "mergec.passes", "torch"}
 

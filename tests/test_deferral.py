@@ -64,7 +64,7 @@ def check(model: Any, program: Program, steps: Sequence[int] = STEPS) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *slow("gpt2")])
 def test_a_decoder_s_logits(family: str, setting: dict[str, str]) -> None:
     model, program = compiled(family, network="wan", **setting)
     assert len(limits(program)) >= 4

@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-LONG = ("add-an-op", "get-started", "openai-app", "three-machines", "write-a-pass")
+LONG = ("add-an-op", "get-started", "inspect", "openai-app", "three-machines", "write-a-pass")
 """Pages that take about half a minute or more."""
 
 

@@ -25,6 +25,7 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_own_pass() -> None:
     first, second = run("own_pass.py").splitlines()
     assert "lossy" not in first

@@ -66,7 +66,8 @@ def test_it_saves_the_truncations_before_the_products() -> None:
 
 
 @pytest.mark.parametrize(("largest", "columns", "shrunk"), [
-    (2.0**11, 1, 0), (2.0**11 + 1, 1, 1), (2.0**13, 64 // FEW + 1, 0),
+    (2.0**11 + 1, 1, 1), (2.0**13, 64 // FEW + 1, 0),
+    pytest.param(2.0**11, 1, 0, marks=pytest.mark.slow),
     pytest.param(2.0**19, 1, 1, marks=pytest.mark.slow),
     pytest.param(2.0**19 + 1, 1, 0, marks=pytest.mark.slow),
     pytest.param(2.0**13, 64 // FEW, 64 // FEW, marks=pytest.mark.slow),

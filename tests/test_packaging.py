@@ -251,6 +251,7 @@ def required(names: list[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_party_needs_no_more_than_the_requirements(wheel: Path, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

@@ -17,7 +17,7 @@ from mergec.compiler.pipeline import rewrite, to_dialect
 from mergec.passes import available
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import captured, every_family, float_decoder
+from tests.families import captured, every_family, float_decoder, slow
 from tests.session import compiled as compiled_with
 from tests.test_end_to_end import check
 
@@ -44,7 +44,7 @@ def test_an_unknown_preset_lists_the_valid_ones() -> None:
         CompileConfig(preset="fast")
 
 
-FEW = ("gpt2", "llama", "gemma2", "bloom", "phi", "opt")
+FEW = ("gpt2", "llama", "gemma2")
 """Families with different attention, norms and activations; the others are slow tests."""
 
 
@@ -67,7 +67,7 @@ def test_every_family(family: str, preset: str) -> None:
     assert any(sites[name] for name in PRESETS[preset])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", *slow("llama")])
 @pytest.mark.parametrize("preset", LOSSY)
 def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
     program = compiled(family, preset)

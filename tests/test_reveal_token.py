@@ -76,6 +76,7 @@ def test_sampled_tokens_follow_the_model(saved: Program) -> None:
         assert abs(counts[token] - count * probability) < 5 * spread + 1
 
 
+@pytest.mark.slow
 def test_three_processes(saved: Program) -> None:
     """Greedy like plaintext, at the predicted cost."""
     assert saved.path is not None

@@ -174,6 +174,20 @@ def test_a_seed_repeats_an_answer(client: Any) -> None:
     assert ask(7) == ask(7) != ask(8)
 
 
+def test_the_next_turn_is_computed_alone(client: Any, bundles: Path) -> None:
+    """What a chat said before is in the caches, and the usage says so."""
+    turns = [{"role": "user", "content": "bab"}]
+    first = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
+    said = first.choices[0].message.content
+    turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "ab"}]
+    second = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
+    prompt = TEXT.render(turns)
+    assert second.choices[0].message.content == characters.plaintext(bundles, prompt, 4)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # All but the last token of the first answer, which no step took.
+    assert cached == first.usage.total_tokens - 1
+
+
 def test_a_checkpoints_settings_are_honoured_by_every_client(
     tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -662,17 +676,3 @@ def test_mistakes_at_the_start_are_one_line(
     assert told.startswith("error: ")
     assert message in told
     assert len(told.splitlines()) == 1
-
-
-def test_the_next_turn_is_computed_alone(client: Any, bundles: Path) -> None:
-    """What a chat said before is in the caches, and the usage says so."""
-    turns = [{"role": "user", "content": "bab"}]
-    first = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
-    said = first.choices[0].message.content
-    turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "ab"}]
-    second = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4, **SAME)
-    prompt = TEXT.render(turns)
-    assert second.choices[0].message.content == characters.plaintext(bundles, prompt, 4)
-    cached = second.usage.prompt_tokens_details.cached_tokens
-    # All but the last token of the first answer, which no step took.
-    assert cached == first.usage.total_tokens - 1
