@@ -33,6 +33,7 @@ from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import STILL, Place, public_source
 from mergec.runtime.session.drafting import Speculation
+from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
@@ -287,6 +288,12 @@ def _set_up(
     )
 
 
+def _text(options: Options) -> Text | None:
+    """The tokenizer of the client's bundle, if something drafts for it."""
+    folder = Path(options.bundle) / TOKENIZER
+    return Text.load(folder) if options.speculate not in (NONE, "") and folder.is_dir() else None
+
+
 def _ask(
     options: Options, session: Session, channels: Channels, told: Sequence[int], emit: Emit
 ) -> None:
@@ -297,7 +304,7 @@ def _ask(
         options.speculate,
         options.speculate_tokens,
         session.program.manifest,
-        Text.load(folder) if (folder := Path(options.bundle) / TOKENIZER).is_dir() else None,
+        _text(options),
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
