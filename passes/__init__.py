@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from types import ModuleType
 
 from mergec import bare_names
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.manager import check_after
 from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.entry_points import load_class
 
 ENTRY_POINTS = "mergec.passes"
 """The entry point group in which other packages offer passes."""
+
+_WANTED = "a subclass of mergec.Pass; repair its package"
 
 
 def available() -> dict[str, type[Pass]]:
@@ -28,7 +31,7 @@ def available() -> dict[str, type[Pass]]:
         if module.name != "base":
             found[module.name] = only_pass(importlib.import_module(f"{__name__}.{module.name}"))
     for point in entry_points(group=ENTRY_POINTS):
-        kind = _load(point)
+        kind = load_class(point, Pass, _WANTED, CompileError)
         if found.setdefault(kind.name(), kind) is not kind:
             raise CompileError(
                 f"the entry point {point.value} of {ENTRY_POINTS} has the name of another pass, "
@@ -59,18 +62,6 @@ def only_pass(module: ModuleType) -> type[Pass]:
     if kind.__name__.lower() != name.replace("_", ""):
         wanted = "".join(map(str.capitalize, name.split("_")))
         raise CompileError(f"{where} defines {kind.__name__}; name the class {wanted}")
-    return kind
-
-
-def _load(point: EntryPoint) -> type[Pass]:
-    """The pass behind an entry point."""
-    where = f"the entry point {point.value} of {ENTRY_POINTS}"
-    try:
-        kind = point.load()
-    except Exception as error:
-        raise CompileError(f"{where} cannot be loaded: {error}; repair its package") from error
-    if not (isinstance(kind, type) and issubclass(kind, Pass)):
-        raise CompileError(f"{where} is not a subclass of mergec.Pass; repair its package")
     return kind
 
 

@@ -178,6 +178,12 @@ class Deployment:
         return Connection(self.bundles / "client", server=self.server.address, **given)
 
 
+def answered(connection: Connection, prompt: list[int], count: int) -> tuple[list[int], list[int]]:
+    """Tokens of an answer, and the new tokens of each of its steps."""
+    found = list(connection.generate(prompt, max_tokens=count))
+    return [t.token for t in found], [r.new for t in found for r in t.reports]
+
+
 @contextmanager
 def deployment(
     bundles: Path,

@@ -16,7 +16,6 @@ from mergec.runtime.core.errors import BundleError, PartyError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.proxy.replies import Usage
 from mergec.runtime.proxy.sessions import Sessions
-from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.session.conversations import (
     MOST_CONVERSATIONS,
@@ -30,7 +29,7 @@ from mergec.runtime.session.generation import generate
 from mergec.runtime.session.requests import Schedule, read_step, write_step
 from mergec.runtime.session.steps import StepReport
 from tests import decoder
-from tests.services import Deployment, deployment, wait_until
+from tests.services import Deployment, answered, deployment, wait_until
 from tests.session import compiled
 from tests.test_generation import Counting
 
@@ -246,16 +245,10 @@ def deployed(bundles: Path) -> Iterator[Deployment]:
         yield made
 
 
-def asked(connection: Connection, prompt: list[int], count: int = 2) -> tuple[list[int], list[int]]:
-    """Tokens of an answer, and the new tokens of each of its steps."""
-    found = list(connection.generate(prompt, max_tokens=count))
-    return [t.token for t in found], [r.new for t in found for r in t.reports]
-
-
 def test_a_second_turn_costs_its_own_tokens(deployed: Deployment, bundles: Path) -> None:
     first = [*SYSTEM, *ASKED]
     with deployed.connection() as connection:
-        said, new = asked(connection, first)
+        said, new = answered(connection, first, 2)
         assert (said, new) == (plaintext(bundles, first, 2), [6, 1])
         second = [*first, *said, 4, 9]
         tokens = list(connection.generate(second, max_tokens=2))
@@ -280,7 +273,7 @@ def test_conversations_in_turn_and_what_gives_way(deployed: Deployment, bundles:
             (one, 4), (two, 4), ([*one, 8], 1), ([*two, 8], 1),
             (three, 2), ([*two, 8, 8], 1), ([*one, 8, 8], 6), ([*three, 1], 3),
         ):  # fmt: skip
-            said, steps = asked(connection, prompt, 1)
+            said, steps = answered(connection, prompt, 1)
             assert (said, steps) == (plaintext(bundles, prompt, 1), [new]), prompt
 
 
@@ -294,7 +287,7 @@ def test_back_to_a_shared_beginning(deployed: Deployment, bundles: Path) -> None
             ([*SYSTEM, 9, 1, 2, 3, 4, 5, 7], 1),
             ([*SYSTEM, 6, 6], 1),  # one token is always fed
         ):
-            said, steps = asked(connection, prompt, 1)
+            said, steps = answered(connection, prompt, 1)
             assert (said, steps) == (plaintext(bundles, prompt, 1), [new]), prompt
 
 
@@ -304,7 +297,7 @@ def test_public_text_and_conversations(deployed: Deployment, bundles: Path) -> N
             ([*SYSTEM, 3, 12], 2), ([9, 9], 2), ([*SYSTEM, 3, 12, 1], 1), ([*SYSTEM, 8], 1),
             ([4], 1), ([*SYSTEM, 7, 7], 2),
         ):  # fmt: skip
-            said, steps = asked(connection, prompt, 1)
+            said, steps = answered(connection, prompt, 1)
             assert (said, steps) == (plaintext(bundles, prompt, 1), [new]), prompt
 
 
@@ -313,26 +306,26 @@ def test_an_answer_that_is_given_up_is_continued(deployed: Deployment, bundles: 
         for _ in connection.generate([5, 1, 7], max_tokens=9):
             break
         prompt = [5, 1, 7, *plaintext(bundles, [5, 1, 7], 1), 2]
-        assert asked(connection, prompt, 1) == (plaintext(bundles, prompt, 1), [2])
+        assert answered(connection, prompt, 1) == (plaintext(bundles, prompt, 1), [2])
 
 
 def test_a_cut_connection_costs_the_whole_prompt(deployed: Deployment, bundles: Path) -> None:
     connection = deployed.connection()
     with connection:
-        assert asked(connection, SYSTEM, 1)[1] == [4]
+        assert answered(connection, SYSTEM, 1)[1] == [4]
         for channel in connection._channels:
             channel._socket.close()
         with pytest.raises(PartyError):
-            asked(connection, [*SYSTEM, 3], 1)
+            answered(connection, [*SYSTEM, 3], 1)
         assert not connection.is_open
         assert connection.cached([*SYSTEM, 3]) == 0
-        assert asked(connection, [*SYSTEM, 3], 1) == (plaintext(bundles, [*SYSTEM, 3], 1), [5])
+        assert answered(connection, [*SYSTEM, 3], 1) == (plaintext(bundles, [*SYSTEM, 3], 1), [5])
 
 
 def test_a_client_may_leave_caches_alone(deployed: Deployment, bundles: Path) -> None:
     with deployed.connection(reuse=False) as connection:
         for _ in range(3):
-            assert asked(connection, SYSTEM, 1) == (plaintext(bundles, SYSTEM, 1), [4])
+            assert answered(connection, SYSTEM, 1) == (plaintext(bundles, SYSTEM, 1), [4])
         assert connection.cached(SYSTEM) == 0
 
 
@@ -340,13 +333,13 @@ def test_a_fixed_length_stays_fixed(deployed: Deployment, bundles: Path) -> None
     with deployed.connection() as connection:
         tokens = list(connection.generate(SYSTEM, max_tokens=3, fixed_length=True))
         prompt = [*SYSTEM, *(t.token for t in tokens), 1]
-        assert asked(connection, prompt, 1) == (plaintext(bundles, prompt, 1), [4])
+        assert answered(connection, prompt, 1) == (plaintext(bundles, prompt, 1), [4])
 
 
 def test_pieces_at_a_server(deployed: Deployment, bundles: Path) -> None:
     prompt = [*SYSTEM, *ASKED, 1]
     with deployed.connection(prompt_piece=3) as connection:
-        assert asked(connection, prompt) == (plaintext(bundles, prompt, 2), [3, 3, 1, 1])
+        assert answered(connection, prompt, 2) == (plaintext(bundles, prompt, 2), [3, 3, 1, 1])
 
 
 def test_a_client_that_asks_for_too_many_conversations(deployed: Deployment) -> None:
@@ -354,13 +347,13 @@ def test_a_client_that_asks_for_too_many_conversations(deployed: Deployment) -> 
     connection.open()
     connection._place = lambda *_: (Place(2, 2), 0)  # type: ignore[method-assign]
     with pytest.raises(PartyError, match="more than 2 conversations"):
-        asked(connection, [1], 1)
+        answered(connection, [1], 1)
 
 
 def test_requests_go_where_most_of_them_is_cached(deployed: Deployment, bundles: Path) -> None:
     wait_until(lambda: not deployed.server.workers)
     with deployed.connection() as first, deployed.connection() as second:
-        asked(second, SYSTEM, 1)
+        answered(second, SYSTEM, 1)
         assert (first.cached([*SYSTEM, 1]), second.cached([*SYSTEM, 1])) == (0, 4)
         assert first.cached([]) == 0
         pool = Sessions.__new__(Sessions)

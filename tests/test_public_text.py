@@ -39,7 +39,7 @@ from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.text import Text
 from mergec.runtime.transport.channel import Kind
 from tests import decoder
-from tests.services import Deployment, deployment
+from tests.services import Deployment, answered, deployment
 from tests.session import compiled
 
 PUBLIC, SECRET = [5, 1, 7, 2, 9], [3, 12]
@@ -332,27 +332,21 @@ def deployed(bundles: Path) -> Iterator[Deployment]:
         yield made
 
 
-def steps(connection: Any, prompt: list[int], count: int = 3) -> tuple[list[int], list[int]]:
-    """Tokens of an answer, and the new tokens of each of its steps."""
-    found = list(connection.generate(prompt, max_tokens=count))
-    return [t.token for t in found], [r.new for t in found for r in t.reports]
-
-
 def test_a_connection_begins_with_public_text(deployed: Deployment, bundles: Path) -> None:
     prompt = [*PUBLIC, *SECRET]
     expected = decoder.plaintext(bundles, prompt, 3)
     with deployed.connection() as connection:
         usual = connection.setup
-        assert steps(connection, prompt) == (expected, [len(prompt), 1, 1])
+        assert answered(connection, prompt, 3) == (expected, [len(prompt), 1, 1])
     options = {"public_prefixes": [PUBLIC, [4, 4]], "reuse": False}
     with deployed.connection(**options) as connection:
         count = elements(connection.program, len(PUBLIC) + 2)
         assert connection.setup.received - usual.received == 8 * count
         assert connection.setup.sent == usual.sent
-        assert steps(connection, prompt) == (expected, [len(SECRET), 1, 1])
+        assert answered(connection, prompt, 3) == (expected, [len(SECRET), 1, 1])
         for other in ([4, 4, 1], [2, 6], PUBLIC, PUBLIC[:2], [*PUBLIC, 6]):
             new = {(4, 4, 1): 1, (*PUBLIC, 6): 1}.get(tuple(other), len(other))
-            found = steps(connection, other)
+            found = answered(connection, other, 3)
             assert found == (decoder.plaintext(bundles, other, 3), [new, 1, 1])
 
 
@@ -363,7 +357,7 @@ def test_a_text_that_the_server_does_not_agree_to(deployed: Deployment, bundles:
     assert "\n" not in str(refused.value)
     assert not connection.is_open
     with deployed.connection(public_prefixes=[PUBLIC]) as other:
-        assert steps(other, [*PUBLIC, 3])[0] == decoder.plaintext(bundles, [*PUBLIC, 3], 3)
+        assert answered(other, [*PUBLIC, 3], 3)[0] == decoder.plaintext(bundles, [*PUBLIC, 3], 3)
 
 
 def test_stored_randomness_refuses(deployed: Deployment) -> None:

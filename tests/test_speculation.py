@@ -391,7 +391,7 @@ def test_drafters_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         Speculation.open("lookup", 0, manifest, None)
 
     class Point:
-        value = "package:Fixed"
+        value, group = "package:Fixed", "mergec.drafters"
 
         def load(self) -> Any:
             return self.made

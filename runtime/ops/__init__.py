@@ -7,6 +7,7 @@ import pkgutil
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from mergec.runtime.core.entry_points import load_class, place_of
 from mergec.runtime.core.errors import OpError
 from mergec.runtime.core.op import REGISTRY, Op, unregister
 
@@ -36,12 +37,6 @@ def load_all() -> dict[str, type[Op]]:
 
 
 def _load(point: EntryPoint) -> None:
-    where = f"the entry point {point.value} of {ENTRY_POINTS}"
-    try:
-        kind = point.load()
-    except Exception as error:
-        raise OpError(f"{where} cannot be loaded: {error}; repair its package") from error
-    if not (isinstance(kind, type) and issubclass(kind, Op)):
-        raise OpError(f"{where} is not a subclass of mergec.Op; repair its package")
+    kind = load_class(point, Op, "a subclass of mergec.Op; repair its package", OpError)
     if kind not in REGISTRY.values():
-        raise OpError(f"{where} is an abstract class, not an op; repair its package")
+        raise OpError(f"{place_of(point)} is an abstract class, not an op; repair its package")

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, Self
 
+from mergec.runtime.core.entry_points import load_class, place_of
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.session.text import Text
 
@@ -89,13 +90,10 @@ def drafters() -> dict[str, type[Drafter]]:
 
 
 def _loaded(point: EntryPoint) -> type[Drafter]:
-    where = f"the entry point {point.value} of {ENTRY_POINTS}"
-    try:
-        kind = point.load()
-    except Exception as error:
-        raise PromptError(f"{where} cannot be loaded: {error}; repair its package") from error
-    if not (isinstance(kind, type) and issubclass(kind, Drafter) and hasattr(kind, "name")):
-        raise PromptError(f"{where} is not a named subclass of mergec's Drafter")
+    wanted = "a named subclass of mergec's Drafter"
+    kind = load_class(point, Drafter, wanted, PromptError)  # type: ignore[type-abstract]
+    if not hasattr(kind, "name"):
+        raise PromptError(f"{place_of(point)} is not {wanted}")
     return kind
 
 
