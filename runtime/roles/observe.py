@@ -46,7 +46,8 @@ def open_log(role: str) -> Any:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _ErrorOutput())),
+        # A line is one write: sessions' processes share the output, and their lines must not mix.
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _ErrorOutput())),
         cache_logger_on_first_use=False,
     )
     return structlog.get_logger(role=role)
