@@ -65,10 +65,18 @@ def test_all_roles_have_one_hash_that_covers_the_tokenizer(bundles: Path) -> Non
     assert len(manifests[0].tokenizer) == 64
 
 
-def test_the_hash_sees_tokenizer_and_stop_tokens() -> None:
-    base = program_hash(tiny())
-    assert program_hash(tiny(tokenizer="ab" * 32)) != base
-    assert program_hash(tiny(stop_tokens=[3])) != base
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer", "ab" * 32),
+        ("stop_tokens", [3]),
+        ("vocab_size", 5),
+        ("max_length", 5),
+        ("speculate_up_to", 2),
+    ],
+)
+def test_the_hash_sees_what_decides_lengths(key: str, value: object) -> None:
+    assert program_hash(tiny(**{key: value})) != program_hash(tiny())
 
 
 @pytest.mark.parametrize("name", [VOCABULARY, SETTINGS, TEMPLATE])

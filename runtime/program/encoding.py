@@ -37,10 +37,11 @@ LENGTHS = frozenset({"new", "past", "past+new"})
 def program_hash(program: RoleProgram, version: int | None = None) -> str:
     """SHA-256 of everything that all roles must agree on, in hexadecimal; equal in all bundles.
 
-    It covers the public tensors but no others; how values are rounded; and the digest of the
-    tokenizer, the stop tokens and the generation settings, because these decide how long prompts
-    and answers are. It omits the places in the user's model that instructions come from, which are
-    only informative. version: of the bundle's format; by default that of the manifest.
+    It covers the public tensors but no others; how values are rounded; and what decides how long
+    prompts, answers and steps are: the digest of the tokenizer, the number of tokens, the limits
+    of lengths and of drafts, the stop tokens and the generation settings. It omits the places in
+    the user's model that instructions come from, which are only informative. version: of the
+    bundle's format; by default that of the manifest.
     """
     manifest = program.manifest
     version = manifest.format_version if version is None else version
@@ -59,7 +60,8 @@ def program_hash(program: RoleProgram, version: int | None = None) -> str:
         **encoded,
     }
     if version > 1:
-        keys = ("rounding", "tokenizer", "stop_tokens")
+        limits = ("vocab_size", "max_length", "speculate_up_to")
+        keys = ("rounding", "tokenizer", "stop_tokens", *limits)
         shared |= {key: getattr(manifest, key) for key in keys}
         shared["generation"] = manifest.generation.to_dict()
     return hashlib.sha256(canonical(shared)).hexdigest()
