@@ -282,6 +282,14 @@ def test_what_is_not_read_of_a_gguf(tmp_path: Path, settings: Any, words: str) -
     refused(write_gguf(tmp_path / "a.gguf", **settings), words)
 
 
+def test_a_gguf_gives_a_model_that_can_be_converted_and_saved(tmp_path: Path) -> None:
+    model, _ = load_model(write_gguf(tmp_path / "a.gguf"))
+    model.half().float().save_pretrained(tmp_path / "saved")
+    assert not getattr(model.config, "quantization_config", None)
+    again, _ = load_model(tmp_path / "saved")
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
 def test_a_cut_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     whole = path.read_bytes()

@@ -122,7 +122,18 @@ def _load(path: Path, name: Path | None = None) -> tuple[Any, Any]:
     if file is not None:
         with torch.no_grad():
             file.finish(model)
+        _forget_quantization(model)
     return model.eval(), _load_tokenizer(folder, shown, options)
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make a model of a GGUF file a plain one: its weights are float32, whatever the file holds.
+
+    transformers marks it as quantized, and a marked model can be neither converted nor saved.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def _load_tokenizer(folder: Path, shown: Path, options: Mapping[str, Any]) -> Any:
