@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
 from types import ModuleType
 
 from mergec import bare_names
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.manager import check_after
 from mergec.compiler.graph.rewriting import Pass
-from mergec.runtime.core.entry_points import load_class
+from mergec.runtime.core.entry_points import load_class, offered
 
 ENTRY_POINTS = "mergec.passes"
 """The entry point group in which other packages offer passes."""
@@ -30,7 +29,7 @@ def available() -> dict[str, type[Pass]]:
     for module in pkgutil.iter_modules(__path__):
         if module.name != "base":
             found[module.name] = only_pass(importlib.import_module(f"{__name__}.{module.name}"))
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in offered(ENTRY_POINTS):
         kind = load_class(point, Pass, _WANTED, CompileError)
         if found.setdefault(kind.name(), kind) is not kind:
             raise CompileError(

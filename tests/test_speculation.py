@@ -397,7 +397,7 @@ def test_drafters_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.made
 
     point = Point()
-    where = "mergec.runtime.session.drafting.drafter.entry_points"
+    where = "mergec.runtime.session.drafting.drafter.offered"
     monkeypatch.setattr(where, lambda group: [point] if group == "mergec.drafters" else [])
     for made, said in ((Fixed, ""), (int, "is not a named subclass"), (Lookup2, "two drafters")):
         drafters.cache_clear()

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mergec.compiler.config import MAX_LENGTH
@@ -359,7 +361,8 @@ def _check_short(comparison: Comparison, again: Callable[[], Any], model: nn.Mod
 
 def _export(step: _CachedStep | _PlainStep, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
     try:
-        with torch.no_grad():
+        # To look up symbolic shapes costs more than it saves.
+        with torch.no_grad(), dynamo.patch(fake_tensor_cache_enabled=False):
             return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
     except (TypeError, AttributeError) as error:
         if isinstance(step, _CachedStep):
@@ -441,7 +444,8 @@ def _unlift(program: Any) -> tuple[fx.GraphModule, dict[str, Vis]]:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in attributes:
             attributes[node.target] = operator.attrgetter(node.target)(program.graph_module)
-    return fx.GraphModule(attributes, graph), visibility
+    # Its code is written when it is called: passes change the graph often, and only interpret it.
+    return _LazyGraphModule(attributes, graph), visibility
 
 
 def _inline_regions(graph_module: fx.GraphModule) -> None:

@@ -33,6 +33,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mergec.compiler.graph.shapes import evaluate
@@ -97,6 +98,7 @@ class _Parser:
         self.graph = fx.Graph()
         self.environment = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.environment)
+        self.mode.cache_enabled = False  # To look up symbolic shapes costs more than it saves.
         self.lengths: dict[str, Any] = {}
         self.values: dict[str, fx.Node] = {}
         self.tensors: dict[str, torch.Tensor] = {}
@@ -117,7 +119,7 @@ class _Parser:
                 raise self._expected("the end of the line")
         if not self.returned:
             self._return([n for n in self.graph.nodes if not n.users and n.op == "call_function"])
-        graph_module = fx.GraphModule(self.tensors, self.graph)
+        graph_module = _LazyGraphModule(self.tensors, self.graph)
         self.graph.lint()
         return Parsed(graph_module, self.inputs, self.constants)
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from mergec.runtime.core.errors import MergecError
 
 Offered = TypeVar("Offered")
+
+
+def offered(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, read once for each search path: that opens every package."""
+    return _offered(group, tuple(sys.path))
+
+
+@cache
+def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
 
 
 def place_of(point: EntryPoint) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
-from mergec.runtime.core.entry_points import load_class, place_of
+from mergec.runtime.core.entry_points import load_class, offered, place_of
 from mergec.runtime.core.errors import OpError
 from mergec.runtime.core.op import REGISTRY, Op, unregister
 
@@ -25,7 +25,7 @@ def load_all() -> dict[str, type[Op]]:
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in offered(ENTRY_POINTS):
         before = set(REGISTRY)
         try:
             _load(point)

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import ClassVar, Self
 
-from mergec.runtime.core.entry_points import load_class, place_of
+from mergec.runtime.core.entry_points import load_class, offered, place_of
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.session.text import Text
 
@@ -82,7 +82,7 @@ def drafters() -> dict[str, type[Drafter]]:
         for kind in vars(loaded).values():
             if isinstance(kind, type) and issubclass(kind, Drafter) and kind is not Drafter:
                 found[kind.name] = kind
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in offered(ENTRY_POINTS):
         kind = _loaded(point)
         if found.setdefault(kind.name, kind) is not kind:
             raise PromptError(f"there are two drafters {kind.name!r}; uninstall {point.value}")
