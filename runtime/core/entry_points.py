@@ -18,7 +18,7 @@ def offered(group: str) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:  # noqa: ARG001
     return tuple(entry_points(group=group))
 
 
