@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,9 @@ class Program:
     def __getstate__(self) -> dict[str, Any]:
         """For `pickle` and `copy`: the programs, types and tokenizer. Not the history: it holds
         the model's own graph, and a program that was loaded has none either."""
-        return {"roles": self.roles, "types": self._value_types(), "files": self._files}
+        # Words would be stored twice: a program in memory has its weights as real numbers.
+        roles = {role: replace(program, words={}) for role, program in self.roles.items()}
+        return {"roles": roles, "types": self._value_types(), "files": self._files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is as good as unsaved: its folder may be elsewhere, or gone."""

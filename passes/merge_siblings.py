@@ -11,7 +11,7 @@ from torch import fx
 from mergec.compiler.graph.ir import aten, calls, insert
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import evaluate, fake_mode
-from mergec.compiler.graph.weights import computable, insert_folded, uses, wide
+from mergec.compiler.graph.weights import computable, drop_replaced, insert_folded, uses, wide
 from mergec.runtime.core.op import target
 
 
@@ -107,6 +107,8 @@ class MergeSiblings(Pass):
             part.meta |= {key: linear.meta.get(key, "") for key in ("module", "source")}
             linear.replace_all_uses_with(part)
             start = end
+        for linear in linears:
+            drop_replaced(graph_module, linear, known)
 
 
 def _common(modules: list[str]) -> str:

@@ -21,6 +21,7 @@ from mergec.runtime.program.bundle import load_bundle, read_manifest, save_bundl
 from mergec.runtime.program.encoding import program_hash
 from mergec.runtime.program.manifest import Manifest, digest
 from mergec.runtime.program.program import InputSpec, Instruction, Phase, Ref, RoleProgram
+from mergec.runtime.program.tensor_file import Content, write_tensors
 from mergec.runtime.program.validate import validate
 from tests import fixtures
 from tests.fixtures import tiny
@@ -360,6 +361,49 @@ def test_missing_and_unknown_tensors(server: Path) -> None:
     save_file(tensors, server / bundle.TENSORS, {"head.weight": "nowhere"})
     resign(server)
     refused(server, "server", "nowhere")
+
+
+def test_words_that_are_not_the_weights(tmp_path: Path) -> None:
+    def saved(role: str = "server", words: dict[str, torch.Tensor] | None = None) -> Path:
+        given = {name: Content.of(tensor) for name, tensor in (words or {}).items()}
+        return save_bundle(tiny(role), tmp_path / role, words=(given, {}))
+
+    fit = {"up.weight": torch.ones(8, 8, dtype=torch.int32)}
+    assert set(load_bundle(saved(words=fit), "server").words) == {"up.weight"}
+    folder = saved(words={"up.weight": torch.ones(8, 8)})
+    refused(folder, "server", bundle.WORDS, "'up.weight' is torch.float32, not integers")
+    for words in ({"up.weight": fit["up.weight"][1:]}, {"spare": fit["up.weight"]}):
+        refused(saved(words=words), "server", bundle.WORDS, "no weight that this role holds")
+    refused(saved("client", fit), "client", bundle.WORDS, "no weight that this role holds")
+    refused(saved("dealer", fit), "dealer", bundle.WORDS, "no weight that this role holds")
+    folder = saved(words=fit)
+    tensors = load_file(folder / bundle.TENSORS)
+    tensors["up.weight"] += 1
+    save_file(tensors, folder / bundle.TENSORS, {"head.weight": "embed.weight"})
+    resign(folder)
+    refused(folder, "server", bundle.WORDS, "was made of other weights")
+    (folder / bundle.WORDS).write_bytes(b"\xff" * 64)
+    resign(folder)
+    refused(folder, "server", bundle.WORDS, "not a safetensors file")
+
+
+def test_files_are_written_as_the_package_writes_them(tmp_path: Path) -> None:
+    types = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16]
+    types += [torch.float16, torch.int16, torch.int8, torch.uint8, torch.bool]
+    tensors = {f"{n % 3}.{n}": torch.arange(n).to(dtype) for n, dtype in enumerate(types)}
+    tensors |= {"empty": torch.zeros(0, 3), "one": torch.tensor(2.5), "ä": torch.ones(3, 2).T}
+    contents = {name: Content.of(tensor) for name, tensor in tensors.items()}
+    halves = torch.ones(5, 2).split(2)
+    contents["pieces"] = Content(torch.int32, (5, 2), lambda: halves)
+    tensors["pieces"] = torch.ones(5, 2, dtype=torch.int32)
+    for metadata in (None, {"tied": "one"}):
+        write_tensors(tmp_path / "ours", contents, metadata)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, tmp_path / "theirs", metadata)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    short = Content(torch.int32, (6, 2), lambda: halves)
+    with pytest.raises(ValueError, match="have 40 bytes"):
+        write_tensors(tmp_path / "short", {"short": short})
 
 
 def test_what_a_program_cannot_hold(tmp_path: Path) -> None:

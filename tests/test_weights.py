@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
+from mergec.runtime.core import context
+from mergec.runtime.core.context import DealerContext
+from mergec.runtime.core.memory import mapped_words
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.engine.weights import take_weights
+from mergec.runtime.core.values import Expanded, Sent
+from mergec.runtime.engine.simulate import Corrections
+from mergec.runtime.engine.weights import encode_weight, take_weights, words_to_store
+from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
+from mergec.runtime.program.bundle import WORDS, load_bundle, save_bundle
 from mergec.runtime.program.program import Instruction, Ref
+from mergec.runtime.protocols import weights
+from tests import decoder as sample
 from tests.fixtures import decoder, tiny
+from tests.services import deployment
 
 
 def test_each_weight_is_held_once_as_integers() -> None:
@@ -41,3 +57,121 @@ def test_what_is_read_in_the_clear_stays() -> None:
 
 def test_other_roles_have_none() -> None:
     assert not take_weights(decoder("client"))
+    assert words_to_store(decoder("client")) == ({}, {})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    program = decoder("server", fractional_bits=20)
+    program.tensors["up.weight"] = program.tensors["up.weight"] * 2.0**12
+    return save_bundle(program, tmp_path / "server", words=words_to_store(program))
+
+
+def test_words_of_a_bundle_are_those_encoded_here_and_are_mapped(bundle: Path) -> None:
+    stored, encoded = load_bundle(bundle, "server"), load_bundle(bundle, "server")
+    assert set(stored.words) == {"embed.weight", "up.weight", "head.weight"}
+    encoded.words.clear()
+    taken, wanted = take_weights(stored), take_weights(encoded)
+    assert taken.keys() == wanted.keys()
+    for name, words in wanted.items():
+        assert words.dtype is taken[name].dtype
+        assert torch.equal(words, taken[name])
+        assert _mapped(taken[name], bundle / WORDS)
+        assert not _mapped(words, bundle / WORDS)
+    assert taken["up.weight"].dtype is torch.int64
+    assert taken["embed.weight"] is taken["head.weight"], "tied weights are one tensor"
+    assert not stored.tensors
+    assert not stored.words
+
+
+def test_words_of_former_weights_are_not_used(bundle: Path) -> None:
+    program = load_bundle(bundle, "server")
+    program.tensors["up.weight"] = program.tensors["up.weight"] + 1
+    wanted = encode_weight(program.tensors["up.weight"], 20)
+    assert torch.equal(take_weights(program)["up.weight"], wanted)
+
+
+def _mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor lies in a mapping of the file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return line.endswith(str(file))
+    return False
+
+
+def test_masks_expanded_for_each_product_deal_the_same_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(context, "_LARGE_BYTES", 16)
+    monkeypatch.setattr(weights, "PIECE", 24)
+    generator = torch.Generator().manual_seed(5)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**62), 2**62, shape, generator=generator)
+
+    given = {"rows": (7, 8), "columns": (8, 7), "gain": (8,), "one": ()}
+    x = words(3, 8)
+    dealt = []
+    for expand in (False, True):
+        stream = Corrections()
+        dealer = DealerContext(b"c" * 32, b"s" * 32, Corrections(), stream, expand=expand)
+        for name, shape in given.items():
+            ghost = torch.empty(shape, dtype=torch.int64, device="meta")
+            (made,) = [*_played(weights.share_weight(dealer, name, ghost, 16))]
+            assert isinstance(made.mask, Expanded) is (expand and name != "one")
+            assert made.mask.shape == shape
+            product = {"rows": matmul_rows, "columns": matmul_columns}.get(name, torch.mul)
+            moved = Sent(ghost, x, 16)
+            result = weights.times_weight(
+                dealer, moved, made, product, tuple(product(x, torch.ones(shape).long()).shape)
+            )
+            assert result.is_meta
+            with pytest.raises(RuntimeError, match="a second constant"):
+                dealer.weight_mask(name, shape)
+        dealt.append(stream.read(stream.total))
+    assert torch.equal(*dealt)
+    assert dealt[0].numel() == 8 * (3 * 7 + 3 * 7 + 3 * 8 + 3 * 8)
+
+
+def _played(protocol: Protocol) -> Iterator[Any]:
+    """The result of a protocol at the dealer."""
+    try:
+        while True:
+            protocol.send(None)
+    except StopIteration as stop:
+        yield stop.value
+
+
+def test_a_session_with_words_in_files_and_masks_that_are_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(context, "_LARGE_BYTES", 16)
+
+    def mapped(shape: Sequence[int]) -> torch.Tensor:
+        made.append(tuple(shape))
+        return mapped_words(shape)
+
+    monkeypatch.setattr(context, "mapped_words", mapped)
+    bundles, prompt = sample.save(tmp_path / "bundles"), [5, 1, 7]
+    with (
+        deployment(bundles, deal=("--expand-masks",), patch=expand_small_masks) as running,
+        running.connection() as connection,
+    ):
+        answer = [token.token for token in connection.generate(prompt, max_tokens=4)]
+    assert answer == sample.plaintext(bundles, prompt, 4)
+    assert (sample.VOCAB, sample.WIDTH) in made
+
+
+def expand_small_masks() -> None:
+    """At the dealer: as if the weights were large; and see that every mask is expanded."""
+    context._LARGE_BYTES = 16
+    keep = context.DealerContext.kept_weight_mask
+
+    def expanded(*args: Any) -> Any:
+        mask = keep(*args)
+        assert isinstance(mask, Expanded)
+        return mask
+
+    context.DealerContext.kept_weight_mask = expanded  # type: ignore[method-assign]

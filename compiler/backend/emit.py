@@ -18,7 +18,8 @@ from mergec.compiler.backend.onnx_export import ValueType, to_onnx
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.spec import ROLES
-from mergec.runtime.program.bundle import GRAPH, TOKENIZER, Content, replacing, save_bundle
+from mergec.runtime.engine.weights import words_to_store
+from mergec.runtime.program.bundle import GRAPH, TOKENIZER, File, replacing, save_bundle
 from mergec.runtime.program.encoding import dtype_name
 from mergec.runtime.program.manifest import tokenizer_digest
 from mergec.runtime.program.program import RoleProgram
@@ -47,10 +48,10 @@ def emit(
             progress(f"writing the {role}'s bundle")
             program = programs[role]
             program.manifest = replace(program.manifest, tokenizer=digest)
-            files: dict[str, Content] = {GRAPH: partial(_graph, program, types)}
+            files: dict[str, File] = {GRAPH: partial(_graph, program, types)}
             if role == "client":
                 files |= {f"{TOKENIZER}/{k}": v for k, v in (tokenizer_files or {}).items()}
-            save_bundle(program, folder / role, files)
+            save_bundle(program, folder / role, files, words_to_store(program))
             onnx.checker.check_model(str(folder / role / GRAPH))
     return target
 

@@ -43,8 +43,10 @@ def extreme_tokens(graph_module: fx.GraphModule, start: Sequence[torch.Tensor]) 
         values = given | {inputs[0]: torch.arange(len(table))[None]}
         rows = _evaluated(graph_module, index, values).reshape(-1)
         used = (rows >= 0) & (rows < len(table))
-        tokens = torch.arange(len(rows))[used]
-        chosen = tokens[_extreme_rows(table[rows[used]], _TOKENS)]
+        tokens, read = torch.arange(len(rows))[used], rows[used]
+        # Most models read row n for token n; a copy of a table may be a tenth of the model.
+        whole = torch.equal(read, torch.arange(len(table)))
+        chosen = tokens[_extreme_rows(table if whole else table[read], _TOKENS)]
         norms = table[rows[chosen]].float().norm(dim=-1)
         found.append(chosen[norms.argsort(descending=True)].tolist())
     return list(dict.fromkeys(chain.from_iterable(found)))
@@ -114,7 +116,8 @@ def _lookup(
 
 def _extreme_rows(table: torch.Tensor, count: int) -> list[int]:
     """The numbers of the most extreme rows, the first of each criterion first."""
-    norms, largest = table.float().norm(dim=-1), table.abs().amax(-1).float()
+    norms = table.float().norm(dim=-1)
+    largest = torch.maximum(table.amax(-1), -table.amin(-1)).float()
     present = norms > 0
     if not bool(present.any()):
         return []

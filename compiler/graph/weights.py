@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from torch import fx
 from mergec.compiler.errors import InternalError
 from mergec.compiler.graph.ir import calls, constant, op_of
 from mergec.compiler.graph.shapes import insert_constant
+from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import Vis
 
 _DERIVED = re.compile(r"(_turned)?(_folded(_\d+)?)?$")
+_LARGE = 1 << 18
+"""Elements of a matrix that is worth a call to the C library."""
+
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -34,10 +38,33 @@ def drop_unused_constants(
     constants: visibilities by name, from which those of unused constants are removed as well.
     """
     used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name in constants if name not in used]:
+    _drop(graph_module, [name for name in constants if name not in used], constants)
+
+
+def _drop(
+    graph_module: fx.GraphModule, names: Iterable[str], constants: MutableMapping[str, Vis]
+) -> None:
+    for name in names:
         path, _, leaf = name.rpartition(".")
         delattr(graph_module.get_submodule(path), leaf)
         del constants[name]
+
+
+def drop_replaced(
+    graph_module: fx.GraphModule, node: fx.Node, constants: MutableMapping[str, Vis]
+) -> None:
+    """Erase a call that has no users, and its constants that nothing else uses.
+
+    A pass that replaces many matrices by new ones would otherwise hold both until it ends.
+    """
+    graph = graph_module.graph
+    operands = [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
+    graph.erase_node(node)
+    for operand in operands:
+        if not operand.users:
+            graph.erase_node(operand)
+    named = {str(other.target) for other in graph.nodes if other.op == "get_attr"}
+    _drop(graph_module, {str(operand.target) for operand in operands} - named, constants)
 
 
 def computable(graph_module: fx.GraphModule, node: Any) -> bool:
@@ -126,4 +153,7 @@ def insert_folded(
     like = origin.meta["val"].dtype
     node = insert_constant(graph_module, before, name, value.to(like).contiguous())
     node.meta["vis"] = known[name]
+    if value.numel() >= _LARGE:
+        # The C library would keep what was computed in float64 before, several times a model.
+        release_freed_memory()
     return node

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Message
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
+from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import Prg, derive, new_seed
 
@@ -34,6 +36,9 @@ NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 """Word types that are masked, dealt and sent."""
 
 _UNSIGNED = np.dtype(np.uint64)
+
+_LARGE_BYTES = 1 << 20
+"""Size in words from which on a weight is one that may not fit into memory."""
 
 
 class ByteSink(Interface):
@@ -113,6 +118,19 @@ class Context(ABC):
         Raises RuntimeError if the mask of `name` was requested before: a second constant under the
         same mask would reveal the difference of the two constants to the client.
         """
+
+    def kept_weight_mask(
+        self, name: str, shape: Sequence[int], pieces: Sequence[Sequence[int]]
+    ) -> torch.Tensor | Expanded:
+        """The static mask of a weight, for all of a session; expanded in these pieces, if at all.
+
+        Raises RuntimeError as `weight_masks` does.
+        """
+        return self.weight_mask(name, shape)
+
+    def weight_room(self, shape: Sequence[int]) -> torch.Tensor:
+        """An uninitialized int64 tensor for a weight under its static mask."""
+        return torch.empty(tuple(shape), dtype=torch.int64, device=self.device)
 
     def spend(self, mask: torch.Tensor) -> None:
         """Record that a value is opened under `mask`. Raises RuntimeError if one was before."""
@@ -260,6 +278,12 @@ class ClientContext(_PartyContext):
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         return (torch.empty(tuple(shape), dtype=torch.int64, device="meta") for shape in shapes)
 
+    def weight_room(self, shape: Sequence[int]) -> torch.Tensor:
+        """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
+        file, so that a server's weights may exceed the client's memory."""
+        large = 8 * math.prod(shape) >= _LARGE_BYTES
+        return mapped_words(shape) if large and not self._elsewhere else super().weight_room(shape)
+
     def deal(
         self,
         shape: Sequence[int],
@@ -336,12 +360,15 @@ class DealerContext(Context):
         *,
         salt: bytes = b"",
         exact: bool = False,
+        expand: bool = False,
     ) -> None:
         """own_seed: seed of `private_words`; default: a fresh one.
 
-        weight_seed: seed of the static masks of weights; default: the server's seed.
+        weight_seed: seed of the static masks of weights; default: the server's seed. expand: keep
+        no static masks of large weights, but expand them at each product; the words are the same.
         """
         super().__init__(device, fixed, salt=salt, exact=exact)
+        self._expand = expand
         self._own = Prg(own_seed or new_seed())
         self._weight_seed = weight_seed or server_seed
         self.constant_seed = constant_seed_of(client_seed)
@@ -369,8 +396,19 @@ class DealerContext(Context):
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
+        return self._weight_words(name, shapes)
+
+    def _weight_words(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         prg = Prg(derive(self._weight_seed, f"weight {name}"))
         return (self._words(prg, shape, torch.int64) for shape in shapes)
+
+    def kept_weight_mask(
+        self, name: str, shape: Sequence[int], pieces: Sequence[Sequence[int]]
+    ) -> torch.Tensor | Expanded:
+        if not self._expand or 8 * math.prod(shape) < _LARGE_BYTES:
+            return self.weight_mask(name, shape)
+        self._spend_name(name)
+        return Expanded(torch.Size(shape), lambda: self._weight_words(name, pieces))
 
     def deal(
         self,

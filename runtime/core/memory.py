@@ -1,10 +1,16 @@
-"""Process-wide memory settings of a party."""
+"""Memory of a party: settings of its process, words that lie in a file, and what it used."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import resource
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -33,6 +39,30 @@ def release_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+def mapped_words(shape: Sequence[int]) -> torch.Tensor:
+    """An int64 tensor in a temporary file that is mapped; in memory if no file can be had.
+
+    The kernel may write its pages to the file and drop them, so it can be larger than memory. The
+    file is in the folder that TMPDIR names, only its owner can read it, and it has no name: it is
+    gone as soon as the tensor is, or the process. Its space is reserved, because writing to a
+    mapping for which the disk has no room would end the process.
+    """
+    count = math.prod(shape)
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="mergec-")
+    except OSError:
+        return torch.empty(tuple(shape), dtype=torch.int64)
+    try:
+        os.posix_fallocate(descriptor, 0, 8 * count)
+        words = torch.from_file(path, shared=True, size=count, dtype=torch.int64)
+        return words.reshape(tuple(shape))
+    except (OSError, RuntimeError, AttributeError):  # no room, no mapping, or not this system
+        return torch.empty(tuple(shape), dtype=torch.int64)
+    finally:
+        os.close(descriptor)
+        Path(path).unlink()
 
 
 def peak_bytes() -> int:

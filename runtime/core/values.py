@@ -7,7 +7,7 @@ It holds meta tensors for all shares, and the actual masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,17 @@ class Held:
         return self.value.shape
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """A static mask that is not kept, but expanded from its seed whenever it is used.
+
+    pieces: makes its rows in order, some at a time, always the same.
+    """
+
+    shape: torch.Size
+    pieces: Callable[[], Iterator[torch.Tensor]]
+
+
 @dataclass
 class Weight:
     """A server-held constant under a static mask that is opened once per session.
@@ -99,7 +110,7 @@ class Weight:
 
     encoded: torch.Tensor
     difference: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | Expanded
     frac: int
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from mergec.runtime.core.spec import SERVER, Vis
 from mergec.runtime.core.values import OWNER, Held, encode, scale_rows
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.program.program import RoleProgram, TensorSpec
+from mergec.runtime.program.tensor_file import Content
 from mergec.runtime.protocols.shared_weights import (
     open_constant,
     share_constant,
@@ -39,39 +40,77 @@ def take_weights(program: RoleProgram) -> dict[str, torch.Tensor]:
     """The server's weights as fixed-point integers, by name; empty for the other roles.
 
     The tensors are int32 where all words fit, else int64, with the program's fractional bits and
-    those that the op adds. Weights that share memory stay one tensor. Each real-valued tensor that
-    nothing else needs is removed from `program` as soon as it is encoded, so that the weights are
-    never in memory twice.
+    those that the op adds. Those that the bundle holds are mapped from its file; others are encoded
+    here. Weights that share memory stay one tensor. Each real-valued tensor that nothing else needs
+    is removed from `program` as soon as it is encoded, so that the weights are never in memory
+    twice.
     """
-    plan, tensors, fixed = Plan(program), program.tensors, program.manifest.fractional_bits
+    plan, tensors, words = Plan(program), program.tensors, program.words
+    result: dict[str, torch.Tensor] = {}
+    for names, frac, parts in _weights(plan):
+        source, stored = words.get(names[0], (None, None))
+        # A program in memory may have been given other weights since.
+        known = stored is not None and source is tensors[names[0]]
+        encoded = stored if known else encode_weight(tensors[names[0]], frac, parts)
+        result |= dict.fromkeys(names, encoded)
+        for name in set(names) - plan.in_the_clear:
+            del tensors[name]
+    words.clear()
+    return result
+
+
+def words_to_store(program: RoleProgram) -> tuple[dict[str, Content], dict[str, str]]:
+    """What `take_weights` returns, for a file, encoded piece by piece as it is written.
+
+    The second result names, for each weight that shares memory with another one, that other.
+    """
+    contents: dict[str, Content] = {}
+    aliases: dict[str, str] = {}
+    for names, frac, parts in _weights(Plan(program)):
+        first, *others = names
+        contents[first] = _content(program.tensors[first], frac, parts)
+        aliases |= dict.fromkeys(others, first)
+    return contents, aliases
+
+
+def _weights(plan: Plan) -> Iterator[tuple[list[str], int, Sequence[int]]]:
+    """The weights under static masks that a program holds: the names of one tensor with the same
+    fractional bits, these bits, and those of its parts."""
+    program, tensors = plan.program, plan.program.tensors
     tied: dict[tuple[int, torch.Size, int], list[str]] = {}
     for name, bits in sorted(plan.weight_bits.items()):
         if name in tensors:
             key = (tensors[name].data_ptr(), tensors[name].shape, bits)
             tied.setdefault(key, []).append(name)
-    result: dict[str, torch.Tensor] = {}
     for (_, _, bits), names in tied.items():
-        parts = plan.weight_parts.get(names[0], ())
-        encoded = encode_weight(tensors[names[0]], fixed + bits, parts)
-        result |= dict.fromkeys(names, encoded)
-        for name in set(names) - plan.in_the_clear:
-            del tensors[name]
-    return result
+        yield names, program.manifest.fractional_bits + bits, plan.weight_parts.get(names[0], ())
 
 
 def encode_weight(data: torch.Tensor, frac: int, parts: Sequence[int] = ()) -> torch.Tensor:
     """Fixed-point words with `frac` fractional bits: int32 if all fit, else int64.
 
-    parts: further fractional bits of the rows, see `mpc.linear`. Encoded in pieces, because a whole
-    weight in float64 would take twice to four times its own memory.
+    parts: further fractional bits of the rows, see `mpc.linear`.
     """
+    content = _content(data, frac, parts)
+    words = torch.empty(data.numel(), dtype=content.dtype)
+    for piece, source in zip(words.split(_PIECE), content.pieces(), strict=True):
+        piece.copy_(source)
+    return words.reshape(data.shape)
+
+
+def _content(data: torch.Tensor, frac: int, parts: Sequence[int]) -> Content:
+    """Words of a weight in pieces, because a whole weight in float64 would take twice to four times
+    its own memory."""
     flat = scale_rows(data, parts).reshape(-1)
     largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
     narrow = round(largest * 2.0**frac) <= _INT32_LIMIT
-    words = torch.empty(flat.shape, dtype=torch.int32 if narrow else torch.int64)
-    for piece, source in zip(words.split(_PIECE), flat.split(_PIECE), strict=True):
-        piece.copy_(encode(source, frac))
-    return words.reshape(data.shape)
+    del flat
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for source in scale_rows(data, parts).reshape(-1).split(_PIECE):
+            yield encode(source, frac)
+
+    return Content(torch.int32 if narrow else torch.int64, tuple(data.shape), pieces)
 
 
 def load_constants(

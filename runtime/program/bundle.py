@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import CLIENT, RING_BITS, ROLES
+from mergec.runtime.core.spec import CLIENT, RING_BITS, ROLES, SERVER
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.program.encoding import (
     RECOMPILE,
@@ -40,16 +39,21 @@ from mergec.runtime.program.manifest import (
     tokenizer_digest,
 )
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.program.tensor_file import Content, write_tensors
 from mergec.runtime.program.validate import validate
 
-MANIFEST, PROGRAM, TENSORS, GRAPH = (
+MANIFEST, PROGRAM, TENSORS, WORDS, GRAPH = (
     "manifest.json",
     "program.json",
     "tensors.safetensors",
+    "words.safetensors",
     "graph.onnx",
 )
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer's files in a client bundle."""
+
+_OF = "SHA-256 of the tensors"
+"""Key in the metadata of words; no constant has such a name."""
 
 _COPY = "copy the bundle again, or compile the model again"
 
@@ -57,27 +61,33 @@ _COPY = "copy the bundle again, or compile the model again"
 # ------------------------------------------------------------------------------------ writing
 
 
-Content = bytes | Path | Callable[[Path], bytes]
+File = bytes | Path | Callable[[Path], bytes]
 """A file of a bundle: its bytes, a file to copy, or a function of the bundle's folder."""
 
 
 def save_bundle(
-    program: RoleProgram, path: str | Path, files: Mapping[str, Content] | None = None
+    program: RoleProgram,
+    path: str | Path,
+    files: Mapping[str, File] | None = None,
+    words: tuple[Mapping[str, Content], Mapping[str, str]] | None = None,
 ) -> Path:
     """Write the bundle of one role to the folder `path`, and return the folder.
 
-    files: further files, by their names in the bundle. Afterwards `program.manifest` is the
-    manifest that was written. An existing bundle at `path` is replaced as a whole, or not at all.
-    Raises BundleError if the program is invalid or the folder cannot be written.
+    files: further files, by their names in the bundle. words: the server's weights as integers, as
+    `engine.weights.words_to_store` returns them; a server encodes them itself if there are none.
+    Afterwards `program.manifest` is the manifest that was written. An existing bundle at `path` is
+    replaced as a whole, or not at all. Raises BundleError if the program is invalid or the folder
+    cannot be written.
     """
     target = Path(path)
     validate(program, str(target))
     # Generated files may depend on it, as the ONNX graph does.
     manifest = program.manifest = complete(program)
     with replacing(target) as folder:
-        stored, aliases = _storable(program.tensors)
-        # Without tensors, empty metadata would produce a file whose header is not JSON.
-        save_file(stored, folder / TENSORS, metadata=aliases or None)
+        write_tensors(folder / TENSORS, *_storable(program.tensors))
+        if words and words[0]:
+            made_of = {_OF: _file_digest(folder / TENSORS)}
+            write_tensors(folder / WORDS, words[0], {**words[1], **made_of})
         (folder / PROGRAM).write_text(_pretty(encode_program(program)), encoding="utf-8")
         for name, content in (files or {}).items():
             place = folder / _inside(name, str(target))
@@ -171,20 +181,18 @@ def complete(program: RoleProgram) -> Manifest:
 
 def _storable(
     tensors: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors for safetensors, and names of tensors that are stored under another name.
+) -> tuple[dict[str, Content], dict[str, str]]:
+    """Tensors to write, and names of tensors that are stored under another name.
 
     Tied weights (an embedding and a head) share memory and are stored once; the file's metadata
     maps the other names to the stored one.
     """
-    stored: dict[str, torch.Tensor] = {}
+    stored: dict[str, Content] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
     for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
         key = (
-            storage.data_ptr(),
+            tensor.untyped_storage().data_ptr(),
             tensor.storage_offset(),
             tuple(tensor.shape),
             tensor.stride(),
@@ -192,15 +200,9 @@ def _storable(
         )
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
-            continue
-        seen[key] = name
-        value = tensor.detach().cpu().contiguous()
-        if value.untyped_storage().data_ptr() in storages or (
-            value.untyped_storage().nbytes() != value.numel() * value.element_size()
-        ):
-            value = value.clone()
-        storages.add(value.untyped_storage().data_ptr())
-        stored[name] = value
+        else:
+            seen[key] = name
+            stored[name] = Content.of(tensor)
     return stored, aliases
 
 
@@ -221,6 +223,7 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     program.manifest = manifest
     program.tensors = _load_tensors(folder / TENSORS, program)
     validate(program, where)
+    program.words = _load_words(folder, program)
     found = program_hash(program)
     if found != manifest.program_hash:
         raise BundleError(
@@ -347,21 +350,55 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
 
 
 def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
+    tensors, aliases = _read_tensors(file)
+    tensors |= _tied(file, tensors, aliases)
+    return {name: tensors[name] for name in _in_order(program, tensors)}
+
+
+def _load_words(folder: Path, program: RoleProgram) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The weights as integers, each with the tensor that it was made of; none if none are stored.
+
+    Mapped from the file: processes that map it share its pages, and the kernel can drop them.
+    """
+    file, listed = folder / WORDS, program.manifest.files
+    if WORDS not in listed:
+        return {}
+    words, metadata = _read_tensors(file)
+    if metadata.pop(_OF, None) != listed[TENSORS]["sha256"]:
+        raise BundleError(f"{file}: was made of other weights than {TENSORS}; {RECOMPILE}")
+    words |= _tied(file, words, metadata)
+    found = {}
+    for name, tensor in words.items():
+        source = program.tensors.get(name)
+        if program.role != ROLES[SERVER] or source is None or source.shape != tensor.shape:
+            raise BundleError(f"{file}: {name!r} is no weight that this role holds; {RECOMPILE}")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise BundleError(f"{file}: {name!r} is {tensor.dtype}, not integers; {RECOMPILE}")
+        found[name] = source, tensor
+    return found
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file by name, each mapped from it; and the file's metadata."""
     try:
         with safe_open(file, framework="pt") as reader:
-            aliases = reader.metadata() or {}
+            metadata = dict(reader.metadata() or {})
             names = reader.keys()
-        stored = {name: _load_tensor(file, name) for name in names}
+        return {name: _load_tensor(file, name) for name in names}, metadata
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{file}: is not a safetensors file ({error}); {_COPY}") from error
-    tensors = dict(stored)
+
+
+def _tied(
+    file: Path, stored: Mapping[str, torch.Tensor], aliases: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The tensors that are stored under another name, by their own."""
     for name, other in aliases.items():
         if other not in stored:
             raise BundleError(
                 f"{file}: has no tensor {other!r}, to which {name!r} is tied; {RECOMPILE}"
             )
-        tensors[name] = stored[other]
-    return {name: tensors[name] for name in _in_order(program, tensors)}
+    return {name: stored[other] for name, other in aliases.items()}
 
 
 def _load_tensor(file: Path, name: str) -> torch.Tensor:

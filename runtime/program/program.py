@@ -92,6 +92,8 @@ class RoleProgram:
 
     tensors: data of those constants that the role may know, by name.
     phases: empty if a step is always the whole program.
+    words: at a server that was read from a bundle, weights as fixed-point integers, each with the
+    one of `tensors` that it was made of.
     """
 
     role: str
@@ -102,6 +104,7 @@ class RoleProgram:
     tensors: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest = field(default_factory=Manifest)
     phases: list[Phase] = field(default_factory=list)
+    words: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def resends(self) -> bool:

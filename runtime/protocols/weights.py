@@ -19,7 +19,16 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
-from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode, scale_rows
+from mergec.runtime.core.values import (
+    Expanded,
+    Held,
+    Masked,
+    Sent,
+    Shared,
+    Weight,
+    encode,
+    scale_rows,
+)
 from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.shared_weights import times_shared_weight
@@ -68,16 +77,13 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
     if ctx.party == DEALER:
         for shape in shapes:
             yield ToClient(torch.empty(shape, dtype=torch.int64, device="meta"))
-        return Weight(ghost, ghost, ctx.weight_mask(name, encoded.shape), frac)
+        return Weight(ghost, ghost, ctx.kept_weight_mask(name, encoded.shape, shapes), frac)
     if ctx.party == SERVER:
         masks = ctx.weight_masks(name, shapes)
         for piece, mask in zip(_pieces(encoded), masks, strict=True):
             yield ToClient(torch.sub(piece, mask, out=mask))
         return Weight(encoded, ghost, ghost, frac)
-    if len(shapes) == 1:
-        difference = yield ToClient(ghost)
-        return Weight(ghost, difference, ghost, frac)
-    difference = torch.empty(encoded.shape, dtype=torch.int64, device=ctx.device)
+    difference = ctx.weight_room(encoded.shape)
     for piece in _pieces(difference):
         piece.copy_((yield ToClient(piece)))
     return Weight(ghost, difference, ghost, frac)
@@ -127,12 +133,31 @@ def times_weight(
         return times_shared_weight(ctx, x, weight, product, shape)
     if not (isinstance(x, Sent) and isinstance(weight, Weight)):
         raise TypeError(f"a {type(x).__name__} cannot be multiplied by a {type(weight).__name__}")
-    cross = ctx.deal(shape, lambda: product(x.mask, weight.mask))
+    cross = ctx.deal(shape, lambda: _times_mask(product, x.mask, weight.mask))
     if ctx.party == DEALER:
         return cross
     if ctx.party == SERVER:
         return product(x.opened, weight.encoded) + cross
     return product(x.mask, weight.difference) + cross
+
+
+def _times_mask(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    mask: torch.Tensor | Expanded,
+) -> torch.Tensor:
+    """`product(x, mask)`. Of a mask that is expanded for it, a piece is in memory at a time."""
+    if isinstance(mask, torch.Tensor):
+        return product(x, mask)
+    if product is matmul_rows:
+        return torch.cat([matmul_rows(x, piece) for piece in mask.pieces()], -1)
+    if product is matmul_columns:
+        total, start = torch.zeros((), dtype=torch.int64, device=x.device), 0
+        for piece in mask.pieces():
+            total = total + matmul_columns(x[..., start : start + len(piece)], piece)
+            start += len(piece)
+        return total
+    return product(x, torch.cat([*mask.pieces()]))
 
 
 def linear(ctx: Context, x: Moving, weight: Constant) -> torch.Tensor:

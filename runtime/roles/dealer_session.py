@@ -186,7 +186,14 @@ class DealerSession:
         """Deal what both parties request. public: lengths of the session's public texts."""
         more = {**self._program.manifest.arithmetic, "salt": client.salt}
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
-        context = DealerContext(client.seed, server.seed, *streams, weight_seed=masks, **more)
+        context = DealerContext(
+            client.seed,
+            server.seed,
+            *streams,
+            weight_seed=masks,
+            expand=self._settings.expand_masks,
+            **more,
+        )
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         self._pulse.beats += [partial(channel.beat, BEAT / 2), partial(_beat, line)]

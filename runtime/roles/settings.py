@@ -66,7 +66,11 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class DealerSettings:
-    """How a dealer is started. Times are in seconds; `sessions` counts those of all servers."""
+    """How a dealer is started. Times are in seconds; `sessions` counts those of all servers.
+
+    expand_masks: expand the static masks of weights at each product instead of keeping them, which
+    saves 8 bytes per weight and session and makes steps slower.
+    """
 
     bundle: Path
     listen: Address
@@ -77,3 +81,4 @@ class DealerSettings:
     grace: float = 60.0
     metrics: Address | None = None
     threads: int = 1
+    expand_masks: bool = False

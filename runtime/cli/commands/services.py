@@ -118,6 +118,14 @@ def deal_command(
     sessions: Annotated[
         int, typer.Option(help="Maximum number of sessions at once, of all servers.", min=1)
     ] = 16,
+    expand_masks: Annotated[
+        bool,
+        typer.Option(
+            "--expand-masks",
+            help="Expand the static masks of weights whenever they are used instead of keeping "
+            "them: 8 bytes less memory per weight and session, and slower steps.",
+        ),
+    ] = False,
 ) -> None:
     """Deal correlated randomness to sessions until SIGTERM."""
     from mergec.runtime.roles.dealer import deal
@@ -126,6 +134,7 @@ def deal_command(
     interrupted = deal(
         DealerSettings(
             bundle=service.folder("dealer"),
+            expand_masks=expand_masks,
             listen=address(listen),
             security=service.security("dealer"),
             sessions=sessions,
