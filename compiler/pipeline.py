@@ -297,9 +297,13 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
 
     The graph is legalized in place. The programs' manifests are empty.
     """
-    bits = config.fractional_bits
-    legalize(dialect.graph_module, bits, config.rounding == "exact")
+    bits, exact, network = (
+        config.fractional_bits,
+        config.rounding == "exact",
+        NETWORKS[config.network],
+    )
+    # With exact rounding functions have finer tables, which need keys.
+    legalize(dialect.graph_module, bits, exact, network.far_client and not exact)
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
-    exact = config.rounding == "exact"
-    choose_variants(roles, NETWORKS[config.network], bits, exact, dialect.max_length)
+    choose_variants(roles, network, bits, exact, dialect.max_length)
     return roles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,12 @@ NEW, PAST = 1, 128
 """The step that protocols are chosen for: one more token after a text of usual length, or after as
 many tokens as the program takes."""
 
+PROMPT = 64
+"""Tokens of the prompt for which it is chosen to whom the dealer sends: a prompt waits for that."""
+
+Options = Callable[..., Iterable[dict[str, Any]]]
+"""`Op.variants` or `Op.supplies` of an op."""
+
 
 def choose_variants(
     roles: Mapping[str, RoleProgram],
@@ -29,20 +35,33 @@ def choose_variants(
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
-    messages, so they count only if the step would otherwise wait for them. fixed: the program's
+    messages, so they count only if the step would otherwise wait for them. Where the dealer's link
+    to the client is narrower than the one to the server, ops that need the same messages either way
+    (`Op.supplies`) get the dealt bytes for which a prompt waits least. fixed: the program's
     fractional bits. exact: whether roundings are exact. max_length: most tokens that the program
     takes. All roles get the same choice; their instructions are replaced in place.
     """
+    program = next(iter(roles.values()))
+    past = min(PAST, max_length - NEW)
     for waits in (False, True):
-        program = next(iter(roles.values()))
-        choices = _choices(program, network, fixed, exact, max_length, waits)
-        best = {choice.name: choice.best for choice in choices}
-        for role in roles.values():
-            role.instructions = [
-                replace(item, args=best.get(item.name, item.args)) for item in role.instructions
-            ]
-        if waits or not best or not _waits(program, network, fixed, exact, max_length):
-            return
+        best = _replace(
+            roles, _choices(program, _variants, network, fixed, exact, NEW, past, waits)
+        )
+        if waits or not best or not _waits(program, network, fixed, exact, NEW, past):
+            break
+    prompt = min(PROMPT, max_length)
+    if network.far_client and _waits(program, network, fixed, exact, prompt, 0):
+        _replace(roles, _choices(program, _supplies, network, fixed, exact, prompt, 0, waits=True))
+
+
+def _replace(roles: Mapping[str, RoleProgram], choices: Iterator[_Choice]) -> bool:
+    """Give all roles the best arguments; return whether there was anything to choose."""
+    best = {choice.name: choice.best for choice in choices}
+    for role in roles.values():
+        role.instructions = [
+            replace(item, args=best.get(item.name, item.args)) for item in role.instructions
+        ]
+    return bool(best)
 
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
@@ -52,18 +71,33 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
     """
     manifest = program.manifest
     exact, most = manifest.rounding == "exact", manifest.max_length or NEW + PAST
-    choices = _choices(program, network, fixed, exact, most, waits=False)
-    return dict(Counter(c.target for c in choices if list(c.best) != list(c.given)))
+    past = min(PAST, most - NEW)
+    otherwise = {
+        choice.name: choice.target
+        for options in (_variants, _supplies)
+        for choice in _choices(program, options, network, fixed, exact, NEW, past, waits=False)
+        if list(choice.best) != list(choice.given)
+    }
+    return dict(Counter(otherwise.values()))
 
 
 def _waits(
-    program: RoleProgram, network: Network, fixed: int, exact: bool, max_length: int
+    program: RoleProgram, network: Network, fixed: int, exact: bool, new: int, past: int
 ) -> bool:
-    """Whether a decode step takes as long as the dealer's bytes do."""
-    past = min(PAST, max_length - NEW)
-    cost = cost_report(program, NEW, past, fixed, exact).total
-    waiting = network.waiting(cost, dealt_bytes(program, NEW, past, fixed, exact))
+    """Whether a step takes as long as the dealer's bytes do."""
+    cost = cost_report(program, new, past, fixed, exact).total
+    waiting = network.waiting(cost, dealt_bytes(program, new, past, fixed, exact))
     return waiting.total > waiting.prepared
+
+
+def _variants(op: type[Op]) -> Options | None:
+    stated: Any = op.variants
+    return None if stated.__func__ is Op.variants.__func__ else stated  # type: ignore[attr-defined]
+
+
+def _supplies(op: type[Op]) -> Options | None:
+    stated: Any = op.supplies
+    return None if stated.__func__ is Op.supplies.__func__ else stated  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -79,20 +113,26 @@ class _Choice:
 
 def _choices(
     program: RoleProgram,
+    kind: Callable[[type[Op]], Options | None],
     network: Network,
     fixed: int,
     exact: bool,
-    max_length: int,
+    new: int,
+    past: int,
     waits: bool,
 ) -> Iterator[_Choice]:
-    past = min(PAST, max_length - NEW)
     plan = Plan(program)
-    if not any(planned.op and _has_variants(planned.op) for planned in plan.steps):
+    if not any(planned.op and kind(planned.op) for planned in plan.steps):
         return
-    for walked in walk(plan, fixed, ghost_inputs(program, NEW, past), program.outputs):
+    for walked in walk(plan, fixed, ghost_inputs(program, new, past), program.outputs):
         planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
         op = planned.op
-        if op is None or bound is None or not _has_variants(op):
+        stated = kind(op) if op else None
+        if op is None or bound is None or stated is None:
+            continue
+        options = list(stated(*bound.values()))
+        if len(options) < 2 and kind is _supplies:
+            # There is nothing to choose, and the call stays as it is written.
             continue
 
         def weight(
@@ -104,9 +144,5 @@ def _choices(
             return network.weight(cost, dealt, waits=waits)
 
         given = planned.bind(item.args, item.kwargs)
-        best = given | min(op.variants(*bound.values()), key=weight)
+        best = given | min(options, key=weight)
         yield _Choice(item.name, item.target, tuple(given.values()), tuple(best.values()))
-
-
-def _has_variants(op: type[Op]) -> bool:
-    return op.variants.__func__ is not Op.variants.__func__  # type: ignore[attr-defined]

@@ -36,6 +36,7 @@ NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 """Word types that are masked, dealt and sent."""
 
 _UNSIGNED = np.dtype(np.uint64)
+_BYTE = np.dtype(np.uint8)
 
 _LARGE_BYTES = 1 << 20
 """Size in words from which on a weight is one that may not fit into memory."""
@@ -187,6 +188,18 @@ class Context(ABC):
         """
 
     @abstractmethod
+    def deal_corrected(
+        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray | None:
+        """A table of bytes, uint8 of this shape, in shares of any kind; None at the dealer.
+
+        The client's share is the next bytes of its stream. correct: called by the dealer with that
+        share, which it may change in place; returns the server's. For each secret it has to be a
+        bijection of the client's share, so that the server's is as uniform as the client's. Offline
+        bytes: the size of the table, sent to the server.
+        """
+
+    @abstractmethod
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys | None:
         """Keys of `count` point functions (`correlations.dpf`); None at the dealer.
 
@@ -292,6 +305,11 @@ class ClientContext(_PartyContext):
     ) -> torch.Tensor:
         return self.mask(shape, dtype)
 
+    def deal_corrected(
+        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        return self._prg.words(shape, _BYTE)
+
 
 class ServerContext(_PartyContext):
     """The server expands masks from its seed; its shares of dealt values are corrections."""
@@ -340,6 +358,11 @@ class ServerContext(_PartyContext):
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
         return self._placed(self._read(shape, dtype))
+
+    def deal_corrected(
+        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        return self._read(shape, torch.uint8).numpy()
 
 
 class DealerContext(Context):
@@ -419,10 +442,17 @@ class DealerContext(Context):
         share = self._client.words((math.prod(shape),), NUMPY[dtype])
         value = secret().to("cpu", dtype).contiguous().numpy().ravel()
         combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
-        correction = combine(value, share, out=share)
+        self._correct_server(combine(value, share, out=share))
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    def deal_corrected(
+        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        self._correct_server(correct(self._client.words(shape, _BYTE)).ravel())
+
+    def _correct_server(self, correction: np.ndarray) -> None:
         self.offline_bytes += correction.nbytes
         self._to_server.write(torch.from_numpy(correction.view(np.uint8)))
-        return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         client, server = (
@@ -477,6 +507,11 @@ class ShapeContext(Context):
         words = torch.empty(tuple(shape), dtype=dtype, device="meta")
         self.dealt["server"] += words.nbytes
         return words
+
+    def deal_corrected(
+        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        self.dealt["server"] += math.prod(shape)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         for role in self.dealt:

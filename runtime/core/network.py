@@ -57,6 +57,11 @@ class Network:
     to_server: Link
     overhead: float = 5e-5
 
+    @property
+    def far_client(self) -> bool:
+        """Whether the dealer's link to the client is narrower than the one to the server."""
+        return self.to_client.bandwidth < self.to_server.bandwidth
+
     def waiting(self, cost: Cost, dealt: Mapping[str, int]) -> Waiting:
         """Estimated seconds of a step. dealt: bytes that the dealer sends, by role.
 

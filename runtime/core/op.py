@@ -282,6 +282,15 @@ class Op:
         return ()
 
     @classmethod
+    def supplies(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+        """Arguments that compute the same with the same messages, from other dealt bytes.
+
+        They differ in how many bytes the dealer sends to which party. The compiler chooses among
+        them where the client's link to the dealer is the narrow one. The first is the default.
+        """
+        return ()
+
+    @classmethod
     def protocol(cls, ctx: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         """The op on the values of one role; the generator yields messages and gets the replies."""
         raise NotImplementedError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from mergec.runtime.core.values import Shared
 from mergec.runtime.ops.gelu import GELU, GELU_TANH, Gelu
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.protocols.rectify import rectify, rectify_cost
-from mergec.runtime.protocols.saturate import SCALAR_DOMAIN, apply, apply_cost, function_input
+from mergec.runtime.protocols.saturate import (
+    SCALAR_DOMAIN,
+    apply,
+    apply_cost,
+    function_input,
+    reach_for,
+    supplies_of,
+)
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -36,17 +44,20 @@ class Glu(Op):
     the program's fractional bits. Error: that of the activation's own op (|gate| < 2**14) times
     |up|, and that of rounding `up` to 16 fractional bits times |gate|. Each party sees what it sees
     in the activation, and the opening of `up` under a fresh mask.
+
+    reach: with n for it, |gate| < 2**n - 2**4, and all that is dealt goes to the server. relu needs
+    none for that.
     """
 
     name = "glu"
-    schema = "(Tensor gate, Tensor up, str act) -> Tensor"
+    schema = "(Tensor gate, Tensor up, str act, int reach=0) -> Tensor"
     operands = {"gate": "window", "up": "share"}
     positions = Positions.ALL
     domain = SCALAR_DOMAIN
     kind = Kind.ACTIVATION
 
     @staticmethod
-    def reference(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
+    def reference(gate: torch.Tensor, up: torch.Tensor, act: str, reach: int = 0) -> torch.Tensor:
         return ACTIVATIONS[act](gate) * up
 
     @staticmethod
@@ -56,11 +67,36 @@ class Glu(Op):
         mine = [
             Case([make.normal(3, 8, scale=3), make.normal(3, 8), act], 2e-4) for act in ACTIVATIONS
         ]
+        mine += [
+            Case([make.normal(3, 8, scale=9), make.normal(3, 8), act, 7], 2e-4) for act in FUNCTIONS
+        ]
         return [*mine, *(Case([x, y, act], stock=1e-2) for act in ACTIVATIONS)]
 
     @classmethod
+    def measure(
+        cls, gate: torch.Tensor, up: torch.Tensor, act: str, reach: int = 0
+    ) -> dict[str, float]:
+        return {"largest_input": float(gate.abs().max())}
+
+    @classmethod
+    def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        largest = measured.get("largest_input", math.inf)
+        return {"reach": reach_for(largest) if arguments["act"] in FUNCTIONS else 0}
+
+    @classmethod
+    def supplies(
+        cls, gate: Shared, up: Shared, act: str, reach: int = 0
+    ) -> Iterable[dict[str, Any]]:
+        return supplies_of(reach)
+
+    @classmethod
     def rounded(
-        cls, fracs: Mapping[str, int], gate: torch.Tensor, up: torch.Tensor, act: str
+        cls,
+        fracs: Mapping[str, int],
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        act: str,
+        reach: int = 0,
     ) -> torch.Tensor:
         """Both factors are truncated to the program's fractional bits."""
 
@@ -74,25 +110,26 @@ class Glu(Op):
         return 2 * fixed
 
     @classmethod
-    def cost(cls, gate: Shared, up: Shared, act: str, *, fixed: int) -> Cost:
+    def cost(cls, gate: Shared, up: Shared, act: str, reach: int = 0, *, fixed: int) -> Cost:
         count = gate.share.numel()
         shift = up.frac - fixed
         if act == "relu":
             return rectify_cost(count, shift)
-        return apply_cost(FUNCTIONS[act], count, shift)
+        return apply_cost(FUNCTIONS[act].from_server(reach), count, shift)
 
     @classmethod
-    def protocol(cls, ctx: Context, gate: Shared, up: Shared, act: str) -> Protocol:
+    def protocol(cls, ctx: Context, gate: Shared, up: Shared, act: str, reach: int = 0) -> Protocol:
         """The activation's protocol, which multiplies by `up` in the same two rounds."""
         narrow = function_input(ctx, gate)
         if act == "relu":
             share = yield from rectify(ctx, narrow, up)
         else:
-            share = yield from apply(ctx, FUNCTIONS[act], narrow, ctx.fixed, up)
+            function = FUNCTIONS[act].from_server(reach)
+            share = yield from apply(ctx, function, narrow, ctx.fixed, up)
         return Shared(share, 2 * ctx.fixed)
 
     @classmethod
-    def stock(cls, gate: Any, up: Any, act: str) -> Any:
+    def stock(cls, gate: Any, up: Any, act: str, reach: int = 0) -> Any:
         """CrypTen's activation, then its product."""
         if act == "silu":
             active = gate * gate.sigmoid()

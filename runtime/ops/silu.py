@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,27 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.pieces import Pieces, Polynomial
 from mergec.runtime.protocols.saturate import (
     SCALAR_DOMAIN,
     Tail,
     apply,
     apply_cost,
     function_input,
+    reach_for,
     saturating,
+    supplies_of,
 )
 
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x / (1 + np.exp(-x)))
+
+
 SILU = saturating(
-    lambda x: x / (1 + np.exp(-x)), -15.5, 128, 14, 57, 16, left=Tail(0, 0.0), right=Tail(1, 0.0)
-)
+    _silu, -15.5, 128, 14, 57, 16, left=Tail(0, 0.0), right=Tail(1, 0.0),
+    pieces=Pieces(Polynomial(_silu, 7), -15 << 16, 16, 17, (4, 5, 5, 5, 5, 4, 4, 4), 6),
+)  # fmt: skip
 
 
 class Silu(Op):
@@ -33,35 +44,54 @@ class Silu(Op):
     x [...] shared -> [...] shared. Rounds 2; per element 18 bytes online, 728 offline.
     Error below 3e-5 for |x| < 2**14. Each party sees what it sees in
     `protocols.saturate.apply`: masked values that are uniform whatever x is.
+
+    reach: with n for it, |x| < 2**n - 2**4, and all that is dealt goes to the server.
     """
 
     name = "silu"
-    schema = "(Tensor x) -> Tensor"
+    schema = "(Tensor x, int reach=0) -> Tensor"
     operands = {"x": "window"}
     positions = Positions.ALL
     kind = Kind.ACTIVATION
     domain = SCALAR_DOMAIN
 
     @staticmethod
-    def reference(x: torch.Tensor) -> torch.Tensor:
+    def reference(x: torch.Tensor, reach: int = 0) -> torch.Tensor:
         return torch.nn.functional.silu(x)
 
     @staticmethod
     def cases() -> list[Case]:
         make = Sampler()
-        return [Case([spread(20)], 5e-5), Case([make.small(2, 3, 4)], stock=1e-2)]
+        return [
+            Case([spread(20)], 5e-5),
+            Case([torch.linspace(-40, 40, 3001).double(), 6], 5e-5),
+            Case([make.small(2, 3, 4)], stock=1e-2),
+        ]
 
     @classmethod
-    def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(SILU, x.share.numel())
+    def measure(cls, x: torch.Tensor, reach: int = 0) -> dict[str, float]:
+        return {"largest_input": float(x.abs().max())}
 
     @classmethod
-    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
+    def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"reach": reach_for(measured.get("largest_input", math.inf))}
+
+    @classmethod
+    def supplies(cls, x: Shared, reach: int = 0) -> Iterable[dict[str, Any]]:
+        return supplies_of(reach)
+
+    @classmethod
+    def cost(cls, x: Shared, reach: int = 0, *, fixed: int) -> Cost:
+        return apply_cost(SILU.from_server(reach), x.share.numel())
+
+    @classmethod
+    def protocol(cls, ctx: Context, x: Shared, reach: int = 0) -> Protocol:
         """Cubics on windows of 1/4 between -15 and 15; 0 below, x above."""
-        share = yield from apply(ctx, SILU, function_input(ctx, x), ctx.fixed)
+        function = SILU.from_server(reach)
+        share = yield from apply(ctx, function, function_input(ctx, x), ctx.fixed)
         return Shared(share, ctx.fixed)
 
     @classmethod
-    def stock(cls, x: Any) -> Any:
+    def stock(cls, x: Any, reach: int = 0) -> Any:
         """By CrypTen's sigmoid."""
         return x * x.sigmoid()

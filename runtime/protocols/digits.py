@@ -27,12 +27,12 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.formula import Polynomial
 
-_NARROWEST, _WIDEST = 3, 10
+_NARROWEST, _WIDEST = 3, 12
 """Tables of narrower digits do not fill a byte; tables of wider ones would take too much memory."""
 
 
 class Digits:
-    """Comparison of numbers cut into digits of the given widths in bits (3 to 10), lowest first.
+    """Comparison of numbers cut into digits of the given widths in bits (3 to 12), lowest first.
 
     bits: number of relations, at most eight. table_bytes: size of all tables of one number.
     less: the top bit of v - r as a polynomial of the looked-up bits.
@@ -150,15 +150,15 @@ def _look_up_tensors(
 def _rows(relation: str, width: int) -> np.ndarray:
     """For each digit r of a mask, the relation's bit for every v, packed."""
     if not _NARROWEST <= width <= _WIDEST:
-        raise ValueError(f"a digit has {width} bits; it needs at least 3 bits and at most 10")
+        raise ValueError(f"a digit has {width} bits; it needs at least 3 bits and at most 12")
     size = 2**width
-    v, r = np.arange(size)[None, :], np.arange(size)[:, None]
-    bits = {
-        "less": v < r,
-        "equal": v == r,
-        "half": (v - r) % size == size // 2,
-        "top": (v - r) % size >= size // 2,
-    }[relation]
+    # Small words: of 12 bits there are 2**24 pairs.
+    v, r = np.arange(size, dtype=np.int16)[None, :], np.arange(size, dtype=np.int16)[:, None]
+    if relation in ("less", "equal"):
+        bits = v < r if relation == "less" else v == r
+    else:
+        left = (v - r) & np.int16(size - 1)
+        bits = left == size // 2 if relation == "half" else left >= size // 2
     return np.packbits(bits, axis=1, bitorder="little")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
@@ -28,6 +28,7 @@ from mergec.runtime.protocols.interval import (
     fit_finely,
 )
 from mergec.runtime.protocols.opening import Cut, open_masked, open_masked_cost
+from mergec.runtime.protocols.pieces import Pieces
 from mergec.runtime.protocols.selection import Line, Selection
 from mergec.runtime.protocols.truncate import NARROW_OFFSET, cut, truncate, truncate_cost
 
@@ -35,6 +36,12 @@ SCALAR_DOMAIN = (-(2.0**14), 2.0**14)
 """Valid inputs of these functions; beyond them the 32-bit window wraps to another number."""
 
 _POSITION_BITS = 14
+
+REACHES = range(6, 12)
+"""For which n a function can be served for |x| < 2**n - 2**4 by `Function.from_server`."""
+
+_ENDS = 2**4
+"""No table reaches further from zero."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,34 @@ class Function:
     within `SCALAR_DOMAIN` use their tail. An input on the side of a missing tail, or beyond
     `SCALAR_DOMAIN`, returns the value of another input.
 
+    pieces: the same function as a table that only the server is sent (`from_server`). reach: with
+    n for it, the tails are compared for |x| < 2**n - 2**4 alone.
+
     fine: the same function for exact rounding. Which of two adjacent windows serves an input, and
     near an end whether the table or the tail does, depends on bits that the client sees. So does
     the small error of the result. On windows of a quarter of the size, and with ends twice as far
     apart, that error is far below a unit (`tests/protocols/test_rounding.py` states the bound).
     """
 
-    table: Table
+    table: Table | Pieces
     end_bits: int
     left: Tail | None
     right: Tail | None
     fine: Function | None = None
+    pieces: Pieces | None = None
+    reach: int = 0
+
+    def from_server(self, reach: int) -> Function:
+        """The same function with nothing dealt to the client, for |x| < 2**reach - 2**4.
+
+        With a reach of 0, this function. Raises ValueError for a reach that is not in `REACHES`, or
+        if the function has no such table.
+        """
+        if not reach:
+            return self
+        if self.pieces is None or reach not in REACHES:
+            raise ValueError(f"the function has no table for inputs up to 2**{reach}")
+        return _served(self, self.pieces, reach)
 
     @cached_property
     def thresholds(self) -> list[int]:
@@ -84,8 +108,14 @@ class Function:
 
     @cached_property
     def comparer(self) -> Digits | Halves:
-        """The protocol that compares with the thresholds: `Halves` pays off if there are two."""
+        """The protocol that compares with the thresholds.
+
+        `Halves` pays off if there are two. A single digit is one bit, too, and its table goes to
+        the server alone, but it is short only if the inputs do not reach far.
+        """
         width = WINDOW_BITS - self.end_bits
+        if self.reach:
+            return Digits(self.reach + 1 + FRACTIONAL_BITS - self.end_bits)
         return Halves(width) if len(self.thresholds) > 1 else Digits(width - width // 2, width // 2)
 
     @cached_property
@@ -113,6 +143,22 @@ class Function:
         return Selection(self.inside, Line(shift)), tails
 
 
+@cache
+def _served(function: Function, pieces: Pieces, reach: int) -> Function:
+    return replace(function, table=pieces, pieces=None, reach=reach)
+
+
+def reach_for(largest: float) -> int:
+    """The smallest of `REACHES` for inputs that calibration saw up to `largest`; 0 if none is."""
+    needed = largest * 2.0**RANGE_MARGIN_BITS
+    return next((reach for reach in REACHES if needed <= 2.0**reach - _ENDS), 0)
+
+
+def supplies_of(reach: int) -> Iterator[dict[str, int]]:
+    """For `Op.supplies` of an op with an argument `reach`."""
+    return ({"reach": taken} for taken in dict.fromkeys((0, reach)))
+
+
 def saturating(
     function: Callable[[np.ndarray], np.ndarray],
     start: float,
@@ -122,12 +168,13 @@ def saturating(
     end_bits: int,
     left: Tail | None,
     right: Tail | None,
+    pieces: Pieces | None = None,
 ) -> Function:
     """Fit `function` from `start` on, with `windows` windows of 2**step_bits input units each.
 
     At least one tail is required. A tail must hold in the first unit of 2**end_bits and in the last
-    two. `out_frac` applies to the table, whose values must stay below 2**62. Raises ValueError if a
-    unit is smaller than a window.
+    two. `out_frac` applies to the table, whose values must stay below 2**62. pieces: a table of the
+    same function for `Function.from_server`. Raises ValueError if a unit is smaller than a window.
     """
     if end_bits < step_bits:
         raise ValueError(f"ends in units of 2**{end_bits} cut windows of 2**{step_bits}")
@@ -146,7 +193,7 @@ def saturating(
         out_frac - 1,
         max(0, step_bits - FINER_BITS - _POSITION_BITS),
     )
-    return Function(table, end_bits, left, right, Function(fine, end_bits, left, right))
+    return Function(table, end_bits, left, right, Function(fine, end_bits, left, right), pieces)
 
 
 def function_input(ctx: Context, x: Shared) -> Cut:
@@ -173,7 +220,10 @@ def apply(
     shares the products of mask bits, times the words that make up the table's value and x, and each
     of these times the factor's mask (`selection`). Each party sees the openings of a window, of the
     table's value, of bits and of the factor, each under a fresh, uniform mask; with exact rounding,
-    the client sees of the first two what `open_high` says.
+    the client sees of the first two what `open_high` says. Of a function `from_server`, the client
+    is dealt nothing, and the server what is uniform beside all this (`pieces`, `digits`): shares of
+    tables, whose other share is fresh words of the client's stream. With exact rounding the table
+    of such a function is the finer one, whose keys go to both.
     """
     if ctx.exact and function.fine is not None:
         function = function.fine
@@ -188,7 +238,7 @@ def apply(
         first.append(truncate(ctx, flat, factor.frac - ctx.fixed))
     opened, *truncated = yield from together(*first)
     inside, tails = function.selections(out_frac)
-    looked_up = evaluate(ctx, opened, mask, function.table)
+    looked_up = _look_up(ctx, opened, mask, function.table)
     value = table_value(ctx, looked_up, inside.line.shift)
     wide_mask = value.mask(ctx)
     value_mask = value.narrow(wide_mask)
@@ -229,7 +279,17 @@ def apply_cost(function: Function, count: int, factor_shift: int | None = None) 
     if factor_shift is not None:
         first = first.beside(truncate_cost(count, factor_shift))
         second = second.beside(open_masked_cost(count))
-    return first + second + evaluate_cost(count, function.table) + Cost(offline=8 * words * count)
+    table = function.table
+    read = table.cost(count) if isinstance(table, Pieces) else evaluate_cost(count, table)
+    return first + second + read + Cost(offline=8 * words * count)
+
+
+def _look_up(
+    ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Table | Pieces
+) -> torch.Tensor:
+    if isinstance(table, Pieces):
+        return table.evaluate(ctx, opened, mask)
+    return evaluate(ctx, opened, mask, table)
 
 
 def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tensor:
