@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import networkx as nx
@@ -127,7 +128,7 @@ def _words(shape: Sequence[int]) -> torch.Tensor:
 def _result(call: Call, instruction: Instruction) -> Any:
     """What the protocol of an op would return, as a shape."""
     op, bound = call.op, call.bound
-    words = _words(op.reference(*map(_plain, bound.values())).shape)
+    words = _words(_shape(op, tuple(map(_plain, bound.values()))))
     if op.result == "cache":
         return type(bound[op.tensors[0]])(words, words, instruction.frac)
     if op.result == "masked":
@@ -139,13 +140,35 @@ def _result(call: Call, instruction: Instruction) -> Any:
     return Shared(words, instruction.frac)
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """A real-valued tensor without data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def _plain(value: Any) -> Any:
-    """A real-valued meta tensor that stands for a tensor."""
+    """What a reference gets for an argument: for each tensor only what its shape follows from."""
     if isinstance(value, Held):
-        return value.value
+        value = value.value
+    if isinstance(value, torch.Tensor):
+        return _Plain(tuple(value.shape), value.dtype)
     if isinstance(value, (Shared, Masked, Sent, Weight)):
-        return torch.empty(value.shape, dtype=torch.float64, device="meta")
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+        return _Plain(tuple(value.shape), torch.float64)
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=4096)
+def _shape(op: type[Op], arguments: tuple[Any, ...]) -> torch.Size:
+    """The shape of a call's result. Layers are alike, and many walks take the same steps."""
+    return op.reference(*map(_given, arguments)).shape
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, _Plain):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return list(map(_given, value)) if isinstance(value, tuple) else value
 
 
 def call_cost(op: type[Op], bound: Mapping[str, Any], fixed: int, exact: bool) -> Cost:
