@@ -48,8 +48,14 @@ install: $(READY) ## create .venv and install everything
 demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
 	$(PYTHON) -m mergec demo
 
+# Three processes for two cores, because some tests wait. Kernels are compiled before: each process
+# would compile those that it does not find.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+KERNELS = $(PYTHON) -c "import tests.preloaded"
+
 test: $(READY) ## the tests that take seconds
-	$(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(KERNELS)
+	$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, all of them; run before a release
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
@@ -57,7 +63,8 @@ test-slow: $(READY) ## the tests that take minutes, all of them; run before a re
 # What parties do in their own processes counts, too; what a killed process did does not.
 coverage: $(READY) ## the tests that take seconds, and the lines that they do not run
 	rm -f .coverage .coverage.*
-	$(PYTHON) -m coverage run -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(KERNELS)
+	$(PYTHON) -m coverage run -m pytest $(WORKERS) $(PYTEST_ARGS)
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 

@@ -354,54 +354,76 @@ def test_a_closed_pipe_ends_quietly(bundles: Path) -> None:
 
 
 MISSING = """
-import sys
+import contextlib, io, json, sys
+
+packages, commands = map(json.loads, sys.argv[1:])
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.split(".")[0] in packages:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
+from mergec.compiler.cli import main
+
+told = []
+for command in commands:
+    sys.argv = ["mergec", *command]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            told.append((end.code, said.getvalue()))
+print(json.dumps(told))
 """
-"""A sitecustomize: a machine on which some packages are not installed."""
+"""A machine on which some packages are not installed: what commands say there."""
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"),
+    ("packages", "commands"),
     [
-        (["compile", "{model}", "-o", "{folder}/new"], "compile"),
-        (["inspect", "{model}"], "compile"),
-        (["demo", "-o", "{folder}/new"], "compile"),
-        (["inspect", "{bundles}", "--past", "1", "--onnx", "{folder}/graph.onnx"], "compile"),
-        (["proxy", "{bundles}", "--plaintext"], "proxy"),
-        (["run", "{bundles}", "--prompt", "x"], ""),
+        (
+            ("transformers", "gguf", "accelerate", "onnx", "fast_sugiyama"),
+            {
+                "compile {model} -o {folder}/new": "compile",
+                "inspect {model}": "compile",
+                "demo -o {folder}/new": "compile",
+                "inspect {bundles} --past 1 --onnx {folder}/graph.onnx": "compile",
+                "run {bundles} --prompt x": "",
+            },
+        ),
+        (
+            ("fastapi", "uvicorn", "starlette", "pydantic"),
+            {"proxy {bundles} --plaintext": "proxy"},
+        ),
     ],
 )
 def test_what_only_some_need_is_named_with_its_extra(
-    bundles: Path, tmp_path: Path, command: list[str], extra: str
+    bundles: Path, tmp_path: Path, packages: tuple[str, ...], commands: dict[str, str]
 ) -> None:
-    packages = {"transformers", "gguf", "accelerate", "onnx", "fast_sugiyama"}
-    if extra == "proxy":
-        packages = {"fastapi", "uvicorn", "starlette", "pydantic"}
-    place, model = tmp_path / "site", tmp_path / "model"
-    place.mkdir()
+    model = tmp_path / "model"
     model.mkdir()
-    (place / "sitecustomize.py").write_text(MISSING.format(packages=packages))
     (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    given = [word.format(model=model, folder=tmp_path, bundles=bundles) for word in command]
+    given = [
+        [word.format(model=model, folder=tmp_path, bundles=bundles) for word in command.split()]
+        for command in commands
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "mergec", *given],
-        env={**environment(), "PYTHONPATH": f"{place}{os.pathsep}{ROOT}"},
+        [sys.executable, "-c", MISSING, json.dumps(packages), json.dumps(given)],
+        env=environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == FAILED
-    (line,) = [text for text in done.stderr.splitlines() if not text.endswith("…")]
-    expected = f"run `pip install 'mergec[{extra}]'`" if extra else "compile with a tokenizer"
-    assert line.startswith("error: ")
-    assert line.endswith(expected)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    for (code, said), extra in zip(told, commands.values(), strict=True):
+        assert code == FAILED
+        (line,) = [text for text in said.splitlines() if not text.endswith("…")]
+        expected = f"run `pip install 'mergec[{extra}]'`" if extra else "compile with a tokenizer"
+        assert line.startswith("error: ")
+        assert line.endswith(expected)
 
 
 def test_the_party_has_its_commands_alone() -> None:

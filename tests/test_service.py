@@ -294,13 +294,16 @@ def test_strangers_hold_nobody_up_and_do_not_stay(running, bundles, ann) -> None
 
 
 def test_a_handshake_a_byte_at_a_time_does_not_last(running) -> None:
-    for role in (running.server, running.dealer):
+    def trickle(role: Role) -> None:
         with socket.create_connection((role.address.host, role.address.port)) as slow:
             slow.sendall(b"\x16\x03\x01\x02\x00")
             with pytest.raises(OSError, match=r"reset|Broken"):
                 for _ in range(int(START / 0.2)):
                     slow.sendall(b"\x01")
                     time.sleep(0.2)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(trickle, (running.server, running.dealer)))
 
 
 HELD, TIMEOUT = 7.0, 3

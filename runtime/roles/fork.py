@@ -6,6 +6,7 @@ import numba
 import torch
 
 from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.meta import compute_shapes_alone
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows, set_threads
@@ -21,13 +22,12 @@ def prepare_to_fork() -> None:
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"
     keep_freed_memory()
+    compute_shapes_alone()
     load_all()
     simulation = Simulation()
     for op in ("softmax", "silu"):
         x = simulation.share(torch.zeros(2, 2))
         simulation.run(lambda ctx, party: REGISTRY[op].protocol(ctx, x[party]))  # noqa: B023
-    # The first time that meta tensors are joined, torch imports its whole compiler.
-    torch.cat([torch.empty(1, device="meta"), torch.empty(1, device="meta")])
     words = torch.zeros(2, 2, dtype=torch.int64)
     matmul(words, words)
     for weight in (words, words.to(torch.int32)):

@@ -26,6 +26,7 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import DEBUG, MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
+from mergec.runtime.core.meta import compute_shapes_alone
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
@@ -397,6 +398,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    compute_shapes_alone()
     code = play(sys.stdin.readline())
     with suppress(BrokenPipeError):
         sys.stdout.flush()

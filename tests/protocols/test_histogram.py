@@ -13,6 +13,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols import histogram
 from mergec.runtime.protocols.histogram import FEW, STEP, crest, crest_cost
 from mergec.runtime.protocols.rows import MAX_SPREAD
+from tests.families import slow
 from tests.protocols.harness import run, uniform_bytes, words
 
 UNIT = 2**16
@@ -45,8 +46,10 @@ def _check(values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
     assert bool(((exact - found) % WRAP < (STEP + 1) * UNIT).all())
 
 
-def test_every_integer_modulo_2_16_alone_in_its_row() -> None:
-    _check((torch.arange(2**16)[:, None]) * UNIT + 40_000)
+@pytest.mark.parametrize("step", [7, *slow(1)])
+def test_every_integer_modulo_2_16_alone_in_its_row(step: int) -> None:
+    """With the step 7 every low byte and every high byte, each beside many of the other's."""
+    _check((torch.arange(0, 2**16, step)[:, None]) * UNIT + 40_000)
 
 
 def test_every_order_of_four_values_with_ties_at_every_part_of_a_cell() -> None:
@@ -156,10 +159,11 @@ def _sent(values: torch.Tensor) -> list[torch.Tensor]:
     return simulation.transcript
 
 
+@pytest.mark.parametrize("rows", [2**13, *slow(2**15)])
 @pytest.mark.parametrize("other", [0, -100])
-def test_the_cell_is_independent_of_the_opened_scores(other: int) -> None:
+def test_the_cell_is_independent_of_the_opened_scores(other: int, rows: int) -> None:
     """A carry puts a maximum into one of two cells; seen with z, the cell must not tell which."""
-    values = torch.zeros(2**15, 3, dtype=torch.int64)
+    values = torch.zeros(rows, 3, dtype=torch.int64)
     values[:, 1], values[:, 2] = 300 * UNIT, (300 + other) * UNIT
     sent = _sent(values)
     z = (sent[0] + sent[1]).reshape(-1, 3).long()
@@ -167,7 +171,8 @@ def test_the_cell_is_independent_of_the_opened_scores(other: int) -> None:
     # The top of the low bits of two z, from which carries follow, beside the cell's low bits.
     low = ((z[:, 1:] & 127) >> 5) @ torch.tensor([1, 4])
     joint = torch.bincount(low * 16 + cell % 16, minlength=256).double()
-    statistic = float(((joint - 128) ** 2 / 128).sum())
+    each = rows / 256
+    statistic = float(((joint - each) ** 2 / each).sum())
     assert abs(statistic - 255) / (2 * 255) ** 0.5 < 6.5
 
 
