@@ -27,7 +27,7 @@ from mergec.runtime.core.spec import CHOICES, ROLES
 from mergec.runtime.roles.rate_limit import DEFAULT_RATE
 from tests.families import random_decoder
 from tests.fixtures import decoder, greedy
-from tests.roles import ROOT, environment
+from tests.roles import environment
 from tests.test_program import TYPES
 
 
