@@ -22,6 +22,7 @@ from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
+from mergec.runtime.protocols.rows import PAIRS
 
 _LOW = -1e4
 """A score that means "masked": its exponential is 0 relative to that of any visible score."""
@@ -31,8 +32,8 @@ class FuseAttention(Pass):
     """Fuses attention into one op on opened keys and values; grouped queries stay grouped.
 
     Scores may be scaled at any point, capped by a tanh (gemma2), and masked by additions (most
-    models), by a selection (gpt_neo) or with ALiBi in a fused product (bloom). Keys and values may
-    be repeated for each group of queries.
+    models), by a selection (gpt_neo) or with ALiBi in a fused product (bloom). The server may add a
+    bias that it holds (t5). Keys and values may be repeated for each group of queries.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -83,8 +84,10 @@ class FuseAttention(Pass):
             # Heads are part of the batch dimension (bloom): split them off.
             query, keys, values = (_unsqueeze(product, t) for t in (query, keys, values))
         keys, values = _ungroup(keys), _ungroup(values)
-        mask = scores.mask(product, flat)
-        arguments = (query, keys, values, mask, scores.scale, scores.cap)
+        mask, bias = (scores.sum_of(vis, product, flat) for vis in (Vis.PUBLIC, Vis.SERVER))
+        arguments: Any = (query, keys, values, mask, scores.scale, scores.cap)
+        if bias is not None:
+            arguments += (PAIRS, bias)
         if flat:
             val = product.meta["val"].unsqueeze(0)
             whole = insert(product, target("attention"), arguments, val, Vis.SHARED)
@@ -118,8 +121,8 @@ class _Scores:
                 return self._product(node.args[1], node.args[2])
             if calls(node, aten.reshape.default) and _same_rows(node):
                 node = node.args[0]
-            elif calls(node, aten.add.Tensor) and self._open() and _public_term(node) is not None:
-                secret, term = _public_term(node)  # type: ignore[misc]
+            elif calls(node, aten.add.Tensor) and self._open() and _known_term(node) is not None:
+                secret, term = _known_term(node)  # type: ignore[misc]
                 self.terms.append((term, self.scale))
                 node = secret
             elif calls(node, aten.max.other, aten.maximum.default) and _keeps(node):
@@ -158,11 +161,11 @@ class _Scores:
         self.query, self.keys = query, turned.args[0]
         return None
 
-    def mask(self, before: fx.Node, flat: bool) -> fx.Node | None:
-        """The sum of all terms that are added to the scores, as one public tensor."""
+    def sum_of(self, vis: Vis, before: fx.Node, flat: bool) -> fx.Node | None:
+        """The sum of all terms of a visibility that are added to the scores, as one tensor."""
         total: Any = None
-        terms: list[tuple[Any, float]] = list(self.terms)
-        for choice in self._masked:
+        terms: list[tuple[Any, float]] = [t for t in self.terms if t[0].meta["vis"] is vis]
+        for choice in self._masked if vis is Vis.PUBLIC else ():
             shown, _, low = choice.args
             terms.append((insert_call(before, aten.where.ScalarSelf, shown, 0.0, low), 1.0))
         for term, factor in terms:
@@ -182,10 +185,11 @@ def _same_rows(reshape: fx.Node) -> bool:
     ]
 
 
-def _public_term(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The secret and the public addend."""
+def _known_term(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The secret addend, and the one that is public or held by the server."""
     for secret, term in (node.args, node.args[::-1]):
-        if is_shared(secret) and isinstance(term, fx.Node) and is_public(term):
+        known = isinstance(term, fx.Node) and term.meta["vis"] in (Vis.PUBLIC, Vis.SERVER)
+        if is_shared(secret) and known:
             return secret, term  # type: ignore[return-value]
     return None
 

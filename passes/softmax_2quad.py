@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from mergec.compiler.graph.ir import aten, calls, is_shared, replace
+from mergec.compiler.graph.ir import aten, bind, calls, is_shared, replace
 from mergec.compiler.graph.rewriting import Pass
-from mergec.runtime.core.op import target
+from mergec.runtime.core.op import REGISTRY, target
 
 
 class Softmax2quad(Pass):
@@ -37,7 +37,9 @@ def put_ratio(rewrite: Pass, graph_module: fx.GraphModule, kind: str) -> int:
     """Replace each attention by a ratio of this kind; returns their number."""
     sites = 0
     for node in list(graph_module.graph.nodes):
-        if calls(node, target("attention")):
+        if calls(node, target("attention")) and bind(REGISTRY["attention"], node)["bias"]:
+            rewrite.skip(node, "the server adds a bias to its scores")
+        elif calls(node, target("attention")):
             replace(node, target("ratio_attention"), (*node.args[:5], _softcap(node), kind))
             sites += 1
         elif calls(node, aten.softmax.int, aten._softmax.default) and is_shared(node):

@@ -18,6 +18,7 @@ from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_
 from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
 from mergec.runtime.ops.softmax import too_far_apart
+from mergec.runtime.protocols.local import as_share
 from mergec.runtime.protocols.multiply import matmul_of_masked
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
@@ -82,7 +83,8 @@ class ScoredAttention(Op, abstract=True):
     @classmethod
     def last_position(cls, dim: int) -> dict[str, Any] | None:
         """One query looks at all keys and values, by its row of the mask."""
-        return {"q": LAST, "mask": LAST} if dim == -2 else None
+        rows = dict.fromkeys(("q", "mask", "bias"), LAST)
+        return rows if dim == -2 else None
 
     @classmethod
     def inexact(cls, arguments: Mapping[str, Any]) -> str:
@@ -102,7 +104,10 @@ class ScoredAttention(Op, abstract=True):
 
 
 class Attention(ScoredAttention):
-    """softmax(cap(scale * q k^T) + mask) v, with grouped queries: see `ScoredAttention`.
+    """softmax(cap(scale * q k^T) + mask + bias) v, with grouped queries: see `ScoredAttention`.
+
+    bias: what is added to the scores and is not public, such as the relative position bias of T5:
+    known to the server, or shared. It broadcasts to [B, H, N, L], and takes no message.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
     Rounds 4, and 3 for each level of `peak`, or 4 for `crest`; two more for a cap, and one
@@ -118,8 +123,9 @@ class Attention(ScoredAttention):
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
-        "str shift='pairs') -> Tensor"
+        "str shift='pairs', Tensor? bias=None) -> Tensor"
     )
+    operands = {**ScoredAttention.operands, "bias": "fixed"}
 
     @staticmethod
     def reference(
@@ -130,8 +136,10 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return plain_weighted_sum(Attention.probabilities(q, k, mask, scale, softcap), v)
+        weights = Attention.probabilities(q, k, mask, scale, softcap, shift, bias)
+        return plain_weighted_sum(weights, v)
 
     @staticmethod
     def cases() -> list[Case]:
@@ -141,6 +149,7 @@ class Attention(ScoredAttention):
             *(Case(args, 3e-4, forms={"mask": PUBLIC}) for args in sample_operands(make)),
             Case([*_longer_operands(make), 0.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             Case([*_longer_operands(make), 20.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
+            *_biased_cases(make),
             Case([*few[:3], None, 0.5], stock=1e-2),
             Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
             Case([*one, None, 0.5], stock=1e-2),
@@ -153,10 +162,14 @@ class Attention(ScoredAttention):
         mask: torch.Tensor | None,
         scale: float,
         softcap: float = 0.0,
+        shift: str = PAIRS,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """How much each token attends to each other one, [B, H, N, L], in the clear."""
         scores = plain_scores(q, k, scale, softcap)
-        return torch.softmax(scores if mask is None else scores + mask, -1)
+        for term in (mask, bias):
+            scores = scores if term is None else scores + term
+        return torch.softmax(scores, -1)
 
     @classmethod
     def measure(
@@ -168,8 +181,10 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: torch.Tensor | None = None,
     ) -> dict[str, float]:
         found, valid = counted_scores(q, k, mask, scale, softcap)
+        found = found if bias is None else found + bias
         spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
         return {
             "score_spread": float(spread.max()),
@@ -197,6 +212,7 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: Any = None,
     ) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes."""
         return shift_variants()
@@ -211,6 +227,7 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: Any = None,
         *,
         fixed: int,
     ) -> Cost:
@@ -235,6 +252,7 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: Any = None,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
@@ -243,9 +261,12 @@ class Attention(ScoredAttention):
         of a row. Its reciprocal is computed in the same rounds as the weighted sum.
         """
         found = yield from scores(ctx, q, k, scale, softcap)
-        valid, bias = split_mask(mask, q, k)
+        valid, added = split_mask(mask, q, k)
+        if added is not None and not found.share.is_meta:
+            found.share = found.share + ctx.public(encode(added, found.frac).to(found.share.device))
         if bias is not None and not found.share.is_meta:
-            found.share = found.share + ctx.public(encode(bias, found.frac).to(found.share.device))
+            own = as_share(ctx, bias, found.frac).expand(*q.shape[:-1], k.shape[-2])
+            found.share = found.share + own.reshape(found.share.shape)
         way = _way(q, shift)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(v.shape[-2], way)
@@ -266,12 +287,15 @@ class Attention(ScoredAttention):
         scale: float,
         softcap: float = 0.0,
         shift: str = PAIRS,
+        bias: Any = None,
     ) -> Any:
         """CrypTen's matrix products and softmax."""
         scores = stock_scores(q, k, scale, softcap)
         if mask is not None:
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
+        if bias is not None:
+            scores = scores + bias
         return stock_weighted_sum(scores.softmax(-1), v)
 
 
@@ -313,6 +337,19 @@ def _longer_operands(make: Sampler) -> list[Any]:
         mask[..., row, length:] = -3.4e38
     keys, values = make.normal(1, 2, 48, 16), make.normal(1, 2, 48, 16)
     return [make.normal(1, 4, 4, 16, scale=3), keys, values, mask, 0.25]
+
+
+def _biased_cases(make: Sampler) -> list[Case]:
+    """A bias for each head that the server holds, with a causal mask and without one; shared."""
+    (q, k, v, mask, scale, _), *_ = sample_operands(make)
+    bias = make.normal(1, 6, 4, 9, scale=3)
+    few, held = small_operands(), {"mask": PUBLIC, "bias": "held"}
+    return [
+        Case([q, k, v, mask, scale, 0.0, PAIRS, bias], 3e-4, forms=held),
+        Case([q, k, v, None, scale, 0.0, HISTOGRAM, bias], 3e-4, forms={"bias": "held"}),
+        Case([q, k, v, None, scale, 0.0, PAIRS, bias[:, :, :1]], 3e-4),
+        Case([*few, 0.5, 0.0, PAIRS, make.small(1, 4, 3, 5)], stock=1e-2, forms=held),
+    ]
 
 
 def small_operands() -> list[torch.Tensor]:
