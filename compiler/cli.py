@@ -269,6 +269,12 @@ def inspect_command(
         int | None,
         typer.Option(help=f"Tokens before the step; by default {PAST}, or what fits.", min=0),
     ] = None,
+    source_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--source", help="Of these, tokens of an encoder-decoder's source; by default all."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the instructions as text.")] = False,
@@ -310,7 +316,9 @@ def inspect_command(
         view = program.captured_graph if stage is Stage.before else program.graph
         if html is not None:
             step("measuring what each pass saves" if savings else "drawing the graphs")
-            _write_file(html, program.to_html(new, past, savings=savings).encode())
+            _write_file(
+                html, program.to_html(new, past, source=source_tokens, savings=savings).encode()
+            )
         if dot is not None:
             _write_file(dot, view.to_dot().encode())
         if onnx is not None:
@@ -319,7 +327,7 @@ def inspect_command(
             sys.stdout.write(str(view) if graph else "".join(f"{path}\n" for path in files))
             return
         step("measuring what each pass saves" if savings else "counting rounds and bytes")
-        inspection = program.inspect(new, past, savings=savings)
+        inspection = program.inspect(new, past, source=source_tokens, savings=savings)
     shown = inspection.why_not(why_not) if why_not else inspection
     if as_json:
         sys.stdout.write(shown.to_json() + "\n")

@@ -17,6 +17,7 @@ from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import read_adaptation, stands_at
 from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.encoder_decoder import check_options
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
@@ -99,6 +100,8 @@ def compile_decoder(
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
+    if captured.encodes:
+        check_options(config)
     if config.speculate_up_to:
         captured = captured.copy()
         keep_drafts(captured, config.speculate_up_to)
@@ -133,6 +136,7 @@ def compile_decoder(
         vocab_size=dialect.vocab_size,
         stop_tokens=_stop_tokens(model, tokenizer),
         generation=settings,
+        answer_start=captured.start,
         tokenizer=tokenizer_digest(file_digests(files)),
         lossy=dialect.lossy,
         deviation=deviation,

@@ -88,7 +88,10 @@ def calibration(config: CompileConfig, captured: Captured, tokenizer: Any = None
     spread = [(i * step + i) % vocab_size for i in range(size)]
     read = [_read(tokenizer, text)[:size] for text in _SENTENCES] if tokenizer is not None else []
     known = [[token for token in ids if 0 <= token < vocab_size] for ids in read]
-    return [spread, *(filter(None, known) if any(known) else [spread[::-1]])]
+    found = [spread, *(filter(None, known) if any(known) else [spread[::-1]])]
+    # An encoder-decoder reads each as the source and as its answer, which begins like this.
+    begun = [captured.start] if captured.encodes else []
+    return [[*begun, *sequence][:size] for sequence in found]
 
 
 def _read(tokenizer: Any, text: str) -> list[int]:

@@ -234,14 +234,23 @@ class Program:
         )
 
     def inspect(
-        self, new: int = 1, past: int | None = None, *, savings: bool = False
+        self,
+        new: int = 1,
+        past: int | None = None,
+        *,
+        source: int | None = None,
+        savings: bool = False,
     ) -> Inspection:
         """Rounds and bytes of one step, by op and by layer, and what each pass did.
 
         Args:
             new: tokens of the step: the prompt's length, or 1 for a decode step. A program that
                 resends its hidden state ends with a step of 0 new tokens.
-            past: tokens before the step; by default 128, or as many as the program allows.
+            past: tokens before the step; by default 128, or as many as the program allows. In an
+                encoder-decoder: the tokens of the source and those of the answer so far; 0 for the
+                step that reads a source of `new` tokens.
+            source: in a decode step of an encoder-decoder, how many of `past` are the source's; by
+                default all.
             savings: also compute what each pass saves. This takes about as long as one more compile
                 per pass, and needs a program that was compiled in this process.
 
@@ -250,9 +259,16 @@ class Program:
             BundleError: savings are asked of a program that was loaded.
         """
         Arguments(PromptError).flag("savings", savings)
-        return self._inspect(self._costs(new, past), savings)
+        return self._inspect(self._costs(new, past, source), savings, source)
 
-    def to_html(self, new: int = 1, past: int | None = None, *, savings: bool = False) -> str:
+    def to_html(
+        self,
+        new: int = 1,
+        past: int | None = None,
+        *,
+        source: int | None = None,
+        savings: bool = False,
+    ) -> str:
         """`inspect` as a self-contained HTML page, with graphs and the changes of each pass.
 
         Arguments and errors are those of `inspect`. A program that was loaded shows only the graph
@@ -260,8 +276,8 @@ class Program:
         """
         from mergec.compiler.report.html import page
 
-        report = self._costs(new, past)
-        inspection, found = self._inspect(report, savings), self.audit()
+        report = self._costs(new, past, source)
+        inspection, found = self._inspect(report, savings, source), self.audit()
         if self.history is None:
             return page(inspection, report, self.graph, audit=found)
         before, changes = self.history.before, self.history.changes
@@ -278,7 +294,7 @@ class Program:
         self.any_role.manifest = self.manifest
         return audit(self.any_role, queries)
 
-    def _costs(self, new: int, past: int | None) -> CostReport:
+    def _costs(self, new: int, past: int | None, source: int | None = None) -> CostReport:
         from mergec.compiler.backend.cost import cost_report
 
         check = Arguments(PromptError)
@@ -288,7 +304,8 @@ class Program:
         resends = self.any_role.resends
         if past is None:
             # Of a program that resends its hidden state, only the prompt has several tokens.
-            past = 0 if resends and new > 1 else min(PAST, max(limit - new, 0)) if limit else PAST
+            first = (resends or self.any_role.encodes) and new > 1
+            past = 0 if first else min(PAST, max(limit - new, 0)) if limit else PAST
         if new == 0 and not (resends and past):
             raise PromptError(
                 "`new` must be at least 1; only a program of merge-er ends with a step of no tokens"
@@ -303,21 +320,29 @@ class Program:
                 f"{new} new tokens after {past} are more than the {limit} of this program; "
                 "ask for fewer"
             )
-        return cost_report(self.any_role, new, past, self.manifest.fractional_bits)
+        if source is not None:
+            source = check.whole("source", source, 1)
+            if not self.any_role.encodes or past == 0:
+                raise PromptError(
+                    "`source` is for a decode step of an encoder-decoder; leave it out"
+                )
+            if source > past:
+                raise PromptError(f"a source of {source} tokens is longer than `past`, {past}")
+        return cost_report(self.any_role, new, past, self.manifest.fractional_bits, source=source)
 
-    def _inspect(self, report: CostReport, savings: bool) -> Inspection:
+    def _inspect(self, report: CostReport, savings: bool, source: int | None = None) -> Inspection:
         from mergec.compiler.backend.cost import dealt_bytes
 
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
                  "reveal", "logit_noise", "network", "rounding")  # fmt: skip
-        dealt = dealt_bytes(self.any_role, report.new, report.past)
+        dealt = dealt_bytes(self.any_role, report.new, report.past, source=source)
         waiting = NETWORKS[manifest.network].waiting(report.total, dealt)
         return inspect_costs(
             report,
             manifest.model or "program",
             manifest.cost,
-            self._passes(report.new, report.past, savings),
+            self._passes(report.new, report.past, source, savings),
             manifest.left_out,
             {key: getattr(manifest, key) for key in shown}
             | ({"deviation": self.deviation} if self.deviation else {})
@@ -338,10 +363,10 @@ class Program:
         listed = ", ".join(f"{count} of {target}" for target, count in found.items())
         return {"chosen_otherwise_than_for_loopback": listed or "nothing"}
 
-    def _passes(self, new: int, past: int, savings: bool) -> list[PassRow]:
+    def _passes(self, new: int, past: int, source: int | None, savings: bool) -> list[PassRow]:
         saved = {}
         if savings:
-            saved = {saving.name: saving for saving in self._history().savings(new, past)}
+            saved = {saving.name: saving for saving in self._history().savings(new, past, source)}
         return [PassRow.of(entry, saved.get(entry["pass"])) for entry in self.manifest.passes]
 
     def _history(self) -> History:
@@ -454,7 +479,9 @@ class Program:
         ids, text, templated, public = self._tokens(prompt, chat, max_tokens, public_prefix)
         from mergec.runtime.roles.local import run_local
 
-        after = () if templated else ids
+        # What an encoder-decoder answers is a text of its own.
+        continues = not templated and not self.any_role.encodes
+        after = ids if continues else ()
         stream = Stream(text, on_text, after) if text is not None else None
         result = run_local(
             self._place(),
@@ -480,7 +507,7 @@ class Program:
             tokens=list(result.tokens),
             sampling=sampling,
             max_tokens=max_tokens,
-            continues=not templated,
+            continues=continues,
             phases=phases_of(result),
             peak_memory=dict(result.peak_memory),
         )

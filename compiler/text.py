@@ -225,8 +225,9 @@ def _size(size: Any, symbols: Mapping[str, str]) -> str:
 
 
 def length_symbols(graph: fx.Graph) -> dict[str, str]:
-    """The names, "new" and "past", of the symbolic lengths in the inputs' shapes; and "rows" where
-    the number of positions that are revealed follows from both (`frontend.positions`)."""
+    """The names, "new", "past" and "source", of the symbolic lengths in the inputs' shapes; and
+    "rows" where the number of positions that are revealed follows from them
+    (`frontend.positions`)."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         value = node.meta.get("val")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergec.compiler.backend.cost import call_cost, cost_report, dealt_bytes, walk
+from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
-from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.program.program import RoleProgram, phase_of
 
 NEW, PAST = 1, 128
 """The step that protocols are chosen for: one more token after a text of usual length, or after as
@@ -124,7 +124,7 @@ def _choices(
     plan = Plan(program)
     if not any(planned.op and kind(planned.op) for planned in plan.steps):
         return
-    for walked in walk(plan, fixed, ghost_inputs(program, new, past), program.outputs):
+    for walked in _walked(plan, program, fixed, new, past):
         planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
         op = planned.op
         stated = kind(op) if op else None
@@ -146,3 +146,21 @@ def _choices(
         given = planned.bind(item.args, item.kwargs)
         best = given | min(options, key=weight)
         yield _Choice(item.name, item.target, tuple(given.values()), tuple(best.values()))
+
+
+def _walked(plan: Plan, program: RoleProgram, fixed: int, new: int, past: int) -> Iterator[Walked]:
+    """The instructions of a step; of an encoder-decoder, then those that only a prompt runs.
+
+    Half of what comes before a decode step is the source.
+    """
+    if not program.encodes:
+        yield from walk(plan, fixed, ghost_inputs(program, new, past), program.outputs)
+        return
+    source, seen = (past + 1) // 2, set[str]()
+    for step in ((new, past), (source, 0)) if past else ((new, past),):
+        part = program.phase(phase_of(*step))
+        inputs = ghost_inputs(part, *program.sizes(*step, source))
+        for walked in walk(plan, fixed, inputs, part.outputs):
+            if walked.planned.name not in seen:
+                yield walked
+            seen.add(walked.planned.name)

@@ -20,7 +20,7 @@ from mergec.runtime.engine.packing import online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import Rehearsal, drive, ghost_inputs
 from mergec.runtime.engine.weights import without_data
-from mergec.runtime.program.program import FINISH, Instruction, RoleProgram, phase_of
+from mergec.runtime.program.program import Instruction, RoleProgram, phase_of
 from mergec.runtime.protocols.weights import Constant
 
 
@@ -191,16 +191,17 @@ def dealt_bytes(
     past: int,
     fixed: int | None = None,
     exact: bool | None = None,
+    source: int | None = None,
 ) -> dict[str, int]:
     """Bytes that a dealer sends for one step, by role; their sum is `Cost.offline`.
 
-    The program of any role works. new, past, fixed, exact: see `cost_report`.
+    The program of any role works. new, past, fixed, exact, source: see `cost_report`.
     """
     arithmetic = program.manifest.arithmetic
     given = {"fixed": fixed, "exact": exact}
     arithmetic |= {key: value for key, value in given.items() if value is not None}
     total = {"client": 0, "server": 0}
-    for part in Rehearsal(program, arithmetic=arithmetic).parts(new, past):
+    for part in Rehearsal(program, arithmetic=arithmetic).parts(new, past, source=source):
         for role in total:
             total[role] += part.dealt[role]
     return total
@@ -212,18 +213,19 @@ def cost_report(
     past: int,
     fixed: int = FRACTIONAL_BITS,
     exact: bool | None = None,
+    source: int | None = None,
 ) -> CostReport:
     """Predict the rounds and bytes of one step (`call_cost`).
 
     It reads no weights, so the program of any role works. new, past: tokens of the step and before
     it, as in `runtime.session.generation.Session.step`. fixed: the program's fractional bits.
-    exact: whether roundings are exact; by default what the program's manifest says.
+    exact: whether roundings are exact; by default what the program's manifest says. source: see
+    `RoleProgram.sizes`.
     """
     exact = program.manifest.rounding == "exact" if exact is None else exact
     plan = Plan(program)
-    phase = phase_of(new, past)
-    part = program.phase(phase)
-    lengths = (past, 0) if phase == FINISH else (new, past)
+    part = program.phase(phase_of(new, past))
+    lengths = program.sizes(new, past, source)
     rows: list[CostRow] = []
     costs: dict[str, Cost] = {}
     taken: list[str] = []

@@ -68,6 +68,8 @@ def lower(
         for node, spec in zip(placeholders, inputs, strict=True)
     ]
     phases = _phases(graph, names, renamed, outputs, fixed)
+    if any("source" in spec.shape for spec in renamed):
+        phases = _source_phases(output, names, renamed, fixed)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     specs = [
         TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
@@ -118,6 +120,31 @@ def _phases(
         Phase(PROMPT, (tokens, *caches), (exit_.name, *following)),
         Phase(DECODE, (entry, *caches), (exit_.name, *following)),
         Phase(FINISH, (exit_,), (logits,)),
+    ]
+
+
+def _source_phases(
+    output: fx.Node, names: dict[fx.Node, str], inputs: list[InputSpec], fixed: int
+) -> list[Phase]:
+    """The phases of an encoder-decoder: the second takes the cross caches that the first fills."""
+    source, tokens, *caches = inputs
+    results: Any = output.args[0]
+    cross = [
+        InputSpec(
+            names[node],
+            Vis.SHARED,
+            caches[0].dtype,
+            (1, node.meta["val"].shape[1], "source", node.meta["val"].shape[3]),
+            fixed,
+            names[node],
+            node.meta["form"],
+        )
+        for node in results[1 + len(caches) :]
+    ]
+    outputs = tuple(names[node] for node in results)
+    return [
+        Phase(PROMPT, (source, tokens, *caches), outputs),
+        Phase(DECODE, (tokens, *caches, *cross), outputs),
     ]
 
 

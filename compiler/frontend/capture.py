@@ -23,6 +23,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mergec.compiler.config import MAX_LENGTH
 from mergec.compiler.errors import CompileError, InternalError
+from mergec.compiler.frontend.encoder_decoder import (
+    TranslationStep,
+    check_encoder_decoder,
+    check_vocabulary,
+    cut,
+    example_of,
+    start_of,
+)
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.lengths import (
     Bound,
@@ -57,12 +65,14 @@ _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 class Captured:
     """A captured step.
 
-    graph_module: called as gm(input_ids, *caches), returns [logits, *caches]. Weights and tables
-    are get_attr nodes named as in the model. inputs: in the order of the placeholders. constants:
+    graph_module: called as gm(input_ids, *caches), returns [logits, *caches]; that of an
+    encoder-decoder as `frontend.encoder_decoder` says. Weights and tables are get_attr nodes named
+    as in the model. inputs: in the order of the placeholders. constants:
     visibility of each get_attr target; parameters and persistent buffers belong to the server,
     other buffers and literals are public. layers: number of cached layers.
     limit: the longest text that the model itself can take; None if it has no limit.
     branch: the longest text for which the graph is the model; None if it always is.
+    start: the token that every answer of an encoder-decoder begins with; -1 for a decoder.
     """
 
     graph_module: fx.GraphModule
@@ -72,6 +82,7 @@ class Captured:
     vocab_size: int
     limit: Bound | None = None
     branch: Bound | None = None
+    start: int = -1
 
     @property
     def max_length(self) -> int | None:
@@ -93,6 +104,11 @@ class Captured:
     def cached(self) -> bool:
         """Whether the step takes and returns a KV cache."""
         return self.layers > 0
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return self.start >= 0
 
 
 class _CachedStep(nn.Module):
@@ -155,11 +171,11 @@ class _PlainStep(nn.Module):
 def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     """Export one step of a decoder; `new` and `past` are dynamic, the batch size is one.
 
-    model: a Hugging Face causal decoder, or any module that maps token ids [1, N] to logits
-    [1, N, V] (captured without a cache). The same graph serves the prompt (past = 0), decoding
-    (new = 1) and anything in between. A model with 16-bit floats is captured in float32, which
-    represents its weights exactly. The model is left unchanged. Raises CompileError for other
-    models, and for weights that are not finite.
+    model: a Hugging Face causal decoder or encoder-decoder, or any module that maps token ids
+    [1, N] to logits [1, N, V] (captured without a cache). The same graph serves the prompt
+    (past = 0), decoding (new = 1) and anything in between. A model with 16-bit floats is captured
+    in float32, which represents its weights exactly. The model is left unchanged. Raises
+    CompileError for other models, and for weights that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise CompileError(
@@ -169,6 +185,13 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     _check_weights(model)
     model = _widened(model)
     with _quiet(), _inference(model, hugging_face):
+        if hugging_face and getattr(model.config, "is_encoder_decoder", False):
+            if not cache:
+                raise CompileError(
+                    f"{type(model).__name__} is an encoder-decoder, which is captured with caches "
+                    "alone; mergec adapts decoders such as GPT-2"
+                )
+            return _capture_encoder_decoder(model)
         if cache and hugging_face:
             return _capture_cached(model)
         return _capture_plain(model, hugging_face)
@@ -200,10 +223,13 @@ def _check_architecture(model: nn.Module) -> bool:
     if config is None or not hasattr(config, "model_type"):
         return False
     name = type(model).__name__
+    if name.endswith("EncoderModel"):
+        raise CompileError(f"{name} is an encoder; mergec compiles decoders such as GPT-2")
     if getattr(config, "is_encoder_decoder", False):
-        raise CompileError(f"{name} is an encoder-decoder; mergec compiles decoders such as GPT-2")
+        check_encoder_decoder(model)
     if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]
-        raise CompileError(f"{name} has no language-model head; load it as AutoModelForCausalLM")
+        kind = "Seq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "CausalLM"
+        raise CompileError(f"{name} has no language-model head; load it as AutoModelFor{kind}")
     # Checked by module, because configurations of dense models mention experts too.
     if any(
         "Experts" in type(m).__name__ or path.endswith("experts")
@@ -282,6 +308,20 @@ def _capture_cached(model: nn.Module) -> Captured:
     return _captured(step, (ids, *caches), shapes, inputs, len(layers))
 
 
+def _capture_encoder_decoder(model: nn.Module) -> Captured:
+    start, step = start_of(model), TranslationStep(model)
+    example, dynamic, inputs = example_of(step, start)
+    caches = len(inputs) - 2
+
+    def finish(graph_module: fx.GraphModule) -> None:
+        cut(graph_module, caches)
+
+    captured = _captured(step, tuple(example), dynamic, inputs, caches // 2, finish)
+    check_vocabulary(model, start, captured.vocab_size)
+    captured.start = start
+    return captured
+
+
 def _cache_layers(model: nn.Module) -> list[Any]:
     """What the model caches for each layer, after a short prompt."""
     example = torch.zeros((1, _PAST), dtype=torch.int64)
@@ -308,19 +348,25 @@ def _capture_plain(model: nn.Module, hugging_face: bool) -> Captured:
 
 
 def _captured(
-    step: _CachedStep | _PlainStep,
+    step: Any,
     example: tuple[torch.Tensor, ...],
     dynamic: Any,
     inputs: list[InputSpec],
     layers: int,
+    finish: Callable[[fx.GraphModule], None] = lambda _: None,
 ) -> Captured:
-    """Export a step, and find the lengths for which its graph is the model."""
+    """Export a step, and find the lengths for which its graph is the model.
+
+    step: a module with an attribute `model` and a method `eager`. finish: brings the graph into its
+    last form, in place.
+    """
     model: Any = step.model
     with fixed_rotary(model) as switch:
         program = _export(step, example, dynamic)
         guards = guards_of(program)
         captured = _finish(program, inputs, layers)
-        empty = [cache[:, :, :0] for cache in example[1:]]
+        finish(captured.graph_module)
+        empty = [tensor[:, :, :0] for tensor in example if tensor.is_floating_point()]
         comparison = Comparison(
             step.eager, captured.graph_module, inputs, captured.vocab_size, empty
         )
@@ -345,27 +391,27 @@ def _check_short(comparison: Comparison, again: Callable[[], Any], model: nn.Mod
 
     again: exports the step once more.
     """
-    for pieces in short_steps(comparison.cached):
+    for pieces in short_steps(comparison):
         said = " and then ".join(f"{n} token{'s' if n > 1 else ''}" for n in pieces)
         try:
             same = comparison.same(*pieces)
         except Exception as error:
             raise CompileError(f"the model fails on {said}: {one_line(error)}") from error
         if not same:
-            place = branch_place(again, pieces, model)
+            place = branch_place(again, pieces, model, comparison.encodes)
             raise CompileError(
                 f"the model cannot be captured: for {said} it computes something else than for "
                 f"longer texts{place}; rewrite it without a branch on the number of tokens"
             )
 
 
-def _export(step: _CachedStep | _PlainStep, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
+def _export(step: Any, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
     try:
         # To look up symbolic shapes costs more than it saves.
         with torch.no_grad(), dynamo.patch(fake_tensor_cache_enabled=False):
             return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
     except (TypeError, AttributeError) as error:
-        if isinstance(step, _CachedStep):
+        if not isinstance(step, _PlainStep):
             raise
         raise CompileError(
             f"{type(step.model).__name__} is not a decoder that maps token ids [1, N] to logits: "
@@ -516,6 +562,8 @@ def _name_inputs(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> None:
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, spec in zip(placeholders, inputs, strict=True):
         node.meta["name"] = spec.name
+        sizes = zip(node.meta["val"].shape, spec.shape, strict=True)
+        node.meta["lengths"] = {str(size): name for size, name in sizes if isinstance(name, str)}
 
 
 def _annotate(graph_module: fx.GraphModule) -> None:

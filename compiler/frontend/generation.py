@@ -30,6 +30,7 @@ _NEUTRAL: dict[str, Any] = {
     "num_return_sequences": 1,
     "penalty_alpha": 0,
     "guidance_scale": 1,
+    "length_penalty": 1,
     "token_healing": False,
     "use_mtp": False,
 }
@@ -44,6 +45,7 @@ _IMPOSSIBLE = {
     "penalty_alpha": "contrastive search is not supported",
     "dola_layers": "it needs the logits of inner layers",
     "guidance_scale": "it needs a second run of the model for each token",
+    "length_penalty": "it ranks the answers of a beam search",
     "watermarking_config": "watermarks are not supported",
     "token_healing": "prompts are not changed",
     "stop_strings": "only tokens end an answer; name the strings in each request to the endpoint",
@@ -55,6 +57,9 @@ _IMPOSSIBLE = {
     "use_mtp": "each step generates one token",
 }
 """Settings that no program can honour, and why."""
+
+_BEAMS = frozenset({"num_beams", "num_beam_groups", "constraints", "force_words_ids"})
+"""Settings that ask for a beam search. Without one, a length penalty changes nothing."""
 
 
 def generation_settings(
@@ -83,6 +88,8 @@ def generation_settings(
             f"the checkpoint's generation_config is invalid: {error}; correct it, or leave the "
             "setting out with ignore_settings, on the command line --ignore-setting"
         ) from error
+    if not _BEAMS & found.keys():
+        found.pop("length_penalty", None)
     refused = {name: why for name, why in _IMPOSSIBLE.items() if name in found}
     if reveal == "token":
         hidden = [name for name, value in settings.to_dict().items() if _needs_logits(name, value)]

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -76,9 +76,10 @@ class Guard:
     file: str
     line: int
 
-    def holds(self, new: int, past: int) -> bool:
+    def holds(self, new: int, past: int, source: int = 0) -> bool:
         """Whether the graph is valid for a step of these lengths, as far as this guard knows."""
-        known = {"new": new, "past": past, "min": min, "max": max, "math": math}
+        known: dict[str, Any] = {"new": new, "past": past, "source": source}
+        known |= {"min": min, "max": max, "math": math}
         return bool(eval(self.code, {"__builtins__": {}}, known))  # noqa: S307
 
     @property
@@ -98,12 +99,13 @@ def guards_of(program: Any) -> list[Guard]:
     env = next((mode.shape_env for mode in modes if mode is not None), None)
     if env is None:
         return []
-    (ids,) = [n for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids"]
-    new = ids.meta["val"].shape[1].node.expr
-    return [made for guard in env.guards if (made := _guard(guard, new)) is not None]
+    found = [n for n in program.graph.nodes if n.op == "placeholder" and n.name.endswith("_ids")]
+    lengths = dict(zip(("source", "new")[-len(found) :], found, strict=True))
+    names = {ids.meta["val"].shape[1].node.expr: name for name, ids in lengths.items()}
+    return [made for guard in env.guards if (made := _guard(guard, names)) is not None]
 
 
-def _guard(guard: Any, new: sympy.Expr) -> Guard | None:
+def _guard(guard: Any, names: Mapping[sympy.Expr, str]) -> Guard | None:
     place = guard.sloc.framework_loc
     file, line = "", 0
     if place is not None and not isinstance(place, str):
@@ -115,7 +117,7 @@ def _guard(guard: Any, new: sympy.Expr) -> Guard | None:
     if any(str(symbol).startswith("u") for symbol in free):
         return None  # depends on data; such a graph is refused elsewhere
     # All caches have one length.
-    named = {symbol: "new" if symbol == new else "past" for symbol in free}
+    named = {symbol: names.get(symbol, "past") for symbol in free}
     condition = guard.expr.subs({s: sympy.Symbol(n, integer=True) for s, n in named.items()})
     if condition == sympy.true:
         return None
@@ -183,8 +185,9 @@ def _beyond(
     """The look-up that fails in a text of `total` tokens, as a prompt or at its last token."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     specs = dict(zip(placeholders, inputs, strict=True))
-    for new, past in _steps(total, len(inputs) > 1)[:2]:
-        sizes = {"new": new, "past": past}
+    # Tables of pairs of positions are large, so each value goes after its last use.
+    last = {operand: node for node in nodes for operand in node.all_input_nodes}
+    for sizes in _step_sizes(total, inputs):
         values: dict[fx.Node, Any] = {}
         for node in nodes:
             if node.op == "get_attr":
@@ -204,7 +207,22 @@ def _beyond(
                 if node.target in _LOOKUPS:
                     return node
                 raise
+            for operand in node.all_input_nodes:
+                if last[operand] is node:
+                    values.pop(operand, None)
     return None
+
+
+def _step_sizes(total: int, inputs: Sequence[InputSpec]) -> list[dict[str, int]]:
+    """The lengths of the steps whose look-ups reach the furthest in a text of `total` tokens."""
+    if has_source(inputs):
+        return [{"source": total, "new": 1, "past": total - 1}]
+    return [{"new": new, "past": past} for new, past in _steps(total, len(inputs) > 1)[:2]]
+
+
+def has_source(inputs: Sequence[InputSpec]) -> bool:
+    """Whether a step reads a source text, too: that of an encoder-decoder."""
+    return any("source" in spec.shape for spec in inputs)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -245,6 +263,7 @@ class Comparison:
         """empty: the caches of no tokens."""
         self._reference = reference
         self._graph_module = graph_module
+        self.encodes = has_source(inputs)
         self.cached = len(inputs) > 1
         self._vocab_size = vocab_size
         self._empty = list(empty)
@@ -252,18 +271,22 @@ class Comparison:
     def same(self, *pieces: int) -> bool:
         """Whether both return the same for a text that is fed in pieces of these lengths.
 
-        Raises what the model raises.
+        Of an encoder-decoder, the first piece is the source. Raises what the model raises.
         """
         generator = torch.Generator().manual_seed(len(pieces))
-        wanted, caches = [], self._empty
-        for count in pieces:
+        wanted: list[torch.Tensor] = []
+        caches, source = self._empty, []
+        for place, count in enumerate(pieces):
             ids = torch.randint(0, self._vocab_size, (1, count), generator=generator)
-            given = caches
-            wanted = list(self._reference(ids, *given))
-            caches = wanted[1:]
+            if self.encodes and place == 0:
+                source = [ids]
+                continue
+            given = [*source, ids, *caches]
+            wanted = list(self._reference(*given))
+            caches = wanted[1 : 1 + len(self._empty)]
         # Only the last piece is compared: those before it are shorter, and come before it.
         try:
-            found = list(self._graph_module(ids, *given))
+            found = list(self._graph_module(*given))
         except (RuntimeError, IndexError):
             return False
         return len(found) == len(wanted) and all(map(_close, found, wanted))
@@ -277,9 +300,12 @@ def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True)
 
 
-def short_steps(cached: bool) -> Iterator[tuple[int, ...]]:
+def short_steps(comparison: Comparison) -> Iterator[tuple[int, ...]]:
     """Texts that torch.export takes for granted, in pieces: it assumes that lengths are over 1."""
-    yield from ((3,), (1,), (1, 1)) if cached else ((1,), (2,))
+    if comparison.encodes:
+        yield from ((3, 1), (1, 1), (1, 1, 1), (3, 1, 1))
+    else:
+        yield from ((3,), (1,), (1, 1)) if comparison.cached else ((1,), (2,))
 
 
 def find_bounds(
@@ -295,11 +321,10 @@ def find_bounds(
     branch: Bound | None = None
     for guard in guards:
         most = min([bound.length for bound in (limit, branch) if bound], default=MAX_LENGTH)
-        for new, past in _failures(guard, comparison.cached, min(most, MAX_LENGTH)):
-            total = new + past
+        for total, pieces in _failures(guard, comparison, min(most, MAX_LENGTH)):
             try:
                 # So long a text takes too long to try. Whatever it is, the graph ends here.
-                same = total <= DEFAULT_LENGTH and comparison.same(*filter(None, (past, new)))
+                same = total <= DEFAULT_LENGTH and comparison.same(*pieces)
             except Exception as error:  # noqa: BLE001  (a model raises anything)
                 limit = Bound(total - 1, f"on {total} tokens it fails: {one_line(error)}")
                 break
@@ -313,10 +338,13 @@ def find_bounds(
     return limit, branch
 
 
-def branch_place(again: Callable[[], Any], pieces: tuple[int, ...], model: nn.Module) -> str:
+def branch_place(
+    again: Callable[[], Any], pieces: tuple[int, ...], model: nn.Module, encodes: bool = False
+) -> str:
     """Where a model decides by a length that torch.export takes for granted; empty if unknown.
 
-    again: exports the step once more. pieces: a text for which the decision is another one.
+    again: exports the step once more. pieces: a text for which the decision is another one, as
+    `Comparison.same` takes it. encodes: whether the first piece is a source.
     """
     try:
         # Then torch.export assumes nothing of a length.
@@ -327,7 +355,8 @@ def branch_place(again: Callable[[], Any], pieces: tuple[int, ...], model: nn.Mo
     except Exception:  # noqa: BLE001  (the place is only for the message)
         return ""
     for guard in guards:
-        if guard.own and not guard.holds(pieces[-1], sum(pieces[:-1])):
+        source, *fed = pieces if encodes else (0, *pieces)
+        if guard.own and not guard.holds(fed[-1], sum(fed[:-1]), source):
             return _place(guard, model)
     return ""
 
@@ -370,20 +399,35 @@ def fixed_rotary(model: nn.Module) -> Iterator[Bound | None]:
             module._buffers.update(buffers)
 
 
-def _failures(guard: Guard, cached: bool, most: int) -> list[tuple[int, int]]:
-    """Steps beyond a guard: the first of each kind, and one further on."""
-    found: dict[int, tuple[int, int]] = {}
-    last: tuple[int, int] | None = None
+def _failures(guard: Guard, comparison: Comparison, most: int) -> list[tuple[int, list[int]]]:
+    """Texts beyond a guard, as their length and in pieces: the first of each kind, and one further
+    on."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    last: tuple[int, list[int]] | None = None
     for total in range(1, most + 1):
-        for kind, (new, past) in enumerate(_steps(total, cached)):
-            if guard.holds(new, past):
+        for kind, (new, past, source) in enumerate(_lengths(total, comparison)):
+            if guard.holds(new, past, source):
                 continue
-            found.setdefault(kind, (new, past))
-            first = min(map(sum, found.values()))
+            text = total, [n for n in (source, past, new) if n]
+            found.setdefault(kind, text)
+            first = min(length for length, _ in found.values())
             if total <= min(max(2 * first, first + 8), max(first, DEFAULT_LENGTH)):
-                last = new, past
-    ordered = sorted(found.values(), key=sum)
-    return [*dict.fromkeys([*ordered, *([last] if last else [])])]
+                last = text
+    ordered = sorted(found.values(), key=lambda text: text[0])
+    return ordered if last is None or last in ordered else [*ordered, last]
+
+
+def _lengths(total: int, comparison: Comparison) -> list[tuple[int, int, int]]:
+    """New and past tokens, and those of the source, of steps that end with token number `total`.
+
+    Source and answer of an encoder-decoder count together, so each is tried at all lengths with the
+    other one short, and both at half.
+    """
+    if not comparison.encodes:
+        return [(new, past, 0) for new, past in _steps(total, comparison.cached)]
+    half = max(1, total // 2)
+    splits = [(1, 0, total), (1, 1, total), (1, total, 1), (1, half, half)]
+    return [*dict.fromkeys(splits)]
 
 
 def one_line(error: BaseException) -> str:

@@ -92,7 +92,7 @@ def _load_adapted(path: Path) -> tuple[Any, Any]:
 
 def _load(path: Path, name: Path | None = None) -> tuple[Any, Any]:
     """The model at `path`, and its tokenizer; errors name `name` instead if given."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     shown = name or path
     file = None if path.is_dir() else GgufFile(path)
@@ -102,21 +102,25 @@ def _load(path: Path, name: Path | None = None) -> tuple[Any, Any]:
     options: dict[str, Any] = {} if file is None else {"gguf_file": path.name}
     # Without an answer to this, the loader asks at a terminal whether to run a folder's code.
     options |= {"local_files_only": True, "trust_remote_code": False}
+    kind = "a decoder"
     try:
         with _silent():
             config = AutoConfig.from_pretrained(folder, **options)
             if file is not None:
                 file.complete(config)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loader: Any = AutoModelForCausalLM
+            if getattr(config, "is_encoder_decoder", False):
+                kind, loader = "an encoder-decoder", AutoModelForSeq2SeqLM
+            model, info = loader.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
     except CompileError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CompileError(f"{shown} cannot be loaded as a decoder: {reason}") from error
+        raise CompileError(f"{shown} cannot be loaded as {kind}: {reason}") from error
     # The loader would initialize missing weights at random.
-    _check_complete(info["missing_keys"], f"{shown} cannot be loaded as a decoder: it lacks")
+    _check_complete(info["missing_keys"], f"{shown} cannot be loaded as {kind}: it lacks")
     unread = [key for key in info["unexpected_keys"] if not _RECOMPUTED.search(key)]
     _check_complete(unread, f"{shown} holds what a {type(model).__name__} has no place for:")
     if file is not None:

@@ -27,6 +27,9 @@ ROUNDED = 1e-5
 SAMPLES = ((5, 0), (1, 4))
 """New and past tokens of the steps that are compared: a prompt, and a token onto a cache."""
 
+SOURCE = 6
+"""Tokens of the source in both samples, of an encoder-decoder."""
+
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 
@@ -118,7 +121,7 @@ class Contract:
         """The value of every call by name, for each of the samples."""
         values: Values = []
         for new, past in SAMPLES:
-            lengths = {"new": new, "past": past, "past+new": past + new}
+            lengths = {"new": new, "past": past, "past+new": past + new, "source": SOURCE}
             random = torch.Generator().manual_seed(new)
             given = []
             for spec in self.inputs:

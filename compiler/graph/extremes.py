@@ -40,13 +40,14 @@ def extreme_tokens(graph_module: fx.GraphModule, start: Sequence[torch.Tensor]) 
         if table is None or index is None or index.meta.get("vis") is not Vis.CLIENT:
             continue
         # Some models read a table at an offset, or by a part of the token's number.
-        values = given | {inputs[0]: torch.arange(len(table))[None]}
+        tokens = torch.arange(len(table))[None]
+        values = given | {text: tokens for text in inputs if text.meta["vis"] is Vis.CLIENT}
         rows = _evaluated(graph_module, index, values).reshape(-1)
         used = (rows >= 0) & (rows < len(table))
-        tokens, read = torch.arange(len(rows))[used], rows[used]
+        numbers, read = torch.arange(len(rows))[used], rows[used]
         # Most models read row n for token n; a copy of a table may be a tenth of the model.
         whole = torch.equal(read, torch.arange(len(table)))
-        chosen = tokens[_extreme_rows(table if whole else table[read], _TOKENS)]
+        chosen = numbers[_extreme_rows(table if whole else table[read], _TOKENS)]
         norms = table[rows[chosen]].float().norm(dim=-1)
         found.append(chosen[norms.argsort(descending=True)].tolist())
     return list(dict.fromkeys(chain.from_iterable(found)))

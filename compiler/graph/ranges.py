@@ -56,14 +56,17 @@ def annotate_ranges(
 def _visit(
     recorder: fx.Interpreter, inputs: Sequence[InputSpec], token: int, position: int
 ) -> None:
-    """Run one token at a position, after a cache of zeros; without a cache, after itself."""
-    ids, *caches = prompt(recorder.module, inputs, [token])
+    """Run one token at a position, after a cache of zeros; without a cache, after itself. The
+    source of an encoder-decoder ends at that position, too."""
+    *source, ids, caches = _fed(inputs, prompt(recorder.module, inputs, [token]))
+    source = [text.expand(1, position + 1) for text in source]
     if not caches:
         ids = ids.expand(1, position + 1)
-    sizes = [[position if isinstance(s, str) else s for s in spec.shape] for spec in inputs[1:]]
+    specs = inputs[len(inputs) - len(caches) :]
+    sizes = [[position if isinstance(s, str) else s for s in spec.shape] for spec in specs]
     past = [cache.new_zeros(()).expand(size) for cache, size in zip(caches, sizes, strict=True)]
     with torch.inference_mode():
-        recorder.run(ids, *past)
+        recorder.run(*source, ids, *past)
 
 
 def replay(
@@ -75,27 +78,34 @@ def replay(
     """Run each sequence through a graph in the clear, with an interpreter that records values.
 
     The last `decoded` tokens are fed one by one, with the cache of the tokens before, which are fed
-    as a prompt.
+    as a prompt. An encoder-decoder answers each sequence by the sequence itself.
     """
     for sequence in sequences:
-        ids, *caches = prompt(interpreter.module, inputs, sequence)
+        *source, ids, caches = _fed(inputs, prompt(interpreter.module, inputs, sequence))
         cut = max(1, len(sequence) - decoded) if caches else len(sequence)
         pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
         with torch.inference_mode():
             for piece in pieces:
-                caches = list(interpreter.run(piece, *caches)[1:])
+                found = interpreter.run(*source, piece, *caches)
+                caches = list(found[1 : 1 + len(caches)])
+
+
+def _fed(inputs: Sequence[InputSpec], given: Sequence[torch.Tensor]) -> list[Any]:
+    """A graph's inputs as texts, one after the other, and a list of caches."""
+    texts = sum(spec.vis is Vis.CLIENT for spec in inputs)
+    return [*given[:texts], list(given[texts:])]
 
 
 def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) -> list[torch.Tensor]:
-    """A graph's inputs for a whole sequence: the tokens [1, N], and empty caches."""
+    """A graph's inputs for a whole sequence: the tokens [1, N], and empty caches. The sequence is
+    the source of an encoder-decoder, and what it has answered as well."""
     dtype = next((p.dtype for p in module.parameters()), None)
     dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     return [
-        torch.tensor([list(sequence)], dtype=torch.int64),
-        *(
-            torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
-            for spec in inputs[1:]
-        ),
+        torch.tensor([list(sequence)], dtype=torch.int64)
+        if spec.vis is Vis.CLIENT
+        else torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+        for spec in inputs
     ]
 
 

@@ -103,8 +103,8 @@ class History:
                 found.append(_compare(kind.name(), lines, node_lines(graph, names)))
         return found
 
-    def savings(self, new: int, past: int) -> list[Saving]:
-        """What each pass saves in a step of `new` tokens after `past` ones.
+    def savings(self, new: int, past: int, source: int | None = None) -> list[Saving]:
+        """What each pass saves in a step of `new` tokens after `past` ones (`RoleProgram.sizes`).
 
         Passes that changed nothing are left out. Each of the others takes one compile, without
         capture. Later calls with other lengths reuse these compiles.
@@ -112,7 +112,7 @@ class History:
         bits, exact = self._config.fractional_bits, self._config.rounding == "exact"
 
         def cost(program: RoleProgram) -> Cost:
-            return cost_report(program, new, past, bits, exact).total
+            return cost_report(program, new, past, bits, exact, source).total
 
         return [
             Saving(trial.name, trial.needed)

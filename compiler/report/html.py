@@ -111,7 +111,7 @@ def _idle(program: RoleProgram, report: CostReport) -> set[str]:
     phase = program.phase(phase_of(report.new, report.past))
     defined = [(item.name, operands(item)) for item in program.instructions]
     run = needed(defined, {spec.name for spec in phase.inputs}, phase.outputs)
-    return names - {defined[index][0] for index in run} if program.resends else set()
+    return names - {defined[index][0] for index in run} if program.phases else set()
 
 
 def _graph(

@@ -46,6 +46,8 @@ _MASKS = {
 
 PROMPT_LENGTHS, PAST_LENGTHS = (2, 3, 4, 5, 9, 16, 32), (2, 3, 4, 5, 9, 64, 128)
 """Lengths at which a prompt, and a decode step, are counted. A formula must hold at all."""
+EVEN_LENGTHS = (2, 4, 6, 8, 12, 64, 128)
+"""The same for decode steps of encoder-decoders, whose source has half of these tokens."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,10 @@ def audit(program: RoleProgram, queries: int = 1000) -> Audit:
     rehearsal = Rehearsal(program, watch)
     seen = [*_setup(rehearsal, watch), *_public(program, watch)]
     limit = manifest.max_length or max(PROMPT_LENGTHS + PAST_LENGTHS) + 1
+    pasts = EVEN_LENGTHS if program.encodes else PAST_LENGTHS
     steps = {
         PROMPT: {n: (n, 0) for n in PROMPT_LENGTHS if n <= limit},
-        DECODE: {p: (1, p) for p in PAST_LENGTHS if p < limit},
+        DECODE: {p: (1, p) for p in pasts if p < limit},
         FINISH: {k: (0, k) for k in PROMPT_LENGTHS if k <= limit and program.resends},
     }
     # Without caches, a step after the prompt is a longer prompt.
@@ -335,7 +338,7 @@ def _public(program: RoleProgram, watch: Watch) -> list[Seen]:
     """What a session sends for a public text, if it has one."""
     specs = [spec for spec in program.inputs if spec.cache_output is not None]
     counts: dict[tuple[str, str], dict[int, int]] = {}
-    for length in PROMPT_LENGTHS if specs and not program.resends else ():
+    for length in PROMPT_LENGTHS if specs and not program.phases else ():
         for spec in specs:
             shape = [length if isinstance(size, str) else size for size in spec.shape]
             words = torch.empty(shape, dtype=torch.int64, device="meta")
@@ -356,7 +359,8 @@ _READERS: dict[type[Message], str] = {Swap: "both", ToServer: "server", ToClient
 def _play(rehearsal: Rehearsal, watch: Watch, new: int, past: int) -> _Step:
     step = _Step({}, 0, 0, {})
     watch.dealt = dict.fromkeys(watch.dealt, 0)
-    for part in rehearsal.parts(new, past):
+    source = None if past == 0 else max(1, past // 2)
+    for part in rehearsal.parts(new, past, source=source):
         op = part.planned.op
         step.rounds = max(step.rounds, part.start + len(part.rounds))
         for message, mask in watch.take():
@@ -471,6 +475,7 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
         "tokenizer_in_hash": bool(manifest.tokenizer),
         "cached": any(spec.cache_output for spec in program.inputs),
         "resends": program.resends,
+        "encodes": program.encodes,
         "speculate_up_to": manifest.speculate_up_to,
         "lossy": manifest.lossy,
         "instructions": len(plan.steps),
@@ -481,9 +486,10 @@ def _text(found: Audit) -> Iterator[str]:
     facts = found.facts
     yield f"{found.model}: program {found.program_hash}"
     yield f"reveal: {facts['reveal']}; weights: {facts['weights']}; one semi-honest party corrupted"
-    yield "n: tokens of a prompt; p: tokens before a decode step" + (
-        "; k: tokens of an answer" if facts["resends"] else "; m: tokens of public text, if any"
-    )
+    third = "; k: tokens of an answer" if facts["resends"] else "; m: tokens of public text, if any"
+    if facts["encodes"]:
+        third = ", of which the source has half"
+    yield f"n: tokens of a prompt; p: tokens before a decode step{third}"
     titles = {
         "server": "The server sees, of the client's shares and tokens",
         "both": "Client and server both see",

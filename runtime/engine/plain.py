@@ -17,7 +17,7 @@ from mergec.runtime.core.structural import decode_literal, function
 from mergec.runtime.ops import load_all
 from mergec.runtime.ops.reveal_token import RevealToken
 from mergec.runtime.program.encoding import refs
-from mergec.runtime.program.program import FINISH, Ref, RoleProgram, needed, phase_of
+from mergec.runtime.program.program import DECODE, FINISH, Ref, RoleProgram, needed, phase_of
 
 Choose = Callable[[torch.Tensor], int]
 
@@ -94,10 +94,9 @@ class PlainExecutor:
         stop: Sequence[int] = (),
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Tokens after the prompt, each with its logits [V]; greedy without `choose`."""
-        (tokens,) = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
-        following = {
-            spec.name: spec.cache_output for spec in self.program.inputs if spec.cache_output
-        }
+        *_, tokens = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
+        inputs = self.program.phase(DECODE).inputs
+        following = {spec.name: spec.cache_output for spec in inputs if spec.cache_output}
         (logits,) = [name for name in self.program.outputs if name not in following.values()]
         caches = self.start()
         if self.program.resends:
@@ -108,9 +107,13 @@ class PlainExecutor:
                     return
             return
         new = list(prompt)
+        source: dict[str, torch.Tensor] = {}
+        if self.program.encodes:
+            source = {self.program.inputs[0].name: self._ids(prompt)}
+            new = [self.program.manifest.answer_start]
         for _ in range(max_tokens):
-            ids = torch.tensor([new], dtype=torch.int64, device=self.device)
-            outputs = self.step({tokens: ids, **caches})
+            outputs = self.step({**source, tokens: self._ids(new), **caches})
+            source = {}
             caches = {name: outputs[output] for name, output in following.items()}
             row = outputs[logits].reshape(-1, outputs[logits].shape[-1])[-1]
             token = int(row.argmax()) if choose is None else choose(row)
@@ -119,10 +122,12 @@ class PlainExecutor:
                 return
             new = [token] if caches else [*new, token]
 
+    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
+
     def _resend(self, prompt: Sequence[int], max_tokens: int) -> torch.Tensor:
         """Logits [max_tokens, V] of a program that resends its hidden state."""
-        first: torch.Tensor = torch.tensor([list(prompt)], dtype=torch.int64, device=self.device)
-        caches, hidden = self.start(), []
+        first, caches, hidden = self._ids(prompt), self.start(), []
         for position in range(max_tokens):
             phase = self.program.phase(phase_of(1, position))
             outputs = self.step({phase.inputs[0].name: first, **caches}, phase.outputs)

@@ -26,7 +26,7 @@ from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import exchange
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.weights import Constants, load_constants
-from mergec.runtime.program.program import FINISH, Phase, RoleProgram, phase_of
+from mergec.runtime.program.program import Phase, RoleProgram, phase_of
 
 
 class Form(NamedTuple):
@@ -107,21 +107,25 @@ class Rehearsal:
         return self._setup
 
     @torch.inference_mode()
-    def step(self, new: int, past: int, draw: Draw | None = None) -> Rounds:
-        """The messages of a step of these lengths.
+    def step(
+        self, new: int, past: int, draw: Draw | None = None, source: int | None = None
+    ) -> Rounds:
+        """The messages of a step of these lengths (`RoleProgram.sizes`).
 
         Raises BundleError, naming the instruction, if one cannot run on shapes alone: then its
         result, or whether there is one, depends on values.
         """
         rounds: Rounds = []
-        for part in self.parts(new, past, draw):
+        for part in self.parts(new, past, draw, source):
             for number, forms in enumerate(part.forms, part.start):
                 while len(rounds) <= number:
                     rounds.append([])
                 rounds[number] += forms
         return rounds
 
-    def parts(self, new: int, past: int, draw: Draw | None = None) -> Iterator[Part]:
+    def parts(
+        self, new: int, past: int, draw: Draw | None = None, source: int | None = None
+    ) -> Iterator[Part]:
         """Every instruction of a step, in program order; see `step`."""
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
@@ -131,9 +135,8 @@ class Rehearsal:
         self._known_now.clear()
         name = phase_of(new, past)
         phase = self.program.phase(name)
-        lengths = (past, 0) if name == FINISH else (new, past)
         constants = self._load()
-        inputs = ghost_inputs(phase, *lengths)
+        inputs = ghost_inputs(phase, *self.program.sizes(new, past, source))
         values = {**constants.held, **inputs}
         marks = {**self._lasting, **{name: self._mark(value) for name, value in inputs.items()}}
         if name not in self._orders:
@@ -266,9 +269,12 @@ def _form(value: Any) -> Any:
     return None
 
 
-def ghost_inputs(part: Phase | RoleProgram, new: int, past: int) -> dict[str, Any]:
-    """The inputs of one step as meta tensors, in the forms that the program expects."""
-    lengths = {"new": new, "past": past, "past+new": past + new}
+def ghost_inputs(part: Phase | RoleProgram, new: int, past: int, source: int = 0) -> dict[str, Any]:
+    """The inputs of one step as meta tensors, in the forms that the program expects.
+
+    new, past, source: as from `RoleProgram.sizes`.
+    """
+    lengths = {"new": new, "past": past, "past+new": past + new, "source": source}
     inputs: dict[str, Any] = {}
     for spec in part.inputs:
         shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]

@@ -30,7 +30,7 @@ RECOMPILE = "compile the model again"
 FORMS = ("masked", "sent", "share")
 """Forms of an input: opened under a mask to both parties, to the server alone, or not opened."""
 
-LENGTHS = frozenset({"new", "past", "past+new"})
+LENGTHS = frozenset({"new", "past", "past+new", "source"})
 """The lengths of a step, which are known only when it runs."""
 
 
@@ -64,6 +64,8 @@ def program_hash(program: RoleProgram, version: int | None = None) -> str:
         keys = ("rounding", "tokenizer", "stop_tokens", *limits)
         shared |= {key: getattr(manifest, key) for key in keys}
         shared["generation"] = manifest.generation.to_dict()
+    if program.encodes:
+        shared["answer_start"] = manifest.answer_start
     return hashlib.sha256(canonical(shared)).hexdigest()
 
 

@@ -53,6 +53,8 @@ class Manifest:
     """Tokens that end an answer."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """The checkpoint's generation settings."""
+    answer_start: int = -1
+    """The token that every answer of an encoder-decoder begins with; -1 for a decoder."""
     tokenizer: str = ""
     """SHA-256 of the client's tokenizer and chat template (`tokenizer_digest`); empty if there is
     no tokenizer."""
@@ -128,6 +130,11 @@ class Manifest:
                 f"the manifest's generation must be settings, not {cut(self.generation)}"
             )
         self.generation.check_tokens(self.vocab_size)
+        if self.answer_start < -1 or 0 < self.vocab_size <= self.answer_start:
+            raise BundleError(
+                f"the manifest's answer_start is {cut(self.answer_start)}, which is not in the "
+                f"vocabulary of {self.vocab_size}"
+            )
         if not 0 <= self.speculate_up_to <= MAX_DRAFTS:
             raise BundleError(
                 f"the manifest's speculate_up_to is {self.speculate_up_to}; it can be 0 to "
@@ -153,6 +160,8 @@ class Manifest:
         result: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name in _OPTIONAL and value == item.default:
+                continue
             if not isinstance(value, GenerationSettings):
                 result[item.name] = value
             elif value:
@@ -168,6 +177,7 @@ class Manifest:
         """
         later = _SINCE_2 if data.get("format_version") == 1 else ()
         known = {key: kind for key, kind in _KINDS.items() if key not in later}
+        known = {k: kind for k, kind in known.items() if k in data or k not in _OPTIONAL}
         for key, kind in known.items():
             if not is_a(data.get(key), kind):
                 raise BundleError(f"{key!r} is missing or not {kind.__name__}")
@@ -207,6 +217,9 @@ _KINDS = {
 
 _SINCE_2 = ("logit_noise", "rounding", "speculate_up_to", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
+
+_OPTIONAL = ("answer_start",)
+"""Fields that a manifest holds only if they are not at their defaults."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}
 """The JSON type of a list's items."""

@@ -42,7 +42,8 @@ class Instruction:
 class InputSpec:
     """An input of one step.
 
-    shape: numbers, "new" (tokens of this step), "past" (cached tokens), or "past+new".
+    shape: numbers, "new" (tokens of this step), "past" (cached tokens), "past+new", or "source"
+    (tokens that the encoder of an encoder-decoder read).
     frac: fractional bits of a shared input.
     """
 
@@ -72,8 +73,9 @@ class TensorSpec:
 class Phase:
     """The instructions that lead from `inputs` to `outputs`, run by themselves.
 
-    An input may be the result of an instruction, which then does not run. The first input and the
-    first output are those of the phase itself; caches follow.
+    An input may be the result of an instruction, which then does not run. The first input (in the
+    prompt of an encoder-decoder, the first two) and the first output are those of the phase itself;
+    caches follow.
     """
 
     name: str
@@ -83,7 +85,13 @@ class Phase:
 
 PROMPT, DECODE, FINISH = "prompt", "decode", "finish"
 """Phases of a program that resends its hidden state: tokens to hidden state, hidden state to hidden
-state, and all hidden states [1, new, E] to the logits of every token."""
+state, and all hidden states [1, new, E] to the logits of every token. Of an encoder-decoder: the
+source's tokens and the answer's first one to logits and to the keys and values of cross-attention;
+and further tokens, with these, to logits. It has no finish."""
+
+BEGUN = 1
+"""Tokens of an encoder-decoder's answer that its prompt takes: the one that every answer begins
+with (`Manifest.answer_start`)."""
 
 
 @dataclass
@@ -109,13 +117,34 @@ class RoleProgram:
     @property
     def resends(self) -> bool:
         """Whether each step takes the hidden state of the step before; tokens come at the end."""
-        return bool(self.phases)
+        return any(phase.name == FINISH for phase in self.phases)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder-decoder: the prompt is a source text of its own."""
+        return bool(self.phases) and not self.resends
 
     def phase(self, name: str) -> Phase:
         """A phase by its name; the whole program if it has no phases."""
         if not self.phases:
             return Phase(name, tuple(self.inputs), tuple(self.outputs))
         return next(phase for phase in self.phases if phase.name == name)
+
+    def sizes(self, new: int, past: int, source: int | None = None) -> tuple[int, int, int]:
+        """What "new", "past" and "source" in the shapes of a step's inputs stand for.
+
+        new, past: of the step, as in `runtime.session.steps.Session.step`. In a decode step of an
+        encoder-decoder `past` counts the tokens of the source and those of the answer that were
+        generated. source: the tokens of the source; by default all of `past`.
+        """
+        if new == 0:
+            return past, 0, 0
+        if not self.encodes:
+            return new, past, 0
+        if past == 0:
+            return BEGUN, 0, new
+        source = past if source is None else source
+        return new, past - source + BEGUN, source
 
 
 def phase_of(new: int, past: int) -> str:

@@ -88,27 +88,48 @@ def _check_revealed(program: RoleProgram, where: str) -> None:
 
 def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
     """A phase must be able to compute its outputs from its inputs and the constants alone."""
-    if program.phases and [p.name for p in program.phases] != [PROMPT, DECODE, FINISH]:
-        raise BundleError(f"{where}: the phases are not prompt, decode and finish; {RECOMPILE}")
+    names = [phase.name for phase in program.phases]
+    if names not in ([], [PROMPT, DECODE], [PROMPT, DECODE, FINISH]):
+        raise BundleError(
+            f"{where}: the phases are not prompt and decode, and the finish; {RECOMPILE}"
+        )
+    if program.encodes != (program.manifest.answer_start >= 0):
+        raise BundleError(
+            f"{where}: the manifest's answer_start is {program.manifest.answer_start}, which does "
+            f"not fit the phases; {RECOMPILE}"
+        )
     defined = [
         (item.name, [ref.name for ref in refs((item.args, item.kwargs))])
         for item in program.instructions
     ]
     for phase in program.phases:
-        first = Vis.CLIENT if phase.name == PROMPT else Vis.SHARED
+        # The tokens of an encoder-decoder's source come first, and those of its answer in any step.
+        tokens = int(phase.name == PROMPT) + int(program.encodes)
         for place, spec in enumerate(phase.inputs):
-            wanted = first if place == 0 else Vis.SHARED
+            wanted = Vis.CLIENT if place < tokens else Vis.SHARED
             if known.get(spec.name, wanted) is not wanted or spec.vis is not wanted:
                 raise BundleError(
                     f"{where}: the input {spec.name!r} of the phase {phase.name} is not "
                     f"{wanted.value}; do not use it, {RECOMPILE}"
                 )
-        # The next step takes it for the hidden state, whatever it is.
+        # The next step takes it for the hidden state, whatever it is; and for caches.
         passed_on = phase.outputs[:1] if phase.name != FINISH else ()
+        if program.encodes:
+            passed_on = phase.outputs[1:]
         if any(known.get(name, Vis.SHARED) is not Vis.SHARED for name in passed_on):
             raise BundleError(
-                f"{where}: the output {phase.outputs[0]!r} of the phase {phase.name} is not "
+                f"{where}: the output {passed_on[0]!r} of the phase {phase.name} is not "
                 f"shared; do not use it, {RECOMPILE}"
+            )
+        lacking = [
+            spec.name
+            for spec in phase.inputs
+            if spec.cache_output is not None and spec.cache_output not in phase.outputs
+        ]
+        if lacking and program.encodes:
+            raise BundleError(
+                f"{where}: the phase {phase.name} does not give the cache {lacking[0]!r}; "
+                f"{RECOMPILE}"
             )
         given = {spec.name for spec in phase.inputs}
         missing = sorted((given | set(phase.outputs)) - set(known))

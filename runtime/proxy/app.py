@@ -143,6 +143,7 @@ class Endpoint:
         self._manifest = manifest
         self._model = manifest.model
         self._revealed = manifest.reveals_logits
+        self._encodes = sessions.program.encodes
         self._stop = frozenset(manifest.stop_tokens)
         # OpenAI's default is 1. Where the parties choose the token it is the checkpoint's own one.
         stated = manifest.generation.temperature
@@ -203,8 +204,10 @@ class Endpoint:
     async def complete(self, wanted: CompletionRequest, request: Request) -> Response:
         self._check_model(wanted.model)
         ids = self._text.encode(wanted.prompt) if isinstance(wanted.prompt, str) else wanted.prompt
-        # A completion continues its prompt; an answer to a chat is a text of its own.
-        return await self._reply(wanted, ids, CompletionForm, request, after=ids)
+        # A completion continues its prompt, but that of an encoder-decoder is a text of its own, as
+        # an answer to a chat is.
+        after = [] if self._encodes else ids
+        return await self._reply(wanted, ids, CompletionForm, request, after=after)
 
     async def chat(self, wanted: ChatRequest, request: Request) -> Response:
         self._check_model(wanted.model)

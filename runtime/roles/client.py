@@ -279,6 +279,11 @@ class Connection:
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
+        if self.program.encodes:
+            raise PromptError(
+                "answers of an encoder-decoder cannot be precomputed, as a source has the length "
+                "that it has; use the dealer"
+            )
         try:
             with self._pulse.working():
                 place, size = self._prepare(plan, root, key, on_answer)

@@ -224,9 +224,10 @@ class DealerSession:
                 planned = True
                 if context.offline_bytes:
                     raise PartyError("this program needs the dealer at the start of each session")
-                if session.program.resends or not session.cached:
+                if session.program.phases or not session.cached:
                     # What the last step takes is known only at that step: the number of hidden
-                    # states, or all tokens again.
+                    # states, or all tokens again. An encoder-decoder has no shorter or longer
+                    # source than the one that was planned.
                     raise PartyError(
                         "answers of this program cannot be precomputed; use the dealer"
                     )

@@ -71,7 +71,8 @@ def answer(
     number of prompt tokens that the first step takes, while the later steps take one token each; 0
     for all. cached: number of prompt tokens that are in the caches already, fewer than all; the
     first step cuts the caches to them. piece: most prompt tokens of a step, which bounds the memory
-    that a long prompt takes; 0 for any number; a program without caches takes a prompt whole.
+    that a long prompt takes; 0 for any number; a program without caches takes a prompt whole, and
+    so does an encoder-decoder.
     fixed_length: after a stop token, run the steps up to `max_tokens` without yielding their
     tokens. The caller may leave the loop at any token.
 
@@ -107,8 +108,10 @@ def answer(
             reports = []
         return
     tokens: list[int] = []
-    first = first if session.cached and 0 < first < len(prompt) else len(prompt)
-    piece = piece if session.cached and piece else len(prompt)
+    # An encoder reads a source as a whole.
+    pieces = session.cached and not session.program.encodes
+    first = first if pieces and 0 < first < len(prompt) else len(prompt)
+    piece = piece if pieces and piece else len(prompt)
     feeds = [list(prompt[n : min(n + piece, first)]) for n in range(cached, first, piece)]
     feeds += [[token] for token in prompt[first:]]
     past, ended = cached, False
@@ -171,7 +174,7 @@ def _accepted(
 
 def _check_speculation(session: Session, fixed_length: bool) -> None:
     """Raise PromptError if drafts do not go with the program or with the other options."""
-    if session.program.resends or not session.cached:
+    if session.program.phases or not session.cached:
         raise PromptError("this program has no caches to roll back; leave speculate out")
     if fixed_length:
         raise PromptError(

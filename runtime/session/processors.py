@@ -23,12 +23,15 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Answering:
     """What processors must know of an answer.
 
-    prompt: its tokens. length: most tokens of prompt and answer together. stop: tokens that end it.
+    prompt: its tokens; of an encoder-decoder, the one that its answers begin with. length: most
+    tokens of prompt and answer together. stop: tokens that end it. source: tokens that an encoder
+    read; of a decoder, the prompt.
     """
 
     prompt: Sequence[int]
     length: int
     stop: Sequence[int]
+    source: Sequence[int]
 
 
 def require(settings: GenerationSettings) -> None:
@@ -48,7 +51,7 @@ def processors(settings: GenerationSettings, about: Answering) -> list[Processor
     def add(kind: str, *arguments: Any) -> None:
         made.append(_make(kind, *arguments))
 
-    prompt = torch.tensor([list(about.prompt)], dtype=torch.int64)
+    source = torch.tensor([list(about.source)], dtype=torch.int64)
     stop, start = list(about.stop), len(about.prompt)
     if settings.sequence_bias:
         add(
@@ -57,14 +60,14 @@ def processors(settings: GenerationSettings, about: Answering) -> list[Processor
         )
     if settings.encoder_repetition_penalty is not None:
         penalty = float(settings.encoder_repetition_penalty)
-        add("EncoderRepetitionPenaltyLogitsProcessor", penalty, prompt)
+        add("EncoderRepetitionPenaltyLogitsProcessor", penalty, source)
     if settings.repetition_penalty is not None:
         add("RepetitionPenaltyLogitsProcessor", float(settings.repetition_penalty))
     if settings.no_repeat_ngram_size:
         add("NoRepeatNGramLogitsProcessor", settings.no_repeat_ngram_size)
     if settings.encoder_no_repeat_ngram_size:
         size = settings.encoder_no_repeat_ngram_size
-        add("EncoderNoRepeatNGramLogitsProcessor", size, prompt)
+        add("EncoderNoRepeatNGramLogitsProcessor", size, source)
     # As in transformers, a stop token alone is never a bad word; without others nothing is left.
     bad = [word for word in settings.bad_words_ids or () if word not in [[t] for t in stop]]
     if bad:

@@ -150,6 +150,11 @@ def check_public(program: RoleProgram, length: int, tokens: Sequence[int]) -> No
         raise PromptError(
             "this program resends its hidden state, so no prompt of it can begin with public text"
         )
+    if program.encodes:
+        raise PromptError(
+            "this program is an encoder-decoder, whose encoder reads a prompt as a whole; leave "
+            "public text out"
+        )
     if not any(spec.cache_output is not None for spec in program.inputs):
         raise PromptError("this program has no caches, so none can hold public text")
     if not length:

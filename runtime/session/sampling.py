@@ -157,9 +157,12 @@ class Chooser:
         """max_tokens: most tokens of the answer. Raises MergecError if a package is missing."""
         settings = sampling.over(manifest.generation)
         require(settings)
-        about = Answering(prompt, len(prompt) + max_tokens, manifest.stop_tokens)
+        begun = list(prompt)
+        if manifest.answer_start >= 0:
+            begun = [manifest.answer_start]
+        about = Answering(begun, len(begun) + max_tokens, manifest.stop_tokens, prompt)
         self._settings = settings
-        self._tokens = list(prompt)
+        self._tokens = begun
         self._generator = sampling.generator()
         self._processors = processors(settings, about)
         self._first, self._last = first_warpers(settings), last_warpers(settings)

@@ -17,7 +17,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
 from mergec.runtime.engine.rehearsal import Rehearsal, Rounds
 from mergec.runtime.ops.cache_append import make_room
-from mergec.runtime.program.program import FINISH, InputSpec, Phase, RoleProgram, phase_of
+from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
 from mergec.runtime.session.conversations import Place, public_source
 from mergec.runtime.session.public_text import PublicText, check_public
@@ -77,16 +77,26 @@ class Session(ABC):
         self.party = ROLES.index(program.role)
         tokens = [spec for spec in program.inputs if spec.vis is Vis.CLIENT]
         self.cache_specs = [spec for spec in program.inputs if spec.cache_output is not None]
-        following = {spec.cache_output for spec in self.cache_specs}
+        self._passed_on = self.cache_specs
+        """The caches that a step leaves to the next one: also those of cross-attention."""
+        if program.encodes:
+            inputs = program.phase(DECODE).inputs
+            self._passed_on = [spec for spec in inputs if spec.cache_output is not None]
+        following = {spec.cache_output for spec in self._passed_on}
         logits = [name for name in program.outputs if name not in following]
-        if len(tokens) != 1 or len(logits) != 1 or len(program.inputs) > 1 + len(following):
+        texts = 1 + program.encodes
+        others = len(program.inputs) - len(self.cache_specs)
+        if len(tokens) != texts or len(logits) != 1 or others != texts:
             raise BundleError(
                 "the program is not a decoder step of tokens and caches to logits; compile again"
             )
         self._caches: dict[str, Any] = {}
         self._hidden: list[Any] = []
         self.length = 0
-        """Number of tokens in the caches; 0 without caches."""
+        """Number of tokens in the caches; 0 without caches. Of an encoder-decoder: tokens of the
+        source, and those of the answer that were generated and are in the caches."""
+        self.source = 0
+        """Number of tokens that the encoder of an encoder-decoder read."""
         self.rehearsal: Rehearsal | None = None
         """Runs steps on shapes, if this party compares its steps with such runs."""
         self.tokens: list[int] = []
@@ -110,7 +120,7 @@ class Session(ABC):
     @property
     def continues(self) -> bool:
         """Whether caches may be continued in another way than by the next token."""
-        return self.cached and not self.program.resends
+        return self.cached and not self.program.phases
 
     def enter_public(self, texts: Sequence[PublicText]) -> None:
         """Put public texts into caches of their own, which steps can continue; after `setup`.
@@ -181,6 +191,11 @@ class Session(ABC):
         The result is logits [V]. A program that reveals only the token returns the token [1]
         instead, chosen as `draw` says, by default the most likely one.
 
+        The prompt of an encoder-decoder is its source: it takes the source through the encoder, and
+        the token that every answer begins with through the decoder. Later steps continue the
+        answer; `past` counts the source's tokens and those of the answer, and cannot be fewer than
+        the source's.
+
         A program that resends its hidden state takes `ids` only in its first step, and the previous
         hidden state in the later ones; these steps return None. A last step of 0 new tokens returns
         the logits of all `past` steps before it, [past, V], by one run of the head.
@@ -208,21 +223,24 @@ class Session(ABC):
             return self._finish(phase)
         if past == 0:
             self._caches, self._hidden = self._start(), []
+            self.source = new if self.program.encodes else 0
         elif past < self.length:
-            self._roll_back(past)
-        outputs = self._execute(
-            {phase.inputs[0].name: self._first(new, ids), **self._caches}, phase.outputs
-        )
+            self._roll_back(self.program.sizes(new, past, self.source)[1])
+        first = {phase.inputs[0].name: self._first(new, ids)}
+        if self.program.encodes and past == 0:
+            begun = [self.program.manifest.answer_start]
+            first[phase.inputs[1].name] = self._held(len(begun), begun)
+        outputs = self._execute({**first, **self._caches}, phase.outputs)
         self._caches = {
-            spec.name: outputs[spec.cache_output] for spec in self.cache_specs if spec.cache_output
+            spec.name: outputs[spec.cache_output] for spec in self._passed_on if spec.cache_output
         }
         self.length = past + new if self.cached else 0
         self.tokens = [*self.tokens[:past], *(ids or ())] if self.continues else []
-        first = outputs[phase.outputs[0]]
+        result = outputs[phase.outputs[0]]
         if self.program.resends:
-            self._hidden.append(first)
+            self._hidden.append(result)
             return None
-        return self._logits_at_client(first)
+        return self._logits_at_client(result)
 
     def allows(self, new: int, past: int) -> bool:
         """Whether a step of these lengths can come now."""
@@ -230,10 +248,12 @@ class Session(ABC):
             return self.program.resends and past == len(self._hidden) > 0
         if self.program.resends and past > 0:
             return new == 1 and past == self.length  # its hidden states cannot be rolled back
+        if self.program.encodes and past < self.source:
+            return new > 0 and past == 0
         return new > 0 and 0 <= past <= self.length
 
     def _roll_back(self, past: int) -> None:
-        """Drop all but the first `past` entries of every cache."""
+        """Drop all but the first `past` entries of every cache but those of a source."""
         for spec in self.cache_specs:
             if "past" not in spec.shape:
                 raise BundleError(f"{spec.name} has no length, so this program cannot roll back")
@@ -247,8 +267,10 @@ class Session(ABC):
 
     def _first(self, new: int, ids: Sequence[int] | None) -> Any:
         """The first input of a step: tokens, or the hidden state of the previous step."""
-        if self._hidden:
-            return self._hidden[-1]
+        return self._hidden[-1] if self._hidden else self._held(new, ids)
+
+    def _held(self, new: int, ids: Sequence[int] | None) -> Held:
+        """Tokens that the client knows."""
         if self.party == CLIENT:
             tokens = torch.tensor([list(ids or ())], dtype=torch.int64)
         else:
@@ -281,7 +303,7 @@ class MergecSession(Session):
         # The dealer has nothing but shapes anyway, and sends neither party a message.
         if self.party != DEALER:
             self.rehearsal = Rehearsal(executor.program)
-        self._step: tuple[int, int, Draw] | None = None
+        self._step: tuple[int, int, Draw, int] | None = None
         self._rounds: Rounds | None = None
 
     @property
@@ -339,10 +361,11 @@ class MergecSession(Session):
         return Masked(ghost if self.party == DEALER else words, words, spec.frac)
 
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
+        source = self.source if past else new
         step = (new, past, draw or Draw())
-        if self.rehearsal is not None and step != self._step:
-            self._rounds = self.rehearsal.step(*step)
-            self._step = step
+        if self.rehearsal is not None and (*step, source) != self._step:
+            self._rounds = self.rehearsal.step(*step, source)
+            self._step = (*step, source)
 
     def _prepare(self, new: int, past: int, draw: Draw) -> None:
         self._executor.context.draw = draw

@@ -92,11 +92,12 @@ def generate_command(
         else:
             asked = connection.encode(text, chat, public)
         templated = connection.text is not None and connection.text.has_chat
+        alone = (templated if chat is None else chat) or connection.program.encodes
         _, stopped = _answer(
             connection,
             asked,
             show_ids=ids,
-            continues=not (templated if chat is None else chat),
+            continues=not alone,
             max_tokens=max_tokens,
             sampling=choice.sampling(),
             fixed_length=fixed_length,
