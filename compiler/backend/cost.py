@@ -128,7 +128,7 @@ def _words(shape: Sequence[int]) -> torch.Tensor:
 def _result(call: Call, instruction: Instruction) -> Any:
     """What the protocol of an op would return, as a shape."""
     op, bound = call.op, call.bound
-    words = _words(_shape(op, tuple(map(_plain, bound.values()))))
+    words = _words(_shape((op, *map(_plain, bound.values()))))
     if op.result == "cache":
         return type(bound[op.tensors[0]])(words, words, instruction.frac)
     if op.result == "masked":
@@ -160,9 +160,11 @@ def _plain(value: Any) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _shape(op: type[Op], arguments: tuple[Any, ...]) -> torch.Size:
-    """The shape of a call's result. Layers are alike, and many walks take the same steps."""
-    return op.reference(*map(_given, arguments)).shape
+def _shape(call: tuple[Any, ...]) -> torch.Size:
+    """The shape of a call's result; the op first. Layers are alike, and walks repeat each other."""
+    op, *arguments = call
+    shape: torch.Size = op.reference(*map(_given, arguments)).shape
+    return shape
 
 
 def _given(value: Any) -> Any:

@@ -248,8 +248,10 @@ class ClientOptions(PartyOptions):
         return self._connection(dealer=address(self.dealer))
 
     def _connection(self, **more: Any) -> Connection:
+        from mergec.runtime.core.meta import compute_shapes_alone
         from mergec.runtime.roles.client import Connection
 
+        compute_shapes_alone()
         return Connection(
             self.folder("client"),
             server=address(self.server),
