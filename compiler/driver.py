@@ -59,11 +59,12 @@ def compile_decoder(
     progress: Progress = _quiet,
     captured: Captured | None = None,
 ) -> Program:
-    """Compile a decoder into the programs of client, server and dealer.
+    """Compile a decoder or an encoder-decoder into the programs of client, server and dealer.
 
     Args:
-        model: a Hugging Face causal decoder; or any module that maps token ids, int64 [1, N], to
-            logits [1, N, V], which is compiled without a KV cache. It is not changed.
+        model: a Hugging Face causal decoder or encoder-decoder; or any module that maps token ids,
+            int64 [1, N], to logits [1, N, V], which is compiled without a KV cache. It is not
+            changed.
         tokenizer: the model's Hugging Face tokenizer. It becomes part of the client's bundle.
             Without one, prompts and answers are token numbers.
         config: options; see `CompileConfig`. By default exact, for a fast network, with
@@ -77,7 +78,7 @@ def compile_decoder(
         The program, in memory: save it, inspect it, or run it here.
 
     Raises:
-        CompileError: the model is not a dense attention decoder, has weights that are not finite,
+        CompileError: the model is not a dense attention model, has weights that are not finite,
             calls an op that has no protocol, or needs numbers that do not fit the ring; its
             generation_config has a setting that cannot be honoured; the tokenizer cannot be stored;
             or an option is wrong. The message says where in the model's source.
