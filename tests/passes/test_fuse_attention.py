@@ -132,9 +132,26 @@ def test_near_miss_rows_are_mixed_by_a_reshape() -> None:
     leaves(graph, *NAMES, reason="more than one weighted sum")
 
 
+def test_a_bias_that_the_server_holds() -> None:
+    """Beside a mask, scaled as the scores are, and under a softcap, where it cannot pass."""
+
+    def body(m, q, k, v):
+        scores = (q @ k.transpose(-1, -2) + m.bias) * 0.5 + m.mask + m.bias
+        return torch.softmax(scores, -1) @ v
+
+    graph = Graph(body, Q, K, V, bias=normal(4, 3, 5), _mask=CAUSAL)
+    assert rewrites(graph, *NAMES)["mpc.attention"] == 1
+    capped = attention(lambda m, s: 20.0 * torch.tanh((s + m.bias) / 20.0))
+    leaves(Graph(capped, Q, K, V, bias=normal(3, 5)), *NAMES, reason="the scores come from")
+
+
 def test_near_miss_a_secret_bias() -> None:
-    graph = Graph(attention(lambda m, s: s + m.bias), Q, K, V, bias=normal(3, 5))
-    leaves(graph, *NAMES, reason="the scores come from aten.add.Tensor")
+    """One that depends on the client's input."""
+
+    def body(m, q, k, v):
+        return torch.softmax(q @ k.transpose(-1, -2) + q[..., :1], -1) @ v
+
+    leaves(Graph(body, Q, K, V), *NAMES, reason="the scores come from aten.add.Tensor")
 
 
 def test_a_number_added_to_all_scores_is_left() -> None:
