@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from mergec.runtime.core import context
 from mergec.runtime.core.context import DealerContext
+from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Vis
@@ -162,6 +164,32 @@ def test_a_session_with_words_in_files_and_masks_that_are_expanded(
         answer = [token.token for token in connection.generate(prompt, max_tokens=4)]
     assert answer == sample.plaintext(bundles, prompt, 4)
     assert (sample.VOCAB, sample.WIDTH) in made
+
+
+def test_a_server_whose_words_are_written_to_serves_no_more_sessions(tmp_path: Path) -> None:
+    """Under masks that clients keep, other weights would be opened under the same masks."""
+    bundles, prompt = sample.save(tmp_path / "bundles"), [5, 1, 7]
+    server = bundles / "server"
+    program = load_bundle(server, "server")
+    save_bundle(program, server, words=words_to_store(program))
+    answer = sample.plaintext(bundles, prompt, 4)
+
+    def ask(running: Any) -> list[int]:
+        with running.connection() as connection:
+            return [token.token for token in connection.generate(prompt, max_tokens=4)]
+
+    with deployment(bundles) as running:
+        assert ask(running) == answer
+        program = sample.program("server", seed=4)
+        save_bundle(program, server, words=words_to_store(program))
+        assert ask(running) == answer, "a new bundle is in other files"
+    with deployment(bundles) as running:
+        assert ask(running) == sample.plaintext(bundles, prompt, 4) != answer
+        with (server / WORDS).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        with pytest.raises(PartyError, match="bundle was written to; it has to be started again"):
+            ask(running)
 
 
 def expand_small_masks() -> None:

@@ -378,6 +378,25 @@ def _load_words(folder: Path, program: RoleProgram) -> dict[str, tuple[torch.Ten
     return found
 
 
+def words_watch(folder: Path) -> Callable[[], bool]:
+    """A check that nobody has written to the mapped words of a bundle since this call.
+
+    A mapping shows what is written to its file. A bundle that replaces this one as a whole, as
+    `save_bundle` writes it, is in other files and changes nothing. Call this before `load_bundle`.
+    """
+    try:
+        descriptor = os.open(folder / WORDS, os.O_RDONLY)
+    except OSError:
+        return lambda: True  # none are mapped; `load_bundle` knows whether there should be some
+    then = _written(descriptor)
+    return lambda: _written(descriptor) == then
+
+
+def _written(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file by name, each mapped from it; and the file's metadata."""
     try:

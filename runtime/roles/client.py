@@ -12,6 +12,7 @@ from typing import Any
 
 from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
 from mergec.runtime.core.errors import BusyError, LimitError, MergecError, PartyError, PromptError
+from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
@@ -218,6 +219,7 @@ class Connection:
             session.enter_public(self._public)
 
         self.setup = measured(session, 0, 0, begin)
+        release_freed_memory()
         if here is not None and found is None:
             here.save(executor.hidden_weights())
         return session

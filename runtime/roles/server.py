@@ -11,7 +11,7 @@ import socket
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.weights import take_weights
-from mergec.runtime.program.bundle import TOKENIZER, load_bundle
+from mergec.runtime.program.bundle import TOKENIZER, load_bundle, words_watch
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import PartyMetrics, open_log
@@ -39,6 +39,7 @@ def serve(settings: ServerSettings) -> bool:
     """Serve until SIGTERM or SIGINT; returns whether it was SIGINT."""
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
+    intact = words_watch(settings.bundle)
     program = load_bundle(settings.bundle, ROLES[SERVER])
     public = _public_texts(settings, program)  # needs the weights as they are
     encoded = take_weights(program)
@@ -66,7 +67,7 @@ def serve(settings: ServerSettings) -> bool:
         def work(connection: socket.socket, parent: Parent) -> None:
             use_threads(settings.threads)
             ServerSession(
-                settings, program, encoded, digest, connection, parent, log, public
+                settings, program, encoded, digest, connection, parent, log, public, intact
             ).play()
 
         desk = ServerDesk(settings.limits, metrics)

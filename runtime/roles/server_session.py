@@ -70,12 +70,18 @@ class ServerSession:
         parent: Parent,
         log: Any,
         public: Mapping[str, PublicText] | None = None,
+        intact: Callable[[], bool] = lambda: True,
     ) -> None:
-        """public: texts that the client may name, by digest."""
+        """public: texts that the client may name, by digest.
+
+        intact: whether the weights are those that `digest` is of. Under masks that outlast a
+        session, others would be opened under the masks of these.
+        """
         self._settings = settings
         self._program = program
         self._encoded, self._digest = encoded, digest
         self._public = public or {}
+        self._intact = intact
         self._connection = connection
         self._parent = parent
         self._log = log
@@ -111,6 +117,8 @@ class ServerSession:
         self._pulse.beats.append(partial(channel.beat, BEAT / 2))
         purpose = fields.get("purpose")
         self._log = self._log.bind(client=channel.name)
+        if not self._intact():
+            raise PartyError("the server's bundle was written to; it has to be started again")
         store = self._find_store(fields, channel) if purpose == STORED else None
         public = self._agreed(fields, channel) if purpose == SESSION else []
         with self._pulse.working():

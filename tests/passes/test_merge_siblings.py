@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.ir import aten, calls
+from mergec.compiler.graph.weights import insert_folded
 from mergec.compiler.pipeline import assemble, to_dialect
+from mergec.passes import merge_siblings
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -38,6 +40,22 @@ def test_with_and_without_bias() -> None:
 def test_gate_and_up() -> None:
     graph = Graph(lambda m, x: F.silu(F.linear(x, m.v)) * F.linear(x, m.u), X, v=V, u=U)
     assert rewrites(graph, *NAMES) == {"mpc.linear": 1, "aten.slice.Tensor": 2, "mpc.glu": 1}
+
+
+def test_no_site_keeps_the_matrices_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(m, x):
+        y = x + 1.0
+        return F.linear(x, m.w), F.linear(x, m.v), F.linear(y, m.u), F.linear(y, m.t)
+
+    graph, present = Graph(body, X, w=W, v=V, u=U, t=normal(3, 8)), []
+
+    def insert(graph_module, *arguments):
+        present.append({name for name in "wvut" if hasattr(graph_module, name)})
+        return insert_folded(graph_module, *arguments)
+
+    monkeypatch.setattr(merge_siblings, "insert_folded", insert)
+    rewrites(graph, *NAMES, sites=2)
+    assert present == [{"w", "v", "u", "t"}, {"u", "t"}]
 
 
 def test_each_input_has_its_own() -> None:

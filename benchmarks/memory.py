@@ -1,0 +1,447 @@
+"""What compiling and each role hold in memory, for Llama shapes of three sizes; docs/memory.md.
+
+Each shape gets random weights, is compiled by `mergec compile`, and answers through a server and a
+dealer as they are deployed, with a client in a process of its own: once with a dealer that keeps
+its static masks and once with one that expands them. What a process holds is read several times a
+second: its own pages, and those of files, which the kernel can drop and read again. Pages that
+processes share count once. The growth between two sizes is compared with the formulas, and these
+tell what larger models need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mergec.runtime.program.bundle import role_path
+from mergec.runtime.roles.client import Connection
+from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.connect import Security
+from tests.roles import ROOT, environment
+from tests.services import Deployment, deployment
+
+LIMIT = 3.5e9
+"""Bytes that no role may exceed at the largest size."""
+
+PROMPT = [5, 17, 33, 2]
+PATIENCE = 3000.0
+"""Seconds after which something hangs."""
+
+_PERIOD = 0.2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama. tied: whether head and embedding share one table."""
+
+    name: str
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    cached_heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        own = self.width * self.width * (2 + 2 * self.cached_heads / self.heads)
+        layer = int(own) + 3 * self.width * self.inner + 2 * self.width
+        tables = (1 if self.tied else 2) * self.vocabulary * self.width
+        return self.layers * layer + tables + self.width
+
+    @property
+    def cached(self) -> int:
+        """Numbers that are cached of a token."""
+        return 2 * self.layers * self.cached_heads * self.width // self.heads
+
+
+SHAPES = {
+    "2M": Shape("2M", 2, 256, 512, 4, 2, 4096, True),
+    "27M": Shape("27M", 8, 448, 1216, 7, 7, 16384, True),
+    "61M": Shape("61M", 12, 576, 1536, 9, 3, 32768, True),
+    "360M": Shape("360M", 32, 960, 2560, 15, 5, 49152, True),
+}
+LARGER = (
+    Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 128256, True),
+    Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 32000, False),
+    Shape("Llama-2-70B", 80, 8192, 28672, 64, 8, 32000, False),
+)
+CONTEXT = 4096
+"""Tokens whose caches the table of larger models counts."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that processes hold: pages of their own, and of files that they map."""
+
+    own: int = 0
+    mapped: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.own + self.mapped
+
+
+def held(processes: Iterable[int]) -> Held:
+    """What these processes hold together. Pages that several processes share are split."""
+    found = dict.fromkeys(("Pss", "Pss_Anon"), 0)
+    for process in processes:
+        with suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                name, _, rest = line.partition(":")
+                if name in found:
+                    found[name] += int(rest.split()[0]) * 1024
+    return Held(found["Pss_Anon"], found["Pss"] - found["Pss_Anon"])
+
+
+@dataclass
+class Peaks:
+    """The most that each group of processes held, by the name of the group."""
+
+    groups: Mapping[str, Callable[[], Iterable[int]]]
+    total: dict[str, Held] = field(default_factory=dict)
+    own: dict[str, int] = field(default_factory=dict)
+
+    def look(self) -> None:
+        for name, members in self.groups.items():
+            now = held(members())
+            self.total[name] = max(self.total.get(name, Held()), now, key=lambda h: h.total)
+            self.own[name] = max(self.own.get(name, 0), now.own)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(_PERIOD):
+                self.look()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a group of processes took. total: at the moment of the most. own: the most pages that
+    cannot be dropped."""
+
+    total: Held
+    own: int
+
+
+_MAKE = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+logging.disable_progress_bar()
+layers, width, inner, heads, cached, vocabulary = map(int, sys.argv[2:])
+torch.manual_seed(0)
+config = LlamaConfig(
+    num_hidden_layers=layers, hidden_size=width, intermediate_size=inner,
+    num_attention_heads=heads, num_key_value_heads=cached, vocab_size=vocabulary,
+    max_position_embeddings=2048, tie_word_embeddings=True,
+)
+LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+"""
+
+
+def make(shape: Shape, folder: Path) -> Path:
+    """A model of this shape with random weights, in Hugging Face format."""
+    sizes = (shape.layers, shape.width, shape.inner, shape.heads, shape.cached_heads)
+    arguments = [str(folder), *map(str, (*sizes, shape.vocabulary))]
+    given = {**os.environ, **environment()}
+    subprocess.run([sys.executable, "-c", _MAKE, *arguments], env=given, check=True)
+    return folder
+
+
+def compiled(model: Path, bundles: Path) -> Report:
+    """Compile it in a process of its own."""
+    command = [sys.executable, "-m", "mergec", "compile", str(model), "-o", str(bundles)]
+    command += ["--max-length", "64", "--logit-noise", "0"]
+    given = {**os.environ, **environment(), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=given, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peaks = Peaks({"compile": lambda: [process.pid]})
+    try:
+        with peaks.watched():
+            code = process.wait(PATIENCE)
+    finally:
+        process.kill()
+    if code:
+        raise SystemExit(f"compiling {model} ended with {code}")
+    return Report(peaks.total["compile"], peaks.own["compile"])
+
+
+def ask(
+    bundle: Path, server: Address, dealer: Address, tokens: int, start: Any, done: Any, out: Any
+) -> None:
+    """A client's process: one answer, told token by token. The session stays open until `done`."""
+    connection = Connection(
+        bundle,
+        server=server,
+        dealer=dealer,
+        security=Security("client", None, plaintext=True),
+        timeout=PATIENCE,
+        join_timeout=PATIENCE,
+    )
+    start.wait(PATIENCE)
+    with connection:
+        found = []
+        for token in connection.generate(PROMPT, max_tokens=tokens, stop=()):
+            found.append(token.token)
+            out.send(found)
+        done.wait(PATIENCE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what each role took for it. seconds: of work at the dealer for a token."""
+
+    tokens: list[int]
+    roles: dict[str, Report]
+    seconds: float
+
+
+def answered(bundles: Path, tokens: int, *deal: str) -> Answer:
+    """Answer once, with a dealer that has these options."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    patience = ("--timeout", str(PATIENCE))
+    with deployment(bundles, serve=patience, deal=(*deal, *patience)) as made:
+        start, done, (ours, theirs) = context.Event(), context.Event(), context.Pipe(duplex=False)
+        bundle = role_path(bundles, "client")
+        places = (made.server.address, made.dealer.address)
+        client = context.Process(target=ask, args=(bundle, *places, tokens, start, done, theirs))
+        client.start()
+        theirs.close()
+        groups = {name: _family(made, name) for name in ("server", "dealer")}
+        peaks = Peaks({**groups, "client": lambda: [int(client.pid or 0)]})
+        with peaks.watched():
+            start.set()
+            found = _told(ours)
+            before = _work(groups["dealer"]())
+            while len(found) < tokens:
+                found = _told(ours)
+            after = _work(groups["dealer"]())
+        done.set()
+        client.join(PATIENCE)
+    roles = {name: Report(peaks.total[name], peaks.own[name]) for name in peaks.total}
+    return Answer(found, roles, (after - before) / (tokens - 1))
+
+
+def _told(end: Any) -> list[int]:
+    if not end.poll(PATIENCE):
+        raise SystemExit("a client hangs")
+    said: list[int] = end.recv()
+    return said
+
+
+def _family(made: Deployment, name: str) -> Callable[[], list[int]]:
+    """A role's process and those of its sessions."""
+    role = made.roles[name]
+    return lambda: [role.process.pid, *(worker.pid for worker in role.workers)]
+
+
+def _work(processes: Iterable[int]) -> float:
+    """Seconds for which these processes computed so far."""
+    times = [psutil.Process(process).cpu_times() for process in processes]
+    return sum(time.user + time.system for time in times)
+
+
+@dataclass(frozen=True)
+class Size:
+    """All that was measured of one shape."""
+
+    shape: Shape
+    reports: dict[str, Report]
+    seconds: dict[str, float]
+
+
+def measure(shape: Shape, folder: Path, tokens: int) -> Size:
+    model, bundles = make(shape, folder / "model"), folder / "bundles"
+    reports = {"compile": compiled(model, bundles)}
+    kept, expanded = answered(bundles, tokens), answered(bundles, tokens, "--expand-masks")
+    if kept.tokens != expanded.tokens:
+        raise SystemExit(f"{shape.name}: masks that are expanded change the answer")
+    reports |= {"server": kept.roles["server"], "client": kept.roles["client"]}
+    reports |= {"dealer": kept.roles["dealer"], EXPANDED: expanded.roles["dealer"]}
+    return Size(shape, reports, {"dealer": kept.seconds, EXPANDED: expanded.seconds})
+
+
+EXPANDED = "dealer with `--expand-masks`"
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Bytes per parameter: of a process's own pages, and of files that it maps.
+
+    own, mapped: each at most. cached: own bytes for each number that is cached of a token.
+    """
+
+    own: int
+    mapped: int
+    cached: int
+
+
+FORMULAS = {
+    "compile": Formula(4, 4, 0),
+    "server": Formula(0, 4, 16),
+    "client": Formula(0, 8, 16),
+    "dealer": Formula(8, 0, 8),
+    EXPANDED: Formula(0, 0, 8),
+}
+
+PAGE = """# Memory
+
+`make memory`: what compiling and each role hold in memory, for Llama shapes of {count} sizes with
+random weights. Server and dealer run as they are deployed, and the client is a process of its own;
+what a role's processes share counts once. The prompt has {prompt} tokens, the answer {tokens}.
+
+Pages of files are in memory while they are used, and the kernel drops them when memory is short: a
+role needs what is *its own*, and reads the rest from the disk again if it must. The server maps its
+weights from its bundle, as 32-bit integers wherever they fit. The client puts W − B into a file
+without a name, in the folder that `TMPDIR` names; if that lies in memory, as `/tmp` does on some
+systems, or has no room, W − B is in memory too.
+
+## Measured
+
+The most that was held at any time, in MB: in all, and own.
+
+| model | parameters | {heads} |
+| --- | ---: | {lines} |
+{rows}
+
+No role held more than {worst} GB at {largest} ({limit} GB allowed).
+
+## Bytes per parameter
+
+Growth from one size to the next, divided by that of the parameters, and the formula. A code's size
+and the messages of a step do not grow with a model.
+
+| | {steps} | own | of files |
+| --- | {dashes} | ---: | ---: |
+{growth}
+
+Compiling holds the model, mapped from its files, and at most as much again: the matrices that
+passes compute from others. A dealer's own bytes are for each session.
+
+## What expanding masks costs
+
+Seconds for which the dealer's processes computed, for each token after the first.
+
+| model | masks kept | expanded |
+| --- | ---: | ---: |
+{seconds}
+
+An expanded mask takes AES-256 in counter mode over 8 bytes for each parameter, for each step.
+
+## Larger models
+
+By formula, with caches of {context:,} tokens, in GB: own, and of files. A server's own bytes are
+for each session. On the disk, a server's bundle takes 8 bytes per parameter, and so does a client's
+session.
+
+| model | parameters | {heads} |
+| --- | ---: | {lines} |
+{larger}
+"""
+
+
+def page(sizes: Sequence[Size], tokens: int) -> str:
+    """The text of docs/memory.md."""
+    names = [*FORMULAS]
+    rows, seconds, growth = [], [], []
+    for size in sizes:
+        reports = [size.reports[name] for name in names]
+        cells = [f"{r.total.total / 1e6:,.0f}, {r.own / 1e6:,.0f}" for r in reports]
+        rows.append(f"| {size.shape.name} | {_million(size.shape)} | {' | '.join(cells)} |")
+        both = [f"{size.seconds[name]:.2f}" for name in ("dealer", EXPANDED)]
+        seconds.append(f"| {size.shape.name} | {' | '.join(both)} |")
+    for name in names:
+        formula = FORMULAS[name]
+        cells = [
+            f"{_growth(a, b, lambda s: s.reports[name].total.total):.2f}, "  # noqa: B023
+            f"{_growth(a, b, lambda s: s.reports[name].own):.2f}"  # noqa: B023
+            for a, b in itertools.pairwise(sizes)
+        ]
+        growth.append(f"| {name} | {' | '.join(cells)} | {formula.own} | {formula.mapped} |")
+    larger = []
+    for shape in LARGER:
+        cells = []
+        for formula in FORMULAS.values():
+            own = formula.own * shape.parameters + formula.cached * shape.cached * CONTEXT
+            cells.append(f"{own / 1e9:.1f}, {formula.mapped * shape.parameters / 1e9:.1f}")
+        larger.append(f"| {shape.name} | {_million(shape)} | {' | '.join(cells)} |")
+    return PAGE.format(
+        count=len(sizes),
+        prompt=len(PROMPT),
+        tokens=tokens,
+        heads=" | ".join(names),
+        lines=" | ".join(["---:"] * len(names)),
+        rows="\n".join(rows),
+        worst=f"{_worst(sizes[-1]) / 1e9:.2f}",
+        largest=sizes[-1].shape.name,
+        limit=LIMIT / 1e9,
+        steps=" | ".join(
+            f"{a.shape.name} to {b.shape.name}: in all, own" for a, b in itertools.pairwise(sizes)
+        ),
+        dashes=" | ".join(["---:"] * (len(sizes) - 1)),
+        growth="\n".join(growth),
+        seconds="\n".join(seconds),
+        context=CONTEXT,
+        larger="\n".join(larger),
+    )
+
+
+def _million(shape: Shape) -> str:
+    return f"{shape.parameters / 1e6:,.0f} M"
+
+
+def _growth(small: Size, large: Size, of: Callable[[Size], float]) -> float:
+    return (of(large) - of(small)) / (large.shape.parameters - small.shape.parameters)
+
+
+def _worst(size: Size) -> int:
+    return max(report.total.total for name, report in size.reports.items() if name != "compile")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES][1:])
+    parser.add_argument("--tokens", type=int, default=3, help="of an answer, 2 or more")
+    parser.add_argument("--output", type=Path, help="write docs/memory.md here")
+    options = parser.parse_args()
+    sizes = []
+    for name in options.shapes:
+        with tempfile.TemporaryDirectory() as place:
+            sizes.append(measure(SHAPES[name], Path(place), options.tokens))
+        print(name, sizes[-1].reports, sizes[-1].seconds, file=sys.stderr, flush=True)
+    text = page(sizes, options.tokens)
+    if options.output:
+        options.output.write_text(text)
+    else:
+        print(text)
+    if _worst(sizes[-1]) > LIMIT:
+        raise SystemExit(f"a role held {_worst(sizes[-1]) / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
