@@ -57,7 +57,6 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mbart": ("MBartForConditionalGeneration", "MBartConfig", _BART),
     "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", _BART),
     "marian": ("MarianMTModel", "MarianConfig", {**_BART, **_MARIAN, "scale_embedding": True}),
-    "m2m_100": ("M2M100ForConditionalGeneration", "M2M100Config", _BART),
     "blenderbot": ("BlenderbotForConditionalGeneration", "BlenderbotConfig", _BART),
     "blenderbot_small": (
         "BlenderbotSmallForConditionalGeneration",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.config import CompileConfig
@@ -20,6 +21,7 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.ir import calls
+from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.pipeline import calibration, rewrite
 from mergec.compiler.program import Program
 from mergec.runtime.core.errors import BundleError, PromptError
@@ -166,6 +168,7 @@ def test_a_squared_softmax_leaves_a_bias_alone() -> None:
 @every_family()
 def test_greedy_answers_are_those_of_transformers(family: str) -> None:
     model, program = compiled(family)
+    validate(program.any_role, family)
     answers = [plain_answer(program, source) for source in SOURCES]
     assert answers == [answer_of(model, source, TOKENS) for source in SOURCES]
     assert len({tuple(tokens) for tokens in answers}) > 1
@@ -330,6 +333,18 @@ def test_crypten_stock_protocols() -> None:
 # ------------------------------------------------------------------------------------------ refused
 
 
+def _m2m_100() -> Any:
+    import transformers
+
+    return transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(
+            vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+        )
+    )  # fmt: skip
+
+
 def _led() -> Any:
     import transformers
 
@@ -349,6 +364,7 @@ def _led() -> Any:
             _led,
             "LEDForConditionalGeneration cannot be compiled: its encoder attends in overlapping",
         ),
+        (_m2m_100, "its positions depend on which tokens are padding"),
         (lambda: random_model("bart").get_encoder(), "no language-model head|is an encoder"),
         (lambda: random_model("bart").model, "load it as AutoModelForSeq2SeqLM"),
     ],
@@ -359,11 +375,22 @@ def test_other_models_are_refused(make: Callable[[], Any], words: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+class Halved(Pass):
+    """A lossy pass of a user's."""
+
+    stage = "finish"
+    exact = False
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        return 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"preset": "merge"}, "'resend_hidden' is for decoders alone"),
         ({"enable": ("quadratic_gelu",)}, "'quadratic_gelu' is for decoders alone"),
+        ({"extra_passes": (Halved,)}, "'halved' is for decoders alone"),
         ({"speculate_up_to": 3}, "speculate_up_to is for decoders alone"),
         ({"max_length": 65}, "max_position_embeddings is 64"),
     ],

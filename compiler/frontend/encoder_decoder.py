@@ -29,7 +29,11 @@ from mergec.runtime.program.program import InputSpec
 _SOURCE, _NEW, _PAST = 5, 3, 4
 """Example lengths. torch.export specializes on sizes 0 and 1, so all are larger."""
 
+_BY_PADDING = "its positions depend on which tokens are padding, and tokens are secret"
+
 _REFUSED = {
+    "m2m_100": _BY_PADDING,
+    "fsmt": _BY_PADDING,
     "led": "its encoder attends in overlapping windows and from a few tokens that see all others",
     "longt5": "its encoder attends in blocks",
     "bigbird_pegasus": "its encoder attends in blocks that are drawn at random",
@@ -59,6 +63,7 @@ def check_options(config: CompileConfig) -> None:
     """Raise CompileError for an option that encoder-decoders do not have yet."""
     lossy = [name for name, kind in available().items() if not kind.exact]
     asked = [name for name in (*PRESETS[config.preset], *config.enable) if name in lossy]
+    asked += [kind.name() for kind in config.extra_passes if not kind.exact]
     if asked:
         raise CompileError(
             f"the pass {asked[0]!r} is for decoders alone so far; compile an encoder-decoder with "
