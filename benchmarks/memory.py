@@ -333,8 +333,10 @@ No role held more than {worst} GB at {largest} ({limit} GB allowed).
 
 ## Bytes per parameter
 
-Growth from one size to the next, divided by that of the parameters, and the formula. A code's size
-and the messages of a step do not grow with a model.
+Growth from one size to the next, divided by that of the parameters, and the formula. What does not
+follow it is code, the messages and dealt words of a step, and buffers: weights are sent in pieces
+of 32 MB, of which client and server hold a few at a time. Larger layers fill larger buffers, until
+each piece has that size.
 
 | | {steps} | own | of files |
 | --- | {dashes} | ---: | ---: |

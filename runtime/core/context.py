@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.memory import mapped_words, release_freed_memory
+from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Message
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
@@ -294,11 +294,8 @@ class ClientContext(_PartyContext):
     def weight_room(self, shape: Sequence[int]) -> torch.Tensor:
         """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
         file, so that a server's weights may exceed the client's memory."""
-        if 8 * math.prod(shape) < _LARGE_BYTES or self._elsewhere:
-            return super().weight_room(shape)
-        # What earlier weights were received into: the C library would keep several of the largest.
-        release_freed_memory()
-        return mapped_words(shape)
+        large = 8 * math.prod(shape) >= _LARGE_BYTES
+        return mapped_words(shape) if large and not self._elsewhere else super().weight_room(shape)
 
     def deal(
         self,

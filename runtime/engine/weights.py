@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import SERVER, Vis
 from mergec.runtime.core.values import OWNER, Held, encode, scale_rows
@@ -101,10 +102,8 @@ def encode_weight(data: torch.Tensor, frac: int, parts: Sequence[int] = ()) -> t
 def _content(data: torch.Tensor, frac: int, parts: Sequence[int]) -> Content:
     """Words of a weight in pieces, because a whole weight in float64 would take twice to four times
     its own memory."""
-    flat = scale_rows(data, parts).reshape(-1)
-    largest = max(map(abs, map(float, torch.aminmax(flat)))) if flat.numel() else 0.0
-    narrow = round(largest * 2.0**frac) <= _INT32_LIMIT
-    del flat
+    ends = torch.aminmax(scale_rows(data, parts)) if data.numel() else ()
+    narrow = round(max(map(abs, map(float, ends)), default=0.0) * 2.0**frac) <= _INT32_LIMIT
 
     def pieces() -> Iterator[torch.Tensor]:
         for source in scale_rows(data, parts).reshape(-1).split(_PIECE):
@@ -158,6 +157,10 @@ def load_constants(
                 if kept is None
                 else reuse_weight(context, words, kept.get(spec.name, words), frac)
             )
+            if data.numel() >= _PIECE // 4:
+                # What is small and stays is put where buffers were freed, and the next buffers of
+                # that size do not fit there: in the end the server would hold 4 bytes a weight.
+                release_freed_memory()
         elif masked:
             opened = drive(open_constant(context, spec.name, words, frac))
             loaded.weights[spec.name] = loaded.held[spec.name] = opened
