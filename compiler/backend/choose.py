@@ -10,16 +10,16 @@ from typing import Any
 from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
-from mergec.runtime.engine.plan import Plan
+from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
-from mergec.runtime.program.program import RoleProgram, phase_of
+from mergec.runtime.program.program import Instruction, RoleProgram, phase_of
 
 NEW, PAST = 1, 128
 """The step that protocols are chosen for: one more token after a text of usual length, or after as
 many tokens as the program takes."""
 
 PROMPT = 64
-"""Tokens of the prompt for which it is chosen to whom the dealer sends: a prompt waits for that."""
+"""Tokens of the prompt for which it is chosen to whom the dealer sends most."""
 
 Options = Callable[..., Iterable[dict[str, Any]]]
 """`Op.variants` or `Op.supplies` of an op."""
@@ -37,7 +37,8 @@ def choose_variants(
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
     messages, so they count only if the step would otherwise wait for them. Where the dealer's link
     to the client is narrower than the one to the server, ops that need the same messages either way
-    (`Op.supplies`) get the dealt bytes for which a prompt waits least. fixed: the program's
+    (`Op.supplies`) get the dealt bytes that take both links the shortest time in a prompt. There
+    they count in any case, as they share the client's line with the messages. fixed: the program's
     fractional bits. exact: whether roundings are exact. max_length: most tokens that the program
     takes. All roles get the same choice; their instructions are replaced in place.
     """
@@ -49,9 +50,9 @@ def choose_variants(
         )
         if waits or not best or not _waits(program, network, fixed, exact, NEW, past):
             break
-    prompt = min(PROMPT, max_length)
-    if network.far_client and _waits(program, network, fixed, exact, prompt, 0):
-        _replace(roles, _choices(program, _supplies, network, fixed, exact, prompt, 0, waits=True))
+    # Only a decode step of an encoder-decoder runs its decoder.
+    step = (NEW, past) if program.encodes else (min(PROMPT, max_length), 0)
+    _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, waits=True))
 
 
 def _replace(roles: Mapping[str, RoleProgram], choices: Iterator[_Choice]) -> bool:
@@ -65,20 +66,22 @@ def _replace(roles: Mapping[str, RoleProgram], choices: Iterator[_Choice]) -> bo
 
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
-    """How many calls of each op have other literals than the cheapest on `network`, by op.
-
-    There no step waits for the dealer's bytes.
-    """
+    """How many calls of each op have other literals than `network` would give them, by op."""
     manifest = program.manifest
     exact, most = manifest.rounding == "exact", manifest.max_length or NEW + PAST
-    past = min(PAST, most - NEW)
-    otherwise = {
-        choice.name: choice.target
-        for options in (_variants, _supplies)
-        for choice in _choices(program, options, network, fixed, exact, NEW, past, waits=False)
-        if list(choice.best) != list(choice.given)
-    }
-    return dict(Counter(otherwise.values()))
+    other = replace(program, instructions=list(program.instructions))
+    choose_variants({program.role: other}, network, fixed, exact, most)
+    return dict(
+        Counter(
+            planned.instruction.target
+            for planned, item in zip(Plan(program).steps, other.instructions, strict=True)
+            if _bound(planned, planned.instruction) != _bound(planned, item)
+        )
+    )
+
+
+def _bound(planned: Planned, item: Instruction) -> list[Any]:
+    return list(planned.bind(item.args, item.kwargs).values()) if planned.op else []
 
 
 def _waits(
@@ -130,10 +133,11 @@ def _choices(
         stated = kind(op) if op else None
         if op is None or bound is None or stated is None:
             continue
+        if not network.far_client and "reach" in bound:
+            # `legalize` sets it for other networks alone.
+            bound = bound | {"reach": 0}
         options = list(stated(*bound.values()))
-        if len(options) < 2 and kind is _supplies:
-            # There is nothing to choose, and the call stays as it is written.
-            continue
+        first = options[0] if options else {}
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
@@ -144,7 +148,13 @@ def _choices(
             return network.weight(cost, dealt, waits=waits)
 
         given = planned.bind(item.args, item.kwargs)
-        best = given | min(options, key=weight)
+        if kind is _supplies:
+            best = given | (min(options, key=weight, default={}) if network.far_client else first)
+            if best == given:
+                # The call stays as it is written, with its defaults left out.
+                continue
+        else:
+            best = given | min(options, key=weight)
         yield _Choice(item.name, item.target, tuple(given.values()), tuple(best.values()))
 
 

@@ -36,9 +36,14 @@ from mergec.runtime.protocols.rows import (
     HISTOGRAM,
     MAX_ROW,
     PAIRS,
+    SHIFTS,
+    SLOTS,
     exponentials,
     exponentials_cost,
     inverse,
+    reach_of_rows,
+    shift_called,
+    shift_supplies,
     shift_variants,
 )
 from mergec.runtime.protocols.saturate import (
@@ -116,14 +121,15 @@ class Attention(ScoredAttention):
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
     `rows.SHIFTS`; in a step of more than 8 tokens always by pairs, which take fewer dealt bytes. By
-    pairs, a row of L entries takes values up to 2**(26 - log2 L); by histograms, up to
-    2**(23 - log2 L).
+    pairs, a row of L entries takes values up to 2**(26 - log2 L); otherwise, up to
+    2**(23 - log2 L). reach: with n for it, calibration says that the scores of a row are at most
+    2**n - 4 apart, so that the shift may be found by slots.
     """
 
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
-        "str shift='pairs', Tensor? bias=None) -> Tensor"
+        "str shift='pairs', Tensor? bias=None, int reach=0) -> Tensor"
     )
     operands = {**ScoredAttention.operands, "bias": "fixed"}
 
@@ -137,6 +143,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: torch.Tensor | None = None,
+        reach: int = 0,
     ) -> torch.Tensor:
         weights = Attention.probabilities(q, k, mask, scale, softcap, shift, bias)
         return plain_weighted_sum(weights, v)
@@ -150,6 +157,11 @@ class Attention(ScoredAttention):
             Case([*_longer_operands(make), 0.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             Case([*_longer_operands(make), 20.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             *_biased_cases(make),
+            *(
+                Case([*_longer_operands(make), 0.0, way], 3e-4, forms={"mask": PUBLIC})
+                for way in (*SHIFTS, *SLOTS)
+                if way not in (PAIRS, HISTOGRAM)
+            ),
             Case([*few[:3], None, 0.5], stock=1e-2),
             Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
             Case([*one, None, 0.5], stock=1e-2),
@@ -182,6 +194,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: torch.Tensor | None = None,
+        reach: int = 0,
     ) -> dict[str, float]:
         found, valid = counted_scores(q, k, mask, scale, softcap)
         found = found if bias is None else found + bias
@@ -191,6 +204,10 @@ class Attention(ScoredAttention):
             "largest_value": float(v.abs().max()),
             **largest_before_cap(q, k, scale, softcap),
         }
+
+    @classmethod
+    def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"reach": reach_of_rows(measured.get("score_spread", math.inf))}
 
     @classmethod
     def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
@@ -213,9 +230,25 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: Any = None,
+        reach: int = 0,
     ) -> Iterable[dict[str, Any]]:
-        """Histograms take fewer rounds, pairs fewer dealt bytes."""
-        return shift_variants()
+        """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest rounds."""
+        return shift_variants(reach)
+
+    @classmethod
+    def supplies(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        shift: str = PAIRS,
+        bias: Any = None,
+        reach: int = 0,
+    ) -> Iterable[dict[str, Any]]:
+        return shift_supplies(shift)
 
     @classmethod
     def cost(
@@ -228,6 +261,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: Any = None,
+        reach: int = 0,
         *,
         fixed: int,
     ) -> Cost:
@@ -253,6 +287,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: Any = None,
+        reach: int = 0,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
@@ -288,6 +323,7 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: Any = None,
+        reach: int = 0,
     ) -> Any:
         """CrypTen's matrix products and softmax."""
         scores = stock_scores(q, k, scale, softcap)
@@ -305,7 +341,7 @@ _MOST_NEW = 8
 
 def _way(q: Masked, shift: str) -> str:
     """How a step's rows are shifted if it has these queries."""
-    return shift if q.shape[-2] <= _MOST_NEW else PAIRS
+    return shift if q.shape[-2] <= _MOST_NEW else shift_called(shift).many
 
 
 def sample_operands(make: Sampler) -> list[list[Any]]:

@@ -28,9 +28,11 @@ from mergec.runtime.protocols.rows import (
     HISTOGRAM,
     MAX_SPREAD,
     PAIRS,
+    SHIFTS,
     exponentials,
     exponentials_cost,
     inverse,
+    shift_supplies,
     shift_variants,
 )
 
@@ -65,6 +67,7 @@ class Softmax(Op):
             Case([far], 1e-4),
             Case([make.normal(5, 53, scale=8), HISTOGRAM], 1e-4),
             Case([far, HISTOGRAM], 1e-4),
+            *(Case([far, way], 1e-4) for way in SHIFTS if way not in (PAIRS, HISTOGRAM)),
             Case([x], stock=5e-3),
             Case([x[..., :1]], stock=5e-3),
         ]
@@ -85,6 +88,10 @@ class Softmax(Op):
     def variants(cls, x: Shared, shift: str = PAIRS) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes."""
         return shift_variants()
+
+    @classmethod
+    def supplies(cls, x: Shared, shift: str = PAIRS) -> Iterable[dict[str, Any]]:
+        return shift_supplies(shift)
 
     @classmethod
     def cost(cls, x: Shared, shift: str = PAIRS, *, fixed: int) -> Cost:

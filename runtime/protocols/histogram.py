@@ -108,7 +108,7 @@ def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     """`crest` by histograms for all rows."""
     entries = entries_of(valid)
     rows, row, kind = len(entries.counts), entries.rows, _Kind(entries)
-    values, first = _from_first(integer_parts(share, entries), entries)
+    values, first = from_first(integer_parts(share, entries), entries)
     # What the dealer needs, in the order in which the parties use it.
     mask = ctx.mask((len(row),), torch.int16)
     slots = _Tables(ctx, kind.slots, lambda: _places(mask) >> _SLOT_BITS, len(row))
@@ -237,7 +237,7 @@ class _Zeros:
         return found
 
 
-def _from_first(values: torch.Tensor, entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
+def from_first(values: torch.Tensor, entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
     """Each value less the first one of its row, and the first ones: [entries], [rows]."""
     if values.is_meta:
         return values, values

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.compare import take_window
 from mergec.runtime.protocols.histogram import STEP, crest, crest_cost
 from mergec.runtime.protocols.interval import fit_finely
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import entries_of, peak, peak_cost
+from mergec.runtime.protocols.pieces import Exponential, Pieces
 from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
+from mergec.runtime.protocols.slots import top_slot, top_slot_cost
 
 EXP_FRAC = 17
 """Fractional bits of an exponential. The largest one of a row is at least 1."""
@@ -48,12 +50,24 @@ def _further() -> Function:
     return Function(table, _END_BITS, Tail(0, 0.0), None)
 
 
+def _from_server(top: int, top_bits: int) -> Function:
+    """The exponential up to `top` of which the client is dealt nothing, on windows of 4.
+
+    It reaches so far down that what the tail cuts to zero is less than 2**-4 units.
+    """
+    windows = 8
+    start = (top - 4 * (windows - 1)) << FRACTIONAL_BITS
+    table = Pieces(Exponential(), start, windows, FRACTIONAL_BITS + 2, (6,), top_bits + 2)
+    return Function(table, FRACTIONAL_BITS + 3, Tail(0, 0.0), None)
+
+
 @dataclass(frozen=True)
 class Shift:
     """A way to find the number that a row is shifted by.
 
     find, cost: the protocol and its cost. reach: the shift is above the row's maximum less this.
-    exp: the exponential from there on. top_bits: exponentials are below 2**top_bits.
+    exp: the exponential from there on. top_bits: exponentials are below 2**top_bits. many: the name
+    of what a step of many rows takes instead.
     """
 
     find: Callable[[Context, torch.Tensor, torch.Tensor], Protocol]
@@ -61,26 +75,71 @@ class Shift:
     reach: int
     exp: Function
     top_bits: int
+    many: str
+
+    @property
+    def lowest(self) -> float:
+        """Exponentials of entries that are further below the shift than this are zero."""
+        return -self.exp.table.start * 2.0**-FRACTIONAL_BITS
 
 
 PAIRS, HISTOGRAM = "pairs", "histogram"
+_TO_SERVER = {PAIRS: "pairs-to-server", HISTOGRAM: "histogram-to-server"}
 SHIFTS = {
-    PAIRS: Shift(peak, peak_cost, 2, _EXP, 3),
-    HISTOGRAM: Shift(crest, crest_cost, STEP + 1, _further(), 6),
+    PAIRS: Shift(peak, peak_cost, 2, _EXP, 3, PAIRS),
+    HISTOGRAM: Shift(crest, crest_cost, STEP + 1, _further(), 6, PAIRS),
+    _TO_SERVER[PAIRS]: Shift(peak, peak_cost, 2, _from_server(2, 3), 3, _TO_SERVER[PAIRS]),
+    _TO_SERVER[HISTOGRAM]: Shift(
+        crest, crest_cost, STEP + 1, _from_server(5, 6), 6, _TO_SERVER[PAIRS]
+    ),
 }
 """By their names in programs. `pairs` costs fewer dealt bytes, `histogram` fewer rounds for rows of
-more than 16 entries."""
+more than 16 entries. With `to-server` nothing is dealt to the client for exponentials."""
 
 
-def shift_variants() -> Iterator[dict[str, str]]:
-    """For `Op.variants` of an op with an argument `shift`."""
-    return ({"shift": name} for name in SHIFTS)
+_REACHES = range(6, 10)
+
+SLOTS = {
+    f"slots-{bits}": Shift(
+        partial(top_slot, bits=bits),
+        partial(top_slot_cost, bits=bits),
+        STEP + 1,
+        _from_server(5, 6),
+        6,
+        _TO_SERVER[PAIRS],
+    )
+    for bits in _REACHES
+}
+"""Further ones, for rows whose valid entries differ by at most 2**bits - 4: fewer rounds than a
+histogram, and nothing is dealt to the client."""
+
+
+def shift_called(name: str) -> Shift:
+    """The shift of a name in `SHIFTS` or `SLOTS`. Raises KeyError for any other."""
+    return SLOTS[name] if name in SLOTS else SHIFTS[name]
+
+
+def reach_of_rows(spread: float) -> int:
+    """The fewest bits of `SLOTS` for rows that calibration saw spread that far; 0 if too far."""
+    needed = spread * 2.0**RANGE_MARGIN_BITS
+    return next((bits for bits in _REACHES if needed <= 2.0**bits - 4), 0)
+
+
+def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
+    """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
+    names = (*_TO_SERVER, f"slots-{reach}") if reach else _TO_SERVER
+    return ({"shift": name} for name in names)
+
+
+def shift_supplies(shift: str) -> Iterator[dict[str, str]]:
+    """For `Op.supplies` of an op with an argument `shift`."""
+    return ({"shift": name} for pair in _TO_SERVER.items() if shift in pair for name in pair)
 
 
 @cache
 def inverse(length: int, shift: str) -> Power:
     """1 / (sum of a row's exponentials), where the sum is at least 1 and below 2**top_bits each."""
-    high = EXP_FRAC + SHIFTS[shift].top_bits - 1 + math.ceil(math.log2(length))
+    high = EXP_FRAC + shift_called(shift).top_bits - 1 + math.ceil(math.log2(length))
     return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high)
 
 
@@ -90,17 +149,18 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
     In: Shared [R, L], L <= 4096, whose valid entries differ by at most 3.2e4 within a row; `valid`,
     public bool [R, L] with at least one True per row. Out: [R, L], zero where `valid` is False.
     Scores have at most 48 fractional bits. Error 4e-5 of the row's largest entry. An entry may be
-    zero for x <= c - 12.75, and is zero for x <= c - 13.75. shift: how c is found, one of `SHIFTS`;
-    d is 2 for pairs and 4 for histograms. Rounds 2 more than that. Scores are taken modulo 2**32
-    with 16 fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what
-    it sees in `peak` or `crest`, and in `saturate.apply`. How c is rounded depends on the parties'
-    own shares; a quotient of two exponentials depends on it only where one is cut to zero. With
-    exact rounding that is at x <= c - 27 and beyond, and c is always found by pairs, as there is no
-    finer table for a wider range.
+    zero for x <= c - 12.75, and is zero for x <= c - 13.75 (`to-server`, slots: 15 and 26). shift:
+    how c is found, one of `SHIFTS` or `SLOTS`, of which the latter need rows that spread less; d is
+    2 for pairs and 4 for others. Rounds 2 more than that. Scores are taken modulo 2**32 with 16
+    fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what it sees
+    in `peak`, `crest` or `top_slot`, and in `saturate.apply`. How c is rounded depends on the
+    parties' own shares; a quotient of two exponentials depends on it only where one is cut to zero.
+    With exact rounding that is at x <= c - 27 and beyond, and c is always found by pairs, as there
+    is no finer table for a wider range.
 
     Raises KeyError for another `shift`.
     """
-    chosen = SHIFTS[shift]
+    chosen = shift_called(shift)
     if ctx.exact:
         chosen = SHIFTS[PAIRS]
     share, drop = scores.share, scores.frac - FRACTIONAL_BITS
@@ -128,5 +188,5 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
 
 def exponentials_cost(valid: torch.Tensor, shift: str) -> Cost:
     """Cost of `exponentials` for rows with these valid entries."""
-    chosen = SHIFTS[shift]
+    chosen = shift_called(shift)
     return chosen.cost(valid) + apply_cost(chosen.exp, int(valid.sum()))

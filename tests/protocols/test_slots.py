@@ -1,0 +1,144 @@
+"""The maximum of rows that spread little, in two rounds: all places, orders, lengths and masks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.values import decode
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.histogram import crest_cost
+from mergec.runtime.protocols.rows import (
+    EXP_FRAC,
+    SLOTS,
+    exponentials,
+    exponentials_cost,
+    reach_of_rows,
+)
+from mergec.runtime.protocols.slots import LONGEST, top_slot, top_slot_cost
+from tests.protocols.harness import run, uniform_bytes, words
+
+UNIT = 2**16
+WRAP = 2**32
+every_reach = pytest.mark.parametrize("bits", [6, 7, 9])
+
+
+def _check(values: torch.Tensor, bits: int, valid: torch.Tensor | None = None) -> None:
+    """Below the maximum by less than four units, modulo 2**32, and nothing for the client."""
+    valid = torch.ones(values.shape, dtype=torch.bool) if valid is None else valid
+    simulation = Simulation()
+    shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+    result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits))
+    assert cost == top_slot_cost(valid, bits)
+    if int(valid.sum(1).max()) <= LONGEST:
+        assert cost.rounds == 2 and simulation.to_client.total == 0
+    exact = torch.where(valid, values, -(2**62)).max(1).values
+    assert bool((result.long() % UNIT == 0).all())
+    assert bool(((exact - result.long()) % WRAP < 4 * UNIT).all())
+
+
+@every_reach
+def test_two_values_at_each_distance_and_every_fraction(bits: int) -> None:
+    """Each after the other, at quarters of a unit and beside them, all around the circle."""
+    most = (2**bits - 4) * UNIT
+    gaps = torch.cat([torch.arange(0, most + 1, UNIT // 4), torch.tensor([most - 1, 1])])
+    for place in (0, 3 * UNIT // 4, -1, 2**31 - UNIT, words(len(gaps), -(2**31), 2**31)):
+        low = torch.zeros_like(gaps) + place
+        _check(torch.stack([low, low + gaps], 1), bits)
+        _check(torch.stack([low + gaps, low], 1), bits)
+
+
+def test_every_order_of_four_values_with_ties() -> None:
+    rows = torch.tensor(list(itertools.product((-3, 0, 0.5, 50), repeat=4)))
+    for place in (0, 1, 2, 2**15 - 1, -1):
+        _check(((rows + place) * UNIT).long(), 6)
+
+
+@every_reach
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 127, 128, 129, 255, 256, 400])
+def test_rows_of_any_length(length: int, bits: int) -> None:
+    most = (2**bits - 4) * UNIT
+    values = words(12 * length, 0, most + 1, seed=length).reshape(12, length)
+    values[0] = values[0, 0]
+    values[1], values[2] = 5 * UNIT, -7
+    values[1, length // 2] = 5 * UNIT + most
+    values[2, -1] = -7 - most
+    values[3], values[3, 0] = most, 0
+    _check(values, bits)
+
+
+def test_masked_entries_are_left_out_and_may_be_anywhere() -> None:
+    values = words(40 * 37, -(2**31), 2**31).reshape(40, 37)
+    valid = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    valid[:, 5] = True
+    valid[3] = False
+    valid[3, 36] = True
+    values[valid] = words(int(valid.sum()), 0, 252 * UNIT)
+    _check(values, 8, valid)
+    causal = torch.ones(60, 60, dtype=torch.bool).tril()
+    _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, causal)
+
+
+@pytest.mark.parametrize("fill", ["equal", "two", "beyond the reach"])
+def test_what_is_seen_is_uniform_and_of_one_shape(fill: str) -> None:
+    values = torch.zeros(2048, 3, dtype=torch.int64)
+    values[:, 1] = {"equal": 0, "two": 50 * UNIT, "beyond the reach": 9000 * UNIT}[fill]
+    simulation = Simulation(record=True)
+    shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+    valid = torch.ones(values.shape, dtype=torch.bool)
+    sent = simulation.to_server
+    kept, write = [], sent.write
+    sent.write = lambda data: (kept.append(data.clone()), write(data))[1]  # type: ignore[method-assign]
+    simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6))
+    seen = simulation.transcript
+    assert [(t.dtype, tuple(t.shape)) for t in seen[::2]] == [
+        (torch.int16, (2048 * 3,)),
+        (torch.int8, (2048, 31)),
+    ]
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        for opened in (first, second, first + second):
+            assert abs(uniform_bytes([opened])) < 6.5
+    assert [len(data) for data in kept] == [2048 * 3 * 64, 2048 * 31 * 8]
+    for data in kept:
+        assert abs(uniform_bytes([data])) < 6.5
+
+
+@pytest.mark.parametrize("shift", SLOTS)
+@pytest.mark.parametrize("frac", [16, 32, 48])
+def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
+    bits = int(shift.removeprefix("slots-"))
+    generator = torch.Generator().manual_seed(4)
+    x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
+    x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
+    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
+    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
+    simulation = Simulation()
+    views = simulation.share(x, frac)
+    valid = torch.ones(x.shape, dtype=torch.bool)
+    found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
+    assert cost == exponentials_cost(valid, shift) and cost.rounds == 4
+    assert simulation.to_client.total == 0
+    found = decode(found, EXP_FRAC)
+    most, place = x.max(1, keepdim=True)
+    largest = found.gather(1, place)
+    assert (found / largest - (x - most).exp()).abs().max() < 8e-5
+    assert float(largest.min()) >= 1 - 4e-5 and float(largest.max()) < 2.0 ** SLOTS[shift].top_bits
+
+
+def test_long_rows_take_the_histogram_of_any_range() -> None:
+    valid = torch.ones(2, LONGEST + 1, dtype=torch.bool)
+    assert top_slot_cost(valid, 8) == crest_cost(valid)
+    context = ShapeContext()
+    share = torch.empty((2, 7), dtype=torch.int32, device="meta")
+    for _ in top_slot(context, share, torch.ones(2, 7, dtype=torch.bool), 8):
+        pass
+    assert context.dealt == {"client": 0, "server": top_slot_cost(valid[:, :7], 8).offline}
+
+
+def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
+    assert [reach_of_rows(x / 8) for x in (0, 60, 60.1, 124, 252, 508, 508.1)] == [
+        6, 6, 7, 7, 8, 9, 0,
+    ]  # fmt: skip
