@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.peak import peak
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.saturate import Function, apply, function_input
+from mergec.runtime.protocols.slots import top_slot
 from mergec.runtime.protocols.squares import truncated_square
 from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import linear, send, share_weight
@@ -426,6 +428,8 @@ def _relative(exact: torch.Tensor) -> torch.Tensor:
 
 _ANY = "anywhere, of any size, beside thresholds and ends"
 _TAILS = f"abs(x) < 2^14; {_ANY}"
+_REACHED = 2**25 - 2**20
+_REACH = f"abs(x) < 2^9 - 2^4; {_ANY}"
 _UNITS = "one unit (rounded down or up)"
 
 CHECKS = [
@@ -462,6 +466,12 @@ CHECKS = [
         "[0, 4) below",
         near_maxima(crest, 4096, 16_000, 4),
     ),
+    Check(
+        "the same by one histogram, rows of 255",
+        "abs(x) < 253, ties",
+        "[0, 4) below",
+        near_maxima(partial(top_slot, bits=9), 255, 253, 4),
+    ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("softmax, rows of 256", "scores from -1e4 to 1e4", "1e-4", softmaxes(256)),
     Check("softmax, rows of 4,096", "the same", "1e-4", softmaxes(4096)),
@@ -488,6 +498,13 @@ CHECKS = [
     Check("SiLU", _TAILS, "5e-5", scalar("silu")),
     Check("GELU", _TAILS, "5e-5", scalar("gelu")),
     Check("GELU by tanh", _TAILS, "5e-5", scalar("gelu", True)),
+    Check("SiLU, to the server", _REACH, "5e-5", scalar("silu", 9, low=-_REACHED, high=_REACHED)),
+    Check(
+        "GELU, to the server",
+        _REACH,
+        "5e-5",
+        scalar("gelu", False, 9, low=-_REACHED, high=_REACHED),
+    ),
     Check("x sigmoid(1.702 x)", _TAILS, "5e-5", scalar("quick_gelu")),
     Check("ELU", _TAILS, "5e-5", scalar("elu")),
     Check("tanh", _TAILS, "5e-5", scalar("tanh")),
