@@ -64,11 +64,15 @@ def test_exact_rounding_gives_the_model_s_logits() -> None:
     assert (found - wanted).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("network", ["wan", "wan3"])
 def test_rows_long_enough_for_histograms_give_the_model_s_logits(
-    monkeypatch: pytest.MonkeyPatch,
+    network: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of 50 tokens, and a decode step, of a program for a slow network."""
-    model, program = compiled("llama", network="wan")
+    """A prompt of 50 tokens, and a decode step, of programs for slow networks.
+
+    One deals to the server alone, the other keys to both parties.
+    """
+    model, program = compiled("llama", network=network)
     prompt = [(7 * i + 3) % 50 for i in range(50)]
     with InProcessSession(program.roles) as session, torch.no_grad():
         found = [session.step(prompt, 0).reshape(-1), session.step([5], 50).reshape(-1)]
