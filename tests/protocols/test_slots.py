@@ -10,7 +10,6 @@ import torch
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.values import decode
 from mergec.runtime.engine.simulate import Simulation
-from mergec.runtime.protocols.histogram import crest_cost
 from mergec.runtime.protocols.rows import (
     EXP_FRAC,
     SLOTS,
@@ -33,8 +32,8 @@ def _check(values: torch.Tensor, bits: int, valid: torch.Tensor | None = None) -
     shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
     result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits))
     assert cost == top_slot_cost(valid, bits)
-    if int(valid.sum(1).max()) <= LONGEST:
-        assert cost.rounds == 2 and simulation.to_client.total == 0
+    assert cost.rounds == (2 if int(valid.sum(1).max()) <= LONGEST else 3)
+    assert simulation.to_client.total == 0
     exact = torch.where(valid, values, -(2**62)).max(1).values
     assert bool((result.long() % UNIT == 0).all())
     assert bool(((exact - result.long()) % WRAP < 4 * UNIT).all())
@@ -58,7 +57,7 @@ def test_every_order_of_four_values_with_ties() -> None:
 
 
 @every_reach
-@pytest.mark.parametrize("length", [1, 2, 16, 17, 127, 128, 129, 255, 256, 400])
+@pytest.mark.parametrize("length", [1, 2, 16, 127, 128, 255, 256, 512, 2047, 2048, 4096])
 def test_rows_of_any_length(length: int, bits: int) -> None:
     most = (2**bits - 4) * UNIT
     values = words(12 * length, 0, most + 1, seed=length).reshape(12, length)
@@ -67,6 +66,8 @@ def test_rows_of_any_length(length: int, bits: int) -> None:
     values[1, length // 2] = 5 * UNIT + most
     values[2, -1] = -7 - most
     values[3], values[3, 0] = most, 0
+    # 256 in the top slot are not none, nor is a multiple of it.
+    values[4], values[4, : length // 2] = 0, 40 * UNIT
     _check(values, bits)
 
 
@@ -82,9 +83,11 @@ def test_masked_entries_are_left_out_and_may_be_anywhere() -> None:
     _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, causal)
 
 
+@pytest.mark.parametrize("length", [3, 300])
 @pytest.mark.parametrize("fill", ["equal", "two", "beyond the reach"])
-def test_what_is_seen_is_uniform_and_of_one_shape(fill: str) -> None:
-    values = torch.zeros(2048, 3, dtype=torch.int64)
+def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int) -> None:
+    count = 6144 // length
+    values = torch.zeros(count, length, dtype=torch.int64)
     values[:, 1] = {"equal": 0, "two": 50 * UNIT, "beyond the reach": 9000 * UNIT}[fill]
     simulation = Simulation(record=True)
     shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
@@ -94,14 +97,22 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str) -> None:
     sent.write = lambda data: (kept.append(data.clone()), write(data))[1]  # type: ignore[method-assign]
     simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6))
     seen = simulation.transcript
+    kind = torch.int8 if length == 3 else torch.int16
+    bits = [(torch.uint8, (count * 31,))] if length > LONGEST else []
     assert [(t.dtype, tuple(t.shape)) for t in seen[::2]] == [
-        (torch.int16, (2048 * 3,)),
-        (torch.int8, (2048, 31)),
+        (torch.int16, (count * length,)),
+        (kind, (count, 31)),
+        *bits,
     ]
     for first, second in zip(seen[::2], seen[1::2], strict=True):
-        for opened in (first, second, first + second):
+        together = first ^ second if first.dtype is torch.uint8 else first + second
+        for opened in (first, second, together):
             assert abs(uniform_bytes([opened])) < 6.5
-    assert [len(data) for data in kept] == [2048 * 3 * 64, 2048 * 31 * 8]
+    sizes = [2 * 4] if length == 3 else [32 + 1, 2 * 4]
+    assert [len(data) for data in kept] == [
+        count * length * 64 * kind.itemsize,
+        *(count * 31 * size for size in sizes),
+    ]
     for data in kept:
         assert abs(uniform_bytes([data])) < 6.5
 
@@ -128,14 +139,14 @@ def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
     assert float(largest.min()) >= 1 - 4e-5 and float(largest.max()) < 2.0 ** SLOTS[shift].top_bits
 
 
-def test_long_rows_take_the_histogram_of_any_range() -> None:
-    valid = torch.ones(2, LONGEST + 1, dtype=torch.bool)
-    assert top_slot_cost(valid, 8) == crest_cost(valid)
-    context = ShapeContext()
-    share = torch.empty((2, 7), dtype=torch.int32, device="meta")
-    for _ in top_slot(context, share, torch.ones(2, 7, dtype=torch.bool), 8):
-        pass
-    assert context.dealt == {"client": 0, "server": top_slot_cost(valid[:, :7], 8).offline}
+@pytest.mark.parametrize("length", [7, LONGEST, LONGEST + 1, 4096])
+def test_shapes_alone_take_the_same_bytes(length: int) -> None:
+    context, valid = ShapeContext(), torch.ones(2, length, dtype=torch.bool)
+    share = torch.empty((2, length), dtype=torch.int32, device="meta")
+    rounds = list(top_slot(context, share, valid, 8))
+    cost = top_slot_cost(valid, 8)
+    assert len(rounds) == cost.rounds
+    assert context.dealt == {"client": 0, "server": cost.offline}
 
 
 def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
