@@ -37,7 +37,7 @@ from mergec.runtime.cli import (
     write,
 )
 from mergec.runtime.core.errors import MergecError, PromptError
-from mergec.runtime.core.spec import CHOICES, MAX_DRAFTS, MAX_NOISE
+from mergec.runtime.core.spec import CHOICES, MAX_DRAFTS, MAX_HEADS, MAX_NOISE
 
 if TYPE_CHECKING:
     from mergec.compiler.program import Program
@@ -176,6 +176,15 @@ class AdaptOptions:
     enable: Annotated[
         list[str] | None, typer.Option(help="Train for this lossy pass, too; may be repeated.")
     ] = None
+    medusa: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Instead of a preset: train so many heads that guess, 1 to {MAX_HEADS}."
+        ),
+    ] = None
+    medusa_layers: Annotated[
+        int | None, typer.Option(help="Residual blocks of each head, 1 or 0; by default 1.")
+    ] = None
     format: Annotated[
         str | None, typer.Option(help=f"Of the data: {', '.join(FORMATS)}; by default found.")
     ] = None
@@ -246,7 +255,7 @@ def adapt_command(
         Path | None, typer.Option(help="File to validate with, instead of a share of the data.")
     ] = None,
 ) -> None:
-    """Train a model for a lossy preset; `compile` then compiles the folder."""
+    """Train a model for a lossy preset, or heads that guess; `compile` then compiles the folder."""
     from mergec.compiler.adaptation.run import adapt
 
     config = AdaptConfig(**options.given())

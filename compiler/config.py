@@ -80,8 +80,9 @@ class CompileConfig:
         the vocabulary; without a tokenizer, only sequences of the second kind.
     adapted: the folder that `mergec adapt` wrote, if the model comes from there. The program gets
         the preset and the passes that the model was trained for, and their trained constants,
-        and is calibrated on prompts of the text that it was trained on. `mergec compile FOLDER`
-        sets this by itself.
+        and is calibrated on prompts of the text that it was trained on. With heads of
+        `mergec adapt --medusa`, it checks at least as many drafts a step as there are heads.
+        `mergec compile FOLDER` sets this by itself.
     ignore_settings: names of settings in the model's generation_config to leave out of the program.
         Settings that cannot be honoured are refused unless they are named here.
     name: the program's name in reports; by default the model's own name.

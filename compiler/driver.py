@@ -15,11 +15,12 @@ from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, 
 from mergec.compiler.backend.rounding import check_rounding
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.errors import CompileError
-from mergec.compiler.frontend.adaptation import read_adaptation, stands_at
+from mergec.compiler.frontend.adaptation import read_adaptation, read_heads, stands_at
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.encoder_decoder import check_options
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
+from mergec.compiler.frontend.heads import add_heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.frontend.positions import keep_drafts
 from mergec.compiler.graph.manager import PassReport
@@ -106,6 +107,9 @@ def compile_decoder(
     if config.speculate_up_to:
         captured = captured.copy()
         keep_drafts(captured, config.speculate_up_to)
+    heads = read_heads(config.adapted) if config.adapted else None
+    if heads is not None:
+        add_heads(captured, heads)
     settings = generation_settings(
         model,
         reveal=config.reveal,
@@ -147,6 +151,7 @@ def compile_decoder(
         network=config.network,
         rounding=config.rounding,
         speculate_up_to=config.speculate_up_to,
+        medusa=heads.count if heads is not None else 0,
         shapes=shapes(roles["client"], types),
         cost=_cost_summary(roles["client"], dialect.max_length, config),
         passes=[_describe_pass(report) for report in dialect.pass_report],
@@ -206,8 +211,8 @@ def compile_source(
     """
     config = CompileConfig(**options)
     if not config.adapted and stands_at(Path(source)):
-        if options.get("preset") == "exact":
-            preset = read_adaptation(source).preset
+        preset = read_adaptation(source).preset
+        if options.get("preset") == "exact" != preset:
             raise CompileError(
                 f"{source} was adapted for the preset {preset!r}, and its weights fit no other; "
                 "compile the model from before it was adapted"

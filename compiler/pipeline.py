@@ -142,7 +142,7 @@ def longest(config: CompileConfig, captured: Captured) -> int:
 
 
 def resolved(config: CompileConfig) -> CompileConfig:
-    """The options with the preset, the passes and the prompts of the adapted folder.
+    """The options with the preset, the passes, the prompts and the drafts of the adapted folder.
 
     Raises CompileError if other options than those ask for another preset, or leave out a pass.
     """
@@ -164,6 +164,8 @@ def resolved(config: CompileConfig) -> CompileConfig:
         preset=adaptation.preset,
         enable=tuple(dict.fromkeys((*adaptation.enable, *config.enable))),
         calibration=config.calibration or adaptation.calibration,
+        # Heads are for drafts that a step checks.
+        speculate_up_to=max(config.speculate_up_to, adaptation.medusa),
     )
 
 

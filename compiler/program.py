@@ -437,8 +437,8 @@ class Program:
             repetition_penalty: above 1 makes tokens that occurred less likely; 1 for none.
             chat: whether to put text into the model's chat template; None if there is one.
             speculate: what drafts the next tokens, so that a step can give several: `lookup`,
-                `retrieve:DIR`, `draft:DIR`, or `none`. Greedy answers and those of a seed stay the
-                same. The program must have been compiled with `speculate_up_to`.
+                `medusa`, `retrieve:DIR`, `draft:DIR`, or `none`. Greedy answers and those of a seed
+                stay the same. The program must have been compiled with `speculate_up_to`.
             speculate_tokens: drafts of a step; None to choose as many as pay.
             public_prefix: what the prompt begins with and both parties know. The server computes
                 its keys and values in the clear, so it takes no steps. A text is the system message

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from mergec.compiler.graph.ir import aten, calls, is_shared
+from mergec.compiler.graph.ir import aten, calls, is_shared, rank
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
 from mergec.runtime.core.op import target
@@ -19,7 +21,8 @@ class RevealLogits(Pass):
     A final softcap (gemma2) is an invertible function of each logit, so the client would learn the
     same from its result. If the client may learn only the token, `mpc.reveal_token` reads the last
     logits instead. With the option `logit_noise` the server adds noise, an argument of
-    `mpc.reveal`.
+    `mpc.reveal`. Logits of several heads, one behind the other, are revealed apart from each other,
+    because they are ready at different times and have different scales.
 
     Before:
         %x = input : shared 1x1x8
@@ -44,9 +47,16 @@ class RevealLogits(Pass):
         logits = output.args[0][0]
         if not is_shared(logits):
             return 0
+        whole = calls(logits, aten.cat.default) and _by_position(logits)
+        for part in logits.args[0] if whole else [logits]:
+            self._reveal(graph_module, part, logits if whole else output)
+        return 1
+
+    def _reveal(self, graph_module: fx.GraphModule, logits: Any, user: fx.Node) -> None:
+        """Reveal what `user` takes."""
         if self.info.reveal == "token":
-            output.replace_input_with(logits, insert_call(output, target("reveal_token"), logits))
-            return 1
+            user.replace_input_with(logits, insert_call(user, target("reveal_token"), logits))
+            return
         while len(logits.users) == 1 and _scalar(logits):
             logits = logits.args[0]
         noise = (self.info.logit_noise,) if self.info.logit_noise else ()
@@ -56,7 +66,12 @@ class RevealLogits(Pass):
         revealed.meta = dict(logits.meta)
         for user in users:
             user.replace_input_with(logits, revealed)
-        return 1
+
+
+def _by_position(cat: fx.Node) -> bool:
+    """Whether a `cat` of logits puts whole rows one behind the other."""
+    dim: Any = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    return dim % rank(cat) != rank(cat) - 1
 
 
 def _scalar(node: fx.Node) -> bool:

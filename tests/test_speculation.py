@@ -378,9 +378,11 @@ def test_a_draft_model_says_what_it_would_generate(tmp_path: Path) -> None:
 
 
 def test_drafters_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"lookup", "retrieve", "draft"} <= set(drafters())
+    assert {"lookup", "retrieve", "draft", "medusa"} <= set(drafters())
     for wrong in ("look", "lookup:x", "retrieve", "retrieve:", "draft:", "lookup:"):
-        with pytest.raises(PromptError, match="it can be: draft:DIR, lookup, retrieve:DIR, none"):
+        with pytest.raises(
+            PromptError, match="it can be: draft:DIR, lookup, medusa, retrieve:DIR, none"
+        ):
             read(wrong)
     manifest = decoder.program(speculate_up_to=2).manifest
     assert Speculation.open("none", None, manifest, None) is None

@@ -10,6 +10,7 @@ from typing import Any
 from mergec.compiler.config import PRESETS
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.arguments import Arguments
+from mergec.runtime.core.spec import MAX_HEADS
 
 TRAINABLE = tuple(name for name in PRESETS if name != "exact")
 """The presets that there is something to train for."""
@@ -35,7 +36,11 @@ the noise. So the noise keeps its default, 0.2, and its value becomes the dropou
 class AdaptConfig:
     """How to adapt a model. All options have defaults; those of MERGE are its paper's.
 
-    preset: the lossy passes to train for; any but "exact". enable: names of further lossy passes.
+    preset: the lossy passes to train for; any but "exact". By default "merge". enable: names of
+        further lossy passes.
+    medusa: instead of a preset: train so many heads, 1 to 8, that guess the tokens after the next
+        one, beside the model as it is.
+    medusa_layers: residual blocks of each head, 1 or 0. A block takes rounds of its own.
     format: of the data file; by default found from its name and contents (docs/guides/
         adaptation.md). separator: what stands between a prompt and its answer. chat: render prompts
         by the tokenizer's chat template instead. length: most tokens of a text; also the size of
@@ -44,7 +49,8 @@ class AdaptConfig:
     steps, batch, accumulate: steps of the optimizer, and the texts of each: `batch` at a time,
         `accumulate` times.
     learning_rate, weight_decay, clip, warmup: of AdamW; the largest norm of a gradient; the steps
-        over which the rate rises from 0. It is constant afterwards.
+        over which the rate rises from 0. It is constant afterwards. By default 8e-5, and 1e-3 for
+        heads.
     objective: "data" trains on the data's tokens, "teacher" in two stages on the model's own
         layers, then on its logits. By default "data" for MERGE's presets, else "teacher".
     cosine: λ in (1 - λ) · cross entropy + λ · (1 - cos(h, E[next token])), where hidden states are
@@ -67,8 +73,10 @@ class AdaptConfig:
     Raises CompileError for an option whose value is not allowed.
     """
 
-    preset: str = "merge"
+    preset: str = ""
     enable: tuple[str, ...] = ()
+    medusa: int | None = None
+    medusa_layers: int = 1
     format: str = "auto"
     separator: str = "\n"
     chat: bool = False
@@ -77,7 +85,7 @@ class AdaptConfig:
     steps: int = 50_000
     batch: int = 16
     accumulate: int = 1
-    learning_rate: float = 8e-5
+    learning_rate: float | None = None
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup: int = 0
@@ -99,12 +107,26 @@ class AdaptConfig:
 
     def __post_init__(self) -> None:
         check = Arguments(CompileError)
-        if check.text("preset", self.preset) == "exact":
+        check.text("preset", self.preset)
+        medusa = self.medusa
+        if medusa is not None:
+            medusa = check.whole("medusa", medusa, 1, MAX_HEADS)
+            object.__setattr__(self, "medusa", medusa)
+        layers = check.whole("medusa_layers", self.medusa_layers, 0, 1)
+        object.__setattr__(self, "medusa_layers", layers)
+        if not self.preset:
+            object.__setattr__(self, "preset", "exact" if medusa else "merge")
+        if medusa and (self.preset != "exact" or self.enable):
+            raise CompileError(
+                "heads are trained beside the model as it is; leave out preset and enable, or "
+                "leave out medusa"
+            )
+        if not medusa and self.preset == "exact":
             raise CompileError(
                 "the preset 'exact' computes what the model does, so there is nothing to train; "
                 f"choose one of: {', '.join(TRAINABLE)}"
             )
-        if self.preset not in TRAINABLE:
+        if not medusa and self.preset not in TRAINABLE:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(TRAINABLE)}")
         object.__setattr__(self, "enable", check.names("enable", self.enable))
         for option, values in (
@@ -138,10 +160,13 @@ class AdaptConfig:
     def complete(self) -> AdaptConfig:
         """The same options, with a value for each that depends on others."""
         recipe = RECIPE[self.recipe] if self.merges else {"noise": 0.0, "dropout": 0.0}
+        data = self.merges or self.medusa
+        rate = 1e-3 if self.medusa else 8e-5
         part = max(1, self.steps // 10)
         return replace(
             self,
-            objective=self.objective or ("data" if self.merges else "teacher"),
+            objective=self.objective or ("data" if data else "teacher"),
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
             noise=recipe["noise"] if self.noise is None else self.noise,
             dropout=recipe["dropout"] if self.dropout is None else self.dropout,
             evaluate_every=self.evaluate_every or part,

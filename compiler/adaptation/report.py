@@ -13,14 +13,24 @@ from typing import Any
 from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.metrics import NEEDS, agreement, distinct, missing, text_scores
 from mergec.compiler.adaptation.student import Student
+from mergec.runtime.core.spec import MAX_HEADS
 
-COLUMNS = ("perplexity", "agreement", "BLEU", "ROUGE-L", "chrF++", "distinct-1", "distinct-2")
+COLUMNS = (
+    "perplexity", "agreement", "BLEU", "ROUGE-L", "chrF++", "distinct-1", "distinct-2",
+    *(f"head {number} right" for number in range(1, MAX_HEADS + 1)), "tokens a step",
+)  # fmt: skip
 """The measures of a table, in its order; those that were not taken are left out."""
 
 _MEANING = (
     "Perplexity is that of the given texts, each token after the given ones before it. Agreement "
     "is the share of tokens that equal those of the model's greedy answers to the same prompts; "
     "all other measures are of these answers, beside the given ones of the same length."
+)
+
+_OF_HEADS = (
+    "A head's guess is right if it is the token that the model chooses at that place of the "
+    "validation texts. Tokens a step are those of greedy answers to their prompts, with all heads' "
+    "guesses checked in each step after the prompt's."
 )
 
 
@@ -63,9 +73,12 @@ class Report:
             f"{min(config.samples, self.held)} prompts were answered."
         )
         head = f"# {self.folder.name}: adapted for {passes}"
-        lines = [head, "", trained, "", *table(self.rows), "", _MEANING]
+        if config.medusa:
+            head = f"# {self.folder.name}: {config.medusa} heads that guess"
+        meaning = _OF_HEADS if config.medusa else _MEANING
+        lines = [head, "", trained, "", *table(self.rows), "", meaning]
         absent = [name for package in missing() for name in NEEDS[package]]
-        if absent:
+        if absent and not config.medusa:
             lines += ["", f"Not measured: {', '.join(absent)}; install mergec[adapt]."]
         if self.cost:
             lines += ["", "| Step | New | Past | Rounds | Bytes online |", "| --- " * 5 + "|"]
@@ -137,15 +150,25 @@ def write_report(report: Report) -> None:
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
-        draw_curves(folder / "curves.png", {report.config.preset: report.history})
+        config = report.config
+        keys: Sequence[str] = CURVES
+        if config.medusa:
+            keys = ("eval_loss", *(f"eval_head {n} right" for n in range(1, config.medusa + 1)))
+        draw_curves(folder / "curves.png", {config.preset: report.history}, keys)
 
 
-def draw_curves(file: Path, runs: dict[str, list[dict[str, float]]]) -> None:
-    """Validation loss and agreement over steps, a line for each run, as an image."""
+CURVES = ("eval_loss", "eval_agreement")
+"""What curves show of a run, beside the steps."""
+
+
+def draw_curves(
+    file: Path, runs: dict[str, list[dict[str, float]]], keys: Sequence[str] = CURVES
+) -> None:
+    """Measures over steps, a plot for each and a line for each run, as an image."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("eval_loss", "eval_agreement"), strict=True):
+    figure = Figure(figsize=(4.5 * len(keys), 3.5), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
         for name, history in runs.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.data import Encoded, Encoder, Example, read_examples, split
+from mergec.compiler.adaptation.heads import HeadMeasures, TrainedHeads
 from mergec.compiler.adaptation.report import Report, text_row, write_report
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.backend.deviation import measure_deviation
@@ -29,11 +31,18 @@ from mergec.compiler.frontend.adaptation import (
     write_adaptation,
 )
 from mergec.compiler.frontend.capture import capture
+from mergec.compiler.frontend.heads import Heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.pipeline import runs_anyway, select
 from mergec.compiler.program import Program
 from mergec.runtime.core.arguments import Arguments
+from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.session.drafting import Speculation
+from mergec.runtime.session.drafting.medusa import Medusa
+from mergec.runtime.session.generation import answer
+from mergec.runtime.session.plain import PlainSession
+from mergec.runtime.session.sampling import Sampling
 
 Progress = Callable[[str], object]
 
@@ -67,11 +76,12 @@ def adapt(
     validation: str | Path | None = None,
     progress: Progress = _quiet,
 ) -> Report:
-    """Train a model so that a lossy preset works, and save it in a folder.
+    """Train a model so that a lossy preset works, or heads beside it; save it in a folder.
 
     `mergec compile FOLDER` compiles the result with the passes that it was trained for, and with
-    the trained constants in place; so does `compile_decoder` with `CompileConfig(adapted=FOLDER)`.
-    The folder also holds report.md and report.json. It is the server's secret, as any model is.
+    the trained constants or heads in place; so does `compile_decoder` with
+    `CompileConfig(adapted=FOLDER)`. The folder also holds report.md and report.json. It is the
+    server's secret, as any model is.
 
     Args:
         model: a folder in Hugging Face format, a .gguf file, `smollm2`, or a model in memory, which
@@ -85,12 +95,13 @@ def adapt(
         progress: called with one line of text as each stage begins, and while training runs.
 
     Returns:
-        The report: how good the model was, and the student before and after.
+        The report: how good the model was, and the student before and after; or how often heads
+        are right.
 
     Raises:
         CompileError: the model cannot be loaded, captured or compiled, or has nothing to train for
-            the preset; a line of the data is not as expected; the output folder holds something
-            else; or an option is wrong.
+            the preset; heads are asked for a model that is no decoder; a line of the data is not as
+            expected; the output folder holds something else; or an option is wrong.
 
     Example:
         >>> import mergec
@@ -100,10 +111,9 @@ def adapt(
     config = _checked(config, progress).complete()
     folder = Path(output)
     if isinstance(model, (str, Path)) and stands_at(Path(model)):
-        preset = read_adaptation(model).preset
-        raise CompileError(
-            f"{model} is already adapted, for the preset {preset!r}; give the model from before"
-        )
+        former = read_adaptation(model)
+        done = "has heads" if former.medusa else f"is adapted, for the preset {former.preset!r}"
+        raise CompileError(f"{model} already {done}; give the model from before")
     _check_place(folder)
     examples = read_examples(data, config.format)
     if validation is None:
@@ -119,6 +129,11 @@ def adapt(
     if not hasattr(loaded, "save_pretrained"):
         raise CompileError(
             f"a {type(loaded).__name__} cannot be saved in a folder; give a Hugging Face decoder"
+        )
+    if config.medusa and getattr(getattr(loaded, "config", None), "is_encoder_decoder", False):
+        raise CompileError(
+            f"{type(loaded).__name__} is an encoder-decoder; heads are for decoders such as GPT-2, "
+            "so leave out medusa"
         )
     # 16-bit floats train badly; a program is compiled from float32 in any case.
     if next(loaded.parameters()).dtype != torch.float64:
@@ -140,85 +155,45 @@ def adapt(
         file=data,
     )
     texts, kept = _encoded(encoder, learned, "train on"), _encoded(encoder, held, "validate with")
-    compiled = CompileConfig(preset=config.preset, enable=config.enable)
-    student = Student(loaded, compiled, _observed(texts, config.seed))
-    _check_student(student, compiled, config)
     settings = {
         **config.settings(),
         "model": _digest_of(teacher),
         "data": _digest(Path(data)),
         "validation_data": None if validation is None else _digest(Path(validation)),
     }
-    run = _Run(loaded, tokenizer, teacher, student, config, folder, settings, progress)
+    run: _Run
+    if config.medusa:
+        _check_answers(texts, "train on")
+        _check_answers(kept, "validate with")
+        heads = TrainedHeads(teacher, config.medusa, config.medusa_layers)
+        run = _HeadRun(loaded, tokenizer, heads, config, folder, settings, progress)
+    else:
+        compiled = CompileConfig(preset=config.preset, enable=config.enable)
+        student = Student(loaded, compiled, _observed(texts, config.seed))
+        _check_student(student, compiled, config)
+        run = _StudentRun(loaded, tokenizer, teacher, student, config, folder, settings, progress)
     return run.all(texts, kept)
 
 
-class _Run:
+class _Run(ABC):
     """A run whose arguments have been checked."""
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        teacher: Student,
-        student: Student,
         config: AdaptConfig,
         folder: Path,
         settings: dict[str, Any],
         progress: Progress,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.teacher, self.student = teacher, student
         self.config, self.folder, self.settings = config, folder, settings
         self.progress = progress
 
+    @abstractmethod
     def all(self, texts: Sequence[Encoded], held: Sequence[Encoded]) -> Report:
         """Train, save, compile, and report."""
-        from mergec.compiler.adaptation.train import Measures, StudentTrainer, train
-
-        measures = Measures(self.teacher, held, self.config)
-        checkpoints = self.folder / CHECKPOINTS
-        trainer = StudentTrainer(
-            self.student, self.teacher, texts, measures, self.config, checkpoints, self.progress
-        )
-        self.student.to(trainer.args.device)
-        before = self._begin(lambda: self._rows(measures))
-        self.progress(f"training on {len(texts):,} texts, validating with {len(held):,}")
-        history = train(trainer, checkpoints)
-        self.progress("measuring the adapted model")
-        self.student.eval().requires_grad_(False)
-        rows = [
-            *before,
-            text_row(f"{self.config.preset}, adapted", measures, self.student, self.tokenizer),
-        ]
-        self.student.cpu()
-        self.teacher.cpu()
-        prompts = tuple(text.tokens for text in held[:_CALIBRATED])
-        self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), prompts))
-        report = Report(self.folder, self.config, rows, history, len(texts), len(held))
-        write_report(report)
-        (self.folder / RUN).unlink()
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        self._compile(report, prompts)
-        return report
-
-    @property
-    def _enable(self) -> tuple[str, ...]:
-        compiled = CompileConfig(preset=self.config.preset, enable=self.config.enable)
-        needless = runs_anyway(compiled)
-        return tuple(name for name in self.config.enable if name not in needless)
-
-    def _rows(self, measures: Any) -> list[dict[str, Any]]:
-        """How good the model is, and the student before any training."""
-        self.progress("measuring the model, and the preset before training")
-        self.student.eval()
-        untrained = f"{self.config.preset}, untrained"
-        rows = [
-            text_row("the model", measures, self.teacher, self.tokenizer),
-            text_row(untrained, measures, self.student, self.tokenizer),
-        ]
-        self.student.train()
-        return rows
 
     def _begin(self, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Note the settings in the folder, or compare those that are there: a run continues then.
@@ -246,23 +221,89 @@ class _Run:
         self.progress("continuing an interrupted run")
         return rows
 
-    def _save(self, adaptation: Adaptation) -> None:
+    def _save(self, adaptation: Adaptation, heads: Heads | None = None) -> None:
         self.progress(f"saving the model in {self.folder}")
         self.model.save_pretrained(self.folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(self.folder)
-        write_adaptation(self.folder, adaptation)
+        write_adaptation(self.folder, adaptation, heads)
 
-    def _compile(self, report: Report, prompts: Sequence[Sequence[int]]) -> None:
-        """Compile what was saved; note its cost, and how far it is from the teacher."""
+    def _report(self, report: Report) -> None:
+        """Write a report of what was trained, which leaves no run to continue."""
+        write_report(report)
+        (self.folder / RUN).unlink()
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+
+    def _program(self) -> Program:
+        """Compile what was saved."""
         self.progress("compiling the adapted model")
         asked = CompileConfig(adapted=str(self.folder), name=self.folder.name)
         try:
-            program = compile_decoder(self.model, self.tokenizer, asked)
+            return compile_decoder(self.model, self.tokenizer, asked)
         except CompileError as error:
             raise CompileError(
                 f"{self.folder} holds the adapted model, but it does not compile: {error}"
             ) from error
+
+
+class _StudentRun(_Run):
+    """Trains a student for a preset."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, teacher: Student, student: Student, *settings: Any
+    ) -> None:
+        super().__init__(model, tokenizer, *settings)
+        self.teacher, self.student = teacher, student
+
+    def all(self, texts: Sequence[Encoded], held: Sequence[Encoded]) -> Report:
+        """Train, save, compile, and report."""
+        from mergec.compiler.adaptation.train import Measures, StudentTrainer, train
+
+        measures = Measures(self.teacher, held, self.config)
+        checkpoints = self.folder / CHECKPOINTS
+        trainer = StudentTrainer(
+            self.student, self.teacher, texts, measures, self.config, checkpoints, self.progress
+        )
+        self.student.to(trainer.args.device)
+        before = self._begin(lambda: self._rows(measures))
+        self.progress(f"training on {len(texts):,} texts, validating with {len(held):,}")
+        history = train(trainer, checkpoints)
+        self.progress("measuring the adapted model")
+        self.student.eval().requires_grad_(False)
+        rows = [
+            *before,
+            text_row(f"{self.config.preset}, adapted", measures, self.student, self.tokenizer),
+        ]
+        self.student.cpu()
+        self.teacher.cpu()
+        prompts = tuple(text.tokens for text in held[:_CALIBRATED])
+        self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), prompts))
+        report = Report(self.folder, self.config, rows, history, len(texts), len(held))
+        self._report(report)
+        self._compile(report, prompts)
+        return report
+
+    @property
+    def _enable(self) -> tuple[str, ...]:
+        compiled = CompileConfig(preset=self.config.preset, enable=self.config.enable)
+        needless = runs_anyway(compiled)
+        return tuple(name for name in self.config.enable if name not in needless)
+
+    def _rows(self, measures: Any) -> list[dict[str, Any]]:
+        """How good the model is, and the student before any training."""
+        self.progress("measuring the model, and the preset before training")
+        self.student.eval()
+        untrained = f"{self.config.preset}, untrained"
+        rows = [
+            text_row("the model", measures, self.teacher, self.tokenizer),
+            text_row(untrained, measures, self.student, self.tokenizer),
+        ]
+        self.student.train()
+        return rows
+
+    def _compile(self, report: Report, prompts: Sequence[Sequence[int]]) -> None:
+        """Compile what was saved; note its cost, and how far it is from the teacher."""
+        program = self._program()
         self._compare(program, prompts[0])
         former = capture(self.teacher.model)
         deviation = measure_deviation(program.roles["server"], former, prompts)
@@ -293,6 +334,83 @@ class _Run:
             )
 
 
+class _HeadRun(_Run):
+    """Trains heads beside a model that stays as it is."""
+
+    def __init__(self, model: Any, tokenizer: Any, heads: TrainedHeads, *settings: Any) -> None:
+        super().__init__(model, tokenizer, *settings)
+        self.heads = heads
+
+    def all(self, texts: Sequence[Encoded], held: Sequence[Encoded]) -> Report:
+        """Train, save, compile, and report."""
+        from mergec.compiler.adaptation.train import HeadTrainer, train
+
+        measures = HeadMeasures(held, self.config)
+        checkpoints = self.folder / CHECKPOINTS
+        trainer = HeadTrainer(self.heads, texts, measures, self.config, checkpoints, self.progress)
+        self.heads.to(trainer.args.device)
+        before = self._begin(lambda: [measures.row("heads, untrained", self.heads)])
+        self.progress(f"training on {len(texts):,} texts, validating with {len(held):,}")
+        history = train(trainer, checkpoints)
+        self.heads.requires_grad_(False)
+        trained = measures.row("heads, trained", self.heads)
+        self.heads.cpu()
+        self.heads.model.cpu()
+        found = self.heads.trained()
+        prompts = tuple(text.tokens for text in held[:_CALIBRATED])
+        adaptation = Adaptation("exact", calibration=prompts, medusa=found.count, base=found.base)
+        self._save(adaptation, found)
+        rows = [*before, trained]
+        report = Report(self.folder, self.config, rows, history, len(texts), len(held))
+        self._report(report)
+        self._compile(report, held)
+        return report
+
+    def _compile(self, report: Report, held: Sequence[Encoded]) -> None:
+        """Compile what was saved; note its cost, and how many tokens a step gives."""
+        program = self._program()
+        executor = PlainExecutor(program.roles["server"])
+        self._compare(executor, held[0].tokens)
+        self.progress("measuring answers")
+        report.rows[-1]["tokens a step"] = self._a_step(executor, held)
+        report.cost = dict(program.manifest.cost)
+        write_report(report)
+
+    def _compare(self, executor: PlainExecutor, prompt: Sequence[int]) -> None:
+        """Raise InternalError if the program's heads do not say what was trained."""
+        program, ids = executor.program, torch.tensor([list(prompt)])
+        (tokens,) = [spec.name for spec in program.inputs if spec.vis is Vis.CLIENT]
+        name = program.outputs[0]
+        found = executor.step({tokens: ids, **executor.start()}, [name])[name][0]
+        with torch.no_grad():
+            hidden = self.heads.model(ids).hidden[0, -1]
+            for number in range(1, self.heads.count + 1):
+                wanted = self.heads(hidden, number)
+                apart = float((found[number - 1] - wanted).abs().max() / wanted.std())
+                if not apart < _APART:
+                    raise InternalError(
+                        f"what head {number} of the program says is {apart:.2g} standard "
+                        "deviations from what was trained"
+                    )
+
+    def _a_step(self, executor: PlainExecutor, held: Sequence[Encoded]) -> float | None:
+        """Tokens of a step after the prompt's, in greedy answers; None without such steps."""
+        session, room = PlainSession(executor), executor.program.manifest.max_length
+        tokens = steps = 0
+        for text in held[: self.config.samples]:
+            count = min(self.config.answer, room - len(text.prompt))
+            if count < 2:
+                continue
+            drafts = Speculation(Medusa(), self.heads.count)
+            greedy = Sampling(temperature=0.0)
+            found = list(
+                answer(session, text.prompt, max_tokens=count, sampling=greedy, speculation=drafts)
+            )
+            tokens += len(found) - 1
+            steps += sum(len(token.reports) for token in found) - 1
+        return tokens / steps if steps else None
+
+
 def _checked(config: Any, progress: Any) -> AdaptConfig:
     check = Arguments(CompileError)
     if config is not None:
@@ -318,6 +436,15 @@ def _encoded(encoder: Encoder, examples: Sequence[Example], purpose: str) -> lis
     if not found:
         raise CompileError(f"the data holds nothing to {purpose}; its texts have too few tokens")
     return found
+
+
+def _check_answers(texts: Sequence[Encoded], purpose: str) -> None:
+    """Raise CompileError if no text has an answer in which a head looks ahead."""
+    if not any(len(text.tokens) - max(text.start, 1) > 1 for text in texts):
+        raise CompileError(
+            f"the data holds no answer of two tokens or more to {purpose}, so heads have nothing "
+            "to guess"
+        )
 
 
 def _observed(texts: Sequence[Encoded], seed: int) -> list[list[int]]:

@@ -87,6 +87,7 @@ class Student(nn.Module):
         self._logits, self._hidden, self._embedding, self._table, self._streams = _places(
             captured.graph_module, resends=self.resends
         )
+        self._head = head_of(captured.graph_module)
         self.constants: list[str] = []
         self._names: dict[str, str] = {}
         given = dict(model.named_parameters(remove_duplicate=False))
@@ -133,6 +134,26 @@ class Student(nn.Module):
         if self._table is None:
             raise CompileError("the model does not have one embedding of the tokens")
         return nn.functional.embedding(ids, self.value(self._table))
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix [V, E] of the model's head, and its bias [V] if it has one.
+
+        Raises CompileError if they are computed from other constants.
+        """
+        matrix, bias = (self._constant(arg) for arg in (*self._head.args, None)[1:3])
+        if matrix is None:
+            raise CompileError("the model's head has no matrix")
+        return matrix, bias
+
+    def _constant(self, node: Any) -> torch.Tensor | None:
+        if node is None:
+            return None
+        if calls(node, aten.permute.default):
+            source = self._constant(node.args[0])
+            return None if source is None else source.permute(node.args[1])
+        if node.op != "get_attr":
+            raise CompileError("the model's head is computed", {node: "it is no constant"})
+        return self.value(str(node.target))
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> Result:
         """Run the graph on token ids [B, N].

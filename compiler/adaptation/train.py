@@ -1,14 +1,16 @@
-"""Trains a student with transformers' Trainer, and measures it while it runs."""
+"""Trains a student or heads with transformers' Trainer, and measures them while it runs."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,7 +18,8 @@ from transformers.utils import logging as hf_logging
 
 from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.data import Encoded
-from mergec.compiler.adaptation.losses import IGNORED, collate, losses
+from mergec.compiler.adaptation.heads import HeadMeasures, TrainedHeads, head_losses
+from mergec.compiler.adaptation.losses import IGNORED, Batch, Losses, collate, losses
 from mergec.compiler.adaptation.metrics import agreement
 from mergec.compiler.adaptation.student import Student
 
@@ -95,17 +98,15 @@ class Measures:
             student.train(training)
 
 
-class StudentTrainer(Trainer):
+class AdaptTrainer(Trainer):
     """transformers' Trainer with the losses and measures of an adaptation."""
 
     control: Any
 
     def __init__(
         self,
-        student: Student,
-        teacher: Student,
+        module: nn.Module,
         texts: Sequence[Encoded],
-        measures: Measures,
         config: AdaptConfig,
         folder: Path,
         progress: Progress,
@@ -138,28 +139,27 @@ class StudentTrainer(Trainer):
         # Several GPUs would run copies of the student in threads, which tracing per text forbids.
         arguments._n_gpu = min(1, arguments.n_gpu)
         super().__init__(
-            student,
+            module,
             arguments,
             data_collator=collate,
             train_dataset=list(texts),
-            eval_dataset=measures.texts,
+            # `evaluate` measures by itself; the Trainer only wants to know that it can.
+            eval_dataset=list(texts[:1]),
             callbacks=[_Shown(progress, config.steps)],
         )
         self.remove_callback(PrinterCallback)
-        self.student, self.teacher = student, teacher
-        self.measures, self.settings = measures, config
+        self.settings = config
         self._parts: dict[str, list[torch.Tensor]] = {}
         # The loss is a mean over the batch.
         self.model_accepts_loss_kwargs = False
-        teacher.to(arguments.device)
 
-    @property
-    def trains_layers(self) -> bool:
-        """Whether the current step is one of the first stage of a distillation."""
-        config = self.settings
-        return config.objective == "teacher" and (
-            self.state.global_step < round(config.layer_steps * config.steps)
-        )
+    @abstractmethod
+    def losses(self, batch: Batch) -> Losses:
+        """The loss of a batch that is trained on."""
+
+    @abstractmethod
+    def measured(self) -> Numbers:
+        """The validation loss, and other measures."""
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """All of them, as in the paper's scripts."""
@@ -172,15 +172,8 @@ class StudentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a batch, with noise and dropout."""
-        found = losses(
-            self.student,
-            self.teacher,
-            inputs,
-            self.settings,
-            layers=self.trains_layers,
-            disturbed=True,
-        )
+        """The loss of a batch; notes its parts."""
+        found = self.losses(inputs)
         for name, value in found.parts.items():
             self._parts.setdefault(name, []).append(value)
         return (found.total, None) if return_outputs else found.total
@@ -197,11 +190,74 @@ class StudentTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure on the validation texts."""
-        found = self.measures(self.student, layers=self.trains_layers)
-        found = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self.measured().items()}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+
+class StudentTrainer(AdaptTrainer):
+    """Trains a student for a preset."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Student,
+        texts: Sequence[Encoded],
+        measures: Measures,
+        config: AdaptConfig,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        super().__init__(student, texts, config, folder, progress)
+        self.student, self.teacher, self.measures = student, teacher, measures
+        teacher.to(self.args.device)
+
+    @property
+    def trains_layers(self) -> bool:
+        """Whether the current step is one of the first stage of a distillation."""
+        config = self.settings
+        return config.objective == "teacher" and (
+            self.state.global_step < round(config.layer_steps * config.steps)
+        )
+
+    def losses(self, batch: Batch) -> Losses:
+        """With noise and dropout."""
+        return losses(
+            self.student,
+            self.teacher,
+            batch,
+            self.settings,
+            layers=self.trains_layers,
+            disturbed=True,
+        )
+
+    def measured(self) -> Numbers:
+        """Also the agreement of answers with the teacher's."""
+        return self.measures(self.student, layers=self.trains_layers)
+
+
+class HeadTrainer(AdaptTrainer):
+    """Trains heads beside a model that stays as it is."""
+
+    def __init__(
+        self,
+        heads: TrainedHeads,
+        texts: Sequence[Encoded],
+        measures: HeadMeasures,
+        config: AdaptConfig,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        super().__init__(heads, texts, config, folder, progress)
+        self.heads, self.measures = heads, measures
+        heads.model.to(self.args.device)
+
+    def losses(self, batch: Batch) -> Losses:
+        return head_losses(self.heads, batch)
+
+    def measured(self) -> Numbers:
+        return self.measures(self.heads)
 
 
 class _Shown(TrainerCallback):
@@ -229,7 +285,7 @@ def described(logs: dict[str, float]) -> str:
     )
 
 
-def train(trainer: StudentTrainer, folder: Path) -> list[dict[str, float]]:
+def train(trainer: AdaptTrainer, folder: Path) -> list[dict[str, float]]:
     """Train to the end, from the last checkpoint in `folder` if there is one.
 
     Returns what was logged at each step.

@@ -31,6 +31,10 @@ then below 1, which fits beside any value that a share can hold."""
 MAX_DRAFTS = 31
 """Most drafted tokens that a step can check. Longer runs of right drafts are too rare to pay."""
 
+MAX_HEADS = 8
+"""Most heads of a model that guess the tokens after the next one. Heads that look further ahead are
+too rarely right to pay."""
+
 CLIENT, SERVER, DEALER = 0, 1, 2
 """Party numbers. The client owns the prompt, the server owns the weights, the dealer neither."""
 

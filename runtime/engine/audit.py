@@ -112,14 +112,15 @@ class Seen:
 class Extraction:
     """What the answers to some queries can at most determine of the weights.
 
-    A query is one step: it returns one row of logits, or one token. A step that checks drafts is
-    one query for each of its tokens.
+    A query is one step: it returns one row of logits, or one token, and as many more of the model's
+    heads. A step that checks drafts is one query for each of its tokens.
     weights: all of the server's numbers. vocabulary, width: rows and columns of the matrix that the
-    logits come from; 0 if there is none. honest: numbers that a client determines by following the
-    protocol: with r = min(queries, width) independent rows it knows the space that the matrix's
-    columns span, r (vocabulary - r) numbers, and nothing inside of it (Carlini et al., ICML 2024;
-    Finlayson et al., COLM 2024); None if it sees tokens alone. deviating: numbers that a client
-    determines if it adds errors to shares, at most one for each logit; None likewise.
+    logits come from, those of all heads together; 0 if there is none. honest: numbers that a client
+    determines by following the protocol: with r = min(queries, width) independent rows it knows the
+    space that the matrix's columns span, r (vocabulary - r) numbers, and nothing inside of it
+    (Carlini et al., ICML 2024; Finlayson et al., COLM 2024); None if it sees tokens alone.
+    deviating: numbers that a client determines if it adds errors to shares, at most one for each
+    logit; None likewise.
     bits: what the answers hold, by counting them. everything: the fewest queries that could
     determine all weights, by the same counts; no attack is claimed to reach it.
     """
@@ -435,7 +436,8 @@ def _extraction(program: RoleProgram, plan: Plan, queries: int) -> Extraction:
             queries, weights, vocabulary, width, rank * (vocabulary - rank),
             min(queries * row, weights), queries * row * _REVEALED_BITS, -(-weights // row),
         )  # fmt: skip
-    each = math.log2(max(2, vocabulary or program.manifest.vocab_size))
+    choices = 1 + program.manifest.medusa
+    each = choices * math.log2(max(2, vocabulary // choices or program.manifest.vocab_size))
     fewest = math.ceil(weights * program.manifest.fractional_bits / each)
     return Extraction(
         queries, weights, vocabulary, width, None, None, math.ceil(queries * each), fewest
@@ -447,19 +449,27 @@ _REVEALED_BITS = 32
 
 
 def _last_matrix(program: RoleProgram, plan: Plan) -> tuple[int, int]:
-    """Rows and columns of the matrix that the revealed values come from; zeros if there is none."""
+    """Rows and columns of the matrix that the revealed values come from; zeros if there is none.
+
+    Where several values are revealed, it is the matrix of all of them: their rows, and the columns
+    of each row of activations that some of them come from.
+    """
     steps = {planned.name: planned for planned in plan.steps}
     shapes = {spec.name: spec.shape for spec in program.constants}
-    revealed = [planned for planned in plan.steps if _reveals(planned.op)]
-    asked = [revealed[-1]] if revealed else []
-    while asked:
-        planned = asked.pop()
-        for _, name in planned.constants:
-            if len(shapes.get(name, ())) == 2:
-                rows, columns = shapes[name]
-                return rows, columns
-        asked += [steps[name] for name in planned.refs if name in steps]
-    return 0, 0
+    rows: dict[str, int] = {}
+    columns: dict[tuple[str, ...], int] = {}
+    for revealed in (planned for planned in plan.steps if _reveals(planned.op)):
+        asked = [revealed]
+        while asked:
+            planned = asked.pop()
+            found = [name for _, name in planned.constants if len(shapes.get(name, ())) == 2]
+            before = [name for name in planned.refs if name in steps]
+            if found:
+                rows[found[0]], width = shapes[found[0]]
+                columns[tuple(before)] = width
+                break
+            asked += [steps[name] for name in before]
+    return sum(rows.values()), sum(columns.values())
 
 
 def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
@@ -477,6 +487,7 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
         "resends": program.resends,
         "encodes": program.encodes,
         "speculate_up_to": manifest.speculate_up_to,
+        "medusa": manifest.medusa,
         "lossy": manifest.lossy,
         "instructions": len(plan.steps),
     }
@@ -552,6 +563,10 @@ def _notes(found: Audit) -> Iterator[str]:
     else:
         yield "  exact: the bits that decide how values are rounded stay with the server"
     yield from ("", f"The weights, {bounds.weights:,} numbers, after {bounds.queries:,} queries:")
+    if heads := facts["medusa"]:
+        said = "the token" if facts["reveal"] == "token" else "the logits"
+        yield f"  each of {heads} heads reveals {said} of its guess wherever the model's own head"
+        yield "  does; they are counted below"
     if bounds.honest is not None and bounds.deviating is not None:
         yield f"  logits: a matrix of {bounds.vocabulary:,} x {bounds.width:,} times a vector"
         yield f"  honest client: {bounds.honest:,} numbers, which determine the matrix's span"

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.spec import CHOICES, FRACTIONAL_BITS, MAX_DRAFTS, MAX_NOISE, RING_BITS
+from mergec.runtime.core.spec import (
+    CHOICES,
+    FRACTIONAL_BITS,
+    MAX_DRAFTS,
+    MAX_HEADS,
+    MAX_NOISE,
+    RING_BITS,
+)
 from mergec.runtime.program.generation_settings import GenerationSettings, cut
 from mergec.runtime.program.json_values import canonical, is_a
 
@@ -75,6 +82,9 @@ class Manifest:
     speculate_up_to: int = 0
     """Most drafted tokens that a step checks: up to so many positions after the first one, a step
     that follows cached tokens gives results at all of them. 0 for results at the last one alone."""
+    medusa: int = 0
+    """Heads that guess the tokens after the next one: at each position where a step gives a result,
+    it gives theirs, too. All results of the first head come first, and the model's own last."""
     mode: str = "mergec"
     shapes: dict[str, Any] = field(default_factory=dict)
     """dtype and shape of each input and output, with `new` and `past` for the lengths of a step."""
@@ -139,6 +149,10 @@ class Manifest:
             raise BundleError(
                 f"the manifest's speculate_up_to is {self.speculate_up_to}; it can be 0 to "
                 f"{MAX_DRAFTS}"
+            )
+        if not 0 <= self.medusa <= MAX_HEADS:
+            raise BundleError(
+                f"the manifest's medusa is {self.medusa}; it can be 0 to {MAX_HEADS} heads"
             )
         if not 0 <= self.logit_noise <= MAX_NOISE:
             raise BundleError(
@@ -215,7 +229,7 @@ _KINDS = {
 }
 """The JSON type of each field, from its annotation; settings check themselves."""
 
-_SINCE_2 = ("logit_noise", "rounding", "speculate_up_to", "tokenizer")
+_SINCE_2 = ("logit_noise", "medusa", "rounding", "speculate_up_to", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
 
 _OPTIONAL = ("answer_start",)

@@ -376,12 +376,13 @@ class Connection:
         checkpoint's generation settings. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
         about the answer. speculate: what drafts the next tokens, so that a step can give several:
-        `lookup`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and those of a
-        seed stay the same, and server and dealer see how many drafts of each step were right.
-        speculate_tokens: drafts of a step; None to choose as many as pay. Closing the iterator ends
-        the answer after the current step; the session stays open. Raises PromptError for a prompt,
-        sampling or drafter that the program or the server does not allow, PartyError if a peer
-        fails, and MergecError if the settings or the drafter need a package that is not installed.
+        `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and
+        those of a seed stay the same, and server and dealer see how many drafts of each step were
+        right. speculate_tokens: drafts of a step; None to choose as many as pay. Closing the
+        iterator ends the answer after the current step; the session stays open. Raises PromptError
+        for a prompt, sampling or drafter that the program or the server does not allow, PartyError
+        if a peer fails, and MergecError if the settings or the drafter need a package that is not
+        installed.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)

@@ -85,6 +85,9 @@ def answer(
     token is drawn from the rest: rejection sampling (Leviathan et al., ICML 2023) for drafts that
     are no random choice. A seed gives the same tokens with and without drafts.
 
+    If the model has heads that guess the tokens after the next one, the drafter is told what they
+    say at the last position that is kept.
+
     A program that resends its hidden state knows no token before the last step: it runs all
     `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
     """
@@ -143,6 +146,9 @@ def answer(
         if speculation is not None and tokens:
             speculation.learn(1 + len(drafts), reports[-1].seconds, [token for token, _ in chosen])
         past -= len(drafts) - right
+        if speculation is not None and manifest.medusa:
+            # What the heads say behind the last right draft; all that follows is of another text.
+            speculation.guess(session.guesses[:, right - len(drafts) - 1].tolist())
         for token, row in chosen:
             tokens.append(token)
             if not ended:

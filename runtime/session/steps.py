@@ -101,6 +101,9 @@ class Session(ABC):
         """Runs steps on shapes, if this party compares its steps with such runs."""
         self.tokens: list[int] = []
         """The tokens in the caches, at the client; empty elsewhere."""
+        self.guesses = torch.zeros(program.manifest.medusa, 0, dtype=torch.int64)
+        """At the client: the tokens that each of the model's heads thinks most likely, [heads, R],
+        at the R positions at which the last step gave results."""
         self._conversation = 0
         self._others: dict[int, Cached] = {}
 
@@ -211,7 +214,8 @@ class Session(ABC):
         """Like `step`, with all rows that the program reveals: logits [R, V], or tokens [R, 1].
 
         R is `new` for a step that checks drafts: one of up to 1 + `Manifest.speculate_up_to` tokens
-        after cached ones. It is 1 for any other, unless a user's pass keeps every position.
+        after cached ones. It is 1 for any other, unless a user's pass keeps every position. Where
+        the model has heads, `guesses` then holds their tokens at these positions.
         """
         if not self.allows(new, past):
             raise BundleError(
@@ -281,7 +285,16 @@ class Session(ABC):
         if self.party != CLIENT:
             return None
         value: torch.Tensor = logits.value if isinstance(logits, Held) else logits
-        return value.reshape(-1, value.shape[-1] if self.program.manifest.reveals_logits else 1)
+        manifest = self.program.manifest
+        rows = value.reshape(-1, value.shape[-1] if manifest.reveals_logits else 1)
+        if not manifest.medusa:
+            return rows
+        if len(rows) % (1 + manifest.medusa):
+            raise BundleError("this program does not reveal what its heads say; compile it again")
+        *heads, rows = rows.chunk(1 + manifest.medusa)
+        best = [head.argmax(-1) if manifest.reveals_logits else head[:, 0] for head in heads]
+        self.guesses = torch.stack(best).cpu()
+        return rows
 
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:  # noqa: B027
         """Find out what a step of these lengths sends, before anybody is told of the step.

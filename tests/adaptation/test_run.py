@@ -97,7 +97,7 @@ def test_from_the_model_to_the_program(model: Any, data: Path, tmp_path: Path) -
             compile_source(folder, options)
     with pytest.raises(CompileError, match=r"holds an adapted model; choose another folder"):
         mergec.adapt(model, data, folder, config("merge"))
-    with pytest.raises(CompileError, match=r"is already adapted, for the preset 'merge'"):
+    with pytest.raises(CompileError, match=r"already is adapted, for the preset 'merge'"):
         mergec.adapt(folder, data, tmp_path / "again", config("thex"))
 
 
@@ -105,7 +105,7 @@ def test_an_interrupted_run_continues(
     model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the very weights that a run without interruption ends with."""
-    monkeypatch.setattr(run._Run, "_compile", lambda *_: None)
+    monkeypatch.setattr(run._StudentRun, "_compile", lambda *_: None)
     asked = config("merge-mm", noise=0.0)
     whole = mergec.adapt(model, data, tmp_path / "whole", asked)
     folder = tmp_path / "cut"

@@ -23,11 +23,13 @@ ENTRY_POINTS = "mergec.drafters"
 class Target:
     """The program that drafts are for.
 
-    vocab_size: number of its tokens; 0 if unknown. text: its tokenizer, if it has one.
+    vocab_size: number of its tokens; 0 if unknown. text: its tokenizer, if it has one. heads: how
+    many of the model's heads guess the tokens after the next one.
     """
 
     vocab_size: int
     text: Text | None
+    heads: int = 0
 
     def tokens_of(self, place: str) -> str:
         """What identifies the program's tokens, to compare with those of `place`.
@@ -64,8 +66,16 @@ class Drafter(ABC):
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `tokens`, the prompt's and the answer's; or none.
 
-        Must be a function of its arguments and of what the drafter was opened with: then a drafted
-        token that is kept if the model chooses it leaves the answer's distribution as it is.
+        Must be a function of its arguments, of what the drafter was opened with, and of the heads'
+        guesses: then a drafted token that is kept if the model chooses it leaves the answer's
+        distribution as it is.
+        """
+
+    def guess(self, tokens: Sequence[int]) -> None:  # noqa: B027
+        """Note which tokens the model's heads expect after the next one, before `draft`.
+
+        Called after each step; without tokens if the model has no heads. A drafter that has better
+        ideas need not listen.
         """
 
 

@@ -55,7 +55,7 @@ class Speculation:
             return None
         kind, place = read(speculate)
         check(manifest)
-        drafter = kind.open(place, Target(manifest.vocab_size, text))
+        drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
         return cls(drafter, tokens)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
@@ -85,6 +85,10 @@ class Speculation:
             return self._drafted
         seconds = self._seconds.of(1 + len(self._drafted))
         return self._drafted[: best_length(seconds, self._acceptance.value)]
+
+    def guess(self, tokens: Sequence[int]) -> None:
+        """Tell the drafter which tokens the model's heads expect after the next one."""
+        self.drafter.guess(tokens)
 
     def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
         """Note a step of `new` tokens, and the tokens that came of it."""
