@@ -3,15 +3,16 @@
 Greedy answers do not depend on drafts, nor acceptance on the parties' computation. So each answer
 is computed once in the clear, and the client's loop runs on it again with every drafter. Bytes and
 rounds come from the cost model for the lengths of the steps, seconds from the network profiles. One
-answer is also computed by the three roles, with drafts and without.
-Usage: python benchmarks/speculation.py [--tokens N] [--private N]
+answer is also computed by the three roles, with drafts and without. With a folder of heads, as
+`mergec adapt smollm2 --medusa 3` writes it, a row of each task is for these.
+Usage: python benchmarks/speculation.py [--tokens N] [--private N] [--heads FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from mergec import CompileConfig, compile_decoder
+from mergec.compiler.driver import compile_source
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.program import Program
 from mergec.runtime.core.memory import keep_freed_memory
@@ -30,6 +32,7 @@ from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.lookup import Lookup
+from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.drafting.pace import step_cost
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.generation import answer
@@ -73,6 +76,9 @@ bytes are those of a step after {past} tokens, by its messages on shapes, with w
 compares what it sends. Seconds are predictions of the network profiles, without anybody's \
 computation. `retrieve` drafts from a datastore of {size:,} tokens, this repository's pages and \
 sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
+
+OF_HEADS = """ `medusa` drafts by {count} heads, trained beside the model as it is; its program \
+reveals what they say, too, so its steps cost more."""
 
 
 class Replay(PlainSession):
@@ -144,12 +150,29 @@ def datastore(program: Program) -> Datastore:
     )
 
 
-def page(rows: Sequence[str], private: Sequence[str], count: int, size: int) -> str:
+def rows_of_heads(
+    program: Program, prompts: Mapping[str, Sequence[int]], answers: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """The row of each task for a program with heads, which must give the same answers."""
+    by, count = costs(program), program.manifest.medusa
+    plain = PlainExecutor(program.roles["server"])
+    found = {}
+    for task, prompt in prompts.items():
+        length = len(answers[task])
+        tokens, steps = played(PlainSession(plain), prompt, length, Medusa(), count)
+        if tokens != answers[task]:
+            raise SystemExit(f"{task}: heads changed the answer")
+        found[task] = row(task, f"medusa, {count} heads", steps, by)
+    return found
+
+
+def page(rows: Sequence[str], private: Sequence[str], count: int, size: int, heads: int) -> str:
+    more = OF_HEADS.format(count=heads) if heads else ""
     return "\n".join(
         [
             "# Several tokens a step",
             "",
-            INTRODUCTION.format(count=count, most=MOST, past=PAST, size=size),
+            INTRODUCTION.format(count=count, most=MOST, past=PAST, size=size) + more,
             "",
             "| task | drafts | tokens a step | right | rounds | online | dealt | loopback | wan |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -207,6 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--private", type=int, default=24, help="of the answer by the three roles; 0: none"
     )
+    parser.add_argument("--heads", type=Path, help="folder of `mergec adapt --medusa`")
     parser.add_argument("--output", type=Path, default=TARGET)
     options = parser.parse_args()
     keep_freed_memory()
@@ -223,11 +247,13 @@ def main() -> None:
         "retrieve": Retrieve(store),
     }
     rows: list[str] = []
+    answers: dict[str, list[int]] = {}
     prompts = {task: program.text().encode(text, chat=True) for task, text in TASKS.items()}
     for task, prompt in prompts.items():
         tokens, single = played(PlainSession(plain), prompt, options.tokens, None, 0)
         print(f"{task}: {program.text().decode(tokens)!r}")
         rows.append(row(task, "none", single, by))
+        answers[task] = tokens
         whole = [*prompt, *tokens]
         for name, drafter in drafters.items():
             for most in (3, MOST) if drafter is not None else ():
@@ -239,10 +265,17 @@ def main() -> None:
             checked, _ = played(PlainSession(plain), prompt, len(tokens), Lookup(), MOST)
             if checked != tokens:
                 raise SystemExit(f"{task}: drafts changed the answer of the model")
+    heads = 0
+    if options.heads is not None:
+        told = {"network": "wan", "max_length": 512, "speculate_up_to": MOST}
+        guessing = compile_source(options.heads, told, print)
+        heads = guessing.manifest.medusa
+        for task, line in rows_of_heads(guessing, prompts, answers).items():
+            rows.insert(max(i for i, r in enumerate(rows) if r.startswith(f"| {task} |")) + 1, line)
     print("\n".join(rows))
 
     def write(private: Sequence[str]) -> None:
-        text = page(rows, private, options.tokens, store.size)
+        text = page(rows, private, options.tokens, store.size, heads)
         options.output.write_text(text, encoding="utf-8")
 
     write(())

@@ -65,7 +65,7 @@ def test_a_bundle_from_before_is_read_and_written_alike(role: str, tmp_path: Pat
     changed = {line.strip().partition(":")[0] for line in {*old} ^ {*new}}
     assert changed <= {
         '"format_version"', '"mergec_version"', '"torch_version"', '"program_hash"',
-        '"tokenizer"', '"logit_noise"', '"rounding"', '"speculate_up_to"', '"digest"',
+        '"tokenizer"', '"logit_noise"', '"rounding"', '"speculate_up_to"', '"medusa"', '"digest"',
     }  # fmt: skip
     assert '"logit_noise": 0.0,' in (after / bundle.MANIFEST).read_text()
 

@@ -1,1 +1,1 @@
-"""Train a model for a lossy preset: `mergec adapt`."""
+"""Train a model for a lossy preset, or heads beside it: `mergec adapt`."""
