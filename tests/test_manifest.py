@@ -26,7 +26,7 @@ KEYS = [
     "format_version", "mergec_version", "torch_version", "role", "ring_bits", "program_hash",
     "model", "fractional_bits", "max_length", "vocab_size", "stop_tokens", "tokenizer", "lossy",
     "deviation", "weights", "reveal", "logit_noise", "network", "rounding",
-    "speculate_up_to", "mode", "shapes",
+    "speculate_up_to", "medusa", "mode", "shapes",
     "cost", "passes", "left_out", "files", "digest",
 ]  # fmt: skip
 """In the order of every manifest.json of format version 2; settings are left out if there are none.

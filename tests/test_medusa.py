@@ -546,7 +546,7 @@ def test_trained_heads_give_more_tokens_a_step(layers: int, data: Path, tmp_path
         tmp_path / "bundles", [10, 11], **told, speculate="medusa", speculate_tokens=2
     )
     assert found.tokens == without.tokens
-    assert found.phases["decode"].steps < without.phases["decode"].steps
+    assert len(found.records) < len(without.records)
 
 
 def test_tensors_of_the_folder_are_read_apart(tmp_path: Path) -> None:

@@ -469,7 +469,10 @@ def _last_matrix(program: RoleProgram, plan: Plan) -> tuple[int, int]:
                 columns[tuple(before)] = width
                 break
             asked += [steps[name] for name in before]
-    return sum(rows.values()), sum(columns.values())
+    manifest = program.manifest
+    # A head's matrix may be one with matrices of other layers that read the same activations.
+    most = (1 + manifest.medusa) * manifest.vocab_size or sum(rows.values())
+    return min(most, sum(rows.values())), sum(columns.values())
 
 
 def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
