@@ -27,7 +27,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts install clean
+.PHONY: help demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -73,6 +73,9 @@ fuzz: $(READY) ## 100,000 hostile frames to each role from each of its peers; ME
 
 soak: $(READY) ## 200 answers while everything is killed at random; writes docs/soak.md
 	PYTHONPATH=. $(PYTHON) benchmarks/soak.py --output docs/soak.md
+
+memory: $(READY) ## what compiling and each role hold, at 27M to 360M parameters; writes docs/memory.md
+	PYTHONPATH=. $(PYTHON) benchmarks/memory.py --output docs/memory.md
 
 load: $(READY) ## 1 to 8 clients at once, and more than there is room for; writes docs/load.md
 	PYTHONPATH=. $(PYTHON) benchmarks/load.py --output docs/load.md
