@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from mergec.compiler.driver import compile_decoder
 from mergec.compiler.frontend.capture import capture
 from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
+from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from tests.families import float_decoder
 from tests.session import compiled
@@ -101,6 +104,17 @@ def test_all_roles_get_the_same_choice() -> None:
 def _shifts(program: Program) -> list[str]:
     items = program.any_role.instructions
     return [item.args[6] for item in items if item.target == "mpc.attention"]
+
+
+@pytest.mark.parametrize("network", ["loopback", "lan", "wan3"])
+def test_programs_for_other_networks_hold_no_word_of_a_reach(network: str) -> None:
+    """So they are the same, and have the same hash, as if there were none."""
+    _, program = compiled("llama", network=network)
+    for name in ("attention", "glu"):
+        known = list(inspect.signature(REGISTRY[name].reference).parameters)
+        assert known[-1] == "reach"
+        items = [i for i in program.any_role.instructions if i.target == f"mpc.{name}"]
+        assert items and all(len(item.args) < len(known) and not item.kwargs for item in items)
 
 
 def test_attention_takes_fewer_rounds_on_a_slow_network() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
@@ -55,9 +55,11 @@ def choose_variants(
     _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, waits=True))
 
 
-def _replace(roles: Mapping[str, RoleProgram], choices: Iterator[_Choice]) -> bool:
+def _replace(
+    roles: Mapping[str, RoleProgram], choices: Iterator[tuple[str, tuple[Any, ...]]]
+) -> bool:
     """Give all roles the best arguments; return whether there was anything to choose."""
-    best = {choice.name: choice.best for choice in choices}
+    best = dict(choices)
     for role in roles.values():
         role.instructions = [
             replace(item, args=best.get(item.name, item.args)) for item in role.instructions
@@ -103,17 +105,6 @@ def _supplies(op: type[Op]) -> Options | None:
     return None if stated.__func__ is Op.supplies.__func__ else stated  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A call of an op with variants: the instruction's name and target, and all its arguments as
-    they are and as they would be best."""
-
-    name: str
-    target: str
-    given: tuple[Any, ...]
-    best: tuple[Any, ...]
-
-
 def _choices(
     program: RoleProgram,
     kind: Callable[[type[Op]], Options | None],
@@ -123,7 +114,8 @@ def _choices(
     new: int,
     past: int,
     waits: bool,
-) -> Iterator[_Choice]:
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The calls that leave something open: an instruction's name, and its best arguments."""
     plan = Plan(program)
     if not any(planned.op and kind(planned.op) for planned in plan.steps):
         return
@@ -151,11 +143,14 @@ def _choices(
         if kind is _supplies:
             best = given | (min(options, key=weight, default={}) if network.far_client else first)
             if best == given:
-                # The call stays as it is written, with its defaults left out.
+                # The call stays as it is written.
                 continue
         else:
             best = given | min(options, key=weight)
-        yield _Choice(item.name, item.target, tuple(given.values()), tuple(best.values()))
+        if not best.get("reach"):
+            # So programs for other networks hold no word of it. It is the last argument.
+            best.pop("reach", None)
+        yield item.name, tuple(best.values())
 
 
 def _walked(plan: Plan, program: RoleProgram, fixed: int, new: int, past: int) -> Iterator[Walked]:
