@@ -8,7 +8,7 @@ import torch
 
 from mergec.runtime.correlations import counters
 from mergec.runtime.correlations.counters import Counters
-from mergec.runtime.correlations.dpf import Generator, Keys, new_salt
+from mergec.runtime.correlations.dpf import Generator, Keys, new_salt, signed
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.kernels.aes import LANES
 from tests.protocols.harness import uniform_bytes
@@ -30,17 +30,20 @@ def random_words(*shape: int) -> np.ndarray:
 
 
 def keys_of(kind: Counters, places: np.ndarray, generator: Generator) -> list[Keys]:
-    roots = random_words(len(places), 2), random_words(len(places), 2)
-    corrections = kind.counting(places, generator)(roots)
+    roots = tuple(signed(random_words(len(places), 2)) for _ in range(2))
+    corrections = kind.counting(torch.from_numpy(places), generator)(roots)
     assert corrections.shape == (len(places), kind.words)
     return [Keys(root, corrections) for root in roots]
 
 
 def tallied(kind, keys, first, rows, shape, generator) -> np.ndarray:
     client, server = (
-        kind.tally(key, first, rows, shape, party, generator) for party, key in enumerate(keys)
+        kind.tally(
+            key, torch.from_numpy(first), torch.from_numpy(rows), shape, party, generator
+        )
+        for party, key in enumerate(keys)
     )
-    return client + server
+    return (client + server).numpy().view(kind.dtype)
 
 
 def histogram(kind, places, first, rows, shape) -> np.ndarray:
@@ -107,13 +110,13 @@ def test_corrections_and_shares_are_uniform_whatever_the_place_is() -> None:
     for place in (0, 1, 2**16 - 1, 12_345):
         keys = keys_of(kind, np.full(4096, place), generator)
         for word in range(kind.words):
-            column = torch.from_numpy(keys[0].corrections[:, word].copy().view(np.int64))
+            column = keys[0].corrections[:, word].clone()
             assert abs(uniform_bytes([column])) < 5, f"word {word}, place {place}"
         for party, key in enumerate(keys):
-            firsts, rows = np.full(4096, place), np.arange(4096)
+            firsts, rows = torch.full((4096,), place), torch.arange(4096)
             share = kind.tally(key, firsts, rows, (4096, 2), party, generator)
             for entry in range(2):
-                column = torch.from_numpy(share[:, entry].copy())
+                column = share[:, entry].clone()
                 assert abs(uniform_bytes([column])) < 5, f"entry {entry}, place {place}"
 
 

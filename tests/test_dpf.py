@@ -12,6 +12,7 @@ from mergec.runtime.correlations.dpf import (
     LEAF_BITS,
     SALT_BYTES,
     Generator,
+    HostKeys,
     Keys,
     correct,
     correct_by_library,
@@ -23,6 +24,8 @@ from mergec.runtime.correlations.dpf import (
     sharing_bits,
     sharing_prefixes,
     sharing_words,
+    signed,
+    unsigned,
 )
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
@@ -41,17 +44,23 @@ def random_words(*shape: int) -> np.ndarray:
     return Prg(new_seed()).read(8 * count).view(np.uint64).reshape(shape)
 
 
+def tensor(words: np.ndarray) -> torch.Tensor:
+    """Words as the tensors that keys are made of."""
+    return signed(np.ascontiguousarray(words))
+
+
 def keys_of(count: int, correct) -> tuple[Keys, Keys]:
-    roots = random_words(count, 2), random_words(count, 2)
+    roots = tensor(random_words(count, 2)), tensor(random_words(count, 2))
     corrections = correct(roots)
     return Keys(roots[0], corrections), Keys(roots[1], corrections)
 
 
 def expanded(keys: Keys, depth: int, party: int, generator: Generator) -> np.ndarray:
     """A party's share of the tables, uint64 [n, 2**depth, WORDS]: the definition, word by word."""
-    seeds, bits = grow(keys, depth, party, generator)
+    host = keys.on_host()
+    seeds, bits = grow(host, depth, party, generator)
     rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
-    rows = rows + bits[..., None] * keys.corrections[:, None, -WORDS:]
+    rows = rows + bits[..., None] * host.corrections[:, None, -WORDS:]
     return rows if party == 0 else -rows
 
 
@@ -61,7 +70,7 @@ def test_words_stand_in_their_place_and_zeros_elsewhere(depth: int) -> None:
     index = np.tile(np.arange(2**depth), 3)
     payload = random_words(len(index), WORDS).view(np.int64)
     generator = Generator(WORDS // 2)
-    client, server = keys_of(len(index), sharing_words(index, payload, depth, generator))
+    client, server = keys_of(len(index), sharing_words(tensor(index), tensor(payload), depth, generator))
     assert client.corrections.shape == (len(index), key_words(depth, WORDS))
     total = expanded(client, depth, 0, generator) + expanded(server, depth, 1, generator)
     wanted = np.zeros_like(total)
@@ -75,11 +84,11 @@ def test_words_stand_at_each_prefix_and_zeros_elsewhere(ends: tuple[int, ...]) -
     depth, index = 5, np.arange(2**5)
     payloads = random_words(len(ends), len(index), WORDS)
     generator = Generator(WORDS // 2)
-    keys = keys_of(len(index), sharing_prefixes(index, payloads, ends, depth, generator))
+    keys = keys_of(len(index), sharing_prefixes(tensor(index), tensor(payloads), ends, depth, generator))
     assert keys[0].corrections.shape == (len(index), key_words(depth, WORDS * len(ends)))
     for k, end in enumerate(ends):
         total = np.zeros((len(index), 2**end, WORDS), np.uint64)
-        for party, key in enumerate(keys):
+        for party, key in enumerate(key.on_host() for key in keys):
             place = 2 * depth + WORDS * k
             seeds, bits = grow(key, end, party, generator)
             rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
@@ -94,8 +103,8 @@ def test_corrections_of_prefixes_are_uniform_and_do_not_repeat_each_other() -> N
     """Also together: the sum and the XOR of any two words of a key."""
     generator, index = Generator(2), np.full(4096, 5)
     payloads = np.broadcast_to(np.arange(3)[:, None, None], (3, 4096, WORDS)).copy()
-    (key, _) = keys_of(4096, sharing_prefixes(index, payloads, (4, 3, 1), 4, generator))
-    columns = key.corrections.T
+    (key, _) = keys_of(4096, sharing_prefixes(tensor(index), tensor(payloads), (4, 3, 1), 4, generator))
+    columns = unsigned(key.corrections).T
     for i, one in enumerate(columns):
         for other in columns[:i]:
             for word in (one, one ^ other, one + other):
@@ -107,26 +116,25 @@ def test_parities_tell_whether_the_index_is_before_every_place(depth: int) -> No
     size = LEAF_BITS << depth
     index = np.arange(size)
     generator = Generator(1)
-    keys = keys_of(size, sharing_bits(index, depth, generator))
+    keys = keys_of(size, sharing_bits(tensor(index), depth, generator))
     places = np.broadcast_to(np.arange(size), (size, size)).copy()
-    found = [parities(key, places, depth, p, generator) for p, key in enumerate(keys)]
-    assert np.array_equal(found[0] ^ found[1], index[:, None] < places)
+    found = [parities(key, tensor(places), depth, p, generator) for p, key in enumerate(keys)]
+    assert np.array_equal((found[0] ^ found[1]).numpy(), index[:, None] < places)
 
 
 def test_corrections_are_uniform_whatever_the_place_and_the_payload_are() -> None:
     generator = Generator(2)
     for place, entry in ((0, 0), (0, -1), (127, 1), (64, 2**40)):
         index, payload = np.full(4096, place), np.full((4096, WORDS), entry)
-        (key, _) = keys_of(4096, sharing_words(index, payload, 7, generator))
+        (key, _) = keys_of(4096, sharing_words(tensor(index), tensor(payload), 7, generator))
         for word in range(key.corrections.shape[1]):
-            column = torch.from_numpy(key.corrections[:, word].copy().view(np.int64))
-            assert abs(uniform_bytes([column])) < 5, f"word {word}, place {place}"
+            assert abs(uniform_bytes([key.corrections[:, word].clone()])) < 5, f"word {word}, place {place}"
 
 
 def test_an_expanded_share_is_uniform_at_the_special_place_too() -> None:
     index, payload = np.full(4096, 3), np.zeros((4096, WORDS), np.int64)
     generator = Generator(2)
-    for party, key in enumerate(keys_of(4096, sharing_words(index, payload, 3, generator))):
+    for party, key in enumerate(keys_of(4096, sharing_words(tensor(index), tensor(payload), 3, generator))):
         for leaf in (3, 4):
             words = expanded(key, 3, party, generator)[:, leaf].copy().view(np.int64)
             assert abs(uniform_bytes([torch.from_numpy(words)])) < 5
@@ -138,15 +146,15 @@ def test_each_call_takes_fresh_roots_and_both_parties_get_the_same_corrections()
     seen = []
     for _ in range(2):
         dealer, client, server = (
-            ctx.deal_keys(8, key_words(3, 2), sharing_bits(128 * index, 3, generator))
+            ctx.deal_keys(8, key_words(3, 2), sharing_bits(tensor(128 * index), 3, generator))
             for ctx in (simulation.contexts[2], simulation.contexts[0], simulation.contexts[1])
         )
         assert dealer is None
-        assert np.array_equal(client.corrections, server.corrections)
-        seen += [client.roots, server.roots]
+        assert torch.equal(client.corrections, server.corrections)
+        seen += [client.roots.numpy(), server.roots.numpy()]
     assert len(np.unique(np.concatenate(seen), axis=0)) == 4 * 8
     assert simulation.dealt == 2 * 2 * 8 * 8 * key_words(3, 2)
-    assert ShapeContext().deal_keys(1, 1, sharing_bits(index, 3, generator)) is None
+    assert ShapeContext().deal_keys(1, 1, sharing_bits(tensor(index), 3, generator)) is None
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -163,7 +171,7 @@ def test_the_library_tells_the_same(depth: int) -> None:
     places = np.broadcast_to(index, (size, size)).copy()
     found = np.empty((2, size, size), np.uint8)
     for party, root in enumerate(roots):
-        keys = Keys(root, corrections)
+        keys = HostKeys(root, corrections)
         parities_by_library(keys, places, depth, party, generator, found[party])
     assert np.array_equal(found[0] ^ found[1], index[:, None] < places)
 
@@ -180,10 +188,13 @@ def test_instructions_and_library_make_the_same_corrections(
     index = random_words(count).view(np.int64) & (2**depth - 1)
     payloads = random_words(3, count, 2 * generator.blocks)
     ends = np.array([depth, depth // 2, 0])
-    made = correct(roots, index, payloads, ends, depth, generator, bits)
-    expected = np.empty_like(made)
+    words = tuple(map(tensor, roots))
+    made = correct(
+        words, tensor(index), tensor(payloads), ends.tolist(), depth, generator, bits
+    )
+    expected = np.empty(made.shape, np.uint64)
     correct_by_library(roots, index, payloads, ends, depth, generator, bits, expected)
-    assert np.array_equal(made, expected)
+    assert np.array_equal(unsigned(made), expected)
 
 
 @instructions
@@ -195,10 +206,11 @@ def test_instructions_and_library_find_the_same_parities(
 ) -> None:
     """Keys without a table, at places in each half and at both ends."""
     generator, size = Generator(1), LEAF_BITS << depth
-    keys = Keys(random_words(count, 2), random_words(count, key_words(depth, 2)))
+    keys = HostKeys(random_words(count, 2), random_words(count, key_words(depth, 2)))
     places = random_words(count, 5).view(np.int64) & (size - 1)
     places[:, :3] = 0, size // 2, size - 1
-    found = parities(keys, places, depth, party, generator)
+    own = Keys(*map(tensor, keys))
+    found = parities(own, tensor(places), depth, party, generator).numpy()
     expected = np.empty_like(found)
     parities_by_library(keys, places, depth, party, generator, expected)
     assert np.array_equal(found, expected)
@@ -226,7 +238,7 @@ def test_keys_of_the_ciphers_follow_from_the_salt() -> None:
 def test_parties_with_other_salts_get_other_tables() -> None:
     index, payload = np.arange(8), random_words(8, WORDS).view(np.int64)
     mine, theirs = (Generator(WORDS // 2, new_salt()) for _ in range(2))
-    keys = keys_of(8, sharing_words(index, payload, 3, mine))
+    keys = keys_of(8, sharing_words(tensor(index), tensor(payload), 3, mine))
     for other, good in ((mine, True), (theirs, False)):
         total = expanded(keys[0], 3, 0, mine) + expanded(keys[1], 3, 1, other)
         assert (np.count_nonzero(total) == 8 * WORDS) == good
@@ -247,4 +259,4 @@ def test_the_roles_of_a_session_share_a_fresh_salt() -> None:
 def test_corrections_of_another_length_are_our_mistake() -> None:
     dealer = Simulation().contexts[2]
     with pytest.raises(ValueError, match="keys have 9 words, not"):
-        dealer.deal_keys(8, 9, sharing_bits(np.arange(8), 3, Generator(1)))
+        dealer.deal_keys(8, 9, sharing_bits(torch.arange(8), 3, Generator(1)))

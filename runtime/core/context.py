@@ -24,19 +24,8 @@ from mergec.runtime.core.messages import Message
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
-from mergec.runtime.correlations.prg import Prg, derive, new_seed
-
-NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.int64: np.dtype(np.int64),
-    torch.int32: np.dtype(np.int32),
-    torch.int16: np.dtype(np.int16),
-    torch.int8: np.dtype(np.int8),
-    torch.uint8: np.dtype(np.uint8),
-}
-"""Word types that are masked, dealt and sent."""
-
-_UNSIGNED = np.dtype(np.uint64)
-_BYTE = np.dtype(np.uint8)
+from mergec.runtime.correlations.prg import Stream, derive, new_seed, stream
+from mergec.runtime.kernels.transfers import to_device, to_host
 
 _LARGE_BYTES = 1 << 20
 """Size in words from which on a weight is one that may not fit into memory."""
@@ -78,7 +67,6 @@ class Context(ABC):
     ) -> None:
         self.device = torch.device(device)
         self.salt = salt
-        self._elsewhere = self.device.type != "cpu"
         self.fixed = fixed
         self.exact = exact
         """Whether roundings are independent of what the client sees (`protocols.opening`)."""
@@ -159,7 +147,7 @@ class Context(ABC):
         """
         if self.constant_seed is None:
             raise RuntimeError("the client has not sent the seed of shared constants")
-        prg = Prg(derive(self.constant_seed, name))
+        prg = stream(derive(self.constant_seed, name), self.device)
         return self._words(prg, shape, torch.int64)
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
@@ -224,12 +212,8 @@ class Context(ABC):
         """This party's additive share of a public value: the value at the client, else zero."""
         return value if self.party != SERVER else torch.zeros_like(value)
 
-    def _words(self, prg: Prg, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return self._placed(torch.from_numpy(prg.words(shape, NUMPY[dtype])))
-
-    def _placed(self, words: torch.Tensor) -> torch.Tensor:
-        """Words on this party's device. Usually they are there already, and `to` is not free."""
-        return words.to(self.device) if self._elsewhere else words
+    def _words(self, prg: Stream, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return prg.tensor(shape, dtype)
 
 
 class _PartyContext(Context):
@@ -246,20 +230,21 @@ class _PartyContext(Context):
         exact: bool = False,
     ) -> None:
         super().__init__(device, fixed, salt=salt, exact=exact)
-        self._prg = Prg(derive(seed, "shares"))
+        self._prg = stream(derive(seed, "shares"), self.device)
         self._corrections = corrections
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return self._words(self._prg, shape, dtype)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
-        roots = self._prg.words((count, SEED_WORDS), _UNSIGNED)
-        return Keys(roots, _unsigned(self._read((count, words), torch.int64)))
+        roots = self._prg.tensor((count, SEED_WORDS), torch.int64)
+        return Keys(roots, self._read((count, words), torch.int64))
 
     def _read(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape) * NUMPY[dtype].itemsize
+        size = math.prod(shape) * dtype.itemsize
         self.offline_bytes += size
-        return self._corrections.read(size).view(dtype).reshape(tuple(shape))
+        words = self._corrections.read(size).view(dtype).reshape(tuple(shape))
+        return to_device(words, self.device, "dealt")
 
 
 class ClientContext(_PartyContext):
@@ -295,7 +280,7 @@ class ClientContext(_PartyContext):
         """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
         file, so that a server's weights may exceed the client's memory."""
         large = 8 * math.prod(shape) >= _LARGE_BYTES
-        return mapped_words(shape) if large and not self._elsewhere else super().weight_room(shape)
+        return mapped_words(shape) if large and self.device.type == "cpu" else super().weight_room(shape)
 
     def deal(
         self,
@@ -308,7 +293,7 @@ class ClientContext(_PartyContext):
     def deal_corrected(
         self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        return self._prg.words(shape, _BYTE)
+        return to_host(self._prg.tensor(shape, torch.uint8), "host").numpy()
 
 
 class ServerContext(_PartyContext):
@@ -335,7 +320,7 @@ class ServerContext(_PartyContext):
         """
         super().__init__(seed, corrections, device, fixed, salt=salt, exact=exact)
         self._weight_seed = weight_seed or seed
-        self._own = Prg(own_seed or new_seed())
+        self._own = stream(own_seed or new_seed(), self.device)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=torch.int64, device="meta")
@@ -348,7 +333,7 @@ class ServerContext(_PartyContext):
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
-        prg = Prg(derive(self._weight_seed, f"weight {name}"))
+        prg = stream(derive(self._weight_seed, f"weight {name}"), self.device)
         return (self._words(prg, shape, torch.int64) for shape in shapes)
 
     def deal(
@@ -357,12 +342,12 @@ class ServerContext(_PartyContext):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        return self._placed(self._read(shape, dtype))
+        return self._read(shape, dtype)
 
     def deal_corrected(
         self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        return self._read(shape, torch.uint8).numpy()
+        return to_host(self._read(shape, torch.uint8), "host").numpy()
 
 
 class DealerContext(Context):
@@ -392,11 +377,11 @@ class DealerContext(Context):
         """
         super().__init__(device, fixed, salt=salt, exact=exact)
         self._expand = expand
-        self._own = Prg(own_seed or new_seed())
+        self._own = stream(own_seed or new_seed(), self.device)
         self._weight_seed = weight_seed or server_seed
         self.constant_seed = constant_seed_of(client_seed)
-        self._client = Prg(derive(client_seed, "shares"))
-        self._server = Prg(derive(server_seed, "shares"))
+        self._client = stream(derive(client_seed, "shares"), self.device)
+        self._server = stream(derive(server_seed, "shares"), self.device)
         self._to_client, self._to_server = to_client, to_server
 
     @property
@@ -422,7 +407,7 @@ class DealerContext(Context):
         return self._weight_words(name, shapes)
 
     def _weight_words(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
-        prg = Prg(derive(self._weight_seed, f"weight {name}"))
+        prg = stream(derive(self._weight_seed, f"weight {name}"), self.device)
         return (self._words(prg, shape, torch.int64) for shape in shapes)
 
     def kept_weight_mask(
@@ -439,31 +424,32 @@ class DealerContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        share = self._client.words((math.prod(shape),), NUMPY[dtype])
-        value = secret().to("cpu", dtype).contiguous().numpy().ravel()
-        combine = np.bitwise_xor if dtype is torch.uint8 else np.subtract
-        self._correct_server(combine(value, share, out=share))
+        share = self._client.tensor((math.prod(shape),), dtype)
+        value = secret().to(dtype).reshape(-1)
+        combine = torch.bitwise_xor if dtype is torch.uint8 else torch.sub
+        self._write(combine(value, share, out=share), self._to_server)
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     def deal_corrected(
         self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
     ) -> None:
-        self._correct_server(correct(self._client.words(shape, _BYTE)).ravel())
-
-    def _correct_server(self, correction: np.ndarray) -> None:
-        self.offline_bytes += correction.nbytes
-        self._to_server.write(torch.from_numpy(correction.view(np.uint8)))
+        share = to_host(self._client.tensor(shape, torch.uint8), "host")
+        self._write(torch.from_numpy(correct(share.numpy())), self._to_server)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         client, server = (
-            prg.words((count, SEED_WORDS), _UNSIGNED) for prg in (self._client, self._server)
+            prg.tensor((count, SEED_WORDS), torch.int64) for prg in (self._client, self._server)
         )
         corrections = correct((client, server))
         if corrections.shape != (count, words):
             raise ValueError(f"keys have {words} words, not {corrections.shape[1:]}")
-        for sink in (self._to_client, self._to_server):
-            self.offline_bytes += corrections.nbytes
-            sink.write(torch.from_numpy(corrections.ravel().view(np.uint8)))
+        self._write(corrections, self._to_client, self._to_server)
+
+    def _write(self, words: torch.Tensor, *sinks: ByteSink) -> None:
+        data = to_host(words.reshape(-1).view(torch.uint8), "dealt")
+        for sink in sinks:
+            self.offline_bytes += data.nbytes
+            sink.write(data)
 
 
 class ShapeContext(Context):
@@ -520,6 +506,3 @@ class ShapeContext(Context):
     def sent(self, messages: Sequence[Message]) -> None:
         """Called with the messages of each round of a protocol."""
 
-
-def _unsigned(words: torch.Tensor) -> np.ndarray:
-    return words.numpy().view(np.uint64)

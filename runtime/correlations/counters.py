@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
@@ -18,11 +19,13 @@ from mergec.runtime.correlations.dpf import (
     SEED_WORDS,
     Correct,
     Generator,
+    HostKeys,
     Keys,
     children,
     correct,
     key_words,
     step_down,
+    unsigned,
 )
 from mergec.runtime.kernels.aes import (
     LANES,
@@ -31,6 +34,7 @@ from mergec.runtime.kernels.aes import (
     grow_trees,
     vectors,
 )
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 
 _PIECE = 256
@@ -82,48 +86,67 @@ class Counters:
         """Bytes that the dealer sends to both parties together for one key."""
         return 2 * 8 * self.words
 
-    def counting(self, places: np.ndarray, generator: Generator) -> Correct:
+    @property
+    def kind(self) -> torch.dtype:
+        """The signed type of a counter."""
+        return torch.int8 if self.bits == 8 else torch.int16
+
+    def counting(self, places: torch.Tensor, generator: Generator) -> Correct:
         """Corrections for keys with the counter one at each place, int64 [n], and zero elsewhere.
 
         For each entry, the client's share plus the server's is the counter. The generator has one
         block.
         """
-        index = places >> (self.leaf.bit_length() - 1)
-        payload = np.zeros((len(places), BLOCK_WORDS), np.uint64)
-        payload.view(self.dtype)[np.arange(len(places)), places % self.leaf] = 1
-
-        words, ends = payload[None], np.array([self.depth])
-        return lambda roots: correct(roots, index, words, ends, self.depth, generator, self.bits)
+        index, payload = _SINGLE(places, self.bits)
+        return lambda roots: correct(
+            roots, index, payload[None], (self.depth,), self.depth, generator, self.bits
+        )
 
     def tally(
         self,
         keys: Keys,
-        first: np.ndarray,
-        rows: np.ndarray,
+        first: torch.Tensor,
+        rows: torch.Tensor,
         shape: tuple[int, int],
         party: int,
         generator: Generator,
-    ) -> np.ndarray:
+    ) -> torch.Tensor:
         """A party's shares of histograms, `shape` [R, N]: entry p of row r counts its keys at p.
 
         first: int64 [n]; a key whose place is first - p, modulo the size of the table, counts at p.
         So p is a public number minus the place. rows: int64 [n], the row of each key.
-        N is the size of the table, or so small that no entry of it is read twice. Local.
+        N is the size of the table, or so small that no entry of it is read twice. Local. Returns
+        signed words of `bits` bits.
         """
-        job = _Tally(self, shape[1])
-        total = np.zeros((shape[0], job.padded), self.dtype)
-        nodes, offsets = job.paths(first)
-        expand = _tally_by_instructions if LANES else _tally_by_library
-        expand(job, keys, nodes, offsets, rows, party, generator, total)
-        found = total[:, job.group : job.group + job.count].copy()
+        job = Tally(self, shape[1])
+        total = _TALLY(keys.roots, keys.corrections, first, rows, job, shape[0], party, generator)
+        found = total[:, job.group : job.group + job.count]
         if job.whole:
-            found += total[:, job.group + job.count :][:, : job.count]
-        found = found[:, ::-1]
-        return np.ascontiguousarray(-found if party else found)
+            found = found + total[:, job.group + job.count :][:, : job.count]
+        found = found.flip(1)
+        return -found if party else found
+
+
+def _single_host(places: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = LEAF_BITS // bits
+    index, payload = places.numpy(), np.zeros((len(places), BLOCK_WORDS), np.int64)
+    payload.view(f"u{bits // 8}")[np.arange(len(places)), index % leaf] = 1
+    return torch.from_numpy(index >> (leaf.bit_length() - 1)), torch.from_numpy(payload)
+
+
+def _single_tensors(places: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leaf of each counter, and its words with only this counter, one, in them."""
+    leaf = LEAF_BITS // bits
+    bit = (places & (leaf - 1)) * bits
+    word = torch.arange(BLOCK_WORDS, device=places.device) == (bit >> 6)[:, None]
+    return places >> (leaf.bit_length() - 1), word.long() << (bit & 63)[:, None]
+
+
+_SINGLE = Kernel("elements.single", _single_host, _single_tensors, triton=False)
 
 
 @dataclass(frozen=True)
-class _Tally:
+class Tally:
     """Which parts of a key's tree a tally of `count` consecutive entries reads.
 
     A key's entries are read in groups that begin at multiples of their size: the subtree below one
@@ -167,19 +190,43 @@ class _Tally:
         """Entries of a row with its margins."""
         return self.count + 3 * self.group
 
-    def paths(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def paths(self, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For every path the number of its node, and where its group begins in a padded row."""
-        start = (first.astype(np.int64) - self.count + 1) % self.size
+        start = (first - self.count + 1) & (self.size - 1)
         if self.whole:
-            return np.zeros((len(first), 1), np.int64), ((-start) % self.size + self.group)[:, None]
-        each = np.arange(self.groups)
-        nodes = (start[:, None] // self.group + each) % (self.size // self.group)
-        return nodes, (each + 1) * self.group - (start % self.group)[:, None]
+            nodes = torch.zeros_like(start)[:, None]
+            return nodes, ((-start & (self.size - 1)) + self.group)[:, None]
+        each = torch.arange(self.groups, device=first.device)
+        bits = self.group.bit_length() - 1
+        nodes = ((start >> bits)[:, None] + each) & ((self.size >> bits) - 1)
+        return nodes, (each + 1) * self.group - (start & (self.group - 1))[:, None]
+
+
+def _tally_host(
+    roots: torch.Tensor,
+    corrections: torch.Tensor,
+    first: torch.Tensor,
+    rows: torch.Tensor,
+    job: Tally,
+    count: int,
+    party: int,
+    generator: Generator,
+) -> torch.Tensor:
+    """The counters of all paths, added up: words of `bits` bits [count, padded]."""
+    total = np.zeros((count, job.padded), job.counters.dtype)
+    nodes, offsets = (each.numpy() for each in job.paths(first))
+    keys = HostKeys(unsigned(roots), unsigned(corrections))
+    expand = _tally_by_instructions if LANES else _tally_by_library
+    expand(job, keys, nodes, offsets, rows.numpy(), party, generator, total)
+    return torch.from_numpy(total).view(job.counters.kind)
+
+
+_TALLY = Kernel("trees.tally", _tally_host)
 
 
 def _tally_by_instructions(
-    job: _Tally,
-    keys: Keys,
+    job: Tally,
+    keys: HostKeys,
     nodes: np.ndarray,
     offsets: np.ndarray,
     rows: np.ndarray,
@@ -188,15 +235,15 @@ def _tally_by_instructions(
     total: np.ndarray,
 ) -> None:
     _tally_trees(
-        generator.round_keys, keys.roots, np.ascontiguousarray(keys.corrections),
+        generator.round_keys, *keys,
         nodes.reshape(-1), offsets.reshape(-1), rows, nodes.shape[1],
         job.counters.depth - job.cut, job.cut, party, total,
     )  # fmt: skip
 
 
 def _tally_by_library(
-    job: _Tally,
-    keys: Keys,
+    job: Tally,
+    keys: HostKeys,
     nodes: np.ndarray,
     offsets: np.ndarray,
     rows: np.ndarray,
@@ -220,7 +267,7 @@ def _tally_by_library(
             step_down(seeds, bits, left, right, word, turns, 1, passed)
         seeds, bits = seeds[:, None], bits[:, None]
         for level in range(top, depth):
-            seeds, bits = children(seeds, bits, Keys(keys.roots, words), level, generator)
+            seeds, bits = children(seeds, bits, HostKeys(keys.roots, words), level, generator)
         raw = (generator.value(seeds)[0] ^ seeds).view(job.counters.dtype)
         last = words[:, -BLOCK_WORDS:].copy().view(job.counters.dtype)
         values = raw + bits[..., None].astype(job.counters.dtype) * last[:, None]

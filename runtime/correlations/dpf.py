@@ -38,12 +38,17 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
+from mergec.runtime.kernels.backends import Kernel
+from mergec.runtime.kernels.bitsliced import expand_key
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 
 SEED_WORDS = 2
 """64-bit words of a root, and of a level's correction word."""
@@ -70,19 +75,40 @@ In a root they are zero in both words.
 """
 
 
-Correct = Callable[[tuple[np.ndarray, np.ndarray]], np.ndarray]
+Correct = Callable[[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
 """Computes the dealer's corrections from the roots of client and server."""
+
+
+class HostKeys(NamedTuple):
+    """`Keys` on the CPU, as unsigned words."""
+
+    roots: np.ndarray
+    corrections: np.ndarray
 
 
 @dataclass(frozen=True)
 class Keys:
     """One party's keys of n point functions.
 
-    roots: uint64 [n, 2], the party's own. corrections: uint64 [n, words], the same at both parties.
+    roots: int64 [n, 2], the party's own. corrections: int64 [n, words], the same at both parties.
     """
 
-    roots: np.ndarray
-    corrections: np.ndarray
+    roots: torch.Tensor
+    corrections: torch.Tensor
+
+    def on_host(self) -> HostKeys:
+        """The same words, which must be on the CPU."""
+        return HostKeys(unsigned(self.roots), unsigned(self.corrections))
+
+
+def unsigned(words: torch.Tensor) -> np.ndarray:
+    """Words on the CPU as contiguous uint64."""
+    return words.contiguous().numpy().view(np.uint64)
+
+
+def signed(words: np.ndarray) -> torch.Tensor:
+    """Words of 64 bits as int64."""
+    return torch.from_numpy(words.view(np.int64))
 
 
 def new_salt() -> bytes:
@@ -120,6 +146,10 @@ class Generator:
         """Round keys of the same ciphers, for `runtime.kernels.aes`."""
         return _round_keys(self._keys)
 
+    def planes(self, device: torch.device) -> torch.Tensor:
+        """Planes of the same round keys on a device: int32 [2 + blocks, 11, 8] (`bitsliced`)."""
+        return _planes(self._keys, device)
+
     def children(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """AES of seeds [..., 2] under the left and the right key; the caller XORs the seeds."""
         return self._encrypt(0, seeds), self._encrypt(1, seeds)
@@ -147,34 +177,59 @@ def _round_keys(keys: tuple[bytes, ...]) -> np.ndarray:
     return expand_keys(list(keys))
 
 
+@lru_cache(_KEPT_KEYS)
+def _planes(keys: tuple[bytes, ...], device: torch.device) -> torch.Tensor:
+    planes = np.stack([expand_key(key) for key in keys])
+    return to_device(torch.from_numpy(planes.view(np.int32)), device, "public")
+
+
 def key_words(depth: int, last: int) -> int:
     """Number of words of a key's corrections, if the last correction has `last` words."""
     return SEED_WORDS * depth + last
 
 
-def correct(
-    roots: tuple[np.ndarray, np.ndarray],
-    index: np.ndarray,
-    payloads: np.ndarray,
-    ends: np.ndarray,
+def _correct_host(
+    client: torch.Tensor,
+    server: torch.Tensor,
+    index: torch.Tensor,
+    payloads: torch.Tensor,
+    ends: Sequence[int],
     depth: int,
     generator: Generator,
     bits: int,
-) -> np.ndarray:
-    """The dealer's part: correction words for n keys, uint64 [n, 2 * depth + K * W].
-
-    roots: of client and server, uint64 [n, 2]. index: int64 [n], the number of the special leaf,
-    below 2**depth. payloads: uint64 [K, n, W]; payload k is the value of the node at depth
-    `ends[k]` above this leaf, after its correction: the client's share minus the server's, number
-    by number of `bits` bits (8, 16 or 64), or the XOR of both if `bits` is 0. ends: int64 [K].
-    """
+) -> torch.Tensor:
     last = payloads.shape[0] * payloads.shape[2]
     out = np.empty((len(index), key_words(depth, last)), np.uint64)
+    roots, words = (unsigned(client), unsigned(server)), unsigned(payloads)
+    places, rows = index.numpy(), np.array(ends, np.int64)
     if LANES:
-        correct_paths(generator.round_keys, *roots, index, payloads, ends, depth, bits, out)
+        correct_paths(generator.round_keys, *roots, places, words, rows, depth, bits, out)
     else:
-        correct_by_library(roots, index, payloads, ends, depth, generator, bits, out)
-    return out
+        correct_by_library(roots, places, words, rows, depth, generator, bits, out)
+    return signed(out)
+
+
+_CORRECTIONS = Kernel("trees.corrections", _correct_host)
+
+
+def correct(
+    roots: tuple[torch.Tensor, torch.Tensor],
+    index: torch.Tensor,
+    payloads: torch.Tensor,
+    ends: Sequence[int],
+    depth: int,
+    generator: Generator,
+    bits: int,
+) -> torch.Tensor:
+    """The dealer's part: correction words for n keys, int64 [n, 2 * depth + K * W].
+
+    roots: of client and server, int64 [n, 2]. index: int64 [n], the number of the special leaf,
+    below 2**depth. payloads: int64 [K, n, W]; payload k is the value of the node at depth
+    `ends[k]` above this leaf, after its correction: the client's share minus the server's, number
+    by number of `bits` bits (8, 16 or 64), or the XOR of both if `bits` is 0.
+    """
+    result: torch.Tensor = _CORRECTIONS(*roots, index, payloads, ends, depth, generator, bits)
+    return result
 
 
 def correct_by_library(
@@ -221,7 +276,9 @@ def _last_words(
     return np.where(negative[:, None] == 1, -last, last).view(np.uint64)
 
 
-def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.ndarray, np.ndarray]:
+def grow(
+    keys: HostKeys, depth: int, party: int, generator: Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A party's leaves of n keys, in order: seeds uint64 [n, 2**depth, 2] and bits [n, 2**depth].
 
     party: 0 (client) or 1 (server). The last correction is not applied.
@@ -234,7 +291,7 @@ def grow(keys: Keys, depth: int, party: int, generator: Generator) -> tuple[np.n
 
 
 def children(
-    seeds: np.ndarray, bits: np.ndarray, keys: Keys, level: int, generator: Generator
+    seeds: np.ndarray, bits: np.ndarray, keys: HostKeys, level: int, generator: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The children of nodes at depth `level`, in order: seeds [n, 2 N, 2] and bits [n, 2 N].
 
@@ -249,7 +306,7 @@ def children(
 
 
 def sharing_words(
-    index: np.ndarray, payload: np.ndarray, depth: int, generator: Generator
+    index: torch.Tensor, payload: torch.Tensor, depth: int, generator: Generator
 ) -> Correct:
     """Corrections for tables that are zero except for words `payload` [n, W] in row `index` [n].
 
@@ -260,8 +317,8 @@ def sharing_words(
 
 
 def sharing_prefixes(
-    index: np.ndarray,
-    payloads: np.ndarray,
+    index: torch.Tensor,
+    payloads: torch.Tensor,
     ends: Sequence[int],
     depth: int,
     generator: Generator,
@@ -276,44 +333,76 @@ def sharing_prefixes(
     point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight Techniques for
     Private Heavy Hitters" (IEEE S&P 2021), section 4.
     """
-    index, places = np.ascontiguousarray(index), np.array(ends, np.int64)
-    words = np.ascontiguousarray(payloads).view(np.uint64)
-    return lambda roots: correct(roots, index, words, places, depth, generator, WORD_BITS)
+    index, payloads = index.contiguous(), payloads.contiguous()
+    return lambda roots: correct(roots, index, payloads, ends, depth, generator, WORD_BITS)
 
 
-def sharing_bits(index: np.ndarray, depth: int, generator: Generator) -> Correct:
+def sharing_bits(index: torch.Tensor, depth: int, generator: Generator) -> Correct:
     """Corrections for tables with one bit set, at `index` [n], below 128 * 2**depth.
 
     A leaf holds 128 bits: the early termination of Boyle, Gilboa and Ishai.
     """
 
+    leaf, payload = _SET_BITS(index)
+    return lambda roots: correct(roots, leaf, payload[None], (depth,), depth, generator, 0)
+
+
+def _set_bits_host(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leaf, payload = np.empty(len(index), np.int64), np.zeros((len(index), BLOCK_WORDS), np.uint64)
-    _set_bits(index, leaf, payload)
-    ends = np.array([depth])
-    return lambda roots: correct(roots, leaf, payload[None], ends, depth, generator, 0)
+    _set_bits(index.numpy(), leaf, payload)
+    return torch.from_numpy(leaf), signed(payload)
+
+
+def _set_bits_tensors(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leaf that holds each index, and that leaf's words with only the index's bit set."""
+    place = index & (LEAF_BITS - 1)
+    word = torch.arange(BLOCK_WORDS, device=index.device) == (place >> 6)[:, None]
+    return index >> (LEAF_BITS.bit_length() - 1), word.long() << (place & 63)[:, None]
+
+
+_SET_BITS = Kernel("elements.set_bits", _set_bits_host, _set_bits_tensors, triton=False)
+
+
+def _parities_host(
+    roots: torch.Tensor,
+    corrections: torch.Tensor,
+    places: torch.Tensor,
+    depth: int,
+    party: int,
+    generator: Generator,
+) -> torch.Tensor:
+    keys, rows = HostKeys(unsigned(roots), unsigned(corrections)), places.contiguous().numpy()
+    found = np.empty(rows.shape, np.uint8)
+    if LANES:
+        parities_before(generator.round_keys, *keys, rows, depth, party, found)
+    else:
+        parities_by_library(keys, rows, depth, party, generator, found)
+    return torch.from_numpy(found)
+
+
+_PARITIES = Kernel("trees.parities", _parities_host)
 
 
 def parities(
-    keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator
-) -> np.ndarray:
+    keys: Keys, places: torch.Tensor, depth: int, party: int, generator: Generator
+) -> torch.Tensor:
     """XOR shares of [index < place] for tables of `sharing_bits`: uint8 [n, P] for int64 [n, P].
 
     A node's control bits are XOR shares of whether the index is below that node. So on the path
     down to a place, the control bits of the left siblings that are passed cover all leaves before
     the last. Source: the prefix parities of Storrier et al., "Grotto" (CCS 2023).
     """
-    places = np.ascontiguousarray(places)
-    found = np.empty(places.shape, np.uint8)
-    if LANES:
-        ciphers = generator.round_keys
-        parities_before(ciphers, keys.roots, keys.corrections, places, depth, party, found)
-    else:
-        parities_by_library(keys, places, depth, party, generator, found)
+    found: torch.Tensor = _PARITIES(keys.roots, keys.corrections, places, depth, party, generator)
     return found
 
 
 def parities_by_library(
-    keys: Keys, places: np.ndarray, depth: int, party: int, generator: Generator, out: np.ndarray
+    keys: HostKeys,
+    places: np.ndarray,
+    depth: int,
+    party: int,
+    generator: Generator,
+    out: np.ndarray,
 ) -> None:
     """Write the result of `parities`, on processors without AES instructions."""
     each = places.shape[1]

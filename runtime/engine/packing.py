@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergec.runtime.core.context import NUMPY, Context
+from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
+from mergec.runtime.correlations.prg import NUMPY
+from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.transport.traffic import Exchange
 
 
@@ -41,21 +43,35 @@ def pack(payloads: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The payloads' bytes one after the other, without padding; None if there are none."""
     if not payloads:
         return None
-    parts = [p.cpu().contiguous().view(-1).view(torch.uint8) for p in payloads]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [p.contiguous().view(-1).view(torch.uint8) for p in payloads]
+    return to_host(parts[0] if len(parts) == 1 else torch.cat(parts), "message")
 
 
 def unpack(
     reply: torch.Tensor, payloads: Sequence[torch.Tensor], device: torch.device
 ) -> Iterator[torch.Tensor]:
     """The parts of a packed message; each has the shape and dtype of one of the payloads."""
+    moved = to_device(reply, device, "message")
+    if moved is not reply:
+        yield from _parts(moved, payloads)
+        return
     data, start = reply.numpy(), 0
     for like in payloads:
         # A view by numpy takes a third of the time that slice, type and shape take in torch.
         words = np.ndarray(like.shape, NUMPY[like.dtype], data.data, start)
         part = torch.from_numpy(words if words.flags.aligned else words.copy())
         start += words.nbytes
-        yield part if device.type == "cpu" else part.to(device)
+        yield part
+
+
+def _parts(data: torch.Tensor, payloads: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """`unpack` of a message that is on a device."""
+    start = 0
+    for like in payloads:
+        part = data[start : start + like.nbytes]
+        aligned = part if start % like.itemsize == 0 else part.clone()
+        start += like.nbytes
+        yield aligned.view(like.dtype).reshape(like.shape)
 
 
 def _sent_by(party: int) -> type[Message]:

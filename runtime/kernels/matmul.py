@@ -1,4 +1,4 @@
-"""Matrix products modulo 2**64 of int64 (and narrower) tensors, on CPU and CUDA."""
+"""Matrix products modulo 2**64 of int64 (and narrower) tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import torch
 
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 
 _LIMB_BITS = 16
@@ -29,17 +30,19 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     count = math.prod(batch)
     a3 = a.expand(*batch, rows, inner).reshape(count, rows, inner)
     b3 = b.expand(*batch, inner, columns).reshape(count, inner, columns)
-    if a.is_cuda:
-        out = torch.stack([_limb_product(x, y) for x, y in zip(a3, b3, strict=True)])
-        return out.reshape(*batch, rows, columns)
-    result = np.zeros((count, rows, columns), np.int64)
-    if result.size and inner:
+    product: torch.Tensor = _PRODUCTS(a3, b3)
+    return product.reshape(*batch, rows, columns)
+
+
+def _batched_host(a3: torch.Tensor, b3: torch.Tensor) -> torch.Tensor:
+    result = np.zeros((*a3.shape[:2], b3.shape[2]), np.int64)
+    if result.size and a3.shape[2]:
         turned = b3.stride(2) != 1 and b3.stride(1) == 1
         b3 = b3 if turned or b3.stride(2) == 1 else b3.contiguous()
         (_batched_dots if turned else _batched)(
             a3.contiguous().numpy(), _flat(b3), b3.stride(0), b3.stride(2 if turned else 1), result
         )
-    return torch.from_numpy(result).reshape(*batch, rows, columns)
+    return torch.from_numpy(result)
 
 
 def _flat(x: torch.Tensor) -> np.ndarray:
@@ -53,16 +56,18 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     shape = (*x.shape[:-1], weight.shape[0])
     if x.is_meta or weight.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    flat = x.reshape(-1, x.shape[-1])
-    if x.is_cuda:
-        return _limb_product(flat, weight.T).reshape(shape)
+    product: torch.Tensor = _BY_ROWS(x.reshape(-1, x.shape[-1]), weight)
+    return product.reshape(shape)
+
+
+def _rows_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if flat.shape[0] == 1:
         result = np.empty((1, weight.shape[0]), np.int64)
         _row(flat.contiguous().numpy()[0], weight.numpy(), result[0])
     else:
         result = np.zeros((flat.shape[0], weight.shape[0]), np.int64)
         _rows(flat.contiguous().numpy(), weight.numpy(), result)
-    return torch.from_numpy(result).reshape(shape)
+    return torch.from_numpy(result)
 
 
 def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,13 +75,14 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     shape = (*x.shape[:-1], weight.shape[1])
     if x.is_meta or weight.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    flat = x.reshape(-1, x.shape[-1])
-    if x.is_cuda:
-        return _limb_product(flat, weight).reshape(shape)
+    product: torch.Tensor = _BY_COLUMNS(x.reshape(-1, x.shape[-1]), weight)
+    return product.reshape(shape)
+
+
+def _columns_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     parts = np.zeros((numba.get_num_threads(), flat.shape[0], weight.shape[1]), np.int64)
     _columns(flat.contiguous().numpy(), weight.numpy(), parts)
-    result = parts[0] if len(parts) == 1 else parts.sum(0)
-    return torch.from_numpy(result).reshape(shape)
+    return torch.from_numpy(parts[0] if len(parts) == 1 else parts.sum(0))
 
 
 def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
@@ -85,7 +91,7 @@ def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
 
 
 def _limb_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` modulo 2**64 by float64 products of 16-bit limbs, for devices without an int64 GEMM.
+    """`a @ b` modulo 2**64 by float64 products of 16-bit limbs: the reference, on any device.
 
     Exact while 16 + 16 + log2(inner) <= 53; the inner dimension is split to satisfy this.
     """
@@ -103,6 +109,21 @@ def _limb_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _limbs(x: torch.Tensor) -> list[torch.Tensor]:
     """The four 16-bit limbs of int64 words, least significant first, as float64."""
     return [((x >> (_LIMB_BITS * i)) & 0xFFFF).to(torch.float64) for i in range(4)]
+
+
+def _limb_products(a3: torch.Tensor, b3: torch.Tensor) -> torch.Tensor:
+    if not len(a3):
+        return torch.empty((0, a3.shape[1], b3.shape[2]), dtype=torch.int64, device=a3.device)
+    return torch.stack([_limb_product(x, y) for x, y in zip(a3, b3, strict=True)])
+
+
+def _limb_rows(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _limb_product(flat, weight.T)
+
+
+_PRODUCTS = Kernel("products.batched", _batched_host, _limb_products)
+_BY_ROWS = Kernel("products.by_rows", _rows_host, _limb_rows)
+_BY_COLUMNS = Kernel("products.by_columns", _columns_host, _limb_product)
 
 
 def set_threads(count: int) -> None:

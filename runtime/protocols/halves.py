@@ -24,6 +24,7 @@ from mergec.runtime.correlations.dpf import (
     parities,
     sharing_bits,
 )
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.formula import Polynomial
 
@@ -57,8 +58,8 @@ class Halves:
 
         generator = ctx.point_functions(1)
 
-        def correct(roots: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-            index = mask().cpu().long().numpy() & (2**self.width - 1)
+        def correct(roots: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            index = mask().long() & (2**self.width - 1)
             return sharing_bits(index, self._depth, generator)(roots)
 
         keys = ctx.deal_keys(count, key_words(self._depth, BLOCK_WORDS), correct)
@@ -68,13 +69,42 @@ class Halves:
         """XOR shares of the top bit of v - r for points v [T, n]: uint8 [T, n]."""
         if dealt.keys is None:
             return torch.empty(points.shape, dtype=torch.uint8, device="meta")
-        values = points.cpu().numpy()
-        places = np.empty((values.shape[1], 2 * len(values)), np.int64)
-        _find_places(values, self.width, places)
+        places = _PLACES(points, self.width)
         found = parities(dealt.keys, places, self._depth, dealt.party, dealt.generator)
-        out = torch.empty(points.shape, dtype=torch.uint8)
-        _join(found, places, dealt.party == CLIENT, out.numpy())
-        return out.to(points.device)
+        joined: torch.Tensor = _JOINED(found, places, dealt.party == CLIENT)
+        return joined
+
+
+def _places_host(points: torch.Tensor, width: int) -> torch.Tensor:
+    values = points.numpy()
+    places = np.empty((values.shape[1], 2 * len(values)), np.int64)
+    _find_places(values, width, places)
+    return torch.from_numpy(places)
+
+
+def _places_tensors(points: torch.Tensor, width: int) -> torch.Tensor:
+    starts = points.T + 1
+    return torch.cat([starts, starts + (1 << (width - 1))], 1) & ((1 << width) - 1)
+
+
+_PLACES = Kernel("elements.half_places", _places_host, _places_tensors, triton=False)
+
+
+def _joined_host(found: torch.Tensor, places: torch.Tensor, flips: bool) -> torch.Tensor:
+    out = torch.empty((found.shape[1] // 2, len(found)), dtype=torch.uint8)
+    _join(found.numpy(), places.numpy(), flips, out.numpy())
+    return out
+
+
+def _joined_tensors(found: torch.Tensor, places: torch.Tensor, flips: bool) -> torch.Tensor:
+    count = found.shape[1] // 2
+    bits = found[:, :count] ^ found[:, count:]
+    if flips:
+        bits = bits ^ (places[:, :count] > places[:, count:]).to(torch.uint8)
+    return bits.T.contiguous()
+
+
+_JOINED = Kernel("elements.joined_halves", _joined_host, _joined_tensors, triton=False)
 
 
 @compiled()

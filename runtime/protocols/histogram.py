@@ -28,6 +28,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.counters import Counters
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.peak import (
     Entries,
@@ -86,12 +87,14 @@ def crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     if not bool(short.any()):
         return (yield from _crest(ctx, share, valid))
     one, other = torch.where(short)[0], torch.where(~short)[0]
+    order = torch.cat([one, other]).argsort()
+    some, rest, back = (to_device(rows, share.device, "public") for rows in (one, other, order))
+    if share.is_meta:
+        some, rest, back = one, other, order
     found = yield from together(
-        peak(ctx, share[one.to(share.device)], valid[one], FEW),
-        _crest(ctx, share[other.to(share.device)], valid[other]),
+        peak(ctx, share[some], valid[one], FEW), _crest(ctx, share[rest], valid[other])
     )
-    order = torch.cat([one, other]).argsort().to(share.device)
-    return torch.cat(found)[order]
+    return torch.cat(found)[back]
 
 
 def crest_cost(valid: torch.Tensor) -> Cost:
@@ -106,8 +109,8 @@ def crest_cost(valid: torch.Tensor) -> Cost:
 
 def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     """`crest` by histograms for all rows."""
-    entries = entries_of(valid)
-    rows, row, kind = len(entries.counts), entries.rows, _Kind(entries)
+    entries = entries_of(valid).on(ctx.device)
+    rows, row, kind = len(entries.counts), entries.rows, _Kind(entries, ctx.device)
     values, first = from_first(integer_parts(share, entries), entries)
     # What the dealer needs, in the order in which the parties use it.
     mask = ctx.mask((len(row),), torch.int16)
@@ -128,30 +131,31 @@ def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
         yield from open_under(ctx, cell_mask.to("meta"), cell_mask)
         yield from cuts.open(ctx, cuts.mask.to("meta"))
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
-    place, row_of = _places(opened), row.numpy()
-    counts = slots.tally(ctx, place >> _SLOT_BITS, row_of, (rows, _POSITIVE))
-    above = yield from cells.open(ctx, kind.tensor(_from(counts, 2), share))
-    cell = ctx.public(torch.full((rows,), _CELLS)) - torch.from_numpy(cells.count(ctx, above))
-    cell = yield from open_under(ctx, cell.to(torch.int8).to(share.device), cell_mask)
+    place = _places(opened)
+    counts = slots.tally(ctx, place >> _SLOT_BITS, row, (rows, _POSITIVE))
+    above = yield from cells.open(ctx, _from(counts, 2))
+    cell = ctx.public(torch.full((rows,), _CELLS, device=place.device)) - cells.count(ctx, above)
+    cell = yield from open_under(ctx, cell.to(torch.int8), cell_mask)
     # The lowest of the integers that the maximum is above or at, plus the mask of its cell.
-    start = (cell.cpu().long() << _CELL_BITS) - (1 << _SLOT_BITS)
-    counts = near.tally(ctx, place - start.numpy()[row_of], row_of, (rows, _RANGE))
-    above = yield from cuts.open(ctx, kind.tensor(_from(counts, STEP), share))
-    found = ctx.public(start + STEP * _CUTS) - (cell_mask.cpu().long() << _CELL_BITS)
-    found -= STEP * torch.from_numpy(cuts.count(ctx, above))
-    return from_integers(first + found.to(torch.int16).to(share.device))
+    start = (cell.long() << _CELL_BITS) - (1 << _SLOT_BITS)
+    counts = near.tally(ctx, place - start[row], row, (rows, _RANGE))
+    above = yield from cuts.open(ctx, _from(counts, STEP))
+    found = ctx.public(start + STEP * _CUTS) - (cell_mask.long() << _CELL_BITS)
+    found = found - STEP * cuts.count(ctx, above)
+    return from_integers(first + found.to(torch.int16))
 
 
 def _crest_cost(valid: torch.Tensor) -> Cost:
     entries = entries_of(valid)
-    rows, count, kind = len(entries.counts), len(entries.rows), _Kind(entries)
+    rows, count = len(entries.counts), len(entries.rows)
+    kind = _Kind(entries, torch.device("cpu"))
     return Cost(
         rounds=4,
         online=4 * count + (2 + 2 * kind.dtype.itemsize * (_CELLS + _CUTS)) * rows,
         offline=(kind.slots.dealt_bytes + kind.near.dealt_bytes) * count
         + sum(
-            len(same) * number * Counters(bits, width).dealt_bytes
-            for width, same in kind.classes
+            count * number * Counters(bits, width).dealt_bytes
+            for width, _, count in kind.classes
             for number, bits in ((_CELLS, 8), (_CUTS, 16))
         ),
     )
@@ -161,28 +165,28 @@ class _Kind:
     """The counters that rows need.
 
     dtype: of a count; its ring is larger than the longest row. slots, near: keys of the entries,
-    for the first and the second histogram. classes: the rows with less than 2**width entries, for
-    each width.
+    for the first and the second histogram. classes: a width, the rows with less than 2**width
+    entries, or None if these are all, and how many they are.
     """
 
-    def __init__(self, entries: Entries) -> None:
+    def __init__(self, entries: Entries, device: torch.device) -> None:
         widths = np.array([max(_NARROWEST, n.bit_length()) for n in entries.counts.tolist()])
         bits = 8 if widths.max() <= 8 else 16
         self.dtype = torch.int8 if bits == 8 else torch.int16
         self.slots = Counters(bits, _CIRCLE_BITS - _SLOT_BITS)
         self.near = Counters(bits, _CIRCLE_BITS)
-        self.classes = [(int(w), np.flatnonzero(widths == w)) for w in np.unique(widths)]
-
-    def tensor(self, counts: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-        """Shares of counts as signed words, on the device of `like`."""
-        return torch.from_numpy(counts).view(self.dtype).to(like.device)
+        self.classes: list[tuple[int, torch.Tensor | None, int]] = []
+        for width in np.unique(widths).tolist():
+            rows = torch.from_numpy(np.flatnonzero(widths == width))
+            some = to_device(rows, device, "public") if len(rows) < len(widths) else None
+            self.classes.append((width, some, len(rows)))
 
 
 class _Tables:
     """Keys of a table for each place, dealt when this is made."""
 
     def __init__(
-        self, ctx: Context, counters: Counters, places: Callable[[], np.ndarray], count: int
+        self, ctx: Context, counters: Counters, places: Callable[[], torch.Tensor], count: int
     ) -> None:
         """places: called by the dealer; returns int64 [count]."""
         self._counters, self._generator = counters, ctx.point_functions(1)
@@ -193,8 +197,8 @@ class _Tables:
         )
 
     def tally(
-        self, ctx: Context, first: np.ndarray, rows: np.ndarray, shape: tuple[int, int]
-    ) -> np.ndarray:
+        self, ctx: Context, first: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
         """A party's shares of the histograms of first - place: see `Counters.tally`."""
         if self._keys is None:
             raise RuntimeError("the dealer has no keys")
@@ -214,43 +218,47 @@ class _Zeros:
             (
                 width,
                 same,
-                _Tables(ctx, Counters(bits, width), self._low(width, same), same.size * number),
+                _Tables(ctx, Counters(bits, width), self._low(width, same), count * number),
             )
-            for width, same in kind.classes
+            for width, same, count in kind.classes
         ]
 
-    def _low(self, width: int, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        return lambda: _places(self.mask, width)[rows].reshape(-1)
+    def _low(self, width: int, rows: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+        return lambda: _of_rows(_places(self.mask, width), rows).reshape(-1)
 
     def open(self, ctx: Context, counts: torch.Tensor) -> Protocol:
         """Open counts [R, number] under the masks."""
         return (yield from open_under(ctx, counts, self.mask))
 
-    def count(self, ctx: Context, opened: torch.Tensor) -> np.ndarray:
+    def count(self, ctx: Context, opened: torch.Tensor) -> torch.Tensor:
         """Shares modulo 2**bits of how many counts of each row are zero, int64 [R]."""
-        found = np.empty(len(opened), np.int64)
+        found = torch.empty(len(opened), dtype=torch.int64, device=opened.device)
         for width, same, tables in self._parts:
-            places = _places(opened, width)[same]
-            each = np.arange(places.size)
-            zero = tables.tally(ctx, places.reshape(-1), each, (places.size, 1))
-            found[same] = zero.reshape(places.shape).sum(1, dtype=np.int64)
+            places = _of_rows(_places(opened, width), same)
+            each = torch.arange(places.numel(), device=places.device)
+            zero = tables.tally(ctx, places.reshape(-1), each, (places.numel(), 1))
+            found[slice(None) if same is None else same] = zero.reshape(places.shape).sum(1)
         return found
+
+
+def _of_rows(words: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return words if rows is None else words[rows]
 
 
 def from_first(values: torch.Tensor, entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
     """Each value less the first one of its row, and the first ones: [entries], [rows]."""
     if values.is_meta:
         return values, values
-    first = values[(entries.counts.cumsum(0) - entries.counts).to(values.device)]
-    return values - first[entries.rows.to(values.device)], first
+    first = values[entries.firsts]
+    return values - first[entries.rows], first
 
 
-def _places(words: torch.Tensor, width: int = _CIRCLE_BITS) -> np.ndarray:
+def _places(words: torch.Tensor, width: int = _CIRCLE_BITS) -> torch.Tensor:
     """Words modulo 2**width, as int64."""
-    return words.cpu().long().numpy() & ((1 << width) - 1)
+    return words.long() & ((1 << width) - 1)
 
 
-def _from(counts: np.ndarray, step: int) -> np.ndarray:
+def _from(counts: torch.Tensor, step: int) -> torch.Tensor:
     """Shares of how many entries are at each multiple of `step` above zero, or higher: [R, ...]."""
-    above = np.cumsum(counts[:, ::-1], 1, counts.dtype)[:, ::-1]
-    return np.ascontiguousarray(above[:, step::step])
+    above = counts.flip(1).cumsum(1, dtype=counts.dtype).flip(1)
+    return above[:, step::step].contiguous()

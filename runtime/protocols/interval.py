@@ -25,13 +25,16 @@ from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
     Generator,
-    Keys,
+    HostKeys,
     grow,
     key_words,
     sharing_words,
+    unsigned,
 )
 from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 
 FINER_BITS = 2
 """Tables for exact rounding have windows of 2**-2 of the size."""
@@ -61,6 +64,15 @@ class Table:
     drop: int
     out_frac: int
     coefficients: np.ndarray
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        """The coefficients on a device."""
+        return _factors(self, device)
+
+
+@cache
+def _factors(table: Table, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(table.coefficients), device, "public")
 
 
 def fit(
@@ -137,13 +149,32 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
         key_words(depth, _WORDS),
         lambda roots: sharing_words(*_row(mask, table), depth, generator)(roots),
     )
-    out = np.empty(count, np.int64)
     if keys is None:
         return torch.empty(count, dtype=torch.int64, device="meta")
-    points = opened.cpu().long().numpy() - table.start
+    points = opened.long() - table.start
+    result: torch.Tensor = _VALUES(
+        points, keys.roots, keys.corrections, table, ctx.party, generator
+    )
+    return result
+
+
+def _values_host(
+    points: torch.Tensor,
+    roots: torch.Tensor,
+    corrections: torch.Tensor,
+    table: Table,
+    party: int,
+    generator: Generator,
+) -> torch.Tensor:
+    """A party's shares of the values at `points` [n], in units from the table's start."""
+    out = np.empty(len(points), np.int64)
+    keys = HostKeys(unsigned(roots), unsigned(corrections))
     expand = evaluate_by_instructions if LANES else evaluate_by_library
-    expand(points, keys, table, ctx.party, generator, out)
-    return torch.from_numpy(out).to(opened.device)
+    expand(points.numpy(), keys, table, party, generator, out)
+    return torch.from_numpy(out)
+
+
+_VALUES = Kernel("trees.table_values", _values_host)
 
 
 def evaluate_cost(count: int, table: Table) -> Cost:
@@ -155,12 +186,31 @@ def _depth(table: Table) -> int:
     return table.windows.bit_length() - 1
 
 
-def _row(mask: torch.Tensor, table: Table) -> tuple[np.ndarray, np.ndarray]:
+def _row(mask: torch.Tensor, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
     """Window index of each mask and the words stored there. Called by the dealer."""
-    words = mask.cpu().long().numpy().reshape(-1)
+    found: tuple[torch.Tensor, torch.Tensor] = _ROWS(
+        mask.long().reshape(-1), table.windows, table.step_bits, table.drop
+    )
+    return found
+
+
+def _rows_host(
+    words: torch.Tensor, windows: int, step_bits: int, drop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     index, powers = np.empty(len(words), np.int64), np.empty((len(words), _WORDS), np.int64)
-    _write_rows(words, table.windows, table.step_bits, table.drop, index, powers)
-    return index, powers
+    _write_rows(words.numpy(), windows, step_bits, drop, index, powers)
+    return torch.from_numpy(index), torch.from_numpy(powers)
+
+
+def _rows_tensors(
+    words: torch.Tensor, windows: int, step_bits: int, drop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    low = (words & ((1 << step_bits) - 1)) >> drop
+    powers = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
+    return (words >> step_bits) & (windows - 1), powers
+
+
+_ROWS = Kernel("elements.row_of_powers", _rows_host, _rows_tensors, triton=False)
 
 
 @compiled()
@@ -176,7 +226,7 @@ def _write_rows(words, windows, step_bits, drop, index, powers):  # type: ignore
 
 def evaluate_by_instructions(
     points: np.ndarray,
-    keys: Keys,
+    keys: HostKeys,
     table: Table,
     party: int,
     generator: Generator,
@@ -191,7 +241,7 @@ def evaluate_by_instructions(
 
 def evaluate_by_library(
     points: np.ndarray,
-    keys: Keys,
+    keys: HostKeys,
     table: Table,
     party: int,
     generator: Generator,
@@ -200,7 +250,7 @@ def evaluate_by_library(
     """Like `evaluate_by_instructions`, for processors without AES instructions."""
     for first in range(0, len(points), _PIECE):
         piece = slice(first, first + _PIECE)
-        some = Keys(keys.roots[piece], keys.corrections[piece])
+        some = HostKeys(keys.roots[piece], keys.corrections[piece])
         seeds, bits = grow(some, _depth(table), party, generator)
         _evaluate_leaves(
             points[piece], seeds, bits, generator.value(seeds), some.corrections[:, -_WORDS:],

@@ -40,18 +40,21 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import HEADROOM_BITS, Cost
+from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.dpf import (
     SEED_WORDS,
     Generator,
-    Keys,
+    HostKeys,
     children,
     key_words,
     sharing_prefixes,
+    unsigned,
 )
 from mergec.runtime.kernels.aes import LANES, grow_level, values_of_leaves, vectors
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.interval import FINER_BITS, fit_finely
-from mergec.runtime.protocols.local import ghost
 from mergec.runtime.protocols.opening import open_high
 
 MAX_EXPONENT = 53
@@ -214,6 +217,44 @@ class Descent:
         """Words of a key."""
         return key_words(self.depth, _WORDS * len(self.ends))
 
+    def nodes(self, device: torch.device) -> torch.Tensor:
+        """Which rows a point is looked up in, two in a line: int64 [pairs, 8], on a device.
+
+        Depth of an octave's rows (0 in lines that only fill the last block), the lower window, the
+        octave's last window but for a bit of the point, column, drop, place of its coefficients
+        and of its correction.
+        """
+        return _nodes(self, device)
+
+    def factors(self, device: torch.device) -> torch.Tensor:
+        """The coefficients on a device."""
+        return _factors(self, device)
+
+
+_BLOCK = 128
+"""Lines of `Descent.nodes` that are read together."""
+
+
+@cache
+def _nodes(descent: Descent, device: torch.device) -> torch.Tensor:
+    lines = []
+    for k, end in enumerate(descent.ends):
+        first, last = int(descent.firsts[k]), 2 * int(descent.kept[end - 1, 1])
+        place = SEED_WORDS * descent.depth + _WORDS * k
+        table = k * descent.coefficients.shape[1] * _WORDS
+        lines += [
+            (end, window, last, descent.columns[k], descent.drops[k], table, place, 0)
+            for window in range(first, last + 2, 2)
+        ]
+    size = min(_BLOCK, 1 << (len(lines) - 1).bit_length())
+    lines += [(0,) * 8] * (-len(lines) % size)
+    return to_device(torch.tensor(lines), device, "public")
+
+
+@cache
+def _factors(descent: Descent, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(descent.coefficients), device, "public")
+
 
 def _smooth(x: np.ndarray) -> np.ndarray:
     """From 0 up to 1 on [0, 1], with three derivatives that vanish at both ends."""
@@ -278,17 +319,32 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     hidden = [int(descent.drops[0]) for descent in descents] if ctx.exact else 0
     opened = yield from open_high(ctx, lifted[:, None].expand(mask.shape), mask, hidden)
     generator = ctx.point_functions(_BLOCKS)
-    out = np.zeros((count, spec.columns), np.int64)
+    out = torch.zeros((count, spec.columns), dtype=torch.int64, device=share.device)
     for k, descent in enumerate(descents):
         correct = partial(_correct, mask[:, k], descent, generator)
         keys = ctx.deal_keys(count, descent.words, correct)
         if keys is not None:
-            points = opened[:, k].cpu().contiguous().numpy()
-            descend = descend_by_instructions if LANES else descend_by_library
-            descend(points, keys, descent, ctx.party, generator, out)
-    if share.is_meta:
-        return ghost(out.shape)
-    return torch.from_numpy(out).to(share.device)
+            points = opened[:, k].contiguous()
+            _VALUES(points, keys.roots, keys.corrections, descent, ctx.party, generator, out)
+    return out
+
+
+def _values_host(
+    points: torch.Tensor,
+    roots: torch.Tensor,
+    corrections: torch.Tensor,
+    descent: Descent,
+    party: int,
+    generator: Generator,
+    out: torch.Tensor,
+) -> None:
+    """Add a party's shares of the values at `points` [n] to out [n, columns]."""
+    descend = descend_by_instructions if LANES else descend_by_library
+    keys = HostKeys(unsigned(roots), unsigned(corrections))
+    descend(points.numpy(), keys, descent, party, generator, out.numpy())
+
+
+_VALUES = Kernel("trees.octave_values", _values_host)
 
 
 def columns_cost(spec: Octaves, count: int) -> Cost:
@@ -301,19 +357,38 @@ def _correct(
     mask: torch.Tensor,
     descent: Descent,
     generator: Generator,
-    roots: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
+    roots: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
     """Corrections of the keys for these masks [n]. Called by the dealer."""
+    index, payloads = _ROWS(mask.contiguous(), descent)
+    return sharing_prefixes(index, payloads, descent.ends, descent.depth, generator)(roots)
+
+
+def _rows_host(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row numbers of masks at the tree's leaves, and the words of each octave's row."""
     index = np.empty(len(mask), np.int64)
     payloads = np.empty((len(descent.ends), len(mask), _WORDS), np.int64)
-    words, depth = mask.cpu().contiguous().numpy(), descent.depth
-    _write_rows(words, descent.top, depth, descent.drops, descent.step_bits, index, payloads)
-    return sharing_prefixes(index, payloads, descent.ends, depth, generator)(roots)
+    depth, drops = descent.depth, descent.drops
+    _write_rows(mask.numpy(), descent.top, depth, drops, descent.step_bits, index, payloads)
+    return torch.from_numpy(index), torch.from_numpy(payloads)
+
+
+def _rows_tensors(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = []
+    for drop in descent.drops.tolist():
+        moved = logical_shift(mask, drop) if drop >= 0 else mask << -drop
+        low = moved & ((1 << descent.step_bits) - 1)
+        rows.append(torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1))
+    index = logical_shift(mask, descent.top - descent.depth) & ((1 << descent.depth) - 1)
+    return index, torch.stack(rows)
+
+
+_ROWS = Kernel("elements.rows_of_octaves", _rows_host, _rows_tensors, triton=False)
 
 
 def descend_by_instructions(
     points: np.ndarray,
-    keys: Keys,
+    keys: HostKeys,
     descent: Descent,
     party: int,
     generator: Generator,
@@ -329,7 +404,7 @@ def descend_by_instructions(
 
 def descend_by_library(
     points: np.ndarray,
-    keys: Keys,
+    keys: HostKeys,
     descent: Descent,
     party: int,
     generator: Generator,
@@ -338,13 +413,13 @@ def descend_by_library(
     """Like `descend_by_instructions`, for processors without AES instructions."""
     for first in range(0, len(points), _PIECE):
         piece = slice(first, first + _PIECE)
-        some = Keys(keys.roots[piece], keys.corrections[piece])
+        some = HostKeys(keys.roots[piece], keys.corrections[piece])
         _descend_piece(points[piece], some, descent, party, generator, out[piece])
 
 
 def _descend_piece(
     points: np.ndarray,
-    keys: Keys,
+    keys: HostKeys,
     descent: Descent,
     party: int,
     generator: Generator,
@@ -386,7 +461,6 @@ def _moved(word, drop):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _write_rows(mask, top, depth, drops, step_bits, index, payloads):  # type: ignore[no-untyped-def]
-    """The row numbers of masks at the tree's leaves, and the words of each octave's row."""
     ones = (np.int64(1) << step_bits) - 1
     rows = (np.int64(1) << depth) - 1
     for i in range(mask.shape[0]):

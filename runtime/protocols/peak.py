@@ -22,7 +22,9 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Cost
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, open_bits
 from mergec.runtime.protocols.opening import open_under
@@ -61,17 +63,22 @@ class _Level:
 class Entries:
     """The valid entries of rows, and how they are compared.
 
-    places: their flat indices among all entries, int64 [entries]. rows: the row of each. counts:
-    their number in each row.
+    places: their flat indices among all entries, int64 [entries]. rows: the row of each. firsts:
+    where each row's first one is among them. counts: their number in each row, on the CPU.
     """
 
     places: torch.Tensor
     rows: torch.Tensor
+    firsts: torch.Tensor
     counts: torch.Tensor
 
     def levels(self, group: int) -> Sequence[_Level]:
         """How `peak` compares them in groups of at most that many, level by level."""
         return _levels(self, group)
+
+    def on(self, device: torch.device) -> Entries:
+        """The same with its indices on a device."""
+        return self if device.type == self.rows.device.type else _moved(self, device)
 
 
 def entries_of(valid: torch.Tensor) -> Entries:
@@ -89,7 +96,14 @@ def _remembered(valid: bytes, shape: Sequence[int]) -> Entries:
 
 def _find_entries(valid: torch.Tensor) -> Entries:
     rows, columns = valid.nonzero(as_tuple=True)
-    return Entries(rows * valid.shape[1] + columns, rows, valid.sum(1))
+    counts = valid.sum(1)
+    return Entries(rows * valid.shape[1] + columns, rows, counts.cumsum(0) - counts, counts)
+
+
+@lru_cache(maxsize=_KEPT)
+def _moved(entries: Entries, device: torch.device) -> Entries:
+    indices = (entries.places, entries.rows, entries.firsts)
+    return Entries(*(to_device(each, device, "public") for each in indices), entries.counts)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -155,7 +169,7 @@ def integer_parts(share: torch.Tensor, entries: Entries) -> torch.Tensor:
     if share.is_meta:
         return torch.empty(len(entries.places), dtype=torch.int16, device="meta")
     # For x = a + b, the integer parts of a and b add up to that of x, or to one less.
-    values = share.reshape(-1)[entries.places.to(share.device)]
+    values = share.reshape(-1)[entries.on(share.device).places]
     return (values >> _INTEGER_DROP).to(torch.int16)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.spec import CLIENT, SERVER
-from mergec.runtime.correlations.dpf import Generator, Keys
+from mergec.runtime.correlations.dpf import Generator, HostKeys, signed, unsigned
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.rehearsal import drive
 from mergec.runtime.engine.simulate import Simulation
@@ -49,11 +49,11 @@ def _found(
     """The columns for numbers, shifted up, under these masks."""
     generator, count = Generator(2), len(lifted)
     roots = _words(count, 2), _words(count, 2)
-    corrections = _correct(mask, tree, generator, roots)
+    corrections = unsigned(_correct(mask, tree, generator, tuple(map(signed, roots))))
     points = (lifted + mask).numpy()
     out = np.zeros((count, spec.columns), np.int64)
     for party in (CLIENT, SERVER):
-        descend(points, Keys(roots[party], corrections), tree, party, generator, out)
+        descend(points, HostKeys(roots[party], corrections), tree, party, generator, out)
     return torch.from_numpy(out)
 
 
@@ -208,7 +208,7 @@ def test_instructions_and_library_find_the_same(party: int, exact: bool) -> None
     """Equal bit for bit, with keys of no table, for more elements than one piece holds."""
     spec, count, generator = SPECS["norm"], 70, Generator(2)
     for tree in _trees(spec, exact)[:3]:
-        keys = Keys(_words(count, 2), _words(count, tree.words))
+        keys = HostKeys(_words(count, 2), _words(count, tree.words))
         points = _words(count).view(np.int64)
         results = [np.zeros((count, spec.columns), np.int64) for _ in range(2)]
         for out, descend in zip(
