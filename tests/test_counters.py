@@ -38,9 +38,7 @@ def keys_of(kind: Counters, places: np.ndarray, generator: Generator) -> list[Ke
 
 def tallied(kind, keys, first, rows, shape, generator) -> np.ndarray:
     client, server = (
-        kind.tally(
-            key, torch.from_numpy(first), torch.from_numpy(rows), shape, party, generator
-        )
+        kind.tally(key, torch.from_numpy(first), torch.from_numpy(rows), shape, party, generator)
         for party, key in enumerate(keys)
     )
     return (client + server).numpy().view(kind.dtype)

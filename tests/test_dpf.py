@@ -70,7 +70,8 @@ def test_words_stand_in_their_place_and_zeros_elsewhere(depth: int) -> None:
     index = np.tile(np.arange(2**depth), 3)
     payload = random_words(len(index), WORDS).view(np.int64)
     generator = Generator(WORDS // 2)
-    client, server = keys_of(len(index), sharing_words(tensor(index), tensor(payload), depth, generator))
+    made = sharing_words(tensor(index), tensor(payload), depth, generator)
+    client, server = keys_of(len(index), made)
     assert client.corrections.shape == (len(index), key_words(depth, WORDS))
     total = expanded(client, depth, 0, generator) + expanded(server, depth, 1, generator)
     wanted = np.zeros_like(total)
@@ -84,7 +85,8 @@ def test_words_stand_at_each_prefix_and_zeros_elsewhere(ends: tuple[int, ...]) -
     depth, index = 5, np.arange(2**5)
     payloads = random_words(len(ends), len(index), WORDS)
     generator = Generator(WORDS // 2)
-    keys = keys_of(len(index), sharing_prefixes(tensor(index), tensor(payloads), ends, depth, generator))
+    made = sharing_prefixes(tensor(index), tensor(payloads), ends, depth, generator)
+    keys = keys_of(len(index), made)
     assert keys[0].corrections.shape == (len(index), key_words(depth, WORDS * len(ends)))
     for k, end in enumerate(ends):
         total = np.zeros((len(index), 2**end, WORDS), np.uint64)
@@ -103,7 +105,8 @@ def test_corrections_of_prefixes_are_uniform_and_do_not_repeat_each_other() -> N
     """Also together: the sum and the XOR of any two words of a key."""
     generator, index = Generator(2), np.full(4096, 5)
     payloads = np.broadcast_to(np.arange(3)[:, None, None], (3, 4096, WORDS)).copy()
-    (key, _) = keys_of(4096, sharing_prefixes(tensor(index), tensor(payloads), (4, 3, 1), 4, generator))
+    made = sharing_prefixes(tensor(index), tensor(payloads), (4, 3, 1), 4, generator)
+    (key, _) = keys_of(4096, made)
     columns = unsigned(key.corrections).T
     for i, one in enumerate(columns):
         for other in columns[:i]:
@@ -128,13 +131,16 @@ def test_corrections_are_uniform_whatever_the_place_and_the_payload_are() -> Non
         index, payload = np.full(4096, place), np.full((4096, WORDS), entry)
         (key, _) = keys_of(4096, sharing_words(tensor(index), tensor(payload), 7, generator))
         for word in range(key.corrections.shape[1]):
-            assert abs(uniform_bytes([key.corrections[:, word].clone()])) < 5, f"word {word}, place {place}"
+            assert abs(uniform_bytes([key.corrections[:, word].clone()])) < 5, (
+                f"word {word}, place {place}"
+            )
 
 
 def test_an_expanded_share_is_uniform_at_the_special_place_too() -> None:
     index, payload = np.full(4096, 3), np.zeros((4096, WORDS), np.int64)
     generator = Generator(2)
-    for party, key in enumerate(keys_of(4096, sharing_words(tensor(index), tensor(payload), 3, generator))):
+    keys = keys_of(4096, sharing_words(tensor(index), tensor(payload), 3, generator))
+    for party, key in enumerate(keys):
         for leaf in (3, 4):
             words = expanded(key, 3, party, generator)[:, leaf].copy().view(np.int64)
             assert abs(uniform_bytes([torch.from_numpy(words)])) < 5
@@ -189,9 +195,7 @@ def test_instructions_and_library_make_the_same_corrections(
     payloads = random_words(3, count, 2 * generator.blocks)
     ends = np.array([depth, depth // 2, 0])
     words = tuple(map(tensor, roots))
-    made = correct(
-        words, tensor(index), tensor(payloads), ends.tolist(), depth, generator, bits
-    )
+    made = correct(words, tensor(index), tensor(payloads), ends.tolist(), depth, generator, bits)
     expected = np.empty(made.shape, np.uint64)
     correct_by_library(roots, index, payloads, ends, depth, generator, bits, expected)
     assert np.array_equal(unsigned(made), expected)

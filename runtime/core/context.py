@@ -505,4 +505,3 @@ class ShapeContext(Context):
 
     def sent(self, messages: Sequence[Message]) -> None:
         """Called with the messages of each round of a protocol."""
-

@@ -63,7 +63,7 @@ class Executor:
         self.program = program
         self.context = context
         self.record = StepRecord()
-        self.plan = Plan(program, context.device)
+        self.plan = Plan(program)
         self._link = link
         self._constants = Constants()
         self._encoded = dict(encoded or {})

@@ -14,6 +14,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import SERVER, Vis
 from mergec.runtime.core.values import OWNER, Held, encode, scale_rows
 from mergec.runtime.engine.plan import Plan
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.program.program import RoleProgram, TensorSpec
 from mergec.runtime.program.tensor_file import Content
 from mergec.runtime.protocols.shared_weights import (
@@ -135,22 +136,24 @@ def load_constants(
         if spec.vis is Vis.PUBLIC:
             if data is None:
                 raise KeyError(f"the bundle lacks the public tensor {spec.name}")
-            loaded.held[spec.name] = data.to(device)
+            # What is public is computed on the CPU; a protocol moves what it takes of it.
+            loaded.held[spec.name] = data
             continue
         if context.party != OWNER.get(spec.vis, SERVER) or data is None:
             data = without_data(spec)
         masked = spec.name in plan.weight_bits
         frac = context.fixed + plan.weight_bits.get(spec.name, 0)
         if spec.vis is not Vis.SHARED:
-            loaded.held[spec.name] = Held(spec.vis, data if data.is_meta else data.to(device))
+            loaded.held[spec.name] = Held(spec.vis, to_device(data, device, "input"))
             if not masked:
                 continue
         if spec.name in encoded:
-            words = encoded.pop(spec.name).to(device)
+            words = to_device(encoded.pop(spec.name), device, "input")
         elif data.is_meta:
             words = torch.empty(data.shape, dtype=torch.int64, device="meta")
         else:
-            words = encode_weight(data, frac, plan.weight_parts.get(spec.name, ())).to(device)
+            words = encode_weight(data, frac, plan.weight_parts.get(spec.name, ()))
+            words = to_device(words, device, "input")
         if spec.vis is not Vis.SHARED:
             loaded.weights[spec.name] = (
                 drive(share_weight(context, spec.name, words, frac))

@@ -45,6 +45,8 @@ def to_device(words: torch.Tensor, device: torch.device, reason: Reason) -> torc
     """
     if words.device.type == device.type or words.is_meta:
         return words
+    if device.type == "meta":
+        return words.to(device)
     with _passing(words, reason):
         if device.type == "cuda" and words.numel() and torch.cuda.is_available():
             return words.pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from mergec.runtime.core.op import LAST, Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_FRAC, Cost
 from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
+from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.ops.softmax import too_far_apart
 from mergec.runtime.protocols.local import as_share
 from mergec.runtime.protocols.multiply import matmul_of_masked
@@ -298,7 +299,8 @@ class Attention(ScoredAttention):
         found = yield from scores(ctx, q, k, scale, softcap)
         valid, added = split_mask(mask, q, k)
         if added is not None and not found.share.is_meta:
-            found.share = found.share + ctx.public(encode(added, found.frac).to(found.share.device))
+            words = to_device(encode(added, found.frac), found.share.device, "public")
+            found.share = found.share + ctx.public(words)
         if bias is not None and not found.share.is_meta:
             own = as_share(ctx, bias, found.frac).expand(*q.shape[:-1], k.shape[-2])
             found.share = found.share + own.reshape(found.share.shape)
@@ -520,7 +522,7 @@ def split_mask(
     length = k.shape[2]
     if mask is None:
         return torch.ones((batch * heads * new, length), dtype=torch.bool), None
-    mask = mask.cpu()
+    mask = to_host(mask, "public")
     valid = mask > MASKED_SCORE
     bias = torch.where(valid, mask, 0.0)
 

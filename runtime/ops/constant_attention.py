@@ -14,6 +14,7 @@ from mergec.runtime.core.op import Form, Kind, Op
 from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.matmul import matmul
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.weights import Constant, Moving, times_weight
 
 
@@ -98,8 +99,8 @@ def _weighted(values: Any, table: Any, new: int, product: Any) -> Any:
     heads, size = table.shape[0], table.shape[-1]
     place, counts = _places(new, length, size)
     device = table.device
-    flat = table.reshape(heads, size * size)[:, place.reshape(-1).to(device)]
-    rows = flat * counts.reshape(-1).to(device)
+    flat = table.reshape(heads, size * size)[:, to_device(place.reshape(-1), device, "public")]
+    rows = flat * to_device(counts.reshape(-1), device, "public")
     # Heads of a group are further rows of one product.
     rows = rows.reshape(1, groups, heads // groups * new, length)
     return product(rows, values).reshape(batch, heads, new, features)

@@ -13,6 +13,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Masked, Shared, Weight, encode
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.local import as_share, ghost
 from mergec.runtime.protocols.multiply import multiply, multiply_cost
 from mergec.runtime.protocols.weights import move, move_cost, scale_by
@@ -83,7 +84,8 @@ class Mul(Op):
             share = as_share(ctx, a, ctx.fixed)
             if share.is_meta:
                 return Shared(ghost(a.shape, b.shape), frac)
-            return Shared(share * encode(b, ctx.fixed + bits).to(share.device), frac)
+            factor = to_device(encode(b, ctx.fixed + bits), share.device, "public")
+            return Shared(share * factor, frac)
         if isinstance(b, _CONSTANT):
             moved = yield from move(ctx, Shared(as_share(ctx, a, ctx.fixed), ctx.fixed), b)
             return Shared(scale_by(ctx, moved, b), frac)

@@ -14,6 +14,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Masked, Shared, encode
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.ops.attention import (
     ScoredAttention,
     counted_scores,
@@ -241,14 +242,15 @@ class RatioAttention(ScoredAttention):
         if kind == "2quad":
             added += OFFSET
         if not share.is_meta:
-            share = share + ctx.public(encode(added, found.frac).to(share.device))
+            words = to_device(encode(added, found.frac), share.device, "public")
+            share = share + ctx.public(words)
         if kind == "2quad":
             share = yield from truncated_square(ctx, share, found.frac - scales.score_frac)
         else:
             share = yield from truncate(ctx, share, found.frac - scales.score_frac)
             share = yield from rectify(ctx, cut(ctx, share, 0))
         if not share.is_meta:
-            epsilon = torch.tensor(round(EPSILON * 2.0**scales.weight_frac), device=share.device)
+            epsilon = torch.full((), round(EPSILON * 2.0**scales.weight_frac), device=share.device)
             share = share + ctx.public(epsilon)
         weights = rows.put(share)
         reciprocal, row = yield from together(
@@ -315,7 +317,8 @@ class _Rows:
 
     def __init__(self, valid: torch.Tensor) -> None:
         self.valid = valid
-        self.count = int(valid.sum())
+        self.places = valid.reshape(-1).nonzero()[:, 0]
+        self.count = len(self.places)
         # A row of n entries times 2**(12 - ceil(log2 n)).
         bits = torch.ceil(torch.log2(valid.sum(-1, keepdim=True).to(torch.float64)))
         self.factor = 1 << (_ROW_BITS - bits.to(torch.int64))
@@ -323,15 +326,15 @@ class _Rows:
     def take(self, share: torch.Tensor) -> torch.Tensor:
         if share.is_meta:
             return torch.empty(self.count, dtype=torch.int64, device="meta")
-        return share[self.valid.to(share.device)]
+        return share.reshape(-1)[to_device(self.places, share.device, "public")]
 
     def put(self, share: torch.Tensor) -> torch.Tensor:
         """Rows as if they had 4096 entries, zero where nothing counts."""
         if share.is_meta:
             return torch.empty(self.valid.shape, dtype=torch.int64, device="meta")
         result = torch.zeros(self.valid.shape, dtype=torch.int64, device=share.device)
-        result[self.valid.to(share.device)] = share
-        return result * self.factor.to(share.device)
+        result.view(-1)[to_device(self.places, share.device, "public")] = share
+        return result * to_device(self.factor, share.device, "public")
 
 
 def _weighted_sum(

@@ -12,6 +12,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import LAST, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared, encode
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.local import ghost
 
 TABLE_FRAC = 16
@@ -84,7 +85,9 @@ class Rotary(Op):
             return Shared(ghost(x.shape), frac)
         size = cos.shape[-1]
         rot, rest = x.share[..., :size], x.share[..., size:]
-        cosine, sine = (encode(table, TABLE_FRAC).to(rot.device) for table in (cos, sin))
+        cosine, sine = (
+            to_device(encode(table, TABLE_FRAC), rot.device, "public") for table in (cos, sin)
+        )
         turned = rot * cosine + rotate(rot, interleaved) * sine
         return Shared(torch.cat([turned, rest << TABLE_FRAC], -1), frac)
 

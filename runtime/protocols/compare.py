@@ -15,6 +15,7 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import RING_BITS, Cost
+from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, open_bits
 from mergec.runtime.protocols.opening import open_under
@@ -130,7 +131,7 @@ def _open_relations(
     if window.opened.is_meta:
         points = torch.empty(mask.shape, dtype=torch.int64, device="meta")
     else:
-        shifts = torch.tensor(thresholds, dtype=torch.int64, device=window.opened.device)
+        shifts = integers(tuple(thresholds), window.opened.device)
         points = window.opened.long()[None, :] - shifts[:, None]
     bits = yield from open_bits(ctx, DIGITS.look_up(points, window.tables), mask)
     return bits
@@ -150,17 +151,20 @@ def maximum(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
             difference = torch.empty(count, dtype=torch.int32, device="meta")
         else:
             a, b = share[:, : 2 * width : 2], share[:, 1 : 2 * width : 2]
-            where = contested.to(share.device)
-            difference = (a - b)[where]
+            rows, columns = (
+                to_device(each, share.device, "public") for each in contested.nonzero(as_tuple=True)
+            )
+            difference = (a - b)[rows, columns]
         if count:
             window = yield from open_window(ctx, difference)
             lower = yield from relu_below(ctx, window)
         if share.is_meta:
             continue
-        winner = torch.where((right & ~left).to(share.device), b, a)
+        only = to_device(right & ~left, share.device, "public")
+        winner = torch.where(only, b, a)
         if count:
             # max(a, b) = a - min(a - b, 0).
-            winner[where] -= lower
+            winner[rows, columns] -= lower
         share = torch.cat([winner, share[:, 2 * width :]], 1)
     return share[:, 0]
 

@@ -18,13 +18,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, Cost
-from mergec.runtime.core.values import Shared
+from mergec.runtime.core.values import Shared, logical_shift
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
     Block,
@@ -198,7 +198,7 @@ def _open_block(ctx: Context, rows: torch.Tensor, spec: Deferred, block: Block) 
 
 def _low(mask: torch.Tensor, shift: int) -> torch.Tensor:
     """r >> shift of unsigned words. Called by the dealer."""
-    return torch.from_numpy((mask.cpu().numpy().view(np.uint64) >> np.uint64(shift)).view(np.int64))
+    return logical_shift(mask, shift)
 
 
 def _opened_product(ctx: Context, kept: torch.Tensor, weight: Constant, spec: Deferred) -> Protocol:
@@ -222,5 +222,5 @@ def _shifted(words: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tens
     """Words [R, O] shifted up, runs of columns each by a number of bits."""
     if words.is_meta:
         return words
-    sizes, bits = (torch.tensor(each, device=words.device) for each in zip(*runs, strict=True))
-    return words << bits.repeat_interleave(sizes)
+    sizes, bits = map(torch.tensor, zip(*runs, strict=True))
+    return words << to_device(bits.repeat_interleave(sizes), words.device, "public")

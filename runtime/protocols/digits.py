@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.formula import Polynomial
 
 _NARROWEST, _WIDEST = 3, 12
@@ -74,13 +76,11 @@ class Digits:
 
     def tables(self, mask: torch.Tensor) -> torch.Tensor:
         """The packed tables of each mask [n]: uint8 [n, table_bytes]. Called by the dealer."""
-        words = mask.cpu().long().numpy().reshape(-1)
-        out = np.empty((len(words), self.table_bytes), np.uint8)
-        _write_tables(words, *self._blocks, out)
-        return torch.from_numpy(out)
+        tables: torch.Tensor = _TABLES(mask.long().reshape(-1), self)
+        return tables
 
     @cached_property
-    def _blocks(self) -> tuple[np.ndarray, np.ndarray]:
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """The tables of each digit, stored side by side, for each value of the digit.
 
         First, per digit: its shift, its mask, the first byte and the length of its tables, and
@@ -114,14 +114,44 @@ class Digits:
         return look_up(points, tables, self._places)
 
 
+@cache
+def _blocks(digits: Digits, device: torch.device) -> list[tuple[int, int, torch.Tensor]]:
+    """Shift and mask of each digit, and its tables for every value of it, on a device."""
+    places, blocks = digits.blocks
+    found = []
+    for shift, ones, _, length, offset in places.tolist():
+        block = torch.from_numpy(blocks[offset : offset + (ones + 1) * length])
+        found.append((shift, ones, to_device(block.reshape(-1, length), device, "public")))
+    return found
+
+
+def _tables_host(words: torch.Tensor, digits: Digits) -> torch.Tensor:
+    out = torch.empty((len(words), digits.table_bytes), dtype=torch.uint8)
+    _write_tables(words.numpy(), *digits.blocks, out.numpy())
+    return out
+
+
+def _tables_tensors(words: torch.Tensor, digits: Digits) -> torch.Tensor:
+    return torch.cat(
+        [block[(words >> shift) & ones] for shift, ones, block in _blocks(digits, words.device)],
+        1,
+    )
+
+
+_TABLES = Kernel("digits.tables", _tables_host, _tables_tensors, triton=False)
+
+
 def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
     """Look up each point; bit i of a result is the entry of table i at the point's digit.
 
     points: int64 [..., n]. tables: packed bits, uint8 [n, bytes]. places: for each table i, the
     shift and mask of its digit and the first byte of the table. Returns uint8 [..., n].
     """
-    if points.is_cuda:
-        return _look_up_tensors(points, tables, places)
+    bits: torch.Tensor = _LOOKED_UP(points, tables, places)
+    return bits
+
+
+def _looked_up_host(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
     out = torch.empty(points.shape, dtype=torch.uint8)
     count = len(tables)
     _look_up_cpu(
@@ -133,10 +163,9 @@ def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> t
     return out
 
 
-def _look_up_tensors(
+def _looked_up_tensors(
     points: torch.Tensor, tables: torch.Tensor, places: np.ndarray
 ) -> torch.Tensor:
-    """`look_up` by torch alone, for any device."""
     byte = torch.zeros(points.shape, dtype=torch.uint8, device=points.device)
     element = torch.arange(len(tables), device=points.device)
     for position, (shift, ones, first) in enumerate(places.tolist()):
@@ -144,6 +173,9 @@ def _look_up_tensors(
         packed = tables[element, first + (v >> 3)].long()
         byte |= (((packed >> (v & 7)) & 1) << position).to(torch.uint8)
     return byte
+
+
+_LOOKED_UP = Kernel("elements.looked_up", _looked_up_host, _looked_up_tensors)
 
 
 @cache

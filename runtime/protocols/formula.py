@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 
 Polynomial = dict[frozenset[int], int]
 """Coefficient of each product of bits; the empty product is the constant term."""
@@ -68,15 +71,12 @@ class Formula:
         """
 
         def secret() -> torch.Tensor:
-            bits = mask.cpu().numpy().reshape(-1)
-            out = torch.empty((len(bits), payloads, self.words), dtype=dtype)
-            if payload is None:
-                return torch.from_numpy(np.take(self.products.astype(out.numpy().dtype), bits, 0))
-            factors = payload().cpu().long().expand(*mask.shape, payloads).contiguous()
-            _multiply_products(
-                bits, self.products, factors.numpy().reshape(-1, payloads), out.numpy()
-            )
-            return out
+            factors = torch.ones((1,) * (mask.dim() + 1), dtype=torch.int64, device=mask.device)
+            if payload is not None:
+                factors = payload().long()
+            factors = factors.expand(*mask.shape, payloads).reshape(mask.numel(), payloads)
+            words: torch.Tensor = _PRODUCTS(mask, factors, self, dtype)
+            return words
 
         return ctx.deal((*mask.shape, payloads, self.words), secret, dtype)
 
@@ -84,21 +84,60 @@ class Formula:
         """Shares of the value times each payload, [..., payloads], from the opened bits [...]."""
         if bits.is_meta:
             return torch.empty(words.shape[:-1], dtype=words.dtype, device="meta")
-        if bits.is_cuda:
-            return self._evaluate_tensors(bits, words)
-        out = torch.empty(words.shape[:-1], dtype=words.dtype)
-        _evaluate_cpu(
-            bits.numpy().reshape(-1),
-            words.numpy().reshape(bits.numel(), -1, self.words),
-            self.coefficients,
-            out.numpy().reshape(bits.numel(), -1),
-        )
-        return out
+        value: torch.Tensor = _EVALUATED(bits, words, self)
+        return value
 
-    def _evaluate_tensors(self, bits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """`evaluate` by torch alone, for any device."""
-        rows = torch.from_numpy(self.coefficients).to(bits.device)[bits.long()]
-        return (rows[..., None, :].to(words.dtype) * words).sum(-1, dtype=words.dtype)
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """`coefficients` on a device."""
+        return _rows(self, device)[0]
+
+    def masked_rows(self, device: torch.device) -> torch.Tensor:
+        """`products` on a device, as int64."""
+        return _rows(self, device)[1]
+
+
+@lru_cache(256)
+def _rows(formula: Formula, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    tables = formula.coefficients, formula.products.astype(np.int64)
+    rows, products = (to_device(torch.from_numpy(each), device, "public") for each in tables)
+    return rows, products
+
+
+def _products_host(
+    mask: torch.Tensor, factors: torch.Tensor, formula: Formula, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty((*factors.shape, formula.words), dtype=dtype)
+    _multiply_products(
+        mask.numpy().reshape(-1), formula.products, factors.contiguous().numpy(), out.numpy()
+    )
+    return out
+
+
+def _products_tensors(
+    mask: torch.Tensor, factors: torch.Tensor, formula: Formula, dtype: torch.dtype
+) -> torch.Tensor:
+    rows = formula.masked_rows(mask.device)[mask.reshape(-1).long()]
+    return (factors[..., None] * rows[:, None]).to(dtype)
+
+
+def _evaluated_host(bits: torch.Tensor, words: torch.Tensor, formula: Formula) -> torch.Tensor:
+    out = torch.empty(words.shape[:-1], dtype=words.dtype)
+    _evaluate_cpu(
+        bits.numpy().reshape(-1),
+        words.numpy().reshape(bits.numel(), -1, formula.words),
+        formula.coefficients,
+        out.numpy().reshape(bits.numel(), -1),
+    )
+    return out
+
+
+def _evaluated_tensors(bits: torch.Tensor, words: torch.Tensor, formula: Formula) -> torch.Tensor:
+    rows = formula.rows(bits.device)[bits.long()]
+    return (rows[..., None, :].to(words.dtype) * words).sum(-1, dtype=words.dtype)
+
+
+_PRODUCTS = Kernel("formula.products", _products_host, _products_tensors, triton=False)
+_EVALUATED = Kernel("elements.evaluated", _evaluated_host, _evaluated_tensors)
 
 
 def open_bits(ctx: Context, mine: torch.Tensor, mask: torch.Tensor) -> Protocol:

@@ -89,8 +89,6 @@ def crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     one, other = torch.where(short)[0], torch.where(~short)[0]
     order = torch.cat([one, other]).argsort()
     some, rest, back = (to_device(rows, share.device, "public") for rows in (one, other, order))
-    if share.is_meta:
-        some, rest, back = one, other, order
     found = yield from together(
         peak(ctx, share[some], valid[one], FEW), _crest(ctx, share[rest], valid[other])
     )

@@ -11,6 +11,7 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.spec import DEALER
 from mergec.runtime.core.values import Held, Masked, Shared, encode
+from mergec.runtime.kernels.transfers import to_device
 
 
 def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -40,5 +41,5 @@ def as_share(ctx: Context, value: Any, frac: int) -> torch.Tensor:
     if isinstance(value, Held):
         if value.value.is_meta:
             return torch.zeros(value.shape, dtype=torch.int64, device=ctx.device)
-        return encode(value.value, frac).to(ctx.device)
-    return ctx.public(encode(value, frac).to(ctx.device))
+        return to_device(encode(value.value, frac), ctx.device, "input")
+    return ctx.public(to_device(encode(value, frac), ctx.device, "public"))

@@ -19,7 +19,10 @@ from mergec.runtime.core.spec import (
     RING_BITS,
     Cost,
 )
+from mergec.runtime.core.values import logical_shift
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.protocols.columns import groups
 from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.octave import MAX_EXPONENT
@@ -173,14 +176,10 @@ def scale_rows(
     near, far, kind = _word_counts(shifts)
     rows, size = row.opened.shape
 
-    def parts(words: np.ndarray) -> list[np.ndarray]:
-        return np.split(words, np.cumsum(near)[:-1], axis=2)
-
     def secret() -> torch.Tensor:
-        words = np.empty((rows, size, sum(near)), np.int64)
-        low, top = truncation_words(factor.mask, _FACTOR_SHIFT).numpy()
-        _deal_cpu(row.mask.cpu().numpy(), low * weights, top, shifts, *parts(words))
-        return torch.from_numpy(words)
+        low, top = truncation_words(factor.mask, _FACTOR_SHIFT)
+        words: torch.Tensor = _WORDS(row.mask, low * _on(weights, low), top, shifts)
+        return words
 
     def tops() -> torch.Tensor:
         last = top_bit(factor.mask)[:, len(shifts) - far :]
@@ -191,20 +190,109 @@ def scale_rows(
     if row.opened.is_meta:
         scaled = row.opened
     else:
-        out = np.empty((rows, size), np.int64)
-        base, wrap, low, top = (
-            word.cpu().numpy() for word in (factor.base, factor.wrap, factor.low, factor.top)
-        )
-        _scale_cpu(
-            *(word.cpu().numpy() for word in (row.opened, row.mask, row.top)),
-            base * weights, wrap * weights, low * weights, top, *parts(dealt.cpu().numpy()),
-            both.long().cpu().numpy(), shifts, ctx.party == CLIENT, out,
+        times = _on(weights, factor.base)
+        scaled = _SCALED(
+            row.opened, row.mask, row.top, factor.base * times, factor.wrap * times,
+            factor.low * times, factor.top, dealt, both, shifts, ctx.party == CLIENT,
         )  # fmt: skip
-        scaled = torch.from_numpy(out).to(row.opened.device)
     if ctx.exact:
         whole = frac - row.shift + _whole_frac(spec)
         scaled = yield from truncate(ctx, scaled, whole - SCALED_FRAC)
     return scaled
+
+
+def _on(weights: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """Weights of mantissas where these words are."""
+    return integers(tuple(weights.tolist()), like.device)
+
+
+def _split(words: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:
+    return np.split(words, np.cumsum(_word_counts(shifts)[0])[:-1], axis=2)
+
+
+def _words_host(
+    mask: torch.Tensor, low: torch.Tensor, top: torch.Tensor, shifts: np.ndarray
+) -> torch.Tensor:
+    words = np.empty((*mask.shape, sum(_word_counts(shifts)[0])), np.int64)
+    _deal_cpu(mask.numpy(), low.numpy(), top.numpy(), shifts, *_split(words, shifts))
+    return torch.from_numpy(words)
+
+
+def _words_tensors(
+    mask: torch.Tensor, low: torch.Tensor, top: torch.Tensor, shifts: np.ndarray
+) -> torch.Tensor:
+    tops, down, topped, last = top_bit(mask), [], [], 0
+    total, wrapped = torch.zeros_like(mask), torch.zeros_like(mask)
+    for k, s in enumerate(shifts.tolist()):
+        factor = low[:, k, None]
+        part = logical_shift(mask, s) if s > 0 else mask << -s
+        if s > 0:
+            if s != last:
+                down.append(part)
+            wrapped += factor << (RING_BITS - s)
+        last = s
+        total += part * factor
+        topped.append(part * top[:, k, None])
+    return torch.stack([*down, *topped, total, tops * wrapped], -1)
+
+
+def _scaled_host(
+    opened: torch.Tensor,
+    mask: torch.Tensor,
+    top: torch.Tensor,
+    base: torch.Tensor,
+    wrap: torch.Tensor,
+    low: torch.Tensor,
+    factor_top: torch.Tensor,
+    dealt: torch.Tensor,
+    both: torch.Tensor,
+    shifts: np.ndarray,
+    at_client: bool,
+) -> torch.Tensor:
+    out = torch.empty(opened.shape, dtype=torch.int64)
+    words = (each.numpy() for each in (opened, mask, top, base, wrap, low, factor_top))
+    _scale_cpu(
+        *words, *_split(dealt.numpy(), shifts), both.long().numpy(), shifts, at_client, out.numpy()
+    )
+    return out
+
+
+def _scaled_tensors(
+    opened: torch.Tensor,
+    mask: torch.Tensor,
+    top: torch.Tensor,
+    base: torch.Tensor,
+    wrap: torch.Tensor,
+    low: torch.Tensor,
+    factor_top: torch.Tensor,
+    dealt: torch.Tensor,
+    both: torch.Tensor,
+    shifts: np.ndarray,
+    at_client: bool,
+) -> torch.Tensor:
+    near, far, _ = _word_counts(shifts)
+    down, topped, crossed = dealt.split(near, 2)
+    share = wrap * factor_top - low + (base if at_client else 0)
+    total, wraps = crossed[..., 0].clone(), torch.zeros_like(opened)
+    number, last = -1, 0
+    for k, s in enumerate(shifts.tolist()):
+        public = base[:, k, None]
+        if s > 0:
+            number += s != last
+            x, r = logical_shift(opened, s) - (1 << (RING_BITS - 2 - s)), down[..., number]
+            wraps += (public << (RING_BITS - s)) * top
+        else:
+            x, r = (opened - (1 << (RING_BITS - 2))) << -s, mask << -s
+        last = s
+        total += x * share[:, k, None] - r * public - topped[..., k] * wrap[:, k, None]
+        place = k - len(shifts) + far
+        if place >= 0:
+            wraps += (wrap[:, k, None] << (RING_BITS - s)) * both[..., place].long()
+    return total + (opened >= 0) * (wraps - crossed[..., 1])
+
+
+_WORDS = Kernel("normalize.words", _words_host, _words_tensors, triton=False)
+_SCALED = Kernel("elements.scaled", _scaled_host, _scaled_tensors)
 
 
 def _whole_frac(spec: Power) -> int:
@@ -414,7 +502,8 @@ class Block:
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """The words of these columns, shifted up."""
         if len(self.columns) < self.size:
-            rows = rows[:, : len(self.columns)] if rows.is_meta else rows[:, self.columns]
+            columns = to_device(self.columns, rows.device, "public")
+            rows = rows[:, : len(self.columns)] if rows.is_meta else rows[:, columns]
         return rows << self.lift if self.lift and not rows.is_meta else rows
 
 
@@ -425,8 +514,8 @@ def in_order(parts: Sequence[torch.Tensor], blocks: Sequence[Block]) -> torch.Te
     rows = torch.cat(list(parts), -1)
     if rows.is_meta:
         return rows
-    places = torch.cat([block.columns for block in blocks]).to(rows.device)
-    return rows[:, places.argsort()]
+    places = torch.cat([block.columns for block in blocks]).argsort()
+    return rows[:, to_device(places, rows.device, "public")]
 
 
 def blocks_of(spec: RowNorm, parts: Sequence[int]) -> list[Block]:

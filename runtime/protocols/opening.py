@@ -11,6 +11,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.transfers import integers
 
 _WORD_BITS = 32
 
@@ -70,7 +71,7 @@ def open_high(
         ctx.cover(parts)
         yield tuple(map(ToClient, parts))
         return share
-    low = torch.tensor([max(0, bits) for bits in every], device=share.device)
+    low = integers(tuple(max(0, bits) for bits in every), share.device)
     opened = (theirs + share + mask) >> low << low
     yield tuple(map(ToClient, _split(opened, min(every))))
     return opened

@@ -58,6 +58,10 @@ class _Level:
     group: np.ndarray
     groups: int
 
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`members` and `group` on a device."""
+        return _indices(self, device)
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -208,19 +212,56 @@ def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
         yield from open_bits(ctx, tables[:, 0], bit_mask)
         yield from pairs.open_ranks(ctx, words, rank_mask)
         return torch.empty(level.groups, dtype=torch.int16, device="meta")
-    known = values.cpu().numpy()
-    mine = torch.from_numpy(known[level.members]).to(values.device)
-    opened = yield from open_under(ctx, mine, mask)
+    members, _ = level.on(values.device)
+    opened = yield from open_under(ctx, values[members], mask)
     found = _DIGITS.look_up(pairs.differences(opened), tables)
     bits = yield from open_bits(ctx, found, bit_mask)
     less = _LESS.evaluate(bits, words)[:, 0]
     rank = yield from pairs.open_ranks(ctx, less, rank_mask)
-    winners = np.zeros(level.groups, np.int16)
+    winners: torch.Tensor = _WINNERS(values, opened, rank, rows, level)
+    return winners
+
+
+@lru_cache(2 * _KEPT)
+def _indices(level: _Level, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    members, group = (
+        to_device(torch.from_numpy(each), device, "public") for each in (level.members, level.group)
+    )
+    return members, group
+
+
+def _winners_host(
+    values: torch.Tensor,
+    opened: torch.Tensor,
+    rank: torch.Tensor,
+    rows: torch.Tensor,
+    level: _Level,
+) -> torch.Tensor:
+    winners = torch.zeros(level.groups, dtype=torch.int16)
     _add_winners(
-        opened.cpu().numpy(), rank.cpu().numpy(), rows.cpu().numpy(), level.members,
-        known, level.group, winners,
+        opened.numpy(), rank.numpy(), rows.numpy(), level.members, values.numpy(), level.group,
+        winners.numpy(),
     )  # fmt: skip
-    return torch.from_numpy(winners).to(values.device)
+    return winners
+
+
+def _winners_tensors(
+    values: torch.Tensor,
+    opened: torch.Tensor,
+    rank: torch.Tensor,
+    rows: torch.Tensor,
+    level: _Level,
+) -> torch.Tensor:
+    members, group = level.on(values.device)
+    place = (rank.long() & (level.pairs.entries - 1))[:, None, None].expand(-1, 2, 1)
+    chosen = rows.gather(2, place)[..., 0]
+    left = values.clone()
+    left[members] = opened * chosen[:, 0] - chosen[:, 1]
+    winners = torch.zeros(level.groups, dtype=torch.int16, device=values.device)
+    return winners.scatter_add_(0, group, left)
+
+
+_WINNERS = Kernel("peak.winners", _winners_host, _winners_tensors, triton=False)
 
 
 @compiled()

@@ -8,6 +8,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient
 from mergec.runtime.core.spec import CLIENT, SERVER, Cost
 from mergec.runtime.core.values import Masked, Sent
+from mergec.runtime.kernels.transfers import to_device
 
 
 def enter(ctx: Context, words: torch.Tensor, frac: int, form: str) -> Protocol:
@@ -36,7 +37,7 @@ def enter_masked(ctx: Context, words: torch.Tensor, frac: int) -> Protocol:
     mask = ctx.server_mask(words.shape)
     ctx.spend(mask)
     if ctx.party == SERVER:
-        opened = words.to(ctx.device) + mask
+        opened = to_device(words, ctx.device, "input") + mask
         yield ToClient(opened)
         return Masked(opened, mask, frac)
     ghost = words.to("meta")
@@ -60,5 +61,5 @@ def enter_sent(ctx: Context, words: torch.Tensor, frac: int) -> Sent:
     """
     ghost = words.to("meta")
     if ctx.party == SERVER:
-        return Sent(words.to(ctx.device), ghost, frac)
+        return Sent(to_device(words, ctx.device, "input"), ghost, frac)
     return Sent(ghost, torch.zeros(words.shape, dtype=torch.int64, device=ctx.device), frac)

@@ -8,6 +8,7 @@ member's value makes [rank = t] times the value a public linear combination of d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap
 from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,21 +36,21 @@ class Pairs:
 
     def differences(self, words: torch.Tensor) -> torch.Tensor:
         """The first member's word minus the second's, as int64 [pairs], from words of n members."""
-        out = torch.empty(len(self.first), dtype=torch.int64)
-        flat = words.cpu().long().numpy().reshape(-1)
-        _subtract(flat, self.first, self.second, out.numpy())
-        return out.to(words.device)
+        found: torch.Tensor = _DIFFERENCES(words, self)
+        return found
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`first` and `second` on a device, as int64."""
+        return _members(self, device)
 
     def one_hot(self, mask: torch.Tensor, *payload: torch.Tensor) -> torch.Tensor:
         """One-hot rows of rank masks, times one and each payload [n]. Called by the dealer.
 
         Returns [n, 1 + payloads, entries], of the payload's type.
         """
-        words = torch.stack([torch.ones_like(payload[0]), *payload], -1).cpu()
-        words = words.reshape(self.members, -1)
-        out = torch.zeros((*words.shape, self.entries), dtype=words.dtype)
-        _write_one_hot(mask.cpu().numpy().reshape(-1), words.numpy(), out.numpy())
-        return out
+        words = torch.stack([torch.ones_like(payload[0]), *payload], -1)
+        rows: torch.Tensor = _ONE_HOT(mask, words.reshape(self.members, -1), self.entries)
+        return rows
 
     def open_ranks(self, ctx: Context, less: torch.Tensor, mask: torch.Tensor) -> Protocol:
         """Open how many comparisons each member lost, plus its mask, modulo 256: int8.
@@ -60,12 +63,58 @@ class Pairs:
         if less.is_meta:
             yield Swap(torch.empty(mask.shape, dtype=torch.int8, device="meta"))
             return less
-        lost = mask.cpu().numpy().reshape(-1).copy()
-        won = int(ctx.party == CLIENT)
-        _count_losses(self.first, self.second, less.cpu().numpy(), won, lost)
-        mine = torch.from_numpy(lost).reshape(mask.shape).to(mask.device)
+        mine = _LOSSES(mask, less, self, int(ctx.party == CLIENT))
         other = yield Swap(mine)
         return mine + other
+
+
+@lru_cache(256)
+def _members(pairs: Pairs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = (
+        to_device(torch.from_numpy(each.astype(np.int64)), device, "public")
+        for each in (pairs.first, pairs.second)
+    )
+    return first, second
+
+
+def _differences_host(words: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    out = torch.empty(len(pairs.first), dtype=torch.int64)
+    _subtract(words.long().numpy().reshape(-1), pairs.first, pairs.second, out.numpy())
+    return out
+
+
+def _differences_tensors(words: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    first, second = (words.reshape(-1)[each].long() for each in pairs.on(words.device))
+    return first - second
+
+
+def _one_hot_host(mask: torch.Tensor, words: torch.Tensor, entries: int) -> torch.Tensor:
+    out = torch.zeros((*words.shape, entries), dtype=words.dtype)
+    _write_one_hot(mask.numpy().reshape(-1), words.numpy(), out.numpy())
+    return out
+
+
+def _one_hot_tensors(mask: torch.Tensor, words: torch.Tensor, entries: int) -> torch.Tensor:
+    place = (mask.reshape(-1).long() & (entries - 1))[:, None, None]
+    return words[..., None] * (torch.arange(entries, device=words.device) == place)
+
+
+def _losses_host(mask: torch.Tensor, less: torch.Tensor, pairs: Pairs, won: int) -> torch.Tensor:
+    lost = mask.numpy().reshape(-1).copy()
+    _count_losses(pairs.first, pairs.second, less.numpy(), won, lost)
+    return torch.from_numpy(lost).reshape(mask.shape)
+
+
+def _losses_tensors(mask: torch.Tensor, less: torch.Tensor, pairs: Pairs, won: int) -> torch.Tensor:
+    first, second = pairs.on(mask.device)
+    lost = mask.reshape(-1).clone()
+    lost.scatter_add_(0, first, less).scatter_add_(0, second, won - less)
+    return lost.reshape(mask.shape)
+
+
+_DIFFERENCES = Kernel("ranks.differences", _differences_host, _differences_tensors, triton=False)
+_ONE_HOT = Kernel("ranks.one_hot", _one_hot_host, _one_hot_tensors, triton=False)
+_LOSSES = Kernel("ranks.losses", _losses_host, _losses_tensors, triton=False)
 
 
 @compiled()

@@ -46,9 +46,9 @@ def rectify(ctx: Context, x: Cut, factor: Shared | None = None) -> Protocol:
     words = _POSITIVE.deal(ctx, bit_mask, mask, up)
     if x.share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    total = torch.zeros(count, dtype=torch.int64)
+    total = torch.zeros(count, dtype=torch.int64, device=x.share.device)
     _POSITIVE.add(total, bits, words, opened + NARROW_OFFSET, up)
-    return total.reshape(shape).to(x.share.device)
+    return total.reshape(shape)
 
 
 def rectify_cost(count: int, factor_shift: int | None = None) -> Cost:

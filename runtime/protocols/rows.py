@@ -172,7 +172,8 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
         dtype = torch.int64 if whole else torch.int32
         shifted = torch.empty(len(entries.places), dtype=dtype, device="meta")
     else:
-        places, rows = entries.places.to(share.device), entries.rows.to(share.device)
+        entries = entries.on(share.device)
+        places, rows = entries.places, entries.rows
         if whole:
             shifted = share.reshape(-1)[places] - (top.long()[rows] << drop)
         else:

@@ -14,6 +14,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
 from mergec.runtime.protocols.digits import Digits
@@ -255,11 +256,11 @@ def apply(
     dealt_tails = [tail.deal(ctx, bit_mask, mask, up) for tail in tails]
     if x.share.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    total = torch.zeros(count, dtype=torch.int64)
+    total = torch.zeros(count, dtype=torch.int64, device=x.share.device)
     inside.add(total, bits, dealt_inside, found, up)
     for tail, words in zip(tails, dealt_tails, strict=True):
         tail.add(total, bits, words, opened + NARROW_OFFSET, up)
-    return total.reshape(shape).to(x.share.device)
+    return total.reshape(shape)
 
 
 def table_value(ctx: Context, value: torch.Tensor, shift: int) -> Cut:
@@ -297,15 +298,30 @@ def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tens
     if opened.is_meta:
         return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
     comparer = function.comparer
-    points = np.empty((len(function.thresholds), len(opened)), np.int64)
-    thresholds = np.array(function.thresholds)
-    start, end_bits = function.table.start, function.end_bits
-    _subtract_ends(opened.cpu().numpy(), start, end_bits, thresholds, points)
-    found = comparer.look_up(torch.from_numpy(points).to(opened.device), dealt)
+    points = _ENDS(opened, function.table.start, function.end_bits, tuple(function.thresholds))
+    found = comparer.look_up(points, dealt)
     byte = found[0]
     for i in range(1, len(found)):
         byte = byte | found[i] << (comparer.bits * i)
     return byte
+
+
+def _ends_host(
+    opened: torch.Tensor, start: int, end_bits: int, thresholds: tuple[int, ...]
+) -> torch.Tensor:
+    points = torch.empty((len(thresholds), len(opened)), dtype=torch.int64)
+    _subtract_ends(opened.numpy(), start, end_bits, np.array(thresholds), points.numpy())
+    return points
+
+
+def _ends_tensors(
+    opened: torch.Tensor, start: int, end_bits: int, thresholds: tuple[int, ...]
+) -> torch.Tensor:
+    place = (opened.long() - start) >> end_bits
+    return torch.stack([place - threshold for threshold in thresholds])
+
+
+_ENDS = Kernel("saturate.ends", _ends_host, _ends_tensors, triton=False)
 
 
 @compiled()

@@ -21,10 +21,18 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.values import Masked
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.formula import Formula
-from mergec.runtime.protocols.truncate import PARTS, base_of, low_of, wrap_of
+from mergec.runtime.protocols.truncate import (
+    PARTS,
+    Truncation,
+    base_of,
+    low_of,
+    truncation_parts,
+    wrap_of,
+)
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,8 @@ class Selection:
         parts = self.line.parts * (1 if factor is None else 2)
         shape = (len(mask), parts, self.formula.words)
 
-        def secret() -> torch.Tensor:
-            out = torch.empty(shape, dtype=torch.int64)
-            times = _words_of(factor.mask if factor else None)
-            _write_words(
-                bit_mask.cpu().numpy(), self.formula.products, mask.cpu().numpy(),
-                self.line.shift, self.line.parts, times, out.numpy(),
-            )  # fmt: skip
-            return out
-
-        return ctx.deal(shape, secret)
+        times = factor.mask if factor else None
+        return ctx.deal(shape, lambda: _WORDS(bit_mask, mask, self, times))
 
     def add(
         self,
@@ -90,20 +90,83 @@ class Selection:
         opened: torch.Tensor,
         factor: Masked | None,
     ) -> None:
-        """Add shares of the value to `total`, int64 [n] on the CPU.
+        """Add shares of the value to `total`, int64 [n].
 
         bits: uint8 [n], opened. words: returned by `deal`. opened: int32 [n], z. factor: as in
         `deal`.
         """
-        line, times = self.line, _words_of(factor.opened if factor else None)
-        _add_line(
-            bits.cpu().numpy(), self.formula.coefficients, words.cpu().numpy(),
-            opened.cpu().numpy(), line.shift, line.scale, line.constant, times, total.numpy(),
-        )  # fmt: skip
+        _ADD(total, bits, words, opened, self, factor.opened if factor else None)
 
 
 def _words_of(values: torch.Tensor | None) -> np.ndarray:
-    return np.empty(0, np.int64) if values is None else values.cpu().numpy()
+    return np.empty(0, np.int64) if values is None else values.numpy()
+
+
+def _words_host(
+    bit_mask: torch.Tensor,
+    mask: torch.Tensor,
+    selection: Selection,
+    times: torch.Tensor | None,
+) -> torch.Tensor:
+    formula, line = selection.formula, selection.line
+    parts = line.parts * (1 if times is None else 2)
+    out = torch.empty((len(mask), parts, formula.words), dtype=torch.int64)
+    _write_words(
+        bit_mask.numpy(), formula.products, mask.numpy(), line.shift, line.parts,
+        _words_of(times), out.numpy(),
+    )  # fmt: skip
+    return out
+
+
+def _words_tensors(
+    bit_mask: torch.Tensor,
+    mask: torch.Tensor,
+    selection: Selection,
+    times: torch.Tensor | None,
+) -> torch.Tensor:
+    line = selection.line
+    numbers = truncation_parts(mask, line.shift)[:, : line.parts]
+    if times is not None:
+        numbers = torch.cat([numbers, numbers * times[:, None]], 1)
+    rows = selection.formula.masked_rows(mask.device)[bit_mask.long()]
+    return numbers[..., None] * rows[:, None]
+
+
+def _add_host(
+    total: torch.Tensor,
+    bits: torch.Tensor,
+    words: torch.Tensor,
+    opened: torch.Tensor,
+    selection: Selection,
+    factors: torch.Tensor | None,
+) -> None:
+    line = selection.line
+    _add_line(
+        bits.numpy(), selection.formula.coefficients, words.numpy(), opened.numpy(), line.shift,
+        line.scale, line.constant, _words_of(factors), total.numpy(),
+    )  # fmt: skip
+
+
+def _add_tensors(
+    total: torch.Tensor,
+    bits: torch.Tensor,
+    words: torch.Tensor,
+    opened: torch.Tensor,
+    selection: Selection,
+    factors: torch.Tensor | None,
+) -> None:
+    line, parts = selection.line, selection.line.parts
+    cut = Truncation(opened, line.shift)
+    weights = (line.scale * cut.weights)[:, :parts]
+    weights[:, 0] += line.constant
+    found = (selection.formula.rows(total.device)[bits.long()][:, None] * words).sum(-1)
+    if factors is not None:
+        found = found[:, :parts] * factors[:, None] - found[:, parts:]
+    total += (weights * found).sum(-1)
+
+
+_WORDS = Kernel("selection.words", _words_host, _words_tensors, triton=False)
+_ADD = Kernel("elements.add_line", _add_host, _add_tensors)
 
 
 @compiled()

@@ -19,6 +19,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
 from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.transfers import to_host
 from mergec.runtime.protocols.local import as_share
 
 _SEED_BYTES = 32
@@ -36,7 +37,7 @@ def tell_constant_seed(ctx: Context) -> Protocol:
         return
     told = yield ToServer(torch.empty(_SEED_BYTES, dtype=torch.uint8, device="meta"))
     if ctx.party == SERVER:
-        ctx.constant_seed = told.numpy().tobytes()
+        ctx.constant_seed = to_host(told, "message").numpy().tobytes()
 
 
 def share_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Shared:

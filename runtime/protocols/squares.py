@@ -8,9 +8,17 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, RING_BITS, Cost
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.opening import open_high
-from mergec.runtime.protocols.truncate import OFFSET, base_of, low_of, wrap_of
+from mergec.runtime.protocols.truncate import (
+    OFFSET,
+    Truncation,
+    base_of,
+    low_of,
+    truncation_words,
+    wrap_of,
+)
 
 _DEALT = 4
 """Words dealt per square; see `deal_square`."""
@@ -23,12 +31,21 @@ def deal_square(ctx: Context, mask: torch.Tensor, shift: int) -> torch.Tensor:
     element.
     """
 
-    def words() -> torch.Tensor:
-        out = torch.empty((_DEALT, *mask.shape), dtype=torch.int64)
-        _deal_cpu(mask.cpu().numpy().reshape(-1), shift, out.numpy().reshape(_DEALT, -1))
-        return out
+    return ctx.deal((_DEALT, *mask.shape), lambda: _WORDS(mask, shift))
 
-    return ctx.deal((_DEALT, *mask.shape), words)
+
+def _words_host(mask: torch.Tensor, shift: int) -> torch.Tensor:
+    out = torch.empty((_DEALT, *mask.shape), dtype=torch.int64)
+    _deal_cpu(mask.numpy().reshape(-1), shift, out.numpy().reshape(_DEALT, -1))
+    return out
+
+
+def _words_tensors(mask: torch.Tensor, shift: int) -> torch.Tensor:
+    low, top = truncation_words(mask, shift)
+    return torch.stack([top, low, low * low, low * top])
+
+
+_WORDS = Kernel("squares.words", _words_host, _words_tensors, triton=False)
 
 
 def square_share(
@@ -38,12 +55,32 @@ def square_share(
 
     dealt: the words from `deal_square`. `Truncation` defines base, low, wrap and top.
     """
+    square: torch.Tensor = _SQUARED(opened, dealt, shift, ctx.party == CLIENT)
+    return square
+
+
+def _squared_host(
+    opened: torch.Tensor, dealt: torch.Tensor, shift: int, at_client: bool
+) -> torch.Tensor:
     out = torch.empty(opened.shape, dtype=torch.int64)
     _square_cpu(
-        opened.cpu().numpy().reshape(-1), dealt.cpu().numpy().reshape(_DEALT, -1), shift,
-        ctx.party == CLIENT, out.numpy().reshape(-1),
+        opened.numpy().reshape(-1), dealt.numpy().reshape(_DEALT, -1), shift, at_client,
+        out.numpy().reshape(-1),
     )  # fmt: skip
-    return out.to(opened.device)
+    return out
+
+
+def _squared_tensors(
+    opened: torch.Tensor, dealt: torch.Tensor, shift: int, at_client: bool
+) -> torch.Tensor:
+    parts, (top, low, low_square, low_top) = Truncation(opened, shift), dealt
+    base, wrap = parts.base, parts.wrap
+    mixed = wrap * (wrap + 2 * base) * top - 2 * base * low - 2 * wrap * low_top
+    total = low_square + mixed
+    return total + base * base if at_client else total
+
+
+_SQUARED = Kernel("elements.squared", _squared_host, _squared_tensors)
 
 
 def truncated_square(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:

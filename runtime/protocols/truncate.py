@@ -9,6 +9,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import logical_shift
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.compare import WINDOW_BITS, check_drop, take_window
 from mergec.runtime.protocols.opening import Cut, open_high, open_under
@@ -49,18 +50,25 @@ class Truncation:
 
 def truncation_parts(mask: torch.Tensor, shift: int) -> torch.Tensor:
     """1, r >> shift and the top bit of r, [..., 3]. Called by the dealer."""
-    out = torch.ones((*mask.shape, PARTS), dtype=torch.int64)
-    flat = out.numpy().reshape(-1, PARTS)
-    _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[:, 1], flat[:, 2])
-    return out.to(mask.device)
+    low, top = truncation_words(mask, shift)
+    return torch.stack([torch.ones_like(low), low, top], -1)
 
 
 def truncation_words(mask: torch.Tensor, shift: int) -> torch.Tensor:
-    """r >> shift and the top bit of r, [2, ...], on the CPU. Called by the dealer."""
+    """r >> shift and the top bit of r, [2, ...]. Called by the dealer."""
+    words: torch.Tensor = _WORDS(mask, shift)
+    return words
+
+
+def _words_host(mask: torch.Tensor, shift: int) -> torch.Tensor:
     out = torch.empty((2, *mask.shape), dtype=torch.int64)
     flat = out.numpy().reshape(2, -1)
-    _deal_cpu(mask.cpu().numpy().reshape(-1), shift, width_of(mask), flat[0], flat[1])
+    _deal_cpu(mask.numpy().reshape(-1), shift, width_of(mask), flat[0], flat[1])
     return out
+
+
+def _words_tensors(mask: torch.Tensor, shift: int) -> torch.Tensor:
+    return torch.stack([_unsigned_shift(mask, shift), top_bit(mask)])
 
 
 def width_of(words: torch.Tensor) -> int:
@@ -108,22 +116,31 @@ def truncate(ctx: Context, share: torch.Tensor, shift: int) -> Protocol:
         opened = yield from open_high(ctx, share, mask, shift, offset)
     if opened.is_meta:
         return words[0]
-    if opened.is_cuda:
-        return _truncate_tensors(ctx, opened, words, shift)
+    result: torch.Tensor = _TRUNCATED(opened, words, shift, ctx.party == CLIENT)
+    return result
+
+
+def _truncated_host(
+    opened: torch.Tensor, words: torch.Tensor, shift: int, at_client: bool
+) -> torch.Tensor:
     out = torch.empty(opened.shape, dtype=torch.int64)
     _truncate_cpu(
         opened.numpy().reshape(-1), words.numpy().reshape(2, -1), shift, width_of(opened),
-        ctx.party == CLIENT, out.numpy().reshape(-1),
+        at_client, out.numpy().reshape(-1),
     )  # fmt: skip
     return out
 
 
-def _truncate_tensors(
-    ctx: Context, opened: torch.Tensor, words: torch.Tensor, shift: int
+def _truncated_tensors(
+    opened: torch.Tensor, words: torch.Tensor, shift: int, at_client: bool
 ) -> torch.Tensor:
-    """`_truncate_cpu` by torch alone, for any device."""
     parts = Truncation(opened, shift)
-    return ctx.public(parts.base) - words[0] + parts.wrap * words[1]
+    masked = parts.wrap * words[1] - words[0]
+    return parts.base + masked if at_client else masked
+
+
+_WORDS = Kernel("truncation.words", _words_host, _words_tensors, triton=False)
+_TRUNCATED = Kernel("elements.truncated", _truncated_host, _truncated_tensors)
 
 
 def truncate_cost(count: int, shift: int) -> Cost:

@@ -30,6 +30,7 @@ from mergec.runtime.core.values import (
     scale_rows,
 )
 from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.shared_weights import times_shared_weight
 
@@ -106,7 +107,7 @@ def reuse_weight(
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     if ctx.party == SERVER:
         return Weight(encoded, ghost, ghost, frac)
-    return Weight(ghost, difference.to(ctx.device), ghost, frac)
+    return Weight(ghost, to_device(difference, ctx.device, "input"), ghost, frac)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
@@ -181,7 +182,7 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     if ctx.party == CLIENT:
         # Avoid building one-hot rows: for a prompt, each would have as many words as the
         # vocabulary.
-        chosen, inside = _clamped(ids.to(ctx.device), weight.shape[0])
+        chosen, inside = _clamped(to_device(ids, ctx.device, "input"), weight.shape[0])
         rows = (-mask).scatter_add_(-1, chosen[..., None], inside[..., None])
         yield ToServer(rows)
     else:
@@ -233,5 +234,5 @@ def add_held(
     elif held.value.is_meta:
         return share.expand(shape)
     else:
-        words = encode(scale_rows(held.value, parts), frac).to(share.device)
+        words = to_device(encode(scale_rows(held.value, parts), frac), share.device, "input")
     return share + words

@@ -11,6 +11,7 @@ import torch
 
 from mergec.runtime.core.draw import TEMPERATURE_BITS, Draw
 from mergec.runtime.core.errors import PromptError
+from mergec.runtime.kernels.transfers import to_host
 from mergec.runtime.program.generation_settings import BUILT_IN, GenerationSettings
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.processors import (
@@ -180,7 +181,7 @@ class Chooser:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """The scores [V] whose softmax the next token is drawn from, or whose largest it is."""
-        flat = logits.detach().to("cpu").reshape(-1)
+        flat = to_host(logits.detach(), "output").reshape(-1)
         if flat.numel() == 0 or not bool(torch.isfinite(flat).all()):
             raise PromptError(
                 "the revealed logits are not finite; use the bundles of one compilation"

@@ -12,7 +12,7 @@ from mergec.runtime.core.spec import Cost
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols import peak, rectify
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
-from mergec.runtime.protocols.digits import Digits, _look_up_tensors
+from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import (
     Formula,
     added,
@@ -102,25 +102,6 @@ def test_sign_of_the_difference_for_all_digit_patterns(widths: tuple[int, ...]) 
 
 def test_layout_of_the_32_bit_window_is_one_byte() -> None:
     assert DIGITS.bits == 8
-
-
-@pytest.mark.parametrize("widths", [w for w in WIDTHS if min(w) >= 3])
-def test_another_device_looks_up_what_the_kernel_does(widths: tuple[int, ...]) -> None:
-    """The path for CUDA, on the CPU: equal bit for bit, also for a point that is too wide."""
-    digits, count = Digits(*widths), 300
-    tables = words(count * digits.table_bytes, 0, 256).to(torch.uint8).reshape(count, -1)
-    points = words(7 * count, -(2**63), 2**63 - 1, 1).reshape(7, count)
-    found = _look_up_tensors(points, tables, digits._places)
-    assert torch.equal(found, digits.look_up(points, tables))
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-def test_another_device_evaluates_what_the_kernel_does(dtype: torch.dtype) -> None:
-    """The path for CUDA, on the CPU: equal bit for bit, on words that belong to no value."""
-    for formula in FORMULAS.values():
-        bits = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
-        dealt = words(512 * formula.words, -(2**63), 2**63 - 1).to(dtype).reshape(2, 128, 2, -1)
-        assert torch.equal(formula._evaluate_tensors(bits, dealt), formula.evaluate(bits, dealt))
 
 
 @pytest.mark.parametrize("width", [3, 7, 8, 10])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergec.runtime.core.spec import CLIENT, SERVER
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols import squares
 from mergec.runtime.protocols.truncate import (
     Truncation,
     _truncate_cpu,
-    _truncate_tensors,
     top_bit,
     truncate,
     truncate_cost,
@@ -77,9 +75,6 @@ def test_kernels_compute_what_words_of_tensors_do(
     found = torch.empty(len(mask), dtype=torch.int64)
     _truncate_cpu(opened.numpy(), dealt.numpy(), shift, width_of(opened), at_client, found.numpy())
     assert torch.equal(found, (x.base if at_client else 0) - dealt[0] + x.wrap * dealt[1])
-    # The path for CUDA, on the CPU.
-    party = Simulation().contexts[CLIENT if at_client else SERVER]
-    assert torch.equal(_truncate_tensors(party, opened, dealt, shift), found)
 
 
 @pytest.mark.parametrize("at_client", [False, True])

@@ -14,7 +14,6 @@ from mergec.runtime.kernels import bitsliced
 from mergec.runtime.kernels.cuda.launch import launch
 
 
-
 def _circuit(function: Callable[..., Any]) -> Any:
     """A circuit as a part of kernels. Triton's interpreter runs it on the arrays that it holds.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from mergec.runtime.kernels.cuda.launch import launch
-from mergec.runtime.kernels.transfers import integers, to_device
+from mergec.runtime.kernels.transfers import integers
 
 _SIZE = 1024
 """Elements of a program."""
@@ -57,7 +60,6 @@ def truncated(
     opened: torch.Tensor, words: torch.Tensor, shift: int, at_client: bool
 ) -> torch.Tensor:
     """A share of x >> shift, from z and the shares of low and top [2, ...] (`Truncation`)."""
-    opened, words = opened.contiguous(), words.contiguous()
     out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
     count = opened.numel()
     launch(
@@ -83,8 +85,7 @@ def _squared(opened, dealt, out, count, shift, at_client, SIZE: tl.constexpr):  
 
 def squared(opened: torch.Tensor, dealt: torch.Tensor, shift: int, at_client: bool) -> torch.Tensor:
     """A share of (x >> shift)**2, from z and the shares of `squares.deal_square` [4, ...]."""
-    opened, dealt = opened.contiguous(), dealt.contiguous()
-    out = torch.empty_like(opened)
+    out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
     count = opened.numel()
     launch(
         _squared, triton.cdiv(count, _SIZE), opened, dealt, out, count, shift, int(at_client),
@@ -108,14 +109,9 @@ def _evaluated(  # type: ignore[no-untyped-def]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-def evaluated(
-    bits: torch.Tensor, words: torch.Tensor, coefficients: torch.Tensor
-) -> torch.Tensor:
-    """A polynomial of opened bits [...]: shares [..., payloads] from dealt words (`Formula`).
-
-    words: [..., payloads, W]. coefficients: int64 [256, W], on any device.
-    """
-    bits, words = bits.contiguous(), words.contiguous()
+def evaluated(bits: torch.Tensor, words: torch.Tensor, formula: Any) -> torch.Tensor:
+    """A `Formula` of opened bits [...]: shares [..., payloads] from words [..., payloads, W]."""
+    coefficients = formula.rows(bits.device)
     out = torch.empty(words.shape[:-1], dtype=words.dtype, device=words.device)
     size = words.shape[-1]
     wide = triton.next_power_of_2(size)
@@ -144,17 +140,14 @@ def _looked_up(  # type: ignore[no-untyped-def]
     tl.store(out + place, byte.to(tl.uint8), mask=inside)
 
 
-def looked_up(points: torch.Tensor, tables: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    """Bits of tables [n, bytes] at public points [..., n], one byte for each (`digits.look_up`).
-
-    places: for each table the shift and mask of its digit, and its first byte, one after the other.
-    """
-    points, tables = points.contiguous(), tables.contiguous()
+def looked_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """Bits of tables [n, bytes] at public points [..., n], one byte for each (`digits.look_up`)."""
     out = torch.empty(points.shape, dtype=torch.uint8, device=points.device)
     count = points.numel()
     launch(
-        _looked_up, triton.cdiv(count, _SIZE), points, tables, integers(places, points.device),
-        out, count, len(tables), tables.shape[1], len(places) // 3, SIZE=_SIZE,
+        _looked_up, triton.cdiv(count, _SIZE), points, tables,
+        integers(tuple(places.reshape(-1).tolist()), points.device), out, count, len(tables),
+        tables.shape[1], len(places), SIZE=_SIZE,
     )  # fmt: skip
     return out
 
@@ -194,23 +187,23 @@ def add_line(
     bits: torch.Tensor,
     words: torch.Tensor,
     opened: torch.Tensor,
-    coefficients: torch.Tensor,
-    line: tuple[int, int, int],
+    selection: Any,
     factors: torch.Tensor | None,
 ) -> None:
     """Add shares of a `Selection` to total [n], from opened bits [n] and z, int32 [n].
 
-    words: [n, parts, W]. line: shift, scale and constant. factors: y', [n], or None.
+    words: [n, parts, W]. factors: y', [n], or None.
     """
-    shift, scale, constant = line
+    line = selection.line
+    coefficients = selection.formula.rows(total.device)
     parts, size = words.shape[1] // (1 if factors is None else 2), words.shape[2]
     wide = triton.next_power_of_2(size)
     each = max(1, _TILE // wide)
-    lines = integers((_wrapped(scale), _wrapped(constant)), total.device)
+    lines = integers((_wrapped(line.scale), _wrapped(line.constant)), total.device)
     launch(
-        _line, triton.cdiv(len(total), each), total, bits, words.contiguous(), opened,
-        coefficients, total if factors is None else factors.contiguous(), lines, len(total), parts,
-        size, shift, CROSSED=factors is not None, SIZE=each, WORDS=wide,
+        _line, triton.cdiv(len(total), each), total, bits, words, opened,
+        coefficients, total if factors is None else factors, lines, len(total), parts,
+        size, line.shift, CROSSED=factors is not None, SIZE=each, WORDS=wide,
     )  # fmt: skip
 
 
@@ -262,22 +255,31 @@ def scaled(
     opened: torch.Tensor,
     mask: torch.Tensor,
     top: torch.Tensor,
-    share: torch.Tensor,
     base: torch.Tensor,
     wrap: torch.Tensor,
-    row_wrap: torch.Tensor,
+    low: torch.Tensor,
+    factor_top: torch.Tensor,
     dealt: torch.Tensor,
     both: torch.Tensor,
-    shifts: tuple[int, ...],
-    numbers: tuple[int, ...],
+    shifts: np.ndarray,
+    at_client: bool,
 ) -> torch.Tensor:
     """Shares of rows times their factors: see `normalize.scale_rows` and its reference."""
-    out = torch.empty_like(opened)
-    count, columns = opened.numel(), len(shifts)
-    pairs = tuple(each for pair in zip(shifts, numbers, strict=True) for each in pair)
+    out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
+    pairs, wraps, number, last = [], [], -1, 0
+    for s in shifts.tolist():
+        number += s > 0 and s != last
+        last = s
+        pairs += [s, number]
+        wraps.append(_wrapped(1 << (64 - s)) if s > 0 else 0)
+    device, count = opened.device, opened.numel()
+    share = wrap * factor_top - low
+    share = share + base if at_client else share
+    row_wrap = (base * integers(tuple(wraps), device)).sum(1)
     launch(
-        _scaled, triton.cdiv(count, 256), opened, mask.contiguous(), top.contiguous(), share, base,
-        wrap, row_wrap, dealt.contiguous(), both.contiguous(), integers(pairs, opened.device), out,
-        count, opened.shape[1], columns, dealt.shape[2], max(numbers) + 1, both.shape[2], SIZE=256,
+        _scaled, triton.cdiv(count, 256), opened, mask, top,
+        share, base, wrap, row_wrap, dealt, both,
+        integers(tuple(pairs), device), out, count, opened.shape[1], len(shifts), dealt.shape[2],
+        number + 1, both.shape[2], SIZE=256,
     )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 
 THREADS = 128
@@ -20,6 +21,18 @@ def threads(lanes: int, count: int) -> int:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run that many programs of a kernel; none if there is nothing to do."""
+    """Run that many programs of a kernel on contiguous words; none if there is nothing to do.
+
+    Tensors that are not contiguous are copied, so those that the kernel writes must be.
+    """
+    launch_strided(kernel, programs, *map(_contiguous, arguments), **constants)
+
+
+def launch_strided(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """`launch` for a kernel that is told the strides of its words."""
     if programs:
         kernel[(programs,)](*arguments, **constants)
+
+
+def _contiguous(argument: Any) -> Any:
+    return argument.contiguous() if isinstance(argument, torch.Tensor) else argument

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import launch_strided
 
 FEW = 4
 """Up to that many rows are multiplied by 64-bit words."""
@@ -120,7 +120,7 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         share = triton.cdiv(triton.cdiv(inner, splits), depth) * depth
         make = torch.zeros if splits > 1 else torch.empty
         out = make(shape, dtype=torch.int64, device=a.device)
-        launch(
+        launch_strided(
             _few, programs * splits, a, b, out, rows, inner, columns, *strides, blocks, splits,
             share, ADDED=splits > 1, DEPTH=depth, BLOCK=block,
         )  # fmt: skip
@@ -128,7 +128,7 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = torch.empty(shape, dtype=torch.int64, device=a.device)
     row_blocks, blocks = triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE)
     offset = torch.full((1,), _OFFSET, dtype=torch.int64, device=a.device)
-    launch(
+    launch_strided(
         _many, count * row_blocks * blocks, a, b, out, offset, rows, inner, columns, *strides,
         row_blocks, blocks, LIMBS=5 if b.dtype is torch.int32 else 8, TILE=_TILE, DEPTH=_DEPTH,
         num_warps=8,

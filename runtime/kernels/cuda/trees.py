@@ -145,7 +145,7 @@ def _table(  # type: ignore[no-untyped-def]
     leaf = (thread % LANES).to(tl.int64)
     a0, a1, a2, a3 = root_of(roots, key, inside)
     b0, b1, b2, b3 = a0, a1, a2, a3
-    fa = mask_of((leaf * 0 + party))
+    fa = mask_of(leaf * 0 + party)
     fb = fa
     for level in range(depth):
         at = words * key + 2 * level
@@ -230,7 +230,7 @@ def _octave(  # type: ignore[no-untyped-def]
     inside = (end > 0) & (key < count)
     # A row's number is the opened number, in units of its windows, minus the window.
     shifted = z >> (top - end)
-    ones = (((z * 0 + 1) << end) - 1)
+    ones = ((z * 0 + 1) << end) - 1
     last = bound + (shifted & 1)
     first, second = (shifted - window) & ones, (shifted - window - 1) & ones
     a0, a1, a2, a3 = root_of(roots, key + pair * 0, inside)
@@ -370,7 +370,7 @@ def parities(
     generator: Any,
 ) -> torch.Tensor:
     """XOR shares of [index < place]: uint8 [n, P] for places [n, P] (`dpf.parities`)."""
-    places, device = places.contiguous(), places.device
+    device = places.device
     count, each = places.numel(), places.shape[1]
     out = torch.empty(places.shape, dtype=torch.uint8, device=device)
     block = threads(1, -(-count // 2))
@@ -449,7 +449,7 @@ def tally(
 ) -> torch.Tensor:
     """The counters of a `counters.Tally`, added up: [count, padded], of the counters' type."""
     total = torch.zeros((count, job.padded), dtype=torch.int32, device=first.device)
-    nodes, offsets = (each.contiguous() for each in job.paths(first))
+    nodes, offsets = job.paths(first)
     depth, cut, paths = job.counters.depth, job.cut, nodes.numel()
     leaves = paths << cut
     block = threads(1, -(-leaves // 2))
@@ -567,6 +567,7 @@ def corrections(
     block = threads(1, count)
     launch(
         _corrections, triton.cdiv(count, block), client, server, index,
-        payloads.contiguous(), places, generator.planes(device), out, count, words, depth, tables, BLOCKS=size // 2, BITS=bits, BLOCK=block,
+        payloads, places, generator.planes(device), out, count, words, depth, tables,
+        BLOCKS=size // 2, BITS=bits, BLOCK=block,
     )  # fmt: skip
     return out

@@ -1,0 +1,436 @@
+"""Calls of every hot loop: at the ends of the ring, of odd and of no size, with masks of any kind.
+
+Run as a program it compares the form for CUDA with the one for the CPU, word by word, and prints a
+line for each kernel: under Triton's interpreter on this machine, or on a GPU with `--device cuda`.
+It is a program because Triton decides when it is imported whether its interpreter runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergec.runtime.correlations.counters import Counters, Tally
+from mergec.runtime.correlations.dpf import Generator
+from mergec.runtime.kernels import bitsliced
+from mergec.runtime.kernels.backends import KERNELS, Kernel
+from mergec.runtime.protocols import interval, octave, peak
+from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.normalize import _word_counts
+from mergec.runtime.protocols.octave import Octaves
+from mergec.runtime.protocols.power import Mantissa
+from mergec.runtime.protocols.ranks import Pairs
+from mergec.runtime.protocols.saturate import Tail
+from mergec.runtime.protocols.selection import Line, Selection
+
+Arguments = tuple[Any, ...]
+Cases = Callable[[bool], Iterator[Arguments]]
+CASES: dict[str, Cases] = {}
+"""By the kernel's name: its calls. With True also those that take long under the interpreter."""
+
+_DRAW = torch.Generator().manual_seed(20)
+
+
+def cases(name: str) -> Callable[[Cases], Cases]:
+    """Register the calls of a kernel."""
+
+    def register(make: Cases) -> Cases:
+        CASES[name] = make
+        return make
+
+    return register
+
+
+def words(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Uniform words; the first ones are at the ends of their ring."""
+    info = torch.iinfo(dtype)
+    low, high = max(info.min, -(2**63)), info.max
+    found = torch.randint(low, high, shape, generator=_DRAW, dtype=dtype)
+    edges = [info.min, info.max, 0, 1, info.max // 2 + 1, info.min + 1]
+    flat = found.view(-1)
+    flat[: len(edges)] = torch.tensor(edges, dtype=dtype)[: flat.numel()]
+    return found
+
+
+def below(limit: int, *shape: int) -> torch.Tensor:
+    """Numbers from 0 on, the first and the last one among them."""
+    found = torch.randint(0, limit, shape, generator=_DRAW)
+    flat = found.view(-1)
+    flat[:2] = torch.tensor([0, limit - 1])[: flat.numel()]
+    return found
+
+
+def some_bits(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=_DRAW, dtype=torch.uint8)
+
+
+# -------------------------------------------------------------------------- streams and products
+
+
+@cases("cipher.stream")
+def _(full: bool) -> Iterator[Arguments]:
+    keys = torch.from_numpy(bitsliced.expand_key(bytes(range(32))).view(np.int32))
+    yield keys, 0, 1
+    yield keys, 2**32 - 2, 3  # The counter's lower word overflows.
+    if full:
+        yield keys, 6, 0
+        yield keys, 2**40, 200
+
+
+def _extreme(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Weights whose limbs are all -128, or all 127, in some rows."""
+    found = words(*shape, dtype=dtype)
+    limbs = 4 if dtype is torch.int32 else 8
+    offset = sum(128 << (8 * i) for i in range(limbs))
+    least = (-offset + 2 ** (8 * limbs - 1)) % 2 ** (8 * limbs) - 2 ** (8 * limbs - 1)
+    most = sum(127 << (8 * i) for i in range(limbs))
+    if found.numel():
+        found[..., :1] = least
+        found[..., -1:, :] = most
+    return found
+
+
+@cases("products.by_rows")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(1, 70), _extreme(torch.int32, 37, 70)
+    yield words(2, 0), words(3, 0)
+    yield _extreme(torch.int64, 5, 33), _extreme(torch.int64, 6, 33)
+    if full:
+        for dtype in (torch.int32, torch.int64):
+            for rows in (1, 3, 70):
+                yield _extreme(torch.int64, rows, 300), _extreme(dtype, 65, 300)
+        # As many places as one sum of limbs holds, and more, all at the ends.
+        yield torch.full((5, 4096), -(2**63)), torch.full((3, 4096), -(2**31), dtype=torch.int32)
+
+
+@cases("products.by_columns")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(1, 37), _extreme(torch.int32, 37, 70)
+    yield _extreme(torch.int64, 5, 9), _extreme(torch.int32, 9, 4)
+    if full:
+        yield words(3, 37), _extreme(torch.int64, 37, 130)
+        yield words(1, 20_000), words(20_000, 3, dtype=torch.int32)
+        yield words(17, 130), _extreme(torch.int32, 130, 70)
+
+
+@cases("products.batched")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(3, 1, 7), words(3, 7, 4)
+    yield words(2, 2, 5), words(2, 4, 5).mT
+    yield words(2, 1, 9), words(2, 12, 6)[:, 2:11]
+    yield words(0, 2, 3), words(0, 3, 4)
+    if full:
+        yield words(2, 6, 5), words(2, 12, 6)[:, 2:7]
+        yield words(2, 9, 70), words(2, 66, 70).mT
+
+
+# ------------------------------------------------------------------------------- point functions
+
+
+def _generator(blocks: int) -> Generator:
+    return Generator(blocks, bytes(range(16)))
+
+
+@cases("trees.corrections")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(2)
+    for bits, depth, count in ((64, 2, 3), (0, 1, 1), *(((8, 3, 5), (16, 0, 2)) if full else ())):
+        ends = (depth, depth // 2, 0) if full else (depth,)
+        payloads = words(len(ends), count, 4)
+        index = below(2**depth, count)
+        yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, bits
+    if full:
+        index = below(2**7, 130)
+        roots = words(130, 2), words(130, 2)
+        yield *roots, index, words(1, 130, 4), (7,), 7, generator, 64
+
+
+@cases("trees.parities")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(1)
+    for depth, party in ((1, 0), (0, 1), *(((3, 0), (3, 1)) if full else ())):
+        size, count = 128 << depth, 3
+        places = below(size, count, 5)
+        places[0, :4] = torch.tensor([0, 63, 64, 127])
+        corrections = words(count, 2 * depth + 2)
+        yield words(count, 2), corrections, places, depth, party, generator
+
+
+@cases("trees.tally")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(1)
+    few = ((Counters(8, 5), 2, 0), (Counters(16, 4), 16, 1))
+    more = ((Counters(8, 9), 300, 1), (Counters(16, 7), 128, 0), (Counters(8, 8), 1, 1))
+    for kind, width, party in few + (more if full else ()):
+        count = 7
+        first, rows = below(1 << kind.width, count), below(2, count)
+        job = Tally(kind, width)
+        yield words(count, 2), words(count, kind.words), first, rows, job, 2, party, generator
+
+
+@cases("trees.table_values")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(2)
+    few = ((8, 6, 0, 0, 3), (2, 9, 2, 1, 5))
+    more = ((128, 14, 0, 1, 9), (64, 14, 1, 0, 1))
+    for windows, step, drop, party, count in few + (more if full else ()):
+        table = interval.fit(np.sin, 8, -(4 << step), windows, step, 40, drop)
+        corrections = words(count, 2 * (windows.bit_length() - 1) + 4)
+        yield words(count), words(count, 2), corrections, table, party, generator
+
+
+@cases("trees.octave_values")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(2)
+    spec = Octaves(2, 5, 2, Mantissa(-1.0, 1.0), 40)
+    trees = [(spec, exact, party) for exact, party in ((False, 0), *(((True, 1),) if full else ()))]
+    if full:
+        trees.append((Octaves(20, 53, 4, Mantissa(-0.5, 1.5), 60), False, 1))
+    for kind, exact, party in trees:
+        for tree in octave._trees(kind, exact)[:2]:
+            out = torch.zeros((2, kind.columns), dtype=torch.int64)
+            yield words(2), words(2, 2), words(2, tree.words), tree, party, generator, out
+
+
+@cases("elements.set_bits")
+def _(full: bool) -> Iterator[Arguments]:
+    yield (below(128 << 3, 300),)
+    yield (torch.arange(130),)
+
+
+@cases("elements.single")
+def _(full: bool) -> Iterator[Arguments]:
+    yield below(1 << 9, 300), 8
+    yield below(1 << 16, 300), 16
+
+
+@cases("elements.row_of_powers")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(70), 16, 9, 0
+    yield words(70, dtype=torch.int32).long(), 128, 14, 2
+
+
+@cases("elements.rows_of_octaves")
+def _(full: bool) -> Iterator[Arguments]:
+    for exact in (False, True):
+        for tree in octave._trees(Octaves(2, 5, 2, Mantissa(-1.0, 1.0), 40), exact)[:3]:
+            yield words(9), tree
+
+
+@cases("elements.half_places")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(2, 31), 18
+    yield words(1, 1), 3
+
+
+@cases("elements.joined_halves")
+def _(full: bool) -> Iterator[Arguments]:
+    for flips in (False, True):
+        yield some_bits(31, 4) & 1, below(1 << 18, 31, 4), flips
+
+
+# ---------------------------------------------------------------------------------- element-wise
+
+
+@cases("truncation.words")
+def _(full: bool) -> Iterator[Arguments]:
+    for shift in (0, 1, 16, 62):
+        yield words(3, 33), shift
+    yield words(31, dtype=torch.int32), 7
+
+
+@cases("elements.truncated")
+def _(full: bool) -> Iterator[Arguments]:
+    for at_client in (False, True):
+        for shift in (0, 1, 16, 62):
+            yield words(3, 33), words(2, 3, 33), shift, at_client
+        for shift in (0, 7, 30):
+            yield words(31, dtype=torch.int32), words(2, 31), shift, at_client
+    yield words(0, 4), words(2, 0, 4), 3, True
+
+
+@cases("squares.words")
+def _(full: bool) -> Iterator[Arguments]:
+    for shift in (0, 1, 16, 62):
+        yield words(3, 33), shift
+
+
+@cases("elements.squared")
+def _(full: bool) -> Iterator[Arguments]:
+    for at_client in (False, True):
+        for shift in (0, 1, 16, 62):
+            yield words(3, 33), words(4, 3, 33), shift, at_client
+
+
+@cases("formula.products")
+def _(full: bool) -> Iterator[Arguments]:
+    for dtype in (torch.int8, torch.int32, torch.int64):
+        yield some_bits(31), words(31, 2), LESS_THAN, dtype
+
+
+@cases("elements.evaluated")
+def _(full: bool) -> Iterator[Arguments]:
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        yield some_bits(2, 31), words(2, 31, 2, LESS_THAN.words, dtype=dtype), LESS_THAN
+
+
+@cases("digits.tables")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(31), DIGITS
+
+
+@cases("elements.looked_up")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(3, 31), some_bits(31, DIGITS.table_bytes), DIGITS._places
+    yield words(31), some_bits(31, DIGITS.table_bytes), DIGITS._places
+
+
+SELECTIONS = [
+    Selection(LESS_THAN, Line()),
+    Selection(LESS_THAN, Line(30, 5, -(2**62))),
+    Selection(LESS_THAN, Tail(0, 1.5).line(40)),
+]
+
+
+@cases("selection.words")
+def _(full: bool) -> Iterator[Arguments]:
+    for selection in SELECTIONS:
+        for times in (None, words(31)):
+            yield some_bits(31), words(31, dtype=torch.int32), selection, times
+
+
+@cases("elements.add_line")
+def _(full: bool) -> Iterator[Arguments]:
+    for selection in SELECTIONS:
+        for factors in (None, words(31)):
+            parts = selection.line.parts * (1 if factors is None else 2)
+            dealt = words(31, parts, selection.formula.words)
+            opened = words(31, dtype=torch.int32)
+            yield words(31), some_bits(31), dealt, opened, selection, factors
+
+
+SHIFTS = [[3, 5, 7], [-4, -2, 0, 2], [16, 16, 20, 20, 33, 62], [0], [1]]
+
+
+@cases("normalize.words")
+def _(full: bool) -> Iterator[Arguments]:
+    for shifts in SHIFTS:
+        columns = len(shifts)
+        yield words(2, 9), words(2, columns), words(2, columns) & 1, np.array(shifts)
+
+
+@cases("elements.scaled")
+def _(full: bool) -> Iterator[Arguments]:
+    for shifts in SHIFTS:
+        near, far, kind = _word_counts(np.array(shifts))
+        for at_client in (False, True):
+            factor = [words(2, len(shifts)) for _ in range(4)]
+            dealt = words(2, 9, sum(near)), words(2, 9, far, dtype=kind)
+            rows = [words(2, 9) for _ in range(3)]
+            yield *rows, *factor, *dealt, np.array(shifts), at_client
+
+
+@cases("saturate.ends")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(31, dtype=torch.int32), -12345, 14, (1, 127)
+
+
+def _pairs() -> Pairs:
+    first, second = np.triu_indices(5, 1)
+    return Pairs(first.astype(np.int32), second.astype(np.int32), 5, 8)
+
+
+@cases("ranks.differences")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(5, dtype=torch.int16), _pairs()
+    yield words(5, dtype=torch.int32), _pairs()
+
+
+@cases("ranks.one_hot")
+def _(full: bool) -> Iterator[Arguments]:
+    yield words(5, dtype=torch.int8), words(5, 3, dtype=torch.int16), 8
+    yield words(5, dtype=torch.int8), words(5, 3, dtype=torch.int32), 8
+
+
+@cases("ranks.losses")
+def _(full: bool) -> Iterator[Arguments]:
+    for won in (0, 1):
+        yield words(5, dtype=torch.int8), words(10, dtype=torch.int8), _pairs(), won
+
+
+@cases("peak.winners")
+def _(full: bool) -> Iterator[Arguments]:
+    valid = torch.ones((2, 9), dtype=torch.bool)
+    valid[1, 1:] = False
+    for level in peak.entries_of(valid).levels(4):
+        members, entries = len(level.members), level.pairs.entries
+        short = {"dtype": torch.int16}
+        yield (
+            words(len(level.group), **short), words(members, **short),
+            words(members, dtype=torch.int8), words(members, 2, entries, **short), level,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def _copied(value: Any, device: str) -> Any:
+    """Tensors keep their strides, as kernels must take parts of larger ones."""
+    if isinstance(value, torch.Tensor):
+        whole = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return whole.copy_(value)
+    return value
+
+
+def _tensors(*values: Any) -> list[torch.Tensor]:
+    flat = [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
+    return [each.cpu() for each in flat if isinstance(each, torch.Tensor)]
+
+
+def differing(
+    kernel: Kernel, form: Callable[..., Any], given: Arguments, device: str = "cpu"
+) -> str | None:
+    """What is wrong with a form's results, compared with the host's; None if they are equal."""
+    outcomes = []
+    for function, place in ((kernel.host, "cpu"), (form, device)):
+        arguments = tuple(_copied(value, place) for value in given)
+        result = function(*arguments)
+        outcomes.append(_tensors(result, *arguments))
+    for number, (one, other) in enumerate(zip(*outcomes, strict=True)):
+        if one.dtype is not other.dtype or one.shape != other.shape:
+            made, wanted = (f"{each.dtype}{list(each.shape)}" for each in (other, one))
+            return f"tensor {number} is {made}, not {wanted}"
+        if not torch.equal(one, other):
+            return f"tensor {number} differs in {int((one != other).sum())} of {one.numel()} words"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu: Triton's interpreter")
+    parser.add_argument("--full", action="store_true", help="also the calls that take long")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        import tests.kernels.interpreter  # noqa: F401
+    failed = 0
+    for name, kernel in KERNELS.items():
+        began, count = time.perf_counter(), 0
+        form = kernel.by_triton if kernel.has_triton else kernel.reference
+        for given in CASES[name](options.full):
+            problem = differing(kernel, form, given, options.device)
+            count += 1
+            if problem:
+                failed += 1
+                print(f"{name}: call {count}: {problem}", flush=True)
+        print(f"{name}: {count} calls, {time.perf_counter() - began:.1f} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
