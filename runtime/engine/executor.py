@@ -21,6 +21,7 @@ from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import Rounds, form
 from mergec.runtime.engine.weights import Constants, load_constants
+from mergec.runtime.kernels.transfers import watched
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.transport.traffic import Exchange
 
@@ -74,9 +75,10 @@ class Executor:
 
         Raises KeyError if the program lacks a public tensor.
         """
-        self._constants = load_constants(
-            self.plan, self.context, self.drive, self._encoded, self._kept
-        )
+        with watched(self.context.device):
+            self._constants = load_constants(
+                self.plan, self.context, self.drive, self._encoded, self._kept
+            )
 
     def hidden_weights(self) -> dict[str, torch.Tensor]:
         """The client's view of the server's weights: W - B, by name."""
@@ -96,6 +98,15 @@ class Executor:
         BundleError before a round is sent that differs. Afterwards `record` holds the rounds and
         bytes of this step.
         """
+        with watched(self.context.device):
+            return self._step(inputs, outputs, rehearsed)
+
+    def _step(
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[str] | None,
+        rehearsed: Rounds | None,
+    ) -> dict[str, Any]:
         self.record = StepRecord()
         wanted = tuple(self.program.outputs if outputs is None else outputs)
         schedule = self.plan.schedule(frozenset(inputs), wanted)

@@ -106,8 +106,11 @@ def _find_entries(valid: torch.Tensor) -> Entries:
 
 @lru_cache(maxsize=_KEPT)
 def _moved(entries: Entries, device: torch.device) -> Entries:
-    indices = (entries.places, entries.rows, entries.firsts)
-    return Entries(*(to_device(each, device, "public") for each in indices), entries.counts)
+    places, rows, firsts = (
+        to_device(each, device, "public")
+        for each in (entries.places, entries.rows, entries.firsts)
+    )
+    return Entries(places, rows, firsts, entries.counts)
 
 
 @lru_cache(maxsize=_KEPT)

@@ -18,7 +18,7 @@ import torch
 
 from mergec.runtime.correlations.counters import Counters, Tally
 from mergec.runtime.correlations.dpf import Generator
-from mergec.runtime.kernels import bitsliced
+from mergec.runtime.kernels import bitsliced, matmul
 from mergec.runtime.kernels.backends import KERNELS, Kernel
 from mergec.runtime.protocols import interval, octave, peak
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
@@ -94,6 +94,9 @@ def _extreme(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         found[..., :1] = least
         found[..., -1:, :] = most
     return found
+
+
+assert matmul  # Its kernels are registered.
 
 
 @cases("products.by_rows")

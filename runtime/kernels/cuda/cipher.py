@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from mergec.runtime.kernels import bitsliced
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import launch, threads
 
 
 def _circuit(function: Callable[..., Any]) -> Any:
@@ -36,9 +36,6 @@ transpose = _circuit(bitsliced.transpose)
 substitute = _circuit(bitsliced.substitute)
 shift_row = _circuit(bitsliced.shift_row)
 mix_columns = _circuit(bitsliced.mix_columns)
-
-THREADS = 128
-
 
 @triton.jit
 def add_key(  # type: ignore[no-untyped-def]
@@ -138,5 +135,6 @@ def stream(keys: torch.Tensor, start: int, pairs: int) -> torch.Tensor:
     32 bytes for each of `pairs` pairs of blocks.
     """
     out = torch.empty(8 * pairs, dtype=torch.int32, device=keys.device)
-    launch(_stream, triton.cdiv(pairs, THREADS), keys, out, start, pairs, BLOCK=THREADS)
+    block = threads(1, pairs)
+    launch(_stream, triton.cdiv(pairs, block), keys, out, start, pairs, BLOCK=block)
     return out.view(torch.uint8)

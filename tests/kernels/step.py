@@ -1,0 +1,65 @@
+"""Steps of a small decoder, all roles on a device that does not exist, against the CPU's words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from tests.kernels import pretend
+
+# isort: split
+import torch
+
+from mergec.runtime.core.errors import PeerEndedError
+from mergec.runtime.core.spec import ROLES
+from mergec.runtime.kernels.transfers import GUARD
+from mergec.runtime.roles.inprocess import InProcessSession
+from tests import decoder
+
+SEEDS = bytes(range(32)), bytes(range(32, 64))
+
+
+class OnDevice(InProcessSession):
+    """Each role's thread works on the device."""
+
+    def _all(self, work: Callable[[int], Any]) -> list[Any]:
+        def inside(party: int) -> Any:
+            with torch.no_grad(), pretend.Device():
+                try:
+                    return work(party)
+                except PeerEndedError:
+                    raise
+                except BaseException:
+                    # The role that fails is not always the one whose error is raised.
+                    traceback.print_exc()
+                    raise
+
+        return super()._all(inside)
+
+
+def main() -> int:
+    os.environ[GUARD] = "1"
+    programs = {role: decoder.program(role) for role in ROLES}
+    with InProcessSession(programs, seeds=SEEDS) as session:
+        expected = [session.step([5], 0), session.step([2], 1)]
+    with torch.no_grad(), pretend.Device():
+        session = OnDevice(programs, pretend.DEVICE, SEEDS)
+    began = time.perf_counter()
+    with session:
+        found = [session.step([5], 0), session.step([2], 1)]
+    print(f"{time.perf_counter() - began:.0f} s")
+    print(pretend.LAUNCHES, pretend.SECONDS)
+    for one, other in zip(expected, found, strict=True):
+        if not torch.equal(one, other.inner):
+            print(f"the logits differ:\n{one}\n{other.inner}")
+            return 1
+    print("the logits are equal")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Every hot loop gives the same words on the CPU, by torch alone, and by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from mergec.runtime.correlations.prg import DevicePrg, Prg
+from mergec.runtime.kernels import backends, bitsliced, transfers
+from mergec.runtime.kernels.backends import KERNELS, Kernel
+from mergec.runtime.kernels.transfers import Guard, HiddenTransferError, to_device, to_host
+from tests.kernels.cases import CASES, differing
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def program(module: str, *options: str) -> str:
+    """Output of a program of this folder. Triton reads its environment when it is imported."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.kernels.{module}", *options],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------- AES
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (bytes(range(16)), "69c4e0d86a7b0430d8cdb78070b4c55a"),
+        (bytes(range(32)), "8ea2b7ca516745bfeafc49904b496089"),
+    ],
+    ids=["C.1", "C.3"],
+)
+def test_vectors_of_fips_197(key: bytes, expected: str) -> None:
+    plain = bytes.fromhex("00112233445566778899aabbccddeeff")
+    block = np.frombuffer(plain, np.uint32).reshape(1, 4)
+    assert bitsliced.encrypt(bitsliced.expand_key(key), block).tobytes().hex() == expected
+
+
+def test_vectors_of_sp_800_38a() -> None:
+    """F.5.5: the key stream of AES-256 in counter mode, from its counter blocks."""
+    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    counters = "".join(f"f0f1f2f3f4f5f6f7f8f9fafbfcfd{last}" for last in ("feff", "ff00", "ff01"))
+    blocks = np.frombuffer(bytes.fromhex(counters), np.uint32).reshape(-1, 4)
+    plain = bytes.fromhex(
+        "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51"
+        "30c81c46a35ce411e5fbc1191a0a52ef"
+    )
+    expected = bytes.fromhex(
+        "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
+        "2b0930daa23de94ce87017ba2d84988d"
+    )
+    stream = bitsliced.encrypt(bitsliced.expand_key(key), blocks).tobytes()
+    assert bytes(a ^ b for a, b in zip(stream, plain, strict=True)) == expected
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_circuit_is_the_cipher_of_the_library(size: int) -> None:
+    draw = np.random.default_rng(size)
+    for count in (1, 2, 7):
+        key, blocks = draw.bytes(size), draw.bytes(16 * count)
+        expected = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)
+        words = np.frombuffer(blocks, np.uint32).reshape(-1, 4)
+        assert bitsliced.encrypt(bitsliced.expand_key(key), words).tobytes() == expected
+
+
+def test_a_device_reads_the_same_stream() -> None:
+    """By any pieces: words of the reference that stands in for a device's kernel."""
+    seed = bytes(range(32))
+    one, other = Prg(seed), DevicePrg(seed, CPU)
+    for shape, dtype in (
+        ((3,), torch.uint8), ((2, 5), torch.int64), ((0, 4), torch.int32), ((7,), torch.int16),
+        ((70_000,), torch.int64), ((1,), torch.uint8), ((300_000,), torch.int32),
+    ):  # fmt: skip
+        assert torch.equal(one.tensor(shape, dtype), other.tensor(shape, dtype))
+    with pytest.raises(ValueError, match="a seed must have 32 bytes, not 5"):
+        DevicePrg(b"short", CPU)
+
+
+# --------------------------------------------------------------------------------------- kernels
+
+
+def test_every_kernel_has_calls() -> None:
+    assert set(CASES) == set(KERNELS)
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.reference])
+def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
+    kernel = KERNELS[name]
+    assert kernel.reference is not None
+    for number, given in enumerate(CASES[name](False)):
+        problem = differing(kernel, kernel.reference, given)
+        assert problem is None, f"call {number}: {problem}"
+
+
+@needs_triton
+def test_the_interpreter_gives_the_words_of_the_cpu() -> None:
+    printed = program("cases")
+    assert [line.split(":")[0] for line in printed.splitlines()] == list(KERNELS)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_interpreter_gives_the_words_of_the_cpu_for_larger_calls() -> None:
+    printed = program("cases", "--full")
+    assert [line.split(":")[0] for line in printed.splitlines()] == list(KERNELS)
+
+
+@pytest.mark.slow
+@needs_triton
+def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
+    """And copies nothing that is not a message, an input, an output or public."""
+    assert "logits are equal" in program("step")
+
+
+def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "KERNELS", {})
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
+    with pytest.raises(RuntimeError, match="words on CUDA need Triton for trees.none: pip install"):
+        _ = Kernel("trees.none", torch.neg).on_device
+    assert Kernel("trees.some", torch.neg, torch.neg).on_device is torch.neg
+    with pytest.raises(ValueError, match="there is a kernel trees.none already"):
+        Kernel("trees.none", torch.neg)
+    with pytest.raises(ValueError, match="trees.nowhere has no form for words on CUDA"):
+        Kernel("trees.nowhere", torch.neg, triton=False)
+
+
+# ------------------------------------------------------------------------------------- transfers
+
+
+def test_words_that_are_there_do_not_move() -> None:
+    words = torch.arange(3)
+    with Guard() as guard:
+        assert to_device(words, CPU, "public") is words
+        assert to_host(words, "output") is words
+        assert to_device(words, torch.device("meta"), "public").is_meta
+    assert not guard.bytes
+
+
+def test_the_guard_refuses_words_that_cross_and_words_that_are_read() -> None:
+    here, there = torch.arange(3), torch.arange(3, device="meta")
+    copy, read = torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default
+
+    transfers._check(copy, (here,), here)
+    transfers._check(copy, (there,), here)
+    transfers._check(read, (here,), 0)
+    fake = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode()
+    with fake:
+        cuda = torch.empty(3, device="cuda:0")
+    with pytest.raises(HiddenTransferError, match="copies words between cpu and cuda"):
+        transfers._check(copy, (cuda,), here)
+    with pytest.raises(HiddenTransferError, match="reads words of cuda"):
+        transfers._check(read, (cuda,), 0)
+
+
+def test_parties_on_the_cpu_run_without_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(transfers.GUARD, "1")
+    assert not isinstance(transfers.watched(CPU), Guard)
+    assert isinstance(transfers.watched(torch.device("cuda")), Guard)
+    monkeypatch.delenv(transfers.GUARD)
+    assert not isinstance(transfers.watched(torch.device("cuda")), Guard)
