@@ -27,7 +27,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts install clean
+.PHONY: help demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts gpu-check install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -110,6 +110,9 @@ perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes 
 
 rounding-attack: $(READY) ## what roundings tell a client of the weights; writes docs/rounding.md; ATTACK_ARGS=…
 	PYTHONPATH=. $(PYTHON) benchmarks/rounding_attack.py $(ATTACK_ARGS)
+
+gpu-check: $(READY) ## kernels, sessions and speed on a GPU, in under 8 minutes; writes docs/cuda.md
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
 
 evidence: $(READY) ## a million inputs for every protocol, 10^8 truncations; writes docs/evidence.md
 	$(PYTHON) -m tests.protocols.evidence

@@ -107,8 +107,7 @@ def _find_entries(valid: torch.Tensor) -> Entries:
 @lru_cache(maxsize=_KEPT)
 def _moved(entries: Entries, device: torch.device) -> Entries:
     places, rows, firsts = (
-        to_device(each, device, "public")
-        for each in (entries.places, entries.rows, entries.firsts)
+        to_device(each, device, "public") for each in (entries.places, entries.rows, entries.firsts)
     )
     return Entries(places, rows, firsts, entries.counts)
 

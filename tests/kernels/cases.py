@@ -8,9 +8,11 @@ It is a program because Triton decides when it is imported whether its interpret
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -418,9 +420,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu: Triton's interpreter")
     parser.add_argument("--full", action="store_true", help="also the calls that take long")
+    parser.add_argument("--record", type=Path, help="write which kernels were launched, and how")
     options = parser.parse_args()
     if options.device == "cpu":
-        import tests.kernels.interpreter  # noqa: F401
+        from tests.kernels import interpreter
     failed = 0
     for name, kernel in KERNELS.items():
         began, count = time.perf_counter(), 0
@@ -432,6 +435,8 @@ def main() -> int:
                 failed += 1
                 print(f"{name}: call {count}: {problem}", flush=True)
         print(f"{name}: {count} calls, {time.perf_counter() - began:.1f} s", flush=True)
+    if options.record:
+        options.record.write_text(json.dumps(interpreter.RECORDED))
     return 1 if failed else 0
 
 

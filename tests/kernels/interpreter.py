@@ -6,9 +6,19 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+# isort: split
 from typing import Any
 
+import torch
 from triton.runtime import interpreter
+
+RECORDED: list[dict[str, Any]] = []
+"""Kernels as they were launched: module, name, and the type or constant of each argument."""
+
+_TYPES = {
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+    torch.uint8: "*u8",
+}  # fmt: skip
 
 _patch = interpreter._patch_lang_tensor
 
@@ -20,3 +30,24 @@ def _patched(tensor: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patched
+
+_run = interpreter.GridExecutor.__call__
+
+
+def _recorded(self: Any, *args: Any, **constants: Any) -> Any:
+    types = [
+        _TYPES[arg.dtype] if isinstance(arg, torch.Tensor) else "i64" if abs(arg) >> 31 else "i32"
+        for arg in args
+    ]
+    names = [name for name in self.arg_names if name not in constants]
+    launched = {
+        "module": self.fn.__module__, "name": self.fn.__name__,
+        "types": dict(zip(names, types, strict=True)),
+        "constants": {name: constants[name] for name in self.arg_names if name in constants},
+    }  # fmt: skip
+    if launched not in RECORDED:
+        RECORDED.append(launched)
+    return _run(self, *args, **constants)
+
+
+interpreter.GridExecutor.__call__ = _recorded

@@ -8,7 +8,6 @@ what it would see on a GPU.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from typing import Any
 
@@ -24,12 +23,12 @@ from triton.runtime import interpreter
 
 # Tensors with words of their own lose them in torch's inference mode. Steps are run in it, so this
 # stands before what imports them.
-torch.inference_mode = lambda mode=True: torch.no_grad()  # noqa: ARG005
+torch.inference_mode = lambda mode=True: torch.no_grad()
 
 # isort: split
-from mergec.runtime.correlations import prg
-from mergec.runtime.kernels import bitsliced
-from mergec.runtime.kernels.cuda import cipher, trees
+from mergec.runtime.correlations import prg  # noqa: E402
+from mergec.runtime.kernels import bitsliced  # noqa: E402
+from mergec.runtime.kernels.cuda import cipher, trees  # noqa: E402
 
 DEVICE = "cuda:0"
 _COPY, _FILL = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
@@ -110,7 +109,6 @@ def _wrapped(value: Any) -> Any:
     return Words(value) if real else value
 
 
-SECONDS: Counter = Counter()
 LAUNCHES: Counter[str] = Counter()
 """How often each kernel ran."""
 
@@ -120,11 +118,9 @@ _run = interpreter.GridExecutor.__call__
 
 def _run_here(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The interpreter has one state for all threads."""
-    began = time.perf_counter()
     with _LOCK, torch.utils._python_dispatch._disable_current_modes():
         result = _run(self, *map(_inner, args), **kwargs)
     LAUNCHES[self.fn.__name__] += 1
-    SECONDS[self.fn.__name__] += time.perf_counter() - began
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_the_interpreter_gives_the_words_of_the_cpu_for_larger_calls() -> None:
 
 @pytest.mark.slow
 @needs_triton
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    program("cases", "--record", str(tmp_path / "launched"))
+    launched = json.loads((tmp_path / "launched").read_text())
+    printed = program("native", str(tmp_path / "launched"), "90")
+    assert {line.split(":")[0] for line in printed.splitlines()} == {
+        each["name"] for each in launched
+    }
+
+
+@pytest.mark.slow
+@needs_triton
 def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
     """And copies nothing that is not a message, an input, an output or public."""
     assert "logits are equal" in program("step")
@@ -131,13 +143,15 @@ def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None
 
 def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {})
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)  # noqa: ARG005
-    with pytest.raises(RuntimeError, match="words on CUDA need Triton for trees.none: pip install"):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(
+        RuntimeError, match=r"words on CUDA need Triton for trees\.none: pip install"
+    ):
         _ = Kernel("trees.none", torch.neg).on_device
     assert Kernel("trees.some", torch.neg, torch.neg).on_device is torch.neg
-    with pytest.raises(ValueError, match="there is a kernel trees.none already"):
+    with pytest.raises(ValueError, match=r"there is a kernel trees\.none already"):
         Kernel("trees.none", torch.neg)
-    with pytest.raises(ValueError, match="trees.nowhere has no form for words on CUDA"):
+    with pytest.raises(ValueError, match=r"trees\.nowhere has no form for words on CUDA"):
         Kernel("trees.nowhere", torch.neg, triton=False)
 
 

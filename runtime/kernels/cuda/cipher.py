@@ -37,6 +37,7 @@ substitute = _circuit(bitsliced.substitute)
 shift_row = _circuit(bitsliced.shift_row)
 mix_columns = _circuit(bitsliced.mix_columns)
 
+
 @triton.jit
 def add_key(  # type: ignore[no-untyped-def]
     q0, q1, q2, q3, q4, q5, q6, q7, left, right, turn, number, BOTH: tl.constexpr
