@@ -33,6 +33,7 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device, to_host
 
 _TOGETHER = 1 << 10
 """Elements whose tables exist at once: long tables of many elements would fill the memory."""
@@ -147,7 +148,7 @@ class Pieces:
         for first in range(0, count, _TOGETHER):
             piece = slice(first, first + _TOGETHER)
             self._evaluate(ctx, opened[piece], mask[piece], out[piece])
-        return out if opened.is_meta else out.to(opened.device)
+        return out if opened.is_meta else to_device(out, opened.device, "host")
 
     def _evaluate(
         self, ctx: Context, opened: torch.Tensor, mask: torch.Tensor, out: torch.Tensor
@@ -156,7 +157,7 @@ class Pieces:
         table = ctx.deal_corrected(shape, lambda share: self._correct(mask, share))
         if table is None or opened.is_meta:
             return
-        points = opened.cpu().numpy().astype(np.int64) - self.start
+        points = to_host(opened, "host").numpy().astype(np.int64) - self.start
         basis = self.curve.basis(self, points & ((1 << self.step_bits) - 1))
         windows = (points >> self.step_bits) & (self.windows - 1)
         _read_entries(table, windows, np.array(self.widths), basis, out.numpy())
@@ -167,7 +168,7 @@ class Pieces:
 
     def _correct(self, mask: torch.Tensor, share: np.ndarray) -> np.ndarray:
         """The server's share of the tables of these masks [n], from the client's."""
-        words = mask.cpu().numpy().astype(np.int64)
+        words = to_host(mask, "host").numpy().astype(np.int64)
         size = 1 << self.step_bits
         found = self.curve.coefficients(self, size - (words & (size - 1)))
         turns = (words >> self.step_bits) & (self.windows - 1)
