@@ -298,7 +298,7 @@ def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tens
     if opened.is_meta:
         return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
     comparer = function.comparer
-    points = _ENDS(opened, function.table.start, function.end_bits, tuple(function.thresholds))
+    points = _POINTS(opened, function.table.start, function.end_bits, tuple(function.thresholds))
     found = comparer.look_up(points, dealt)
     byte = found[0]
     for i in range(1, len(found)):
@@ -306,7 +306,7 @@ def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tens
     return byte
 
 
-def _ends_host(
+def _points_host(
     opened: torch.Tensor, start: int, end_bits: int, thresholds: tuple[int, ...]
 ) -> torch.Tensor:
     points = torch.empty((len(thresholds), len(opened)), dtype=torch.int64)
@@ -314,14 +314,14 @@ def _ends_host(
     return points
 
 
-def _ends_tensors(
+def _points_tensors(
     opened: torch.Tensor, start: int, end_bits: int, thresholds: tuple[int, ...]
 ) -> torch.Tensor:
     place = (opened.long() - start) >> end_bits
     return torch.stack([place - threshold for threshold in thresholds])
 
 
-_ENDS = Kernel("saturate.ends", _ends_host, _ends_tensors, triton=False)
+_POINTS = Kernel("saturate.points", _points_host, _points_tensors, triton=False)
 
 
 @compiled()

@@ -341,7 +341,7 @@ def _(full: bool) -> Iterator[Arguments]:
             yield *rows, *factor, *dealt, np.array(shifts), at_client
 
 
-@cases("saturate.ends")
+@cases("saturate.points")
 def _(full: bool) -> Iterator[Arguments]:
     yield words(31, dtype=torch.int32), -12345, 14, (1, 127)
 
