@@ -54,6 +54,12 @@ class Words(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.inner[_indices(index)] = _inner(value)
 
+    def copy_(self, source: torch.Tensor, *given: Any) -> Words:
+        if not isinstance(source, Words):
+            raise RuntimeError("words of the CPU are copied to the device")
+        self.inner.copy_(source.inner)
+        return self
+
     def contiguous(self, *given: Any) -> Words:
         return self if self.inner.is_contiguous() else Words(self.inner.contiguous(*given))
 
