@@ -82,7 +82,7 @@ class Entries:
 
     def on(self, device: torch.device) -> Entries:
         """The same with its indices on a device."""
-        return self if device.type == self.rows.device.type else _moved(self, device)
+        return _moved(self, device)
 
 
 def entries_of(valid: torch.Tensor) -> Entries:
@@ -109,6 +109,8 @@ def _moved(entries: Entries, device: torch.device) -> Entries:
     places, rows, firsts = (
         to_device(each, device, "public") for each in (entries.places, entries.rows, entries.firsts)
     )
+    if places is entries.places:
+        return entries
     return Entries(places, rows, firsts, entries.counts)
 
 
