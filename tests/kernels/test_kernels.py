@@ -141,6 +141,14 @@ def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None
     assert "logits are equal" in program("step")
 
 
+@pytest.mark.slow
+@needs_triton
+def test_protocols_on_a_device_give_the_words_of_the_cpu() -> None:
+    printed = program("protocols").splitlines()
+    assert printed
+    assert all(line.endswith(": equal") for line in printed)
+
+
 def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {})
     monkeypatch.setattr(backends, "find_spec", lambda name: None)

@@ -1,0 +1,97 @@
+"""Protocols that the small decoder does not run, on a device that does not exist and on the CPU.
+
+With the same seeds all three roles must get the same words, and deal the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tests.kernels import pretend
+
+# isort: split
+import torch
+
+from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import CLIENT, SERVER
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Corrections, Simulation
+from mergec.runtime.kernels.transfers import Guard, to_device, to_host
+from mergec.runtime.ops.tanh import TANH
+from mergec.runtime.protocols.argmax import Candidates, best
+from mergec.runtime.protocols.compare import maximum
+from mergec.runtime.protocols.histogram import crest
+from mergec.runtime.protocols.peak import peak
+from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.saturate import apply, function_input
+from tests.kernels.cases import words
+
+SEEDS = bytes(range(32)), bytes(range(32, 64))
+Build = Callable[[Context, torch.Tensor], Protocol]
+
+
+def _tanh(ctx: Context, share: torch.Tensor) -> Protocol:
+    return (yield from apply(ctx, TANH, function_input(ctx, Shared(share, 16)), 16))
+
+
+def _rectified(ctx: Context, share: torch.Tensor) -> Protocol:
+    x = Shared(share, 16)
+    return (yield from rectify(ctx, function_input(ctx, x), x))
+
+
+def _best(ctx: Context, share: torch.Tensor) -> Protocol:
+    found = yield from best(ctx, Candidates(share), 1, (4, 2))
+    return found.labels
+
+
+def _valid(rows: int, length: int) -> torch.Tensor:
+    valid = torch.ones((rows, length), dtype=torch.bool)
+    valid[0, length // 3 :] = False
+    return valid
+
+
+CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
+    "tanh": (_tanh, (5,), torch.int64),
+    "rectify": (_rectified, (5,), torch.int64),
+    "best": (_best, (1, 7), torch.int32),
+    "maximum": (lambda ctx, x: maximum(ctx, x, _valid(2, 5)), (2, 5), torch.int32),
+    "peak": (lambda ctx, x: peak(ctx, x, _valid(2, 5), 4), (2, 5), torch.int32),
+    "crest": (lambda ctx, x: crest(ctx, x, _valid(2, 60)), (2, 60), torch.int32),
+}
+
+
+def run(build: Build, shares: tuple[torch.Tensor, ...], device: str) -> list[Any]:
+    """What client and server get, and the bytes that both were dealt."""
+    simulation = Simulation()
+    client, server = Corrections(), Corrections()
+    simulation.to_client, simulation.to_server = client, server
+    simulation.contexts = (
+        ClientContext(SEEDS[CLIENT], client, device),
+        ServerContext(SEEDS[SERVER], server, device),
+        DealerContext(*SEEDS, client, server, device),
+    )
+    place = torch.device(device)
+    given = [*(to_device(share, place, "input") for share in shares), shares[0].to("meta")]
+    results = simulation.run(lambda ctx, party: build(ctx, given[party]))
+    found = [to_host(results[party], "output") for party in (CLIENT, SERVER)]
+    return [*found, torch.tensor([client.total, server.total])]
+
+
+def main() -> int:
+    failed = 0
+    for name, (build, shape, dtype) in CASES.items():
+        shares = words(*shape, dtype=dtype), words(*shape, dtype=dtype)
+        expected = run(build, shares, "cpu")
+        with torch.no_grad(), pretend.Device(), Guard():
+            found = run(build, shares, pretend.DEVICE)
+        same = all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+        failed += not same
+        print(f"{name}: {'equal' if same else 'DIFFERENT'}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
