@@ -280,7 +280,11 @@ class ClientContext(_PartyContext):
         """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
         file, so that a server's weights may exceed the client's memory."""
         large = 8 * math.prod(shape) >= _LARGE_BYTES
-        return mapped_words(shape) if large and self.device.type == "cpu" else super().weight_room(shape)
+        return (
+            mapped_words(shape)
+            if large and self.device.type == "cpu"
+            else super().weight_room(shape)
+        )
 
     def deal(
         self,

@@ -14,10 +14,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mergec.runtime.core.context import NUMPY, Context
+from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Cost
+from mergec.runtime.correlations.prg import NUMPY
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.protocols.digits import look_up
 from mergec.runtime.protocols.formula import Formula, conjunction, open_bits
 from mergec.runtime.protocols.histogram import from_first
@@ -54,7 +56,7 @@ def top_slot(ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int) 
     entries = entries_of(valid)
     rows, row, slots = len(entries.counts), entries.rows.numpy(), 1 << bits
     places, kind = slots // 2 - 1, _kind(entries)
-    values, first = from_first(integer_parts(share, entries), entries)
+    values, first = from_first(integer_parts(share, entries), entries.on(ctx.device))
     # The carry out of the lowest bit is lost, so that a slot may be one too low. The first entry's
     # share is zero at both parties, and its slot exact.
     values = values >> _SLOT_BITS if not values.is_meta else values
@@ -70,13 +72,14 @@ def top_slot(ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int) 
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
     words = counters.view(NUMPY[kind])
     counts = np.zeros((rows, slots // 2), words.dtype)
-    _tally(words, opened.cpu().long().numpy(), row, counts)
+    _tally(words, to_host(opened, "host").long().numpy(), row, counts)
     # How many entries are in each slot but the lowest, or above it.
     above = np.cumsum(counts[:, ::-1], 1, words.dtype)[:, ::-1][:, 1:]
-    mine = torch.from_numpy(np.ascontiguousarray(above)).to(share.device)
+    mine = to_device(torch.from_numpy(np.ascontiguousarray(above)), share.device, "host")
     empty = yield from zeros.count(ctx, mine)
-    top = ctx.public(torch.full((rows,), places)) - empty.long().cpu()
-    return from_integers(first + (top << _SLOT_BITS).to(torch.int16).to(share.device))
+    top = ctx.public(torch.full((rows,), places)) - to_host(empty.long(), "host")
+    top = to_device((top << _SLOT_BITS).to(torch.int16), share.device, "host")
+    return from_integers(first + top)
 
 
 def top_slot_cost(valid: torch.Tensor, bits: int) -> Cost:
@@ -118,7 +121,7 @@ class _Words:
         found = np.zeros((rows, 1), np.int16)
         each = np.repeat(np.arange(rows), places)
         tables = self._tables.view(np.int16)
-        _tally(tables, opened.cpu().long().numpy().reshape(-1), each, found)
+        _tally(tables, to_host(opened, "host").long().numpy().reshape(-1), each, found)
         return torch.from_numpy(found[:, 0])
 
     @staticmethod
@@ -140,14 +143,14 @@ class _Digits:
 
     def _equal(self) -> torch.Tensor:
         """For each digit of a mask one bit at its value, packed. Called by the dealer."""
-        digits = self.mask.cpu().long().numpy().reshape(-1)
+        digits = to_host(self.mask, "host").long().numpy().reshape(-1)
         out = np.zeros((len(digits), sum(self._sizes)), np.uint8)
         every, first = np.arange(len(digits)), 0
         for size in self._sizes:
             digit = digits & (8 * size - 1)
             out[every, first + (digit >> 3)] = 1 << (digit & 7)
             digits, first = digits >> _DIGIT_BITS, first + size
-        return torch.from_numpy(out)
+        return to_device(torch.from_numpy(out), self.mask.device, "host")
 
     def count(self, ctx: Context, counts: torch.Tensor) -> Protocol:
         opened = yield from open_under(ctx, counts, self.mask)
@@ -173,7 +176,7 @@ def _digit_bytes(width: int) -> tuple[int, int]:
 
 def _one_hot(mask: torch.Tensor, share: np.ndarray) -> np.ndarray:
     """The server's share of tables [n, N] that are one at each mask modulo N; N a power of two."""
-    _subtract_one_hot(mask.cpu().long().numpy().reshape(-1), share)
+    _subtract_one_hot(to_host(mask, "host").long().numpy().reshape(-1), share)
     return share
 
 
