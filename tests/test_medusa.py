@@ -61,6 +61,8 @@ from tests.families import VOCAB, every_family, float_decoder, random_decoder, s
 
 COUNT = 3
 PROMPT = [3, 4, 5]
+CLOSE = 2e-3
+"""Logits that are closer than this may be chosen for each other: the parties round them."""
 
 
 def random_heads(model: Any, *, blocks: bool, count: int = COUNT) -> Heads:
@@ -107,7 +109,7 @@ def plain(program: Program) -> PlainSession:
 
 
 def by_hand(model: Any, heads: Heads, ids: Sequence[int]) -> torch.Tensor:
-    """The best token of each head at every position [count, N], from the rows of the model."""
+    """What each head says at every position [count, N, V], from the rows of the model."""
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, given: seen.append(given[0])
@@ -124,7 +126,7 @@ def by_hand(model: Any, heads: Heads, ids: Sequence[int]) -> torch.Tensor:
             weight, bias = heads.tensors[BLOCK][part], heads.tensors[BLOCK_BIAS][part]
             row = h + F.silu(F.linear(h, weight, bias))
         said = F.linear(row, heads.tensors[head_name(k)], heads.tensors.get(bias_name(k)))
-        found.append(said.argmax(-1))
+        found.append(said)
     return torch.stack(found)
 
 
@@ -141,9 +143,9 @@ def test_heads_say_what_they_were_trained_to_and_answers_stay(family: str) -> No
     fast = plain(program)
     text = [*PROMPT, 9, 11, 13, 2]
     fast.rows(3, 0, PROMPT)
-    assert torch.equal(fast.guesses, by_hand(model, heads, PROMPT)[:, -1:])
+    assert torch.equal(fast.guesses, by_hand(model, heads, PROMPT)[:, -1:].argmax(-1))
     fast.rows(4, 3, text[3:])
-    assert torch.equal(fast.guesses, by_hand(model, heads, text)[:, 3:])
+    assert torch.equal(fast.guesses, by_hand(model, heads, text)[:, 3:].argmax(-1))
     slow = plain(session.compiled(family, speculate_up_to=COUNT)[1])
     wanted = [token.token for token in answer(slow, PROMPT, max_tokens=10)]
     for tokens in (COUNT, 1, None):
@@ -170,12 +172,13 @@ def test_heads_say_what_they_were_trained_to_and_answers_stay(family: str) -> No
 )
 def test_the_parties_compute_what_heads_say(options: dict[str, Any]) -> None:
     program = compiled("llama", **options)
-    clear = plain(program)
+    model, _ = float_decoder("llama")
+    heads = random_heads(model, blocks=options.get("blocks", True))
+    clear, text = plain(program), list(PROMPT)
     clear.step(3, 0, PROMPT)
     with InProcessSession(program.roles) as parties:
         parties.step(PROMPT, 0)
         mine = parties._sessions[CLIENT]
-        assert torch.equal(mine.guesses, clear.guesses)
         for ids, past in (([4, 5, 6, 7], 3), ([9, 9], 5), ([8], 6)):
             wanted, found = clear.rows(len(ids), past, ids), parties.rows(ids, past)
             assert wanted is not None
@@ -183,7 +186,10 @@ def test_the_parties_compute_what_heads_say(options: dict[str, Any]) -> None:
             assert len(found) == len(ids)
             assert torch.equal(wanted.argmax(-1), found.argmax(-1))
             assert mine.guesses.shape == (COUNT, len(ids))
-            assert torch.equal(mine.guesses, clear.guesses)
+            text = [*text[:past], *ids]
+            said = by_hand(model, heads, text)[:, past:]
+            chosen = said.gather(-1, mine.guesses[..., None])[..., 0]
+            assert float((said.amax(-1) - chosen).max()) < CLOSE
             predicted, _ = step_cost(Rehearsal(program.any_role), len(ids), past)
             spent = parties.record.total
             assert (spent.rounds, spent.online) == (predicted.rounds, predicted.online)
@@ -192,7 +198,12 @@ def test_the_parties_compute_what_heads_say(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("network", ["loopback", *slow("wan")])
 @pytest.mark.parametrize("family", ["llama", *slow("gpt2", "gemma2")])
 def test_heads_without_blocks_take_no_round(family: str, network: str) -> None:
-    """Four bytes for each logit; their input is opened already, so nothing else is sent."""
+    """Four bytes for each logit; their input is opened already, so nothing else is sent.
+
+    Where the product with the model's own head stands for the final norm, that of the heads does,
+    too, and takes 16 bytes more for each logit (`defer_norm`).
+    """
+    deferred = (family, network) == ("llama", "wan")
     _, without = session.compiled(family, speculate_up_to=COUNT, network=network)
     told = {} if network == "loopback" else {"network": network}
     program = compiled(family, blocks=False, **told)
@@ -200,7 +211,7 @@ def test_heads_without_blocks_take_no_round(family: str, network: str) -> None:
         rows = new if past else 1
         costs = [step_cost(Rehearsal(p.any_role), new, past)[0] for p in (without, program)]
         assert costs[0].rounds == costs[1].rounds
-        assert costs[1].online - costs[0].online == 4 * VOCAB * COUNT * rows
+        assert costs[1].online - costs[0].online == (20 if deferred else 4) * VOCAB * COUNT * rows
 
 
 def test_blocks_take_rounds_for_all_heads_at_once() -> None:
