@@ -47,15 +47,18 @@ SCRIPT = """
             for i, case in enumerate(op.cases()):
                 if case.stock is None:
                     continue
-                parameters = inspect.signature(op.reference).parameters
+                signature = inspect.signature(op.reference)
                 # CrypTen's operands are float32.
                 arguments = [
                     a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
                     for a in case.args
                 ]
-                result = op.stock(*(
-                    given(case, case.forms.get(p), a) for p, a in zip(parameters, arguments)
-                ))
+                # As the executor does, by name and with all defaults.
+                bound = signature.bind(*arguments)
+                bound.apply_defaults()
+                result = op.stock(**{
+                    p: given(case, case.forms.get(p), a) for p, a in bound.arguments.items()
+                })
                 expected = op.reference(*arguments)
                 if op.result == "revealed":
                     found = result.value if role == "client" else expected

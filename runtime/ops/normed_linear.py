@@ -215,9 +215,9 @@ class NormedLinear(Op, abstract=True):
 
     @classmethod
     def stock(
-        cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0, *ways: Any
+        cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0, **ways: Any
     ) -> Any:
-        """CrypTen's functions for the norm, then for the product."""
+        """CrypTen's functions for the norm, then for the product, whatever the `ways` of ours."""
         nothing = [None] * (len(cls.norm.tensors) - 1)
         named = {"bound": bound} if "bound" in cls.norm.schema else {}
         return Linear.stock(cls.norm.stock(x, *nothing, eps, **named), weight, bias)
