@@ -15,7 +15,7 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.pipeline import calibration
 
 VOCAB, LIMIT = 256, 40
-MODEL: Any = SimpleNamespace(vocab_size=VOCAB, max_length=LIMIT)
+MODEL: Any = SimpleNamespace(vocab_size=VOCAB, max_length=LIMIT, encodes=False)
 
 
 def fast(model: Any, *special: str) -> Any:

@@ -112,12 +112,19 @@ def test_damaged_directories(
     random_decoder("llama").float().save_pretrained(tmp_path)
     damage(tmp_path)
     capfd.readouterr()
-    with pytest.raises(CompileError, match=r"cannot be loaded as a decoder: .") as caught:
+    with pytest.raises(CompileError, match=r"cannot be loaded as an? .*decoder: .") as caught:
         load_model(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path) in str(caught.value)
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+def test_weights_of_another_size_are_named(tmp_path: Path) -> None:
+    random_decoder("llama").float().save_pretrained(tmp_path)
+    smaller(tmp_path)
+    with pytest.raises(CompileError, match=r"another size for lm_head\.weight and 20 more"):
+        load_model(tmp_path)
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

@@ -112,14 +112,17 @@ def _load(path: Path, name: Path | None = None) -> tuple[Any, Any]:
             if getattr(config, "is_encoder_decoder", False):
                 kind, loader = "an encoder-decoder", AutoModelForSeq2SeqLM
             model, info = loader.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
-            )
+                folder, config=config, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
     except CompileError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompileError(f"{shown} cannot be loaded as {kind}: {reason}") from error
     # The loader would initialize missing weights at random.
+    sizes = f"{shown} cannot be loaded as {kind}: config.json gives another size for"
+    _check_complete((key for key, *_ in info["mismatched_keys"]), sizes)
     _check_complete(info["missing_keys"], f"{shown} cannot be loaded as {kind}: it lacks")
     unread = [key for key in info["unexpected_keys"] if not _RECOMPUTED.search(key)]
     _check_complete(unread, f"{shown} holds what a {type(model).__name__} has no place for:")

@@ -23,9 +23,12 @@ _TYPES = {
 _patch = interpreter._patch_lang_tensor
 
 
-def _patched(tensor: Any) -> None:
-    """numpy refuses to take an array with one element for an integer, as the interpreter does."""
-    _patch(tensor)
+def _patched(tensor: Any, *scope: Any) -> None:
+    """numpy refuses to take an array with one element for an integer, as the interpreter does.
+
+    scope: what later versions of Triton restore their changes by.
+    """
+    _patch(tensor, *scope)
     tensor.__index__ = lambda self: int(self.handle.data.item())
 
 

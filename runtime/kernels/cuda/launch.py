@@ -1,4 +1,8 @@
-"""Launches of Triton kernels: the one place that they go through."""
+"""Launches of Triton kernels: the one place that they go through.
+
+A kernel's masks are made of blocks alone: Triton's interpreter does not take a block's comparison
+joined with one of plain numbers in all versions.
+"""
 
 from __future__ import annotations
 

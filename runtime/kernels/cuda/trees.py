@@ -227,7 +227,7 @@ def _octave(  # type: ignore[no-untyped-def]
     table = tl.load(row + 5)
     correction = tl.load(row + 6)
     z = tl.load(points + key)
-    inside = (end > 0) & (key < count)
+    inside = (end > 0) & (key + pair * 0 < count)
     # A row's number is the opened number, in units of its windows, minus the window.
     shifted = z >> (top - end)
     ones = ((z * 0 + 1) << end) - 1
