@@ -11,12 +11,11 @@ from mergec.compiler.backend.choose import chosen_otherwise
 from mergec.compiler.backend.cost import cost_report, dealt_bytes
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
-from mergec.compiler.frontend.capture import capture
 from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
-from tests.families import float_decoder
+from tests.families import float_decoder, random_decoder
 from tests.session import compiled
 
 
@@ -184,14 +183,11 @@ def test_the_client_is_dealt_less_where_its_link_is_the_narrow_one(family: str) 
 
 
 def test_inputs_that_reach_far_keep_their_keys() -> None:
-    model, captured = float_decoder("llama")
+    model = random_decoder("llama").float()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate_proj.weight *= 3000
-    captured = capture(model)
-    program = compile_decoder(
-        model, config=CompileConfig(max_length=64, network="wan"), captured=captured
-    )
+    program = compile_decoder(model, config=CompileConfig(max_length=64, network="wan"))
     items = [item for item in program.any_role.instructions if item.target == "mpc.glu"]
     assert items and all(len(item.args) == 3 for item in items)
 

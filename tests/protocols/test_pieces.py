@@ -87,7 +87,7 @@ def test_the_tables_of_activations(function: Function) -> None:
     x = torch.cat([words(2**20, low, high + 1), torch.tensor([low, low + 1, 0, high - 1, high])])
     assert isinstance(pieces.curve, Polynomial)
     exact = torch.from_numpy(pieces.curve.function(x.double().numpy() * UNIT))
-    assert (_evaluate(pieces, x) - exact).abs().max() < 1.3e-5
+    assert (_evaluate(pieces, x) - exact).abs().max() < 1.5e-5
     # The upper half of a word must hold it with two bits to spare.
     assert exact.abs().max() < 2.0 ** (pieces.integer_bits - 2)
     _evaluate(pieces, words(1000, -(2**31), 2**31))
