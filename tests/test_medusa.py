@@ -57,6 +57,7 @@ from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.sampling import Sampling
 from tests import decoder, session
+from tests.adaptation import counting
 from tests.families import VOCAB, every_family, float_decoder, random_decoder, slow
 
 COUNT = 3
@@ -373,30 +374,12 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------- training
 
-SHORT: dict[str, Any] = {
-    "medusa": 2,
-    "steps": 4,
-    "batch": 4,
-    "length": 12,
-    "samples": 2,
-    "answer": 4,
-    "evaluate_every": 2,
-    "save_every": 2,
-    "log_every": 1,
-    "device": "cpu",
-}
+SHORT: dict[str, Any] = {**counting.SHORT, "medusa": 2, "answer": 4}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Counting texts: token numbers that follow each other."""
-    file = tmp_path / "counting.jsonl"
-    lines = [
-        {"prompt": [start, start + 1], "answer": [start + i for i in range(2, 8)]}
-        for start in range(40)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return counting.write_counting(tmp_path)
 
 
 @pytest.fixture(scope="module")

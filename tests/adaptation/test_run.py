@@ -18,35 +18,22 @@ from mergec.compiler.adaptation.student import Student
 from mergec.compiler.driver import compile_source
 from mergec.compiler.errors import CompileError
 from mergec.runtime.engine.plain import PlainExecutor
+from tests.adaptation import counting
 from tests.families import random_decoder
 
 VOCAB = 97
 SHORT: dict[str, Any] = {
-    "steps": 4,
-    "batch": 4,
-    "length": 12,
-    "samples": 2,
+    **counting.SHORT,
     "answer": 2,
     "learning_rate": 1e-3,
     "noise": 0.01,
     "dropout": 0.0,
-    "evaluate_every": 2,
-    "save_every": 2,
-    "log_every": 1,
-    "device": "cpu",
 }
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Counting texts: token numbers that follow each other."""
-    file = tmp_path / "counting.jsonl"
-    lines = [
-        {"prompt": [start, start + 1], "answer": [start + i for i in range(2, 8)]}
-        for start in range(40)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return counting.write_counting(tmp_path)
 
 
 @pytest.fixture(scope="module")
