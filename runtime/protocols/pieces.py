@@ -63,7 +63,7 @@ class Curve(Interface):
         """Number of coefficients of an entry."""
 
     def largest(self, pieces: Pieces) -> np.ndarray:
-        """The size of each coefficient: [terms]."""
+        """The size of each coefficient, compared to its public function: [terms]."""
 
     def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
         """Coefficients of each window, float64 [n, windows, terms]. Called by the dealer.
@@ -240,9 +240,9 @@ class Exponential:
     terms = 1
 
     def largest(self, pieces: Pieces) -> np.ndarray:
-        # Both factors of the last window's values: its exp(x0), relative to its exp(y).
-        last = pieces.start + (pieces.windows - 2) * 2.0**pieces.step_bits
-        return np.array([np.exp(last * 2.0**-FRACTIONAL_BITS)])
+        # What counts is the error as a part of the largest value, which is at least 1. There exp(x0)
+        # may be as small as this, while exp(y) is at least 1.
+        return np.array([np.exp(-(2.0 ** (pieces.step_bits - FRACTIONAL_BITS)))])
 
     def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
         unit = 2.0**-FRACTIONAL_BITS

@@ -74,7 +74,8 @@ def test_exponentials_of_every_place_of_a_window(step_bits: int) -> None:
     pieces = Pieces(Exponential(), -6 * size, 8, step_bits, (6,), 4 if step_bits < 18 else 8)
     x = torch.arange(-6 * size, size + 1, max(1, size >> 13))
     exact = torch.exp(x.double() * UNIT)
-    assert (_evaluate(pieces, x) - exact).abs().max() < (1e-5 if step_bits < 18 else 6e-5)
+    # As a part of the value where it is above 1: a softmax divides by a row's largest.
+    assert ((_evaluate(pieces, x) - exact).abs() / exact.clamp(min=1)).max() < 1e-5
 
 
 @pytest.mark.parametrize("function", [SILU, GELU, GELU_TANH], ids=["silu", "gelu", "gelu_tanh"])
