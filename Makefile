@@ -26,6 +26,8 @@ endif
 # One thread per process: three parties share the machine, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Every role is a process, which would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts gpu-check install clean
 

@@ -302,13 +302,8 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
 
     The graph is legalized in place. The programs' manifests are empty.
     """
-    bits, exact, network = (
-        config.fractional_bits,
-        config.rounding == "exact",
-        NETWORKS[config.network],
-    )
-    # With exact rounding functions have finer tables, which need keys.
-    legalize(dialect.graph_module, bits, exact, network.far_client and not exact)
+    bits, exact = config.fractional_bits, config.rounding == "exact"
+    legalize(dialect.graph_module, bits, exact)
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
-    choose_variants(roles, network, bits, exact, dialect.max_length)
+    choose_variants(roles, NETWORKS[config.network], bits, exact, dialect.max_length)
     return roles

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("tests.passes.harness")
+
+OF_ALL_FAMILIES = {
+    "test_capture.py",
+    "test_every_pass.py",
+    "test_legalize.py",
+    "test_parse.py",
+    "test_pipeline.py",
+    "test_presets.py",
+    "test_resend_hidden.py",
+    "test_shared_weights.py",
+}
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -19,6 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="Rewrite the golden files that differ."
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, give files of all families to one process, as if they were one file.
+
+    A process captures each family once, which takes seconds.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "families" if Path(file).name in OF_ALL_FAMILIES else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ def test_rows_are_written_and_only_what_failed_is_tried_again(
         bench.Bench(plan, tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_role_that_fails_ends_its_run_alone(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

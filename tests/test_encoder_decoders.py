@@ -49,6 +49,7 @@ from tests.encoder_decoders import (
     model_and_step,
     random_model,
 )
+from tests.families import slow
 
 TOKENS = 8
 LOGIT_ERROR = 0.02
@@ -223,13 +224,12 @@ def test_private_logits_are_the_plain_ones(family: str) -> None:
     "options",
     [
         {"weights": "shared"},
-        {"rounding": "exact"},
+        *slow({"rounding": "exact"}, {"network": "wan"}),
         {"reveal": "token"},
-        {"network": "wan"},
     ],
     ids=lambda options: next(iter(options.values())),
 )
-@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["t5", *slow("bart")])
 def test_answers_with_other_options(family: str, options: dict[str, Any]) -> None:
     if family == "bart" and options.get("reveal"):
         pytest.skip("BART's configuration forces a token, which needs the logits")

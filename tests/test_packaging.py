@@ -307,6 +307,7 @@ def test_every_module_is_loaded_once() -> None:
     assert names > 100
 
 
+@pytest.mark.slow
 def test_coverage_tells_of_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import mergec.runtime.core.spec, runtime.core.errors\n"

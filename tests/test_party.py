@@ -195,6 +195,7 @@ def test_bundles_of_different_programs_are_named(tmp_path: Path, bundles: Path) 
     assert all(re.search(told, said[role]) for role in ROLES), said
 
 
+@pytest.mark.slow
 def test_a_silent_party_is_named_after_the_timeout(endless: Path) -> None:
     """The server is stopped, not ended: its connections stay open."""
     stopped: list[int] = []

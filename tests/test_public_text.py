@@ -379,6 +379,7 @@ def test_a_client_names_caches_that_are_not_there(deployed: Deployment) -> None:
             channel.receive(Kind.ROUND, limit=1 << 20)
 
 
+@pytest.mark.slow
 def test_local_roles_begin_with_public_text(bundles: Path) -> None:
     prompt = [*PUBLIC, *SECRET]
     found = run_local(bundles, prompt, max_tokens=3, public=PUBLIC)

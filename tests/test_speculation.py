@@ -525,6 +525,7 @@ def test_clients_of_services_get_several_tokens_a_step(tmp_path: Path) -> None:
         assert len(steps) <= 1
 
 
+@pytest.mark.slow
 def test_three_processes_draft(tmp_path: Path) -> None:
     folder = decoder.save(tmp_path, speculate_up_to=MOST)
     result = run_local(folder, PROMPT, max_tokens=12, speculate="lookup", speculate_tokens=3)

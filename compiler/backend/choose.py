@@ -35,12 +35,11 @@ def choose_variants(
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
-    messages, so they count only if the step would otherwise wait for them. Where the dealer's link
-    to the client is narrower than the one to the server, ops that need the same messages either way
-    (`Op.supplies`) get the dealt bytes that take both links the shortest time in a prompt. There
-    they count in any case, as they share the client's line with the messages. fixed: the program's
-    fractional bits. exact: whether roundings are exact. max_length: most tokens that the program
-    takes. All roles get the same choice; their instructions are replaced in place.
+    messages, so they count only if the step would otherwise wait for them. Ops that need the same
+    messages either way (`Op.supplies`) get the dealt bytes that take the least time in a prompt: of
+    both links, and of the roles' work for them, in any case. fixed: the program's fractional bits.
+    exact: whether roundings are exact. max_length: most tokens that the program takes. All roles
+    get the same choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
     past = min(PAST, max_length - NEW)
@@ -125,11 +124,7 @@ def _choices(
         stated = kind(op) if op else None
         if op is None or bound is None or stated is None:
             continue
-        if not network.far_client and "reach" in bound:
-            # `legalize` sets it for other networks alone.
-            bound = bound | {"reach": 0}
         options = list(stated(*bound.values()))
-        first = options[0] if options else {}
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
@@ -141,14 +136,14 @@ def _choices(
 
         given = planned.bind(item.args, item.kwargs)
         if kind is _supplies:
-            best = given | (min(options, key=weight, default={}) if network.far_client else first)
+            best = given | min(options, key=weight, default={})
             if best == given:
                 # The call stays as it is written.
                 continue
         else:
             best = given | min(options, key=weight)
         if not best.get("reach"):
-            # So programs for other networks hold no word of it. It is the last argument.
+            # It is the last argument.
             best.pop("reach", None)
         yield item.name, tuple(best.values())
 

@@ -55,19 +55,16 @@ _CONVERSIONS: dict[str, type[Op]] = {"masked": Open, "sent": Send}
 """The op that brings a share into a form."""
 
 
-def legalize(
-    graph_module: fx.GraphModule, fixed: int, exact: bool = False, far_client: bool = False
-) -> None:
+def legalize(graph_module: fx.GraphModule, fixed: int, exact: bool = False) -> None:
     """Set meta["frac"] and meta["form"] of every shared wire, and insert the conversions.
 
     fixed: the program's fractional bits. Needs meta["vis"]; uses meta["range"] and what
     `Op.measure` found, where calibration set them. exact: whether roundings are exact. Raises
     CompileError, which names every value that leaves the ring or the domain of a protocol, or whose
-    protocol has no exact rounding. far_client: whether ops may be given a `reach`, within which all
-    that is dealt can go to the server.
+    protocol has no exact rounding.
     """
     _split_scales(graph_module)
-    _Legalizer(graph_module, fixed, exact, far_client).run()
+    _Legalizer(graph_module, fixed, exact).run()
     # Ops that move data may be unused now: their operand was converted instead of their result.
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -102,11 +99,8 @@ def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
 
 
 class _Legalizer:
-    def __init__(
-        self, graph_module: fx.GraphModule, fixed: int, exact: bool, far_client: bool
-    ) -> None:
+    def __init__(self, graph_module: fx.GraphModule, fixed: int, exact: bool) -> None:
         self.graph = graph_module.graph
-        self.far_client = far_client
         self.fixed = fixed
         self.exact = exact
         self.room = _room(graph_module)
@@ -184,7 +178,8 @@ class _Legalizer:
         self.check_domain(node, op)
         self.check_measured(node, op, arguments)
         arguments |= op.calibrate(node.meta, arguments)
-        if not (self.far_client and arguments.get("reach")):
+        if self.exact or not arguments.get("reach"):
+            # With exact rounding functions have finer tables, which need keys.
             arguments.pop("reach", None)
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)

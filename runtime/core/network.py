@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from mergec.runtime.core.spec import Cost
 
-MAKING = 5e8
-"""Bytes of correlated randomness that a dealer generates per second, ahead of the steps."""
+MAKING = {"client": 1.1e8, "server": 5e8}
+"""Bytes of correlated randomness per second of the three roles' work for them, by who receives
+them. What the client is sent are keys, which all roles expand; most of what only the server is sent
+are words minus a stream of the client's."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,6 @@ class Network:
     to_server: Link
     overhead: float = 5e-5
 
-    @property
-    def far_client(self) -> bool:
-        """Whether the dealer's link to the client is narrower than the one to the server."""
-        return self.to_client.bandwidth < self.to_server.bandwidth
-
     def waiting(self, cost: Cost, dealt: Mapping[str, int]) -> Waiting:
         """Estimated seconds of a step. dealt: bytes that the dealer sends, by role.
 
@@ -76,11 +73,12 @@ class Network:
         )
 
     def weight(self, cost: Cost, dealt: Mapping[str, int], *, waits: bool = True) -> float:
-        """Seconds used to compare protocols: rounds, the bytes of all links, and the dealer's work.
+        """Seconds used to compare protocols: rounds, bytes of all links, and work for dealt bytes.
 
-        waits: whether a step waits for the dealer's bytes; if not, only its work for them counts.
+        waits: whether a step waits for the dealer's bytes; if not, only the work for them counts.
         """
-        seconds = self.waiting(cost, dealt).prepared + cost.offline / MAKING
+        seconds = self.waiting(cost, dealt).prepared
+        seconds += sum(dealt[role] / rate for role, rate in MAKING.items())
         if waits:
             seconds += dealt["client"] / self.to_client.bandwidth
             seconds += dealt["server"] / self.to_server.bandwidth

@@ -240,8 +240,8 @@ class Exponential:
     terms = 1
 
     def largest(self, pieces: Pieces) -> np.ndarray:
-        # What counts is the error as a part of the largest value, which is at least 1. There exp(x0)
-        # may be as small as this, while exp(y) is at least 1.
+        # What counts is the error as a part of the largest value, which is at least 1. There
+        # exp(x0) may be as small as this, while exp(y) >= 1.
         return np.array([np.exp(-(2.0 ** (pieces.step_bits - FRACTIONAL_BITS)))])
 
     def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
