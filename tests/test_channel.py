@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from mergec.runtime.core.errors import MergecError, PartyError, PeerStoppedError
+from mergec.runtime.core.errors import (
+    BusyError,
+    MergecError,
+    PartyError,
+    PeerEndedError,
+    PeerStoppedError,
+)
 from mergec.runtime.transport import channel as channel_module
 from mergec.runtime.transport import pulse as pulse_module
 from mergec.runtime.transport.address import Address
@@ -26,7 +32,14 @@ from mergec.runtime.transport.certificates import (
     KEY,
     check_certificate,
 )
-from mergec.runtime.transport.channel import Channel, Kind, printable
+from mergec.runtime.transport.channel import (
+    HANDSHAKE_TIMEOUT,
+    Channel,
+    Kind,
+    ending,
+    keep_alive,
+    printable,
+)
 from mergec.runtime.transport.connect import Security, accept, connect, listen
 from mergec.runtime.transport.dealer_link import (
     ChannelBlockReader,
@@ -37,6 +50,7 @@ from mergec.runtime.transport.dealer_link import (
 from mergec.runtime.transport.pulse import Pulse
 from mergec.runtime.transport.traffic import Traffic
 from tests.handshakes import meet
+from tests.roles import ROOT
 from tests.services import wait_until
 
 BIG = 3_000_001
@@ -393,6 +407,60 @@ def test_a_peer_says_why_it_ends_the_session_also_to_one_that_sends() -> None:
 
 def test_words_of_a_peer_are_safe_to_print() -> None:
     assert printable("a\x00b\u202e\n" + "c" * 1000) == "a b " + "c" * 396
+
+
+@pytest.mark.parametrize(
+    ("wait", "believed"),
+    [(1, True), (86_400, True), (0, False), (-1, False), (86_401, False), (2**70, False),
+     (True, False), (1.5, False), ("9", False), (None, False)],
+)  # fmt: skip
+def test_a_peer_may_ask_to_wait_for_up_to_a_day(wait: Any, believed: bool) -> None:
+    error = ending({"reason": "full", "wait": wait}, "server")
+    assert str(error) == "the server says: full"
+    assert type(error) is (BusyError if believed else PeerEndedError)
+    assert not isinstance(error, BusyError) or error.wait == wait
+
+
+@pytest.mark.parametrize(("stopped", "kind"), [(True, PeerStoppedError), (1, PeerEndedError)])
+def test_a_peer_says_that_a_person_stopped_it(stopped: Any, kind: type) -> None:
+    assert type(ending({"stopped": stopped}, "server")) is kind
+
+
+def test_every_kind_of_frame_has_a_number_of_its_own() -> None:
+    numbers = [kind.value for kind in Kind.__members__.values()]
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+
+
+def test_nothing_is_proven_of_a_peer_without_a_certificate(certificates: Path) -> None:
+    plain, _ = pair()
+    assert not plain.proven
+    client = Security("client", certificates / "ann")
+    assert all(channel.proven for channel in meet(client, Security("server", certificates)))
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
+@pytest.mark.parametrize(
+    ("timeout", "idle", "every", "silent"),
+    [(600.0, 30, 10, 600_000), (20.5, 20, 10, 20_500), (3.0, 3, 3, 3000), (0.2, 1, 1, 1000)],
+)
+def test_the_kernel_looks_for_a_peer_that_is_cut_off(
+    timeout: float, idle: int, every: int, silent: int
+) -> None:
+    """First after half a minute, and three times; never later than the timeout."""
+    with socket.socket() as connection:
+        keep_alive(connection, timeout)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (
+            socket.TCP_NODELAY, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT,
+            socket.TCP_USER_TIMEOUT,
+        )  # fmt: skip
+        found = [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+        assert found == [1, idle, every, 3, silent]
+
+
+def test_limits_are_those_that_the_threat_model_states() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text()
+    assert f"a stranger's handshake and greeting within {HANDSHAKE_TIMEOUT:g} s" in text
 
 
 def test_certificates_name_the_role_and_the_client(certificates: Path) -> None:

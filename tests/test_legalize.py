@@ -20,7 +20,7 @@ from mergec.compiler.graph.ranges import annotate_ranges
 from mergec.compiler.pipeline import rewrite, to_dialect
 from mergec.compiler.text import dump
 from mergec.runtime.core.op import REGISTRY, Op
-from mergec.runtime.core.spec import HEADROOM_BITS, WINDOW_FRAC, Vis
+from mergec.runtime.core.spec import HEADROOM_BITS, SHARE_FRAC, WINDOW_FRAC, Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec
@@ -254,6 +254,57 @@ def test_a_product_has_to_fit_until_it_is_truncated() -> None:
 
     turned = 2.0 ** (room - 16 - 3)
     assert with_range(rotated, turned, _cos=normal(3, 8), _sin=normal(3, 8)) == [3]
+
+
+def test_a_wire_stays_as_fine_as_its_products_have_room_for() -> None:
+    """A product of a product has 48 bits if the first is not truncated; the output always is."""
+
+    def truncated(largest: float) -> int:
+        graph = Graph(lambda m, x: x @ m.w @ m.v, X, w=W, v=W)
+        graph.run("linear_to_dialect")
+        _, second = named(graph, "linear")
+        second.meta["range"] = (-largest, largest)
+        legalize(graph.module, FIXED)
+        return len(named(graph, "truncate"))
+
+    most = 2.0 ** (HEADROOM_BITS - RANGE_MARGIN_BITS - 3 * FIXED)
+    assert [truncated(most), truncated(1.01 * most)] == [1, 2]
+
+
+def test_a_value_has_as_many_bits_as_protocols_are_tested_with() -> None:
+    """The product with a tiny matrix, of which neither result nor input is large."""
+    graph = Graph(lambda m, x: x @ m.w, X, w=W * 2.0**-40)
+    graph.run("linear_to_dialect")
+    (product,) = named(graph, "linear")
+    product.meta["range"] = (-(2.0**-30), 2.0**-30)
+    legalize(graph.module, FIXED)
+    assert product.meta["frac"] == SHARE_FRAC
+
+
+def bits_of_constant(size: float, largest: float, uses: int = 1) -> list[int]:
+    """Additional bits that products with a constant of this size get, in each of its uses."""
+    graph = Graph(
+        lambda m, x: tuple((x + float(i)) * m.g for i in range(uses)),
+        X, g=size * torch.tensor([1.0, -1.0] * 4).double(),
+    )  # fmt: skip
+    graph.run("arithmetic_to_dialect")
+    for node in graph.module.graph.nodes:
+        node.meta["range"] = (-largest, largest)
+    legalize(graph.module, FIXED)
+    return [(*node.args, 0)[2] for node in named(graph, "mul")]
+
+
+def test_a_small_constant_gets_the_bits_of_fourteen() -> None:
+    """Below 2**-7 it is about 2**14 units."""
+    for size, bits in ((1.0, 0), (2.0**-6, 0), (2.0**-7, 0), (2.0**-7.01, 6), (2.0**-10, 8)):
+        assert bits_of_constant(size, 2.0) == [bits]
+
+
+def test_a_tied_constant_has_bits_that_all_uses_have_room_for() -> None:
+    """As many as are left of the ring beside a truncation's 48."""
+    room = HEADROOM_BITS - RANGE_MARGIN_BITS - 3 * FIXED
+    for spare, bits in ((9, 8), (8, 8), (3, 3), (2.5, 2), (0, 0), (-3, 0)):
+        assert bits_of_constant(2.0**-10, 2.0 ** (room - spare), uses=2) == [bits, bits]
 
 
 def test_a_tied_matrix_has_the_bits_of_its_other_use() -> None:

@@ -78,6 +78,14 @@ def test_every_pair_of_small_numbers(widths: tuple[int, ...]) -> None:
     assert torch.equal(values, expected)
 
 
+def test_a_digit_has_three_to_twelve_bits() -> None:
+    for width in (3, 12):
+        assert Digits(width).tables(torch.arange(2)).shape[0] == 2
+    for width in (2, 13):
+        with pytest.raises(ValueError, match=f"a digit has {width} bits; it needs at least 3"):
+            Digits(width).tables(torch.arange(2))
+
+
 @pytest.mark.parametrize("widths", [w for w in WIDTHS if sum(w) > 8])
 def test_sign_of_the_difference_for_all_digit_patterns(widths: tuple[int, ...]) -> None:
     """Every order relation of the digits, at both sides of the sign and of each borrow."""
