@@ -3,13 +3,18 @@
 The checkout stays as it is: each worker changes a copy of its own, one place at a time, and runs
 the tests that `SUITES` lists for the changed module. Places are drawn by a seed, and for each place
 one of cosmic-ray's changes. A run ends when the sample or the time is used up, so a shorter one
-runs the first part of the same list.
+runs the first part of the same list. With `--results` a run goes on where the last one ended, and
+tries again what the tests did not notice then.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import hashlib
+import importlib
+import json
 import multiprocessing
 import os
 import queue
@@ -17,85 +22,155 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, MutableMapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
 
+import pytest
 from cosmic_ray.commands.init import init
-from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.testing import run_tests
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome
+from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-_P, _O = "tests/protocols/test_", "tests/ops/test_"
-_EVIDENCE = f"{_P}evidence.py {_P}exhaustive.py"
 
 
-def _ops(names: str) -> str:
-    """The tests of every op, for ops of these names."""
-    return f"{_O}every_op.py -k 'not test_every_op or {names}'"
+def _tests(names: str, ops: str = "", exact: str = "") -> str:
+    """Arguments of pytest for some tests; a name alone is a file of `tests/protocols`.
 
+    ops: also the tests of every op, for ops of these names, as in pytest's `-k`. exact: also the
+    tests of rounding; the ones of exact rounding, which are slow, for these cases.
+    """
+    files = [n if "/" in n else f"tests/protocols/test_{n}.py" for n in names.split()]
+    chosen = []
+    if ops:
+        files.insert(1, "tests/ops/test_every_op.py")
+        chosen.append(f"(not test_every_op or {ops})")
+    if exact:
+        files.append("tests/protocols/test_rounding.py")
+        chosen.append(f"(not that_decides or {exact})")
+    return " ".join(files) + (f" -k '{' and '.join(chosen)}'" if chosen else "")
+
+
+_KERNELS = "tests/kernels/test_kernels.py"
+_FORMS = f"{_KERNELS}::test_torch_gives_the_words_of_the_cpu"
+_STREAM = f"{_KERNELS}::test_a_device_reads_the_same_stream"
+_DOMAINS = "tests/ops/test_domains.py"
+_EVERY = "exhaustive evidence"
 
 SUITES = {
-    "runtime/protocols/argmax.py": f"{_P}argmax.py {_EVIDENCE}",
-    "runtime/protocols/compare.py": f"{_P}compare.py {_EVIDENCE}",
-    "runtime/protocols/deferred.py": f"{_P}deferred.py {_EVIDENCE} {_P}rounding.py",
-    "runtime/protocols/digits.py": f"{_P}formula.py {_P}compare.py",
-    "runtime/protocols/formula.py": f"{_P}formula.py {_P}selection.py",
-    "runtime/protocols/gain.py": _ops("norm"),
-    "runtime/protocols/gumbel.py": f"{_O}reveal_token.py",
-    "runtime/protocols/halves.py": f"{_P}formula.py {_O}domains.py",
-    "runtime/protocols/histogram.py": f"{_P}histogram.py",
-    "runtime/protocols/interval.py": f"{_P}interval.py {_O}domains.py {_P}rounding.py",
-    "runtime/protocols/local.py": f"{_P}multiply.py {_ops('mul or scale or embedding')}",
-    "runtime/protocols/multiply.py": f"{_P}multiply.py {_EVIDENCE}",
-    "runtime/protocols/normalize.py": f"{_P}normalize.py {_EVIDENCE} {_P}rounding.py",
-    "runtime/protocols/octave.py": f"{_P}octave.py {_O}domains.py {_P}rounding.py",
-    "runtime/protocols/opening.py": f"{_P}compare.py {_P}rounding.py {_P}secrecy.py",
-    "runtime/protocols/peak.py": f"{_P}peak.py {_P}formula.py {_EVIDENCE}",
-    "runtime/protocols/power.py": f"{_P}power.py {_EVIDENCE} {_O}domains.py {_P}rounding.py",
-    "runtime/protocols/ranks.py": f"{_P}ranks.py {_P}argmax.py {_P}peak.py",
-    "runtime/protocols/rectify.py": f"{_EVIDENCE} {_P}rounding.py {_ops('relu or glu')}",
-    "runtime/protocols/rows.py": f"{_P}rows.py {_O}domains.py {_P}rounding.py {_ops('softmax')}",
-    "runtime/protocols/saturate.py": f"{_O}domains.py {_P}rounding.py {_ops('silu or glu')}",
-    "runtime/protocols/selection.py": f"{_P}selection.py {_O}domains.py",
-    "runtime/protocols/shared_weights.py": f"{_P}multiply.py {_ops('linear or embedding')}",
-    "runtime/protocols/squares.py": f"{_P}truncate.py {_P}normalize.py {_EVIDENCE}",
-    "runtime/protocols/truncate.py": f"{_P}truncate.py {_EVIDENCE} {_P}rounding.py",
-    "runtime/protocols/weights.py": f"{_P}multiply.py {_EVIDENCE} {_ops('linear or embedding')}",
-    "runtime/correlations/counters.py": "tests/test_counters.py",
-    "runtime/correlations/dpf.py": "tests/test_dpf.py",
-    "runtime/correlations/prg.py": f"tests/test_dpf.py {_P}secrecy.py",
-    "runtime/program/validate.py": "tests/test_bundle.py tests/test_stranger.py",
+    "runtime/protocols/argmax.py": _tests(f"argmax {_EVERY}"),
+    "runtime/protocols/columns.py": _tests("normalize deferred"),
+    "runtime/protocols/compare.py": _tests(f"compare {_EVERY}"),
+    "runtime/protocols/deferred.py": _tests("deferred evidence", "linear", "truncate"),
+    "runtime/protocols/digits.py": _tests(f"{_FORMS} formula compare"),
+    "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection"),
+    "runtime/protocols/gain.py": _tests("normalize", "norm"),
+    "runtime/protocols/gumbel.py": "tests/ops/test_reveal_token.py",
+    "runtime/protocols/halves.py": _tests(f"{_FORMS} formula {_DOMAINS}"),
+    "runtime/protocols/histogram.py": _tests("histogram"),
+    "runtime/protocols/interval.py": _tests(f"{_FORMS} {_DOMAINS} interval evidence", "", "silu"),
+    "runtime/protocols/local.py": _tests("multiply", "mul or scale or embedding"),
+    "runtime/protocols/multiply.py": _tests(f"multiply {_EVERY}"),
+    "runtime/protocols/normalize.py": _tests(f"{_FORMS} normalize {_EVERY}", "", "truncate"),
+    "runtime/protocols/octave.py": _tests(f"{_FORMS} {_DOMAINS} octave", "", "truncate"),
+    "runtime/protocols/opening.py": _tests("compare secrecy", "", "truncate or square"),
+    "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY}"),
+    "runtime/protocols/pieces.py": _tests("pieces", "silu or gelu"),
+    "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY}", "", "truncate"),
+    "runtime/protocols/public_text.py": (
+        "tests/test_public_text.py -k 'logits or bytes or fresh or sent'"
+    ),
+    "runtime/protocols/ranks.py": _tests(f"{_FORMS} ranks argmax peak"),
+    "runtime/protocols/rectify.py": _tests(_EVERY, "relu or glu", "relu"),
+    "runtime/protocols/rows.py": _tests(f"{_DOMAINS} rows", "softmax", "softmax and not long"),
+    "runtime/protocols/saturate.py": _tests(f"{_FORMS} {_DOMAINS} pieces", "lu", "silu"),
+    "runtime/protocols/selection.py": _tests(f"{_FORMS} selection {_DOMAINS}"),
+    "runtime/protocols/shared_weights.py": _tests("multiply", "linear or embedding"),
+    "runtime/protocols/slots.py": _tests("slots rows"),
+    "runtime/protocols/squares.py": _tests(f"{_FORMS} truncate normalize {_EVERY}", "", "square"),
+    "runtime/protocols/truncate.py": _tests(f"{_FORMS} truncate {_EVERY}", "", "truncate"),
+    "runtime/protocols/weights.py": _tests(f"multiply {_EVERY}", "linear or embedding"),
+    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS}",
+    "runtime/correlations/dpf.py": f"tests/test_dpf.py {_FORMS}",
+    "runtime/correlations/prg.py": _tests(f"{_STREAM} tests/test_dpf.py secrecy"),
+    "runtime/program/validate.py": "tests/test_stranger.py tests/test_bundle.py",
     "compiler/backend/legalize.py": (
-        "tests/test_legalize.py tests/passes/test_fix_attention.py -k 'not no_wire_is_opened_twice'"
+        "tests/test_legalize.py tests/passes/test_fix_attention.py tests/test_deferral.py "
+        "-k 'not no_wire_is_opened and not deferral or fits_before or results_beyond or rows_keep'"
     ),
     "runtime/session/sampling.py": (
         "tests/test_sampling.py tests/test_generation_settings.py "
         "-k 'not test_generation_settings or honour or follows or sample_alone or no_token'"
     ),
-    "runtime/transport/channel.py": "tests/test_channel.py tests/test_certificates.py",
+    "runtime/transport/channel.py": "tests/test_channel.py",
 }
-"""The tests that cover a module, quickest first, as arguments of pytest."""
+"""The tests that cover a module, as arguments of pytest; the likeliest to notice a fault first."""
+
+EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {}
+"""Changes of a module that nothing can notice, as text before and after, each with the reason."""
 
 _NOT_BEHAVIOUR = {"core/RemoveDecorator"}
 """A kernel without its decorator is slower, and a cache only saves time."""
 
 
-@dataclass
-class Outcome:
-    """One change: where, which, and what became of it."""
+_OPTIONS = shlex.split(
+    "-q -x -p no:cacheprovider -p no:xdist "
+    "-o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true"
+)
+"""A test that waits for ever ends after a minute, and the change counts as noticed."""
 
-    place: str
+_LIBRARIES = ("hypothesis", "numba", "numpy", "torch", "torch.export", "transformers")
+"""What many tests import; nothing of this repository."""
+_COMPILED = "@compiled"
+
+Key = tuple[str, str, int]
+"""A change: module, operator, occurrence."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One change: which, where, and what became of it.
+
+    occurrence: cosmic-ray's number of the place, among those of this operator in the module.
+    old, new: the text of the changed lines. digest: of the file before the change.
+    """
+
+    module: str
     operator: str
-    diff: str
+    occurrence: int
+    line: int
+    old: str
+    new: str
     result: str
+    digest: str
+
+    @property
+    def key(self) -> Key:
+        return self.module, self.operator, self.occurrence
+
+    @property
+    def place(self) -> str:
+        return f"{self.module}:{self.line}"
+
+    @property
+    def reason(self) -> str:
+        """Why nothing can notice the change, or nothing."""
+        return EQUIVALENT.get(self.module, {}).get((self.old, self.new), "")
+
+
+def key(spec: MutationSpec) -> Key:
+    """What a change is known by."""
+    return str(spec.module_path), spec.operator_name, spec.occurrence
 
 
 def places(seed: int, modules: Collection[str]) -> list[MutationSpec]:
@@ -116,7 +191,6 @@ def places(seed: int, modules: Collection[str]) -> list[MutationSpec]:
     draw = random.Random(seed)
     order = sorted(by_place)
     draw.shuffle(order)
-    key = lambda spec: (spec.operator_name, spec.occurrence)  # noqa: E731
     return [draw.choice(sorted(by_place[place], key=key)) for place in order]
 
 
@@ -143,24 +217,75 @@ def copy(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     # numba takes them for current, because the time of the file that they are of is copied as well.
-    for kernel in (ROOT / "runtime").rglob("*.nb[ic]"):
-        place = folder / kernel.relative_to(ROOT)
-        place.parent.mkdir(exist_ok=True)
+    copy_kernels(ROOT, folder)
+
+
+def copy_kernels(source: Path, target: Path) -> None:
+    """Make the compiled kernels of `target` those of `source`."""
+    for kernel in (target / "runtime").rglob("*.nb[ic]"):
+        kernel.unlink()
+    for kernel in (source / "runtime").rglob("*.nb[ic]"):
+        place = target / kernel.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(kernel, place)
 
 
-def command(module: str) -> str:
-    """The command that runs a module's tests."""
-    return f"{sys.executable} -m pytest -q -x -p no:cacheprovider -p no:xdist {SUITES[module]}"
+def run_tests(module: str, limit: float) -> tuple[str, str]:
+    """Run a module's tests in a fork: "survived", "killed" or "out of time", and what they print.
+
+    The fork inherits what the tests import from elsewhere, which takes longer than many of them.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            os.setsid()
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            code = pytest.main([*_OPTIONS, *shlex.split(SUITES[module])])
+            sys.stdout.flush()
+            os._exit(code)
+        end = time.monotonic() + limit
+        ended, status = os.waitpid(child, os.WNOHANG)
+        while not ended and time.monotonic() < end:
+            time.sleep(0.05)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        if not ended:
+            os.waitpid(child, 0)
+            return "out of time", ""
+        said.seek(0)
+        return "killed" if status else "survived", said.read()
 
 
-def drop_kernels(module: str) -> None:
-    """Remove the compiled kernels that contain kernels of a module.
+def try_change(spec: MutationSpec, limit: float, kernels: Path) -> Outcome:
+    """Make one change, run the tests, and undo it; compiled kernels become those of `kernels`."""
+    module = str(spec.module_path)
+    times = Path(module).stat()
+    operator = get_operator(spec.operator_name)(**spec.operator_args)
+    if _COMPILED in Path(module).read_text():
+        drop_callers(module)
+    with use_mutation(spec.module_path, operator, spec.occurrence) as (before, after):
+        result, _ = run_tests(module, limit)
+    # Else the kernels of the unchanged file, and those that call them, would count as outdated.
+    os.utime(module, ns=(times.st_atime_ns, times.st_mtime_ns))
+    copy_kernels(kernels, Path())
+    changes = difflib.ndiff(before.splitlines(), after.splitlines())
+    lines = [(line[0], line[2:].strip()) for line in changes if line[0] in "-+"]
+    old, new = (" ".join(text for sign, text in lines if sign == which) for which in "-+")
+    return Outcome(*key(spec), spec.start_pos[0], old, new, result, digest(before))
+
+
+def digest(text: str) -> str:
+    """A short digest of a file's text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def drop_callers(module: str) -> None:
+    """Remove the compiled kernels of the files that call kernels of a module.
 
     numba compiles a kernel anew when its own file changes, not when one that it calls does.
     """
-    if "@compiled" not in Path(module).read_text():
-        return
     name = "mergec." + module.removesuffix(".py").replace("/", ".")
     for file in Path("runtime").rglob("*.py"):
         if f"from {name} import" in file.read_text():
@@ -168,12 +293,18 @@ def drop_kernels(module: str) -> None:
                 index.unlink()
 
 
-def work(folder: Path, todo: multiprocessing.Queue, done: multiprocessing.Queue) -> None:
-    """Take changes from `todo` until it is empty or says None, each in the copy in `folder`."""
-    copy(folder)
-    os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(folder)
-    limits: dict[str, float] = {}
+def work(folder: Path, todo: Queue, done: Queue, limits: MutableMapping[str, float]) -> None:
+    """Take changes from `todo` until it is empty, each in the copy in `folder`.
+
+    limits: the seconds that a module's tests may take; shared by the workers.
+    """
+    checkout, kernels = folder / "checkout", folder / "kernels"
+    copy(checkout)
+    os.chdir(checkout)
+    os.environ["PYTHONPATH"] = str(checkout)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(checkout))
     while True:
         try:
             spec = todo.get_nowait()
@@ -183,35 +314,34 @@ def work(folder: Path, todo: multiprocessing.Queue, done: multiprocessing.Queue)
         if module not in limits:
             # Unchanged code must pass, or nothing is learnt.
             begun = time.monotonic()
-            result, said = run_tests(command(module), 1200)
-            if result is not TestOutcome.SURVIVED:
+            result, said = run_tests(module, 1200)
+            if result != "survived":
                 done.put(RuntimeError(f"the tests of {module} fail without a change:\n{said}"))
                 break
-            limits[module] = 60 + 4 * (time.monotonic() - begun)
-        drop_kernels(module)
-        found = mutate_and_test([spec], command(module), limits[module])
-        drop_kernels(module)
-        if found.worker_outcome is not WorkerOutcome.NORMAL:
-            done.put(RuntimeError(found.output))
-            break
-        late = found.output == "timeout"
-        result = "out of time" if late else str(found.test_outcome.value)
-        place = f"{module}:{spec.start_pos[0]}"
-        done.put(Outcome(place, spec.operator_name.removeprefix("core/"), found.diff, result))
+            limits[module] = 40 + 3 * (time.monotonic() - begun)
+            copy_kernels(Path(), kernels)
+        elif not kernels.exists():
+            copy_kernels(Path(), kernels)
+        done.put(try_change(spec, limits[module], kernels))
     done.put(None)
 
 
-def run(specs: list[MutationSpec], workers: int, minutes: float) -> list[Outcome]:
+def run(specs: list[MutationSpec], workers: int, minutes: float) -> Iterator[Outcome]:
     """Run the changes in order; prints each."""
-    outcomes: list[Outcome] = []
-    todo: multiprocessing.Queue = multiprocessing.Queue()
-    done: multiprocessing.Queue = multiprocessing.Queue()
+    for library in _LIBRARIES:
+        importlib.import_module(library)
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
+    forks = multiprocessing.get_context("fork")
+    todo: Queue = forks.Queue()
+    done: Queue = forks.Queue()
     for spec in specs:
         todo.put(spec)
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, forks.Manager() as manager:
+        limits = manager.dict()
         team = [
-            multiprocessing.Process(target=work, args=(Path(folder, str(i)), todo, done))
+            forks.Process(target=work, args=(Path(folder, str(i)), todo, done, limits))
             for i in range(workers)
         ]
         for worker in team:
@@ -225,18 +355,17 @@ def run(specs: list[MutationSpec], workers: int, minutes: float) -> list[Outcome
             if found is None:
                 left -= 1
                 continue
-            outcomes.append(found)
             print(f"{found.result:<12} {found.place} {found.operator}", flush=True)
             if found.result == "survived":
-                print(found.diff, flush=True)
+                print(f"    {found.old}\n    {found.new}", flush=True)
+            yield found
             if time.monotonic() > end:
                 _stop(todo)
         for worker in team:
             worker.join()
-    return outcomes
 
 
-def _stop(todo: multiprocessing.Queue) -> None:
+def _stop(todo: Queue) -> None:
     """Leave nothing to do, so that every worker ends after its present change."""
     try:
         while True:
@@ -247,35 +376,72 @@ def _stop(todo: multiprocessing.Queue) -> None:
 
 def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
     """The result as Markdown."""
-    told = [f"--{name}={value}" for name, value in vars(args).items() if value and name != "output"]
-    counts = Counter(outcome.result for outcome in outcomes)
+    told = [
+        f"--{name}={value}"
+        for name, value in vars(args).items()
+        if value and name not in ("output", "results")
+    ]
     rows: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in outcomes:
-        rows[outcome.place.split(":")[0]][outcome.result] += 1
+        for row in (outcome.module, "all"):
+            rows[row]["equal" if _is_equal(outcome) else outcome.result] += 1
+    noticed = rows["all"]["killed"] + rows["all"]["out of time"]
+    changing = noticed + rows["all"]["survived"]
     lines = [
         "# Single faults",
         "",
         "`make mutants`: cosmic-ray changes one place of the code at a time, such as an operator,",
         "a number or a condition, and the tests that cover the module run. A change that they do",
         "not notice is a gap in the tests, or changes nothing that can be seen.",
-        "`benchmarks/mutants.py` lists the modules, and the tests of each.",
+        "`benchmarks/mutants.py` lists the modules, the tests of each, and the changes that, as a",
+        "person judged, change nothing, with the reason for each.",
         "",
-        f"Seed {args.seed}, {len(outcomes)} of {total} places. Command:",
+        f"Seed {args.seed}, {len(outcomes)} of {total} places. The tests noticed {noticed} of the",
+        f"{changing} faults that change anything: {noticed / max(1, changing):.1%}. Command:",
         f"`make mutants MUTANT_ARGS={shlex.quote(shlex.join(told))}`.",
         "",
-        "| module | tried | noticed | out of time | unnoticed |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| module | tried | noticed | out of time | change nothing | unnoticed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in [*sorted(rows.items()), ("all", counts)]:
-        noticed, late, missed = row["killed"], row["out of time"], row["survived"]
-        lines.append(f"| {name} | {noticed + late + missed} | {noticed} | {late} | {missed} |")
-    missed = [outcome for outcome in outcomes if outcome.result == "survived"]
-    if missed:
-        lines += ["", "Unnoticed:", ""]
-    for outcome in sorted(missed, key=lambda outcome: outcome.place):
-        changed = re.findall(r"^[-+](?![-+]{2} )\s*(.*)$", outcome.diff, re.MULTILINE)
-        lines.append(f"* `{outcome.place}`: " + " becomes ".join(f"`{line}`" for line in changed))
+    for name in [*sorted(rows.keys() - {"all"}), "all"]:
+        row = rows[name]
+        kinds = " | ".join(str(row[k]) for k in ("killed", "out of time", "equal", "survived"))
+        lines.append(f"| {name} | {row.total()} | {kinds} |")
+    missed = sorted(
+        (outcome for outcome in outcomes if outcome.result == "survived"),
+        key=lambda outcome: (outcome.module, outcome.line),
+    )
+    for title, equal in (("Unnoticed", False), ("Change nothing", True)):
+        of_kind = [outcome for outcome in missed if _is_equal(outcome) == equal]
+        if of_kind:
+            lines += ["", f"{title}:", ""]
+        for outcome in of_kind:
+            why = f". {outcome.reason}" if equal else ""
+            lines.append(f"* `{outcome.place}`: `{outcome.old}` becomes `{outcome.new}`{why}")
     return "\n".join([*lines, ""])
+
+
+def _is_equal(outcome: Outcome) -> bool:
+    return outcome.result == "survived" and bool(outcome.reason)
+
+
+def known(file: Path | None, specs: list[MutationSpec]) -> dict[Key, Outcome]:
+    """Results of earlier runs for these changes, without those to try again.
+
+    A module that changed since is tried anew. The tests are taken to be as good as they were.
+    """
+    if file is None or not file.exists():
+        return {}
+    asked = {key(spec) for spec in specs}
+    digests = {module: digest((ROOT / module).read_text()) for module, *_ in asked}
+    found = {}
+    for line in file.read_text().splitlines():
+        outcome = Outcome(**json.loads(line))
+        if outcome.key in asked and outcome.digest == digests[outcome.module]:
+            found[outcome.key] = outcome
+    return {
+        k: outcome for k, outcome in found.items() if outcome.result != "survived" or outcome.reason
+    }
 
 
 def main() -> None:
@@ -286,11 +452,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="changes at the same time")
     parser.add_argument("--only", default="", help="modules whose path this pattern finds")
     parser.add_argument("--output", type=Path, help="a Markdown file for the result")
+    parser.add_argument("--results", type=Path, help="a file of results to go on with")
     args = parser.parse_args()
     os.chdir(ROOT)
     every = places(args.seed, [module for module in SUITES if re.search(args.only, module)])
-    outcomes = run(every[: args.count], args.workers, args.minutes)
-    text = page(outcomes, len(every), args)
+    specs = every[: args.count]
+    outcomes = known(args.results, specs)
+    todo = [spec for spec in specs if key(spec) not in outcomes]
+    for outcome in run(todo, args.workers, args.minutes):
+        outcomes[outcome.key] = outcome
+        if args.results:
+            with args.results.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+    text = page(list(outcomes.values()), len(every), args)
     print(text)
     if args.output:
         args.output.write_text(text)

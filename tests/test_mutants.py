@@ -29,7 +29,7 @@ def test_every_module_of_the_folders_has_tests_that_exist(monkeypatch: pytest.Mo
     assert modules <= set(mutants.SUITES)
     for module, tests in mutants.SUITES.items():
         assert Path(module).is_file()
-        files = re.findall(r"tests/\S+", tests)
+        files = re.findall(r"tests/\S+?\.py", tests)
         assert files
         assert all(Path(file).is_file() for file in files), module
 

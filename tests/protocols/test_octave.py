@@ -218,6 +218,26 @@ def test_instructions_and_library_find_the_same(party: int, exact: bool) -> None
         assert np.array_equal(*results)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(name: str, exact: bool) -> None:
+    """Two rows a line, in blocks of a power of two, of which only the last is filled up."""
+    for tree in _trees(SPECS[name], exact):
+        lines = tree.nodes(torch.device("cpu"))
+        block = min(128, len(lines))
+        used = lines[lines[:, 0] > 0]
+        assert block.bit_count() == 1 and len(lines) % block == 0
+        assert len(used) > len(lines) - block and 2 * len(used) > block
+        for octave, end in enumerate(tree.ends):
+            mine = used[used[:, 0] == end]
+            last = 2 * int(tree.kept[end - 1, 1])
+            windows = (mine[:, 1:2] + torch.arange(2)).flatten().tolist()
+            assert windows == list(range(int(tree.firsts[octave]), last + 2))
+            assert (mine[:, 2] == last).all()
+            assert (mine[:, 3] == int(tree.columns[octave])).all()
+            assert (mine[:, 4] == int(tree.drops[octave])).all()
+
+
 @pytest.mark.parametrize("name", ["softmax", "norm"])
 def test_with_exact_rounding_it_hardly_matters_which_window_serves(name: str) -> None:
     """How far the cubics of neighbouring windows are apart where either may serve a number."""
