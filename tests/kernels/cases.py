@@ -54,7 +54,7 @@ def words(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     info = torch.iinfo(dtype)
     low, high = max(info.min, -(2**63)), info.max
     found = torch.randint(low, high, shape, generator=_DRAW, dtype=dtype)
-    edges = [info.min, info.max, 0, 1, info.max // 2 + 1, info.min + 1]
+    edges = [info.min, info.max, 0, -1, 1, info.max // 2 + 1, info.min + 1]
     flat = found.view(-1)
     flat[: len(edges)] = torch.tensor(edges, dtype=dtype)[: flat.numel()]
     return found

@@ -90,8 +90,9 @@ def test_a_device_reads_the_same_stream() -> None:
         ((70_000,), torch.int64), ((1,), torch.uint8), ((300_000,), torch.int32),
     ):  # fmt: skip
         assert torch.equal(one.tensor(shape, dtype), other.tensor(shape, dtype))
-    with pytest.raises(ValueError, match="a seed must have 32 bytes, not 5"):
-        DevicePrg(b"short", CPU)
+    for size in (5, 33):
+        with pytest.raises(ValueError, match=f"a seed must have 32 bytes, not {size}"):
+            DevicePrg(bytes(size), CPU)
 
 
 # --------------------------------------------------------------------------------------- kernels

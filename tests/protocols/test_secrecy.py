@@ -143,6 +143,12 @@ def test_the_stream_never_repeats_and_depends_on_the_purpose() -> None:
     assert (joined.numpy() == Prg(seed).read(64)).all()
 
 
+@pytest.mark.parametrize("size", [0, 16, 31, 33])
+def test_a_seed_of_another_length_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"a seed must have 32 bytes, not {size}"):
+        Prg(bytes(size))
+
+
 def test_stream_is_aes_256_in_counter_mode() -> None:
     """The block of the zero key at counter zero, from the AES-256 known answers (zero input)."""
     expected = bytes.fromhex("dc95c078a2408989ad48a21492842087")
