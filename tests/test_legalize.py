@@ -300,6 +300,21 @@ def test_a_small_constant_gets_the_bits_of_fourteen() -> None:
         assert bits_of_constant(size, 2.0) == [bits]
 
 
+def test_the_smallest_row_of_an_embedding_decides() -> None:
+    """Unless it is zero; and one that is far smaller than the largest needs no more than that."""
+    for smallest, bits in ((1.0, 0), (2.0**-7, 0), (2.0**-10, 8), (2.0**-14, 12), (2.0**-30, 12),
+                           (0.0, 0)):  # fmt: skip
+        table = torch.ones(3, 16).double() * torch.tensor([[1.0], [smallest], [1.0]]).double()
+        graph = Graph(
+            lambda m, ids: torch.nn.functional.embedding(ids, m.w), torch.tensor([[0, 1]]), w=table
+        )
+        graph.run("embedding_to_dialect")
+        (embedded,) = named(graph, "embedding")
+        embedded.meta["range"] = (-2.0, 2.0)
+        legalize(graph.module, FIXED)
+        assert (*embedded.args, 0)[2] == bits
+
+
 def test_a_tied_constant_has_bits_that_all_uses_have_room_for() -> None:
     """As many as are left of the ring beside a truncation's 48."""
     room = HEADROOM_BITS - RANGE_MARGIN_BITS - 3 * FIXED
