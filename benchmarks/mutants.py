@@ -416,7 +416,7 @@ def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
         if of_kind:
             lines += ["", f"{title}:", ""]
         for outcome in of_kind:
-            why = f". {outcome.reason}" if equal else ""
+            why = f": {outcome.reason}" if equal else ""
             lines.append(f"* `{outcome.place}`: `{outcome.old}` becomes `{outcome.new}`{why}")
     return "\n".join([*lines, ""])
 
