@@ -167,3 +167,14 @@ def test_the_server_s_product_depends_on_fresh_masks_alone() -> None:
     for first, second in zip(*seen, strict=True):
         assert not bool((first == second).any())
         assert len(first.unique()) == first.numel()
+
+
+def test_parts_and_bits_that_a_product_cannot_have() -> None:
+    norm = RowNorm(8, 32, EPS, 2.0**4)
+    assert Deferred(norm, 2, WEIGHT_FRAC, 0).further(5) == [(5, 0)]
+    assert Deferred(norm, 2, WEIGHT_FRAC, 0, (2, 3, 3, 0)).further(5) == [(2, 3), (3, 0)]
+    with pytest.raises(ValueError, match=f"has no {SCALED_FRAC - 1} fractional bits"):
+        Deferred(norm, 2, WEIGHT_FRAC, -1)
+    for parts in ((4, 0), (4, 1, 2, 0), (4, 1, 1, -1)):
+        with pytest.raises(ValueError, match="are not those of 5 columns"):
+            Deferred(norm, 2, WEIGHT_FRAC, 0, parts).further(5)

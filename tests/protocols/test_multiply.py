@@ -173,6 +173,17 @@ def test_an_opened_constant_is_uniform_to_the_client() -> None:
     assert not bool((client.mask == shared.share).any()), "each name has words of its own"
 
 
+def test_factors_that_do_not_fit_each_other_are_refused() -> None:
+    """An activation that was opened to both is no factor of a weight that the server holds."""
+    simulation, square = Simulation(), words(9, -99, 99).reshape(3, 3)
+    shares = integers(simulation, square)
+    opened = simulation.run(lambda ctx, p: open_masked(ctx, shares[p]))
+    held = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(square, p), 0))
+    for ctx, x, weight in zip(simulation.contexts, opened, held, strict=True):
+        with pytest.raises(TypeError, match="a Masked cannot be multiplied by a Weight"):
+            linear(ctx, x, weight)
+
+
 def test_the_server_needs_the_seed_of_shared_constants() -> None:
     with pytest.raises(RuntimeError, match="has not sent the seed"):
         Simulation().contexts[SERVER].constant_words("w", (3,))

@@ -253,8 +253,10 @@ def test_with_exact_rounding_it_hardly_matters_which_window_serves(name: str) ->
 
 def test_octaves_that_do_not_fit_are_refused() -> None:
     curve = partial(np.multiply, 1.0)
-    with pytest.raises(ValueError, match="octaves 0 to 60 are outside 0 to 53"):
-        Octaves(0, 60, 2, curve, 50)
+    for low, high in ((0, 54), (-1, 5), (5, 5), (6, 5)):
+        with pytest.raises(ValueError, match=f"octaves {low} to {high} are outside 0 to 53"):
+            Octaves(low, high, 2, curve, 50)
+    assert Octaves(0, 53, 2, curve, 50).count == 54
     with pytest.raises(ValueError, match="values with 60 fractional bits do not fit"):
         Octaves(0, 10, 2, curve, 60)
     assert Octaves(0, 10, 2, curve, 59).columns == 6

@@ -11,7 +11,15 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.gelu import GELU, GELU_TANH
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.protocols.pieces import Exponential, Pieces, Polynomial
-from mergec.runtime.protocols.saturate import REACHES, Function, apply, function_input, reach_for
+from mergec.runtime.protocols.saturate import (
+    REACHES,
+    Function,
+    Tail,
+    apply,
+    function_input,
+    reach_for,
+    saturating,
+)
 from tests.protocols.harness import run, uniform_bytes, words
 
 UNIT = 2.0**-16
@@ -127,6 +135,15 @@ def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
             SILU.from_server(reach)
     with pytest.raises(ValueError, match="no table"):
         SILU.from_server(8).from_server(8)
+
+
+def test_an_end_lies_between_two_windows() -> None:
+    """So a unit in which ends are stated must be as large as a window."""
+    left, right = Tail(0.0, -1.0), Tail(0.0, 1.0)
+    made = saturating(np.tanh, -8.0, 64, 14, 57, 14, left, right)
+    assert made.thresholds == [1, 63]
+    with pytest.raises(ValueError, match=r"units of 2\*\*13 cut windows of 2\*\*14"):
+        saturating(np.tanh, -8.0, 64, 14, 57, 13, left, right)
 
 
 def test_what_the_server_is_sent_is_uniform() -> None:
