@@ -64,6 +64,8 @@ def _tests(names: str, ops: str = "", exact: str = "") -> str:
 _KERNELS = "tests/kernels/test_kernels.py"
 _FORMS = f"{_KERNELS}::test_torch_gives_the_words_of_the_cpu"
 _STREAM = f"{_KERNELS}::test_a_device_reads_the_same_stream"
+_ARRAYS = f"{_KERNELS}::test_no_kernel_of_the_cpu_leaves_its_arrays"
+_EXPANDED = "tests/test_weights.py::test_masks_expanded_for_each_product_deal_the_same_words"
 _DOMAINS = "tests/ops/test_domains.py"
 _EVERY = "exhaustive evidence"
 
@@ -99,8 +101,8 @@ SUITES = {
     "runtime/protocols/slots.py": _tests("slots rows"),
     "runtime/protocols/squares.py": _tests(f"{_FORMS} truncate normalize {_EVERY}", "", "square"),
     "runtime/protocols/truncate.py": _tests(f"{_FORMS} truncate {_EVERY}", "", "truncate"),
-    "runtime/protocols/weights.py": _tests(f"multiply {_EVERY}", "linear or embedding"),
-    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS}",
+    "runtime/protocols/weights.py": _tests(f"multiply {_EXPANDED} {_EVERY}", "linear or embedding"),
+    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS} {_ARRAYS} -m ''",
     "runtime/correlations/dpf.py": f"tests/test_dpf.py {_FORMS}",
     "runtime/correlations/prg.py": _tests(f"{_STREAM} tests/test_dpf.py secrecy"),
     "runtime/program/validate.py": "tests/test_stranger.py tests/test_bundle.py",
@@ -116,7 +118,63 @@ SUITES = {
 }
 """The tests that cover a module, as arguments of pytest; the likeliest to notice a fault first."""
 
-EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {}
+_FROZEN = "nothing assigns to a field"
+_SAME_LENGTHS = "both always have the same length"
+
+EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
+    "compiler/backend/legalize.py": {
+        (
+            'if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:',
+            'if node.op is "placeholder" and node.meta["vis"] is Vis.SHARED:',
+        ): "Python keeps one object for all strings that are written like a name",
+    },
+    "runtime/protocols/digits.py": {
+        (
+            "out.numpy().reshape(-1, count),",
+            "out.numpy().reshape(~1, count),",
+        ): "numpy finds out a size in place of any negative number",
+    },
+    "runtime/protocols/interval.py": {
+        ("_PIECE = 64", "_PIECE = 63"): "elements do not depend on how many are expanded at once",
+    },
+    "runtime/protocols/normalize.py": {
+        (
+            "both_wrap += wrap_of(0, s, RING_BITS) * wrap[i, k] * both[i, e, far]",
+            "both_wrap += wrap_of( 1, s, RING_BITS) * wrap[i, k] * both[i, e, far]",
+        ): "only the sign of the word counts, and neither is negative",
+    },
+    "runtime/protocols/octave.py": {
+        (
+            "lifted = share << lift if lift and not share.is_meta else share",
+            "lifted = share << lift if lift or not share.is_meta else share",
+        ): "a shift by no bits, or of words without values, changes nothing",
+    },
+    "runtime/protocols/peak.py": {
+        ("@dataclass(frozen=True, eq=False)", "@dataclass(frozen=False, eq=False)"): _FROZEN,
+        (
+            "if valid.numel() > _REMEMBERED:",
+            "if not valid.numel() > _REMEMBERED:",
+        ): "what is not kept is found again, and is the same",
+    },
+    "runtime/protocols/pieces.py": {
+        (
+            "low = halves[i, entry * terms : (entry + 1) * terms]",
+            "low = halves[i, entry * terms : (entry + 2) * terms]",
+        ): "of the longer slice only the first words are used",
+    },
+    "runtime/protocols/weights.py": {
+        (
+            "for piece, mask in zip(_pieces(encoded), masks, strict=True):",
+            "for piece, mask in zip(_pieces(encoded), masks, strict=False):",
+        ): _SAME_LENGTHS,
+    },
+    "runtime/transport/channel.py": {
+        (
+            "found = {d for d, _ in poll.poll(0 if here else 1000 * max(0.0, left))} - {mine}",
+            "found = {d for d, _ in poll.poll(0 if here else 1001 * max(0.0, left))} - {mine}",
+        ): "it looks again a thousandth later, which is less than a clock promises",
+    },
+}
 """Changes of a module that nothing can notice, as text before and after, each with the reason."""
 
 _NOT_BEHAVIOUR = {"core/RemoveDecorator"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -403,6 +404,24 @@ def test_a_peer_says_why_it_ends_the_session_also_to_one_that_sends() -> None:
                 client.exchange(flat(1_000_000), 0)
         client.close()
         failed.result()
+
+
+@pytest.mark.parametrize("frames", [0, 1])
+def test_a_party_that_ends_waits_for_its_peer_without_spinning(
+    frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer has perhaps sent something, and neither reads nor closes."""
+    monkeypatch.setattr(channel_module, "_LINGER", 0.1)
+    client, server = pair()
+    for _ in range(frames):
+        server.send(Kind.DONE)
+    taken, take = [], client._take
+    monkeypatch.setattr(client, "_take", lambda into: taken.append(take(into)) or taken[-1])
+    began = time.monotonic()
+    client.fail("it was stopped")
+    assert time.monotonic() - began >= 0.1
+    assert sum(taken) == frames * len(header(10, 0, 0))
+    assert len(taken) < 10
 
 
 def test_words_of_a_peer_are_safe_to_print() -> None:

@@ -421,13 +421,16 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu: Triton's interpreter")
     parser.add_argument("--full", action="store_true", help="also the calls that take long")
     parser.add_argument("--record", type=Path, help="write which kernels were launched, and how")
+    parser.add_argument("--host", action="store_true", help="run the form for the CPU alone, twice")
     options = parser.parse_args()
-    if options.device == "cpu":
+    if options.device == "cpu" and not options.host:
         from tests.kernels import interpreter
     failed = 0
     for name, kernel in KERNELS.items():
         began, count = time.perf_counter(), 0
         form = kernel.by_triton if kernel.has_triton else kernel.reference
+        if options.host:
+            form = kernel.host
         for given in CASES[name](options.full):
             problem = differing(kernel, form, given, options.device)
             count += 1

@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def program(module: str, *options: str) -> str:
+def program(module: str, *options: str, **variables: str) -> str:
     """Output of a program of this folder. Triton reads its environment when it is imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [sys.executable, "-m", f"tests.kernels.{module}", *options],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False,
@@ -109,6 +109,13 @@ def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
     for number, given in enumerate(CASES[name](False)):
         problem = differing(kernel, kernel.reference, given)
         assert problem is None, f"call {number}: {problem}"
+
+
+@pytest.mark.slow
+def test_no_kernel_of_the_cpu_leaves_its_arrays(tmp_path: Path) -> None:
+    """numba then compiles all of them anew, with checks of indices."""
+    printed = program("cases", "--host", NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
+    assert sorted(line.split(":")[0] for line in printed.splitlines()) == sorted(KERNELS)
 
 
 @needs_triton
