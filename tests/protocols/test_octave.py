@@ -236,6 +236,10 @@ def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(name: str, exact
             assert (mine[:, 2] == last).all()
             assert (mine[:, 3] == int(tree.columns[octave])).all()
             assert (mine[:, 4] == int(tree.drops[octave])).all()
+            # Its coefficients follow those of the octaves before it; its correction, of four
+            # words, comes as long before a key's end as it comes before the last octave.
+            assert (mine[:, 5] == octave * tree.coefficients[0].size).all()
+            assert (mine[:, 6] == tree.words - 4 * (len(tree.ends) - octave)).all()
 
 
 @pytest.mark.parametrize("name", ["softmax", "norm"])
