@@ -68,7 +68,7 @@ class Glu(Op):
             Case([make.normal(3, 8, scale=3), make.normal(3, 8), act], 2e-4) for act in ACTIVATIONS
         ]
         mine += [
-            Case([make.normal(3, 8, scale=9), make.normal(3, 8), act, 7], 2e-4) for act in FUNCTIONS
+            Case([make.normal(3, 8, scale=9), make.normal(3, 8), act, 7], 5e-4) for act in FUNCTIONS
         ]
         return [*mine, *(Case([x, y, act], stock=1e-2) for act in ACTIVATIONS)]
 
