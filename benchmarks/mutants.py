@@ -484,9 +484,9 @@ def _is_equal(outcome: Outcome) -> bool:
 
 
 def known(file: Path | None, specs: list[MutationSpec]) -> dict[Key, Outcome]:
-    """Results of earlier runs for these changes, without those to try again.
+    """The last results of earlier runs for these changes, of modules that have not changed since.
 
-    A module that changed since is tried anew. The tests are taken to be as good as they were.
+    The tests are taken to be as good as they were.
     """
     if file is None or not file.exists():
         return {}
@@ -497,9 +497,7 @@ def known(file: Path | None, specs: list[MutationSpec]) -> dict[Key, Outcome]:
         outcome = Outcome(**json.loads(line))
         if outcome.key in asked and outcome.digest == digests[outcome.module]:
             found[outcome.key] = outcome
-    return {
-        k: outcome for k, outcome in found.items() if outcome.result != "survived" or outcome.reason
-    }
+    return found
 
 
 def main() -> None:
@@ -516,7 +514,8 @@ def main() -> None:
     every = places(args.seed, [module for module in SUITES if re.search(args.only, module)])
     specs = every[: args.count]
     outcomes = known(args.results, specs)
-    todo = [spec for spec in specs if key(spec) not in outcomes]
+    again = {k for k, found in outcomes.items() if found.result == "survived" and not found.reason}
+    todo = [spec for spec in specs if key(spec) not in outcomes or key(spec) in again]
     for outcome in run(todo, args.workers, args.minutes):
         outcomes[outcome.key] = outcome
         if args.results:

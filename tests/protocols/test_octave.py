@@ -242,6 +242,16 @@ def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(name: str, exact
             assert (mine[:, 6] == tree.words - 4 * (len(tree.ends) - octave)).all()
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_only_parents_of_what_is_needed_are_expanded(name: str, exact: bool) -> None:
+    """Above the highest octave; a parent has half a window's number, rounded up or down."""
+    for tree in _trees(SPECS[name], exact):
+        for depth in range(tree.ends[-1] - 1):
+            first, last = tree.kept[depth + 1].tolist()
+            assert tree.kept[depth].tolist() == [first // 2, (last + 1) // 2]
+
+
 @pytest.mark.parametrize("name", ["softmax", "norm"])
 def test_with_exact_rounding_it_hardly_matters_which_window_serves(name: str) -> None:
     """How far the cubics of neighbouring windows are apart where either may serve a number."""
