@@ -253,7 +253,14 @@ def test_a_product_has_to_fit_until_it_is_truncated() -> None:
         return y * m.cos + torch.cat([-y[..., 4:], y[..., :4]], -1) * m.sin
 
     turned = 2.0 ** (room - 16 - 3)
-    assert with_range(rotated, turned, _cos=normal(3, 8), _sin=normal(3, 8)) == [3]
+    tables = {"_cos": normal(3, 8), "_sin": normal(3, 8)}
+    assert with_range(rotated, turned, **tables) == [3]
+
+    def revealed_as_well(m, x):
+        y = x @ m.w
+        return torch.ops.mpc.reveal(y), y * m.cos + torch.cat([-y[..., 4:], y[..., :4]], -1) * m.sin
+
+    assert with_range(revealed_as_well, turned, **tables) == [3]
 
 
 def test_a_wire_stays_as_fine_as_its_products_have_room_for() -> None:
