@@ -17,7 +17,7 @@ look up their public v. Source: the digit-wise comparison of Garay, Schoenmakers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 
 import numpy as np
@@ -33,21 +33,16 @@ _NARROWEST, _WIDEST = 3, 12
 """Tables of narrower digits do not fill a byte; tables of wider ones would take too much memory."""
 
 
-class Digits:
-    """Comparison of numbers cut into digits of the given widths in bits (3 to 12), lowest first.
+class Relations:
+    """Relations between digits of numbers, cut into digits of these widths in bits, lowest first.
 
-    bits: number of relations, at most eight. table_bytes: size of all tables of one number.
-    less: the top bit of v - r as a polynomial of the looked-up bits.
+    widths: 3 to 12 each. layout: the digit and the name of each relation, at most eight; those of
+    one digit stand together. bits: their number. table_bytes: size of all tables of one number.
     """
 
-    def __init__(self, *widths: int) -> None:
+    def __init__(self, widths: Sequence[int], layout: Sequence[tuple[int, str]]) -> None:
         self.width = sum(widths)
-        top = len(widths) - 1
-        self.layout = [(top, "top")]
-        if top:
-            self.layout += [(top, "equal"), (top, "half")]
-        for digit in range(top - 1, -1, -1):
-            self.layout += [(digit, "less"), (digit, "equal")] if digit else [(digit, "less")]
+        self.layout = layout
         self.bits = len(self.layout)
         starts = np.cumsum([0, *widths])
         rows = [2 ** widths[digit] // 8 for digit, _ in self.layout]
@@ -61,18 +56,6 @@ class Digits:
             np.int64,
         )
         self._widths = widths
-        self.less = self._less(top)
-
-    @staticmethod
-    def _less(top: int) -> Polynomial:
-        terms: Polynomial = {frozenset({0}): 1}
-        for first, sign in ((1, 1), (2, -1)) if top else ():
-            # From the top digit down: a borrow starts here, or passes an equal digit from below.
-            chain = {first}
-            for step in range(top):
-                terms[frozenset(chain | {3 + 2 * step})] = sign
-                chain |= {4 + 2 * step}
-        return terms
 
     def tables(self, mask: torch.Tensor) -> torch.Tensor:
         """The packed tables of each mask [n]: uint8 [n, table_bytes]. Called by the dealer."""
@@ -89,7 +72,7 @@ class Digits:
         """
         places: list[tuple[int, ...]] = []
         blocks = np.empty(0, np.uint8)
-        for digit in sorted({digit for digit, _ in self.layout}, reverse=True):
+        for digit in dict.fromkeys(digit for digit, _ in self.layout):
             index = [i for i, (other, _) in enumerate(self.layout) if other == digit]
             block = np.concatenate(
                 [_rows(self.layout[i][1], self._widths[digit]) for i in index], axis=1
@@ -114,8 +97,36 @@ class Digits:
         return look_up(points, tables, self._places)
 
 
+class Digits(Relations):
+    """Comparison of numbers cut into digits of the given widths in bits, lowest first.
+
+    less: the top bit of v - r as a polynomial of the looked-up bits.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        top = len(widths) - 1
+        layout = [(top, "top")]
+        if top:
+            layout += [(top, "equal"), (top, "half")]
+        for digit in range(top - 1, -1, -1):
+            layout += [(digit, "less"), (digit, "equal")] if digit else [(digit, "less")]
+        super().__init__(widths, layout)
+        self.less = self._less(top)
+
+    @staticmethod
+    def _less(top: int) -> Polynomial:
+        terms: Polynomial = {frozenset({0}): 1}
+        for first, sign in ((1, 1), (2, -1)) if top else ():
+            # From the top digit down: a borrow starts here, or passes an equal digit from below.
+            chain = {first}
+            for step in range(top):
+                terms[frozenset(chain | {3 + 2 * step})] = sign
+                chain |= {4 + 2 * step}
+        return terms
+
+
 @cache
-def _blocks(digits: Digits, device: torch.device) -> list[tuple[int, int, torch.Tensor]]:
+def _blocks(digits: Relations, device: torch.device) -> list[tuple[int, int, torch.Tensor]]:
     """Shift and mask of each digit, and its tables for every value of it, on a device."""
     places, blocks = digits.blocks
     found = []
@@ -125,13 +136,13 @@ def _blocks(digits: Digits, device: torch.device) -> list[tuple[int, int, torch.
     return found
 
 
-def _tables_host(words: torch.Tensor, digits: Digits) -> torch.Tensor:
+def _tables_host(words: torch.Tensor, digits: Relations) -> torch.Tensor:
     out = torch.empty((len(words), digits.table_bytes), dtype=torch.uint8)
     _write_tables(words.numpy(), *digits.blocks, out.numpy())
     return out
 
 
-def _tables_tensors(words: torch.Tensor, digits: Digits) -> torch.Tensor:
+def _tables_tensors(words: torch.Tensor, digits: Relations) -> torch.Tensor:
     return torch.cat(
         [block[(words >> shift) & ones] for shift, ones, block in _blocks(digits, words.device)],
         1,
