@@ -38,7 +38,7 @@ def weights(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def program(
-    role: str = "server", seed: int = 3, noise: float = 0.0, **manifest: Any
+    role: str = "server", seed: int = 3, noise: float = 0.0, shift: str = "", **manifest: Any
 ) -> RoleProgram:
     """Embedding, norm, attention with a cache, residual and head; greedy margins are large."""
     secret = weights(seed)
@@ -80,7 +80,8 @@ def program(
         heads[name] = opened(add(f"{name}.heads", "aten.unsqueeze.default", flat, 1, frac=32))
     keys = add("cache.k.next", "mpc.cache_append", Ref("cache.k"), heads["k"])
     values = add("cache.v.next", "mpc.cache_append", Ref("cache.v"), heads["v"])
-    mixed = add("mixed", "mpc.attention", heads["q"], keys, values, mask, 0.25, 0.0, frac=46)
+    scores = (heads["q"], keys, values, mask, 0.25, 0.0, *([shift] if shift else []))
+    mixed = add("mixed", "mpc.attention", *scores, frac=46)
     flat = add("mixed.flat", "aten.reshape.default", mixed, [1, new, WIDTH], frac=46)
     out = linear("out", sent(flat), bias=True)
     added = add("added", "mpc.add", embed, out, frac=32)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from typing import Protocol as Interface
 
-import numpy as np
 import torch
 
 from mergec.runtime.core.draw import Draw
@@ -177,8 +176,8 @@ class Context(ABC):
 
     @abstractmethod
     def deal_corrected(
-        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
-    ) -> np.ndarray | None:
+        self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
         """A table of bytes, uint8 of this shape, in shares of any kind; None at the dealer.
 
         The client's share is the next bytes of its stream. correct: called by the dealer with that
@@ -295,9 +294,9 @@ class ClientContext(_PartyContext):
         return self.mask(shape, dtype)
 
     def deal_corrected(
-        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
-    ) -> np.ndarray:
-        return to_host(self._prg.tensor(shape, torch.uint8), "host").numpy()
+        self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        return self._prg.tensor(shape, torch.uint8)
 
 
 class ServerContext(_PartyContext):
@@ -349,9 +348,9 @@ class ServerContext(_PartyContext):
         return self._read(shape, dtype)
 
     def deal_corrected(
-        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
-    ) -> np.ndarray:
-        return to_host(self._read(shape, torch.uint8), "host").numpy()
+        self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        return self._read(shape, torch.uint8)
 
 
 class DealerContext(Context):
@@ -435,10 +434,9 @@ class DealerContext(Context):
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
     def deal_corrected(
-        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+        self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        share = to_host(self._client.tensor(shape, torch.uint8), "host")
-        self._write(torch.from_numpy(correct(share.numpy())), self._to_server)
+        self._write(correct(self._client.tensor(shape, torch.uint8)), self._to_server)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> None:
         client, server = (
@@ -499,7 +497,7 @@ class ShapeContext(Context):
         return words
 
     def deal_corrected(
-        self, shape: Sequence[int], correct: Callable[[np.ndarray], np.ndarray]
+        self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         self.dealt["server"] += math.prod(shape)
 

@@ -19,8 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Reason = Literal["message", "dealt", "input", "output", "public", "host"]
-"""`host`: a kernel that has no form for a device yet (`protocols.pieces`)."""
+Reason = Literal["message", "dealt", "input", "output", "public"]
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)

@@ -131,13 +131,13 @@ def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
     place = _places(opened)
     counts = slots.tally(ctx, place >> _SLOT_BITS, row, (rows, _POSITIVE))
-    above = yield from cells.open(ctx, _from(counts, 2))
+    above = yield from cells.open(ctx, at_or_above(counts, 2))
     cell = ctx.public(torch.full((rows,), _CELLS, device=place.device)) - cells.count(ctx, above)
     cell = yield from open_under(ctx, cell.to(torch.int8), cell_mask)
     # The lowest of the integers that the maximum is above or at, plus the mask of its cell.
     start = (cell.long() << _CELL_BITS) - (1 << _SLOT_BITS)
     counts = near.tally(ctx, place - start[row], row, (rows, _RANGE))
-    above = yield from cuts.open(ctx, _from(counts, STEP))
+    above = yield from cuts.open(ctx, at_or_above(counts, STEP))
     found = ctx.public(start + STEP * _CUTS) - (cell_mask.long() << _CELL_BITS)
     found = found - STEP * cuts.count(ctx, above)
     return from_integers(first + found.to(torch.int16))
@@ -256,7 +256,7 @@ def _places(words: torch.Tensor, width: int = _CIRCLE_BITS) -> torch.Tensor:
     return words.long() & ((1 << width) - 1)
 
 
-def _from(counts: torch.Tensor, step: int) -> torch.Tensor:
+def at_or_above(counts: torch.Tensor, step: int) -> torch.Tensor:
     """Shares of how many entries are at each multiple of `step` above zero, or higher: [R, ...]."""
     above = counts.flip(1).cumsum(1, dtype=counts.dtype).flip(1)
     return above[:, step::step].contiguous()

@@ -32,11 +32,13 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device, to_host
+from mergec.runtime.kernels.transfers import integers, to_device
 
-_TOGETHER = 1 << 10
-"""Elements whose tables exist at once: long tables of many elements would fill the memory."""
+_TOGETHER, _ON_DEVICE = 1 << 11, 1 << 15
+"""Elements whose tables exist at once: long tables of many elements would fill the memory. On a
+device there are more, as each launch takes time. What is dealt does not depend on it."""
 
 _SHIFT_BITS = 8
 """Coefficients are known at 2**8 places of a window, and interpolated between them."""
@@ -51,6 +53,7 @@ _LEAST_BYTES, _MOST_BYTES = 4, 8
 _FEWEST = 4
 """Windows: a table's bytes are a multiple of 16, and words of four bytes in it are aligned."""
 
+_UNIT = 2.0**-FRACTIONAL_BITS
 _LOW_DIGIT = 9
 _DIGIT_FRAC = 26
 
@@ -65,14 +68,14 @@ class Curve(Interface):
     def largest(self, pieces: Pieces) -> np.ndarray:
         """The size of each coefficient, compared to its public function: [terms]."""
 
-    def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
+    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
         """Coefficients of each window, float64 [n, windows, terms]. Called by the dealer.
 
-        Window j begins at start + (j - 1) * 2**step_bits + ahead, with `ahead` int64 [n] in
-        1 to 2**step_bits.
+        Window j begins at start + j * 2**step_bits - behind, with `behind` int64 [n] in 0 to
+        2**step_bits - 1.
         """
 
-    def basis(self, pieces: Pieces, low: np.ndarray) -> np.ndarray:
+    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
         """Y_k(y) with `pieces.basis_bits[k]` fractional bits, int64 [n, terms], for int64 y [n]."""
 
 
@@ -144,11 +147,12 @@ class Pieces:
         read the entry that z names, for every x.
         """
         count = opened.numel()
-        out = torch.empty(count, dtype=torch.int64, device="meta" if opened.is_meta else "cpu")
-        for first in range(0, count, _TOGETHER):
-            piece = slice(first, first + _TOGETHER)
+        out = torch.empty(count, dtype=torch.int64, device=opened.device)
+        size = _TOGETHER if ctx.device.type == "cpu" else _ON_DEVICE
+        for first in range(0, count, size):
+            piece = slice(first, first + size)
             self._evaluate(ctx, opened[piece], mask[piece], out[piece])
-        return out if opened.is_meta else to_device(out, opened.device, "host")
+        return out
 
     def _evaluate(
         self, ctx: Context, opened: torch.Tensor, mask: torch.Tensor, out: torch.Tensor
@@ -157,22 +161,17 @@ class Pieces:
         table = ctx.deal_corrected(shape, lambda share: self._correct(mask, share))
         if table is None or opened.is_meta:
             return
-        points = to_host(opened, "host").numpy().astype(np.int64) - self.start
-        basis = self.curve.basis(self, points & ((1 << self.step_bits) - 1))
-        windows = (points >> self.step_bits) & (self.windows - 1)
-        _read_entries(table, windows, np.array(self.widths), basis, out.numpy())
+        windows, low = _PARTS(opened, self.start, self)
+        _VALUES(table, windows, self.curve.basis(self, low), self, out)
 
     def cost(self, count: int) -> Cost:
         """Cost of `evaluate` for `count` elements."""
         return Cost(offline=self.dealt_bytes * count)
 
-    def _correct(self, mask: torch.Tensor, share: np.ndarray) -> np.ndarray:
+    def _correct(self, mask: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """The server's share of the tables of these masks [n], from the client's."""
-        words = to_host(mask, "host").numpy().astype(np.int64)
-        size = 1 << self.step_bits
-        found = self.curve.coefficients(self, size - (words & (size - 1)))
-        turns = (words >> self.step_bits) & (self.windows - 1)
-        _subtract_share(found, self.scales, turns, np.array(self.widths), share)
+        turns, low = _PARTS(mask, 0, self)
+        _CORRECTED(share, self.curve.coefficients(self, low), turns, self)
         return share
 
 
@@ -192,25 +191,28 @@ class Polynomial:
 
     def largest(self, pieces: Pieces) -> np.ndarray:
         # The constant term's factor is 1, which has no fractional bits.
-        found = np.abs(self._planes(pieces)).max((0, 1))
+        found = np.abs(self.planes(pieces)).max((0, 1))
         found[0] = 0.0
         return found
 
-    def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
-        out = np.empty((len(ahead), pieces.windows, self.terms))
-        between = max(0, pieces.step_bits - _SHIFT_BITS)
-        _interpolate(self._planes(pieces), ahead, between, out)
-        return out
+    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
+        planes = _planes(self, pieces, behind.device)
+        found: torch.Tensor = _INTERPOLATED(behind, planes, pieces.step_bits)
+        return found
 
-    def basis(self, pieces: Pieces, low: np.ndarray) -> np.ndarray:
-        out = np.empty((len(low), self.terms), np.int64)
-        _chebyshev(low, pieces.step_bits, pieces.basis_bits, out)
-        return out
+    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _CHEBYSHEV(low, pieces)
+        return found
 
-    def _planes(self, pieces: Pieces) -> np.ndarray:
+    def planes(self, pieces: Pieces) -> np.ndarray:
         """Coefficients of windows that begin at each of the places: [places, windows, terms]."""
         where = pieces.start, pieces.windows, pieces.step_bits
         return _fitted(self.function, self.terms, *where)
+
+
+@cache
+def _planes(curve: Polynomial, pieces: Pieces, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(curve.planes(pieces)), device, "public")
 
 
 @cache
@@ -244,20 +246,17 @@ class Exponential:
         # exp(x0) may be as small as this, while exp(y) >= 1.
         return np.array([np.exp(-(2.0 ** (pieces.step_bits - FRACTIONAL_BITS)))])
 
-    def coefficients(self, pieces: Pieces, ahead: np.ndarray) -> np.ndarray:
-        unit = 2.0**-FRACTIONAL_BITS
-        first = pieces.start + (np.arange(pieces.windows) - 1.0) * 2.0**pieces.step_bits
-        return (np.exp(ahead * unit)[:, None] * np.exp(first * unit))[..., None]
+    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _EXPONENTIALS(behind, pieces)
+        return found
 
-    def basis(self, pieces: Pieces, low: np.ndarray) -> np.ndarray:
-        high, rest = _powers(pieces.step_bits)
-        product = high[low >> _LOW_DIGIT] * rest[low & ((1 << _LOW_DIGIT) - 1)]
-        drop = _BASIS_FRAC + _DIGIT_FRAC - int(pieces.basis_bits[0])
-        return ((product + (1 << (drop - 1))) >> drop)[:, None]
+    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _POWERS(low, pieces)
+        return found
 
 
 @cache
-def _powers(step_bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _powers(step_bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """exp of the upper and lower digits of y, with 30 and 26 fractional bits.
 
     Decimal arithmetic rounds alike on all machines. Raises ValueError if a window is so wide that
@@ -268,21 +267,238 @@ def _powers(step_bits: int) -> tuple[np.ndarray, np.ndarray]:
     with decimal.localcontext(prec=40):
         unit = decimal.Decimal(2) ** -FRACTIONAL_BITS
 
-        def entries(count: int, step: int, frac: int) -> np.ndarray:
+        def entries(count: int, step: int, frac: int) -> torch.Tensor:
             values = ((unit * step * i).exp() * 2**frac for i in range(count))
-            return np.array([int(value.to_integral_value()) for value in values])
+            found = torch.tensor([int(value.to_integral_value()) for value in values])
+            return to_device(found, device, "public")
 
         upper = entries(1 << max(0, step_bits - _LOW_DIGIT), 1 << _LOW_DIGIT, _BASIS_FRAC)
         return upper, entries(1 << _LOW_DIGIT, 1, _DIGIT_FRAC)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the bytes of words are in a table, on a device.
+
+    scales: those of `Pieces`. term, place: of each byte of an entry beyond the lower halves, the
+    term, and by how many bits it is shifted in its word. above: bits of 64 above each word.
+    """
+
+    scales: torch.Tensor
+    term: torch.Tensor
+    place: torch.Tensor
+    above: torch.Tensor
+
+
+@cache
+def _layout(pieces: Pieces, device: torch.device) -> _Layout:
+    upper = [(k, 8 * byte) for k, width in enumerate(pieces.widths) for byte in range(4, width)]
+    return _Layout(
+        to_device(torch.from_numpy(pieces.scales), device, "public"),
+        integers(tuple(term for term, _ in upper), device),
+        integers(tuple(place for _, place in upper), device),
+        integers(tuple(RING_BITS - 8 * width for width in pieces.widths), device),
+    )
+
+
+def _joined(lower: torch.Tensor, upper: torch.Tensor, layout: _Layout) -> torch.Tensor:
+    """Words, int64 [..., terms], from their lower halves and the bytes beyond these."""
+    return (lower.long() & 0xFFFFFFFF).index_add(-1, layout.term, upper.long() << layout.place)
+
+
+def _parts_host(words: torch.Tensor, start: int, pieces: Pieces) -> torch.Tensor:
+    """Windows and positions in them of words [n] less `start`: int64 [2, n]."""
+    out = torch.empty((2, len(words)), dtype=torch.int64)
+    _split(words.numpy(), start, pieces.step_bits, pieces.windows, out.numpy())
+    return out
+
+
+def _parts_tensors(words: torch.Tensor, start: int, pieces: Pieces) -> torch.Tensor:
+    points = words.long() - start
+    window = (points >> pieces.step_bits) & (pieces.windows - 1)
+    return torch.stack([window, points & ((1 << pieces.step_bits) - 1)])
+
+
+_PARTS = Kernel("pieces.parts", _parts_host, _parts_tensors, triton=False)
+
+
+@cache
+def _first_exponentials(pieces: Pieces, device: torch.device) -> torch.Tensor:
+    """exp of where the windows begin, less a window: float64 [windows]."""
+    first = pieces.start + (np.arange(pieces.windows) - 1.0) * 2.0**pieces.step_bits
+    return to_device(torch.from_numpy(np.exp(first * _UNIT)), device, "public")
+
+
+@cache
+def _all_exponentials(step_bits: int, device: torch.device) -> torch.Tensor:
+    """exp of 2**step_bits units and down to one: a device's own exp may round otherwise."""
+    places = np.exp(np.arange(1 << step_bits, 0, -1) * _UNIT)
+    return to_device(torch.from_numpy(places), device, "public")
+
+
+def _exponentials_host(behind: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """`Curve.coefficients` of exp, float64 [n, windows, 1]."""
+    first = _first_exponentials(pieces, behind.device).numpy()
+    ahead = (1 << pieces.step_bits) - behind.numpy()
+    return torch.from_numpy((np.exp(ahead * _UNIT)[:, None] * first)[..., None])
+
+
+def _exponentials_tensors(behind: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    places = _all_exponentials(pieces.step_bits, behind.device)
+    return (places[behind][:, None] * _first_exponentials(pieces, behind.device))[..., None]
+
+
+_EXPONENTIALS = Kernel(
+    "pieces.exponentials", _exponentials_host, _exponentials_tensors, triton=False
+)
+
+
+def _powers_host(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """`Curve.basis` of exp, int64 [n, 1]."""
+    out = torch.empty((len(low), 1), dtype=torch.int64)
+    upper, rest = (digits.numpy() for digits in _powers(pieces.step_bits, low.device))
+    _multiply_powers(low.numpy(), upper, rest, _dropped(pieces), out.numpy())
+    return out
+
+
+def _powers_tensors(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    upper, rest = _powers(pieces.step_bits, low.device)
+    product = upper[low >> _LOW_DIGIT] * rest[low & ((1 << _LOW_DIGIT) - 1)]
+    drop = _dropped(pieces)
+    return ((product + (1 << (drop - 1))) >> drop)[:, None]
+
+
+_POWERS = Kernel("pieces.powers", _powers_host, _powers_tensors, triton=False)
+
+
+def _dropped(pieces: Pieces) -> int:
+    """Bits that are rounded off the product of two digits' powers."""
+    return _BASIS_FRAC + _DIGIT_FRAC - int(pieces.basis_bits[0])
+
+
+def _values_host(
+    table: torch.Tensor,
+    windows: torch.Tensor,
+    basis: torch.Tensor,
+    pieces: Pieces,
+    out: torch.Tensor,
+) -> None:
+    """Write a party's shares of the values to out [n], from its tables, uint8 [n, bytes].
+
+    windows: the entry that is read, int64 [n]; basis: `Curve.basis` [n, terms].
+    """
+    widths = np.array(pieces.widths)
+    _read_entries(table.numpy(), windows.numpy(), widths, basis.numpy(), out.numpy())
+
+
+def _values_tensors(
+    table: torch.Tensor,
+    windows: torch.Tensor,
+    basis: torch.Tensor,
+    pieces: Pieces,
+    out: torch.Tensor,
+) -> None:
+    terms, layout = len(pieces.widths), _layout(pieces, table.device)
+    start, more = 4 * terms * pieces.windows, len(layout.term)
+    each, byte = (torch.arange(number, device=table.device) for number in (terms, more))
+    lower = table.view(torch.int32).gather(1, windows[:, None] * terms + each)
+    upper = table.gather(1, start + windows[:, None] * more + byte)
+    words = _joined(lower, upper, layout) << layout.above
+    out.copy_((words * basis).sum(1))
+
+
+_VALUES = Kernel("pieces.values", _values_host, _values_tensors, triton=False)
+
+
+def _corrected_host(
+    share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pieces: Pieces
+) -> None:
+    """Turn the client's share of tables, uint8 [n, bytes], into the server's.
+
+    found: `Curve.coefficients`. turns: by how many entries the windows are moved, int64 [n].
+    """
+    widths = np.array(pieces.widths)
+    _subtract_share(found.numpy(), pieces.scales, turns.numpy(), widths, share.numpy())
+
+
+def _corrected_tensors(
+    share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pieces: Pieces
+) -> None:
+    (size, terms), layout = found.shape[1:], _layout(pieces, share.device)
+    lower = share.view(torch.int32)[:, : size * terms].unflatten(1, (size, terms))
+    upper = share[:, 4 * size * terms :].unflatten(1, (size, len(layout.term)))
+    window = (torch.arange(size, device=share.device) - turns[:, None]) & (size - 1)
+    words = (found * layout.scales + 0.5).floor().long()
+    words = words.gather(1, window[..., None].expand(words.shape))
+    words = words - _joined(lower, upper, layout)
+    lower.copy_(words.to(torch.int32))
+    upper.copy_(((words[..., layout.term] >> layout.place) & 255).to(torch.uint8))
+
+
+_CORRECTED = Kernel("pieces.corrected", _corrected_host, _corrected_tensors, triton=False)
+
+
+def _interpolated_host(behind: torch.Tensor, planes: torch.Tensor, step_bits: int) -> torch.Tensor:
+    """`Curve.coefficients` on a line between the two planes beside each place (`_fitted`)."""
+    out = torch.empty((len(behind), *planes.shape[1:]), dtype=torch.float64)
+    _interpolate(planes.numpy(), behind.numpy(), step_bits, out.numpy())
+    return out
+
+
+def _interpolated_tensors(
+    behind: torch.Tensor, planes: torch.Tensor, step_bits: int
+) -> torch.Tensor:
+    between = max(0, step_bits - _SHIFT_BITS)
+    ahead = (1 << step_bits) - behind
+    place = ahead >> between
+    weight = (ahead - (place << between)).double() * 2.0**-between
+    one = planes[place]
+    return one + weight[:, None, None] * (planes[place + 1] - one)
+
+
+_INTERPOLATED = Kernel(
+    "pieces.interpolated", _interpolated_host, _interpolated_tensors, triton=False
+)
+
+
+def _chebyshev_host(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    """`Curve.basis` of polynomials, int64 [n, terms]."""
+    out = torch.empty((len(low), len(pieces.widths)), dtype=torch.int64)
+    _chebyshev(low.numpy(), pieces.step_bits, pieces.basis_bits, out.numpy())
+    return out
+
+
+def _chebyshev_tensors(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
+    step_bits, terms = pieces.step_bits, len(pieces.widths)
+    x = (2 * low + 1 - (1 << step_bits)) << (_BASIS_FRAC - step_bits)
+    found = [torch.full_like(x, 1 << _BASIS_FRAC), x]
+    while len(found) < terms:
+        found.append(((x * found[-1]) >> (_BASIS_FRAC - 1)) - found[-2])
+    drops = (_BASIS_FRAC - pieces.basis_bits).tolist()
+    halves = integers(tuple(1 << (drop - 1) for drop in drops), low.device)
+    return (torch.stack(found[:terms], 1) + halves) >> integers(tuple(drops), low.device)
+
+
+_CHEBYSHEV = Kernel("pieces.chebyshev", _chebyshev_host, _chebyshev_tensors, triton=False)
+
+
 @compiled()
-def _interpolate(planes, ahead, between, out):  # type: ignore[no-untyped-def]
-    """Coefficients at each place `ahead`, on a line between the two places beside it."""
+def _split(words, start, step_bits, windows, out):  # type: ignore[no-untyped-def]
+    ones = (np.int64(1) << step_bits) - 1
+    for i in range(words.shape[0]):
+        point = np.int64(words[i]) - start
+        out[0, i] = (point >> step_bits) & (windows - 1)
+        out[1, i] = point & ones
+
+
+@compiled()
+def _interpolate(planes, behind, step_bits, out):  # type: ignore[no-untyped-def]
+    between = max(0, step_bits - _SHIFT_BITS)
     scale = 1.0 / (1 << between)
-    for i in range(ahead.shape[0]):
-        place = ahead[i] >> between
-        weight = (ahead[i] - (place << between)) * scale
+    for i in range(behind.shape[0]):
+        ahead = (1 << step_bits) - behind[i]
+        place = ahead >> between
+        weight = (ahead - (place << between)) * scale
         one, other, target = planes[place], planes[place + 1], out[i]
         for j in range(target.shape[0]):
             for k in range(target.shape[1]):
@@ -299,6 +515,15 @@ def _chebyshev(low, step_bits, bits, out):  # type: ignore[no-untyped-def]
             drop = _BASIS_FRAC - bits[k]
             out[i, k] = (now + (np.int64(1) << (drop - 1))) >> drop
             before, now = now, ((x * now) >> (_BASIS_FRAC - 1)) - before
+
+
+@compiled()
+def _multiply_powers(low, upper, rest, drop, out):  # type: ignore[no-untyped-def]
+    """exp(y) from its two digits, rounded."""
+    half, ones = np.int64(1) << (drop - 1), (1 << _LOW_DIGIT) - 1
+    for i in range(low.shape[0]):
+        product = upper[low[i] >> _LOW_DIGIT] * rest[low[i] & ones]
+        out[i, 0] = (product + half) >> drop
 
 
 @compiled()

@@ -11,18 +11,18 @@ truth tables (Ishai et al., TCC 2013).
 
 from __future__ import annotations
 
-import numpy as np
+from functools import cache
+
 import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.correlations.prg import NUMPY
+from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device, to_host
-from mergec.runtime.protocols.digits import look_up
+from mergec.runtime.protocols.digits import Relations
 from mergec.runtime.protocols.formula import Formula, conjunction, open_bits
-from mergec.runtime.protocols.histogram import from_first
+from mergec.runtime.protocols.histogram import at_or_above, from_first
 from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.peak import Entries, entries_of, from_integers, integer_parts
 
@@ -31,6 +31,9 @@ LONGEST = 255
 
 _SLOT_BITS = 1
 _DIGIT_BITS = 8
+_INDICES = 1 << 24
+"""Indices that exist at once on a device."""
+
 _EMPTY = Formula(conjunction((0, 1)))
 """A count of more than eight bits is zero if both of its digits are."""
 
@@ -53,33 +56,25 @@ def top_slot(ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int) 
     uniform and unknown to it. Of the first entry of a row, whose slot is zero, the mask is opened,
     which tells nothing.
     """
-    entries = entries_of(valid)
-    rows, row, slots = len(entries.counts), entries.rows.numpy(), 1 << bits
+    entries = entries_of(valid).on(ctx.device)
+    rows, row, slots = len(entries.counts), entries.rows, 1 << bits
     places, kind = slots // 2 - 1, _kind(entries)
-    values, first = from_first(integer_parts(share, entries), entries.on(ctx.device))
+    values, first = from_first(integer_parts(share, entries), entries)
     # The carry out of the lowest bit is lost, so that a slot may be one too low. The first entry's
     # share is zero at both parties, and its slot exact.
     values = values >> _SLOT_BITS if not values.is_meta else values
     mask = ctx.mask((len(row),), torch.int16)
-    counters = ctx.deal_corrected(
-        (len(row), slots * kind.itemsize),
-        lambda s: _one_hot(mask, s.view(NUMPY[kind])).view(np.uint8),
-    )
+    counters = _deal_one_hot(ctx, mask, slots, kind)
     zeros = (_Words if kind is torch.int8 else _Digits)(ctx, entries, places)
     opened = yield from open_under(ctx, values, mask)
     if counters is None:
         yield from zeros.count(ctx, zeros.mask.to("meta"))
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
-    words = counters.view(NUMPY[kind])
-    counts = np.zeros((rows, slots // 2), words.dtype)
-    _tally(words, to_host(opened, "host").long().numpy(), row, counts)
+    counts = _TALLIED(counters, opened.long(), row, (rows, slots // 2))
     # How many entries are in each slot but the lowest, or above it.
-    above = np.cumsum(counts[:, ::-1], 1, words.dtype)[:, ::-1][:, 1:]
-    mine = to_device(torch.from_numpy(np.ascontiguousarray(above)), share.device, "host")
-    empty = yield from zeros.count(ctx, mine)
-    top = ctx.public(torch.full((rows,), places)) - to_host(empty.long(), "host")
-    top = to_device((top << _SLOT_BITS).to(torch.int16), share.device, "host")
-    return from_integers(first + top)
+    empty = yield from zeros.count(ctx, at_or_above(counts, 1))
+    top = ctx.public(torch.full((rows,), places, device=share.device)) - empty.long()
+    return from_integers(first + (top << _SLOT_BITS).to(torch.int16))
 
 
 def top_slot_cost(valid: torch.Tensor, bits: int) -> Cost:
@@ -107,10 +102,7 @@ class _Words:
     def __init__(self, ctx: Context, entries: Entries, places: int) -> None:
         self._shape = len(entries.counts), places
         self.mask = ctx.mask(self._shape, torch.int8)
-        self._tables = ctx.deal_corrected(
-            (self._shape[0] * places, 2 << _width(entries)),
-            lambda s: _one_hot(self.mask, s.view(np.int16)).view(np.uint8),
-        )
+        self._tables = _deal_one_hot(ctx, self.mask, 1 << _width(entries), torch.int16)
 
     def count(self, ctx: Context, counts: torch.Tensor) -> Protocol:
         """Shares modulo 2**16 of how many are zero, int16 [R], from shares of counts [R, P]."""
@@ -118,11 +110,9 @@ class _Words:
         if self._tables is None:
             return opened[:, 0].to(torch.int16)
         rows, places = self._shape
-        found = np.zeros((rows, 1), np.int16)
-        each = np.repeat(np.arange(rows), places)
-        tables = self._tables.view(np.int16)
-        _tally(tables, to_host(opened, "host").long().numpy().reshape(-1), each, found)
-        return torch.from_numpy(found[:, 0])
+        each = torch.arange(rows, device=opened.device).repeat_interleave(places)
+        found: torch.Tensor = _TALLIED(self._tables, opened.long().reshape(-1), each, (rows, 1))
+        return found[:, 0]
 
     @staticmethod
     def cost(counts: int, width: int) -> Cost:
@@ -135,53 +125,85 @@ class _Digits:
     def __init__(self, ctx: Context, entries: Entries, places: int) -> None:
         self._shape = len(entries.counts), places
         self.mask = ctx.mask(self._shape, torch.int16)
-        self._sizes = _digit_bytes(_width(entries))
-        count = self._shape[0] * places
-        self._tables = ctx.deal_bits((count, sum(self._sizes)), self._equal)
+        self._digits = _digits(_width(entries))
+        count = self.mask.numel()
+        self._tables = self._digits.deal(ctx, count, lambda: self.mask)
         self._bit_mask = ctx.mask_bits((count,))
         self._words = _EMPTY.deal(ctx, self._bit_mask, dtype=torch.int16)
 
-    def _equal(self) -> torch.Tensor:
-        """For each digit of a mask one bit at its value, packed. Called by the dealer."""
-        digits = to_host(self.mask, "host").long().numpy().reshape(-1)
-        out = np.zeros((len(digits), sum(self._sizes)), np.uint8)
-        every, first = np.arange(len(digits)), 0
-        for size in self._sizes:
-            digit = digits & (8 * size - 1)
-            out[every, first + (digit >> 3)] = 1 << (digit & 7)
-            digits, first = digits >> _DIGIT_BITS, first + size
-        return to_device(torch.from_numpy(out), self.mask.device, "host")
-
     def count(self, ctx: Context, counts: torch.Tensor) -> Protocol:
         opened = yield from open_under(ctx, counts, self.mask)
-        low, high = self._sizes
-        places = np.array([(0, 8 * low - 1, 0), (_DIGIT_BITS, 8 * high - 1, low)])
-        if opened.is_meta:
-            found = self._bit_mask.to("meta")
-        else:
-            found = look_up(opened.long().reshape(-1), self._tables, places)
+        found = self._digits.look_up(opened.long().reshape(-1), self._tables)
         bits = yield from open_bits(ctx, found, self._bit_mask)
         return _EMPTY.evaluate(bits, self._words).reshape(self._shape).sum(1, dtype=torch.int16)
 
     @staticmethod
     def cost(counts: int, width: int) -> Cost:
-        dealt = sum(_digit_bytes(width)) + 2 * _EMPTY.words
+        dealt = _digits(width).dealt_bytes + 2 * _EMPTY.words
         return Cost(2, 4 * counts + 2 * counts, dealt * counts)
 
 
-def _digit_bytes(width: int) -> tuple[int, int]:
-    """Bytes of the tables of a count's lower and upper digit."""
-    return 1 << (_DIGIT_BITS - 3), 1 << max(0, width - _DIGIT_BITS - 3)
+@cache
+def _digits(width: int) -> Relations:
+    """Whether both digits of a count are zero. A table of less than three bits fills no byte."""
+    return Relations((_DIGIT_BITS, max(3, width - _DIGIT_BITS)), [(0, "equal"), (1, "equal")])
 
 
-def _one_hot(mask: torch.Tensor, share: np.ndarray) -> np.ndarray:
-    """The server's share of tables [n, N] that are one at each mask modulo N; N a power of two."""
-    _subtract_one_hot(to_host(mask, "host").long().numpy().reshape(-1), share)
-    return share
+def _deal_one_hot(
+    ctx: Context, mask: torch.Tensor, size: int, kind: torch.dtype
+) -> torch.Tensor | None:
+    """Shares of tables [n, size] that are one at each mask modulo `size` and zero elsewhere.
+
+    size: a power of two. kind: the type of a word. None at the dealer.
+    """
+
+    def correct(share: torch.Tensor) -> torch.Tensor:
+        _ONE_HOT(share.view(kind), mask.long().reshape(-1))
+        return share
+
+    table = ctx.deal_corrected((mask.numel(), size * kind.itemsize), correct)
+    return None if table is None else table.view(kind)
+
+
+def _one_hot_host(share: torch.Tensor, places: torch.Tensor) -> None:
+    """Turn the client's share [n, N] of tables that are one at these places into the server's."""
+    _subtract_from_one_hot(places.numpy(), share.numpy())
+
+
+def _one_hot_tensors(share: torch.Tensor, places: torch.Tensor) -> None:
+    # No access depends on a place, which is secret.
+    column = torch.arange(share.shape[1], device=share.device)
+    share.neg_().add_(column == (places & (share.shape[1] - 1))[:, None])
+
+
+def _tallied_host(
+    tables: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Sums of tables [n, N], each read from its place on downwards, over rows: `shape`."""
+    out = torch.zeros(shape, dtype=tables.dtype)
+    _tally(tables.numpy(), places.numpy(), rows.numpy(), out.numpy())
+    return out
+
+
+def _tallied_tensors(
+    tables: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    back = torch.arange(shape[1], device=tables.device)
+    total = torch.zeros(shape, dtype=torch.int32, device=tables.device)
+    size = max(1, _INDICES // shape[1])
+    for first in range(0, len(tables), size):
+        piece = slice(first, first + size)
+        index = (places[piece, None] - back) & (tables.shape[1] - 1)
+        total.index_add_(0, rows[piece], tables[piece].gather(1, index).int())
+    return total.to(tables.dtype)
+
+
+_ONE_HOT = Kernel("slots.one_hot", _one_hot_host, _one_hot_tensors, triton=False)
+_TALLIED = Kernel("slots.tallied", _tallied_host, _tallied_tensors, triton=False)
 
 
 @compiled()
-def _subtract_one_hot(places, share):  # type: ignore[no-untyped-def]
+def _subtract_from_one_hot(places, share):  # type: ignore[no-untyped-def]
     for i in range(share.shape[0]):
         row = share[i]
         for k in range(row.shape[0]):

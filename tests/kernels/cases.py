@@ -22,10 +22,11 @@ from mergec.runtime.correlations.counters import Counters, Tally
 from mergec.runtime.correlations.dpf import Generator
 from mergec.runtime.kernels import bitsliced, matmul
 from mergec.runtime.kernels.backends import KERNELS, Kernel
-from mergec.runtime.protocols import interval, octave, peak
+from mergec.runtime.protocols import interval, octave, peak, slots
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
 from mergec.runtime.protocols.normalize import _word_counts
 from mergec.runtime.protocols.octave import Octaves
+from mergec.runtime.protocols.pieces import Exponential, Pieces, Polynomial
 from mergec.runtime.protocols.power import Mantissa
 from mergec.runtime.protocols.ranks import Pairs
 from mergec.runtime.protocols.saturate import Tail
@@ -288,6 +289,7 @@ def _(full: bool) -> Iterator[Arguments]:
 @cases("digits.tables")
 def _(full: bool) -> Iterator[Arguments]:
     yield words(31), DIGITS
+    yield words(31), slots._digits(12)
 
 
 @cases("elements.looked_up")
@@ -380,6 +382,111 @@ def _(full: bool) -> Iterator[Arguments]:
             words(len(level.group), **short), words(members, **short),
             words(members, dtype=torch.int8), words(members, 2, entries, **short), level,
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------ tables sent to the server alone
+
+
+def _sine(x: np.ndarray) -> np.ndarray:
+    return np.sin(x)
+
+
+def _polynomials(*widths: int, step: int = 17, windows: int = 4, start: int = -(2**31)) -> Pieces:
+    return Pieces(Polynomial(_sine, len(widths) - 1), start, windows, step, widths, 4)
+
+
+TABLES = [
+    _polynomials(4),
+    _polynomials(4, 5, 6, 7, 8, windows=16, start=2**31 - 5),
+    _polynomials(8, 8, 4, 4, 8, 5, 4, 6, step=1),
+    _polynomials(4, 4, 4, 4, 4, step=8, windows=16),
+    _polynomials(5, 4, 8, step=29, start=7),
+    Pieces(Exponential(), -5, 8, 18, (6,), 8),
+    Pieces(Exponential(), 2**20, 4, 3, (8,), 60),
+]
+"""All widths of words, a few and many windows, which begin anywhere and are of any size."""
+
+
+@cases("pieces.parts")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES:
+        for start in (pieces.start, 0):
+            yield words(31, dtype=torch.int32), start, pieces
+    yield words(0, dtype=torch.int32), 0, TABLES[0]
+
+
+@cases("pieces.chebyshev")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES[:5]:
+        for count in (31, 0):
+            yield below(1 << pieces.step_bits, count), pieces
+
+
+@cases("pieces.powers")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES[5:]:
+        for count in (301, 0):
+            yield below(1 << pieces.step_bits, count), pieces
+
+
+@cases("pieces.exponentials")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES[5:]:
+        for count in (301, 0):
+            yield below(1 << pieces.step_bits, count), pieces
+
+
+@cases("pieces.interpolated")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES[:5]:
+        for count in (31, 0):
+            planes = torch.from_numpy(pieces.curve.planes(pieces))
+            yield below(1 << pieces.step_bits, count), planes, pieces.step_bits
+
+
+@cases("pieces.values")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES:
+        for count in (31, 1, 0):
+            yield (
+                some_bits(count, pieces.dealt_bytes), below(pieces.windows, count),
+                words(count, len(pieces.widths)), pieces, words(count),
+            )  # fmt: skip
+
+
+@cases("pieces.corrected")
+def _(full: bool) -> Iterator[Arguments]:
+    for pieces in TABLES:
+        for count in (31, 1, 0):
+            # Words of all sizes, at halves, and at the ends of what a double holds exactly.
+            shape = count, pieces.windows, len(pieces.widths)
+            found = words(*shape).double() / 2.0 ** (1 + below(62, *shape))
+            edges = [0.5, -0.5, 2.0**52 + 1, -(2.0**52) - 1][: found.numel()]
+            found.view(-1)[:4] = torch.tensor(edges, dtype=torch.float64)
+            found = found / torch.from_numpy(pieces.scales)
+            yield (
+                some_bits(count, pieces.dealt_bytes), found, below(pieces.windows, count), pieces,
+            )  # fmt: skip
+
+
+assert slots  # Its kernels are registered.
+
+
+@cases("slots.one_hot")
+def _(full: bool) -> Iterator[Arguments]:
+    for dtype in (torch.int8, torch.int16):
+        for size in (64, 2):
+            for count in (31, 0):
+                yield words(count, size, dtype=dtype), words(count)
+
+
+@cases("slots.tallied")
+def _(full: bool) -> Iterator[Arguments]:
+    for dtype in (torch.int8, torch.int16):
+        for size, width in ((64, 32), (8, 8), (256, 1)):
+            for count in (31, 0):
+                rows = below(3, count)
+                yield words(count, size, dtype=dtype), words(count), rows, (3, width)
 
 
 # ------------------------------------------------------------------------------------ comparison

@@ -1,4 +1,4 @@
-"""Protocols that the small decoder does not run, on a device that does not exist and on the CPU.
+"""Protocols that the small decoder does not run so, on a device that does not exist and on the CPU.
 
 With the same seeds all three roles must get the same words, and deal the same bytes.
 """
@@ -20,21 +20,29 @@ from mergec.runtime.core.spec import CLIENT, SERVER
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Corrections, Simulation
 from mergec.runtime.kernels.transfers import Guard, to_device, to_host
+from mergec.runtime.ops.gelu import GELU
+from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.tanh import TANH
 from mergec.runtime.protocols.argmax import Candidates, best
 from mergec.runtime.protocols.compare import maximum
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.peak import peak
 from mergec.runtime.protocols.rectify import rectify
-from mergec.runtime.protocols.saturate import apply, function_input
+from mergec.runtime.protocols.rows import exponentials
+from mergec.runtime.protocols.saturate import Function, apply, function_input
+from mergec.runtime.protocols.slots import top_slot
 from tests.kernels.cases import words
 
 SEEDS = bytes(range(32)), bytes(range(32, 64))
 Build = Callable[[Context, torch.Tensor], Protocol]
 
 
-def _tanh(ctx: Context, share: torch.Tensor) -> Protocol:
-    return (yield from apply(ctx, TANH, function_input(ctx, Shared(share, 16)), 16))
+def _apply(function: Function) -> Build:
+    return lambda ctx, x: apply(ctx, function, function_input(ctx, Shared(x, 16)), 16)
+
+
+def _exponentials(ctx: Context, share: torch.Tensor) -> Protocol:
+    return (yield from exponentials(ctx, Shared(share, 16), _valid(*share.shape), "slots-6"))
 
 
 def _rectified(ctx: Context, share: torch.Tensor) -> Protocol:
@@ -54,11 +62,20 @@ def _valid(rows: int, length: int) -> torch.Tensor:
 
 
 CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
-    "tanh": (_tanh, (5,), torch.int64),
+    "tanh": (_apply(TANH), (5,), torch.int64),
+    "silu": (_apply(SILU.from_server(9)), (5,), torch.int64),
+    "gelu": (_apply(GELU.from_server(6)), (3,), torch.int64),
     "rectify": (_rectified, (5,), torch.int64),
     "best": (_best, (1, 7), torch.int32),
     "maximum": (lambda ctx, x: maximum(ctx, x, _valid(2, 5)), (2, 5), torch.int32),
     "peak": (lambda ctx, x: peak(ctx, x, _valid(2, 5), 4), (2, 5), torch.int32),
+    "exponentials": (_exponentials, (2, 5), torch.int64),
+    "slots": (lambda ctx, x: top_slot(ctx, x, _valid(2, 9), 6), (2, 9), torch.int32),
+    "slots of long rows": (
+        lambda ctx, x: top_slot(ctx, x, _valid(2, 300), 7),
+        (2, 300),
+        torch.int32,
+    ),
     "crest": (lambda ctx, x: crest(ctx, x, _valid(2, 60)), (2, 60), torch.int32),
 }
 

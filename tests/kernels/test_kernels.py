@@ -18,7 +18,8 @@ from mergec.runtime.correlations.prg import DevicePrg, Prg
 from mergec.runtime.kernels import backends, bitsliced, transfers
 from mergec.runtime.kernels.backends import KERNELS, Kernel
 from mergec.runtime.kernels.transfers import Guard, HiddenTransferError, to_device, to_host
-from tests.kernels.cases import CASES, differing
+from mergec.runtime.protocols import slots
+from tests.kernels.cases import CASES, below, differing, words
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -118,6 +119,14 @@ def test_no_kernel_of_the_cpu_leaves_its_arrays(tmp_path: Path) -> None:
     assert sorted(line.split(":")[0] for line in printed.splitlines()) == sorted(KERNELS)
 
 
+def test_tallies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = KERNELS["slots.tallied"]
+    given = words(31, 64, dtype=torch.int8), words(31), below(3, 31), (3, 32)
+    for indices in (1, 100, 31 * 32):
+        monkeypatch.setattr(slots, "_INDICES", indices)
+        assert differing(kernel, kernel.reference, given) is None
+
+
 @needs_triton
 def test_the_interpreter_gives_the_words_of_the_cpu() -> None:
     printed = program("cases")
@@ -146,7 +155,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 @needs_triton
 def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
     """And copies nothing that is not a message, an input, an output or public."""
-    assert "logits are equal" in program("step")
+    printed = program("step")
+    for shift in ("pairs", "slots-6"):
+        assert f"{shift}: the logits are equal" in printed
 
 
 @pytest.mark.slow

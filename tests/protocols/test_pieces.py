@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.context import (
+    ClientContext,
+    DealerContext,
+    ServerContext,
+    ShapeContext,
+)
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.gelu import GELU, GELU_TANH
 from mergec.runtime.ops.silu import SILU
+from mergec.runtime.protocols import pieces as one_sided
 from mergec.runtime.protocols.pieces import Exponential, Pieces, Polynomial
 from mergec.runtime.protocols.saturate import (
     REACHES,
@@ -74,6 +80,29 @@ def test_a_window_is_of_any_size_and_begins_anywhere() -> None:
             wanted = torch.cos(x.double() * UNIT / width)
             # Beyond 2**31 the position wraps, and with it the public part of z.
             assert (_evaluate(pieces, x) - wanted).abs().max() < 1e-5
+
+
+def test_roles_may_take_tables_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = words(100, -(15 << 16), 15 << 16)
+    found = []
+    for sizes in ((2048, 2048, 2048), (7, 33, 64)):
+        simulation = Simulation()
+        to_server = simulation.to_server
+        simulation.contexts = (
+            ClientContext(bytes(32), simulation.to_client),
+            ServerContext(bytes([1] * 32), to_server),
+            DealerContext(bytes(32), bytes([1] * 32), simulation.to_client, to_server),
+        )
+
+        def protocol(ctx, p, sizes=sizes):
+            yield from ()
+            monkeypatch.setattr(one_sided, "_TOGETHER", sizes[p])
+            mask = ctx.mask(x.shape, torch.int32)
+            opened = x.to(torch.int32)
+            return SILU.pieces.evaluate(ctx, opened if p < 2 else opened.to("meta"), mask)
+
+        found.append([*simulation.run(protocol)[:2], torch.tensor(to_server.total)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("step_bits", [3, 9, 12, 18])
@@ -186,4 +215,4 @@ def test_a_table_that_kernels_do_not_take_raises(
         Pieces(Polynomial(np.sin, 1), 0, windows, step_bits, widths, 4)
     with pytest.raises(ValueError, match="does not fit"):
         pieces = Pieces(Exponential(), 0, 4, 19, (6,), 12)
-        pieces.curve.basis(pieces, np.zeros(1, np.int64))
+        pieces.curve.basis(pieces, torch.zeros(1, dtype=torch.int64))
