@@ -51,13 +51,17 @@ def session() -> list[str]:
     from tests import decoder
 
     os.environ[GUARD] = "1"
-    programs = {role: decoder.program(role) for role in ROLES}
-    found = []
-    for device in ("cpu", "cuda"):
-        with InProcessSession(programs, device, SEEDS) as running:
-            found.append([running.step(*step).cpu() for step in (([5, 1, 7], 0), ([2], 3))])
-    same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    return [f"logits of a small decoder: {'those' if same else 'NOT those'} of the CPU."]
+    lines = []
+    for shift in ("pairs", "slots-6"):
+        programs = {role: decoder.program(role, shift=shift) for role in ROLES}
+        found = []
+        for device in ("cpu", "cuda"):
+            with InProcessSession(programs, device, SEEDS) as running:
+                found.append([running.step(*step).cpu() for step in (([5, 1, 7], 0), ([2], 3))])
+        same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        seen = "those" if same else "NOT those"
+        lines.append(f"logits of a small decoder, shift by {shift}: {seen} of the CPU.")
+    return lines
 
 
 def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
@@ -81,6 +85,7 @@ def rates() -> list[str]:
     from mergec.runtime.correlations.prg import DevicePrg
     from mergec.runtime.kernels.matmul import matmul_rows
     from mergec.runtime.protocols.interval import _VALUES, fit
+    from mergec.runtime.protocols.pieces import Pieces, Polynomial
 
     device = torch.device("cuda")
     draw = DevicePrg(SEEDS[0], device)
@@ -106,6 +111,13 @@ def rates() -> list[str]:
     generator = Generator(2)
     taken = _seconds(lambda: _VALUES(points, roots, words, table, 0, generator), 3)
     lines.append(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
+    pieces, count = Pieces(Polynomial(np.sin, 7), 0, 16, 17, (5,) * 8, 4), 1 << 15
+    mask, share = (
+        draw.tensor(shape, dtype)
+        for shape, dtype in (((count,), torch.int32), ((count, pieces.dealt_bytes), torch.uint8))
+    )
+    taken = _seconds(lambda: pieces._correct(mask, share))
+    lines.append(f"tables for the server alone: {count / taken / 1e6:.2f} million dealt a second")
     return lines
 
 
