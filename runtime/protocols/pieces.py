@@ -201,7 +201,7 @@ class Polynomial:
         return found
 
     def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _CHEBYSHEV(low, pieces)
+        found: torch.Tensor = _CHEBYSHEV(low, pieces.step_bits, pieces.basis_bits, _BASIS_FRAC)
         return found
 
     def planes(self, pieces: Pieces) -> np.ndarray:
@@ -407,7 +407,7 @@ def _values_tensors(
     out.copy_((words * basis).sum(1))
 
 
-_VALUES = Kernel("pieces.values", _values_host, _values_tensors, triton=False)
+_VALUES = Kernel("pieces.values", _values_host, _values_tensors)
 
 
 def _corrected_host(
@@ -435,7 +435,7 @@ def _corrected_tensors(
     upper.copy_(((words[..., layout.term] >> layout.place) & 255).to(torch.uint8))
 
 
-_CORRECTED = Kernel("pieces.corrected", _corrected_host, _corrected_tensors, triton=False)
+_CORRECTED = Kernel("pieces.corrected", _corrected_host, _corrected_tensors)
 
 
 def _interpolated_host(behind: torch.Tensor, planes: torch.Tensor, step_bits: int) -> torch.Tensor:
@@ -461,25 +461,29 @@ _INTERPOLATED = Kernel(
 )
 
 
-def _chebyshev_host(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
-    """`Curve.basis` of polynomials, int64 [n, terms]."""
-    out = torch.empty((len(low), len(pieces.widths)), dtype=torch.int64)
-    _chebyshev(low.numpy(), pieces.step_bits, pieces.basis_bits, out.numpy())
+def _chebyshev_host(low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int) -> torch.Tensor:
+    """T_k at the middle of each unit `low` of a window, with bits[k] of `frac` fractional bits.
+
+    Returns int64 [n, terms].
+    """
+    out = torch.empty((len(low), len(bits)), dtype=torch.int64)
+    _chebyshev(low.numpy(), step_bits, bits, frac, out.numpy())
     return out
 
 
-def _chebyshev_tensors(low: torch.Tensor, pieces: Pieces) -> torch.Tensor:
-    step_bits, terms = pieces.step_bits, len(pieces.widths)
-    x = (2 * low + 1 - (1 << step_bits)) << (_BASIS_FRAC - step_bits)
-    found = [torch.full_like(x, 1 << _BASIS_FRAC), x]
-    while len(found) < terms:
-        found.append(((x * found[-1]) >> (_BASIS_FRAC - 1)) - found[-2])
-    drops = (_BASIS_FRAC - pieces.basis_bits).tolist()
+def _chebyshev_tensors(
+    low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int
+) -> torch.Tensor:
+    x = (2 * low + 1 - (1 << step_bits)) << (frac - step_bits)
+    found = [torch.full_like(x, 1 << frac), x]
+    while len(found) < len(bits):
+        found.append(((x * found[-1]) >> (frac - 1)) - found[-2])
+    drops = (frac - bits).tolist()
     halves = integers(tuple(1 << (drop - 1) for drop in drops), low.device)
-    return (torch.stack(found[:terms], 1) + halves) >> integers(tuple(drops), low.device)
+    return (torch.stack(found[: len(bits)], 1) + halves) >> integers(tuple(drops), low.device)
 
 
-_CHEBYSHEV = Kernel("pieces.chebyshev", _chebyshev_host, _chebyshev_tensors, triton=False)
+_CHEBYSHEV = Kernel("pieces.chebyshev", _chebyshev_host, _chebyshev_tensors)
 
 
 @compiled()
@@ -506,15 +510,14 @@ def _interpolate(planes, behind, step_bits, out):  # type: ignore[no-untyped-def
 
 
 @compiled()
-def _chebyshev(low, step_bits, bits, out):  # type: ignore[no-untyped-def]
-    """T_k at the middle of each unit y of a window, rounded to bits[k] fractional bits."""
+def _chebyshev(low, step_bits, bits, frac, out):  # type: ignore[no-untyped-def]
     for i in range(low.shape[0]):
-        x = (2 * low[i] + 1 - (np.int64(1) << step_bits)) << (_BASIS_FRAC - step_bits)
-        before, now = x, np.int64(1) << _BASIS_FRAC
+        x = (2 * low[i] + 1 - (np.int64(1) << step_bits)) << (frac - step_bits)
+        before, now = x, np.int64(1) << frac
         for k in range(out.shape[1]):
-            drop = _BASIS_FRAC - bits[k]
+            drop = frac - bits[k]
             out[i, k] = (now + (np.int64(1) << (drop - 1))) >> drop
-            before, now = now, ((x * now) >> (_BASIS_FRAC - 1)) - before
+            before, now = now, ((x * now) >> (frac - 1)) - before
 
 
 @compiled()

@@ -419,7 +419,7 @@ def _(full: bool) -> Iterator[Arguments]:
 def _(full: bool) -> Iterator[Arguments]:
     for pieces in TABLES[:5]:
         for count in (31, 0):
-            yield below(1 << pieces.step_bits, count), pieces
+            yield below(1 << pieces.step_bits, count), pieces.step_bits, pieces.basis_bits, 30
 
 
 @cases("pieces.powers")

@@ -17,7 +17,7 @@ RECORDED: list[dict[str, Any]] = []
 
 _TYPES = {
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
-    torch.uint8: "*u8",
+    torch.uint8: "*u8", torch.float64: "*fp64",
 }  # fmt: skip
 
 _patch = interpreter._patch_lang_tensor

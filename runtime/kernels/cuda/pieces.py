@@ -1,0 +1,143 @@
+"""Tables that only the server is sent (`protocols.pieces`): what is read, and what is dealt.
+
+A table has the lower halves of all words first, entry by entry, then the bytes beyond them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.transfers import integers, to_device
+
+_SIZE = 256
+
+
+@triton.jit
+def _word(lower, upper, extra, inside):  # type: ignore[no-untyped-def]
+    """A word from its lower half and its `extra` bytes beyond it, up to four; extra is a block."""
+    word = tl.load(lower, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    for byte in tl.static_range(4):
+        more = tl.load(upper + byte, mask=inside & (extra > byte), other=0).to(tl.int64)
+        word |= more << (32 + 8 * byte)
+    return word
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    table, halves, windows, basis, layout, out, count, row, terms, size, more, SIZE: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    window = tl.load(windows + place, mask=inside, other=0)
+    lower = halves + place * (row // 4) + window * terms
+    upper = table + place * row + 4 * terms * size + window * more
+    total = place * 0
+    for k in range(terms):
+        extra, first = place * 0 + tl.load(layout + 2 * k), tl.load(layout + 2 * k + 1)
+        word = _word(lower + k, upper + first, extra, inside)
+        factor = tl.load(basis + place * terms + k, mask=inside, other=0)
+        total += (word << (32 - 8 * extra)) * factor
+    tl.store(out + place, total, mask=inside)
+
+
+def values(
+    table: torch.Tensor,
+    windows: torch.Tensor,
+    basis: torch.Tensor,
+    pieces: Any,
+    out: torch.Tensor,
+) -> None:
+    """Write a party's shares of the values to out [n], from its tables, uint8 [n, bytes]."""
+    count, row = table.shape
+    launch(
+        _values, triton.cdiv(count, _SIZE), table, table.view(torch.int32), windows, basis,
+        _layout(pieces.widths, table.device), out, count, row, len(pieces.widths), pieces.windows,
+        _more(pieces.widths), SIZE=_SIZE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _corrected(  # type: ignore[no-untyped-def]
+    share, halves, found, turns, scales, layout, count, row, terms, size, more, SIZE: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    element, entry = place // size, place % size
+    turn = tl.load(turns + element, mask=inside, other=0)
+    source = found + (element * size + ((entry - turn) & (size - 1))) * terms
+    lower = halves + element * (row // 4) + entry * terms
+    upper = share + element * row + 4 * terms * size + entry * more
+    for k in range(terms):
+        extra, first = place * 0 + tl.load(layout + 2 * k), tl.load(layout + 2 * k + 1)
+        # A scale is a power of two: one rounding, whether the sum is fused or not.
+        value = tl.load(source + k, mask=inside, other=0.0) * tl.load(scales + k)
+        word = tl.floor(value + 0.5).to(tl.int64)
+        word -= _word(lower + k, upper + first, extra, inside)
+        tl.store(lower + k, word.to(tl.int32), mask=inside)
+        for byte in tl.static_range(4):
+            above = (word >> (32 + 8 * byte)).to(tl.uint8)
+            tl.store(upper + first + byte, above, mask=inside & (extra > byte))
+
+
+def corrected(share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pieces: Any) -> None:
+    """Turn the client's share of tables, uint8 [n, bytes], into the server's.
+
+    found: float64 [n, windows, terms]. turns: by how many entries the windows are moved, int64 [n].
+    """
+    count = len(share) * pieces.windows
+    launch(
+        _corrected, triton.cdiv(count, _SIZE), share, share.view(torch.int32), found, turns,
+        _scales(pieces, share.device), _layout(pieces.widths, share.device), count, share.shape[1],
+        len(pieces.widths), pieces.windows, _more(pieces.widths), SIZE=_SIZE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["step_bits"])
+def _chebyshev(low, out, drops, count, step_bits, frac, terms, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    one = place * 0 + 1
+    y = tl.load(low + place, mask=inside, other=0)
+    x = (2 * y + 1 - (one << step_bits)) << (frac - step_bits)
+    before, now = x, one << frac
+    for k in range(terms):
+        drop = tl.load(drops + k)
+        rounded = (now + (one << (drop - 1))) >> drop
+        tl.store(out + place * terms + k, rounded, mask=inside)
+        after = ((x * now) >> (frac - 1)) - before
+        before = now
+        now = after
+
+
+def chebyshev(low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int) -> torch.Tensor:
+    """Chebyshev polynomials at the middle of units of a window, int64 [n, terms]."""
+    out = torch.empty((len(low), len(bits)), dtype=torch.int64, device=low.device)
+    launch(
+        _chebyshev, triton.cdiv(len(low), _SIZE), low, out,
+        integers(tuple((frac - bits).tolist()), low.device), len(low), step_bits, frac, len(bits),
+        SIZE=_SIZE,
+    )  # fmt: skip
+    return out
+
+
+def _more(widths: tuple[int, ...]) -> int:
+    """Bytes of an entry beyond the lower halves of its words."""
+    return sum(widths) - 4 * len(widths)
+
+
+def _layout(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """For each word its bytes beyond its lower half, and where these are among an entry's."""
+    pairs = [(width - 4, _more(widths[:k])) for k, width in enumerate(widths)]
+    return integers(tuple(number for pair in pairs for number in pair), device)
+
+
+@cache
+def _scales(pieces: Any, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(pieces.scales), device, "public")
