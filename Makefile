@@ -9,6 +9,7 @@ BASE_PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ATTACK_ARGS ?=
+ADAPTATION_ARGS ?=
 MUTANT_ARGS ?=
 SPECULATION_ARGS ?=
 PEER_ARGS ?=
@@ -29,7 +30,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Every role is a process, which would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts gpu-check install clean
+.PHONY: help adaptation demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts gpu-check install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -106,6 +107,9 @@ format: $(READY) ## format and fix what can be fixed
 
 exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
 	$(PYTHON) benchmarks/exactness.py
+
+adaptation: $(READY) ## train a small GPT-2 for each lossy preset; writes docs/adaptation.md; ADAPTATION_ARGS="--wordnet DIR"
+	$(PYTHON) benchmarks/adaptation.py $(ADAPTATION_ARGS)
 
 perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes docs/perplexity.md
 	$(PYTHON) benchmarks/perplexity.py --check 16

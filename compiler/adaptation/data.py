@@ -255,6 +255,8 @@ class Encoder:
     must be below it. length: most tokens of a text: a longer prompt loses its beginning, a longer
     text is cut into several. separator: what stands between prompt and answer, as text. chat:
     render prompts by the chat template. file: named in errors.
+
+    stop: what ends a text, the tokenizer's end of sequence.
     """
 
     def __init__(
@@ -274,7 +276,7 @@ class Encoder:
         self.chat = chat
         self.file = file
         stop = getattr(tokenizer, "eos_token_id", None)
-        self._stop = [] if stop is None else [int(stop)]
+        self.stop = [] if stop is None else [int(stop)]
         if chat and not getattr(tokenizer, "chat_template", None):
             raise CompileError("the tokenizer has no chat template; leave out `chat`")
 
@@ -284,13 +286,13 @@ class Encoder:
 
     def _encode(self, example: Example) -> Iterator[Encoded]:
         if example.prompt is None:
-            tokens = [*self._tokens(example.answer, example, first=True), *self._stop]
+            tokens = [*self._tokens(example.answer, example, first=True), *self.stop]
             for begin in range(0, len(tokens), self.length):
                 piece = tokens[begin : begin + self.length]
                 if len(piece) > 1:
                     yield Encoded(tuple(piece), 1)
             return
-        answer = [*self._tokens(example.answer, example), *self._stop][: self.length - 1]
+        answer = [*self._tokens(example.answer, example), *self.stop][: self.length - 1]
         prompt = self._prompt(example)[-(self.length - len(answer)) :]
         yield Encoded((*prompt, *answer), len(prompt))
 
@@ -315,7 +317,7 @@ class Encoder:
                 )
             text = list(self.tokenizer(text, add_special_tokens=first)["input_ids"])
             # What it may put after a text comes once, after the answer.
-            while first and text and text[-1:] == self._stop:
+            while first and text and text[-1:] == self.stop:
                 text.pop()
         wrong = [token for token in text if not 0 <= token < self.vocab_size]
         if wrong:

@@ -41,6 +41,8 @@ class Report:
     folder: of the adapted model. rows: a name and the measures of `COLUMNS` for the model, and for
     the student before and after. history: what was logged at each step. texts, held: how many were
     trained on and validated with. cost, deviation: of the compiled program, as in its manifest.
+    same: how many of the compiled program's answers, in the clear, are the student's; None if they
+    were not compared.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Report:
     held: int
     cost: dict[str, Any] = field(default_factory=dict)
     deviation: dict[str, Any] = field(default_factory=dict)
+    same: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -60,6 +63,7 @@ class Report:
             "rows": self.rows,
             "cost": self.cost,
             "deviation": self.deviation,
+            "same answers": self.same,
             "history": self.history,
         }
 
@@ -87,6 +91,9 @@ class Report:
                 f"| {step['online']:,} |"
                 for name, step in self.cost.items()
             ]
+        if self.same is not None:
+            compared = min(self.config.samples, self.held)
+            lines += ["", f"Compiled, {self.same} of {compared} answers are those measured above."]
         if self.deviation:
             found = self.deviation
             said = (
@@ -117,7 +124,7 @@ def _number(value: float | None) -> str:
 
 
 def text_row(name: str, measures: Any, student: Student, tokenizer: Any) -> dict[str, Any]:
-    """All measures of a student; those of text only if there is a tokenizer.
+    """All measures of a student, and its answers; measures of text only if there is a tokenizer.
 
     measures: a `Measures`.
     """
@@ -128,6 +135,7 @@ def text_row(name: str, measures: Any, student: Student, tokenizer: Any) -> dict
         "agreement": agreement(answers, measures.wanted),
         "distinct-1": distinct(answers, 1),
         "distinct-2": distinct(answers, 2),
+        "answers": answers,
     }
     if tokenizer is not None:
         texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]

@@ -171,7 +171,9 @@ def adapt(
         compiled = CompileConfig(preset=config.preset, enable=config.enable)
         student = Student(loaded, compiled, _observed(texts, config.seed))
         _check_student(student, compiled, config)
-        run = _StudentRun(loaded, tokenizer, teacher, student, config, folder, settings, progress)
+        run = _StudentRun(
+            loaded, tokenizer, teacher, student, encoder.stop, config, folder, settings, progress
+        )
     return run.all(texts, kept)
 
 
@@ -250,16 +252,22 @@ class _StudentRun(_Run):
     """Trains a student for a preset."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, teacher: Student, student: Student, *settings: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        teacher: Student,
+        student: Student,
+        stop: Sequence[int],
+        *settings: Any,
     ) -> None:
         super().__init__(model, tokenizer, *settings)
-        self.teacher, self.student = teacher, student
+        self.teacher, self.student, self.stop = teacher, student, stop
 
     def all(self, texts: Sequence[Encoded], held: Sequence[Encoded]) -> Report:
         """Train, save, compile, and report."""
         from mergec.compiler.adaptation.train import Measures, StudentTrainer, train
 
-        measures = Measures(self.teacher, held, self.config)
+        measures = Measures(self.teacher, held, self.config, self.stop)
         checkpoints = self.folder / CHECKPOINTS
         trainer = StudentTrainer(
             self.student, self.teacher, texts, measures, self.config, checkpoints, self.progress
@@ -280,7 +288,7 @@ class _StudentRun(_Run):
         self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), prompts))
         report = Report(self.folder, self.config, rows, history, len(texts), len(held))
         self._report(report)
-        self._compile(report, prompts)
+        self._compile(report, prompts, measures)
         return report
 
     @property
@@ -301,10 +309,11 @@ class _StudentRun(_Run):
         self.student.train()
         return rows
 
-    def _compile(self, report: Report, prompts: Sequence[Sequence[int]]) -> None:
+    def _compile(self, report: Report, prompts: Sequence[Sequence[int]], measures: Any) -> None:
         """Compile what was saved; note its cost, and how far it is from the teacher."""
         program = self._program()
         self._compare(program, prompts[0])
+        report.same = self._same(program, measures, report.rows[-1]["answers"])
         former = capture(self.teacher.model)
         deviation = measure_deviation(program.roles["server"], former, prompts)
         adaptation = read_adaptation(self.folder)
@@ -332,6 +341,29 @@ class _StudentRun(_Run):
             raise InternalError(
                 f"the program's logits are {apart:.2g} standard deviations from the student's"
             )
+
+    def _same(self, program: Program, measures: Any, answers: Sequence[Sequence[int]]) -> int:
+        """How many of the program's answers in the clear are the student's.
+
+        Raises InternalError if another answer is more than a tie that was broken the other way.
+        This also compares how both resend hidden states, which the logits of one step do not.
+        """
+        executor, same = PlainExecutor(program.roles["server"]), 0
+        for prompt, measured in zip(measures.prompts, answers, strict=True):
+            found = executor.generate(prompt, len(measured), stop=self.stop)
+            for wanted, (token, row) in zip(measured, found, strict=True):
+                if token == wanted:
+                    continue
+                apart = float((row[token] - row[wanted]) / row.std())
+                if not apart < _APART:
+                    raise InternalError(
+                        f"the program answers with the token {token}, the student with {wanted}, "
+                        f"whose logit is {apart:.2g} standard deviations smaller"
+                    )
+                break
+            else:
+                same += 1
+        return same
 
 
 class _HeadRun(_Run):

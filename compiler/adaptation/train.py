@@ -30,13 +30,21 @@ Numbers = dict[str, float]
 class Measures:
     """Measures a student on validation texts, beside the teacher's answers to their prompts.
 
-    texts: all count for the loss; the prompts of the first `config.samples` are answered.
+    texts: all count for the loss; the prompts of the first `config.samples` are answered. stop: the
+    tokens that end an answer.
     """
 
-    def __init__(self, teacher: Student, texts: Sequence[Encoded], config: AdaptConfig) -> None:
+    def __init__(
+        self,
+        teacher: Student,
+        texts: Sequence[Encoded],
+        config: AdaptConfig,
+        stop: Sequence[int] = (),
+    ) -> None:
         self.teacher = teacher
         self.texts = list(texts)
         self.config = config
+        self.stop = tuple(stop)
         self.prompts = [text.prompt for text in self.texts[: config.samples]]
         room = teacher.limit or math.inf
         longest = max(map(len, self.prompts))
@@ -51,12 +59,17 @@ class Measures:
         return self._wanted
 
     def answers(self, student: Student) -> list[list[int]]:
-        """A student's greedy answers, all of the same length."""
+        """A student's greedy answers, each up to its first stop token."""
         found = []
         for begin in range(0, len(self.prompts), self.config.batch):
             part = self.prompts[begin : begin + self.config.batch]
             found += student.generate(part, self.count)
-        return found
+        return [self._cut(answer) for answer in found]
+
+    def _cut(self, answer: list[int]) -> list[int]:
+        """What a user gets: what follows a stop token was never learned."""
+        ends = (place for place, token in enumerate(answer, 1) if token in self.stop)
+        return answer[: next(ends, None)]
 
     @torch.no_grad()
     def loss(self, student: Student, *, layers: bool = False, disturbed: bool = False) -> Numbers:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,6 +16,23 @@ def test_agreement_counts_places() -> None:
     assert agreement([[1, 2, 3], [4]], [[1, 9, 3], [4]]) == 3 / 4
     assert agreement([[1, 2]], [[1, 2, 3, 4]]) == 1 / 2
     assert agreement([], []) == 0
+
+
+def test_answers_end_with_their_first_stop_token() -> None:
+    """As a program's do; the tokens after it were never learned, and say nothing."""
+    from mergec.compiler.adaptation.train import Measures
+
+    class Fixed:
+        limit = None
+
+        def generate(self, prompts: list[tuple[int, ...]], count: int) -> list[list[int]]:
+            return [[7, 0, 5, 0], [7, 8, 9, 6], [0, 1, 2, 3]][: len(prompts)]
+
+    texts = [Encoded((1, 2, 7, 8), 2)] * 3
+    config = AdaptConfig(preset="merge", samples=3, answer=4).complete()
+    student: Any = Fixed()
+    assert Measures(student, texts, config, [0]).wanted == [[7, 0], [7, 8, 9, 6], [0]]
+    assert Measures(student, texts, config).wanted[0] == [7, 0, 5, 0]
 
 
 def test_distinct_counts_over_all_answers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mergec.compiler.adaptation.data import Encoded
 from mergec.compiler.adaptation.losses import collate, losses
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.driver import compile_source
-from mergec.compiler.errors import CompileError
+from mergec.compiler.errors import CompileError, InternalError
 from mergec.runtime.engine.plain import PlainExecutor
 from tests.adaptation import counting
 from tests.families import random_decoder
@@ -66,6 +67,8 @@ def test_from_the_model_to_the_program(model: Any, data: Path, tmp_path: Path) -
     whole = json.loads((folder / "report.json").read_text())
     assert whole["settings"]["preset"] == "merge"
     assert whole["cost"]["decode"]["rounds"] > 0
+    assert whole["same answers"] == report.same == SHORT["samples"]
+    assert [len(answer) for answer in whole["rows"][2]["answers"]] == [2, 2]
     assert [entry["step"] for entry in whole["history"] if "eval_loss" in entry] == [2, 4]
 
     program = compile_source(folder, {"max_length": 16, "logit_noise": 0.0})
@@ -133,6 +136,34 @@ def test_nothing_to_train(data: Path, tmp_path: Path) -> None:
         run._check_student(student, asked, config("mpcformer-2quad"))
     with pytest.raises(CompileError, match=r"length is 128, but the model takes at most 64 tokens"):
         mergec.adapt(relu, data, tmp_path / "long", config("merge-mm", length=128))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_program_that_answers_otherwise(
+    swapped: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tie may be broken the other way; anything else is an error."""
+    rows = torch.tensor([[0.0, 3.0, 1.0, 2.0], [0.0, 1.0, 2.0 if swapped else 3.0, 3.0]])
+
+    class Executor:
+        def __init__(self, _: Any) -> None:
+            pass
+
+        def generate(self, prompt: Any, count: int, stop: Any) -> Any:
+            assert (prompt, count, stop) == ((5,), 2, [0])
+            return ((int(row.argmax()), row) for row in rows)
+
+    monkeypatch.setattr(run, "PlainExecutor", Executor)
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    made = run._StudentRun(None, None, student, student, [0], config("merge-er"), None, {}, print)
+    measures = SimpleNamespace(prompts=[(5,)])
+    program: Any = SimpleNamespace(roles={"server": None})
+    assert made._same(program, measures, [[1, int(rows[1].argmax())]]) == 1
+    if swapped:
+        with pytest.raises(InternalError, match=r"with the token 3, the student with 2, whose"):
+            made._same(program, measures, [[1, 2]])
+    else:
+        assert made._same(program, measures, [[1, 3]]) == 0
 
 
 TEXTS = [Encoded(tuple(range(start, start + 8)), 2) for start in (0, 20, 40)]
