@@ -17,11 +17,13 @@ larger numbers the same command trains larger models, on a GPU if there is one.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import platform
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -35,10 +37,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import mergec
+from mergec import CompileConfig
 from mergec.compiler.adaptation.config import RECIPE
 from mergec.compiler.adaptation.data import Encoded, Encoder, read_examples
 from mergec.compiler.adaptation.losses import collate
 from mergec.compiler.adaptation.metrics import distinct
+from mergec.compiler.adaptation.scale import match_scale
+from mergec.compiler.adaptation.student import Student
+from mergec.compiler.frontend.adaptation import stands_at
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "adaptation.md"
 
@@ -84,6 +90,8 @@ class Row:
     changes: tuple[tuple[str, Any], ...] = ()
 
 
+MATCHED, RESENT = ("match_scale", True), ("resent", 2)
+
 RUNS = {
     "ER, as described": Row("merge-er", "paper"),
     "MERGE, as described": Row("merge", "paper"),
@@ -94,14 +102,17 @@ RUNS = {
     "THE-X": Row("thex"),
     "ER, no noise": Row("merge-er"),
     "ER, no noise, no cosine": Row("merge-er", changes=(("cosine", 0.0),)),
-    "ER, resent 3": Row("merge-er", changes=(("resent", 3),)),
-    "ER, resent 3, teacher's answers": Row("merge-er", None, True, (("resent", 3),)),
-    "MERGE, resent 3, teacher's answers": Row("merge", None, True, (("resent", 3),)),
+    "ER, matched": Row("merge-er", changes=(MATCHED,)),
+    "ER, matched, resent": Row("merge-er", changes=(MATCHED, RESENT)),
+    "ER, resent, teacher's answers": Row("merge-er", None, True, (RESENT,)),
+    "ER, matched, resent, teacher's answers": Row("merge-er", None, True, (MATCHED, RESENT)),
+    "MERGE, matched, resent, teacher's answers": Row("merge", None, True, (MATCHED, RESENT)),
 }
 """The runs, by name."""
 
 UNTRAINED = {
     "ER, as described": "ER",
+    "ER, matched": "ER, matched",
     "MM": "MM",
     "MERGE, as described": "MERGE",
     "2Quad": "2Quad",
@@ -267,6 +278,14 @@ def rms(teacher: Path) -> float:
     return float(model.transformer.wte.weight.detach().square().mean().sqrt())
 
 
+def factor_of(folder: Path, teacher: Path) -> float:
+    """What `match_scale` multiplies hidden states by, on the sentences to measure with."""
+    model = GPT2LMHeadModel.from_pretrained(teacher)
+    texts = encoded(make_tokenizer(folder), folder / "validation.jsonl")
+    student = Student(copy.deepcopy(model), CompileConfig(), [[0]])
+    return match_scale(model, student, [text.tokens for text in texts])
+
+
 def options_of(row: Row, arguments: argparse.Namespace, teacher: Path) -> mergec.AdaptConfig:
     """The options of a run. The recipe's noise is scaled to this embedding."""
     recipe = RECIPE[row.recipe] if row.recipe else {"noise": 0.0, "dropout": 0.0}
@@ -294,6 +313,9 @@ def adapted(name: str, folder: Path, teacher: Path, config: mergec.AdaptConfig) 
     seconds = place / "seconds.txt"
     if not seconds.is_file():
         begin = time.process_time()
+        if stands_at(place):
+            # Trained, but interrupted before it was compiled.
+            shutil.rmtree(place)
         data = folder / "train.jsonl"
         if RUNS[name].from_teacher:
             data = write_answers(folder, teacher)
@@ -469,6 +491,7 @@ def page(
         batch=BATCH,
         rate=RATE,
         samples=len(measured.prompts),
+        factor=factor_of(work, teacher),
         rms=rms(teacher),
         noises=noises,
         minutes=minutes,
@@ -518,9 +541,10 @@ Agreement with the teacher's answers while training runs:
 
 {curves}
 
-*resent 3* runs each training step three more times, with the hidden states of the run before in
-place of the answer's embeddings. *teacher's answers* trains on the teacher's greedy answers to the
-same prompts, in place of the sentences.
+*matched* scales hidden states to the size of embeddings before the training, by {factor:.3f} here;
+no logit changes. *resent* runs each training step twice more, with the hidden states of the run
+before in place of the answer's embeddings. *teacher's answers* trains on the teacher's greedy
+answers to the same prompts, in place of the sentences.
 
 ## Cost
 
@@ -558,7 +582,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--teacher-steps", type=int, default=2_400)
-    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
     arguments = parser.parse_args()

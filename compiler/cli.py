@@ -219,6 +219,10 @@ class AdaptOptions:
     resent: Annotated[
         int | None, typer.Option(help="Further runs of a step, with its own hidden states.")
     ] = None
+    match_scale: Annotated[
+        bool,
+        typer.Option("--match-scale", help="Scale resent states to the size of embeddings first."),
+    ] = False
     layer_steps: Annotated[
         float | None, typer.Option(help="Share of the steps that learn the teacher's layers.")
     ] = None

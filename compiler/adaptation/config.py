@@ -63,6 +63,9 @@ class AdaptConfig:
         embedding has a root mean square of 0.14.
     resent: where hidden states are resent, how often each training step runs the model again with
         its own hidden states in place of the answer's embeddings. MERGE does not: 0, the default.
+    match_scale: where hidden states are resent, scale the last norm before the training so that
+        they are as large as embeddings, and the head so that no logit changes
+        (`adaptation/scale.py`). MERGE does not: False, the default.
     layer_steps: the share of the steps that train on layers, with objective="teacher".
     temperature: of the logits that are compared with the teacher's.
     seed, device: device is "cpu", "cuda", or "auto".
@@ -95,6 +98,7 @@ class AdaptConfig:
     noise: float | None = None
     dropout: float | None = None
     resent: int = 0
+    match_scale: bool = False
     layer_steps: float = 0.5
     temperature: float = 1.0
     seed: int = 0
@@ -139,6 +143,7 @@ class AdaptConfig:
             check.choice("objective", self.objective, OBJECTIVES)
         check.text("separator", self.separator)
         check.flag("chat", self.chat)
+        check.flag("match_scale", self.match_scale)
         for option, least in _WHOLE.items():
             value = getattr(self, option)
             if value is not None:

@@ -19,6 +19,7 @@ from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.data import Encoded, Encoder, Example, read_examples, split
 from mergec.compiler.adaptation.heads import HeadMeasures, TrainedHeads
 from mergec.compiler.adaptation.report import Report, text_row, write_report
+from mergec.compiler.adaptation.scale import match_scale
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.config import CompileConfig
@@ -35,6 +36,7 @@ from mergec.compiler.frontend.heads import Heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.pipeline import runs_anyway, select
 from mergec.compiler.program import Program
+from mergec.passes.resend_hidden import ResendHidden
 from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
@@ -169,7 +171,11 @@ def adapt(
         run = _HeadRun(loaded, tokenizer, heads, config, folder, settings, progress)
     else:
         compiled = CompileConfig(preset=config.preset, enable=config.enable)
-        student = Student(loaded, compiled, _observed(texts, config.seed))
+        observed = _observed(texts, config.seed)
+        if config.match_scale:
+            factor = match_scale(loaded, teacher, observed)
+            progress(f"hidden states are scaled by {factor:.3g}")
+        student = Student(loaded, compiled, observed)
         _check_student(student, compiled, config)
         run = _StudentRun(
             loaded, tokenizer, teacher, student, encoder.stop, config, folder, settings, progress
@@ -449,7 +455,11 @@ def _checked(config: Any, progress: Any) -> AdaptConfig:
         check.instance("config", config, AdaptConfig, "make one, as AdaptConfig(preset='merge')")
     check.function("progress", progress)
     config = config or AdaptConfig()
-    select(CompileConfig(preset=config.preset, enable=config.enable))
+    chosen = select(CompileConfig(preset=config.preset, enable=config.enable))
+    if config.match_scale and ResendHidden not in chosen:
+        raise CompileError(
+            "match_scale is for presets that resend hidden states, merge-er and merge; leave it out"
+        )
     return config
 
 

@@ -145,6 +145,18 @@ class Student(nn.Module):
             raise CompileError("the model's head has no matrix")
         return matrix, bias
 
+    def last_norm(self) -> list[str]:
+        """The constants of the norm that the head reads: its gain, and its shift if it has one.
+
+        Empty if the head reads something else.
+        """
+        node = self._hidden
+        while calls(node, aten.reshape.default):
+            node = node.args[0]  # type: ignore[assignment]
+        if not any(calls(node, target(name)) for name in ("layer_norm", "rms_norm")):
+            return []
+        return [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
+
     def _constant(self, node: Any) -> torch.Tensor | None:
         if node is None:
             return None

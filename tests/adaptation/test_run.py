@@ -91,6 +91,22 @@ def test_from_the_model_to_the_program(model: Any, data: Path, tmp_path: Path) -
         mergec.adapt(folder, data, tmp_path / "again", config("thex"))
 
 
+def test_scales_are_matched_before_the_training(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student begins with the same logits, and ends as a program like any other."""
+    said: list[str] = []
+    asked = config("merge-er", match_scale=True)
+    report = mergec.adapt(model, data, tmp_path / "adapted", asked, progress=said.append)
+    (line,) = [line for line in said if line.startswith("hidden states are scaled by ")]
+    assert 0 < float(line.split()[-1]) < 0.5
+    assert report.rows[1]["perplexity"] == pytest.approx(report.rows[0]["perplexity"], rel=1e-4)
+    assert report.same == SHORT["samples"]
+    assert not json.loads((tmp_path / "adapted/config.json").read_text())["tie_word_embeddings"]
+    with pytest.raises(CompileError, match=r"is for presets that resend hidden states"):
+        mergec.adapt(model, data, tmp_path / "mm", config("merge-mm", match_scale=True))
+
+
 def test_an_interrupted_run_continues(
     model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.adaptation.scale import match_scale
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.config import PRESETS
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import Adaptation, write_adaptation
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import FAMILIES, random_decoder
+from tests.families import FAMILIES, every_family, random_decoder
 
 LOSSY = tuple(name for name in PRESETS if name != "exact")
 PROMPT, ANSWER = [3, 14, 15, 92, 65, 35], [9, 26]
@@ -40,6 +42,47 @@ def moved(model: Any, config: CompileConfig) -> Student:
             change = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter += 0.1 * parameter.abs().mean() * change
     return student
+
+
+NO_GAIN = ("gemma", "gemma2", "olmo")
+"""Families whose last norm has no gain, or one that is not its parameter: 1 + w."""
+
+
+@every_family(quick=("gpt2", "gemma"))
+def test_scales_match(family: str, tmp_path: Path) -> None:
+    """Hidden states get the size of embeddings, logits stay, and a folder keeps both."""
+    model = random_decoder(family)
+    before = Student(copy.deepcopy(model), CompileConfig(), [[0]])
+    if family in NO_GAIN:
+        with pytest.raises(CompileError, match=r"; leave out match_scale"):
+            match_scale(model, before, SEQUENCES)
+        return
+    ids = torch.tensor([SEQUENCES[0]])
+    factor = match_scale(model, before, SEQUENCES[:1])
+    assert not 0.9 < factor < 1.1
+    with torch.no_grad():
+        wanted = before(ids)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for one in (model, loaded):
+        with torch.no_grad():
+            found = Student(one, CompileConfig(), [[0]])(ids)
+        assert torch.allclose(found.logits, wanted.logits, atol=TOLERANCE)
+        assert torch.allclose(found.hidden, factor * wanted.hidden, atol=TOLERANCE)
+        size = found.hidden[:, :-1].square().mean() / before.embed(ids)[:, 1:].square().mean()
+        assert float(size.detach()) == pytest.approx(1, rel=1e-4)
+
+
+def test_scales_that_do_not_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm whose shift is not scaled gives other logits."""
+    model = small()
+    before = Student(copy.deepcopy(model), CompileConfig(), [[0]])
+    monkeypatch.setattr(type(before), "last_norm", lambda _: ["transformer.ln_f.weight"])
+    with torch.no_grad():
+        before.model.transformer.ln_f.bias.add_(1.0)
+        model.transformer.ln_f.bias.add_(1.0)
+    with pytest.raises(CompileError, match=r"changes logits; leave out match_scale"):
+        match_scale(model, before, SEQUENCES)
 
 
 def answers(student: Student) -> torch.Tensor:
