@@ -141,6 +141,7 @@ def write_data(folder: Path, wordnet: Path, vocabulary: int, most: int) -> dict[
 
     A sentence counts if all of its words are among the most frequent ones. It is trained on with
     up to three sets of concepts out of its five rarest words, and measured with the three rarest.
+    Of the other sentences, the three rarest of the frequent words are more prompts for the teacher.
     """
     found = sorted(set(sentences(wordnet)))
     counts = Counter(word for sentence in found for word in sentence.split())
@@ -149,6 +150,14 @@ def write_data(folder: Path, wordnet: Path, vocabulary: int, most: int) -> dict[
     known = set(words)
     rank = {word: place for place, word in enumerate(words)}
     kept = [s for s in found if known.issuperset(s.split()) and len(set(s.split())) > CONCEPTS]
+    others = [known.intersection(s.split()) for s in found if not known.issuperset(s.split())]
+    prompts = {
+        " ".join(sorted(sorted(some, key=lambda word: -rank[word])[:CONCEPTS]))
+        for some in others
+        if len(some) > CONCEPTS
+    }
+    prompts = set(sorted(prompts)[:most])
+    (folder / "prompts.txt").write_text("\n".join(sorted(prompts)), encoding="utf-8")
     draw = random.Random(0)
     draw.shuffle(kept)
     kept = kept[:most]
@@ -156,10 +165,10 @@ def write_data(folder: Path, wordnet: Path, vocabulary: int, most: int) -> dict[
     lines: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
     for place, sentence in enumerate(kept):
         rarest = sorted(set(sentence.split()), key=lambda word: -rank[word])[:5]
-        first, *others = itertools.combinations(rarest, CONCEPTS)
+        first, *further = itertools.combinations(rarest, CONCEPTS)
         sets = [first]
         if place >= cut:
-            sets += draw.sample(others, min(2, len(others)))
+            sets += draw.sample(further, min(2, len(further)))
         part = lines["validation" if place < cut else "train"]
         part += [{"concepts": sorted(chosen), "target": sentence} for chosen in sets]
     for name, records in lines.items():
@@ -172,6 +181,7 @@ def write_data(folder: Path, wordnet: Path, vocabulary: int, most: int) -> dict[
         "kept": len(kept),
         "trained": len(kept) - cut,
         "texts": len(lines["train"]),
+        "prompts": len(prompts),
         "held": len(lines["validation"]),
     }
 
@@ -190,6 +200,13 @@ def make_tokenizer(folder: Path) -> Any:
 def encoded(tokenizer: Any, file: Path) -> list[Encoded]:
     """The texts of a file, as `adapt` encodes them."""
     return Encoder(tokenizer, len(tokenizer), LENGTH, SEPARATOR)(read_examples(file))
+
+
+def learned_prompts(folder: Path, tokenizer: Any) -> set[tuple[int, ...]]:
+    """The prompts of the sentences to train on, and those of other sentences."""
+    others = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    learned = {text.prompt for text in encoded(tokenizer, folder / "train.jsonl")}
+    return learned | {tuple(tokenizer(other + SEPARATOR)["input_ids"]) for other in others}
 
 
 def make_teacher(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -247,12 +264,12 @@ def make_teacher(folder: Path, arguments: argparse.Namespace) -> Path:
 
 @torch.no_grad()
 def write_answers(folder: Path, teacher: Path) -> Path:
-    """A file of the teacher's greedy answers to the prompts that are trained on."""
+    """A file of the teacher's greedy answers, to prompts that it was trained on and to others."""
     file = folder / "answers.jsonl"
     if file.is_file():
         return file
     model, tokenizer = GPT2LMHeadModel.from_pretrained(teacher).eval(), make_tokenizer(folder)
-    prompts = sorted({text.prompt for text in encoded(tokenizer, folder / "train.jsonl")})
+    prompts = sorted(learned_prompts(folder, tokenizer))
     lines = []
     for begin in range(0, len(prompts), 256):
         ids = torch.tensor(prompts[begin : begin + 256])
@@ -357,6 +374,7 @@ class Page:
         self.tokenizer = make_tokenizer(folder)
         self.texts = encoded(self.tokenizer, folder / "validation.jsonl")[: arguments.samples]
         self.prompts = [text.prompt for text in self.texts]
+        self.met = len(learned_prompts(folder, self.tokenizer).intersection(self.prompts))
         first = next(iter(found.values()))["rows"][0]
         self.rows = {"the sentences themselves": self._given(), "teacher": first}
         for name, report in found.items():
@@ -491,6 +509,7 @@ def page(
         batch=BATCH,
         rate=RATE,
         samples=len(measured.prompts),
+        met=measured.met,
         factor=factor_of(work, teacher),
         rms=rms(teacher),
         noises=noises,
@@ -531,9 +550,10 @@ neither. The runs took {minutes:.0f} CPU minutes in all (torch {torch}, Python {
 
 Perplexity is that of the {held:,} sentences, each token after the right ones before it, also where
 the program would resend hidden states; there, look at the rest, which is of greedy answers to the
-first {samples} prompts, cut at their ends. Agreement is the share of tokens that are the teacher's;
-coverage the share of concepts that stand in the answer; repeated the share of an answer's tokens
-that stood in it before. BLEU, ROUGE-L and chrF++ compare with the one sentence that was given.
+first {samples} prompts, cut at their ends. {met} of these prompts stand in the training data, too,
+with other sentences or answers. Agreement is the share of tokens that are the teacher's; coverage
+the share of concepts that stand in the answer; repeated the share of an answer's tokens that stood
+in it before. BLEU, ROUGE-L and chrF++ compare with the one sentence that was given.
 
 {quality}
 
@@ -544,7 +564,8 @@ Agreement with the teacher's answers while training runs:
 *matched* scales hidden states to the size of embeddings before the training, by {factor:.3f} here;
 no logit changes. *resent* runs each training step twice more, with the hidden states of the run
 before in place of the answer's embeddings. *teacher's answers* trains on the teacher's greedy
-answers to the same prompts, in place of the sentences.
+answers in place of the sentences: to the same prompts, and to {prompts:,} prompts from sentences
+that have other words, too.
 
 ## Cost
 
