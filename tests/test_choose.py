@@ -61,8 +61,9 @@ def test_slow_networks_get_fewer_rounds_and_more_bytes() -> None:
             other: NETWORKS[name].weight(costs[other], dealt[other], waits=False)
             for other in programs
         }
-        # Where messages take no time no norm is deferred, however small the model is.
-        assert weights[name] == min(weights.values()) or name == "loopback"
+        # Where messages take no time no norm is deferred, however small the model is; and what the
+        # dealer sends is chosen for a prompt.
+        assert weights[name] == min(weights.values()) or name in ("loopback", "lan")
 
 
 def test_inspection_tells_the_estimate() -> None:
@@ -159,7 +160,7 @@ def test_the_dealer_s_bytes_count_where_a_step_would_wait_for_them(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["loopback", "wan"])
 def test_the_client_is_dealt_little(family: str, network: str) -> None:
     """Nothing but keys of powers, and of prompts' maxima."""
     _, program = compiled(family, network=network)
@@ -173,6 +174,15 @@ def test_the_client_is_dealt_little(family: str, network: str) -> None:
         dealt = dealt_bytes(program.any_role, new, past)
         assert dealt["client"] < 0.1 * dealt["server"]
     assert chosen_otherwise(program.any_role, NETWORKS[network], 16) == {}
+
+
+def test_keys_share_the_work_of_two_links_that_are_equally_slow() -> None:
+    lan, wan = (
+        compiled("llama", network=name, disable=("defer_norm",))[1] for name in ("lan", "wan")
+    )
+    near, far = (dealt_bytes(p.any_role, 60, 0) for p in (lan, wan))
+    assert max(near.values()) < max(far.values()) and near["client"] > far["client"]
+    assert chosen_otherwise(lan.any_role, NETWORKS["lan"], 16) == {}
 
 
 def test_inputs_that_reach_far_keep_their_keys() -> None:

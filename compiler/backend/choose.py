@@ -35,11 +35,11 @@ def choose_variants(
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
-    messages, so they count only if the step would otherwise wait for them. Ops that need the same
-    messages either way (`Op.supplies`) get the dealt bytes that take the least time in a prompt: of
-    both links, and of the roles' work for them, in any case. fixed: the program's fractional bits.
-    exact: whether roundings are exact. max_length: most tokens that the program takes. All roles
-    get the same choice; their instructions are replaced in place.
+    messages, so they count only if the step would otherwise wait for them. Of ops that need the
+    same messages either way (`Op.supplies`), either all take keys, or each the dealt bytes that
+    take the least time in a prompt: of both links, and of the roles' work for them. fixed: the
+    program's fractional bits. exact: whether roundings are exact. max_length: most tokens that the
+    program takes. All roles get the same choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
     past = min(PAST, max_length - NEW)
@@ -51,7 +51,16 @@ def choose_variants(
             break
     # Only a decode step of an encoder-decoder runs its decoder.
     step = (NEW, past) if program.encodes else (min(PROMPT, max_length), 0)
-    _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, waits=True))
+    given = {name: role.instructions for name, role in roles.items()}
+    seconds = []
+    # The links work at the same time, and which is the slower depends on all ops together.
+    for keys in (True, False):
+        for name, role in roles.items():
+            role.instructions = given[name]
+        _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, True, keys))
+        seconds.append(_seconds(program, network, fixed, exact, *step))
+    if seconds[0] < seconds[1]:
+        _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, True, True))
 
 
 def _replace(
@@ -94,6 +103,15 @@ def _waits(
     return waiting.total > waiting.prepared
 
 
+def _seconds(
+    program: RoleProgram, network: Network, fixed: int, exact: bool, new: int, past: int
+) -> float:
+    """What a step waits for the network, and the roles' work for dealt bytes."""
+    cost = cost_report(program, new, past, fixed, exact).total
+    dealt = dealt_bytes(program, new, past, fixed, exact)
+    return network.waiting(cost, dealt).total + network.making(dealt)
+
+
 def _variants(op: type[Op]) -> Options | None:
     stated: Any = op.variants
     return None if stated.__func__ is Op.variants.__func__ else stated  # type: ignore[attr-defined]
@@ -113,8 +131,12 @@ def _choices(
     new: int,
     past: int,
     waits: bool,
+    first: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The calls that leave something open: an instruction's name, and its best arguments."""
+    """The calls that leave something open: an instruction's name, and its best arguments.
+
+    first: take the first option instead, which is keys where it is about supplies.
+    """
     plan = Plan(program)
     if not any(planned.op and kind(planned.op) for planned in plan.steps):
         return
@@ -135,13 +157,10 @@ def _choices(
             return network.weight(cost, dealt, waits=waits)
 
         given = planned.bind(item.args, item.kwargs)
-        if kind is _supplies:
-            best = given | min(options, key=weight, default={})
-            if best == given:
-                # The call stays as it is written.
-                continue
-        else:
-            best = given | min(options, key=weight)
+        best = given | (options[0] if options and first else min(options, key=weight, default={}))
+        if kind is _supplies and best == given:
+            # The call stays as it is written.
+            continue
         if not best.get("reach"):
             # It is the last argument.
             best.pop("reach", None)

@@ -72,13 +72,17 @@ class Network:
             self.to_server.latency + dealt["server"] / self.to_server.bandwidth,
         )
 
+    @staticmethod
+    def making(dealt: Mapping[str, int]) -> float:
+        """Seconds of the roles' work for dealt bytes, by role."""
+        return sum(dealt[role] / rate for role, rate in MAKING.items())
+
     def weight(self, cost: Cost, dealt: Mapping[str, int], *, waits: bool = True) -> float:
         """Seconds used to compare protocols: rounds, bytes of all links, and work for dealt bytes.
 
         waits: whether a step waits for the dealer's bytes; if not, only the work for them counts.
         """
-        seconds = self.waiting(cost, dealt).prepared
-        seconds += sum(dealt[role] / rate for role, rate in MAKING.items())
+        seconds = self.waiting(cost, dealt).prepared + self.making(dealt)
         if waits:
             seconds += dealt["client"] / self.to_client.bandwidth
             seconds += dealt["server"] / self.to_server.bandwidth
