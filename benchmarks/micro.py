@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 
 from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.matmul import matmul_rows, set_threads
+from mergec.runtime.ops import load_all
 from mergec.runtime.transport.authority import make_certificates
 from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import Security
@@ -29,6 +32,7 @@ REPEATS = 5
 STREAM_BYTES = 1 << 26
 ROWS, INNER, OUTER = 1, 576, 4096
 ROUNDS, MESSAGE_BYTES = 5000, 1024
+ELEMENTS, REACH = 1 << 16, 7
 WAYS = "gloo", "plain", "tls"
 
 
@@ -128,12 +132,31 @@ def matmul_rates() -> tuple[float, float, float]:
     )
 
 
+def activation_cost(name: str, factors: int, *arguments: object) -> float:
+    """Microseconds of all three roles, one after the other, for an element of an activation."""
+    op, simulation = REGISTRY[name], Simulation()
+    given = [simulation.share(torch.linspace(-9, 9, ELEMENTS)) for _ in range(factors)]
+
+    def step() -> None:
+        simulation.run(lambda ctx, party: op.protocol(ctx, *(x[party] for x in given), *arguments))
+
+    return 1e6 * seconds(step) / ELEMENTS
+
+
 def main() -> None:
     plain, kept = stream_rates()
     set_threads(1)
     torch.set_num_threads(1)
     library, wide, narrow = matmul_rates()
     gloo, plain_round, tls_round = round_costs()
+    load_all()
+    activations = [
+        (said, *(activation_cost(name, factors, argument, reach) for reach in (0, REACH)))
+        for said, name, factors, argument in (
+            ("a gated SiLU", "glu", 2, "silu"),
+            ("a GELU", "gelu", 1, True),
+        )
+    ]
     print("| what | rate | against the first |\n| --- | ---: | ---: |")
     print(f"| mask words, default memory settings | {plain / 1e9:.2f} GB/s | 1 |")
     print(f"| mask words, freed memory kept | {kept / 1e9:.2f} GB/s | {kept / plain:.1f} |")
@@ -143,6 +166,9 @@ def main() -> None:
     print(f"| a round, torch.distributed over gloo | {gloo:.0f} us of CPU | 1 |")
     for name, cost in (("our channel", plain_round), ("our channel, TLS 1.3", tls_round)):
         print(f"| the same, {name} | {cost:.0f} us of CPU | {cost / gloo:.2f} |")
+    for said, keys, tables in activations:
+        print(f"| an element of {said}, keys, all roles | {keys:.2f} us | 1 |")
+        print(f"| the same, tables for the server alone | {tables:.2f} us | {tables / keys:.2f} |")
 
 
 if __name__ == "__main__":
