@@ -44,6 +44,7 @@ from mergec.compiler.adaptation.losses import collate
 from mergec.compiler.adaptation.metrics import distinct
 from mergec.compiler.adaptation.scale import match_scale
 from mergec.compiler.adaptation.student import Student
+from mergec.compiler.driver import compile_source
 from mergec.compiler.frontend.adaptation import stands_at
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "adaptation.md"
@@ -91,6 +92,7 @@ class Row:
 
 
 MATCHED, RESENT = ("match_scale", True), ("resent", 2)
+LONGER = (("steps", 2_400), ("evaluate_every", 800), ("save_every", 400))
 
 RUNS = {
     "ER, as described": Row("merge-er", "paper"),
@@ -107,6 +109,9 @@ RUNS = {
     "ER, resent, teacher's answers": Row("merge-er", None, True, (RESENT,)),
     "ER, matched, resent, teacher's answers": Row("merge-er", None, True, (MATCHED, RESENT)),
     "MERGE, matched, resent, teacher's answers": Row("merge", None, True, (MATCHED, RESENT)),
+    "ER, matched, resent, teacher's answers, 2,400 steps": Row(
+        "merge-er", None, True, (MATCHED, RESENT, *LONGER)
+    ),
 }
 """The runs, by name."""
 
@@ -347,6 +352,8 @@ def adapted(name: str, folder: Path, teacher: Path, config: mergec.AdaptConfig) 
         seconds.write_text(f"{time.process_time() - begin:.0f}\n")
     found: dict[str, Any] = json.loads((place / "report.json").read_text())
     found["seconds"] = int(seconds.read_text())
+    # Of this compiler, as the teacher's is, also where the run was done before.
+    found["cost"] = dict(compile_source(place, {}).manifest.cost)
     return found
 
 
@@ -572,7 +579,8 @@ that have other words, too.
 Rounds and bytes (both directions) of one decode step of the compiled program; where hidden states
 are resent, bytes include a token's part of the last step. The last column says how many answers of
 the compiled program, run in the clear, are those of the student that was measured. `adapt` raises
-an error if another one is more than a tie.
+an error if another one is more than a tie. Programs of one preset differ a little, because ranges
+from calibration decide what is truncated.
 
 {costs}
 
