@@ -121,12 +121,14 @@ def test_an_exact_program_deviates_from_nothing() -> None:
     assert compiled("llama", "exact").deviation == ""
 
 
-def test_a_lossy_program_costs_less() -> None:
-    """In rounds, not in bytes: a square opens more than a table does."""
+def test_what_a_lossy_program_saves() -> None:
+    """Rounds, or dealt bytes; 2ReLU saves neither, as its quotient takes longer than a softmax."""
     exact = cost_report(compiled("llama", "exact").any_role, 1, 32).total
     for preset in LOSSY:
         lossy = cost_report(compiled("llama", preset).any_role, 1, 32).total
-        assert lossy.rounds < exact.rounds
+        assert (lossy.rounds < exact.rounds) == (not preset.startswith("mpcformer"))
+        if preset == "mpcformer-2quad":
+            assert lossy.offline < exact.offline
 
 
 @pytest.mark.slow

@@ -106,8 +106,8 @@ def test_a_client_finds_weights_without_noise_and_nothing_with_the_default(attac
     rows = [attack.attack(victim, recording, setting, [ENOUGH], 5) for setting in settings]
     # Of about 100 entries, in few columns, chance correlations vary by 0.1 to 0.2 around zero.
     for (bare,) in rows[:2]:
-        assert bare.found[ENOUGH] > 0.7, bare
+        assert bare.found[ENOUGH] > 0.5, bare
         assert bare.control < 0.6, bare
     (hidden,) = rows[2]
-    assert abs(hidden.found[ENOUGH]) < 0.6, hidden
+    assert abs(hidden.found[ENOUGH]) < 0.5, hidden
     assert "| 16 bits, no noise |" in "\n".join(attack.table(rows[0][:1]))
