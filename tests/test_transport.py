@@ -77,6 +77,22 @@ def test_traffic_snapshot_difference_and_reset() -> None:
     assert traffic == Traffic()
 
 
+@pytest.mark.parametrize("large", [1000, 3000], ids=["gathered", "of its own"])
+def test_streams_that_keep_pace_wait_for_no_flush(large: int) -> None:
+    """The few words of one party arrive together with the many of the other."""
+    (few, reader), (many, other) = (dealer_pair(block_bytes=2000, timeout=60.0) for _ in range(2))
+    few.keep_pace(many)
+    few.write(torch.arange(10, dtype=torch.uint8))
+    for _ in range(2):
+        many.write(torch.ones(large, dtype=torch.uint8))
+    assert reader.read(10).tolist() == list(range(10))
+    assert int(other.read(2 * large).sum()) == 2 * large
+    few.write(torch.zeros(3, dtype=torch.uint8))
+    many.write(torch.zeros(3, dtype=torch.uint8))
+    few.flush()
+    assert reader.read(3).tolist() == other.read(3).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("block", [1, 5, 1000])
 def test_dealer_stream_is_a_byte_stream(block: int) -> None:
     sender, receiver = dealer_pair(block_bytes=block)

@@ -186,6 +186,7 @@ class DealerSession:
         """Deal what both parties request. public: lengths of the session's public texts."""
         more = {**self._program.manifest.arithmetic, "salt": client.salt}
         streams = DealerSender(_LineBlockWriter(line)), DealerSender(ChannelBlockWriter(channel))
+        streams[CLIENT].keep_pace(streams[SERVER])
         context = DealerContext(
             client.seed,
             server.seed,

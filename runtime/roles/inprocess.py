@@ -46,6 +46,7 @@ class InProcessSession:
         self._links = link_pair(timeout=600.0)
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]
+        self._senders[CLIENT].keep_pace(self._senders[SERVER])
         sources = [source for _, source in streams]
         more = {**programs[ROLES[CLIENT]].manifest.arithmetic, "salt": salt}
         contexts: dict[int, Context] = {

@@ -163,6 +163,7 @@ def deal(
     for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
         channels[party].send(Kind.SEED, Origin(seed, salt).encode())
     client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
+    client.keep_pace(server)
     more = {**program.manifest.arithmetic, "salt": salt}
     context = DealerContext(client_seed, server_seed, client, server, device, **more)
     return Executor(program, context, None), (client, server)

@@ -57,6 +57,15 @@ class DealerSender:
         self._block_bytes = block_bytes
         self._gathered: list[torch.Tensor] = []
         self._size = 0
+        self._beside: DealerSender | None = None
+
+    def keep_pace(self, other: DealerSender) -> None:
+        """Let each of two streams send what it has gathered whenever the other sends a block.
+
+        The parties use both at the same time. One that is sent little would wait for its words
+        until the other was sent all of a step.
+        """
+        self._beside, other._beside = other, self
 
     def write(self, data: torch.Tensor) -> None:
         """Append bytes (1-D uint8 on the CPU) to the stream."""
@@ -76,6 +85,11 @@ class DealerSender:
 
     def flush(self) -> None:
         """Send the bytes gathered so far: the party may be waiting for them."""
+        self._send()
+        if self._beside is not None:
+            self._beside._send()
+
+    def _send(self) -> None:
         if self._gathered:
             block = torch.cat(self._gathered)
             self._gathered, self._size = [], 0
