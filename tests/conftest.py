@@ -1,4 +1,4 @@
-"""Golden files: texts under tests/ that results are compared with, rewritten by --update-golden."""
+"""Golden files, which --update-golden rewrites, and how files are divided among processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ OF_ALL_FAMILIES = {
     "test_resend_hidden.py",
     "test_shared_weights.py",
 }
+"""Files whose tests go through all families."""
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
-from mergec.runtime.core.network import Network
+from mergec.runtime.core.network import Network, Waiting
 from mergec.runtime.core.op import Op
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
@@ -23,6 +23,9 @@ PROMPT = 64
 
 Options = Callable[..., Iterable[dict[str, Any]]]
 """`Op.variants` or `Op.supplies` of an op."""
+
+Choices = Mapping[str, tuple[Any, ...]]
+"""Arguments of calls, by the names of their instructions."""
 
 
 def choose_variants(
@@ -44,35 +47,37 @@ def choose_variants(
     program = next(iter(roles.values()))
     past = min(PAST, max_length - NEW)
     for waits in (False, True):
-        best = _replace(
-            roles, _choices(program, _variants, network, fixed, exact, NEW, past, waits)
-        )
-        if waits or not best or not _waits(program, network, fixed, exact, NEW, past):
+        best = dict(_choices(program, _variants, network, fixed, exact, NEW, past, waits))
+        _replace(roles, best)
+        if waits or not best:
+            break
+        waiting, _ = _times(program, network, fixed, exact, NEW, past)
+        if waiting.total <= waiting.prepared:
             break
     # Only a decode step of an encoder-decoder runs its decoder.
     step = (NEW, past) if program.encodes else (min(PROMPT, max_length), 0)
-    given = {name: role.instructions for name, role in roles.items()}
-    seconds = []
+    each, keys = (
+        dict(_choices(program, _supplies, network, fixed, exact, *step, True, first))
+        for first in (False, True)
+    )
+
+    def seconds(choices: Choices) -> float:
+        other = replace(program, instructions=_replaced(program, choices))
+        waiting, making = _times(other, network, fixed, exact, *step)
+        return waiting.total + making
+
     # The links work at the same time, and which is the slower depends on all ops together.
-    for keys in (True, False):
-        for name, role in roles.items():
-            role.instructions = given[name]
-        _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, True, keys))
-        seconds.append(_seconds(program, network, fixed, exact, *step))
-    if seconds[0] < seconds[1]:
-        _replace(roles, _choices(program, _supplies, network, fixed, exact, *step, True, True))
+    _replace(roles, each if each == keys else min(each, keys, key=seconds))
 
 
-def _replace(
-    roles: Mapping[str, RoleProgram], choices: Iterator[tuple[str, tuple[Any, ...]]]
-) -> bool:
-    """Give all roles the best arguments; return whether there was anything to choose."""
-    best = dict(choices)
+def _replace(roles: Mapping[str, RoleProgram], choices: Choices) -> None:
+    """Give the calls of all roles the chosen arguments."""
     for role in roles.values():
-        role.instructions = [
-            replace(item, args=best.get(item.name, item.args)) for item in role.instructions
-        ]
-    return bool(best)
+        role.instructions = _replaced(role, choices)
+
+
+def _replaced(program: RoleProgram, choices: Choices) -> list[Instruction]:
+    return [replace(item, args=choices.get(item.name, item.args)) for item in program.instructions]
 
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
@@ -94,22 +99,13 @@ def _bound(planned: Planned, item: Instruction) -> list[Any]:
     return list(planned.bind(item.args, item.kwargs).values()) if planned.op else []
 
 
-def _waits(
+def _times(
     program: RoleProgram, network: Network, fixed: int, exact: bool, new: int, past: int
-) -> bool:
-    """Whether a step takes as long as the dealer's bytes do."""
-    cost = cost_report(program, new, past, fixed, exact).total
-    waiting = network.waiting(cost, dealt_bytes(program, new, past, fixed, exact))
-    return waiting.total > waiting.prepared
-
-
-def _seconds(
-    program: RoleProgram, network: Network, fixed: int, exact: bool, new: int, past: int
-) -> float:
-    """What a step waits for the network, and the roles' work for dealt bytes."""
+) -> tuple[Waiting, float]:
+    """What a step waits for the network, and the seconds of the roles' work for dealt bytes."""
     cost = cost_report(program, new, past, fixed, exact).total
     dealt = dealt_bytes(program, new, past, fixed, exact)
-    return network.waiting(cost, dealt).total + network.making(dealt)
+    return network.waiting(cost, dealt), network.making(dealt)
 
 
 def _variants(op: type[Op]) -> Options | None:

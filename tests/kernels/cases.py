@@ -469,9 +469,6 @@ def _(full: bool) -> Iterator[Arguments]:
             )  # fmt: skip
 
 
-assert slots  # Its kernels are registered.
-
-
 @cases("slots.one_hot")
 def _(full: bool) -> Iterator[Arguments]:
     for dtype in (torch.int8, torch.int16):
