@@ -78,6 +78,7 @@ def test_every_part_of_the_page_is_measured(tmp_path: Path) -> None:
     assert target.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_folder_without_wordnet_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/adaptation.py", "--wordnet", str(tmp_path)]
     given = {**environment(), "PYTHONPATH": str(ROOT)}

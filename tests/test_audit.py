@@ -287,6 +287,7 @@ def test_the_command(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such bundle" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_compiler(bundles: Path) -> None:
     code = (
         "import sys; from mergec.runtime.cli import run; "

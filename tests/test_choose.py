@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mergec.compiler.backend.choose import chosen_otherwise
 from mergec.compiler.backend.cost import cost_report, dealt_bytes
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
+from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
@@ -106,15 +108,21 @@ def _shifts(program: Program) -> list[str]:
 
 
 @functools.cache
-def _of_wide_rows(network: str, max_length: int = 64) -> Program:
-    """A program of a decoder whose scores are further apart than slots reach."""
+def _wide_rows() -> tuple[Any, Captured]:
+    """A decoder whose scores are further apart than slots reach."""
     model = random_decoder("llama").float()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 500
             layer.self_attn.k_proj.weight *= 20
+    return model, capture(model)
+
+
+@functools.cache
+def _of_wide_rows(network: str, max_length: int = 64) -> Program:
+    model, captured = _wide_rows()
     config = CompileConfig(max_length=max_length, network=network, disable=("defer_norm",))
-    return compile_decoder(model, config=config)
+    return compile_decoder(model, config=config, captured=captured)
 
 
 def test_attention_takes_fewer_rounds_on_a_slow_network() -> None:

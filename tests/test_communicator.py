@@ -321,6 +321,7 @@ def test_stock_crypten_computes_between_two_processes_over_tls(tmp_path: Path) -
         assert spent == "1 64 64"
 
 
+@pytest.mark.slow
 def test_crypten_keeps_its_own_communicator_over_torch_distributed(tmp_path: Path) -> None:
     """For clusters that trust each other: without a ChannelCommunicator, CrypTen is unchanged."""
     code = """

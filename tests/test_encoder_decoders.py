@@ -178,15 +178,17 @@ def test_greedy_answers_are_those_of_transformers(family: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"no_repeat_ngram_size": 2},
         {"repetition_penalty": 1.7},
-        {"encoder_no_repeat_ngram_size": 1},
         {"encoder_repetition_penalty": 3.0},
         {"forced_bos_token_id": 7},
         {"forced_eos_token_id": 2},
         {"min_length": 5, "eos_token_id": 28},
-        {"suppress_tokens": [28, 55]},
-        {"bad_words_ids": [[86], [45, 40]]},
+        *slow(
+            {"no_repeat_ngram_size": 2},
+            {"encoder_no_repeat_ngram_size": 1},
+            {"suppress_tokens": [28, 55]},
+            {"bad_words_ids": [[86], [45, 40]]},
+        ),
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -223,8 +225,7 @@ def test_private_logits_are_the_plain_ones(family: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"weights": "shared"},
-        *slow({"rounding": "exact"}, {"network": "wan"}),
+        *slow({"weights": "shared"}, {"rounding": "exact"}, {"network": "wan"}),
         {"reveal": "token"},
     ],
     ids=lambda options: next(iter(options.values())),

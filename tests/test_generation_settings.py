@@ -14,6 +14,7 @@ import torch
 
 from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import MergecError, PromptError
@@ -41,8 +42,13 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def program(model: Any) -> Program:
-    return compile_decoder(model, config=CompileConfig(max_length=64))
+def captured(model: Any) -> Captured:
+    return capture(model)
+
+
+@pytest.fixture(scope="module")
+def program(model: Any, captured: Captured) -> Program:
+    return compile_decoder(model, config=CompileConfig(max_length=64), captured=captured)
 
 
 def configured(model: Any, **settings: Any) -> Any:
@@ -378,10 +384,11 @@ def test_in_three_processes(model: Any, plain: list[int]) -> None:
 
 
 def test_all_roles_have_the_settings_and_one_hash(
-    model: Any, program: Program, tmp_path: Path
+    model: Any, program: Program, captured: Captured, tmp_path: Path
 ) -> None:
     settings = {"sequence_bias": [[[3, 4], 5.0]], "top_p": 0.9, "forced_eos_token_id": [7]}
-    other = compile_decoder(configured(model, **settings), config=CompileConfig(max_length=64))
+    config = CompileConfig(max_length=64)
+    other = compile_decoder(configured(model, **settings), config=config, captured=captured)
     assert other.manifest.program_hash != program.manifest.program_hash
     other.save(tmp_path / "b")
     manifests = [load_bundle(tmp_path / "b" / role, role).manifest for role in ROLES]

@@ -112,11 +112,15 @@ def test_missing_bundles_are_named(tmp_path: Path) -> None:
         run_local(tmp_path / "nothing", [1], max_tokens=1)
 
 
-def test_the_insecure_provider_is_for_stock_protocols_and_warns_loudly(
-    bundles: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_insecure_provider_is_for_stock_protocols(bundles: Path) -> None:
     with pytest.raises(MergecError, match="is for mode crypten only"):
         run_local(bundles, PROMPT, max_tokens=1, insecure_first_party=True)
+
+
+@pytest.mark.slow
+def test_the_insecure_provider_warns_loudly(
+    bundles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run_local(bundles, PROMPT, max_tokens=1, mode="crypten", insecure_first_party=True)
     assert result.tokens == decoder.plaintext(bundles, PROMPT, 1)
     assert result.records[0].offline_bytes == 0
@@ -226,6 +230,7 @@ def test_the_error_of_a_run_is_that_of_the_role_nearest_to_the_cause(
         run_local(place, PROMPT, max_tokens=2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_roles(endless: Path) -> None:
     """The signal goes to the whole group, as from a terminal."""
     code = (

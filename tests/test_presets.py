@@ -44,19 +44,18 @@ def test_an_unknown_preset_lists_the_valid_ones() -> None:
         CompileConfig(preset="fast")
 
 
+every_preset = pytest.mark.parametrize(
+    "preset",
+    # Those that are not slow have all passes between them.
+    [p if p in ("mpcformer-2quad", "thex", "merge") else slow(p)[0] for p in LOSSY],
+)
+
 FEW = ("gpt2", "llama", "gemma2")
 """Families with different attention, norms and activations; the others are slow tests."""
 
 
 @every_family(FEW)
-@pytest.mark.parametrize(
-    "preset",
-    # These have all passes between them.
-    [
-        pytest.param(p, marks=() if p in ("mpcformer-2quad", "thex", "merge") else pytest.mark.slow)
-        for p in LOSSY
-    ],
-)
+@every_preset
 def test_every_family(family: str, preset: str) -> None:
     config = CompileConfig(max_length=64, preset=preset)
     step = captured(family)
@@ -68,7 +67,7 @@ def test_every_family(family: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", *slow("llama")])
-@pytest.mark.parametrize("preset", LOSSY)
+@every_preset
 def test_the_price_is_the_predicted_one(family: str, preset: str) -> None:
     program = compiled(family, preset)
     assert program.manifest.lossy

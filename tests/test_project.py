@@ -145,6 +145,7 @@ def test_the_size_report_counts_code(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="no checkout"
 )

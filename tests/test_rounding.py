@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.program import Program
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Simulation
@@ -70,6 +73,21 @@ def scaled(family: str, part: str = "", factor: float = 1.0) -> Any:
     return model
 
 
+@functools.cache
+def _captured(family: str) -> Captured:
+    return capture(scaled(family))
+
+
+def compiled(model: Any, **options: Any) -> Program:
+    """The model's program. The graph is captured once for a family: only weights differ."""
+    step, weights = _captured(model.config.model_type).copy(), model.state_dict()
+    for name in step.constants:
+        if name in weights:
+            module, _, last = name.rpartition(".")
+            setattr(step.graph_module.get_submodule(module), last, weights[name])
+    return compile_decoder(model, config=CompileConfig(max_length=64, **options), captured=step)
+
+
 def prompts(model: Any) -> list[list[int]]:
     """Prompts that are no calibration prompts, with the tokens of the most extreme rows."""
     norms = model.get_input_embeddings().weight.norm(dim=1)
@@ -79,8 +97,7 @@ def prompts(model: Any) -> list[list[int]]:
 
 def errors(model: Any, **options: Any) -> list[float]:
     """The largest error of each prompt's private logits, in standard deviations."""
-    config = CompileConfig(max_length=64, logit_noise=0.0, **options)
-    program = compile_decoder(model, config=config)
+    program = compiled(model, logit_noise=0.0, **options)
     found = []
     for ids in prompts(model):
         with torch.no_grad():
@@ -151,7 +168,7 @@ def test_a_position_that_no_prompt_reaches() -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[50] *= 300.0
     ids = [(7 * i) % VOCAB for i in range(51)]
-    program = compile_decoder(model, config=CompileConfig(max_length=64, calibration=((5, 17),)))
+    program = compiled(model, calibration=((5, 17),))
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0, -1].double()
     (step,) = play(program.roles, [ids])
@@ -161,8 +178,7 @@ def test_a_position_that_no_prompt_reaches() -> None:
 
 def test_small_tables_get_more_bits_than_ordinary_ones() -> None:
     def frac(factor: float) -> int:
-        model = scaled("llama", "embedding", factor)
-        program = compile_decoder(model, config=CompileConfig(max_length=64))
+        program = compiled(scaled("llama", "embedding", factor))
         (lookup,) = [i for i in program.roles["client"].instructions if "embedding" in i.target]
         return lookup.frac
 
@@ -173,7 +189,7 @@ def test_small_tables_get_more_bits_than_ordinary_ones() -> None:
 def test_a_value_that_is_too_small_is_named() -> None:
     """A head of 10^-6 makes logits of 10^-6, of which 16 bits behind the point keep nothing."""
     with pytest.raises(CompileError, match="rounding to fixed point would move logits") as caught:
-        compile_decoder(scaled("llama", "head", 1e-6), config=CompileConfig(max_length=64))
+        compiled(scaled("llama", "head", 1e-6))
     (node,) = caught.value.nodes
     assert node.meta["module"] == "lm_head" or "reveal" in target_name(node.target)
     assert "fractional bits are too few" in str(caught.value)

@@ -15,7 +15,7 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.lines import Lines
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
-from tests.roles import finish, outputs, start
+from tests.roles import Script, outputs
 from tests.services import wait_until
 
 HASH = "ab" * 32
@@ -283,31 +283,25 @@ def test_a_stream_that_does_not_end_is_noticed() -> None:
 
 def test_a_killed_party_ends_the_others() -> None:
     script = """
+        import signal
         from mergec.runtime.transport.channel import Kind
         print("here", flush=True)
         try:
             if role == "client":
                 channels[1].exchange(None, 8)
             elif role == "server":
-                sys.stdin.read()
+                signal.pause()
             else:
                 channels[0].receive(Kind.STEP, limit=8)
         except PartyError as error:
             print(error, flush=True)
     """
     with Lines() as lines:
-        processes = {role: start(role, script, lines) for role in ROLES}
-    try:
-        for process in processes.values():
-            assert process.stdout is not None
-            assert process.stdout.readline() == "here\n"
-        processes["server"].kill()
-        client = finish(processes["client"])
-        dealer = finish(processes["dealer"])
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+        running = {role: Script(role, script, lines) for role in ROLES}
+    for each in running.values():
+        each.wait_for("here")
+    running["server"].kill()
+    client, dealer = running["client"].finish(), running["dealer"].finish()
     assert "the server went away" in client.out
     assert "the client went away" in dealer.out
     assert "Traceback" not in client.err + dealer.err

@@ -91,6 +91,7 @@ def test_from_the_model_to_the_program(model: Any, data: Path, tmp_path: Path) -
         mergec.adapt(folder, data, tmp_path / "again", config("thex"))
 
 
+@pytest.mark.slow
 def test_scales_are_matched_before_the_training(
     model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_an_op_in_one_file(package: Path, tmp_path: Path) -> None:
     assert python("-c", LOAD, str(bundles), package=package).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_tests_of_every_op_check_it(package: Path) -> None:
     """Its protocol against its reference and its cost, its messages, its positions, its domain."""
     files = ["tests/ops/test_every_op.py", "tests/test_legalize.py"]
