@@ -14,7 +14,8 @@ class Softmax2quad(Pass):
 
     Lossy. This is the 2Quad of MPCFormer (Li et al., ICLR 2023, section 3.2), which retrains its
     models with it: scores below -5 gain weight again, where softmax gives them almost none. Masked
-    entries have no weight, and no row can sum to zero; see `mpc.ratio_attention`.
+    entries have no weight, and no row can sum to zero; see `mpc.ratio_attention`. A bias that the
+    server adds to the scores, such as that of T5's relative positions, stays a part of them.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -37,15 +38,13 @@ def put_ratio(rewrite: Pass, graph_module: fx.GraphModule, kind: str) -> int:
     """Replace each attention by a ratio of this kind; returns their number."""
     sites = 0
     for node in list(graph_module.graph.nodes):
-        if calls(node, target("attention")) and bind(REGISTRY["attention"], node)["bias"]:
-            rewrite.skip(node, "the server adds a bias to its scores")
-        elif calls(node, target("attention")):
-            replace(node, target("ratio_attention"), (*node.args[:5], _softcap(node), kind))
+        if calls(node, target("attention")):
+            given = bind(REGISTRY["attention"], node)
+            arguments = [*node.args[:5], float(given["softcap"]), kind]
+            if given["bias"] is not None:
+                arguments += [0.0, given["bias"]]
+            replace(node, target("ratio_attention"), tuple(arguments))
             sites += 1
         elif calls(node, aten.softmax.int, aten._softmax.default) and is_shared(node):
             rewrite.skip(node, "it was not recognized as part of an attention")
     return sites
-
-
-def _softcap(node: fx.Node) -> float:
-    return float(node.args[5]) if len(node.args) > 5 else 0.0  # type: ignore[arg-type]

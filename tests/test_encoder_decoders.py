@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.config import CompileConfig
@@ -21,7 +20,6 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.ir import calls
-from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.pipeline import calibration, rewrite
 from mergec.compiler.program import Program
 from mergec.runtime.core.errors import BundleError, PromptError
@@ -151,16 +149,6 @@ def test_a_bias_that_the_server_holds_is_fused_with_the_mask() -> None:
     assert len(found) == 6
     assert len(biases) == 4, "cross-attention has none"
     assert {by_name[bias.name].vis for bias in biases} == {Vis.SERVER}
-
-
-def test_a_squared_softmax_leaves_a_bias_alone() -> None:
-    captured = model_and_step("t5")[1].copy()
-    config = CompileConfig(max_length=40, preset="mpcformer-2quad")
-    reports = {r.name: r for r in rewrite(captured, config)}
-    assert reports["softmax_2quad"].sites == 2, "those of cross-attention"
-    assert {skip.reason for skip in reports["softmax_2quad"].skips} == {
-        "the server adds a bias to its scores"
-    }
 
 
 # --------------------------------------------------------------------------------- the program
@@ -376,22 +364,10 @@ def test_other_models_are_refused(make: Callable[[], Any], words: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-class Halved(Pass):
-    """A lossy pass of a user's."""
-
-    stage = "finish"
-    exact = False
-
-    def run(self, graph_module: fx.GraphModule) -> int:
-        return 0
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"preset": "merge"}, "'resend_hidden' is for decoders alone"),
-        ({"enable": ("quadratic_gelu",)}, "'quadratic_gelu' is for decoders alone"),
-        ({"extra_passes": (Halved,)}, "'halved' is for decoders alone"),
         ({"speculate_up_to": 3}, "speculate_up_to is for decoders alone"),
         ({"max_length": 65}, "max_position_embeddings is 64"),
     ],

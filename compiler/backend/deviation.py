@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def measure_deviation(
 
     The program continues each prompt with its own best tokens; the model predicts the next token
     at the same places of the same text. This way embedding resending, whose first token is exact,
-    is measured on the later tokens too.
+    is measured on the later tokens too. An encoder-decoder answers each prompt as its source.
 
     program: the server's, which holds the weights. captured: the model before any pass.
     sequences: the calibration prompts, as token numbers.
@@ -32,12 +33,14 @@ def measure_deviation(
     same best token; `worst` and `mean`, the distance of the logits; and `spread`, the mean standard
     deviation of the model's own logits at a place, as a scale for these distances.
     """
-    plain = PlainExecutor(program)
+    # The manifest is written when all is measured; of an answer it says how it begins.
+    begun = replace(program.manifest, answer_start=captured.start)
+    plain = PlainExecutor(replace(program, manifest=begun))
     agreed, errors, spreads = 0, [], []
     for sequence in sequences:
         given = list(sequence[: max(1, len(sequence) - CONTINUED)])
         answer = list(plain.generate(given, CONTINUED))
-        rows = _model_logits(captured, [given, *([token] for token, _ in answer[:-1])])
+        rows = _model_logits(captured, given, [token for token, _ in answer[:-1]])
         for (_, found), wanted in zip(answer, rows, strict=True):
             agreed += int(found.argmax()) == int(wanted.argmax())
             errors.append((found - wanted).abs())
@@ -52,16 +55,21 @@ def measure_deviation(
     }
 
 
-def _model_logits(captured: Captured, pieces: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The model's logits [V] after each piece of a text."""
-    found = []
-    text: list[int] = []
-    caches: list[torch.Tensor] = []
+def _model_logits(
+    captured: Captured, given: Sequence[int], answered: Sequence[int]
+) -> list[torch.Tensor]:
+    """The model's logits [V] after a prompt, and after each token that continues it."""
+    source = [torch.tensor([list(given)], dtype=torch.int64)] if captured.encodes else []
+    text = [captured.start] if captured.encodes else list(given)
+    caches = prompt(captured.graph_module, captured.inputs, text)[1 + len(source) :]
+    fed, found = text, []
     with torch.inference_mode():
-        for piece in pieces:
-            text += piece
-            fed = piece if caches else text
-            ids, *empty = prompt(captured.graph_module, captured.inputs, fed)
-            logits, *caches = captured.graph_module(ids, *(caches or empty))
+        for token in (*answered, None):
+            ids = torch.tensor([fed], dtype=torch.int64)
+            logits, *following = captured.graph_module(*source, ids, *caches)
+            caches = following[: len(caches)]
             found.append(logits.reshape(-1, logits.shape[-1])[-1])
+            if token is not None:
+                text = [*text, token]
+                fed = [token] if caches else text
     return found

@@ -20,7 +20,6 @@ from mergec.compiler.config import PRESETS, CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.lengths import one_line
 from mergec.compiler.graph.ir import aten, calls
-from mergec.passes import available
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
@@ -43,6 +42,10 @@ _REFUSED = {
 """Models whose attention cannot be captured as one, and why."""
 
 
+_FOR_DECODERS = ("resend_hidden", "fix_attention", "merge_projections")
+"""Lossy passes that decoders alone have so far."""
+
+
 def check_encoder_decoder(model: nn.Module) -> None:
     """Raise CompileError for an encoder-decoder whose source is not tokens, or that cannot run."""
     name, config = type(model).__name__, getattr(model, "config", None)
@@ -61,13 +64,11 @@ def check_encoder_decoder(model: nn.Module) -> None:
 
 def check_options(config: CompileConfig) -> None:
     """Raise CompileError for an option that encoder-decoders do not have yet."""
-    lossy = [name for name, kind in available().items() if not kind.exact]
-    asked = [name for name in (*PRESETS[config.preset], *config.enable) if name in lossy]
-    asked += [kind.name() for kind in config.extra_passes if not kind.exact]
+    asked = [n for n in (*PRESETS[config.preset], *config.enable) if n in _FOR_DECODERS]
     if asked:
         raise CompileError(
-            f"the pass {asked[0]!r} is for decoders alone so far; compile an encoder-decoder with "
-            "the preset 'exact'"
+            f"the pass {asked[0]!r} is for decoders alone so far; compile an encoder-decoder "
+            "without it"
         )
     if config.speculate_up_to:
         raise CompileError(

@@ -301,9 +301,7 @@ class Attention(ScoredAttention):
         if added is not None and not found.share.is_meta:
             words = to_device(encode(added, found.frac), found.share.device, "public")
             found.share = found.share + ctx.public(words)
-        if bias is not None and not found.share.is_meta:
-            own = as_share(ctx, bias, found.frac).expand(*q.shape[:-1], k.shape[-2])
-            found.share = found.share + own.reshape(found.share.shape)
+        found = biased(ctx, found, bias, q, k)
         way = _way(q, shift)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(v.shape[-2], way)
@@ -465,6 +463,17 @@ def scores(ctx: Context, q: Masked, k: Masked, scale: float, softcap: float) -> 
         frac = ctx.fixed
         share = yield from apply(ctx, _cap(softcap), narrow, frac)
     return Shared(share, frac)
+
+
+def biased(ctx: Context, found: Shared, bias: Any, q: Masked, k: Masked) -> Shared:
+    """Shared scores [B H N, L] with a bias that broadcasts to [B, H, N, L], if there is one.
+
+    No message: who holds the bias adds it to its own share.
+    """
+    if bias is None or found.share.is_meta:
+        return found
+    own = as_share(ctx, bias, found.frac).expand(*q.shape[:-1], k.shape[-2])
+    return Shared(found.share + own.reshape(found.share.shape), found.frac)
 
 
 def _natural_frac(q: Masked, k: Masked, scale: float) -> int:

@@ -17,6 +17,7 @@ from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.ops.attention import (
     ScoredAttention,
+    biased,
     counted_scores,
     largest_before_cap,
     plain_weighted_sum,
@@ -110,7 +111,8 @@ class RatioAttention(ScoredAttention):
 
     kind: "2quad", (x + c)**2 / sum with c = 5, the 2Quad of MPCFormer (Li et al., ICLR 2023,
     section 3.2); "2relu", relu(x) / sum, after Mohassel and Zhang (SecureML, IEEE S&P 2017). bound:
-    a power of two that |s + 5| or |s| stays below, from calibration.
+    a power of two that |s + 5| or |s| stays below, from calibration. bias: part of the scores, as in
+    `attention`; it takes no message.
 
     Error below 1e-3 for values of size 1. Bytes: `cost`. Each party sees what it sees in
     `truncate`, `rectify`, `row_factor` and `weighted_sum`.
@@ -119,8 +121,9 @@ class RatioAttention(ScoredAttention):
     name = "ratio_attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, str kind, "
-        "float bound=0.0) -> Tensor"
+        "float bound=0.0, Tensor? bias=None) -> Tensor"
     )
+    operands = {**ScoredAttention.operands, "bias": "fixed"}
 
     @staticmethod
     def reference(
@@ -132,8 +135,9 @@ class RatioAttention(ScoredAttention):
         softcap: float,
         kind: str,
         bound: float = 0.0,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        base, valid = _base_scores(q, k, mask, scale, softcap, kind)
+        base, valid = _base_scores(q, k, mask, scale, softcap, kind, bias)
         weights = base.square() if kind == "2quad" else base.relu()
         weights = (weights + EPSILON) * valid
         weights = weights / weights.sum(-1, keepdim=True)
@@ -148,6 +152,7 @@ class RatioAttention(ScoredAttention):
             # Weights near 100 times the reciprocal of their sum, which has 16 bits.
             Case([*few, 0.5, 0.0, "2quad"], stock=3e-2, forms=mask),
             Case([*few[:3], None, 0.5, 0.0, "2relu"], stock=3e-2),
+            *_biased_cases(make),
         ]
 
     @classmethod
@@ -161,8 +166,9 @@ class RatioAttention(ScoredAttention):
         softcap: float,
         kind: str,
         bound: float = 0.0,
+        bias: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        base, _ = _base_scores(q, k, mask, scale, softcap, kind)
+        base, _ = _base_scores(q, k, mask, scale, softcap, kind, bias)
         capped = largest_before_cap(q, k, scale, softcap)
         return {"largest_score": float(base.abs().max()), **capped}
 
@@ -193,6 +199,7 @@ class RatioAttention(ScoredAttention):
         softcap: float,
         kind: str,
         bound: float = 0.0,
+        bias: Any = None,
         *,
         fixed: int,
     ) -> Cost:
@@ -223,6 +230,7 @@ class RatioAttention(ScoredAttention):
         softcap: float,
         kind: str,
         bound: float = 0.0,
+        bias: torch.Tensor | None = None,
     ) -> Protocol:
         """Scores as in `attention`; then weights, their sum's inverse and the weighted sum.
 
@@ -233,12 +241,13 @@ class RatioAttention(ScoredAttention):
         """
         scales = _Scales(kind, bound)
         found = yield from scores(ctx, q, k, scale, softcap)
-        valid, bias = split_mask(mask, q, k)
+        found = biased(ctx, found, bias, q, k)
+        valid, shown = split_mask(mask, q, k)
         rows = _Rows(valid)
         share = rows.take(found.share)
         added = torch.zeros(rows.count, dtype=torch.float64)
-        if bias is not None:
-            added += bias[valid]
+        if shown is not None:
+            added += shown[valid]
         if kind == "2quad":
             added += OFFSET
         if not share.is_meta:
@@ -272,21 +281,37 @@ class RatioAttention(ScoredAttention):
         softcap: float,
         kind: str,
         bound: float = 0.0,
+        bias: torch.Tensor | None = None,
     ) -> Any:
         """CrypTen's products, square or comparison, and reciprocal of the row's mean weight."""
         from mergec.runtime.crypten import compat as crypten
 
         found = stock_scores(q, k, scale, softcap)
-        flat, bias = split_mask(mask, q, k)
+        flat, shown = split_mask(mask, q, k)
         valid = flat.reshape(found.shape).to(torch.float32)
+        if shown is not None:
+            found = found + shown.reshape(found.shape).to(torch.float32)
         if bias is not None:
-            found = found + bias.reshape(found.shape).to(torch.float32)
+            found = found + bias
         weights = (found + OFFSET).square() if kind == "2quad" else found.relu()
         # Divided by the number of entries, so that the sum stays where the reciprocal converges.
         weights = (weights + EPSILON) * (valid / valid.sum(-1, keepdim=True))
         with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
             inverse = weights.sum(-1, keepdim=True).reciprocal()
         return stock_weighted_sum(weights * inverse, v)
+
+
+def _biased_cases(make: Sampler) -> list[Case]:
+    """A bias that the server holds, with a causal mask; a shared one, for all rows of a head."""
+    (q, k, v, mask, scale, _), *_ = sample_operands(make)
+    bias, few = make.normal(1, 6, 4, 9, scale=3), small_operands()
+    held = {"mask": PUBLIC, "bias": "held"}
+    row = bias[:, :, :1]
+    return [
+        *(Case([q, k, v, mask, scale, 0.0, kind, 0.0, bias], 1e-3, forms=held) for kind in KINDS),
+        *(Case([q, k, v, None, scale, 0.0, kind, 0.0, row], 1e-3) for kind in KINDS),
+        Case([*few, 0.5, 0.0, "2quad", 0.0, make.small(1, 4, 3, 5)], stock=3e-2, forms=held),
+    ]
 
 
 def _bound(measured: Mapping[str, Any]) -> float:
@@ -304,9 +329,12 @@ def _base_scores(
     scale: float,
     softcap: float,
     kind: str,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is squared or rectified, in the clear, zero where masked; and which entries count."""
     found, valid = counted_scores(q, k, mask, scale, softcap)
+    if bias is not None:
+        found = found + bias
     if kind == "2quad":
         found = found + OFFSET
     return found.where(valid, 0.0), valid
