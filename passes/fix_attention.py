@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import add_constant, aten, bind, calls, insert, replace
+from mergec.compiler.graph.ir import add_constant, ancestors, aten, bind, calls, replace
 from mergec.compiler.graph.ranges import replay
 from mergec.compiler.graph.rewriting import Pass
+from mergec.compiler.graph.shapes import insert_call, length
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops.attention import Attention
@@ -24,9 +26,14 @@ class FixAttention(Pass):
     length of the longest prompt. Tokens after the P-th attend as the P-th does: to the same
     distances back, and to the first token, which takes the weight that a head has no use for. So
     the pass is exact up to P tokens for heads that attend by position alone; calibrate with prompts
-    as long as those that you expect. Queries and keys are dropped, and with them rotary embeddings
-    and the key cache. The table follows from the weights, so the server holds it, and its product
-    with cached values costs no message.
+    as long as those that you expect. Queries and keys are dropped, and with them rotary embeddings,
+    relative position biases and the key cache. The table follows from the weights, so the server
+    holds it, and its product with cached values costs no message.
+
+    An encoder's tokens attend to both sides, by a whole table; its tokens after the P-th attend as
+    in a decoder. Cross-attention gets a table by the position of the answer's token and that of the
+    source's: answer tokens after the P-th attend as the P-th does, and source tokens after the P-th
+    have no weight. Weights are not scaled to a sum of 1 for a shorter source, as in MERGE.
 
     Before:
         %ids = input : client int64 1xnew
@@ -64,13 +71,13 @@ class FixAttention(Pass):
         rest = [node for node in found if node not in tables]
         if rest:
             tables |= _observe(graph_module, rest, self.info.inputs, self.info.calibration)
-        ids = next(n for n in graph_module.graph.nodes if n.op == "placeholder")
-        new = insert(found[0], aten.sym_size.int, (ids, 1), ids.meta["val"].shape[1], Vis.PUBLIC)
+        lengths = _Lengths(graph_module, found[0])
         for node in found:
             table = tables[node].to(node.meta["val"].dtype)
             held = add_constant(node, self.info.constants, _name(node), table, Vis.SERVER)
             values = bind(REGISTRY["attention"], node)["v"]
-            replace(node, target("constant_attention"), (values, held, new))
+            arguments = (values, held, *lengths.rows(node))
+            replace(node, target("constant_attention"), arguments)
         graph_module.graph.eliminate_dead_code()
         self._drop_caches(graph_module)
         return len(found)
@@ -83,19 +90,61 @@ class FixAttention(Pass):
     def _drop_caches(self, graph_module: fx.GraphModule) -> None:
         """Remove caches that nothing reads any more; another one then supplies their length."""
         *_, output = graph_module.graph.nodes
+        texts = sum(spec.vis is Vis.CLIENT for spec in self.info.inputs)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-        pairs = list(zip(placeholders[1:], self.info.inputs[1:], output.args[0][1:], strict=True))
+        specs = self.info.inputs[texts:]
+        logits, *results = output.args[0]
+        own, cross = results[: len(specs)], results[len(specs) :]
+        pairs = list(zip(placeholders[texts:], specs, own, strict=True))
         dropped = [pair for pair in pairs if _unread(pair[0], pair[2], output)]
-        kept = [pair[0] for pair in pairs if pair not in dropped]
-        if not kept:
-            return
-        output.args = ([output.args[0][0], *(p[2] for p in pairs if p not in dropped)],)
-        for cache, spec, following in dropped:
-            graph_module.graph.erase_node(following)
-            for size in list(cache.users):
-                size.replace_input_with(cache, kept[0])
-            graph_module.graph.erase_node(cache)
-            self.info.inputs.remove(spec)
+        kept = [pair for pair in pairs if pair not in dropped]
+        filled = [node for node in cross if not _idle(node, output)]
+        if kept:
+            output.args = ([logits, *(pair[2] for pair in kept), *filled],)
+            for cache, spec, following in dropped:
+                graph_module.graph.erase_node(following)
+                _erase(cache, kept[0][0])
+                self.info.inputs.remove(spec)
+            for node in cross:
+                if node not in filled:
+                    _erase(node, filled[0])
+
+
+class _Lengths:
+    """Counts the rows of attentions, by nodes that are inserted before the first of them."""
+
+    def __init__(self, graph_module: fx.GraphModule, first: fx.Node) -> None:
+        self.first = first
+        inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        *self.source, self.ids = [node for node in inputs if node.meta["vis"] is Vis.CLIENT]
+        self.caches = inputs[1 + len(self.source) :]
+        self._new: dict[fx.Node, Any] = {}
+        self._end: Any = None
+
+    def rows(self, node: fx.Node) -> tuple[Any, ...]:
+        """What follows values and table in a call of `constant_attention`."""
+        arguments = bind(REGISTRY["attention"], node)
+        if not self.source or self.ids in ancestors(arguments["k"]):
+            return (self._size(self.ids),)
+        if self.ids not in ancestors(arguments["q"]):
+            return self._size(self.source[0]), None, False
+        new = self._size(self.ids)
+        if self._end is None:
+            past = length(self.first, self.caches[0], 2)
+            self._end = insert_call(self.first, operator.add, past, new)
+        return new, self._end, False
+
+    def _size(self, text: fx.Node) -> Any:
+        if text not in self._new:
+            self._new[text] = length(self.first, text, 1)
+        return self._new[text]
+
+
+def _erase(cache: fx.Node, other: fx.Node) -> None:
+    """Erase a cache that is read for its length alone, which is that of the other one."""
+    for size in list(cache.users):
+        size.replace_input_with(cache, other)
+    cache.graph.erase_node(cache)
 
 
 def _name(node: fx.Node) -> str:
@@ -105,20 +154,31 @@ def _name(node: fx.Node) -> str:
 def _unread(cache: fx.Node, following: fx.Node, output: fx.Node) -> bool:
     """Whether a cache is only appended to, and read for nothing but its number of tokens."""
     return set(following.users) == {output} and all(
-        user is following or (calls(user, aten.sym_size.int) and user.args[1] == 2)
-        for user in cache.users
+        user is following or _counts(user) for user in cache.users
     )
+
+
+def _idle(filled: fx.Node, output: fx.Node) -> bool:
+    """The same for a cache of cross-attention."""
+    return all(user is output or _counts(user) for user in filled.users)
+
+
+def _counts(user: fx.Node) -> bool:
+    return calls(user, aten.sym_size.int) and bool(user.args[1] == 2)
 
 
 def _observe(
     graph_module: fx.GraphModule, nodes: list[fx.Node], inputs: Any, sequences: Any
 ) -> dict[fx.Node, torch.Tensor]:
-    """The mean attention weights [H, P, P] of each node over the sequences, each as a prompt."""
+    """The mean attention weights [H, P, P] of each node over the sequences, each as a prompt.
+
+    Each weight is the mean over the sequences that have both of its tokens.
+    """
     size = max(map(len, sequences))
     sums: dict[fx.Node, Any] = dict.fromkeys(nodes, 0.0)
-    counts = torch.zeros(size, 1)
+    counts = torch.zeros(size, size)
     for sequence in sequences:
-        counts[: len(sequence)] += 1
+        counts[: len(sequence), : len(sequence)] += 1
 
     class Observer(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -130,4 +190,4 @@ def _observe(
             return super().run_node(n)
 
     replay(Observer(graph_module), inputs, sequences)
-    return {node: total / counts for node, total in sums.items()}
+    return {node: total / counts.clamp(min=1) for node, total in sums.items()}

@@ -18,12 +18,14 @@ from mergec.runtime.core.structural import MOVE_NAMES, target_name
 
 @dataclass
 class _Site:
-    """out: the output projection. residual: what it is added to. firsts: what reads the norm."""
+    """outs: the output projections. residual: what they are added to. firsts: the products that
+    read the norm. sums: what else reads it, as the residual stream of a post-norm layer."""
 
-    out: fx.Node
+    outs: list[fx.Node]
     residual: fx.Node
     norm: fx.Node
     firsts: list[fx.Node]
+    sums: list[fx.Node]
 
 
 class MergeProjections(Pass):
@@ -43,6 +45,11 @@ class MergeProjections(Pass):
     the same mean and deviation. The value projection stays. It could be merged too, because the
     heads' sums commute with it, but then the whole width instead of a head's would go through the
     table for each head, and bytes would grow by that factor.
+
+    Where a pre-norm decoder also has a cross-attention (T5), constant attention needs no queries,
+    so nothing reads the norm between the two: h = x + O a + O' a', and both projections are merged.
+    A post-norm layer (BART) goes on from the norm, y = norm'(norm(h) + V act(m)): the norm becomes
+    gain * h + shift there as well.
 
     Before:
         %ids = input : client int64 1xnew
@@ -96,6 +103,11 @@ class MergeProjections(Pass):
         for site in found:
             for first in site.firsts:
                 self._merge(graph_module, site, first, *norms[site.norm])
+        # Last, as it replaces nodes.
+        for site in found:
+            if site.sums:
+                ops = target("mul"), target("add")
+                put_affine(self.info, site.norm, *norms[site.norm], *ops)
         return len(found)
 
     def loosen(self, graph_module: fx.GraphModule) -> int:
@@ -111,35 +123,19 @@ class MergeProjections(Pass):
         return len(found)
 
     def _sites(self, graph_module: fx.GraphModule) -> list[_Site]:
-        return [
-            site
-            for node in graph_module.graph.nodes
-            if calls(node, target("constant_attention"))
-            for site in self._match(graph_module, node)
-        ]
-
-    def _match(self, graph_module: fx.GraphModule, attention: fx.Node) -> list[_Site]:
-        out = _following(attention, "linear")
-        if out is None or constant(graph_module, out.args[1]) is None:
-            return []  # An earlier run has merged this attention.
-        total = _following(out, "add")
-        if total is None:
-            self.skip(attention, "its projection is not added directly to the residual stream")
-            return []
-        last = _last_move(out)
-        residual: Any = total.args[1] if total.args[0] is last else total.args[0]
-        norms = [reader for reader in _readers(total) if _is_norm(reader)]
-        if len(norms) != 1 or rank(residual) != 3:
-            self.skip(attention, "it is not followed by one norm and an MLP")
-            return []
-        firsts = _readers(norms[0])
-        known = [f for f in firsts if calls(f, target("linear"))]
-        if len(known) != len(firsts) or any(
-            constant(graph_module, first.args[1]) is None for first in known
-        ):
-            self.skip(attention, "ops other than linear products also read the norm after it")
-            return []
-        return [_Site(out, residual, norms[0], firsts)]
+        found, reasons = [], {}
+        for node in graph_module.graph.nodes:
+            if calls(node, target("constant_attention")):
+                matched = _match(graph_module, node)
+                if isinstance(matched, str):
+                    reasons[node] = matched
+                elif matched is not None:
+                    found.append(matched)
+        merged = {out for site in found for out in site.outs}
+        for node, reason in reasons.items():
+            if _following(node, "linear") not in merged:
+                self.skip(node, reason)
+        return found
 
     def _merge(
         self,
@@ -155,9 +151,8 @@ class MergeProjections(Pass):
 
         weight: Any = numbers(first.args[1])
         scaled = weight * gain.to(torch.float64)
-        merged = scaled @ numbers(site.out.args[1])
         bias = torch.zeros(len(weight), dtype=torch.float64)
-        for given, factor in ((_bias(first), None), (_bias(site.out), scaled)):
+        for given, factor in ((_bias(first), None), *((_bias(out), scaled) for out in site.outs)):
             value = numbers(given)
             if value is not None:
                 bias = bias + (value if factor is None else factor @ value)
@@ -172,16 +167,75 @@ class MergeProjections(Pass):
 
         stream = site.residual.meta["val"]
         val = stream[..., :1].expand(*stream.shape[:-1], len(weight))
-        heads = _rows(site.out.args[0])
-        by_heads = (heads, held("merged_weight", merged), held("merged_bias", bias))
-        left = insert(first, target("linear"), by_heads, val, Vis.SHARED)
-        by_stream = (site.residual, held("residual_weight", scaled), None)
-        right = insert(first, target("linear"), by_stream, val, Vis.SHARED)
+        terms = []
+        for number, out in enumerate(site.outs):
+            name = f"merged_weight_{number + 1}" if number else "merged_weight"
+            merged = held(name, scaled @ numbers(out.args[1]))
+            added = None if number else held("merged_bias", bias)
+            arguments: tuple[Any, ...] = (_rows(out.args[0]), merged, added)
+            terms.append(insert(first, target("linear"), arguments, val, Vis.SHARED))
+        arguments = (site.residual, held("residual_weight", scaled), None)
+        terms.append(insert(first, target("linear"), arguments, val, Vis.SHARED))
+        *others, last = terms
+        total = others[0]
+        for term in others[1:]:
+            total = insert(first, target("add"), (total, term), val, Vis.SHARED)
         if rank(first) == 3:
-            replace(first, target("add"), (left, right))
+            replace(first, target("add"), (total, last))
             return
-        whole = insert(first, target("add"), (left, right), val, Vis.SHARED)
+        whole = insert(first, target("add"), (total, last), val, Vis.SHARED)
         replace(first, aten.reshape.default, (whole, [-1, len(weight)]))
+
+
+def _match(graph_module: fx.GraphModule, attention: fx.Node) -> _Site | str | None:
+    """What to merge after a constant attention, or why nothing; None if it was merged before."""
+    out = _following(attention, "linear")
+    if out is None or constant(graph_module, out.args[1]) is None:
+        return None
+    total = _following(out, "add")
+    if total is None:
+        return "its projection is not added directly to the residual stream"
+    residual = _other(total, _last_move(out))
+    norms = [reader for reader in _readers(total) if _is_norm(reader)]
+    readers = _readers(norms[0]) if len(norms) == 1 else []
+    firsts = [reader for reader in readers if calls(reader, target("linear"))]
+    sums = [reader for reader in readers if calls(reader, target("add"))]
+    added = any(_following(first, "add") is not None for first in firsts)
+    if not firsts or added or rank(residual) != 3:
+        return "it is not followed by one norm and an MLP"
+    if len(firsts) + len(sums) < len(readers):
+        return "ops other than linear products and sums also read the norm after it"
+    if any(constant(graph_module, first.args[1]) is None for first in firsts):
+        return "the weights of the MLP after it are computed"
+    outs = [out]
+    while earlier := _projection(graph_module, residual, total):
+        outs.append(earlier)
+        residual, total = _other(residual, _last_move(earlier)), residual
+    return _Site(outs, residual, norms[0], firsts, sums)
+
+
+def _projection(graph_module: fx.GraphModule, stream: fx.Node, total: fx.Node) -> fx.Node | None:
+    """The projection of a constant attention that a stream adds, if only `total` reads the sum."""
+    if not calls(stream, target("add")) or set(stream.users) != {total}:
+        return None
+    for term in stream.args[:2]:
+        out = _source(term)
+        held = calls(out, target("linear")) and constant(graph_module, out.args[1]) is not None
+        if held and calls(_source(out.args[0]), target("constant_attention")):
+            return out
+    return None
+
+
+def _other(total: fx.Node, term: fx.Node) -> Any:
+    """The operand of a sum that is not this one."""
+    return total.args[1] if total.args[0] is term else total.args[0]
+
+
+def _source(node: Any) -> Any:
+    """What a value was before ops that only move it."""
+    while isinstance(node, fx.Node) and target_name(node.target) in MOVE_NAMES:
+        node = node.args[0]
+    return node
 
 
 def _is_norm(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from mergec.compiler.graph.ir import add_constant, aten, bind, calls, constant, insert, replace
-from mergec.compiler.graph.ranges import prompt
+from mergec.compiler.graph.ranges import fed, prompt
 from mergec.compiler.graph.rewriting import GraphInfo, Pass
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import Vis
@@ -87,18 +87,23 @@ def constant_norms(
 
 
 def put_affine(
-    info: GraphInfo, node: fx.Node, gain: torch.Tensor, shift: torch.Tensor | None
+    info: GraphInfo,
+    node: fx.Node,
+    gain: torch.Tensor,
+    shift: torch.Tensor | None,
+    mul: Any = aten.mul.Tensor,
+    add: Any = aten.add.Tensor,
 ) -> None:
-    """Replace a norm by gain * x + shift."""
+    """Replace a norm by gain * x + shift, written with these two ops."""
     place = _place(node)
     held = add_constant(node, info.constants, f"{place}.gain", gain, Vis.SERVER)
     arguments = (node.args[0], held)
     if shift is None:
-        replace(node, aten.mul.Tensor, arguments)
+        replace(node, mul, arguments)
         return
-    scaled = insert(node, aten.mul.Tensor, arguments, node.meta["val"], Vis.SHARED)
+    scaled = insert(node, mul, arguments, node.meta["val"], Vis.SHARED)
     held = add_constant(node, info.constants, f"{place}.shift", shift, Vis.SERVER)
-    replace(node, aten.add.Tensor, (scaled, held))
+    replace(node, add, (scaled, held))
 
 
 def _place(node: fx.Node) -> str:
@@ -132,7 +137,7 @@ def observe_norms(
     carried = [n for n in graph_module.graph.nodes if calls(n, target("carry"))]
 
     def first_steps() -> list[_Run]:
-        return [_Run(graph_module, prompt(graph_module, inputs, s)) for s in sequences]
+        return [_Run(graph_module, inputs, prompt(graph_module, inputs, s)) for s in sequences]
 
     runs = first_steps()
     found = _in_step(graph_module, norms, runs)
@@ -145,9 +150,9 @@ def observe_norms(
 class _Run(fx.Interpreter):
     """A step of one sequence, run node by node."""
 
-    def __init__(self, module: fx.GraphModule, inputs: Any, resent: Any = None) -> None:
+    def __init__(self, module: fx.GraphModule, specs: Any, inputs: Any, resent: Any = None) -> None:
         super().__init__(module)
-        self.inputs = inputs
+        self.specs, self.inputs = specs, inputs
         self.args_iter = iter(inputs)
         self.resent: dict[fx.Node, Any] = resent or {}
 
@@ -157,9 +162,11 @@ class _Run(fx.Interpreter):
     def next(self, entering: fx.Node, leaving: fx.Node) -> _Run:
         """The step after this one, which starts from its hidden state and caches."""
         *_, output = self.module.graph.nodes  # type: ignore[union-attr,misc]
-        caches = self.env[output][1:]
-        inputs = [self.inputs[0][:, -1:], *caches]
-        return _Run(self.module, inputs, {entering: self.env[leaving]})  # type: ignore[arg-type]
+        *source, ids, caches = fed(self.specs, self.inputs)
+        following = self.env[output][1 : 1 + len(caches)]
+        inputs = [*source, ids[:, -1:], *following]
+        resent = {entering: self.env[leaving]}
+        return _Run(self.module, self.specs, inputs, resent)  # type: ignore[arg-type]
 
 
 def _in_step(

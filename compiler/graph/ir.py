@@ -10,6 +10,7 @@ value is held (see `compiler.backend.legalize`);
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -51,6 +52,18 @@ def rank(node: fx.Node) -> int:
 def last_dim(node: fx.Node, dim: int) -> bool:
     """Whether `dim` is the node's last dimension."""
     return dim in (-1, rank(node) - 1)
+
+
+def ancestors(*nodes: fx.Node, stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """All that nodes are computed from, and they themselves; not beyond those of `stop`."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if node in stop else node.all_input_nodes
+    return found
 
 
 def replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

@@ -58,7 +58,7 @@ def _visit(
 ) -> None:
     """Run one token at a position, after a cache of zeros; without a cache, after itself. The
     source of an encoder-decoder ends at that position, too."""
-    *source, ids, caches = _fed(inputs, prompt(recorder.module, inputs, [token]))
+    *source, ids, caches = fed(inputs, prompt(recorder.module, inputs, [token]))
     source = [text.expand(1, position + 1) for text in source]
     if not caches:
         ids = ids.expand(1, position + 1)
@@ -81,7 +81,7 @@ def replay(
     as a prompt. An encoder-decoder answers each sequence by the sequence itself.
     """
     for sequence in sequences:
-        *source, ids, caches = _fed(inputs, prompt(interpreter.module, inputs, sequence))
+        *source, ids, caches = fed(inputs, prompt(interpreter.module, inputs, sequence))
         cut = max(1, len(sequence) - decoded) if caches else len(sequence)
         pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
         with torch.inference_mode():
@@ -90,7 +90,7 @@ def replay(
                 caches = list(found[1 : 1 + len(caches)])
 
 
-def _fed(inputs: Sequence[InputSpec], given: Sequence[torch.Tensor]) -> list[Any]:
+def fed(inputs: Sequence[InputSpec], given: Sequence[torch.Tensor]) -> list[Any]:
     """A graph's inputs as texts, one after the other, and a list of caches."""
     texts = sum(spec.vis is Vis.CLIENT for spec in inputs)
     return [*given[:texts], list(given[texts:])]
@@ -140,7 +140,7 @@ class _Recorder(fx.Interpreter):
             least, most = n.meta.get("range", ends)
             n.meta["range"] = min(least, ends[0]), max(most, ends[1])
             if n in self._streams:
-                rows = result.double().flatten(0, -2)
+                rows = result.double().reshape(-1, result.shape[-1])
                 columns = rows.amin(0), rows.amax(0)
                 lows, highs = n.meta.get("columns", columns)
                 n.meta["columns"] = torch.minimum(lows, columns[0]), highs.maximum(columns[1])

@@ -111,8 +111,8 @@ class RatioAttention(ScoredAttention):
 
     kind: "2quad", (x + c)**2 / sum with c = 5, the 2Quad of MPCFormer (Li et al., ICLR 2023,
     section 3.2); "2relu", relu(x) / sum, after Mohassel and Zhang (SecureML, IEEE S&P 2017). bound:
-    a power of two that |s + 5| or |s| stays below, from calibration. bias: part of the scores, as in
-    `attention`; it takes no message.
+    a power of two that |s + 5| or |s| stays below, from calibration. bias: is added to the scores,
+    as in `attention`; it takes no message.
 
     Error below 1e-3 for values of size 1. Bytes: `cost`. Each party sees what it sees in
     `truncate`, `rectify`, `row_factor` and `weighted_sum`.

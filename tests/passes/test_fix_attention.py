@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops.attention import Attention
 from mergec.runtime.ops.constant_attention import ConstantAttention
+from tests.encoder_decoders import random_model
 from tests.families import captured
 from tests.merge_models import VOCAB, looks_back
 from tests.passes.harness import Graph, normal
@@ -135,3 +139,109 @@ def test_near_misses() -> None:
     graph = Graph(lambda m, q, k, v: (q @ k.transpose(-1, -2)) @ v, *(normal(1, 4, 3, 8),) * 3)
     assert graph.run("fix_attention") == 0
     assert not any(n.target is target("constant_attention") for n in graph.module.graph.nodes)
+
+
+# --------------------------------------------------------------------------------- encoder-decoders
+
+LENGTH = 6
+SOURCE = [3, 1, 4, 1, 5, 9]
+
+
+@functools.cache
+def by_position() -> tuple[Any, Captured]:
+    """A T5 whose queries are zero: its attention follows from positions alone, or is a mean. With
+    its captured step, of which to change a copy."""
+    model = random_model("t5").double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".q.weight"):
+                parameter.zero_()
+    return model, capture(model)
+
+
+def answered(step: Captured, source: list[int], tokens: list[int], cut: int) -> torch.Tensor:
+    """Logits after the tokens of an answer, of which those from `cut` on come one by one."""
+    given = step.inputs[2:]
+    caches = [
+        torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=torch.float64)
+        for spec in given
+    ]
+    pieces = [tokens[:cut], *([token] for token in tokens[cut:])]
+    with torch.no_grad():
+        for piece in pieces:
+            ids = torch.tensor([source]), torch.tensor([piece])
+            logits, *found = step.graph_module(*ids, *caches)
+            caches = found[: len(given)]
+    return logits
+
+
+def test_an_encoder_decoder_gets_tables_of_three_kinds() -> None:
+    """Exact for a source as long as those of calibration, if its heads attend by position alone."""
+    model, captured_step = by_position()
+    step = captured_step.copy()
+    calibration = ((3, 1, 4, 1, 5, 9), (2, 7, 1, 8, 2, 8))
+    config = CompileConfig(enable=("fix_attention",), calibration=calibration)
+    reports = {report.name: report for report in rewrite(step, config)}
+    assert reports["fix_attention"].sites == 6
+    tokens = [0, 2, 6, 5, 3, 5]
+    for length, cut in ((1, 1), (4, 4), (6, 2)):
+        with torch.no_grad():
+            ids, begun = torch.tensor([SOURCE]), torch.tensor([tokens[:length]])
+            wanted = model(input_ids=ids, decoder_input_ids=begun).logits[:, -1:]
+        found = answered(step, SOURCE, tokens[:length], cut)
+        assert float((found - wanted).abs().max()) < 1e-5  # T5's norms round to float32
+    tables = {name: step.tensors()[name][0] for name in step.constants if name.endswith(".table")}
+    (encoder,) = [v for k, v in tables.items() if k.startswith("encoder.block.0")]
+    (own,) = [v for k, v in tables.items() if k.startswith("decoder.block.0.layer.0")]
+    (cross,) = [v for k, v in tables.items() if k.startswith("decoder.block.0.layer.1")]
+    assert encoder.triu(1).any() and not own.triu(1).any()
+    assert torch.allclose(cross, torch.full_like(cross, 1 / LENGTH))
+
+
+def test_caches_of_keys_are_gone_also_for_cross_attention() -> None:
+    step = by_position()[1].copy()
+    rewrite(step, CompileConfig(enable=("fix_attention",), calibration=(tuple(SOURCE),)))
+    assert [spec.name for spec in step.inputs] == [
+        "input_ids", "decoder_input_ids", "cache.0.value", "cache.1.value"
+    ]  # fmt: skip
+    *_, output = step.graph_module.graph.nodes
+    results = output.args[0]
+    assert len(results) == 1 + 2 + 2
+    assert all(node.target is target("cache_fill") for node in results[3:])
+    text = dump(step.graph_module)
+    for gone in ("relative_attention_bias", "mpc.attention", ".q.", ".k."):
+        assert gone not in text
+
+
+def test_a_weight_is_the_mean_over_the_sequences_that_have_it() -> None:
+    """Cross-attention is a mean over the source here, so weights are 1/6, or (1/6 + 1/2) / 2."""
+    step = by_position()[1].copy()
+    config = CompileConfig(enable=("fix_attention",), calibration=(tuple(SOURCE), (8, 9)))
+    rewrite(step, config)
+    table = step.tensors()["decoder.block.0.layer.1.EncDecAttention.table"][0]
+    wanted = torch.full((4, LENGTH, LENGTH), 1 / 6, dtype=torch.float64)
+    wanted[:, :2, :2] = (1 / 6 + 1 / 2) / 2
+    assert torch.allclose(table, wanted)
+
+
+def test_rows_and_columns_beyond_a_whole_table() -> None:
+    """An encoder's later tokens attend as a decoder's; cross-attention repeats its last row."""
+    table = torch.rand(2, 4, 4, dtype=torch.float64)
+    eye = torch.eye(7, dtype=torch.float64)[None, None]
+    for length in (2, 4):
+        values = eye[:, :, :length, :length]
+        rows = ConstantAttention.reference(values, table, length, None, False)[0]
+        assert torch.equal(rows, table[:, :length, :length])
+    rows = ConstantAttention.reference(eye, table, 7, None, False)[0]
+    assert torch.equal(rows[:, :4, :4], table) and not rows[:, :4, 4:].any()
+    later = ConstantAttention.reference(eye, table, 7)[0]
+    assert torch.equal(rows[:, 4:], later[:, 4:])
+    wide = table[:, :3]
+    for length in (2, 7):
+        values = eye[:, :, :length, :length]
+        rows = ConstantAttention.reference(values, wide, 2, 5, False)[0]
+        seen = min(length, 4)
+        assert torch.equal(rows[:, :, :seen], wide[:, [2, 2], :seen])
+        assert not rows[:, :, seen:].any()
+    first = ConstantAttention.reference(eye, wide, 2, 2, False)[0]
+    assert torch.equal(first[:, :, :4], wide[:, :2])

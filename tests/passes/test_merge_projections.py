@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import fx
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import rewrite
+from mergec.compiler.pipeline import rewrite, select
 from mergec.compiler.text import dump
+from mergec.passes.merge_projections import MergeProjections
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
+from tests.encoder_decoders import model_and_step
 from tests.families import LAYERS, captured, random_decoder
 from tests.merge_models import VOCAB, looks_back
 from tests.passes.test_fix_attention import CALIBRATION, outputs
@@ -93,3 +98,56 @@ def test_resent_hidden_states_count() -> None:
         found = [v for n, (v, _) in step.tensors().items() if "layers.0" in n and "residual" in n]
         sizes[preset] = float(found[0].abs().max())
     assert sizes["merge"] < sizes["merge-mm"] / 10
+
+
+# --------------------------------------------------------------------------------- encoder-decoders
+
+
+@pytest.mark.parametrize(
+    ("family", "sites", "left", "reason"),
+    [
+        # Before the values of encoder and self-attention; after encoder and decoder.
+        ("t5", 4, 2 * LAYERS + 2, None),
+        # After each of the three MLPs' sums and self-attention, and those of the embeddings.
+        ("bart", 4, 3 * LAYERS + 2, "not followed by one norm and an MLP"),
+    ],
+)
+def test_encoder_decoders(family: str, sites: int, left: int, reason: str | None) -> None:
+    """T5 merges both projections of a decoder's layer; BART's residual stream leaves its norms."""
+    step = model_and_step(family)[1].copy()
+    report = merged(step)["merge_projections"]
+    assert report.sites == sites
+    assert norms(step) == left
+    assert [skip.reason for skip in report.skips] == [f"it is {reason}"] * (LAYERS if reason else 0)
+    made = {name for name in step.constants if "merged_weight" in name}
+    both = {name for name in made if name.endswith("_2")}
+    assert len(made) - len(both) == sites
+    assert len(both) == (LAYERS if family == "t5" else 0)
+    text = dump(step.graph_module)
+    assert merged(step)["merge_projections"].sites == 0
+    assert dump(step.graph_module) == text
+
+
+class Loosened(MergeProjections):
+    """Replaces the norms in between, and merges nothing."""
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        return self.loosen(graph_module)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_merged_products_are_those_of_constant_norms(family: str) -> None:
+    """The same graph with affine maps in place of the norms, and no product merged."""
+    config = replace(ASKED, check_passes=False)
+    whole, parts = (model_and_step(family)[1].copy() for _ in range(2))
+    rewrite(whole, config)
+    rewrite(
+        parts, config, passes=[Loosened if p is MergeProjections else p for p in select(config)]
+    )
+    source, ids = torch.tensor([[5, 9, 33, 2, 71]]), torch.tensor([[0, 4, 7]])
+    given = [torch.zeros(1, 4, 0, 4) for _ in whole.inputs[2:]]
+    with torch.no_grad():
+        found = whole.graph_module(source, ids, *given)
+        wanted = parts.graph_module(source, ids, *given)
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).abs().max()) < 1e-4 * max(1.0, float(b.abs().max()))
