@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from mergec.compiler.errors import CompileError
-from mergec.compiler.graph.ir import aten, calls, insert, rank
+from mergec.compiler.graph.ir import ancestors, aten, calls, insert, rank
 from mergec.compiler.graph.rewriting import Pass
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
@@ -24,8 +24,9 @@ class ResendHidden(Pass):
     learned position. The graph still computes the same; it is cut into three phases that run
     separately (`RoleProgram.phase`): tokens to hidden state, hidden state to hidden state, and all
     hidden states to logits, which the head computes in one batch after the last step. So an answer
-    has as many tokens as were requested: no stop token can end the loop. Exact if the hidden state
-    equals the next token's row.
+    has as many tokens as were requested: no stop token can end the loop. An encoder-decoder resends
+    its decoder's hidden states; its encoder reads the source's tokens as before. Exact if the
+    hidden state equals the next token's row.
 
     Before:
         %ids = input : client int64 1xnew
@@ -57,9 +58,10 @@ class ResendHidden(Pass):
     def run(self, graph_module: fx.GraphModule) -> int:
         if any(calls(node, target("carry")) for node in graph_module.graph.nodes):
             return 0
-        ids, *caches = (n for n in graph_module.graph.nodes if n.op == "placeholder")
-        if not caches:
+        *_, last = (n for n in graph_module.graph.nodes if n.op == "placeholder")
+        if last.meta["vis"] is Vis.CLIENT:
             raise CompileError("embedding resending needs a model with a cache; this one has none")
+        ids = _tokens(graph_module)
         table = embedding_of(graph_module)
         head = head_of(graph_module)
         state: Any = head.args[0]
@@ -84,16 +86,25 @@ class ResendHidden(Pass):
 
 
 def embedding_of(graph_module: fx.GraphModule) -> fx.Node:
-    """The one embedding lookup by the client's tokens."""
+    """The one embedding lookup by the client's tokens; of an encoder-decoder, by the answer's."""
+    ids = _tokens(graph_module)
     found = [
         node
         for node in graph_module.graph.nodes
-        if calls(node, target("embedding")) and node.args[0].meta["vis"] is Vis.CLIENT
+        if calls(node, target("embedding"))
+        and node.args[0].meta["vis"] is Vis.CLIENT
+        and ids in ancestors(node.args[0])
     ]
     if len(found) != 1:
         reason = "embedding resending needs one embedding of the tokens"
         raise CompileError(reason, dict.fromkeys(found, "reads the tokens"))
     return found[0]
+
+
+def _tokens(graph_module: fx.GraphModule) -> fx.Node:
+    """The tokens that a step adds; an encoder-decoder has those of its source before them."""
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    return [node for node in inputs if node.meta["vis"] is Vis.CLIENT][-1]
 
 
 def head_of(graph_module: fx.GraphModule) -> fx.Node:
@@ -130,7 +141,7 @@ def _measure(ids: fx.Node, entering: fx.Node) -> None:
 
     Raises CompileError for any other use of the tokens: later steps have none.
     """
-    before = _ancestors(entering)
+    before = ancestors(entering)
     nodes = list(ids.graph.nodes)
     # All other users of the size come after the value that enters.
     place = [node for node in nodes if node.op == "placeholder"][-1]
@@ -151,14 +162,3 @@ def _measure(ids: fx.Node, entering: fx.Node) -> None:
     }
     if bad:
         raise CompileError("embedding resending does not fit this model", bad)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting += current.all_input_nodes
-    return found

@@ -367,7 +367,6 @@ def test_other_models_are_refused(make: Callable[[], Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"preset": "merge"}, "'resend_hidden' is for decoders alone"),
         ({"speculate_up_to": 3}, "speculate_up_to is for decoders alone"),
         ({"max_length": 65}, "max_position_embeddings is 64"),
     ],

@@ -164,7 +164,8 @@ def _choices(
 
 
 def _walked(plan: Plan, program: RoleProgram, fixed: int, new: int, past: int) -> Iterator[Walked]:
-    """The instructions of a step; of an encoder-decoder, then those that only a prompt runs.
+    """The instructions of a step; of an encoder-decoder, then those that only a prompt or the
+    finish runs.
 
     Half of what comes before a decode step is the source.
     """
@@ -172,7 +173,12 @@ def _walked(plan: Plan, program: RoleProgram, fixed: int, new: int, past: int) -
         yield from walk(plan, fixed, ghost_inputs(program, new, past), program.outputs)
         return
     source, seen = (past + 1) // 2, set[str]()
-    for step in ((new, past), (source, 0)) if past else ((new, past),):
+    steps = [(new, past)]
+    if past:
+        steps.append((source, 0))
+    if program.resends:
+        steps.append((0, 1))
+    for step in steps:
         part = program.phase(phase_of(*step))
         inputs = ghost_inputs(part, *program.sizes(*step, source))
         for walked in walk(plan, fixed, inputs, part.outputs):

@@ -67,9 +67,7 @@ def lower(
         else spec
         for node, spec in zip(placeholders, inputs, strict=True)
     ]
-    phases = _phases(graph, names, renamed, outputs, fixed)
-    if any("source" in spec.shape for spec in renamed):
-        phases = _source_phases(output, names, renamed, fixed)
+    phases = _phases(graph, names, renamed, fixed)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     specs = [
         TensorSpec(name, vis, str(tensor.dtype), tuple(tensor.shape))
@@ -93,42 +91,18 @@ def lower(
 
 
 def _phases(
-    graph: fx.Graph,
-    names: dict[fx.Node, str],
-    inputs: list[InputSpec],
-    outputs: list[str],
-    fixed: int,
+    graph: fx.Graph, names: dict[fx.Node, str], inputs: list[InputSpec], fixed: int
 ) -> list[Phase]:
-    """The phases of a program that carries a hidden state from step to step; [] for any other."""
+    """The phases of a program that carries a hidden state from step to step, and of an
+    encoder-decoder, whose second one takes the cross caches that the first fills; [] for others."""
+    (output,) = [node for node in graph.nodes if node.op == "output"]
     carried = [node for node in graph.nodes if calls(node, target("carry"))]
-    if not carried:
+    encodes = any("source" in spec.shape for spec in inputs)
+    if not carried and not encodes:
         return []
-    entry, exit_ = (
-        InputSpec(
-            names[node],
-            Vis.SHARED,
-            str(node.meta["val"].dtype),
-            (1, "new", int(node.meta["val"].shape[-1])),
-            fixed,
-            form="share",
-        )
-        for node in carried
-    )
-    tokens, *caches = inputs
-    logits, *following = outputs
-    return [
-        Phase(PROMPT, (tokens, *caches), (exit_.name, *following)),
-        Phase(DECODE, (entry, *caches), (exit_.name, *following)),
-        Phase(FINISH, (exit_,), (logits,)),
-    ]
-
-
-def _source_phases(
-    output: fx.Node, names: dict[fx.Node, str], inputs: list[InputSpec], fixed: int
-) -> list[Phase]:
-    """The phases of an encoder-decoder: the second takes the cross caches that the first fills."""
-    source, tokens, *caches = inputs
+    tokens, caches = inputs[encodes], inputs[1 + encodes :]
     results: Any = output.args[0]
+    logits, *following = [names[node] for node in results]
     cross = [
         InputSpec(
             names[node],
@@ -141,10 +115,26 @@ def _source_phases(
         )
         for node in results[1 + len(caches) :]
     ]
-    outputs = tuple(names[node] for node in results)
+    if not carried:
+        return [
+            Phase(PROMPT, tuple(inputs), (logits, *following)),
+            Phase(DECODE, (tokens, *caches, *cross), (logits, *following)),
+        ]
+    entry, exit_ = (
+        InputSpec(
+            names[node],
+            Vis.SHARED,
+            str(node.meta["val"].dtype),
+            (1, "new", int(node.meta["val"].shape[-1])),
+            fixed,
+            form="share",
+        )
+        for node in carried
+    )
     return [
-        Phase(PROMPT, (source, tokens, *caches), outputs),
-        Phase(DECODE, (tokens, *caches, *cross), outputs),
+        Phase(PROMPT, tuple(inputs), (exit_.name, *following)),
+        Phase(DECODE, (entry, *caches, *cross), (exit_.name, *following)),
+        Phase(FINISH, (exit_,), (logits,)),
     ]
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mergec.compiler.config import PRESETS, CompileConfig
+from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.lengths import one_line
-from mergec.compiler.graph.ir import aten, calls
+from mergec.compiler.graph.ir import ancestors, aten, calls
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
@@ -42,10 +42,6 @@ _REFUSED = {
 """Models whose attention cannot be captured as one, and why."""
 
 
-_FOR_DECODERS = ("resend_hidden", "fix_attention", "merge_projections")
-"""Lossy passes that decoders alone have so far."""
-
-
 def check_encoder_decoder(model: nn.Module) -> None:
     """Raise CompileError for an encoder-decoder whose source is not tokens, or that cannot run."""
     name, config = type(model).__name__, getattr(model, "config", None)
@@ -64,12 +60,6 @@ def check_encoder_decoder(model: nn.Module) -> None:
 
 def check_options(config: CompileConfig) -> None:
     """Raise CompileError for an option that encoder-decoders do not have yet."""
-    asked = [n for n in (*PRESETS[config.preset], *config.enable) if n in _FOR_DECODERS]
-    if asked:
-        raise CompileError(
-            f"the pass {asked[0]!r} is for decoders alone so far; compile an encoder-decoder "
-            "without it"
-        )
     if config.speculate_up_to:
         raise CompileError(
             "speculate_up_to is for decoders alone so far; leave it out for an encoder-decoder"
@@ -214,7 +204,7 @@ def cut(graph_module: fx.GraphModule, caches: int) -> None:
     *_, output = graph.nodes
     logits, *following = output.args[0]
     cross = following[caches:]
-    encoder = _ancestors(cross)
+    encoder = ancestors(*cross)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     place = inputs[-1]
     for node in [node for node in graph.nodes if node in encoder and node.op != "placeholder"]:
@@ -229,7 +219,7 @@ def cut(graph_module: fx.GraphModule, caches: int) -> None:
         filled.append(fill)
         place = fill
     _measure(graph, inputs[0], encoder, filled)
-    decoder = _ancestors([logits, *following[:caches]], stop=filled)
+    decoder = ancestors(logits, *following[:caches], stop=filled)
     bad = {node: "reads the source" for node in inputs[0].users if node in decoder}
     if bad:
         raise CompileError("the decoder reads the source other than by cross-attention", bad)
@@ -273,15 +263,3 @@ def _is_public(node: fx.Node) -> bool:
     return node.op == "get_attr" or (
         node.op == "call_function" and all(map(_is_public, node.all_input_nodes))
     )
-
-
-def _ancestors(nodes: Sequence[fx.Node], stop: Sequence[fx.Node] = ()) -> set[fx.Node]:
-    """All that nodes are computed from, and they themselves; not beyond those of `stop`."""
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [] if node in stop else node.all_input_nodes
-    return found

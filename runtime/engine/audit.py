@@ -500,10 +500,11 @@ def _text(found: Audit) -> Iterator[str]:
     facts = found.facts
     yield f"{found.model}: program {found.program_hash}"
     yield f"reveal: {facts['reveal']}; weights: {facts['weights']}; one semi-honest party corrupted"
-    third = "; k: tokens of an answer" if facts["resends"] else "; m: tokens of public text, if any"
-    if facts["encodes"]:
-        third = ", of which the source has half"
-    yield f"n: tokens of a prompt; p: tokens before a decode step{third}"
+    half = ", of which the source has half" if facts["encodes"] else ""
+    # No encoder-decoder begins with public text.
+    third = "" if facts["encodes"] else "; m: tokens of public text, if any"
+    third = "; k: tokens of an answer" if facts["resends"] else third
+    yield f"n: tokens of a prompt; p: tokens before a decode step{half}{third}"
     titles = {
         "server": "The server sees, of the client's shares and tokens",
         "both": "Client and server both see",

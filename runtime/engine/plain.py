@@ -17,7 +17,15 @@ from mergec.runtime.core.structural import decode_literal, function
 from mergec.runtime.ops import load_all
 from mergec.runtime.ops.reveal_token import RevealToken
 from mergec.runtime.program.encoding import refs
-from mergec.runtime.program.program import DECODE, FINISH, Ref, RoleProgram, needed, phase_of
+from mergec.runtime.program.program import (
+    DECODE,
+    FINISH,
+    PROMPT,
+    Ref,
+    RoleProgram,
+    needed,
+    phase_of,
+)
 
 Choose = Callable[[torch.Tensor], int]
 
@@ -127,13 +135,18 @@ class PlainExecutor:
 
     def _resend(self, prompt: Sequence[int], max_tokens: int) -> torch.Tensor:
         """Logits [max_tokens, V] of a program that resends its hidden state."""
-        first, caches, hidden = self._ids(prompt), self.start(), []
+        texts = [prompt]
+        if self.program.encodes:
+            texts.append([self.program.manifest.answer_start])
+        phase = self.program.phase(PROMPT)
+        first = {s.name: self._ids(text) for s, text in zip(phase.inputs, texts, strict=False)}
+        later, caches, hidden = self.program.phase(DECODE).inputs, self.start(), []
         for position in range(max_tokens):
             phase = self.program.phase(phase_of(1, position))
-            outputs = self.step({phase.inputs[0].name: first, **caches}, phase.outputs)
-            caches = {s.name: outputs[s.cache_output] for s in phase.inputs if s.cache_output}
-            first = outputs[phase.outputs[0]]
-            hidden.append(first)
+            outputs = self.step({**first, **caches}, phase.outputs)
+            caches = {s.name: outputs[s.cache_output] for s in later if s.cache_output}
+            hidden.append(outputs[phase.outputs[0]])
+            first = {later[0].name: hidden[-1]}
         phase = self.program.phase(FINISH)
         logits = self.step({phase.inputs[0].name: torch.cat(hidden, 1)}, phase.outputs)
         return logits[phase.outputs[0]][0]

@@ -87,7 +87,8 @@ PROMPT, DECODE, FINISH = "prompt", "decode", "finish"
 """Phases of a program that resends its hidden state: tokens to hidden state, hidden state to hidden
 state, and all hidden states [1, new, E] to the logits of every token. Of an encoder-decoder: the
 source's tokens and the answer's first one to logits and to the keys and values of cross-attention;
-and further tokens, with these, to logits. It has no finish."""
+and further tokens, with these, to logits; it has a finish only if it also resends its hidden state,
+which then takes the place of these logits and of the further tokens."""
 
 BEGUN = 1
 """Tokens of an encoder-decoder's answer that its prompt takes: the one that every answer begins
@@ -122,7 +123,7 @@ class RoleProgram:
     @property
     def encodes(self) -> bool:
         """Whether it is an encoder-decoder: the prompt is a source text of its own."""
-        return bool(self.phases) and not self.resends
+        return bool(self.phases) and any("source" in spec.shape for spec in self.inputs)
 
     def phase(self, name: str) -> Phase:
         """A phase by its name; the whole program if it has no phases."""

@@ -89,7 +89,9 @@ def _check_revealed(program: RoleProgram, where: str) -> None:
 def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) -> None:
     """A phase must be able to compute its outputs from its inputs and the constants alone."""
     names = [phase.name for phase in program.phases]
-    if names not in ([], [PROMPT, DECODE], [PROMPT, DECODE, FINISH]):
+    # An encoder-decoder has two at least; a decoder has none, or resends its hidden state.
+    fewest = [PROMPT, DECODE] if program.encodes else []
+    if names not in (fewest, [PROMPT, DECODE, FINISH]):
         raise BundleError(
             f"{where}: the phases are not prompt and decode, and the finish; {RECOMPILE}"
         )
@@ -103,8 +105,10 @@ def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) ->
         for item in program.instructions
     ]
     for phase in program.phases:
-        # The tokens of an encoder-decoder's source come first, and those of its answer in any step.
-        tokens = int(phase.name == PROMPT) + int(program.encodes)
+        # The tokens of an encoder-decoder's source come first, and those of its answer in any step
+        # that does not start from a hidden state.
+        answers = phase.name == PROMPT or not program.resends
+        tokens = int(phase.name == PROMPT) + int(program.encodes and answers)
         for place, spec in enumerate(phase.inputs):
             wanted = Vis.CLIENT if place < tokens else Vis.SHARED
             if known.get(spec.name, wanted) is not wanted or spec.vis is not wanted:
@@ -113,9 +117,9 @@ def _check_phases(program: RoleProgram, known: Mapping[str, Vis], where: str) ->
                     f"{wanted.value}; do not use it, {RECOMPILE}"
                 )
         # The next step takes it for the hidden state, whatever it is; and for caches.
-        passed_on = phase.outputs[:1] if phase.name != FINISH else ()
+        passed_on = phase.outputs[:1] if program.resends and phase.name != FINISH else ()
         if program.encodes:
-            passed_on = phase.outputs[1:]
+            passed_on += phase.outputs[1:]
         if any(known.get(name, Vis.SHARED) is not Vis.SHARED for name in passed_on):
             raise BundleError(
                 f"{where}: the output {passed_on[0]!r} of the phase {phase.name} is not "

@@ -99,7 +99,7 @@ def test_a_program_of_parts_is_stored_and_checked(program: Program) -> None:
     again.tensors = role.tensors
     validate(again, "here")
     for change, said in (
-        (lambda p: p.pop(), "the manifest's answer_start is -1, which does not fit the phases"),
+        (lambda p: p.pop(), "the phases are not prompt and decode, and the finish"),
         (lambda p: p[1]["inputs"].pop(0), "the phase decode lacks 'input_ids'"),
         (lambda p: p[2]["outputs"].append("answer"), "the phase finish lacks 'answer'"),
         (lambda p: p[0].update(name="start"), "'name' is 'start'"),
