@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,8 @@ def compile_decoder(
         progress(f"max_length is {length}, the most that the model takes: {captured.limit.reason}")
     sequences = calibration(config, captured, tokenizer)
     dialect = to_dialect(captured.copy(), config, sequences=sequences)
+    for line in _without_effect(dialect.pass_report):
+        progress(line)
     progress("placing truncations and openings, lowering to instructions")
     roles = assemble(dialect, config)
     check_rounding(dialect.graph_module, dialect.inputs, sequences, lossy=dialect.lossy)
@@ -230,6 +232,18 @@ def compile_source(
     if not keep_history:
         program.history = None
     return program
+
+
+def _without_effect(reports: Sequence[PassReport]) -> Iterator[str]:
+    """A line for each lossy pass that changed nothing."""
+    for report in reports:
+        if report.exact or report.sites:
+            continue
+        why = "the model has nothing that looks like its pattern"
+        if report.skips:
+            first = report.skips[0]
+            why = f"{first.module or first.node}: {first.reason}"
+        yield f"{report.name} changes nothing: {why}"
 
 
 def _describe_pass(report: PassReport) -> dict[str, Any]:
