@@ -230,10 +230,10 @@ def test_in_three_processes(family: str, preset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", LOSSY)
+@pytest.mark.parametrize("preset", ["mpcformer-2quad", "thex", "merge"])
 def test_crypten_stock_protocols(preset: str) -> None:
     program = program_of("t5", preset)
-    found = program.generate_local(list(SOURCES[0]), max_tokens=2, mode="crypten")
+    found = program.generate_local(list(SOURCES[1]), max_tokens=2, mode="crypten")
     assert program.plaintext(found).tokens == found.tokens
 
 

@@ -20,7 +20,7 @@ from mergec.runtime.ops import load_all
 
 load_all()
 
-LENGTHS = {"new": 3, "past": 4}
+LENGTHS = {"new": 3, "past": 4, "source": 6}
 CALIBRATION = ((5, 17, 3, 88, 41, 9), (2, 60, 71, 8))
 """For passes that observe the graph; tokens of a vocabulary of 97."""
 
