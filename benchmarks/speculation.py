@@ -27,13 +27,12 @@ from mergec.runtime.core.memory import keep_freed_memory
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.values import Held
 from mergec.runtime.engine.plain import PlainExecutor
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
 from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
-from mergec.runtime.session.drafting.pace import step_cost
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession

@@ -46,13 +46,12 @@ from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.spec import CLIENT
 from mergec.runtime.engine.audit import audit
 from mergec.runtime.engine.plain import PlainExecutor
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.drafting.drafter import Target, read
 from mergec.runtime.session.drafting.medusa import Medusa
-from mergec.runtime.session.drafting.pace import step_cost
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.sampling import Sampling

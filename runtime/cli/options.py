@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -18,6 +19,7 @@ from mergec.runtime.core.errors import MergecError
 
 if TYPE_CHECKING:
     from mergec.runtime.roles.client import Connection
+    from mergec.runtime.session.ahead import AheadPlan
     from mergec.runtime.session.sampling import Sampling
     from mergec.runtime.session.stores.reader import Store
     from mergec.runtime.transport.address import Address
@@ -189,6 +191,15 @@ PromptPiece = Annotated[
         min=0,
     ),
 ]
+PrepareDisk = Annotated[
+    str,
+    typer.Option(
+        "--prepare-disk",
+        metavar="SIZE",
+        help="Most bytes of one session that this party holds of what the dealer deals ahead, in "
+        "memory and in TMPDIR: 2GB, 500MB.",
+    ),
+]
 Chat = Annotated[
     bool | None,
     typer.Option(help="Apply the chat template; by default if the model has one."),
@@ -287,11 +298,14 @@ class SessionOptions(ClientOptions):
         return read_public_text(self.public_prompt)
 
     def connection(
-        self, public: str | Sequence[int] | None = None, chat: bool | None = None
+        self,
+        public: str | Sequence[int] | None = None,
+        chat: bool | None = None,
+        ahead: AheadPlan | None = None,
     ) -> Connection:
         """A connection, not yet open; with a store it needs no dealer.
 
-        public: a public text. chat: see `Connection`.
+        public: a public text. chat, ahead: see `Connection`.
         """
         store = self._opened_store()
         return self._connection(
@@ -299,6 +313,8 @@ class SessionOptions(ClientOptions):
             public_chat=chat,
             reuse=self.reuse,
             prompt_piece=self.prompt_piece,
+            ahead=ahead,
+            on_notice=lambda told: err.print(told, style="dim", soft_wrap=True),
             dealer=address(self.dealer) if store is None else None,
             store=store,
             device=self.device.value,
@@ -361,6 +377,51 @@ class SpeculationOptions:
         int | None,
         typer.Option(help="Drafted tokens of a step; by default as many as pay.", min=1),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AheadOptions:
+    """What the dealer deals while a session waits for the next prompt."""
+
+    prepare_ahead: Annotated[
+        int,
+        typer.Option(
+            help="Most steps of one token to have dealt while nobody asks for an answer; 0: none.",
+            min=0,
+        ),
+    ] = 0
+    prepare_prompt: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of a prompt's first step, to be dealt before those; 0: a step for each "
+            "token.",
+            min=0,
+        ),
+    ] = 0
+    prepare_disk: PrepareDisk = "2GB"
+
+    def plan(self) -> AheadPlan | None:
+        """What to have dealt; None for nothing."""
+        from mergec.runtime.session.ahead import AheadPlan
+
+        if not self.prepare_ahead:
+            return None
+        return AheadPlan(self.prepare_ahead, self.prepare_prompt, size_of(self.prepare_disk))
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size_of(text: str) -> int:
+    """A number of bytes, from `2GB`, `1.5 MB` or `4096`; MergecError if it is none."""
+    number, unit = re.fullmatch(r"(.*?)\s*([KMGT]?B|)", text.strip().upper(), re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        found = float(number) * _UNITS.get(unit, 1)
+        if 0 <= found < 1 << 62:
+            return int(found)
+    except ValueError:
+        pass
+    raise MergecError(f"{text!r} is no size; write 2GB, 500MB or a number of bytes")
 
 
 def address(text: str) -> Address:

@@ -12,6 +12,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from typing import Protocol as Interface
 
@@ -77,6 +78,29 @@ class Context(ABC):
         """Seed of `constant_words`; the server receives it from the client."""
         self._spent: dict[int, weakref.ref[torch.Tensor]] = {}
         self._static: set[str] = set()
+        self._branches: dict[str, bytes] = {}
+        """Seeds of the streams of branches, by the attribute that holds the stream."""
+        self._branch = -1
+
+    @contextmanager
+    def branch(self, number: int) -> Iterator[None]:
+        """Within, masks and shares come from streams of their own, which `number` names.
+
+        They are the same at all roles whatever was drawn outside, so a step can be dealt before it
+        is known whether it will run; if it does not, nobody reads these streams again. Raises
+        RuntimeError unless the number is above all earlier ones: masks would be used twice.
+        """
+        if number <= self._branch:
+            raise RuntimeError(f"the masks of branch {number} would be drawn a second time")
+        self._branch = number
+        before = {name: getattr(self, name) for name in self._branches}
+        for name, seed in self._branches.items():
+            setattr(self, name, stream(derive(seed, f"branch {number}"), self.device))
+        try:
+            yield
+        finally:
+            for name, own in before.items():
+                setattr(self, name, own)
 
     @property
     def tensor_device(self) -> torch.device:
@@ -230,6 +254,7 @@ class _PartyContext(Context):
     ) -> None:
         super().__init__(device, fixed, salt=salt, exact=exact)
         self._prg = stream(derive(seed, "shares"), self.device)
+        self._branches = {"_prg": derive(seed, "branches")}
         self._corrections = corrections
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -385,6 +410,8 @@ class DealerContext(Context):
         self.constant_seed = constant_seed_of(client_seed)
         self._client = stream(derive(client_seed, "shares"), self.device)
         self._server = stream(derive(server_seed, "shares"), self.device)
+        seeds = {"_client": client_seed, "_server": server_seed}
+        self._branches = {name: derive(seed, "branches") for name, seed in seeds.items()}
         self._to_client, self._to_server = to_client, to_server
 
     @property

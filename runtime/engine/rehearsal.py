@@ -20,10 +20,10 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError
 from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
 from mergec.runtime.core.op import Op
-from mergec.runtime.core.spec import Vis
+from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
 from mergec.runtime.engine.functions import Call, evaluate
-from mergec.runtime.engine.packing import exchange
+from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.weights import Constants, load_constants
 from mergec.runtime.program.program import Phase, RoleProgram, phase_of
@@ -232,6 +232,20 @@ def drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]
         rounds.append(messages)
         context.sent(messages)
         reply = as_reply(yielded, exchange(context, None, messages))
+
+
+@torch.inference_mode()
+def step_cost(
+    rehearsal: Rehearsal, new: int, past: int, draw: Draw | None = None
+) -> tuple[Cost, dict[str, int]]:
+    """Rounds and bytes of a step of these lengths, and the bytes dealt for it, by role."""
+    rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
+    for part in rehearsal.parts(new, past, draw):
+        rounds = max(rounds, part.start + len(part.rounds))
+        online += sum(online_bytes(message) for due in part.rounds for message in due)
+        for role, size in part.dealt.items():
+            dealt[role] += size
+    return Cost(rounds, online, sum(dealt.values())), dealt
 
 
 def call_dealt(op: type[Op], fixed: int, exact: bool, *args: Any, **kwargs: Any) -> dict[str, int]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
+from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BusyError, LimitError, MergecError, PartyError, PromptError
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
@@ -19,6 +20,8 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.roles.preparer import Preparer
+from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import STILL, Conversations, Place, common_length
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.speculation import NONE
@@ -58,6 +61,7 @@ from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
 from mergec.runtime.transport.connect import Security, connect
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
 from mergec.runtime.transport.pulse import BEAT, Pulse
+from mergec.runtime.transport.spool import Spool
 
 QUEUE_TIMEOUT = 3600.0
 """Seconds that a client waits for a session at a busy server."""
@@ -90,6 +94,8 @@ class Connection:
         public_chat: bool | None = None,
         reuse: bool = True,
         prompt_piece: int = 0,
+        ahead: AheadPlan | None = None,
+        on_notice: Callable[[str], object] = lambda _: None,
     ) -> None:
         """Prepare a connection; `open` connects.
 
@@ -105,11 +111,18 @@ class Connection:
         both of dealer and store are given, and PromptError if the program cannot begin with such a
         text. reuse: let a prompt continue the caches of an earlier one where it begins like it;
         otherwise each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one
-        step takes; 0 for any number.
+        step takes; 0 for any number. ahead: what the dealer deals while the session waits for a
+        prompt, so that the answer does not wait for it; raises MergecError with a store, or without
+        reuse. on_notice: called with a line about that, at the beginning of an answer.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
                 "randomness comes from either a dealer or a store; give exactly one of them"
+            )
+        if ahead is not None and (store is not None or not reuse):
+            raise MergecError(
+                "steps are dealt ahead for the next turn of a conversation, by the dealer; leave "
+                "out either that, or the store and reuse=False"
             )
         if isinstance(bundle, RoleProgram):
             self.program, self.text = bundle, None
@@ -139,6 +152,10 @@ class Connection:
         self._session: MergecSession | None = None
         self._opened: tuple[tuple[str, int | None], Speculation | None] | None = None
         self._reuse, self._piece = reuse, prompt_piece
+        self._ahead, self._on_notice = ahead, on_notice
+        self._preparer: Preparer | None = None
+        self._source: DealerReceiver | None = None
+        self._draw = Draw()
         self._conversations = Conversations(1)
         self._busy = threading.Lock()
         self.setup: StepReport | None = None
@@ -166,6 +183,10 @@ class Connection:
         """Connect to server and dealer and receive the masked weights, unless it is open."""
         if self.is_open:
             return
+        self._begin_session()
+        self._deal_ahead()
+
+    def _begin_session(self) -> None:
         try:
             with self._pulse.working():
                 self._session = self._open()
@@ -200,11 +221,20 @@ class Connection:
             return self._set_up(channel, self._context(fresh, NoCorrections(), **constants))
         dealer, origin = self._join(hello, token)
         blocks = ChannelBlockReader(dealer, IDLE_TIMEOUT)
-        source = DealerReceiver(blocks, timeout=self._timeout)
-        return self._set_up(channel, self._context(origin, source))
+        spool = Spool() if self._ahead is not None else None
+        source = self._source = DealerReceiver(blocks, timeout=self._timeout, spool=spool)
+        return self._set_up(channel, self._context(origin, source), source.skip)
 
-    def _set_up(self, channel: Channel, context: ClientContext) -> MergecSession:
-        """Receive the masked weights, or load those kept if the server reuses its masks."""
+    def _set_up(
+        self,
+        channel: Channel,
+        context: ClientContext,
+        skip: Callable[[int], object] = lambda _: None,
+    ) -> MergecSession:
+        """Receive the masked weights, or load those kept if the server reuses its masks.
+
+        skip: see `MergecSession`.
+        """
         here, found = None, None
         if self._keep is not None and is_name(self._masks):
             here = Kept(self._keep, self.program.manifest.program_hash, str(self._masks))
@@ -212,7 +242,7 @@ class Connection:
         if self._masks is not None:
             channel.send_json(Kind.KEPT, kept=found is not None)
         executor = Executor(self.program, context, channel, kept=found)
-        session = MergecSession(executor, lambda: channel.traffic)
+        session = MergecSession(executor, lambda: channel.traffic, skip)
 
         def begin() -> None:
             session.setup()
@@ -392,7 +422,9 @@ class Connection:
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
         try:
-            self.open()
+            self._stop_dealing()
+            if not self.is_open:
+                self._begin_session()
             session, channels = self._session, self._channels
             if session is None:
                 raise PartyError("the session is over; open a new one")
@@ -401,12 +433,17 @@ class Connection:
                     "stored randomness is dealt for one token a step; leave speculate out, or use "
                     "the dealer"
                 )
+            if self._ahead is not None and speculation is not None:
+                raise PromptError(
+                    "steps are dealt ahead for one token each; leave speculate out, or that"
+                )
             if self._store is not None and draw.top_k:
                 raise PromptError(
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
                 )
             first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
             place, cached = self._place(session, ids)
+            ahead = self._dealt_ahead(place, cached, len(ids), draw)
             session.turn_to(place)
 
             def announce(new: int, past: int) -> None:
@@ -414,8 +451,10 @@ class Connection:
                 if schedule is not None:
                     schedule.check(new, past, draw, ROLES[CLIENT])
                 self._expect([(new, past)])
+                request = write_step(new, past, draw, place)
+                session.take_ahead(request)
                 for channel in channels:
-                    channel.send(Kind.STEP, write_step(new, past, draw, place))
+                    channel.send(Kind.STEP, request)
                 place = Place(place.conversation, place.conversation)
 
             tokens = answer(
@@ -428,6 +467,7 @@ class Connection:
                 first=first,
                 cached=cached,
                 piece=self._piece if self._store is None else 0,
+                ahead=ahead,
                 fixed_length=fixed_length,
                 speculation=speculation,
             )
@@ -436,7 +476,56 @@ class Connection:
             if fixed_length and self._session is not None:
                 # Where the next prompt departs from these steps would tell the answer's length.
                 self._session.forget(len(ids))
+            self._draw = draw
+            self._deal_ahead()
             self._busy.release()
+
+    @property
+    def prepared(self) -> int:
+        """Number of steps that are dealt ahead now."""
+        return 0 if self._preparer is None else self._preparer.steps
+
+    def _deal_ahead(self) -> None:
+        """Have steps dealt from now on, until the next answer."""
+        if self._ahead is None or self._session is None or self._source is None:
+            return
+        if self._public and not self._session.length:
+            return  # the first prompt may begin with a text, or not
+        if self._preparer is None:
+            self._preparer = Preparer(
+                self._ahead, self._session, self._channels, self._source, self.limits, self._expect
+            )
+        self._preparer.start(self._draw)
+
+    def _stop_dealing(self) -> None:
+        """Have no further steps dealt; a session that has ended meanwhile is forgotten."""
+        preparer = self._preparer
+        if preparer is None:
+            return
+        try:
+            preparer.stop()
+        except PartyError as error:
+            self._abandon(error)
+            self._on_notice(f"a new session begins, as dealing ahead ended the last one: {error}")
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        if preparer.told:
+            self._on_notice(preparer.told)
+            preparer.told = ""
+
+    def _dealt_ahead(self, place: Place, cached: int, length: int, draw: Draw) -> list[int]:
+        """Tokens of the steps dealt ahead that the prompt of an answer is fed by."""
+        preparer = self._preparer
+        if preparer is None or not preparer.steps:
+            return []
+        sizes = preparer.fitting(place, cached, length, draw)
+        if not sizes:
+            self._on_notice(
+                f"{preparer.steps} steps that were dealt ahead are thrown away: the prompt does "
+                "not continue where they begin, or is faster as a whole"
+            )
+        return sizes
 
     def speculation(
         self, speculate: str | Drafter | None, tokens: int | None
@@ -551,6 +640,7 @@ class Connection:
 
     def close(self) -> None:
         """End the session."""
+        self._stop_dealing()
         for channel in self._channels:
             with suppress(PartyError):  # the other side may have ended it before
                 channel.send(Kind.END)
@@ -559,6 +649,7 @@ class Connection:
 
     def _forget(self) -> None:
         self._channels, self._session = [], None
+        self._preparer = self._source = None
         self._pulse.close()
         self._pulse = Pulse()
         if self._store is not None:

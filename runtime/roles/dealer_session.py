@@ -18,7 +18,7 @@ import torch
 
 from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import BusyError, PartyError, PeerEndedError
+from mergec.runtime.core.errors import BundleError, BusyError, PartyError, PeerEndedError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import derive
 from mergec.runtime.engine.executor import Executor
@@ -37,6 +37,7 @@ from mergec.runtime.transport.dealer_link import ChannelBlockWriter, DealerSende
 from mergec.runtime.transport.pulse import BEAT, Pulse
 
 PARTIES = (ROLES[CLIENT], ROLES[SERVER])
+_REQUESTS = (Kind.STEP, Kind.AHEAD, Kind.PLAN, Kind.DONE, Kind.END)
 _REQUEST = 1 << 17
 _NOTHING = memoryview(b"")
 _LONGEST = 1 << 20
@@ -134,7 +135,7 @@ class DealerSession:
 
     def _request(self, channel: Channel) -> tuple[Kind, memoryview]:
         """The request of this process's party."""
-        kind, payload = channel.receive_any((Kind.STEP, Kind.PLAN, Kind.DONE, Kind.END))
+        kind, payload = channel.receive_any(_REQUESTS)
         self._answering = kind is Kind.STEP
         return kind, payload
 
@@ -164,7 +165,7 @@ class DealerSession:
         """Seconds that a step that the client requests may take, or an answer of its plan."""
         steps: list[tuple[int, int]] = []
         limit = self._program.manifest.max_length
-        if kind is Kind.STEP:
+        if kind in (Kind.STEP, Kind.AHEAD):
             new, past, _, _ = read_step(payload, channel.peer)
             if not (0 <= new <= _LONGEST and 0 <= past <= _LONGEST):
                 raise PartyError(f"{new} tokens after {past} are more than this program runs")
@@ -243,8 +244,23 @@ class DealerSession:
                             self._step(session, streams, new, past)
                         channel.send(Kind.MARK)
                         tell(line, ROLES[CLIENT], Kind.MARK)
+            elif kind is Kind.AHEAD:
+                new, past, draw, place = read_step(payload, channel.peer)
+                if new < 1 or past < 0 or (limit and new + past > limit):
+                    raise PartyError(f"{new} tokens after {past} are more than this program runs")
+                try:
+                    session.enter_ahead(bytes(payload), new, past, draw, place)
+                except BundleError as error:
+                    raise PartyError(f"a step cannot be dealt ahead: {error}") from error
+                allow(new, past)
+                self._step(session, streams, new, past, draw)
+                channel.send(Kind.MARK)
+                tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
                 new, past, draw, place = read_step(payload, channel.peer)
+                if session.take_ahead(bytes(payload)):
+                    allow(new, past)
+                    continue
                 turn(session, place, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")

@@ -23,6 +23,7 @@ from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.public_text import PublicText, compute_public
+from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 
@@ -66,8 +67,13 @@ class InProcessSession:
             )
             for party, context in contexts.items()
         }
+        skips = {party: source.skip for party, source in enumerate(sources)}
         self._sessions = {
-            party: MergecSession(executor, lambda link=self._links[CLIENT]: link.traffic)  # type: ignore[misc]
+            party: MergecSession(
+                executor,
+                lambda link=self._links[CLIENT]: link.traffic,  # type: ignore[misc]
+                skips.get(party, lambda _: None),
+            )
             for party, executor in self.executors.items()
         }
         server = programs[ROLES[SERVER]]
@@ -113,11 +119,33 @@ class InProcessSession:
         With 0 past tokens the caches start empty. draw: how the token is chosen if only the token
         is revealed. See `Session.step` for programs that resend their hidden state.
         """
-        results = self._all(
-            lambda party: self._sessions[party].step(*_lengths(party, ids, past), draw)
-        )
-        logits: torch.Tensor = results[CLIENT]
+        request = self._request(len(ids), past, draw)
+
+        def run(party: int) -> torch.Tensor | None:
+            session = self._sessions[party]
+            if session.take_ahead(request) and party == DEALER:
+                return None
+            return session.step(*_lengths(party, ids, past), draw)
+
+        logits: torch.Tensor = self._all(run)[CLIENT]
         return logits
+
+    def deal_ahead(self, new: int, past: int, draw: Draw | None = None) -> None:
+        """Deal a step that may come later, or not; see `MergecSession.enter_ahead`."""
+        request = self._request(new, past, draw)
+
+        def run(party: int) -> None:
+            session = self._sessions[party]
+            here = Place(session.conversation, session.conversation)
+            session.enter_ahead(request, new, past, draw or Draw(), here)
+            if party == DEALER:
+                session.step(new, past, draw=draw)
+
+        self._all(run)
+
+    def _request(self, new: int, past: int, draw: Draw | None) -> bytes:
+        here = self._sessions[CLIENT].conversation
+        return write_step(new, past, draw or Draw(), Place(here, here))
 
     def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
         """Like `step`, with all rows that the program reveals; see `Session.rows`."""

@@ -47,6 +47,8 @@ class ServerDesk(Desk):
         elif message["kind"] == "step":
             self._metrics.step(message["report"])
             self.allowance(worker.facts["name"]).spend(message["report"]["new"])
+        elif message["kind"] == "wasted":
+            self.allowance(worker.facts["name"]).spend(message["tokens"])
         elif message["kind"] == "end":
             self._ended.labels(message["how"]).inc()
 

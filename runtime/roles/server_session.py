@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import ByteSource, ServerContext
-from mergec.runtime.core.errors import BusyError, PartyError, PeerEndedError
+from mergec.runtime.core.errors import BundleError, BusyError, PartyError, PeerEndedError
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import new_seed
@@ -48,6 +48,7 @@ from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
 from mergec.runtime.transport.pulse import BEAT, Pulse
+from mergec.runtime.transport.spool import Spool
 
 AHEAD_BYTES = 64 << 20
 """Bytes that a session takes from the dealer before it uses them."""
@@ -89,6 +90,7 @@ class ServerSession:
         self._dealer: Channel | None = None
         self._pulse = Pulse()
         self._seated = False
+        self._charged = 0
 
     def play(self) -> None:
         how = played(self._run, self._fail, lambda: self._log)
@@ -200,14 +202,19 @@ class ServerSession:
         """Serve a session whose randomness the dealer deals step by step."""
         dealer, origin = joined
         blocks = ChannelBlockReader(dealer, self._settings.idle_timeout)
-        source = DealerReceiver(blocks, AHEAD_BYTES, self._settings.timeout)
-        session = self._begin(channel, self._context(origin, source, masks), masks, public)
+        held = self._settings.limits.ahead
+        source = DealerReceiver(
+            blocks, AHEAD_BYTES, self._settings.timeout, Spool() if held else None
+        )
+        context = self._context(origin, source, masks)
+        session = self._begin(channel, context, masks, public, source.skip)
 
         def watch() -> None:
             if source.ended:
                 raise PeerEndedError("the dealer went away; see its own message")
 
-        self._answers(session, channel, dealer.send, watch)
+        ahead = partial(self._deal_ahead, session, channel, dealer, source)
+        self._answers(session, channel, dealer.send, watch, ahead=ahead if held else None)
         dealer.send(Kind.END)
         dealer.close()
 
@@ -243,11 +250,12 @@ class ServerSession:
         context: ServerContext,
         masks: bytes | None,
         public: Sequence[PublicText] = (),
+        skip: Callable[[int], object] = lambda _: None,
     ) -> MergecSession:
         """Set the session up: send the masked weights, unless the client has kept them, and rows
-        of public text."""
+        of public text. skip: see `MergecSession`."""
         with self._pulse.working():
-            return self._set_up(channel, context, masks, public)
+            return self._set_up(channel, context, masks, public, skip)
 
     def _set_up(
         self,
@@ -255,6 +263,7 @@ class ServerSession:
         context: ServerContext,
         masks: bytes | None,
         public: Sequence[PublicText],
+        skip: Callable[[int], object],
     ) -> MergecSession:
         kept = False
         if masks:
@@ -262,7 +271,7 @@ class ServerSession:
         executor = Executor(
             self._program, context, channel, self._encoded, kept={} if kept else None
         )
-        session = MergecSession(executor, lambda: channel.traffic)
+        session = MergecSession(executor, lambda: channel.traffic, skip)
         session.setup()
         session.enter_public(public)
         release_freed_memory()
@@ -377,18 +386,24 @@ class ServerSession:
         relay: Callable[[Kind, memoryview], None],
         watch: Callable[[], None],
         take: Callable[[], Schedule] | None = None,
+        ahead: Callable[[memoryview], None] | None = None,
     ) -> None:
         """Serve answers until the client ends the session.
 
         relay: passes the client's requests on to the dealer. watch: called while the client is
         idle; raises if the session cannot go on. take: uses up the next answer of the store, after
-        the client has; returns the steps that it was dealt for.
+        the client has; returns the steps that it was dealt for. ahead: has a step dealt that may
+        come later, if that is offered.
         """
+        kinds = (Kind.BEGIN, Kind.END, *((Kind.AHEAD,) if ahead is not None else ()))
         while True:
             self._await(channel, watch)
-            kind, payload = channel.receive_any((Kind.BEGIN, Kind.END))
+            kind, payload = channel.receive_any(kinds)
             if kind is Kind.END:
                 return
+            if ahead is not None and kind is Kind.AHEAD:
+                ahead(payload)
+                continue
             fields = channel.object(payload)
             if fields.get("salt") != session.salt.hex():
                 raise PartyError(
@@ -404,6 +419,50 @@ class ServerSession:
             channel.send_json(Kind.ACCEPTED)
             schedule = take() if take is not None else None
             self._answer(session, channel, relay, length, tokens, schedule)
+
+    def _deal_ahead(
+        self,
+        session: MergecSession,
+        channel: Channel,
+        dealer: Channel,
+        source: DealerReceiver,
+        payload: memoryview,
+    ) -> None:
+        """Have a step dealt that the client may request next, unless there is no room for it."""
+        new, past, draw, place = read_step(payload, channel.peer)
+        limits = self._settings.limits
+        most = min(n for n in (limits.length, self._program.manifest.max_length, 1 << 20) if n)
+        if new < 1 or past < 0 or new + past > most:
+            raise PartyError(f"the client wants {new} tokens after {past} dealt, out of turn")
+        mine = ROLES[SERVER]
+        held = 0 if past == session.present else session.ahead.size(mine)
+        wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
+        reason = ""
+        if source.trouble:
+            self._log.error("cannot hold what is dealt ahead", reason=source.trouble)
+            reason = "it cannot hold more; see its log"
+        elif held + session.dealt(new, past, draw)[mine] > limits.ahead:
+            reason = f"it holds no more than {limits.ahead / 1e6:g} MB for a session"
+        elif wait:
+            reason = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
+        if reason:
+            channel.send_json(Kind.REFUSED, reason=reason)
+            return
+        try:
+            step = session.enter_ahead(bytes(payload), new, past, draw, place)
+        except BundleError as error:
+            raise PartyError(f"the client requests what cannot be dealt: {error}") from error
+        self._charge(session)
+        self._expect(patience(self._program, [(new, past)], self._settings.timeout))
+        source.expect(step.dealt[mine])
+        dealer.send(Kind.AHEAD, payload)
+        channel.send_json(Kind.ACCEPTED)
+
+    def _charge(self, session: MergecSession) -> None:
+        """Count what was dealt ahead for nothing as tokens that the client used."""
+        if session.ahead.wasted > self._charged:
+            self._parent.tell(kind="wasted", tokens=session.ahead.wasted - self._charged)
+            self._charged = session.ahead.wasted
 
     def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
         """Wait for the client's next request. Between answers the session may be ended."""
@@ -458,6 +517,8 @@ class ServerSession:
             if place.conversation >= self._settings.limits.conversations:
                 held = self._settings.limits.conversations
                 raise PartyError(f"the client asks for more than {held} conversations at once")
+            session.take_ahead(bytes(payload))
+            self._charge(session)
             turn(session, place, channel.peer)
             if not session.allows(new, past) or new + past > limit:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")

@@ -21,7 +21,8 @@ class Limits:
     answers per client and minute; `mergec serve` sets one by default. For length, tokens and rate,
     0 sets no limit beyond the program's own. conversations: those whose caches a session keeps at
     once; each takes, at client and server, 16 bytes for each number that is cached of a token, and
-    half as much at the dealer.
+    half as much at the dealer. ahead: bytes that a session may hold here for steps that are dealt
+    before they are requested; 0 for no such steps.
     """
 
     sessions: int = 4
@@ -31,6 +32,7 @@ class Limits:
     tokens: int = 0
     rate: int = 0
     conversations: int = 4
+    ahead: int = 0
 
 
 @dataclass(frozen=True)

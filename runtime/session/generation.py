@@ -61,6 +61,7 @@ def answer(
     first: int = 0,
     cached: int = 0,
     piece: int = 0,
+    ahead: Sequence[int] = (),
     fixed_length: bool = False,
     speculation: Speculation | None = None,
 ) -> Iterator[Token]:
@@ -72,7 +73,7 @@ def answer(
     for all. cached: number of prompt tokens that are in the caches already, fewer than all; the
     first step cuts the caches to them. piece: most prompt tokens of a step, which bounds the memory
     that a long prompt takes; 0 for any number; a program without caches takes a prompt whole, and
-    so does an encoder-decoder.
+    so does an encoder-decoder. ahead: tokens of the prompt's first steps, which were dealt ahead.
     fixed_length: after a stop token, run the steps up to `max_tokens` without yielding their
     tokens. The caller may leave the loop at any token.
 
@@ -115,7 +116,11 @@ def answer(
     pieces = session.cached and not session.program.encodes
     first = first if pieces and 0 < first < len(prompt) else len(prompt)
     piece = piece if pieces and piece else len(prompt)
-    feeds = [list(prompt[n : min(n + piece, first)]) for n in range(cached, first, piece)]
+    begun, feeds = cached, list[list[int]]()
+    for size in ahead:
+        feeds.append(list(prompt[begun : begun + size]))
+        begun += size
+    feeds += [list(prompt[n : min(n + piece, first)]) for n in range(begun, first, piece)]
     feeds += [[token] for token in prompt[first:]]
     past, ended = cached, False
     drafts: list[int] = []

@@ -15,10 +15,11 @@ from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
-from mergec.runtime.engine.rehearsal import Rehearsal, Rounds
+from mergec.runtime.engine.rehearsal import Rehearsal, Rounds, step_cost
 from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
+from mergec.runtime.session.ahead import Ahead, Prepared
 from mergec.runtime.session.conversations import Place, public_source
 from mergec.runtime.session.public_text import PublicText, check_public
 from mergec.runtime.transport.traffic import Traffic
@@ -106,6 +107,11 @@ class Session(ABC):
         at the R positions at which the last step gave results."""
         self._conversation = 0
         self._others: dict[int, Cached] = {}
+
+    @property
+    def conversation(self) -> int:
+        """The number of the conversation whose caches the next step continues."""
+        return self._conversation
 
     @property
     def cached(self) -> bool:
@@ -309,8 +315,18 @@ class Session(ABC):
 class MergecSession(Session):
     """Runs steps with mergec's own protocols."""
 
-    def __init__(self, executor: Executor, counted: Callable[[], Traffic]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        counted: Callable[[], Traffic],
+        skip: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """skip: passes over bytes of the dealer's stream, at a party."""
         super().__init__(executor.program)
+        self.ahead = Ahead()
+        """Steps whose randomness was dealt, and that have not come yet."""
+        self._skip = skip
+        self._prepared: Prepared | None = None
         self._executor = executor
         self._counted = counted
         # The dealer has nothing but shapes anyway, and sends neither party a message.
@@ -384,9 +400,83 @@ class MergecSession(Session):
         self._executor.context.draw = draw
         self.rehearse(new, past, draw)
 
+    @property
+    def present(self) -> int:
+        """Number of tokens in the parties' caches; the dealer's are ahead by what it has dealt."""
+        return self.ahead.steps[0].past if self.ahead else self.length
+
+    @property
+    def ahead_end(self) -> int:
+        """Number of tokens after the last step that was dealt ahead; `present` if there is none."""
+        last = self.ahead.steps[-1] if self.ahead else None
+        return self.length if last is None else last.past + last.new
+
+    def enter_ahead(
+        self, request: bytes, new: int, past: int, draw: Draw, place: Place
+    ) -> Prepared:
+        """Note that a step of these lengths is dealt now and may come later; all roles do so.
+
+        It continues the last one that was dealt ahead, or the caches as they are: then those that
+        were dealt before are thrown away. The dealer runs the step next. Raises BundleError if it
+        continues something else, or if this program has no such steps.
+        """
+        here = (self._conversation, self._conversation)
+        if not self.continues or place != here or past not in (self.present, self.ahead_end):
+            raise BundleError(
+                f"{new} tokens after {past} continue nothing; {self.ahead_end} would be next"
+            )
+        if past == self.present:
+            self._throw_away()
+        step = self.ahead.add(request, new, past, self.dealt(new, past, draw))
+        if self.party == DEALER:
+            self._prepared = step
+        return step
+
+    def take_ahead(self, request: bytes) -> bool:
+        """Whether this step, which comes now, was dealt ahead; if not, what was is thrown away.
+
+        Parties call this before each step, and then run it. The dealer has run it already if so.
+        """
+        step = self.ahead.take(request)
+        if step is None:
+            self._throw_away()
+        elif self.party != DEALER:
+            self._prepared = step
+        return step is not None
+
+    def _throw_away(self) -> None:
+        """Throw away what was dealt ahead. Its masks are used for nothing else (`branch`)."""
+        gone = self.ahead.clear()
+        if not gone:
+            return
+        if self.party == DEALER:
+            # Back to what the parties have: rows of steps that do not come, and their masks, go.
+            self.length = gone[0].past
+            self._roll_back(self.length)
+        else:
+            self._skip(sum(step.dealt[ROLES[self.party]] for step in gone))
+
+    def dealt(self, new: int, past: int, draw: Draw | None = None) -> dict[str, int]:
+        """Bytes that the dealer sends for a step of these lengths, by role; none at the dealer."""
+        if self.rehearsal is None:
+            return dict.fromkeys(ROLES, 0)
+        return step_cost(self.rehearsal, new, past, draw)[1]
+
     @torch.inference_mode()
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        return self._executor.step(inputs, outputs, self._rounds)
+        step, self._prepared = self._prepared, None
+        if step is None:
+            return self._executor.step(inputs, outputs, self._rounds)
+        context = self._executor.context
+        before = context.offline_bytes
+        with context.branch(step.number):
+            result = self._executor.step(inputs, outputs, self._rounds)
+        if self.party != DEALER and context.offline_bytes - before != step.dealt[ROLES[self.party]]:
+            raise BundleError(
+                f"a step of {step.new} tokens after {step.past} took other randomness than was "
+                "dealt for it; do not use this bundle"
+            )
+        return result
 
     def _cut(self, cache: Any, dim: int, length: int) -> Masked | Sent:
         opened, mask = (part.narrow(dim, 0, length) for part in (cache.opened, cache.mask))

@@ -110,7 +110,8 @@ class Kind(enum.IntEnum):
     BLOCK = 13
     """A block of the dealer's stream."""
     MARK = 14
-    """Empty: what follows in the dealer's stream belongs to the next answer."""
+    """Empty: what follows in the dealer's stream belongs to the next answer, or comes after a step
+    that was dealt ahead."""
     PLAN = 15
     """JSON: what to deal ahead of time."""
     STORED = 16
@@ -123,6 +124,8 @@ class Kind(enum.IntEnum):
     """JSON: the client has used up an answer of the store, and the head of its journal since."""
     ALIVE = 20
     """Empty: a heartbeat. May come before any other frame."""
+    AHEAD = 21
+    """Like STEP: a step that the dealer is to deal now, and that may follow later."""
 
 
 class Channel:

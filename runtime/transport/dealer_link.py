@@ -13,6 +13,7 @@ import torch
 
 from mergec.runtime.core.errors import PartyError, PeerEndedError
 from mergec.runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
+from mergec.runtime.transport.spool import Spool, Spooled
 
 BLOCK_BYTES = 1 << 20
 """Small writes are combined into blocks of at least this size."""
@@ -34,7 +35,7 @@ class BlockWriter(Protocol):
 
 
 class BlockReader(Protocol):
-    """Returns the blocks in order; None after the last."""
+    """Returns the blocks in order; an empty one for a mark, and None after the last."""
 
     def get(self) -> torch.Tensor | None: ...
 
@@ -108,7 +109,10 @@ class DealerSender:
 class DealerReceiver:
     """A party's end of a stream, filled by a thread up to `ahead_bytes` ahead of its use.
 
-    received: payload bytes that have arrived. consumed: payload bytes that were read.
+    received: payload bytes that have arrived. consumed: payload bytes that were read or skipped.
+
+    With a spool it also takes what is dealt long before its use (`expect`), for which memory may
+    not suffice.
     """
 
     def __init__(
@@ -116,14 +120,21 @@ class DealerReceiver:
         blocks: BlockReader,
         ahead_bytes: int = AHEAD_BYTES,
         timeout: float = REPLY_TIMEOUT,
+        spool: Spool | None = None,
     ) -> None:
         self.received = 0
         self.consumed = 0
+        self.trouble = ""
+        """Why nothing more can be spooled; what was due by then is in memory."""
         self._blocks = blocks
         self._timeout = timeout
         self._limit = ahead_bytes
-        self._queue: deque[torch.Tensor] = deque()
+        self._spool = spool
+        self._due = self._marks = self._awaited = 0
+        self._queue: deque[torch.Tensor | Spooled] = deque()
         self._block = _NOTHING
+        self._kept = 0
+        """Bytes of the block that memory is counted for."""
         self._base = self._head = 0
         self._size = 0
         self._ended = False
@@ -168,6 +179,39 @@ class DealerReceiver:
             done += size
         return torch.from_numpy(result)
 
+    def skip(self, nbytes: int) -> None:
+        """Pass over the next `nbytes` bytes of the stream; blocks and raises as `read` does."""
+        while nbytes:
+            if self._block is _NOTHING:
+                with self._changed:
+                    self._wait()
+                    first = self._queue[0]
+                    if isinstance(first, Spooled) and first.nbytes <= nbytes:
+                        if self._spool is not None:
+                            self._spool.drop(first)
+                        self._queue.popleft()
+                        self.consumed += first.nbytes
+                        nbytes -= first.nbytes
+                        continue
+                self._next()
+            size = min(nbytes, self._block.nbytes - self._head)
+            self._advance(size)
+            nbytes -= size
+
+    def expect(self, nbytes: int) -> None:
+        """Note, before the dealer is asked, that the next `nbytes` bytes and a mark come now, and
+        are used some time later: what memory has no room for is spooled."""
+        with self._changed:
+            self._due += nbytes
+            self._awaited += 1
+
+    def await_marks(self) -> None:
+        """Wait for all that `expect` announced; raises as `read` does, if the stream ends first."""
+        with self._changed:
+            self._await(lambda: self._marks >= self._awaited or self._ended)
+            if self._marks < self._awaited:
+                self._wait_ended()
+
     def finish(self) -> None:
         """Wait until the dealer ends the stream, after all of it has been read."""
         with self._changed:
@@ -187,7 +231,12 @@ class DealerReceiver:
     def _next(self) -> None:
         with self._changed:
             self._wait()
-            self._block = self._queue.popleft().numpy()
+            first = self._queue.popleft()
+            if not isinstance(first, Spooled):
+                self._block = first.numpy()
+                self._kept = self._block.nbytes
+            elif self._spool is not None:
+                self._block, self._kept = self._spool.take(first), 0
             self._base = self._block.ctypes.data
 
     def _advance(self, size: int) -> None:
@@ -196,14 +245,17 @@ class DealerReceiver:
         self._head += size
         if self._head == self._block.nbytes:
             with self._changed:
-                self._size -= self._block.nbytes
+                self._size -= self._kept
                 self._block, self._head = _NOTHING, 0
                 self._changed.notify_all()
 
     def _wait(self) -> None:
         self._await(lambda: self._queue or self._ended)
-        if self._queue:
-            return
+        if not self._queue:
+            self._wait_ended()
+
+    def _wait_ended(self) -> None:
+        """Raise what ended the stream."""
         if self._failure is not None:
             raise self._failure
         raise PeerEndedError(
@@ -215,18 +267,34 @@ class DealerReceiver:
         try:
             while (block := self._blocks.get()) is not None:
                 with self._changed:
-                    # A block larger than the whole limit must still pass.
-                    while self._size and self._size + block.numel() > self._limit:
-                        self._changed.wait()
-                    self.received += block.numel()
-                    self._queue.append(block)
-                    self._size += block.numel()
+                    self._take(block)
                     self._changed.notify_all()
         except PartyError as error:
             self._failure = error
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def _take(self, block: torch.Tensor) -> None:
+        size = block.numel()
+        if not size:
+            self._marks += 1
+            return
+        self.received += size
+        ahead = self._due > 0
+        self._due -= size if ahead else 0
+        large = self._size + size > self._limit
+        if ahead and large and self._spool is not None and not self.trouble:
+            try:
+                self._queue.append(self._spool.put(block.numpy()))
+                return
+            except OSError as error:
+                self.trouble = error.strerror or "it cannot be written"
+        # A block larger than the whole limit must still pass.
+        while not ahead and self._size and self._size + size > self._limit:
+            self._changed.wait()
+        self._queue.append(block)
+        self._size += size
 
 
 class ChannelBlockWriter:
@@ -254,9 +322,12 @@ class ChannelBlockReader:
 
     def get(self) -> torch.Tensor | None:
         # Between two answers the dealer has nothing to send.
-        kind, payload = self._channel.receive_any((Kind.BLOCK, Kind.END), MAX_BLOCK, self._idle)
+        kinds = (Kind.BLOCK, Kind.MARK, Kind.END)
+        kind, payload = self._channel.receive_any(kinds, MAX_BLOCK, self._idle)
         if kind is Kind.END:
             return None
+        if kind is Kind.MARK:
+            return torch.empty(0, dtype=torch.uint8)
         if not payload.nbytes:
             raise PartyError(f"the {self._channel.peer} sent an empty block")
         self._channel.traffic.offline_received += payload.nbytes

@@ -14,6 +14,7 @@ from rich.text import Text as RichText
 from mergec.runtime.cli.application import app
 from mergec.runtime.cli.console import err, out, waiting, write
 from mergec.runtime.cli.options import (
+    AheadOptions,
     Chat,
     ClientOptions,
     FixedLength,
@@ -113,6 +114,7 @@ def chat_command(
     options: SessionOptions,
     choice: SamplingOptions,
     drafting: SpeculationOptions,
+    ahead: AheadOptions,
     max_tokens: MaxTokens = 128,
     fixed_length: FixedLength = False,
 ) -> None:
@@ -120,7 +122,7 @@ def chat_command(
     sampling = choice.sampling()
     public = options.public()
     turns = [{"role": "system", "content": public}] if public is not None else []
-    with options.connection(public) as connection:
+    with options.connection(public, ahead=ahead.plan()) as connection:
         while True:
             try:
                 said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()

@@ -11,6 +11,7 @@ import typer
 from mergec.runtime.cli.application import app
 from mergec.runtime.cli.console import err
 from mergec.runtime.cli.options import (
+    AheadOptions,
     Grace,
     MetricsAt,
     SessionOptions,
@@ -26,6 +27,7 @@ from mergec.runtime.core.errors import MergecError
 def proxy_command(
     options: SessionOptions,
     drafting: SpeculationOptions,
+    ahead: AheadOptions,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen at; 0 chooses a free one.", min=0, max=65535)
@@ -56,9 +58,9 @@ def proxy_command(
     from mergec.runtime.proxy.serve import ProxySettings, proxy
     from mergec.runtime.transport.address import Address
 
-    public = options.public()
+    public, plan = options.public(), ahead.plan()
     proxy(
-        lambda: options.connection(public),
+        lambda: options.connection(public, ahead=plan),
         ProxySettings(
             listen=Address(host, port),
             exposed=expose,

@@ -15,9 +15,11 @@ from mergec.runtime.cli.options import (
     DealerAt,
     Device,
     DeviceOption,
+    PrepareDisk,
     ServiceOptions,
     address,
     grouped,
+    size_of,
 )
 from mergec.runtime.roles.rate_limit import DEFAULT_RATE
 from mergec.runtime.session.conversations import MOST_CONVERSATIONS
@@ -73,6 +75,7 @@ def serve_command(
             "Text, or a list of token numbers."
         ),
     ] = None,
+    prepare_disk: PrepareDisk = "0",
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +95,10 @@ def serve_command(
             listen=address(listen),
             security=service.security("server"),
             dealer=address(dealer) if dealer else None,
-            limits=Limits(sessions, client_sessions, queue, length, tokens, rate, conversations),
+            limits=Limits(
+                *(sessions, client_sessions, queue, length, tokens, rate, conversations),
+                size_of(prepare_disk),
+            ),
             device=device.value,
             timeout=service.timeout,
             idle_timeout=service.idle_timeout,

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mergec.runtime.core.network import Network
-from mergec.runtime.core.spec import Cost
-from mergec.runtime.engine.packing import online_bytes
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
 
 _PRIOR = 0.5
 """Weight of a modelled second beside a measured one."""
@@ -82,17 +80,6 @@ class Seconds:
         line = level + max(slope, 0.0) * (np.arange(1, most + 1) - centre)
         least: float = max(float(seconds.min()) * 0.1, 1e-6)
         return [max(float(value), least) for value in line]
-
-
-def step_cost(rehearsal: Rehearsal, new: int, past: int) -> tuple[Cost, dict[str, int]]:
-    """Rounds and bytes of a step of these lengths, and the bytes dealt for it, by role."""
-    rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
-    for part in rehearsal.parts(new, past):
-        rounds = max(rounds, part.start + len(part.rounds))
-        online += sum(online_bytes(message) for due in part.rounds for message in due)
-        for role, size in part.dealt.items():
-            dealt[role] += size
-    return Cost(rounds, online, sum(dealt.values())), dealt
 
 
 def modelled_seconds(
