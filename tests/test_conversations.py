@@ -111,7 +111,8 @@ def test_bounds_of_a_number_of_conversations() -> None:
 def test_places_out_of_bounds(place: tuple[int, int]) -> None:
     with pytest.raises(PartyError, match="requests caches"):
         read_step(write_step(1, 0, Draw(), Place(*place)), "client")
-    assert read_step(write_step(2, 1, Draw(), Place(3, -8)), "client") == (2, 1, Draw(), (3, -8))
+    step = 2, 1, Draw(), Place(3, -8), 1
+    assert read_step(write_step(*step), "client") == step
 
 
 def test_a_store_has_one_conversation() -> None:

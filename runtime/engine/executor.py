@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import GeneratorType
 from typing import Any
@@ -17,12 +17,13 @@ from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Weight
 from mergec.runtime.engine.functions import Call, evaluate
-from mergec.runtime.engine.packing import exchange, online_bytes
-from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.packing import exchange, online_bytes, replies, send
+from mergec.runtime.engine.plan import Plan, Planned, Schedule
 from mergec.runtime.engine.rehearsal import Rounds, form
 from mergec.runtime.engine.weights import Constants, load_constants
 from mergec.runtime.kernels.transfers import watched
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.transport.pipeline import Arriving, pipelined
 from mergec.runtime.transport.traffic import Exchange
 
 
@@ -41,6 +42,11 @@ class _Spent:
     rounds: int = 0
     online: int = 0
     offline: int = 0
+
+    def add(self, other: _Spent) -> None:
+        self.rounds += other.rounds
+        self.online += other.online
+        self.offline += other.offline
 
 
 class Executor:
@@ -107,74 +113,77 @@ class Executor:
         outputs: Sequence[str] | None,
         rehearsed: Rounds | None,
     ) -> dict[str, Any]:
+        run = self._run(inputs, outputs)
+        rounds = 0
+        while run.start():
+            batch, due = run.due()
+            if rehearsed is not None:
+                _compare(rehearsed, rounds, due, [self.plan.steps[i].name for i in batch])
+            rounds += 1
+            run.resume(exchange(self.context, self._link, due))
+        _ended(rehearsed, rounds)
+        self._note(rounds, run.spent)
+        return run.outputs()
+
+    def pieces(
+        self,
+        first: dict[str, Any],
+        second: dict[str, Any],
+        handed: Mapping[str, str],
+        outputs: Sequence[str],
+        rehearsed: Rounds | None = None,
+    ) -> dict[str, Any]:
+        """Run two steps that overlap: the second one begins where caches of the first are complete.
+
+        first, second: their inputs. handed: outputs of the first step, by the name of the second
+        one's input; the first has no other outputs. Each step has messages of its own, and those of
+        one travel while this party computes the other. Returns the second step's `outputs`.
+
+        Which instruction runs when follows from the program alone: in turns, each step takes the
+        replies that it waits for, runs all that is ready, and sends what is due. So all roles draw
+        masks in the same order, and messages arrive in the order in which they are waited for.
+        rehearsed: the messages, from `Rehearsal.pieces`.
+        """
+        with watched(self.context.device), pipelined(self._link) as link:
+            runs = [self._run(first, list(handed.values())), self._run(second, outputs, handed)]
+            runs[0].hand(handed, runs[1])
+            steps, rounds = self.plan.steps, 0
+            travelling: list[tuple[list[Message], Arriving] | None] = [None, None]
+            while True:
+                for number, run in enumerate(runs):
+                    waited, travelling[number] = travelling[number], None
+                    if waited is not None:
+                        run.resume(replies(self.context, waited[0], waited[1]))
+                    if run.start():
+                        batch, due = run.due()
+                        if rehearsed is not None:
+                            _compare(rehearsed, rounds, due, [steps[i].name for i in batch])
+                        rounds += 1
+                        travelling[number] = due, send(self.context, link, due)
+                if travelling == [None, None]:
+                    break
+            _ended(rehearsed, rounds)
+            spent = defaultdict(_Spent)
+            for run in runs:
+                for i, of in run.spent.items():
+                    spent[i].add(of)
+            self._note(rounds, spent)
+            return runs[1].outputs()
+
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[str] | None,
+        awaited: Collection[str] = (),
+    ) -> _Run:
+        """A step that is ready to start. awaited: names of inputs that it gets later."""
         self.record = StepRecord()
         wanted = tuple(self.program.outputs if outputs is None else outputs)
-        schedule = self.plan.schedule(frozenset(inputs), wanted)
-        steps, context, weights = self.plan.steps, self.context, self._constants.weights
-        values: dict[str, Any] = {**self._constants.held, **inputs}
-        left, uses, ready = schedule.left.copy(), schedule.uses.copy(), schedule.ready.copy()
-        waiting: dict[int, tuple[Protocol, Any]] = {}
-        spent: defaultdict[int, _Spent] = defaultdict(_Spent)
-        rounds = 0
-
-        def finish(i: int, result: Any) -> None:
-            planned = steps[i]
-            values[planned.name] = result
-            for j in schedule.consumers[i]:
-                left[j] -= 1
-                if left[j] == 0:
-                    heapq.heappush(ready, j)
-            for name in planned.refs:
-                uses[name] -= 1
-                if uses[name] == 0:
-                    del values[name]
-
-        def advance(i: int, protocol: Protocol, reply: Any) -> None:
-            before = context.offline_bytes
-            try:
-                waiting[i] = (protocol, protocol.send(reply))
-            except StopIteration as stop:
-                finish(i, stop.value)
-            if context.offline_bytes != before:
-                spent[i].offline += context.offline_bytes - before
-
-        def start(planned: Planned) -> Any:
-            # A function of its own, so that no operand outlives its last use by a round.
-            operands = [values[name] for name in planned.refs]
-            result = evaluate(context, planned, operands, weights)
-            if isinstance(result, Call):
-                return result.op.protocol(context, *result.bound.values())
-            return result
-
-        while ready or waiting:
-            while ready:
-                i = heapq.heappop(ready)
-                result = start(steps[i])
-                if isinstance(result, GeneratorType):
-                    advance(i, result, None)
-                else:
-                    finish(i, result)
-            if waiting:
-                batch = sorted(waiting.items())
-                waiting.clear()
-                messages = [as_tuple(yielded) for _, (_, yielded) in batch]
-                due = [message for group in messages for message in group]
-                if rehearsed is not None:
-                    _compare(rehearsed, rounds, due, [steps[i].name for i, _ in batch])
-                replies = iter(exchange(context, self._link, due))
-                rounds += 1
-                for (i, (protocol, yielded)), group in zip(batch, messages, strict=True):
-                    spent[i].rounds += 1
-                    spent[i].online += sum(map(online_bytes, group))
-                    reply = [next(replies) for _ in group]
-                    advance(i, protocol, as_reply(yielded, reply))
-        if rehearsed is not None and rounds != len(rehearsed):
-            raise BundleError(
-                f"this step ended after {rounds} rounds instead of {len(rehearsed)}, so it might "
-                "depend on secrets; do not use this bundle"
-            )
-        self._note(rounds, spent)
-        return {name: values[name] for name in wanted}
+        values = {**self._constants.held, **inputs}
+        schedule = self.plan.schedule(frozenset({*inputs, *awaited}), wanted)
+        return _Run(
+            self.plan, self.context, self._constants.weights, schedule, values, wanted, awaited
+        )
 
     def _note(self, rounds: int, spent: Mapping[int, _Spent]) -> None:
         for i, of in spent.items():
@@ -194,6 +203,123 @@ class Executor:
                 return stop.value
             messages = list(as_tuple(yielded))
             reply = as_reply(yielded, exchange(self.context, self._link, messages))
+
+
+class _Run:
+    """A step under way: what is known, what can start, and which protocols wait for a reply."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        context: Context,
+        weights: Mapping[str, Any],
+        schedule: Schedule,
+        values: dict[str, Any],
+        wanted: Sequence[str],
+        awaited: Collection[str],
+    ) -> None:
+        self.spent: defaultdict[int, _Spent] = defaultdict(_Spent)
+        self._steps, self._context, self._weights = plan.steps, context, weights
+        self._values, self._wanted, self._consumers = values, wanted, schedule.consumers
+        self._left, self._uses = schedule.left.copy(), schedule.uses.copy()
+        self._ready = schedule.ready.copy()
+        self._waiting: dict[int, tuple[Protocol, Any]] = {}
+        self._batch: list[tuple[int, tuple[Protocol, Any]]] = []
+        self._groups: list[tuple[Message, ...]] = []
+        self._handed: dict[str, list[str]] = {}
+        self._next: _Run | None = None
+        self._readers: dict[str, list[int]] = {name: [] for name in awaited}
+        if awaited:
+            for i in plan.active({*values, *awaited}, wanted):
+                for name in set(self._steps[i].refs) & self._readers.keys():
+                    self._readers[name].append(i)
+                    self._left[i] += 1
+            self._ready = [i for i in self._ready if not self._left[i]]
+
+    def hand(self, handed: Mapping[str, str], other: _Run) -> None:
+        """Give results to another step as soon as they are there: its inputs, by name."""
+        self._next = other
+        for given, name in handed.items():
+            self._handed.setdefault(name, []).append(given)
+
+    def start(self) -> bool:
+        """Run all that can run; returns whether something waits for a reply then."""
+        while self._ready:
+            i = heapq.heappop(self._ready)
+            result = self._begin(self._steps[i])
+            if isinstance(result, GeneratorType):
+                self._advance(i, result, None)
+            else:
+                self._finish(i, result)
+        return bool(self._waiting)
+
+    def due(self) -> tuple[list[int], list[Message]]:
+        """The instructions that wait, and their messages, in the order in which they are sent."""
+        self._batch = sorted(self._waiting.items())
+        self._waiting.clear()
+        self._groups = [as_tuple(yielded) for _, (_, yielded) in self._batch]
+        return [i for i, _ in self._batch], [m for group in self._groups for m in group]
+
+    def resume(self, answers: Sequence[Any]) -> None:
+        """Take the replies to what was due."""
+        rest = iter(answers)
+        for (i, (protocol, yielded)), group in zip(self._batch, self._groups, strict=True):
+            self.spent[i].rounds += 1
+            self.spent[i].online += sum(map(online_bytes, group))
+            self._advance(i, protocol, as_reply(yielded, [next(rest) for _ in group]))
+        self._batch, self._groups = [], []
+
+    def outputs(self) -> dict[str, Any]:
+        """The wanted values, at the end."""
+        return {name: self._values[name] for name in self._wanted}
+
+    def _begin(self, planned: Planned) -> Any:
+        # A function of its own, so that no operand outlives its last use by a round.
+        operands = [self._values[name] for name in planned.refs]
+        result = evaluate(self._context, planned, operands, self._weights)
+        if isinstance(result, Call):
+            return result.op.protocol(self._context, *result.bound.values())
+        return result
+
+    def _advance(self, i: int, protocol: Protocol, reply: Any) -> None:
+        before = self._context.offline_bytes
+        try:
+            self._waiting[i] = (protocol, protocol.send(reply))
+        except StopIteration as stop:
+            self._finish(i, stop.value)
+        if self._context.offline_bytes != before:
+            self.spent[i].offline += self._context.offline_bytes - before
+
+    def _finish(self, i: int, result: Any) -> None:
+        planned = self._steps[i]
+        self._values[planned.name] = result
+        self._release(self._consumers[i])
+        for name in planned.refs:
+            self._uses[name] -= 1
+            if self._uses[name] == 0:
+                del self._values[name]
+        if self._next is not None:
+            for given in self._handed.get(planned.name, ()):
+                self._next._provide(given, result)
+
+    def _provide(self, name: str, value: Any) -> None:
+        self._values[name] = value
+        self._release(self._readers[name])
+
+    def _release(self, readers: Sequence[int]) -> None:
+        for j in readers:
+            self._left[j] -= 1
+            if self._left[j] == 0:
+                heapq.heappush(self._ready, j)
+
+
+def _ended(rehearsed: Rounds | None, rounds: int) -> None:
+    """Raise BundleError unless as many rounds were sent as were rehearsed."""
+    if rehearsed is not None and rounds != len(rehearsed):
+        raise BundleError(
+            f"this step ended after {rounds} rounds instead of {len(rehearsed)}, so it might "
+            "depend on secrets; do not use this bundle"
+        )
 
 
 def _compare(

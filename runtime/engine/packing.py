@@ -13,6 +13,7 @@ from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
 from mergec.runtime.correlations.prg import NUMPY
 from mergec.runtime.kernels.transfers import to_device, to_host
+from mergec.runtime.transport.pipeline import Arriving, Pipeline
 from mergec.runtime.transport.traffic import Exchange
 
 
@@ -25,12 +26,43 @@ def exchange(context: Context, link: Exchange | None, messages: Sequence[Message
     party = context.party
     if link is None or party == DEALER:
         return [_ghost(message) for message in messages]
+    outgoing, incoming = _directions(party, messages)
+    return _matched(context, messages, link.exchange(pack(outgoing), _size(incoming)))
+
+
+def send(context: Context, link: Pipeline | None, messages: Sequence[Message]) -> Arriving | None:
+    """Send a round's messages without waiting for the other party's; for `replies`."""
+    if link is None or context.party == DEALER:
+        return None
+    outgoing, incoming = _directions(context.party, messages)
+    return link.begin(pack(outgoing), _size(incoming))
+
+
+def replies(context: Context, messages: Sequence[Message], arriving: Arriving | None) -> list[Any]:
+    """What `exchange` returns, of messages that were sent before: waits for them."""
+    if arriving is None:
+        return [_ghost(message) for message in messages]
+    return _matched(context, messages, arriving())
+
+
+def _directions(
+    party: int, messages: Sequence[Message]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The payloads that a party sends, and stand-ins for those that it receives."""
     sent, received = _sent_by(party), _sent_by(SERVER - party)
     outgoing = [m.payload for m in messages if not isinstance(m, received)]
-    incoming = [m.payload for m in messages if not isinstance(m, sent)]
-    reply = link.exchange(pack(outgoing), sum(p.nbytes for p in incoming))
+    return outgoing, [m.payload for m in messages if not isinstance(m, sent)]
+
+
+def _matched(context: Context, messages: Sequence[Message], reply: torch.Tensor) -> list[Any]:
+    sent = _sent_by(context.party)
+    _, incoming = _directions(context.party, messages)
     parts = iter(unpack(reply, incoming, context.device))
     return [None if isinstance(m, sent) else next(parts) for m in messages]
+
+
+def _size(payloads: Sequence[torch.Tensor]) -> int:
+    return sum(payload.nbytes for payload in payloads)
 
 
 def online_bytes(message: Message) -> int:

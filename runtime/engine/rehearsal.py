@@ -19,6 +19,7 @@ from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError
 from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
+from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
@@ -73,6 +74,15 @@ class Played(NamedTuple):
     mark: int
 
 
+class Turn(NamedTuple):
+    """What a piece of a step sends at once: see `Rehearsal.pieces`. online: bytes, both ways."""
+
+    number: int
+    piece: int
+    forms: list[Form]
+    online: int
+
+
 class Rehearsal:
     """Runs the steps of a program on shapes. It needs no weights: any role's program will do."""
 
@@ -96,7 +106,7 @@ class Rehearsal:
         self._passing = itertools.count(-1, -1)
         self._calls: list[int] = []
         self._lasting: dict[str, int] = {}
-        self._orders: dict[str, list[int]] = {}
+        self._orders: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         self._known: dict[tuple[int, ...], Played] = {}
         self._known_now: dict[tuple[int, ...], Played] = {}
 
@@ -123,10 +133,46 @@ class Rehearsal:
                 rounds[number] += forms
         return rounds
 
+    @torch.inference_mode()
+    def pieces(self, split: int, new: int, past: int, draw: Draw | None = None) -> list[Turn]:
+        """The messages of a step of `new` tokens that runs as two pieces, of `split` tokens and the
+        rest (`Executor.pieces`): those of each turn, in the order in which they are sent.
+
+        A turn of the first piece comes before that of the second one with the same number.
+        """
+        caches = {spec.name: spec.cache_output for spec in self.program.inputs if spec.cache_output}
+        found: dict[tuple[int, int], Turn] = {}
+        ends: dict[str, int] = {}
+
+        def note(piece: int, part: Part) -> None:
+            ends[part.planned.name] = part.start + len(part.rounds)
+            for number, messages in enumerate(part.rounds, part.start):
+                turn = found.setdefault((number, piece), Turn(number, piece, [], 0))
+                size = sum(map(online_bytes, messages))
+                forms = [*turn.forms, *map(form, messages)]
+                found[number, piece] = Turn(number, piece, forms, turn.online + size)
+
+        for part in self.parts(split, past, draw, wanted=tuple(caches.values())):
+            note(0, part)
+        given = {name: ends[output] for name, output in caches.items()}
+        for part in self.parts(new - split, past + split, draw, ends=given):
+            note(1, part)
+        return [found[key] for key in sorted(found)]
+
     def parts(
-        self, new: int, past: int, draw: Draw | None = None, source: int | None = None
+        self,
+        new: int,
+        past: int,
+        draw: Draw | None = None,
+        source: int | None = None,
+        wanted: tuple[str, ...] | None = None,
+        ends: Mapping[str, int] | None = None,
     ) -> Iterator[Part]:
-        """Every instruction of a step, in program order; see `step`."""
+        """Every instruction of a step, in program order; see `step`.
+
+        wanted: outputs of the step, if not all. ends: the rounds in which inputs become known, if
+        not at the start.
+        """
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
             self._known.clear()
@@ -139,11 +185,12 @@ class Rehearsal:
         inputs = ghost_inputs(phase, *self.program.sizes(new, past, source))
         values = {**constants.held, **inputs}
         marks = {**self._lasting, **{name: self._mark(value) for name, value in inputs.items()}}
-        if name not in self._orders:
+        outputs = wanted or tuple(phase.outputs)
+        if (name, outputs) not in self._orders:
             given = [spec.name for spec in phase.inputs]
-            self._orders[name] = self.plan.active(given, phase.outputs)
-        ends: dict[str, int] = {}
-        for position in self._orders[name]:
+            self._orders[name, outputs] = self.plan.active(given, outputs)
+        ends = dict(ends or {})
+        for position in self._orders[name, outputs]:
             planned = self.plan.steps[position]
             refs = planned.refs
             key = (self._calls[position], *[marks[ref] for ref in refs])
@@ -246,6 +293,22 @@ def step_cost(
         for role, size in part.dealt.items():
             dealt[role] += size
     return Cost(rounds, online, sum(dealt.values())), dealt
+
+
+def overlapped_seconds(
+    rehearsal: Rehearsal, split: int, new: int, past: int, network: Network
+) -> float:
+    """Seconds that a step in two pieces waits for messages, by the cost model.
+
+    While a message of one piece is on its way, the line carries the other one's: a turn of both
+    takes the latency and the longer transfer, or both transfers if they take longer.
+    """
+    transfers: dict[int, list[float]] = {}
+    for turn in rehearsal.pieces(split, new, past):
+        seconds = turn.online / 2 / network.parties.bandwidth
+        transfers.setdefault(turn.number, []).append(seconds)
+    latency = network.parties.latency + network.overhead
+    return sum(max(latency + max(both), sum(both)) for both in transfers.values())
 
 
 def call_dealt(op: type[Op], fixed: int, exact: bool, *args: Any, **kwargs: Any) -> dict[str, int]:

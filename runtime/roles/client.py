@@ -94,6 +94,7 @@ class Connection:
         public_chat: bool | None = None,
         reuse: bool = True,
         prompt_piece: int = 0,
+        overlap: bool = True,
         ahead: AheadPlan | None = None,
         on_notice: Callable[[str], object] = lambda _: None,
     ) -> None:
@@ -111,9 +112,11 @@ class Connection:
         both of dealer and store are given, and PromptError if the program cannot begin with such a
         text. reuse: let a prompt continue the caches of an earlier one where it begins like it;
         otherwise each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one
-        step takes; 0 for any number. ahead: what the dealer deals while the session waits for a
-        prompt, so that the answer does not wait for it; raises MergecError with a store, or without
-        reuse. on_notice: called with a line about that, at the beginning of an answer.
+        step takes; 0 for any number. overlap: let the two halves of a step overlap, one computing
+        while the other's messages travel, where that is faster by the cost model. ahead: what the
+        dealer deals while the session waits for a prompt, so that the answer does not wait for it;
+        raises MergecError with a store, or without reuse. on_notice: called with a line about that,
+        at the beginning of an answer.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
@@ -152,6 +155,7 @@ class Connection:
         self._session: MergecSession | None = None
         self._opened: tuple[tuple[str, int | None], Speculation | None] | None = None
         self._reuse, self._piece = reuse, prompt_piece
+        self._overlap = overlap and store is None
         self._ahead, self._on_notice = ahead, on_notice
         self._preparer: Preparer | None = None
         self._source: DealerReceiver | None = None
@@ -243,6 +247,7 @@ class Connection:
             channel.send_json(Kind.KEPT, kept=found is not None)
         executor = Executor(self.program, context, channel, kept=found)
         session = MergecSession(executor, lambda: channel.traffic, skip)
+        session.overlaps = self._overlap
 
         def begin() -> None:
             session.setup()
@@ -451,7 +456,7 @@ class Connection:
                 if schedule is not None:
                     schedule.check(new, past, draw, ROLES[CLIENT])
                 self._expect([(new, past)])
-                request = write_step(new, past, draw, place)
+                request = write_step(new, past, draw, place, session.split)
                 session.take_ahead(request)
                 for channel in channels:
                     channel.send(Kind.STEP, request)

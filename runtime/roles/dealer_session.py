@@ -29,7 +29,7 @@ from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, rea
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_lengths
-from mergec.runtime.session.requests import Plan, read_step, turn
+from mergec.runtime.session.requests import Plan, divide, read_step, turn
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.transport.channel import Channel, Kind, ending
 from mergec.runtime.transport.connect import accept
@@ -166,7 +166,7 @@ class DealerSession:
         steps: list[tuple[int, int]] = []
         limit = self._program.manifest.max_length
         if kind in (Kind.STEP, Kind.AHEAD):
-            new, past, _, _ = read_step(payload, channel.peer)
+            new, past, *_ = read_step(payload, channel.peer)
             if not (0 <= new <= _LONGEST and 0 <= past <= _LONGEST):
                 raise PartyError(f"{new} tokens after {past} are more than this program runs")
             steps = [(new, past)]
@@ -245,7 +245,7 @@ class DealerSession:
                         channel.send(Kind.MARK)
                         tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.AHEAD:
-                new, past, draw, place = read_step(payload, channel.peer)
+                new, past, draw, place, _ = read_step(payload, channel.peer)
                 if new < 1 or past < 0 or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 try:
@@ -257,11 +257,12 @@ class DealerSession:
                 channel.send(Kind.MARK)
                 tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
-                new, past, draw, place = read_step(payload, channel.peer)
+                new, past, draw, place, split = read_step(payload, channel.peer)
                 if session.take_ahead(bytes(payload)):
                     allow(new, past)
                     continue
                 turn(session, place, channel.peer)
+                divide(session, split, new, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 allow(new, past)

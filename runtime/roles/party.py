@@ -45,7 +45,7 @@ from mergec.runtime.session.public_text import (
     compute_public,
     digest_of_tokens,
 )
-from mergec.runtime.session.requests import read_step, turn, write_step
+from mergec.runtime.session.requests import divide, read_step, turn, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.session.text import Text
@@ -88,6 +88,7 @@ class Options:
     speculate: str = ""
     speculate_tokens: int | None = None
     prompt_piece: int = 0
+    overlap: bool = True
     public: Sequence[int] = ()
     """Tokens that the prompt begins with and that all roles are told of."""
 
@@ -228,6 +229,7 @@ def _run_mergec(
     session = MergecSession(executor, lambda: link.traffic)
     _set_up(session, texts, emit)
     if options.role == ROLES[CLIENT]:
+        session.overlaps = options.overlap
         _ask(options, session, channels, (SERVER, DEALER), emit)
     else:
         _serve(options, session, channels, emit)
@@ -317,7 +319,7 @@ def _ask(
         nonlocal place
         _expect(options, session, channels, new, past)
         for channel in others:
-            channel.send(Kind.STEP, write_step(new, past, draw, place))
+            channel.send(Kind.STEP, write_step(new, past, draw, place, session.split))
         place = STILL
 
     generate(
@@ -357,8 +359,9 @@ def _serve(
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
         if kind is Kind.END:
             return
-        new, past, draw, place = read_step(payload, client.peer)
+        new, past, draw, place, split = read_step(payload, client.peer)
         turn(session, place, client.peer)
+        divide(session, split, new, client.peer)
         if not session.allows(new, past) or (limit and new + past > limit):
             raise PartyError(
                 f"the client asks for {new} tokens after {past}, which this program cannot run"

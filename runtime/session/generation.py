@@ -132,6 +132,7 @@ def answer(
             def work(
                 feed: list[int] = feed, past: int = past, results: list[Any] = results
             ) -> None:
+                session.divide(len(feed), past)
                 session.rehearse(len(feed), past, draw)
                 announce(len(feed), past)
                 results.append(session.rows(len(feed), past, feed, draw))

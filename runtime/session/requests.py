@@ -16,7 +16,7 @@ from mergec.runtime.session.public_text import MOST_PREFIXES
 if TYPE_CHECKING:
     from mergec.runtime.session.steps import Session
 
-_STEP = struct.Struct("!6q")
+_STEP = struct.Struct("!7q")
 
 
 def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) -> int:
@@ -27,27 +27,29 @@ def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) ->
     return int(value)
 
 
-def write_step(new: int, past: int, draw: Draw, place: Place = STILL) -> bytes:
+def write_step(new: int, past: int, draw: Draw, place: Place = STILL, split: int = 0) -> bytes:
     """Encode a step: `new` tokens after `past` ones, how the next token is chosen, and the caches.
 
-    Raises struct.error if a number has more than 64 bits.
+    split: tokens of the first piece of a step in two pieces; 0 for a step as a whole. Raises
+    struct.error if a number has more than 64 bits.
     """
-    return _STEP.pack(new, past, draw.units, draw.top_k, *place)
+    return _STEP.pack(new, past, draw.units, draw.top_k, *place, split)
 
 
-def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, Place]:
-    """Decode a step: new and past tokens, the choice, and the caches that it continues.
+def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, Place, int]:
+    """Decode a step: new and past tokens, the choice, the caches that it continues, and tokens of
+    its first piece.
 
     The caller checks the lengths, and whether there are such caches. Raises PartyError if the
     numbers of the caches are out of bounds.
     """
     if len(payload) != _STEP.size:
         raise PartyError(f"the {peer} sent a step that cannot be read")
-    new, past, units, top_k, conversation, source = _STEP.unpack(payload)
+    new, past, units, top_k, conversation, source, split = _STEP.unpack(payload)
     bound = MOST_CONVERSATIONS
     if not (0 <= conversation < bound and -MOST_PREFIXES <= source < bound):
         raise PartyError(f"the {peer} requests caches {source} for conversation {conversation}")
-    return new, past, draw_of(units, top_k, peer), Place(conversation, source)
+    return new, past, draw_of(units, top_k, peer), Place(conversation, source), split
 
 
 def turn(session: Session, place: Place, peer: str) -> None:
@@ -56,6 +58,13 @@ def turn(session: Session, place: Place, peer: str) -> None:
         session.turn_to(place)
     except BundleError as error:
         raise PartyError(f"the {peer} requests what is not there: {error}") from error
+
+
+def divide(session: Session, split: int, new: int, peer: str) -> None:
+    """Let the next step run in the pieces that a peer names; raises PartyError if it cannot."""
+    if not session.divides(split, new):
+        raise PartyError(f"the {peer} requests a first piece of {split} of {new} tokens")
+    session.split = split
 
 
 def draw_of(units: int, top_k: int, peer: str) -> Draw:
@@ -107,10 +116,18 @@ class Schedule:
     def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
         self._steps = iter(steps)
 
-    def check(self, new: int, past: int, draw: Draw, peer: str, place: Place = STILL) -> None:
+    def check(
+        self,
+        new: int,
+        past: int,
+        draw: Draw,
+        peer: str,
+        place: Place = STILL,
+        split: int = 0,
+    ) -> None:
         """Check the next step, before anything is sent; raises PartyError if it is another one."""
         due = next(self._steps, None)
-        if (new, past) == due and not draw.top_k and place == STILL:
+        if (new, past) == due and not draw.top_k and place == STILL and not split:
             return
         choice = f" with top-k {draw.top_k}" if draw.top_k else ""
         dealt = "no further step" if due is None else f"{due[0]} tokens after {due[1]}"

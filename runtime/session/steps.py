@@ -13,9 +13,10 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
-from mergec.runtime.engine.rehearsal import Rehearsal, Rounds, step_cost
+from mergec.runtime.engine.rehearsal import Rehearsal, Rounds, overlapped_seconds, step_cost
 from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from mergec.runtime.core.context import Context
     from mergec.runtime.engine.executor import Executor
     from mergec.runtime.engine.stock import StockExecutor
+
+
+_LEAST_DIVIDED = 16
+"""Steps of fewer tokens run as a whole: their messages are short beside the latency."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class Session(ABC):
         self.guesses = torch.zeros(program.manifest.medusa, 0, dtype=torch.int64)
         """At the client: the tokens that each of the model's heads thinks most likely, [heads, R],
         at the R positions at which the last step gave results."""
+        self.split = 0
+        """Tokens of the first piece of the next step, if it runs as two that overlap; else 0."""
         self._conversation = 0
         self._others: dict[int, Cached] = {}
 
@@ -236,11 +243,7 @@ class Session(ABC):
             self.source = new if self.program.encodes else 0
         elif past < self.length:
             self._roll_back(self.program.sizes(new, past, self.source)[1])
-        first = {phase.inputs[0].name: self._first(new, ids)}
-        if self.program.encodes and past == 0:
-            begun = [self.program.manifest.answer_start]
-            first[phase.inputs[1].name] = self._held(len(begun), begun)
-        outputs = self._execute({**first, **self._caches}, phase.outputs)
+        outputs = self._compute(phase, new, past, ids)
         self._caches = {
             spec.name: outputs[spec.cache_output] for spec in self._passed_on if spec.cache_output
         }
@@ -251,6 +254,16 @@ class Session(ABC):
             self._hidden.append(result)
             return None
         return self._logits_at_client(result)
+
+    def _compute(
+        self, phase: Phase, new: int, past: int, ids: Sequence[int] | None
+    ) -> dict[str, Any]:
+        """The outputs of a step that continues the caches as they are."""
+        first = {phase.inputs[0].name: self._first(new, ids)}
+        if self.program.encodes and past == 0:
+            begun = [self.program.manifest.answer_start]
+            first[phase.inputs[1].name] = self._held(len(begun), begun)
+        return self._execute({**first, **self._caches}, phase.outputs)
 
     def allows(self, new: int, past: int) -> bool:
         """Whether a step of these lengths can come now."""
@@ -302,6 +315,13 @@ class Session(ABC):
         self.guesses = torch.stack(best).cpu()
         return rows
 
+    def divides(self, split: int, new: int) -> bool:
+        """Whether a step of `new` tokens can run as pieces of `split` tokens and the rest."""
+        return split == 0
+
+    def divide(self, new: int, past: int) -> None:  # noqa: B027
+        """At the client: choose whether the next step, of these lengths, runs in pieces."""
+
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:  # noqa: B027
         """Find out what a step of these lengths sends, before anybody is told of the step.
 
@@ -327,12 +347,14 @@ class MergecSession(Session):
         """Steps whose randomness was dealt, and that have not come yet."""
         self._skip = skip
         self._prepared: Prepared | None = None
+        self.overlaps = False
+        """At the client: whether `divide` may choose pieces."""
         self._executor = executor
         self._counted = counted
         # The dealer has nothing but shapes anyway, and sends neither party a message.
         if self.party != DEALER:
             self.rehearsal = Rehearsal(executor.program)
-        self._step: tuple[int, int, Draw, int] | None = None
+        self._step: tuple[int, int, Draw, int, int] | None = None
         self._rounds: Rounds | None = None
 
     @property
@@ -389,12 +411,34 @@ class MergecSession(Session):
             return Sent(words if server else ghost, ghost if server else words, spec.frac)
         return Masked(ghost if self.party == DEALER else words, words, spec.frac)
 
+    def divide(self, new: int, past: int) -> None:
+        self.split = 0
+        network, rehearsal = NETWORKS[self.program.manifest.network], self.rehearsal
+        latency = network.parties.latency
+        if not (self.overlaps and self.continues and rehearsal and latency) or new < _LEAST_DIVIDED:
+            return
+        if self.ahead and (self.ahead.steps[0].new, self.ahead.steps[0].past) == (new, past):
+            return  # it was dealt as a whole
+        whole = network.waiting(*step_cost(rehearsal, new, past))
+        halves = overlapped_seconds(rehearsal, new // 2, new, past, network)
+        # Other than for the parties' messages both wait equally, for the dealer and for work.
+        if halves < min(whole.prepared, whole.total):
+            self.split = new // 2
+
+    def divides(self, split: int, new: int) -> bool:
+        return split == 0 or (self.continues and 0 < split < new)
+
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
         source = self.source if past else new
-        step = (new, past, draw or Draw())
-        if self.rehearsal is not None and (*step, source) != self._step:
-            self._rounds = self.rehearsal.step(*step, source)
-            self._step = (*step, source)
+        step = (new, past, draw or Draw(), source)
+        if self.rehearsal is None or (*step, self.split) == self._step:
+            return
+        if self.split:
+            turns = self.rehearsal.pieces(self.split, new, past, draw)
+            self._rounds = [turn.forms for turn in turns]
+        else:
+            self._rounds = self.rehearsal.step(*step)
+        self._step = (*step, self.split)
 
     def _prepare(self, new: int, past: int, draw: Draw) -> None:
         self._executor.context.draw = draw
@@ -477,6 +521,21 @@ class MergecSession(Session):
                 "dealt for it; do not use this bundle"
             )
         return result
+
+    @torch.inference_mode()
+    def _compute(
+        self, phase: Phase, new: int, past: int, ids: Sequence[int] | None
+    ) -> dict[str, Any]:
+        split, self.split = self.split, 0
+        if not split:
+            return super()._compute(phase, new, past, ids)
+        if not self.divides(split, new):
+            raise BundleError(f"a step of {new} tokens has no first piece of {split}")
+        name, tokens = phase.inputs[0].name, list(ids or ())
+        first = {name: self._held(split, tokens[:split]), **self._caches}
+        second = {name: self._held(new - split, tokens[split:])}
+        handed = {spec.name: spec.cache_output or "" for spec in self.cache_specs}
+        return self._executor.pieces(first, second, handed, phase.outputs, self._rounds)
 
     def _cut(self, cache: Any, dim: int, length: int) -> Masked | Sent:
         opened, mask = (part.narrow(dim, 0, length) for part in (cache.opened, cache.mask))

@@ -215,24 +215,47 @@ class Channel:
 
         Both parties call this for every round. An empty message is not sent.
         """
-        reply = torch.empty(incoming, dtype=torch.uint8)
-        sent = None
-        if outgoing is not None and outgoing.numel():
-            check_payload(outgoing)
-            sent = (Kind.ROUND, outgoing.numpy().data)
-            self.traffic.sent += outgoing.numel()
-        expected = None
-        if incoming:
-            into = reply.numpy().data
-            expected = _Incoming(
-                lambda header: self._accept((Kind.ROUND,), incoming, incoming, header, into)
-            )
-        self.traffic.received += incoming
         self.traffic.rounds += 1
+        sent = self._outgoing(outgoing)
+        reply, expected = self._expected(incoming)
         self._transfer(sent, expected)
         if expected is not None:
             self._check_error(expected)
         return reply
+
+    def post(self, outgoing: torch.Tensor | None) -> None:
+        """The sending half of `exchange`, while another thread may be in `collect`."""
+        sent = self._outgoing(outgoing)
+        if sent is not None:
+            self._transfer(sent, None)
+
+    def collect(self, incoming: int) -> torch.Tensor:
+        """The receiving half of `exchange`, which counts the round."""
+        self.traffic.rounds += 1
+        reply, expected = self._expected(incoming)
+        if expected is not None:
+            self._transfer(None, expected)
+            self._check_error(expected)
+        return reply
+
+    def _outgoing(self, message: torch.Tensor | None) -> tuple[Kind, memoryview] | None:
+        """A round's message as a frame, which is counted."""
+        if message is None or not message.numel():
+            return None
+        check_payload(message)
+        self.traffic.sent += message.numel()
+        return Kind.ROUND, message.numpy().data
+
+    def _expected(self, incoming: int) -> tuple[torch.Tensor, _Incoming | None]:
+        """Room for a round's message of this size, which is counted, and its frame."""
+        reply = torch.empty(incoming, dtype=torch.uint8)
+        self.traffic.received += incoming
+        if not incoming:
+            return reply, None
+        into = reply.numpy().data
+        return reply, _Incoming(
+            lambda header: self._accept((Kind.ROUND,), incoming, incoming, header, into)
+        )
 
     def _frame(self, kind: Kind, payload: memoryview) -> list[memoryview]:
         header = _HEADER.pack(kind, self._sent, payload.nbytes)

@@ -55,18 +55,37 @@ class EmulatedLink:
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
         """Like the wrapped link's, but delayed."""
-        sends = outgoing is not None and outgoing.numel() > 0
-        if outgoing is not None and sends:
-            stamp = torch.frombuffer(bytearray(_STAMP.pack(time.monotonic())), dtype=torch.uint8)
-            outgoing = torch.cat([stamp, outgoing])
-        reply = self._link.exchange(outgoing, incoming + _STAMP.size if incoming else 0)
-        self.traffic.sent -= _STAMP.size if sends else 0
+        reply = self._link.exchange(self._stamped(outgoing), _with_stamp(incoming))
+        return self._delayed(reply, incoming)
+
+    def post(self, outgoing: torch.Tensor | None) -> None:
+        """See `Exchange`."""
+        self._link.post(self._stamped(outgoing))
+
+    def collect(self, incoming: int) -> torch.Tensor:
+        """See `Exchange`."""
+        return self._delayed(self._link.collect(_with_stamp(incoming)), incoming)
+
+    def _stamped(self, outgoing: torch.Tensor | None) -> torch.Tensor | None:
+        """A message with its send time, which is not counted."""
+        if outgoing is None or not outgoing.numel():
+            return None
+        stamp = torch.frombuffer(bytearray(_STAMP.pack(time.monotonic())), dtype=torch.uint8)
+        self.traffic.sent -= _STAMP.size
+        return torch.cat([stamp, outgoing])
+
+    def _delayed(self, reply: torch.Tensor, incoming: int) -> torch.Tensor:
+        """A message without its send time, once it would have arrived."""
         if not incoming:
             return reply
         self.traffic.received -= _STAMP.size
         (sent,) = _STAMP.unpack(reply[: _STAMP.size].numpy().tobytes())
         self._incoming.wait(sent, incoming)
         return reply[_STAMP.size :]
+
+
+def _with_stamp(incoming: int) -> int:
+    return incoming + _STAMP.size if incoming else 0
 
 
 class EmulatedBlocks:

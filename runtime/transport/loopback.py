@@ -31,10 +31,18 @@ class LoopbackLink:
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor:
         """Like `Channel.exchange`; raises PartyError if a message has an unexpected length."""
+        self.post(outgoing)
+        return self.collect(incoming)
+
+    def post(self, outgoing: torch.Tensor | None) -> None:
+        """Send a message."""
         if outgoing is not None and outgoing.numel():
             check_payload(outgoing)
             self._outbox.put(outgoing.clone())
             self.traffic.sent += outgoing.numel()
+
+    def collect(self, incoming: int) -> torch.Tensor:
+        """Receive the message of the next round."""
         reply = torch.empty(0, dtype=torch.uint8)
         if incoming:
             try:

@@ -55,10 +55,15 @@ class Traffic:
 class Exchange(Protocol):
     """The interface of a link between the two parties, over any transport. One call is one round.
 
-    `outgoing` is 1-D uint8 on the CPU, or None; the result has `incoming` bytes.
+    `outgoing` is 1-D uint8 on the CPU, or None; the result has `incoming` bytes. `post` and
+    `collect` are its two halves, for a thread each.
     """
 
     @property
     def traffic(self) -> Traffic: ...
 
     def exchange(self, outgoing: torch.Tensor | None, incoming: int) -> torch.Tensor: ...
+
+    def post(self, outgoing: torch.Tensor | None) -> None: ...
+
+    def collect(self, incoming: int) -> torch.Tensor: ...
