@@ -191,6 +191,13 @@ PromptPiece = Annotated[
         min=0,
     ),
 ]
+Overlap = Annotated[
+    bool,
+    typer.Option(
+        help="Let the two halves of a prompt overlap where the network is slow: one is computed "
+        "while the other's messages travel."
+    ),
+]
 PrepareDisk = Annotated[
     str,
     typer.Option(
@@ -288,6 +295,7 @@ class SessionOptions(ClientOptions):
     public_prompt: PublicPrompt = None
     reuse: Reuse = True
     prompt_piece: PromptPiece = 0
+    overlap: Overlap = True
 
     def public(self) -> str | None:
         """The public text, if one is given."""
@@ -313,6 +321,7 @@ class SessionOptions(ClientOptions):
             public_chat=chat,
             reuse=self.reuse,
             prompt_piece=self.prompt_piece,
+            overlap=self.overlap,
             ahead=ahead,
             on_notice=lambda told: err.print(told, style="dim", soft_wrap=True),
             dealer=address(self.dealer) if store is None else None,

@@ -79,6 +79,7 @@ def run_local(
     insecure_first_party: bool = False,
     public: Sequence[int] = (),
     prompt_piece: int = 0,
+    overlap: bool = True,
     on_token: Callable[[int], object] | None = None,
     on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
     threads: int | None = None,
@@ -93,7 +94,7 @@ def run_local(
     are ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
     generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
     prompt begins with and that both parties know; they take no steps. prompt_piece: most tokens of
-    the prompt that one step takes; 0 for any number.
+    the prompt that one step takes; 0 for any number. overlap: see `Connection`.
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     for role in ROLES:
@@ -140,6 +141,7 @@ def run_local(
                         speculate=speculate,
                         speculate_tokens=speculate_tokens,
                         prompt_piece=prompt_piece,
+                        overlap=overlap,
                     )
                 jobs[role] = job.json()
                 parties[role] = stack.enter_context(_started(role, descriptors, environment))

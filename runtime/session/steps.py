@@ -431,6 +431,8 @@ class MergecSession(Session):
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
         source = self.source if past else new
         step = (new, past, draw or Draw(), source)
+        if not self.divides(self.split, new):
+            raise BundleError(f"a step of {new} tokens has no first piece of {self.split}")
         if self.rehearsal is None or (*step, self.split) == self._step:
             return
         if self.split:
@@ -529,8 +531,6 @@ class MergecSession(Session):
         split, self.split = self.split, 0
         if not split:
             return super()._compute(phase, new, past, ids)
-        if not self.divides(split, new):
-            raise BundleError(f"a step of {new} tokens has no first piece of {split}")
         name, tokens = phase.inputs[0].name, list(ids or ())
         first = {name: self._held(split, tokens[:split]), **self._caches}
         second = {name: self._held(new - split, tokens[split:])}
