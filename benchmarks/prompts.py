@@ -4,7 +4,8 @@ Rounds and bytes are those of the steps, by running them on shapes (`engine.rehe
 parties send nothing else. Then the same prompts run, with the three roles as processes of this
 machine: seconds to the first token, the difference of logits, and peak memory.
 
-Usage: python benchmarks/prompts.py [--bundles DIR] [--output FILE] [--counts]
+Usage: python benchmarks/prompts.py [--bundles DIR] [--wan DIR] [--output FILE]
+       [--measure PART …]
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from mergec import Program
+from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.driver import compile_source
 from mergec.compiler.report.tables import markdown
 from mergec.compiler.report.text import readable
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.engine.packing import online_bytes
-from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost
 from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
+from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import common_length
 from mergec.runtime.session.generation import Token
 from tests.services import deployment
@@ -50,6 +51,18 @@ ANSWER = 8
 """Most tokens of an answer."""
 
 SHOWN = ("loopback", "lan", "wan")
+
+HALVED = (64, LONG)
+"""Tokens of prompts whose halves overlap."""
+
+FIRST = 16
+"""Tokens of the first step that is dealt ahead."""
+
+LAYERS = 3
+"""Layers of the model that runs on an emulated network."""
+
+PARTS = ("public", "chat", "pieces", "ahead", "overlap")
+"""What can be measured."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +90,76 @@ def counted(rehearsal: Rehearsal, steps: Sequence[tuple[int, int]]) -> Counted:
     """What steps of these new and past tokens take."""
     rounds = online = 0
     dealt = {"client": 0, "server": 0}
-    with torch.inference_mode():
-        for new, past in steps:
-            most = 0
-            for part in rehearsal.parts(new, past):
-                most = max(most, part.start + len(part.rounds))
-                online += sum(online_bytes(m) for messages in part.rounds for m in messages)
-                for role, size in part.dealt.items():
-                    dealt[role] += size
-            rounds += most
+    for new, past in steps:
+        cost, found = step_cost(rehearsal, new, past)
+        rounds, online = rounds + cost.rounds, online + cost.online
+        dealt = {role: size + found[role] for role, size in dealt.items()}
     return Counted(Cost(rounds, online, sum(dealt.values())), dealt)
+
+
+def halves(program: Program) -> list[list[str]]:
+    """Rows of long prompts as a whole, in pieces, and as two halves that overlap."""
+    network, rows = NETWORKS["wan"], []
+    rehearsal = Rehearsal(program.any_role)
+
+    def row(name: str, turns: int, messages: int, online: int, seconds: float) -> None:
+        rows.append([name, f"{turns:,}", f"{messages:,}", readable(online), f"{seconds:.1f}"])
+
+    for length in HALVED:
+        for most in (length, *(n for n in PIECES if 0 < n < length)):
+            name = f"{length} tokens" if most == length else f"{length} tokens in pieces of {most}"
+            steps = pieces(length, most)
+            found = counted(rehearsal, steps)
+            waiting = network.waiting(found.cost, found.dealt)
+            rounds, online = found.cost.rounds, found.cost.online
+            row(name, rounds, rounds, online, waiting.prepared)
+            turns = [rehearsal.pieces(new // 2, new, past) for new, past in steps]
+            row(
+                f"{name}, halves that overlap",
+                sum(step[-1].number + 1 for step in turns),
+                sum(map(len, turns)),
+                sum(turn.online for step in turns for turn in step),
+                sum(
+                    overlapped_seconds(rehearsal, new // 2, new, past, network)
+                    for new, past in steps
+                ),
+            )
+    return [["", "waits for the latency", "messages each way", "online", "wan, s"], *rows]
+
+
+def waited(program: Program) -> list[list[str]]:
+    """Rows of a chat's second turn and its answer, with and without steps that are dealt ahead."""
+    rehearsal = Rehearsal(program.any_role)
+    second, common = second_turn(program)
+    answer = [(1, second + n) for n in range(ANSWER - 1)]
+    live = [(second - common, common), *answer]
+    ahead = [(FIRST, common), *((1, n) for n in range(common + FIRST, second)), *answer]
+    rows = []
+    for name, steps, dealt in (
+        ("with the dealer", live, True), ("dealt ahead", ahead, False)
+    ):  # fmt: skip
+        found = counted(rehearsal, steps)
+        seconds = []
+        for network in (NETWORKS[name] for name in SHOWN):
+            waiting = network.waiting(found.cost, found.dealt)
+            seconds.append(waiting.total if dealt else waiting.prepared)
+        sizes = [readable(found.dealt[role]) if dealt else "0" for role in ("client", "server")]
+        rows.append(
+            [name, f"{len(steps)}", f"{found.cost.rounds:,}", readable(found.cost.online), *sizes,
+             *(f"{value:.1f}" for value in seconds)]
+        )  # fmt: skip
+    head = ["", "steps", *HEAD[:2], *(f"{name} while it is waited for" for name in HEAD[2:4])]
+    return [[*head, *HEAD[4:]], *rows]
+
+
+def second_turn(program: Program) -> tuple[int, int]:
+    """Tokens of a chat's second prompt, and how many of them the first turn's caches have."""
+    text = program.text()
+    turns = [{"role": "user", "content": TURNS[0]}]
+    kept = [*text.encode_chat(turns), *text.encode(REPLY)]
+    turns += [{"role": "assistant", "content": REPLY}, {"role": "user", "content": TURNS[1]}]
+    turn = text.encode_chat(turns)
+    return len(turn), common_length(turn, kept)
 
 
 def entered(program: Program, length: int) -> int:
@@ -196,6 +269,82 @@ def run_pieces(bundles: Path, ids: list[int]) -> list[list[str]]:
     return [[*head, "client", "server", "dealer"], *rows]
 
 
+def run_ahead(program: Program, bundles: Path) -> list[list[str]]:
+    """Rows of a chat's second turn, with and without steps that are dealt ahead."""
+    text, rows = program.text(), []
+    second, common = second_turn(program)
+    plan = AheadPlan(second - common - FIRST + ANSWER, FIRST, 1 << 33)
+    serve = ("--timeout", "600", "--prepare-disk", "8GB")
+    with deployment(bundles, serve=serve) as made:
+        for ahead in (None, plan):
+            turns = [{"role": "user", "content": TURNS[0]}]
+            with made.connection(ahead=ahead, timeout=600.0) as connection:
+                asked = ask(connection, text.encode_chat(turns), ANSWER)
+                said = text.decode([token.token for token in asked.tokens])
+                turns += [
+                    {"role": "assistant", "content": said}, {"role": "user", "content": TURNS[1]}
+                ]  # fmt: skip
+                began = time.perf_counter()
+                while ahead is not None and connection.prepared < 1 + plan.tokens:
+                    time.sleep(0.1)
+                idle = time.perf_counter() - began
+                began = time.perf_counter()
+                asked = ask(connection, text.encode_chat(turns), ANSWER)
+                whole = time.perf_counter() - began
+                steps = sum(len(token.reports) for token in asked.tokens)
+            name = "with the dealer" if ahead is None else "dealt ahead"
+            dealing = f"{idle:.0f}" if ahead else ""
+            rows.append([name, f"{steps}", f"{asked.seconds:.1f}", f"{whole:.1f}", dealing])
+    return [["", "steps", "s to the first token", "s to the last", "s of dealing before"], *rows]
+
+
+def run_overlap() -> list[list[str]]:
+    """Rows of a prompt on an emulated network, as a whole and as two halves that overlap."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    shapes = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=1024, max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shapes).eval()
+    config = CompileConfig(max_length=128, network="wan")
+    roles = compile_decoder(model, config=config).roles
+    ids = [7 + 13 * n % 1000 for n in range(HALVED[0])]
+    network, rehearsal = NETWORKS["wan"], Rehearsal(roles["client"])
+    cost, dealt = step_cost(rehearsal, len(ids), 0)
+    half = len(ids) // 2
+    waits = {
+        0: network.waiting(cost, dealt).prepared,
+        half: overlapped_seconds(rehearsal, half, len(ids), 0, network),
+    }
+    seconds: dict[int, list[float]] = {split: [] for split in waits}
+    local: list[float] = []
+    with InProcessSession(roles) as session:
+        for _ in range(RUNS + 1):
+            began = time.perf_counter()
+            session.step(ids, 0)
+            local.append(time.perf_counter() - began)
+    with InProcessSession(roles, emulated=network.parties) as session:
+        for run in range(RUNS + 1):
+            for split, found in seconds.items():
+                began = time.perf_counter()
+                session.step(ids, 0, split=split)
+                if run:  # the first one compiles kernels
+                    found.append(time.perf_counter() - began)
+    return [
+        ["", "predicted wait, s", "work without a network, s", "measured, s"],
+        *(
+            [name, f"{waits[split]:.2f}", f"{min(local[1:]):.2f}",
+             ", ".join(f"{value:.2f}" for value in seconds[split])]
+            for name, split in (("whole", 0), ("halves", half))
+        ),
+    ]  # fmt: skip
+
+
+RUNS = 3
+"""Runs of each kind on the emulated network, in alternation."""
+
 PAGE = """# Prompts
 
 What public text, caches that stay, and pieces save ([how to use them](guides/conversations.md)):
@@ -211,40 +360,78 @@ the same time. They leave out all computation.
 
 Public text of {public} tokens enters a session once, with {entered} from server to client and
 nothing from the dealer.
+
+## Halves that overlap
+
+The same model compiled for `wan`. The halves of a step follow each other through the layers: while
+a message of one is on its way, the parties compute the other. The second half needs the first one's
+keys and values of the same layer alone, so it is a part of a layer behind, and both together wait
+for the latency as often as one. *wan, s*: what the step waits for messages, by the cost model. All
+computation is left out, and of the halves most of it is done while messages travel.
+
+{halves}
+
+With halves of 256 tokens the line carries something for nearly all of that time, so more pieces at
+once could save no more. Pieces one after the other wait for the latency once for each, and save
+memory, and the scores of later tokens. So a step is cut in two, and where `--prompt-piece` bounds
+the memory, each piece is.
+
+## Dealing ahead
+
+The second turn of the chat, as it continues the first one's caches, and an answer of {answer}
+tokens. With the dealer: the prompt in one step. Dealt ahead, with `--prepare-prompt {first}`: its
+first {first} tokens in one step, and then a step for each token.
+
+{waited}
+
+On `wan` rounds are what is waited for, not the dealer. There a client feeds such a prompt as a
+whole, and what was dealt is thrown away.
 {measured}"""
 
 MEASURED = """
 ## Measured
 
 Client, server and dealer as processes of one machine with {cores} cores, which does other work too.
+"""
 
+SECTIONS = {
+    "public": """
 A prompt of {total} tokens, of which {public} are public or none:
 
-{public_rows}
+{rows}
 
 *At the opening*: bytes that the session's start takes more. *Logits apart*: the largest difference
 of the first token's logits; the server's noise in each (2^-8 standard deviation) is part of it.
-
+""",
+    "chat": """
 A chat of two turns, answers of up to {answer} tokens:
 
-{chat_rows}
-
+{rows}
+""",
+    "pieces": """
 A prompt of {long} tokens in pieces, with the largest resident memory of each role:
 
-{piece_rows}
-"""
+{rows}
+""",
+    "ahead": """
+The second turn of a chat, and an answer of up to {answer} tokens:
+
+{rows}
+""",
+    "overlap": """
+A prompt of {halved} tokens of a Llama of SmolLM2's width and {layers} layers, compiled for `wan`,
+on that link emulated; all roles in one process, and the runs in alternation:
+
+{rows}
+""",
+}
 
 
 def count(program: Program) -> list[list[str]]:
     """Rows of what each kind of prompt takes."""
     rehearsal = Rehearsal(program.any_role)
     whole = PUBLIC + SECRET
-    text = program.text()
-    turns = [{"role": "user", "content": TURNS[0]}]
-    kept = [*text.encode_chat(turns), *text.encode(REPLY)]
-    turns += [{"role": "assistant", "content": REPLY}, {"role": "user", "content": TURNS[1]}]
-    turn = text.encode_chat(turns)
-    second, common = len(turn), common_length(turn, kept)
+    second, common = second_turn(program)
     shown: list[tuple[str, list[tuple[int, int]]]] = [
         (f"prompt of {whole} tokens, all secret", [(whole, 0)]),
         (f"{SECRET} secret tokens after {PUBLIC} public ones", [(SECRET, PUBLIC)]),
@@ -259,36 +446,52 @@ def count(program: Program) -> list[list[str]]:
     return [["", *HEAD], *rows]
 
 
+def measured(parts: Sequence[str], program: Program, bundles: Path) -> str:
+    """The sections of what runs."""
+    ids = text_tokens(program, LONG)
+    runs: dict[str, Callable[[], list[list[str]]]] = {
+        "public": lambda: run_public(bundles, ids[: PUBLIC + SECRET]),
+        "chat": lambda: run_chat(program, bundles),
+        "pieces": lambda: run_pieces(bundles, ids),
+        "ahead": lambda: run_ahead(program, bundles),
+        "overlap": run_overlap,
+    }
+    sizes = {
+        "public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER, "long": LONG,
+        "halved": HALVED[0], "layers": LAYERS,
+    }  # fmt: skip
+    told = [SECTIONS[part].format(rows=markdown(runs[part]()), **sizes) for part in parts]
+    return "".join([MEASURED.format(cores=psutil.cpu_count()), *told]) if told else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundles", type=Path, help="compiled bundles; default: SmolLM2")
-    parser.add_argument("--counts", action="store_true", help="run nothing: rounds and bytes only")
+    parser.add_argument("--wan", type=Path, help="the same, compiled for wan")
+    parser.add_argument(
+        "--measure", nargs="*", choices=PARTS, default=PARTS, help="what to run; default: all"
+    )
     parser.add_argument("--output", type=Path, help="write the page here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        bundles = options.bundles
-        if bundles is None:
-            bundles = Path(place) / "bundles"
-            compile_source("smollm2", {"max_length": 320}).save(bundles)
-        program = Program.load(bundles, ("client",))
-        more: dict[str, Any] = {}
-        counts = markdown(count(program))
-        if not options.counts:
-            ids = text_tokens(program, LONG)
-            more = {
-                "public_rows": markdown(run_public(bundles, ids[: PUBLIC + SECRET])),
-                "chat_rows": markdown(run_chat(program, bundles)),
-                "piece_rows": markdown(run_pieces(bundles, ids)),
-            }
-    sizes = {"public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER, "long": LONG}
-    measured = MEASURED.format(cores=psutil.cpu_count(), **sizes, **more) if more else ""
-    text = PAGE.format(
-        model=program.manifest.model,
-        counts=counts,
-        entered=readable(entered(program, PUBLIC)),
-        measured=measured,
-        public=PUBLIC,
-    )
+        found = {"loopback": options.bundles, "wan": options.wan}
+        for network, given in found.items():
+            if given is None:
+                found[network] = Path(place) / network
+                config = {"max_length": 320, "network": network}
+                compile_source("smollm2", config).save(found[network])
+        program = Program.load(found["loopback"], ("client",))
+        text = PAGE.format(
+            model=program.manifest.model,
+            counts=markdown(count(program)),
+            entered=readable(entered(program, PUBLIC)),
+            halves=markdown(halves(Program.load(found["wan"], ("client",)))),
+            waited=markdown(waited(program)),
+            measured=measured(options.measure, program, found["loopback"]),
+            public=PUBLIC,
+            answer=ANSWER,
+            first=FIRST,
+        )
     if options.output:
         options.output.write_text(text)
     else:

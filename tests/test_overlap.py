@@ -36,9 +36,7 @@ PROMPT = [5, 1, 7, 2, 9, 3]
 
 def divided(session: InProcessSession, ids: list[int], past: int, split: int) -> torch.Tensor:
     """The logits of a step whose first piece has `split` tokens."""
-    for party in session._sessions.values():
-        party.split = split
-    return session.step(ids, past)
+    return session.step(ids, past, split=split)
 
 
 # ---------------------------------------------------------------------------------- three threads

@@ -16,7 +16,7 @@ import torch
 
 from mergec.runtime.core.op import REGISTRY, Op
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.core.structural import decode_literal, function
+from mergec.runtime.core.structural import SIZE, decode_literal, function
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram, needed
 
@@ -64,6 +64,17 @@ class Plan:
     def active(self, given: Collection[str], wanted: Collection[str]) -> list[int]:
         """The instructions that lead from the given values to the wanted ones, in program order."""
         return needed(self._defined, given, wanted)
+
+    def lengths(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        """The results of the instructions that read nothing but the shape of one of these inputs.
+
+        So a step need not wait for an input of a known shape to know its lengths.
+        """
+        found = {}
+        for planned in self.steps:
+            if planned.reads_shape and planned.refs[0] in inputs:
+                found[planned.name] = planned.call(inputs[planned.refs[0]])
+        return found
 
     def schedule(self, given: frozenset[str], wanted: tuple[str, ...]) -> Schedule:
         """The schedule of a step; computed once for each pair of arguments.
@@ -176,6 +187,11 @@ class Planned:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters of the op by name, defaults filled in, in the order of the schema."""
         return {**self._defaults, **dict(zip(self._defaults, args, strict=False)), **kwargs}
+
+    @property
+    def reads_shape(self) -> bool:
+        """Whether the result follows from the shape of the operand."""
+        return self.instruction.target == SIZE
 
     def in_the_clear(self) -> list[str]:
         """What the instruction reads, without the weights that it uses under static masks."""

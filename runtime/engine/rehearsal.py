@@ -171,7 +171,7 @@ class Rehearsal:
         """Every instruction of a step, in program order; see `step`.
 
         wanted: outputs of the step, if not all. ends: the rounds in which inputs become known, if
-        not at the start.
+        not at the start; their shapes are.
         """
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
@@ -202,6 +202,8 @@ class Rehearsal:
                 (self._known if min(key) > 0 else self._known_now)[key] = played
             values[planned.name], marks[planned.name] = played.result, played.mark
             start = max([ends.get(ref, 0) for ref in refs], default=0)
+            if planned.reads_shape:
+                start = 0  # see `Plan.lengths`
             ends[planned.name] = start + len(played.rounds)
             yield Part(planned, start, *played[:-1])
 

@@ -16,6 +16,7 @@ import torch
 
 from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
 from mergec.runtime.core.draw import Draw
+from mergec.runtime.core.network import Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
 from mergec.runtime.correlations.dpf import SALT_BYTES, new_salt
 from mergec.runtime.correlations.prg import derive, new_seed
@@ -25,7 +26,9 @@ from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.public_text import PublicText, compute_public
 from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.steps import MergecSession
+from mergec.runtime.transport.emulated import EmulatedLink
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
+from mergec.runtime.transport.traffic import Exchange
 
 
 class InProcessSession:
@@ -37,10 +40,12 @@ class InProcessSession:
         device: str = "cpu",
         seeds: tuple[bytes, bytes] | None = None,
         public: Sequence[Sequence[int]] = (),
+        emulated: Link | None = None,
     ) -> None:
         """seeds: the client's and the server's, to repeat a session word for word; else fresh.
 
-        public: tokens of public texts, which `turn_to` can continue.
+        public: tokens of public texts, which `turn_to` can continue. emulated: a link to delay the
+        parties' messages as.
         """
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
@@ -61,10 +66,11 @@ class InProcessSession:
             ),
             DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
         }
+        links: list[Exchange | None] = [*self._links, None]
+        if emulated is not None:
+            links = [*(EmulatedLink(link, emulated) for link in self._links), None]
         self.executors = {
-            party: Executor(
-                programs[ROLES[party]], context, self._links[party] if party != DEALER else None
-            )
+            party: Executor(programs[ROLES[party]], context, links[party])
             for party, context in contexts.items()
         }
         skips = {party: source.skip for party, source in enumerate(sources)}
@@ -113,11 +119,14 @@ class InProcessSession:
             },
         )
 
-    def step(self, ids: Sequence[int], past: int, draw: Draw | None = None) -> torch.Tensor:
+    def step(
+        self, ids: Sequence[int], past: int, draw: Draw | None = None, split: int = 0
+    ) -> torch.Tensor:
         """Logits [V], or the token [1], after `ids`, which follow `past` tokens of this session.
 
         With 0 past tokens the caches start empty. draw: how the token is chosen if only the token
-        is revealed. See `Session.step` for programs that resend their hidden state.
+        is revealed. split: tokens of the first of two pieces that overlap, if any. See
+        `Session.step` for programs that resend their hidden state.
         """
         request = self._request(len(ids), past, draw)
 
@@ -125,6 +134,7 @@ class InProcessSession:
             session = self._sessions[party]
             if session.take_ahead(request) and party == DEALER:
                 return None
+            session.split = split
             return session.step(*_lengths(party, ids, past), draw)
 
         logits: torch.Tensor = self._all(run)[CLIENT]

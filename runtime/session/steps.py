@@ -16,7 +16,13 @@ from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
-from mergec.runtime.engine.rehearsal import Rehearsal, Rounds, overlapped_seconds, step_cost
+from mergec.runtime.engine.rehearsal import (
+    Rehearsal,
+    Rounds,
+    ghost_inputs,
+    overlapped_seconds,
+    step_cost,
+)
 from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
@@ -534,6 +540,9 @@ class MergecSession(Session):
         name, tokens = phase.inputs[0].name, list(ids or ())
         first = {name: self._held(split, tokens[:split]), **self._caches}
         second = {name: self._held(new - split, tokens[split:])}
+        later = ghost_inputs(phase, new - split, past + split)
+        shapes = {spec.name: later[spec.name].opened for spec in self.cache_specs}
+        second |= self._executor.plan.lengths(shapes)
         handed = {spec.name: spec.cache_output or "" for spec in self.cache_specs}
         return self._executor.pieces(first, second, handed, phase.outputs, self._rounds)
 
