@@ -615,7 +615,7 @@ def test_a_link_that_breaks_while_steps_are_dealt(bundles: Path) -> None:
             said = [*PROMPT, 3]
             assert answered(connection, said, 1)[0] == decoder.plaintext(bundles, said, 1)
         assert len(told) >= 1
-        assert told[0].startswith("a new session begins, as dealing ahead ended the last one: the ")
+        assert told[0].startswith("a new session begins, as the last one ended meanwhile: the ")
         for role in made.roles.values():
             wait_until(lambda role=role: not role.workers)
             failed = [line["reason"] for line in role.log if line["event"] == "session failed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_two_messages_wait_for_one_latency() -> None:
 # -------------------------------------------------------------------------------------- the choice
 
 
-def test_the_cost_model_chooses() -> None:
+def test_the_cost_model_chooses(monkeypatch: Any) -> None:
     session = InProcessSession(compiled("llama", network="wan")[1].roles)._sessions[CLIENT]
     rehearsal = session.rehearsal
     assert rehearsal is not None
@@ -218,6 +219,20 @@ def test_the_cost_model_chooses() -> None:
         halves = overlapped_seconds(rehearsal, max(new // 2, 1), new, past, network)
         better = new >= 16 and halves < whole.total
         assert session.split == (new // 2 if better else 0)
+    slow = replace(network, parties=Link(2e-2, 1e4))
+    monkeypatch.setitem(NETWORKS, "wan", slow)
+    session.divide(30, 0)
+    assert session.split == 15
+    session.ahead.add(b"", 30, 0, {})  # what was dealt as a whole runs so
+    session.divide(30, 0)
+    assert session.split == 0
+    session.ahead.clear()
+    manifest = session.program.manifest
+    checking = replace(session.program, manifest=replace(manifest, speculate_up_to=14))
+    session.program = checking
+    for new, split in ((30, 0), (32, 16)):  # 15 positions would be revealed, 16 are one
+        session.divide(new, 0)
+        assert session.split == split
     fast = InProcessSession(compiled("llama")[1].roles)._sessions[CLIENT]
     fast.overlaps = True
     fast.divide(30, 0)

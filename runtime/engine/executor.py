@@ -148,7 +148,7 @@ class Executor:
             runs = [self._run(first, list(handed.values())), self._run(second, outputs, handed)]
             runs[0].hand(handed, runs[1])
             steps, rounds = self.plan.steps, 0
-            travelling: list[tuple[list[Message], Arriving] | None] = [None, None]
+            travelling: list[tuple[list[Message], Arriving | None] | None] = [None, None]
             while True:
                 for number, run in enumerate(runs):
                     waited, travelling[number] = travelling[number], None
@@ -163,7 +163,7 @@ class Executor:
                 if travelling == [None, None]:
                     break
             _ended(rehearsed, rounds)
-            spent = defaultdict(_Spent)
+            spent: defaultdict[int, _Spent] = defaultdict(_Spent)
             for run in runs:
                 for i, of in run.spent.items():
                     spent[i].add(of)

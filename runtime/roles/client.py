@@ -511,7 +511,7 @@ class Connection:
             preparer.stop()
         except PartyError as error:
             self._abandon(error)
-            self._on_notice(f"a new session begins, as dealing ahead ended the last one: {error}")
+            self._on_notice(f"a new session begins, as the last one ended meanwhile: {error}")
         except BaseException as error:
             self._abandon(error)
             raise
@@ -645,7 +645,9 @@ class Connection:
 
     def close(self) -> None:
         """End the session."""
-        self._stop_dealing()
+        if self._preparer is not None:
+            with suppress(MergecError):  # nobody asks this session for anything any more
+                self._preparer.stop()
         for channel in self._channels:
             with suppress(PartyError):  # the other side may have ended it before
                 channel.send(Kind.END)

@@ -425,6 +425,8 @@ class MergecSession(Session):
             return
         if self.ahead and (self.ahead.steps[0].new, self.ahead.steps[0].past) == (new, past):
             return  # it was dealt as a whole
+        if new - new // 2 <= 1 + self.program.manifest.speculate_up_to:
+            return  # the second half would reveal what only drafts are to be compared with
         whole = network.waiting(*step_cost(rehearsal, new, past))
         halves = overlapped_seconds(rehearsal, new // 2, new, past, network)
         # Other than for the parties' messages both wait equally, for the dealer and for work.
@@ -539,10 +541,10 @@ class MergecSession(Session):
             return super()._compute(phase, new, past, ids)
         name, tokens = phase.inputs[0].name, list(ids or ())
         first = {name: self._held(split, tokens[:split]), **self._caches}
-        second = {name: self._held(new - split, tokens[split:])}
         later = ghost_inputs(phase, new - split, past + split)
         shapes = {spec.name: later[spec.name].opened for spec in self.cache_specs}
-        second |= self._executor.plan.lengths(shapes)
+        known = self._executor.plan.lengths(shapes)
+        second = {name: self._held(new - split, tokens[split:]), **known}
         handed = {spec.name: spec.cache_output or "" for spec in self.cache_specs}
         return self._executor.pieces(first, second, handed, phase.outputs, self._rounds)
 
