@@ -38,7 +38,7 @@ from mergec.runtime.transport.loopback import _Blocks, dealer_pair
 from mergec.runtime.transport.spool import SEGMENT_BYTES, Spool
 from tests import decoder
 from tests.relay import DOWN, Relay
-from tests.services import Deployment, answered, deployment, wait_until
+from tests.services import Deployment, Role, answered, deployment, role, wait_until
 from tests.session import compiled
 
 ERROR = 2e-2
@@ -581,6 +581,12 @@ def test_what_is_thrown_away_counts_as_tokens(bundles: Path) -> None:
 
 def test_dealing_is_interrupted(deployed: Deployment, bundles: Path) -> None:
     """A prompt that comes while steps are dealt, an end of the session, and a person who stops."""
+
+    def failures(role: Role) -> int:
+        return sum(line["event"] == "session failed" for line in role.log)
+
+    roles = deployed.roles
+    before = {name: failures(run) for name, run in roles.items()}
     for _ in range(3):
         with deployed.connection(ahead=AheadPlan(11)) as connection:
             assert answered(connection, PROMPT, 2)[0] == decoder.plaintext(bundles, PROMPT, 2)
@@ -594,9 +600,9 @@ def test_dealing_is_interrupted(deployed: Deployment, bundles: Path) -> None:
         assert answered(connection, [*PROMPT, 2], 1)[0] == decoder.plaintext(
             bundles, [*PROMPT, 2], 1
         )
-    for role in deployed.roles.values():
-        wait_until(lambda role=role: not role.workers)
-        assert not [line for line in role.log if line["event"] == "session failed"]
+    for run in roles.values():
+        wait_until(lambda run=run: not run.workers)
+    assert before == {name: failures(run) for name, run in roles.items()}
 
 
 def test_a_link_that_breaks_while_steps_are_dealt(bundles: Path) -> None:
@@ -616,9 +622,9 @@ def test_a_link_that_breaks_while_steps_are_dealt(bundles: Path) -> None:
             assert answered(connection, said, 1)[0] == decoder.plaintext(bundles, said, 1)
         assert len(told) >= 1
         assert told[0].startswith("a new session begins, as the last one ended meanwhile: the ")
-        for role in made.roles.values():
-            wait_until(lambda role=role: not role.workers)
-            failed = [line["reason"] for line in role.log if line["event"] == "session failed"]
+        for run in made.roles.values():
+            wait_until(lambda run=run: not run.workers)
+            failed = [line["reason"] for line in run.log if line["event"] == "session failed"]
             assert all("\n" not in reason and "internal" not in reason for reason in failed)
     relay.close()
 
@@ -642,8 +648,6 @@ def full() -> None:
 
 @pytest.mark.slow
 def test_a_server_whose_disk_is_full(bundles: Path) -> None:
-    from tests.services import role
-
     serve = ("--timeout", "8", "--grace", "5", "--prepare-disk", "50MB", "--rate", "0")
     with role("deal", bundles, "--plaintext") as dealer:
         at = ("--plaintext", "--dealer", str(dealer.address))

@@ -280,8 +280,11 @@ class DealerReceiver:
         if not size:
             self._marks += 1
             return
-        self.received += size
         ahead = self._due > 0
+        # A block larger than the whole limit must still pass.
+        while not ahead and self._size and self._size + size > self._limit:
+            self._changed.wait()
+        self.received += size
         self._due -= size if ahead else 0
         large = self._size + size > self._limit
         if ahead and large and self._spool is not None and not self.trouble:
@@ -290,9 +293,6 @@ class DealerReceiver:
                 return
             except OSError as error:
                 self.trouble = error.strerror or "it cannot be written"
-        # A block larger than the whole limit must still pass.
-        while not ahead and self._size and self._size + size > self._limit:
-            self._changed.wait()
         self._queue.append(block)
         self._size += size
 
