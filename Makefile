@@ -135,7 +135,7 @@ bench-wan: $(READY) ## a decode step on emulated networks, predicted and measure
 bench-small: $(READY) ## decoders of two layers by stock protocols and ours; writes docs/side-by-side.md
 	$(PYTHON) benchmarks/bench.py --small $(BENCH_ARGS)
 
-prompts: $(READY) ## public text, turns of a chat and pieces, on SmolLM2; writes docs/prompts.md
+prompts: $(READY) ## public text, turns of a chat, pieces and dealing ahead, on SmolLM2; writes docs/prompts.md
 	PYTHONPATH=. $(PYTHON) benchmarks/prompts.py --output docs/prompts.md $(BENCH_ARGS)
 
 # SPU pins jax, so it has an environment of its own.
