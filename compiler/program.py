@@ -405,6 +405,7 @@ class Program:
         max_tokens: int = 32,
         mode: str = "mergec",
         device: str = "cpu",
+        ranks: int = 1,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -427,6 +428,8 @@ class Program:
             max_tokens: most tokens of the answer; a stop token ends it earlier.
             mode: "mergec", or "crypten" for CrypTen's stock protocols, for comparison.
             device: where client and server compute, such as "cpu" or "cuda".
+            ranks: processes that share the weights and caches of each role; with "cuda" each has a
+                GPU of its own.
             temperature: 0 always takes the best token; more makes the choice more random. None,
                 here and below, leaves it to the checkpoint's generation settings; if they say
                 nothing, the best token is taken.
@@ -460,6 +463,7 @@ class Program:
         prompt_piece = check.whole("prompt_piece", prompt_piece, 0)
         check.choice("mode", mode, MODES)
         check.text("device", device)
+        ranks = check.whole("ranks", ranks, 1)
         options = {
             "temperature": temperature,
             "top_p": top_p,
@@ -489,6 +493,7 @@ class Program:
             max_tokens=max_tokens,
             mode=mode,
             device=device,
+            ranks=ranks,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -41,6 +41,7 @@ FLOORS = (
     "runtime.protocols",
     "runtime.transport",
     "runtime.crypten",
+    "runtime.ranks",
     "runtime.core",
     "runtime.correlations",
     "runtime.kernels",

@@ -101,6 +101,14 @@ Grace = Annotated[
 MetricsAt = Annotated[
     str | None, typer.Option("--metrics", help="host:port to serve Prometheus metrics at.")
 ]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        help="Processes of this machine that share a party's weights and caches; with --device "
+        "cuda each has a GPU of its own.",
+        min=1,
+    ),
+]
 Threads = Annotated[int, typer.Option(help="Threads per session.", min=1)]
 ServerAt = Annotated[str, typer.Option("--server", help="host:port of the server.")]
 DealerAt = Annotated[str, typer.Option("--dealer", help="host:port of the dealer.")]
@@ -248,6 +256,7 @@ class ServiceOptions(PartyOptions):
     """Options of a role that serves sessions: `serve` and `deal`."""
 
     threads: Threads = 1
+    ranks: Ranks = 1
     idle_timeout: IdleTimeout = 1800.0
     grace: Grace = 60.0
     metrics: MetricsAt = None
@@ -292,6 +301,7 @@ class SessionOptions(ClientOptions):
     keep: Keep = None
     tokenizer: Tokenizer = None
     device: DeviceOption = Device.cpu
+    ranks: Ranks = 1
     public_prompt: PublicPrompt = None
     reuse: Reuse = True
     prompt_piece: PromptPiece = 0
@@ -327,6 +337,7 @@ class SessionOptions(ClientOptions):
             dealer=address(self.dealer) if store is None else None,
             store=store,
             device=self.device.value,
+            ranks=self.ranks,
             keep=self.keep,
             tokenizer=self.tokenizer,
         )

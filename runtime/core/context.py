@@ -25,10 +25,14 @@ from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import Stream, derive, new_seed, stream
+from mergec.runtime.kernels.spread import Ranks, Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device, to_host
 
 _LARGE_BYTES = 1 << 20
 """Size in words from which on a weight is one that may not fit into memory."""
+
+_PIECE = 1 << 22
+"""Elements of a weight that are given to the ranks at once."""
 
 
 class ByteSink(Interface):
@@ -76,6 +80,8 @@ class Context(ABC):
         """How the token is chosen in this step when only the token is revealed."""
         self.constant_seed: bytes | None = None
         """Seed of `constant_words`; the server receives it from the client."""
+        self.ranks: Ranks | None = None
+        """The ranks that share this party's weights and caches; None if this process has them."""
         self._spent: dict[int, weakref.ref[torch.Tensor]] = {}
         self._static: set[str] = set()
         self._branches: dict[str, bytes] = {}
@@ -142,7 +148,49 @@ class Context(ABC):
 
     def weight_room(self, shape: Sequence[int]) -> torch.Tensor:
         """An uninitialized int64 tensor for a weight under its static mask."""
-        return torch.empty(tuple(shape), dtype=torch.int64, device=self.device)
+        room = self._spread_room(shape, torch.int64)
+        return (
+            torch.empty(tuple(shape), device=self.device, dtype=torch.int64)
+            if room is None
+            else room
+        )
+
+    def keep_weight(self, words: torch.Tensor) -> torch.Tensor:
+        """A weight, int32 or int64, where this party computes with it: on its device or ranks."""
+        room = None if words.is_meta else self._spread_room(words.shape, words.dtype)
+        if room is None:
+            return to_device(words, self.device, "input")
+        start = 0
+        for piece in words.split(max(1, _PIECE // max(1, words.shape[1]))):
+            write_rows(room, start, to_device(piece, self.device, "input"))
+            start += len(piece)
+        return room
+
+    def cache_room(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialized tensor for a cache [B, G, L, D]: of `like`, or on this party's ranks,
+        split by heads G. Without data where `like` has none."""
+        if self.ranks is None or like.is_meta or len(shape) != 4:
+            return like.new_empty(tuple(shape))
+        return self.ranks.room(shape, like.dtype, 1)
+
+    def keep_cache(self, words: torch.Tensor) -> torch.Tensor:
+        """A cache that does not grow, where this party computes with it."""
+        room = self.cache_room(words.shape, words) if self.ranks is not None else words
+        if isinstance(room, Spread):
+            write_rows(room, 0, words)
+        return room if isinstance(room, Spread) else words
+
+    def _spread_room(
+        self, shape: Sequence[int], dtype: torch.dtype, mapped: bool = False
+    ) -> Spread | None:
+        """Room for a weight on this party's ranks; None if this process keeps it.
+
+        Matrices are spread, along their longer side: of operand and result, the one along the other
+        side is sent N - 1 times. Other weights are small. mapped: as in `Ranks.room`.
+        """
+        if self.ranks is None or len(shape) != 2:
+            return None
+        return self.ranks.room(shape, dtype, 0 if shape[0] >= shape[1] else 1, mapped=mapped)
 
     def spend(self, mask: torch.Tensor) -> None:
         """Record that a value is opened under `mask`. Raises RuntimeError if one was before."""
@@ -304,6 +352,9 @@ class ClientContext(_PartyContext):
         """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
         file, so that a server's weights may exceed the client's memory."""
         large = 8 * math.prod(shape) >= _LARGE_BYTES
+        spread = self._spread_room(shape, torch.int64, mapped=large)
+        if spread is not None:
+            return spread
         return (
             mapped_words(shape)
             if large and self.device.type == "cpu"
@@ -444,7 +495,14 @@ class DealerContext(Context):
         self, name: str, shape: Sequence[int], pieces: Sequence[Sequence[int]]
     ) -> torch.Tensor | Expanded:
         if not self._expand or 8 * math.prod(shape) < _LARGE_BYTES:
-            return self.weight_mask(name, shape)
+            room = self._spread_room(shape, torch.int64)
+            if room is None:
+                return self.weight_mask(name, shape)
+            start = 0
+            for piece in self.weight_masks(name, pieces):
+                write_rows(room, start, piece)
+                start += len(piece)
+            return room
         self._spend_name(name)
         return Expanded(torch.Size(shape), lambda: self._weight_words(name, pieces))
 

@@ -37,6 +37,10 @@ class LimitError(PromptError):
         self.wait = wait
 
 
+class RankError(MergecError):
+    """A rank of this party has failed, so the party has."""
+
+
 class PartyError(MergecError):
     """A peer is missing, disagrees about the program, or disconnected."""
 

@@ -21,6 +21,7 @@ from mergec.runtime.engine.packing import exchange, online_bytes, replies, send
 from mergec.runtime.engine.plan import Plan, Planned, Schedule
 from mergec.runtime.engine.rehearsal import Rounds, form
 from mergec.runtime.engine.weights import Constants, load_constants
+from mergec.runtime.kernels.spread import whole
 from mergec.runtime.kernels.transfers import watched
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.transport.pipeline import Arriving, pipelined
@@ -89,7 +90,7 @@ class Executor:
     def hidden_weights(self) -> dict[str, torch.Tensor]:
         """The client's view of the server's weights: W - B, by name."""
         weights = self._constants.weights
-        return {name: w.difference for name, w in weights.items() if isinstance(w, Weight)}
+        return {name: whole(w.difference) for name, w in weights.items() if isinstance(w, Weight)}
 
     def step(
         self,

@@ -129,6 +129,7 @@ def load_constants(
     Raises KeyError if the program lacks a public tensor.
     """
     program, device, loaded = plan.program, context.device, Constants()
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     if any(spec.vis is Vis.SHARED for spec in program.constants):
         drive(tell_constant_seed(context))
     for spec in program.constants:
@@ -148,26 +149,30 @@ def load_constants(
             if not masked:
                 continue
         if spec.name in encoded:
-            words = to_device(encoded.pop(spec.name), device, "input")
+            words = encoded.pop(spec.name)
         elif data.is_meta:
             words = torch.empty(data.shape, dtype=torch.int64, device="meta")
         else:
             words = encode_weight(data, frac, plan.weight_parts.get(spec.name, ()))
-            words = to_device(words, device, "input")
         if spec.vis is not Vis.SHARED:
+            _, place = placed.get(id(words)) or (words, context.keep_weight(words))
+            if any(other is words for other in encoded.values()):
+                placed[id(words)] = words, place  # weights that share memory are placed once
             loaded.weights[spec.name] = (
-                drive(share_weight(context, spec.name, words, frac))
+                drive(share_weight(context, spec.name, words, frac, place))
                 if kept is None
-                else reuse_weight(context, words, kept.get(spec.name, words), frac)
+                else reuse_weight(context, words, kept.get(spec.name, words), frac, place)
             )
             if data.numel() >= _PIECE // 4:
                 # What is small and stays is put where buffers were freed, and the next buffers of
                 # that size do not fit there: in the end the server would hold 4 bytes a weight.
                 release_freed_memory()
         elif masked:
+            words = to_device(words, device, "input")
             opened = drive(open_constant(context, spec.name, words, frac))
             loaded.weights[spec.name] = loaded.held[spec.name] = opened
         else:
+            words = to_device(words, device, "input")
             loaded.held[spec.name] = share_constant(context, spec.name, words, frac)
     return loaded
 

@@ -10,6 +10,7 @@ import torch
 
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.spread import Spread
 
 _LIMB_BITS = 16
 _FLOAT_EXACT_BITS = 53
@@ -25,6 +26,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched `a @ b` modulo 2**64, with broadcast batch dimensions. Shape only on meta tensors."""
     if a.is_meta or b.is_meta:
         return torch.empty(_shape(a, b), dtype=torch.int64, device="meta")
+    if isinstance(b, Spread):
+        return b.ranks.batched(a, b)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     count = math.prod(batch)
@@ -56,7 +59,10 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     shape = (*x.shape[:-1], weight.shape[0])
     if x.is_meta or weight.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    product: torch.Tensor = _BY_ROWS(x.reshape(-1, x.shape[-1]), weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, Spread):
+        return weight.ranks.by_rows(flat, weight).reshape(shape)
+    product: torch.Tensor = _BY_ROWS(flat, weight)
     return product.reshape(shape)
 
 
@@ -75,7 +81,10 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     shape = (*x.shape[:-1], weight.shape[1])
     if x.is_meta or weight.is_meta:
         return torch.empty(shape, dtype=torch.int64, device="meta")
-    product: torch.Tensor = _BY_COLUMNS(x.reshape(-1, x.shape[-1]), weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, Spread):
+        return weight.ranks.by_columns(flat, weight).reshape(shape)
+    product: torch.Tensor = _BY_COLUMNS(flat, weight)
     return product.reshape(shape)
 
 

@@ -12,6 +12,7 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Masked, Room, Sent
+from mergec.runtime.kernels.spread import copy_rows, write_rows
 
 _LEAST_ROOM = 64
 _SHARE_OF_ROOM = 4
@@ -61,9 +62,9 @@ class CacheAppend(Op):
         length, total = past.shape[-2], past.shape[-2] + new.shape[-2]
         room = past.room
         if room is None or room.used != length or room.opened.shape[-2] < total:
-            room = make_room(past, new.shape[-2])
+            room = make_room(ctx, past, new.shape[-2])
         for part, rows in ((room.opened, new.opened), (room.mask, new.mask)):
-            part[..., length:total, :] = rows
+            write_rows(part, length, rows)
         room.used = total
         opened, mask = (part.narrow(-2, 0, total) for part in (room.opened, room.mask))
         return type(past)(opened, mask, new.frac, room)
@@ -76,16 +77,16 @@ class CacheAppend(Op):
         return crypten.cat([past, new], -2)
 
 
-def make_room(cache: Masked | Sent, new: int) -> Room:
+def make_room(ctx: Context, cache: Masked | Sent, new: int) -> Room:
     """A copy of a cache with room for `new` rows, and for more to come."""
     length = cache.shape[-2]
     rows = length + new + max(_LEAST_ROOM, (length + new) // _SHARE_OF_ROOM)
-    opened, mask = (_longer(part, rows) for part in (cache.opened, cache.mask))
+    opened, mask = (_longer(ctx, part, rows) for part in (cache.opened, cache.mask))
     return Room(opened, mask, length)
 
 
-def _longer(part: torch.Tensor, rows: int) -> torch.Tensor:
+def _longer(ctx: Context, part: torch.Tensor, rows: int) -> torch.Tensor:
     """A tensor of so many rows that begins with `part`; without data where that has none."""
-    longer = part.new_empty((*part.shape[:-2], rows, part.shape[-1]))
-    longer[..., : part.shape[-2], :] = part
+    longer = ctx.cache_room((*part.shape[:-2], rows, part.shape[-1]), part)
+    copy_rows(part, longer)
     return longer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ class CacheFill(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, new: Masked | Sent) -> Protocol:
-        """Nothing to do: what was opened stays open under its mask."""
+        """Nothing to send: what was opened stays open under its mask."""
         yield from ()
-        return new
+        opened, mask = ctx.keep_cache(new.opened), ctx.keep_cache(new.mask)
+        return replace(new, opened=opened, mask=mask)
 
     @classmethod
     def stock(cls, new: Any) -> Any:

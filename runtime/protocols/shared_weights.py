@@ -62,14 +62,16 @@ def open_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> 
     mine = ctx.constant_words(f"mask {name}", encoded.shape)
     if ctx.party == DEALER:
         yield ToClient(encoded)
-        return Masked(encoded, mine + ctx.weight_mask(name, encoded.shape), frac)
+        mask = mine + ctx.weight_mask(name, encoded.shape)
+        return Masked(encoded, ctx.keep_weight(mask), frac)
     if ctx.party == SERVER:
         mask = ctx.weight_mask(name, encoded.shape)
         opened = mine.add_(mask).add_(encoded)
         yield ToClient(opened)
-        return Masked(opened, mask, frac)
-    opened = yield ToClient(torch.empty(encoded.shape, dtype=torch.int64, device="meta"))
-    return Masked(opened, mine, frac)
+    else:
+        opened = yield ToClient(torch.empty(encoded.shape, dtype=torch.int64, device="meta"))
+        mask = mine
+    return Masked(ctx.keep_weight(opened), ctx.keep_weight(mask), frac)
 
 
 def times_shared_weight(

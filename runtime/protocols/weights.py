@@ -30,6 +30,7 @@ from mergec.runtime.core.values import (
     scale_rows,
 )
 from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
+from mergec.runtime.kernels.spread import Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.shared_weights import times_shared_weight
@@ -65,10 +66,13 @@ def send_cost(count: int) -> Cost:
     return Cost(rounds=1, online=8 * count)
 
 
-def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> Protocol:
+def share_weight(
+    ctx: Context, name: str, encoded: torch.Tensor, frac: int, kept: torch.Tensor | None = None
+) -> Protocol:
     """Put a server-held constant under its static mask, once per session and name.
 
-    In: int32 or int64 tensor at the server, meta elsewhere. Out: Weight. Rounds 1 per PIECE
+    In: int32 or int64 tensor at the server, meta elsewhere; kept: what `Context.keep_weight`
+    returned for it, if it was called before. Out: Weight. Rounds 1 per PIECE
     elements, so that the server never holds a whole mask. Online 8 bytes per element, server to
     client. The client sees W - B, which is uniform because B is uniform and never masks another W.
     The server sees nothing.
@@ -80,13 +84,22 @@ def share_weight(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> P
             yield ToClient(torch.empty(shape, dtype=torch.int64, device="meta"))
         return Weight(ghost, ghost, ctx.kept_weight_mask(name, encoded.shape, shapes), frac)
     if ctx.party == SERVER:
+        kept = ctx.keep_weight(encoded) if kept is None else kept
+        source = encoded if isinstance(kept, Spread) else kept
         masks = ctx.weight_masks(name, shapes)
-        for piece, mask in zip(_pieces(encoded), masks, strict=True):
-            yield ToClient(torch.sub(piece, mask, out=mask))
-        return Weight(encoded, ghost, ghost, frac)
+        for piece, mask in zip(_pieces(source), masks, strict=True):
+            words = to_device(piece, ctx.device, "input")
+            yield ToClient(torch.sub(words, mask, out=mask))
+        return Weight(kept, ghost, ghost, frac)
     difference = ctx.weight_room(encoded.shape)
-    for piece in _pieces(difference):
-        piece.copy_((yield ToClient(piece)))
+    if isinstance(difference, Spread):
+        start = 0
+        for piece in _pieces(ghost):
+            write_rows(difference, start, (yield ToClient(piece)))
+            start += len(piece)
+    else:
+        for piece in _pieces(difference):
+            piece.copy_((yield ToClient(piece)))
     return Weight(ghost, difference, ghost, frac)
 
 
@@ -97,17 +110,22 @@ def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def reuse_weight(
-    ctx: Context, encoded: torch.Tensor, difference: torch.Tensor, frac: int
+    ctx: Context,
+    encoded: torch.Tensor,
+    difference: torch.Tensor,
+    frac: int,
+    kept: torch.Tensor | None = None,
 ) -> Weight:
     """What `share_weight` returns at client and server, without a message: the client kept W - B.
 
-    difference: W - B under the same B of an earlier session, at the client; meta at the server. The
-    caller ensures that B never hides another W (`runtime.session.stores.kept`).
+    kept: as in `share_weight`. difference: W - B under the same B of an earlier session, at the
+    client; meta at the server. The caller ensures that B never hides another W
+    (`runtime.session.stores.kept`).
     """
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     if ctx.party == SERVER:
-        return Weight(encoded, ghost, ghost, frac)
-    return Weight(ghost, to_device(difference, ctx.device, "input"), ghost, frac)
+        return Weight(ctx.keep_weight(encoded) if kept is None else kept, ghost, ghost, frac)
+    return Weight(ghost, ctx.keep_weight(difference), ghost, frac)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.preparer import Preparer
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import STILL, Conversations, Place, common_length
@@ -84,6 +85,7 @@ class Connection:
         store: Store | None = None,
         security: Security,
         device: str = "cpu",
+        ranks: int = 1,
         timeout: float = TIMEOUT,
         join_timeout: float = JOIN_TIMEOUT,
         on_wait: Callable[[int], object] = lambda _: None,
@@ -116,7 +118,8 @@ class Connection:
         while the other's messages travel, where that is faster by the cost model. ahead: what the
         dealer deals while the session waits for a prompt, so that the answer does not wait for it;
         raises MergecError with a store, or without reuse. on_notice: called with a line about that,
-        at the beginning of an answer.
+        at the beginning of an answer. ranks: processes that share the masked
+        weights and the caches; they end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
@@ -144,7 +147,8 @@ class Connection:
             )
         self._server, self._dealer, self._store = server, dealer, store
         self._security = security
-        self._device = device
+        self._device, self._count = device, ranks
+        self._ranks = ExitStack()
         self._timeout, self._join_timeout = timeout, join_timeout
         self._on_wait = on_wait
         self._keep = keep
@@ -245,6 +249,7 @@ class Connection:
             found = here.load()
         if self._masks is not None:
             channel.send_json(Kind.KEPT, kept=found is not None)
+        context.ranks = self._ranks.enter_context(started(ROLES[CLIENT], self._count, self._device))
         executor = Executor(self.program, context, channel, kept=found)
         session = MergecSession(executor, lambda: channel.traffic, skip)
         session.overlaps = self._overlap
@@ -657,6 +662,7 @@ class Connection:
     def _forget(self) -> None:
         self._channels, self._session = [], None
         self._preparer = self._source = None
+        self._ranks.close()
         self._pulse.close()
         self._pulse = Pulse()
         if self._store is not None:

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import derive
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.settings import DealerSettings
 from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, read_token
@@ -66,12 +67,14 @@ class DealerSession:
         self._channel: Channel | None = None
         self._line: socket.socket | None = None
         self._pulse = Pulse()
+        self._ranks = ExitStack()
         self._answering = False
         self._allowed = 0.0
         """Seconds that the last step may take."""
 
     def play(self) -> None:
-        how = played(self._run, self._fail, lambda: self._log)
+        with self._ranks:
+            how = played(self._run, self._fail, lambda: self._log)
         if self._line is not None:
             self._parent.tell(kind="end", how=how)
 
@@ -195,6 +198,9 @@ class DealerSession:
             weight_seed=masks,
             expand=self._settings.expand_masks,
             **more,
+        )
+        context.ranks = self._ranks.enter_context(
+            started(ROLES[DEALER], self._settings.ranks, threads=self._settings.threads)
         )
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)

@@ -67,6 +67,7 @@ def run_local(
     max_tokens: int = 32,
     mode: str = "mergec",
     device: str = "cpu",
+    ranks: int = 1,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -94,7 +95,8 @@ def run_local(
     are ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
     generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
     prompt begins with and that both parties know; they take no steps. prompt_piece: most tokens of
-    the prompt that one step takes; 0 for any number. overlap: see `Connection`.
+    the prompt that one step takes; 0 for any number. overlap: see `Connection`. ranks: processes
+    that share the weights and caches of each role (`runtime.ranks`).
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     for role in ROLES:
@@ -109,6 +111,8 @@ def run_local(
         raise PromptError("public text begins the prompt, and needs mergec's own protocols")
     if public and len(prompt_ids) == len(public):
         raise PromptError("all of the prompt is public text; add what to answer")
+    if ranks > 1 and mode != "mergec":
+        raise MergecError("CrypTen's stock protocols run on one rank; leave ranks out")
     if insecure_first_party:
         if mode != "crypten":
             raise MergecError("insecure_first_party is for mode crypten only")
@@ -126,6 +130,7 @@ def run_local(
                     lines=descriptors,
                     mode=mode,
                     device=device,
+                    ranks=ranks,
                     join_timeout=join_timeout,
                     timeout=timeout,
                     insecure_first_party=insecure_first_party,

@@ -32,6 +32,7 @@ from mergec.runtime.correlations.dpf import new_salt
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.ranks.start import started
 from mergec.runtime.session.conversations import STILL, Place, public_source
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.drafting.speculation import NONE
@@ -63,6 +64,7 @@ from mergec.runtime.transport.traffic import Exchange, Traffic
 
 if TYPE_CHECKING:
     from mergec.runtime.engine.executor import Executor
+    from mergec.runtime.kernels.spread import Ranks
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Options:
     lines: Sequence[int]
     mode: str = "mergec"
     device: str = "cpu"
+    ranks: int = 1
     join_timeout: float = REPLY_TIMEOUT
     timeout: float = REPLY_TIMEOUT
     insecure_first_party: bool = False
@@ -118,19 +121,20 @@ def run_party(options: Options, emit: Emit) -> None:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
         draw_for(options.sampling, program.manifest, options.mode)
     texts = _public_texts(options, program)
-    emit("loaded", pid=os.getpid(), program=program.manifest.program_hash)
-    debug = int(options.insecure_first_party)
-    greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
-    emit("joined")
-    pulse = Pulse()
-    pulse.beats += [partial(channel.beat, BEAT / 2) for channel in channels.values()]
-    for channel in channels.values():
-        channel.expect(setup_patience(program, options.timeout))
-    with pulse.working():
-        if options.mode == "crypten":
-            _run_stock(options, program, channels, emit)
-        else:
-            _run_mergec(options, program, texts, channels, emit)
+    with started(options.role, options.ranks, options.device) as ranks:
+        emit("loaded", pid=os.getpid(), program=program.manifest.program_hash)
+        debug = int(options.insecure_first_party)
+        greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)
+        emit("joined")
+        pulse = Pulse()
+        pulse.beats += [partial(channel.beat, BEAT / 2) for channel in channels.values()]
+        for channel in channels.values():
+            channel.expect(setup_patience(program, options.timeout))
+        with pulse.working():
+            if options.mode == "crypten":
+                _run_stock(options, program, channels, emit)
+            else:
+                _run_mergec(options, program, texts, channels, emit, ranks)
     emit("end", peak_bytes=peak_bytes())
 
 
@@ -210,9 +214,11 @@ def _run_mergec(
     texts: Sequence[PublicText],
     channels: Channels,
     emit: Emit,
+    ranks: Ranks | None,
 ) -> None:
     if options.role == ROLES[DEALER]:
         executor, streams = deal(program, channels, options.device)
+        executor.context.ranks = ranks
         session = MergecSession(executor, Traffic)
 
         def flush() -> None:
@@ -226,6 +232,7 @@ def _run_mergec(
         return
     link = channels[SERVER if options.role == ROLES[CLIENT] else CLIENT]
     executor, source = compute(program, channels, link, options.device)
+    executor.context.ranks = ranks
     session = MergecSession(executor, lambda: link.traffic)
     _set_up(session, texts, emit)
     if options.role == ROLES[CLIENT]:

@@ -10,6 +10,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.settings import ServerSettings
 from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import (
@@ -89,11 +91,13 @@ class ServerSession:
         self._channel: Channel | None = None
         self._dealer: Channel | None = None
         self._pulse = Pulse()
+        self._ranks = ExitStack()
         self._seated = False
         self._charged = 0
 
     def play(self) -> None:
-        how = played(self._run, self._fail, lambda: self._log)
+        with self._ranks:
+            how = played(self._run, self._fail, lambda: self._log)
         if self._seated:
             self._parent.tell(kind="end", how=how)
 
@@ -265,7 +269,11 @@ class ServerSession:
         public: Sequence[PublicText],
         skip: Callable[[int], object],
     ) -> MergecSession:
-        kept = False
+        settings, kept = self._settings, False
+        # They end with the session, before which nothing needs them.
+        context.ranks = self._ranks.enter_context(
+            started(ROLES[SERVER], settings.ranks, settings.device, settings.threads)
+        )
         if masks:
             kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
         executor = Executor(

@@ -54,6 +54,8 @@ class ServerSettings:
     grace: float = 60.0
     metrics: Address | None = None
     threads: int = 1
+    ranks: int = 1
+    """Processes that share each session's weights and caches (`runtime.ranks`)."""
     stores: Path | None = None
     """Folder for precomputed randomness, if clients may store some; requires `store_key`."""
     store_key: bytes = b""
@@ -83,4 +85,6 @@ class DealerSettings:
     grace: float = 60.0
     metrics: Address | None = None
     threads: int = 1
+    ranks: int = 1
+    """Processes that share each session's static masks and those of its caches."""
     expand_masks: bool = False

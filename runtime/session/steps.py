@@ -372,7 +372,8 @@ class MergecSession(Session):
         self._executor.setup()
 
     def use(self, context: Context) -> None:
-        """Take the masks of later steps from another context; static masks stay."""
+        """Take the masks of later steps from another context; static masks and ranks stay."""
+        context.ranks = self._executor.context.ranks
         self._executor.context = context
 
     def traffic(self) -> Traffic:
@@ -400,7 +401,7 @@ class MergecSession(Session):
 
     def _fork(self, cache: Masked | Sent) -> Masked | Sent:
         # In tensors of its own: the source may drop rows and write others over them.
-        room = make_room(cache, 0)
+        room = make_room(self._executor.context, cache, 0)
         opened, mask = (part.narrow(-2, 0, room.used) for part in (room.opened, room.mask))
         return replace(cache, opened=opened, mask=mask, room=room)
 

@@ -21,6 +21,7 @@ from mergec.runtime.cli.options import (
     grouped,
     size_of,
 )
+from mergec.runtime.core.errors import MergecError
 from mergec.runtime.roles.rate_limit import DEFAULT_RATE
 from mergec.runtime.session.conversations import MOST_CONVERSATIONS
 
@@ -105,6 +106,7 @@ def serve_command(
             grace=service.grace,
             metrics=address(service.metrics) if service.metrics else None,
             threads=service.threads,
+            ranks=service.ranks,
             stores=stores,
             store_key=read_key(store_key) if stores or store_key else b"",
             store_bytes=store_bytes,
@@ -137,6 +139,10 @@ def deal_command(
     from mergec.runtime.roles.dealer import deal
     from mergec.runtime.roles.settings import DealerSettings
 
+    if expand_masks and service.ranks > 1:
+        raise MergecError(
+            "--expand-masks keeps no masks that ranks could share; give one of it and --ranks"
+        )
     interrupted = deal(
         DealerSettings(
             bundle=service.folder("dealer"),
@@ -149,6 +155,7 @@ def deal_command(
             grace=service.grace,
             metrics=address(service.metrics) if service.metrics else None,
             threads=service.threads,
+            ranks=service.ranks,
         )
     )
     if interrupted:
