@@ -359,7 +359,8 @@ An expanded mask takes AES-256 in counter mode over 8 bytes for each parameter, 
 
 By formula, with caches of {context:,} tokens, in GB: own, and of files. A server's own bytes are
 for each session. On the disk, a server's bundle takes 8 bytes per parameter, and so does a client's
-session.
+session. With [`--ranks N`](guides/ranks.md) each rank of a party holds about 1/N of it; what a
+server has of files is then each session's own.
 
 | model | parameters | {heads} |
 | --- | ---: | {lines} |

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from mergec.runtime.cli import run
 from mergec.runtime.core.errors import MergecError, PartyError, RankError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.engine.executor import Executor
@@ -32,6 +33,7 @@ from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place
 from tests import decoder
 from tests.families import slow
+from tests.services import deployment, wait_until
 from tests.session import compiled
 
 SEEDS = bytes(range(32)), bytes(range(32, 64))
@@ -103,6 +105,24 @@ def test_products_with_a_cache(party: Party, heads: int) -> None:
             assert torch.equal(matmul(weights, cache), matmul(weights, plain))
         assert torch.equal(whole(cache), plain)
         assert torch.equal(whole(cache.transpose(2, 3)), plain.transpose(2, 3))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_products_and_views_gather_nothing(
+    party: Party, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch sends other functions to a tensor in inference mode, in which steps run."""
+    table = spread(party.group, words(7, 5), 0)
+    cache = spread(party.group, words(1, 3, 9, 4), 1)
+    monkeypatch.delattr(Group, "whole")
+    with torch.inference_mode(inference):
+        assert table[torch.tensor([[6, 0]])].shape == (1, 2, 5)
+        part = cache.narrow(-2, 0, 8)[:, :, :7].narrow(2, 0, 6)
+        for view in (part, part.transpose(-1, -2), part.detach().transpose(2, 3).transpose(3, 2)):
+            assert isinstance(view, Spread)
+            assert matmul(words(1, 3, 2, view.shape[-2]), view).shape[-1] == view.shape[-1]
+    with torch.inference_mode(not inference):
+        assert isinstance(part.narrow(2, 0, 3).transpose(-1, -2), Spread)
 
 
 def test_other_functions_take_the_whole_and_none_may_write(party: Party) -> None:
@@ -367,3 +387,42 @@ def test_a_killed_party_takes_its_ranks_and_the_peers_along(bundles: Path) -> No
 def test_stock_protocols_have_one_rank(bundles: Path) -> None:
     with pytest.raises(MergecError, match="run on one rank"):
         run_local(bundles, [1], mode="crypten", ranks=2)
+
+
+@pytest.mark.slow
+def test_services_and_their_client_may_have_ranks(bundles: Path, tmp_path: Path) -> None:
+    """Also with masked weights that the client keeps; a killed rank ends one session alone."""
+    key = tmp_path / "key"
+    key.write_text("5" * 64)
+    expected = decoder.plaintext(bundles, [5, 1, 7], 4)
+    ranks = ("--ranks", "2")
+    with deployment(bundles, serve=(*ranks, "--store-key", str(key)), deal=ranks) as made:
+        received = []
+        for _ in range(2):
+            before = len(other_ranks(os.getpid()))
+            with made.connection(ranks=3, keep=tmp_path / "kept") as connection:
+                assert len(other_ranks(os.getpid())) == before + 2
+                answer = connection.generate([5, 1, 7], max_tokens=4)
+                assert [token.token for token in answer] == expected
+                received += [connection.setup.received if connection.setup else 0]
+            assert len(other_ranks(os.getpid())) == before
+        assert received[1] == 0 < received[0]
+        with made.connection() as connection:
+            answer = connection.generate([5, 1, 7], max_tokens=100)
+            next(answer)
+            (victim,) = other_ranks(made.server.process.pid)
+            victim.kill()
+            with pytest.raises(PartyError, match="the server says: it cannot go on; see its log"):
+                list(answer)
+        failed = made.server.wait_for("session failed")
+        assert failed["reason"].startswith("rank 1 of the server was ended by SIGKILL")
+        with made.connection() as connection:
+            answer = connection.generate([5, 1, 7], max_tokens=4)
+            assert [token.token for token in answer] == expected
+        services = [made.server.process.pid, made.dealer.process.pid]
+        wait_until(lambda: not any(other_ranks(pid) for pid in services))
+
+
+def test_masks_that_are_expanded_have_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["deal", "bundles", "--expand-masks", "--ranks", "2"]) == 1
+    assert "give one of it and --ranks" in capsys.readouterr().err

@@ -155,9 +155,12 @@ class Context(ABC):
             else room
         )
 
-    def keep_weight(self, words: torch.Tensor) -> torch.Tensor:
-        """A weight, int32 or int64, where this party computes with it: on its device or ranks."""
-        room = None if words.is_meta else self._spread_room(words.shape, words.dtype)
+    def keep_weight(self, words: torch.Tensor, *, mapped: bool = False) -> torch.Tensor:
+        """A weight, int32 or int64, where this party computes with it: on its device or ranks.
+
+        mapped: let ranks keep a large one in files; see `Ranks.room`.
+        """
+        room = None if words.is_meta else self._spread_room(words.shape, words.dtype, mapped)
         if room is None:
             return to_device(words, self.device, "input")
         start = 0
@@ -186,11 +189,13 @@ class Context(ABC):
         """Room for a weight on this party's ranks; None if this process keeps it.
 
         Matrices are spread, along their longer side: of operand and result, the one along the other
-        side is sent N - 1 times. Other weights are small. mapped: as in `Ranks.room`.
+        side is sent N - 1 times. Other weights are small. mapped: as in `keep_weight`.
         """
         if self.ranks is None or len(shape) != 2:
             return None
-        return self.ranks.room(shape, dtype, 0 if shape[0] >= shape[1] else 1, mapped=mapped)
+        large = 8 * math.prod(shape) >= _LARGE_BYTES
+        axis = 0 if shape[0] >= shape[1] else 1
+        return self.ranks.room(shape, dtype, axis, mapped=mapped and large)
 
     def spend(self, mask: torch.Tensor) -> None:
         """Record that a value is opened under `mask`. Raises RuntimeError if one was before."""
@@ -352,7 +357,7 @@ class ClientContext(_PartyContext):
         """For W - B, which is uniform and tells the client nothing of W. On a CPU it lies in a
         file, so that a server's weights may exceed the client's memory."""
         large = 8 * math.prod(shape) >= _LARGE_BYTES
-        spread = self._spread_room(shape, torch.int64, mapped=large)
+        spread = self._spread_room(shape, torch.int64, mapped=True)
         if spread is not None:
             return spread
         return (

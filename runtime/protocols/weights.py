@@ -125,7 +125,7 @@ def reuse_weight(
     ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
     if ctx.party == SERVER:
         return Weight(ctx.keep_weight(encoded) if kept is None else kept, ghost, ghost, frac)
-    return Weight(ghost, ctx.keep_weight(difference), ghost, frac)
+    return Weight(ghost, ctx.keep_weight(difference, mapped=True), ghost, frac)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:

@@ -21,10 +21,7 @@ class Group(Ranks):
     def __init__(
         self, link: Link, tell: Callable[..., None], fail: Callable[[LostError], NoReturn]
     ) -> None:
-        """tell: sends an order to the other ranks. fail: raises what names the rank that is lost.
-
-        Both may raise or take LostError.
-        """
+        """tell: sends the others an order. fail: raises what names the rank that is lost."""
         self.count = link.count
         self._link, self._tell, self._fail = link, tell, fail
         self._numbers = numbers_from(1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -30,6 +31,9 @@ MOST = 14
 
 _MEETING = timedelta(seconds=60)
 """For how long ranks that have all started wait for each other."""
+
+_LOOK = 20e-6
+"""Seconds between two looks at whether the GPUs are done."""
 
 _TAG = 0
 
@@ -63,6 +67,8 @@ class Link:
         timeout: how long a wait for another rank may take.
         """
         self.rank, self.count, self.device = rank, count, device
+        self.intact: Callable[[], bool] = lambda: True
+        """Whether the other processes run, as far as this rank can see."""
         with _lost():
             met = dist.FileStore(store, count)
             met.set_timeout(min(timeout, _MEETING))
@@ -82,7 +88,7 @@ class Link:
         """Broadcast rank 0's words; the others pass room for them. Returns the words."""
         words = words.contiguous()
         with _lost():
-            self._group.broadcast(words, 0).wait()
+            self._finish(self._group.broadcast(words, 0))
         return words
 
     def scatter(
@@ -103,7 +109,7 @@ class Link:
         options.rootRank = 0
         if most:
             with _lost():
-                self._group.scatter([mine], [sent] if parts else [], options).wait()
+                self._finish(self._group.scatter([mine], [sent] if parts else [], options))
         return mine[: sizes[self.rank]].reshape(tuple(shapes[self.rank])) if self.rank else mine
 
     def gather(
@@ -124,7 +130,7 @@ class Link:
         options.rootRank = 0
         if most:
             with _lost():
-                self._group.gather([found] if root else [], [mine], options).wait()
+                self._finish(self._group.gather([found] if root else [], [mine], options))
         return [
             room[:size].reshape(tuple(shape))
             for room, size, shape in zip(found, sizes, shapes, strict=root)
@@ -133,14 +139,23 @@ class Link:
     def send(self, words: torch.Tensor, rank: int) -> None:
         """Send words to one rank."""
         with _lost():
-            self._group.send([words.contiguous()], rank, _TAG).wait()
+            self._finish(self._group.send([words.contiguous()], rank, _TAG))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Receive what rank 0 sends."""
         words = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         with _lost():
-            self._group.recv([words], 0, _TAG).wait()
+            self._finish(self._group.recv([words], 0, _TAG))
         return words
+
+    def _finish(self, work: Any) -> None:
+        # Unlike gloo, NCCL does not notice that another rank has ended, and `wait` only lets the
+        # stream wait.
+        while self.device.type == "cuda" and not work.is_completed():
+            if not self.intact():
+                raise LostError("another rank has ended")
+            time.sleep(_LOOK)
+        work.wait()
 
 
 class _lost:  # noqa: N801  (reads as a statement)

@@ -96,12 +96,16 @@ class Party:
             self._await("ready")
             timeout = timedelta(seconds=self._timeout)
             link = Link(store, 0, len(devices), devices[0], timeout)
+            link.intact = self._all_run
             self._await("met")  # until then the others read the file
             self._group = Group(link, self._tell, self._lost)
         except LostError as error:
             self._lost(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _all_run(self) -> bool:
+        return all(process.poll() is None for process, _ in self._processes.values())
 
     def _launch(self, job: Job) -> None:
         root = str(Path(__file__).absolute().parents[3])

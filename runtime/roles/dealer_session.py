@@ -199,9 +199,6 @@ class DealerSession:
             expand=self._settings.expand_masks,
             **more,
         )
-        context.ranks = self._ranks.enter_context(
-            started(ROLES[DEALER], self._settings.ranks, threads=self._settings.threads)
-        )
         executor = Executor(self._program, context, None)
         session = MergecSession(executor, lambda: channel.traffic)
         self._pulse.beats += [partial(channel.beat, BEAT / 2), partial(_beat, line)]
@@ -216,6 +213,9 @@ class DealerSession:
         channel.expect(setup_patience(self._program, timeout))
         line.settimeout(setup_patience(self._program, timeout))
         with self._pulse.working():
+            context.ranks = self._ranks.enter_context(
+                started(ROLES[DEALER], self._settings.ranks, threads=self._settings.threads)
+            )
             session.setup()
             session.enter_public([PublicText(length) for length in public])
         limit = self._program.manifest.max_length
