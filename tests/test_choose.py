@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
-from tests.families import random_decoder
+from tests.families import float_decoder, random_decoder
 from tests.session import compiled
 
 
@@ -89,7 +90,7 @@ def test_inspection_tells_the_estimate() -> None:
 def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
     key = "chosen_otherwise_than_for_loopback"
     said = compiled("llama", reveal="token", network="wan")[1].inspect().facts[key]
-    assert said == "1 of mpc.reveal_token"
+    assert said == "2 of mpc.attention, 1 of mpc.reveal_token"
     assert key not in compiled("llama", reveal="token")[1].inspect().facts
     _, program = compiled("llama", reveal="token", network="wan")
     assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
@@ -135,8 +136,48 @@ def test_attention_takes_fewer_rounds_on_a_slow_network() -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_rows_that_spread_little_take_slots_on_every_network(network: str) -> None:
+    """With exponentials in one round where a message takes time."""
     _, program = compiled("llama", network=network)
-    assert all(shift.startswith("slots-") for shift in _shifts(program))
+    name = "broad-" if NETWORKS[network].parties.latency else "slots-"
+    assert _shifts(program) and all(shift.startswith(name) for shift in _shifts(program))
+
+
+def _wide(program: Program) -> list[bool]:
+    """For each product behind a norm whether it is shared modulo 2**128."""
+    items = [i for i in program.any_role.instructions if "norm_linear" in i.target]
+    return [len(item.args) > 11 and bool(item.args[11]) for item in items]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_products_that_are_only_truncated_are_shared_in_a_larger_ring(family: str) -> None:
+    """Those of attention, not those of a gated unit, which takes any number of bits."""
+    _, program = compiled(family, network="wan")
+    wide = _wide(program)
+    assert any(wide) and not all(wide)
+    items = [
+        replace(item, args=item.args[:10]) if "norm_linear" in item.target else item
+        for item in program.any_role.instructions
+    ]
+    plain = replace(program.any_role, instructions=items)
+    rounds = [cost_report(role, 1, 20).total.rounds for role in (plain, program.any_role)]
+    assert rounds[0] - rounds[1] == sum(wide)
+
+
+def test_no_products_are_with_shared_weights_or_exact_rounding() -> None:
+    for setting in ({"weights": "shared"}, {"rounding": "exact"}):
+        _, program = compiled("llama", network="wan", **setting)
+        assert _wide(program) and not any(_wide(program))
+
+
+def test_a_larger_ring_is_left_where_its_words_take_longer_than_a_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    far = NETWORKS["wan"].parties
+    monkeypatch.setitem(NETWORKS, "wan3", Network(far, far, Link(far.latency, 1e5)))
+    model, captured = float_decoder("llama")
+    config = CompileConfig(max_length=64, network="wan3")
+    program = compile_decoder(model, config=config, captured=captured)
+    assert _wide(program) and not any(_wide(program))
 
 
 def test_exact_rounding_leaves_pairs() -> None:

@@ -10,8 +10,15 @@ from typing import Any
 from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
 from mergec.runtime.core.network import Network, Waiting
 from mergec.runtime.core.op import Op
+from mergec.runtime.core.spec import Cost
+from mergec.runtime.core.structural import MOVE_NAMES
+from mergec.runtime.core.values import Shared, Wide
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
+from mergec.runtime.ops.normed_linear import NormedLinear
+from mergec.runtime.ops.part import Part
+from mergec.runtime.ops.rotary import Rotary
+from mergec.runtime.ops.truncate import Truncate
 from mergec.runtime.program.program import Instruction, RoleProgram, phase_of
 
 NEW, PAST = 1, 128
@@ -37,6 +44,7 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
+    Where a message takes time, those of `Op.far_variants` are compared too.
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
     messages, so they count only if the step would otherwise wait for them. Of ops that need the
     same messages either way (`Op.supplies`), either all take keys, or each the dealt bytes that
@@ -54,6 +62,8 @@ def choose_variants(
         waiting, _ = _times(program, network, fixed, exact, NEW, past)
         if waiting.total <= waiting.prepared:
             break
+    if not exact:
+        _replace(roles, dict(_widened(program, network, fixed, NEW, past)))
     # Only a decode step of an encoder-decoder runs its decoder.
     step = (NEW, past) if program.encodes else (min(PROMPT, max_length), 0)
     each, keys = (
@@ -93,6 +103,69 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
             if _bound(planned, planned.instruction) != _bound(planned, item)
         )
     )
+
+
+def _widened(
+    program: RoleProgram, network: Network, fixed: int, new: int, past: int
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The products behind norms, and arguments: `wide` where it saves a round for less time.
+
+    All that reads such a product must be truncations, directly or behind what is local.
+    """
+    plan = Plan(program)
+    found = {walked.planned.name: walked for walked in _walked(plan, program, fixed, new, past)}
+    readers: dict[str, list[Planned]] = {}
+    for planned in plan.steps:
+        for name in planned.refs:
+            readers.setdefault(name, []).append(planned)
+
+    def seconds(calls: Iterable[tuple[type[Op], Mapping[str, Any]]]) -> float:
+        total, dealt = Cost(), {"client": 0, "server": 0}
+        for op, bound in calls:
+            cost = call_cost(op, bound, fixed, False)
+            total = total.beside(cost) if op is Truncate else total + cost
+            for role, size in call_dealt(op, fixed, False, *bound.values()).items():
+                dealt[role] += size
+        return network.weight(total, dealt)
+
+    for name, walked in found.items():
+        op, bound, item = walked.planned.op, walked.bound, walked.planned.instruction
+        if op is None or bound is None or not issubclass(op, NormedLinear):
+            continue
+        ends = None if name in program.outputs else _truncations(name, readers)
+        wide = False
+        if ends and op.fits_wide(*bound.values(), fixed=fixed):
+            # What is truncated must be known in this form, not as what it becomes.
+            plain = [(Truncate, {"x": _narrow(found[end.refs[0]].result)}) for end in ends]
+            apart = seconds([*plain, (op, bound | {"wide": False})])
+            wide = seconds([(op, bound | {"wide": True})]) < apart
+        given = walked.planned.bind(item.args, item.kwargs) | {"wide": wide}
+        if not wide:
+            del given["wide"]
+            if not given["columns"]:
+                del given["columns"]
+        yield item.name, tuple(given.values())
+
+
+def _narrow(value: Shared | Wide) -> Shared:
+    """A share of this shape modulo 2**64."""
+    return Shared(value.low, value.frac) if isinstance(value, Wide) else value
+
+
+def _truncations(name: str, readers: Mapping[str, list[Planned]]) -> list[Planned] | None:
+    """The truncations that read a value, moved or mapped locally; None if anything else does."""
+    ends: list[Planned] = []
+    for planned in readers.get(name, []):
+        if planned.op is Truncate:
+            ends.append(planned)
+        elif planned.op in (Part, Rotary) or planned.instruction.target in MOVE_NAMES:
+            further = _truncations(planned.name, readers)
+            if further is None:
+                return None
+            ends += further
+        else:
+            return None
+    return ends
 
 
 def _bound(planned: Planned, item: Instruction) -> list[Any]:
@@ -143,6 +216,8 @@ def _choices(
         if op is None or bound is None or stated is None:
             continue
         options = list(stated(*bound.values()))
+        if kind is _variants and network.parties.latency:
+            options += op.far_variants(*bound.values())
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound

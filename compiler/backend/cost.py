@@ -14,7 +14,7 @@ import torch
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost, Vis
-from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, Wide
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
@@ -137,6 +137,8 @@ def _result(call: Call, instruction: Instruction) -> Any:
         return Sent(words, words, instruction.frac)
     if instruction.vis is Vis.CLIENT:
         return Held(Vis.CLIENT, words)
+    if op.returns_wide(bound):
+        return Wide(words, words, instruction.frac)
     return Shared(words, instruction.frac)
 
 
@@ -154,7 +156,7 @@ def _plain(value: Any) -> Any:
         value = value.value
     if isinstance(value, torch.Tensor):
         return _Plain(tuple(value.shape), value.dtype)
-    if isinstance(value, (Shared, Masked, Sent, Weight)):
+    if isinstance(value, (Shared, Wide, Masked, Sent, Weight)):
         return _Plain(tuple(value.shape), torch.float64)
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 

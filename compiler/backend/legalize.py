@@ -183,6 +183,9 @@ class _Legalizer:
             arguments.pop("reach", None)
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
+            del arguments["wide"]
+            if not arguments["columns"]:
+                del arguments["columns"]
         elif op is Linear:
             arguments |= self.weight_bits(node, arguments["x"].meta["frac"])
             if not arguments["parts"]:

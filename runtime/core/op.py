@@ -16,6 +16,7 @@ import torch
 from mergec.runtime.core.cases import Case
 from mergec.runtime.core.errors import OpError
 from mergec.runtime.core.spec import SHARE_FRAC, WINDOW_FRAC, Cost, Vis
+from mergec.runtime.core.values import Wide
 
 _LIBRARY = torch.library.Library("mpc", "DEF")
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -282,6 +283,14 @@ class Op:
         return ()
 
     @classmethod
+    def far_variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+        """Further ones, which are offered only on networks on which a message takes time.
+
+        They save rounds. Elsewhere programs stay as they are.
+        """
+        return ()
+
+    @classmethod
     def supplies(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same with the same messages, from other dealt bytes.
 
@@ -289,6 +298,11 @@ class Op:
         them where the client's link to the dealer is the narrow one. The first is the default.
         """
         return ()
+
+    @classmethod
+    def returns_wide(cls, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call returns shares modulo 2**128 (`values.Wide`)."""
+        return cls.local and any(isinstance(value, Wide) for value in arguments.values())
 
     @classmethod
     def protocol(cls, ctx: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:

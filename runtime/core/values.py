@@ -28,6 +28,22 @@ class Shared:
 
 
 @dataclass
+class Wide:
+    """An additive secret share modulo 2**128, of which each party may drop bits (`protocols.wide`).
+
+    low, high: its lower and upper 64 bits.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    frac: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.low.shape
+
+
+@dataclass
 class Room:
     """Tensors that contain a cache [..., rows, D] at the start, with spare rows to extend it.
 
@@ -118,7 +134,7 @@ class Weight:
         return self.encoded.shape
 
 
-Value = Shared | Masked | Sent | Held | Weight | torch.Tensor
+Value = Shared | Wide | Masked | Sent | Held | Weight | torch.Tensor
 """A plain torch.Tensor is public. Every other kind of value is secret from at least one role."""
 
 
@@ -132,7 +148,7 @@ def visibility(value: object) -> Vis:
         return value.vis
     if isinstance(value, Weight):
         return Vis.SERVER
-    if isinstance(value, (Shared, Masked, Sent)):
+    if isinstance(value, (Shared, Wide, Masked, Sent)):
         return Vis.SHARED
     return Vis.PUBLIC
 

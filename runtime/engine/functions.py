@@ -11,13 +11,14 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, visibility
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, Wide, visibility
 from mergec.runtime.engine.plan import Planned
 from mergec.runtime.protocols.local import as_share
 from mergec.runtime.protocols.weights import Constant
 
 _PARTS: dict[type[Any], tuple[str, ...]] = {
     Shared: ("share",),
+    Wide: ("low", "high"),
     Masked: ("opened", "mask"),
     Sent: ("opened", "mask"),
 }
@@ -66,7 +67,7 @@ def evaluate(
 
 def is_tensor(value: Any) -> bool:
     """Whether a value is a tensor, public or secret."""
-    return isinstance(value, (torch.Tensor, Shared, Masked, Sent, Held, Weight))
+    return isinstance(value, (torch.Tensor, Shared, Wide, Masked, Sent, Held, Weight))
 
 
 def apply_locally(vis: Vis, call: Callable[..., Any], operands: Sequence[Any]) -> Any:

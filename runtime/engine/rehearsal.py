@@ -22,7 +22,7 @@ from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Cost, Vis
-from mergec.runtime.core.values import Held, Masked, Sent, Shared
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Wide
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
@@ -336,6 +336,8 @@ def _form(value: Any) -> Any:
     """All that a call can depend on where secrets have no data; None where there may be data."""
     if isinstance(value, Shared):
         return Shared, value.share.shape, value.share.dtype, value.frac
+    if isinstance(value, Wide):
+        return Wide, value.low.shape, value.frac
     if isinstance(value, (Masked, Sent)):
         return type(value), value.opened.shape, value.frac, value.room is None
     if isinstance(value, Held):

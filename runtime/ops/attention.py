@@ -33,6 +33,7 @@ from mergec.runtime.protocols.normalize import (
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.rows import (
+    BROAD,
     EXP_FRAC,
     HISTOGRAM,
     MAX_ROW,
@@ -41,6 +42,7 @@ from mergec.runtime.protocols.rows import (
     SLOTS,
     exponentials,
     exponentials_cost,
+    far_shift_variants,
     inverse,
     reach_of_rows,
     shift_called,
@@ -116,15 +118,17 @@ class Attention(ScoredAttention):
     known to the server, or shared. It broadcasts to [B, H, N, L], and takes no message.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 4, and 3 for each level of `peak`, or 4 for `crest`; two more for a cap, and one
-    if the scale is so small that the scores have to be truncated. Bytes: `cost`. What each party
-    sees is what it sees in `exponentials`, `open_masked`, `open_row` and `row_factor`.
+    Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, or 2 for
+    slots; two more for a cap, and one if the scale is so small that the scores have to be
+    truncated. Bytes: `cost`. What each party sees is what it sees in `exponentials`, `open_masked`,
+    `open_row` and `row_factor`.
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
-    `rows.SHIFTS`; in a step of more than 8 tokens always by pairs, which take fewer dealt bytes. By
-    pairs, a row of L entries takes values up to 2**(26 - log2 L); otherwise, up to
-    2**(23 - log2 L). reach: with n for it, calibration says that the scores of a row are at most
-    2**n - 4 apart, so that the shift may be found by slots.
+    `rows.SHIFTS`, `rows.SLOTS` or `rows.BROAD`; in a step of more than 8 tokens always by pairs,
+    which take fewer dealt bytes. By pairs, a row of L entries takes values up to 2**(26 - log2 L);
+    otherwise, up to 2**(23 - log2 L). reach: with n for it, calibration says that the scores of a
+    row are at most 2**n - 4 apart, so that the shift may be found by slots, and broad windows may
+    serve the exponentials, in a round less.
     """
 
     name = "attention"
@@ -160,7 +164,7 @@ class Attention(ScoredAttention):
             *_biased_cases(make),
             *(
                 Case([*_longer_operands(make), 0.0, way], 3e-4, forms={"mask": PUBLIC})
-                for way in (*SHIFTS, *SLOTS)
+                for way in (*SHIFTS, *SLOTS, *BROAD)
                 if way not in (PAIRS, HISTOGRAM)
             ),
             Case([*few[:3], None, 0.5], stock=1e-2),
@@ -235,6 +239,22 @@ class Attention(ScoredAttention):
     ) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest rounds."""
         return shift_variants(reach)
+
+    @classmethod
+    def far_variants(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        shift: str = PAIRS,
+        bias: Any = None,
+        reach: int = 0,
+    ) -> Iterable[dict[str, Any]]:
+        """Slots, with exponentials that take a round less."""
+        return far_shift_variants(reach)
 
     @classmethod
     def supplies(

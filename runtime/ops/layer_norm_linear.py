@@ -34,6 +34,8 @@ class LayerNormLinear(NormedLinear):
         fine: bool = True,
         kept: int = 0,
         rows: int = 0,
+        columns: Sequence[int] = (),
+        wide: bool = False,
     ) -> torch.Tensor:
         return Linear.reference(LayerNorm.reference(x, None, None, eps), weight, bias)
 
@@ -48,6 +50,7 @@ class LayerNormLinear(NormedLinear):
             Case([x, weight, bias, 1e-5, *few], 5e-4, forms=held),
             Case([x, weight, bias, 1e-5, *few], 5e-4, forms=shared),
             Case([x, weight, None, 1e-5, *few[:3], False, 24, 9], 5e-4, forms={"weight": "weight"}),
+            Case([x, weight, bias, 1e-5, *few, [], True], 5e-4, forms=held),
             Case([x, weight, bias, 1e-5, 4.0**4], 5e-4, forms=held),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]

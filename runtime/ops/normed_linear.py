@@ -12,14 +12,21 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Cost
-from mergec.runtime.core.values import Held, Shared
+from mergec.runtime.core.values import Held, Shared, Weight
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.rms_norm import row_bound
 from mergec.runtime.protocols.columns import factors
-from mergec.runtime.protocols.deferred import Deferred, deferred_norm, deferred_norm_cost
+from mergec.runtime.protocols.deferred import (
+    Deferred,
+    deferred_norm,
+    deferred_norm_cost,
+    deferred_norm_wide,
+    fits_wide_product,
+)
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize, normalize_cost
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
 from mergec.runtime.protocols.weights import Constant, add_held, linear, move, move_cost
+from mergec.runtime.protocols.wide import added_wide
 
 
 class NormedLinear(Op, abstract=True):
@@ -37,7 +44,9 @@ class NormedLinear(Op, abstract=True):
     bits. kept: the most fractional bits that a row has in the product of the first way, so that the
     product fits into the ring before it is scaled.
 
-    columns: as in `rms_norm`, for the product after it.
+    columns: as in `rms_norm`, for the product after it; empty for a LayerNorm. wide: whether the
+    first way returns shares modulo 2**128, which are truncated without a message. It takes more
+    dealt bytes, and a weight and a bias that the server holds; with exact rounding it is not used.
 
     Error of the first way: that of the row with `kept` bits times the weight as it is rounded,
     times the row's scale; 2**-14 of the result; and two units of 2**-16. What each party sees:
@@ -46,7 +55,8 @@ class NormedLinear(Op, abstract=True):
 
     schema = (
         "(Tensor x, Tensor weight, Tensor? bias, float eps, float bound=0.0, int bits=0, "
-        "int[] parts=[], bool fine=True, int kept=0, int rows=0) -> Tensor"
+        "int[] parts=[], bool fine=True, int kept=0, int rows=0, int[] columns=[], "
+        "bool wide=False) -> Tensor"
     )
     operands = {"x": "share"}
     weights = ("weight",)
@@ -102,6 +112,7 @@ class NormedLinear(Op, abstract=True):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
         *,
         fixed: int,
     ) -> int:
@@ -122,6 +133,7 @@ class NormedLinear(Op, abstract=True):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
     ) -> torch.Tensor:
         size = x.shape[-1]
         spec = cls._norm(size, fracs["x"], eps, bound)
@@ -152,6 +164,7 @@ class NormedLinear(Op, abstract=True):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
     ) -> Iterable[dict[str, Any]]:
         return ({"rows": 0}, {"rows": rows}) if rows else ({"rows": 0},)
 
@@ -169,6 +182,7 @@ class NormedLinear(Op, abstract=True):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
         *,
         fixed: int,
     ) -> Cost:
@@ -176,7 +190,7 @@ class NormedLinear(Op, abstract=True):
         norm = cls._norm(x.shape[-1], x.frac, eps, bound)
         if count <= rows:
             spec = cls._deferred(norm, weight, parts, fine, kept, fixed)
-            return deferred_norm_cost(spec, count, weight, columns)
+            return deferred_norm_cost(spec, count, weight, columns, wide)
         size = count * x.shape[-1]
         opened = truncate_cost(size, 0 if fine else SCALED_FRAC - fixed) + move_cost(size, weight)
         product = Cost(offline=8 * count * weight.shape[0])
@@ -197,6 +211,7 @@ class NormedLinear(Op, abstract=True):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
     ) -> Protocol:
         """Centre the rows locally, then one of the two ways; adding the bias is local."""
         norm = cls._norm(x.shape[-1], x.frac, eps, bound)
@@ -204,6 +219,9 @@ class NormedLinear(Op, abstract=True):
         frac = (SCALED_FRAC if fine else ctx.fixed) + weight.frac
         if math.prod(x.shape[:-1]) <= rows:
             spec = cls._deferred(norm, weight, parts, fine, kept, ctx.fixed)
+            if wide and not ctx.exact:
+                found = yield from deferred_norm_wide(ctx, share, weight, spec, columns)
+                return found if bias is None else added_wide(found, bias, parts)
             share = yield from deferred_norm(ctx, share, weight, spec, columns)
         else:
             share = yield from normalize(ctx, share, norm, columns)
@@ -212,6 +230,36 @@ class NormedLinear(Op, abstract=True):
             opened = yield from move(ctx, Shared(share, frac - weight.frac), weight)
             share = linear(ctx, opened, weight)
         return Shared(share if bias is None else add_held(share, bias, frac, parts), frac)
+
+    @classmethod
+    def returns_wide(cls, arguments: Mapping[str, Any]) -> bool:
+        count = math.prod(arguments["x"].shape[:-1])
+        return bool(arguments["wide"]) and count <= arguments["rows"]
+
+    @classmethod
+    def fits_wide(
+        cls,
+        x: Shared,
+        weight: Constant,
+        bias: Held | Shared | None,
+        eps: float,
+        bound: float = 0.0,
+        bits: int = 0,
+        parts: Sequence[int] = (),
+        fine: bool = True,
+        kept: int = 0,
+        rows: int = 0,
+        columns: Sequence[int] = (),
+        wide: bool = False,
+        *,
+        fixed: int,
+    ) -> bool:
+        """Whether the first way runs on these operands and could return shares modulo 2**128."""
+        if math.prod(x.shape[:-1]) > rows or not isinstance(weight, Weight):
+            return False
+        norm = cls._norm(x.shape[-1], x.frac, eps, bound)
+        spec = cls._deferred(norm, weight, parts, fine, kept, fixed)
+        return not isinstance(bias, Shared) and fits_wide_product(spec, weight.shape[0])
 
     @classmethod
     def stock(

@@ -11,7 +11,8 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import Shared
+from mergec.runtime.core.values import Shared, Wide
+from mergec.runtime.protocols.wide import each_half
 
 
 class Part(Op):
@@ -49,10 +50,14 @@ class Part(Op):
         return Cost()
 
     @classmethod
-    def protocol(cls, ctx: Context, x: Shared, start: int, end: int, finer: int) -> Protocol:
+    def protocol(cls, ctx: Context, x: Shared | Wide, start: int, end: int, finer: int) -> Protocol:
         """Each party cuts its share and reads it with another binary point."""
         yield from ()
-        return Shared(x.share[..., start:end], x.frac + finer)
+        columns = slice(start, end)
+        if isinstance(x, Wide):
+            found = each_half(x, lambda half: half[..., columns])
+            return Wide(found.low, found.high, x.frac + finer)
+        return Shared(x.share[..., columns], x.frac + finer)
 
     @classmethod
     def stock(cls, x: Any, start: int, end: int, finer: int) -> Any:

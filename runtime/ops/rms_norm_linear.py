@@ -19,7 +19,6 @@ class RmsNormLinear(NormedLinear):
     """
 
     name = "rms_norm_linear"
-    schema = NormedLinear.schema.replace(") ->", ", int[] columns=[]) ->")
     norm = RmsNorm
 
     @staticmethod
@@ -35,6 +34,7 @@ class RmsNormLinear(NormedLinear):
         kept: int = 0,
         rows: int = 0,
         columns: Sequence[int] = (),
+        wide: bool = False,
     ) -> torch.Tensor:
         normed = RmsNorm.reference(x, None, eps, columns=columns)
         return Linear.reference(normed, weight, bias)
@@ -50,6 +50,7 @@ class RmsNormLinear(NormedLinear):
             Case([x, weight, bias, 1e-5, *few], 5e-4, forms=held),
             Case([x, weight, bias, 1e-5, *few], 5e-4, forms=shared),
             Case([x, weight, None, 1e-5, *few[:3], False, 24, 9], 5e-4, forms={"weight": "weight"}),
+            Case([x, weight, bias, 1e-5, *few, [], True], 5e-4, forms=held),
             Case([x, weight, bias, 1e-5, 4.0**4], 5e-4, forms=held),
             Case([x, weight, None, 1e-5, *few[:3], False], 5e-4, forms={"weight": "weight"}),
             *(

@@ -11,9 +11,10 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import LAST, Op
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import Shared, encode
+from mergec.runtime.core.values import Shared, Wide, encode
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.local import ghost
+from mergec.runtime.protocols.wide import each_half, shifted_wide, sum_wide, times_public
 
 TABLE_FRAC = 16
 """Fractional bits of the public cos and sin tables."""
@@ -73,7 +74,7 @@ class Rotary(Op):
     def protocol(
         cls,
         ctx: Context,
-        x: Shared,
+        x: Shared | Wide,
         cos: torch.Tensor,
         sin: torch.Tensor,
         interleaved: bool = False,
@@ -81,6 +82,8 @@ class Rotary(Op):
         """A public linear map of each party's share."""
         yield from ()
         frac = x.frac + TABLE_FRAC
+        if isinstance(x, Wide):
+            return turned_wide(x, cos, sin, interleaved)
         if x.share.is_meta:
             return Shared(ghost(x.shape), frac)
         size = cos.shape[-1]
@@ -115,3 +118,24 @@ def rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
         return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     half = x.shape[-1] // 2
     return torch.cat([-x[..., half:], x[..., :half]], -1)
+
+
+def turned_wide(x: Wide, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> Wide:
+    """The same of a share modulo 2**128, by each party."""
+    frac, size = x.frac + TABLE_FRAC, cos.shape[-1]
+    if x.low.is_meta:
+        return Wide(ghost(x.shape), ghost(x.shape), frac)
+    cosine, sine = (
+        to_device(encode(table, TABLE_FRAC), x.low.device, "public") for table in (cos, sin)
+    )
+    rot = each_half(x, lambda half: half[..., :size])
+    # A sign belongs to a whole number, not to each half of it: it goes into the sine.
+    sign = rotate(torch.ones_like(sine), interleaved)
+    quarter = each_half(rot, lambda half: rotate(half, interleaved) * sign)
+    turned = sum_wide(times_public(rot, cosine), times_public(quarter, sine * sign), frac)
+    if size == x.shape[-1]:
+        return turned
+    rest = each_half(x, lambda half: half[..., size:])
+    rest = shifted_wide(rest, torch.tensor(TABLE_FRAC))
+    low = torch.cat([turned.low, rest.low], -1)
+    return Wide(low, torch.cat([turned.high, rest.high], -1), frac)

@@ -23,7 +23,7 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import CLIENT, Cost
-from mergec.runtime.core.values import Shared, logical_shift
+from mergec.runtime.core.values import Shared, Wide, logical_shift
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.normalize import (
     SCALED_FRAC,
@@ -31,6 +31,7 @@ from mergec.runtime.protocols.normalize import (
     Row,
     RowNorm,
     blocks_of,
+    fits_wide_rows,
     in_order,
     open_row,
     open_row_cost,
@@ -38,8 +39,10 @@ from mergec.runtime.protocols.normalize import (
     row_factor_cost,
     scale_rows,
     scale_rows_cost,
+    scale_rows_wide,
+    scale_rows_wide_cost,
 )
-from mergec.runtime.protocols.opening import open_under
+from mergec.runtime.protocols.opening import open_masked_cost, open_under
 from mergec.runtime.protocols.squares import (
     deal_square,
     square_share,
@@ -48,6 +51,7 @@ from mergec.runtime.protocols.squares import (
 )
 from mergec.runtime.protocols.truncate import OFFSET, Truncation, truncate
 from mergec.runtime.protocols.weights import Constant, linear, move, move_cost
+from mergec.runtime.protocols.wide import each_half, shifted_wide
 
 LARGEST = 14
 """Scaled products must be below 2**LARGEST."""
@@ -144,10 +148,56 @@ def deferred_norm(
     return result.reshape(*share.shape[:-1], result.shape[-1])
 
 
+def deferred_norm_wide(
+    ctx: Context,
+    share: torch.Tensor,
+    weight: Constant,
+    spec: Deferred,
+    columns: Sequence[int] = (),
+) -> Protocol:
+    """The result of `deferred_norm` in shares modulo 2**128, a `Wide` [..., O].
+
+    So it need not fit into the ring of 64 bits, and no opening truncates it. Not for exact
+    rounding. Rounds, online bytes and what is opened are those of `deferred_norm`; offline bytes
+    are those of `scale_rows_wide`, in place of 8 and those of `scale_rows`.
+    """
+    rows = share.reshape(-1, share.shape[-1])
+    total, kept = yield from _opened_row(ctx, rows, spec, columns)
+    power = spec.norm.inverse_root
+    factor, (opened, mask) = yield from together(
+        row_factor(ctx, total, power), _opened_alone(ctx, kept, weight)
+    )
+    runs = spec.further(opened.shape[-1])
+    found, first = [], 0
+    for size, further in runs:
+        own, frac = slice(first, first + size), spec.frac + further
+        part = opened[:, own], mask[:, own]
+        found.append(scale_rows_wide(ctx, *part, frac, factor, power, spec.finer))
+        first += size
+    low, high = (torch.cat([getattr(x, half) for x in found], -1) for half in ("low", "high"))
+    result = Wide(low, high, SCALED_FRAC + spec.finer)
+    if any(further for _, further in runs):
+        sizes, bits = map(torch.tensor, zip(*runs, strict=True))
+        result = shifted_wide(result, bits.repeat_interleave(sizes))
+    shape = (*share.shape[:-1], result.shape[-1])
+    return each_half(result, lambda half: half.reshape(shape))
+
+
+def fits_wide_product(spec: Deferred, outputs: int) -> bool:
+    """Whether `deferred_norm_wide` can scale this product."""
+    power = spec.norm.inverse_root
+    runs = spec.further(outputs)
+    return all(fits_wide_rows(spec.frac + further, power, spec.finer) for _, further in runs)
+
+
 def deferred_norm_cost(
-    spec: Deferred, rows: int, weight: Constant, columns: Sequence[int] = ()
+    spec: Deferred,
+    rows: int,
+    weight: Constant,
+    columns: Sequence[int] = (),
+    wide: bool = False,
 ) -> Cost:
-    """Cost of `deferred_norm` for `rows` rows."""
+    """Cost of `deferred_norm`, or of `deferred_norm_wide`, for `rows` rows."""
     outputs, size = weight.shape
     power = spec.norm.inverse_root
     product = move_cost(rows * size, weight) + Cost(offline=8 * rows * outputs)
@@ -156,10 +206,11 @@ def deferred_norm_cost(
         count = rows * len(block.columns)
         low = Cost(offline=8 * count if spec.dropped(block) > 0 else 0)
         row = row.beside(truncated_square_cost(count) + low)
-    opened = product + open_row_cost(rows * outputs)
-    scaled = Cost()
+    count = rows * outputs
+    opened = product + (open_masked_cost(count) if wide else open_row_cost(count))
+    scaled, cost_of = Cost(), scale_rows_wide_cost if wide else scale_rows_cost
     for count, further in spec.further(outputs):
-        scaled += scale_rows_cost(spec.frac + further, power, rows, count, spec.finer)
+        scaled += cost_of(spec.frac + further, power, rows, count, spec.finer)
     return row + row_factor_cost(power, rows).beside(opened) + scaled
 
 
@@ -216,6 +267,15 @@ def _opened_product(ctx: Context, kept: torch.Tensor, weight: Constant, spec: De
         frac += most
     row: Row = yield from open_row(ctx, product, frac, spec.norm.inverse_root, LARGEST)
     return row
+
+
+def _opened_alone(ctx: Context, kept: torch.Tensor, weight: Constant) -> Protocol:
+    """The rows times the constant, opened for `scale_rows_wide`, and its mask. Rounds 2."""
+    moved = yield from move(ctx, Shared(kept, 0), weight)
+    product = linear(ctx, moved, weight)
+    mask = ctx.mask(product.shape)
+    opened = yield from open_under(ctx, product, mask, OFFSET)
+    return opened, mask
 
 
 def _shifted(words: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mergec.runtime.core.spec import (
     RING_BITS,
     Cost,
 )
-from mergec.runtime.core.values import logical_shift
+from mergec.runtime.core.values import Wide, logical_shift
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import integers, to_device
@@ -45,6 +45,7 @@ from mergec.runtime.protocols.truncate import (
     window_of_zeros,
     wrap_of,
 )
+from mergec.runtime.protocols.wide import Factors, fits_wide, scaled_wide, scaled_wide_cost
 
 DEFAULT_BOUND = 2.0**14
 """Largest mean square of a row, used if calibration provides none."""
@@ -199,6 +200,45 @@ def scale_rows(
         whole = frac - row.shift + _whole_frac(spec)
         scaled = yield from truncate(ctx, scaled, whole - SCALED_FRAC)
     return scaled
+
+
+def scale_rows_wide(
+    ctx: Context,
+    opened: torch.Tensor,
+    mask: torch.Tensor,
+    frac: int,
+    factor: Factor,
+    spec: Power,
+    finer: int = 0,
+) -> Wide:
+    """`scale_rows` of rows that were opened as z under a mask, in shares modulo 2**128.
+
+    The result is the same, with as many fractional bits, of which each party may then drop any
+    number (`wide.narrow`). Not for exact rounding; see `fits_wide_rows`. Rounds 0, online 0 bytes;
+    offline: `scaled_wide_cost`. What the parties see: `scaled_wide`.
+    """
+    shifts, weights = _shifts(frac, spec, finer)
+
+    def words() -> tuple[torch.Tensor, torch.Tensor]:
+        low, top = truncation_words(factor.mask, _FACTOR_SHIFT)
+        return low * _on(weights, low), top
+
+    base, wrap = factor.base, factor.wrap
+    if not base.is_meta:
+        times = _on(weights, base)
+        base, wrap = base * times, wrap * times
+    halves = scaled_wide(ctx, opened, mask, Factors(base, wrap, words), shifts.tolist())
+    return Wide(*halves, SCALED_FRAC + finer)
+
+
+def scale_rows_wide_cost(frac: int, spec: Power, rows: int, size: int, finer: int = 0) -> Cost:
+    """Cost of `scale_rows_wide` for `rows` rows of `size` elements."""
+    return scaled_wide_cost(_shifts(frac, spec, finer)[0].tolist(), rows, size)
+
+
+def fits_wide_rows(frac: int, spec: Power, finer: int = 0) -> bool:
+    """Whether `scale_rows_wide` can scale rows with `frac` fractional bits."""
+    return fits_wide(_shifts(frac, spec, finer)[0].tolist())
 
 
 def _on(weights: np.ndarray, like: torch.Tensor) -> torch.Tensor:

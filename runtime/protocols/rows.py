@@ -14,6 +14,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.protocols.broad import Broad, broad_exponentials, broad_exponentials_cost
 from mergec.runtime.protocols.compare import take_window
 from mergec.runtime.protocols.histogram import STEP, crest, crest_cost
 from mergec.runtime.protocols.interval import fit_finely
@@ -66,21 +67,34 @@ class Shift:
     """A way to find the number that a row is shifted by.
 
     find, cost: the protocol and its cost. reach: the shift is above the row's maximum less this.
-    exp: the exponential from there on. top_bits: exponentials are below 2**top_bits. many: the name
-    of what a step of many rows takes instead.
+    exp: the exponential from there on: of a function two rounds, of a `Broad` one. top_bits:
+    exponentials are below 2**top_bits. many: the name of what a step of many rows takes instead.
     """
 
     find: Callable[[Context, torch.Tensor, torch.Tensor], Protocol]
     cost: Callable[[torch.Tensor], Cost]
     reach: int
-    exp: Function
+    exp: Function | Broad
     top_bits: int
     many: str
 
     @property
     def lowest(self) -> float:
         """Exponentials of entries that are further below the shift than this are zero."""
-        return -self.exp.table.start * 2.0**-FRACTIONAL_BITS
+        table = self.exp if isinstance(self.exp, Broad) else self.exp.table
+        return -table.start * 2.0**-FRACTIONAL_BITS
+
+    def evaluate(self, ctx: Context, x: Cut) -> Protocol:
+        """Shares of the exponentials of a window, with `EXP_FRAC` fractional bits."""
+        if isinstance(self.exp, Broad):
+            return broad_exponentials(ctx, x, self.exp)
+        return apply(ctx, self.exp, x, EXP_FRAC)
+
+    def evaluate_cost(self, count: int) -> Cost:
+        """Cost of `evaluate` for that many elements."""
+        if isinstance(self.exp, Broad):
+            return broad_exponentials_cost(count, self.exp)
+        return apply_cost(self.exp, count)
 
 
 PAIRS, HISTOGRAM = "pairs", "histogram"
@@ -99,24 +113,26 @@ more than 16 entries. With `to-server` nothing is dealt to the client for expone
 
 _REACHES = range(6, 10)
 
-SLOTS = {
-    f"slots-{bits}": Shift(
-        partial(top_slot, bits=bits),
-        partial(top_slot_cost, bits=bits),
-        STEP + 1,
-        _from_server(5, 6),
-        6,
-        _TO_SERVER[PAIRS],
-    )
-    for bits in _REACHES
-}
+
+def _slots(bits: int, exp: Function | Broad) -> Shift:
+    find, cost = partial(top_slot, bits=bits), partial(top_slot_cost, bits=bits)
+    return Shift(find, cost, STEP + 1, exp, 6, _TO_SERVER[PAIRS])
+
+
+SLOTS = {f"slots-{bits}": _slots(bits, _from_server(5, 6)) for bits in _REACHES}
 """Further ones, for rows whose valid entries differ by at most 2**bits - 4: fewer rounds than a
 histogram, and nothing is dealt to the client."""
 
+BROAD = {f"broad-{bits}": _slots(bits, Broad(bits, 5, EXP_FRAC)) for bits in _REACHES}
+"""The same with exponentials that take one round instead of two, and fewer bytes."""
+
+
+_ALL = SHIFTS | SLOTS | BROAD
+
 
 def shift_called(name: str) -> Shift:
-    """The shift of a name in `SHIFTS` or `SLOTS`. Raises KeyError for any other."""
-    return SLOTS[name] if name in SLOTS else SHIFTS[name]
+    """The shift of a name in `SHIFTS`, `SLOTS` or `BROAD`. Raises KeyError for any other."""
+    return _ALL[name]
 
 
 def reach_of_rows(spread: float) -> int:
@@ -129,6 +145,11 @@ def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
     """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
     names = (*_TO_SERVER, f"slots-{reach}") if reach else _TO_SERVER
     return ({"shift": name} for name in names)
+
+
+def far_shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
+    """For `Op.far_variants` of the same op."""
+    return ({"shift": f"broad-{bits}"} for bits in ([reach] if reach else []))
 
 
 def shift_supplies(shift: str) -> Iterator[dict[str, str]]:
@@ -149,12 +170,14 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
     In: Shared [R, L], L <= 4096, whose valid entries differ by at most 3.2e4 within a row; `valid`,
     public bool [R, L] with at least one True per row. Out: [R, L], zero where `valid` is False.
     Scores have at most 48 fractional bits. Error 4e-5 of the row's largest entry. An entry may be
-    zero for x <= c - 12.75, and is zero for x <= c - 13.75 (`to-server`, slots: 15 and 26). shift:
-    how c is found, one of `SHIFTS` or `SLOTS`, of which the latter need rows that spread less; d is
-    2 for pairs and 4 for others. Rounds 2 more than that. Scores are taken modulo 2**32 with 16
-    fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what it sees
-    in `peak`, `crest` or `top_slot`, and in `saturate.apply`. How c is rounded depends on the
-    parties' own shares; a quotient of two exponentials depends on it only where one is cut to zero.
+    zero for x <= c - 12.75, and is zero for x <= c - 13.75 (`to-server`, slots: 15 and 26; broad:
+    11.7, and at random further down, with the right expectation). shift: how c is found, one of
+    `SHIFTS`, `SLOTS` or `BROAD`, of which the latter two need rows that spread less; d is 2 for
+    pairs and 4 for others. Rounds 2 more than that, for `BROAD` 1. Scores are taken modulo 2**32
+    with 16 fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what
+    it sees in `peak`, `crest` or `top_slot`, and in `saturate.apply` or `broad_exponentials`. How c
+    is rounded depends on the parties' own shares; a quotient of two exponentials depends on it only
+    where one is cut to zero.
     With exact rounding that is at x <= c - 27 and beyond, and c is always found by pairs, as there
     is no finer table for a wider range.
 
@@ -179,7 +202,7 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
         else:
             shifted = narrow.reshape(-1)[places] - top[rows]
     window = Cut(shifted, drop, drop) if whole else Cut(shifted)
-    powers = yield from apply(ctx, chosen.exp, window, EXP_FRAC)
+    powers = yield from chosen.evaluate(ctx, window)
     if share.is_meta:
         return torch.empty(scores.shape, dtype=torch.int64, device="meta")
     result = torch.zeros(scores.shape, dtype=torch.int64, device=share.device)
@@ -190,4 +213,4 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
 def exponentials_cost(valid: torch.Tensor, shift: str) -> Cost:
     """Cost of `exponentials` for rows with these valid entries."""
     chosen = shift_called(shift)
-    return chosen.cost(valid) + apply_cost(chosen.exp, int(valid.sum()))
+    return chosen.cost(valid) + chosen.evaluate_cost(int(valid.sum()))

@@ -22,7 +22,8 @@ from mergec.runtime.correlations.counters import Counters, Tally
 from mergec.runtime.correlations.dpf import Generator
 from mergec.runtime.kernels import bitsliced, matmul
 from mergec.runtime.kernels.backends import KERNELS, Kernel
-from mergec.runtime.protocols import interval, octave, peak, slots
+from mergec.runtime.protocols import interval, octave, peak, slots, wide
+from mergec.runtime.protocols.broad import Broad
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
 from mergec.runtime.protocols.normalize import _word_counts
 from mergec.runtime.protocols.octave import Octaves
@@ -484,6 +485,50 @@ def _(full: bool) -> Iterator[Arguments]:
             for count in (31, 0):
                 rows = below(3, count)
                 yield words(count, size, dtype=dtype), words(count), rows, (3, width)
+
+
+BROAD = [Broad(reach, top, frac) for reach, top, frac in ((3, 1, 10), (6, 5, 17), (9, 5, 30))]
+
+
+@cases("broad.corrected")
+def _(full: bool) -> Iterator[Arguments]:
+    for table in BROAD:
+        for count in (31, 0):
+            shape = count, table.dealt_bytes // 4
+            yield words(*shape, dtype=torch.int32), words(count, dtype=torch.int32), table
+
+
+@cases("broad.values")
+def _(full: bool) -> Iterator[Arguments]:
+    for table in BROAD:
+        for count in (301, 0):
+            dealt = words(count, table.dealt_bytes // 4, dtype=torch.int32)
+            yield dealt, words(count, dtype=torch.int32), table, words(count)
+
+
+def _wide_shifts() -> Iterator[np.ndarray]:
+    yield from map(np.array, ([3, 5, 7], [10, 10, 12, 30], [1], [62, 62], [16, 16, 20, 20, 33, 62]))
+
+
+@cases("wide.words")
+def _(full: bool) -> Iterator[Arguments]:
+    for shifts in _wide_shifts():
+        for rows in (3, 0):
+            shape = rows, len(shifts)
+            yield words(rows, 7), below(1 << 42, *shape), below(2, *shape), shifts
+
+
+@cases("wide.scaled")
+def _(full: bool) -> Iterator[Arguments]:
+    for shifts in _wide_shifts():
+        columns = len(shifts)
+        for rows, client in ((3, True), (3, False), (0, True)):
+            shape = rows, columns
+            yield (
+                words(rows, 7), below(1 << 43, *shape) - (1 << 42), below(2, *shape) << 40,
+                words(rows, 2, columns, 2), words(rows, 7, wide._words_of(shifts), 2), shifts,
+                client,
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ comparison

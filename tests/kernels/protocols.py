@@ -41,8 +41,8 @@ def _apply(function: Function) -> Build:
     return lambda ctx, x: apply(ctx, function, function_input(ctx, Shared(x, 16)), 16)
 
 
-def _exponentials(ctx: Context, share: torch.Tensor) -> Protocol:
-    return (yield from exponentials(ctx, Shared(share, 16), _valid(*share.shape), "slots-6"))
+def _exponentials(shift: str) -> Build:
+    return lambda ctx, x: exponentials(ctx, Shared(x, 16), _valid(*x.shape), shift)
 
 
 def _rectified(ctx: Context, share: torch.Tensor) -> Protocol:
@@ -69,7 +69,8 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
     "best": (_best, (1, 7), torch.int32),
     "maximum": (lambda ctx, x: maximum(ctx, x, _valid(2, 5)), (2, 5), torch.int32),
     "peak": (lambda ctx, x: peak(ctx, x, _valid(2, 5), 4), (2, 5), torch.int32),
-    "exponentials": (_exponentials, (2, 5), torch.int64),
+    "exponentials": (_exponentials("slots-6"), (2, 5), torch.int64),
+    "broad exponentials": (_exponentials("broad-7"), (2, 5), torch.int64),
     "slots": (lambda ctx, x: top_slot(ctx, x, _valid(2, 9), 6), (2, 9), torch.int32),
     "slots of long rows": (
         lambda ctx, x: top_slot(ctx, x, _valid(2, 300), 7),

@@ -22,13 +22,13 @@ from mergec.runtime.core.spec import (
     Cost,
     Vis,
 )
-from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, encode
+from mergec.runtime.core.values import Held, Masked, Sent, Shared, Weight, Wide, encode
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
 from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.protocols.shared_weights import open_constant, tell_constant_seed
 from mergec.runtime.protocols.weights import send, share_weight
-from tests.protocols.harness import uniform_bytes
+from tests.protocols.harness import uniform_bytes, wide_value
 
 load_all()
 FIXED = 16
@@ -132,7 +132,7 @@ def _is_real(value: Any) -> bool:
 
 
 RESULT_TYPES = {
-    "share": Shared,
+    "share": (Shared, Wide),
     "masked": Masked,
     "sent": Sent,
     "cache": (Masked, Sent),
@@ -331,6 +331,8 @@ def _value(simulation: Simulation, results: list[Any]) -> torch.Tensor:
     client, server, dealer = results
     if isinstance(client, Shared):
         return simulation.reveal(results)
+    if isinstance(client, Wide):
+        return wide_value(client, server) * 2.0**-client.frac
     if isinstance(client, Held):
         assert server.value.is_meta
         assert dealer.value.is_meta

@@ -28,18 +28,22 @@ from mergec.runtime.ops.log import OCTAVES as LOG
 from mergec.runtime.ops.reciprocal import SPEC as RECIPROCAL
 from mergec.runtime.ops.rsqrt import SPEC as RSQRT
 from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
+from mergec.runtime.protocols.broad import Broad, broad_exponentials
 from mergec.runtime.protocols.compare import less_than, maximum, open_window, take_window
-from mergec.runtime.protocols.deferred import Deferred, deferred_norm
+from mergec.runtime.protocols.deferred import Deferred, deferred_norm, deferred_norm_wide
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
+from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import peak
 from mergec.runtime.protocols.rectify import rectify
+from mergec.runtime.protocols.rows import EXP_FRAC
 from mergec.runtime.protocols.saturate import Function, apply, function_input
 from mergec.runtime.protocols.slots import top_slot
 from mergec.runtime.protocols.squares import truncated_square
 from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import linear, send, share_weight
+from mergec.runtime.protocols.wide import narrow
 from tests.protocols.harness import integers, run, words
 
 TARGET = Path(__file__).resolve().parent.parent.parent / "docs" / "evidence.md"
@@ -290,6 +294,27 @@ def softmaxes(length: int) -> Callable[[int], Outcome]:
     return attempt
 
 
+def broad(reach: int) -> Callable[[int], Outcome]:
+    """A unit and what both factors' roundings make of the value."""
+
+    def attempt(count: int) -> Outcome:
+        outcome, table = Outcome(), Broad(reach, 5, EXP_FRAC)
+        end = table.top << FRACTIONAL_BITS
+        for size, seed in pieces(count, 1 << 14):
+            near = words(size // 2, end - 20 * 2**16, end + 1, seed)
+            x = torch.cat([near, words(size - size // 2, table.start, end + 1, seed)])
+            x[:4] = torch.tensor([table.start, end, 0, -1])[:size]
+            simulation = Simulation()
+            cuts = [Cut(s.share.to(torch.int32)) for s in integers(simulation, x)]
+            found, _ = run(simulation, lambda ctx, p, c=cuts: broad_exponentials(ctx, c[p], table))
+            exact = (x.double() * UNIT).exp()
+            unit = 2.0**-EXP_FRAC
+            outcome.add(found.double() * unit - exact, unit + exact * 2.0**-22)
+        return outcome
+
+    return attempt
+
+
 def norms(eps: float, bound: float, spread: float, peak_value: float) -> Callable[[int], Outcome]:
     def attempt(count: int) -> Outcome:
         outcome, width, frac = Outcome(), 576, 32
@@ -316,9 +341,12 @@ def norms(eps: float, bound: float, spread: float, peak_value: float) -> Callabl
 
 
 def deferred_norms(
-    bound: float, spread: float, peak_value: float, kept: int
+    bound: float, spread: float, peak_value: float, kept: int, wide: bool = False
 ) -> Callable[[int], Outcome]:
-    """Of each row 64 results count. Rows are rounded to `kept` of their 32 fractional bits."""
+    """Of each row 64 results count. Rows are rounded to `kept` of their 32 fractional bits.
+
+    wide: results are shares modulo 2**128, truncated to 16 fractional bits.
+    """
 
     def attempt(count: int) -> Outcome:
         outcome, width, frac, results, weight_frac = Outcome(), 576, 32, 64, 16
@@ -336,17 +364,21 @@ def deferred_norms(
             def protocol(ctx: Any, p: int, shares: Any = shares, matrix: Any = matrix) -> Any:
                 held = matrix if p == SERVER else matrix.to("meta")
                 weight = yield from share_weight(ctx, "w", held, weight_frac)
-                return (yield from deferred_norm(ctx, shares[p].share, weight, spec))
+                if not wide:
+                    return (yield from deferred_norm(ctx, shares[p].share, weight, spec))
+                result = yield from deferred_norm_wide(ctx, shares[p].share, weight, spec)
+                return narrow(ctx, result, result.frac - FRACTIONAL_BITS)
 
             found, _ = run(simulation, protocol)
+            frac_out = FRACTIONAL_BITS if wide else SCALED_FRAC + spec.finer
             real = matrix.double() * 2.0**-weight_frac
             scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5)
             exact = (rows @ real.T) * scale
             # Two units, 2**-14 of the mantissa, and a unit of each entry of the row.
             moved = 2.0**-kept * real.abs().sum(-1) * scale
             outcome.add(
-                found.double() * 2.0 ** -(SCALED_FRAC + spec.finer) - exact,
-                2 * UNIT + 2**-14 * exact.abs() + moved,
+                found.double() * 2.0**-frac_out - exact,
+                (3 if wide else 2) * UNIT + 2**-14 * exact.abs() + moved,
             )
         return outcome
 
@@ -473,6 +505,8 @@ CHECKS = [
         near_maxima(partial(top_slot, bits=9), 255, 253, 4),
     ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
+    Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),
+    Check("the same, spread 512", "all of it", "2^-17 + 2^-22 y", broad(9)),
     Check("softmax, rows of 256", "scores from -1e4 to 1e4", "1e-4", softmaxes(256)),
     Check("softmax, rows of 4,096", "the same", "1e-4", softmaxes(4096)),
     Check("norm, rows of 576", "unit size", "2^-15 + 2^-14 y", norms(1e-5, 2.0**4, 1.0, 0.0)),
@@ -494,6 +528,12 @@ CHECKS = [
         "spread 30",
         "2^-15 + 2^-14 y, and the row's",
         deferred_norms(2.0**24, 30.0, 25_000.0, 24),
+    ),
+    Check(
+        "the same, truncated without a message",
+        "spread 30",
+        "3 2^-16 + 2^-14 y, and the row's",
+        deferred_norms(2.0**24, 30.0, 25_000.0, 24, wide=True),
     ),
     Check("SiLU", _TAILS, "5e-5", scalar("silu")),
     Check("GELU", _TAILS, "5e-5", scalar("gelu")),

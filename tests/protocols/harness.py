@@ -9,8 +9,9 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import Shared
+from mergec.runtime.core.values import Shared, Wide
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.wide import sum_wide
 
 
 def integers(simulation: Simulation, values: torch.Tensor) -> list[Shared]:
@@ -35,6 +36,13 @@ def run_list(
     simulation.cost = Cost()
     client, server, _ = simulation.run(build)
     return [a + b for a, b in zip(client, server, strict=True)], simulation.cost
+
+
+def wide_value(client: Wide, server: Wide) -> torch.Tensor:
+    """What shares modulo 2**128 stand for, in their units, as float64."""
+    total = sum_wide((client.low, client.high), (server.low, server.high), client.frac)
+    low = (total.low >> 1).double() * 2 + (total.low & 1)
+    return total.high.double() * 2.0**64 + low + 2.0**64 * (total.low < 0)
 
 
 def uniform_bytes(payloads: Sequence[torch.Tensor]) -> float:

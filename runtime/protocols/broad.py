@@ -1,0 +1,322 @@
+"""Exponentials in one round: a table of a few broad windows, in a ring that is wide enough.
+
+With z = x + r open, exp(x) = exp(x0) exp(y): what x0 is for each value of the upper bits of z the
+dealer knows, and y, the lower bits, is public (`pieces`). There the product of two rounded numbers
+fills a word of 64 bits, so it takes a second opening to truncate it, and windows reach so little
+that what lies below the table has to be compared away. Here the dealt words have as many bits as it
+takes. Shares of exp(x0) modulo 2**(64 + d), times exp(y), are shares of the value with d bits more
+than asked for. Each party drops these from its own share, and what is left are shares modulo 2**64
+(`truncate`, into a smaller ring), without a message. And a word with a few hundred bits holds an
+exponential of any size, so four windows cover all that a row can spread, and nothing is compared.
+
+exp(y) is a mantissa times a power of two, and public, so a party multiplies its word by few bits
+and reads 64 bits of the product. Sources: one-time truth tables (Ishai et al., TCC 2013); that
+dropping bits of shares truncates them in a smaller ring, see docs/protocols.md.
+"""
+
+from __future__ import annotations
+
+import decimal
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
+from mergec.runtime.kernels.backends import Kernel
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.protocols.opening import Cut
+
+_WINDOWS = 4
+
+_HALF_BITS = 32
+"""Words are worked on in halves, so that products with a mantissa fit into 64 bits."""
+
+_FACTOR_FRAC = 30
+_MANTISSA_FRAC = 23
+"""A mantissa has three bits before the point at most."""
+
+_GUARD_BITS = 26
+"""Rounding exp(x0) costs at most 2**-27, whatever exp(y) is."""
+
+_DIGIT_BITS = 8
+_TOGETHER = 1 << 12
+"""Elements whose tables exist at once; what is dealt does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Broad:
+    """exp(x) for 2**16 x in [start, start + 3 * 2**step_bits], with `frac` fractional bits.
+
+    reach: with n for it, the range is that of x in [top - 1.5 * 2**n, top]. top: an integer. frac:
+    fractional bits of the result. Raises ValueError if a word would have to begin above its table.
+    """
+
+    reach: int
+    top: int
+    frac: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.frac < _GUARD_BITS + _MANTISSA_FRAC or self.reach < 3:
+            raise ValueError(f"no exponential has {self.frac} bits on windows of 2**{self.reach}")
+
+    @property
+    def step_bits(self) -> int:
+        """A window has 2**step_bits units, and a unit is 2**-16."""
+        return FRACTIONAL_BITS + self.reach - 1
+
+    @property
+    def start(self) -> int:
+        """Left end of the range in units."""
+        return (self.top << FRACTIONAL_BITS) - ((_WINDOWS - 1) << self.step_bits)
+
+    @property
+    def word_frac(self) -> int:
+        """Fractional bits of a dealt word."""
+        return _GUARD_BITS + math.ceil((1 << (self.reach - 1)) / math.log(2))
+
+    @property
+    def drop(self) -> int:
+        """Bits that each party drops from its share of a product."""
+        return self.word_frac + _MANTISSA_FRAC - self.frac
+
+    @property
+    def halves(self) -> int:
+        """32-bit halves of a dealt word; an even number."""
+        return 2 * -(-(RING_BITS + self.drop) // RING_BITS)
+
+    @property
+    def dealt_bytes(self) -> int:
+        """Bytes that the dealer sends to the server for one element."""
+        return _WINDOWS * self.halves * _HALF_BITS // 8
+
+    @cached_property
+    def first(self) -> int:
+        """The integer that the table of powers begins with: below all places of windows."""
+        return (self.start - (1 << self.step_bits)) >> FRACTIONAL_BITS
+
+
+def broad_exponentials(ctx: Context, x: Cut, table: Broad) -> Protocol:
+    """Shares modulo 2**64 of exp(x) with `table.frac` fractional bits, [n].
+
+    In: a window of x with 16 fractional bits, within the range of `table`. Error less than a unit
+    of the last place, and 2**-23 of the value; a value far below a unit is 0 or one unit, at random
+    with the right expectation. Outside of the range the result is another number.
+
+    Rounds 1. Online 8 bytes per element; offline `table.dealt_bytes`, to the server alone. Each
+    party sees z = x + r modulo 2**32, which is uniform because r is fresh and uniform there. The
+    client is dealt nothing. What the server is sent are words minus words of the client's stream,
+    modulo 2**(32 * `table.halves`): these are fresh, uniform and unknown to it, so what it sees is
+    uniform, whatever r is. Both read the entry that z names, and drop bits of their own shares. The
+    sum of two shares cut so is the value rounded down or one less, by the carry out of the bits
+    that both dropped, and one unit is added; so roundings are fixed by bits of which each party
+    knows its own (`rounding="public"`).
+    """
+    mask = x.mask(ctx)
+    opened = yield from x.open(ctx, mask)
+    narrow = x.narrow(mask)
+    out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
+    for first in range(0, opened.numel(), _TOGETHER):
+        piece = slice(first, first + _TOGETHER)
+        _evaluate(ctx, opened[piece], narrow[piece], table, out[piece])
+    return out
+
+
+def broad_exponentials_cost(count: int, table: Broad) -> Cost:
+    """Cost of `broad_exponentials` for `count` elements."""
+    return Cost(1, 8 * count, table.dealt_bytes * count)
+
+
+def _evaluate(
+    ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Broad, out: torch.Tensor
+) -> None:
+    def correct(share: torch.Tensor) -> torch.Tensor:
+        _CORRECTED(share.view(torch.int32), mask, table)
+        return share
+
+    dealt = ctx.deal_corrected((opened.numel(), table.dealt_bytes), correct)
+    if dealt is None or opened.is_meta:
+        return
+    _VALUES(dealt.view(torch.int32), opened, table, out)
+    out += ctx.public(torch.ones_like(out))
+
+
+@cache
+def _powers(table: Broad, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """exp of integers from `first` on, as mantissas in [1, 2) and exponents; of both lower digits.
+
+    Mantissas and digits have 30 fractional bits. Decimal arithmetic rounds alike on all machines,
+    and both parties must come to the same words.
+    """
+    last = max(1 << (table.reach - 1), table.top) + 1
+    with decimal.localcontext(prec=60):
+        one, unit = decimal.Decimal(2), decimal.Decimal(2) ** -FRACTIONAL_BITS
+        log = one.ln()
+        exponents = [math.floor(k / log) for k in range(table.first, last)]
+        wholes = [
+            _integer((k - e * log).exp())
+            for k, e in zip(range(table.first, last), exponents, strict=True)
+        ]
+        size = 1 << _DIGIT_BITS
+        upper = [_integer((unit * i * size).exp()) for i in range(size)]
+        lower = [_integer((unit * i).exp()) for i in range(size)]
+    found = (torch.tensor(values) for values in (wholes, exponents, upper, lower))
+    return tuple(to_device(values, device, "public") for values in found)
+
+
+def _integer(value: decimal.Decimal) -> int:
+    return int((value * 2**_FACTOR_FRAC).to_integral_value())
+
+
+def _corrected_host(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> None:
+    """Turn the client's share of tables, int32 halves [n, 4 h], into the server's.
+
+    mask: r, int32 [n].
+    """
+    tables = (each.numpy() for each in _powers(table, share.device))
+    _deal_cpu(
+        mask.numpy(), *tables, table.first, table.start, table.step_bits, table.word_frac,
+        share.numpy().view("uint32").reshape(-1, _WINDOWS, table.halves),
+    )  # fmt: skip
+
+
+def _corrected_tensors(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> None:
+    words = share.view(-1, _WINDOWS, table.halves)
+    entry = torch.arange(_WINDOWS, device=share.device)
+    ones = (1 << table.step_bits) - 1
+    r = mask.long()[:, None]
+    window = (entry - (r >> table.step_bits)) & (_WINDOWS - 1)
+    mantissa, exponent = _power_tensors(
+        table.start + (window << table.step_bits) - (r & ones), table
+    )
+    shift = table.word_frac - _MANTISSA_FRAC + exponent
+    # A word that is shifted down is rounded; one far below a unit is zero.
+    down = (-shift).clamp(0, RING_BITS - 2)
+    mantissa = (mantissa + ((1 << down) >> 1)) >> down
+    shift = shift.clamp(min=0)
+    place, off = shift >> 5, shift & (_HALF_BITS - 1)
+    wide = mantissa << off
+    parts = wide & _ONES, (wide >> _HALF_BITS) & _ONES
+    borrow = torch.zeros_like(wide)
+    for half in range(table.halves):
+        own = torch.where(place == half, parts[0], torch.where(place + 1 == half, parts[1], 0))
+        left = own - (words[..., half].long() & _ONES) - borrow
+        words[..., half] = left.to(torch.int32)
+        borrow = (left < 0).long()
+
+
+def _values_host(
+    dealt: torch.Tensor, opened: torch.Tensor, table: Broad, out: torch.Tensor
+) -> None:
+    """Write a party's shares, rounded down, to out [n], from its tables, int32 halves [n, 4 h]."""
+    tables = (each.numpy() for each in _powers(table, dealt.device))
+    _read_cpu(
+        dealt.numpy().view("uint32").reshape(-1, _WINDOWS, table.halves), opened.numpy(), *tables,
+        table.first, table.start, table.step_bits, table.drop, out.numpy(),
+    )  # fmt: skip
+
+
+def _values_tensors(
+    dealt: torch.Tensor, opened: torch.Tensor, table: Broad, out: torch.Tensor
+) -> None:
+    point = opened.long() - table.start
+    entry = (point >> table.step_bits) & (_WINDOWS - 1)
+    mantissa, exponent = _power_tensors(point & ((1 << table.step_bits) - 1), table)
+    words = dealt.view(-1, _WINDOWS, table.halves)
+    words = words.gather(1, entry[:, None, None].expand(-1, 1, table.halves))[:, 0].long() & _ONES
+    products, carry = [], torch.zeros_like(mantissa)
+    for half in range(table.halves):
+        product = words[:, half] * mantissa + carry
+        products.append(product & _ONES)
+        carry = product >> _HALF_BITS
+    wide = torch.stack([*products, torch.zeros_like(carry)], -1)
+    place = table.drop - exponent
+    begin, off = place >> 5, place & (_HALF_BITS - 1)
+    low, middle, high = (wide.gather(1, (begin + k)[:, None])[:, 0] for k in range(3))
+    found = (low >> off) | (middle << (_HALF_BITS - off))
+    out.copy_(found | torch.where(off > 0, high << (RING_BITS - off).clamp(max=63), 0))
+
+
+def _power_tensors(units: torch.Tensor, table: Broad) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp of numbers of units, as mantissas with 23 fractional bits and exponents."""
+    wholes, exponents, upper, lower = _powers(table, units.device)
+    whole, digit = (units >> FRACTIONAL_BITS) - table.first, (1 << _DIGIT_BITS) - 1
+    found = (wholes[whole] * upper[(units >> _DIGIT_BITS) & digit]) >> _FACTOR_FRAC
+    found = (found * lower[units & digit]) >> _FACTOR_FRAC
+    drop = _FACTOR_FRAC - _MANTISSA_FRAC
+    return (found + (1 << (drop - 1))) >> drop, exponents[whole]
+
+
+_CORRECTED = Kernel("broad.corrected", _corrected_host, _corrected_tensors, triton=False)
+_VALUES = Kernel("broad.values", _values_host, _values_tensors, triton=False)
+_ONES = (1 << _HALF_BITS) - 1
+
+
+@compiled(inline="always")
+def _power(units, wholes, exponents, upper, lower, first):  # type: ignore[no-untyped-def]
+    whole = (units >> FRACTIONAL_BITS) - first
+    found = (wholes[whole] * upper[(units >> _DIGIT_BITS) & 255]) >> _FACTOR_FRAC
+    found = (found * lower[units & 255]) >> _FACTOR_FRAC
+    drop = _FACTOR_FRAC - _MANTISSA_FRAC
+    return (found + (1 << (drop - 1))) >> drop, exponents[whole]
+
+
+@compiled()
+def _deal_cpu(mask, wholes, exponents, upper, lower, first, start, step_bits, frac, share):  # type: ignore[no-untyped-def]
+    ones = (np.int64(1) << step_bits) - 1
+    for i in range(mask.shape[0]):
+        r = np.int64(mask[i])
+        for entry in range(_WINDOWS):
+            window = (entry - (r >> step_bits)) & (_WINDOWS - 1)
+            units = start + (window << step_bits) - (r & ones)
+            mantissa, exponent = _power(units, wholes, exponents, upper, lower, first)
+            shift = frac - _MANTISSA_FRAC + exponent
+            if shift < 0:
+                # A word that is shifted down is rounded; one far below a unit is zero.
+                down = min(-shift, 62)
+                mantissa = (mantissa + ((np.int64(1) << down) >> 1)) >> down
+                shift = 0
+            place, wide = shift >> 5, np.uint64(mantissa) << np.uint64(shift & 31)
+            word, borrow = share[i, entry], np.int64(0)
+            for half in range(word.shape[0]):
+                own = np.int64(0)
+                if half == place:
+                    own = np.int64(wide & np.uint64(_ONES))
+                elif half == place + 1:
+                    own = np.int64(wide >> np.uint64(32))
+                left = own - np.int64(word[half]) - borrow
+                word[half] = np.uint32(left & _ONES)
+                borrow = np.int64(left < 0)
+
+
+@compiled()
+def _read_cpu(  # type: ignore[no-untyped-def]
+    dealt, opened, wholes, exponents, upper, lower, first, start, step_bits, drop, out
+):
+    ones = (np.int64(1) << step_bits) - 1
+    for i in range(opened.shape[0]):
+        point = np.int64(opened[i]) - start
+        word = dealt[i, (point >> step_bits) & (_WINDOWS - 1)]
+        mantissa, exponent = _power(point & ones, wholes, exponents, upper, lower, first)
+        place = drop - exponent
+        begin, off = place >> 5, np.uint64(place & 31)
+        low = middle = high = carry = np.uint64(0)
+        for half in range(min(begin + 3, word.shape[0])):
+            product = np.uint64(word[half]) * np.uint64(mantissa) + carry
+            carry = product >> np.uint64(32)
+            product &= np.uint64(_ONES)
+            if half == begin:
+                low = product
+            elif half == begin + 1:
+                middle = product
+            elif half == begin + 2:
+                high = product
+        found = (low >> off) | (middle << (np.uint64(32) - off))
+        if off > 0:
+            found |= high << (np.uint64(64) - off)
+        out[i] = np.int64(found)

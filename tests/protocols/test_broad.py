@@ -1,0 +1,156 @@
+"""Exponentials in one round: every place of the table, masks, ends, roundings, what is seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.values import decode
+from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols.broad import (
+    Broad,
+    broad_exponentials,
+    broad_exponentials_cost,
+)
+from mergec.runtime.protocols.opening import Cut
+from mergec.runtime.protocols.rows import BROAD, EXP_FRAC, exponentials, exponentials_cost, inverse
+from tests.protocols.harness import run, uniform_bytes, words
+
+UNIT = 2**16
+every_reach = pytest.mark.parametrize("reach", [6, 7, 8, 9])
+
+
+def _evaluate(x: torch.Tensor, table: Broad) -> tuple[torch.Tensor, Simulation]:
+    """The results for words of 32 bits, as integers."""
+    simulation = Simulation()
+    shares = [s.share.to(torch.int32) for s in simulation.share(x, 0)]
+    found, cost = run(simulation, lambda ctx, p: broad_exponentials(ctx, Cut(shares[p]), table))
+    assert cost == broad_exponentials_cost(len(x), table) and cost.rounds == 1
+    assert simulation.to_client.total == 0
+    return found, simulation
+
+
+def _check(x: torch.Tensor, table: Broad) -> torch.Tensor:
+    """Less than a unit off, but for the rounding of both factors; returns errors in units."""
+    found, _ = _evaluate(x, table)
+    exact = (x.double() / UNIT).exp() * 2.0**table.frac
+    error = found.double() - exact
+    assert bool((error.abs() <= 1 + exact * 2.0**-22).all())
+    assert int(found.min()) >= 0
+    return error
+
+
+@every_reach
+def test_the_whole_range_and_its_ends(reach: int) -> None:
+    table = Broad(reach, 5, EXP_FRAC)
+    end = 5 * UNIT
+    assert end - table.start >= (2**reach + 5) * UNIT
+    ends = [table.start, table.start + 1, end, end - 1, 0, 1, -1, -UNIT]
+    x = torch.cat([torch.tensor(ends).repeat(50), words(20_000, table.start, end + 1)])
+    _check(x, table)
+    _check(torch.arange(-3 * UNIT, end + 1, 37), table)
+
+
+@every_reach
+def test_every_place_at_which_a_window_may_end(reach: int) -> None:
+    """Masks are fresh in each run, so one input meets all windows and places in them."""
+    table = Broad(reach, 5, EXP_FRAC)
+    for x in (4.99, 0.0, -11.0, -25.0):
+        _check(torch.full((4000,), round(x * UNIT)), table)
+
+
+def test_every_mask_of_a_small_table() -> None:
+    """All residues of the mask modulo the table, against every kind of input, in the clear."""
+    from mergec.runtime.protocols.broad import _CORRECTED, _VALUES
+
+    table = Broad(3, 1, 10)
+    period = 4 << table.step_bits
+    masks = torch.arange(0, period, 61).to(torch.int32)
+    for x in (table.start, -3 * UNIT, -1, 0, UNIT - 1, UNIT):
+        opened = (masks.long() + x).to(torch.int32)
+        share = words(len(masks) * 4 * table.halves, -(2**31), 2**31, seed=x).to(torch.int32)
+        share = share.reshape(len(masks), -1)
+        own, total = share.clone(), torch.zeros(len(masks), dtype=torch.int64)
+        _CORRECTED(own, masks, table)
+        for part in (share, own):
+            out = torch.empty_like(total)
+            _VALUES(part, opened, table, out)
+            total += out
+        exact = torch.tensor(x / UNIT).double().exp() * 2.0**table.frac
+        assert bool(((total + 1 - exact).abs() <= 1 + exact * 2.0**-22).all())
+
+
+@every_reach
+def test_roundings_have_the_right_expectation(reach: int) -> None:
+    """Also of entries that are less than a unit: in a long row their sum counts."""
+    table = Broad(reach, 5, EXP_FRAC)
+    for x in (1.3, -10.1, -12.0, -13.5):
+        errors = _check(torch.full((40_000,), round(x * UNIT)), table)
+        assert abs(float(errors.mean())) < 5 * 0.5 / 200 + 2.0**-5 * (x > 1)
+
+
+@every_reach
+def test_far_below_a_unit_all_is_zero(reach: int) -> None:
+    table = Broad(reach, 5, EXP_FRAC)
+    found, _ = _evaluate(words(20_000, table.start, -36 * UNIT), table)
+    assert int(found.abs().max()) <= 1
+    assert int((found != 0).sum()) <= 1
+
+
+@pytest.mark.parametrize("value", [0, -8 * UNIT, 400 * UNIT])
+def test_what_is_seen_is_uniform_and_of_one_shape(value: int) -> None:
+    """Also for a number outside of the range."""
+    table, count = Broad(7, 5, EXP_FRAC), 2000
+    simulation = Simulation(record=True)
+    shares = [s.share.to(torch.int32) for s in simulation.share(torch.full((count,), value), 0)]
+    sent, kept = simulation.to_server, []
+    write = sent.write
+    sent.write = lambda data: (kept.append(data.clone()), write(data))[1]  # type: ignore[method-assign]
+    simulation.run(lambda ctx, p: broad_exponentials(ctx, Cut(shares[p]), table))
+    first, second = simulation.transcript
+    assert first.dtype is torch.int32 and first.shape == (count,)
+    for opened in (first, second, first + second, *kept):
+        assert abs(uniform_bytes([opened])) < 6.5
+    assert [len(data) for data in kept] == [count * table.dealt_bytes]
+
+
+@pytest.mark.parametrize("shift", BROAD)
+@pytest.mark.parametrize("frac", [16, 32, 48])
+def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
+    bits = int(shift.removeprefix("broad-"))
+    generator = torch.Generator().manual_seed(4)
+    x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
+    x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
+    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
+    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
+    simulation = Simulation()
+    views = simulation.share(x, frac)
+    valid = torch.ones(x.shape, dtype=torch.bool)
+    found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
+    assert cost == exponentials_cost(valid, shift) and cost.rounds == 3
+    assert simulation.to_client.total == 0
+    found = decode(found, EXP_FRAC)
+    most, place = x.max(1, keepdim=True)
+    largest = found.gather(1, place)
+    assert (found / largest - (x - most).exp()).abs().max() < 8e-5
+    assert float(largest.min()) >= 1 - 4e-5 and float(largest.max()) < 2.0 ** BROAD[shift].top_bits
+    spec = inverse(50, shift)
+    sums = found.sum(1) * 2**EXP_FRAC
+    assert float(sums.min()) >= 2**spec.low and float(sums.max()) < 2 ** (spec.high + 1)
+
+
+@pytest.mark.parametrize("count", [0, 7, 5000])
+def test_shapes_alone_take_the_same_bytes(count: int) -> None:
+    context, table = ShapeContext(), Broad(8, 5, EXP_FRAC)
+    share = torch.empty(count, dtype=torch.int32, device="meta")
+    rounds = list(broad_exponentials(context, Cut(share), table))
+    cost = broad_exponentials_cost(count, table)
+    assert len(rounds) == cost.rounds
+    assert context.dealt == {"client": 0, "server": cost.offline}
+
+
+def test_a_table_without_room_raises() -> None:
+    for reach, frac in ((2, 17), (6, 0), (6, 60)):
+        with pytest.raises(ValueError, match="no exponential has"):
+            Broad(reach, 5, frac)
