@@ -12,6 +12,7 @@ ATTACK_ARGS ?=
 ADAPTATION_ARGS ?=
 MUTANT_ARGS ?=
 SPECULATION_ARGS ?=
+MERGE_ARGS ?=
 PEER_ARGS ?=
 SPU_PYTHON ?= python3.11
 BASE ?=
@@ -30,7 +31,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Every role is a process, which would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help adaptation demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers costs prompts gpu-check install clean
+.PHONY: help adaptation demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers merge-tables costs prompts gpu-check install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -134,6 +135,9 @@ bench-wan: $(READY) ## a decode step on emulated networks, predicted and measure
 
 bench-small: $(READY) ## decoders of two layers by stock protocols and ours; writes docs/side-by-side.md
 	$(PYTHON) benchmarks/bench.py --small $(BENCH_ARGS)
+
+merge-tables: $(READY) ## the tables of MERGE's paper beside ours, in 40 minutes; writes docs/merge.md; MERGE_ARGS=--resume
+	$(PYTHON) benchmarks/merge.py $(MERGE_ARGS)
 
 prompts: $(READY) ## public text, turns of a chat, pieces and dealing ahead, on SmolLM2; writes docs/prompts.md
 	PYTHONPATH=. $(PYTHON) benchmarks/prompts.py --output docs/prompts.md $(BENCH_ARGS)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,31 @@ class Step:
     """Inputs of one step by name, in the clear, and how often to run it; the median counts.
 
     phase: the part of the program to run, if it has parts. ahead: number of additional runs that
-    begin when all of the dealer's randomness is available.
+    begin when all of the dealer's randomness is available. whole: whether a program that resends
+    its hidden state then runs its last phase, too, which turns hidden states to logits.
     """
 
     inputs: dict[str, torch.Tensor]
     repeats: int = 1
     phase: str = PROMPT
     ahead: int = 0
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an instruction took of a step: processor seconds of both parties, and bytes."""
+
+    seconds: float = 0.0
+    online: float = 0
+    offline: float = 0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(
+            self.seconds + other.seconds,
+            self.online + other.online,
+            self.offline + other.offline,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,8 @@ class Taken:
 
     seconds: while the dealer works on the same cores. online_seconds: with the dealer's randomness
     available in advance, if that was run. offline_seconds: the dealer's processor time, if it runs
-    as a process of its own.
+    as a process of its own. value: what the client learns; None if nothing. shares: by instruction,
+    if that was asked for. processor_seconds: those of all roles together.
     """
 
     seconds: float
@@ -65,7 +84,9 @@ class Taken:
     online: int
     offline: int
     peak: int
-    value: torch.Tensor
+    value: torch.Tensor | None
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    processor_seconds: float = 0.0
 
 
 class RunError(Exception):
@@ -77,12 +98,16 @@ class RunError(Exception):
 
 
 def run(
-    programs: Mapping[str, RoleProgram], steps: Sequence[Step], mode: str, network: str = ""
+    programs: Mapping[str, RoleProgram],
+    steps: Sequence[Step],
+    mode: str,
+    network: str = "",
+    split: bool = False,
 ) -> list[Taken]:
     """Run the steps one after another in three connected processes.
 
-    network: profile to emulate on the links between the roles, if any (`network`). Raises RunError
-    if a step fails.
+    network: profile to emulate on the links between the roles, if any (`network`). split: whether
+    to note what each instruction takes. Raises RunError if a step fails.
     """
     with tempfile.TemporaryDirectory(prefix="mergec-bench-") as name:
         folder = Path(name)
@@ -97,8 +122,14 @@ def run(
             "folder": name,
             "mode": mode,
             "network": network,
+            "split": split,
             "steps": [
-                {"repeats": step.repeats, "phase": step.phase, "ahead": step.ahead}
+                {
+                    "repeats": step.repeats,
+                    "phase": step.phase,
+                    "ahead": step.ahead,
+                    "whole": step.whole,
+                }
                 for step in steps
             ],
         }
@@ -123,6 +154,7 @@ def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path)
     client, server = (events[ROLES[party]][index] for party in PARTIES)
     ahead = [party["online_seconds"] for party in (client, server)]
     dealt = events[ROLES[DEALER]]
+    value = folder / f"{index}.out"
     return Taken(
         seconds=max(client["seconds"], server["seconds"]),
         online_seconds=None if None in ahead else max(ahead),
@@ -131,8 +163,21 @@ def _taken(events: Mapping[str, list[dict[str, Any]]], index: int, folder: Path)
         online=client["online"],
         offline=client["offline"] + server["offline"],
         peak=max(client["peak"], server["peak"]),
-        value=load_file(folder / f"{index}.out")["value"],
+        value=load_file(value)["value"] if value.exists() else None,
+        shares=_shares(client.get("shares", {}), server.get("shares", {})),
+        processor_seconds=sum(
+            of[index]["processor_seconds"] for of in events.values() if index < len(of)
+        ),
     )
+
+
+def _shares(client: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, Share]:
+    """Both parties' work and dealt bytes; what is online both of them count."""
+    found = {}
+    for name in {**client, **server}:
+        own, other = (Share(*of.get(name, ())) for of in (client, server))
+        found[name] = Share(own.seconds + other.seconds, own.online, own.offline + other.offline)
+    return found
 
 
 def _write_inputs(folder: Path, name: str, step: Step, specs: Sequence[InputSpec]) -> None:

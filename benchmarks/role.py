@@ -14,8 +14,10 @@ import os
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
 from mergec.runtime.crypten import compat as crypten
+from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.plan import Planned
 from mergec.runtime.engine.stock import StockExecutor
 from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.bundle import load_bundle, role_path
@@ -49,13 +55,86 @@ def _nothing(*_: Any) -> None:
 class Running:
     """An executor, and actions after each step and at the end.
 
-    dealt: waits until that many unread bytes of the dealer's stream are available.
+    dealt: waits until that many unread bytes of the dealer's stream are available. shares: returns
+    what each instruction took since the last call, as `harness.Share` has it.
     """
 
     executor: Any
     finish: Callable[[], object] = _nothing
     leave: Callable[[], object] = _nothing
     dealt: Callable[[int], object] = _nothing
+    shares: Callable[[], Mapping[str, Sequence[float]]] = dict
+
+
+class TimedOp:
+    """A dialect op in a party's plan, whose protocol notes its processor time at this party."""
+
+    def __init__(self, op: type[Op], note: Callable[[float], object]) -> None:
+        self._op, self._note = op, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def protocol(self, *arguments: Any) -> Protocol:
+        running, reply = self._op.protocol(*arguments), None
+        while True:
+            began = time.thread_time()
+            try:
+                messages = running.send(reply)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self._note(time.thread_time() - began)
+            reply = yield messages
+
+
+class Watch:
+    """What each instruction of an executor takes, from its record and a clock around protocols."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        for planned in executor.plan.steps:
+            if planned.op is not None:
+                op: Any = TimedOp(planned.op, partial(self._add, planned.name))
+                planned.op = op
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] += seconds
+
+    def shares(self) -> dict[str, Sequence[float]]:
+        """Seconds, online bytes, and bytes from the dealer, by instruction, since the last call."""
+        counted = self._executor.record.by_instruction
+        found = {
+            name: (seconds, counted[name].online, counted[name].offline)
+            if name in counted
+            else (seconds, 0, 0)
+            for name, seconds in self._seconds.items()
+        }
+        self._seconds.clear()
+        return found
+
+
+class TimedStock(StockExecutor):
+    """Runs instructions one after another; notes the processor time and bytes of each."""
+
+    def __init__(self, program: RoleProgram, counted: Callable[[], Traffic]) -> None:
+        super().__init__(program)
+        self._counted = counted
+        self._shares: dict[str, Sequence[float]] = {}
+
+    def _run(self, planned: Planned, values: dict[str, Any]) -> Any:
+        before, began = self._counted().snapshot(), time.thread_time()
+        result = super()._run(planned, values)
+        taken = time.thread_time() - began
+        spent = self._counted() - before
+        self._shares[planned.name] = (taken, spent.online, spent.offline)
+        return result
+
+    def shares(self) -> dict[str, Sequence[float]]:
+        """Seconds, online bytes, and bytes from the dealer, by instruction, since the last call."""
+        found, self._shares = self._shares, {}
+        return found
 
 
 def executor_of(
@@ -133,10 +212,12 @@ def in_room(cache: Masked | Sent) -> Masked | Sent:
     return type(cache)(opened, mask, cache.frac, room)
 
 
-def one_step(executor: Any, phase: Phase, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A step up to the logits; a program that resends its hidden state also runs its last phase."""
+def one_step(
+    executor: Any, phase: Phase, inputs: dict[str, Any], whole: bool = True
+) -> dict[str, Any]:
+    """A step up to the logits; if `whole`, a program that resends also runs its last phase."""
     outputs: dict[str, Any] = executor.step(inputs, phase.outputs)
-    if executor.program.resends:
+    if whole and executor.program.resends and phase.name != FINISH:
         last = executor.program.phase(FINISH)
         hidden = outputs[phase.outputs[0]]
         outputs = executor.step({last.inputs[0].name: hidden}, last.outputs)
@@ -150,6 +231,8 @@ def main(job: dict[str, Any], role: str, descriptors: Sequence[int]) -> None:
         (stock if job["mode"] == "crypten" else stock_over_gloo)(job, program, channels)
         return
     running = executor_of(program, channels, job["network"])
+    if job["split"] and role != ROLES[DEALER]:
+        running = replace(running, shares=Watch(running.executor).shares)
     running.executor.setup()
     running.finish()
     counted = channels[peer_of(role)]
@@ -166,9 +249,10 @@ def stock(job: dict[str, Any], program: RoleProgram, channels: Mapping[int, Chan
         crypten.serve_third_party()
         return
     crypten.start_party()
-    executor = StockExecutor(program)
+    executor = TimedStock(program, lambda: communicator.traffic)
     executor.setup()
-    play(job, program, channels, Running(executor), lambda: communicator.traffic)
+    running = Running(executor, shares=executor.shares)
+    play(job, program, channels, running, lambda: communicator.traffic)
     if program.role == ROLES[CLIENT]:
         crypten.end_third_party()
 
@@ -223,6 +307,7 @@ def play(
         live: list[float] = []
         online: list[float] = []
         processor: list[float] = []
+        shares: list[Mapping[str, Sequence[float]]] = []
         offline = 0
         for repeat in range(step["repeats"] + step["ahead"]):
             ahead = repeat >= step["repeats"]
@@ -235,14 +320,17 @@ def play(
             before, dealt = counted().snapshot(), context.offline_bytes if context else 0
             began, busy = time.perf_counter(), time.process_time()
             with torch.inference_mode():
-                outputs = one_step(running.executor, phase, inputs)
+                outputs = one_step(running.executor, phase, inputs, step["whole"])
             running.finish()
             (online if ahead else live).append(time.perf_counter() - began)
             processor.append(time.process_time() - busy)
+            noted = running.shares()
+            if not ahead:
+                shares.append(noted)
             spent = counted() - before
             offline = context.offline_bytes - dealt if context else spent.offline
-        if role == ROLES[CLIENT]:
-            (known,) = [v for v in outputs.values() if isinstance(v, Held)]
+        known = next((v for v in outputs.values() if isinstance(v, Held)), None)
+        if role == ROLES[CLIENT] and known is not None:
             save_file({"value": known.value.contiguous()}, Path(job["folder"]) / f"{index}.out")
         say({
             "event": "step",
@@ -253,6 +341,7 @@ def play(
             "online": spent.online,
             "offline": offline,
             "peak": peak_bytes(),
+            "shares": shares[live.index(statistics.median_low(live))] if job["split"] else {},
         })  # fmt: skip
 
 
