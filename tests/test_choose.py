@@ -90,7 +90,7 @@ def test_inspection_tells_the_estimate() -> None:
 def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
     key = "chosen_otherwise_than_for_loopback"
     said = compiled("llama", reveal="token", network="wan")[1].inspect().facts[key]
-    assert said == "2 of mpc.attention, 1 of mpc.reveal_token"
+    assert said == "1 of mpc.reveal_token"
     assert key not in compiled("llama", reveal="token")[1].inspect().facts
     _, program = compiled("llama", reveal="token", network="wan")
     assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
@@ -136,10 +136,9 @@ def test_attention_takes_fewer_rounds_on_a_slow_network() -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_rows_that_spread_little_take_slots_on_every_network(network: str) -> None:
-    """With exponentials in one round where a message takes time."""
+    """With exponentials in one round."""
     _, program = compiled("llama", network=network)
-    name = "broad-" if NETWORKS[network].parties.latency else "slots-"
-    assert _shifts(program) and all(shift.startswith(name) for shift in _shifts(program))
+    assert _shifts(program) and all(shift.startswith("broad-") for shift in _shifts(program))
 
 
 def _wide(program: Program) -> list[bool]:

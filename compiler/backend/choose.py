@@ -44,7 +44,6 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
-    Where a message takes time, those of `Op.far_variants` are compared too.
     Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
     messages, so they count only if the step would otherwise wait for them. Of ops that need the
     same messages either way (`Op.supplies`), either all take keys, or each the dealt bytes that
@@ -216,8 +215,6 @@ def _choices(
         if op is None or bound is None or stated is None:
             continue
         options = list(stated(*bound.values()))
-        if kind is _variants and network.parties.latency:
-            options += op.far_variants(*bound.values())
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound

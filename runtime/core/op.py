@@ -283,14 +283,6 @@ class Op:
         return ()
 
     @classmethod
-    def far_variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
-        """Further ones, which are offered only on networks on which a message takes time.
-
-        They save rounds. Elsewhere programs stay as they are.
-        """
-        return ()
-
-    @classmethod
     def supplies(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same with the same messages, from other dealt bytes.
 

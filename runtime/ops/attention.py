@@ -42,7 +42,6 @@ from mergec.runtime.protocols.rows import (
     SLOTS,
     exponentials,
     exponentials_cost,
-    far_shift_variants,
     inverse,
     reach_of_rows,
     shift_called,
@@ -237,24 +236,8 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
     ) -> Iterable[dict[str, Any]]:
-        """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest rounds."""
+        """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both."""
         return shift_variants(reach)
-
-    @classmethod
-    def far_variants(
-        cls,
-        q: Masked,
-        k: Masked,
-        v: Masked,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float = 0.0,
-        shift: str = PAIRS,
-        bias: Any = None,
-        reach: int = 0,
-    ) -> Iterable[dict[str, Any]]:
-        """Slots, with exponentials that take a round less."""
-        return far_shift_variants(reach)
 
     @classmethod
     def supplies(

@@ -143,13 +143,8 @@ def reach_of_rows(spread: float) -> int:
 
 def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
     """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
-    names = (*_TO_SERVER, f"slots-{reach}") if reach else _TO_SERVER
+    names = (*_TO_SERVER, f"slots-{reach}", f"broad-{reach}") if reach else _TO_SERVER
     return ({"shift": name} for name in names)
-
-
-def far_shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
-    """For `Op.far_variants` of the same op."""
-    return ({"shift": f"broad-{bits}"} for bits in ([reach] if reach else []))
 
 
 def shift_supplies(shift: str) -> Iterator[dict[str, str]]:
