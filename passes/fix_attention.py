@@ -33,7 +33,7 @@ class FixAttention(Pass):
     An encoder's tokens attend to both sides, by a whole table; its tokens after the P-th attend as
     in a decoder. Cross-attention gets a table by the position of the answer's token and that of the
     source's: answer tokens after the P-th attend as the P-th does, and source tokens after the P-th
-    have no weight. Weights are not scaled to a sum of 1 for a shorter source, as in MERGE.
+    have no weight. As in MERGE, rows are not scaled to a sum of 1 for another length.
 
     Before:
         %ids = input : client int64 1xnew

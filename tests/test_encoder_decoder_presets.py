@@ -22,6 +22,7 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.program import DECODE, FINISH, PROMPT
 from mergec.runtime.program.validate import validate
 from mergec.runtime.roles.inprocess import InProcessSession
+from tests.encoder_decoders import FAMILIES as ALL
 from tests.encoder_decoders import SOURCES, model_and_step, random_model
 from tests.families import slow
 
@@ -89,6 +90,22 @@ def test_private_logits_are_those_of_the_lossy_program(family: str, preset: str)
             found = list(session.step([], 3))
             assert session.record.total == cost_report(role, 0, 3).total
     for logits, (_, row) in zip(found, wanted, strict=True):
+        assert float((logits - row).abs().max()) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*ALL} - {*FAMILIES}))
+def test_other_families(family: str) -> None:
+    """Encoder, self-attention and cross-attention get tables, and MLPs merge with attention."""
+    program = program_of(family, "merge")
+    source = list(SOURCES[0])
+    wanted = [row for _, row in PlainExecutor(program.roles["server"]).generate(source, 2)]
+    assert "skipped" not in program.inspect(1, 9).why_not("fix_attention").verdict
+    with InProcessSession(program.roles) as session:
+        session.step(source, 0)
+        session.step([0], len(source))
+        found = session.step([], 2)
+    for logits, row in zip(found, wanted, strict=True):
         assert float((logits - row).abs().max()) < TOLERANCE
 
 
