@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -485,6 +485,7 @@ def test_a_prompt_that_departs_earlier(deployed: Deployment, bundles: Path) -> N
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_a_slow_network_takes_a_prompt_as_a_whole(
     deployed: Deployment, bundles: Path, monkeypatch: Any
 ) -> None:
@@ -495,6 +496,24 @@ def test_a_slow_network_takes_a_prompt_as_a_whole(
             ready(connection, 4)
             assert answered(connection, prompt, 1) == (decoder.plaintext(bundles, prompt, 1), steps)
     assert len(told) == 1 and told[0].endswith("or is faster as a whole")
+
+
+def test_steps_that_took_longer_are_left_out(roles: dict[str, Any]) -> None:
+    """What was measured outweighs the model, whichever is faster."""
+    with InProcessSession(roles) as run:
+        run.step(PROMPT, 0)
+        for past in range(4, 9):
+            run.deal_ahead(1, past)
+        session = run._sessions[CLIENT]
+        choice = {True: [1] * 5, False: []}
+        for dealt, sizes in choice.items():
+            channels = cast("Any", (None, None))
+            preparer = Preparer(PLAN, session, channels, cast("Any", None), {"ahead": 1}, print)
+            for _ in range(64):
+                preparer.learn(1, 1e6 if not dealt else 1.0, True)
+                preparer.learn(5, 9e9 if dealt else 1.0, False)
+            assert preparer.fitting(Place(), 4, 9, Draw()) == sizes
+            assert preparer.fitting(Place(), 5, 9, Draw()) == []  # another text
 
 
 @pytest.mark.slow
@@ -565,6 +584,7 @@ def test_a_client_that_asks_for_what_cannot_come(
             server.receive_json(Kind.ACCEPTED)
 
 
+@pytest.mark.slow
 def test_what_is_thrown_away_counts_as_tokens(bundles: Path) -> None:
     serve = ("--timeout", "8", "--grace", "5", "--prepare-disk", "50MB", "--rate", "14")
     with deployment(bundles, serve=serve) as made:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -455,6 +456,7 @@ class Connection:
             place, cached = self._place(session, ids)
             ahead = self._dealt_ahead(place, cached, len(ids), draw)
             session.turn_to(place)
+            taken = deque[bool]()
 
             def announce(new: int, past: int) -> None:
                 nonlocal place
@@ -462,7 +464,7 @@ class Connection:
                     schedule.check(new, past, draw, ROLES[CLIENT])
                 self._expect([(new, past)])
                 request = write_step(new, past, draw, place, session.split)
-                session.take_ahead(request)
+                taken.append(session.take_ahead(request))
                 for channel in channels:
                     channel.send(Kind.STEP, request)
                 place = Place(place.conversation, place.conversation)
@@ -481,7 +483,12 @@ class Connection:
                 fixed_length=fixed_length,
                 speculation=speculation,
             )
-            yield from self._whole_steps(tokens)
+            # Closed before anything else is sent: that ends the answer at the other roles.
+            with closing(self._whole_steps(tokens)) as whole_steps:
+                for token in whole_steps:
+                    for report in token.reports if self._preparer is not None else ():
+                        self._preparer.learn(report.new, report.seconds, taken.popleft())
+                    yield token
         finally:
             if fixed_length and self._session is not None:
                 # Where the next prompt departs from these steps would tell the answer's length.
@@ -614,7 +621,7 @@ class Connection:
             wait = fields.get("wait")
             raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
 
-    def _whole_steps(self, tokens: Iterator[Token]) -> Iterator[Token]:
+    def _whole_steps(self, tokens: Iterator[Token]) -> Generator[Token, None, None]:
         """Pass tokens on. Stopping within a step ends the session; between steps it does not."""
         try:
             while True:

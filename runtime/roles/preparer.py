@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from mergec.runtime.core.draw import Draw
@@ -11,10 +12,16 @@ from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.rehearsal import step_cost
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import Place
+from mergec.runtime.session.drafting.pace import Seconds
 from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.channel import Channel, Kind, printable
 from mergec.runtime.transport.dealer_link import DealerReceiver
+
+_REMEMBERED = 64
+"""Measured steps of each kind that count."""
+
+_BOTH = (False, True)
 
 
 class Preparer:
@@ -42,6 +49,7 @@ class Preparer:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._reason = ""
+        self._measured = {dealt: deque[tuple[int, float]](maxlen=_REMEMBERED) for dealt in _BOTH}
         if not limits.get("ahead"):
             self.told = "nothing is dealt ahead; the server needs --prepare-disk"
 
@@ -73,7 +81,7 @@ class Preparer:
 
     def fitting(self, place: Place, cached: int, prompt: int, draw: Draw) -> list[int]:
         """Tokens of the steps dealt ahead that the next prompt is fed by, in order; none if another
-        text comes, or if fewer steps are faster by the cost model.
+        text comes, or if fewer steps are faster.
 
         place, cached: which caches the prompt continues, and how many of its `prompt` tokens they
         have.
@@ -87,24 +95,32 @@ class Preparer:
         if not sizes:
             return []
         choices = {0, len(sizes), next((n for n, s in enumerate(sizes) if s == 1), len(sizes))}
-        seconds = {n: self._seconds(sizes[:n], cached, prompt, draw) for n in choices}
+        ready, live = (self._seconds(dealt, cached, prompt, draw) for dealt in (True, False))
+        seconds = {}
+        for count in choices:
+            rest = prompt - cached - sum(sizes[:count])
+            seconds[count] = sum(ready[new - 1] for new in sizes[:count])
+            seconds[count] += live[rest - 1] if rest else 0.0
         return sizes[: min(choices, key=lambda n: (seconds[n], -n))]
 
-    def _seconds(self, sizes: Sequence[int], cached: int, prompt: int, draw: Draw) -> float:
-        """Seconds of a prompt by the cost model, if steps of these sizes are dealt already."""
-        rehearsal = self._session.rehearsal
-        if rehearsal is None:
-            return 0.0
+    def learn(self, new: int, seconds: float, dealt: bool) -> None:
+        """Note what a step of `new` tokens took. dealt: whether it was dealt ahead."""
+        self._measured[dealt].append((new, seconds))
+
+    def _seconds(self, dealt: bool, cached: int, prompt: int, draw: Draw) -> list[float]:
+        """Seconds of steps of 1 to all of the prompt's tokens: by the cost model at first, and more
+        and more by what steps have taken, as computation does not show in the model."""
+        most = prompt - cached
+        rehearsal, modelled = self._session.rehearsal, {}
         network = NETWORKS[self._session.program.manifest.network]
-        seconds, past = 0.0, cached
-        for new in sizes:
-            cost, dealt = step_cost(rehearsal, new, past, draw)
-            seconds += network.waiting(cost, dealt).prepared
-            past += new
-        if past < prompt:
-            cost, dealt = step_cost(rehearsal, prompt - past, past, draw)
-            seconds += network.waiting(cost, dealt).total + network.making(dealt)
-        return seconds
+        for new in {1, most} if rehearsal is not None else ():
+            cost, sizes = step_cost(rehearsal, new, prompt - new, draw)
+            waiting = network.waiting(cost, sizes)
+            modelled[new] = waiting.prepared if dealt else waiting.total + network.making(sizes)
+        line = Seconds(modelled or {1: 0.0})
+        for new, seconds in self._measured[dealt]:
+            line.learn(new, seconds)
+        return line.of(most)
 
     def _run(self, draw: Draw) -> None:
         session, limits = self._session, self._limits
