@@ -486,8 +486,10 @@ class Connection:
             # Closed before anything else is sent: that ends the answer at the other roles.
             with closing(self._whole_steps(tokens)) as whole_steps:
                 for token in whole_steps:
-                    for report in token.reports if self._preparer is not None else ():
-                        self._preparer.learn(report.new, report.seconds, taken.popleft())
+                    for report in token.reports:
+                        dealt = taken.popleft()
+                        if self._preparer is not None:
+                            self._preparer.learn(report.new, report.seconds, dealt)
                     yield token
         finally:
             if fixed_length and self._session is not None:

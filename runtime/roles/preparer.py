@@ -111,9 +111,11 @@ class Preparer:
         """Seconds of steps of 1 to all of the prompt's tokens: by the cost model at first, and more
         and more by what steps have taken, as computation does not show in the model."""
         most = prompt - cached
-        rehearsal, modelled = self._session.rehearsal, {}
+        rehearsal, modelled = self._session.rehearsal, dict[int, float]()
         network = NETWORKS[self._session.program.manifest.network]
-        for new in {1, most} if rehearsal is not None else ():
+        for new in {1, most}:
+            if rehearsal is None:
+                continue  # only the dealer has none
             cost, sizes = step_cost(rehearsal, new, prompt - new, draw)
             waiting = network.waiting(cost, sizes)
             modelled[new] = waiting.prepared if dealt else waiting.total + network.making(sizes)
