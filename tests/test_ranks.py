@@ -80,7 +80,7 @@ def test_products_with_a_weight(
         assert torch.equal(matmul_rows(x, held), matmul_rows(x, weight))
         x = words(1, rows, shape[0], seed=2)
         assert torch.equal(matmul_columns(x, held), matmul_columns(x, weight))
-        ids = torch.randint(shape[0], (2, rows))
+        ids = torch.randint(-shape[0], shape[0], (2, rows))
         assert torch.equal(held[ids], weight[ids].long())
 
 

@@ -81,7 +81,7 @@ class Ranks(ABC):
 
     @abstractmethod
     def take(self, table: Spread, ids: torch.Tensor) -> torch.Tensor:
-        """The rows [N, D] of a table [V, D] that ids [N] select."""
+        """The rows [N, D] of a table [V, D] that ids [N] select; zeros for ids outside of it."""
 
     @abstractmethod
     def whole(self, words: Spread) -> torch.Tensor:
@@ -143,7 +143,9 @@ class Spread(torch.Tensor):
             if func is _INDEX and this.dim() == 2 and len(args[1]) == 1 and not this.turned:
                 ids = args[1][0]
                 if not ids.is_floating_point() and ids.dtype is not torch.bool:
-                    found = this.ranks.take(this, ids.reshape(-1).long())
+                    ids = ids.long()
+                    ids = torch.where(ids < 0, ids + this.shape[0], ids)
+                    found = this.ranks.take(this, ids.reshape(-1))
                     return found.reshape(*ids.shape, this.shape[1])
         if func._schema.is_mutable:
             raise TypeError(f"{func} cannot write to words that lie on several ranks")

@@ -115,7 +115,7 @@ class Group(Ranks):
         if not len(ids):
             return torch.zeros((0, split.shape[1]), dtype=torch.int64, device=ids.device)
         self._order(Order.TAKE, table.held.number, len(ids))
-        own = taken(table.held.part, self._to_all(ids), 0 if split.by_rows else None)
+        own = taken(table.held.part, self._to_all(ids), 0)
         return self._joined(own, split.results(len(ids), 0), 1, add=split.by_rows)
 
     # ------------------------------------------------------------------------------ the others

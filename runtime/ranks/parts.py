@@ -110,13 +110,11 @@ def batched(a: torch.Tensor, part: torch.Tensor, length: int, turned: bool) -> t
     return matmul(a, rows.transpose(-1, -2) if turned else rows)
 
 
-def taken(part: torch.Tensor, ids: torch.Tensor, first: int | None) -> torch.Tensor:
-    """The rows that ids select. first: the first row that the part has; None if it has all.
+def taken(part: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """The rows that ids select of a part that has those from `first` on.
 
     Rows that it does not have are zeros, so that the ranks' results add to the rows.
     """
-    if first is None:
-        return part[ids].long()
     if not len(part):
         return torch.zeros((len(ids), part.shape[1]), dtype=torch.int64, device=ids.device)
     inside = (ids >= first) & (ids < first + len(part))

@@ -112,7 +112,7 @@ class Rank:
     def _take(self, number: int, count: int, *_: int) -> None:
         split, part = self._parts[number]
         ids = self._link.to_all(self._empty(count))
-        first = split.bounds(self._link.rank)[0] if split.by_rows else None
+        first = split.bounds(self._link.rank)[0] if split.by_rows else 0
         self._answer(taken(part, ids, first), split.results(count, 0))
 
     def _whole(self, number: int, rows: int, *_: int) -> None:
