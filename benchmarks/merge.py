@@ -183,14 +183,18 @@ def steps_of(
         first[prompt.inputs[1].name] = torch.full((1, BEGUN), program.manifest.answer_start)
         values = plain.step(first, prompt.outputs)
         full = {name: values[spec.cache_output] for name, spec in kept.items()}
-        rest = {decode.inputs[0].name: fed[:, : longest - kind.prompt], **full}
-        values = plain.step(rest, decode.outputs)
+        count = longest - kind.prompt
+        hidden = values[prompt.outputs[0]] if server.resends else None
+        rest = fed[:, :count] if hidden is None else hidden.expand(1, count, -1)
+        last = decode
+        values = plain.step({decode.inputs[0].name: rest, **full}, last.outputs)
     else:
+        last = prompt
         whole = {prompt.inputs[0].name: fed[:, :longest], **empty}
-        values = plain.step(whole, prompt.outputs)
+        values = plain.step(whole, last.outputs)
     # What cross-attention reads does not grow: a decode step does not return it.
     full |= {n: values[s.cache_output] for n, s in kept.items() if s.cache_output in values}
-    hidden = values[prompt.outputs[0]] if server.resends else None
+    hidden = values[last.outputs[0]][:, -1:] if server.resends else None
     found = [(kind.prompt, 0, Step(first, repeats, prompt.name, whole=False))]
     for past in pasts:
         cached = server.sizes(1, past, kind.prompt if server.encodes else None)[1]
