@@ -20,10 +20,13 @@ import torch
 
 from mergec.runtime.cli import run
 from mergec.runtime.core.errors import MergecError, PartyError, RankError
-from mergec.runtime.core.spec import ROLES
+from mergec.runtime.core.spec import ROLES, SERVER
+from mergec.runtime.core.values import Sent
 from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows
 from mergec.runtime.kernels.spread import Spread, copy_rows, whole, write_rows
+from mergec.runtime.ops.cache_fill import CacheFill
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.group import Group
 from mergec.runtime.ranks.link import Order
@@ -123,6 +126,18 @@ def test_products_and_views_gather_nothing(
             assert matmul(words(1, 3, 2, view.shape[-2]), view).shape[-1] == view.shape[-1]
     with torch.inference_mode(not inference):
         assert isinstance(part.narrow(2, 0, 3).transpose(-1, -2), Spread)
+
+
+def test_a_cache_that_is_filled_at_once_is_spread(party: Party) -> None:
+    context = Simulation().contexts[SERVER]
+    context.ranks = party.group
+    opened, away = words(1, 3, 5, 4), torch.empty((1, 3, 5, 4), dtype=torch.int64, device="meta")
+    with pytest.raises(StopIteration) as ended:
+        next(CacheFill.protocol(context, Sent(opened, away, 16)))
+    kept = ended.value.value
+    assert isinstance(kept.opened, Spread)
+    assert torch.equal(whole(kept.opened), opened)
+    assert kept.mask.is_meta
 
 
 def test_other_functions_take_the_whole_and_none_may_write(party: Party) -> None:
