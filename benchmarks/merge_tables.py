@@ -523,7 +523,7 @@ _ALONE = """Seconds are those that steps took."""
 _SHARED = """Other work ran on the machine, so a step's own seconds mean nothing. *Seconds* are \
 processor seconds of client, server and dealer together, without CrypTen's third party, whose work \
 cannot be told by step. They leave out waiting for messages, of which CrypTen's protocols send \
-several times as many one after another."""
+several times as many one after another. They include page faults, which vary with the load."""
 
 PAGE = """# MERGE's tables, side by side
 
