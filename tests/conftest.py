@@ -10,17 +10,26 @@ import pytest
 
 pytest.register_assert_rewrite("tests.passes.harness")
 
-OF_ALL_FAMILIES = {
-    "test_capture.py",
-    "test_every_pass.py",
-    "test_legalize.py",
-    "test_parse.py",
-    "test_pipeline.py",
-    "test_presets.py",
-    "test_resend_hidden.py",
-    "test_shared_weights.py",
+TOGETHER = {
+    "families": {
+        "test_capture.py",
+        "test_every_pass.py",
+        "test_legalize.py",
+        "test_parse.py",
+        "test_pipeline.py",
+        "test_presets.py",
+        "test_resend_hidden.py",
+        "test_shared_weights.py",
+    },
+    "encoder-decoders": {
+        "test_encoder_decoder_presets.py",
+        "test_encoder_decoders.py",
+        "test_fix_attention.py",
+        "test_merge_projections.py",
+        "test_merge_tables.py",
+    },
 }
-"""Files whose tests go through all families."""
+"""Files whose tests use the same models."""
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,9 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile`, give files of all families to one process, as if they were one file.
+    """With `--dist loadfile`, give files of the same models to one process, as if they were one.
 
-    A process captures each family once, which takes seconds.
+    A process captures each model once, which takes seconds.
     """
     if config.getoption("dist") != "loadfile":
         return None
@@ -47,7 +56,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "families" if Path(file).name in OF_ALL_FAMILIES else file
+            shared = (group for group, files in TOGETHER.items() if Path(file).name in files)
+            return next(shared, file)
 
     return Scheduling(config, log)
 

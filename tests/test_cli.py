@@ -382,7 +382,7 @@ print(json.dumps(told))
 @pytest.mark.parametrize(
     ("packages", "commands"),
     [
-        (
+        pytest.param(
             ("transformers", "gguf", "accelerate", "onnx", "fast_sugiyama"),
             {
                 "compile {model} -o {folder}/new": "compile",
@@ -391,6 +391,7 @@ print(json.dumps(told))
                 "inspect {bundles} --past 1 --onnx {folder}/graph.onnx": "compile",
                 "run {bundles} --prompt x": "",
             },
+            marks=pytest.mark.slow,
         ),
         (
             ("fastapi", "uvicorn", "starlette", "pydantic"),

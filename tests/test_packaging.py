@@ -280,6 +280,7 @@ def test_a_party_needs_no_more_than_the_requirements(wheel: Path, tmp_path: Path
 # In a checkout.
 
 
+@pytest.mark.slow
 def test_every_module_is_loaded_once() -> None:
     """Under its name with the prefix and without it, whichever is imported first."""
     said = python(

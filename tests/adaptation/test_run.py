@@ -108,6 +108,7 @@ def test_scales_are_matched_before_the_training(
         mergec.adapt(model, data, tmp_path / "mm", config("merge-mm", match_scale=True))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(
     model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
