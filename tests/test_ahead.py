@@ -599,6 +599,18 @@ def test_what_is_thrown_away_counts_as_tokens(bundles: Path) -> None:
         assert any("tokens a minute are used up" in line for line in told[1:])
 
 
+@pytest.mark.slow
+def test_a_client_that_leaves_pays_for_what_it_had_dealt(bundles: Path) -> None:
+    serve = ("--timeout", "8", "--grace", "5", "--prepare-disk", "50MB", "--rate", "10")
+    with deployment(bundles, serve=serve) as made:
+        for _ in range(2):
+            with made.connection(ahead=PLAN) as connection:
+                ready(connection, 6)
+            wait_until(lambda: not made.server.workers)
+        with made.connection() as connection, pytest.raises(LimitError):
+            answered(connection, PROMPT, 1)
+
+
 def test_dealing_is_interrupted(deployed: Deployment, bundles: Path) -> None:
     """A prompt that comes while steps are dealt, an end of the session, and a person who stops."""
 

@@ -347,6 +347,16 @@ def test_a_rank_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         start("server", 2, threads=1)
 
 
+def test_a_rank_that_never_starts_is_not_waited_for_forever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "asleep.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("mergec.runtime.ranks.start.PROCESS", "asleep")
+    with pytest.raises(RankError, match=r"rank 1 of the server did not start within 0\.5 s"):
+        start("server", 2, threads=1, timeout=0.5)
+
+
 def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(MergecError, match="this machine has 1; lower --ranks"):

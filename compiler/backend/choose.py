@@ -28,6 +28,9 @@ many tokens as the program takes."""
 PROMPT = 64
 """Tokens of the prompt for which it is chosen to whom the dealer sends most."""
 
+_ALONE = MOVE_NAMES - {"aten.cat.default", "aten.stack.default"}
+"""Moves of one value: what joins several may join shares of another ring."""
+
 Options = Callable[..., Iterable[dict[str, Any]]]
 """`Op.variants` or `Op.supplies` of an op."""
 
@@ -157,7 +160,7 @@ def _truncations(name: str, readers: Mapping[str, list[Planned]]) -> list[Planne
     for planned in readers.get(name, []):
         if planned.op is Truncate:
             ends.append(planned)
-        elif planned.op in (Part, Rotary) or planned.instruction.target in MOVE_NAMES:
+        elif planned.op in (Part, Rotary) or planned.instruction.target in _ALONE:
             further = _truncations(planned.name, readers)
             if further is None:
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -142,8 +143,15 @@ class Party:
                 raise LostError("it has ended") from error
 
     def _await(self, word: str) -> None:
-        """Wait until every other rank says this."""
-        for rank in self._processes:
+        """Wait until every other rank says this. Raises RankError if one does not in time."""
+        deadline = time.monotonic() + self._timeout
+        for rank, (process, _) in self._processes.items():
+            left = max(0.0, deadline - time.monotonic())
+            if process.stdout and not select.select([process.stdout], [], [], left)[0]:
+                raise RankError(
+                    f"rank {rank} of the {self.role} did not start within {self._timeout:g} s; "
+                    "all its ranks were stopped"
+                )
             if word not in self._heard(rank):
                 self._raise(rank)
 

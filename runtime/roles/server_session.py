@@ -218,7 +218,12 @@ class ServerSession:
                 raise PeerEndedError("the dealer went away; see its own message")
 
         ahead = partial(self._deal_ahead, session, channel, dealer, source)
-        self._answers(session, channel, dealer.send, watch, ahead=ahead if held else None)
+        try:
+            self._answers(session, channel, dealer.send, watch, ahead=ahead if held else None)
+        finally:
+            # A client that leaves pays for what it had dealt, or it could come back for more.
+            session.ahead.clear()
+            self._charge(session)
         dealer.send(Kind.END)
         dealer.close()
 
@@ -449,10 +454,10 @@ class ServerSession:
         if source.trouble:
             self._log.error("cannot hold what is dealt ahead", reason=source.trouble)
             reason = "it cannot hold more; see its log"
-        elif held + session.dealt(new, past, draw)[mine] > limits.ahead:
-            reason = f"it holds no more than {limits.ahead / 1e6:g} MB for a session"
         elif wait:
             reason = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
+        elif held + session.dealt(new, past, draw)[mine] > limits.ahead:
+            reason = f"it holds no more than {limits.ahead / 1e6:g} MB for a session"
         if reason:
             channel.send_json(Kind.REFUSED, reason=reason)
             return
