@@ -540,9 +540,13 @@ class Connection:
             return []
         sizes = preparer.fitting(place, cached, length, draw)
         if not sizes:
+            steps = preparer.steps
+            gone = (
+                f"{steps} steps that were dealt ahead are" if steps > 1 else "a step dealt ahead is"
+            )
             self._on_notice(
-                f"{preparer.steps} steps that were dealt ahead are thrown away: the prompt does "
-                "not continue where they begin, or is faster as a whole"
+                f"{gone} thrown away: the prompt does not continue where they begin, or is faster "
+                "as a whole"
             )
         return sizes
 

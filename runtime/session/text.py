@@ -147,7 +147,10 @@ class Text:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Apply the chat template to messages."""
         if self._template is None:
-            raise PromptError("this model has no chat template; use --no-chat")
+            raise PromptError(
+                "this model has no chat template; use --no-chat, or for `mergec chat` a model that "
+                "has one"
+            )
         return render(self._template, messages, self._special)
 
 
