@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergec.runtime.core.context import Context
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.network import NETWORKS
@@ -175,8 +176,8 @@ def peer_of(role: str) -> int:
     return SERVER if role == ROLES[CLIENT] else CLIENT
 
 
-def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any]:
-    """The phase's inputs as this role knows them."""
+def inputs_of(phase: Phase, role: str, path: Path, context: Context | None) -> dict[str, Any]:
+    """The phase's inputs as this role knows them. context: None for CrypTen's protocols."""
     tensors = load_file(path)
     inputs: dict[str, Any] = {}
     for spec in phase.inputs:
@@ -186,7 +187,7 @@ def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any
         if spec.vis is Vis.CLIENT:
             known = role == ROLES[CLIENT]
             inputs[spec.name] = Held(Vis.CLIENT, opened if known else opened.to("meta"))
-        elif stock:
+        elif context is None:
             share = opened - mask if role == ROLES[CLIENT] else -mask
             inputs[spec.name] = crypten.MPCTensor.from_shares(share)
         elif spec.form == "share":
@@ -201,13 +202,13 @@ def inputs_of(phase: Phase, role: str, path: Path, stock: bool) -> dict[str, Any
         else:
             inputs[spec.name] = Masked(opened, mask, spec.frac)
         if isinstance(inputs[spec.name], (Masked, Sent)):
-            inputs[spec.name] = in_room(inputs[spec.name])
+            inputs[spec.name] = in_room(context, inputs[spec.name])
     return inputs
 
 
-def in_room(cache: Masked | Sent) -> Masked | Sent:
+def in_room(context: Context, cache: Masked | Sent) -> Masked | Sent:
     """A cache as most steps of a session find it: with room for the next entry."""
-    room = make_room(cache, 1)
+    room = make_room(context, cache, 1)
     opened, mask = (part[..., : room.used, :] for part in (room.opened, room.mask))
     return type(cache)(opened, mask, cache.frac, room)
 
@@ -312,7 +313,7 @@ def play(
         for repeat in range(step["repeats"] + step["ahead"]):
             ahead = repeat >= step["repeats"]
             path = Path(job["folder"]) / f"{index}-{repeat}-{role}.safetensors"
-            inputs = inputs_of(phase, role, path, by_crypten)
+            inputs = inputs_of(phase, role, path, context)
             together(role, channels, not by_crypten)
             if ahead and role != ROLES[DEALER]:
                 running.dealt(offline)
