@@ -368,6 +368,22 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return decoder.save(tmp_path_factory.mktemp("bundles"), max_length=2**20)
 
 
+class Watched:
+    """The processes of a local run. act: called with those of the roles at the first token."""
+
+    def __init__(self, act: Callable[[Mapping[str, int]], object]) -> None:
+        self.pids: dict[str, int] = {}
+        self.ranks: list[int] = []
+        self._act = act
+
+    def hear(self, role: str, event: Mapping[str, Any]) -> None:
+        if event["event"] == "loaded":
+            self.pids[role] = event["pid"]
+        if event["event"] == "token" and not self.ranks:
+            self.ranks += [child.pid for of in self.pids.values() for child in other_ranks(of)]
+            self._act(self.pids)
+
+
 @pytest.mark.slow
 def test_three_processes_of_two_ranks_say_what_plaintext_says(bundles: Path) -> None:
     result = run_local(bundles, [5, 1, 7], max_tokens=4, ranks=2)
@@ -377,40 +393,25 @@ def test_three_processes_of_two_ranks_say_what_plaintext_says(bundles: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ROLES)
 def test_a_killed_rank_ends_the_run_with_its_role_and_number(bundles: Path, role: str) -> None:
-    pids: dict[str, int] = {}
-    ranks: list[int] = []
+    def kill(pids: Mapping[str, int]) -> None:
+        (victim,) = other_ranks(pids[role])
+        victim.kill()
 
-    def kill(who: str, event: Mapping[str, Any]) -> None:
-        if event["event"] == "loaded":
-            pids[who] = event["pid"]
-        if event["event"] == "token" and not ranks:
-            ranks.extend(child.pid for of in pids.values() for child in other_ranks(of))
-            (victim,) = other_ranks(pids[role])
-            victim.kill()
-
+    run = Watched(kill)
     with pytest.raises(RankError, match=f"rank 1 of the {role} was ended by SIGKILL") as caught:
-        run_local(bundles, [5, 1, 7], max_tokens=10_000, ranks=2, on_event=kill)
+        run_local(bundles, [5, 1, 7], max_tokens=10_000, ranks=2, on_event=run.hear)
     assert "\n" not in str(caught.value)
-    assert len(ranks) == 3
-    assert all_gone([*ranks, *pids.values()])
+    assert len(run.ranks) == 3
+    assert all_gone([*run.ranks, *run.pids.values()])
 
 
 @pytest.mark.slow
 def test_a_killed_party_takes_its_ranks_and_the_peers_along(bundles: Path) -> None:
-    pids: dict[str, int] = {}
-    ranks: list[int] = []
-
-    def kill(who: str, event: Mapping[str, Any]) -> None:
-        if event["event"] == "loaded":
-            pids[who] = event["pid"]
-        if event["event"] == "token" and not ranks:
-            ranks.extend(child.pid for of in pids.values() for child in other_ranks(of))
-            os.kill(pids["server"], signal.SIGKILL)
-
+    run = Watched(lambda pids: os.kill(pids["server"], signal.SIGKILL))
     with pytest.raises(PartyError, match="the server was ended by SIGKILL"):
-        run_local(bundles, [5, 1, 7], max_tokens=10_000, ranks=2, on_event=kill)
-    assert len(ranks) == 3
-    assert all_gone(ranks)
+        run_local(bundles, [5, 1, 7], max_tokens=10_000, ranks=2, on_event=run.hear)
+    assert len(run.ranks) == 3
+    assert all_gone(run.ranks)
 
 
 def test_stock_protocols_have_one_rank(bundles: Path) -> None:

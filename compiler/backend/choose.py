@@ -136,7 +136,7 @@ def _widened(
             continue
         ends = None if name in program.outputs else _truncations(name, readers)
         wide = False
-        if ends and op.fits_wide(*bound.values(), fixed=fixed):
+        if ends and op.fits_wide(bound, fixed):
             # What is truncated must be known in this form, not as what it becomes.
             plain = [(Truncate, {"x": _narrow(found[end.refs[0]].result)}) for end in ends]
             apart = seconds([*plain, (op, bound | {"wide": False})])

@@ -237,29 +237,16 @@ class NormedLinear(Op, abstract=True):
         return bool(arguments["wide"]) and count <= arguments["rows"]
 
     @classmethod
-    def fits_wide(
-        cls,
-        x: Shared,
-        weight: Constant,
-        bias: Held | Shared | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-        parts: Sequence[int] = (),
-        fine: bool = True,
-        kept: int = 0,
-        rows: int = 0,
-        columns: Sequence[int] = (),
-        wide: bool = False,
-        *,
-        fixed: int,
-    ) -> bool:
+    def fits_wide(cls, arguments: Mapping[str, Any], fixed: int) -> bool:
         """Whether the first way runs on these operands and could return shares modulo 2**128."""
-        if math.prod(x.shape[:-1]) > rows or not isinstance(weight, Weight):
+        x, weight = arguments["x"], arguments["weight"]
+        if math.prod(x.shape[:-1]) > arguments["rows"] or not isinstance(weight, Weight):
             return False
-        norm = cls._norm(x.shape[-1], x.frac, eps, bound)
+        norm = cls._norm(x.shape[-1], x.frac, arguments["eps"], arguments["bound"])
+        parts, fine, kept = (arguments[name] for name in ("parts", "fine", "kept"))
         spec = cls._deferred(norm, weight, parts, fine, kept, fixed)
-        return not isinstance(bias, Shared) and fits_wide_product(spec, weight.shape[0])
+        shared = isinstance(arguments["bias"], Shared)
+        return not shared and fits_wide_product(spec, weight.shape[0])
 
     @classmethod
     def stock(

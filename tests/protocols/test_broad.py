@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mergec.runtime.core.context import ShapeContext
-from mergec.runtime.core.values import decode
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols.broad import (
     Broad,
@@ -14,7 +13,7 @@ from mergec.runtime.protocols.broad import (
     broad_exponentials_cost,
 )
 from mergec.runtime.protocols.opening import Cut
-from mergec.runtime.protocols.rows import BROAD, EXP_FRAC, exponentials, exponentials_cost, inverse
+from mergec.runtime.protocols.rows import EXP_FRAC
 from tests.protocols.harness import run, uniform_bytes, words
 
 UNIT = 2**16
@@ -113,31 +112,6 @@ def test_what_is_seen_is_uniform_and_of_one_shape(value: int) -> None:
     for opened in (first, second, first + second, *kept):
         assert abs(uniform_bytes([opened])) < 6.5
     assert [len(data) for data in kept] == [count * table.dealt_bytes]
-
-
-@pytest.mark.parametrize("shift", BROAD)
-@pytest.mark.parametrize("frac", [16, 32, 48])
-def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
-    bits = int(shift.removeprefix("broad-"))
-    generator = torch.Generator().manual_seed(4)
-    x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
-    x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
-    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
-    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
-    simulation = Simulation()
-    views = simulation.share(x, frac)
-    valid = torch.ones(x.shape, dtype=torch.bool)
-    found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
-    assert cost == exponentials_cost(valid, shift) and cost.rounds == 3
-    assert simulation.to_client.total == 0
-    found = decode(found, EXP_FRAC)
-    most, place = x.max(1, keepdim=True)
-    largest = found.gather(1, place)
-    assert (found / largest - (x - most).exp()).abs().max() < 8e-5
-    assert float(largest.min()) >= 1 - 4e-5 and float(largest.max()) < 2.0 ** BROAD[shift].top_bits
-    spec = inverse(50, shift)
-    sums = found.sum(1) * 2**EXP_FRAC
-    assert float(sums.min()) >= 2**spec.low and float(sums.max()) < 2 ** (spec.high + 1)
 
 
 @pytest.mark.parametrize("count", [0, 7, 5000])

@@ -13,13 +13,16 @@ from mergec.runtime.ops.attention import Attention
 from mergec.runtime.protocols.histogram import FEW
 from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.protocols.rows import (
+    BROAD,
     EXP_FRAC,
     MAX_ROW,
     MAX_SPREAD,
     SHIFTS,
+    SLOTS,
     exponentials,
     exponentials_cost,
     inverse,
+    shift_called,
 )
 from tests.protocols.harness import run
 
@@ -140,3 +143,32 @@ def test_exact_rounding_always_compares_pairs() -> None:
         assert _errors(x, decode(found, EXP_FRAC)).max() < 2 * ERROR
         costs.append(cost)
     assert all(cost == costs[0] for cost in costs)
+
+
+@pytest.mark.parametrize("shift", [*SLOTS, *BROAD])
+@pytest.mark.parametrize("frac", [16, 32, 48])
+def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
+    kind, _, number = shift.partition("-")
+    bits = int(number)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
+    x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
+    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
+    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
+    simulation = Simulation()
+    views = simulation.share(x, frac)
+    valid = torch.ones(x.shape, dtype=torch.bool)
+    found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
+    assert cost == exponentials_cost(valid, shift) and cost.rounds == {"slots": 4, "broad": 3}[kind]
+    assert simulation.to_client.total == 0
+    found = decode(found, EXP_FRAC)
+    most, place = x.max(1, keepdim=True)
+    largest = found.gather(1, place)
+    assert (found / largest - (x - most).exp()).abs().max() < 8e-5
+    assert (
+        float(largest.min()) >= 1 - 4e-5
+        and float(largest.max()) < 2.0 ** shift_called(shift).top_bits
+    )
+    spec = inverse(50, shift)
+    sums = found.sum(1) * 2**EXP_FRAC
+    assert float(sums.min()) >= 2**spec.low and float(sums.max()) < 2 ** (spec.high + 1)

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from mergec.runtime.core.context import ShapeContext
-from mergec.runtime.core.values import decode
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols.rows import (
-    EXP_FRAC,
-    SLOTS,
-    exponentials,
-    exponentials_cost,
     reach_of_rows,
 )
 from mergec.runtime.protocols.slots import LONGEST, top_slot, top_slot_cost
@@ -115,28 +110,6 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int) -> Non
     ]
     for data in kept:
         assert abs(uniform_bytes([data])) < 6.5
-
-
-@pytest.mark.parametrize("shift", SLOTS)
-@pytest.mark.parametrize("frac", [16, 32, 48])
-def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
-    bits = int(shift.removeprefix("slots-"))
-    generator = torch.Generator().manual_seed(4)
-    x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
-    x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
-    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
-    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
-    simulation = Simulation()
-    views = simulation.share(x, frac)
-    valid = torch.ones(x.shape, dtype=torch.bool)
-    found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
-    assert cost == exponentials_cost(valid, shift) and cost.rounds == 4
-    assert simulation.to_client.total == 0
-    found = decode(found, EXP_FRAC)
-    most, place = x.max(1, keepdim=True)
-    largest = found.gather(1, place)
-    assert (found / largest - (x - most).exp()).abs().max() < 8e-5
-    assert float(largest.min()) >= 1 - 4e-5 and float(largest.max()) < 2.0 ** SLOTS[shift].top_bits
 
 
 @pytest.mark.parametrize("length", [7, LONGEST, LONGEST + 1, 4096])
