@@ -100,6 +100,30 @@ class Broad:
         """The integer that the table of powers begins with: below all places of windows."""
         return (self.start - (1 << self.step_bits)) >> FRACTIONAL_BITS
 
+    def dealt_at(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The words of a table, as mantissas and what these are shifted up by, int64 [n, 4].
+
+        mask: r, int32 [n].
+        """
+        r = mask.long()[:, None]
+        entry = torch.arange(_WINDOWS, device=mask.device)
+        window = (entry - (r >> self.step_bits)) & (_WINDOWS - 1)
+        units = self.start + (window << self.step_bits) - (r & ((1 << self.step_bits) - 1))
+        mantissa, exponent = _power_tensors(units, self)
+        shift = self.word_frac - _MANTISSA_FRAC + exponent
+        # A word that is shifted down is rounded; one far below a unit is zero.
+        down = (-shift).clamp(0, RING_BITS - 2)
+        return (mantissa + ((1 << down) >> 1)) >> down, shift.clamp(min=0)
+
+    def read_at(self, opened: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which entry is read, what it is multiplied by, and at which bit a share begins, [n].
+
+        opened: z, int32 [n].
+        """
+        point = opened.long() - self.start
+        mantissa, exponent = _power_tensors(point & ((1 << self.step_bits) - 1), self)
+        return (point >> self.step_bits) & (_WINDOWS - 1), mantissa, self.drop - exponent
+
 
 def broad_exponentials(ctx: Context, x: Cut, table: Broad) -> Protocol:
     """Shares modulo 2**64 of exp(x) with `table.frac` fractional bits, [n].
@@ -187,18 +211,7 @@ def _corrected_host(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> No
 
 def _corrected_tensors(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> None:
     words = share.view(-1, _WINDOWS, table.halves)
-    entry = torch.arange(_WINDOWS, device=share.device)
-    ones = (1 << table.step_bits) - 1
-    r = mask.long()[:, None]
-    window = (entry - (r >> table.step_bits)) & (_WINDOWS - 1)
-    mantissa, exponent = _power_tensors(
-        table.start + (window << table.step_bits) - (r & ones), table
-    )
-    shift = table.word_frac - _MANTISSA_FRAC + exponent
-    # A word that is shifted down is rounded; one far below a unit is zero.
-    down = (-shift).clamp(0, RING_BITS - 2)
-    mantissa = (mantissa + ((1 << down) >> 1)) >> down
-    shift = shift.clamp(min=0)
+    mantissa, shift = table.dealt_at(mask)
     place, off = shift >> 5, shift & (_HALF_BITS - 1)
     wide = mantissa << off
     parts = wide & _ONES, (wide >> _HALF_BITS) & _ONES
@@ -224,9 +237,7 @@ def _values_host(
 def _values_tensors(
     dealt: torch.Tensor, opened: torch.Tensor, table: Broad, out: torch.Tensor
 ) -> None:
-    point = opened.long() - table.start
-    entry = (point >> table.step_bits) & (_WINDOWS - 1)
-    mantissa, exponent = _power_tensors(point & ((1 << table.step_bits) - 1), table)
+    entry, mantissa, place = table.read_at(opened)
     words = dealt.view(-1, _WINDOWS, table.halves)
     words = words.gather(1, entry[:, None, None].expand(-1, 1, table.halves))[:, 0].long() & _ONES
     products, carry = [], torch.zeros_like(mantissa)
@@ -235,7 +246,6 @@ def _values_tensors(
         products.append(product & _ONES)
         carry = product >> _HALF_BITS
     wide = torch.stack([*products, torch.zeros_like(carry)], -1)
-    place = table.drop - exponent
     begin, off = place >> 5, place & (_HALF_BITS - 1)
     low, middle, high = (wide.gather(1, (begin + k)[:, None])[:, 0] for k in range(3))
     found = (low >> off) | (middle << (_HALF_BITS - off))
@@ -252,8 +262,8 @@ def _power_tensors(units: torch.Tensor, table: Broad) -> tuple[torch.Tensor, tor
     return (found + (1 << (drop - 1))) >> drop, exponents[whole]
 
 
-_CORRECTED = Kernel("broad.corrected", _corrected_host, _corrected_tensors, triton=False)
-_VALUES = Kernel("broad.values", _values_host, _values_tensors, triton=False)
+_CORRECTED = Kernel("broad.corrected", _corrected_host, _corrected_tensors)
+_VALUES = Kernel("broad.values", _values_host, _values_tensors)
 _ONES = (1 << _HALF_BITS) - 1
 
 

@@ -198,8 +198,8 @@ def _tallied_tensors(
     return total.to(tables.dtype)
 
 
-_ONE_HOT = Kernel("slots.one_hot", _one_hot_host, _one_hot_tensors, triton=False)
-_TALLIED = Kernel("slots.tallied", _tallied_host, _tallied_tensors, triton=False)
+_ONE_HOT = Kernel("slots.one_hot", _one_hot_host, _one_hot_tensors)
+_TALLIED = Kernel("slots.tallied", _tallied_host, _tallied_tensors)
 
 
 @compiled()

@@ -259,8 +259,8 @@ def _scaled_tensors(
     return torch.stack(total, -1)
 
 
-_WORDS = Kernel("wide.words", _words_host, _words_tensors, triton=False)
-_SCALED = Kernel("wide.scaled", _scaled_host, _scaled_tensors, triton=False)
+_WORDS = Kernel("wide.words", _words_host, _words_tensors)
+_SCALED = Kernel("wide.scaled", _scaled_host, _scaled_tensors)
 
 _HALF = (1 << 32) - 1
 _LEAST = -(1 << 63)
