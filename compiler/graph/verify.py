@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,14 +142,20 @@ def _decomposed(node: fx.Node) -> set[str]:
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    table: Any = core_aten_decompositions()
     with _silent():
         try:
-            traced = make_fx(call, decomposition_table=dict(table.items()))(*values)
+            traced = make_fx(call, decomposition_table=_decompositions())(*values)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             # Torch decomposes only what it can trace.
             return {target_name(node.target)}
     return {target_name(n.target) for n in traced.graph.nodes if n.op == "call_function"}
+
+
+@cache
+def _decompositions() -> dict[Any, Any]:
+    """All of torch's, which it looks for in a few tenths of a second each time it is asked."""
+    table: Any = core_aten_decompositions()
+    return dict(table.items())
 
 
 @contextmanager
