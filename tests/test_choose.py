@@ -90,10 +90,12 @@ def test_inspection_tells_the_estimate() -> None:
 def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
     key = "chosen_otherwise_than_for_loopback"
     said = compiled("llama", reveal="token", network="wan")[1].inspect().facts[key]
-    assert said == "1 of mpc.reveal_token"
+    deferred = "1 of mpc.rms_norm_linear (norm deferred, wide), 3 of mpc.rms_norm_linear"
+    assert said == f"{deferred} (norm deferred), 1 of mpc.reveal_token"
     assert key not in compiled("llama", reveal="token")[1].inspect().facts
     _, program = compiled("llama", reveal="token", network="wan")
     assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
+    assert sum(chosen_otherwise(program.any_role, NETWORKS["loopback"], 16).values()) == 5
 
 
 def test_all_roles_get_the_same_choice() -> None:

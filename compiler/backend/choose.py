@@ -93,18 +93,24 @@ def _replaced(program: RoleProgram, choices: Choices) -> list[Instruction]:
 
 
 def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict[str, int]:
-    """How many calls of each op have other literals than `network` would give them, by op."""
+    """How many calls of each op would be others on `network`, by op and by what differs.
+
+    These have other literals there. Where a message takes no time, no norm is deferred either
+    (`passes.defer_norm`), and nothing is computed in the ring of 128 bits behind one.
+    """
     manifest = program.manifest
     exact, most = manifest.rounding == "exact", manifest.max_length or NEW + PAST
     other = replace(program, instructions=list(program.instructions))
     choose_variants({program.role: other}, network, fixed, exact, most)
-    return dict(
-        Counter(
-            planned.instruction.target
-            for planned, item in zip(Plan(program).steps, other.instructions, strict=True)
-            if _bound(planned, planned.instruction) != _bound(planned, item)
-        )
-    )
+    waits = bool(network.parties.latency)
+    found = Counter[str]()
+    for planned, item in zip(Plan(program).steps, other.instructions, strict=True):
+        deferred = planned.op is not None and issubclass(planned.op, NormedLinear)
+        if deferred and not waits:
+            found[f"{item.target} (norm deferred{', wide' * planned.argument('wide')})"] += 1
+        elif _bound(planned, planned.instruction) != _bound(planned, item):
+            found[item.target] += 1
+    return dict(found)
 
 
 def _widened(

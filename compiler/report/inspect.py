@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from mergec.compiler.backend.cost import CostReport, CostRow
@@ -41,7 +42,15 @@ class WhyNot:
     def render(self) -> RenderableType:
         """For a terminal."""
         said = Text.assemble((self.name, "bold"), " ", self.verdict)
-        return Group(said, table("", self._cells())) if self.skips else said
+        # Not a table: its columns would leave no room for reasons where lines are short.
+        places = ("node", "module", "source")
+        sites = [
+            (Text(", ".join(filter(None, (skip[key] for key in places)))), Text(skip["reason"]))
+            for skip in self.skips
+        ]
+        return Group(
+            said, *(part for at, why in sites for part in (at, Padding(why, (0, 0, 0, 4))))
+        )
 
     def _repr_html_(self) -> str:
         """For a notebook."""

@@ -125,13 +125,22 @@ def each_half(x: Wide, move: Callable[[torch.Tensor], torch.Tensor]) -> Wide:
 def added_wide(x: Wide, held: Held | Shared, parts: Sequence[int] = ()) -> Wide:
     """x plus a constant that a party holds, which adds it; see `weights.add_held`.
 
-    Raises TypeError for one that is shared: its shares are none modulo 2**128.
+    Raises TypeError for one that is shared, as its shares are none modulo 2**128, and ValueError
+    for one that 64 bits do not hold: its upper half is taken from its sign.
     """
     if isinstance(held, Shared):
         raise TypeError("a constant that is shared modulo 2**64 is added to a wide share")
     if x.low.is_meta or held.value.is_meta:
         return x
-    words = to_device(encode(scale_rows(held.value, parts), x.frac), x.low.device, "input")
+    added = scale_rows(held.value, parts)
+    room = RING_BITS - 1 - x.frac
+    # Legalization leaves that room: it gives such a product its bits by the size of its values.
+    if added.numel() and not float(added.abs().max()) < 2.0**room:
+        raise ValueError(
+            f"a constant of 2**{room} or more has no room in 64 bits at {x.frac} fractional ones; "
+            "compile the model again"
+        )
+    words = to_device(encode(added, x.frac), x.low.device, "input")
     return Wide(
         *_add((x.low, x.high), (words.expand(x.shape), (words >> 63).expand(x.shape))), x.frac
     )

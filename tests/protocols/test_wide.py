@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergec.runtime.core.context import ShapeContext
-from mergec.runtime.core.spec import CLIENT, DEALER, Vis
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Vis
 from mergec.runtime.core.values import Held, Wide
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.rotary import Rotary
@@ -139,6 +139,24 @@ def test_shifts_and_sums_are_exact() -> None:
     client, server = added_wide(views[0], away), added_wide(views[1], Held(Vis.SERVER, held))
     wanted = [n + round(float(h) * 2**16) for n, h in zip(numbers, held, strict=True)]
     assert whole(client, server) == wanted
+
+
+@pytest.mark.parametrize("frac", [16, 54, 62])
+@pytest.mark.parametrize("parts", [(), (1, 3, 1, 0)])
+def test_a_constant_that_64_bits_do_not_hold_is_refused(frac: int, parts: tuple[int, ...]) -> None:
+    """At the largest that fits it is added exactly, and just beyond nothing is added."""
+    bits = 63 - frac - (parts[1] if parts else 0)
+    fits = 2.0**bits * (1 - 2.0**-20)
+    for sign in (1.0, -1.0):
+        views = split([5, -7], Simulation(), frac)
+        given = torch.tensor([sign * fits, 0.0], dtype=torch.float64)
+        held = Held(Vis.SERVER, given)
+        client, server = views[CLIENT], added_wide(views[SERVER], held, parts)
+        lift = 2 ** (frac + (parts[1] if parts else 0))
+        assert whole(client, server) == [5 + int(sign * fits * lift), -7]
+        beyond = Held(Vis.SERVER, torch.tensor([0.0, sign * 2.0 ** (63 - frac)]).double())
+        with pytest.raises(ValueError, match=rf"2\*\*{63 - frac} or more has no room in 64 bits"):
+            added_wide(views[SERVER], beyond, parts)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
