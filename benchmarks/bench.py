@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -167,6 +167,23 @@ def shortened(model: nn.Module, layers: int) -> nn.Module:
     setattr(body, name, getattr(body, name)[:layers])
     result.config.num_hidden_layers = layers
     return result
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The options that `captured_models` reads."""
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", type=int, help="first layers of the models only")
+
+
+def captured_models(
+    options: argparse.Namespace,
+) -> Iterator[tuple[str, nn.Module, list[int], Captured]]:
+    """The models that the options choose: name, model, tokens to run it on, and its graph."""
+    for name in options.models:
+        model, tokens = MODELS[name]()
+        if options.layers is not None:
+            model = shortened(model, options.layers)
+        yield name, model, tokens, capture(model)
 
 
 def steps_of(

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import LATEST, MODELS, RESULTS, ROOT, shortened
+from bench import LATEST, RESULTS, ROOT, add_models, captured_models
 from report import replace_between
 
 from mergec import CompileConfig, Program, compile_decoder
-from mergec.compiler.frontend.capture import capture
 from mergec.compiler.report.tables import markdown
 
 STEPS = ((16, 0), (64, 0), (150, 0), (500, 0), (1, 128))
@@ -161,16 +160,11 @@ def megabytes(count: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layers", type=int, help="first layers of the models only")
+    add_models(parser)
     parser.add_argument("--output", type=Path, help="page to write; README stays as it is")
     options = parser.parse_args()
     rows: list[Row] = []
-    for name in options.models:
-        model, _ = MODELS[name]()
-        if options.layers is not None:
-            model = shortened(model, options.layers)
-        captured = capture(model)
+    for name, model, _, captured in captured_models(options):
         for network in CHOSEN:
             config = CompileConfig(network=network)
             program = compile_decoder(model, config=config, captured=captured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -376,8 +376,8 @@ def page(
         texts = texts_of(name, kind, found, drafts, table)
         parts += [
             f"## {kind.title}\n\n{kind.said}",
-            f"### Seconds\n\n{markdown(seconds_cells(name, texts))}",
-            f"### Bytes\n\n{markdown(bytes_cells(name, texts))}",
+            f"### Seconds\n\n{markdown(SECONDS.cells(name, texts))}",
+            f"### Bytes\n\n{markdown(BYTES.cells(name, texts))}",
             *_unmeasured(texts),
         ]
         if len(kind.lengths) > 1:
@@ -413,45 +413,52 @@ def texts_of(
     return texts
 
 
-def seconds_cells(model: str, texts: Texts) -> list[list[str]]:
-    """Table 1: ours beside the paper's."""
-    head = ["system", "protocols", *CATEGORIES, "total s", "CrypTen ÷"]
-    head += [f"paper: {name}" for name in LOGGED] + ["paper: total s", "paper: CrypTen ÷"]
-    published = PUBLISHED[model]
-    base, theirs = _base(texts), published[BASELINE.paper].seconds
-    cells = [head]
-    for (system, name), text in texts.items():
-        line = [name, _protocols(system)]
-        if isinstance(text, str):
-            line += [""] * len(CATEGORIES) + ["not run", ""]
-        else:
-            seconds = text.total.seconds
-            line += [_figure(text.shares.get(c, Share()).seconds) for c in CATEGORIES]
-            line += [_figure(seconds), _ratio(base and base.seconds, seconds)]
-        line += _theirs(published.get(system.paper), "seconds", theirs)
-        cells.append(line)
-    return cells
+@dataclass(frozen=True)
+class Measure:
+    """What a table is about. name: of `Figure`'s fields. of: that of a share, in `unit`s."""
+
+    name: str
+    unit: float
+    of: Callable[[Share], float]
+    head: tuple[str, ...]
+    told: str
+    more: Callable[[Spent], list[str]] = lambda _: []
+
+    def cells(self, model: str, texts: Texts) -> list[list[str]]:
+        """A table: ours beside the paper's."""
+        head = ["system", "protocols", *CATEGORIES, *self.head]
+        head += [f"paper: {name}" for name in LOGGED] + [self.told, "paper: CrypTen ÷"]
+        published = PUBLISHED[model]
+        base, theirs = _base(texts), getattr(published[BASELINE.paper], self.name)
+        cells = [head]
+        for (system, name), text in texts.items():
+            line = [name, _protocols(system)]
+            if isinstance(text, str):
+                line += [""] * len(CATEGORIES) + ["not run", *[""] * (len(self.head) - 1)]
+            else:
+                parts = [self.of(text.shares.get(c, Share())) for c in CATEGORIES]
+                total = self.of(text.total)
+                line += [_figure(part / self.unit) for part in (*parts, total)]
+                line += [_ratio(base and self.of(base), total), *self.more(text)]
+            line += _theirs(published.get(system.paper), self.name, theirs)
+            cells.append(line)
+        return cells
 
 
-def bytes_cells(model: str, texts: Texts) -> list[list[str]]:
-    """Table 2: ours beside the paper's."""
-    head = ["system", "protocols", *CATEGORIES, "online GiB", "CrypTen ÷", "dealt GiB", "rounds"]
-    head += [f"paper: {name}" for name in LOGGED] + ["paper: GiB", "paper: CrypTen ÷"]
-    published = PUBLISHED[model]
-    base, theirs = _base(texts), published[BASELINE.paper].gib
-    cells = [head]
-    for (system, name), text in texts.items():
-        line = [name, _protocols(system)]
-        if isinstance(text, str):
-            line += [""] * len(CATEGORIES) + ["not run", "", "", ""]
-        else:
-            online = text.total.online
-            line += [_figure(text.shares.get(c, Share()).online / GIB) for c in CATEGORIES]
-            line += [_figure(online / GIB), _ratio(base and base.online, online)]
-            line += [_figure(text.total.offline / GIB), f"{text.rounds:,.0f}"]
-        line += _theirs(published.get(system.paper), "gib", theirs)
-        cells.append(line)
-    return cells
+SECONDS = Measure(
+    "seconds", 1.0, lambda share: share.seconds, ("total s", "CrypTen ÷"), "paper: total s"
+)
+"""Table 1."""
+
+BYTES = Measure(
+    "gib",
+    GIB,
+    lambda share: share.online,
+    ("online GiB", "CrypTen ÷", "dealt GiB", "rounds"),
+    "paper: GiB",
+    lambda text: [_figure(text.total.offline / GIB), f"{text.rounds:,.0f}"],
+)
+"""Table 2."""
 
 
 def _longer(

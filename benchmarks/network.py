@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
-from bench import MODELS, RESULTS, shortened, steps_of
+from bench import RESULTS, add_models, captured_models, steps_of
 from harness import Taken, run
 from torch import nn
 
@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 from mergec import CompileConfig, compile_decoder
 from mergec.compiler.backend.cost import dealt_bytes
-from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.report.tables import markdown
 from mergec.runtime.core.network import NETWORKS, Waiting
 from mergec.runtime.core.spec import Cost
@@ -166,17 +166,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add_models(parser)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--layers", type=int, help="first layers of the models only")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows: list[Row] = []
-    for name in options.models:
-        model, tokens = MODELS[name]()
-        if options.layers is not None:
-            model = shortened(model, options.layers)
-        captured = capture(model)
+    for name, model, tokens, captured in captured_models(options):
         for network in options.networks:
             rows.append(measure(name, model, captured, tokens, network))
             print(rows[-1], flush=True)

@@ -19,6 +19,7 @@ from mergec.compiler.program import Program
 from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
+from mergec.runtime.engine.plan import Planned
 from tests.families import float_decoder, random_decoder
 from tests.session import compiled
 
@@ -96,6 +97,21 @@ def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
     _, program = compiled("llama", reveal="token", network="wan")
     assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
     assert sum(chosen_otherwise(program.any_role, NETWORKS["loopback"], 16).values()) == 5
+
+
+def test_arguments_at_the_end_that_say_nothing_are_left_out() -> None:
+    given = {"x": None, "bits": 0, "columns": (), "wide": False}
+    for optional, kept in (
+        ({"columns", "wide"}, 2),
+        ({"columns"}, 4),  # it is not the last one
+        ({"bits", "columns", "wide"}, 1),
+        (set(), 4),
+        (set(given), 0),
+    ):
+        assert Planned.written(given, optional) == dict(list(given.items())[:kept])
+    full = {**given, "columns": (3,)}
+    assert Planned.written(full, {"columns", "wide"}) == dict(list(full.items())[:3])
+    assert Planned.written({**given, "wide": True}, set(given)) == {**given, "wide": True}
 
 
 def test_all_roles_get_the_same_choice() -> None:

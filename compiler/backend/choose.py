@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergec.compiler.backend.cost import Walked, call_cost, cost_report, dealt_bytes, walk
@@ -38,6 +38,26 @@ Choices = Mapping[str, tuple[Any, ...]]
 """Arguments of calls, by the names of their instructions."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The step that protocols are chosen for: `new` tokens after `past` ones on `network`.
+
+    fixed, exact: the program's fractional bits, and whether its roundings are exact.
+    """
+
+    network: Network
+    fixed: int
+    exact: bool
+    new: int
+    past: int
+
+    def times(self, program: RoleProgram) -> tuple[Waiting, float]:
+        """What the step waits for the network, and seconds of the roles' work for dealt bytes."""
+        given = program, self.new, self.past, self.fixed, self.exact
+        dealt = dealt_bytes(*given)
+        return self.network.waiting(cost_report(*given).total, dealt), self.network.making(dealt)
+
+
 def choose_variants(
     roles: Mapping[str, RoleProgram],
     network: Network,
@@ -55,27 +75,25 @@ def choose_variants(
     program takes. All roles get the same choice; their instructions are replaced in place.
     """
     program = next(iter(roles.values()))
-    past = min(PAST, max_length - NEW)
+    decode = _Step(network, fixed, exact, NEW, min(PAST, max_length - NEW))
     for waits in (False, True):
-        best = dict(_choices(program, _variants, network, fixed, exact, NEW, past, waits))
+        best = dict(_choices(program, _variants, decode, waits))
         _replace(roles, best)
         if waits or not best:
             break
-        waiting, _ = _times(program, network, fixed, exact, NEW, past)
+        waiting, _ = decode.times(program)
         if waiting.total <= waiting.prepared:
             break
     if not exact:
-        _replace(roles, dict(_widened(program, network, fixed, NEW, past)))
+        _replace(roles, dict(_widened(program, decode)))
     # Only a decode step of an encoder-decoder runs its decoder.
-    step = (NEW, past) if program.encodes else (min(PROMPT, max_length), 0)
-    each, keys = (
-        dict(_choices(program, _supplies, network, fixed, exact, *step, True, first))
-        for first in (False, True)
-    )
+    prompt = replace(decode, new=min(PROMPT, max_length), past=0)
+    step = decode if program.encodes else prompt
+    each, keys = (dict(_choices(program, _supplies, step, True, first)) for first in (False, True))
 
     def seconds(choices: Choices) -> float:
         other = replace(program, instructions=_replaced(program, choices))
-        waiting, making = _times(other, network, fixed, exact, *step)
+        waiting, making = step.times(other)
         return waiting.total + making
 
     # The links work at the same time, and which is the slower depends on all ops together.
@@ -113,15 +131,13 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
     return dict(found)
 
 
-def _widened(
-    program: RoleProgram, network: Network, fixed: int, new: int, past: int
-) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _widened(program: RoleProgram, step: _Step) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The products behind norms, and arguments: `wide` where it saves a round for less time.
 
     All that reads such a product must be truncations, directly or behind what is local.
     """
     plan = Plan(program)
-    found = {walked.planned.name: walked for walked in _walked(plan, program, fixed, new, past)}
+    found = {walked.planned.name: walked for walked in _walked(plan, program, step)}
     readers: dict[str, list[Planned]] = {}
     for planned in plan.steps:
         for name in planned.refs:
@@ -130,11 +146,11 @@ def _widened(
     def seconds(calls: Iterable[tuple[type[Op], Mapping[str, Any]]]) -> float:
         total, dealt = Cost(), {"client": 0, "server": 0}
         for op, bound in calls:
-            cost = call_cost(op, bound, fixed, False)
+            cost = call_cost(op, bound, step.fixed, False)
             total = total.beside(cost) if op is Truncate else total + cost
-            for role, size in call_dealt(op, fixed, False, *bound.values()).items():
+            for role, size in call_dealt(op, step.fixed, False, *bound.values()).items():
                 dealt[role] += size
-        return network.weight(total, dealt)
+        return step.network.weight(total, dealt)
 
     for name, walked in found.items():
         op, bound, item = walked.planned.op, walked.bound, walked.planned.instruction
@@ -142,17 +158,13 @@ def _widened(
             continue
         ends = None if name in program.outputs else _truncations(name, readers)
         wide = False
-        if ends and op.fits_wide(bound, fixed):
+        if ends and op.fits_wide(bound, step.fixed):
             # What is truncated must be known in this form, not as what it becomes.
             plain = [(Truncate, {"x": _narrow(found[end.refs[0]].result)}) for end in ends]
             apart = seconds([*plain, (op, bound | {"wide": False})])
             wide = seconds([(op, bound | {"wide": True})]) < apart
         given = walked.planned.bind(item.args, item.kwargs) | {"wide": wide}
-        if not wide:
-            del given["wide"]
-            if not given["columns"]:
-                del given["columns"]
-        yield item.name, tuple(given.values())
+        yield item.name, tuple(Planned.written(given, {"columns", "wide"}).values())
 
 
 def _narrow(value: Shared | Wide) -> Shared:
@@ -180,15 +192,6 @@ def _bound(planned: Planned, item: Instruction) -> list[Any]:
     return list(planned.bind(item.args, item.kwargs).values()) if planned.op else []
 
 
-def _times(
-    program: RoleProgram, network: Network, fixed: int, exact: bool, new: int, past: int
-) -> tuple[Waiting, float]:
-    """What a step waits for the network, and the seconds of the roles' work for dealt bytes."""
-    cost = cost_report(program, new, past, fixed, exact).total
-    dealt = dealt_bytes(program, new, past, fixed, exact)
-    return network.waiting(cost, dealt), network.making(dealt)
-
-
 def _variants(op: type[Op]) -> Options | None:
     stated: Any = op.variants
     return None if stated.__func__ is Op.variants.__func__ else stated  # type: ignore[attr-defined]
@@ -202,22 +205,19 @@ def _supplies(op: type[Op]) -> Options | None:
 def _choices(
     program: RoleProgram,
     kind: Callable[[type[Op]], Options | None],
-    network: Network,
-    fixed: int,
-    exact: bool,
-    new: int,
-    past: int,
+    step: _Step,
     waits: bool,
     first: bool = False,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The calls that leave something open: an instruction's name, and its best arguments.
 
-    first: take the first option instead, which is keys where it is about supplies.
+    waits: whether the step waits for the dealer. first: take the first option instead, which is
+    keys where it is about supplies.
     """
     plan = Plan(program)
     if not any(planned.op and kind(planned.op) for planned in plan.steps):
         return
-    for walked in _walked(plan, program, fixed, new, past):
+    for walked in _walked(plan, program, step):
         planned, bound, item = walked.planned, walked.bound, walked.planned.instruction
         op = planned.op
         stated = kind(op) if op else None
@@ -229,40 +229,38 @@ def _choices(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound
         ) -> float:
             arguments = bound | option
-            cost = call_cost(op, arguments, fixed, exact)
-            dealt = call_dealt(op, fixed, exact, *arguments.values())
-            return network.weight(cost, dealt, waits=waits)
+            cost = call_cost(op, arguments, step.fixed, step.exact)
+            dealt = call_dealt(op, step.fixed, step.exact, *arguments.values())
+            return step.network.weight(cost, dealt, waits=waits)
 
         given = planned.bind(item.args, item.kwargs)
         best = given | (options[0] if options and first else min(options, key=weight, default={}))
         if kind is _supplies and best == given:
             # The call stays as it is written.
             continue
-        if not best.get("reach"):
-            # It is the last argument.
-            best.pop("reach", None)
-        yield item.name, tuple(best.values())
+        yield item.name, tuple(Planned.written(best, {"reach"}).values())
 
 
-def _walked(plan: Plan, program: RoleProgram, fixed: int, new: int, past: int) -> Iterator[Walked]:
+def _walked(plan: Plan, program: RoleProgram, step: _Step) -> Iterator[Walked]:
     """The instructions of a step; of an encoder-decoder, then those that only a prompt or the
     finish runs.
 
     Half of what comes before a decode step is the source.
     """
+    new, past = step.new, step.past
     if not program.encodes:
-        yield from walk(plan, fixed, ghost_inputs(program, new, past), program.outputs)
+        yield from walk(plan, step.fixed, ghost_inputs(program, new, past), program.outputs)
         return
     source, seen = (past + 1) // 2, set[str]()
-    steps = [(new, past)]
+    lengths = [(new, past)]
     if past:
-        steps.append((source, 0))
+        lengths.append((source, 0))
     if program.resends:
-        steps.append((0, 1))
-    for step in steps:
-        part = program.phase(phase_of(*step))
-        inputs = ghost_inputs(part, *program.sizes(*step, source))
-        for walked in walk(plan, fixed, inputs, part.outputs):
+        lengths.append((0, 1))
+    for sizes in lengths:
+        part = program.phase(phase_of(*sizes))
+        inputs = ghost_inputs(part, *program.sizes(*sizes, source))
+        for walked in walk(plan, step.fixed, inputs, part.outputs):
             if walked.planned.name not in seen:
                 yield walked
             seen.add(walked.planned.name)

@@ -30,6 +30,7 @@ from mergec.runtime.core.spec import (
     WINDOW_FRAC,
     Vis,
 )
+from mergec.runtime.engine.plan import Planned
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.embedding import Embedding
 from mergec.runtime.ops.linear import Linear
@@ -178,24 +179,20 @@ class _Legalizer:
         self.check_domain(node, op)
         self.check_measured(node, op, arguments)
         arguments |= op.calibrate(node.meta, arguments)
-        if self.exact or not arguments.get("reach"):
+        if self.exact and "reach" in arguments:
             # With exact rounding functions have finer tables, which need keys.
-            arguments.pop("reach", None)
+            arguments["reach"] = 0
+        optional = {"reach"}
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
-            del arguments["wide"]
-            if not arguments["columns"]:
-                del arguments["columns"]
+            optional |= {"columns", "wide"}
         elif op is Linear:
             arguments |= self.weight_bits(node, arguments["x"].meta["frac"])
-            if not arguments["parts"]:
-                del arguments["parts"]
+            optional |= {"parts"}
         elif "bits" in arguments:
             arguments["bits"] = self.constant_bits(node, op, arguments)
-            if not arguments.get("columns"):
-                arguments.pop("columns", None)
-                if not arguments["bits"]:
-                    del arguments["bits"]
+            optional |= {"bits", "columns"}
+        arguments = Planned.written(arguments, optional)
         node.args = tuple(arguments.values())
         frac = op.scale(*(self.seen(value) for value in arguments.values()), fixed=self.fixed)
         if op.result == "cache":

@@ -188,6 +188,15 @@ class Planned:
         """All parameters of the op by name, defaults filled in, in the order of the schema."""
         return {**self._defaults, **dict(zip(self._defaults, args, strict=False)), **kwargs}
 
+    @staticmethod
+    def written(arguments: Mapping[str, Any], optional: Collection[str]) -> dict[str, Any]:
+        """The arguments of a call as programs write them: those at the end that are as by default,
+        which is 0, False or nothing, are left out, as far as `optional` names them."""
+        found = dict(arguments)
+        while found and (last := next(reversed(found))) in optional and not found[last]:
+            del found[last]
+        return found
+
     @property
     def reads_shape(self) -> bool:
         """Whether the result follows from the shape of the operand."""

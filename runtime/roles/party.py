@@ -157,7 +157,8 @@ def deal(
     device: str = "cpu",
     seeds: tuple[bytes, ...] = (),
 ) -> tuple[Executor, tuple[DealerSender, ...]]:
-    """The dealer's executor, and its streams to client and server; sends both their seeds.
+    """The dealer's executor, and its streams to client and server, which keep pace; sends both
+    their seeds.
 
     seeds: the client's and the server's, to repeat a session word for word; fresh by default.
     """
@@ -222,10 +223,7 @@ def _run_mergec(
         executor.context.ranks = ranks
         session = MergecSession(executor, Traffic)
 
-        def flush() -> None:
-            for stream in streams:
-                stream.flush()
-
+        flush = streams[CLIENT].flush  # the server's keeps pace with it
         _set_up(session, texts, emit, flush)
         _serve(options, session, channels, emit, flush)
         for stream in streams:
