@@ -40,6 +40,9 @@ from tests.services import deployment
 PUBLIC, SECRET = 200, 30
 """Tokens of the public text, and of the prompt after it."""
 
+BLOCKS, KNOWN = 4, 8
+"""Blocks that the public text is made of, and that a session knows."""
+
 LONG, PIECES = 256, (0, 64)
 """Tokens of a prompt that is fed in pieces, and the most of them in a step; 0: all."""
 
@@ -375,7 +378,9 @@ the same time. They leave out all computation.
 {counts}
 
 Public text of {public} tokens enters a session once, with {entered} from server to client and
-nothing from the dealer.
+nothing from the dealer. So does each [block](guides/conversations.md#public-blocks): {known} of
+{block} tokens, with {all_blocks} together. Prompts that combine {blocks} of them in other ways take
+nothing more, where each combination would enter as a public text of its own, with {entered}.
 
 ## Halves that overlap
 
@@ -458,6 +463,7 @@ def count(program: Program) -> list[list[str]]:
     shown: list[tuple[str, list[tuple[int, int]]]] = [
         (f"prompt of {whole} tokens, all secret", [(whole, 0)]),
         (f"{SECRET} secret tokens after {PUBLIC} public ones", [(SECRET, PUBLIC)]),
+        (f"the same after any {BLOCKS} blocks of {PUBLIC // BLOCKS}", [(SECRET, PUBLIC)]),
         (f"second turn of a chat, {second} tokens, as a whole", [(second, 0)]),
         ("the same, after the first turn's caches", [(second - common, common)]),
         *(
@@ -508,6 +514,10 @@ def main() -> None:
             model=program.manifest.model,
             counts=markdown(count(program)),
             entered=readable(entered(program, PUBLIC)),
+            known=KNOWN,
+            blocks=BLOCKS,
+            block=PUBLIC // BLOCKS,
+            all_blocks=readable(entered(program, KNOWN * PUBLIC // BLOCKS)),
             halves=markdown(halves(Program.load(found["wan"], ("client",)))),
             waited=markdown(waited(program)),
             measured=measured(options.measure, program, found["loopback"]),

@@ -53,6 +53,7 @@ class Answer:
     sampling: what was asked about the choice of tokens.
     max_tokens: most tokens that were asked for; 0 if unknown.
     continues: whether the text continues the prompt's, as it does without a chat template.
+    blocks: tokens of the beginning that public blocks see, and of each; empty if there are none.
     phases: the totals of "setup", "prompt" and "decode", where there are any.
     peak_memory: in bytes, by process.
     """
@@ -65,6 +66,7 @@ class Answer:
     peak_memory: dict[str, int] = field(default_factory=dict)
     max_tokens: int = 0
     continues: bool = False
+    blocks: tuple[int, ...] = ()
 
     def table(self) -> RenderableType:
         """Seconds, bytes and rounds per token, by phase; totals of the setup; peak memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from mergec.runtime.program.bundle import (
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.generation import check_prompt
-from mergec.runtime.session.public_text import check_public, prompt_tokens, public_tokens
+from mergec.runtime.session.public_blocks import block_tokens, combined_caches, frame, texts_of
+from mergec.runtime.session.public_text import check_text, prompt_tokens, public_tokens
 from mergec.runtime.session.sampling import Chooser, Sampling
 from mergec.runtime.session.text import VOCABULARY, Stream, Text
 
@@ -416,6 +418,7 @@ class Program:
         speculate: str = "none",
         speculate_tokens: int | None = None,
         public_prefix: str | Sequence[int] | None = None,
+        public_blocks: Sequence[str | Sequence[int]] = (),
         prompt_piece: int = 0,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
@@ -447,6 +450,9 @@ class Program:
                 its keys and values in the clear, so it takes no steps. A text is the system message
                 in a chat template, else the beginning of the text; token numbers go before those of
                 the prompt. None for none.
+            public_blocks: texts, or token numbers like the prompt, that follow `public_prefix` and
+                that both parties know, such as examples. They do not look at each other, so this is
+                another function than the model's (see the guide to public text).
             prompt_piece: most tokens of the prompt that one step takes, which bounds the memory
                 that a long prompt takes; 0 for any number.
             on_text: called with each piece of the answer's text as it comes.
@@ -480,7 +486,9 @@ class Program:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
-        ids, text, templated, public = self._tokens(prompt, chat, max_tokens, public_prefix)
+        ids, text, templated, public, blocks = self._tokens(
+            prompt, chat, max_tokens, public_prefix, public_blocks
+        )
         from mergec.runtime.roles.local import run_local
 
         # What an encoder-decoder answers is a text of its own.
@@ -503,6 +511,7 @@ class Program:
             speculate=speculate,
             speculate_tokens=speculate_tokens,
             public=public,
+            blocks=blocks,
             prompt_piece=prompt_piece,
             on_token=stream.token if stream is not None else None,
         )
@@ -513,6 +522,7 @@ class Program:
             sampling=sampling,
             max_tokens=max_tokens,
             continues=continues,
+            blocks=tuple(map(len, [public, *blocks])) if blocks else (),
             phases=phases_of(result),
             peak_memory=dict(result.peak_memory),
         )
@@ -534,7 +544,12 @@ class Program:
         tokens, margins = [], []
         most = answer.max_tokens or len(answer.tokens)
         pick = Chooser(answer.sampling, self.manifest, answer.prompt, most)
-        for token, logits in plain.generate(answer.prompt, len(answer.tokens), pick, stop):
+        begun = None
+        if answer.blocks:
+            parts = [0, *accumulate(answer.blocks)]
+            head, *blocks = [answer.prompt[a:b] for a, b in pairwise(parts)]
+            begun = parts[-1], combined_caches(plain, head, blocks)
+        for token, logits in plain.generate(answer.prompt, len(answer.tokens), pick, stop, begun):
             best = logits.topk(2).values
             tokens.append(token)
             margins.append(float(best[0] - best[1]))
@@ -551,34 +566,50 @@ class Program:
         chat: bool | None,
         max_tokens: int,
         public: str | Sequence[int] | None,
-    ) -> tuple[list[int], Text | None, bool, list[int]]:
+        blocks: Sequence[str | Sequence[int]],
+    ) -> tuple[list[int], Text | None, bool, list[int], list[list[int]]]:
         """The prompt's tokens, checked against the program's limits, the tokenizer if any, whether
-        the chat template was applied, and those of the tokens that are public.
+        the chat template was applied, and those of the tokens that are public: of the beginning,
+        and of each block.
         """
         text = self.text() if self._has_text() or isinstance(prompt, str) else None
-        templated = False
+        if isinstance(blocks, (str, bytes)) or not isinstance(blocks, Sequence):
+            raise PromptError("public_blocks is no list; pass one of texts, or of token numbers")
+        if isinstance(public, str) and not isinstance(prompt, str):
+            raise PromptError("this prompt is token numbers; give public_prefix as such, too")
+        parts = [*blocks, public] if blocks and public is not None else blocks
+        if any(isinstance(part, str) != isinstance(prompt, str) for part in parts):
+            raise PromptError(
+                "the prompt and its public blocks are all texts, or all token numbers"
+            )
+        check = Arguments(PromptError)
+        templated, begins, known = False, list[int](), list[list[int]]()
         if isinstance(prompt, str) and text is not None:
             if not prompt.strip():
                 raise PromptError("the prompt is empty; say something")
             templated = text.has_chat if chat is None else chat
-            known = public if isinstance(public, str) else None
-            ids = prompt_tokens(text, prompt, templated, known)
+            if blocks:
+                begins, rest = frame(text, prompt, templated, str(public or ""))
+                known = [block_tokens(text, str(block)) for block in blocks]
+                ids = [*begins, *chain(*known), *rest]
+            else:
+                of_text = public if isinstance(public, str) else None
+                ids = prompt_tokens(text, prompt, templated, of_text)
+                if of_text is not None:
+                    begins = public_tokens(text, of_text, templated)
+                elif public is not None:
+                    begins = check.tokens("public_prefix", public)
+                    ids = [*begins, *ids]
         else:
             if chat:
                 raise PromptError("chat=True needs a text; this prompt is token numbers")
-            ids = Arguments(PromptError).tokens("prompt", prompt)
-        begins: list[int] = []
-        if isinstance(public, str):
-            if text is None or not isinstance(prompt, str):
-                raise PromptError("this prompt is token numbers; give public_prefix as such, too")
-            begins = public_tokens(text, public, templated)
-        elif public is not None:
-            begins = Arguments(PromptError).tokens("public_prefix", public)
-            ids = [*begins, *ids]
+            begins = [] if public is None else check.tokens("public_prefix", public)
+            known = [check.tokens("public_blocks", block) for block in blocks]
+            ids = [*begins, *chain(*known), *check.tokens("prompt", prompt)]
         check_prompt(ids, max_tokens, self.manifest)
-        if begins:
-            check_public(self.any_role, len(begins), begins)
-        return ids, text, templated, begins
+        for part in texts_of(begins, known):
+            check_text(self.any_role, part)
+        return ids, text, templated, begins, known
 
     def _place(self) -> Path:
         """The folder of the bundles; a temporary one for a program that was never saved."""

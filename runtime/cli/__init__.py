@@ -15,12 +15,14 @@ from mergec.runtime.cli.options import (
     MaxTokens,
     Prompt,
     PromptPiece,
+    PublicBlocks,
     PublicPrompt,
     Ranks,
     SamplingOptions,
     SpeculationOptions,
     Tokenizer,
     grouped,
+    read_blocks,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MaxTokens",
     "Prompt",
     "PromptPiece",
+    "PublicBlocks",
     "PublicPrompt",
     "Ranks",
     "SamplingOptions",
@@ -45,6 +48,7 @@ __all__ = [
     "grouped",
     "main",
     "out",
+    "read_blocks",
     "run",
     "waiting",
     "write",

@@ -185,6 +185,15 @@ PublicPrompt = Annotated[
         "chat template. The server must know it, too; it takes no steps.",
     ),
 ]
+PublicBlocks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--public-block",
+        help="File of public text behind that of --public-prompt, such as an example; may be "
+        "repeated. Blocks do not see each other, so this is another function than the model's. "
+        "The server must know each; they take no steps.",
+    ),
+]
 Reuse = Annotated[
     bool,
     typer.Option(
@@ -219,6 +228,13 @@ Chat = Annotated[
     bool | None,
     typer.Option(help="Apply the chat template; by default if the model has one."),
 ]
+
+
+def read_blocks(paths: Sequence[Path] | None) -> list[str]:
+    """The texts of public blocks, in the order of their files."""
+    from mergec.runtime.session.public_text import read_public_text
+
+    return [read_public_text(path) for path in paths or ()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,15 +336,17 @@ class SessionOptions(ClientOptions):
         public: str | Sequence[int] | None = None,
         chat: bool | None = None,
         ahead: AheadPlan | None = None,
+        blocks: Sequence[str | Sequence[int]] = (),
     ) -> Connection:
         """A connection, not yet open; with a store it needs no dealer.
 
-        public: a public text. chat, ahead: see `Connection`.
+        public: a public text. blocks: public blocks behind it. chat, ahead: see `Connection`.
         """
         store = self._opened_store()
         return self._connection(
             public_prefixes=[] if public is None else [public],
             public_chat=chat,
+            public_blocks=blocks,
             reuse=self.reuse,
             prompt_piece=self.prompt_piece,
             overlap=self.overlap,

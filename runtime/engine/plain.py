@@ -100,13 +100,17 @@ class PlainExecutor:
         max_tokens: int,
         choose: Choose | None = None,
         stop: Sequence[int] = (),
+        begun: tuple[int, dict[str, torch.Tensor]] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Tokens after the prompt, each with its logits [V]; greedy without `choose`."""
+        """Tokens after the prompt, each with its logits [V]; greedy without `choose`.
+
+        begun: how many tokens of the prompt are in caches, and these.
+        """
         *_, tokens = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
         inputs = self.program.phase(DECODE).inputs
         following = {spec.name: spec.cache_output for spec in inputs if spec.cache_output}
         (logits,) = [name for name in self.program.outputs if name not in following.values()]
-        caches = self.start()
+        cached, caches = begun or (0, self.start())
         if self.program.resends:
             for row in self._resend(prompt, max_tokens):
                 token = int(row.argmax()) if choose is None else choose(row)
@@ -114,7 +118,7 @@ class PlainExecutor:
                 if token in stop:
                     return
             return
-        new = list(prompt)
+        new = list(prompt)[cached:]
         source: dict[str, torch.Tensor] = {}
         if self.program.encodes:
             source = {self.program.inputs[0].name: self._ids(prompt)}

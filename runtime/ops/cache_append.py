@@ -54,20 +54,9 @@ class CacheAppend(Op):
 
     @classmethod
     def protocol(cls, ctx: Context, past: Masked | Sent, new: Masked | Sent) -> Protocol:
-        """Concatenate two opened values; what was opened under its own mask stays as it is.
-
-        The cache is not copied while it has room (`Room`).
-        """
+        """Concatenate two opened values; what was opened under its own mask stays as it is."""
         yield from ()
-        length, total = past.shape[-2], past.shape[-2] + new.shape[-2]
-        room = past.room
-        if room is None or room.used != length or room.opened.shape[-2] < total:
-            room = make_room(ctx, past, new.shape[-2])
-        for part, rows in ((room.opened, new.opened), (room.mask, new.mask)):
-            write_rows(part, length, rows)
-        room.used = total
-        opened, mask = (part.narrow(-2, 0, total) for part in (room.opened, room.mask))
-        return type(past)(opened, mask, new.frac, room)
+        return appended(ctx, past, new)
 
     @classmethod
     def stock(cls, past: Any, new: Any) -> Any:
@@ -75,6 +64,19 @@ class CacheAppend(Op):
         from mergec.runtime.crypten import compat as crypten
 
         return crypten.cat([past, new], -2)
+
+
+def appended(ctx: Context, past: Masked | Sent, new: Masked | Sent) -> Masked | Sent:
+    """A cache [..., P, D] followed by rows [..., N, D]; not copied while it has room (`Room`)."""
+    length, total = past.shape[-2], past.shape[-2] + new.shape[-2]
+    room = past.room
+    if room is None or room.used != length or room.opened.shape[-2] < total:
+        room = make_room(ctx, past, new.shape[-2])
+    for part, rows in ((room.opened, new.opened), (room.mask, new.mask)):
+        write_rows(part, length, rows)
+    room.used = total
+    opened, mask = (part.narrow(-2, 0, total) for part in (room.opened, room.mask))
+    return type(past)(opened, mask, new.frac, room)
 
 
 def make_room(ctx: Context, cache: Masked | Sent, new: int) -> Room:

@@ -24,7 +24,13 @@ from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.preparer import Preparer
 from mergec.runtime.session.ahead import AheadPlan
-from mergec.runtime.session.conversations import STILL, Conversations, Place, common_length
+from mergec.runtime.session.conversations import (
+    STILL,
+    Conversations,
+    Place,
+    common_length,
+    public_source,
+)
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import Token, answer, check_prompt
@@ -42,10 +48,10 @@ from mergec.runtime.session.handshake import (
 )
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
+from mergec.runtime.session.public_blocks import block_tokens, frame, place_of, texts_of
 from mergec.runtime.session.public_text import (
     PublicText,
-    check_public,
-    digest_of_tokens,
+    check_text,
     prompt_tokens,
     public_tokens,
 )
@@ -95,6 +101,7 @@ class Connection:
         expected: str | None = None,
         public_prefixes: Sequence[str | Sequence[int]] = (),
         public_chat: bool | None = None,
+        public_blocks: Sequence[str | Sequence[int]] = (),
         reuse: bool = True,
         prompt_piece: int = 0,
         overlap: bool = True,
@@ -111,16 +118,18 @@ class Connection:
         public_prefixes: what prompts may begin with and the server knows, too: texts, each a system
         message if the model has a chat template and the beginning of a prompt otherwise, or tokens.
         A prompt that begins with one of them takes no steps for it. public_chat: whether such texts
-        are system messages; None if the model has a chat template. Raises MergecError if neither or
-        both of dealer and store are given, and PromptError if the program cannot begin with such a
-        text. reuse: let a prompt continue the caches of an earlier one where it begins like it;
-        otherwise each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one
-        step takes; 0 for any number. overlap: let the two halves of a step overlap, one computing
-        while the other's messages travel, where that is faster by the cost model. ahead: what the
-        dealer deals while the session waits for a prompt, so that the answer does not wait for it;
-        raises MergecError with a store, or without reuse. on_notice: called with a line about that,
-        at the beginning of an answer. ranks: processes that share the masked
-        weights and the caches; they end with the session.
+        are system messages; None if the model has a chat template. public_blocks: texts, or tokens,
+        that the server knows, too, and that do not look at each other (`session.public_blocks`), so
+        an answer's prompt can combine any of them; at most one of `public_prefixes` is the text
+        that all of them see. Raises MergecError if neither or both of dealer and store are given,
+        and PromptError if the program cannot begin with such a text. reuse: let a prompt continue
+        the caches of an earlier one where it begins like it; otherwise each prompt is computed as a
+        whole. prompt_piece: most tokens of a prompt that one step takes; 0 for any number. overlap:
+        let the two halves of a step overlap, one computing while the other's messages travel, where
+        that is faster by the cost model. ahead: what the dealer deals while the session waits for a
+        prompt, so that the answer does not wait for it; raises MergecError with a store, or without
+        reuse. on_notice: called with a line about that, at the beginning of an answer. ranks:
+        processes that share the masked weights and the caches; they end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
@@ -141,7 +150,10 @@ class Connection:
             expect(self.program.manifest, expected, tokenizer is not None)
         if tokenizer is not None:
             self.text = Text.given(tokenizer)
-        self._public = [self._public_text(given, public_chat) for given in public_prefixes]
+        self._head, self._public_chat = "", public_chat
+        self._blocks: list[int] = []
+        """The numbers of the blocks among the session's public texts."""
+        self._public = self._public_texts(public_prefixes, public_blocks)
         if self._public and store is not None:
             raise MergecError(
                 "stored randomness does not support public text; use the dealer, or leave it out"
@@ -208,7 +220,7 @@ class Connection:
         store = self._store
         wanted: dict[str, Any] = {"purpose": SESSION}
         if self._public:
-            wanted["public"] = [digest_of_tokens(text.tokens) for text in self._public]
+            wanted["public"] = [text.digest for text in self._public]
         if store is not None:
             if store.header.program != hello.program_hash:
                 raise StoreError(
@@ -372,27 +384,101 @@ class Connection:
             writer.finish()
         return root / header.store, size
 
-    def encode(self, prompt: str, chat: bool | None = None, public: str | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: str,
+        chat: bool | None = None,
+        public: str | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> list[int]:
         """Tokens of a text. chat: apply the chat template; None applies it if the model has one.
 
-        public: a public text that comes before it, as the system message or as it is.
+        public: a public text that comes before it, as the system message or as it is. blocks: which
+        of the connection's public blocks come before it, by number, in this order; None for all.
+        Where there are blocks the text that they see comes first, so leave `public` out.
         """
         text = self._text()
         if not prompt.strip():
             raise PromptError("the prompt is empty; say something")
-        return prompt_tokens(text, prompt, text.has_chat if chat is None else chat, public)
+        chosen = self._chosen(blocks)
+        if chosen and chat is None:
+            chat = self._public_chat
+        templated = text.has_chat if chat is None else chat
+        if chosen:
+            return self._framed(prompt, templated, chosen)
+        return prompt_tokens(text, prompt, templated, public or self._head or None)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation, by the chat template; each message has `role` and `content`."""
-        return self._text().encode_chat(messages)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], blocks: Sequence[int] | None = None
+    ) -> list[int]:
+        """Tokens of a conversation, by the chat template; each message has `role` and `content`.
 
-    def _public_text(self, given: str | Sequence[int], chat: bool | None) -> PublicText:
+        blocks: as in `encode`; they continue the system message, which is the text that they see.
+        """
+        chosen = self._chosen(blocks)
+        if not chosen:
+            return self._text().encode_chat(messages)
+        begins = [{"role": "system", "content": self._head}]
+        said = messages[1:] if list(messages[:1]) == begins else messages
+        return self._framed(said, True, chosen)
+
+    def _framed(
+        self, said: str | Sequence[Mapping[str, str]], chat: bool, chosen: Sequence[int]
+    ) -> list[int]:
+        head, rest = frame(self._text(), said, chat, self._head)
+        return [*head, *(token for n in chosen for token in self._public[n].tokens), *rest]
+
+    def _chosen(self, blocks: Sequence[int] | None) -> list[int]:
+        """The numbers, among the public texts, of the blocks that somebody chose by their own."""
+        if blocks is None:
+            return self._blocks
+        if len(set(blocks)) < len(blocks) or not all(0 <= n < len(self._blocks) for n in blocks):
+            raise PromptError(
+                f"there are no public blocks {list(blocks)}; this connection has "
+                f"{len(self._blocks)}, numbered from 0, each of which is given once"
+            )
+        return [self._blocks[n] for n in blocks]
+
+    def _public_texts(
+        self,
+        prefixes: Sequence[str | Sequence[int]],
+        blocks: Sequence[str | Sequence[int]],
+    ) -> list[PublicText]:
+        """The session's public texts: those that prompts begin with, then blocks."""
+        if not blocks:
+            known = [self._public_text(given) for given in prefixes]
+        else:
+            known = self._public_blocks(prefixes, blocks)
+            self._blocks = [n for n, text in enumerate(known) if text.head is not None]
+        for text in known:
+            check_text(self.program, text)
+        return known
+
+    def _public_blocks(
+        self, prefixes: Sequence[str | Sequence[int]], blocks: Sequence[str | Sequence[int]]
+    ) -> list[PublicText]:
+        if len(prefixes) > 1:
+            raise PromptError("public blocks see one text; give at most one public prefix")
+        given = [*prefixes, *blocks]
+        texts = [text for text in given if isinstance(text, str)]
+        if not texts:
+            tokens = [[int(token) for token in text] for text in given]
+            return texts_of(tokens[0] if prefixes else [], tokens[len(prefixes) :])
+        if len(texts) < len(given):
+            raise PromptError("public blocks and their prefix are all texts, or all tokens")
+        self._head = texts[0] if prefixes else ""
+        text = self._text()
+        chat = text.has_chat if self._public_chat is None else self._public_chat
+        head, _ = frame(text, ".", chat, self._head)
+        return texts_of(head, [block_tokens(text, block) for block in texts[len(prefixes) :]])
+
+    def _public_text(self, given: str | Sequence[int]) -> PublicText:
         if isinstance(given, str):
             text = self._text()
-            tokens = public_tokens(text, given, text.has_chat if chat is None else chat)
+            chat = text.has_chat if self._public_chat is None else self._public_chat
+            tokens = public_tokens(text, given, chat)
         else:
             tokens = list(given)
-        check_public(self.program, len(tokens), tokens)
         return PublicText(len(tokens), tokens=tokens)
 
     def _text(self) -> Text:
@@ -410,6 +496,7 @@ class Connection:
         fixed_length: bool = False,
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
+        blocks: Sequence[int] | None = None,
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
 
@@ -420,13 +507,15 @@ class Connection:
         `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and
         those of a seed stay the same, and server and dealer see how many drafts of each step were
         right. speculate_tokens: drafts of a step; None to choose as many as pay. Closing the
-        iterator ends the answer after the current step; the session stays open. Raises PromptError
-        for a prompt, sampling or drafter that the program or the server does not allow, PartyError
-        if a peer fails, and MergecError if the settings or the drafter need a package that is not
-        installed.
+        iterator ends the answer after the current step; the session stays open. blocks: the public
+        blocks that the prompt combines, as in `encode`; a prompt of tokens begins with those of the
+        text that they see and of these blocks. Raises PromptError for a prompt, sampling or drafter
+        that the program or the server does not allow, PartyError if a peer fails, and MergecError
+        if the settings or the drafter need a package that is not installed.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt, blocks=blocks) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
+        combined = self._combined(ids, blocks)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
         speculation = self.speculation(speculate, speculate_tokens)
@@ -453,7 +542,7 @@ class Connection:
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
                 )
             first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
-            place, cached = self._place(session, ids)
+            place, cached = self._place(session, ids, combined)
             ahead = self._dealt_ahead(place, cached, len(ids), draw)
             session.turn_to(place)
             taken = deque[bool]()
@@ -467,7 +556,7 @@ class Connection:
                 taken.append(session.take_ahead(request))
                 for channel in channels:
                     channel.send(Kind.STEP, request)
-                place = Place(place.conversation, place.conversation)
+                place = Place.of(place.conversation)
 
             tokens = answer(
                 session,
@@ -574,12 +663,42 @@ class Connection:
         kept = session.cached_tokens().values()
         return max((common_length(prompt, tokens) for tokens in kept), default=0)
 
-    def _place(self, session: MergecSession, ids: Sequence[int]) -> tuple[Place, int]:
-        """Which caches an answer continues, and how many of its tokens are in them."""
+    def _combined(self, ids: Sequence[int], blocks: Sequence[int] | None) -> list[int]:
+        """The numbers of the public texts that a prompt combines; none if it combines no blocks.
+
+        Raises PromptError unless it begins with them.
+        """
+        chosen = self._chosen(blocks)
+        if not chosen:
+            return []
+        numbers = [n for n, text in enumerate(self._public) if text.head is None] + chosen
+        begins = [token for n in numbers for token in self._public[n].tokens]
+        if list(ids[: len(begins)]) != begins or len(ids) == len(begins):
+            raise PromptError(
+                "the prompt does not continue its public blocks; encode it by this connection, or "
+                "choose none by blocks=[]"
+            )
+        return numbers
+
+    def _place(
+        self, session: MergecSession, ids: Sequence[int], combined: Sequence[int] = ()
+    ) -> tuple[Place, int]:
+        """Which caches an answer continues, and how many of its tokens are in them.
+
+        combined: the public texts that its prompt combines.
+        """
         if not session.continues or self._store is not None:
             return STILL, 0  # what is stored was dealt for whole prompts
         kept = session.cached_tokens() if self._reuse else {}
-        return self._conversations.choose(ids, kept, [text.tokens for text in self._public])
+        known = session.public_tokens()
+        if not combined:
+            return self._conversations.choose(ids, kept, known)
+        begins = [token for n in combined for token in known[n]]
+        prompt = [*begins, *ids[len(begins) :]]
+        place, cached = self._conversations.choose(prompt, kept, [*known, begins])
+        if place.source == public_source(len(known)):
+            place = place_of(combined, place.conversation)
+        return place, cached
 
     def _begin(
         self, session: MergecSession, channel: Channel, length: int, tokens: int

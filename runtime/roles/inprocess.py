@@ -23,7 +23,8 @@ from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import Place
-from mergec.runtime.session.public_text import PublicText, compute_public
+from mergec.runtime.session.public_blocks import compute_all
+from mergec.runtime.session.public_text import PublicText
 from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.emulated import EmulatedLink
@@ -40,12 +41,14 @@ class InProcessSession:
         device: str = "cpu",
         seeds: tuple[bytes, bytes] | None = None,
         public: Sequence[Sequence[int]] = (),
+        blocks: Sequence[Sequence[int]] = (),
         emulated: Link | None = None,
     ) -> None:
         """seeds: the client's and the server's, to repeat a session word for word; else fresh.
 
-        public: tokens of public texts, which `turn_to` can continue. emulated: a link to delay the
-        parties' messages as.
+        public: tokens of public texts, which `turn_to` can continue. blocks: those of public blocks
+        behind the first of these texts, or behind nothing, which it can combine. emulated: a link
+        to delay the parties' messages as.
         """
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
@@ -82,11 +85,13 @@ class InProcessSession:
             )
             for party, executor in self.executors.items()
         }
-        server = programs[ROLES[SERVER]]
+        texts = [PublicText(len(tokens), tokens=tokens) for tokens in public]
+        head = public[0] if public else ()
+        texts += [PublicText(len(tokens), tokens=tokens, head=head) for tokens in blocks]
         self._public = {
-            CLIENT: [PublicText(len(tokens), tokens=tokens) for tokens in public],
-            SERVER: [compute_public(server, tokens) for tokens in public],
-            DEALER: [PublicText(len(tokens)) for tokens in public],
+            CLIENT: texts,
+            SERVER: compute_all(programs[ROLES[SERVER]], texts),
+            DEALER: [PublicText(text.length) for text in texts],
         }
         self._pool = ThreadPoolExecutor(max_workers=len(ROLES))
 
@@ -146,7 +151,7 @@ class InProcessSession:
 
         def run(party: int) -> None:
             session = self._sessions[party]
-            here = Place(session.conversation, session.conversation)
+            here = Place.of(session.conversation)
             session.enter_ahead(request, new, past, draw or Draw(), here)
             if party == DEALER:
                 session.step(new, past, draw=draw)
@@ -154,8 +159,8 @@ class InProcessSession:
         self._all(run)
 
     def _request(self, new: int, past: int, draw: Draw | None) -> bytes:
-        here = self._sessions[CLIENT].conversation
-        return write_step(new, past, draw or Draw(), Place(here, here))
+        here = Place.of(self._sessions[CLIENT].conversation)
+        return write_step(new, past, draw or Draw(), here)
 
     def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
         """Like `step`, with all rows that the program reveals; see `Session.rows`."""

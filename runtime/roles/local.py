@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,6 +80,7 @@ def run_local(
     speculate_tokens: int | None = None,
     insecure_first_party: bool = False,
     public: Sequence[int] = (),
+    blocks: Sequence[Sequence[int]] = (),
     prompt_piece: int = 0,
     overlap: bool = True,
     on_token: Callable[[int], object] | None = None,
@@ -94,7 +96,8 @@ def run_local(
     of it. speculate, speculate_tokens: as in `Connection.generate`, by name. If a role fails, all
     are ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
     generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
-    prompt begins with and that both parties know; they take no steps. prompt_piece: most tokens of
+    prompt begins with and that both parties know; they take no steps. blocks: tokens of public
+    blocks that follow these (`session.public_blocks`). prompt_piece: most tokens of
     the prompt that one step takes; 0 for any number. overlap: see `Connection`. ranks: processes
     that share the weights and caches of each role (`runtime.ranks`).
     """
@@ -107,9 +110,10 @@ def run_local(
             if speculate not in (NONE, ""):
                 read(speculate)
                 check(manifest)
-    if public and (mode != "mergec" or list(prompt_ids[: len(public)]) != list(public)):
+    begins = [*public, *chain(*blocks)]
+    if begins and (mode != "mergec" or list(prompt_ids[: len(begins)]) != begins):
         raise PromptError("public text begins the prompt, and needs mergec's own protocols")
-    if public and len(prompt_ids) == len(public):
+    if begins and len(prompt_ids) == len(begins):
         raise PromptError("all of the prompt is public text; add what to answer")
     if ranks > 1 and mode != "mergec":
         raise MergecError("CrypTen's stock protocols run on one rank; leave ranks out")
@@ -135,6 +139,7 @@ def run_local(
                     timeout=timeout,
                     insecure_first_party=insecure_first_party,
                     public=list(public),
+                    blocks=[list(block) for block in blocks],
                 )
                 if role == ROLES[CLIENT]:
                     job = replace(

@@ -33,19 +33,15 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
-from mergec.runtime.session.conversations import STILL, Place, public_source
+from mergec.runtime.session.conversations import STILL
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.public_text import (
-    PublicText,
-    check_public,
-    compute_public,
-    digest_of_tokens,
-)
+from mergec.runtime.session.public_blocks import compute_all, place_of, texts_of
+from mergec.runtime.session.public_text import PublicText, check_text
 from mergec.runtime.session.requests import divide, read_step, turn, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
@@ -94,6 +90,8 @@ class Options:
     overlap: bool = True
     public: Sequence[int] = ()
     """Tokens that the prompt begins with and that all roles are told of."""
+    blocks: Sequence[Sequence[int]] = ()
+    """Tokens of public blocks that follow these."""
 
     def json(self) -> str:
         return json.dumps(asdict(self))
@@ -141,7 +139,7 @@ def run_party(options: Options, emit: Emit) -> None:
 
 def greet(channels: Channels, hello: Hello, options: Options) -> None:
     """Compare versions, modes, programs and roles with the two others."""
-    public = digest_of_tokens(options.public)
+    public = [text.digest for text in texts_of(options.public, options.blocks)]
     for channel in channels.values():
         channel.send_json(Kind.HELLO, **hello.fields(), public=public)
     for channel in channels.values():
@@ -202,12 +200,10 @@ def compute(
 
 def _public_texts(options: Options, program: RoleProgram) -> list[PublicText]:
     """The public text as this role knows it; at the server, before its weights are encoded."""
-    if not options.public:
-        return []
-    check_public(program, len(options.public), options.public)
-    if options.role == ROLES[SERVER]:
-        return [compute_public(program, options.public)]
-    return [PublicText(len(options.public), tokens=options.public)]
+    texts = texts_of(options.public, options.blocks)
+    for text in texts:
+        check_text(program, text)
+    return compute_all(program, texts) if options.role == ROLES[SERVER] else texts
 
 
 def _run_mergec(
@@ -318,7 +314,8 @@ def _ask(
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
-    place = Place(0, public_source(0)) if options.public else STILL
+    known = texts_of(options.public, options.blocks)
+    place = place_of(range(len(known))) if known else STILL
     session.turn_to(place)
 
     def announce(new: int, past: int) -> None:
@@ -336,7 +333,7 @@ def _ask(
         stop=stop,
         announce=announce,
         speculation=speculation,
-        cached=len(options.public),
+        cached=sum(text.length for text in known),
         piece=options.prompt_piece,
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),

@@ -156,7 +156,7 @@ class Preparer:
         if self._source.trouble:
             self._tell(f"the disk takes no more: {self._source.trouble}")
             return False
-        place = Place(*2 * (session.conversation,))
+        place = Place.of(session.conversation)
         request = write_step(new, past, draw, place)
         self._expect([(new, past)])
         self._server.send(Kind.AHEAD, request)

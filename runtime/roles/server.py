@@ -7,6 +7,8 @@ memory.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from pathlib import Path
 
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
@@ -20,12 +22,8 @@ from mergec.runtime.roles.server_session import ServerSession
 from mergec.runtime.roles.service import Service
 from mergec.runtime.roles.settings import ServerSettings
 from mergec.runtime.roles.worker import Parent
-from mergec.runtime.session.public_text import (
-    PublicText,
-    compute_public,
-    digest_of_tokens,
-    tokens_of_file,
-)
+from mergec.runtime.session.public_blocks import PublicTexts, block_of_file, head_forms
+from mergec.runtime.session.public_text import PublicText, tokens_of_file
 from mergec.runtime.session.stores.folder import remove_unfinished, stores_below
 from mergec.runtime.session.stores.format import StoreError
 from mergec.runtime.session.stores.kept import digest_of
@@ -58,8 +56,8 @@ def serve(settings: ServerSettings) -> bool:
         metrics.watch(settings.stores)
     if settings.metrics is not None:
         metrics.serve(settings.metrics, log)
-    for name, known in public.items():
-        log.info("public text", digest=name, tokens=known.length)
+    for name, length in public.lengths().items() if public else ():
+        log.info("public text", digest=name, tokens=length)
     with listen(settings.listen, settings.security) as listener:
         address = Address(*listener.getsockname()[:2])
         log.info("listening", address=str(address), program=program.manifest.program_hash)
@@ -76,18 +74,24 @@ def serve(settings: ServerSettings) -> bool:
     return interrupted
 
 
-def _public_texts(settings: ServerSettings, program: RoleProgram) -> dict[str, PublicText]:
-    """The cache rows of every public text that clients may name, by digest."""
-    if not settings.public:
-        return {}
+def _public_texts(settings: ServerSettings, program: RoleProgram) -> PublicTexts | None:
+    """The public texts and blocks that clients may name; None if there are none."""
+    if not settings.public and not settings.blocks:
+        return None
     beside = settings.bundle.parent / ROLES[CLIENT] / TOKENIZER
     text = None
     if settings.tokenizer is not None:
         text = Text.given(settings.tokenizer)
     elif (beside / VOCABULARY).is_file():
         text = Text.load(beside)
-    found = {}
+    found = PublicTexts(program)
     for path in settings.public:
         for tokens in tokens_of_file(path, text):
-            found[digest_of_tokens(tokens)] = compute_public(program, tokens)
+            found.add(PublicText(len(tokens), tokens=tokens))
+    blocks = [block_of_file(path, text) for path in settings.blocks]
+    if blocks:
+        begun: Sequence[Path | None] = settings.public or (None,)
+        heads = [head for path in begun for head in head_forms(path, text)]
+        found.add_blocks(heads, blocks)
+    found.settle()
     return found

@@ -173,7 +173,8 @@ class ServerSession:
         if unknown:
             raise PartyError(
                 f"public text {unknown[0][:8]} is none that the server agrees to; start it with "
-                "--public-prompt and the same file and tokenizer, or leave the text out"
+                "--public-prompt, --public-block and the same files and tokenizer, or leave the "
+                "text out"
             )
         return [self._public[name] for name in named]
 

@@ -64,6 +64,8 @@ class ServerSettings:
     """Maximum size of one store on disk, in bytes."""
     public: Sequence[Path] = ()
     """Files of public text that clients may begin their prompts with."""
+    blocks: Sequence[Path] = ()
+    """Files of public blocks that clients may combine behind such a text."""
     tokenizer: Path | None = None
     """The model's tokenizer, to read them with; by default that of a client's bundle beside."""
 

@@ -14,11 +14,17 @@ class Place(NamedTuple):
 
     conversation: the number of the conversation whose caches the step extends. source: the
     conversation whose caches it continues, usually the same one; or a public text of the session,
-    by `public_source`.
+    by `public_source`. joined: numbers of public blocks whose rows follow those of such a text.
     """
 
     conversation: int = 0
     source: int = 0
+    joined: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, conversation: int) -> Place:
+        """Where a step continues a conversation's own caches."""
+        return cls(conversation, conversation)
 
 
 STILL = Place()
@@ -80,3 +86,11 @@ class Conversations:
 def public_source(number: int) -> int:
     """The source that stands for the public text of this number in a session, from 0 on."""
     return -1 - number
+
+
+def block_marks(number: int, length: int) -> list[int]:
+    """What stands for the tokens of a session's public block where a client compares beginnings.
+
+    The same tokens outside of the block have other cache rows. No token is negative.
+    """
+    return [-1 - (number << 32 | n) for n in range(length)]

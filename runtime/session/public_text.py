@@ -20,13 +20,13 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.values import encode
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.json_values import is_a
-from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.program.program import InputSpec, RoleProgram
 from mergec.runtime.session.conversations import common_length
 
 if TYPE_CHECKING:
     from mergec.runtime.session.text import Text
 
-MOST_PREFIXES = 8
+MOST_PREFIXES = 32
 """Most public texts of one session: each takes memory at all three roles."""
 
 _DIGEST_HEX = 64
@@ -39,16 +39,26 @@ class PublicText:
     """A public text, as one role knows it.
 
     length: the number of its tokens. rows: at the server, its cache rows as fixed-point integers,
-    by the caches' names. tokens: at the client, its tokens.
+    by the caches' names. tokens: at the client, its tokens. head: those before it, which a block
+    sees (`session.public_blocks`), likewise; None for a text that begins prompts.
     """
 
     length: int
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Sequence[int] = ()
+    head: Sequence[int] | None = None
+
+    @property
+    def digest(self) -> str:
+        """The name by which client and server compare it, which follows from its tokens."""
+        if self.head is None:
+            return digest_of_tokens(self.tokens)
+        words = bytes.fromhex(digest_of_tokens(self.head) + digest_of_tokens(self.tokens))
+        return hashlib.sha256(b"mergec public block\0" + words).hexdigest()
 
 
 def digest_of_tokens(tokens: Sequence[int]) -> str:
-    """The name by which client and server compare a public text: the SHA-256 of its tokens."""
+    """The name of a public text: the SHA-256 of its tokens."""
     words = b"".join(token.to_bytes(8, "big") for token in tokens)
     return hashlib.sha256(b"mergec public text\0" + words).hexdigest()
 
@@ -116,19 +126,31 @@ def tokens_of_file(path: Path, text: Text | None) -> list[list[int]]:
     tokenizer, which a list does not need.
     """
     content = read_public_text(path)
+    found = listed_tokens(content)
+    if found is not None:
+        return [found]
+    if text is None:
+        raise no_tokenizer(path)
+    forms = (True, False) if text.has_chat else (False,)
+    return [public_tokens(text, content, chat) for chat in forms]
+
+
+def listed_tokens(content: str) -> list[int] | None:
+    """The token numbers that a file lists, as [1, 2, 3]; None if it holds a text."""
     try:
         found = json.loads(content)
     except ValueError:
-        found = None
-    if isinstance(found, list) and found and all(is_a(token, int) for token in found):
-        return [found]
-    if text is None:
-        raise PromptError(
-            f"{path}: needs the model's tokenizer; give --tokenizer, or a file with a list of "
-            "token numbers"
-        )
-    forms = (True, False) if text.has_chat else (False,)
-    return [public_tokens(text, content, chat) for chat in forms]
+        return None
+    listed = isinstance(found, list) and found and all(is_a(token, int) for token in found)
+    return found if listed else None
+
+
+def no_tokenizer(path: Path) -> PromptError:
+    """The error for a file of text where there is no tokenizer."""
+    return PromptError(
+        f"{path}: needs the model's tokenizer; give --tokenizer, or a file with a list of token "
+        "numbers"
+    )
 
 
 def read_public_text(path: Path) -> str:
@@ -138,6 +160,11 @@ def read_public_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise PromptError(f"{path}: the public text cannot be read ({reason})") from error
+
+
+def check_text(program: RoleProgram, text: PublicText) -> None:
+    """Like `check_public`, for a text as a role knows it; a block has its head before it."""
+    check_public(program, text.length and text.length + len(text.head or ()), text.tokens)
 
 
 def check_public(program: RoleProgram, length: int, tokens: Sequence[int]) -> None:
@@ -180,14 +207,34 @@ def compute_public(program: RoleProgram, tokens: Sequence[int]) -> PublicText:
     PromptError if the program cannot begin with these tokens, or lacks its weights.
     """
     check_public(program, len(tokens), tokens)
-    plain = PlainExecutor(program)
-    caches = [spec for spec in program.inputs if spec.cache_output is not None]
-    (given,) = [spec.name for spec in program.inputs if spec.vis is Vis.CLIENT]
-    outputs = [spec.cache_output for spec in caches if spec.cache_output is not None]
+    rows = plain_rows(PlainExecutor(program), tokens)
+    return PublicText(len(tokens), encoded_rows(program, rows))
+
+
+def plain_rows(
+    plain: PlainExecutor,
+    tokens: Sequence[int],
+    begun: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Cache rows of tokens in the clear, by the caches' names; begun: those of tokens before."""
+    caches = [spec for spec in plain.program.inputs if spec.cache_output is not None]
+    (given,) = [spec.name for spec in plain.program.inputs if spec.vis is Vis.CLIENT]
     ids = torch.tensor([list(tokens)], dtype=torch.int64)
-    found = plain.step({given: ids, **plain.start()}, outputs)
-    rows = {
-        spec.name: encode(found[output], spec.frac)
+    outputs = [spec.cache_output for spec in caches if spec.cache_output is not None]
+    found = plain.step({given: ids, **plain.start(), **(begun or {})}, outputs)
+    count = len(tokens)
+    return {
+        spec.name: found[output].narrow(past_of(spec), -count, count)
         for spec, output in zip(caches, outputs, strict=True)
     }
-    return PublicText(len(tokens), rows)
+
+
+def past_of(cache: InputSpec) -> int:
+    """The dimension of a cache along which tokens are."""
+    return cache.shape.index("past")
+
+
+def encoded_rows(program: RoleProgram, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cache rows as fixed-point integers of the caches' fractional bits."""
+    fracs = {spec.name: spec.frac for spec in program.inputs}
+    return {name: encode(values, fracs[name]) for name, values in rows.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.program.json_values import is_a
-from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place
+from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place, public_source
 from mergec.runtime.session.public_text import MOST_PREFIXES
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ def write_step(new: int, past: int, draw: Draw, place: Place = STILL, split: int
     """Encode a step: `new` tokens after `past` ones, how the next token is chosen, and the caches.
 
     split: tokens of the first piece of a step in two pieces; 0 for a step as a whole. Raises
-    struct.error if a number has more than 64 bits.
+    struct.error if a number has more than 64 bits. A byte follows for each block that is joined.
     """
-    return _STEP.pack(new, past, draw.units, draw.top_k, *place, split)
+    fixed = new, past, draw.units, draw.top_k, place.conversation, place.source, split
+    return _STEP.pack(*fixed) + bytes(place.joined)
 
 
 def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, Place, int]:
@@ -43,13 +44,18 @@ def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, P
     The caller checks the lengths, and whether there are such caches. Raises PartyError if the
     numbers of the caches are out of bounds.
     """
-    if len(payload) != _STEP.size:
+    joined = tuple(payload[_STEP.size :])
+    if len(payload) < _STEP.size or len(joined) > MOST_PREFIXES:
         raise PartyError(f"the {peer} sent a step that cannot be read")
-    new, past, units, top_k, conversation, source, split = _STEP.unpack(payload)
+    new, past, units, top_k, conversation, source, split = _STEP.unpack(payload[: _STEP.size])
     bound = MOST_CONVERSATIONS
     if not (0 <= conversation < bound and -MOST_PREFIXES <= source < bound):
         raise PartyError(f"the {peer} requests caches {source} for conversation {conversation}")
-    return new, past, draw_of(units, top_k, peer), Place(conversation, source), split
+    if joined and (
+        source >= 0 or len({public_source(n) for n in joined} | {source}) <= len(joined)
+    ):
+        raise PartyError(f"the {peer} joins blocks {list(joined)} to caches {source}")
+    return new, past, draw_of(units, top_k, peer), Place(conversation, source, joined), split
 
 
 def turn(session: Session, place: Place, peer: str) -> None:

@@ -23,12 +23,12 @@ from mergec.runtime.engine.rehearsal import (
     overlapped_seconds,
     step_cost,
 )
-from mergec.runtime.ops.cache_append import make_room
+from mergec.runtime.ops.cache_append import appended, make_room
 from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
 from mergec.runtime.session.ahead import Ahead, Prepared
-from mergec.runtime.session.conversations import Place, public_source
-from mergec.runtime.session.public_text import PublicText, check_public
+from mergec.runtime.session.conversations import Place, block_marks, public_source
+from mergec.runtime.session.public_text import PublicText, check_text
 from mergec.runtime.transport.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -156,21 +156,28 @@ class Session(ABC):
         """Let the next steps continue the caches of `place.source`, as `place.conversation`'s own.
 
         If the source is another conversation, its own caches stay as they are: an entry is opened
-        once, under one mask, however many conversations continue it. Raises BundleError if there
-        are no such caches, or if the program has none that can be continued like that.
+        once, under one mask, however many conversations continue it. So do those of `place.joined`,
+        whose rows follow the source's. Raises BundleError if there are no such caches, or if the
+        program has none that can be continued like that.
         """
-        if place == (self._conversation, self._conversation):
+        if place == Place.of(self._conversation):
             return
-        if not self.continues or (place.source < 0 and place.source not in self._others):
-            raise BundleError(f"there are no caches {place.source} that a step could continue")
+        wanted = [place.source, *map(public_source, place.joined)]
+        for number in wanted:
+            if not self.continues or (number < 0 and number not in self._others):
+                raise BundleError(f"there are no caches {number} that a step could continue")
         self._others[self._conversation] = Cached(self._caches, self.length, self.tokens)
-        source = self._others.get(place.source, Cached({}, 0, []))
+        source, *joined = [self._others.get(number, Cached({}, 0, [])) for number in wanted]
         caches = source.caches
         if place.source != place.conversation:
-            caches = {name: self._fork(cache) for name, cache in caches.items()}
+            caches = {
+                name: self._fork(cache, [text.caches[name] for text in joined])
+                for name, cache in caches.items()
+            }
         self._others.pop(place.conversation, None)
-        self._conversation = place.conversation
-        self._caches, self.length, self.tokens = caches, source.length, list(source.tokens)
+        self._conversation, self._caches = place.conversation, caches
+        self.length = source.length + sum(text.length for text in joined)
+        self.tokens = [token for text in (source, *joined) for token in text.tokens]
 
     def forget(self, length: int) -> None:
         """At the client: continue no more than the first `length` tokens of this conversation."""
@@ -181,8 +188,13 @@ class Session(ABC):
         others = {n: held.tokens for n, held in self._others.items() if n >= 0}
         return {**others, self._conversation: self.tokens}
 
-    def _fork(self, cache: Any) -> Any:
-        """The same cache, for a second continuation."""
+    def public_tokens(self) -> list[list[int]]:
+        """The tokens of each public text, at the client; marks in place of those of a block."""
+        numbers = map(public_source, range(-min(self._others, default=0)))
+        return [self._others[number].tokens for number in numbers]
+
+    def _fork(self, cache: Any, joined: Sequence[Any]) -> Any:
+        """The same cache, for a second continuation; with the rows of others behind its own."""
         return cache
 
     @abstractmethod
@@ -385,13 +397,16 @@ class MergecSession(Session):
 
     def enter_public(self, texts: Sequence[PublicText]) -> None:
         for number, text in enumerate(texts):
-            check_public(self.program, text.length, text.tokens)
+            check_text(self.program, text)
             entered = self._executor.drive(
                 together(*[self._enter(spec, text) for spec in self.cache_specs])
             )
             names = [spec.name for spec in self.cache_specs]
             caches = dict(zip(names, entered, strict=True))
-            self._others[public_source(number)] = Cached(caches, text.length, list(text.tokens))
+            tokens = list(text.tokens)
+            if text.head is not None:
+                tokens = block_marks(number, len(tokens))
+            self._others[public_source(number)] = Cached(caches, text.length, tokens)
 
     def _enter(self, spec: InputSpec, text: PublicText) -> Protocol:
         shape = [text.length if isinstance(size, str) else size for size in spec.shape]
@@ -399,11 +414,15 @@ class MergecSession(Session):
         words = text.rows[spec.name] if self.party == SERVER else ghost
         return enter(self._executor.context, words, spec.frac, spec.form)
 
-    def _fork(self, cache: Masked | Sent) -> Masked | Sent:
+    def _fork(self, cache: Masked | Sent, joined: Sequence[Masked | Sent]) -> Masked | Sent:
         # In tensors of its own: the source may drop rows and write others over them.
-        room = make_room(self._executor.context, cache, 0)
+        context = self._executor.context
+        room = make_room(context, cache, sum(rows.shape[-2] for rows in joined))
         opened, mask = (part.narrow(-2, 0, room.used) for part in (room.opened, room.mask))
-        return replace(cache, opened=opened, mask=mask, room=room)
+        result = replace(cache, opened=opened, mask=mask, room=room)
+        for rows in joined:
+            result = appended(context, result, rows)
+        return result
 
     def _start(self) -> dict[str, Any]:
         return {spec.name: self._empty(spec) for spec in self.cache_specs}
@@ -475,7 +494,7 @@ class MergecSession(Session):
         were dealt before are thrown away. The dealer runs the step next. Raises BundleError if it
         continues something else, or if this program has no such steps.
         """
-        here = (self._conversation, self._conversation)
+        here = Place.of(self._conversation)
         if not self.continues or place != here or past not in (self.present, self.ahead_end):
             raise BundleError(
                 f"{new} tokens after {past} continue nothing; {self.ahead_end} would be next"

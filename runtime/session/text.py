@@ -104,6 +104,10 @@ class Text:
             return self.encode_chat([{"role": "user", "content": prompt}])
         return self._ids(prompt, special=True)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Tokens of a part of a text, without those that a tokenizer puts around a whole one."""
+        return self._ids(text, special=False)
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation, each message with its `role` and `content`."""
         return self._ids(self.render(messages), special=False)

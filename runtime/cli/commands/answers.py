@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +21,13 @@ from mergec.runtime.cli.options import (
     FixedLength,
     MaxTokens,
     Prompt,
+    PublicBlocks,
     SamplingOptions,
     SessionOptions,
     SpeculationOptions,
     StoreKey,
     grouped,
+    read_blocks,
 )
 from mergec.runtime.core.errors import MergecError, PromptError
 
@@ -83,13 +86,18 @@ def generate_command(
     max_tokens: MaxTokens = 32,
     chat: Chat = None,
     fixed_length: FixedLength = False,
+    public_block: PublicBlocks = None,
 ) -> None:
     """Send one prompt to a server and stream the answer."""
     text, public = sys.stdin.read() if prompt == "-" else prompt, options.public()
-    known = _numbers(public) if ids and public is not None else public
-    with options.connection(known, chat) as connection:
+    blocks: list[Any] = read_blocks(public_block)
+    known: Any = public
+    if ids:
+        blocks = [_numbers(block) for block in blocks]
+        known = _numbers(public) if public is not None else None
+    with options.connection(known, chat, blocks=blocks) as connection:
         if ids:
-            asked = [*(known or ()), *_numbers(text)]
+            asked = [*(known or ()), *chain(*blocks), *_numbers(text)]
         else:
             asked = connection.encode(text, chat, public)
         templated = connection.text is not None and connection.text.has_chat
@@ -117,12 +125,14 @@ def chat_command(
     ahead: AheadOptions,
     max_tokens: MaxTokens = 128,
     fixed_length: FixedLength = False,
+    public_block: PublicBlocks = None,
 ) -> None:
     """Chat with a server. Ctrl-C ends an answer; an empty line or Ctrl-D ends the chat."""
     sampling = choice.sampling()
     public = options.public()
     turns = [{"role": "system", "content": public}] if public is not None else []
-    with options.connection(public, ahead=ahead.plan()) as connection:
+    blocks = read_blocks(public_block)
+    with options.connection(public, ahead=ahead.plan(), blocks=blocks) as connection:
         while True:
             try:
                 said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()
@@ -209,6 +219,6 @@ def _answer(
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        return [int(word) for word in text.strip("[] \n").replace(",", " ").split()]
     except ValueError as error:
         raise PromptError("--ids takes whole numbers, as in --prompt '17 4 9'") from error

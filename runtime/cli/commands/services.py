@@ -76,6 +76,13 @@ def serve_command(
             "Text, or a list of token numbers."
         ),
     ] = None,
+    public_block: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of a public block, such as an example, that clients may combine with others "
+            "behind a public text; may be repeated. Text, or a list of token numbers."
+        ),
+    ] = None,
     prepare_disk: PrepareDisk = "0",
     tokenizer: Annotated[
         Path | None,
@@ -111,6 +118,7 @@ def serve_command(
             store_key=read_key(store_key) if stores or store_key else b"",
             store_bytes=store_bytes,
             public=tuple(public_prompt or ()),
+            blocks=tuple(public_block or ()),
             tokenizer=tokenizer,
         )
     )

@@ -1,0 +1,292 @@
+"""Public blocks: texts that both parties know, that do not look at each other, in any combination.
+
+Blocks are examples or documents in front of a question. Each is encoded by itself, after a common
+head that all of them see, and the server computes its keys and values once. A prompt continues the
+head and any blocks in any order; only its own tokens, which see all of them, go through a step.
+
+This is structured attention, another function than the model's: in full attention a block would see
+those before it. Every block stands at the positions behind the head, whatever is before it, so its
+rows are the same in every combination, for learned positions as for rotary ones. At places of their
+own blocks would see the head from other distances, and have other rows in each. The prompt's
+positions go on behind all of their tokens, as those of a step follow from how many rows are cached.
+
+Sources: blocks at equal positions, Ratner et al., "Parallel Context Windows for Large Language
+Models" (ACL 2023), section 2, where the prompt begins behind the longest block instead. Examples
+without an order, Cai et al., "Scaling In-Context Demonstrations with Structured Attention" (2023).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mergec.runtime.core.errors import PromptError
+from mergec.runtime.core.spec import Vis
+from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.session.conversations import Place, public_source
+from mergec.runtime.session.public_text import (
+    MOST_PREFIXES,
+    PublicText,
+    check_text,
+    encoded_rows,
+    listed_tokens,
+    no_tokenizer,
+    past_of,
+    plain_rows,
+    read_public_text,
+)
+
+if TYPE_CHECKING:
+    from mergec.runtime.session.text import Text
+
+MOST_BYTES = 1 << 30
+"""Bytes of rows that a server keeps; those that were used longest ago are computed again."""
+
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER} public blocks \N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands for blocks while a chat template is applied."""
+
+_LONGEST = 4096
+"""Rows that attention is tested on if a program bounds no length."""
+
+_EQUAL = 1e-4
+"""Logits that are as close as this, of their largest, are those of the same function."""
+
+
+def texts_of(head: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[PublicText]:
+    """The public texts of a session with blocks, as the client knows them: their head, unless it
+    is empty, and each block. Raises PromptError for too many, or for two that are alike."""
+    texts = _texts(head, blocks)
+    if len(texts) > MOST_PREFIXES:
+        raise PromptError(
+            f"{len(texts)} public texts are more than the {MOST_PREFIXES} of a session; join some"
+        )
+    if len({text.digest for text in texts}) < len(texts):
+        raise PromptError("two public blocks are the same text; give each once")
+    return texts
+
+
+def _texts(head: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[PublicText]:
+    texts = [PublicText(len(head), tokens=head)] if head else []
+    return [*texts, *(PublicText(len(block), tokens=block, head=head) for block in blocks)]
+
+
+def place_of(numbers: Sequence[int], conversation: int = 0) -> Place:
+    """Where a prompt is that continues these of a session's public texts."""
+    first, *rest = numbers
+    return Place(conversation, public_source(first), tuple(rest))
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def frame(
+    text: Text, said: str | Sequence[Mapping[str, str]], chat: bool, head: str = ""
+) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt before and after the place of its blocks, which is behind `head`.
+
+    said: the prompt, or with `chat` the messages of a conversation. chat: blocks continue the
+    system message, `head`; otherwise a text that begins with it. Whatever is said, the first part
+    is the same; raises PromptError if the model's template does not allow that.
+    """
+    if not chat:
+        if not isinstance(said, str):
+            raise PromptError("messages need a chat template; pass a text")
+        return text.encode(head), text.encode_part(said)
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    system = {"role": "system", "content": head + _PLACE}
+    before, found, after = text.render([system, *messages]).partition(_PLACE)
+    if not found or _PLACE in after:
+        raise PromptError(
+            "this model's chat template has no one place for a system message, which public "
+            "blocks continue; use --no-chat"
+        )
+    return text.encode_part(before), text.encode_part(after)
+
+
+def block_tokens(text: Text, content: str) -> list[int]:
+    """The tokens of a block, by itself."""
+    if not content.strip():
+        raise PromptError("a public block is empty; give some text")
+    return text.encode_part(content)
+
+
+def head_forms(path: Path | None, text: Text | None) -> list[list[int]]:
+    """At the server: the tokens of the head that a file holds, for every form in which a client may
+    use it; without a file, of what comes before a prompt that has no head."""
+    content = "" if path is None else read_public_text(path)
+    if path is not None and (found := listed_tokens(content)) is not None:
+        return [found]
+    if text is None:
+        if path is not None:
+            raise no_tokenizer(path)
+        return [[]]
+    ways = (True, False) if text.has_chat else (False,)
+    forms = [frame(text, ".", chat, content)[0] for chat in ways]
+    # Prompts of token numbers begin with nothing.
+    return forms if path is not None else [*forms, []]
+
+
+def block_of_file(path: Path, text: Text | None) -> list[int]:
+    """The tokens of a block in a file: of its text, or those that it lists, as [1, 2, 3]."""
+    content = read_public_text(path)
+    found = listed_tokens(content)
+    if found is not None:
+        return found
+    if text is None:
+        raise no_tokenizer(path)
+    return block_tokens(text, content)
+
+
+# ------------------------------------------------------------------------------------- the server
+
+
+class PublicTexts(Mapping[str, PublicText]):
+    """At the server: the public texts that clients may name, by digest, and their cache rows.
+
+    Rows are computed when they are first asked for, and kept up to `most` bytes. What a block's
+    rows depend on are the program, the head that it follows and its own tokens; its positions are
+    those behind the head.
+    """
+
+    def __init__(self, program: RoleProgram, most: int = MOST_BYTES) -> None:
+        """Raises PromptError if the program lacks its weights."""
+        self._program, self._most = program, most
+        self._plain: PlainExecutor | None = PlainExecutor(program)
+        self._known: dict[str, PublicText] = {}
+        self._kept: OrderedDict[str, PublicText] = OrderedDict()
+        self._size = 0
+        self._head: tuple[Sequence[int], dict[str, torch.Tensor]] = (), {}
+        self._combines = False
+        self.computed = 0
+        """How many texts were computed so far."""
+
+    def add(self, text: PublicText) -> None:
+        """Allow a text, by its tokens. Raises PromptError if the program cannot begin with it, or
+        cannot combine blocks."""
+        check_text(self._program, text)
+        if text.head is not None and not self._combines and self._plain is not None:
+            check_combines(self._plain)
+            self._combines = True
+        self._known[text.digest] = text
+
+    def add_blocks(self, heads: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]]) -> None:
+        """Allow each block behind each head; likewise."""
+        for head in heads:
+            for text in _texts(head, blocks):
+                self.add(text)
+
+    def __getitem__(self, digest: str) -> PublicText:
+        text = self._known[digest]
+        if digest not in self._kept:
+            self._keep(digest, self._compute(text))
+        self._kept.move_to_end(digest)
+        return self._kept[digest]
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def lengths(self) -> dict[str, int]:
+        """The number of tokens of each text, by digest."""
+        return {digest: text.length for digest, text in self._known.items()}
+
+    def settle(self) -> None:
+        """Compute all texts, and let the weights go if no rows had to go: nothing needs them then.
+
+        Otherwise a session's process computes what is missing, and keeps it for itself.
+        """
+        for digest in self._known:
+            self[digest]
+        if len(self._kept) == len(self._known):
+            self._plain = None
+        self._head = (), {}
+
+    def _compute(self, text: PublicText) -> PublicText:
+        plain = self._plain
+        if plain is None:
+            raise PromptError("the weights that this public text needs are gone; start again")
+        self.computed += 1
+        begun: dict[str, torch.Tensor] = {}
+        if text.head:
+            if list(self._head[0]) != list(text.head):
+                self._head = text.head, plain_rows(plain, text.head)
+            begun = self._head[1]
+        rows = plain_rows(plain, text.tokens, begun)
+        return PublicText(text.length, encoded_rows(self._program, rows))
+
+    def _keep(self, digest: str, text: PublicText) -> None:
+        self._kept[digest] = text
+        self._size += _bytes_of(text)
+        while self._size > self._most and len(self._kept) > 1:
+            self._size -= _bytes_of(self._kept.popitem(last=False)[1])
+
+
+def _bytes_of(text: PublicText) -> int:
+    return sum(rows.nbytes for rows in text.rows.values())
+
+
+def compute_all(program: RoleProgram, texts: Sequence[PublicText]) -> list[PublicText]:
+    """At the server: texts of one session with their rows."""
+    if not texts:
+        return []
+    found = PublicTexts(program)
+    for text in texts:
+        found.add(text)
+    return [found[text.digest] for text in texts]
+
+
+def combined_caches(
+    plain: PlainExecutor, head: Sequence[int], blocks: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """The caches of blocks behind a head, in the clear; for comparison."""
+    begun = plain_rows(plain, head) if head else {}
+    parts = [*([begun] if begun else []), *(plain_rows(plain, block, begun) for block in blocks)]
+    dims = {spec.name: past_of(spec) for spec in plain.program.inputs if spec.cache_output}
+    return {name: torch.cat([rows[name] for rows in parts], dim) for name, dim in dims.items()}
+
+
+def check_combines(plain: PlainExecutor) -> None:
+    """Raise PromptError unless a program's attention takes cached rows as a set.
+
+    That of ALiBi, of a sliding window or of constant weights does not: it depends on where a row is
+    cached, and so on what else is combined. Tested on the longest caches that the program takes: on
+    rows of two kinds, and the same rows in the opposite order, logits must be the same.
+    """
+    program = plain.program
+    count = (program.manifest.max_length or _LONGEST) - 1
+    caches = [spec for spec in program.inputs if spec.cache_output is not None]
+    following = {spec.cache_output for spec in caches}
+    results = [name for name in program.outputs if name not in following]
+    (given,) = [spec.name for spec in program.inputs if spec.vis is Vis.CLIENT]
+    generator = torch.Generator().manual_seed(1)
+    made: dict[tuple[int, ...], torch.Tensor] = {}
+    rows, turned = {}, {}
+    for name, empty in plain.start().items():
+        (spec,) = [spec for spec in caches if spec.name == name]
+        dim = past_of(spec)
+        shape = [*empty.shape[:dim], count, *empty.shape[dim + 1 :]]
+        if tuple(shape) not in made:  # layers share them: those of a long program are large
+            kinds = (torch.arange(count) * 2 < count).float() * 2 - 1
+            noise = torch.randn(shape, generator=generator)
+            made[tuple(shape)] = noise + kinds.view(-1, *[1] * (len(shape) - dim - 1))
+        rows[name] = made[tuple(shape)].to(empty)
+        turned[name] = rows[name].flip(dim)
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    one, other = (plain.step({given: ids, **held}, results) for held in (rows, turned))
+    for name in results:
+        apart = (one[name] - other[name]).abs().max()
+        if not apart <= _EQUAL * one[name].abs().max():
+            raise PromptError(
+                "this program's attention depends on where a token is cached (as ALiBi, a sliding "
+                "window or constant attention), so it cannot combine public blocks; leave them out"
+            )
