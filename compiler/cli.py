@@ -23,6 +23,7 @@ from mergec.runtime.cli import (
     DeviceOption,
     Expected,
     MaxTokens,
+    Overlap,
     PromptPiece,
     PublicBlocks,
     PublicPrompt,
@@ -368,6 +369,7 @@ def run_command(
     public_prompt: PublicPrompt = None,
     public_block: PublicBlocks = None,
     prompt_piece: PromptPiece = 0,
+    overlap: Overlap = True,
     tokenizer: Tokenizer = None,
     expect: Expected = None,
     check_plaintext: Annotated[
@@ -398,6 +400,7 @@ def run_command(
         public_prefix=public,
         public_blocks=read_blocks(public_block),
         prompt_piece=prompt_piece,
+        overlap=overlap,
         **asdict(choice),
         **asdict(drafting),
     )

@@ -420,6 +420,7 @@ class Program:
         public_prefix: str | Sequence[int] | None = None,
         public_blocks: Sequence[str | Sequence[int]] = (),
         prompt_piece: int = 0,
+        overlap: bool = True,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
         """Run client, server and dealer as three processes on this machine.
@@ -455,6 +456,8 @@ class Program:
                 another function than the model's (see the guide to public text).
             prompt_piece: most tokens of the prompt that one step takes, which bounds the memory
                 that a long prompt takes; 0 for any number.
+            overlap: let the two halves of a prompt overlap where the program's network is slow: one
+                is computed while the other's messages travel.
             on_text: called with each piece of the answer's text as it comes.
 
         Returns:
@@ -481,6 +484,7 @@ class Program:
             top_k = check.whole("top_k", top_k, 0)
         seed = None if seed is None else check.whole("seed", seed, 0, 2**63 - 1)
         check.flag("chat", chat, or_none=True)
+        check.flag("overlap", overlap)
         check.text("speculate", speculate)
         if speculate_tokens is not None:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
@@ -513,6 +517,7 @@ class Program:
             public=public,
             blocks=blocks,
             prompt_piece=prompt_piece,
+            overlap=overlap,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(

@@ -29,10 +29,10 @@ def files(chat: str | None = CHAT) -> dict[str, bytes]:
     return found | ({TEMPLATE: chat.encode()} if chat else {})
 
 
-def save(path: Path, **manifest: Any) -> Path:
+def save(path: Path, chat: str | None = CHAT, **manifest: Any) -> Path:
     """Save the decoder's bundles, with a tokenizer in the client's."""
     told = {"model": "tiny", "max_length": LENGTH, "stop_tokens": [STOP], **manifest}
-    kept = {f"{TOKENIZER}/{name}": content for name, content in files().items()}
+    kept = {f"{TOKENIZER}/{name}": content for name, content in files(chat).items()}
     for role in ROLES:
         program = decoder.program(role, **told)
         save_bundle(program, role_path(path, role), kept if role == "client" else None)

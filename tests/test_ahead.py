@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from mergec.runtime.cli import run as mergec
 from mergec.runtime.cli.options import size_of
 from mergec.runtime.core.context import ClientContext, DealerContext, ServerContext
 from mergec.runtime.core.draw import Draw
@@ -29,6 +31,8 @@ from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.preparer import Preparer
+from mergec.runtime.roles.server_session import ServerSession
+from mergec.runtime.roles.settings import Limits
 from mergec.runtime.session.ahead import Ahead, AheadPlan
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.requests import write_step
@@ -36,7 +40,7 @@ from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.dealer_link import DealerReceiver
 from mergec.runtime.transport.loopback import _Blocks, dealer_pair
 from mergec.runtime.transport.spool import SEGMENT_BYTES, Spool
-from tests import decoder
+from tests import characters, decoder
 from tests.relay import DOWN, Relay
 from tests.services import Deployment, Role, answered, deployment, role, wait_until
 from tests.session import compiled
@@ -547,6 +551,28 @@ def test_bounds_at_both_ends(bundles: Path) -> None:
         assert "2 steps are dealt ahead, and no more: the server says: it holds no " in told[0]
 
 
+def test_a_refused_request_takes_no_second_rehearsal() -> None:
+    rehearsed: list[tuple[int, int]] = []
+
+    def dealt(new: int, past: int, _: Draw) -> dict[str, int]:
+        rehearsed.append((new, past))
+        return {"server": 100}
+
+    told: list[Any] = []
+    channel = SimpleNamespace(peer="client", send_json=lambda kind, **_: told.append(kind))
+    session = SimpleNamespace(present=0, ahead=Ahead(), dealt=dealt)
+    parent = SimpleNamespace(ask=lambda **_: [{"wait": 0}])
+    program = decoder.program("server")
+    settings = SimpleNamespace(limits=Limits(ahead=99), timeout=8)
+    serving = ServerSession(settings, program, {}, "", None, parent, None)  # type: ignore[arg-type]
+    for new in (2, 3, 1):
+        request = memoryview(write_step(new, 0, Draw()))
+        none: Any = SimpleNamespace(trouble="")
+        serving._deal_ahead(session, channel, none, none, request)  # type: ignore[arg-type]
+    assert told == [Kind.REFUSED] * 3
+    assert rehearsed == [(2, 0)]
+
+
 def test_a_server_that_deals_nothing_ahead(bundles: Path) -> None:
     with deployment(bundles, serve=("--timeout", "8", "--grace", "5")) as made:
         told: list[str] = []
@@ -745,3 +771,28 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(MergecError, match="is no size"):
         size_of(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prepare-prompt", "12"], "--prepare-prompt needs --prepare-ahead"),
+        (["--prepare-ahead", "9", "--speculate", "lookup"], "a step takes several"),
+        (["--prepare-ahead", "9", "--fixed-length"], "no prompt continues an answer"),
+        (["--speculate", "loop"], "speculate is 'loop'; it can be"),
+        ([], "has no chat template"),
+    ],
+)
+def test_options_are_compared_before_anything_is_sent(
+    tmp_path: Path, capsys: Any, options: list[str], words: str
+) -> None:
+    folder = characters.save(tmp_path / "bundles", characters.CHAT if options else None)
+    # Nobody listens there: a client that connects says so.
+    place = ["--server", "127.0.0.1:1", "--dealer", "127.0.0.1:1", "--plaintext"]
+    for command in ("chat", "proxy"):
+        if command == "proxy" and ("--fixed-length" in options or not options):
+            continue
+        assert mergec([command, str(folder), *place, *options]) == 1
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == 1, printed
+        assert words in printed[0]

@@ -143,6 +143,7 @@ def test_calibration_longer_than_the_model_takes() -> None:
         ([1], {"device": None}, "device is None"),
         ([1], {"chat": "no"}, "chat is 'no'; it must be True, False or None"),
         ([1], {"chat": True}, "chat=True needs a text"),
+        ([1], {"overlap": 1}, "overlap is 1; it must be True or False"),
         ([1], {"on_text": 3}, "on_text is 3; it must be a function"),
     ],
     ids=str,

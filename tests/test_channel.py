@@ -424,6 +424,19 @@ def test_a_party_that_ends_waits_for_its_peer_without_spinning(
     assert len(taken) < 10
 
 
+def test_a_thread_that_waits_for_a_frame_ends_with_its_channel(channels: tuple[Any, Any]) -> None:
+    client, _ = channels
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(client.collect, 8)
+        while not client._reading.locked():
+            time.sleep(0.001)
+        client.close()
+        with pytest.raises(PeerEndedError):
+            waiting.result()
+    assert time.monotonic() - began < 5, "the timeout is 10 s"
+
+
 def test_words_of_a_peer_are_safe_to_print() -> None:
     assert printable("a\x00b\u202e\n" + "c" * 1000) == "a b " + "c" * 396
 

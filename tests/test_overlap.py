@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mergec.runtime.cli import run
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import BundleError, PartyError, PeerEndedError
+from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PeerEndedError
 from mergec.runtime.core.network import NETWORKS, Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost
@@ -25,7 +26,7 @@ from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.emulated import EmulatedLink
 from mergec.runtime.transport.loopback import link_pair
 from mergec.runtime.transport.pipeline import pipelined
-from tests import decoder
+from tests import characters, decoder
 from tests.services import Deployment, answered, deployment
 from tests.session import compiled
 
@@ -305,3 +306,19 @@ def test_local_runs_overlap(tmp_path: Path) -> None:
     found = [run_local(tmp_path / "program", ids, max_tokens=3, overlap=o) for o in (True, False)]
     assert found[0].tokens == found[1].tokens
     assert found[0].records[0].rounds > found[1].records[0].rounds
+
+
+def test_the_command_runs_without(tmp_path: Path, monkeypatch: Any) -> None:
+    import mergec.compiler.cli  # noqa: F401  (registers `run`)
+
+    given: list[dict[str, Any]] = []
+
+    def noted(*_: Any, **options: Any) -> Any:
+        given.append(options)
+        raise MergecError("not in this test")
+
+    monkeypatch.setattr("mergec.runtime.roles.local.run_local", noted)
+    folder = characters.save(tmp_path / "bundles")
+    for more in ([], ["--no-overlap"]):
+        assert run(["run", str(folder), "--prompt", "a", *more]) == 1
+    assert [options["overlap"] for options in given] == [True, False]

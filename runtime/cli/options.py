@@ -438,12 +438,27 @@ class AheadOptions:
     ] = 0
     prepare_disk: PrepareDisk = "2GB"
 
-    def plan(self) -> AheadPlan | None:
-        """What to have dealt; None for nothing."""
+    def plan(self, drafting: SpeculationOptions, fixed_length: bool = False) -> AheadPlan | None:
+        """What to have dealt; None for nothing. Raises MergecError if it does not go with these."""
         from mergec.runtime.session.ahead import AheadPlan
+        from mergec.runtime.session.drafting.speculation import NONE
 
         if not self.prepare_ahead:
+            if self.prepare_prompt:
+                raise MergecError(
+                    "--prepare-prompt needs --prepare-ahead, as in --prepare-ahead 24"
+                )
             return None
+        if drafting.speculate not in (NONE, ""):
+            raise MergecError(
+                "--prepare-ahead has steps of one token dealt, and with --speculate a step takes "
+                "several; leave one of them out"
+            )
+        if fixed_length:
+            raise MergecError(
+                "with --fixed-length no prompt continues an answer, and --prepare-ahead has steps "
+                "dealt for one that does; leave one of them out"
+            )
         return AheadPlan(self.prepare_ahead, self.prepare_prompt, size_of(self.prepare_disk))
 
 

@@ -481,6 +481,10 @@ class Connection:
             tokens = list(given)
         return PublicText(len(tokens), tokens=tokens)
 
+    def check_chat(self) -> None:
+        """Raise PromptError if the model has no chat template."""
+        self._text().template()
+
     def _text(self) -> Text:
         if self.text is None:
             raise PromptError("this bundle has no tokenizer; pass token numbers")
@@ -528,15 +532,6 @@ class Connection:
             session, channels = self._session, self._channels
             if session is None:
                 raise PartyError("the session is over; open a new one")
-            if self._store is not None and speculation is not None:
-                raise PromptError(
-                    "stored randomness is dealt for one token a step; leave speculate out, or use "
-                    "the dealer"
-                )
-            if self._ahead is not None and speculation is not None:
-                raise PromptError(
-                    "steps are dealt ahead for one token each; leave speculate out, or that"
-                )
             if self._store is not None and draw.top_k:
                 raise PromptError(
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
@@ -640,20 +635,32 @@ class Connection:
         return sizes
 
     def speculation(
-        self, speculate: str | Drafter | None, tokens: int | None
+        self, speculate: str | Drafter | None = None, speculate_tokens: int | None = None
     ) -> Speculation | None:
         """What drafts for `generate`; opened once, so that it keeps what it has seen and loaded.
 
-        Raises PromptError if there is no such drafter, if it does not fit the program, or if the
-        program cannot check drafts, and MergecError if a package is missing.
+        Raises PromptError if there is no such drafter, if it does not fit the program or what the
+        randomness is dealt for, or if the program cannot check drafts, and MergecError if a package
+        is missing.
         """
         if isinstance(speculate, Drafter):
-            return Speculation(speculate, tokens)
-        wanted = speculate or NONE, tokens
-        if self._opened is None or self._opened[0] != wanted:
-            made = Speculation.open(*wanted, self.program.manifest, self.text)
-            self._opened = wanted, made
-        return self._opened[1]
+            made: Speculation | None = Speculation(speculate, speculate_tokens)
+        else:
+            wanted = speculate or NONE, speculate_tokens
+            if self._opened is None or self._opened[0] != wanted:
+                opened = Speculation.open(*wanted, self.program.manifest, self.text)
+                self._opened = wanted, opened
+            made = self._opened[1]
+        if self._store is not None and made is not None:
+            raise PromptError(
+                "stored randomness is dealt for one token a step; leave speculate out, or use the "
+                "dealer"
+            )
+        if self._ahead is not None and made is not None:
+            raise PromptError(
+                "steps are dealt ahead for one token each; leave speculate out, or that"
+            )
+        return made
 
     def cached(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt need not be computed, as far as is known now."""

@@ -148,14 +148,18 @@ class Text:
         added = self.decode([token], after[-1:])
         return (added or str(self._tokenizer.id_to_token(token) or "")).encode()
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Apply the chat template to messages."""
+    def template(self) -> str:
+        """The chat template; raises PromptError if the model has none."""
         if self._template is None:
             raise PromptError(
                 "this model has no chat template; use --no-chat, or for `mergec chat` a model that "
                 "has one"
             )
-        return render(self._template, messages, self._special)
+        return self._template
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Apply the chat template to messages."""
+        return render(self.template(), messages, self._special)
 
 
 class Stream:

@@ -579,7 +579,7 @@ class Channel:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; a thread that waits for a frame raises PeerEndedError at once."""
         if self._reading.acquire(blocking=False):
             # What is unread, such as a heartbeat, would make the kernel drop what was just sent.
             try:
@@ -589,6 +589,11 @@ class Channel:
                 pass  # it has ended the connection already
             finally:
                 self._reading.release()
+        else:
+            # Closing alone would leave the thread that waits for a frame in its poll. Not the TLS
+            # socket's own method, which would let that thread read ciphertext as frames.
+            with suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         with suppress(OSError):
             self._socket.close()
 

@@ -95,11 +95,13 @@ def generate_command(
     if ids:
         blocks = [_numbers(block) for block in blocks]
         known = _numbers(public) if public is not None else None
-    with options.connection(known, chat, blocks=blocks) as connection:
-        if ids:
-            asked = [*(known or ()), *chain(*blocks), *_numbers(text)]
-        else:
-            asked = connection.encode(text, chat, public)
+    connection = options.connection(known, chat, blocks=blocks)
+    if ids:
+        asked = [*(known or ()), *chain(*blocks), *_numbers(text)]
+    else:
+        asked = connection.encode(text, chat, public)
+    connection.speculation(**asdict(drafting))
+    with connection:
         templated = connection.text is not None and connection.text.has_chat
         alone = (templated if chat is None else chat) or connection.program.encodes
         _, stopped = _answer(
@@ -132,7 +134,10 @@ def chat_command(
     public = options.public()
     turns = [{"role": "system", "content": public}] if public is not None else []
     blocks = read_blocks(public_block)
-    with options.connection(public, ahead=ahead.plan(), blocks=blocks) as connection:
+    connection = options.connection(public, ahead=ahead.plan(drafting, fixed_length), blocks=blocks)
+    connection.check_chat()
+    connection.speculation(**asdict(drafting))
+    with connection:
         while True:
             try:
                 said = out.input("[bold]> [/bold]" if out.is_terminal else "").strip()

@@ -58,7 +58,7 @@ def proxy_command(
     from mergec.runtime.proxy.serve import ProxySettings, proxy
     from mergec.runtime.transport.address import Address
 
-    public, plan = options.public(), ahead.plan()
+    public, plan = options.public(), ahead.plan(drafting)
     proxy(
         lambda: options.connection(public, ahead=plan),
         ProxySettings(
