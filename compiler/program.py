@@ -417,6 +417,7 @@ class Program:
         chat: bool | None = None,
         speculate: str = "none",
         speculate_tokens: int | None = None,
+        speculate_fixed: float | None = None,
         public_prefix: str | Sequence[int] | None = None,
         public_blocks: Sequence[str | Sequence[int]] = (),
         prompt_piece: int = 0,
@@ -447,6 +448,8 @@ class Program:
                 `medusa`, `retrieve:DIR`, `draft:DIR`, or `none`. Greedy answers and those of a seed
                 stay the same. The program must have been compiled with `speculate_up_to`.
             speculate_tokens: drafts of a step; None to choose as many as pay.
+            speculate_fixed: tokens that each step keeps in the mean, such as 2 or 1.5, so that its
+                lengths do not tell how many drafts were right; None for as many as are right.
             public_prefix: what the prompt begins with and both parties know. The server computes
                 its keys and values in the clear, so it takes no steps. A text is the system message
                 in a chat template, else the beginning of the text; token numbers go before those of
@@ -488,6 +491,8 @@ class Program:
         check.text("speculate", speculate)
         if speculate_tokens is not None:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
+        if speculate_fixed is not None:
+            speculate_fixed = check.number("speculate_fixed", speculate_fixed)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
         ids, text, templated, public, blocks = self._tokens(
@@ -514,6 +519,7 @@ class Program:
             repetition_penalty=repetition_penalty,
             speculate=speculate,
             speculate_tokens=speculate_tokens,
+            speculate_fixed=speculate_fixed,
             public=public,
             blocks=blocks,
             prompt_piece=prompt_piece,

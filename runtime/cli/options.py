@@ -415,6 +415,15 @@ class SpeculationOptions:
         int | None,
         typer.Option(help="Drafted tokens of a step; by default as many as pay.", min=1),
     ] = None
+    speculate_fixed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Keep N tokens of each step in the mean, as 2 or 1.5, so that its lengths do not "
+            "tell how many drafts were right; then each step has all drafts.",
+            min=1.0,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

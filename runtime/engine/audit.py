@@ -550,7 +550,8 @@ def _notes(found: Audit) -> Iterator[str]:
     if drafts := facts["speculate_up_to"]:
         yield f"  with drafts (at most {drafts:,} a step, made by the client): the new tokens of a"
         yield "  step tell server and dealer how many it checks, and the past of the next one how"
-        yield "  many were right; of each draft the client learns what it learns of a step"
+        yield "  many were right, or with speculate_fixed where too few were; of each draft the"
+        yield "  client learns what it learns of a step"
     if facts["tokenizer_in_hash"]:
         yield "  how text becomes tokens, and so these lengths, is covered by the program's hash"
     yield from ("", "From calibration, in all three bundles:")

@@ -33,8 +33,8 @@ class ProxySettings:
     pages that may send requests. sessions: most simultaneous sessions with the server. queue: most
     requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
     address of the Prometheus endpoint. stores: folder of stored randomness to use, if any. key:
-    what requests must show; empty if they need none. speculate, speculate_tokens: as in
-    `Connection.generate`.
+    what requests must show; empty if they need none. speculate, speculate_tokens, speculate_fixed:
+    as in `Connection.generate`.
     """
 
     listen: Address
@@ -48,6 +48,7 @@ class ProxySettings:
     key: str = ""
     speculate: str = "none"
     speculate_tokens: int | None = None
+    speculate_fixed: float | None = None
 
 
 def proxy(
@@ -76,6 +77,7 @@ def proxy(
         drafting = {
             "speculate": settings.speculate,
             "speculate_tokens": settings.speculate_tokens,
+            "speculate_fixed": settings.speculate_fixed,
         }
         sessions = Sessions(connect, settings.sessions, settings.queue, metrics, drafting)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)

@@ -77,10 +77,10 @@ class Sessions:
     ) -> None:
         """Open the first session.
 
-        connect: creates a client that has no session yet. drafting: `speculate` and
-        `speculate_tokens` of every answer; by default none. Raises MergecError if opening fails, or
-        if generation settings need a package that is not installed, and BundleError if the bundle
-        has no tokenizer.
+        connect: creates a client that has no session yet. drafting: `speculate` and what goes with
+        it (`Connection.speculation`) of every answer; by default none. Raises MergecError if
+        opening fails, or if generation settings need a package that is not installed, and
+        BundleError if the bundle has no tokenizer.
         """
         self._connect = connect
         first = connect()
@@ -88,8 +88,7 @@ class Sessions:
             raise BundleError("this bundle has no tokenizer; compile with one")
         draw_for(Sampling(), first.program.manifest)
         self._drafting = dict(drafting or {})
-        wanted = (self._drafting.get(key) for key in ("speculate", "speculate_tokens"))
-        self.drafts = first.speculation(*wanted) is not None
+        self.drafts = first.speculation(**self._drafting) is not None
         """Whether answers are drafted."""
         first.open()
         self.program, self.text = first.program, first.text

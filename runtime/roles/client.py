@@ -32,7 +32,8 @@ from mergec.runtime.session.conversations import (
     public_source,
 )
 from mergec.runtime.session.drafting import Drafter, Speculation
-from mergec.runtime.session.drafting.speculation import NONE
+from mergec.runtime.session.drafting.speculation import NONE, steady
+from mergec.runtime.session.drafting.steady import Steady
 from mergec.runtime.session.generation import Token, answer, check_prompt
 from mergec.runtime.session.handshake import (
     IDLE_TIMEOUT,
@@ -170,7 +171,7 @@ class Connection:
         self._channels: list[Channel] = []
         self._pulse = Pulse()
         self._session: MergecSession | None = None
-        self._opened: tuple[tuple[str, int | None], Speculation | None] | None = None
+        self._opened: tuple[tuple[str, int | None, float | None], Speculation | None] | None = None
         self._reuse, self._piece = reuse, prompt_piece
         self._overlap = overlap and store is None
         self._ahead, self._on_notice = ahead, on_notice
@@ -339,6 +340,11 @@ class Connection:
                 "answers of an encoder-decoder cannot be precomputed, as a source has the length "
                 "that it has; use the dealer"
             )
+        if plan.steady is not None and plan.drafts > self.program.manifest.speculate_up_to:
+            raise PromptError(
+                f"this program checks up to {self.program.manifest.speculate_up_to} drafts a step, "
+                f"not {plan.drafts}; prepare for fewer, or compile with a larger speculate_up_to"
+            )
         try:
             with self._pulse.working():
                 place, size = self._prepare(plan, root, key, on_answer)
@@ -367,6 +373,8 @@ class Connection:
             plan.prompt,
             plan.tokens,
             origin.salt.hex(),
+            drafts=plan.drafts,
+            pace=plan.pace,
         )
         static = constant_seed_of(origin.seed)
         with StoreWriter(root, header, key, origin.seed, static) as writer:
@@ -500,6 +508,7 @@ class Connection:
         fixed_length: bool = False,
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
+        speculate_fixed: float | None = None,
         blocks: Sequence[int] | None = None,
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
@@ -510,21 +519,25 @@ class Connection:
         about the answer. speculate: what drafts the next tokens, so that a step can give several:
         `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and
         those of a seed stay the same, and server and dealer see how many drafts of each step were
-        right. speculate_tokens: drafts of a step; None to choose as many as pay. Closing the
-        iterator ends the answer after the current step; the session stays open. blocks: the public
-        blocks that the prompt combines, as in `encode`; a prompt of tokens begins with those of the
-        text that they see and of these blocks. Raises PromptError for a prompt, sampling or drafter
-        that the program or the server does not allow, PartyError if a peer fails, and MergecError
-        if the settings or the drafter need a package that is not installed.
+        right. speculate_tokens: drafts of a step; None to choose as many as pay. speculate_fixed:
+        tokens by which each step makes the caches longer in the mean, so that server and dealer do
+        not see how many were right, only where too few were (`Steady`); None for as many as are
+        right. Closing the iterator ends the answer after the current step; the session stays open.
+        blocks: the public blocks that the prompt combines, as in `encode`; a prompt of tokens
+        begins with those of the text that they see and of these blocks. Raises PromptError for a
+        prompt, sampling or drafter that the program or the server does not allow, PartyError if a
+        peer fails, and MergecError if the settings or the drafter need a package that is not
+        installed.
         """
         ids = self.encode(prompt, blocks=blocks) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
         combined = self._combined(ids, blocks)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
-        speculation = self.speculation(speculate, speculate_tokens)
+        speculation = self.speculation(speculate, speculate_tokens, speculate_fixed)
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
+        told = -1
         try:
             self._stop_dealing()
             if not self.is_open:
@@ -543,9 +556,12 @@ class Connection:
             taken = deque[bool]()
 
             def announce(new: int, past: int) -> None:
-                nonlocal place
+                nonlocal place, told
+                told = past
                 if schedule is not None:
-                    schedule.check(new, past, draw, ROLES[CLIENT])
+                    number, left_out = schedule.check(new, past, draw, ROLES[CLIENT])
+                    if schedule.branches:
+                        session.follow(number, new, past, left_out)
                 self._expect([(new, past)])
                 request = write_step(new, past, draw, place, session.split)
                 taken.append(session.take_ahead(request))
@@ -566,6 +582,7 @@ class Connection:
                 ahead=ahead,
                 fixed_length=fixed_length,
                 speculation=speculation,
+                planned=0 if schedule is None else schedule.end,
             )
             # Closed before anything else is sent: that ends the answer at the other roles.
             with closing(self._whole_steps(tokens)) as whole_steps:
@@ -579,6 +596,9 @@ class Connection:
             if fixed_length and self._session is not None:
                 # Where the next prompt departs from these steps would tell the answer's length.
                 self._session.forget(len(ids))
+            elif told >= 0 and speculation is not None and speculation.fixed and self._session:
+                # Or how many drafts of the last step were right.
+                self._session.forget(max(len(ids), told))
             self._draw = draw
             self._deal_ahead()
             self._busy.release()
@@ -635,7 +655,10 @@ class Connection:
         return sizes
 
     def speculation(
-        self, speculate: str | Drafter | None = None, speculate_tokens: int | None = None
+        self,
+        speculate: str | Drafter | None = None,
+        speculate_tokens: int | None = None,
+        speculate_fixed: float | None = None,
     ) -> Speculation | None:
         """What drafts for `generate`; opened once, so that it keeps what it has seen and loaded.
 
@@ -644,23 +667,37 @@ class Connection:
         is missing.
         """
         if isinstance(speculate, Drafter):
-            made: Speculation | None = Speculation(speculate, speculate_tokens)
+            made: Speculation | None = Speculation(speculate, speculate_tokens, speculate_fixed)
+            steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:
-            wanted = speculate or NONE, speculate_tokens
+            wanted = speculate or NONE, speculate_tokens, speculate_fixed
             if self._opened is None or self._opened[0] != wanted:
-                opened = Speculation.open(*wanted, self.program.manifest, self.text)
+                name, tokens, fixed = wanted
+                manifest = self.program.manifest
+                opened = Speculation.open(name, tokens, manifest, self.text, fixed)
                 self._opened = wanted, opened
             made = self._opened[1]
-        if self._store is not None and made is not None:
-            raise PromptError(
-                "stored randomness is dealt for one token a step; leave speculate out, or use the "
-                "dealer"
-            )
+        if self._store is not None:
+            self._compare(made, self._store.header.plan.steady)
         if self._ahead is not None and made is not None:
             raise PromptError(
                 "steps are dealt ahead for one token each; leave speculate out, or that"
             )
         return made
+
+    def _compare(self, made: Speculation | None, planned: Steady | None) -> None:
+        """Raise PromptError unless a store was prepared for steps of these lengths."""
+        if planned is None and made is not None:
+            raise PromptError(
+                "stored randomness is dealt for one token a step; leave speculate out, use the "
+                "dealer, or prepare a store with speculate_fixed"
+            )
+        wanted = None if made is None else made.steady(self.program.manifest)
+        if planned is not None and wanted != planned:
+            raise PromptError(
+                f"this store was prepared for speculate_fixed={planned.fixed:g} and "
+                f"speculate_tokens={planned.drafts}; give these, with what drafts, or another store"
+            )
 
     def cached(self, prompt: Sequence[int]) -> int:
         """How many tokens of a prompt need not be computed, as far as is known now."""
@@ -732,8 +769,9 @@ class Connection:
             # This party first: see `Store` for what a crash between the two leaves.
             head, seed, corrections = self._store.take(self._tag)
             channel.send_json(Kind.TAKEN, **head.fields())
-            session.use(self._context(Origin(seed, self._store.salt), corrections))
-            return header.prompt, Plan(1, header.prompt, header.tokens).schedule()
+            context = self._context(Origin(seed, self._store.salt), corrections)
+            session.use(context, corrections.skip)
+            return header.prompt, header.plan.schedule()
         except MergecError as error:
             if not isinstance(error, PromptError):
                 self._abandon(error)

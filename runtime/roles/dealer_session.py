@@ -244,9 +244,11 @@ class DealerSession:
                     seeds = derive(client.seed, own), derive(server.seed, own)
                     session.use(DealerContext(*seeds, *streams, **more))
                     with self._pulse.working():
-                        for new, past in plan.steps():
+                        for number, (new, past) in enumerate(plan.steps()):
                             self._parent.check()
                             allow(new, past)
+                            if plan.steady is not None:
+                                session.follow(number, new, past)
                             self._step(session, streams, new, past)
                         channel.send(Kind.MARK)
                         tell(line, ROLES[CLIENT], Kind.MARK)

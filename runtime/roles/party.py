@@ -86,6 +86,7 @@ class Options:
     ignore_stop: bool = False
     speculate: str = ""
     speculate_tokens: int | None = None
+    speculate_fixed: float | None = None
     prompt_piece: int = 0
     overlap: bool = True
     public: Sequence[int] = ()
@@ -311,6 +312,7 @@ def _ask(
         options.speculate_tokens,
         session.program.manifest,
         _text(options),
+        options.speculate_fixed,
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 

@@ -237,12 +237,13 @@ class ServerSession:
         # Masks that the setup drew would be the same in each session from this store.
         fresh = Origin(new_seed(), store.salt)
         session = self._begin(channel, self._context(fresh, NoCorrections(), store.static), masks)
-        plan = Plan(1, store.header.prompt, store.header.tokens)
+        plan = store.header.plan
 
         def take() -> Schedule:
             client = Head.read(channel.receive_json(Kind.TAKEN)[1], channel.peer)
             _, seed, corrections = store.take(tag, client)
-            session.use(self._context(Origin(seed, store.salt), corrections))
+            context = self._context(Origin(seed, store.salt), corrections)
+            session.use(context, corrections.skip)
             return plan.schedule()
 
         self._answers(session, channel, lambda *_: None, lambda: None, take)
@@ -339,6 +340,8 @@ class ServerSession:
             origin.salt.hex(),
             channel.name,
             self._digest,
+            plan.drafts,
+            plan.pace,
         )
         channel.send_json(Kind.ACCEPTED, store=header.store)
         try:
@@ -520,7 +523,8 @@ class ServerSession:
     ) -> None:
         """Run the steps of one answer.
 
-        length, tokens: most tokens of its prompt, and of the answer. schedule: of a stored answer.
+        length, tokens: most tokens of its prompt, and of the answer. schedule: of a stored answer,
+        which bounds it.
         """
         limit = length + tokens
         # A token of the answer may take a step with as many wrong drafts as the program checks.
@@ -539,16 +543,18 @@ class ServerSession:
             self._charge(session)
             turn(session, place, channel.peer)
             divide(session, split, new, channel.peer)
-            if not session.allows(new, past) or new + past > limit:
+            if not session.allows(new, past) or (schedule is None and new + past > limit):
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             computed += new
             # Rolling back, an answer of bounded length could go on for ever.
-            if session.cached and computed > most:
+            if schedule is None and session.cached and computed > most:
                 raise PartyError(
                     f"the client asks for {computed} tokens in an answer of {limit}; start another"
                 )
             if schedule is not None:
-                schedule.check(new, past, draw, channel.peer, place, split)
+                number, left_out = schedule.check(new, past, draw, channel.peer, place, split)
+                if schedule.branches:
+                    session.follow(number, new, past, left_out)
             self._expect(patience(self._program, [(new, past)], self._settings.timeout))
             with self._pulse.working():
                 relay(kind, payload)

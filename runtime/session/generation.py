@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.drafting.speculation import Speculation
+from mergec.runtime.session.drafting.steady import Steady, Stride
 from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
 from mergec.runtime.session.steps import Session, StepReport, measured
+
+_UNCHECKED = "this program does not check drafts as it says; compile it again"
 
 
 def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> None:
@@ -64,6 +69,7 @@ def answer(
     ahead: Sequence[int] = (),
     fixed_length: bool = False,
     speculation: Speculation | None = None,
+    planned: int = 0,
 ) -> Iterator[Token]:
     """The client's loop: yields the tokens after the prompt, a stop token included.
 
@@ -86,6 +92,10 @@ def answer(
     token is drawn from the rest: rejection sampling (Leviathan et al., ICML 2023) for drafts that
     are no random choice. A seed gives the same tokens with and without drafts.
 
+    Where `speculation` fixes how many tokens a step keeps, all steps look alike (`Steady`), and
+    `fixed_length` runs those of an answer of `max_tokens`. planned: tokens in the caches after the
+    last step that such an answer was prepared for; 0 for as many as it needs.
+
     If the model has heads that guess the tokens after the next one, the drafter is told what they
     say at the last position that is kept.
 
@@ -100,7 +110,7 @@ def answer(
     if revealed:
         choose = Chooser(sampling, manifest, prompt, max_tokens)
     if speculation is not None:
-        _check_speculation(session, fixed_length)
+        _check_speculation(session, fixed_length and speculation.fixed is None)
         speculation.begin(session.program, len(prompt), session.rehearsal)
     if session.program.resends:
         rows, reports = _resend(session, prompt, max_tokens, announce)
@@ -121,6 +131,22 @@ def answer(
         feeds.append(list(prompt[begun : begun + size]))
         begun += size
     feeds += [list(prompt[n : min(n + piece, first)]) for n in range(begun, first, piece)]
+    if speculation is not None and (steady := speculation.steady(manifest)) is not None:
+        yield from _steadily(
+            session,
+            prompt,
+            feeds,
+            cached,
+            speculation,
+            steady,
+            partial(_run, session, draw, announce),
+            choose,
+            max_tokens=max_tokens,
+            stop=stop,
+            fixed_length=fixed_length,
+            planned=planned,
+        )
+        return
     feeds += [[token] for token in prompt[first:]]
     past, ended = cached, False
     drafts: list[int] = []
@@ -144,7 +170,7 @@ def answer(
         if found is None:
             raise BundleError("only the client sees a result; run this loop there")
         if len(found) <= len(drafts):
-            raise BundleError("this program does not check drafts as it says; compile it again")
+            raise BundleError(_UNCHECKED)
         chosen = _accepted(found[-1 - len(drafts) :], drafts, choose, stop)
         right = len(chosen) - 1
         if drafts:
@@ -193,6 +219,100 @@ def _check_speculation(session: Session, fixed_length: bool) -> None:
             "with drafts the number of steps depends on the answer, which fixed_length is to hide; "
             "leave one of them out"
         )
+
+
+def _run(
+    session: Session,
+    draw: Draw,
+    announce: Callable[[int, int], object],
+    feed: Sequence[int],
+    past: int,
+) -> tuple[torch.Tensor, StepReport]:
+    """Run a step as a whole, at the client; returns all rows of its results, and its report."""
+    rows: torch.Tensor | None = None
+
+    def work() -> None:
+        nonlocal rows
+        session.divide(len(feed), past)
+        session.rehearse(len(feed), past, draw)
+        announce(len(feed), past)
+        rows = session.rows(len(feed), past, feed, draw)
+
+    report = measured(session, len(feed), past, work)
+    if rows is None:
+        raise BundleError("only the client sees a result; run this loop there")
+    return rows, report
+
+
+def _steadily(
+    session: Session,
+    prompt: Sequence[int],
+    feeds: Sequence[Sequence[int]],
+    past: int,
+    speculation: Speculation,
+    steady: Steady,
+    run: Callable[[Sequence[int], int], tuple[torch.Tensor, StepReport]],
+    choose: Callable[[torch.Tensor], int],
+    *,
+    max_tokens: int,
+    stop: Sequence[int],
+    fixed_length: bool,
+    planned: int,
+) -> Iterator[Token]:
+    """`answer` in steps whose lengths do not depend on which drafts are right (`Steady`).
+
+    feeds: what the prompt's first steps take; the steady steps take the rest, which is known. past:
+    tokens in the caches before. run: runs a step of some tokens after cached ones.
+    """
+    manifest = session.program.manifest
+    known, last = list(prompt), len(prompt) + max_tokens - 1
+    reports, chosen, ended = [], list[tuple[int, torch.Tensor]](), False
+
+    def learned(rows: torch.Tensor, drafts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+        """What a step says that took all known tokens and these drafts behind them."""
+        found = _accepted(rows[-1 - len(drafts) :], drafts, choose, stop)
+        if manifest.medusa:
+            speculation.guess(session.guesses[:, len(found) - len(drafts) - 2].tolist())
+        return found
+
+    for feed in feeds:
+        rows, report = run(feed, past)
+        reports.append(replace(report, phase="prompt"))
+        past += len(feed)
+        if past == len(known):
+            chosen = learned(rows, ())
+    strides = steady.strides(past, max(planned, last))
+    stride, due, taken = Stride(0, past, 0), True, past
+    while True:
+        for token, row in chosen:
+            known.append(token)
+            if not ended:
+                yield Token(token, tuple(reports), row if manifest.reveals_logits else None)
+            ended, reports = ended or token in stop, []
+        left = last + 1 - len(known)
+        if (ended or not left) and not fixed_length:
+            return
+        if due:
+            following = next(strides, None)
+            if following is None or following.past >= last:
+                return
+            stride = following
+        due = not left or len(known) - stride.past >= stride.move
+        new, past = (stride.new, stride.past) if due else stride.extra
+        feed = known[past : past + new]
+        drafts = speculation.fill(known, new - len(feed))
+        rows, report = run([*feed, *drafts], past)
+        if len(rows) < new:
+            raise BundleError(_UNCHECKED)
+        chosen = []  # a known token, or one behind the answer's end, is not chosen anew
+        if left and past + len(feed) == len(known):
+            chosen = learned(rows, drafts)[:left]
+        right = max(len(chosen) - 1, 0)
+        repeated = min(len(feed), max(taken - past, 0))
+        taken = max(taken, past + len(feed) + right)
+        phase = "prompt" if left == max_tokens else "decode"
+        counts = {"drafted": len(drafts), "accepted": right, "repeated": repeated}
+        reports.append(replace(report, phase=phase, **counts))
 
 
 def _resend(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
+from mergec.runtime.core.spec import MAX_DRAFTS
 from mergec.runtime.program.json_values import is_a
 from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place, public_source
+from mergec.runtime.session.drafting.steady import Steady
 from mergec.runtime.session.public_text import MOST_PREFIXES
 
 if TYPE_CHECKING:
@@ -85,42 +88,70 @@ def draw_of(units: int, top_k: int, peer: str) -> Draw:
 class Plan:
     """The steps that randomness is precomputed for: a number of answers, all of the same lengths.
 
-    The first step of an answer takes `prompt` tokens; `tokens` further steps take one token each.
+    The first step of an answer takes `prompt` tokens. Further steps take `tokens` more: by default
+    one token each; with `pace`, as `Steady(drafts, pace)` says, with all extra steps that may come.
     """
 
     answers: int
     prompt: int
     tokens: int
+    drafts: int = 0
+    pace: int = 0
+
+    @property
+    def steady(self) -> Steady | None:
+        """How the steps take several tokens each; None if they take one."""
+        return Steady(self.drafts, self.pace) if self.pace else None
 
     def steps(self) -> list[tuple[int, int]]:
         """New and past tokens of every step of one answer."""
-        return [(self.prompt, 0), *((1, self.prompt + n) for n in range(self.tokens))]
+        first, end = (self.prompt, 0), self.prompt + self.tokens
+        if self.steady is None:
+            return [first, *((1, past) for past in range(self.prompt, end))]
+        strides = self.steady.strides(self.prompt, end)
+        return [first, *(step for stride in strides for step in stride.steps)]
 
     @classmethod
     def read(cls, fields: dict[str, Any], max_length: int, peer: str) -> Plan:
         """Read a plan from a peer's fields; raises PartyError if the program cannot run it."""
+        fields = {"drafts": 0, "pace": 0, **fields}
         limit = max_length or 1 << 20
         prompt = whole(fields, "prompt", 1, limit, peer)
         tokens = whole(fields, "tokens", 0, limit - prompt, peer)
-        return cls(whole(fields, "answers", 1, 1 << 20, peer), prompt, tokens)
+        answers = whole(fields, "answers", 1, 1 << 20, peer)
+        drafts = whole(fields, "drafts", 0, MAX_DRAFTS, peer)
+        pace = whole(fields, "pace", 0, 100 * (1 + drafts), peer)
+        if bool(drafts) != bool(pace) or 0 < pace < 100:
+            raise PartyError(f"the {peer} requests an invalid pace: {pace} with {drafts} drafts")
+        return cls(answers, prompt, tokens, drafts, pace)
 
     def schedule(self) -> Schedule:
         """Holds the steps of one answer to this plan."""
-        return Schedule(self.steps())
+        return Schedule(self.steps(), self.steady is not None)
 
     def fields(self) -> dict[str, int]:
-        return {"answers": self.answers, "prompt": self.prompt, "tokens": self.tokens}
+        return asdict(self)
 
 
 class Schedule:
     """Holds the steps of one answer to those that its randomness was dealt for.
 
     Every step takes the randomness of the step of its place, so any other step would combine
-    masks and shares that do not belong together. An answer may end before the last step.
+    masks and shares that do not belong together. An answer may end before the last step. With
+    `branches`, a step may be left out if the next one begins with as many cached tokens, so that
+    nothing of it would stay.
     """
 
-    def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
-        self._steps = iter(steps)
+    def __init__(self, steps: Sequence[tuple[int, int]], branches: bool = False) -> None:
+        """branches: whether each step was dealt under masks of its own (`MergecSession.follow`),
+        so that steps can be left out."""
+        self._steps, self._next = steps, 0
+        self.branches = branches
+
+    @property
+    def end(self) -> int:
+        """Tokens in the caches after the last step."""
+        return sum(self._steps[-1])
 
     def check(
         self,
@@ -130,11 +161,22 @@ class Schedule:
         peer: str,
         place: Place = STILL,
         split: int = 0,
-    ) -> None:
-        """Check the next step, before anything is sent; raises PartyError if it is another one."""
-        due = next(self._steps, None)
-        if (new, past) == due and not draw.top_k and place == STILL and not split:
-            return
+    ) -> tuple[int, Sequence[tuple[int, int]]]:
+        """Check the next step, before anything is sent; raises PartyError if it is another one.
+
+        Returns its number in the plan, and the steps before it that are left out.
+        """
+        left = self._steps[self._next :]
+        due = left[0] if left else None
+        may_come = left[:1]
+        if self.branches:
+            may_come = list(takewhile(lambda step: step[1] == past, left))
+        found = (new, past) in may_come
+        if found and not draw.top_k and place == STILL and not split:
+            left_out = left[: may_come.index((new, past))]
+            number = self._next + len(left_out)
+            self._next = number + 1
+            return number, left_out
         choice = f" with top-k {draw.top_k}" if draw.top_k else ""
         dealt = "no further step" if due is None else f"{due[0]} tokens after {due[1]}"
         raise PartyError(

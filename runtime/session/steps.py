@@ -46,7 +46,8 @@ class StepReport:
     """The cost of one step, as this party counted it: seconds, bytes and rounds.
 
     drafted, accepted: how many of the new tokens were drafts, and how many of these were right;
-    only the client knows the second at once.
+    only the client knows the second at once. repeated: how many a former step had taken already,
+    where steps keep fewer tokens than are known (`drafting.steady`).
     """
 
     phase: str
@@ -59,11 +60,12 @@ class StepReport:
     offline_bytes: int = 0
     drafted: int = 0
     accepted: int = 0
+    repeated: int = 0
 
     @property
     def tokens(self) -> int:
         """Tokens of prompt or answer that the step led on: `new`, without the wrong drafts."""
-        return self.new - self.drafted + self.accepted
+        return self.new - self.drafted + self.accepted - self.repeated
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -383,10 +385,25 @@ class MergecSession(Session):
     def setup(self) -> None:
         self._executor.setup()
 
-    def use(self, context: Context) -> None:
-        """Take the masks of later steps from another context; static masks and ranks stay."""
+    def use(self, context: Context, skip: Callable[[int], object] = lambda _: None) -> None:
+        """Take the masks of later steps from another context; static masks and ranks stay.
+
+        skip: passes over bytes of what was dealt for them, at a party.
+        """
         context.ranks = self._executor.context.ranks
-        self._executor.context = context
+        self._executor.context, self._skip = context, skip
+
+    def follow(
+        self, number: int, new: int, past: int, left_out: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Let the next step be step `number` of a plan, under masks of its own (`Context.branch`).
+
+        left_out: steps of the plan before it that do not come. What was dealt for them is passed
+        over, and nobody reads their masks' streams.
+        """
+        if self.party != DEALER:
+            self._skip(sum(self.dealt(*step)[ROLES[self.party]] for step in left_out))
+        self._prepared = Prepared(number, b"", new, past, self.dealt(new, past))
 
     def traffic(self) -> Traffic:
         result = self._counted().snapshot()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,19 +46,35 @@ def prepare_command(
         int, typer.Option(help="Tokens of the prompt that the first step takes.", min=1)
     ] = 16,
     store_key: StoreKey = None,
+    speculate_fixed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", help="Prepare for --speculate, with N tokens of each step kept.", min=1.0
+        ),
+    ] = None,
+    speculate_tokens: Annotated[
+        int | None,
+        typer.Option(help="Drafted tokens of such a step; by default as many as fit.", min=1),
+    ] = None,
 ) -> None:
     """Precompute and store randomness, so that later answers need no dealer.
 
     A stored answer needs a prompt of at least --prompt tokens. The first step takes that many; each
-    further token of the prompt takes a step of its own, and one token off --answer.
+    further token of the prompt takes a step of its own, and one token off --answer. With
+    --speculate-fixed, further steps take several tokens, of the prompt or drafted.
     """
+    from mergec.runtime.session.drafting.speculation import steady
     from mergec.runtime.session.requests import Plan
     from mergec.runtime.session.stores.format import read_key
 
-    key = read_key(store_key)
-    plan = Plan(-(-tokens // answer), prompt, answer)
+    key, connection = read_key(store_key), options.connection()
+    if speculate_tokens is not None and speculate_fixed is None:
+        raise MergecError("--speculate-tokens needs --speculate-fixed")
+    paced = steady(connection.program.manifest, speculate_tokens, speculate_fixed)
+    lengths = (paced.drafts, paced.pace) if paced is not None else (0, 0)
+    plan = Plan(-(-tokens // answer), prompt, answer, *lengths)
     with err.status("precomputing") as status:
-        place, size = options.connection().prepare(
+        place, size = connection.prepare(
             plan,
             store,
             key,
@@ -214,6 +230,9 @@ def _answer(
     rounds = sum(r.rounds for r in reports)
     drafted = sum(r.drafted for r in reports)
     right = f"; {sum(r.accepted for r in reports)} of {drafted} drafts were right" * bool(drafted)
+    extra = sum(one.past == other.past for one, other in pairwise(reports))
+    if drafted and extra:
+        right += f", which took {extra} extra steps"
     err.print(
         f"{count} steps; per step {seconds / count:.2f} s, {online / count / 1e6:.2f} MB and "
         f"{rounds / count:.0f} rounds{right}",

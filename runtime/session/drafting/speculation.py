@@ -17,6 +17,7 @@ from mergec.runtime.session.drafting.pace import (
     best_length,
     modelled_seconds,
 )
+from mergec.runtime.session.drafting.steady import Steady
 from mergec.runtime.session.text import Text
 
 NONE = "none"
@@ -29,11 +30,18 @@ class Speculation:
     session's steps stays from answer to answer.
     """
 
-    def __init__(self, drafter: Drafter, tokens: int | None = None) -> None:
-        """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`."""
+    def __init__(
+        self, drafter: Drafter, tokens: int | None = None, fixed: float | None = None
+    ) -> None:
+        """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`.
+
+        fixed: tokens by which each step makes the caches longer, whatever drafts are right
+        (`Steady`); then all steps have equally many drafts, by default as many as the program
+        checks. None for as many as are right.
+        """
         if tokens is not None and tokens < 1:
             raise PromptError(f"speculate_tokens is {tokens}; it can be 1 or more")
-        self.drafter, self.tokens = drafter, tokens
+        self.drafter, self.tokens, self.fixed = drafter, tokens, fixed
         self._acceptance = Acceptance()
         self._seconds: Seconds | None = None
         self._drafted: list[int] = []
@@ -42,7 +50,12 @@ class Speculation:
 
     @classmethod
     def open(
-        cls, speculate: str, tokens: int | None, manifest: Manifest, text: Text | None
+        cls,
+        speculate: str,
+        tokens: int | None,
+        manifest: Manifest,
+        text: Text | None,
+        fixed: float | None = None,
     ) -> Self | None:
         """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
 
@@ -50,13 +63,15 @@ class Speculation:
         program cannot check drafts.
         """
         if speculate in (NONE, ""):
-            if tokens is not None:
-                raise PromptError("speculate_tokens needs speculate, as in speculate='lookup'")
+            for name, given in (("tokens", tokens), ("fixed", fixed)):
+                if given is not None:
+                    raise PromptError(f"speculate_{name} needs speculate, as in speculate='lookup'")
             return None
         kind, place = read(speculate)
         check(manifest)
+        steady(manifest, tokens, fixed)
         drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
-        return cls(drafter, tokens)
+        return cls(drafter, tokens, fixed)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
         """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
@@ -65,13 +80,22 @@ class Speculation:
         """
         check(program.manifest)
         self.most = program.manifest.speculate_up_to
-        if self.tokens is None and self._seconds is None:
+        if self.tokens is None and self.fixed is None and self._seconds is None:
             network = NETWORKS[program.manifest.network]
             limit = program.manifest.max_length or length + 1 + self.most
             most = max(1, min(1 + self.most, limit - length))
             counts = sorted({1, most})
             steps = rehearsal or Rehearsal(program)
             self._seconds = Seconds(modelled_seconds(steps, length, counts, network))
+
+    def steady(self, manifest: Manifest) -> Steady | None:
+        """The lengths of an answer's steps, if they do not depend on which drafts are right."""
+        return steady(manifest, self.tokens, self.fixed)
+
+    def fill(self, tokens: Sequence[int], count: int) -> list[int]:
+        """Exactly `count` drafts after `tokens`; where the drafter has fewer, any tokens do."""
+        drafted = self.drafter.draft(tokens, count)[:count] if count else []
+        return [*drafted, *[tokens[-1]] * (count - len(drafted))]
 
     def draft(self, tokens: Sequence[int], room: int) -> list[int]:
         """The drafts of the next step after `tokens`. room: most tokens that may still come."""
@@ -104,3 +128,13 @@ def check(manifest: Manifest) -> None:
             "this program answers one token a step; compile with speculate_up_to=7 "
             "(--speculate-up-to 7), or leave speculate out"
         )
+
+
+def steady(manifest: Manifest, tokens: int | None, fixed: float | None) -> Steady | None:
+    """The lengths of steps with `fixed` tokens each and `tokens` drafts, None for all that the
+    program checks; None without `fixed`. Raises PromptError as `check` and `Steady.of`."""
+    if fixed is None:
+        return None
+    check(manifest)
+    most = manifest.speculate_up_to
+    return Steady.of(fixed, min(tokens or most, most))

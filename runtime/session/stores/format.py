@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.correlations.prg import SEED_BYTES
 from mergec.runtime.program.json_values import is_a
+from mergec.runtime.session.requests import Plan
 
 KEY_VARIABLE = "MERGEC_STORE_KEY"
 """Environment variable that holds the key, unless a file does."""
@@ -51,11 +52,11 @@ class StoreError(MergecError):
 class Header:
     """What a store is for. The headers of both parties differ in `role`, `client`, `weights` only.
 
-    answers, prompt, tokens: its plan (`session.requests.Plan`). salt: that of the session in which
-    it was dealt (`correlations.dpf`), in hexadecimal; public. client: at the server, the client
-    that may use the store. weights: digest of the server's weights. One mask hides the weights for
-    as long as the store lasts, so the store must not serve other weights: the client could compute
-    the difference of the two.
+    answers, prompt, tokens, drafts, pace: its plan (`session.requests.Plan`). salt: that of the
+    session in which it was dealt (`correlations.dpf`), in hexadecimal; public. client: at the
+    server, the client that may use the store. weights: digest of the server's weights. One mask
+    hides the weights for as long as the store lasts, so the store must not serve other weights: the
+    client could compute the difference of the two.
     """
 
     store: str
@@ -67,7 +68,14 @@ class Header:
     salt: str
     client: str = ""
     weights: str = ""
+    drafts: int = 0
+    pace: int = 0
     format: int = FORMAT
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of its answers."""
+        return Plan(self.answers, self.prompt, self.tokens, self.drafts, self.pace)
 
     @property
     def common(self) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def read_header(folder: Path, data: bytes) -> Header:
     try:
         found = json.loads(data)
         header = Header(**found)
-        numbers = all(is_a(found[k], int) for k in ("answers", "prompt", "tokens", "format"))
+        numbers = all(is_a(v, int) for v in (*header.plan.fields().values(), header.format))
         texts = ("store", "role", "program", "salt", "client", "weights")
         if header.format != FORMAT or not numbers or not all(is_a(found[k], str) for k in texts):
             raise ValueError("format")

@@ -224,13 +224,22 @@ class Corrections:
         result = np.empty(nbytes, np.uint8)
         done = 0
         while done < nbytes:
-            if not len(self._chunk):
-                self._chunk = np.frombuffer(self._next(), np.uint8)
-            count = min(nbytes - done, len(self._chunk))
-            result[done : done + count] = self._chunk[:count]
-            self._chunk = self._chunk[count:]
-            done += count
+            part = self._part(nbytes - done)
+            result[done : done + len(part)] = part
+            done += len(part)
         return torch.from_numpy(result)
+
+    def skip(self, nbytes: int) -> None:
+        """Pass over the next `nbytes` bytes."""
+        while nbytes:
+            nbytes -= len(self._part(nbytes))
+
+    def _part(self, most: int) -> np.ndarray:
+        """The next bytes, at most `most`, and no more than are decrypted."""
+        if not len(self._chunk):
+            self._chunk = np.frombuffer(self._next(), np.uint8)
+        part, self._chunk = self._chunk[:most], self._chunk[most:]
+        return part
 
     def close(self) -> None:
         """Close the file."""
