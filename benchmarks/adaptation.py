@@ -1,14 +1,14 @@
-"""What training makes of lossy presets: a small GPT-2 on example sentences of WordNet.
+"""What training makes of lossy presets: a small GPT-2, or T5, on example sentences of WordNet.
 
 Three words are the prompt, a sentence that holds them is the answer, as in CommonGen. A teacher is
 trained on that from nothing, then adapted by `mergec.adapt` to each preset. The sentences are those
 of WordNet 3.0's glosses, which Debian has as wordnet-base: `apt-get install wordnet-base`, or
 `apt-get download wordnet-base`, `dpkg -x` and --wordnet. Writes what is between the marks of
-docs/adaptation.md.
+docs/adaptation.md, those of the family.
 
-Usage: python benchmarks/adaptation.py [--wordnet DIR] [--work DIR] [--output FILE] [--vocabulary N]
-[--sentences N] [--layers N] [--width N] [--teacher-steps N] [--steps N] [--samples N]
-[--only NAME …]
+Usage: python benchmarks/adaptation.py [--family gpt2|t5] [--wordnet DIR] [--work DIR]
+[--output FILE] [--vocabulary N] [--sentences N] [--layers N] [--width N] [--teacher-steps N]
+[--steps N] [--samples N] [--only NAME …]
 
 What is done stands in --work and is not done again, so an interrupted run continues there. With
 larger numbers the same command trains larger models, on a GPU if there is one.
@@ -34,7 +34,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import mergec
 from mergec import CompileConfig
@@ -50,7 +58,11 @@ from mergec.compiler.frontend.adaptation import stands_at
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "adaptation.md"
 
 TITLE = "# What training makes of lossy presets"
-BEGIN, END = "<!-- adaptation: begin -->", "<!-- adaptation: end -->"
+MARKS = {
+    "gpt2": ("<!-- adaptation: begin -->", "<!-- adaptation: end -->"),
+    "t5": ("<!-- adaptation of t5: begin -->", "<!-- adaptation of t5: end -->"),
+}
+"""What stands around the tables of each family."""
 
 CONCEPTS = 3
 """Words of a prompt."""
@@ -62,6 +74,9 @@ HELD = 400
 """Most sentences to measure with."""
 
 SEPARATOR, STOP = " :", "."
+START = 1
+"""What answers of a T5 begin with: the separator's number, as a T5 needs none."""
+
 LENGTH = CONCEPTS + 1 + WORDS[1] + 1
 """Most tokens of a text: the prompt, the separator, the sentence, and its end."""
 
@@ -114,6 +129,18 @@ RUNS = {
     ),
 }
 """The runs, by name."""
+
+OF_T5 = {
+    **{
+        name: RUNS[name]
+        for name in ("ER, as described", "ER, matched, resent", "MM", "MERGE, as described")
+    },
+    "MERGE, matched, resent": Row("merge", changes=(MATCHED, RESENT)),
+    **{name: RUNS[name] for name in ("2Quad", "2ReLU")},
+}
+"""Those of a T5."""
+
+OF_FAMILY = {"gpt2": RUNS, "t5": OF_T5}
 
 UNTRAINED = {
     "ER, as described": "ER",
@@ -202,42 +229,81 @@ def make_tokenizer(folder: Path) -> Any:
     )
 
 
-def encoded(tokenizer: Any, file: Path) -> list[Encoded]:
+def encoded(tokenizer: Any, file: Path, family: str = "gpt2") -> list[Encoded]:
     """The texts of a file, as `adapt` encodes them."""
-    return Encoder(tokenizer, len(tokenizer), LENGTH, SEPARATOR)(read_examples(file))
+    begin = START if family == "t5" else None
+    encoder = Encoder(tokenizer, len(tokenizer), LENGTH, SEPARATOR, begin=begin)
+    return encoder(read_examples(file))
 
 
-def learned_prompts(folder: Path, tokenizer: Any) -> set[tuple[int, ...]]:
+def learned_prompts(folder: Path, tokenizer: Any, family: str = "gpt2") -> set[tuple[int, ...]]:
     """The prompts of the sentences to train on, and those of other sentences."""
+    learned = {text.prompt for text in encoded(tokenizer, folder / "train.jsonl", family)}
+    if family == "t5":
+        return learned
     others = (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    learned = {text.prompt for text in encoded(tokenizer, folder / "train.jsonl")}
     return learned | {tuple(tokenizer(other + SEPARATOR)["input_ids"]) for other in others}
 
 
+def new_model(tokenizer: Any, arguments: argparse.Namespace) -> Any:
+    """An untrained model of the family that was asked for."""
+    heads = max(1, arguments.width // HEAD)
+    if arguments.family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=arguments.width,
+                d_kv=HEAD,
+                d_ff=4 * arguments.width,
+                num_layers=arguments.layers,
+                num_decoder_layers=arguments.layers,
+                num_heads=heads,
+                decoder_start_token_id=START,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=START,
+            )
+        )
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=LENGTH,
+            n_embd=arguments.width,
+            n_layer=arguments.layers,
+            n_head=heads,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def load_teacher(teacher: Path) -> Any:
+    """The teacher in a folder, of either family."""
+    loads_pairs = json.loads((teacher / "config.json").read_text())["model_type"] == "t5"
+    loader = AutoModelForSeq2SeqLM if loads_pairs else AutoModelForCausalLM
+    return loader.from_pretrained(teacher).eval()
+
+
 def make_teacher(folder: Path, arguments: argparse.Namespace) -> Path:
-    """A GPT-2 trained on the answers, in a folder, with the losses on the way."""
+    """A model trained on the answers, in a folder, with the losses on the way."""
     place = folder / "teacher"
     if (place / "curve.json").is_file():
         return place
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=LENGTH,
-        n_embd=arguments.width,
-        n_layer=arguments.layers,
-        n_head=max(1, arguments.width // HEAD),
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPT2LMHeadModel(config).to(device)
-    texts = encoded(tokenizer, folder / "train.jsonl")
-    held = encoded(tokenizer, folder / "validation.jsonl")
+    model = new_model(tokenizer, arguments).to(device)
+    texts = encoded(tokenizer, folder / "train.jsonl", arguments.family)
+    held = encoded(tokenizer, folder / "validation.jsonl", arguments.family)
 
     def loss_of(part: Sequence[Encoded]) -> torch.Tensor:
         batch = {name: value.to(device) for name, value in collate(part).items()}
-        loss: torch.Tensor = model(batch["input_ids"], labels=batch["labels"]).loss
+        ids, labels = batch["input_ids"], batch["labels"]
+        if "source" in batch:
+            # All sources have as many words, so none is padded.
+            ids, labels = ids[:, :-1], labels[:, 1:].contiguous()
+            loss: torch.Tensor = model(batch["source"], decoder_input_ids=ids, labels=labels).loss
+        else:
+            loss = model(ids, labels=labels).loss
         return loss
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_RATE, weight_decay=0.1)
@@ -273,7 +339,7 @@ def write_answers(folder: Path, teacher: Path) -> Path:
     file = folder / "answers.jsonl"
     if file.is_file():
         return file
-    model, tokenizer = GPT2LMHeadModel.from_pretrained(teacher).eval(), make_tokenizer(folder)
+    model, tokenizer = load_teacher(teacher), make_tokenizer(folder)
     prompts = sorted(learned_prompts(folder, tokenizer))
     lines = []
     for begin in range(0, len(prompts), 256):
@@ -296,16 +362,16 @@ def write_answers(folder: Path, teacher: Path) -> Path:
 
 def rms(teacher: Path) -> float:
     """The root mean square of the teacher's embedding."""
-    model = GPT2LMHeadModel.from_pretrained(teacher)
-    return float(model.transformer.wte.weight.detach().square().mean().sqrt())
+    weight: torch.Tensor = load_teacher(teacher).get_input_embeddings().weight
+    return float(weight.detach().square().mean().sqrt())
 
 
-def factor_of(folder: Path, teacher: Path) -> float:
+def factor_of(folder: Path, teacher: Path, family: str) -> float:
     """What `match_scale` multiplies hidden states by, on the sentences to measure with."""
-    model = GPT2LMHeadModel.from_pretrained(teacher)
-    texts = encoded(make_tokenizer(folder), folder / "validation.jsonl")
+    model = load_teacher(teacher)
+    texts = encoded(make_tokenizer(folder), folder / "validation.jsonl", family)
     student = Student(copy.deepcopy(model), CompileConfig(), [[0]])
-    return match_scale(model, student, [text.tokens for text in texts])
+    return match_scale(model, student, [text.sample for text in texts])
 
 
 def options_of(row: Row, arguments: argparse.Namespace, teacher: Path) -> mergec.AdaptConfig:
@@ -316,7 +382,6 @@ def options_of(row: Row, arguments: argparse.Namespace, teacher: Path) -> mergec
         "recipe": row.recipe or "paper",
         "noise": recipe["noise"] * rms(teacher) / GPT2_RMS,
         "dropout": recipe["dropout"],
-        "separator": SEPARATOR,
         "length": LENGTH,
         "steps": arguments.steps,
         "batch": BATCH,
@@ -326,10 +391,14 @@ def options_of(row: Row, arguments: argparse.Namespace, teacher: Path) -> mergec
         "evaluate_every": max(1, arguments.steps // 4),
         "save_every": max(1, arguments.steps // 2),
     }
+    if arguments.family == "gpt2":
+        options["separator"] = SEPARATOR
     return mergec.AdaptConfig(**{**options, **dict(row.changes)})
 
 
-def adapted(name: str, folder: Path, teacher: Path, config: mergec.AdaptConfig) -> dict[str, Any]:
+def adapted(
+    name: str, row: Row, folder: Path, teacher: Path, config: mergec.AdaptConfig
+) -> dict[str, Any]:
     """The report of a run, from its folder if it is done."""
     place = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
     seconds = place / "seconds.txt"
@@ -339,7 +408,7 @@ def adapted(name: str, folder: Path, teacher: Path, config: mergec.AdaptConfig) 
             # Trained, but interrupted before it was compiled.
             shutil.rmtree(place)
         data = folder / "train.jsonl"
-        if RUNS[name].from_teacher:
+        if row.from_teacher:
             data = write_answers(folder, teacher)
         mergec.adapt(
             teacher,
@@ -379,9 +448,12 @@ class Page:
     def __init__(self, folder: Path, found: dict[str, dict[str, Any]], arguments: Any) -> None:
         self.found, self.arguments = found, arguments
         self.tokenizer = make_tokenizer(folder)
-        self.texts = encoded(self.tokenizer, folder / "validation.jsonl")[: arguments.samples]
+        family = arguments.family
+        held = encoded(self.tokenizer, folder / "validation.jsonl", family)
+        self.texts = held[: arguments.samples]
         self.prompts = [text.prompt for text in self.texts]
-        self.met = len(learned_prompts(folder, self.tokenizer).intersection(self.prompts))
+        learned = learned_prompts(folder, self.tokenizer, family)
+        self.met = len(learned.intersection(self.prompts))
         first = next(iter(found.values()))["rows"][0]
         self.rows = {"the sentences themselves": self._given(), "teacher": first}
         for name, report in found.items():
@@ -483,8 +555,8 @@ def page(
     found: dict[str, dict[str, Any]],
     arguments: argparse.Namespace,
 ) -> str:
-    """What docs/adaptation.md shows of all runs."""
-    model = GPT2LMHeadModel.from_pretrained(teacher).eval()
+    """What docs/adaptation.md shows of all runs of a family."""
+    model = load_teacher(teacher)
     exact = dict(mergec.compile_decoder(model).manifest.cost)
     measured = Page(work, found, arguments)
     curve = json.loads((teacher / "curve.json").read_text())
@@ -501,7 +573,8 @@ def page(
         for name, recipe in (("as described", "paper"), ("as run", "as-run"))
     )
     # A paragraph is one line of the page.
-    return re.sub(r"(?<!\n)\n(?!\n|$)", " ", _TEMPLATE).format(
+    template = _TEMPLATE if arguments.family == "gpt2" else _TEMPLATE_OF_T5
+    return re.sub(r"(?<!\n)\n(?!\n|$)", " ", template).format(
         **counts,
         concepts=CONCEPTS,
         least=WORDS[0],
@@ -517,7 +590,7 @@ def page(
         rate=RATE,
         samples=len(measured.prompts),
         met=measured.met,
-        factor=factor_of(work, teacher),
+        factor=factor_of(work, teacher, arguments.family),
         rms=rms(teacher),
         noises=noises,
         minutes=minutes,
@@ -590,19 +663,49 @@ from calibration decide what is truncated.
 """
 """What stands between the page's marks."""
 
+_TEMPLATE_OF_T5 = """\
+The task is the same, but the three words are the source, without a separator. The teacher is a T5
+of {layers} layers of width {width} on each side ({weights:,} weights, {tokens:,} tokens, ReLU, a
+tied head), trained from nothing for {teacher_steps:,} steps of {teacher_batch} texts:
 
-def written(file: Path, measured: str) -> str:
-    """A page with what was measured between its marks; what was found is written by hand."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else f"{TITLE}\n\n{BEGIN}{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+{learning}
+
+Each run takes {steps:,} steps of {batch} texts at a learning rate of {rate:g}. The teacher's
+embedding has a root mean square of {rms:.3f}, so the noise is scaled: {noises}. *matched* scales
+hidden states by {factor:.3f}. The columns are those above; {met} of the {samples} prompts stand in
+the training data, too. The runs took {minutes:.0f} CPU minutes in all (torch {torch}, Python
+{python}).
+
+{quality}
+
+Agreement with the teacher's answers while training runs:
+
+{curves}
+
+Rounds and bytes of one decode step, as above:
+
+{costs}
+"""
+"""The same of a T5, below the page of GPT-2."""
+
+
+def written(file: Path, measured: str, family: str = "gpt2") -> str:
+    """A page with what was measured between the family's marks; what was found is written by hand.
+
+    Raises SystemExit if the page lacks them.
+    """
+    first, last = MARKS[family]
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"{TITLE}\n\n{first}{last}\n"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{file} lacks the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{measured}\n{END}{after}"
+        raise SystemExit(f"{file} lacks the lines {first} and {last}")
+    return f"{before}{first}\n\n{measured}\n{last}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=list(OF_FAMILY), default="gpt2")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path, default=TARGET)
@@ -613,19 +716,28 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=2_400)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--only", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
+    runs = OF_FAMILY[arguments.family]
+    names = list(runs) if arguments.only is None else arguments.only
+    if unknown := [name for name in names if name not in runs]:
+        parser.error(f"no run of {arguments.family} is {unknown[0]!r}: {', '.join(runs)}")
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
+        if arguments.family != "gpt2":
+            # Runs of all families have the same names.
+            work /= arguments.family
         work.mkdir(parents=True, exist_ok=True)
         counts = write_data(work, arguments.wordnet, arguments.vocabulary, arguments.sentences)
         teacher = make_teacher(work, arguments)
         found = {
-            name: adapted(name, work, teacher, options_of(RUNS[name], arguments, teacher))
-            for name in arguments.only
+            name: adapted(
+                name, runs[name], work, teacher, options_of(runs[name], arguments, teacher)
+            )
+            for name in names
         }
         measured = page(work, teacher, counts, found, arguments)
-        text = written(arguments.output, measured)
+        text = written(arguments.output, measured, arguments.family)
         arguments.output.write_text(text, encoding="utf-8")
     print(arguments.output)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,26 @@ says how far it sets the attack back, benchmarks/exactness.py whether it changes
 
 PAST = 128
 """Default number of tokens before an inspected step, where the program allows that many."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source, and its answer as the decoder reads it, which begins with the model's first token.
+
+    It has no length, so that nothing takes it for a sequence of two tokens.
+    """
+
+    source: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+Sample = Sequence[int] | Pair
+"""Token numbers on which the compiler runs a model."""
+
+
+def as_pair(sample: Sample) -> Pair:
+    """Source and answer of a sample; a sequence of tokens is its own answer."""
+    return sample if isinstance(sample, Pair) else Pair(tuple(sample), tuple(sample))
 
 
 @dataclass(frozen=True)
@@ -74,8 +95,9 @@ class CompileConfig:
     check_passes: whether to run the graph in float64 before and after each exact pass, and raise
         InternalError if an output changes. True checks all passes, False none. None (the default)
         checks the passes from outside of mergec: extra_passes, and those of other packages.
-    calibration: prompts as sequences of token numbers. The compiler runs the model on them to
-        measure how large each value gets, and lossy passes take their constants from them. By
+    calibration: prompts as sequences of token numbers; of an encoder-decoder, also `Pair`s of a
+        source and its answer (a prompt alone is read as both). The compiler runs the model on them
+        to measure how large each value gets, and lossy passes take their constants from them. By
         default a few fixed sentences in the model's tokens and one sequence of tokens spread over
         the vocabulary; without a tokenizer, only sequences of the second kind.
     adapted: the folder that `mergec adapt` wrote, if the model comes from there. The program gets
@@ -105,7 +127,7 @@ class CompileConfig:
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
-    calibration: tuple[tuple[int, ...], ...] = ()
+    calibration: tuple[tuple[int, ...] | Pair, ...] = ()
     adapted: str | Path = ""
     ignore_settings: tuple[str, ...] = ()
     name: str = ""
@@ -158,15 +180,23 @@ def _classes(given: Any) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def _prompts(check: Arguments, given: Any) -> tuple[tuple[int, ...], ...]:
-    """Calibration prompts, none of them empty."""
+def _prompts(check: Arguments, given: Any) -> tuple[tuple[int, ...] | Pair, ...]:
+    """Calibration prompts and pairs, none of them empty."""
     if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
         raise CompileError("calibration must be a sequence of prompts, as ((1, 2, 3), (4, 5))")
-    prompts = []
-    for position, prompt in enumerate(given):
-        name = f"calibration prompt {position}"
+
+    def checked(name: str, prompt: Any) -> tuple[int, ...]:
         tokens = check.tokens(name, prompt)
         if not tokens:
             raise CompileError(f"{name} is empty; give at least one token number")
-        prompts.append(tuple(tokens))
+        return tuple(tokens)
+
+    prompts: list[tuple[int, ...] | Pair] = []
+    for position, prompt in enumerate(given):
+        name = f"calibration prompt {position}"
+        if isinstance(prompt, Pair):
+            source = checked(f"the source of {name}", prompt.source)
+            prompts.append(Pair(source, checked(f"the answer of {name}", prompt.answer)))
+        else:
+            prompts.append(checked(name, prompt))
     return tuple(prompts)

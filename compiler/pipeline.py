@@ -18,7 +18,14 @@ from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.backend.outliers import shrink_outliers
 from mergec.compiler.backend.share_constants import share_constants
-from mergec.compiler.config import DEFAULT_LENGTH, PRESETS, CompileConfig
+from mergec.compiler.config import (
+    DEFAULT_LENGTH,
+    PRESETS,
+    CompileConfig,
+    Pair,
+    Sample,
+    as_pair,
+)
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import read_adaptation
 from mergec.compiler.frontend.capture import Captured
@@ -34,8 +41,8 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
 from mergec.runtime.program.program import InputSpec, RoleProgram
 
-Sequences = Sequence[Sequence[int]]
-"""Token sequences on which the compiler measures how large each wire gets."""
+Sequences = Sequence[Sample]
+"""Token sequences, and pairs of them, on which the compiler measures how large each wire gets."""
 
 _SENTENCES = (
     "The capital of France is Paris, and it lies on the river Seine.",
@@ -104,17 +111,24 @@ def _read(tokenizer: Any, text: str) -> list[int]:
 
 def _check_calibration(config: CompileConfig, captured: Captured) -> None:
     limit = captured.max_length
-    for position, prompt in enumerate(config.calibration):
+    for position, sample in enumerate(config.calibration):
         known = captured.vocab_size or math.inf
-        wrong = [token for token in prompt if not 0 <= token < known]
+        if isinstance(sample, Pair) and not captured.encodes:
+            raise CompileError(
+                f"calibration prompt {position} is a source and its answer, but the model is a "
+                "decoder; give both as one sequence"
+            )
+        pair = as_pair(sample)
+        tokens = (*pair.source, *pair.answer) if isinstance(sample, Pair) else pair.answer
+        wrong = [token for token in tokens if not 0 <= token < known]
         if wrong:
             raise CompileError(
                 f"calibration prompt {position} holds the token {wrong[0]}, which is not in the "
                 f"vocabulary of {captured.vocab_size}"
             )
-        if limit and len(prompt) > limit:
+        if limit and len(tokens) > limit:
             raise CompileError(
-                f"calibration prompt {position} has {len(prompt)} tokens, but the model was "
+                f"calibration prompt {position} has {len(tokens)} tokens, but the model was "
                 f"captured for at most {limit}; shorten it"
             )
 
@@ -243,7 +257,8 @@ def rewrite(
         read_adaptation(config.adapted).constants if config.adapted else {},
     )
     chosen = select(config) if passes is None else passes
-    reports = run_passes(captured.graph_module, info, chosen, sequences[0], config.check_passes)
+    tokens = as_pair(sequences[0]).source
+    reports = run_passes(captured.graph_module, info, chosen, tokens, config.check_passes)
     left = sorted(info.trained.keys() - info.taken)
     if passes is None and left:
         raise CompileError(

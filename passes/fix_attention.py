@@ -33,7 +33,8 @@ class FixAttention(Pass):
     An encoder's tokens attend to both sides, by a whole table; its tokens after the P-th attend as
     in a decoder. Cross-attention gets a table by the position of the answer's token and that of the
     source's: answer tokens after the P-th attend as the P-th does, and source tokens after the P-th
-    have no weight. As in MERGE, rows are not scaled to a sum of 1 for another length.
+    have no weight. There P is the length of the longest source or answer. As in MERGE, rows are not
+    scaled to a sum of 1 for another length.
 
     Before:
         %ids = input : client int64 1xnew
@@ -130,8 +131,10 @@ class _Lengths:
             return self._size(self.source[0]), None, False
         new = self._size(self.ids)
         if self._end is None:
-            past = length(self.first, self.caches[0], 2)
-            self._end = insert_call(self.first, operator.add, past, new)
+            self._end = new
+            if self.caches:
+                past = length(self.first, self.caches[0], 2)
+                self._end = insert_call(self.first, operator.add, past, new)
         return new, self._end, False
 
     def _size(self, text: fx.Node) -> Any:
@@ -168,26 +171,42 @@ def _counts(user: fx.Node) -> bool:
 
 
 def _observe(
-    graph_module: fx.GraphModule, nodes: list[fx.Node], inputs: Any, sequences: Any
+    graph_module: fx.GraphModule, nodes: list[fx.Node], inputs: Any, samples: Any
 ) -> dict[fx.Node, torch.Tensor]:
-    """The mean attention weights [H, P, P] of each node over the sequences, each as a prompt.
+    """The mean attention weights [H, P, Q] of each node over the samples, each as a prompt.
 
-    Each weight is the mean over the sequences that have both of its tokens.
+    Each weight is the mean over the samples that have both of its tokens.
     """
-    size = max(map(len, sequences))
-    sums: dict[fx.Node, Any] = dict.fromkeys(nodes, 0.0)
-    counts = torch.zeros(size, size)
-    for sequence in sequences:
-        counts[: len(sequence), : len(sequence)] += 1
+    found = {node: _Mean() for node in nodes}
 
     class Observer(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            if n in sums:
+            if n in found:
                 q, k, _, *rest = self.fetch_args_kwargs_from_env(n)[0]
-                weights = Attention.probabilities(q, k, *rest)[0].to(torch.float64)
-                room = size - weights.shape[-1]
-                sums[n] = sums[n] + torch.nn.functional.pad(weights, (0, room, 0, room))
+                found[n].add(Attention.probabilities(q, k, *rest)[0].to(torch.float64))
             return super().run_node(n)
 
-    replay(Observer(graph_module), inputs, sequences)
-    return {node: total / counts.clamp(min=1) for node, total in sums.items()}
+    replay(Observer(graph_module), inputs, samples)
+    return {node: mean.value() for node, mean in found.items()}
+
+
+class _Mean:
+    """The mean of matrices [H, p, q] with a common corner: each entry over those that have it."""
+
+    def __init__(self) -> None:
+        self._sum = self._count = torch.zeros(1, 0, 0, dtype=torch.float64)
+
+    def add(self, matrix: torch.Tensor) -> None:
+        rows, columns = (
+            max(a, b) for a, b in zip(matrix.shape[1:], self._sum.shape[1:], strict=True)
+        )
+
+        def padded(value: torch.Tensor) -> torch.Tensor:
+            room = (0, columns - value.shape[2], 0, rows - value.shape[1])
+            return torch.nn.functional.pad(value, room)
+
+        self._sum = padded(self._sum) + padded(matrix)
+        self._count = padded(self._count) + padded(torch.ones_like(matrix[:1]))
+
+    def value(self) -> torch.Tensor:
+        return self._sum / self._count.clamp(min=1)

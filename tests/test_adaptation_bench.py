@@ -17,6 +17,7 @@ WORDS = (
     ("saw", "found", "carried", "painted"),
     ("house", "apple", "river", "stone"),
 )
+T5_RUNS = ("MM", "MERGE, matched, resent")
 RUNS = ("MERGE, as described", "ER, matched, resent, teacher's answers")
 
 
@@ -76,6 +77,46 @@ def test_every_part_of_the_page_is_measured(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert "step" not in again.stdout
     assert target.read_text() == text
+
+
+@pytest.mark.slow
+def test_a_t5_is_measured_beside_it(tmp_path: Path) -> None:
+    """Between marks of its own; what stands between the others stays."""
+    wordnet, target = tmp_path / "wordnet", tmp_path / "page.md"
+    wordnet.mkdir()
+    write_wordnet(wordnet)
+    others = "<!-- adaptation: begin -->old<!-- adaptation: end -->"
+    target.write_text(
+        f"{others}\n\n<!-- adaptation of t5: begin -->old<!-- adaptation of t5: end -->\n"
+    )
+    command = [sys.executable, "benchmarks/adaptation.py", "--wordnet", str(wordnet)]
+    command += ["--family", "t5", "--work", str(tmp_path / "work"), "--output", str(target)]
+    command += ["--layers", "1", "--width", "32", "--teacher-steps", "100", "--steps", "4"]
+    command += ["--samples", "4"]
+    given = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--only", *T5_RUNS],
+        cwd=ROOT, env=given, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = target.read_text()
+    assert text.startswith(others)
+    assert "a T5 of 1 layers of width 32" in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    by_name: dict[str, list[list[str]]] = {}
+    for name, *cells in rows:
+        by_name.setdefault(name, []).append(cells)
+    assert by_name["teacher"][0][1] == "100 %"
+    assert len(by_name["MM, untrained"][0]) == 9
+    exact = int(by_name["exact (the teacher)"][0][1])
+    for name in T5_RUNS:
+        *_, cost = by_name[name]
+        assert int(cost[1]) < exact
+        assert cost[3] == "4 of 4"
+    wrong = [*command, "--only", "THE-X"]
+    done = subprocess.run(wrong, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "no run of t5 is 'THE-X'" in done.stderr
 
 
 @pytest.mark.slow

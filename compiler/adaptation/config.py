@@ -42,9 +42,10 @@ class AdaptConfig:
         one, beside the model as it is.
     medusa_layers: residual blocks of each head, 1 or 0. A block takes rounds of its own.
     format: of the data file; by default found from its name and contents (docs/guides/
-        adaptation.md). separator: what stands between a prompt and its answer. chat: render prompts
-        by the tokenizer's chat template instead. length: most tokens of a text; also the size of
-        attention tables.
+        adaptation.md). separator: what stands between a prompt and its answer; leave it out for an
+        encoder-decoder, which reads the prompt as its source. chat: render prompts
+        by the tokenizer's chat template instead. length: most tokens of a text, prompt and answer
+        together; also the size of attention tables.
     validation: the share of the data that is kept for validation, if there is no file for it.
     steps, batch, accumulate: steps of the optimizer, and the texts of each: `batch` at a time,
         `accumulate` times.

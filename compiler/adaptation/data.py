@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
+from mergec.compiler.config import Pair
 from mergec.compiler.errors import CompileError
 
 Text = str | list[int]
@@ -31,20 +32,33 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as token numbers. start: the first token that is learned."""
+    """An example as token numbers. start: the first token that is learned.
+
+    source: what an encoder-decoder reads. Then the tokens are the answer's alone, and the first of
+    them is the one that every answer begins with.
+    """
 
     tokens: tuple[int, ...]
     start: int
+    source: tuple[int, ...] = ()
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """What comes before the answer; of a text without a prompt, its first half."""
+        """What comes before the answer, or the source; of a text without a prompt, its first
+        half."""
+        if self.source:
+            return self.source
         return self.tokens[: self.start if self.start > 1 else max(1, len(self.tokens) // 2)]
 
     @property
     def answer(self) -> tuple[int, ...]:
         """What comes after `prompt`."""
-        return self.tokens[len(self.prompt) :]
+        return self.tokens[self.start if self.source else len(self.prompt) :]
+
+    @property
+    def sample(self) -> tuple[int, ...] | Pair:
+        """The text as the compiler takes it for calibration."""
+        return Pair(self.source, self.tokens) if self.source else self.tokens
 
 
 def read_examples(path: str | Path, form: str = "auto") -> list[Example]:
@@ -256,6 +270,11 @@ class Encoder:
     text is cut into several. separator: what stands between prompt and answer, as text. chat:
     render prompts by the chat template. file: named in errors.
 
+    begin: for an encoder-decoder, the token that its answers begin with. Then prompts are sources,
+    with the tokens that the tokenizer puts around a text, as a program's client does; length is of
+    source and answer together, and both lose their ends where that is too little: then each may
+    take half of it, or what the other one leaves.
+
     stop: what ends a text, the tokenizer's end of sequence.
     """
 
@@ -268,6 +287,7 @@ class Encoder:
         *,
         chat: bool = False,
         file: str | Path = "the data",
+        begin: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -275,6 +295,7 @@ class Encoder:
         self.separator = separator
         self.chat = chat
         self.file = file
+        self.begin = begin
         stop = getattr(tokenizer, "eos_token_id", None)
         self.stop = [] if stop is None else [int(stop)]
         if chat and not getattr(tokenizer, "chat_template", None):
@@ -285,6 +306,9 @@ class Encoder:
         return [item for example in examples for item in self._encode(example)]
 
     def _encode(self, example: Example) -> Iterator[Encoded]:
+        if self.begin is not None:
+            yield self._pair(example, self.begin)
+            return
         if example.prompt is None:
             tokens = [*self._tokens(example.answer, example, first=True), *self.stop]
             for begin in range(0, len(tokens), self.length):
@@ -295,6 +319,41 @@ class Encoder:
         answer = [*self._tokens(example.answer, example), *self.stop][: self.length - 1]
         prompt = self._prompt(example)[-(self.length - len(answer)) :]
         yield Encoded((*prompt, *answer), len(prompt))
+
+    def _pair(self, example: Example, begin: int) -> Encoded:
+        """A source and its answer, both with what the tokenizer puts around a text."""
+        if example.prompt is None:
+            raise CompileError(
+                f"{self._place(example)}a text without a prompt, but an encoder-decoder learns to "
+                'answer a source; give {"prompt": "…", "answer": "…"} in each line, or another '
+                "format with prompts"
+            )
+        room = self.length - 1
+        answer, source = self._answer(example), self._source(example, room)
+        if len(source) + len(answer) > room:
+            answer = answer[: max(self.length // 2 - 1, room - len(source))]
+            source = self._source(example, room - len(answer))
+        if not answer or not source:
+            empty = "prompt" if answer else "answer"
+            raise CompileError(f"{self._place(example)}the {empty} holds no tokens")
+        return Encoded((begin, *answer), 1, tuple(source))
+
+    def _answer(self, example: Example) -> list[int]:
+        """An answer as an encoder-decoder learns it: with an end, in the target's language."""
+        given = example.answer
+        if isinstance(given, str) and self.tokenizer is not None:
+            given = list(self.tokenizer(text_target=given)["input_ids"])
+        tokens = self._tokens(given, example)
+        # Marian and mBART put more behind the end, or nothing.
+        return tokens if set(self.stop) <= {*tokens} else [*tokens, *self.stop]
+
+    def _source(self, example: Example, room: int) -> list[int]:
+        """A prompt as a program's client encodes it; one that is too long loses its end."""
+        given = example.prompt or ""
+        if not isinstance(given, str) or self.chat or self.tokenizer is None:
+            return self._prompt(example)[:room]
+        found = self.tokenizer(given, truncation=True, max_length=room)
+        return self._tokens(list(found["input_ids"]), example)
 
     def _prompt(self, example: Example) -> list[int]:
         prompt = example.prompt

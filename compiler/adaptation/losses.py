@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.data import Encoded
-from mergec.compiler.adaptation.student import Result, Student
+from mergec.compiler.adaptation.student import PADDING, Result, Student, padded
 
 IGNORED = -100
 """The label of a token that is not learned: of the prompt, or padding."""
@@ -19,17 +19,21 @@ Batch = dict[str, torch.Tensor]
 
 
 def collate(texts: Sequence[Encoded]) -> Batch:
-    """Token ids [B, N], padded at their ends, and labels [B, N]: the ids that are learned."""
-    size = max(len(text.tokens) for text in texts)
-    ids = torch.zeros(len(texts), size, dtype=torch.int64)
+    """Token ids [B, N], padded at their ends, and labels [B, N]: the ids that are learned.
+
+    For an encoder-decoder these are of answers, and "source" [B, S] is what it reads.
+    """
+    ids = padded([text.tokens for text in texts])
     labels = torch.full_like(ids, IGNORED)
-    kept = torch.zeros(len(texts), size, dtype=torch.bool)
+    kept = torch.zeros_like(ids, dtype=torch.bool)
     for row, text in enumerate(texts):
-        tokens = torch.tensor(text.tokens)
-        ids[row, : len(tokens)] = tokens
-        labels[row, text.start : len(tokens)] = tokens[text.start :]
-        kept[row, : len(tokens)] = True
-    return {"input_ids": ids, "labels": labels, "kept": kept}
+        size = len(text.tokens)
+        labels[row, text.start : size] = ids[row, text.start : size]
+        kept[row, :size] = True
+    batch = {"input_ids": ids, "labels": labels, "kept": kept}
+    if texts[0].source:
+        batch["source"] = padded([text.source for text in texts], PADDING)
+    return batch
 
 
 @dataclass
@@ -59,15 +63,15 @@ def losses(
     """
     ids, labels = batch["input_ids"], batch["labels"]
     learned = labels[:, 1:] != IGNORED
-    result, clean = _run(student, ids, labels, config, disturbed=disturbed)
+    result, clean = _run(student, batch, config, disturbed=disturbed)
     if config.objective == "data" or teacher is None:
         loss = F.cross_entropy(result.logits[:, :-1][learned], labels[:, 1:][learned])
         parts = {"cross entropy": loss}
     else:
         with torch.no_grad():
-            wanted = teacher(ids)
+            wanted = teacher(ids, source=batch.get("source"))
         if layers:
-            loss = _layers(result, wanted, batch["kept"])
+            loss = _layers(result, wanted, batch)
             parts = {"layers": loss}
         else:
             rows = (side.logits[:, :-1][learned] / config.temperature for side in (result, wanted))
@@ -84,25 +88,21 @@ def losses(
 
 
 def _run(
-    student: Student,
-    ids: torch.Tensor,
-    labels: torch.Tensor,
-    config: AdaptConfig,
-    *,
-    disturbed: bool,
+    student: Student, batch: Batch, config: AdaptConfig, *, disturbed: bool
 ) -> tuple[Result, torch.Tensor | None]:
     """The student's result, and its embedding of the tokens, if that is needed."""
+    ids, source = batch["input_ids"], batch.get("source")
     disturbed = disturbed and bool(config.noise or config.dropout)
     if not (disturbed or student.resends):
-        return student(ids), None
+        return student(ids, source=source), None
     clean = student.embed(ids)
     rows = _disturbed(clean, config) if disturbed else clean
-    result = student(ids, rows)
-    answered = (labels[:, 1:] != IGNORED)[..., None]
+    result = student(ids, rows, source)
+    answered = (batch["labels"][:, 1:] != IGNORED)[..., None]
     for _ in range(config.resent if student.resends else 0):
         # A token of the answer enters as the hidden state before it.
         sent = torch.where(answered, result.hidden[:, :-1], rows[:, 1:])
-        result = student(ids, torch.cat([rows[:, :1], sent], 1))
+        result = student(ids, torch.cat([rows[:, :1], sent], 1), source)
     return result, clean
 
 
@@ -112,13 +112,18 @@ def _disturbed(rows: torch.Tensor, config: AdaptConfig) -> torch.Tensor:
     return F.dropout(rows + noise, config.dropout or 0.0)
 
 
-def _layers(mine: Result, theirs: Result, kept: torch.Tensor) -> torch.Tensor:
+def _layers(mine: Result, theirs: Result, batch: Batch) -> torch.Tensor:
     """The squared distance from the teacher, layer by layer, relative to the teacher's square.
 
-    Relative, so that no layer with massive activations outweighs the others.
+    Relative, so that no layer with massive activations outweighs the others. An encoder's layers
+    count like a decoder's.
     """
-    pairs = zip([*mine.streams, mine.hidden], [*theirs.streams, theirs.hidden], strict=True)
+    kept = [batch["kept"]] * (len(mine.streams) + 1)
+    if mine.encoded:
+        kept += [batch["source"] != PADDING] * len(mine.encoded)
+    sides = ([*side.streams, side.hidden, *side.encoded] for side in (mine, theirs))
     found = [
-        F.mse_loss(a[kept], b[kept]) / b[kept].square().mean().clamp(min=1e-12) for a, b in pairs
+        F.mse_loss(a[rows], b[rows]) / b[rows].square().mean().clamp(min=1e-12)
+        for a, b, rows in zip(*sides, kept, strict=True)
     ]
     return torch.stack(found).mean()

@@ -22,7 +22,7 @@ from mergec.compiler.adaptation.report import Report, text_row, write_report
 from mergec.compiler.adaptation.scale import match_scale
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.backend.deviation import measure_deviation
-from mergec.compiler.config import CompileConfig
+from mergec.compiler.config import CompileConfig, Sample, as_pair
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError, InternalError
 from mergec.compiler.frontend.adaptation import (
@@ -32,6 +32,7 @@ from mergec.compiler.frontend.adaptation import (
     write_adaptation,
 )
 from mergec.compiler.frontend.capture import capture
+from mergec.compiler.frontend.generation import generation_settings, impossible_settings
 from mergec.compiler.frontend.heads import Heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.pipeline import runs_anyway, select
@@ -88,7 +89,7 @@ def adapt(
     Args:
         model: a folder in Hugging Face format, a .gguf file, `smollm2`, or a model in memory, which
             is not changed. It is the teacher, too, so it should be good at what `data` holds.
-        data: a file of texts, or of prompts with answers.
+        data: a file of texts, or of prompts with answers, which an encoder-decoder needs.
         output: a new or empty folder; or that of an interrupted run with the same model, data and
             options, which then continues from its last checkpoint.
         config: options; see `AdaptConfig`.
@@ -103,7 +104,8 @@ def adapt(
     Raises:
         CompileError: the model cannot be loaded, captured or compiled, or has nothing to train for
             the preset; heads are asked for a model that is no decoder; a line of the data is not as
-            expected; the output folder holds something else; or an option is wrong.
+            expected, or without a prompt for an encoder-decoder; the output folder holds something
+            else; or an option is wrong.
 
     Example:
         >>> import mergec
@@ -130,12 +132,18 @@ def adapt(
         loaded, tokenizer = load_model(model)
     if not hasattr(loaded, "save_pretrained"):
         raise CompileError(
-            f"a {type(loaded).__name__} cannot be saved in a folder; give a Hugging Face decoder"
+            f"a {type(loaded).__name__} cannot be saved in a folder; give a Hugging Face model"
         )
-    if config.medusa and getattr(getattr(loaded, "config", None), "is_encoder_decoder", False):
+    encodes = bool(getattr(getattr(loaded, "config", None), "is_encoder_decoder", False))
+    if config.medusa and encodes:
         raise CompileError(
             f"{type(loaded).__name__} is an encoder-decoder; heads are for decoders such as GPT-2, "
             "so leave out medusa"
+        )
+    if encodes and config.separator != AdaptConfig.separator:
+        raise CompileError(
+            f"a {type(loaded).__name__} reads the prompt as its source, and nothing stands between "
+            "that and the answer; leave out separator"
         )
     # 16-bit floats train badly; a program is compiled from float32 in any case.
     if next(loaded.parameters()).dtype != torch.float64:
@@ -143,6 +151,7 @@ def adapt(
     progress("capturing the model and rewriting it")
     teacher = Student(copy.deepcopy(loaded), CompileConfig(), [[0]])
     teacher.requires_grad_(False)
+    _check_settings(loaded, teacher.vocab_size, progress)
     if teacher.limit is not None and config.length > teacher.limit:
         raise CompileError(
             f"length is {config.length}, but the model takes at most {teacher.limit} tokens; ask "
@@ -155,6 +164,7 @@ def adapt(
         config.separator,
         chat=config.chat,
         file=data,
+        begin=teacher.start if encodes else None,
     )
     texts, kept = _encoded(encoder, learned, "train on"), _encoded(encoder, held, "validate with")
     settings = {
@@ -245,7 +255,11 @@ class _Run(ABC):
     def _program(self) -> Program:
         """Compile what was saved."""
         self.progress("compiling the adapted model")
-        asked = CompileConfig(adapted=str(self.folder), name=self.folder.name)
+        asked = CompileConfig(
+            adapted=str(self.folder),
+            name=self.folder.name,
+            ignore_settings=impossible_settings(self.model),
+        )
         try:
             return compile_decoder(self.model, self.tokenizer, asked)
         except CompileError as error:
@@ -290,11 +304,11 @@ class _StudentRun(_Run):
         ]
         self.student.cpu()
         self.teacher.cpu()
-        prompts = tuple(text.tokens for text in held[:_CALIBRATED])
-        self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), prompts))
+        samples = tuple(text.sample for text in held[:_CALIBRATED])
+        self._save(Adaptation(self.config.preset, self._enable, self.student.trained(), samples))
         report = Report(self.folder, self.config, rows, history, len(texts), len(held))
         self._report(report)
-        self._compile(report, prompts, measures)
+        self._compile(report, samples, measures)
         return report
 
     @property
@@ -315,13 +329,13 @@ class _StudentRun(_Run):
         self.student.train()
         return rows
 
-    def _compile(self, report: Report, prompts: Sequence[Sequence[int]], measures: Any) -> None:
+    def _compile(self, report: Report, samples: Sequence[Sample], measures: Any) -> None:
         """Compile what was saved; note its cost, and how far it is from the teacher."""
         program = self._program()
-        self._compare(program, prompts[0])
+        self._compare(program, as_pair(samples[0]).source)
         report.same = self._same(program, measures, report.rows[-1]["answers"])
         former = capture(self.teacher.model)
-        deviation = measure_deviation(program.roles["server"], former, prompts)
+        deviation = measure_deviation(program.roles["server"], former, samples)
         adaptation = read_adaptation(self.folder)
         write_adaptation(
             self.folder,
@@ -340,8 +354,13 @@ class _StudentRun(_Run):
     def _compare(self, program: Program, prompt: Sequence[int]) -> None:
         """Raise InternalError if the program does not compute what was trained."""
         ((_, found),) = PlainExecutor(program.roles["server"]).generate(prompt, 1)
+        ids = torch.tensor([list(prompt)])
         with torch.no_grad():
-            wanted = self.student(torch.tensor([list(prompt)])).logits[0, -1]
+            if self.student.encodes:
+                begun = torch.tensor([[self.student.start]])
+                wanted = self.student(begun, source=ids).logits[0, -1]
+            else:
+                wanted = self.student(ids).logits[0, -1]
         apart = float((found - wanted).abs().max() / wanted.std())
         if not apart < _APART:
             raise InternalError(
@@ -463,6 +482,16 @@ def _checked(config: Any, progress: Any) -> AdaptConfig:
     return config
 
 
+def _check_settings(model: Any, vocab_size: int, progress: Progress) -> None:
+    """Raise CompileError for generation settings that no program can be compiled with; say which
+    ones have to be left out."""
+    impossible = impossible_settings(model)
+    generation_settings(model, reveal="logits", ignored=impossible, vocab_size=vocab_size)
+    if impossible:
+        options = " ".join(f"--ignore-setting {name}" for name in impossible)
+        progress(f"no program can honour some generation settings; compile with {options}")
+
+
 def _check_place(folder: Path) -> None:
     """Raise CompileError if a folder holds something other than an interrupted run."""
     if stands_at(folder):
@@ -489,11 +518,14 @@ def _check_answers(texts: Sequence[Encoded], purpose: str) -> None:
         )
 
 
-def _observed(texts: Sequence[Encoded], seed: int) -> list[list[int]]:
-    """A few texts, the longest among them: an attention's table is as long as it."""
+def _observed(texts: Sequence[Encoded], seed: int) -> list[Sample]:
+    """A few texts, the longest among them, and the longest source: an attention's table is as long
+    as these."""
     some = random.Random(seed).sample(list(texts), min(_OBSERVED, len(texts)))
-    longest = max(texts, key=lambda text: len(text.tokens))
-    return [list(text.tokens) for text in (longest, *some)]
+    longest = [max(texts, key=lambda text: len(text.tokens))]
+    if longest[0].source:
+        longest.append(max(texts, key=lambda text: len(text.source)))
+    return [text.sample for text in (*longest, *some)]
 
 
 def _check_student(student: Student, compiled: CompileConfig, config: AdaptConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mergec.compiler.adaptation.student import Student
-from mergec.compiler.config import CompileConfig
+from mergec.compiler.config import CompileConfig, Pair, Sample, as_pair
 from mergec.compiler.errors import CompileError
 
 _APART = 1e-3
@@ -19,7 +19,7 @@ _LEAVE = "leave out match_scale"
 
 
 @torch.no_grad()
-def match_scale(model: Any, teacher: Student, sequences: Sequence[Sequence[int]]) -> float:
+def match_scale(model: Any, teacher: Student, samples: Sequence[Sample]) -> float:
     """Scale a model's last norm so that hidden states are as large as embeddings.
 
     The norm's gain and shift are multiplied by c, the head's matrix is divided by c, so no logit
@@ -33,7 +33,7 @@ def match_scale(model: Any, teacher: Student, sequences: Sequence[Sequence[int]]
     Args:
         model: a Hugging Face model; it is changed.
         teacher: a student of the same model without lossy passes, with weights of its own.
-        sequences: token sequences to measure with.
+        samples: texts to measure with; of an encoder-decoder, sources and answers.
 
     Returns:
         c.
@@ -46,17 +46,27 @@ def match_scale(model: Any, teacher: Student, sequences: Sequence[Sequence[int]]
     head = model.get_output_embeddings()
     if not norm or not isinstance(head, nn.Linear):
         raise CompileError(f"the model's head does not read a norm with a gain; {_LEAVE}")
-    texts = [torch.tensor([list(sequence)]) for sequence in sequences if len(sequence) > 1]
-    before = [teacher(ids) for ids in texts]
-    rows = torch.cat([teacher.embed(ids)[0, 1:] for ids in texts])
+    pairs = [as_pair(sample) for sample in samples]
+    texts = [_texts(teacher, pair) for pair in pairs if len(pair.answer) > 1]
+    before = [teacher(ids, source=source) for ids, source in texts]
+    rows = torch.cat([teacher.embed(ids)[0, 1:] for ids, _ in texts])
     hidden = torch.cat([result.hidden[0, :-1] for result in before])
     factor = float((rows.square().mean() / hidden.square().mean()).sqrt())
     for parameter in norm:
         parameter.mul_(factor)
     head.weight = nn.Parameter(head.weight / factor)
-    model.config.tie_word_embeddings = False
-    after = Student(model, CompileConfig(), [[0]])(texts[0]).logits
+    if not teacher.encodes:
+        # The two embeddings of an encoder-decoder stay tied; a head that is stored is read.
+        model.config.tie_word_embeddings = False
+    ids, source = texts[0]
+    after = Student(model, CompileConfig(), [[0]])(ids, source=source).logits
     wanted = before[0].logits
     if not float((after - wanted).abs().max() / wanted.std()) < _APART:
         raise CompileError(f"scaling this model's last norm and its head changes logits; {_LEAVE}")
     return factor
+
+
+def _texts(teacher: Student, pair: Pair) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids [1, N], and those of the source [1, S] of an encoder-decoder."""
+    ids, source = (torch.tensor([list(text)]) for text in (pair.answer, pair.source))
+    return ids, source if teacher.encodes else None

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mergec.compiler.config import CompileConfig
+from mergec.compiler.config import CompileConfig, Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import Captured, capture
-from mergec.compiler.graph.ir import aten, calls, constant, is_shared
+from mergec.compiler.graph.ir import aten, bind, calls, constant, is_shared
 from mergec.compiler.graph.manager import run_passes
 from mergec.compiler.graph.rewriting import STAGES, GraphInfo
 from mergec.compiler.pipeline import select
 from mergec.compiler.text import op_of
 from mergec.passes.merge_projections import MergeProjections
 from mergec.passes.resend_hidden import embedding_of, head_of
-from mergec.runtime.core.op import target
+from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.ops import load_all
 
 TABLE = ".table"
@@ -34,6 +34,9 @@ _TURNED = "_turned"
 _LEAST = 1e-6
 """Smallest weight of a table's entry when its training starts: log 0 has no gradient."""
 
+PADDING = -1
+"""What stands behind the end of a source that is shorter than others of its batch."""
+
 _LEFT_OUT = {"merge_projections", "resend_hidden", "fold_weights"}
 """Passes of the stages that a student goes through which it does not need, or not as they are."""
 
@@ -43,12 +46,14 @@ class Result:
     """What a student computes of token ids [B, N].
 
     logits [B, N, V]; hidden [B, N, E], the head's input, which embedding resending sends on;
-    streams: the sums that layers add to residual streams [B, N, E], in the graph's order.
+    streams: the sums that layers add to residual streams [B, N, E], in the graph's order. encoded:
+    those of an encoder [B, S, E], zero behind the end of a source.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor
     streams: list[torch.Tensor]
+    encoded: list[torch.Tensor] = field(default_factory=list)
 
 
 class Student(nn.Module):
@@ -62,31 +67,33 @@ class Student(nn.Module):
 
     Parameters are those of `model` that the graph reads, the very same tensors, and the constants
     of lossy passes: gains, shifts, and for each attention table the logits T of
-    softmax(T).tril(), as in MERGE (Liang et al., AAAI 2024). They have the names of the graph's
-    constants, with "/" for ".".
+    softmax(T).tril(), as in MERGE (Liang et al., AAAI 2024); an encoder and cross-attention see all
+    tokens, so softmax(T). They have the names of the graph's constants, with "/" for ".".
 
-    model: a Hugging Face decoder in float32 or float64. config: its lossy passes count. sequences:
-    token sequences from which the constants start; the longest is the size of attention tables.
+    model: a Hugging Face decoder or encoder-decoder in float32 or float64. config: its lossy passes
+    count. samples: what the constants start from; the longest text is the size of an attention's
+    table. Its start is the token that answers of an encoder-decoder begin with; -1 for a decoder.
     Raises CompileError if the model cannot be captured, or lacks what a pass needs.
     """
 
-    def __init__(
-        self, model: nn.Module, config: CompileConfig, sequences: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, model: nn.Module, config: CompileConfig, samples: Sequence[Sample]) -> None:
         super().__init__()
         load_all()
         # In a tuple, because it is no submodule: parameters are registered below, each once.
         self._model = (model,)
         captured = capture(model, cache=False)
         self.limit = captured.max_length
+        self.start = captured.start
         self.vocab_size = captured.vocab_size
         asked = {kind.name() for kind in select(config) if not kind.exact}
         self.resends = "resend_hidden" in asked
-        self.sites, self.changed = _rewrite(captured, config, sequences)
+        self.sites, self.changed = _rewrite(captured, config, samples)
         self._graph = (captured.graph_module,)
-        self._logits, self._hidden, self._embedding, self._table, self._streams = _places(
+        self._logits, self._hidden, self._embedding, self._table = _places(
             captured.graph_module, resends=self.resends
         )
+        self._streams, self._encoded = _sums(captured.graph_module, self._hidden)
+        self._causal = _causal(captured.graph_module)
         self._head = head_of(captured.graph_module)
         self.constants: list[str] = []
         self._names: dict[str, str] = {}
@@ -111,6 +118,11 @@ class Student(nn.Module):
             self.register_buffer(key, value, persistent=False)
 
     @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder-decoder."""
+        return self.start >= 0
+
+    @property
     def model(self) -> nn.Module:
         """The model whose parameters these are."""
         return self._model[0]
@@ -119,7 +131,8 @@ class Student(nn.Module):
         """A constant of the graph as it is now."""
         held: torch.Tensor = getattr(self, self._names[name])
         if name in self.sites and name.endswith(TABLE):
-            return held.softmax(-1).tril()
+            weights = held.softmax(-1)
+            return weights.tril() if name in self._causal else weights
         return held
 
     def trained(self) -> dict[str, torch.Tensor]:
@@ -127,7 +140,7 @@ class Student(nn.Module):
         return {name: self.value(name).detach().cpu().clone() for name in self.constants}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of the embedding [B, N, E] of token ids [B, N].
+        """The rows of the embedding [B, N, E] of token ids [B, N], of an answer if there are two.
 
         Raises CompileError if the model has not one embedding of the tokens.
         """
@@ -151,7 +164,8 @@ class Student(nn.Module):
         Empty if the head reads something else.
         """
         node = self._hidden
-        while calls(node, aten.reshape.default):
+        # T5 scales what its norm returns.
+        while calls(node, aten.reshape.default, target("scale")):
             node = node.args[0]  # type: ignore[assignment]
         if not any(calls(node, target(name)) for name in ("layer_norm", "rms_norm")):
             return []
@@ -167,53 +181,108 @@ class Student(nn.Module):
             raise CompileError("the model's head is computed", {node: "it is no constant"})
         return self.value(str(node.target))
 
-    def forward(self, ids: torch.Tensor, rows: torch.Tensor | None = None) -> Result:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
+    ) -> Result:
         """Run the graph on token ids [B, N].
 
         rows: what to take instead of the embedding's rows [B, N, E]: with noise, or hidden states
         that are resent. Texts may be padded at their ends: no token depends on later ones.
+
+        source: what an encoder-decoder reads, token ids [B, S] with `PADDING` at their ends; `ids`
+        are then of its answers. An encoder's tokens depend on all others, and the graph knows no
+        padding. So the graph runs once for each length of source in the batch.
         """
+        if source is None:
+            return self._together(ids, rows, None)
+        lengths = (source != PADDING).sum(1)
+        groups = [(lengths == size).nonzero()[:, 0] for size in lengths.unique()]
+        found = [
+            self._together(
+                ids[group],
+                None if rows is None else rows[group],
+                source[group, : int(lengths[group[0]])],
+            )
+            for group in groups
+        ]
+        order = torch.cat(groups).argsort()
+
+        def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(list(parts))[order]
+
+        def padded(value: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(value, (0, 0, 0, source.shape[1] - value.shape[1]))
+
+        return Result(
+            joined([part.logits for part in found]),
+            joined([part.hidden for part in found]),
+            [joined(parts) for parts in zip(*(part.streams for part in found), strict=True)],
+            [
+                joined([padded(part) for part in parts])
+                for parts in zip(*(part.encoded for part in found), strict=True)
+            ],
+        )
+
+    def _together(
+        self, ids: torch.Tensor, rows: torch.Tensor | None, source: torch.Tensor | None
+    ) -> Result:
+        """Run the graph on texts of one length, whose sources have one length, too."""
         values = {name: self.value(name) for name in self._names}
-        wanted = [self._logits, self._hidden, *self._streams]
+        wanted = [self._logits, self._hidden, *self._streams, *self._encoded]
         place = self._embedding
 
-        def one(ids: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        def one(
+            ids: torch.Tensor, rows: torch.Tensor | None, source: torch.Tensor | None
+        ) -> tuple[torch.Tensor, ...]:
             given = {} if rows is None or place is None else {place: rows[None]}
             run = _Run(self._graph[0], values, given, wanted)
-            run.run(ids[None])
+            run.run(*([] if source is None else [source[None]]), ids[None])
             return tuple(run.found[node][0] for node in wanted)
 
-        dims = (0, None if rows is None else 0)
-        logits, hidden, *values_of = torch.vmap(one, in_dims=dims)(ids, rows)
-        return Result(logits, hidden, values_of)
+        texts = (ids, rows, source)
+        dims = tuple(None if text is None else 0 for text in texts)
+        logits, hidden, *sums = torch.vmap(one, in_dims=dims)(*texts)
+        count = len(self._streams)
+        return Result(logits, hidden, sums[:count], sums[count:])
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """`count` greedy tokens after each prompt, as the compiled program chooses them.
 
         If hidden states are resent, each is the next step's row, and tokens are only read off.
-        Computes the whole text again for each token: for short texts.
+        The prompts of an encoder-decoder are sources. Computes the whole text again for each
+        token: for short texts.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        size = int(lengths.max()) + count
         device = next(self.parameters()).device
-        ids = torch.zeros(len(prompts), size, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(list(prompt))
-        ids, lengths = ids.to(device), lengths.to(device)
+        source = padded(prompts, PADDING).to(device) if self.encodes else None
+        texts = [[self.start]] * len(prompts) if self.encodes else prompts
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        room = [[*text, *[0] * count] for text in texts]
+        ids = padded(room).to(device)
         which = torch.arange(len(prompts), device=device)
         rows = self.embed(ids) if self.resends else None
         found = []
         for step in range(count):
             at = lengths + step
             most = int(at.max())
-            result = self(ids[:, :most], None if rows is None else rows[:, :most])
+            result = self(ids[:, :most], None if rows is None else rows[:, :most], source)
             tokens = result.logits[which, at - 1].argmax(-1)
             ids[which, at] = tokens
             if rows is not None:
                 rows[which, at] = result.hidden[which, at - 1].to(rows.dtype)
             found.append(tokens)
         return torch.stack(found, 1).tolist()
+
+
+def padded(texts: Sequence[Sequence[int]], padding: int = 0) -> torch.Tensor:
+    """Token ids [B, N] of texts, the shorter ones padded at their ends."""
+    ids = torch.full((len(texts), max(map(len, texts))), padding, dtype=torch.int64)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.tensor(list(text))
+    return ids
 
 
 class _Run(fx.Interpreter):
@@ -262,21 +331,21 @@ class _Run(fx.Interpreter):
 
 
 def _rewrite(
-    captured: Captured, config: CompileConfig, sequences: Sequence[Sequence[int]]
+    captured: Captured, config: CompileConfig, samples: Sequence[Sample]
 ) -> tuple[set[str], int]:
     """Run the passes that a student goes through.
 
     Returns the names of the constants that they leave to train, and the number of places that
     lossy passes changed.
     """
-    info = GraphInfo(captured.inputs, captured.constants, sequences)
+    info = GraphInfo(captured.inputs, captured.constants, samples)
     before = set(captured.constants)
     last = STAGES.index("dialect")
     chosen = select(config)
     passes = [
         kind for kind in chosen if STAGES.index(kind.stage) <= last and kind.name() not in _LEFT_OUT
     ]
-    reports = run_passes(captured.graph_module, info, passes, sequences[0])
+    reports = run_passes(captured.graph_module, info, passes, as_pair(samples[0]).source)
     changed = sum(report.sites for report in reports if not report.exact)
     if MergeProjections in chosen:
         changed += MergeProjections(info).loosen(captured.graph_module)
@@ -315,8 +384,8 @@ def _turn_back(captured: Captured) -> None:
 
 def _places(
     graph_module: fx.GraphModule, *, resends: bool
-) -> tuple[fx.Node, fx.Node, fx.Node | None, str | None, list[fx.Node]]:
-    """The logits, the head's input, the embedding and its table, and the residual streams' sums.
+) -> tuple[fx.Node, fx.Node, fx.Node | None, str | None]:
+    """The logits, the head's input, the embedding and its table.
 
     Raises CompileError if hidden states are to be resent, and the model has no place for that.
     """
@@ -333,12 +402,32 @@ def _places(
             raise
     if embedding is not None and constant(graph_module, embedding.args[1]) is not None:
         table = str(embedding.args[1].target)  # type: ignore[union-attr]
-    # Sums of rows with biases and with shifts of constant norms have an operand that is not shared.
+    return logits, hidden, embedding, table
+
+
+def _sums(graph_module: fx.GraphModule, hidden: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The sums of the residual streams, and those of an encoder's.
+
+    Sums of rows with biases and with shifts of constant norms have an operand that is not shared.
+    """
+    shape = [*map(str, hidden.meta["val"].shape)]
+    texts = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sources = [[shape[0], str(text.meta["val"].shape[1]), shape[-1]] for text in texts[:-1]]
     sums = [
-        node
+        (node, [*map(str, node.meta["val"].shape)])
         for node in graph_module.graph.nodes
-        if calls(node, target("add"))
-        and all(map(is_shared, node.args))
-        and list(map(str, node.meta["val"].shape)) == list(map(str, hidden.meta["val"].shape))
+        if calls(node, target("add")) and all(map(is_shared, node.args))
     ]
-    return logits, hidden, embedding, table, sums
+    streams = [node for node, found in sums if found == shape]
+    return streams, [node for node, found in sums if found in sources]
+
+
+def _causal(graph_module: fx.GraphModule) -> set[str]:
+    """The names of attention tables whose rows end at the token itself."""
+    found = set()
+    for node in graph_module.graph.nodes:
+        if calls(node, target("constant_attention")):
+            arguments = bind(REGISTRY["constant_attention"], node)
+            if arguments["causal"]:
+                found.add(str(arguments["weight"].target))
+    return found

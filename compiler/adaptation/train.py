@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
@@ -47,7 +49,8 @@ class Measures:
         self.stop = tuple(stop)
         self.prompts = [text.prompt for text in self.texts[: config.samples]]
         room = teacher.limit or math.inf
-        longest = max(map(len, self.prompts))
+        # The first token of an encoder-decoder's answer is given.
+        longest = max(map(len, self.prompts)) + teacher.encodes
         self.count = int(max(1, min(config.answer, room - longest)))
         self._wanted: list[list[int]] | None = None
 
@@ -92,9 +95,10 @@ class Measures:
         device = next(student.parameters()).device
         total = count = 0.0
         for begin in range(0, len(self.texts), self.config.batch):
-            batch = collate(self.texts[begin : begin + self.config.batch])
-            labels = batch["labels"].to(device)[:, 1:]
-            logits = student(batch["input_ids"].to(device)).logits[:, :-1]
+            part = collate(self.texts[begin : begin + self.config.batch])
+            batch = {name: value.to(device) for name, value in part.items()}
+            labels = batch["labels"][:, 1:]
+            logits = student(batch["input_ids"], source=batch.get("source")).logits[:, :-1]
             learned = labels != IGNORED
             total += float(cross_entropy(logits[learned], labels[learned], reduction="sum"))
             count += float(learned.sum())
@@ -162,6 +166,7 @@ class AdaptTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.settings = config
+        self.texts = texts
         self._parts: dict[str, list[torch.Tensor]] = {}
         # The loss is a mean over the batch.
         self.model_accepts_loss_kwargs = False
@@ -173,6 +178,14 @@ class AdaptTrainer(Trainer):
     @abstractmethod
     def measured(self) -> Numbers:
         """The validation loss, and other measures."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """An encoder-decoder runs once for each length of source in a batch (`Student.forward`)."""
+        lengths = [len(text.source) for text in self.texts]
+        if not any(lengths):
+            return super()._get_train_sampler(train_dataset)
+        count = self.settings.batch * self.settings.accumulate
+        return _ByLength(lengths, count, self.settings.seed)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """All of them, as in the paper's scripts."""
@@ -207,6 +220,27 @@ class AdaptTrainer(Trainer):
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+
+class _ByLength(Sampler[int]):
+    """Texts in random order, those of a batch of similar length.
+
+    transformers' sampler draws from torch's generator, whose state an interrupted run does not
+    bring back; this one draws by seed and epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], count: int, seed: int) -> None:
+        self.lengths, self.count, self.seed, self.epoch = list(lengths), count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.count, generator=generator))
 
 
 class StudentTrainer(AdaptTrainer):

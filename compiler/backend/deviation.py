@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mergec.compiler.config import Pair, Sample
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.graph.ranges import prompt
 from mergec.runtime.engine.plain import PlainExecutor
@@ -18,13 +19,14 @@ CONTINUED = 4
 
 
 def measure_deviation(
-    program: RoleProgram, captured: Captured, sequences: Sequence[Sequence[int]]
+    program: RoleProgram, captured: Captured, sequences: Sequence[Sample]
 ) -> dict[str, Any]:
     """Compare the server's program with its model, both in the clear; for `Manifest.deviation`.
 
     The program continues each prompt with its own best tokens; the model predicts the next token
     at the same places of the same text. This way embedding resending, whose first token is exact,
-    is measured on the later tokens too. An encoder-decoder answers each prompt as its source.
+    is measured on the later tokens too. An encoder-decoder answers each prompt as its source, and
+    the whole source of a pair.
 
     program: the server's, which holds the weights. captured: the model before any pass.
     sequences: the calibration prompts, as token numbers.
@@ -37,8 +39,11 @@ def measure_deviation(
     begun = replace(program.manifest, answer_start=captured.start)
     plain = PlainExecutor(replace(program, manifest=begun))
     agreed, errors, spreads = 0, [], []
-    for sequence in sequences:
-        given = list(sequence[: max(1, len(sequence) - CONTINUED)])
+    for sample in sequences:
+        if isinstance(sample, Pair):
+            given = list(sample.source)
+        else:
+            given = list(sample[: max(1, len(sample) - CONTINUED)])
         answer = list(plain.generate(given, CONTINUED))
         rows = _model_logits(captured, given, [token for token, _ in answer[:-1]])
         for (_, found), wanted in zip(answer, rows, strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mergec.compiler.config import Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.extremes import extreme_tokens
 from mergec.compiler.graph.ir import bind, is_shared, op_of
@@ -37,7 +38,7 @@ _WHOLE = 1e-3
 def check_rounding(
     graph_module: fx.GraphModule,
     inputs: Sequence[InputSpec],
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sample],
     *,
     lossy: bool = False,
 ) -> None:
@@ -47,12 +48,12 @@ def check_rounding(
     most extreme rows of the embedding (`graph.extremes`), each as a prompt.
     """
     tolerance = LOSSY_TOLERANCE if lossy else TOLERANCE
-    start = prompt(graph_module, inputs, sequences[0][:1])
-    extremes = [] if lossy else extreme_tokens(graph_module, start)[: len(sequences[0])]
-    for sequence in (sequences[0], extremes, extremes[::-1]):
-        if not sequence:
-            continue
-        trial = _Trial(graph_module, prompt(graph_module, inputs, sequence))
+    source = as_pair(sequences[0]).source
+    start = prompt(graph_module, inputs, source[:1])
+    extremes = [] if lossy else extreme_tokens(graph_module, start)[: len(source)]
+    found = [extremes, extremes[::-1]] if extremes else []
+    for sample in (sequences[0], *found):
+        trial = _Trial(graph_module, prompt(graph_module, inputs, sample))
         moved = trial.moved()
         if moved > tolerance:
             node = trial.culprit(tolerance)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mergec.compiler.config import PRESETS
+from mergec.compiler.config import PRESETS, Pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.heads import PREFIX, Heads
 from mergec.compiler.frontend.sources import read_settings
@@ -31,16 +31,16 @@ class Adaptation:
 
     preset, enable: the lossy passes that it was trained for. constants: those that take trained
     constants find them here, by name. calibration: prompts of the text that it was adapted to, as
-    token numbers. deviation: the distance of the lossy program from the model
-    before it was adapted, as `Manifest.deviation`; empty if it was not measured. medusa: how many
-    heads the folder holds that guess the tokens after the next one; `read_heads` reads them. base:
-    `digest` of the model's own head, beside which they were trained; "" without heads.
+    token numbers; of an encoder-decoder, pairs. deviation: the distance of the lossy program from
+    the model before it was adapted, as `Manifest.deviation`; empty if it was not measured. medusa:
+    how many heads the folder holds that guess the tokens after the next one; `read_heads` reads
+    them. base: `digest` of the model's own head, beside which they were trained; "" without heads.
     """
 
     preset: str
     enable: tuple[str, ...] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    calibration: tuple[tuple[int, ...], ...] = ()
+    calibration: tuple[tuple[int, ...] | Pair, ...] = ()
     deviation: Mapping[str, Any] = field(default_factory=dict)
     medusa: int = 0
     base: str = ""
@@ -75,7 +75,7 @@ def read_adaptation(folder: str | Path) -> Adaptation:
         or not isinstance(enable, list)
         or not all(isinstance(name, str) for name in enable)
         or not isinstance(prompts, list)
-        or not all(_is_prompt(prompt) for prompt in prompts)
+        or not all(_is_prompt(prompt) or _is_pair(prompt) for prompt in prompts)
         or not isinstance(deviation, dict)
         or type(medusa) is not int
         or not 0 <= medusa <= MAX_HEADS
@@ -83,7 +83,7 @@ def read_adaptation(folder: str | Path) -> Adaptation:
     ):
         raise CompileError(f"{path / FILE} is damaged; {_AGAIN}")
     constants = _tensors(path, heads=False)
-    prompts = tuple(map(tuple, prompts))
+    prompts = tuple(map(_sample, prompts))
     return Adaptation(preset, tuple(enable), constants, prompts, deviation, medusa, base)
 
 
@@ -114,6 +114,21 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_prompt, value))
+
+
+def _sample(value: list[Any]) -> tuple[int, ...] | Pair:
+    return Pair(*map(tuple, value)) if _is_pair(value) else tuple(value)
+
+
+def _as_json(sample: tuple[int, ...] | Pair) -> list[Any]:
+    """Of a pair, source and answer."""
+    if isinstance(sample, Pair):
+        return [list(sample.source), list(sample.answer)]
+    return list(sample)
+
+
 def write_adaptation(folder: Path, adaptation: Adaptation, heads: Heads | None = None) -> None:
     """Write an adaptation beside a model; replaces one that is there. heads: those it tells of."""
     tensors = {**adaptation.constants, **(heads.tensors if heads is not None else {})}
@@ -122,7 +137,7 @@ def write_adaptation(folder: Path, adaptation: Adaptation, heads: Heads | None =
         "format": _FORMAT,
         "preset": adaptation.preset,
         "enable": list(adaptation.enable),
-        "calibration": [list(prompt) for prompt in adaptation.calibration],
+        "calibration": [_as_json(sample) for sample in adaptation.calibration],
         "deviation": dict(adaptation.deviation),
         "medusa": adaptation.medusa,
         "base": adaptation.base,

@@ -25,11 +25,13 @@ from mergec.compiler.config import MAX_LENGTH
 from mergec.compiler.errors import CompileError, InternalError
 from mergec.compiler.frontend.encoder_decoder import (
     TranslationStep,
+    WholeTranslation,
     check_encoder_decoder,
     check_vocabulary,
     cut,
     example_of,
     start_of,
+    texts,
 )
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.lengths import (
@@ -172,7 +174,8 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     """Export one step of a decoder; `new` and `past` are dynamic, the batch size is one.
 
     model: a Hugging Face causal decoder or encoder-decoder, or any module that maps token ids
-    [1, N] to logits [1, N, V] (captured without a cache). The same graph serves the prompt
+    [1, N] to logits [1, N, V] (captured without a cache). cache: without it, the graph takes whole
+    texts and returns the logits of every position. The same graph serves the prompt
     (past = 0), decoding (new = 1) and anything in between. A model with 16-bit floats is captured
     in float32, which represents its weights exactly. The model is left unchanged. Raises
     CompileError for other models, and for weights that are not finite.
@@ -186,12 +189,7 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     model = _widened(model)
     with _quiet(), _inference(model, hugging_face):
         if hugging_face and getattr(model.config, "is_encoder_decoder", False):
-            if not cache:
-                raise CompileError(
-                    f"{type(model).__name__} is an encoder-decoder, which is captured with caches "
-                    "alone; mergec adapts decoders such as GPT-2"
-                )
-            return _capture_encoder_decoder(model)
+            return _capture_encoder_decoder(model, cache=cache)
         if cache and hugging_face:
             return _capture_cached(model)
         return _capture_plain(model, hugging_face)
@@ -308,15 +306,20 @@ def _capture_cached(model: nn.Module) -> Captured:
     return _captured(step, (ids, *caches), shapes, inputs, len(layers))
 
 
-def _capture_encoder_decoder(model: nn.Module) -> Captured:
-    start, step = start_of(model), TranslationStep(model)
-    example, dynamic, inputs = example_of(step, start)
-    caches = len(inputs) - 2
+def _capture_encoder_decoder(model: nn.Module, *, cache: bool) -> Captured:
+    start = start_of(model)
+    if cache:
+        step = TranslationStep(model)
+        example, dynamic, inputs = example_of(step, start)
+        caches = len(inputs) - 2
 
-    def finish(graph_module: fx.GraphModule) -> None:
-        cut(graph_module, caches)
+        def finish(graph_module: fx.GraphModule) -> None:
+            cut(graph_module, caches)
 
-    captured = _captured(step, tuple(example), dynamic, inputs, caches // 2, finish)
+        captured = _captured(step, tuple(example), dynamic, inputs, caches // 2, finish)
+    else:
+        example, dynamic, inputs = texts()
+        captured = _captured(WholeTranslation(model), tuple(example), dynamic, inputs, 0)
     check_vocabulary(model, start, captured.vocab_size)
     captured.start = start
     return captured

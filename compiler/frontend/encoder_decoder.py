@@ -6,6 +6,9 @@ tokens of the answer [1, new], and per decoder layer the keys and values of self
 [1, H, source, D] that cross-attention reads. Each is the result of an `mpc.cache_fill`, and what
 follows them depends on the source through them alone. So a later step can take them as inputs, and
 the encoder does not run again (`runtime.program.program.Phase`).
+
+Without caches the graph is gm(input_ids, decoder_input_ids): it returns the logits of every token
+of the answer, for training, and is not cut.
 """
 
 from __future__ import annotations
@@ -133,6 +136,31 @@ class TranslationStep(nn.Module):
         return (result.logits[:, -1:], *flat)
 
 
+class WholeTranslation(nn.Module):
+    """Maps a source and a whole answer to the logits of every token of the answer [1, new, V]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        result = self.model(
+            input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+            return_dict=True,
+        )
+        return (result.logits,)
+
+    def eager(
+        self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The same outside of an export."""
+        return self(input_ids, decoder_input_ids)
+
+
 Example = tuple[list[torch.Tensor], Any, list[InputSpec]]
 """Inputs of a step, their sizes that vary, and their descriptions."""
 
@@ -144,18 +172,24 @@ def example_of(step: TranslationStep, start: int) -> Example:
     shapes = _cache_shapes(step, start)
     dtype = next(p.dtype for p in step.model.parameters())
     caches = [torch.zeros(1, heads, _PAST, size, dtype=dtype) for heads, size in shapes]
-    ids = [torch.zeros(1, length, dtype=torch.int64) for length in (_SOURCE, _NEW)]
-    dynamic = torch.export.Dim.DYNAMIC
-    varying = ({1: dynamic}, {1: dynamic}, tuple({2: dynamic} for _ in caches))
-    inputs = [
-        InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "source")),
-        InputSpec("decoder_input_ids", Vis.CLIENT, "torch.int64", (1, "new")),
-    ]
+    ids, lengths, inputs = texts()
+    varying = (*lengths, tuple({2: torch.export.Dim.DYNAMIC} for _ in caches))
     for index, (heads, size) in enumerate(shapes):
         name = f"cache.{index // 2}.{'key' if index % 2 == 0 else 'value'}"
         shape = (1, heads, "past", size)
         inputs.append(InputSpec(name, Vis.SHARED, "torch.float64", shape, 0, f"{name}.next"))
     return [*ids, *caches], varying, inputs
+
+
+def texts() -> Example:
+    """The part of `example_of` that is source and answer."""
+    ids = [torch.zeros(1, length, dtype=torch.int64) for length in (_SOURCE, _NEW)]
+    varying = ({1: torch.export.Dim.DYNAMIC},) * 2
+    inputs = [
+        InputSpec("input_ids", Vis.CLIENT, "torch.int64", (1, "source")),
+        InputSpec("decoder_input_ids", Vis.CLIENT, "torch.int64", (1, "new")),
+    ]
+    return ids, varying, inputs
 
 
 def check_vocabulary(model: nn.Module, start: int, vocab_size: int) -> None:

@@ -88,15 +88,28 @@ def generation_settings(
             f"the checkpoint's generation_config is invalid: {error}; correct it, or leave the "
             "setting out with ignore_settings, on the command line --ignore-setting"
         ) from error
-    if not _BEAMS & found.keys():
-        found.pop("length_penalty", None)
-    refused = {name: why for name, why in _IMPOSSIBLE.items() if name in found}
+    refused = _refused(found)
     if reveal == "token":
         hidden = [name for name, value in settings.to_dict().items() if _needs_logits(name, value)]
         refused |= dict.fromkeys(hidden, 'reveal="token" hides the logits that it needs')
     if refused:
         raise CompileError(_refusal(found, refused))
     return settings
+
+
+def impossible_settings(model: Any) -> tuple[str, ...]:
+    """The settings in `model.generation_config` that no program can honour, by name."""
+    return tuple(_refused(_stated(getattr(model, "generation_config", None), ())))
+
+
+def _refused(found: Mapping[str, Any]) -> dict[str, str]:
+    """Why settings that are stated cannot be honoured, by name."""
+    beams = bool(_BEAMS & found.keys())
+    return {
+        name: why
+        for name, why in _IMPOSSIBLE.items()
+        if name in found and (beams or name != "length_penalty")
+    }
 
 
 def _needs_logits(name: str, value: Any) -> bool:

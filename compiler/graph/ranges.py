@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mergec.compiler.config import Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.extremes import extreme_positions, extreme_tokens
 from mergec.compiler.graph.ir import op_of
@@ -24,7 +25,7 @@ _DECODED = 2
 def annotate_ranges(
     graph_module: fx.GraphModule,
     inputs: Sequence[InputSpec],
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sample],
     max_length: int = 0,
     *,
     tables: bool = True,
@@ -43,12 +44,14 @@ def annotate_ranges(
     if not tables:
         replay(recorder, inputs, sequences, decoded=_DECODED)
         return
-    start = prompt(graph_module, inputs, sequences[0][:1])
+    pairs = [as_pair(sample) for sample in sequences]
+    first = pairs[0].source[:1]
+    start = prompt(graph_module, inputs, first)
     extremes = extreme_tokens(graph_module, start)
-    limit = max_length or max(map(len, sequences))
+    limit = max_length or max(max(len(pair.source), len(pair.answer)) for pair in pairs)
     more = [extremes[:limit], extremes[-limit:][::-1]] if extremes else []
     replay(recorder, inputs, [*sequences, *more], decoded=_DECODED)
-    token = (extremes or sequences[0])[0]
+    token = (extremes or first)[0]
     for position in extreme_positions(graph_module, start, max_length):
         _visit(recorder, inputs, token, position)
 
@@ -72,18 +75,20 @@ def _visit(
 def replay(
     interpreter: fx.Interpreter,
     inputs: Sequence[InputSpec],
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sample],
     decoded: int = 0,
 ) -> None:
     """Run each sequence through a graph in the clear, with an interpreter that records values.
 
     The last `decoded` tokens are fed one by one, with the cache of the tokens before, which are fed
-    as a prompt. An encoder-decoder answers each sequence by the sequence itself.
+    as a prompt. An encoder-decoder answers each sequence by the sequence itself, and the source of
+    a pair by its answer.
     """
     for sequence in sequences:
         *source, ids, caches = fed(inputs, prompt(interpreter.module, inputs, sequence))
-        cut = max(1, len(sequence) - decoded) if caches else len(sequence)
-        pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, ids.shape[1]))]
+        size = ids.shape[1]
+        cut = max(1, size - decoded) if caches else size
+        pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, size))]
         with torch.inference_mode():
             for piece in pieces:
                 found = interpreter.run(*source, piece, *caches)
@@ -96,13 +101,15 @@ def fed(inputs: Sequence[InputSpec], given: Sequence[torch.Tensor]) -> list[Any]
     return [*given[:texts], list(given[texts:])]
 
 
-def prompt(module: Any, inputs: Sequence[InputSpec], sequence: Sequence[int]) -> list[torch.Tensor]:
-    """A graph's inputs for a whole sequence: the tokens [1, N], and empty caches. The sequence is
-    the source of an encoder-decoder, and what it has answered as well."""
+def prompt(module: Any, inputs: Sequence[InputSpec], sample: Sample) -> list[torch.Tensor]:
+    """A graph's inputs for a whole sample: the tokens [1, N], and empty caches. A sequence is the
+    source of an encoder-decoder, and what it has answered as well."""
+    pair = as_pair(sample)
+    texts = iter([pair.source, pair.answer][-sum(spec.vis is Vis.CLIENT for spec in inputs) :])
     dtype = next((p.dtype for p in module.parameters()), None)
     dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     return [
-        torch.tensor([list(sequence)], dtype=torch.int64)
+        torch.tensor([list(next(texts))], dtype=torch.int64)
         if spec.vis is Vis.CLIENT
         else torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
         for spec in inputs

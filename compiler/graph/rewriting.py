@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from mergec.compiler.config import Sample
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.visibility import annotate_visibility
 from mergec.compiler.graph.weights import drop_unused_constants
@@ -34,7 +35,7 @@ PACKAGE = "mergec.passes"
 class GraphInfo:
     """What a pass knows in addition to the graph. A pass that adds a constant also adds it here.
 
-    calibration: token sequences on which a lossy pass may observe the graph. reveal: what the
+    calibration: samples on which a lossy pass may observe the graph. reveal: what the
     client learns of a step, "logits" or "token". logit_noise: standard deviation of the noise that
     the server adds to logits. network: where the program will run, for passes that trade bytes for
     rounds. trained: constants of lossy passes by name, which training has determined; such a pass
@@ -43,7 +44,7 @@ class GraphInfo:
 
     inputs: list[InputSpec]
     constants: dict[str, Vis]
-    calibration: Sequence[Sequence[int]] = ()
+    calibration: Sequence[Sample] = ()
     reveal: str = "logits"
     logit_noise: float = 0.0
     network: Network = NETWORKS["loopback"]
