@@ -20,6 +20,7 @@ from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from mergec.runtime.engine.plan import Planned
+from mergec.runtime.engine.rehearsal import Rehearsal, latencies
 from tests.families import float_decoder, random_decoder
 from tests.session import compiled
 
@@ -77,6 +78,8 @@ def test_inspection_tells_the_estimate() -> None:
     facts = inspection.facts
     assert (facts["weights"], facts["reveal"], facts["network"]) == ("server", "token", "wan")
     assert (facts["dealt_to_client"], facts["dealt_to_server"]) == tuple(dealt.values())
+    rounds = Rehearsal(program.any_role).step(1, 8)
+    assert facts["one_way_latencies"] == latencies(rounds) <= total.rounds == len(rounds)
     waiting = facts["waiting_for"]
     assert waiting["rounds"] == pytest.approx(total.rounds * 0.02005, abs=1e-4)
     assert waiting["online"] == pytest.approx(total.online / 2 / 12.5e6, abs=1e-4)
@@ -85,7 +88,9 @@ def test_inspection_tells_the_estimate() -> None:
     assert facts["estimated_network_seconds"] == pytest.approx(
         waiting["rounds"] + waiting["online"], abs=2e-4
     )
-    assert "* waiting for: rounds " in inspection.to_markdown()
+    said = inspection.to_markdown()
+    assert "* waiting for: rounds " in said
+    assert f"* one way latencies: {latencies(rounds)}\n" in said
 
 
 def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 import torch
 
 from mergec.runtime.core.errors import PartyError
+from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
 from mergec.runtime.core.network import Link
+from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.engine.rehearsal import Form, Rehearsal, latencies
+from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.transport import emulated
 from mergec.runtime.transport.emulated import EmulatedBlocks, EmulatedLink
 from mergec.runtime.transport.loopback import link_pair
+from tests.session import compiled
 
 SLOW = Link(latency=0.05, bandwidth=1e6)
 
@@ -82,6 +88,52 @@ def test_sending_waits_for_nobody(clock: Clock) -> None:
     (reply,) = _play(lambda: server.exchange(None, 8), lambda: [client.exchange(_message(8), 0)])
     assert reply.numel() == 0
     assert clock.now == 0.0
+
+
+def _rounds(*kinds: type[Message] | None) -> list[list[Form]]:
+    """A message of each kind in a round of its own; None for one without words."""
+    sizes = [(Swap, 0) if kind is None else (kind, 3) for kind in kinds]
+    return [[Form(kind, torch.int64, (2, size))] for kind, size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((), 0),
+        ((Swap,) * 3, 3),
+        ((ToServer,) * 3, 0),  # nothing comes back
+        ((ToClient,) * 3, 1),
+        ((None, Swap, None), 1),
+        ((ToServer, Swap, Swap), 2),
+        ((ToServer, Swap, Swap, Swap), 4),
+        ((ToServer, Swap, Swap, ToServer, Swap, Swap), 4),
+        ((ToServer, Swap, ToServer, Swap), 4),
+        ((ToServer, Swap, ToClient, Swap), 2),  # the server was ahead, and the client follows
+        ((Swap, ToClient, Swap), 2),
+        ((Swap, ToServer, Swap), 3),
+    ],
+)
+def test_latencies_of_rounds(kinds: tuple[type[Message] | None, ...], expected: int) -> None:
+    assert latencies(_rounds(*kinds)) == expected
+
+
+@pytest.mark.parametrize("network", ["loopback", "wan"])
+def test_a_step_waits_for_its_latencies(clock: Clock, network: str) -> None:
+    _, program = compiled("llama", network=network)
+    rounds = Rehearsal(program.any_role).step(1, 3)
+    assert latencies(rounds) < len(rounds)
+    ends: dict[int, float] = {}
+    with InProcessSession(program.roles, emulated=Link(1.0, math.inf)) as run:
+        run.step([5, 1, 7], 0)
+
+        def timed(party: int) -> None:
+            clock.now = start
+            run._sessions[party].step(1, 3, [2] if party == CLIENT else None)
+            ends[party] = clock.now
+
+        start = 1e4  # later than any role's time now
+        run._all(timed)
+    assert ends[CLIENT] - start == latencies(rounds)
 
 
 class Blocks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,15 @@ import torch
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError
-from mergec.runtime.core.messages import Message, Protocol, as_reply, as_tuple
+from mergec.runtime.core.messages import (
+    Message,
+    Protocol,
+    Swap,
+    ToClient,
+    ToServer,
+    as_reply,
+    as_tuple,
+)
 from mergec.runtime.core.network import Network
 from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Cost, Vis
@@ -295,6 +304,24 @@ def step_cost(
         for role, size in part.dealt.items():
             dealt[role] += size
     return Cost(rounds, online, sum(dealt.values())), dealt
+
+
+def latencies(rounds: Rounds) -> int:
+    """One-way latencies until the client has the result of a step, if all else takes no time.
+
+    rounds: from `Rehearsal.step`. There are at most as many. A party sends what is due as soon as
+    it has all that it waited for before. An empty message is neither sent nor waited for
+    (`transport.channel`), so a party that sends alone in a round goes on at once and is then a
+    latency ahead. While both send, each is ahead in turn.
+    """
+    client = server = 0
+    for forms in rounds:
+        kinds = {form.kind for form in forms if math.prod(form.shape)}
+        client, server = (
+            max(client, server + 1) if kinds & {Swap, ToClient} else client,
+            max(server, client + 1) if kinds & {Swap, ToServer} else server,
+        )
+    return client
 
 
 def overlapped_seconds(
