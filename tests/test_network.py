@@ -117,7 +117,7 @@ def test_latencies_of_rounds(kinds: tuple[type[Message] | None, ...], expected: 
     assert latencies(_rounds(*kinds)) == expected
 
 
-@pytest.mark.parametrize("network", ["loopback", "wan"])
+@pytest.mark.parametrize("network", ["loopback", pytest.param("wan", marks=pytest.mark.slow)])
 def test_a_step_waits_for_its_latencies(clock: Clock, network: str) -> None:
     _, program = compiled("llama", network=network)
     rounds = Rehearsal(program.any_role).step(1, 3)
