@@ -24,6 +24,7 @@ def test_answers_end_with_their_first_stop_token() -> None:
 
     class Fixed:
         limit = None
+        encodes = False
 
         def generate(self, prompts: list[tuple[int, ...]], count: int) -> list[list[int]]:
             return [[7, 0, 5, 0], [7, 8, 9, 6], [0, 1, 2, 3]][: len(prompts)]
