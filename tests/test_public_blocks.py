@@ -196,6 +196,17 @@ def test_every_order_and_subset_takes_no_message_and_no_mask() -> None:
         assert masks.unique().numel() == masks.numel() == count
 
 
+def test_a_step_after_blocks_costs_what_it_does_after_secret_text() -> None:
+    tokens = [*HEAD, *BLOCKS[1], *BLOCKS[0]]
+    with InProcessSession(programs(), public=[HEAD], blocks=BLOCKS) as session:
+        session.step(tokens, 0)
+        session.step(SECRET, len(tokens))
+        usual = session.record.total
+        session.turn_to(place_of([0, 2, 1], 1))
+        session.step(SECRET, len(tokens))
+        assert session.record.total == usual
+
+
 def test_a_block_is_computed_once() -> None:
     program = decoder.program()
     texts = PublicTexts(program)
