@@ -46,6 +46,9 @@ BLOCKS, KNOWN = 4, 8
 LONG, PIECES = 256, (0, 64)
 """Tokens of a prompt that is fed in pieces, and the most of them in a step; 0: all."""
 
+LONGER = (512, 1000)
+"""Tokens of prompts that run in pieces alone, of the last size."""
+
 TURNS = ("What is the capital of France?", "And how many people live there?")
 REPLY = "The capital of France is Paris."
 """The first turn's answer where none is computed."""
@@ -264,14 +267,16 @@ def run_chat(program: Program, bundles: Path) -> list[list[str]]:
 
 
 def run_pieces(bundles: Path, ids: list[int]) -> list[list[str]]:
-    """Rows of a long prompt, in pieces and as a whole."""
+    """Rows of long prompts, in pieces and as a whole."""
     rows = []
-    for most in PIECES:
-        found = run_local(bundles, ids, max_tokens=1, prompt_piece=most)
+    for length, most in [*((LONG, most) for most in PIECES), *((n, PIECES[-1]) for n in LONGER)]:
+        found = run_local(bundles, ids[:length], max_tokens=1, prompt_piece=most)
         seconds = sum(record.seconds for record in found.records)
         memory = [readable(found.peak_memory[role]) for role in ("client", "server", "dealer")]
-        rows.append([f"{most or len(ids)}", f"{len(found.records)}", f"{seconds:.1f}", *memory])
-    head = ["tokens of a piece", "steps", "s to the first token"]
+        rows.append(
+            [f"{length}", f"{most or length}", f"{len(found.records)}", f"{seconds:.1f}", *memory]
+        )
+    head = ["tokens of the prompt", "of a piece", "steps", "s to the first token"]
     return [[*head, "client", "server", "dealer"], *rows]
 
 
@@ -434,7 +439,7 @@ A chat of two turns, answers of up to {answer} tokens:
 {rows}
 """,
     "pieces": """
-A prompt of {long} tokens in pieces, with the largest resident memory of each role:
+Prompts in pieces, with the largest resident memory of each role:
 
 {rows}
 """,
@@ -477,7 +482,7 @@ def count(program: Program) -> list[list[str]]:
 
 def measured(parts: Sequence[str], program: Program, bundles: Path) -> str:
     """The sections of what runs."""
-    ids = text_tokens(program, LONG)
+    ids = text_tokens(program, max(LONG, *LONGER))
     runs: dict[str, Callable[[], list[list[str]]]] = {
         "public": lambda: run_public(bundles, ids[: PUBLIC + SECRET]),
         "chat": lambda: run_chat(program, bundles),
@@ -486,7 +491,7 @@ def measured(parts: Sequence[str], program: Program, bundles: Path) -> str:
         "overlap": run_overlap,
     }
     sizes = {
-        "public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER, "long": LONG,
+        "public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER,
         "halved": HALVED[0], "layers": LAYERS, "turn": TURN, "first": FIRST,
     }  # fmt: skip
     told = [SECTIONS[part].format(rows=markdown(runs[part]()), **sizes) for part in parts]
@@ -507,7 +512,7 @@ def main() -> None:
         for network, given in found.items():
             if given is None:
                 found[network] = Path(place) / network
-                config = {"max_length": 320, "network": network}
+                config = {"max_length": 1024, "network": network}
                 compile_source("smollm2", config).save(found[network])
         program = Program.load(found["loopback"], ("client",))
         text = PAGE.format(
