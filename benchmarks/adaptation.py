@@ -664,6 +664,8 @@ from calibration decide what is truncated.
 """What stands between the page's marks."""
 
 _TEMPLATE_OF_T5 = """\
+## A T5
+
 The task is the same, but the three words are the source, without a separator. The teacher is a T5
 of {layers} layers of width {width} on each side ({weights:,} weights, {tokens:,} tokens, ReLU, a
 tied head), trained from nothing for {teacher_steps:,} steps of {teacher_batch} texts:

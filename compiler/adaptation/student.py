@@ -213,7 +213,7 @@ class Student(nn.Module):
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat(list(parts))[order]
 
-        def padded(value: torch.Tensor) -> torch.Tensor:
+        def longer(value: torch.Tensor) -> torch.Tensor:
             return nn.functional.pad(value, (0, 0, 0, source.shape[1] - value.shape[1]))
 
         return Result(
@@ -221,7 +221,7 @@ class Student(nn.Module):
             joined([part.hidden for part in found]),
             [joined(parts) for parts in zip(*(part.streams for part in found), strict=True)],
             [
-                joined([padded(part) for part in parts])
+                joined([longer(part) for part in parts])
                 for parts in zip(*(part.encoded for part in found), strict=True)
             ],
         )

@@ -20,6 +20,7 @@ from mergec.compiler.config import PRESETS, Pair
 from mergec.compiler.driver import compile_source
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import Adaptation, read_adaptation, write_adaptation
+from mergec.compiler.frontend.encoder_decoder import start_of
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.adaptation import counting
@@ -61,7 +62,7 @@ def samples(start: int) -> list[Pair]:
 
 def moved(model: Any, config: CompileConfig) -> Student:
     """A student all of whose parameters are others than at the start, as after some training."""
-    student = Student(model, config, samples(model.config.decoder_start_token_id))
+    student = Student(model, config, samples(start_of(model)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in student.parameters():
