@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Every role is a process, which would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help adaptation demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation families bench bench-quick bench-small bench-wan bench-peers merge-tables costs prompts gpu-check install clean
+.PHONY: help adaptation demo test test-slow coverage fuzz soak load memory mutants check lint docs format size exactness perplexity rounding-attack evidence pass-table speculation lengths families bench bench-quick bench-small bench-wan bench-peers merge-tables costs prompts gpu-check install clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -160,6 +160,9 @@ pass-table: $(READY) ## rounds and bytes with each pass added; writes docs/passe
 
 speculation: $(READY) ## tokens a step with drafts on three tasks; writes docs/speculation.md; SPECULATION_ARGS=…
 	$(PYTHON) benchmarks/speculation.py $(SPECULATION_ARGS)
+
+lengths: $(READY) ## what lengths of steps with drafts tell; writes sections of docs/speculation.md; LENGTHS_ARGS=…
+	$(PYTHON) benchmarks/lengths.py $(LENGTHS_ARGS)
 
 families: $(READY) ## a small model of each family against its own logits; writes docs/families.md
 	$(PYTHON) examples/every_family.py --markdown > docs/families.new && mv docs/families.new docs/families.md

@@ -208,6 +208,14 @@ def plots(rows: Sequence[Row], folder: Path) -> None:
         plt.close(figure)
 
 
+def between(path: Path, mark: str) -> str:
+    """The text that `replace_between` put there, with its marks; "" if the file lacks them."""
+    begin, end = (f"<!-- {mark}: {place} -->\n" for place in ("begin", "end"))
+    _, found, rest = path.read_text().partition(begin)
+    text, closed, _ = rest.partition(end)
+    return f"{begin}{text}{end}" if found and closed else ""
+
+
 def replace_between(path: Path, mark: str, text: str) -> None:
     """Put a text between a file's lines `<!-- MARK: begin -->` and `<!-- MARK: end -->`.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import between
 
 from mergec import CompileConfig, compile_decoder
 from mergec.compiler.driver import compile_source
@@ -58,6 +59,9 @@ CODE = """def total_price(items, tax):
     if tax is not None:
         result *= 1 + tax
     return result"""
+
+LENGTHS = ("alike", "told", "own")
+"""Marks of the sections that `make lengths` writes, which stay as they are."""
 
 TASKS = {
     "quote from a text": f"Repeat this text word for word:\n\n{ROLES}",
@@ -178,6 +182,7 @@ def page(rows: Sequence[str], private: Sequence[str], count: int, size: int, hea
             *rows,
             "",
             *(["## By the three roles", "", *private, ""] if private else []),
+            "\n".join(between(TARGET, mark) for mark in LENGTHS),
         ]
     )
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from mergec.runtime.cli import app
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
+from mergec.runtime.engine.audit import audit
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Drafter, Speculation
@@ -42,7 +43,7 @@ Steps = list[tuple[int, int]]
 
 
 def run(drafter: Drafter, fixed: float, tokens: int | None = None, **options: Any) -> list[Token]:
-    made = Speculation(drafter, tokens, fixed)
+    made = Speculation(drafter, tokens, fixed=fixed)
     given = {"max_tokens": COUNT, **options}
     return list(answer(plain(), PROMPT, speculation=made, **given))
 
@@ -100,17 +101,17 @@ def test_what_no_step_can_keep_is_refused(fixed: float) -> None:
     with pytest.raises(PromptError, match=r"with 4 drafts a step it can be 1 to 5"):
         Steady.of(fixed, 4)
     with pytest.raises(PromptError, match="it can be 1 to 5"):
-        Speculation.open("lookup", None, plain().program.manifest, None, fixed)
+        Speculation.open("lookup", None, plain().program.manifest, None, fixed=fixed)
 
 
 def test_it_needs_drafts() -> None:
     manifest = plain().program.manifest
     with pytest.raises(PromptError, match="speculate_fixed needs speculate"):
-        Speculation.open("none", None, manifest, None, 2)
+        Speculation.open("none", None, manifest, None, fixed=2)
     with pytest.raises(PromptError, match="compile with speculate_up_to"):
-        Speculation.open("lookup", None, replace(manifest, speculate_up_to=0), None, 2)
+        Speculation.open("lookup", None, replace(manifest, speculate_up_to=0), None, fixed=2)
     with pytest.raises(PromptError, match="with 2 drafts a step it can be 1 to 3"):
-        Speculation.open("lookup", 2, manifest, None, 4)
+        Speculation.open("lookup", 2, manifest, None, fixed=4)
     assert Steady.of(1.5, 4) == Steady(4, 150)
     assert Steady(4, 150).fixed == 1.5
 
@@ -190,7 +191,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     limited = torch.full((13, 13), -math.inf).double()
     limited.scatter_(1, table.topk(best).indices, table.topk(best).values.double() / heat)
     law = torch.softmax(limited, -1)
-    made = Speculation(Fixed(lambda tokens: [int(law[tokens[-1]].argmax())] * 3), 3, 1.5)
+    made = Speculation(Fixed(lambda tokens: [int(law[tokens[-1]].argmax())] * 3), 3, fixed=1.5)
     stub = Stub(PlainExecutor(decoder.program(speculate_up_to=MOST)))
     seen: Counter[tuple[int, ...]] = Counter()
     right = 0
@@ -239,7 +240,7 @@ def test_a_bundle_that_gives_one_result_is_refused() -> None:
     lying = plain(speculate_up_to=0)
     lying.program.manifest = replace(lying.program.manifest, speculate_up_to=3)
     with pytest.raises(BundleError, match="does not check drafts"):
-        list(answer(lying, PROMPT, max_tokens=9, speculation=Speculation(WRONG, 3, 2)))
+        list(answer(lying, PROMPT, max_tokens=9, speculation=Speculation(WRONG, 3, fixed=2)))
 
 
 def test_programs_that_reveal_tokens() -> None:
@@ -247,7 +248,7 @@ def test_programs_that_reveal_tokens() -> None:
     clear = PlainSession(PlainExecutor(program.roles["server"]))
     expected = numbers(list(answer(clear, PROMPT, max_tokens=7)))
     found = list(
-        answer(clear, PROMPT, max_tokens=7, speculation=Speculation(oracle(expected, 3), None, 2))
+        answer(clear, PROMPT, max_tokens=7, speculation=Speculation(oracle(expected, 3), fixed=2))
     )
     assert numbers(found) == expected
     assert all(token.logits is None for token in found)
@@ -447,3 +448,8 @@ def test_headers_of_single_steps_are_read(tmp_path: Path) -> None:
 
 def test_a_stride_is_told_from_its_extra_step() -> None:
     assert Stride(4, 7, 2).extra == (3, 7)
+
+
+def test_the_audit_says_what_lengths_tell() -> None:
+    text = audit(decoder.program("client", speculate_up_to=MOST)).to_text()
+    assert "were right, or with speculate_fixed where too few were" in " ".join(text.split())

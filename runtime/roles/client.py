@@ -667,14 +667,16 @@ class Connection:
         is missing.
         """
         if isinstance(speculate, Drafter):
-            made: Speculation | None = Speculation(speculate, speculate_tokens, speculate_fixed)
+            made: Speculation | None = Speculation(
+                speculate, speculate_tokens, fixed=speculate_fixed
+            )
             steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:
             wanted = speculate or NONE, speculate_tokens, speculate_fixed
             if self._opened is None or self._opened[0] != wanted:
                 name, tokens, fixed = wanted
                 manifest = self.program.manifest
-                opened = Speculation.open(name, tokens, manifest, self.text, fixed)
+                opened = Speculation.open(name, tokens, manifest, self.text, fixed=fixed)
                 self._opened = wanted, opened
             made = self._opened[1]
         if self._store is not None:

@@ -312,7 +312,7 @@ def _ask(
         options.speculate_tokens,
         session.program.manifest,
         _text(options),
-        options.speculate_fixed,
+        fixed=options.speculate_fixed,
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 

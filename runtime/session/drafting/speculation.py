@@ -31,7 +31,7 @@ class Speculation:
     """
 
     def __init__(
-        self, drafter: Drafter, tokens: int | None = None, fixed: float | None = None
+        self, drafter: Drafter, tokens: int | None = None, *, fixed: float | None = None
     ) -> None:
         """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`.
 
@@ -55,6 +55,7 @@ class Speculation:
         tokens: int | None,
         manifest: Manifest,
         text: Text | None,
+        *,
         fixed: float | None = None,
     ) -> Self | None:
         """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
@@ -71,7 +72,7 @@ class Speculation:
         check(manifest)
         steady(manifest, tokens, fixed)
         drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
-        return cls(drafter, tokens, fixed)
+        return cls(drafter, tokens, fixed=fixed)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
         """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
