@@ -26,10 +26,11 @@ from mergec.compiler.frontend.load import load_model
 from mergec.compiler.program import Program
 from mergec.runtime.core.memory import keep_freed_memory
 from mergec.runtime.core.network import NETWORKS
-from mergec.runtime.core.values import Held
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
+from mergec.runtime.engine.trees import depths
 from mergec.runtime.kernels.matmul import set_threads
+from mergec.runtime.program.program import Phase
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.lookup import Lookup
@@ -44,6 +45,9 @@ TARGET = ROOT / "docs" / "speculation.md"
 
 MOST = 7
 """Drafts of a step at most: up to 8 tokens, attention finds its maxima in the fewest rounds."""
+
+WAYS = ((3, False), (MOST, False), (3, True), (MOST, True))
+"""Most drafts of a step, and whether they may form a tree."""
 
 PAST = 128
 """Cached tokens for which the cost of a step is computed, as in the other tables."""
@@ -76,7 +80,8 @@ compiled for `wan` with `speculate_up_to={most}`. Tokens a step, and what each t
 costs after the first one. Acceptance does not depend on the parties' computation, so each answer \
 is computed once in the clear, and the client's loop runs on it with each drafter. Rounds and \
 bytes are those of a step after {past} tokens, by its messages on shapes, with which each party \
-compares what it sends. Seconds are predictions of the network profiles, without anybody's \
+compares what it sends; a tree of drafts is counted as a line of as many, which costs no less. \
+Seconds are predictions of the network profiles, without anybody's \
 computation. `retrieve` drafts from a datastore of {size:,} tokens, this repository's pages and \
 sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
 
@@ -94,13 +99,19 @@ class Replay(PlainSession):
     def _start(self) -> dict[str, Any]:
         return {spec.name: torch.zeros(1, 1, 0, 1) for spec in self.cache_specs}
 
-    def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-        tokens = next(value for value in inputs.values() if isinstance(value, Held)).value
-        past, new = next(iter(self._caches.values())).shape[2], tokens.shape[1]
-        following = torch.tensor([*self._tokens, 0])[past + 1 : past + new + 1]
+    def _compute(
+        self,
+        phase: Phase,
+        new: int,
+        past: int,
+        ids: Sequence[int] | None,
+        parents: tuple[int, ...] = (),
+    ) -> dict[str, Any]:
+        places = torch.tensor(depths(parents) if parents else range(new)) + past + 1
+        following = torch.tensor([*self._tokens, 0])[places]
         logits = torch.nn.functional.one_hot(following, self.program.manifest.vocab_size).float()
         cache = torch.zeros(1, 1, past + new, 1)
-        return dict.fromkeys(outputs, cache) | {outputs[0]: logits[None]}
+        return dict.fromkeys(phase.outputs, cache) | {phase.outputs[0]: logits[None]}
 
 
 @dataclass(frozen=True)
@@ -120,10 +131,15 @@ class Steps:
 
 
 def played(
-    session: PlainSession, prompt: Sequence[int], count: int, drafter: Drafter | None, most: int
+    session: PlainSession,
+    prompt: Sequence[int],
+    count: int,
+    drafter: Drafter | None,
+    most: int,
+    tree: bool = False,
 ) -> tuple[list[int], Steps]:
     """An answer, and its steps after the prompt's."""
-    made = Speculation(drafter, most) if drafter is not None else None
+    made = Speculation(drafter, most, tree=tree) if drafter is not None else None
     found = list(answer(session, prompt, max_tokens=count, speculation=made))
     reports = [report for token in found for report in token.reports]
     return [token.token for token in found], Steps(len(found) - 1, reports[1:])
@@ -155,17 +171,19 @@ def datastore(program: Program) -> Datastore:
 
 def rows_of_heads(
     program: Program, prompts: Mapping[str, Sequence[int]], answers: Mapping[str, Sequence[int]]
-) -> dict[str, str]:
-    """The row of each task for a program with heads, which must give the same answers."""
+) -> dict[str, list[str]]:
+    """The rows of each task for a program with heads, which must give the same answers."""
     by, count = costs(program), program.manifest.medusa
     plain = PlainExecutor(program.roles["server"])
-    found = {}
+    found: dict[str, list[str]] = {task: [] for task in prompts}
     for task, prompt in prompts.items():
         length = len(answers[task])
-        tokens, steps = played(PlainSession(plain), prompt, length, Medusa(), count)
-        if tokens != answers[task]:
-            raise SystemExit(f"{task}: heads changed the answer")
-        found[task] = row(task, f"medusa, {count} heads", steps, by)
+        for name, most, tree in ((f"{count} heads", count, False), (f"tree of {MOST}", MOST, True)):
+            session = PlainSession(plain)
+            tokens, steps = played(session, prompt, length, Medusa(), most, tree)
+            if tokens != answers[task]:
+                raise SystemExit(f"{task}: heads changed the answer")
+            found[task].append(row(task, f"medusa, {name}", steps, by))
     return found
 
 
@@ -260,22 +278,26 @@ def main() -> None:
         answers[task] = tokens
         whole = [*prompt, *tokens]
         for name, drafter in drafters.items():
-            for most in (3, MOST) if drafter is not None else ():
-                again, steps = played(Replay(plain, whole), prompt, len(tokens), drafter, most)
+            for most, tree in WAYS if drafter is not None else ():
+                replay = Replay(plain, whole)
+                again, steps = played(replay, prompt, len(tokens), drafter, most, tree)
                 if again != tokens:
                     raise SystemExit(f"{task}, {name}: drafts changed the answer")
-                rows.append(row(task, f"{name}, up to {most}", steps, by))
+                shape = "tree of" if tree else "up to"
+                rows.append(row(task, f"{name}, {shape} {most}", steps, by))
         if task == next(iter(prompts)):
-            checked, _ = played(PlainSession(plain), prompt, len(tokens), Lookup(), MOST)
-            if checked != tokens:
-                raise SystemExit(f"{task}: drafts changed the answer of the model")
+            for tree in (False, True):
+                checked, _ = played(PlainSession(plain), prompt, len(tokens), Lookup(), MOST, tree)
+                if checked != tokens:
+                    raise SystemExit(f"{task}: drafts changed the answer of the model")
     heads = 0
     if options.heads is not None:
         told = {"network": "wan", "max_length": 512, "speculate_up_to": MOST}
         guessing = compile_source(options.heads, told, print)
         heads = guessing.manifest.medusa
-        for task, line in rows_of_heads(guessing, prompts, answers).items():
-            rows.insert(max(i for i, r in enumerate(rows) if r.startswith(f"| {task} |")) + 1, line)
+        for task, lines in rows_of_heads(guessing, prompts, answers).items():
+            last = max(i for i, r in enumerate(rows) if r.startswith(f"| {task} |"))
+            rows[last + 1 : last + 1] = lines
     print("\n".join(rows))
 
     def write(private: Sequence[str]) -> None:

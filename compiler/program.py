@@ -421,6 +421,7 @@ class Program:
         speculate: str = "none",
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_tree: bool = False,
         public_prefix: str | Sequence[int] | None = None,
         public_blocks: Sequence[str | Sequence[int]] = (),
         prompt_piece: int = 0,
@@ -453,6 +454,8 @@ class Program:
             speculate_tokens: drafts of a step; None to choose as many as pay.
             speculate_fixed: tokens that each step keeps in the mean, such as 2 or 1.5, so that its
                 lengths do not tell how many drafts were right; None for as many as are right.
+            speculate_tree: let drafts form a tree of several continuations. Server and dealer see
+                its shape, and which path of it is right.
             public_prefix: what the prompt begins with and both parties know. The server computes
                 its keys and values in the clear, so it takes no steps. A text is the system message
                 in a chat template, else the beginning of the text; token numbers go before those of
@@ -496,6 +499,7 @@ class Program:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
         if speculate_fixed is not None:
             speculate_fixed = check.number("speculate_fixed", speculate_fixed)
+        check.flag("speculate_tree", speculate_tree)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
         ids, text, templated, public, blocks = self._tokens(
@@ -523,6 +527,7 @@ class Program:
             speculate=speculate,
             speculate_tokens=speculate_tokens,
             speculate_fixed=speculate_fixed,
+            speculate_tree=speculate_tree,
             public=public,
             blocks=blocks,
             prompt_piece=prompt_piece,

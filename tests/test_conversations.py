@@ -14,6 +14,7 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
+from mergec.runtime.engine.trees import LINE
 from mergec.runtime.proxy.replies import Usage
 from mergec.runtime.proxy.sessions import Sessions
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -112,7 +113,7 @@ def test_places_out_of_bounds(place: tuple[int, int]) -> None:
     with pytest.raises(PartyError, match="requests caches"):
         read_step(write_step(1, 0, Draw(), Place(*place)), "client")
     step = 2, 1, Draw(), Place(3, -32), 1
-    assert read_step(write_step(*step), "client") == step
+    assert read_step(write_step(*step), "client") == (*step, LINE)
 
 
 def test_a_store_has_one_conversation() -> None:

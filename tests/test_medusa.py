@@ -145,13 +145,20 @@ def test_heads_say_what_they_were_trained_to_and_answers_stay(family: str) -> No
     fast.rows(3, 0, PROMPT)
     assert torch.equal(fast.guesses, by_hand(model, heads, PROMPT)[:, -1:].argmax(-1))
     fast.rows(4, 3, text[3:])
-    assert torch.equal(fast.guesses, by_hand(model, heads, text)[:, 3:].argmax(-1))
+    said = by_hand(model, heads, text)[:, 3:]
+    assert torch.equal(fast.guesses, said.argmax(-1))
+    assert torch.equal(fast.candidates, said.topk(4).indices)
     slow = plain(session.compiled(family, speculate_up_to=COUNT)[1])
     wanted = [token.token for token in answer(slow, PROMPT, max_tokens=10)]
-    for tokens in (COUNT, 1, None):
-        drafts = Speculation(Medusa(), tokens)
-        found = list(answer(fast, PROMPT, max_tokens=10, speculation=drafts))
+    for tokens, tree in ((COUNT, False), (1, False), (None, False), (COUNT, True), (None, True)):
+        drafts = Speculation(Medusa(), tokens, tree=tree)
+        found, shapes = [], set[tuple[int, ...]]()
+        for token in answer(fast, PROMPT, max_tokens=10, speculation=drafts):
+            found.append(token)
+            shapes.add(drafts.parents)
         assert [token.token for token in found] == wanted
+        assert shapes <= ({(), (0, 1, 0), (0, 0)} if tree else {()})
+        assert tokens is None or ((0, 1, 0) in shapes) is tree
         assert found[0].logits is not None
         assert found[0].logits.shape == (VOCAB,)
     assert [token.token for token in answer(fast, PROMPT, max_tokens=10)] == wanted

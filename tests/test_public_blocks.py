@@ -20,6 +20,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.engine.trees import LINE
 from mergec.runtime.program.bundle import load_bundle, role_path
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -328,7 +329,7 @@ def test_names_differ() -> None:
 def test_steps_that_name_blocks() -> None:
     place = Place(3, -1, (4, 2))
     step = 2, 6, Draw(), place, 1
-    assert read_step(write_step(*step), "client") == step
+    assert read_step(write_step(*step), "client") == (*step, LINE)
     for bad in (Place(0, 0, (1,)), Place(0, -1, (0,)), Place(0, -1, (2, 2)), Place(0, -2, (1, 3))):
         with pytest.raises(PartyError, match="joins blocks"):
             read_step(write_step(2, 6, Draw(), bad), "client")

@@ -24,8 +24,9 @@ from mergec.runtime.core.spec import ROLES, SERVER
 from mergec.runtime.core.values import Sent
 from mergec.runtime.engine.executor import Executor
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.engine.trees import Branches
 from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows
-from mergec.runtime.kernels.spread import Spread, copy_rows, whole, write_rows
+from mergec.runtime.kernels.spread import Spread, copy_rows, pick_rows, whole, write_rows
 from mergec.runtime.ops.cache_fill import CacheFill
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.group import Group
@@ -108,6 +109,20 @@ def test_products_with_a_cache(party: Party, heads: int) -> None:
             assert torch.equal(matmul(weights, cache), matmul(weights, plain))
         assert torch.equal(whole(cache), plain)
         assert torch.equal(whole(cache.transpose(2, 3)), plain.transpose(2, 3))
+
+
+def test_rows_of_a_cache_move_where_they_lie(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = words(1, 3, 9, 4)
+    cache, table = spread(party.group, rows, 1), spread(party.group, words(7, 5), 0)
+    with monkeypatch.context() as alone:
+        alone.delattr(Group, "whole")
+        for held in (cache, rows):
+            pick_rows(held, 2, [0, 2, 3, 6])
+    assert torch.equal(whole(cache), rows)
+    kept = words(1, 3, 9, 4)[..., [0, 1, 2, 4, 5, 8], :]
+    assert torch.equal(rows[..., :6, :], kept)
+    with pytest.raises(ValueError, match="do not move"):
+        pick_rows(table, 0, [0, 2])
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -200,7 +215,8 @@ class Recorded(InProcessSession):
 def transcript(
     roles: Mapping[str, RoleProgram], ranks: Mapping[int, Group]
 ) -> tuple[list[str], list[torch.Tensor]]:
-    """What is sent in a prompt, steps, a roll-back and a conversation's second continuation."""
+    """What is sent in a prompt, steps, a roll-back and a conversation's second continuation, and
+    where a program checks drafts, in a tree and behind a path of it."""
     with Recorded(roles, ranks) as session:
         for party, group in ranks.items():
             check_shares(group, session.executors[party])
@@ -210,6 +226,9 @@ def transcript(
         logits += [session.step([8], 2)]
         session.turn_to(Place(0, 0))
         logits += [session.step([8], 7)]
+        if roles[ROLES[SERVER]].manifest.speculate_up_to:
+            session.rows([1, 2, 3], 8, Branches((), (0, 0)))
+            logits += [session.rows([4], 10, Branches((0, 2)))]
         for party in ranks:
             for cache in session._sessions[party]._caches.values():
                 parts = [part for part in (cache.opened, cache.mask) if not part.is_meta]
@@ -249,7 +268,7 @@ def held_words(executor: Executor) -> Iterator[torch.Tensor]:
 def program(name: str) -> Mapping[str, RoleProgram]:
     """A program's roles: a handwritten decoder, or a tiny one of a family with options."""
     if name == "handwritten":
-        return {role: decoder.program(role) for role in ROLES}
+        return {role: decoder.program(role, speculate_up_to=2) for role in ROLES}
     family, _, options = name.partition(" ")
     return compiled(family, **dict([options.split("=")] if options else []))[1].roles
 

@@ -424,6 +424,14 @@ class SpeculationOptions:
             min=1.0,
         ),
     ] = None
+    speculate_tree: Annotated[
+        bool,
+        typer.Option(
+            "--speculate-tree",
+            help="Draft several continuations that a step checks at once; server and dealer see "
+            "their shape, and which of them is right.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -552,6 +552,7 @@ def _notes(found: Audit) -> Iterator[str]:
         yield "  step tell server and dealer how many it checks, and the past of the next one how"
         yield "  many were right, or with speculate_fixed where too few were; of each draft the"
         yield "  client learns what it learns of a step"
+        yield "  with a tree of drafts: also which draft each one follows, and which path was right"
     if facts["tokenizer_in_hash"]:
         yield "  how text becomes tokens, and so these lengths, is covered by the program's hash"
     yield from ("", "From calibration, in all three bundles:")

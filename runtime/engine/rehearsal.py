@@ -35,6 +35,7 @@ from mergec.runtime.core.values import Held, Masked, Sent, Shared, Wide
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import exchange, online_bytes
 from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.trees import Trees
 from mergec.runtime.engine.weights import Constants, load_constants
 from mergec.runtime.program.program import Phase, RoleProgram, phase_of
 
@@ -109,13 +110,14 @@ class Rehearsal:
         self.context = context or ShapeContext(**(arithmetic or program.manifest.arithmetic))
         self._watched = context is not None
         self.plan = Plan(program)
+        self._trees = Trees(self.plan)
         self._setup: list[list[Message]] = []
         self._constants: Constants | None = None
         self._marks: dict[Any, int] = {}
         self._passing = itertools.count(-1, -1)
         self._calls: list[int] = []
         self._lasting: dict[str, int] = {}
-        self._orders: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        self._orders: dict[tuple[str, bool, tuple[str, ...]], list[int]] = {}
         self._known: dict[tuple[int, ...], Played] = {}
         self._known_now: dict[tuple[int, ...], Played] = {}
 
@@ -127,15 +129,21 @@ class Rehearsal:
 
     @torch.inference_mode()
     def step(
-        self, new: int, past: int, draw: Draw | None = None, source: int | None = None
+        self,
+        new: int,
+        past: int,
+        draw: Draw | None = None,
+        source: int | None = None,
+        parents: Sequence[int] = (),
     ) -> Rounds:
         """The messages of a step of these lengths (`RoleProgram.sizes`).
 
-        Raises BundleError, naming the instruction, if one cannot run on shapes alone: then its
-        result, or whether there is one, depends on values.
+        parents: of its tokens, if they form a tree (`Branches`). Raises BundleError, naming the
+        instruction, if one cannot run on shapes alone: then its result, or whether there is one,
+        depends on values.
         """
         rounds: Rounds = []
-        for part in self.parts(new, past, draw, source):
+        for part in self.parts(new, past, draw, source, parents=parents):
             for number, forms in enumerate(part.forms, part.start):
                 while len(rounds) <= number:
                     rounds.append([])
@@ -176,12 +184,14 @@ class Rehearsal:
         source: int | None = None,
         wanted: tuple[str, ...] | None = None,
         ends: Mapping[str, int] | None = None,
+        parents: Sequence[int] = (),
     ) -> Iterator[Part]:
         """Every instruction of a step, in program order; see `step`.
 
         wanted: outputs of the step, if not all. ends: the rounds in which inputs become known, if
         not at the start; their shapes are.
         """
+        branched = self._trees.values(parents, past, self._line) if parents else {}
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
             self._known.clear()
@@ -191,15 +201,15 @@ class Rehearsal:
         name = phase_of(new, past)
         phase = self.program.phase(name)
         constants = self._load()
-        inputs = ghost_inputs(phase, *self.program.sizes(new, past, source))
+        inputs = {**ghost_inputs(phase, *self.program.sizes(new, past, source)), **branched}
         values = {**constants.held, **inputs}
         marks = {**self._lasting, **{name: self._mark(value) for name, value in inputs.items()}}
         outputs = wanted or tuple(phase.outputs)
-        if (name, outputs) not in self._orders:
-            given = [spec.name for spec in phase.inputs]
-            self._orders[name, outputs] = self.plan.active(given, outputs)
+        order = name, bool(branched), outputs
+        if order not in self._orders:
+            self._orders[order] = self.plan.active(inputs, outputs)
         ends = dict(ends or {})
-        for position in self._orders[name, outputs]:
+        for position in self._orders[order]:
             planned = self.plan.steps[position]
             refs = planned.refs
             key = (self._calls[position], *[marks[ref] for ref in refs])
@@ -215,6 +225,25 @@ class Rehearsal:
                 start = 0  # see `Plan.lengths`
             ends[planned.name] = start + len(played.rounds)
             yield Part(planned, start, *played[:-1])
+
+    @torch.inference_mode()
+    def check_trees(self) -> None:
+        """Raise BundleError if the program cannot run a step whose tokens form a tree."""
+        self._trees.check(self._line)
+
+    @torch.inference_mode()
+    def sizes(self, new: int, past: int) -> dict[str, Any]:
+        """Lengths of secret values in a step; see `Trees.sizes`."""
+        return self._results(self._trees.sizes, new, past)
+
+    def _line(self, new: int, past: int) -> dict[str, Any]:
+        """What the program computes from these lengths alone; see `Trees`."""
+        return self._results(self._trees.names, new, past)
+
+    def _results(self, names: tuple[str, ...], new: int, past: int) -> dict[str, Any]:
+        parts = self.parts(new, past, wanted=names) if names else ()
+        found = {part.planned.name: part.result for part in parts}
+        return {name: found[name] for name in names}
 
     def _load(self) -> Constants:
         if self._constants is None:
@@ -294,11 +323,18 @@ def drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]
 
 @torch.inference_mode()
 def step_cost(
-    rehearsal: Rehearsal, new: int, past: int, draw: Draw | None = None
+    rehearsal: Rehearsal,
+    new: int,
+    past: int,
+    draw: Draw | None = None,
+    parents: Sequence[int] = (),
 ) -> tuple[Cost, dict[str, int]]:
-    """Rounds and bytes of a step of these lengths, and the bytes dealt for it, by role."""
+    """Rounds and bytes of a step of these lengths, and the bytes dealt for it, by role.
+
+    parents: of its tokens, if they form a tree.
+    """
     rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
-    for part in rehearsal.parts(new, past, draw):
+    for part in rehearsal.parts(new, past, draw, parents=parents):
         rounds = max(rounds, part.start + len(part.rounds))
         online += sum(online_bytes(message) for due in part.rounds for message in due)
         for role, size in part.dealt.items():

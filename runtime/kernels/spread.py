@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from mergec.runtime.kernels.transfers import to_device
+
 _SLICE, _TRANSPOSE = torch.ops.aten.slice.Tensor, torch.ops.aten.transpose.int
 _NARROW = torch.ops.aten.narrow.default  # a slice, unless in inference mode
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -62,6 +64,13 @@ class Ranks(ABC):
     @abstractmethod
     def copy(self, source: Spread, target: Spread) -> None:
         """Copy all rows of `source` to the first ones of `target`, where they lie."""
+
+    @abstractmethod
+    def move(self, words: Spread, start: int, row: int) -> None:
+        """Copy row `row` to row `start`, where they lie; rows are along the last dimension but one.
+
+        Raises ValueError for words that are split along it.
+        """
 
     @abstractmethod
     def put(self, target: Spread, start: int, rows: torch.Tensor) -> None:
@@ -181,6 +190,20 @@ def write_rows(target: torch.Tensor, start: int, rows: torch.Tensor) -> None:
         target.ranks.put(target, start, rows)
     else:
         target[..., start : start + rows.shape[-2], :] = rows
+
+
+def pick_rows(words: torch.Tensor, start: int, rows: Sequence[int]) -> None:
+    """Write rows `start + rows`, which ascend, to row `start` and those behind it."""
+    places = [start + row for row in rows]
+    if isinstance(words, Spread):
+        # None is written over before it is copied, as each moves towards the start.
+        for place, row in enumerate(places, start):
+            if place != row:
+                words.ranks.move(words, place, row)
+    else:
+        # A copy: the rows lie among those that they are written over.
+        index = to_device(torch.tensor(places), words.device, "public")
+        write_rows(words, start, words.index_select(-2, index))
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -33,7 +33,8 @@ class ProxySettings:
     pages that may send requests. sessions: most simultaneous sessions with the server. queue: most
     requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
     address of the Prometheus endpoint. stores: folder of stored randomness to use, if any. key:
-    what requests must show; empty if they need none. speculate, speculate_tokens, speculate_fixed:
+    what requests must show; empty if they need none. speculate, speculate_tokens, speculate_fixed,
+    speculate_tree:
     as in `Connection.generate`.
     """
 
@@ -49,6 +50,7 @@ class ProxySettings:
     speculate: str = "none"
     speculate_tokens: int | None = None
     speculate_fixed: float | None = None
+    speculate_tree: bool = False
 
 
 def proxy(
@@ -78,6 +80,7 @@ def proxy(
             "speculate": settings.speculate,
             "speculate_tokens": settings.speculate_tokens,
             "speculate_fixed": settings.speculate_fixed,
+            "speculate_tree": settings.speculate_tree,
         }
         sessions = Sessions(connect, settings.sessions, settings.queue, metrics, drafting)
         hosts = ("*",) if settings.exposed else (*_LOCAL_NAMES, address.host)

@@ -47,6 +47,12 @@ class Group(Ranks):
         self._order(Order.COPY, target.held.number, source.held.number, rows)
         target.held.part[..., :rows, :] = source.held.part[..., :rows, :]
 
+    def move(self, words: Spread, start: int, row: int) -> None:
+        if self._split(words).by_rows:
+            raise ValueError("rows that several ranks hold do not move")
+        self._order(Order.MOVE, words.held.number, start, row)
+        words.held.part[..., start, :] = words.held.part[..., row, :]
+
     def put(self, target: Spread, start: int, rows: torch.Tensor) -> None:
         split, length = self._split(target), rows.shape[-2]
         if not rows.numel():

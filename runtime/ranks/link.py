@@ -50,6 +50,7 @@ class Order(IntEnum):
     WHOLE = 6
     DROP = 7
     COUNT = 8
+    MOVE = 9
 
 
 class LostError(Exception):

@@ -64,6 +64,7 @@ class Rank:
             Order.WHOLE: self._whole,
             Order.DROP: self._drop,
             Order.COUNT: self._count,
+            Order.MOVE: self._move,
         }
 
     def serve(self, orders: BinaryIO) -> None:
@@ -80,6 +81,10 @@ class Rank:
 
     def _copy(self, target: int, source: int, rows: int, *_: int) -> None:
         self._parts[target][1][..., :rows, :] = self._parts[source][1][..., :rows, :]
+
+    def _move(self, number: int, start: int, row: int, *_: int) -> None:
+        part = self._parts[number][1]
+        part[..., start, :] = part[..., row, :]
 
     def _put(self, number: int, start: int, length: int, *_: int) -> None:
         split, part = self._parts[number]

@@ -171,7 +171,9 @@ class Connection:
         self._channels: list[Channel] = []
         self._pulse = Pulse()
         self._session: MergecSession | None = None
-        self._opened: tuple[tuple[str, int | None, float | None], Speculation | None] | None = None
+        self._opened: (
+            tuple[tuple[str, int | None, float | None, bool], Speculation | None] | None
+        ) = None
         self._reuse, self._piece = reuse, prompt_piece
         self._overlap = overlap and store is None
         self._ahead, self._on_notice = ahead, on_notice
@@ -509,6 +511,7 @@ class Connection:
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_tree: bool = False,
         blocks: Sequence[int] | None = None,
     ) -> Generator[Token, None, None]:
         """Yield the tokens after a prompt as they are computed, a stop token included.
@@ -522,7 +525,8 @@ class Connection:
         right. speculate_tokens: drafts of a step; None to choose as many as pay. speculate_fixed:
         tokens by which each step makes the caches longer in the mean, so that server and dealer do
         not see how many were right, only where too few were (`Steady`); None for as many as are
-        right. Closing the iterator ends the answer after the current step; the session stays open.
+        right. speculate_tree: let drafts form a tree, whose shape and right path server and dealer
+        see. Closing the iterator ends the answer after the current step; the session stays open.
         blocks: the public blocks that the prompt combines, as in `encode`; a prompt of tokens
         begins with those of the text that they see and of these blocks. Raises PromptError for a
         prompt, sampling or drafter that the program or the server does not allow, PartyError if a
@@ -534,7 +538,7 @@ class Connection:
         combined = self._combined(ids, blocks)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
-        speculation = self.speculation(speculate, speculate_tokens, speculate_fixed)
+        speculation = self.speculation(speculate, speculate_tokens, speculate_fixed, speculate_tree)
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
         told = -1
@@ -559,11 +563,13 @@ class Connection:
                 nonlocal place, told
                 told = past
                 if schedule is not None:
-                    number, left_out = schedule.check(new, past, draw, ROLES[CLIENT])
+                    number, left_out = schedule.check(
+                        new, past, draw, ROLES[CLIENT], branches=session.branches
+                    )
                     if schedule.branches:
                         session.follow(number, new, past, left_out)
                 self._expect([(new, past)])
-                request = write_step(new, past, draw, place, session.split)
+                request = write_step(new, past, draw, place, session.split, session.branches)
                 taken.append(session.take_ahead(request))
                 for channel in channels:
                     channel.send(Kind.STEP, request)
@@ -659,6 +665,7 @@ class Connection:
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_tree: bool = False,
     ) -> Speculation | None:
         """What drafts for `generate`; opened once, so that it keeps what it has seen and loaded.
 
@@ -668,15 +675,15 @@ class Connection:
         """
         if isinstance(speculate, Drafter):
             made: Speculation | None = Speculation(
-                speculate, speculate_tokens, fixed=speculate_fixed
+                speculate, speculate_tokens, fixed=speculate_fixed, tree=speculate_tree
             )
             steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:
-            wanted = speculate or NONE, speculate_tokens, speculate_fixed
+            wanted = speculate or NONE, speculate_tokens, speculate_fixed, speculate_tree
             if self._opened is None or self._opened[0] != wanted:
-                name, tokens, fixed = wanted
+                name, tokens, fixed, tree = wanted
                 manifest = self.program.manifest
-                opened = Speculation.open(name, tokens, manifest, self.text, fixed=fixed)
+                opened = Speculation.open(name, tokens, manifest, self.text, fixed=fixed, tree=tree)
                 self._opened = wanted, opened
             made = self._opened[1]
         if self._store is not None:

@@ -22,6 +22,7 @@ from mergec.runtime.core.errors import BundleError, BusyError, PartyError, PeerE
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.correlations.prg import derive
 from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.trees import LINE
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.settings import DealerSettings
@@ -30,7 +31,7 @@ from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, rea
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_lengths
-from mergec.runtime.session.requests import Plan, divide, read_step, turn
+from mergec.runtime.session.requests import Plan, branch, divide, read_step, turn
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.transport.channel import Channel, Kind, ending
 from mergec.runtime.transport.connect import accept
@@ -253,8 +254,9 @@ class DealerSession:
                         channel.send(Kind.MARK)
                         tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.AHEAD:
-                new, past, draw, place, _ = read_step(payload, channel.peer)
-                if new < 1 or past < 0 or (limit and new + past > limit):
+                new, past, draw, place, _, branches = read_step(payload, channel.peer)
+                short = not limit or new + past <= limit
+                if new < 1 or past < 0 or not short or branches != LINE:
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")
                 try:
                     session.enter_ahead(bytes(payload), new, past, draw, place)
@@ -265,11 +267,12 @@ class DealerSession:
                 channel.send(Kind.MARK)
                 tell(line, ROLES[CLIENT], Kind.MARK)
             elif kind is Kind.STEP:
-                new, past, draw, place, split = read_step(payload, channel.peer)
+                new, past, draw, place, split, branches = read_step(payload, channel.peer)
                 if session.take_ahead(bytes(payload)):
                     allow(new, past)
                     continue
                 turn(session, place, channel.peer)
+                branch(session, branches, new, past, split, channel.peer)
                 divide(session, split, new, channel.peer)
                 if not session.allows(new, past) or (limit and new + past > limit):
                     raise PartyError(f"{new} tokens after {past} are more than this program runs")

@@ -21,6 +21,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
 from mergec.runtime.correlations.dpf import SALT_BYTES, new_salt
 from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
+from mergec.runtime.engine.trees import LINE, Branches
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.public_blocks import compute_all
@@ -162,10 +163,18 @@ class InProcessSession:
         here = Place.of(self._sessions[CLIENT].conversation)
         return write_step(new, past, draw or Draw(), here)
 
-    def rows(self, ids: Sequence[int], past: int) -> torch.Tensor:
-        """Like `step`, with all rows that the program reveals; see `Session.rows`."""
-        results = self._all(lambda party: self._sessions[party].rows(*_lengths(party, ids, past)))
-        logits: torch.Tensor = results[CLIENT]
+    def rows(self, ids: Sequence[int], past: int, branches: Branches = LINE) -> torch.Tensor:
+        """Like `step`, with all rows that the program reveals; see `Session.rows`.
+
+        branches: how the tokens depart from a line.
+        """
+
+        def run(party: int) -> torch.Tensor | None:
+            session = self._sessions[party]
+            session.branches = branches
+            return session.rows(*_lengths(party, ids, past))
+
+        logits: torch.Tensor = self._all(run)[CLIENT]
         return logits
 
     def turn_to(self, place: Place) -> None:

@@ -27,7 +27,7 @@ from mergec.runtime.session.drafting.drafter import read
 from mergec.runtime.session.drafting.speculation import NONE, check, steady
 from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, draw_for
-from mergec.runtime.session.steps import StepReport
+from mergec.runtime.session.steps import NO_TREES, StepReport
 from mergec.runtime.transport.channel import REPLY_TIMEOUT
 from mergec.runtime.transport.lines import Lines
 
@@ -79,6 +79,7 @@ def run_local(
     speculate: str = "",
     speculate_tokens: int | None = None,
     speculate_fixed: float | None = None,
+    speculate_tree: bool = False,
     insecure_first_party: bool = False,
     public: Sequence[int] = (),
     blocks: Sequence[Sequence[int]] = (),
@@ -94,12 +95,13 @@ def run_local(
 
     temperature to repetition_penalty: see `Sampling`; None leaves it to the checkpoint's settings.
     on_token: called with each token as it is generated. on_event: called with a role and an event
-    of it. speculate, speculate_tokens, speculate_fixed: as in `Connection.generate`, by name. If a
-    role fails, all are ended, and its error is raised here. insecure_first_party: in mode crypten,
-    let the client generate all randomness, as CrypTen does by default; for debugging only. public:
-    tokens that the prompt begins with and that both parties know; they take no steps. blocks:
-    tokens of public blocks that follow these (`session.public_blocks`). prompt_piece: most tokens
-    of the prompt that one step takes; 0 for any number. overlap: see `Connection`. ranks: processes
+    of it. speculate, speculate_tokens, speculate_fixed, speculate_tree: as in
+    `Connection.generate`, by name; a tree needs mergec's own protocols. If a role fails, all are
+    ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
+    generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
+    prompt begins with and that both parties know; they take no steps. blocks: tokens of public
+    blocks that follow these (`session.public_blocks`). prompt_piece: most tokens of the prompt that
+    one step takes; 0 for any number. overlap: see `Connection`. ranks: processes
     that share the weights and caches of each role (`runtime.ranks`).
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
@@ -112,6 +114,8 @@ def run_local(
                 read(speculate)
                 check(manifest)
                 steady(manifest, speculate_tokens, speculate_fixed)
+    if speculate_tree and mode != "mergec":
+        raise PromptError(NO_TREES)
     begins = [*public, *chain(*blocks)]
     if begins and (mode != "mergec" or list(prompt_ids[: len(begins)]) != begins):
         raise PromptError("public text begins the prompt, and needs mergec's own protocols")
@@ -153,6 +157,7 @@ def run_local(
                         speculate=speculate,
                         speculate_tokens=speculate_tokens,
                         speculate_fixed=speculate_fixed,
+                        speculate_tree=speculate_tree,
                         prompt_piece=prompt_piece,
                         overlap=overlap,
                     )

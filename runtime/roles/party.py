@@ -42,7 +42,7 @@ from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_blocks import compute_all, place_of, texts_of
 from mergec.runtime.session.public_text import PublicText, check_text
-from mergec.runtime.session.requests import divide, read_step, turn, write_step
+from mergec.runtime.session.requests import branch, divide, read_step, turn, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.session.text import Text
@@ -87,6 +87,7 @@ class Options:
     speculate: str = ""
     speculate_tokens: int | None = None
     speculate_fixed: float | None = None
+    speculate_tree: bool = False
     prompt_piece: int = 0
     overlap: bool = True
     public: Sequence[int] = ()
@@ -313,6 +314,7 @@ def _ask(
         session.program.manifest,
         _text(options),
         fixed=options.speculate_fixed,
+        tree=options.speculate_tree,
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)
 
@@ -324,7 +326,9 @@ def _ask(
         nonlocal place
         _expect(options, session, channels, new, past)
         for channel in others:
-            channel.send(Kind.STEP, write_step(new, past, draw, place, session.split))
+            channel.send(
+                Kind.STEP, write_step(new, past, draw, place, session.split, session.branches)
+            )
         place = STILL
 
     generate(
@@ -364,8 +368,9 @@ def _serve(
         kind, payload = client.receive_any((Kind.STEP, Kind.END), timeout=IDLE_TIMEOUT)
         if kind is Kind.END:
             return
-        new, past, draw, place, split = read_step(payload, client.peer)
+        new, past, draw, place, split, branches = read_step(payload, client.peer)
         turn(session, place, client.peer)
+        branch(session, branches, new, past, split, client.peer)
         divide(session, split, new, client.peer)
         if not session.allows(new, past) or (limit and new + past > limit):
             raise PartyError(

@@ -23,6 +23,7 @@ from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
+from mergec.runtime.engine.trees import LINE
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.settings import ServerSettings
@@ -38,7 +39,15 @@ from mergec.runtime.session.handshake import (
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_digests
-from mergec.runtime.session.requests import Plan, Schedule, divide, read_step, turn, whole
+from mergec.runtime.session.requests import (
+    Plan,
+    Schedule,
+    branch,
+    divide,
+    read_step,
+    turn,
+    whole,
+)
 from mergec.runtime.session.steps import MergecSession, measured
 from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
@@ -448,10 +457,10 @@ class ServerSession:
         payload: memoryview,
     ) -> None:
         """Have a step dealt that the client may request next, unless there is no room for it."""
-        new, past, draw, place, split = read_step(payload, channel.peer)
+        new, past, draw, place, split, branches = read_step(payload, channel.peer)
         limits = self._settings.limits
         most = min(n for n in (limits.length, self._program.manifest.max_length, 1 << 20) if n)
-        if new < 1 or past < 0 or new + past > most or split:
+        if new < 1 or past < 0 or new + past > most or split or branches != LINE:
             raise PartyError(f"the client wants {new} tokens after {past} dealt, out of turn")
         mine = ROLES[SERVER]
         held = 0 if past == session.present else session.ahead.size(mine)
@@ -535,13 +544,14 @@ class ServerSession:
             if kind is Kind.DONE:
                 relay(kind, payload)
                 return
-            new, past, draw, place, split = read_step(payload, channel.peer)
+            new, past, draw, place, split, branches = read_step(payload, channel.peer)
             if place.conversation >= self._settings.limits.conversations:
                 held = self._settings.limits.conversations
                 raise PartyError(f"the client asks for more than {held} conversations at once")
             session.take_ahead(bytes(payload))
             self._charge(session)
             turn(session, place, channel.peer)
+            branch(session, branches, new, past, split, channel.peer)
             divide(session, split, new, channel.peer)
             if not session.allows(new, past) or (schedule is None and new + past > limit):
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
@@ -552,7 +562,9 @@ class ServerSession:
                     f"the client asks for {computed} tokens in an answer of {limit}; start another"
                 )
             if schedule is not None:
-                number, left_out = schedule.check(new, past, draw, channel.peer, place, split)
+                number, left_out = schedule.check(
+                    new, past, draw, channel.peer, place, split, branches
+                )
                 if schedule.branches:
                     session.follow(number, new, past, left_out)
             self._expect(patience(self._program, [(new, past)], self._settings.timeout))

@@ -11,6 +11,7 @@ import torch
 
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PromptError
+from mergec.runtime.engine.trees import Branches
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.drafting.speculation import Speculation
 from mergec.runtime.session.drafting.steady import Steady, Stride
@@ -96,6 +97,11 @@ def answer(
     `fixed_length` runs those of an answer of `max_tokens`. planned: tokens in the caches after the
     last step that such an answer was prepared for; 0 for as many as it needs.
 
+    Drafts may form a tree. Then a token is looked for among all drafts that follow the one before,
+    and the caches keep the path of the right ones. As each token is drawn from the model's own
+    distribution first, and compared then, this is recursive rejection over siblings with their
+    residuals (Miao et al., SpecInfer, ASPLOS 2024) for drafts that are no random choice.
+
     If the model has heads that guess the tokens after the next one, the drafter is told what they
     say at the last position that is kept.
 
@@ -150,14 +156,20 @@ def answer(
     feeds += [[token] for token in prompt[first:]]
     past, ended = cached, False
     drafts: list[int] = []
+    parents: tuple[int, ...] = ()
+    keep: tuple[int, ...] = ()
     while True:
         reports = []
         for feed in feeds:
             results: list[torch.Tensor | None] = []
 
             def work(
-                feed: list[int] = feed, past: int = past, results: list[Any] = results
+                feed: list[int] = feed,
+                past: int = past,
+                branches: Branches = Branches(keep, parents),  # noqa: B008  (as of this step)
+                results: list[Any] = results,
             ) -> None:
+                session.branches = branches
                 session.divide(len(feed), past)
                 session.rehearse(len(feed), past, draw)
                 announce(len(feed), past)
@@ -171,16 +183,19 @@ def answer(
             raise BundleError("only the client sees a result; run this loop there")
         if len(found) <= len(drafts):
             raise BundleError(_UNCHECKED)
-        chosen = _accepted(found[-1 - len(drafts) :], drafts, choose, stop)
+        chosen, path = _accepted(found[-1 - len(drafts) :], drafts, parents, choose, stop)
         right = len(chosen) - 1
         if drafts:
             reports[-1] = replace(reports[-1], drafted=len(drafts), accepted=right)
         if speculation is not None and tokens:
             speculation.learn(1 + len(drafts), reports[-1].seconds, [token for token, _ in chosen])
         past -= len(drafts) - right
+        keep = path if parents else ()
         if speculation is not None and manifest.medusa:
             # What the heads say behind the last right draft; all that follows is of another text.
-            speculation.guess(session.guesses[:, right - len(drafts) - 1].tolist())
+            last = path[-1] - len(drafts) - 1
+            speculation.guess(session.guesses[:, last].tolist())
+            speculation.rank(session.candidates[:, last].tolist())
         for token, row in chosen:
             tokens.append(token)
             if not ended:
@@ -190,24 +205,34 @@ def answer(
             return
         if speculation is not None:
             drafts = speculation.draft([*prompt, *tokens], max_tokens - len(tokens))
+            parents = speculation.parents
         feeds = [[tokens[-1], *drafts] if session.cached else [*prompt, *tokens]]
 
 
 def _accepted(
     rows: torch.Tensor,
     drafts: Sequence[int],
+    parents: Sequence[int],
     choose: Callable[[torch.Tensor], int],
     stop: Sequence[int],
-) -> list[tuple[int, torch.Tensor]]:
+) -> tuple[list[tuple[int, torch.Tensor]], tuple[int, ...]]:
     """The tokens of a step's results [1 + drafts, …], each with its row: up to the first that is
-    not the drafted one, or that ends the answer."""
+    not a drafted one, or that ends the answer. Also the places of these rows.
+
+    parents: see `Branches`; empty if the drafts follow each other.
+    """
     chosen: list[tuple[int, torch.Tensor]] = []
-    for place, row in enumerate(rows):
-        token = choose(row)
-        chosen.append((token, row))
-        if place == len(drafts) or token != drafts[place] or token in stop:
-            break
-    return chosen
+    places: list[int] = []
+    follows: dict[tuple[int, int], int] = {}
+    for number, draft in enumerate(zip(parents or range(len(drafts)), drafts, strict=True), 1):
+        follows.setdefault(draft, number)
+    place: int | None = 0
+    while place is not None:
+        token = choose(rows[place])
+        chosen.append((token, rows[place]))
+        places.append(place)
+        place = None if token in stop else follows.get((place, token))
+    return chosen, tuple(places)
 
 
 def _check_speculation(session: Session, fixed_length: bool) -> None:
@@ -270,7 +295,7 @@ def _steadily(
 
     def learned(rows: torch.Tensor, drafts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
         """What a step says that took all known tokens and these drafts behind them."""
-        found = _accepted(rows[-1 - len(drafts) :], drafts, choose, stop)
+        found, _ = _accepted(rows[-1 - len(drafts) :], drafts, (), choose, stop)
         if manifest.medusa:
             speculation.guess(session.guesses[:, len(found) - len(drafts) - 2].tolist())
         return found

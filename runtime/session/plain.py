@@ -10,6 +10,8 @@ import torch
 from mergec.runtime.core.spec import CLIENT
 from mergec.runtime.core.values import Held
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.engine.rehearsal import ghost_inputs
+from mergec.runtime.program.program import Phase
 from mergec.runtime.session.steps import Session
 from mergec.runtime.transport.traffic import Traffic
 
@@ -44,6 +46,16 @@ class PlainSession(Session):
 
     def _cut(self, cache: Any, dim: int, length: int) -> Any:
         return cache.narrow(dim, 0, length)
+
+    def _pick(self, cache: Any, dim: int, start: int, keep: Sequence[int]) -> Any:
+        places = torch.tensor([*range(start), *(start + place for place in keep)])
+        return cache.index_select(dim, places.to(cache.device))
+
+    def _line(self, phase: Phase, new: int, past: int) -> dict[str, Any]:
+        ghosts = ghost_inputs(phase, new, past)
+        shapes = {k: v.value if isinstance(v, Held) else v.opened for k, v in ghosts.items()}
+        given = {**shapes, **self._sizes(new, past)}
+        return dict(self._executor.step(given, self._trees.names))
 
     def _join(self, values: Sequence[Any]) -> Any:
         return torch.cat(list(values), 1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.core.spec import MAX_DRAFTS
+from mergec.runtime.engine.trees import LINE, Branches
 from mergec.runtime.program.json_values import is_a
 from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place, public_source
 from mergec.runtime.session.drafting.steady import Steady
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from mergec.runtime.session.steps import Session
 
 _STEP = struct.Struct("!7q")
+_MARK = b"\xff"
+"""Stands before the bytes that say how a step departs from a line; no block has this number."""
+
+_MOST_BRANCHES = 1 << 9
+"""Most bytes that say how a step departs from a line of tokens."""
 
 
 def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) -> int:
@@ -30,35 +36,59 @@ def whole(fields: dict[str, Any], key: str, least: int, most: int, peer: str) ->
     return int(value)
 
 
-def write_step(new: int, past: int, draw: Draw, place: Place = STILL, split: int = 0) -> bytes:
+def write_step(
+    new: int,
+    past: int,
+    draw: Draw,
+    place: Place = STILL,
+    split: int = 0,
+    branches: Branches = LINE,
+) -> bytes:
     """Encode a step: `new` tokens after `past` ones, how the next token is chosen, and the caches.
 
-    split: tokens of the first piece of a step in two pieces; 0 for a step as a whole. Raises
-    struct.error if a number has more than 64 bits. A byte follows for each block that is joined.
+    split: tokens of the first piece of a step in two pieces; 0 for a step as a whole. A byte
+    follows for each block that is joined. branches: how the step departs from a line of tokens; if
+    it does, a mark follows, the number of tokens that are kept, and a byte for each of these and
+    for each parent. Raises struct.error if a number has more than 64 bits.
     """
     fixed = new, past, draw.units, draw.top_k, place.conversation, place.source, split
-    return _STEP.pack(*fixed) + bytes(place.joined)
+    more = bytes(place.joined)
+    if branches != LINE:
+        more += _MARK + bytes([len(branches.keep), *branches.keep, *branches.parents])
+    return _STEP.pack(*fixed) + more
 
 
-def read_step(payload: bytes | memoryview, peer: str) -> tuple[int, int, Draw, Place, int]:
-    """Decode a step: new and past tokens, the choice, the caches that it continues, and tokens of
-    its first piece.
+def read_step(
+    payload: bytes | memoryview, peer: str
+) -> tuple[int, int, Draw, Place, int, Branches]:
+    """Decode a step: new and past tokens, the choice, the caches that it continues, tokens of its
+    first piece, and how it departs from a line of tokens.
 
     The caller checks the lengths, and whether there are such caches. Raises PartyError if the
-    numbers of the caches are out of bounds.
+    numbers of the caches are out of bounds, or a tree is not of `new` tokens.
     """
-    joined = tuple(payload[_STEP.size :])
-    if len(payload) < _STEP.size or len(joined) > MOST_PREFIXES:
+    blocks, mark, more = bytes(payload[_STEP.size :]).partition(_MARK)
+    readable = len(payload) >= _STEP.size and len(blocks) <= MOST_PREFIXES
+    if not readable or len(more) > _MOST_BRANCHES or (mark and not _counted(more)):
         raise PartyError(f"the {peer} sent a step that cannot be read")
     new, past, units, top_k, conversation, source, split = _STEP.unpack(payload[: _STEP.size])
-    bound = MOST_CONVERSATIONS
+    bound, joined = MOST_CONVERSATIONS, tuple(blocks)
     if not (0 <= conversation < bound and -MOST_PREFIXES <= source < bound):
         raise PartyError(f"the {peer} requests caches {source} for conversation {conversation}")
     if joined and (
         source >= 0 or len({public_source(n) for n in joined} | {source}) <= len(joined)
     ):
         raise PartyError(f"the {peer} joins blocks {list(joined)} to caches {source}")
-    return new, past, draw_of(units, top_k, peer), Place(conversation, source, joined), split
+    branches = LINE
+    if mark:
+        branches = Branches(tuple(more[1 : 1 + more[0]]), tuple(more[1 + more[0] :]))
+    place = Place(conversation, source, joined)
+    return new, past, draw_of(units, top_k, peer), place, split, branches
+
+
+def _counted(branches: bytes) -> bool:
+    """Whether these bytes begin with a number of tokens that follow it."""
+    return bool(branches) and branches[0] < len(branches)
 
 
 def turn(session: Session, place: Place, peer: str) -> None:
@@ -74,6 +104,21 @@ def divide(session: Session, split: int, new: int, peer: str) -> None:
     if not session.divides(split, new):
         raise PartyError(f"the {peer} requests a first piece of {split} of {new} tokens")
     session.split = split
+
+
+def branch(
+    session: Session, branches: Branches, new: int, past: int, split: int, peer: str
+) -> None:
+    """Let the next step depart like this from a line of tokens; raises PartyError if it cannot.
+
+    Called behind `turn` and before `divide`. The step itself refuses a program that has no trees.
+    """
+    why = session.obstacle(new, past, branches)
+    if not why and split and branches.parents:
+        why = "a tree does not run in pieces"
+    if why:
+        raise PartyError(f"the {peer} requests what cannot be: {why}")
+    session.branches = branches
 
 
 def draw_of(units: int, top_k: int, peer: str) -> Draw:
@@ -161,6 +206,7 @@ class Schedule:
         peer: str,
         place: Place = STILL,
         split: int = 0,
+        branches: Branches = LINE,
     ) -> tuple[int, Sequence[tuple[int, int]]]:
         """Check the next step, before anything is sent; raises PartyError if it is another one.
 
@@ -171,8 +217,8 @@ class Schedule:
         may_come = left[:1]
         if self.branches:
             may_come = list(takewhile(lambda step: step[1] == past, left))
-        found = (new, past) in may_come
-        if found and not draw.top_k and place == STILL and not split:
+        alike = place == STILL and not split and branches == LINE
+        if (new, past) in may_come and not draw.top_k and alike:
             left_out = left[: may_come.index((new, past))]
             number = self._next + len(left_out)
             self._next = number + 1

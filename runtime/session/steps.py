@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared
+from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.rehearsal import (
     Rehearsal,
     Rounds,
@@ -23,6 +25,8 @@ from mergec.runtime.engine.rehearsal import (
     overlapped_seconds,
     step_cost,
 )
+from mergec.runtime.engine.trees import LINE, Branches, Trees, check_parents, is_path
+from mergec.runtime.kernels.spread import pick_rows
 from mergec.runtime.ops.cache_append import appended, make_room
 from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
 from mergec.runtime.protocols.public_text import enter
@@ -36,6 +40,11 @@ if TYPE_CHECKING:
     from mergec.runtime.engine.executor import Executor
     from mergec.runtime.engine.stock import StockExecutor
 
+
+NO_TREES = "CrypTen's stock protocols check drafts in a line; draft without trees"
+
+_CANDIDATES = 4
+"""Tokens of each head that may be drafted from."""
 
 _LEAST_DIVIDED = 16
 """Steps of fewer tokens run as a whole: their messages are short beside the latency."""
@@ -71,16 +80,48 @@ class StepReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Grown:
+    """The tree that the last step put into the caches, if it did.
+
+    start: tokens before it. parents: see `Branches`; empty if there is no tree. ids: its tokens, at
+    the client.
+    """
+
+    start: int = 0
+    parents: tuple[int, ...] = ()
+    ids: tuple[int, ...] = ()
+
+    @property
+    def line(self) -> int:
+        """How many of its first tokens follow each other."""
+        turns = (n for n, parent in enumerate(self.parents) if parent != n)
+        return 1 + next(turns, len(self.parents))
+
+    def obstacle(self, past: int, keep: Sequence[int]) -> str:
+        """Why a step cannot continue `past` tokens of the caches and keep these of the tree."""
+        if keep:
+            if not self.parents:
+                return "tokens to keep were named, but the last step was no tree"
+            if not is_path(keep, self.parents) or self.start + len(keep) != past:
+                return f"tokens {list(keep)} of the last step are no path to token {past}"
+        elif self.parents and past > self.start + self.line:
+            return f"the first {past - self.start} tokens of the last step are no path"
+        return ""
+
+
 @dataclass
 class Cached:
     """The caches that a conversation's steps left, or those of a public text.
 
     length: the number of tokens in them. tokens: these tokens, at the client; empty elsewhere.
+    grown: the tree that is their end, if it is one.
     """
 
     caches: dict[str, Any]
     length: int
     tokens: list[int]
+    grown: Grown = Grown()
 
 
 class Session(ABC):
@@ -114,10 +155,17 @@ class Session(ABC):
         self.rehearsal: Rehearsal | None = None
         """Runs steps on shapes, if this party compares its steps with such runs."""
         self.tokens: list[int] = []
-        """The tokens in the caches, at the client; empty elsewhere."""
+        """The tokens in the caches, at the client; empty elsewhere. Of a tree that is their end,
+        those first ones that follow each other."""
+        self.branches = LINE
+        """How the next step departs from tokens that follow each other."""
+        self._grown = Grown()
         self.guesses = torch.zeros(program.manifest.medusa, 0, dtype=torch.int64)
         """At the client: the tokens that each of the model's heads thinks most likely, [heads, R],
         at the R positions at which the last step gave results."""
+        self.candidates = torch.zeros(program.manifest.medusa, 0, 0, dtype=torch.int64)
+        """The same with further tokens of each head behind it, [heads, R, K]; K is 1 if the parties
+        reveal tokens alone."""
         self.split = 0
         """Tokens of the first piece of the next step, if it runs as two that overlap; else 0."""
         self._conversation = 0
@@ -140,6 +188,10 @@ class Session(ABC):
     @abstractmethod
     def traffic(self) -> Traffic:
         """What this party has sent and received so far."""
+
+    @cached_property
+    def _trees(self) -> Trees:
+        return Trees(Plan(self.program))
 
     @property
     def continues(self) -> bool:
@@ -168,7 +220,8 @@ class Session(ABC):
         for number in wanted:
             if not self.continues or (number < 0 and number not in self._others):
                 raise BundleError(f"there are no caches {number} that a step could continue")
-        self._others[self._conversation] = Cached(self._caches, self.length, self.tokens)
+        now = Cached(self._caches, self.length, self.tokens, self._grown)
+        self._others[self._conversation] = now
         source, *joined = [self._others.get(number, Cached({}, 0, [])) for number in wanted]
         caches = source.caches
         if place.source != place.conversation:
@@ -180,6 +233,7 @@ class Session(ABC):
         self._conversation, self._caches = place.conversation, caches
         self.length = source.length + sum(text.length for text in joined)
         self.tokens = [token for text in (source, *joined) for token in text.tokens]
+        self._grown = source.grown
 
     def forget(self, length: int) -> None:
         """At the client: continue no more than the first `length` tokens of this conversation."""
@@ -210,6 +264,20 @@ class Session(ABC):
     @abstractmethod
     def _cut(self, cache: Any, dim: int, length: int) -> Any:
         """The first `length` entries of a cache, along its dimension `dim`."""
+
+    def _pick(self, cache: Any, dim: int, start: int, keep: Sequence[int]) -> Any:
+        """The first `start` entries of a cache, and those behind them that `keep` numbers."""
+        raise BundleError(NO_TREES)
+
+    def _line(self, phase: Phase, new: int, past: int) -> dict[str, Any]:
+        """What the program computes from these lengths alone; see `Trees`."""
+        raise BundleError(NO_TREES)
+
+    def _sizes(self, new: int, past: int) -> dict[str, Any]:
+        """Lengths of secret values in a step; see `Trees.sizes`."""
+        if not self._trees.sizes:
+            return {}
+        return (self.rehearsal or Rehearsal(self.program)).sizes(new, past)
 
     @abstractmethod
     def _join(self, values: Sequence[Any]) -> Any:
@@ -249,12 +317,22 @@ class Session(ABC):
         R is `new` for a step that checks drafts: one of up to 1 + `Manifest.speculate_up_to` tokens
         after cached ones. It is 1 for any other, unless a user's pass keeps every position. Where
         the model has heads, `guesses` then holds their tokens at these positions.
+
+        The tokens of such a step form a tree if `branches` says so: each has the position of its
+        depth, and sees the caches and the tokens that lead to it alone. The step after it keeps a
+        path of the tree: the caches of all roles keep its entries, each opened under the mask that
+        it has, and drop the others.
         """
         if not self.allows(new, past):
             raise BundleError(
                 f"a step of {new} tokens after {past} is out of turn; {self.length} are cached"
             )
+        why = self.obstacle(new, past, self.branches)
+        if why:
+            self.branches = LINE
+            raise BundleError(why)
         self._prepare(new, past, draw or Draw())
+        branches, self.branches = self.branches, LINE
         phase = self.program.phase(phase_of(new, past))
         if phase.name == FINISH:
             return self._finish(phase)
@@ -262,13 +340,21 @@ class Session(ABC):
             self._caches, self._hidden = self._start(), []
             self.source = new if self.program.encodes else 0
         elif past < self.length:
-            self._roll_back(self.program.sizes(new, past, self.source)[1])
-        outputs = self._compute(phase, new, past, ids)
+            self._roll_back(self.program.sizes(new, past, self.source)[1], branches.keep)
+        if branches.keep:
+            kept = [self._grown.ids[place] for place in branches.keep] if self._grown.ids else []
+            self.tokens = [*self.tokens[: self._grown.start], *kept]
+        outputs = self._compute(phase, new, past, ids, branches.parents)
         self._caches = {
             spec.name: outputs[spec.cache_output] for spec in self._passed_on if spec.cache_output
         }
         self.length = past + new if self.cached else 0
-        self.tokens = [*self.tokens[:past], *(ids or ())] if self.continues else []
+        fed = tuple(ids or ())
+        self._grown = Grown()
+        if branches.parents:
+            self._grown = Grown(past, branches.parents, fed)
+            fed = fed[: self._grown.line]
+        self.tokens = [*self.tokens[:past], *fed] if self.continues else []
         result = outputs[phase.outputs[0]]
         if self.program.resends:
             self._hidden.append(result)
@@ -276,10 +362,17 @@ class Session(ABC):
         return self._logits_at_client(result)
 
     def _compute(
-        self, phase: Phase, new: int, past: int, ids: Sequence[int] | None
+        self,
+        phase: Phase,
+        new: int,
+        past: int,
+        ids: Sequence[int] | None,
+        parents: tuple[int, ...] = (),
     ) -> dict[str, Any]:
         """The outputs of a step that continues the caches as they are."""
         first = {phase.inputs[0].name: self._first(new, ids)}
+        if parents:
+            first |= self._trees.values(parents, past, partial(self._line, phase))
         if self.program.encodes and past == 0:
             begun = [self.program.manifest.answer_start]
             first[phase.inputs[1].name] = self._held(len(begun), begun)
@@ -295,13 +388,31 @@ class Session(ABC):
             return new > 0 and past == 0
         return new > 0 and 0 <= past <= self.length
 
-    def _roll_back(self, past: int) -> None:
-        """Drop all but the first `past` entries of every cache but those of a source."""
+    def obstacle(self, new: int, past: int, branches: Branches) -> str:
+        """Why the next step cannot depart like this from a line of tokens; empty if it can."""
+        why = self._grown.obstacle(past, branches.keep)
+        if why or not branches.parents:
+            return why
+        most = self.program.manifest.speculate_up_to
+        if not self.continues or not past or new > 1 + most:
+            return f"a tree of {new} tokens after {past} is not what this program checks"
+        return check_parents(branches.parents, new)
+
+    def _roll_back(self, past: int, keep: Sequence[int] = ()) -> None:
+        """Drop all but the first `past` entries of every cache but those of a source.
+
+        keep: the entries of the last step's tree to keep, if they are others; these end with the
+        first `past` ones then.
+        """
+        moved = list(keep) != list(range(len(keep)))
         for spec in self.cache_specs:
             if "past" not in spec.shape:
                 raise BundleError(f"{spec.name} has no length, so this program cannot roll back")
-            dim = spec.shape.index("past")
-            self._caches[spec.name] = self._cut(self._caches[spec.name], dim, past)
+            dim, cache = spec.shape.index("past"), self._caches[spec.name]
+            if moved:
+                self._caches[spec.name] = self._pick(cache, dim, self._grown.start, keep)
+            else:
+                self._caches[spec.name] = self._cut(cache, dim, past)
 
     def _finish(self, phase: Phase) -> torch.Tensor | None:
         hidden, self._hidden = self._join(self._hidden), []
@@ -331,8 +442,10 @@ class Session(ABC):
         if len(rows) % (1 + manifest.medusa):
             raise BundleError("this program does not reveal what its heads say; compile it again")
         *heads, rows = rows.chunk(1 + manifest.medusa)
-        best = [head.argmax(-1) if manifest.reveals_logits else head[:, 0] for head in heads]
-        self.guesses = torch.stack(best).cpu()
+        most = min(_CANDIDATES, value.shape[-1]) if manifest.reveals_logits else 1
+        ranked = [head.topk(most).indices if manifest.reveals_logits else head for head in heads]
+        self.candidates = torch.stack(ranked).cpu()
+        self.guesses = self.candidates[..., 0]
         return rows
 
     def divides(self, split: int, new: int) -> bool:
@@ -374,7 +487,7 @@ class MergecSession(Session):
         # The dealer has nothing but shapes anyway, and sends neither party a message.
         if self.party != DEALER:
             self.rehearsal = Rehearsal(executor.program)
-        self._step: tuple[int, int, Draw, int, int] | None = None
+        self._step: tuple[int, int, Draw, int, tuple[int, ...], int] | None = None
         self._rounds: Rounds | None = None
 
     @property
@@ -471,11 +584,12 @@ class MergecSession(Session):
             self.split = new // 2
 
     def divides(self, split: int, new: int) -> bool:
-        return split == 0 or (self.continues and 0 < split < new)
+        whole = bool(self.branches.parents)
+        return split == 0 or (self.continues and 0 < split < new and not whole)
 
     def rehearse(self, new: int, past: int, draw: Draw | None = None) -> None:
         source = self.source if past else new
-        step = (new, past, draw or Draw(), source)
+        step = (new, past, draw or Draw(), source, self.branches.parents)
         if not self.divides(self.split, new):
             raise BundleError(f"a step of {new} tokens has no first piece of {self.split}")
         if self.rehearsal is None or (*step, self.split) == self._step:
@@ -512,7 +626,8 @@ class MergecSession(Session):
         continues something else, or if this program has no such steps.
         """
         here = Place.of(self._conversation)
-        if not self.continues or place != here or past not in (self.present, self.ahead_end):
+        follows = past in (self.present, self.ahead_end) and not self._grown.obstacle(past, ())
+        if not self.continues or place != here or not follows:
             raise BundleError(
                 f"{new} tokens after {past} continue nothing; {self.ahead_end} would be next"
             )
@@ -571,11 +686,16 @@ class MergecSession(Session):
 
     @torch.inference_mode()
     def _compute(
-        self, phase: Phase, new: int, past: int, ids: Sequence[int] | None
+        self,
+        phase: Phase,
+        new: int,
+        past: int,
+        ids: Sequence[int] | None,
+        parents: tuple[int, ...] = (),
     ) -> dict[str, Any]:
         split, self.split = self.split, 0
         if not split:
-            return super()._compute(phase, new, past, ids)
+            return super()._compute(phase, new, past, ids, parents)
         name, tokens = phase.inputs[0].name, list(ids or ())
         first = {name: self._held(split, tokens[:split]), **self._caches}
         later = ghost_inputs(phase, new - split, past + split)
@@ -592,6 +712,18 @@ class MergecSession(Session):
             # What is dropped is continued by nobody, so later entries may be written over it.
             room.used = length
         return replace(cache, opened=opened, mask=mask, room=room)
+
+    @torch.inference_mode()
+    def _pick(self, cache: Any, dim: int, start: int, keep: Sequence[int]) -> Masked | Sent:
+        if cache.room is None or dim != cache.opened.dim() - 2:
+            raise BundleError("a cache of this program cannot drop tokens between others")
+        for room in (cache.room.opened, cache.room.mask):
+            pick_rows(room, start, keep)
+        return self._cut(cache, dim, start + len(keep))
+
+    def _line(self, phase: Phase, new: int, past: int) -> dict[str, Any]:
+        given = {**ghost_inputs(phase, new, past), **self._sizes(new, past)}
+        return self._executor.step(given, self._trees.names)
 
     def _join(self, values: Sequence[Any]) -> Any:
         return Shared(torch.cat([value.share for value in values], 1), values[0].frac)

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 from mergec.runtime.core.entry_points import load_class, offered, place_of
 from mergec.runtime.core.errors import PromptError
+from mergec.runtime.session.drafting.tree import Tree
 from mergec.runtime.session.text import Text
 
 ENTRY_POINTS = "mergec.drafters"
@@ -69,6 +70,20 @@ class Drafter(ABC):
         Must be a function of its arguments, of what the drafter was opened with, and of the heads'
         guesses: then a drafted token that is kept if the model chooses it leaves the answer's
         distribution as it is.
+        """
+
+    def tree(self, tokens: Sequence[int], most: int) -> Tree:
+        """Up to `most` drafts in a tree, the likeliest first, as `draft` otherwise.
+
+        Server and dealer see its shape, and which path of it is right. By default a line.
+        """
+        return Tree.line(self.draft(tokens, most))
+
+    def rank(self, candidates: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """Note the likeliest tokens by each of the model's heads, the first one first.
+
+        Called with `guess`, which has the first one of each. There is one alone where the parties
+        reveal tokens instead of logits.
         """
 
     def guess(self, tokens: Sequence[int]) -> None:  # noqa: B027

@@ -26,7 +26,12 @@ def best_length(seconds: Sequence[float], acceptance: float) -> int:
     seconds: of a step with 0, 1, 2 … drafts. acceptance: probability that a draft is right if those
     before it are. A step with k drafts gives 1 + a + a² + … + a^k tokens in the mean.
     """
-    gained = np.cumsum(acceptance ** np.arange(len(seconds)))
+    return best_count(seconds, acceptance ** np.arange(1, len(seconds)))
+
+
+def best_count(seconds: Sequence[float], chances: Sequence[float] | np.ndarray) -> int:
+    """The same for drafts that form a tree. chances: the probability that each is right."""
+    gained = np.cumsum([1.0, *chances])
     return int(np.argmax(gained / np.asarray(seconds)))
 
 

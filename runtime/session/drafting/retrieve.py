@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.drafter import Drafter, Target
+from mergec.runtime.session.drafting.tree import Tree, grown
 
 LEAST, MOST = 2, 16
 """Fewest and most tokens of the end that are looked for."""
@@ -23,8 +24,8 @@ class Retrieve(Drafter):
     """Finds the longest end of the tokens that occurs in a datastore, and drafts what follows it.
 
     Of the continuations of all occurrences, the most frequent token at each place. The datastore is
-    the client's and is never sent. Source: REST (He et al., arXiv 2311.08252), with a chain of
-    tokens in place of a tree.
+    the client's and is never sent. A tree has the most frequent continuations. Source: REST (He et
+    al., arXiv 2311.08252).
     """
 
     name = "retrieve"
@@ -54,3 +55,16 @@ class Retrieve(Drafter):
             drafted.append(best)
             positions = positions[inside & (found == best)]
         return drafted
+
+    def tree(self, tokens: Sequence[int], most: int) -> Tree:
+        def following(place: Any) -> Iterator[tuple[int, float, Any]]:
+            positions, step = place
+            if not len(positions):
+                return
+            found, inside = self._datastore.after(positions, step)
+            values, counts = np.unique(found[inside], return_counts=True)
+            for token, count in zip(values, counts, strict=True):
+                same = positions[inside & (found == token)]
+                yield int(token), float(count / len(positions)), (same, step + 1)
+
+        return grown((self._datastore.followers(tokens, LEAST, MOST, PLACES), 0), most, following)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from mergec.runtime.core.errors import PromptError
+from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.engine.rehearsal import Rehearsal
+from mergec.runtime.engine.trees import check_parents
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.drafting.drafter import Drafter, Target, read
 from mergec.runtime.session.drafting.pace import (
     Acceptance,
     Seconds,
-    best_length,
+    best_count,
     modelled_seconds,
 )
 from mergec.runtime.session.drafting.steady import Steady
+from mergec.runtime.session.drafting.tree import Tree
 from mergec.runtime.session.text import Text
 
 NONE = "none"
@@ -31,20 +33,31 @@ class Speculation:
     """
 
     def __init__(
-        self, drafter: Drafter, tokens: int | None = None, *, fixed: float | None = None
+        self,
+        drafter: Drafter,
+        tokens: int | None = None,
+        *,
+        fixed: float | None = None,
+        tree: bool = False,
     ) -> None:
         """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`.
 
         fixed: tokens by which each step makes the caches longer, whatever drafts are right
         (`Steady`); then all steps have equally many drafts, by default as many as the program
-        checks. None for as many as are right.
+        checks. None for as many as are right. tree: let drafts form a tree; not together.
         """
         if tokens is not None and tokens < 1:
             raise PromptError(f"speculate_tokens is {tokens}; it can be 1 or more")
-        self.drafter, self.tokens, self.fixed = drafter, tokens, fixed
+        if tree and fixed is not None:
+            raise PromptError(
+                "with speculate_fixed all steps look alike, and trees do not; leave speculate_tree "
+                "or speculate_fixed out"
+            )
+        self.drafter, self.tokens, self.fixed, self._branches = drafter, tokens, fixed, tree
         self._acceptance = Acceptance()
         self._seconds: Seconds | None = None
-        self._drafted: list[int] = []
+        self._drafted = self._chosen = Tree()
+        self._checked: RoleProgram | None = None
         self.most = 0
         """Most drafts of a step of the program."""
 
@@ -57,6 +70,7 @@ class Speculation:
         text: Text | None,
         *,
         fixed: float | None = None,
+        tree: bool = False,
     ) -> Self | None:
         """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
 
@@ -64,7 +78,7 @@ class Speculation:
         program cannot check drafts.
         """
         if speculate in (NONE, ""):
-            for name, given in (("tokens", tokens), ("fixed", fixed)):
+            for name, given in (("tokens", tokens), ("fixed", fixed), ("tree", tree or None)):
                 if given is not None:
                     raise PromptError(f"speculate_{name} needs speculate, as in speculate='lookup'")
             return None
@@ -72,7 +86,7 @@ class Speculation:
         check(manifest)
         steady(manifest, tokens, fixed)
         drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
-        return cls(drafter, tokens, fixed=fixed)
+        return cls(drafter, tokens, fixed=fixed, tree=tree)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
         """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
@@ -81,6 +95,12 @@ class Speculation:
         """
         check(program.manifest)
         self.most = program.manifest.speculate_up_to
+        if self._branches and self.most > 1 and self._checked is not program:
+            try:
+                (rehearsal or Rehearsal(program)).check_trees()
+            except BundleError as error:
+                raise PromptError(f"{error}; leave speculate_tree out") from error
+            self._checked = program
         if self.tokens is None and self.fixed is None and self._seconds is None:
             network = NETWORKS[program.manifest.network]
             limit = program.manifest.max_length or length + 1 + self.most
@@ -99,25 +119,54 @@ class Speculation:
         return [*drafted, *[tokens[-1]] * (count - len(drafted))]
 
     def draft(self, tokens: Sequence[int], room: int) -> list[int]:
-        """The drafts of the next step after `tokens`. room: most tokens that may still come."""
+        """The drafts of the next step after `tokens`. room: most tokens that may still come.
+
+        Which of them each one follows is in `parents` then.
+        """
+        self._drafted = self._chosen = Tree()
         most = min(self.most, room - 1)
         if most < 1:
-            self._drafted = []
             return []
         wanted = most if self.tokens is None else min(most, self.tokens)
-        self._drafted = self.drafter.draft(tokens, wanted)[:wanted]
-        if self.tokens is not None or self._seconds is None or not self._drafted:
-            return self._drafted
-        seconds = self._seconds.of(1 + len(self._drafted))
-        return self._drafted[: best_length(seconds, self._acceptance.value)]
+        make = self._tree if self._branches else self._line
+        self._drafted = self._chosen = make(tokens, wanted)
+        if self.tokens is None and self._seconds is not None and self._drafted.tokens:
+            seconds = self._seconds.of(1 + len(self._drafted.tokens))
+            chances = self._drafted.chances(self._acceptance.value)
+            self._chosen = self._drafted.first(best_count(seconds, chances))
+        return self._chosen.tokens
+
+    def _line(self, tokens: Sequence[int], most: int) -> Tree:
+        return Tree.line(self.drafter.draft(tokens, most)[:most])
+
+    def _tree(self, tokens: Sequence[int], most: int) -> Tree:
+        """Raises PromptError if the drafter gives something else."""
+        found = self.drafter.tree(tokens, most).first(most)
+        why = check_parents(found.parents, 1 + len(found.tokens))
+        if len(found.shares) != len(found.tokens):
+            why = f"{len(found.tokens)} drafts have {len(found.shares)} shares"
+        if why:
+            raise PromptError(f"the drafter {self.drafter.name!r} gives no tree: {why}")
+        return found
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Which of the last drafts each one follows, from 1 on, or 0 for the last known token;
+        empty if each follows the one before."""
+        found = tuple(self._chosen.parents)
+        return () if found == tuple(range(len(found))) else found
 
     def guess(self, tokens: Sequence[int]) -> None:
         """Tell the drafter which tokens the model's heads expect after the next one."""
         self.drafter.guess(tokens)
 
+    def rank(self, candidates: Sequence[Sequence[int]]) -> None:
+        """Tell the drafter which tokens each head thinks likely, the likeliest first."""
+        self.drafter.rank(candidates)
+
     def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
         """Note a step of `new` tokens, and the tokens that came of it."""
-        self._acceptance.learn(self._drafted, tokens)
+        self._acceptance.learn(self._drafted.right(tokens), tokens)
         if self._seconds is not None:
             self._seconds.learn(new, seconds)
 
