@@ -435,6 +435,17 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_nothing_to_train() -> None:
+    """The plain T5 has neither GELU nor SiLU."""
+    from mergec.compiler.adaptation import run
+
+    asked = CompileConfig(preset="mpcformer-2quad", disable=("softmax_2quad",))
+    student = Student(short("t5").float(), asked, [[1, 2]])
+    with pytest.raises(CompileError, match=r"'mpcformer-2quad' changes nothing in this model"):
+        run._check_student(student, asked, asked_for("mpcformer-2quad"))
+
+
 def test_beams_are_left_out_and_named() -> None:
     """Many checkpoints ask for them; what is compared is greedy."""
     from mergec.compiler.adaptation import run
