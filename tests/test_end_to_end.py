@@ -65,10 +65,8 @@ def check(program: Program, tokens: int = TOKENS, prompt: list[int] | None = Non
         assert record.offline_bytes == predicted.offline
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_family_in_three_processes(family: str, tmp_path: Path) -> None:
     check(compiled(decoder(family, **SMALL, **FAMILIES[family]), tmp_path / "bundles"))
 

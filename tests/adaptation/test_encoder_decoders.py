@@ -27,7 +27,7 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.adaptation import counting
 from tests.encoder_decoders import model_and_step, random_model
-from tests.families import float_decoder, slow
+from tests.families import float_decoder
 
 LOSSY = tuple(name for name in PRESETS if name != "exact")
 SOURCE, ANSWER = [3, 14, 15, 92, 65, 35], [9, 26]
@@ -122,12 +122,16 @@ def test_the_program_computes_what_the_student_does(
     compare(small(family), preset, tmp_path)
 
 
-@pytest.mark.parametrize(("family", "preset"), [("t5", "mpcformer-2quad"), ("bart", "merge")])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [pytest.param("t5", "mpcformer-2quad", marks=pytest.mark.slow), ("bart", "merge")],
+)
 def test_of_one_layer(family: str, preset: str, tmp_path: Path) -> None:
     compare(short(family), preset, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["t5", *slow("bart")])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_under_mpc(family: str, tmp_path: Path) -> None:
     config = CompileConfig(preset="merge")
     model = short(family).float()
@@ -240,6 +244,7 @@ def test_resent_states_enter_the_loss() -> None:
     assert found.total.item() == pytest.approx(float(wanted), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_the_encoder_are_learned() -> None:
     """The first stage sees an encoder that differs, though the decoder's weights do not."""
     model = short("t5").float()
@@ -358,7 +363,8 @@ def write_pairs(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("preset", ["merge", *slow("merge-er", "mpcformer-2quad", "thex")])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["merge", "merge-er", "mpcformer-2quad", "thex"])
 def test_from_the_model_to_the_program(preset: str, tmp_path: Path) -> None:
     model, data, folder = short("t5").float(), write_pairs(tmp_path), tmp_path / "adapted"
     said: list[str] = []
