@@ -49,7 +49,8 @@ def test_what_a_process_holds(memory: Any) -> None:
         found = memory.held([child.pid])
         assert 100 << 20 <= found.own < 200 << 20
         assert 0 < found.mapped < 100 << 20
-        assert memory.held([child.pid, child.pid]).own == 2 * found.own
+        # A process that waits may still be given pages, or lose some.
+        assert abs(memory.held([child.pid, child.pid]).own - 2 * found.own) < 1 << 20
         child.kill()
 
 

@@ -664,7 +664,7 @@ def test_peers_that_do_not_keep_to_the_plan_or_the_journal_are_refused(
         hostile.header = replace(hostile.header, prompt=1, tokens=6)
         monkeypatch.setattr(Header, "common", Store.open(place, KEY).header.common)
         with monkeypatch.context() as patch:
-            patch.setattr(Schedule, "check", lambda *_: (0, []))
+            patch.setattr(Schedule, "check", lambda *_, **__: (0, []))
             told = "the server says: the client requests 1 tokens after 0, but the store holds rand"
             with pytest.raises(PartyError, match=told):
                 ask(hostile, prompt)
