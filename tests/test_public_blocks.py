@@ -349,6 +349,16 @@ def test_blocks_that_are_not_there() -> None:
         assert session._sessions[CLIENT].tokens == [*HEAD, *block_marks(1, 3), *block_marks(3, 2)]
 
 
+def test_blocks_that_leave_no_room_are_not_copied() -> None:
+    long = [[token] * (decoder.LENGTH // 2) for token in (1, 2)]
+    with InProcessSession(programs(), public=[HEAD], blocks=long) as session:
+        held = session._sessions[SERVER]._others.keys()
+        before = set(held)
+        with pytest.raises(BundleError, match="leave no room for a step"):
+            session.turn_to(Place(1, -1, (1, 2)))
+        assert set(held) - before <= {0} and session._sessions[SERVER].length == 0
+
+
 # ------------------------------------------------------------------------------------------- texts
 
 

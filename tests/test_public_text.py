@@ -21,13 +21,14 @@ from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.core.values import Sent, decode, encode
 from mergec.runtime.engine.audit import SERVERS, audit
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place, public_source
+from mergec.runtime.session.public_blocks import compute_all
 from mergec.runtime.session.public_text import (
     PublicText,
     check_public,
-    compute_public,
     digest_of_tokens,
     prompt_tokens,
     public_tokens,
@@ -118,11 +119,16 @@ def test_logits_are_those_of_a_secret_prompt_in_other_programs(
     compare(family, options)
 
 
+def computed(program: RoleProgram, tokens: list[int]) -> PublicText:
+    (found,) = compute_all(program, [PublicText(len(tokens), tokens=tokens)])
+    return found
+
+
 def test_rows_are_what_the_program_computes_rounded_once() -> None:
     program = decoder.program("server")
     plain = PlainExecutor(program)
     expected = plain.step({"ids": torch.tensor([PUBLIC]), **plain.start()})
-    found = compute_public(program, PUBLIC)
+    found = computed(program, PUBLIC)
     assert found.length == len(PUBLIC)
     for name in ("cache.k", "cache.v"):
         assert torch.equal(found.rows[name], encode(expected[f"{name}.next"], 16))
@@ -142,7 +148,7 @@ def test_bytes_and_masks() -> None:
         assert all(executor.context.offline_bytes == 0 for executor in session.executors.values())
         words = []
         for number, tokens in enumerate((PUBLIC, SECRET)):
-            rows = compute_public(decoder.program(), tokens).rows
+            rows = computed(decoder.program(), tokens).rows
             for name, expected in rows.items():
                 client, server, dealer = (h[public_source(number)].caches[name] for h in held)
                 assert torch.equal(client.opened, server.opened)
@@ -233,7 +239,7 @@ def test_what_a_program_cannot_begin_with() -> None:
     with pytest.raises(PromptError, match="has no caches"):
         check_public(uncached, 1, [1])
     with pytest.raises(PromptError, match="needs the weights"):
-        compute_public(decoder.program("client"), PUBLIC)
+        computed(decoder.program("client"), PUBLIC)
 
 
 @pytest.mark.slow
@@ -243,7 +249,9 @@ def test_a_program_that_resends_refuses() -> None:
         program.generate_local([1, 2], max_tokens=1, public_prefix=[3])
 
 
-@pytest.mark.parametrize("found", [1, "a", [1], ["a"], [["a" * 64]], ["a" * 64] * 33, {"a": 1}])
+@pytest.mark.parametrize(
+    "found", [1, "a", [1], ["a"], [["a" * 64]], ["a" * 64] * 33, ["a" * 64] * 2, {"a": 1}]
+)
 def test_names_of_another_form(found: Any) -> None:
     with pytest.raises(PartyError, match="names no public text"):
         read_digests({"public": found}, "client")

@@ -20,6 +20,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.engine.audit import audit
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.lookup import Lookup
@@ -297,11 +298,16 @@ def test_three_processes(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- storage
 
 
+def reads(drafts: int = 3) -> Manifest:
+    """A manifest by which plans are read."""
+    return replace(plain().program.manifest, max_length=16, speculate_up_to=drafts)
+
+
 def test_a_plan_has_all_extra_steps() -> None:
     plan = Plan(1, 3, 5, drafts=3, pace=200)
     steps = [(3, 0), (3, 3), (4, 3), (2, 5), (3, 5), (1, 7)]
     assert plan.steps() == steps
-    assert Plan.read(plan.fields(), 16, "client") == plan
+    assert Plan.read(plan.fields(), reads(), "client") == plan
     schedule = plan.schedule()
     assert schedule.end == 8
     found = [schedule.check(*step, Draw(), "client") for step in (steps[0], *steps[2:5])]
@@ -326,14 +332,14 @@ def test_a_plan_has_all_extra_steps() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"drafts": -1}, {"drafts": 32}, {"drafts": 0}, {"pace": 0}, {"pace": 99}, {"pace": 401},
+        {"drafts": -1}, {"drafts": 4}, {"drafts": 0}, {"pace": 0}, {"pace": 99}, {"pace": 401},
         {"pace": 1.5}, {"drafts": None},
     ],
 )  # fmt: skip
 def test_plans_of_a_peer_that_cannot_be(wrong: dict[str, Any]) -> None:
     fields = {**Plan(1, 3, 5, drafts=3, pace=200).fields(), **wrong}
     with pytest.raises(PartyError, match="requests an invalid"):
-        Plan.read(fields, 16, "client")
+        Plan.read(fields, reads(), "client")
 
 
 @pytest.fixture(scope="module")

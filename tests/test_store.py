@@ -579,6 +579,19 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch) -
         read_key(tmp_path / "none")
 
 
+def test_answers_that_the_server_does_not_allow_are_not_stored(tmp_path: Path) -> None:
+    bundles = decoder.save(tmp_path / "bundles")
+    key = tmp_path / "key"
+    key.write_text(KEY.hex())
+    options = ("--stores", str(tmp_path / "server"), "--store-key", str(key), "--tokens", "2")
+    with (
+        deployment(bundles, serve=options) as made,
+        pytest.raises(PartyError, match="stores no such answers: an answer may have 2 tokens"),
+    ):
+        made.connection().prepare(Plan(1, 4, 3), tmp_path / "client", KEY)
+    assert stores_below(tmp_path / "client") == []
+
+
 def test_answers_from_a_store_need_no_dealer(tmp_path: Path) -> None:
     bundles = decoder.save(tmp_path / "bundles")
     key = tmp_path / "key"

@@ -168,14 +168,13 @@ class DealerSession:
     def _patience(self, kind: Kind, payload: memoryview, channel: Channel) -> float:
         """Seconds that a step that the client requests may take, or an answer of its plan."""
         steps: list[tuple[int, int]] = []
-        limit = self._program.manifest.max_length
         if kind in (Kind.STEP, Kind.AHEAD):
             new, past, *_ = read_step(payload, channel.peer)
             if not (0 <= new <= _LONGEST and 0 <= past <= _LONGEST):
                 raise PartyError(f"{new} tokens after {past} are more than this program runs")
             steps = [(new, past)]
         elif kind is Kind.PLAN:
-            plan = Plan.read(channel.object(payload), limit, channel.peer)
+            plan = Plan.read(channel.object(payload), self._program.manifest, channel.peer)
             steps = plan.steps()
         return patience(self._program, steps, self._settings.timeout)
 
@@ -226,7 +225,7 @@ class DealerSession:
             if kind is Kind.END:
                 return
             if kind is Kind.PLAN:
-                plan = Plan.read(channel.object(payload), limit, channel.peer)
+                plan = Plan.read(channel.object(payload), self._program.manifest, channel.peer)
                 if planned:
                     # The seeds of answers follow from the session's: they would be dealt again.
                     raise PartyError("a session deals for one plan; start another session")

@@ -158,9 +158,12 @@ class ServerSession:
             self._prepare(channel, self._join(hello, token, masks=static.hex()), static)
         elif purpose == SESSION:
             told: dict[str, Any] = {"masks": masks.hex()} if masks else {}
-            if public:
-                told["public"] = [text.length for text in public]
-            self._serve_dealt(channel, self._join(hello, token, **told), masks, public)
+            # Rows that are not kept are computed here, by a client that has its place.
+            with self._pulse.working():
+                texts = [self._public[name] for name in public]
+            if texts:
+                told["public"] = [text.length for text in texts]
+            self._serve_dealt(channel, self._join(hello, token, **told), masks, texts)
         else:
             raise PartyError("the client requests something that this server does not offer")
         channel.close()
@@ -177,7 +180,7 @@ class ServerSession:
         program = self._program.manifest.program_hash
         return mask_seed(self._settings.store_key, program, client, self._digest)
 
-    def _agreed(self, fields: dict[str, Any], channel: Channel) -> list[PublicText]:
+    def _agreed(self, fields: dict[str, Any], channel: Channel) -> list[str]:
         """The public texts that the client names; raises PartyError if one is not served here."""
         named = read_digests(fields, channel.peer)
         unknown = [name for name in named if name not in self._public]
@@ -187,7 +190,7 @@ class ServerSession:
                 "--public-prompt, --public-block and the same files and tokenizer, or leave the "
                 "text out"
             )
-        return [self._public[name] for name in named]
+        return named
 
     def _join(self, hello: Hello, token: str, **told: Any) -> tuple[Channel, Origin]:
         settings = self._settings
@@ -335,7 +338,9 @@ class ServerSession:
         if settings.stores is None:
             raise PartyError("this server stores no randomness; it needs --stores")
         payload = channel.receive_any((Kind.PLAN,))[1]
-        plan = Plan.read(channel.object(payload), self._program.manifest.max_length, "client")
+        plan = Plan.read(channel.object(payload), self._program.manifest, "client")
+        if reason := self._too_long(plan.prompt, plan.tokens):
+            raise PartyError(f"the server stores no such answers: {reason}")
         dealer.send(Kind.PLAN, payload)
         whole_answer = patience(self._program, plan.steps(), settings.timeout)
         self._expect(whole_answer)
@@ -510,16 +515,23 @@ class ServerSession:
     def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
         """Why an answer of this length is refused, and when to retry; empty if it is allowed."""
         limits = self._settings.limits
-        most = [n for n in (limits.length, self._program.manifest.max_length) if n]
-        if most and length + tokens > min(most):
-            return {"reason": f"prompt and answer may have {min(most)} tokens together"}
-        if limits.tokens and tokens > limits.tokens:
-            return {"reason": f"an answer may have {limits.tokens} tokens"}
+        if reason := self._too_long(length, tokens):
+            return {"reason": reason}
         wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
         if wait:
             used = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
             return {"reason": used, "wait": wait}
         return {}
+
+    def _too_long(self, length: int, tokens: int) -> str:
+        """Why a prompt and an answer of these lengths are more than is allowed, or nothing."""
+        limits = self._settings.limits
+        most = [n for n in (limits.length, self._program.manifest.max_length) if n]
+        if most and length + tokens > min(most):
+            return f"prompt and answer may have {min(most)} tokens together"
+        if limits.tokens and tokens > limits.tokens:
+            return f"an answer may have {limits.tokens} tokens"
+        return ""
 
     def _answer(
         self,
@@ -536,6 +548,9 @@ class ServerSession:
         which bounds it.
         """
         limit = length + tokens
+        # Stored steps that look alike reach beyond an answer that is shorter than their plan.
+        steady = schedule is not None and schedule.branches
+        reach = limit + (self._program.manifest.speculate_up_to if steady else 0)
         # A token of the answer may take a step with as many wrong drafts as the program checks.
         most = limit + tokens * self._program.manifest.speculate_up_to
         computed = 0
@@ -553,7 +568,7 @@ class ServerSession:
             turn(session, place, channel.peer)
             branch(session, branches, new, past, split, channel.peer)
             divide(session, split, new, channel.peer)
-            if not session.allows(new, past) or (schedule is None and new + past > limit):
+            if not session.allows(new, past) or new + past > reach:
                 raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
             computed += new
             # Rolling back, an answer of bounded length could go on for ever.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,8 +126,11 @@ def head_forms(path: Path | None, text: Text | None) -> list[list[int]]:
         if path is not None:
             raise no_tokenizer(path)
         return [[]]
-    ways = (True, False) if text.has_chat else (False,)
-    forms = [frame(text, ".", chat, content)[0] for chat in ways]
+    forms = [frame(text, ".", False, content)[0]]
+    if text.has_chat:
+        # A client that wants a chat is told so, where its template has no place for blocks.
+        with suppress(PromptError):
+            forms.insert(0, frame(text, ".", True, content)[0])
     # Prompts of token numbers begin with nothing.
     return forms if path is not None else [*forms, []]
 

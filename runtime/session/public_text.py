@@ -67,7 +67,11 @@ def read_digests(fields: Mapping[str, Any], peer: str) -> list[str]:
     """The public texts that a client names; raises PartyError if they are malformed."""
     found = fields.get("public", [])
     named = isinstance(found, list) and len(found) <= MOST_PREFIXES
-    if not named or not all(isinstance(x, str) and len(x) == _DIGEST_HEX for x in found):
+    if (
+        not named
+        or not all(isinstance(x, str) and len(x) == _DIGEST_HEX for x in found)
+        or len(set(found)) < len(found)
+    ):
         raise PartyError(f"the {peer} names no public text; install the same mergec everywhere")
     return found
 
@@ -198,17 +202,6 @@ def check_public(program: RoleProgram, length: int, tokens: Sequence[int]) -> No
             f"the public text has {length} tokens, which leaves no room in this program's "
             f"{limit}; shorten it, or compile with a larger max_length"
         )
-
-
-def compute_public(program: RoleProgram, tokens: Sequence[int]) -> PublicText:
-    """At the server: the cache rows of a public text, computed in the clear.
-
-    They are rounded to the nearest fixed-point number of the caches' fractional bits. Raises
-    PromptError if the program cannot begin with these tokens, or lacks its weights.
-    """
-    check_public(program, len(tokens), tokens)
-    rows = plain_rows(PlainExecutor(program), tokens)
-    return PublicText(len(tokens), encoded_rows(program, rows))
 
 
 def plain_rows(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
-from mergec.runtime.core.spec import MAX_DRAFTS
 from mergec.runtime.engine.trees import LINE, Branches
 from mergec.runtime.program.json_values import is_a
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.conversations import MOST_CONVERSATIONS, STILL, Place, public_source
 from mergec.runtime.session.drafting.steady import Steady
 from mergec.runtime.session.public_text import MOST_PREFIXES
@@ -157,14 +157,14 @@ class Plan:
         return [first, *(step for stride in strides for step in stride.steps)]
 
     @classmethod
-    def read(cls, fields: dict[str, Any], max_length: int, peer: str) -> Plan:
+    def read(cls, fields: dict[str, Any], manifest: Manifest, peer: str) -> Plan:
         """Read a plan from a peer's fields; raises PartyError if the program cannot run it."""
         fields = {"drafts": 0, "pace": 0, **fields}
-        limit = max_length or 1 << 20
+        limit = manifest.max_length or 1 << 20
         prompt = whole(fields, "prompt", 1, limit, peer)
         tokens = whole(fields, "tokens", 0, limit - prompt, peer)
         answers = whole(fields, "answers", 1, 1 << 20, peer)
-        drafts = whole(fields, "drafts", 0, MAX_DRAFTS, peer)
+        drafts = whole(fields, "drafts", 0, manifest.speculate_up_to, peer)
         pace = whole(fields, "pace", 0, 100 * (1 + drafts), peer)
         if bool(drafts) != bool(pace) or 0 < pace < 100:
             raise PartyError(f"the {peer} requests an invalid pace: {pace} with {drafts} drafts")

@@ -223,6 +223,10 @@ class Session(ABC):
         now = Cached(self._caches, self.length, self.tokens, self._grown)
         self._others[self._conversation] = now
         source, *joined = [self._others.get(number, Cached({}, 0, [])) for number in wanted]
+        # Joined rows are copies: their number is bounded before they are made.
+        length = source.length + sum(text.length for text in joined)
+        if joined and length >= (self.program.manifest.max_length or 1 << 20):
+            raise BundleError(f"caches of {length} tokens leave no room for a step")
         caches = source.caches
         if place.source != place.conversation:
             caches = {
@@ -231,7 +235,7 @@ class Session(ABC):
             }
         self._others.pop(place.conversation, None)
         self._conversation, self._caches = place.conversation, caches
-        self.length = source.length + sum(text.length for text in joined)
+        self.length = length
         self.tokens = [token for text in (source, *joined) for token in text.tokens]
         self._grown = source.grown
 
