@@ -413,6 +413,10 @@ def test_a_connection_encodes_what_it_combines(tmp_path: Path, chat: bool) -> No
     for said in (messages, messages[1:]):
         assert connection.encode_chat(said) == [*head, *one, *two, *rest]
     assert connection.encode_chat(messages, blocks=[]) == text.encode_chat(messages)
+    other = [{"role": "system", "content": "cb"}, *messages[1:]]
+    with pytest.raises(PromptError, match="leave yours out"):
+        connection.encode_chat(other)
+    assert connection.encode_chat(other, blocks=[]) == text.encode_chat(other)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -424,12 +424,17 @@ class Connection:
         """Tokens of a conversation, by the chat template; each message has `role` and `content`.
 
         blocks: as in `encode`; they continue the system message, which is the text that they see.
+        Raises PromptError for another system message beside them.
         """
         chosen = self._chosen(blocks)
         if not chosen:
             return self._text().encode_chat(messages)
         begins = [{"role": "system", "content": self._head}]
         said = messages[1:] if list(messages[:1]) == begins else messages
+        if any(message.get("role") == "system" for message in said):
+            raise PromptError(
+                "public blocks continue the public text as the system message; leave yours out"
+            )
         return self._framed(said, True, chosen)
 
     def _framed(
