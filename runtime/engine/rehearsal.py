@@ -241,7 +241,8 @@ class Rehearsal:
         return self._results(self._trees.names, new, past)
 
     def _results(self, names: tuple[str, ...], new: int, past: int) -> dict[str, Any]:
-        parts = self.parts(new, past, wanted=names) if names else ()
+        # Lengths do not depend on the choice of a token; another one would forget what was played.
+        parts = self.parts(new, past, self.context.draw, wanted=names) if names else ()
         found = {part.planned.name: part.result for part in parts}
         return {name: found[name] for name in names}
 
