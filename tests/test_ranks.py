@@ -353,7 +353,8 @@ def test_a_rank_that_raises_is_named_with_the_kind_of_its_error_and_no_value() -
 
 @pytest.mark.slow
 def test_a_rank_that_stops_is_waited_for_as_long_as_was_said() -> None:
-    with fresh(2, timeout=1.0) as made:
+    # It is how long a start may take as well.
+    with fresh(2, timeout=30.0) as made:
         held = spread(made.group, words(6, 4), 0)
         os.kill(made.pids[1], signal.SIGSTOP)
         with pytest.raises(RankError, match="rank 1 of the dealer did not answer"):
