@@ -52,9 +52,10 @@ install: $(READY) ## create .venv and install everything
 demo: $(READY) ## three processes answer a question with SmolLM2-135M-Instruct
 	$(PYTHON) -m mergec demo
 
-# Three processes for two cores, because some tests wait. Kernels are compiled before: each process
-# would compile those that it does not find.
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# Three processes for two cores, because some tests wait; two for those that take minutes, which need
+# more memory. Kernels are compiled before: each process would compile those that it does not find.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+WORKERS := -n 3 $(BY_FILE)
 KERNELS = $(PYTHON) -c "import tests.preloaded"
 
 test: $(READY) ## the tests that take seconds
@@ -62,7 +63,8 @@ test: $(READY) ## the tests that take seconds
 	$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(READY) ## the tests that take minutes, all of them; run before a release
-	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+	$(KERNELS)
+	$(PYTHON) -m pytest -m slow -n 2 $(BY_FILE) $(PYTEST_ARGS)
 
 # What parties do in their own processes counts, too; what a killed process did does not.
 coverage: $(READY) ## the tests that take seconds, and the lines that they do not run
