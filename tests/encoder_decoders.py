@@ -66,6 +66,9 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "plbart": ("PLBartForConditionalGeneration", "PLBartConfig", _BART),
     "mvp": ("MvpForConditionalGeneration", "MvpConfig", _BART),
 }
+_SEEDS = {"t5_gated": 2, "mt5": 2}
+"""Of weights, where those of seed 1 answer every source alike."""
+
 FAMILIES = tuple(_MODELS)
 QUICK = ("t5", "bart")
 
@@ -85,7 +88,7 @@ def random_model(family: str, **changes: Any) -> Any:
     kind, config, options = _MODELS[family]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**{**options, **changes}))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(_SEEDS.get(family, 1))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -257,7 +257,8 @@ def test_rows_are_measured_kept_and_tried_again_if_they_failed(
     failed = [row.failed for row in first.rows]
     assert [reason != "" for reason in failed] == [False, True, False, False, False]
     assert "no-such-preset" in failed[1]
-    stock, _, by_stock, ours, drafting = first.rows
+    # What takes long by CrypTen's protocols is measured last.
+    stock, _, ours, drafting, by_stock = first.rows
     for row in (stock, by_stock, ours):
         text = row.text(kind, LENGTH)
         assert text.total.seconds > 0
@@ -286,5 +287,5 @@ def test_an_encoder_decoder_s_rows(
     stock, ours, drafting = found.rows
     assert "for decoders alone" in drafting.failed
     totals = [row.text(kind, LENGTH) for row in (stock, ours)]
-    assert totals[0].total.online > 20 * totals[1].total.online > 0
+    assert totals[0].total.online > 10 * totals[1].total.online > 0
     assert all(set(text.shares) == set(tables.CATEGORIES) for text in totals)
