@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
 from mergec.compiler.config import CompileConfig
@@ -104,6 +105,22 @@ def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[
         Step(rows[CLIENT][0].value, [record for _, record in rows])
         for rows in zip(*results, strict=True)
     ]
+
+
+def drawn_masks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The words of all masks of 64 bits that the dealer draws from now on."""
+    drawn: list[torch.Tensor] = []
+    for name in ("mask", "client_mask"):
+        real = getattr(DealerContext, name)
+
+        def noted(self: Any, shape: Any, *kind: Any, real: Any = real) -> torch.Tensor:
+            words = real(self, shape, *kind)
+            if words.dtype is torch.int64:
+                drawn.append(words.clone().reshape(-1))
+            return words
+
+        monkeypatch.setattr(DealerContext, name, noted)
+    return drawn
 
 
 def empty_caches(program: RoleProgram, party: int) -> dict[str, Masked]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError
 from mergec.runtime.core.spec import DEALER, ROLES
@@ -62,17 +61,7 @@ def test_the_parties_forget_what_they_drop(options: dict[str, Any]) -> None:
 
 def test_no_mask_returns_after_a_roll_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each word that hides an entry of a position is another one each time, as are all masks."""
-    drawn: list[torch.Tensor] = []
-    for name in ("mask", "client_mask"):
-        real = getattr(DealerContext, name)
-
-        def noted(self: Any, shape: Any, *kind: Any, real: Any = real) -> torch.Tensor:
-            words = real(self, shape, *kind)
-            if words.dtype is torch.int64:
-                drawn.append(words.clone().reshape(-1))
-            return words
-
-        monkeypatch.setattr(DealerContext, name, noted)
+    drawn = session.drawn_masks(monkeypatch)
     _, program = session.compiled("gpt2")
     with InProcessSession(program.roles) as parties:
         dealer, server = parties._sessions[DEALER], parties._sessions[1]

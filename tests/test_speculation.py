@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.sampling import Sampling
 from mergec.runtime.session.text import Text
 from tests import characters, decoder, session
+from tests.sampled import BEST, DRAWS, FIRST, HEAT, LAW, ByLastToken, check_law
 from tests.services import deployment
 
 MOST = 4
@@ -131,53 +131,23 @@ def test_processors_see_the_history_of_each_position() -> None:
 
 def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     """Four tokens, each one of three: 800 draws with good drafts, and 800 with bad ones."""
-    count, heat, best = 800, 2.0, 3
-    table = torch.randn(13, 13, generator=torch.Generator().manual_seed(1)) * 2
-
-    class Stub(PlainSession):
-        """Logits that depend on the last token alone."""
-
-        def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-            ids = inputs["ids"].value
-            kept = ids if inputs["cache.k"].shape[2] else ids[:, -1:]
-            cache = torch.zeros(1, 1, inputs["cache.k"].shape[2] + ids.shape[1], 8)
-            return {**dict.fromkeys(outputs, cache), outputs[0]: table[kept]}
-
-    kept = torch.full((13, 13), -math.inf).double()
-    kept.scatter_(1, table.topk(best).indices, table.topk(best).values.double() / heat)
-    law = torch.softmax(kept, -1)
-    likely = int(law[7].argmax())
-    stub = Stub(PlainExecutor(decoder.program(speculate_up_to=MOST)))
+    likely = int(LAW[FIRST].argmax())
+    stub = ByLastToken(PlainExecutor(decoder.program(speculate_up_to=MOST)))
     for drafter in (
-        Fixed(lambda tokens: [int(law[tokens[-1]].argmax()), likely, likely]),
-        Fixed(lambda tokens: [int((law[tokens[-1]] > 0).nonzero()[-1]), 0, 0]),
+        Fixed(lambda tokens: [int(LAW[tokens[-1]].argmax()), likely, likely]),
+        Fixed(lambda tokens: [int((LAW[tokens[-1]] > 0).nonzero()[-1]), 0, 0]),
     ):
         seen: Counter[tuple[int, ...]] = Counter()
         drafted = 0
-        for seed in range(count):
-            sampling = Sampling(temperature=heat, top_k=best, seed=seed)
+        for seed in range(DRAWS):
+            sampling = Sampling(temperature=HEAT, top_k=BEST, seed=seed)
             made = Speculation(drafter, MOST)
-            found = answer(stub, [7], max_tokens=4, sampling=sampling, speculation=made)
+            found = answer(stub, [FIRST], max_tokens=4, sampling=sampling, speculation=made)
             tokens = list(found)
             drafted += sum(report.accepted for token in tokens for report in token.reports)
             seen[tuple(token.token for token in tokens)] += 1
-        assert drafted > count / 4, "drafts were accepted"
-        statistic, outcomes = 0.0, 0
-        rest = [0.0, 0.0]
-        for key in itertools.product(range(13), repeat=4):
-            chance = math.prod(float(law[a, b]) for a, b in itertools.pairwise((7, *key)))
-            if not chance:
-                assert key not in seen
-                continue
-            times, expected = seen[key], chance * count
-            if expected < 5:  # rare outcomes are one class, or the statistic is no chi-square
-                rest = [rest[0] + times, rest[1] + expected]
-                continue
-            statistic, outcomes = statistic + (times - expected) ** 2 / expected, outcomes + 1
-        if rest[1]:
-            statistic += (rest[0] - rest[1]) ** 2 / rest[1]
-        # A chi-square of so many degrees of freedom is beyond this once in a million.
-        assert statistic < outcomes + 5 * math.sqrt(2 * outcomes)
+        assert drafted > DRAWS / 4, "drafts were accepted"
+        check_law(seen, 4)
 
 
 def test_a_stop_token_within_a_run_ends_the_answer() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from mergec.runtime.cli import app
@@ -33,6 +32,7 @@ from mergec.runtime.session.stores.format import HEADER, read_header
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.channel import Kind
 from tests import characters, decoder, session
+from tests.sampled import BEST, DRAWS, FIRST, HEAT, LAW, ByLastToken, check_law
 from tests.services import Deployment, deployment
 from tests.test_speculation import MOST, PROMPT, Fixed, plain
 
@@ -177,44 +177,17 @@ def test_seeded_answers_are_those_without_drafts(fixed: float) -> None:
 
 def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     """Four tokens, each one of three, in 800 answers with good drafts."""
-    count, heat, best = 800, 2.0, 3
-    table = torch.randn(13, 13, generator=torch.Generator().manual_seed(1)) * 2
-
-    class Stub(PlainSession):
-        """Logits that depend on the last token alone."""
-
-        def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-            ids = inputs["ids"].value
-            rows = ids if inputs["cache.k"].shape[2] else ids[:, -1:]
-            cache = torch.zeros(1, 1, inputs["cache.k"].shape[2] + ids.shape[1], 8)
-            return {**dict.fromkeys(outputs, cache), outputs[0]: table[rows]}
-
-    limited = torch.full((13, 13), -math.inf).double()
-    limited.scatter_(1, table.topk(best).indices, table.topk(best).values.double() / heat)
-    law = torch.softmax(limited, -1)
-    made = Speculation(Fixed(lambda tokens: [int(law[tokens[-1]].argmax())] * 3), 3, fixed=1.5)
-    stub = Stub(PlainExecutor(decoder.program(speculate_up_to=MOST)))
+    made = Speculation(Fixed(lambda tokens: [int(LAW[tokens[-1]].argmax())] * 3), 3, fixed=1.5)
+    stub = ByLastToken(PlainExecutor(decoder.program(speculate_up_to=MOST)))
     seen: Counter[tuple[int, ...]] = Counter()
     right = 0
-    for seed in range(count):
-        sampling = Sampling(temperature=heat, top_k=best, seed=seed)
-        found = list(answer(stub, [7], max_tokens=4, sampling=sampling, speculation=made))
+    for seed in range(DRAWS):
+        sampling = Sampling(temperature=HEAT, top_k=BEST, seed=seed)
+        found = list(answer(stub, [FIRST], max_tokens=4, sampling=sampling, speculation=made))
         right += sum(report.accepted for token in found for report in token.reports)
         seen[tuple(numbers(found))] += 1
-    assert right > count / 4, "drafts were accepted"
-    statistic, outcomes, rest = 0.0, 0, [0.0, 0.0]
-    for key in itertools.product(range(13), repeat=4):
-        chance = math.prod(float(law[a, b]) for a, b in itertools.pairwise((7, *key)))
-        if not chance:
-            assert key not in seen
-        elif chance * count < 5:  # rare outcomes are one class, or the statistic is no chi-square
-            rest = [rest[0] + seen[key], rest[1] + chance * count]
-        else:
-            statistic += (seen[key] - chance * count) ** 2 / (chance * count)
-            outcomes += 1
-    statistic += (rest[0] - rest[1]) ** 2 / rest[1]
-    # A chi-square of so many degrees of freedom is beyond this once in a million.
-    assert statistic < outcomes + 5 * math.sqrt(2 * outcomes)
+    assert right > DRAWS / 4, "drafts were accepted"
+    check_law(seen, 4)
 
 
 def test_an_answer_of_fixed_length_takes_all_steps() -> None:

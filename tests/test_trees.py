@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.runtime.cli import app
-from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
@@ -51,6 +49,7 @@ from mergec.runtime.session.sampling import Sampling
 from mergec.runtime.transport.channel import Kind
 from tests import characters, decoder, session
 from tests.families import every_family, slow
+from tests.sampled import BEST, DRAWS, FIRST, HEAT, LAW, ByLastToken, check_law
 from tests.services import deployment
 from tests.test_more_families import example
 
@@ -263,17 +262,7 @@ def test_all_roles_keep_the_entries_of_a_path_under_their_masks() -> None:
 
 
 def test_no_mask_returns_after_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[torch.Tensor] = []
-    for name in ("mask", "client_mask"):
-        real = getattr(DealerContext, name)
-
-        def noted(self: Any, shape: Any, *kind: Any, real: Any = real) -> torch.Tensor:
-            words = real(self, shape, *kind)
-            if words.dtype is torch.int64:
-                drawn.append(words.clone().reshape(-1))
-            return words
-
-        monkeypatch.setattr(DealerContext, name, noted)
+    drawn = session.drawn_masks(monkeypatch)
     with InProcessSession(roles()) as parties:
         dealer, server = parties._sessions[DEALER], parties._sessions[SERVER]
         parties.step(PROMPT, 0)
@@ -432,30 +421,12 @@ def test_a_stop_token_in_a_tree_ends_the_answer() -> None:
 
 def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
     """Three tokens, each one of three, with two or three of them drafted at each place."""
-    count, heat, best = 800, 2.0, 3
-    table = torch.randn(13, 13, generator=torch.Generator().manual_seed(1)) * 2
-
-    class Stub(PlainSession):
-        """Logits that depend on the last token alone."""
-
-        def _compute(
-            self, phase: Any, new: int, past: int, ids: Any, parents: tuple[int, ...] = ()
-        ) -> dict[str, Any]:
-            cache = torch.zeros(1, 1, past + new, 8)
-            return {
-                **dict.fromkeys(phase.outputs, cache),
-                phase.outputs[0]: table[torch.tensor(ids)],
-            }
-
-    kept = torch.full((13, 13), -math.inf).double()
-    kept.scatter_(1, table.topk(best).indices, table.topk(best).values.double() / heat)
-    law = torch.softmax(kept, -1)
-    stub = Stub(PlainExecutor(program()))
+    stub = ByLastToken(PlainExecutor(program()))
 
     def rule(width: int) -> Grown:
         def draft(tokens: list[int]) -> Tree:
-            ranked = law[tokens[-1]].argsort(descending=True)[:width].tolist()
-            behind = law[ranked[1]].argsort(descending=True)[:width].tolist()
+            ranked = LAW[tokens[-1]].argsort(descending=True)[:width].tolist()
+            behind = LAW[ranked[1]].argsort(descending=True)[:width].tolist()
             parents = [0] * width + [2] * width
             return Tree([*ranked, *behind], parents, [1 / width] * (2 * width))
 
@@ -465,28 +436,14 @@ def test_sampled_tokens_have_the_distribution_of_the_model() -> None:
         seen: Counter[tuple[int, ...]] = Counter()
         second = 0
         made = Speculation(rule(width), MOST, tree=True)
-        for seed in range(count):
-            sampling = Sampling(temperature=heat, top_k=best, seed=seed)
-            tokens = answer(stub, [7], max_tokens=9, sampling=sampling, speculation=made)
+        for seed in range(DRAWS):
+            sampling = Sampling(temperature=HEAT, top_k=BEST, seed=seed)
+            tokens = answer(stub, [FIRST], max_tokens=9, sampling=sampling, speculation=made)
             found = list(itertools.islice(tokens, 3))
             second += sum(report.accepted == 2 for token in found for report in token.reports)
             seen[tuple(token.token for token in found)] += 1
-        assert second > count / 20, "the second branch is followed, and a second level of it"
-        statistic, outcomes, rest = 0.0, 0, [0.0, 0.0]
-        for key in itertools.product(range(13), repeat=3):
-            chance = math.prod(float(law[a, b]) for a, b in itertools.pairwise((7, *key)))
-            if not chance:
-                assert key not in seen
-                continue
-            times, expected = seen[key], chance * count
-            if expected < 5:  # rare outcomes are one class, or the statistic is no chi-square
-                rest = [rest[0] + times, rest[1] + expected]
-                continue
-            statistic, outcomes = statistic + (times - expected) ** 2 / expected, outcomes + 1
-        if rest[1]:
-            statistic += (rest[0] - rest[1]) ** 2 / rest[1]
-        # A chi-square of so many degrees of freedom is beyond this once in a million.
-        assert statistic < outcomes + 5 * math.sqrt(2 * outcomes)
+        assert second > DRAWS / 20, "the second branch is followed, and a second level of it"
+        check_law(seen, 3)
 
 
 def test_how_many_drafts_of_a_tree_pay() -> None:
