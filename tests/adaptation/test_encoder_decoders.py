@@ -26,6 +26,7 @@ from mergec.compiler.pipeline import calibration
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.adaptation import counting
+from tests.adaptation.test_student import moved
 from tests.encoder_decoders import model_and_step, random_model
 from tests.families import float_decoder
 
@@ -62,17 +63,6 @@ def samples(start: int) -> list[Pair]:
     ]
 
 
-def moved(model: Any, config: CompileConfig) -> Student:
-    """A student all of whose parameters are others than at the start, as after some training."""
-    student = Student(model, config, samples(start_of(model)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            change = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter += 0.1 * parameter.abs().mean() * change
-    return student
-
-
 def answers(student: Student) -> torch.Tensor:
     """The logits at the answer's first token and after each token of a given answer."""
     ids, source = torch.tensor([[student.start, *ANSWER]]), torch.tensor([SOURCE])
@@ -102,7 +92,7 @@ def said(program: Program) -> torch.Tensor:
 
 def compare(model: Any, preset: str, folder: Path) -> None:
     config = CompileConfig(preset=preset)
-    student = moved(model, config)
+    student = moved(model, config, samples(start_of(model)))
     program = compiled(model, student, config, folder)
     assert program.manifest.lossy
     wanted, found = answers(student), said(program)
@@ -135,7 +125,7 @@ def test_of_one_layer(family: str, preset: str, tmp_path: Path) -> None:
 def test_under_mpc(family: str, tmp_path: Path) -> None:
     config = CompileConfig(preset="merge")
     model = short(family).float()
-    student = moved(model, config)
+    student = moved(model, config, samples(start_of(model)))
     program = compiled(model, student, config, tmp_path)
     ran = {entry["pass"]: entry["sites"] for entry in program.manifest.passes}
     assert ran["fix_attention"] == 3
@@ -173,7 +163,7 @@ def test_sources_of_several_lengths_side_by_side() -> None:
 @pytest.mark.slow
 def test_it_answers_as_the_program_does(tmp_path: Path) -> None:
     model, config = short("t5"), CompileConfig(preset="merge-er")
-    student = moved(model, config)
+    student = moved(model, config, samples(start_of(model)))
     program = compiled(model, student, config, tmp_path)
     sources = [SOURCE, [7], [81, 4, 4]]
     plain = PlainExecutor(program.roles["server"])

@@ -33,9 +33,9 @@ def small(family: str = "gpt2", **settings: Any) -> Any:
     return random_decoder(family, **{layers: 1, **settings})
 
 
-def moved(model: Any, config: CompileConfig) -> Student:
+def moved(model: Any, config: CompileConfig, texts: Any = SEQUENCES) -> Student:
     """A student all of whose parameters are others than at the start, as after some training."""
-    student = Student(model, config, SEQUENCES)
+    student = Student(model, config, texts)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in student.parameters():
