@@ -281,7 +281,12 @@ class Session(ABC):
         """Lengths of secret values in a step; see `Trees.sizes`."""
         if not self._trees.sizes:
             return {}
-        return (self.rehearsal or Rehearsal(self.program)).sizes(new, past)
+        return self._measuring.sizes(new, past)
+
+    @cached_property
+    def _measuring(self) -> Rehearsal:
+        """What lengths are looked up in: it keeps what it has played."""
+        return self.rehearsal or Rehearsal(self.program)
 
     @abstractmethod
     def _join(self, values: Sequence[Any]) -> Any:
