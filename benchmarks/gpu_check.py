@@ -84,8 +84,9 @@ def rates() -> list[str]:
     from mergec.runtime.correlations.dpf import Generator
     from mergec.runtime.correlations.prg import DevicePrg
     from mergec.runtime.kernels.matmul import matmul_rows
+    from mergec.runtime.ops.silu import SILU
     from mergec.runtime.protocols.interval import _VALUES, fit
-    from mergec.runtime.protocols.pieces import Pieces, Polynomial
+    from mergec.runtime.protocols.pieces import Pieces
 
     device = torch.device("cuda")
     draw = DevicePrg(SEEDS[0], device)
@@ -111,7 +112,8 @@ def rates() -> list[str]:
     generator = Generator(2)
     taken = _seconds(lambda: _VALUES(points, roots, words, table, 0, generator), 3)
     lines.append(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
-    pieces, count = Pieces(Polynomial(np.sin, 7), 0, 16, 17, (5,) * 8, 4), 1 << 15
+    pieces, count = SILU.from_server(9).table, 1 << 15
+    assert isinstance(pieces, Pieces)
     mask, share = (
         draw.tensor(shape, dtype)
         for shape, dtype in (((count,), torch.int32), ((count, pieces.dealt_bytes), torch.uint8))

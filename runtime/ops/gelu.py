@@ -15,7 +15,6 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.pieces import Pieces, Polynomial
 from mergec.runtime.protocols.saturate import (
     SCALAR_DOMAIN,
     Function,
@@ -27,25 +26,30 @@ from mergec.runtime.protocols.saturate import (
     saturating,
     supplies_of,
 )
+from mergec.runtime.protocols.waves import Waves, wave_table
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+def _erf(x: np.ndarray) -> np.ndarray:
+    return np.asarray(np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def _tanh(x: np.ndarray) -> np.ndarray:
+    return np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-def _saturating(function: Callable[[np.ndarray], np.ndarray]) -> Function:
-    widths = (4, 5, 5, 5, 5, 4, 4, 4, 4, 4)
-    return saturating(
-        function, -7, 128, 13, 58, 17, left=Tail(0, 0.0), right=Tail(1, 0.0),
-        pieces=Pieces(Polynomial(function, 9), -7 << 16, 8, 17, widths, 5),
-    )  # fmt: skip
+_SIZES = (1, -4, -2, -5, -4, -7, -6, -10, -8, -12, -11, -14, -14)
+_WIDTHS = (6, 5, 6, 5, 5, 5, 5, 5, 5, 5, 4, 4, 4)
 
 
-GELU, GELU_TANH = _saturating(_gelu), _saturating(_gelu_tanh)
+def _saturating(odd: Callable[[np.ndarray], np.ndarray], cycles: int) -> Function:
+    """x/2 (1 + odd(x))."""
+    waves = Waves(lambda x: x / 2 * odd(x), 7, cycles, _SIZES)
+    tails = Tail(0, 0.0), Tail(1, 0.0)
+    served = Function(wave_table(waves, _WIDTHS, 5), 17, *tails)
+    return saturating(lambda x: 0.5 * x * (1 + odd(x)), -7, 128, 13, 58, 17, *tails, served)
+
+
+GELU, GELU_TANH = _saturating(_erf, 3520), _saturating(_tanh, 3536)
 
 
 class Gelu(Op):

@@ -15,9 +15,9 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.pieces import Pieces, Polynomial
 from mergec.runtime.protocols.saturate import (
     SCALAR_DOMAIN,
+    Function,
     Tail,
     apply,
     apply_cost,
@@ -26,15 +26,28 @@ from mergec.runtime.protocols.saturate import (
     saturating,
     supplies_of,
 )
+from mergec.runtime.protocols.waves import Waves, wave_table
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
     return np.asarray(x / (1 + np.exp(-x)))
 
 
+def _even(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x / 2 * np.tanh(x / 2))
+
+
+_TAILS = Tail(0, 0.0), Tail(1, 0.0)
+_WAVES = Waves(
+    _even, 16, 1797,
+    (2, -3, -1, -5, -2, -8, -4, -8, -5, -8, -6, -8, -8, -9, -9, -10, -10, -12, -12, -13, -14, -16,
+     -16),
+)  # fmt: skip
+_WIDTHS = (7, 6, 6, 6, 6, 5, 6, 5, 6, 5, 6, 5, 5, 5, 5, 5, 5, 5, 5, 4, 4, 4, 4)
+
 SILU = saturating(
-    _silu, -15.5, 128, 14, 57, 16, left=Tail(0, 0.0), right=Tail(1, 0.0),
-    pieces=Pieces(Polynomial(_silu, 7), -15 << 16, 16, 17, (4, 5, 5, 5, 5, 4, 4, 4), 6),
+    _silu, -15.5, 128, 14, 57, 16, *_TAILS,
+    served=Function(wave_table(_WAVES, _WIDTHS, 6), 17, *_TAILS),
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class Table:
     windows: number of windows, a power of two. step_bits: s; a window spans 2**s units of x.
     start: left end of the first window in units of x. drop: low bits of u that are ignored.
     coefficients: int64 [windows, 4], the polynomial in u >> drop. out_frac: fractional bits of
-    the value. Valid for x in [start, start + (windows - 1) * 2**s].
+    the value. Valid for x in [start, start + span].
     """
 
     windows: int
@@ -64,6 +64,11 @@ class Table:
     drop: int
     out_frac: int
     coefficients: np.ndarray
+
+    @property
+    def span(self) -> int:
+        """Length of the range in which values are right, in units of x."""
+        return (self.windows - 1) << self.step_bits
 
     def factors(self, device: torch.device) -> torch.Tensor:
         """The coefficients on a device."""

@@ -9,7 +9,8 @@ the function on [x0, x0 + 2**s) with respect to public functions Y_k of y:
 
 A party reads the entry at v, and its share of the value is a public combination of that entry's
 words. The windows begin where the mask says, not at fixed places, so no borrow between the two
-parts of z is left over, and a window need not overlap the one before it (`interval`).
+parts of z is left over, and a window need not overlap the one before it (`interval`). A function
+that repeats itself needs one window alone (`waves`).
 
 Every entry is shared. The client's share of the table is the next bytes of its own stream, so the
 dealer sends it nothing; the server receives the differences. A key of a point function is shorter,
@@ -22,10 +23,9 @@ upper bits of a ring of 64, so the value comes out modulo 2**64 whatever the wid
 from __future__ import annotations
 
 import decimal
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -40,9 +40,6 @@ _TOGETHER, _ON_DEVICE = 1 << 11, 1 << 15
 """Elements whose tables exist at once: long tables of many elements would fill the memory. On a
 device there are more, as each launch takes time. What is dealt does not depend on it."""
 
-_SHIFT_BITS = 8
-"""Coefficients are known at 2**8 places of a window, and interpolated between them."""
-
 _BASIS_FRAC = 30
 """Fractional bits with which public functions are computed, in integers: both parties must come to
 the same words, and processors may differ in the last bit of a floating-point number."""
@@ -50,24 +47,30 @@ the same words, and processors may differ in the last bit of a floating-point nu
 _LEAST_BYTES, _MOST_BYTES = 4, 8
 """Bytes of a word: its lower half is read at once, the others one by one."""
 
-_FEWEST = 4
-"""Windows: a table's bytes are a multiple of 16, and words of four bytes in it are aligned."""
+_WORD_BITS = 32
+"""Bits of an opened number."""
+
+_ALIGNED = 4
+"""A table's bytes are a multiple of this, as the lower halves of words are read together."""
 
 _UNIT = 2.0**-FRACTIONAL_BITS
 _LOW_DIGIT = 9
 _DIGIT_FRAC = 26
 
 
-class Curve(Interface):
+class Curve(ABC):
     """A function on windows: coefficients that the dealer shares, and public functions of y."""
 
     @property
+    @abstractmethod
     def terms(self) -> int:
         """Number of coefficients of an entry."""
 
+    @abstractmethod
     def largest(self, pieces: Pieces) -> np.ndarray:
         """The size of each coefficient, compared to its public function: [terms]."""
 
+    @abstractmethod
     def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
         """Coefficients of each window, float64 [n, windows, terms]. Called by the dealer.
 
@@ -75,8 +78,22 @@ class Curve(Interface):
         2**step_bits - 1.
         """
 
+    @abstractmethod
     def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
         """Y_k(y) with `pieces.basis_bits[k]` fractional bits, int64 [n, terms], for int64 y [n]."""
+
+    def span(self, pieces: Pieces) -> int:
+        """Length of the range in which the function is right, in units."""
+        return (pieces.windows - 1) << pieces.step_bits
+
+    def undealt(
+        self, ctx: Context, pieces: Pieces, opened: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """A party's share of what it adds without a dealt word, int64 [n]; None if that is zero.
+
+        opened: z, int32 [n]. mask: the party's own share of r.
+        """
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +103,7 @@ class Pieces:
     windows: number of windows, a power of two. step_bits: s; a window spans 2**s units of x, and a
     unit is 2**-16. start: left end of the first window in units. widths: bytes of each coefficient.
     integer_bits: values are below 2**(integer_bits - 2), so that the upper 32 bits of a share hold
-    them with two bits to spare. Valid for x in [start, start + (windows - 1) * 2**s].
+    them with two bits to spare. Valid for x in [start, start + span].
     """
 
     curve: Curve
@@ -100,10 +117,17 @@ class Pieces:
         """Raises ValueError if words or windows have a size that kernels do not take."""
         if not all(_LEAST_BYTES <= width <= _MOST_BYTES for width in self.widths):
             raise ValueError(f"words have {_LEAST_BYTES} to {_MOST_BYTES} bytes, not {self.widths}")
-        if self.windows < _FEWEST or self.windows & (self.windows - 1):
-            raise ValueError(f"{self.windows} windows are no power of two, or less than {_FEWEST}")
-        if not 0 < self.step_bits < _BASIS_FRAC or self.curve.terms != len(self.widths):
+        if self.windows < 1 or self.windows & (self.windows - 1):
+            raise ValueError(f"{self.windows} windows are no power of two")
+        if not 0 < self.step_bits <= _WORD_BITS or self.curve.terms != len(self.widths):
             raise ValueError("windows are too wide, or there is not one width for each term")
+        if self.dealt_bytes % _ALIGNED:
+            raise ValueError(f"a table of {self.dealt_bytes} bytes is no multiple of {_ALIGNED}")
+
+    @property
+    def span(self) -> int:
+        """Length of the range in which values are right, in units."""
+        return self.curve.span(self)
 
     @property
     def out_frac(self) -> int:
@@ -125,7 +149,7 @@ class Pieces:
         """Fractional bits of the public functions, int64 [terms].
 
         A coefficient has those of its word that are left. They are divided so that the rounding of
-        both costs the same. A constant is 1, which needs none.
+        both costs the same.
         """
         whole = 8 * np.array(self.widths) - self.integer_bits
         largest = np.maximum(self.curve.largest(self), 2.0**-whole)
@@ -140,8 +164,9 @@ class Pieces:
     def evaluate(self, ctx: Context, opened: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, for x = opened - mask.
 
-        In: opened, public int32 [n]; mask of the same type, used only at the dealer, where it is r
-        itself. Rounds 0, online 0 bytes; offline `dealt_bytes` per element, to the server alone.
+        In: opened, public int32 [n]; mask of the same type, a party's own share of r, and at the
+        dealer r itself. Rounds 0, online 0 bytes; offline `dealt_bytes` per element, to the server
+        alone.
         The client sees nothing new. The server sees each entry minus words of the client's stream,
         which are fresh, uniform and unknown to it, so what it sees is uniform, whatever r is. Both
         read the entry that z names, for every x.
@@ -163,6 +188,9 @@ class Pieces:
             return
         windows, low = _PARTS(opened, self.start, self)
         _VALUES(table, windows, self.curve.basis(self, low), self, out)
+        own = self.curve.undealt(ctx, self, opened, mask)
+        if own is not None:
+            out += own
 
     def cost(self, count: int) -> Cost:
         """Cost of `evaluate` for `count` elements."""
@@ -175,71 +203,13 @@ class Pieces:
         return share
 
 
-@dataclass(frozen=True, eq=False)
-class Polynomial:
-    """Chebyshev polynomials: their coefficients fall off fast, and high ones need few bits.
-
-    function: takes and returns real numbers; defined from one window before the table on.
-    """
-
-    function: Callable[[np.ndarray], np.ndarray]
-    degree: int
+@dataclass(frozen=True)
+class Exponential(Curve):
+    """exp, which needs one word for each window: exp(x0 + y) = exp(x0) exp(y), and y is public."""
 
     @property
     def terms(self) -> int:
-        return self.degree + 1
-
-    def largest(self, pieces: Pieces) -> np.ndarray:
-        # The constant term's factor is 1, which has no fractional bits.
-        found = np.abs(self.planes(pieces)).max((0, 1))
-        found[0] = 0.0
-        return found
-
-    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
-        planes = _planes(self, pieces, behind.device)
-        found: torch.Tensor = _INTERPOLATED(behind, planes, pieces.step_bits)
-        return found
-
-    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _CHEBYSHEV(low, pieces.step_bits, pieces.basis_bits, _BASIS_FRAC)
-        return found
-
-    def planes(self, pieces: Pieces) -> np.ndarray:
-        """Coefficients of windows that begin at each of the places: [places, windows, terms]."""
-        where = pieces.start, pieces.windows, pieces.step_bits
-        return _fitted(self.function, self.terms, *where)
-
-
-@cache
-def _planes(curve: Polynomial, pieces: Pieces, device: torch.device) -> torch.Tensor:
-    return to_device(torch.from_numpy(curve.planes(pieces)), device, "public")
-
-
-@cache
-def _fitted(
-    function: Callable[[np.ndarray], np.ndarray],
-    terms: int,
-    start: int,
-    windows: int,
-    step_bits: int,
-) -> np.ndarray:
-    """Interpolate at 64 Chebyshev nodes of each window, and keep the first terms."""
-    places, size = 1 << min(step_bits, _SHIFT_BITS), 1 << step_bits
-    angles = np.pi * (np.arange(64) + 0.5) / 64
-    project = np.cos(np.outer(np.arange(terms), angles)) / 32
-    project[0] /= 2
-    # One place more than there are, for the interpolation after the last.
-    first = start + np.arange(places + 2)[:, None] * (size / places)
-    centre = first + (np.arange(windows) - 1) * size + (size - 1) / 2
-    x = (centre[..., None] + np.cos(angles) * size / 2) * 2.0**-FRACTIONAL_BITS
-    return np.ascontiguousarray(function(x) @ project.T)
-
-
-@dataclass(frozen=True)
-class Exponential:
-    """exp, which needs one word for each window: exp(x0 + y) = exp(x0) exp(y), and y is public."""
-
-    terms = 1
+        return 1
 
     def largest(self, pieces: Pieces) -> np.ndarray:
         # What counts is the error as a part of the largest value, which is at least 1. There
@@ -438,54 +408,6 @@ def _corrected_tensors(
 _CORRECTED = Kernel("pieces.corrected", _corrected_host, _corrected_tensors)
 
 
-def _interpolated_host(behind: torch.Tensor, planes: torch.Tensor, step_bits: int) -> torch.Tensor:
-    """`Curve.coefficients` on a line between the two planes beside each place (`_fitted`)."""
-    out = torch.empty((len(behind), *planes.shape[1:]), dtype=torch.float64)
-    _interpolate(planes.numpy(), behind.numpy(), step_bits, out.numpy())
-    return out
-
-
-def _interpolated_tensors(
-    behind: torch.Tensor, planes: torch.Tensor, step_bits: int
-) -> torch.Tensor:
-    between = max(0, step_bits - _SHIFT_BITS)
-    ahead = (1 << step_bits) - behind
-    place = ahead >> between
-    weight = (ahead - (place << between)).double() * 2.0**-between
-    one = planes[place]
-    return one + weight[:, None, None] * (planes[place + 1] - one)
-
-
-_INTERPOLATED = Kernel(
-    "pieces.interpolated", _interpolated_host, _interpolated_tensors, triton=False
-)
-
-
-def _chebyshev_host(low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int) -> torch.Tensor:
-    """T_k at the middle of each unit `low` of a window, with bits[k] of `frac` fractional bits.
-
-    Returns int64 [n, terms].
-    """
-    out = torch.empty((len(low), len(bits)), dtype=torch.int64)
-    _chebyshev(low.numpy(), step_bits, bits, frac, out.numpy())
-    return out
-
-
-def _chebyshev_tensors(
-    low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int
-) -> torch.Tensor:
-    x = (2 * low + 1 - (1 << step_bits)) << (frac - step_bits)
-    found = [torch.full_like(x, 1 << frac), x]
-    while len(found) < len(bits):
-        found.append(((x * found[-1]) >> (frac - 1)) - found[-2])
-    drops = (frac - bits).tolist()
-    halves = integers(tuple(1 << (drop - 1) for drop in drops), low.device)
-    return (torch.stack(found[: len(bits)], 1) + halves) >> integers(tuple(drops), low.device)
-
-
-_CHEBYSHEV = Kernel("pieces.chebyshev", _chebyshev_host, _chebyshev_tensors)
-
-
 @compiled()
 def _split(words, start, step_bits, windows, out):  # type: ignore[no-untyped-def]
     ones = (np.int64(1) << step_bits) - 1
@@ -493,31 +415,6 @@ def _split(words, start, step_bits, windows, out):  # type: ignore[no-untyped-de
         point = np.int64(words[i]) - start
         out[0, i] = (point >> step_bits) & (windows - 1)
         out[1, i] = point & ones
-
-
-@compiled()
-def _interpolate(planes, behind, step_bits, out):  # type: ignore[no-untyped-def]
-    between = max(0, step_bits - _SHIFT_BITS)
-    scale = 1.0 / (1 << between)
-    for i in range(behind.shape[0]):
-        ahead = (1 << step_bits) - behind[i]
-        place = ahead >> between
-        weight = (ahead - (place << between)) * scale
-        one, other, target = planes[place], planes[place + 1], out[i]
-        for j in range(target.shape[0]):
-            for k in range(target.shape[1]):
-                target[j, k] = one[j, k] + weight * (other[j, k] - one[j, k])
-
-
-@compiled()
-def _chebyshev(low, step_bits, bits, frac, out):  # type: ignore[no-untyped-def]
-    for i in range(low.shape[0]):
-        x = (2 * low[i] + 1 - (np.int64(1) << step_bits)) << (frac - step_bits)
-        before, now = x, np.int64(1) << frac
-        for k in range(out.shape[1]):
-            drop = frac - bits[k]
-            out[i, k] = (now + (np.int64(1) << (drop - 1))) >> drop
-            before, now = now, ((x * now) >> (frac - 1)) - before
 
 
 @compiled()

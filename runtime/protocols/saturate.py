@@ -68,7 +68,7 @@ class Function:
     within `SCALAR_DOMAIN` use their tail. An input on the side of a missing tail, or beyond
     `SCALAR_DOMAIN`, returns the value of another input.
 
-    pieces: the same function as a table that only the server is sent (`from_server`). reach: with
+    served: the same function by a table that only the server is sent (`from_server`). reach: with
     n for it, the tails are compared for |x| < 2**n - 2**4 alone.
 
     fine: the same function for exact rounding. Which of two adjacent windows serves an input, and
@@ -82,7 +82,7 @@ class Function:
     left: Tail | None
     right: Tail | None
     fine: Function | None = None
-    pieces: Pieces | None = None
+    served: Function | None = None
     reach: int = 0
 
     def from_server(self, reach: int) -> Function:
@@ -93,9 +93,9 @@ class Function:
         """
         if not reach:
             return self
-        if self.pieces is None or reach not in REACHES:
+        if self.served is None or reach not in REACHES:
             raise ValueError(f"the function has no table for inputs up to 2**{reach}")
-        return _served(self, self.pieces, reach)
+        return _served(self.served, self.fine, reach)
 
     @cached_property
     def thresholds(self) -> list[int]:
@@ -104,7 +104,7 @@ class Function:
         In these units, a number is read as its value or one more; and the last window of the table
         serves the window before it.
         """
-        end = ((self.table.windows - 1) << self.table.step_bits) >> self.end_bits
+        end = self.table.span >> self.end_bits
         return [place for tail, place in ((self.left, 1), (self.right, end)) if tail]
 
     @cached_property
@@ -145,8 +145,8 @@ class Function:
 
 
 @cache
-def _served(function: Function, pieces: Pieces, reach: int) -> Function:
-    return replace(function, table=pieces, pieces=None, reach=reach)
+def _served(function: Function, fine: Function | None, reach: int) -> Function:
+    return replace(function, fine=fine, reach=reach)
 
 
 def reach_for(largest: float) -> int:
@@ -169,13 +169,13 @@ def saturating(
     end_bits: int,
     left: Tail | None,
     right: Tail | None,
-    pieces: Pieces | None = None,
+    served: Function | None = None,
 ) -> Function:
     """Fit `function` from `start` on, with `windows` windows of 2**step_bits input units each.
 
     At least one tail is required. A tail must hold in the first unit of 2**end_bits and in the last
-    two. `out_frac` applies to the table, whose values must stay below 2**62. pieces: a table of the
-    same function for `Function.from_server`. Raises ValueError if a unit is smaller than a window.
+    two. `out_frac` applies to the table, whose values must stay below 2**62. served: the same
+    function for `Function.from_server`. Raises ValueError if a unit is smaller than a window.
     """
     if end_bits < step_bits:
         raise ValueError(f"ends in units of 2**{end_bits} cut windows of 2**{step_bits}")
@@ -194,7 +194,7 @@ def saturating(
         out_frac - 1,
         max(0, step_bits - FINER_BITS - _POSITION_BITS),
     )
-    return Function(table, end_bits, left, right, Function(fine, end_bits, left, right), pieces)
+    return Function(table, end_bits, left, right, Function(fine, end_bits, left, right), served)
 
 
 def function_input(ctx: Context, x: Shared) -> Cut:

@@ -27,7 +27,7 @@ from mergec.runtime.protocols.broad import Broad
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
 from mergec.runtime.protocols.normalize import _word_counts
 from mergec.runtime.protocols.octave import Octaves
-from mergec.runtime.protocols.pieces import Exponential, Pieces, Polynomial
+from mergec.runtime.protocols.pieces import Curve, Exponential, Pieces
 from mergec.runtime.protocols.power import Mantissa
 from mergec.runtime.protocols.ranks import Pairs
 from mergec.runtime.protocols.saturate import Tail
@@ -388,20 +388,37 @@ def _(full: bool) -> Iterator[Arguments]:
 # ------------------------------------------------------------------ tables sent to the server alone
 
 
-def _sine(x: np.ndarray) -> np.ndarray:
-    return np.sin(x)
+class _AnyNumber(Curve):
+    """No function: what packs and reads words asks only how many there are, and their sizes."""
+
+    def __init__(self, terms: int) -> None:
+        self._terms = terms
+
+    @property
+    def terms(self) -> int:
+        return self._terms
+
+    def largest(self, pieces: Pieces) -> np.ndarray:
+        return 2.0 ** -np.arange(self._terms)
+
+    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
-def _polynomials(*widths: int, step: int = 17, windows: int = 4, start: int = -(2**31)) -> Pieces:
-    return Pieces(Polynomial(_sine, len(widths) - 1), start, windows, step, widths, 4)
+def _table(*widths: int, step: int = 17, windows: int = 4, start: int = -(2**31)) -> Pieces:
+    return Pieces(_AnyNumber(len(widths)), start, windows, step, widths, 4)
 
 
 TABLES = [
-    _polynomials(4),
-    _polynomials(4, 5, 6, 7, 8, windows=16, start=2**31 - 5),
-    _polynomials(8, 8, 4, 4, 8, 5, 4, 6, step=1),
-    _polynomials(4, 4, 4, 4, 4, step=8, windows=16),
-    _polynomials(5, 4, 8, step=29, start=7),
+    _table(4),
+    _table(4, 5, 6, 7, 8, windows=16, start=2**31 - 5),
+    _table(8, 8, 4, 4, 8, 5, 4, 6, step=1),
+    _table(4, 4, 4, 4, 4, step=8, windows=16),
+    _table(5, 4, 8, step=29, start=7),
+    _table(5, 7, 4, 8, 4, step=32, windows=1),
     Pieces(Exponential(), -5, 8, 18, (6,), 8),
     Pieces(Exponential(), 2**20, 4, 3, (8,), 60),
 ]
@@ -416,33 +433,28 @@ def _(full: bool) -> Iterator[Arguments]:
     yield words(0, dtype=torch.int32), 0, TABLES[0]
 
 
-@cases("pieces.chebyshev")
+@cases("waves.turned")
 def _(full: bool) -> Iterator[Arguments]:
-    for pieces in TABLES[:5]:
-        for count in (31, 0):
-            yield below(1 << pieces.step_bits, count), pieces.step_bits, pieces.basis_bits, 30
+    for cycles, terms in ((1797, 46), (1, 2), (2**31 - 1, 26)):
+        for count in (301, 1, 0):
+            phases = torch.cat([below(1 << 32, count), words(count)])
+            yield phases, cycles, below(30, terms).numpy() + 1
+    # Every eighth of a turn and its neighbours, where quarters meet.
+    yield (torch.arange(8)[:, None] * 2**29 + torch.arange(-2, 3)).reshape(-1), 1, np.full(4, 30)
 
 
 @cases("pieces.powers")
 def _(full: bool) -> Iterator[Arguments]:
-    for pieces in TABLES[5:]:
+    for pieces in TABLES[6:]:
         for count in (301, 0):
             yield below(1 << pieces.step_bits, count), pieces
 
 
 @cases("pieces.exponentials")
 def _(full: bool) -> Iterator[Arguments]:
-    for pieces in TABLES[5:]:
+    for pieces in TABLES[6:]:
         for count in (301, 0):
             yield below(1 << pieces.step_bits, count), pieces
-
-
-@cases("pieces.interpolated")
-def _(full: bool) -> Iterator[Arguments]:
-    for pieces in TABLES[:5]:
-        for count in (31, 0):
-            planes = torch.from_numpy(pieces.curve.planes(pieces))
-            yield below(1 << pieces.step_bits, count), planes, pieces.step_bits
 
 
 @cases("pieces.values")

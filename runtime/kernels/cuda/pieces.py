@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -97,34 +96,6 @@ def corrected(share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pie
         _scales(pieces, share.device), _layout(pieces.widths, share.device), count, share.shape[1],
         len(pieces.widths), pieces.windows, _more(pieces.widths), SIZE=_SIZE,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["step_bits"])
-def _chebyshev(low, out, drops, count, step_bits, frac, terms, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = place < count
-    one = place * 0 + 1
-    y = tl.load(low + place, mask=inside, other=0)
-    x = (2 * y + 1 - (one << step_bits)) << (frac - step_bits)
-    before, now = x, one << frac
-    for k in range(terms):
-        drop = tl.load(drops + k)
-        rounded = (now + (one << (drop - 1))) >> drop
-        tl.store(out + place * terms + k, rounded, mask=inside)
-        after = ((x * now) >> (frac - 1)) - before
-        before = now
-        now = after
-
-
-def chebyshev(low: torch.Tensor, step_bits: int, bits: np.ndarray, frac: int) -> torch.Tensor:
-    """Chebyshev polynomials at the middle of units of a window, int64 [n, terms]."""
-    out = torch.empty((len(low), len(bits)), dtype=torch.int64, device=low.device)
-    launch(
-        _chebyshev, triton.cdiv(len(low), _SIZE), low, out,
-        integers(tuple((frac - bits).tolist()), low.device), len(low), step_bits, frac, len(bits),
-        SIZE=_SIZE,
-    )  # fmt: skip
-    return out
 
 
 def _more(widths: tuple[int, ...]) -> int:

@@ -1,0 +1,189 @@
+"""Functions of a secret as sums of cosines, dealt to the server alone: one entry instead of many.
+
+Activations are half their input plus an even function: silu(x) = x/2 + (x/2) tanh(x/2), and
+gelu(x) = x/2 + (x/2) erf(x/sqrt 2). The even part is smooth, so on [-a, a] few cosines of a period
+that is longer than 2a come close to it (a Fourier extension). With z = x + r open,
+
+    a_k cos(w k x) = a_k cos(w k r) cos(w k z) + a_k sin(w k r) sin(w k z)
+
+which is two dealt words times public numbers. They serve every x, whatever window it is in, so an
+element takes a single entry (`pieces`). x/2 needs no dealt word: z and a party's own share of r
+give its share of x.
+
+How many cosines it takes follows from how far the function's poles are from the real line: SiLU
+takes 46 words on 32 units of x for an error of 4e-6. Windows of two units, with a polynomial in
+each, would take 128: of all but one of them a party's words go unused. Source of the fit:
+Huybrechs, "On the Fourier extension of nonperiodic functions" (SIAM J. Numer. Anal. 47, 2010).
+
+z is an integer modulo 2**32 of units of 2**-16. The period is 2**32 units divided by an integer, so
+that nothing changes where z wraps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from mergec.runtime.core.context import Context
+from mergec.runtime.core.spec import FRACTIONAL_BITS
+from mergec.runtime.kernels.backends import Kernel
+from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.transfers import integers, to_device
+from mergec.runtime.protocols.pieces import Curve, Pieces
+
+PHASE_BITS = 32
+FRAC = 30
+"""Fractional bits of sines and cosines, in integers: both parties must come to the same numbers."""
+
+_TERMS = 6
+_NODES = 1024
+
+
+def _series(first: int) -> tuple[int, ...]:
+    """Coefficients of the cosine (first = 0) or sine (1) of t pi/4 by powers of t**2."""
+    found, term = [], 1.0
+    for power in range(2 * _TERMS):
+        if power % 2 == first:
+            found.append(round(term * 2**FRAC) * (-1) ** (power // 2))
+        term *= math.pi / 4 / (power + 1)
+    return tuple(found)
+
+
+COSINE, SINE = _series(0), _series(1)
+"""With these, an eighth of a turn to either side is right to 2**-28."""
+
+
+@dataclass(frozen=True)
+class Waves(Curve):
+    """x/2 + even(x) for |x| <= half, by cosines.
+
+    even: an even function that takes and returns real numbers. cycles: periods in 2**16. sizes: for
+    each cosine, the binary logarithm that its coefficient stays below; parties divide bits by these
+    alone, as a fit may differ in its last bits between machines.
+    """
+
+    even: Callable[[np.ndarray], np.ndarray]
+    half: int
+    cycles: int
+    sizes: tuple[int, ...]
+
+    @property
+    def terms(self) -> int:
+        return 2 * len(self.sizes)
+
+    def largest(self, pieces: Pieces) -> np.ndarray:
+        return 2.0 ** np.repeat(self.sizes, 2)
+
+    def span(self, pieces: Pieces) -> int:
+        return 2 * self.half << FRACTIONAL_BITS
+
+    def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
+        bits = np.full(self.terms, FRAC)
+        turned = _TURNED(behind - pieces.start, self.cycles, bits)
+        return (turned * _amplitudes(self, behind.device))[:, None]
+
+    def basis(self, pieces: Pieces, low: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _TURNED(low, self.cycles, pieces.basis_bits)
+        return found
+
+    def undealt(
+        self, ctx: Context, pieces: Pieces, opened: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """x/2, and the mean of the cosines."""
+        own = ctx.public(opened.long()) - mask.long()
+        mean = round(float(self.fitted[0]) * 2.0**pieces.out_frac)
+        halved = own << (pieces.out_frac - FRACTIONAL_BITS - 1)
+        return halved + ctx.public(torch.full_like(halved, mean))
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """The mean and the coefficient of each cosine, float64 [1 + cosines]."""
+        return _fitted(self)
+
+
+def wave_table(curve: Waves, widths: tuple[int, ...], integer_bits: int) -> Pieces:
+    """The table of a function; widths: bytes of a word, for each cosine."""
+    words = tuple(width for width in widths for _ in range(2))
+    return Pieces(curve, -curve.half << FRACTIONAL_BITS, 1, PHASE_BITS, words, integer_bits)
+
+
+@cache
+def _fitted(curve: Waves) -> np.ndarray:
+    """Least squares at the Chebyshev nodes of [0, half], which keep the largest error small."""
+    x = curve.half * np.cos(np.pi * (np.arange(_NODES) + 0.5) / (2 * _NODES))
+    angles = 2 * np.pi * curve.cycles * 2.0**-FRACTIONAL_BITS * x
+    cosines = np.cos(np.outer(angles, np.arange(len(curve.sizes) + 1)))
+    return np.linalg.lstsq(cosines, curve.even(x), rcond=None)[0]
+
+
+@cache
+def _amplitudes(curve: Waves, device: torch.device) -> torch.Tensor:
+    """What sines and cosines, as integers, are multiplied by: float64 [terms]."""
+    values = np.repeat(_fitted(curve)[1:], 2) * 2.0**-FRAC
+    return to_device(torch.from_numpy(values), device, "public")
+
+
+def _turned_host(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
+    """Cosine and sine of `low` times 2 pi k cycles / 2**32, for k from 1 on: int64 [n, terms].
+
+    bits: fractional bits of each, int64 [terms], at most 30.
+    """
+    out = torch.empty((len(low), len(bits)), dtype=torch.int64)
+    _turn(low.numpy(), cycles, FRAC - bits, out.numpy())
+    return out
+
+
+def _turned_tensors(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
+    step = _cosine_and_sine(low * cycles)
+    now, found = step, list(step)
+    half = 1 << (FRAC - 1)
+    while len(found) < len(bits):
+        (c, s), (d, t) = now, step
+        now = (c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC
+        found += now
+    drops = integers(tuple((FRAC - bits).tolist()), low.device)
+    return (torch.stack(found, 1) + ((1 << drops) >> 1)) >> drops
+
+
+def _cosine_and_sine(phase: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of phases in units of 2 pi / 2**32, without a look-up: the dealer's are secret."""
+    quarter = (phase + (1 << (PHASE_BITS - 3))) >> (PHASE_BITS - 2)
+    t = (phase - (quarter << (PHASE_BITS - 2))) << 1
+    square = (t * t) >> FRAC
+    c, s = torch.full_like(t, COSINE[-1]), torch.full_like(t, SINE[-1])
+    for term in range(_TERMS - 2, -1, -1):
+        c, s = ((c * square) >> FRAC) + COSINE[term], ((s * square) >> FRAC) + SINE[term]
+    s = (s * t) >> FRAC
+    crossed = (c ^ s) & -(quarter & 1)
+    c, s = c ^ crossed, s ^ crossed
+    return c * (1 - ((quarter + 1) & 2)), s * (1 - (quarter & 2))
+
+
+_TURNED = Kernel("waves.turned", _turned_host, _turned_tensors)
+
+
+@compiled()
+def _turn(low, cycles, drops, out):  # type: ignore[no-untyped-def]
+    half = np.int64(1) << (FRAC - 1)
+    for i in range(low.shape[0]):
+        phase = low[i] * cycles
+        quarter = (phase + (1 << (PHASE_BITS - 3))) >> (PHASE_BITS - 2)
+        t = (phase - (quarter << (PHASE_BITS - 2))) << 1
+        square = (t * t) >> FRAC
+        c, s = np.int64(COSINE[_TERMS - 1]), np.int64(SINE[_TERMS - 1])
+        for term in range(_TERMS - 2, -1, -1):
+            c = ((c * square) >> FRAC) + COSINE[term]
+            s = ((s * square) >> FRAC) + SINE[term]
+        s = (s * t) >> FRAC
+        crossed = (c ^ s) & -(quarter & 1)
+        c, s = (c ^ crossed) * (1 - ((quarter + 1) & 2)), (s ^ crossed) * (1 - (quarter & 2))
+        d, e = c, s
+        for k in range(0, out.shape[1], 2):
+            out[i, k] = (d + ((np.int64(1) << drops[k]) >> 1)) >> drops[k]
+            out[i, k + 1] = (e + ((np.int64(1) << drops[k + 1]) >> 1)) >> drops[k + 1]
+            d, e = (c * d - s * e + half) >> FRAC, (s * d + c * e + half) >> FRAC
