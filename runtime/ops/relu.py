@@ -19,7 +19,7 @@ from mergec.runtime.protocols.saturate import SCALAR_DOMAIN, function_input
 class Relu(Op):
     """max(x, 0), element by element.
 
-    x [...] shared -> [...] shared. Rounds 2; per element 10 bytes online, 1072 offline.
+    x [...] shared -> [...] shared. Rounds 2; per element 10 bytes online, 1064 offline.
     Exact for |x| < 2**14, up to
     the rounding of x to 16 fractional bits. Each party sees what it sees in
     `protocols.rectify.rectify`: masked values that are uniform whatever x is.

@@ -9,7 +9,8 @@ linear combination of 1, low = r >> shift and top = the top bit of r (`truncate.
 where `base` and `wrap` are public, and b, b low and b top are combinations of dealt words. To
 multiply the result by a factor y that is open as y' = y + s, the dealer also shares all the words
 times s. The product is y' times the combination of the first words, minus the same combination of
-the second ones.
+the second ones. Two of these words need not be dealt: the number 1, and s, of which each party has
+its share.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Selection:
 
     def words(self, factors: int = 0) -> int:
         """Number of words dealt per element."""
-        return self.formula.words * self.line.parts * (1 + factors)
+        return (self.formula.words * self.line.parts - 1) * (1 + factors)
 
     def deal(
         self, ctx: Context, bit_mask: torch.Tensor, mask: torch.Tensor, factor: Masked | None
@@ -76,11 +77,23 @@ class Selection:
         bit_mask: uint8 [n], masks the bits. mask: int32 [n], masks x. factor: y, opened; doubles
         the parts.
         """
-        parts = self.line.parts * (1 if factor is None else 2)
-        shape = (len(mask), parts, self.formula.words)
-
         times = factor.mask if factor else None
-        return ctx.deal(shape, lambda: _WORDS(bit_mask, mask, self, times))
+        one, count = self.formula.words * self.line.parts, len(mask)
+        # The first word of a set is the empty product of mask bits: 1, or the factor's mask.
+        sets = 1 if factor is None else 2
+
+        def secret() -> torch.Tensor:
+            found: torch.Tensor = _WORDS(bit_mask, mask, self, times)
+            return found.view(count, sets, one)[..., 1:].flatten(1)
+
+        dealt = ctx.deal((count, sets * (one - 1)), secret)
+        words = torch.empty((count, sets, one), dtype=torch.int64, device=dealt.device)
+        if not dealt.is_meta:
+            words[..., 1:] = dealt.view(count, sets, one - 1)
+            words[:, 0, 0] = ctx.public(torch.ones_like(words[:, 0, 0]))
+            if times is not None:
+                words[:, 1, 0] = times
+        return words.view(count, sets * self.line.parts, self.formula.words)
 
     def add(
         self,
