@@ -44,7 +44,7 @@ from mergec.runtime.protocols.rows import (
     exponentials_cost,
     inverse,
     reach_of_rows,
-    shift_called,
+    shift_of_many,
     shift_supplies,
     shift_variants,
 )
@@ -117,17 +117,17 @@ class Attention(ScoredAttention):
     known to the server, or shared. It broadcasts to [B, H, N, L], and takes no message.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
-    Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, or 2 for
-    slots; two more for a cap, and one if the scale is so small that the scores have to be
-    truncated. Bytes: `cost`. What each party sees is what it sees in `exponentials`, `open_masked`,
-    `open_row` and `row_factor`.
+    Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, 2 for slots,
+    or 3 for slots by digits; two more for a cap, and one if the scale is so small that the scores
+    have to be truncated. Bytes: `cost`. What each party sees is what it sees in `exponentials`,
+    `open_masked`, `open_row` and `row_factor`.
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
-    `rows.SHIFTS`, `rows.SLOTS` or `rows.BROAD`; in a step of more than 8 tokens always by pairs,
-    which take fewer dealt bytes. By pairs, a row of L entries takes values up to 2**(26 - log2 L);
-    otherwise, up to 2**(23 - log2 L). reach: with n for it, calibration says that the scores of a
-    row are at most 2**n - 4 apart, so that the shift may be found by slots, and broad windows may
-    serve the exponentials, in a round less.
+    `rows.SHIFTS`, `rows.SLOTS` or `rows.BROAD`; a step of more than 8 tokens takes another one,
+    where bytes count more (`rows.shift_of_many`). By pairs, a row of L entries takes values up to
+    2**(26 - log2 L); otherwise, up to 2**(23 - log2 L). reach: with n for it, calibration says that
+    the scores of a row are at most 2**n - 4 apart, so that the shift may be found by slots, and
+    broad windows may serve the exponentials, in a round less.
     """
 
     name = "attention"
@@ -236,7 +236,10 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
     ) -> Iterable[dict[str, Any]]:
-        """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both."""
+        """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both.
+
+        With digits, slots take one round more and fewer bytes still.
+        """
         return shift_variants(reach)
 
     @classmethod
@@ -272,7 +275,7 @@ class Attention(ScoredAttention):
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        way = _way(q, shift)
+        way = _way(q, k, shift)
         total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, way)
         values = weighted_sum_cost(rows, v)
         spec = inverse(v.shape[-2], way)
@@ -305,7 +308,7 @@ class Attention(ScoredAttention):
             words = to_device(encode(added, found.frac), found.share.device, "public")
             found.share = found.share + ctx.public(words)
         found = biased(ctx, found, bias, q, k)
-        way = _way(q, shift)
+        way = _way(q, k, shift)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(v.shape[-2], way)
         row, factor = yield from together(
@@ -339,12 +342,12 @@ class Attention(ScoredAttention):
 
 
 _MOST_NEW = 8
-"""Tokens of a step up to which its rows may be shifted by histograms."""
+"""Tokens of a step up to which its rows are shifted in the way that was chosen for few."""
 
 
-def _way(q: Masked, shift: str) -> str:
-    """How a step's rows are shifted if it has these queries."""
-    return shift if q.shape[-2] <= _MOST_NEW else shift_called(shift).many
+def _way(q: Masked, k: Masked, shift: str) -> str:
+    """How a step's rows are shifted if it has these queries and keys."""
+    return shift if q.shape[-2] <= _MOST_NEW else shift_of_many(shift, k.shape[-2])
 
 
 def sample_operands(make: Sampler) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""Exponentials in one round: a table of a few broad windows, in a ring that is wide enough.
+"""Exponentials in one round: a table of two broad windows, in a ring that is wide enough.
 
 With z = x + r open, exp(x) = exp(x0) exp(y): what x0 is for each value of the upper bits of z the
 dealer knows, and y, the lower bits, is public (`pieces`). There the product of two rounded numbers
@@ -7,7 +7,12 @@ that what lies below the table has to be compared away. Here the dealt words hav
 takes. Shares of exp(x0) modulo 2**(64 + d), times exp(y), are shares of the value with d bits more
 than asked for. Each party drops these from its own share, and what is left are shares modulo 2**64
 (`truncate`, into a smaller ring), without a message. And a word with a few hundred bits holds an
-exponential of any size, so four windows cover all that a row can spread, and nothing is compared.
+exponential of any size, so two windows cover all that a row can spread, and nothing is compared.
+
+Two are enough for a range as long as one of them, S. Let i and y be the window of z - start and
+the place in it, and j and r' those of r, so that x - start = (i - j) S + (y - r'). The left side is
+in [0, S], and y - r' is above -S and below S. So (i - j) S is above -S and below 2 S: i - j is 0
+or 1, and two entries, one for each, are all that a party may have to read.
 
 exp(y) is a mantissa times a power of two, and public, so a party multiplies its word by few bits
 and reads 64 bits of the product. Sources: one-time truth tables (Ishai et al., TCC 2013); that
@@ -32,7 +37,7 @@ from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.opening import Cut
 
-_WINDOWS = 4
+_WINDOWS = 2
 
 _HALF_BITS = 32
 """Words are worked on in halves, so that products with a mantissa fit into 64 bits."""
@@ -51,10 +56,11 @@ _TOGETHER = 1 << 12
 
 @dataclass(frozen=True)
 class Broad:
-    """exp(x) for 2**16 x in [start, start + 3 * 2**step_bits], with `frac` fractional bits.
+    """exp(x) for 2**16 x in [start, start + 2**step_bits], with `frac` fractional bits.
 
-    reach: with n for it, the range is that of x in [top - 1.5 * 2**n, top]. top: an integer. frac:
-    fractional bits of the result. Raises ValueError if a word would have to begin above its table.
+    reach: with n for it, the range is that of x in [top - 2**n - 2**-16, top - 2**-16]. top: an
+    integer, which x does not reach. frac: fractional bits of the result. Raises ValueError if a
+    word would have to begin above its table.
     """
 
     reach: int
@@ -68,17 +74,17 @@ class Broad:
     @property
     def step_bits(self) -> int:
         """A window has 2**step_bits units, and a unit is 2**-16."""
-        return FRACTIONAL_BITS + self.reach - 1
+        return FRACTIONAL_BITS + self.reach
 
     @property
     def start(self) -> int:
         """Left end of the range in units."""
-        return (self.top << FRACTIONAL_BITS) - ((_WINDOWS - 1) << self.step_bits)
+        return (self.top << FRACTIONAL_BITS) - 1 - ((_WINDOWS - 1) << self.step_bits)
 
     @property
     def word_frac(self) -> int:
         """Fractional bits of a dealt word."""
-        return _GUARD_BITS + math.ceil((1 << (self.reach - 1)) / math.log(2))
+        return _GUARD_BITS + math.ceil((1 << self.reach) / math.log(2))
 
     @property
     def drop(self) -> int:
@@ -87,8 +93,8 @@ class Broad:
 
     @property
     def halves(self) -> int:
-        """32-bit halves of a dealt word; an even number."""
-        return 2 * -(-(RING_BITS + self.drop) // RING_BITS)
+        """32-bit halves of a dealt word."""
+        return -(-(RING_BITS + self.drop) // _HALF_BITS)
 
     @property
     def dealt_bytes(self) -> int:
@@ -101,7 +107,7 @@ class Broad:
         return (self.start - (1 << self.step_bits)) >> FRACTIONAL_BITS
 
     def dealt_at(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The words of a table, as mantissas and what these are shifted up by, int64 [n, 4].
+        """The words of a table, as mantissas and what these are shifted up by, int64 [n, 2].
 
         mask: r, int32 [n].
         """
@@ -177,7 +183,7 @@ def _powers(table: Broad, device: torch.device) -> tuple[torch.Tensor, ...]:
     Mantissas and digits have 30 fractional bits. Decimal arithmetic rounds alike on all machines,
     and both parties must come to the same words.
     """
-    last = max(1 << (table.reach - 1), table.top) + 1
+    last = max(1 << table.reach, table.top) + 1
     with decimal.localcontext(prec=60):
         one, unit = decimal.Decimal(2), decimal.Decimal(2) ** -FRACTIONAL_BITS
         log = one.ln()
@@ -198,7 +204,7 @@ def _integer(value: decimal.Decimal) -> int:
 
 
 def _corrected_host(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> None:
-    """Turn the client's share of tables, int32 halves [n, 4 h], into the server's.
+    """Turn the client's share of tables, int32 halves [n, 2 h], into the server's.
 
     mask: r, int32 [n].
     """
@@ -226,7 +232,7 @@ def _corrected_tensors(share: torch.Tensor, mask: torch.Tensor, table: Broad) ->
 def _values_host(
     dealt: torch.Tensor, opened: torch.Tensor, table: Broad, out: torch.Tensor
 ) -> None:
-    """Write a party's shares, rounded down, to out [n], from its tables, int32 halves [n, 4 h]."""
+    """Write a party's shares, rounded down, to out [n], from its tables, int32 halves [n, 2 h]."""
     tables = (each.numpy() for each in _powers(table, dealt.device))
     _read_cpu(
         dealt.numpy().view("uint32").reshape(-1, _WINDOWS, table.halves), opened.numpy(), *tables,

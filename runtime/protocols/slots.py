@@ -5,8 +5,9 @@ negative, and a row's maximum follows from how many entries are at a place or ab
 are known not to spread further than 2**bits, so that one histogram covers them, in slots of two
 integers. It has few enough slots for its tables to be dealt entry by entry: the client's share of
 each table is the next bytes of its own stream, and the server gets the rest. So are the tables that
-tell which counts are zero. Nothing is dealt to the client. Sources: see `histogram`, and one-time
-truth tables (Ishai et al., TCC 2013).
+tell which counts are zero: of a word for each count that there may be, or, for one round more and a
+small part of the bytes, of a bit for each value of its digits. Nothing is dealt to the client.
+Sources: see `histogram`, and one-time truth tables (Ishai et al., TCC 2013).
 """
 
 from __future__ import annotations
@@ -30,70 +31,97 @@ LONGEST = 255
 """Entries of a row that counters of eight bits can count."""
 
 _SLOT_BITS = 1
-_DIGIT_BITS = 8
+_NARROWEST = 3
+"""The table of a digit of fewer bits fills no byte."""
+
 _INDICES = 1 << 24
 """Indices that exist at once on a device."""
 
+_TOGETHER = 1 << 16
+"""Entries whose tables exist at once; what is dealt does not depend on it."""
+
 _EMPTY = Formula(conjunction((0, 1)))
-"""A count of more than eight bits is zero if both of its digits are."""
+"""A count is zero if both of its digits are."""
 
 
-def top_slot(ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int) -> Protocol:
+def top_slot(
+    ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int, digits: bool = False
+) -> Protocol:
     """Shares modulo 2**32 of a multiple of 2**16 in (m - 4 * 2**16, m] for each row's maximum m.
 
     In: int32 share [R, L], L < 2**15, with 16 fractional bits, whose differences are at most
     2**bits - 4 within a row; `valid`, public bool [R, L] with at least one True per row. Other
-    entries are ignored. Out: [R]. Rows that spread further return another number.
+    entries are ignored. Out: [R]. Rows that spread further return another number; one unit further
+    is allowed for, as the windows of two scores may be cut apart by that much (`take_window`).
+    digits: whether counts are found to be zero digit by digit; they always are if a row has more
+    than 255 entries.
 
-    Rounds 2. With 2**w the power of two above the longest row's length, and P = 2**(bits - 1) - 1
-    counts for each row, online 4 bytes per entry and 2 P per row; offline, to the server alone,
-    2**bits bytes per entry and 2 * 2**w P per row. If a row has more than 255 entries, rounds 3,
-    online 4 bytes per entry and 6 P per row, offline 2 * 2**bits bytes per entry and
-    (40 + 2**(w - 11)) P per row, or 41 P if w is below 12: zero is found digit by digit.
+    With 2**w the power of two above the longest row's length, B = 1 byte if that is 255 at most,
+    else 2, and P = 2**(bits - 1) - 1 counts for each row: offline, to the server alone,
+    2**bits B bytes per entry; online 4 bytes per entry and 2 P B per row. By words, rounds 2, and
+    offline 2**(w + 1) P per row more. By digits of a = w / 2, rounded up, and b = w - a bits, but
+    at least 3 each: rounds 3, and 2 P per row more online, (8 + 2**(a - 3) + 2**(b - 3)) P offline.
 
-    Each party sees slots, counts and bits, each under a fresh, uniform mask of its whole ring, used
-    once. The server's tables are the differences to bytes of the client's stream, which are fresh,
-    uniform and unknown to it. Of the first entry of a row, whose slot is zero, the mask is opened,
-    which tells nothing.
+    Each party sees slots, counts and, by digits, bits, each under a fresh, uniform mask of its
+    whole ring, used once. The server's tables are the differences to bytes of the client's stream,
+    which are fresh, uniform and unknown to it. Of the first entry of a row, whose slot is zero, the
+    mask is opened, which tells nothing.
     """
     entries = entries_of(valid).on(ctx.device)
     rows, row, slots = len(entries.counts), entries.rows, 1 << bits
-    places, kind = slots // 2 - 1, _kind(entries)
+    places, kind = slots // 2 - 1, _kind(_longest(entries))
     values, first = from_first(integer_parts(share, entries), entries)
     # The carry out of the lowest bit is lost, so that a slot may be one too low. The first entry's
     # share is zero at both parties, and its slot exact.
     values = values >> _SLOT_BITS if not values.is_meta else values
     mask = ctx.mask((len(row),), torch.int16)
-    counters = _deal_one_hot(ctx, mask, slots, kind)
-    zeros = (_Words if kind is torch.int8 else _Digits)(ctx, entries, places)
+    zeros = _zeros(kind, digits)(ctx, entries, places)
     opened = yield from open_under(ctx, values, mask)
-    if counters is None:
+    counts = torch.zeros((rows, slots // 2), dtype=kind, device=opened.device)
+    for start in range(0, len(row), _TOGETHER):
+        piece = slice(start, start + _TOGETHER)
+        tables = _deal_one_hot(ctx, mask[piece], slots, kind)
+        if tables is not None and not opened.is_meta:
+            counts += _TALLIED(tables, opened[piece].long(), row[piece], tuple(counts.shape))
+    if opened.is_meta:
         yield from zeros.count(ctx, zeros.mask.to("meta"))
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
-    counts = _TALLIED(counters, opened.long(), row, (rows, slots // 2))
     # How many entries are in each slot but the lowest, or above it.
     empty = yield from zeros.count(ctx, at_or_above(counts, 1))
     top = ctx.public(torch.full((rows,), places, device=share.device)) - empty.long()
     return from_integers(first + (top << _SLOT_BITS).to(torch.int16))
 
 
-def top_slot_cost(valid: torch.Tensor, bits: int) -> Cost:
+def top_slot_cost(valid: torch.Tensor, bits: int, digits: bool = False) -> Cost:
     """Cost of `top_slot` for rows with these valid entries."""
     entries = entries_of(valid)
-    rows, count, kind = len(entries.counts), len(entries.rows), _kind(entries)
+    rows, count, longest = len(entries.counts), len(entries.rows), _longest(entries)
     places = (1 << bits) // 2 - 1
-    zeros = (_Words if kind is torch.int8 else _Digits).cost(rows * places, _width(entries))
-    return Cost(1, 4 * count, (kind.itemsize << bits) * count) + zeros
+    zeros = _zeros(_kind(longest), digits).cost(rows * places, entries)
+    return Cost(1, 4 * count, slot_bytes(bits, longest) * count) + zeros
+
+
+def slot_bytes(bits: int, length: int) -> int:
+    """Bytes that `top_slot` deals for an entry, if the longest row has `length`."""
+    return _kind(length).itemsize << bits
 
 
 def _width(entries: Entries) -> int:
     """Bits of the largest count."""
-    return int(entries.counts.max()).bit_length()
+    return _longest(entries).bit_length()
 
 
-def _kind(entries: Entries) -> torch.dtype:
-    """The type of a counter."""
-    return torch.int8 if int(entries.counts.max()) <= LONGEST else torch.int16
+def _longest(entries: Entries) -> int:
+    return int(entries.counts.max())
+
+
+def _kind(length: int) -> torch.dtype:
+    """The type of a counter for rows of up to `length` entries."""
+    return torch.int8 if length <= LONGEST else torch.int16
+
+
+def _zeros(kind: torch.dtype, digits: bool) -> type[_Words] | type[_Digits]:
+    return _Digits if digits or kind is not torch.int8 else _Words
 
 
 class _Words:
@@ -115,16 +143,16 @@ class _Words:
         return found[:, 0]
 
     @staticmethod
-    def cost(counts: int, width: int) -> Cost:
-        return Cost(1, 2 * counts, (2 << width) * counts)
+    def cost(counts: int, entries: Entries) -> Cost:
+        return Cost(1, 2 * counts, (2 << _width(entries)) * counts)
 
 
 class _Digits:
-    """The same for counts of more than eight bits, by a bit for each digit: two rounds."""
+    """The same by a bit for each of two digits: two rounds, and counts of any size."""
 
     def __init__(self, ctx: Context, entries: Entries, places: int) -> None:
         self._shape = len(entries.counts), places
-        self.mask = ctx.mask(self._shape, torch.int16)
+        self.mask = ctx.mask(self._shape, _kind(_longest(entries)))
         self._digits = _digits(_width(entries))
         count = self.mask.numel()
         self._tables = self._digits.deal(ctx, count, lambda: self.mask)
@@ -138,15 +166,17 @@ class _Digits:
         return _EMPTY.evaluate(bits, self._words).reshape(self._shape).sum(1, dtype=torch.int16)
 
     @staticmethod
-    def cost(counts: int, width: int) -> Cost:
-        dealt = _digits(width).dealt_bytes + 2 * _EMPTY.words
-        return Cost(2, 4 * counts + 2 * counts, dealt * counts)
+    def cost(counts: int, entries: Entries) -> Cost:
+        dealt = _digits(_width(entries)).dealt_bytes + 2 * _EMPTY.words
+        opened = 2 * _kind(_longest(entries)).itemsize
+        return Cost(2, (opened + 2) * counts, dealt * counts)
 
 
 @cache
 def _digits(width: int) -> Relations:
-    """Whether both digits of a count are zero. A table of less than three bits fills no byte."""
-    return Relations((_DIGIT_BITS, max(3, width - _DIGIT_BITS)), [(0, "equal"), (1, "equal")])
+    """Whether both digits of a count are zero."""
+    low = max(_NARROWEST, -(-width // 2))
+    return Relations((low, max(_NARROWEST, width - low)), [(0, "equal"), (1, "equal")])
 
 
 def _deal_one_hot(

@@ -290,7 +290,8 @@ def _(full: bool) -> Iterator[Arguments]:
 @cases("digits.tables")
 def _(full: bool) -> Iterator[Arguments]:
     yield words(31), DIGITS
-    yield words(31), slots._digits(12)
+    for width in (4, 8, 12):
+        yield words(31), slots._digits(width)
 
 
 @cases("elements.looked_up")
@@ -499,7 +500,7 @@ def _(full: bool) -> Iterator[Arguments]:
                 yield words(count, size, dtype=dtype), words(count), rows, (3, width)
 
 
-BROAD = [Broad(reach, top, frac) for reach, top, frac in ((3, 1, 10), (6, 5, 17), (9, 5, 30))]
+BROAD = [Broad(reach, top, frac) for reach, top, frac in ((3, 1, 10), (7, 4, 17), (9, 5, 30))]
 
 
 @cases("broad.corrected")

@@ -298,8 +298,8 @@ def broad(reach: int) -> Callable[[int], Outcome]:
     """A unit and what both factors' roundings make of the value."""
 
     def attempt(count: int) -> Outcome:
-        outcome, table = Outcome(), Broad(reach, 5, EXP_FRAC)
-        end = table.top << FRACTIONAL_BITS
+        outcome, table = Outcome(), Broad(reach, 4, EXP_FRAC)
+        end = (table.top << FRACTIONAL_BITS) - 1
         for size, seed in pieces(count, 1 << 14):
             near = words(size // 2, end - 20 * 2**16, end + 1, seed)
             x = torch.cat([near, words(size - size // 2, table.start, end + 1, seed)])
@@ -503,6 +503,12 @@ CHECKS = [
         "abs(x) < 253, ties",
         "[0, 4) below",
         near_maxima(partial(top_slot, bits=9), 255, 253, 4),
+    ),
+    Check(
+        "the same digit by digit",
+        "abs(x) < 253, ties",
+        "[0, 4) below",
+        near_maxima(partial(top_slot, bits=9, digits=True), 255, 253, 4),
     ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),

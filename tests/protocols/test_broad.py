@@ -8,6 +8,8 @@ import torch
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols.broad import (
+    _CORRECTED,
+    _VALUES,
     Broad,
     broad_exponentials,
     broad_exponentials_cost,
@@ -42,9 +44,9 @@ def _check(x: torch.Tensor, table: Broad) -> torch.Tensor:
 
 @every_reach
 def test_the_whole_range_and_its_ends(reach: int) -> None:
-    table = Broad(reach, 5, EXP_FRAC)
-    end = 5 * UNIT
-    assert end - table.start >= (2**reach + 5) * UNIT
+    table = Broad(reach, 4, EXP_FRAC)
+    end = 4 * UNIT - 1
+    assert end - table.start == 2**reach * UNIT
     ends = [table.start, table.start + 1, end, end - 1, 0, 1, -1, -UNIT]
     x = torch.cat([torch.tensor(ends).repeat(50), words(20_000, table.start, end + 1)])
     _check(x, table)
@@ -54,36 +56,49 @@ def test_the_whole_range_and_its_ends(reach: int) -> None:
 @every_reach
 def test_every_place_at_which_a_window_may_end(reach: int) -> None:
     """Masks are fresh in each run, so one input meets all windows and places in them."""
-    table = Broad(reach, 5, EXP_FRAC)
-    for x in (4.99, 0.0, -11.0, -25.0):
+    table = Broad(reach, 4, EXP_FRAC)
+    for x in (3.99, 0.0, -11.0, -25.0):
         _check(torch.full((4000,), round(x * UNIT)), table)
 
 
-def test_every_mask_of_a_small_table() -> None:
-    """All residues of the mask modulo the table, against every kind of input, in the clear."""
-    from mergec.runtime.protocols.broad import _CORRECTED, _VALUES
+def _check_masks(x: torch.Tensor, masks: torch.Tensor, table: Broad) -> None:
+    """Tables of these masks, each read for the number of its place, in the clear."""
+    opened = (masks + x).to(torch.int32)
+    share = words(len(masks) * table.dealt_bytes // 4, -(2**31), 2**31).to(torch.int32)
+    share = share.reshape(len(masks), -1)
+    own, total = share.clone(), torch.zeros(len(masks), dtype=torch.int64)
+    _CORRECTED(own, masks.to(torch.int32), table)
+    for part in (share, own):
+        out = torch.empty_like(total)
+        _VALUES(part, opened, table, out)
+        total += out
+    exact = (x.double() / UNIT).exp() * 2.0**table.frac
+    assert bool(((total + 1 - exact).abs() <= 1 + exact * 2.0**-22).all())
 
-    table = Broad(3, 1, 10)
-    period = 4 << table.step_bits
-    masks = torch.arange(0, period, 61).to(torch.int32)
-    for x in (table.start, -3 * UNIT, -1, 0, UNIT - 1, UNIT):
-        opened = (masks.long() + x).to(torch.int32)
-        share = words(len(masks) * 4 * table.halves, -(2**31), 2**31, seed=x).to(torch.int32)
-        share = share.reshape(len(masks), -1)
-        own, total = share.clone(), torch.zeros(len(masks), dtype=torch.int64)
-        _CORRECTED(own, masks, table)
-        for part in (share, own):
-            out = torch.empty_like(total)
-            _VALUES(part, opened, table, out)
-            total += out
-        exact = torch.tensor(x / UNIT).double().exp() * 2.0**table.frac
-        assert bool(((total + 1 - exact).abs() <= 1 + exact * 2.0**-22).all())
+
+SMALL = Broad(3, 1, 10)
+PERIOD = 2 << SMALL.step_bits
+
+
+def test_every_mask_of_a_small_table() -> None:
+    """All residues of the mask modulo the table, against every kind of input."""
+    masks = torch.arange(PERIOD)
+    for x in (SMALL.start, SMALL.start + 1, -3 * UNIT, -1, UNIT - 2, UNIT - 1):
+        _check_masks(torch.full_like(masks, x), masks, SMALL)
+
+
+def test_every_number_of_a_small_table() -> None:
+    """The whole range, both ends included, against masks at both ends of both windows."""
+    x = torch.arange(SMALL.start, UNIT)
+    half = PERIOD // 2
+    for mask in (0, 1, half - 1, half, half + 1, PERIOD - 1, 12345):
+        _check_masks(x, torch.full_like(x, mask), SMALL)
 
 
 @every_reach
 def test_roundings_have_the_right_expectation(reach: int) -> None:
     """Also of entries that are less than a unit: in a long row their sum counts."""
-    table = Broad(reach, 5, EXP_FRAC)
+    table = Broad(reach, 4, EXP_FRAC)
     for x in (1.3, -10.1, -12.0, -13.5):
         errors = _check(torch.full((40_000,), round(x * UNIT)), table)
         assert abs(float(errors.mean())) < 5 * 0.5 / 200 + 2.0**-5 * (x > 1)
@@ -91,7 +106,7 @@ def test_roundings_have_the_right_expectation(reach: int) -> None:
 
 @every_reach
 def test_far_below_a_unit_all_is_zero(reach: int) -> None:
-    table = Broad(reach, 5, EXP_FRAC)
+    table = Broad(reach, 4, EXP_FRAC)
     found, _ = _evaluate(words(20_000, table.start, -36 * UNIT), table)
     assert int(found.abs().max()) <= 1
     assert int((found != 0).sum()) <= 1
@@ -100,7 +115,7 @@ def test_far_below_a_unit_all_is_zero(reach: int) -> None:
 @pytest.mark.parametrize("value", [0, -8 * UNIT, 400 * UNIT])
 def test_what_is_seen_is_uniform_and_of_one_shape(value: int) -> None:
     """Also for a number outside of the range."""
-    table, count = Broad(7, 5, EXP_FRAC), 2000
+    table, count = Broad(7, 4, EXP_FRAC), 2000
     simulation = Simulation(record=True)
     shares = [s.share.to(torch.int32) for s in simulation.share(torch.full((count,), value), 0)]
     sent, kept = simulation.to_server, []
@@ -116,7 +131,7 @@ def test_what_is_seen_is_uniform_and_of_one_shape(value: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 7, 5000])
 def test_shapes_alone_take_the_same_bytes(count: int) -> None:
-    context, table = ShapeContext(), Broad(8, 5, EXP_FRAC)
+    context, table = ShapeContext(), Broad(8, 4, EXP_FRAC)
     share = torch.empty(count, dtype=torch.int32, device="meta")
     rounds = list(broad_exponentials(context, Cut(share), table))
     cost = broad_exponentials_cost(count, table)
@@ -127,4 +142,4 @@ def test_shapes_alone_take_the_same_bytes(count: int) -> None:
 def test_a_table_without_room_raises() -> None:
     for reach, frac in ((2, 17), (6, 0), (6, 60)):
         with pytest.raises(ValueError, match="no exponential has"):
-            Broad(reach, 5, frac)
+            Broad(reach, 4, frac)

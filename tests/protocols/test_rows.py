@@ -148,18 +148,20 @@ def test_exact_rounding_always_compares_pairs() -> None:
 @pytest.mark.parametrize("shift", [*SLOTS, *BROAD])
 @pytest.mark.parametrize("frac", [16, 32, 48])
 def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
-    kind, _, number = shift.partition("-")
-    bits = int(number)
+    kind, number, *way = shift.split("-")
+    bits, rounds = int(number), {"slots": 4, "broad": 3}[kind] + len(way)
     generator = torch.Generator().manual_seed(4)
     x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
     x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
     x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
+    # The maximum at, and a unit beside, each place where the shift may be another one.
+    x[:200] += (torch.arange(200) // 3 / 8 + (torch.arange(200) % 3 - 1) * 2.0**-16)[:, None]
     x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
     simulation = Simulation()
     views = simulation.share(x, frac)
     valid = torch.ones(x.shape, dtype=torch.bool)
     found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
-    assert cost == exponentials_cost(valid, shift) and cost.rounds == {"slots": 4, "broad": 3}[kind]
+    assert cost == exponentials_cost(valid, shift) and cost.rounds == rounds
     assert simulation.to_client.total == 0
     found = decode(found, EXP_FRAC)
     most, place = x.max(1, keepdim=True)

@@ -7,12 +7,17 @@ import itertools
 import pytest
 import torch
 
-from mergec.runtime.core.context import ShapeContext
+from mergec.runtime.core.context import Context, ShapeContext
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.protocols import slots
 from mergec.runtime.protocols.rows import (
+    BROAD,
+    exponentials_cost,
     reach_of_rows,
+    shift_of_many,
 )
-from mergec.runtime.protocols.slots import LONGEST, top_slot, top_slot_cost
+from mergec.runtime.protocols.slots import LONGEST, _digits, top_slot, top_slot_cost
 from tests.protocols.harness import run, uniform_bytes, words
 
 UNIT = 2**16
@@ -20,40 +25,49 @@ WRAP = 2**32
 every_reach = pytest.mark.parametrize("bits", [6, 7, 9])
 
 
-def _check(values: torch.Tensor, bits: int, valid: torch.Tensor | None = None) -> None:
+every_way = pytest.mark.parametrize("digits", [False, True])
+
+
+def _check(
+    values: torch.Tensor, bits: int, digits: bool, valid: torch.Tensor | None = None
+) -> None:
     """Below the maximum by less than four units, modulo 2**32, and nothing for the client."""
     valid = torch.ones(values.shape, dtype=torch.bool) if valid is None else valid
     simulation = Simulation()
     shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
-    result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits))
-    assert cost == top_slot_cost(valid, bits)
-    assert cost.rounds == (2 if int(valid.sum(1).max()) <= LONGEST else 3)
+    result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits, digits))
+    assert cost == top_slot_cost(valid, bits, digits)
+    assert cost.rounds == (2 if not digits and int(valid.sum(1).max()) <= LONGEST else 3)
     assert simulation.to_client.total == 0
     exact = torch.where(valid, values, -(2**62)).max(1).values
     assert bool((result.long() % UNIT == 0).all())
     assert bool(((exact - result.long()) % WRAP < 4 * UNIT).all())
 
 
+@every_way
 @every_reach
-def test_two_values_at_each_distance_and_every_fraction(bits: int) -> None:
+def test_two_values_at_each_distance_and_every_fraction(bits: int, digits: bool) -> None:
     """Each after the other, at quarters of a unit and beside them, all around the circle."""
     most = (2**bits - 4) * UNIT
-    gaps = torch.cat([torch.arange(0, most + 1, UNIT // 4), torch.tensor([most - 1, 1])])
+    ends = torch.tensor([most + 1, most - 1, 1]).repeat(100)
+    gaps = torch.cat([torch.arange(0, most + 1, UNIT // 4), ends])
     for place in (0, 3 * UNIT // 4, -1, 2**31 - UNIT, words(len(gaps), -(2**31), 2**31)):
         low = torch.zeros_like(gaps) + place
-        _check(torch.stack([low, low + gaps], 1), bits)
-        _check(torch.stack([low + gaps, low], 1), bits)
+        _check(torch.stack([low, low + gaps], 1), bits, digits)
+        _check(torch.stack([low + gaps, low], 1), bits, digits)
 
 
-def test_every_order_of_four_values_with_ties() -> None:
+@every_way
+def test_every_order_of_four_values_with_ties(digits: bool) -> None:
     rows = torch.tensor(list(itertools.product((-3, 0, 0.5, 50), repeat=4)))
     for place in (0, 1, 2, 2**15 - 1, -1):
-        _check(((rows + place) * UNIT).long(), 6)
+        _check(((rows + place) * UNIT).long(), 6, digits)
 
 
+@every_way
 @every_reach
 @pytest.mark.parametrize("length", [1, 2, 16, 127, 128, 255, 256, 512, 2047, 2048, 4096])
-def test_rows_of_any_length(length: int, bits: int) -> None:
+def test_rows_of_any_length(length: int, bits: int, digits: bool) -> None:
     most = (2**bits - 4) * UNIT
     values = words(12 * length, 0, most + 1, seed=length).reshape(12, length)
     values[0] = values[0, 0]
@@ -63,24 +77,40 @@ def test_rows_of_any_length(length: int, bits: int) -> None:
     values[3], values[3, 0] = most, 0
     # 256 in the top slot are not none, nor is a multiple of it.
     values[4], values[4, : length // 2] = 0, 40 * UNIT
-    _check(values, bits)
+    _check(values, bits, digits)
 
 
-def test_masked_entries_are_left_out_and_may_be_anywhere() -> None:
+@every_way
+def test_masked_entries_are_left_out_and_may_be_anywhere(digits: bool) -> None:
     values = words(40 * 37, -(2**31), 2**31).reshape(40, 37)
     valid = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     valid[:, 5] = True
     valid[3] = False
     valid[3, 36] = True
     values[valid] = words(int(valid.sum()), 0, 252 * UNIT)
-    _check(values, 8, valid)
+    _check(values, 8, digits, valid)
     causal = torch.ones(60, 60, dtype=torch.bool).tril()
-    _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, causal)
+    _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, digits, causal)
 
 
-@pytest.mark.parametrize("length", [3, 300])
+@pytest.mark.parametrize("width", range(1, 14))
+def test_every_count_is_zero_or_not_under_every_mask(width: int) -> None:
+    """Digits of the counts below 2**width, opened in a ring of 2**8 or 2**16."""
+    digits, ring = _digits(width), 8 if width <= 8 else 16
+    assert width <= digits.width <= ring
+    masks = torch.arange(256) if ring == 8 else words(300, 0, 2**ring, seed=width)
+    counts = torch.arange(2**width)[:, None]
+    opened = (counts + masks + 2 ** (ring - 1)) % 2**ring - 2 ** (ring - 1)
+    found = digits.look_up(opened, digits.tables(masks))
+    assert torch.equal(found == 3, (counts == 0).expand_as(found))
+
+
+WAYS = [(3, False), (3, True), (255, True), (300, False), (300, True)]
+
+
+@pytest.mark.parametrize(("length", "digits"), WAYS)
 @pytest.mark.parametrize("fill", ["equal", "two", "beyond the reach"])
-def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int) -> None:
+def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, digits: bool) -> None:
     count = 6144 // length
     values = torch.zeros(count, length, dtype=torch.int64)
     values[:, 1] = {"equal": 0, "two": 50 * UNIT, "beyond the reach": 9000 * UNIT}[fill]
@@ -90,10 +120,10 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int) -> Non
     sent = simulation.to_server
     kept, write = [], sent.write
     sent.write = lambda data: (kept.append(data.clone()), write(data))[1]  # type: ignore[method-assign]
-    simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6))
+    simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6, digits))
     seen = simulation.transcript
-    kind = torch.int8 if length == 3 else torch.int16
-    bits = [(torch.uint8, (count * 31,))] if length > LONGEST else []
+    kind, digits = (torch.int8, digits) if length <= LONGEST else (torch.int16, True)
+    bits = [(torch.uint8, (count * 31,))] if digits else []
     assert [(t.dtype, tuple(t.shape)) for t in seen[::2]] == [
         (torch.int16, (count * length,)),
         (kind, (count, 31)),
@@ -103,23 +133,71 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int) -> Non
         together = first ^ second if first.dtype is torch.uint8 else first + second
         for opened in (first, second, together):
             assert abs(uniform_bytes([opened])) < 6.5
-    sizes = [2 * 4] if length == 3 else [32 + 1, 2 * 4]
+    tables = {3: 1 + 1, 255: 2 + 2, 300: 4 + 2}
+    sizes = [tables[length], 2 * 4] if digits else [2 * 4]
     assert [len(data) for data in kept] == [
-        count * length * 64 * kind.itemsize,
         *(count * 31 * size for size in sizes),
+        count * length * 64 * kind.itemsize,
     ]
     for data in kept:
         assert abs(uniform_bytes([data])) < 6.5
 
 
+@every_way
 @pytest.mark.parametrize("length", [7, LONGEST, LONGEST + 1, 4096])
-def test_shapes_alone_take_the_same_bytes(length: int) -> None:
+def test_shapes_alone_take_the_same_bytes(length: int, digits: bool) -> None:
     context, valid = ShapeContext(), torch.ones(2, length, dtype=torch.bool)
     share = torch.empty((2, length), dtype=torch.int32, device="meta")
-    rounds = list(top_slot(context, share, valid, 8))
-    cost = top_slot_cost(valid, 8)
+    rounds = list(top_slot(context, share, valid, 8, digits))
+    cost = top_slot_cost(valid, 8, digits)
     assert len(rounds) == cost.rounds
     assert context.dealt == {"client": 0, "server": cost.offline}
+
+
+@pytest.mark.parametrize("sizes", [(7, 33, 64), (64, 1, 7), (39, 39, 38)])
+def test_roles_may_take_tables_in_parts_of_any_size(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = words(5 * 9, 0, 60 * UNIT).reshape(5, 9)
+    valid = torch.ones(values.shape, dtype=torch.bool)
+    valid[1, 3:] = False
+    simulation = Simulation()
+    shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
+
+    def protocol(ctx: Context, p: int) -> Protocol:
+        steps, answer = top_slot(ctx, shares[p], valid, 6), None
+        while True:
+            monkeypatch.setattr(slots, "_TOGETHER", sizes[p])
+            try:
+                answer = yield steps.send(answer)
+            except StopIteration as done:
+                return done.value
+
+    result, _ = run(simulation, protocol)
+    exact = torch.where(valid, values, -(2**62)).max(1).values
+    assert bool(((exact - result.long()) % WRAP < 4 * UNIT).all())
+
+
+def test_many_rows_take_slots_whose_tables_are_small() -> None:
+    for name in ("broad-{}", "broad-{}-digits", "slots-{}"):
+        taken = [shift_of_many(name.format(n), 255) for n in (6, 7, 8, 9)]
+        assert taken == [*(f"broad-{n}-digits" for n in (6, 7, 8)), "pairs-to-server"]
+        taken = [shift_of_many(name.format(n), 256) for n in (6, 7, 8, 9)]
+        assert taken == [*(f"broad-{n}-digits" for n in (6, 7)), *["pairs-to-server"] * 2]
+    assert shift_of_many("histogram", 64) == "pairs"
+
+
+@pytest.mark.parametrize("length", [9, 64, 128, 255, 256, 512, 1024])
+def test_many_rows_take_less_by_small_tables_than_by_pairs(length: int) -> None:
+    """The exponentials of a causal prompt: rounds, and bytes unless there are hardly any."""
+    valid = torch.ones(length, length, dtype=torch.bool).tril()
+    pairs = exponentials_cost(valid, "pairs-to-server")
+    for shift in {shift_of_many(name, length) for name in BROAD} & BROAD.keys():
+        found = exponentials_cost(valid, shift)
+        assert found.rounds < pairs.rounds
+        if length >= 64:
+            assert found.online < pairs.online
+            assert found.offline < 1.03 * pairs.offline
 
 
 def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
