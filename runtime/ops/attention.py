@@ -238,7 +238,8 @@ class Attention(ScoredAttention):
     ) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both.
 
-        With digits, slots take one round more and fewer bytes still.
+        With digits, slots take one round more and fewer bytes still; with keys, tables of slots
+        take fewer bytes on the server's link and some on the client's.
         """
         return shift_variants(reach)
 

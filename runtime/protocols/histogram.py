@@ -112,10 +112,10 @@ def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
     values, first = from_first(integer_parts(share, entries), entries)
     # What the dealer needs, in the order in which the parties use it.
     mask = ctx.mask((len(row),), torch.int16)
-    slots = _Tables(ctx, kind.slots, lambda: _places(mask) >> _SLOT_BITS, len(row))
+    slots = Tables(ctx, kind.slots, lambda: _places(mask) >> _SLOT_BITS, len(row))
     cells = _Zeros(ctx, kind, rows, _CELLS, 8)
     cell_mask = ctx.mask((rows,), torch.int8)
-    near = _Tables(
+    near = Tables(
         ctx,
         kind.near,
         lambda: _places(mask.long() - (cell_mask.long() << _CELL_BITS)[row]),
@@ -180,7 +180,7 @@ class _Kind:
             self.classes.append((width, some, len(rows)))
 
 
-class _Tables:
+class Tables:
     """Keys of a table for each place, dealt when this is made."""
 
     def __init__(
@@ -216,7 +216,7 @@ class _Zeros:
             (
                 width,
                 same,
-                _Tables(ctx, Counters(bits, width), self._low(width, same), count * number),
+                Tables(ctx, Counters(bits, width), self._low(width, same), count * number),
             )
             for width, same, count in kind.classes
         ]

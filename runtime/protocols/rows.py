@@ -119,9 +119,9 @@ _LARGEST_TABLE = 256
 """Bytes of an entry's table of slots for which a step of many rows leaves pairs."""
 
 
-def _slots(bits: int, exp: Function | Broad, digits: bool = False) -> Shift:
-    find = partial(top_slot, bits=bits, digits=digits)
-    cost = partial(top_slot_cost, bits=bits, digits=digits)
+def _slots(bits: int, exp: Function | Broad, digits: bool = False, keys: bool = False) -> Shift:
+    find = partial(top_slot, bits=bits, digits=digits, keys=keys)
+    cost = partial(top_slot_cost, bits=bits, digits=digits, keys=keys)
     return Shift(find, cost, STEP + 1, exp, 6, _TO_SERVER[PAIRS], bits)
 
 
@@ -129,14 +129,16 @@ SLOTS = {f"slots-{bits}": _slots(bits, _from_server(5, 6)) for bits in _REACHES}
 """Further ones, for rows whose valid entries differ by at most 2**bits - 4: fewer rounds than a
 histogram, and nothing is dealt to the client."""
 
-_BY_DIGITS = "-digits"
+_BY_DIGITS, _BY_KEYS = "-digits", "-keys"
+_WAYS = {"": (False, False), _BY_DIGITS: (True, False), _BY_KEYS: (True, True)}
 BROAD = {
-    f"broad-{bits}{way}": _slots(bits, Broad(bits, STEP + 1, EXP_FRAC), bool(way))
+    f"broad-{bits}{way}": _slots(bits, Broad(bits, STEP + 1, EXP_FRAC), *chosen)
     for bits in _REACHES
-    for way in ("", _BY_DIGITS)
+    for way, chosen in _WAYS.items()
 }
 """The same with exponentials that take one round instead of two, and fewer bytes. With `-digits`
-counts are found to be zero digit by digit, in one round more and for far fewer dealt bytes.
+counts are found to be zero digit by digit, in one round more and for far fewer dealt bytes. With
+`-keys` the tables of slots are dealt as keys as well, to both parties.
 
 A row's entries x are in the range of such a table. Windows of them (`take_window`) differ by at
 most 2**bits - 4 and a unit, 2**-16. The shift c is in (max - 4, max]. So x - c is below 4, and at
@@ -174,7 +176,7 @@ def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
     """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
     names: Iterable[str] = _TO_SERVER
     if reach:
-        names = (*names, f"broad-{reach}", f"broad-{reach}{_BY_DIGITS}")
+        names = (*names, *(f"broad-{reach}{way}" for way in _WAYS))
     return ({"shift": name} for name in names)
 
 

@@ -6,8 +6,10 @@ are known not to spread further than 2**bits, so that one histogram covers them,
 integers. It has few enough slots for its tables to be dealt entry by entry: the client's share of
 each table is the next bytes of its own stream, and the server gets the rest. So are the tables that
 tell which counts are zero: of a word for each count that there may be, or, for one round more and a
-small part of the bytes, of a bit for each value of its digits. Nothing is dealt to the client.
-Sources: see `histogram`, and one-time truth tables (Ishai et al., TCC 2013).
+small part of the bytes, of a bit for each value of its digits. Nothing is dealt to the client. Or
+the first tables are dealt as keys to both parties, as in `histogram`: fewer bytes on the server's
+link, and as many on the client's. Sources: see `histogram`, and one-time truth tables (Ishai et
+al., TCC 2013).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import Cost
+from mergec.runtime.correlations.counters import Counters
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.protocols.digits import Relations
 from mergec.runtime.protocols.formula import Formula, conjunction, open_bits
-from mergec.runtime.protocols.histogram import at_or_above, from_first
+from mergec.runtime.protocols.histogram import Tables, at_or_above, from_first
 from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.peak import Entries, entries_of, from_integers, integer_parts
 
@@ -45,7 +48,12 @@ _EMPTY = Formula(conjunction((0, 1)))
 
 
 def top_slot(
-    ctx: Context, share: torch.Tensor, valid: torch.Tensor, bits: int, digits: bool = False
+    ctx: Context,
+    share: torch.Tensor,
+    valid: torch.Tensor,
+    bits: int,
+    digits: bool = False,
+    keys: bool = False,
 ) -> Protocol:
     """Shares modulo 2**32 of a multiple of 2**16 in (m - 4 * 2**16, m] for each row's maximum m.
 
@@ -54,18 +62,20 @@ def top_slot(
     entries are ignored. Out: [R]. Rows that spread further return another number; one unit further
     is allowed for, as the windows of two scores may be cut apart by that much (`take_window`).
     digits: whether counts are found to be zero digit by digit; they always are if a row has more
-    than 255 entries.
+    than 255 entries. keys: whether tables of slots are dealt as keys of point functions.
 
     With 2**w the power of two above the longest row's length, B = 1 byte if that is 255 at most,
     else 2, and P = 2**(bits - 1) - 1 counts for each row: offline, to the server alone,
     2**bits B bytes per entry; online 4 bytes per entry and 2 P B per row. By words, rounds 2, and
     offline 2**(w + 1) P per row more. By digits of a = w / 2, rounded up, and b = w - a bits, but
     at least 3 each: rounds 3, and 2 P per row more online, (8 + 2**(a - 3) + 2**(b - 3)) P offline.
+    With keys, each party is dealt 16 bytes for each of bits - 4 + log2 B levels, and 16 more, for
+    an entry, and the server no table of slots.
 
     Each party sees slots, counts and, by digits, bits, each under a fresh, uniform mask of its
     whole ring, used once. The server's tables are the differences to bytes of the client's stream,
-    which are fresh, uniform and unknown to it. Of the first entry of a row, whose slot is zero, the
-    mask is opened, which tells nothing.
+    which are fresh, uniform and unknown to it; keys look uniform (`dpf`). Of the first entry of a
+    row, whose slot is zero, the mask is opened, which tells nothing.
     """
     entries = entries_of(valid).on(ctx.device)
     rows, row, slots = len(entries.counts), entries.rows, 1 << bits
@@ -78,11 +88,10 @@ def top_slot(
     zeros = _zeros(kind, digits)(ctx, entries, places)
     opened = yield from open_under(ctx, values, mask)
     counts = torch.zeros((rows, slots // 2), dtype=kind, device=opened.device)
+    tally = _tally_keys if keys else _tally_tables
     for start in range(0, len(row), _TOGETHER):
         piece = slice(start, start + _TOGETHER)
-        tables = _deal_one_hot(ctx, mask[piece], slots, kind)
-        if tables is not None and not opened.is_meta:
-            counts += _TALLIED(tables, opened[piece].long(), row[piece], tuple(counts.shape))
+        tally(ctx, mask[piece], opened[piece], row[piece], counts)
     if opened.is_meta:
         yield from zeros.count(ctx, zeros.mask.to("meta"))
         return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
@@ -92,18 +101,52 @@ def top_slot(
     return from_integers(first + (top << _SLOT_BITS).to(torch.int16))
 
 
-def top_slot_cost(valid: torch.Tensor, bits: int, digits: bool = False) -> Cost:
+def top_slot_cost(valid: torch.Tensor, bits: int, digits: bool = False, keys: bool = False) -> Cost:
     """Cost of `top_slot` for rows with these valid entries."""
     entries = entries_of(valid)
     rows, count, longest = len(entries.counts), len(entries.rows), _longest(entries)
     places = (1 << bits) // 2 - 1
     zeros = _zeros(_kind(longest), digits).cost(rows * places, entries)
-    return Cost(1, 4 * count, slot_bytes(bits, longest) * count) + zeros
+    dealt = _counters(bits, _kind(longest)).dealt_bytes if keys else slot_bytes(bits, longest)
+    return Cost(1, 4 * count, dealt * count) + zeros
 
 
 def slot_bytes(bits: int, length: int) -> int:
-    """Bytes that `top_slot` deals for an entry, if the longest row has `length`."""
+    """Bytes of the table that `top_slot` deals for an entry, if the longest row has `length`."""
     return _kind(length).itemsize << bits
+
+
+def _counters(bits: int, kind: torch.dtype) -> Counters:
+    """Keys of tables of slots."""
+    return Counters(8 * kind.itemsize, bits)
+
+
+def _tally_tables(
+    ctx: Context,
+    mask: torch.Tensor,
+    opened: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Deal tables of slots, and add up in `counts`, one for every two slots, what they hold."""
+    tables = _deal_one_hot(ctx, mask, 2 * counts.shape[1], counts.dtype)
+    if tables is not None and not opened.is_meta:
+        counts += _TALLIED(tables, opened.long(), rows, tuple(counts.shape))
+
+
+def _tally_keys(
+    ctx: Context,
+    mask: torch.Tensor,
+    opened: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """The same by keys of point functions."""
+    slots = 2 * counts.shape[1]
+    counters = _counters(slots.bit_length() - 1, counts.dtype)
+    tables = Tables(ctx, counters, lambda: mask.long() & (slots - 1), len(mask))
+    if not opened.is_meta:
+        counts += tables.tally(ctx, opened.long(), rows, (counts.shape[0], counts.shape[1]))
 
 
 def _width(entries: Entries) -> int:

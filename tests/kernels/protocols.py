@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
     "broad exponentials": (_exponentials("broad-7"), (2, 5), torch.int64),
     "slots": (lambda ctx, x: top_slot(ctx, x, _valid(2, 9), 6), (2, 9), torch.int32),
     "slots by digits": (_exponentials("broad-6-digits"), (2, 5), torch.int64),
+    "slots by keys": (_exponentials("broad-6-keys"), (2, 5), torch.int64),
     "slots of long rows": (
         lambda ctx, x: top_slot(ctx, x, _valid(2, 300), 7),
         (2, 300),

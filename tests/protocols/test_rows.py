@@ -150,6 +150,7 @@ def test_exact_rounding_always_compares_pairs() -> None:
 def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
     kind, number, *way = shift.split("-")
     bits, rounds = int(number), {"slots": 4, "broad": 3}[kind] + len(way)
+    keys = way == ["keys"]
     generator = torch.Generator().manual_seed(4)
     x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
     x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
@@ -162,7 +163,7 @@ def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
     valid = torch.ones(x.shape, dtype=torch.bool)
     found, cost = run(simulation, lambda ctx, p: exponentials(ctx, views[p], valid, shift))
     assert cost == exponentials_cost(valid, shift) and cost.rounds == rounds
-    assert simulation.to_client.total == 0
+    assert (simulation.to_client.total > 0) == keys
     found = decode(found, EXP_FRAC)
     most, place = x.max(1, keepdim=True)
     largest = found.gather(1, place)

@@ -25,20 +25,23 @@ WRAP = 2**32
 every_reach = pytest.mark.parametrize("bits", [6, 7, 9])
 
 
-every_way = pytest.mark.parametrize("digits", [False, True])
+WAYS = {"words": (False, False), "digits": (True, False), "keys": (True, True)}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def _check(
-    values: torch.Tensor, bits: int, digits: bool, valid: torch.Tensor | None = None
+    values: torch.Tensor, bits: int, way: tuple[bool, bool], valid: torch.Tensor | None = None
 ) -> None:
-    """Below the maximum by less than four units, modulo 2**32, and nothing for the client."""
+    """Below the maximum by less than four units, modulo 2**32; the client gets nothing but keys."""
     valid = torch.ones(values.shape, dtype=torch.bool) if valid is None else valid
     simulation = Simulation()
     shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
-    result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits, digits))
-    assert cost == top_slot_cost(valid, bits, digits)
+    result, cost = run(simulation, lambda ctx, p: top_slot(ctx, shares[p], valid, bits, *way))
+    assert cost == top_slot_cost(valid, bits, *way)
+    digits, keys = way
     assert cost.rounds == (2 if not digits and int(valid.sum(1).max()) <= LONGEST else 3)
-    assert simulation.to_client.total == 0
+    levels = bits - (4 if int(valid.sum(1).max()) <= LONGEST else 3)
+    assert simulation.to_client.total == (16 * (levels + 1) * int(valid.sum()) if keys else 0)
     exact = torch.where(valid, values, -(2**62)).max(1).values
     assert bool((result.long() % UNIT == 0).all())
     assert bool(((exact - result.long()) % WRAP < 4 * UNIT).all())
@@ -46,28 +49,28 @@ def _check(
 
 @every_way
 @every_reach
-def test_two_values_at_each_distance_and_every_fraction(bits: int, digits: bool) -> None:
+def test_two_values_at_each_distance_and_every_fraction(bits: int, way: tuple[bool, bool]) -> None:
     """Each after the other, at quarters of a unit and beside them, all around the circle."""
     most = (2**bits - 4) * UNIT
     ends = torch.tensor([most + 1, most - 1, 1]).repeat(100)
     gaps = torch.cat([torch.arange(0, most + 1, UNIT // 4), ends])
     for place in (0, 3 * UNIT // 4, -1, 2**31 - UNIT, words(len(gaps), -(2**31), 2**31)):
         low = torch.zeros_like(gaps) + place
-        _check(torch.stack([low, low + gaps], 1), bits, digits)
-        _check(torch.stack([low + gaps, low], 1), bits, digits)
+        _check(torch.stack([low, low + gaps], 1), bits, way)
+        _check(torch.stack([low + gaps, low], 1), bits, way)
 
 
 @every_way
-def test_every_order_of_four_values_with_ties(digits: bool) -> None:
+def test_every_order_of_four_values_with_ties(way: tuple[bool, bool]) -> None:
     rows = torch.tensor(list(itertools.product((-3, 0, 0.5, 50), repeat=4)))
     for place in (0, 1, 2, 2**15 - 1, -1):
-        _check(((rows + place) * UNIT).long(), 6, digits)
+        _check(((rows + place) * UNIT).long(), 6, way)
 
 
 @every_way
 @every_reach
 @pytest.mark.parametrize("length", [1, 2, 16, 127, 128, 255, 256, 512, 2047, 2048, 4096])
-def test_rows_of_any_length(length: int, bits: int, digits: bool) -> None:
+def test_rows_of_any_length(length: int, bits: int, way: tuple[bool, bool]) -> None:
     most = (2**bits - 4) * UNIT
     values = words(12 * length, 0, most + 1, seed=length).reshape(12, length)
     values[0] = values[0, 0]
@@ -77,20 +80,20 @@ def test_rows_of_any_length(length: int, bits: int, digits: bool) -> None:
     values[3], values[3, 0] = most, 0
     # 256 in the top slot are not none, nor is a multiple of it.
     values[4], values[4, : length // 2] = 0, 40 * UNIT
-    _check(values, bits, digits)
+    _check(values, bits, way)
 
 
 @every_way
-def test_masked_entries_are_left_out_and_may_be_anywhere(digits: bool) -> None:
+def test_masked_entries_are_left_out_and_may_be_anywhere(way: tuple[bool, bool]) -> None:
     values = words(40 * 37, -(2**31), 2**31).reshape(40, 37)
     valid = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     valid[:, 5] = True
     valid[3] = False
     valid[3, 36] = True
     values[valid] = words(int(valid.sum()), 0, 252 * UNIT)
-    _check(values, 8, digits, valid)
+    _check(values, 8, way, valid)
     causal = torch.ones(60, 60, dtype=torch.bool).tril()
-    _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, digits, causal)
+    _check(words(60 * 60, 0, 60 * UNIT).reshape(60, 60), 6, way, causal)
 
 
 @pytest.mark.parametrize("width", range(1, 14))
@@ -105,12 +108,15 @@ def test_every_count_is_zero_or_not_under_every_mask(width: int) -> None:
     assert torch.equal(found == 3, (counts == 0).expand_as(found))
 
 
-WAYS = [(3, False), (3, True), (255, True), (300, False), (300, True)]
+SEEN = [
+    (length, way) for length in (3, 255, 300) for way in WAYS if (length, way) != (255, "words")
+]
 
 
-@pytest.mark.parametrize(("length", "digits"), WAYS)
+@pytest.mark.parametrize(("length", "way"), SEEN)
 @pytest.mark.parametrize("fill", ["equal", "two", "beyond the reach"])
-def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, digits: bool) -> None:
+def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, way: str) -> None:
+    digits, keys = WAYS[way]
     count = 6144 // length
     values = torch.zeros(count, length, dtype=torch.int64)
     values[:, 1] = {"equal": 0, "two": 50 * UNIT, "beyond the reach": 9000 * UNIT}[fill]
@@ -120,7 +126,7 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, digits
     sent = simulation.to_server
     kept, write = [], sent.write
     sent.write = lambda data: (kept.append(data.clone()), write(data))[1]  # type: ignore[method-assign]
-    simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6, digits))
+    simulation.run(lambda ctx, p: top_slot(ctx, shares[p], valid, 6, digits, keys))
     seen = simulation.transcript
     kind, digits = (torch.int8, digits) if length <= LONGEST else (torch.int16, True)
     bits = [(torch.uint8, (count * 31,))] if digits else []
@@ -137,7 +143,7 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, digits
     sizes = [tables[length], 2 * 4] if digits else [2 * 4]
     assert [len(data) for data in kept] == [
         *(count * 31 * size for size in sizes),
-        count * length * 64 * kind.itemsize,
+        count * length * (16 * (2 + kind.itemsize) if keys else 64 * kind.itemsize),
     ]
     for data in kept:
         assert abs(uniform_bytes([data])) < 6.5
@@ -145,18 +151,20 @@ def test_what_is_seen_is_uniform_and_of_one_shape(fill: str, length: int, digits
 
 @every_way
 @pytest.mark.parametrize("length", [7, LONGEST, LONGEST + 1, 4096])
-def test_shapes_alone_take_the_same_bytes(length: int, digits: bool) -> None:
+def test_shapes_alone_take_the_same_bytes(length: int, way: tuple[bool, bool]) -> None:
     context, valid = ShapeContext(), torch.ones(2, length, dtype=torch.bool)
     share = torch.empty((2, length), dtype=torch.int32, device="meta")
-    rounds = list(top_slot(context, share, valid, 8, digits))
-    cost = top_slot_cost(valid, 8, digits)
+    rounds = list(top_slot(context, share, valid, 8, *way))
+    cost = top_slot_cost(valid, 8, *way)
     assert len(rounds) == cost.rounds
-    assert context.dealt == {"client": 0, "server": cost.offline}
+    assert sum(context.dealt.values()) == cost.offline
+    assert bool(context.dealt["client"]) == way[1]
 
 
+@every_way
 @pytest.mark.parametrize("sizes", [(7, 33, 64), (64, 1, 7), (39, 39, 38)])
 def test_roles_may_take_tables_in_parts_of_any_size(
-    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, ...], way: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = words(5 * 9, 0, 60 * UNIT).reshape(5, 9)
     valid = torch.ones(values.shape, dtype=torch.bool)
@@ -165,7 +173,7 @@ def test_roles_may_take_tables_in_parts_of_any_size(
     shares = [s.share.to(torch.int32) for s in simulation.share(values, 0)]
 
     def protocol(ctx: Context, p: int) -> Protocol:
-        steps, answer = top_slot(ctx, shares[p], valid, 6), None
+        steps, answer = top_slot(ctx, shares[p], valid, 6, *way), None
         while True:
             monkeypatch.setattr(slots, "_TOGETHER", sizes[p])
             try:
@@ -179,7 +187,7 @@ def test_roles_may_take_tables_in_parts_of_any_size(
 
 
 def test_many_rows_take_slots_whose_tables_are_small() -> None:
-    for name in ("broad-{}", "broad-{}-digits", "slots-{}"):
+    for name in ("broad-{}", "broad-{}-digits", "broad-{}-keys", "slots-{}"):
         taken = [shift_of_many(name.format(n), 255) for n in (6, 7, 8, 9)]
         assert taken == [*(f"broad-{n}-digits" for n in (6, 7, 8)), "pairs-to-server"]
         taken = [shift_of_many(name.format(n), 256) for n in (6, 7, 8, 9)]
