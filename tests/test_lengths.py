@@ -29,6 +29,7 @@ class Own(nn.Module):
         self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
         self.places = nn.Embedding(ROWS, WIDTH)
         self.register_buffer("table", torch.randn(1, ROWS, WIDTH))
+        self.register_buffer("position_ids", torch.arange(ROWS)[None])
         self.change = change
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -56,6 +57,11 @@ def narrows(model: Any, x: torch.Tensor, n: int) -> torch.Tensor:
 
 def looks_up(model: Any, x: torch.Tensor, n: int) -> torch.Tensor:
     return x + model.places(torch.arange(n))
+
+
+def looks_up_buffered(model: Any, x: torch.Tensor, n: int) -> torch.Tensor:
+    """The buffer has the name of an input, and more rows than a step has tokens."""
+    return x + model.places(model.position_ids[:, :n])
 
 
 def indexes(model: Any, x: torch.Tensor, n: int) -> torch.Tensor:
@@ -86,6 +92,7 @@ def limit_by(change: Any) -> Captured:
         (slices, ROWS, "on 33 tokens it fails: The size of tensor a"),
         (narrows, ROWS, "on 33 tokens it fails"),
         (looks_up, ROWS, "places.weight is a table of 32x16"),
+        (looks_up_buffered, ROWS, "on 33 tokens it fails"),
         (indexes, ROWS, "table is a table of 1x32x16"),
         (looks_up_further_on, ROWS - 2, "places.weight is a table of 32x16"),
     ],

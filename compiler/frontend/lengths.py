@@ -99,7 +99,9 @@ def guards_of(program: Any) -> list[Guard]:
     env = next((mode.shape_env for mode in modes if mode is not None), None)
     if env is None:
         return []
-    found = [n for n in program.graph.nodes if n.op == "placeholder" and n.name.endswith("_ids")]
+    # Buffers are placeholders too, and may have such names.
+    given = set(program.graph_signature.user_inputs)
+    found = [n for n in program.graph.nodes if n.name in given and n.name.endswith("_ids")]
     lengths = dict(zip(("source", "new")[-len(found) :], found, strict=True))
     names = {ids.meta["val"].shape[1].node.expr: name for name, ids in lengths.items()}
     return [made for guard in env.guards if (made := _guard(guard, names)) is not None]
