@@ -154,8 +154,11 @@ def _constant_lines(graph_module: fx.GraphModule) -> list[str]:
 
 
 def _line(node: fx.Node, names: Mapping[fx.Node, str], symbols: Mapping[str, str]) -> str:
+    def operand(arg: Any) -> str:
+        return f"%{names[arg]}" if isinstance(arg, fx.Node) else repr(arg)
+
     def named(arg: Any) -> str:
-        return literal(arg, lambda operand: f"%{names[operand]}")
+        return literal(arg, operand)
 
     if node.op == "output":
         return f"return {named(node.args[0])}"
@@ -181,6 +184,8 @@ def literal(value: Any, name: Callable[[Any], str] = repr) -> str:
     """An argument as text. `name` prints the operands, which are not literals."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(literal(item, name) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {literal(item, name)}' for key, item in value.items())}}}"
     if isinstance(value, int) and value == sys.maxsize:
         return "end"
     if isinstance(value, (bool, int, float, str)) or value is None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
@@ -211,6 +212,14 @@ class Conditional(Bigram):
         return self.head(torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t + 1, (x,)))
 
 
+class Flex(Bigram):
+    """Its call takes a dictionary of options, as no other does."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.hidden(ids)[:, None]
+        return self.head(flex_attention(x, x, x, score_mod=lambda s, *_: 2 * s)[:, 0])
+
+
 class OneLength(Bigram):
     def forward(self, ids: torch.Tensor) -> Any:
         return super().forward(ids).reshape(1, 3, VOCAB)
@@ -260,6 +269,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "two inputs": (Masked, "missing 1 required positional argument: 'mask'"),
     "one length": (OneLength, "only one number of tokens"),
     "branch": (Branch, r"known only when it runs \(test_capture.py:\d+\)"),
+    "flex attention": (Flex, "flex_attention cannot be compiled(.|\n)*use scaled_dot_product"),
     "control flow": (Conditional, "control flow cannot be compiled"),
     "write to a view": (WritesView, "writing in place"),
     "write to an alias": (WritesAlias, "writing in place"),

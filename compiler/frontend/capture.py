@@ -504,9 +504,10 @@ def _inline_regions(graph_module: fx.GraphModule) -> None:
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
         if node.target.name() not in _REGIONS:
-            raise CompileError(
-                "control flow cannot be compiled", {node: "rewrite the model without branches"}
-            )
+            fault, remedy = "control flow", "rewrite the model without branches"
+            if node.target.name() == "flex_attention":
+                fault, remedy = "flex_attention", "use scaled_dot_product_attention with a mask"
+            raise CompileError(f"{fault} cannot be compiled", {node: remedy})
         (body_node, body), arguments = _region(graph_module, node)
         mapping = dict(
             zip([n for n in body.graph.nodes if n.op == "placeholder"], arguments, strict=True)
