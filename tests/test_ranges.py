@@ -159,3 +159,13 @@ def test_the_first_value_that_is_not_finite_is_named() -> None:
     assert "pow" in target_name(node.target) or "square" in target_name(node.target)
     assert "\n" in str(caught.value)
     assert "While executing" not in str(caught.value)
+
+
+def test_a_mask_of_infinities_that_meets_a_secret_is_named() -> None:
+    def body(m, ids):
+        x = torch.nn.functional.embedding(ids, m.w)
+        return x + torch.full((2, 8), -torch.inf).triu(1), x * 2.0
+
+    graph = Graph(body, torch.tensor([[1, 2]]), w=normal(4, 8))
+    with pytest.raises(CompileError, match=r"a public operand contains inf.* such as -10000"):
+        annotate_ranges(graph.module, [IDS], [[1, 2]])

@@ -139,11 +139,7 @@ class _Recorder(fx.Interpreter):
             ends = float(result.min()), float(result.max())
             if not all(map(math.isfinite, ends)) and n.meta["vis"] is not Vis.PUBLIC:
                 # A public mask may contain -inf.
-                reason = (
-                    "its operands are finite, but the result contains inf or NaN; disable a lossy "
-                    "pass, or calibrate with other prompts"
-                )
-                raise CompileError("a value is not finite in calibration", {n: reason})
+                raise CompileError("a value is not finite in calibration", {n: self._reason(n)})
             least, most = n.meta.get("range", ends)
             n.meta["range"] = min(least, ends[0]), max(most, ends[1])
             if n in self._streams:
@@ -156,3 +152,17 @@ class _Recorder(fx.Interpreter):
             for name, value in op.measure(*self.fetch_args_kwargs_from_env(n)[0]).items():
                 n.meta[name] = max(value, n.meta.get(name, value))
         return result
+
+    def _reason(self, n: fx.Node) -> str:
+        """Why a value is not finite. Secret operands are: they were looked at before."""
+        for operand in n.all_input_nodes:
+            value = self.env[operand]
+            if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                return (
+                    "a public operand contains inf, which secret numbers cannot; use a large "
+                    "number instead, such as -10000 in a mask"
+                )
+        return (
+            "its operands are finite, but the result contains inf or NaN; disable a lossy pass, or "
+            "calibrate with other prompts"
+        )
