@@ -161,6 +161,7 @@ class CompileConfig:
             "adapted": check.text("adapted", adapted),
             "enable": check.names("enable", self.enable),
             "disable": check.names("disable", self.disable),
+            "ignore_settings": check.names("ignore_settings", self.ignore_settings),
             "extra_passes": _classes(self.extra_passes),
             "calibration": _prompts(check, self.calibration),
         }

@@ -153,15 +153,16 @@ class Program:
         }
         return cls(programs, None, files, place)
 
-    def check(self, expected: str | None = None, tokenizer: Path | None = None) -> None:
+    def check(self, expected: str | None = None, tokenizer: str | Path | None = None) -> None:
         """Compare the program's hash with the expected one, and take another tokenizer, if given.
 
         Raises BundleError if the hash is another one, or if there is no tokenizer at that place.
         """
+        check = Arguments(BundleError)
         if expected is not None:
-            expect(self.manifest, expected, tokenizer is not None)
+            expect(self.manifest, check.text("expected", expected), tokenizer is not None)
         if tokenizer is not None:
-            self._text = Text.given(tokenizer)
+            self._text = Text.given(check.path("tokenizer", tokenizer))
 
     def save(self, path: str | Path, progress: Progress = _quiet) -> Path:
         """Write the three bundles to the folder `path`, all or none; return the folder.
@@ -293,6 +294,7 @@ class Program:
         """
         from mergec.runtime.engine.audit import audit
 
+        queries = Arguments(PromptError).whole("queries", queries, 1)
         self.any_role.manifest = self.manifest
         return audit(self.any_role, queries)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from mergec import CompileConfig, Program, compile_decoder
+from mergec import CompileConfig, Program, adapt, compile_decoder
 from mergec.compiler.answer import Answer
 from mergec.compiler.errors import CompileError
 from mergec.runtime.core.errors import BundleError, MergecError, PromptError
@@ -60,6 +62,7 @@ def refused(call: Any, kind: type[MergecError], words: str) -> None:
         ({"reveal": ["logits"]}, "reveal is a list; it can be"),
         ({"enable": "softmax_2quad"}, r"enable is 'softmax_2quad'; .*as \('softmax_2quad',\)"),
         ({"disable": None}, "disable is None"),
+        ({"ignore_settings": "top_k"}, r"ignore_settings is 'top_k'; .*as \('top_k',\)"),
         ({"disable": (1,)}, "disable is a tuple; it must be a tuple of names"),
         ({"check_passes": "yes"}, "check_passes is 'yes'; it must be True, False or None"),
         ({"name": 3}, "name is 3; it must be a text"),
@@ -182,6 +185,63 @@ def test_load_and_save(program: Program, tmp_path: Path) -> None:
     ):
         refused(lambda roles=roles: Program.load(place, roles), BundleError, words)
     refused(lambda: program.plaintext([1, 2]), PromptError, "answer is a list, not a Answer")
+
+
+WRONG = [
+    *(None, "x", "", b"x", 5, -1, 10**30, 1.5, float("nan"), float("inf"), True, object()),
+    *([], [None], ["x"], [5], (), {}, {"a": 1}),
+]
+"""Values of many types. Some of them are right for some parameters."""
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def only_our_errors(call: Any, *, said: str) -> None:
+    """Call something that may succeed; every error has to be one of ours."""
+    try:
+        call()
+    except MergecError:
+        pass
+    except Exception as error:  # noqa: BLE001  (the test is that there is none)
+        pytest.fail(f"{said}: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("name", parameters(CompileConfig))
+def test_no_option_of_any_type_fails_later(name: str) -> None:
+    for value in WRONG:
+        try:
+            config = CompileConfig(**{name: value})
+        except CompileError:
+            continue
+        assert hash(config), "options are kept as immutable values"
+        only_our_errors(lambda c=config: compile_decoder(Tiny(), config=c), said=f"{value!r}")
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (method, name)
+        for method in ("generate_local", "inspect", "to_html", "audit", "check", "plaintext")
+        for name in parameters(getattr(Program, method))[1:]
+    ],
+)
+def test_no_argument_of_any_type_fails_inside(
+    program: Program, method: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_place", lambda: Path("nowhere"))
+    needed = {"prompt": [1, 2]} if method == "generate_local" else {}
+    for value in WRONG:
+        call = partial(getattr(program, method), **{**needed, name: value})
+        only_our_errors(call, said=f"{value!r}")
+
+
+@pytest.mark.parametrize("name", parameters(adapt))
+def test_no_argument_of_an_adaptation_fails_inside(name: str, tmp_path: Path) -> None:
+    given = {"model": Tiny(), "data": tmp_path / "no.txt", "output": tmp_path / "new"}
+    for value in WRONG:
+        only_our_errors(partial(adapt, **{**given, name: value}), said=f"{value!r}")
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])

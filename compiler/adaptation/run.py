@@ -113,7 +113,10 @@ def adapt(
         >>> mergec.adapt("gpt2", "dialogues.jsonl", "adapted", config)  # doctest: +SKIP
     """
     config = _checked(config, progress).complete()
-    folder = Path(output)
+    check = Arguments(CompileError)
+    data, folder = check.path("data", data), check.path("output", output)
+    if validation is not None:
+        validation = check.path("validation", validation)
     if isinstance(model, (str, Path)) and stands_at(Path(model)):
         former = read_adaptation(model)
         done = "has heads" if former.medusa else f"is adapted, for the preset {former.preset!r}"
@@ -170,8 +173,8 @@ def adapt(
     settings = {
         **config.settings(),
         "model": _digest_of(teacher),
-        "data": _digest(Path(data)),
-        "validation_data": None if validation is None else _digest(Path(validation)),
+        "data": _digest(data),
+        "validation_data": None if validation is None else _digest(validation),
     }
     run: _Run
     if config.medusa:
