@@ -12,6 +12,7 @@ from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.answer import Answer
 from mergec.runtime.program.bundle import TENSORS, role_path
 from mergec.runtime.program.encoding import dtype_name
+from mergec.runtime.roles.inprocess import InProcessSession
 
 PROMPT, COUNT = [5, 17, 3, 88, 41], 6
 
@@ -95,3 +96,23 @@ def test_tied_weights_are_stored_once(saved: Path) -> None:
     tables = [name for name, tensor in stored.items() if tensor.shape == (97, 32)]
     assert len(tables) == 1
     assert all(dtype_name(t.dtype) == "float32" for t in stored.values() if t.is_floating_point())
+
+
+def test_a_mask_that_the_client_knows() -> None:
+    """A model may leave out a token, which is a secret: a truth value times a shared number."""
+
+    class Skips(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 40)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids) * (ids != 0)[..., None])
+
+    model, config = Skips(), CompileConfig(max_length=16, logit_noise=0)
+    with InProcessSession(compile_decoder(model, config=config).roles) as session:
+        for prompt in ([5, 7], [5, 0]):
+            with torch.no_grad():
+                wanted = model(torch.tensor([prompt]))[0, -1]
+            assert float((session.step(prompt, 0) - wanted).abs().max()) < 1e-3

@@ -57,6 +57,22 @@ def test_offenders_are_shown_once_for_all_layers(layers: int, golden: Golden) ->
     golden(f"errors/unlowerable_{layers}.txt", message(layers))
 
 
+def test_a_size_that_depends_on_a_secret() -> None:
+    """As in a mixture of experts: only some rows go on, and nobody may know how many."""
+
+    class Chooses(Decoder):
+        def forward(self, ids: torch.Tensor) -> Any:
+            x = self.embed(ids)
+            y = torch.zeros_like(x)
+            chosen = x.argmax(-1) == 1
+            y[chosen] = x[chosen]
+            return self.head(y)
+
+    with pytest.raises(CompileError, match="aten.index_put_.default has no protocol") as caught:
+        compile_decoder(Chooses(0), config=CompileConfig(max_length=16))
+    assert all(node.meta["source"].startswith("test_verify.py") for node in caught.value.nodes)
+
+
 def test_nothing_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(*_: object) -> None:
         raise AssertionError("calibration ran")

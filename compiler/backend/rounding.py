@@ -177,6 +177,8 @@ def _form_argument(value: Any) -> Any:
 
 def _encoded(weight: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """A constant as it is encoded: with the program's fractional bits and those of the call."""
+    if not weight.is_floating_point():
+        return weight  # whole numbers, such as those of a mask
     frac = torch.tensor(float(FRACTIONAL_BITS + arguments.get("bits", 0)))
     if parts := arguments.get("parts"):
         more = torch.repeat_interleave(torch.tensor(parts[1::2]), torch.tensor(parts[::2]))

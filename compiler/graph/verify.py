@@ -135,7 +135,6 @@ def _decomposed(node: fx.Node) -> set[str]:
         return torch.zeros(shape, dtype=value.dtype)
 
     given: list[fx.Node] = node.all_input_nodes
-    values = [example(operand) for operand in given]
 
     def call(*operands: Any) -> Any:
         known: dict[fx.Node, Any] = dict(zip(given, operands, strict=True))
@@ -144,9 +143,10 @@ def _decomposed(node: fx.Node) -> set[str]:
 
     with _silent():
         try:
+            values = [example(operand) for operand in given]
             traced = make_fx(call, decomposition_table=_decompositions())(*values)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            # Torch decomposes only what it can trace.
+            # Torch decomposes only what it can trace, and sizes may depend on data.
             return {target_name(node.target)}
     return {target_name(n.target) for n in traced.graph.nodes if n.op == "call_function"}
 
