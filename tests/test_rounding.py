@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from typing import Any
 
 import pytest
@@ -152,6 +153,26 @@ def test_other_sizes_are_right_or_refused(family: str, part: str, factor: float)
 )
 def test_every_size(family: str, part: str, factor: float, weights: str) -> None:
     right_or_refused(scaled(family, part, factor), weights=weights)
+
+
+def scaled_at_random(family: str, seed: int) -> Any:
+    """A one-layer decoder, and a part of its tensors times 10^-6 to 10^3 each."""
+    model, generator = scaled(family), random.Random(seed)
+    often = generator.choice((0.1, 0.3, 0.5, 1.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if generator.random() < often:
+                parameter.mul_(10.0 ** generator.uniform(-6, 3))
+    return model
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [seed if seed < 4 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(100)],
+)
+@pytest.mark.parametrize("family", PARTS)
+def test_sizes_at_random(family: str, seed: int) -> None:
+    right_or_refused(scaled_at_random(family, seed))
 
 
 def test_a_row_that_no_prompt_has() -> None:
