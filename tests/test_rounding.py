@@ -90,10 +90,12 @@ def compiled(model: Any, **options: Any) -> Program:
 
 
 def prompts(model: Any) -> list[list[int]]:
-    """Prompts that are no calibration prompts, with the tokens of the most extreme rows."""
+    """Prompts that are no calibration prompts, with the tokens of the most extreme rows; one of a
+    single token, whose value no attention averages.
+    """
     norms = model.get_input_embeddings().weight.norm(dim=1)
     largest, smallest = int(norms.argmax()), int(norms.argmin())
-    return [[largest, 5, VOCAB - 9, smallest], [17, 3, largest]]
+    return [[largest, 5, VOCAB - 9, smallest], [17, 3, largest], [smallest]]
 
 
 def errors(model: Any, **options: Any) -> list[float]:

@@ -2,8 +2,8 @@
 
 Ranges say whether a value fits into the ring from above. Whether it fits from below depends on what
 becomes of it: a norm makes small rows large, and a residual stream hides small terms. So the
-legalized graph is run in the clear with every rounding that the parties make, and its logits are
-compared with those of exact numbers.
+legalized graph is run in the clear with a deviation at every place where the parties round, and its
+logits are compared with those of exact numbers.
 """
 
 from __future__ import annotations
@@ -45,14 +45,20 @@ def check_rounding(
     """Raise CompileError if rounding changes the logits, which names the value that is too coarse.
 
     Runs the legalized graph on the first sequence, and unless it is lossy on the tokens with the
-    most extreme rows of the embedding (`graph.extremes`), each as a prompt.
+    most extreme rows of the embedding (`graph.extremes`), each as a prompt. In long prompts
+    attention averages the roundings of values, so a first token, the largest and the smallest row
+    also make a prompt each.
     """
     tolerance = LOSSY_TOLERANCE if lossy else TOLERANCE
     source = as_pair(sequences[0]).source
     start = prompt(graph_module, inputs, source[:1])
     extremes = [] if lossy else extreme_tokens(graph_module, start)[: len(source)]
-    found = [extremes, extremes[::-1]] if extremes else []
-    for sample in (sequences[0], *found):
+    samples: list[Sample] = [sequences[0]]
+    if not lossy:
+        samples.append(source[:1])
+    if extremes:
+        samples += [extremes, extremes[::-1], extremes[:1], extremes[-1:]]
+    for sample in samples:
         trial = _Trial(graph_module, prompt(graph_module, inputs, sample))
         moved = trial.moved()
         if moved > tolerance:
@@ -159,14 +165,19 @@ class _Rounded(fx.Interpreter):
         return self._round(result, node.meta["frac"])
 
     def _round(self, value: torch.Tensor, frac: int) -> torch.Tensor:
-        """Rounded down or up at random with the right expectation, as truncations do."""
+        """Half a unit more or less, at random, but for whole numbers of units.
+
+        A truncation rounds to the next unit, up with the probability that makes it right in the
+        mean. Half a unit is the most that this deviates in the root of the mean square. Numbers far
+        below a unit are rarely rounded up; one draw would miss that, and what it does.
+        """
         if not value.is_floating_point():
             return value
         scaled = value.double() * 2.0**frac
-        noise = torch.rand(value.shape, generator=self.random)
+        signs = torch.randint(0, 2, value.shape, generator=self.random)
         whole = scaled.round()
         # Products of whole numbers are whole numbers, but for the precision of floats.
-        rounded = torch.where((scaled - whole).abs() < _WHOLE, whole, (scaled + noise).floor())
+        rounded = torch.where((scaled - whole).abs() < _WHOLE, whole, scaled + (signs - 0.5))
         return (rounded * 2.0**-frac).to(value.dtype)
 
 
