@@ -74,7 +74,7 @@ SUITES = {
     "runtime/protocols/columns.py": _tests("normalize deferred"),
     "runtime/protocols/compare.py": _tests(f"compare {_EVERY}"),
     "runtime/protocols/deferred.py": _tests("deferred evidence", "linear", "truncate"),
-    "runtime/protocols/digits.py": _tests(f"{_FORMS} formula compare"),
+    "runtime/protocols/digits.py": _tests(f"{_FORMS} formula argmax {_EVERY}"),
     "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection"),
     "runtime/protocols/gain.py": _tests("normalize", "norm"),
     "runtime/protocols/gumbel.py": "tests/ops/test_reveal_token.py",

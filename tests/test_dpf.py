@@ -55,9 +55,13 @@ def keys_of(count: int, correct) -> tuple[Keys, Keys]:
     return Keys(roots[0], corrections), Keys(roots[1], corrections)
 
 
+def on_host(keys: Keys) -> HostKeys:
+    return HostKeys(unsigned(keys.roots), unsigned(keys.corrections))
+
+
 def expanded(keys: Keys, depth: int, party: int, generator: Generator) -> np.ndarray:
     """A party's share of the tables, uint64 [n, 2**depth, WORDS]: the definition, word by word."""
-    host = keys.on_host()
+    host = on_host(keys)
     seeds, bits = grow(host, depth, party, generator)
     rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
     rows = rows + bits[..., None] * host.corrections[:, None, -WORDS:]
@@ -90,7 +94,7 @@ def test_words_stand_at_each_prefix_and_zeros_elsewhere(ends: tuple[int, ...]) -
     assert keys[0].corrections.shape == (len(index), key_words(depth, WORDS * len(ends)))
     for k, end in enumerate(ends):
         total = np.zeros((len(index), 2**end, WORDS), np.uint64)
-        for party, key in enumerate(key.on_host() for key in keys):
+        for party, key in enumerate(map(on_host, keys)):
             place = 2 * depth + WORDS * k
             seeds, bits = grow(key, end, party, generator)
             rows = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)

@@ -30,8 +30,9 @@ from mergec.runtime.session.drafting.datastore import Datastore, read_texts
 from mergec.runtime.session.drafting.draft_model import DraftModel
 from mergec.runtime.session.drafting.drafter import Target, drafters, read
 from mergec.runtime.session.drafting.lookup import Lookup
-from mergec.runtime.session.drafting.pace import Acceptance, Seconds, best_length
+from mergec.runtime.session.drafting.pace import Acceptance, Seconds, best_count
 from mergec.runtime.session.drafting.retrieve import Retrieve
+from mergec.runtime.session.drafting.tree import Tree
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.sampling import Sampling
@@ -188,6 +189,11 @@ def test_what_cannot_be_drafted_is_refused() -> None:
 
 
 # ---------------------------------------------------------------------------------- how many
+
+
+def best_length(seconds: list[float], acceptance: float) -> int:
+    """For drafts in a line, each of which is right with this probability if those before it are."""
+    return best_count(seconds, Tree.line([1] * (len(seconds) - 1)).chances(acceptance))
 
 
 def test_the_best_length_weighs_time_and_chance() -> None:

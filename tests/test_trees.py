@@ -39,7 +39,7 @@ from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.drafter import Target
 from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
-from mergec.runtime.session.drafting.pace import best_count, best_length
+from mergec.runtime.session.drafting.pace import best_count
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.drafting.tree import Tree, grown
 from mergec.runtime.session.generation import answer
@@ -456,7 +456,7 @@ def test_how_many_drafts_of_a_tree_pay() -> None:
     assert Tree().right([1]) == []
     assert tree.first(2) == Tree([1, 2], [0, 0], [0.75, 0.25])
     seconds = [1.0, 1.2, 1.5]
-    assert best_count(seconds, [0.5, 0.25]) == best_length(seconds, 0.5) == 1
+    assert best_count(seconds, [0.5, 0.25]) == 1
     assert best_count([1.0, 1.1, 1.2, 1.3], [0.4, 0.05, 0.3]) == 3
 
 

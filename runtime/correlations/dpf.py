@@ -96,10 +96,6 @@ class Keys:
     roots: torch.Tensor
     corrections: torch.Tensor
 
-    def on_host(self) -> HostKeys:
-        """The same words, which must be on the CPU."""
-        return HostKeys(unsigned(self.roots), unsigned(self.corrections))
-
 
 def unsigned(words: torch.Tensor) -> np.ndarray:
     """Words on the CPU as contiguous uint64."""

@@ -19,8 +19,6 @@ import numpy as np
 WORD = 4
 """Words of 32 bits in a block."""
 
-PLANES = 8
-
 
 def transpose(q0, q1, q2, q3, q4, q5, q6, q7):  # type: ignore[no-untyped-def]
     """From words to planes and back. Word i of block b is number 2 i + b."""

@@ -6,7 +6,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient
-from mergec.runtime.core.spec import CLIENT, SERVER, Cost
+from mergec.runtime.core.spec import CLIENT, SERVER
 from mergec.runtime.core.values import Masked, Sent
 from mergec.runtime.kernels.transfers import to_device
 
@@ -46,11 +46,6 @@ def enter_masked(ctx: Context, words: torch.Tensor, frac: int) -> Protocol:
         # The reply is a view of the whole message.
         return Masked(opened.clone(), torch.zeros_like(opened), frac)
     return Masked(ghost, mask, frac)
-
-
-def enter_masked_cost(count: int) -> Cost:
-    """Cost of `enter_masked` for `count` elements."""
-    return Cost(rounds=1, online=8 * count)
 
 
 def enter_sent(ctx: Context, words: torch.Tensor, frac: int) -> Sent:

@@ -24,7 +24,6 @@ from mergec.runtime.ops.gelu import GELU
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.tanh import TANH
 from mergec.runtime.protocols.argmax import Candidates, best
-from mergec.runtime.protocols.compare import maximum
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.peak import peak
 from mergec.runtime.protocols.rectify import rectify
@@ -67,7 +66,6 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
     "gelu": (_apply(GELU.from_server(6)), (3,), torch.int64),
     "rectify": (_rectified, (5,), torch.int64),
     "best": (_best, (1, 7), torch.int32),
-    "maximum": (lambda ctx, x: maximum(ctx, x, _valid(2, 5)), (2, 5), torch.int32),
     "peak": (lambda ctx, x: peak(ctx, x, _valid(2, 5), 4), (2, 5), torch.int32),
     "exponentials": (_exponentials("slots-6"), (2, 5), torch.int64),
     "broad exponentials": (_exponentials("broad-7"), (2, 5), torch.int64),

@@ -13,7 +13,6 @@ from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops import load_all
 from mergec.runtime.protocols.argmax import Candidates, best
-from mergec.runtime.protocols.compare import maximum
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.power import Power, power
@@ -77,11 +76,8 @@ def test_rectification_and_squares_of_every_small_number() -> None:
     assert bool(((square == low**2) | (square == (low + 1) ** 2)).all())
 
 
-def test_maximum_and_place_of_every_row_of_four() -> None:
+def test_maxima_and_places_of_every_row_of_four() -> None:
     rows = torch.tensor(list(itertools.product(FEW, repeat=4)))
-    valid = torch.ones(rows.shape, dtype=torch.bool)
-    found = _run(rows, lambda ctx, x: maximum(ctx, x.to(torch.int32), valid))
-    assert torch.equal(found.long(), rows.max(1).values)
     simulation = Simulation()
     shares = [s.share.to(torch.int32) for s in integers(simulation, rows)]
     client, server, _ = simulation.run(lambda ctx, p: best(ctx, Candidates(shares[p]), 3, (4,)))

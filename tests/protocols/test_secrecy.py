@@ -12,7 +12,6 @@ from mergec.runtime.correlations.prg import Prg, derive, new_seed
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.softmax import Softmax
-from mergec.runtime.protocols.compare import maximum, take_window
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm
 from mergec.runtime.protocols.formula import open_bits
 from mergec.runtime.protocols.normalize import RowNorm, normalize
@@ -60,9 +59,6 @@ PROTOCOLS = {
         ctx, Shared(x.share.reshape(-1, 64), x.frac), HISTOGRAM
     ),
     "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33), 16),
-    "maximum": lambda ctx, x: maximum(
-        ctx, take_window(x.share.reshape(-1, 64), 0), torch.ones(COUNT // 64, 64, dtype=torch.bool)
-    ),
     "normalize": lambda ctx, x: normalize(
         ctx, x.share.reshape(-1, 64), RowNorm(64, 16, 1e-5, 2.0**10)
     ),

@@ -20,17 +20,13 @@ _FADING = 0.9
 """How much an earlier draft counts, for each draft since."""
 
 
-def best_length(seconds: Sequence[float], acceptance: float) -> int:
+def best_count(seconds: Sequence[float], chances: Sequence[float] | np.ndarray) -> int:
     """The number of drafts with which tokens come fastest.
 
-    seconds: of a step with 0, 1, 2 … drafts. acceptance: probability that a draft is right if those
-    before it are. A step with k drafts gives 1 + a + a² + … + a^k tokens in the mean.
+    seconds: of a step with 0, 1, 2 … drafts. chances: the probability that each draft is right, and
+    all those that it follows. A step gives one token, and in the mean as many more as they add up
+    to.
     """
-    return best_count(seconds, acceptance ** np.arange(1, len(seconds)))
-
-
-def best_count(seconds: Sequence[float], chances: Sequence[float] | np.ndarray) -> int:
-    """The same for drafts that form a tree. chances: the probability that each is right."""
     gained = np.cumsum([1.0, *chances])
     return int(np.argmax(gained / np.asarray(seconds)))
 
