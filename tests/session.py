@@ -58,7 +58,7 @@ def compiled(family: str, **options: Any) -> tuple[Any, Program]:
 def play(roles: dict[str, RoleProgram], steps: Sequence[Sequence[int]]) -> list[Step]:
     """Run the steps, each with its new tokens, over one cache; fails if a role fails."""
     client_link, server_link = link_pair(TIMEOUT)
-    streams = dealer_pair(), dealer_pair()
+    streams = dealer_pair(timeout=TIMEOUT), dealer_pair(timeout=TIMEOUT)
     senders = [sender for sender, _ in streams]
     client, server = new_seed(), new_seed()
     contexts = [

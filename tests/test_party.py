@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
@@ -105,6 +106,37 @@ def test_bad_requests_start_nothing(
     with pytest.raises(PromptError, match=message):
         run_local(bundles, prompt, **options)
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("x", "there is no device 'x'"),
+        ("meta", "there is no device 'meta'"),
+        ("cuda", "no CUDA device here"),
+        ("cuda:1", "no CUDA device here"),
+    ],
+)
+def test_a_device_that_is_not_there_starts_nothing(
+    bundles: Path, device: str, message: str, monkeypatch: Any
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(
+        "mergec.runtime.roles.local.subprocess.Popen", lambda *args, **_: started.append(args)
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MergecError, match=message):
+        run_local(bundles, PROMPT, max_tokens=1, device=device)
+    assert not started
+
+
+def test_the_first_devices_are_those_there_are(monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        check_device(device)
+    with pytest.raises(MergecError, match="no device 'cuda:2' here, only the first 2 of its kind"):
+        check_device("cuda:2")
 
 
 def test_missing_bundles_are_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BusyError, LimitError, MergecError, PartyError, PromptError
 from mergec.runtime.core.memory import release_freed_memory
@@ -161,6 +162,7 @@ class Connection:
             )
         self._server, self._dealer, self._store = server, dealer, store
         self._security = security
+        check_device(device)
         self._device, self._count = device, ranks
         self._ranks = ExitStack()
         self._timeout, self._join_timeout = timeout, join_timeout

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mergec.runtime.core import errors
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.errors import MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
@@ -127,6 +128,7 @@ def run_local(
         if mode != "crypten":
             raise MergecError("insecure_first_party is for mode crypten only")
         sys.stderr.write(FIRST_PARTY_WARNING + "\n")
+    check_device(device)
     environment = _environment(threads)
     jobs = {}
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import DEBUG, MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
@@ -114,8 +115,7 @@ def run_party(options: Options, emit: Emit) -> None:
     emit(event, **fields): called with `loaded`, `joined`, `ready`, `token`, `step` and `end`.
     """
     channels = take(options.role, options.lines, options.timeout)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise MergecError("there is no CUDA device here; use --device cpu")
+    check_device(options.device)
     program = load_bundle(Path(options.bundle), options.role)
     if options.role == ROLES[CLIENT]:
         check_prompt(options.prompt, options.max_tokens, program.manifest)
