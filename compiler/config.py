@@ -112,6 +112,11 @@ class CompileConfig:
     Raises:
         CompileError: an option has a value that is not allowed.
         TypeError: there is no option of that name.
+
+    Example:
+        >>> config = CompileConfig(max_length=256, network="wan", reveal="token")
+        >>> config.preset, config.rounding
+        ('exact', 'public')
     """
 
     fractional_bits: int = 16

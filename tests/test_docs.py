@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+import mergec
 from mergec.compiler.cli import app
 from mergec.runtime.ops import load_all
 
@@ -174,3 +175,35 @@ def test_public_names_include_methods_of_classes() -> None:
     names = module("hooks").public_names()
     assert {"mergec.compile_decoder", "mergec.Program.inspect", "mergec.Op.cost"} <= set(names)
     assert "mergec.__version__" not in names
+
+
+def test_examples_in_docstrings_run() -> None:
+    """In a process of its own, because one of them registers an op."""
+    modules = [
+        ".".join(("mergec", *file.relative_to(ROOT).with_suffix("").parts))
+        for folder in ("compiler", "passes", "runtime")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if ">>> " in file.read_text(encoding="utf-8")
+    ]
+    assert {"mergec.compiler.config", "mergec.compiler.graph.rewriting"} <= set(modules)
+    code = (
+        "import doctest, importlib\n"
+        f"for name in {modules}:\n"
+        "    result = doctest.testmod(importlib.import_module(name))\n"
+        "    assert not result.failed, name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_public_class_and_function_shows_an_example() -> None:
+    """All but errors: of those the message says what there is to say."""
+    silent = []
+    for name in mergec.__all__:
+        value = getattr(mergec, name)
+        error = isinstance(value, type) and issubclass(value, mergec.MergecError)
+        if callable(value) and not error and ">>> " not in value.__doc__:
+            silent.append(name)
+    assert not silent

@@ -75,6 +75,10 @@ class AdaptConfig:
     samples, answer: prompts that are answered for each validation, and tokens of each answer.
 
     Raises CompileError for an option whose value is not allowed.
+
+    Example:
+        >>> AdaptConfig(preset="merge-mm", steps=2_000, batch=8).length
+        128
     """
 
     preset: str = ""

@@ -83,6 +83,32 @@ class Pass(PassBase):
 
     A subclass that implements `run` without a stage of STAGES, or without a summary, raises
     CompileError where it is defined.
+
+    Example:
+        >>> class DropDoubleNeg(Pass):
+        ...     \"\"\"Remove two negations in a row.
+        ...
+        ...     Before:
+        ...         %x = input : shared 2x4
+        ...         %1 = aten.neg.default(%x)
+        ...         %2 = aten.neg.default(%1)
+        ...         %3 = aten.relu.default(%2)
+        ...     After:
+        ...         %3 = aten.relu.default(%x)
+        ...     \"\"\"
+        ...
+        ...     stage = "canonicalize"
+        ...
+        ...     def run(self, graph_module):
+        ...         sites, neg = 0, torch.ops.aten.neg.default
+        ...         for node in list(graph_module.graph.nodes):
+        ...             if node.target is neg and getattr(node.args[0], "target", None) is neg:
+        ...                 node.replace_all_uses_with(node.args[0].args[0])
+        ...                 sites += 1
+        ...         graph_module.graph.eliminate_dead_code()
+        ...         return sites
+        >>> DropDoubleNeg.name()
+        'drop_double_neg'
     """
 
     stage: ClassVar[str]
