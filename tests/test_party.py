@@ -124,14 +124,13 @@ def test_a_device_that_is_not_there_starts_nothing(
     monkeypatch.setattr(
         "mergec.runtime.roles.local.subprocess.Popen", lambda *args, **_: started.append(args)
     )
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(MergecError, match=message):
         run_local(bundles, PROMPT, max_tokens=1, device=device)
     assert not started
 
 
 def test_the_first_devices_are_those_there_are(monkeypatch: Any) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
         check_device(device)
@@ -184,7 +183,7 @@ def test_wrong_bundles_and_options_are_told_in_one_line(
     kind, message = told(capsys, role="client", bundle=str(bundles / "client"))
     assert kind == "PromptError"
     assert "the prompt is empty" in message
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     server = str(bundles / "server")
     assert "no CUDA device here" in told(capsys, role="server", bundle=server, device="cuda")[1]
 

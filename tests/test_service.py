@@ -684,9 +684,11 @@ def test_a_client_gets_so_many_tokens_a_minute(monkeypatch) -> None:
         (("--plaintext", "--listen", "0.0.0.0:0"), "--plaintext is for loopback; give --certs"),
         ((), "connections need certificates; give --certs DIR"),
         (("--plaintext", "--config", "none.toml"), "none.toml: cannot be read"),
+        (("--plaintext", "--device", "cuda"), "there is no CUDA device here"),
     ],
 )
-def test_mistakes_at_the_start_are_one_line(bundles, options, message, capsys) -> None:
+def test_mistakes_at_the_start_are_one_line(bundles, options, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert run(["serve", str(bundles), *options]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ")

@@ -8,10 +8,7 @@ from mergec.runtime.core.errors import MergecError
 
 
 def check_device(name: str) -> None:
-    """Raise MergecError unless this machine has the device: "cpu", "cuda", or "cuda:1".
-
-    Do not call this in a process that forks afterwards: a fork cannot use CUDA then.
-    """
+    """Raise MergecError unless this machine has the device: "cpu", "cuda", or "cuda:1"."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -20,8 +17,9 @@ def check_device(name: str) -> None:
         raise MergecError(f"there is no device {name!r}; use 'cpu' or 'cuda'")
     if device.type == "cpu":
         return
-    if not torch.cuda.is_available():
-        raise MergecError("there is no CUDA device here; use the device cpu")
+    # Asks the driver without starting CUDA, which `is_available` may do: no fork could use it then.
     count = torch.cuda.device_count()
+    if not count:
+        raise MergecError("there is no CUDA device here; use the device cpu")
     if device.index is not None and device.index >= count:
         raise MergecError(f"there is no device {name!r} here, only the first {count} of its kind")

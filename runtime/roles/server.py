@@ -10,6 +10,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.weights import take_weights
@@ -35,6 +36,7 @@ from mergec.runtime.transport.connect import listen
 
 def serve(settings: ServerSettings) -> bool:
     """Serve until SIGTERM or SIGINT; returns whether it was SIGINT."""
+    check_device(settings.device)
     prepare_to_fork()
     log = open_log(ROLES[SERVER])
     intact = words_watch(settings.bundle)
