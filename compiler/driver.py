@@ -38,6 +38,8 @@ from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
 from mergec.compiler.text import assign_names, length_symbols
 from mergec.runtime.core.arguments import Arguments
+from mergec.runtime.core.errors import BundleError
+from mergec.runtime.engine.rehearsal import Rehearsal
 from mergec.runtime.program.bundle import complete
 from mergec.runtime.program.manifest import Manifest, tokenizer_digest
 from mergec.runtime.program.program import FINISH, RoleProgram
@@ -162,8 +164,19 @@ def compile_decoder(
     for program in roles.values():
         program.manifest = manifest
         program.manifest = complete(program)
+    _rehearse(roles["client"])
     history = History(captured, config, sequences)
     return Program(roles, types, files, history=history)
+
+
+def _rehearse(program: RoleProgram) -> None:
+    """Raise CompileError unless the parties can run the program's steps, as far as shapes tell."""
+    rehearsal = Rehearsal(program)
+    for step in program.manifest.cost.values():
+        try:
+            rehearsal.step(step["new"], step["past"])
+        except BundleError as error:
+            raise CompileError(f"the parties could not run the program: {error}") from error
 
 
 def _check_arguments(

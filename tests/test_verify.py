@@ -73,6 +73,42 @@ def test_a_size_that_depends_on_a_secret() -> None:
     assert all(node.meta["source"].startswith("test_verify.py") for node in caught.value.nodes)
 
 
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda table, ids: table[ids],
+        lambda table, ids: torch.gather(table[None], 1, ids),
+        lambda table, ids: table.index_select(0, ids[0])[None],
+    ],
+)
+def test_a_look_up_by_a_secret_that_is_no_embedding(look_up: Any) -> None:
+    """It would move each party's share by a number that one of them does not have."""
+
+    class Looks(Decoder):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.register_buffer("table", torch.randn(VOCAB))
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.head(self.embed(ids) * look_up(self.table, ids)[..., None])
+
+    words = r"by the value of %(input_ids|select), .*embedding"
+    with pytest.raises(CompileError, match=words) as caught:
+        compile_decoder(Looks(), config=CompileConfig(max_length=16))
+    assert len(caught.value.nodes) == 1
+
+
+def test_an_operand_that_no_protocol_takes() -> None:
+    """A matrix that the client alone knows, times a shared one."""
+
+    class Compares(Decoder):
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.head((ids[:, :, None] == ids[:, None]).float() @ self.embed(ids))
+
+    with pytest.raises(CompileError, match=r"could not run the program: 'matmul' \(mpc.matmul\)"):
+        compile_decoder(Compares(0), config=CompileConfig(max_length=16))
+
+
 def test_nothing_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(*_: object) -> None:
         raise AssertionError("calibration ran")

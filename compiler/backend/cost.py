@@ -155,7 +155,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Held):
         value = value.value
     if isinstance(value, torch.Tensor):
-        return _Plain(tuple(value.shape), value.dtype)
+        # A party may hold float32, which no function of torch takes beside float64.
+        real = value.is_floating_point()
+        return _Plain(tuple(value.shape), torch.float64 if real else value.dtype)
     if isinstance(value, (Shared, Wide, Masked, Sent, Weight)):
         return _Plain(tuple(value.shape), torch.float64)
     return tuple(map(_plain, value)) if isinstance(value, list) else value

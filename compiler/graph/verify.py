@@ -17,7 +17,12 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.ir import is_public
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.core.structural import MOVE_NAMES, TABLE, target_name
+from mergec.runtime.core.structural import (
+    MOVE_NAMES,
+    TABLE,
+    secret_parameters,
+    target_name,
+)
 
 _BUILT_FROM = {
     "rsub": "sub",
@@ -75,9 +80,29 @@ def unlowerable(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
             bad[node] = f"{name} has no protocol on secret values"
         elif name not in TABLE:
             bad[node] = f"{name} is not a function that a program may call"
+        elif chooser := _chooser(node, name):
+            bad[node] = (
+                f"{name} looks up or cuts by the value of %{chooser.name}, which is secret; look "
+                "rows up by torch.nn.functional.embedding, in a table of two dimensions"
+            )
         if node in bad and (maker := node.meta.get("pass")):
             bad[node] += f"; made by the pass {maker}"
     return bad
+
+
+def _chooser(node: fx.Node, name: str) -> fx.Node | None:
+    """A secret operand on whose value the result's shape depends, or whether the call fails.
+
+    Every role refuses such an instruction (`runtime.program.validate`): it would tell the secret.
+    """
+    allowed = secret_parameters(name)
+    for key, argument in [*enumerate(node.args), *node.kwargs.items()]:
+        found: list[fx.Node] = []
+        fx.map_arg(argument, found.append)
+        for operand in found:
+            if key not in allowed and operand.meta.get("vis", Vis.PUBLIC) is not Vis.PUBLIC:
+                return operand
+    return None
 
 
 def _way(node: fx.Node) -> str:
