@@ -96,7 +96,10 @@ class Program:
         """For `pickle` and `copy`: the programs, types and tokenizer. Not the history: it holds
         the model's own graph, and a program that was loaded has none either."""
         # Words would be stored twice: a program in memory has its weights as real numbers.
-        roles = {role: replace(program, words={}) for role, program in self.roles.items()}
+        roles = {
+            role: replace(program, words={}, words_file=None)
+            for role, program in self.roles.items()
+        }
         return {"roles": roles, "types": self._value_types(), "files": self._files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -158,8 +158,13 @@ class Context(ABC):
     def keep_weight(self, words: torch.Tensor, *, mapped: bool = False) -> torch.Tensor:
         """A weight, int32 or int64, where this party computes with it: on its device or ranks.
 
-        mapped: let ranks keep a large one in files; see `Ranks.room`.
+        mapped: let ranks keep a large one in files; see `Ranks.room`. A matrix that lies in a file
+        of theirs stays there.
         """
+        if self.ranks is not None and not words.is_meta and words.dim() == 2:
+            there = self.ranks.mapped(words)
+            if there is not None:
+                return there
         room = None if words.is_meta else self._spread_room(words.shape, words.dtype, mapped)
         if room is None:
             return to_device(words, self.device, "input")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import resource
 import tempfile
+import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +66,61 @@ def mapped_words(shape: Sequence[int]) -> torch.Tensor:
     finally:
         os.close(descriptor)
         Path(path).unlink()
+
+
+class WordsFile:
+    """A file of words that this process maps, and others by the same descriptor.
+
+    Nothing is read before it is used, and processes that map the file share its pages, which the
+    kernel can drop. A file that takes this one's name later is another file: what is mapped here
+    stays. To write to a mapped tensor ends the process.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Takes the descriptor over. Raises ValueError if the file is empty, OSError if it cannot
+        be mapped."""
+        self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            # torch has no tensors that cannot be written to, and says so.
+            warnings.simplefilter("ignore", UserWarning)
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    @classmethod
+    def open(cls, path: Path) -> WordsFile:
+        """The file of this name; raises as the constructor does."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def words(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Words that lie in the file from byte `start` on.
+
+        Raises ValueError if it ends before, or if words cannot begin there.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= start <= start + size <= len(self._bytes) or start % dtype.itemsize:
+            raise ValueError(f"the file has no {size} bytes of {dtype} from {start} on")
+        return self._bytes[start : start + size].view(dtype).view(tuple(shape))
+
+    def start(self, words: torch.Tensor) -> int | None:
+        """The byte of the file at which the words of a tensor begin; None if they lie elsewhere."""
+        if words.is_meta or words.device.type != "cpu" or not words.is_contiguous():
+            return None
+        start = words.data_ptr() - self._bytes.data_ptr()
+        return start if start >= 0 and start + words.nbytes <= len(self._bytes) else None
+
+    def release(self, words: torch.Tensor) -> None:
+        """Let this process hold no pages of these words; they are mapped again when they are used.
+
+        Pages that reach beyond the words stay. Does nothing for words that lie elsewhere.
+        """
+        start = self.start(words)
+        if start is None:
+            return
+        size = mmap.PAGESIZE
+        first, last = -(-start // size) * size, (start + words.nbytes) // size * size
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def peak_bytes() -> int:

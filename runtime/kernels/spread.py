@@ -62,6 +62,18 @@ class Ranks(ABC):
         """
 
     @abstractmethod
+    def mapped(self, words: torch.Tensor) -> Spread | None:
+        """A matrix that lies in a file that all ranks map: each has its part of the rows there.
+
+        On a CPU nothing is copied; on a device each rank copies its own part. None if the matrix
+        does not lie in such a file.
+        """
+
+    @abstractmethod
+    def release(self, words: torch.Tensor) -> None:
+        """Let rank 0 hold no pages of words that lie in such a file, until it uses them again."""
+
+    @abstractmethod
     def copy(self, source: Spread, target: Spread) -> None:
         """Copy all rows of `source` to the first ones of `target`, where they lie."""
 

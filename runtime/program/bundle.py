@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergec.runtime.core.errors import BundleError
+from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.core.spec import CLIENT, RING_BITS, ROLES, SERVER
 from mergec.runtime.core.version import VERSION
 from mergec.runtime.program.encoding import (
@@ -39,7 +40,7 @@ from mergec.runtime.program.manifest import (
     tokenizer_digest,
 )
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.program.tensor_file import Content, write_tensors
+from mergec.runtime.program.tensor_file import Content, places, write_tensors
 from mergec.runtime.program.validate import validate
 
 MANIFEST, PROGRAM, TENSORS, WORDS, GRAPH = (
@@ -223,7 +224,7 @@ def load_bundle(path: str | Path, role: str) -> RoleProgram:
     program.manifest = manifest
     program.tensors = _load_tensors(folder / TENSORS, program)
     validate(program, where)
-    program.words = _load_words(folder, program)
+    program.words, program.words_file = _load_words(folder, program)
     found = program_hash(program)
     if found != manifest.program_hash:
         raise BundleError(
@@ -355,15 +356,15 @@ def _load_tensors(file: Path, program: RoleProgram) -> dict[str, torch.Tensor]:
     return {name: tensors[name] for name in _in_order(program, tensors)}
 
 
-def _load_words(folder: Path, program: RoleProgram) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The weights as integers, each with the tensor that it was made of; none if none are stored.
-
-    Mapped from the file: processes that map it share its pages, and the kernel can drop them.
-    """
+def _load_words(
+    folder: Path, program: RoleProgram
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], WordsFile | None]:
+    """The weights as integers, each with the tensor that it was made of, and the file from which
+    they are mapped; none if none are stored."""
     file, listed = folder / WORDS, program.manifest.files
     if WORDS not in listed:
-        return {}
-    words, metadata = _read_tensors(file)
+        return {}, None
+    words, metadata, mapped = _map_words(file)
     if metadata.pop(_OF, None) != listed[TENSORS]["sha256"]:
         raise BundleError(f"{file}: was made of other weights than {TENSORS}; {RECOMPILE}")
     words |= _tied(file, words, metadata)
@@ -375,7 +376,20 @@ def _load_words(folder: Path, program: RoleProgram) -> dict[str, tuple[torch.Ten
         if tensor.dtype not in (torch.int32, torch.int64):
             raise BundleError(f"{file}: {name!r} is {tensor.dtype}, not integers; {RECOMPILE}")
         found[name] = source, tensor
-    return found
+    return found, mapped
+
+
+def _map_words(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], WordsFile]:
+    """As `_read_tensors`, in one mapping, which the ranks of a party can share; and that."""
+    with _safetensors(file):
+        with safe_open(file, framework="pt") as reader:  # checks it
+            metadata = dict(reader.metadata() or {})
+        mapped = WordsFile.open(file)
+        found = {
+            name: mapped.words(place.start, place.shape, place.dtype)
+            for name, place in places(file).items()
+        }
+    return found, metadata, mapped
 
 
 def words_watch(folder: Path) -> Callable[[], bool]:
@@ -399,12 +413,18 @@ def _written(descriptor: int) -> tuple[int, int]:
 
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file by name, each mapped from it; and the file's metadata."""
-    try:
+    with _safetensors(file):
         with safe_open(file, framework="pt") as reader:
             metadata = dict(reader.metadata() or {})
             names = reader.keys()
         return {name: _load_tensor(file, name) for name in names}, metadata
-    except (SafetensorError, OSError) as error:
+
+
+@contextmanager
+def _safetensors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BundleError(f"{file}: is not a safetensors file ({error}); {_COPY}") from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.manifest import Manifest
 
@@ -102,7 +103,7 @@ class RoleProgram:
     tensors: data of those constants that the role may know, by name.
     phases: empty if a step is always the whole program.
     words: at a server that was read from a bundle, weights as fixed-point integers, each with the
-    one of `tensors` that it was made of.
+    one of `tensors` that it was made of. words_file: the file in which these lie.
     """
 
     role: str
@@ -114,6 +115,7 @@ class RoleProgram:
     manifest: Manifest = field(default_factory=Manifest)
     phases: list[Phase] = field(default_factory=list)
     words: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    words_file: WordsFile | None = field(default=None, compare=False, repr=False)
 
     @property
     def resends(self) -> bool:

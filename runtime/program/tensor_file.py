@@ -25,6 +25,9 @@ _NAMES = {
 """Types of tensors in the order in which a file holds them: wide ones first, so that all are
 aligned. It is that of safetensors."""
 
+_METADATA = "__metadata__"
+"""Key of a file's header beside the names of tensors."""
+
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 _ALIGNMENT = 8
 
@@ -48,6 +51,36 @@ class Content:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file. start: its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def places(file: Path) -> dict[str, Place]:
+    """Where the tensors of a safetensors file lie, by name.
+
+    The file has to be valid, as `safetensors.safe_open` checks. Raises OSError if it cannot be
+    read, KeyError for a dtype that no bundle holds.
+    """
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(_ALIGNMENT), "little")
+        header = json.loads(stream.read(length))
+    return {
+        name: Place(
+            dtypes[told["dtype"]],
+            tuple(told["shape"]),
+            _ALIGNMENT + length + told["data_offsets"][0],
+        )
+        for name, told in header.items()
+        if name != _METADATA
+    }
+
+
 def write_tensors(
     file: Path, tensors: Mapping[str, Content], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -57,7 +90,7 @@ def write_tensors(
     ValueError if the pieces of a tensor have another size than it.
     """
     ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, content in ordered:
         start, end = end, end + content.size

@@ -90,6 +90,8 @@ def share_weight(
         for piece, mask in zip(_pieces(source), masks, strict=True):
             words = to_device(piece, ctx.device, "input")
             yield ToClient(torch.sub(words, mask, out=mask))
+            if ctx.ranks is not None:
+                ctx.ranks.release(piece)  # rank 0 has read what the others hold
         return Weight(kept, ghost, ghost, frac)
     difference = ctx.weight_room(encoded.shape)
     if isinstance(difference, Spread):

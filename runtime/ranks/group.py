@@ -10,24 +10,34 @@ from typing import NoReturn
 
 import torch
 
+from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.kernels.spread import Held, Ranks, Spread
 from mergec.runtime.ranks.link import MOST, Link, LostError, Order
-from mergec.runtime.ranks.parts import DTYPES, Split, batched, product, room, taken
+from mergec.runtime.ranks.parts import DTYPES, Split, batched, placed, product, room, taken
 
 
 class Group(Ranks):
     """Rank 0's side. A party uses it from one thread at a time."""
 
     def __init__(
-        self, link: Link, tell: Callable[..., None], fail: Callable[[LostError], NoReturn]
+        self,
+        link: Link,
+        tell: Callable[..., None],
+        fail: Callable[[LostError], NoReturn],
+        file: WordsFile | None = None,
     ) -> None:
-        """tell: sends the others an order. fail: raises what names the rank that is lost."""
+        """tell: sends the others an order. fail: raises what names the rank that is lost.
+
+        file: one that the others can map, too.
+        """
         self.count = link.count
+        self._file = file
         self._link, self._tell, self._fail = link, tell, fail
         self._numbers = numbers_from(1)
         # A finalizer may run between an order and what belongs to it, so it only notes the number.
         self._dropped: deque[int] = deque()
         self._own: dict[int, int] = {}
+        self._mapped: set[int] = set()
 
     # ------------------------------------------------------------------------------ holding
 
@@ -41,6 +51,25 @@ class Group(Ranks):
         part = room(split.part(0), dtype, self._link.device, mapped)
         self._own[number] = part.nbytes
         return Spread(self, Held(number, split.shape, axis, part, self._dropped.append), shape)
+
+    def mapped(self, words: torch.Tensor) -> Spread | None:
+        start = self._file.start(words) if self._file is not None else None
+        if start is None:
+            return None
+        # Rows of a matrix are pages of their own; columns would be a piece of almost every page.
+        split = Split(tuple(words.shape), 0, self.count)
+        number = next(self._numbers)
+        self._order(Order.MAP, number, DTYPES.index(words.dtype), start, *split.shape)
+        own = split.cut(words, 0, 0)
+        part = placed(own, self._link.device)
+        self._own[number] = part.nbytes
+        if part is own:
+            self._mapped.add(number)
+        return Spread(self, Held(number, split.shape, 0, part, self._dropped.append), words.shape)
+
+    def release(self, words: torch.Tensor) -> None:
+        if self._file is not None:
+            self._file.release(words)
 
     def copy(self, source: Spread, target: Spread) -> None:
         rows = source.rows
@@ -76,12 +105,16 @@ class Group(Ranks):
         joined = self._joined(own, split.first_rows(rows), split.axis, add=False)
         return joined.transpose(-1, -2) if words.turned else joined
 
-    def held_bytes(self) -> list[int]:
-        """Bytes of the words that each rank holds, rank 0 first."""
-        self._order(Order.COUNT, 0)
+    def held_bytes(self, *, mapped: bool = False) -> list[int]:
+        """Bytes of the words that each rank holds, rank 0 first.
+
+        mapped: only of those that lie in the file that all map, of which nothing was copied.
+        """
+        self._order(Order.COUNT, 0, mapped)
         with self._answering():
             others = self._link.gather([(1,)] * self.count, torch.int64, None)
-        return [sum(self._own.values()), *map(int, others)]
+        own = [size for number, size in self._own.items() if number in self._mapped or not mapped]
+        return [sum(own), *map(int, others)]
 
     # ------------------------------------------------------------------------------ products
 
@@ -135,6 +168,7 @@ class Group(Ranks):
                 few = [self._dropped.popleft() for _ in range(min(len(self._dropped), MOST))]
                 for number in few:
                     del self._own[number]
+                    self._mapped.discard(number)
                 self._tell(Order.DROP, len(few), *few)
             self._tell(order, *numbers)
 

@@ -51,6 +51,7 @@ class Order(IntEnum):
     DROP = 7
     COUNT = 8
     MOVE = 9
+    MAP = 10
 
 
 class LostError(Exception):

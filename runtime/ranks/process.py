@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from mergec.runtime.core.errors import DEBUG
-from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.memory import WordsFile, keep_freed_memory
 from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.ranks.link import ORDER, Link, LostError, Order
-from mergec.runtime.ranks.parts import DTYPES, Split, batched, product, room, taken
+from mergec.runtime.ranks.parts import DTYPES, Split, batched, placed, product, room, taken
 
 LOST = 3
 """Exit code of a rank that ends because another one did; rank 0 finds out which."""
@@ -35,6 +35,7 @@ class Job:
     """What a rank is told when it starts.
 
     store: the file at which the ranks meet. timeout: seconds that another rank's answer may take.
+    file: descriptor of the file of weights that all ranks map; None if there is none.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Job:
     device: str
     threads: int
     timeout: float
+    file: int | None = None
 
     def json(self) -> str:
         return json.dumps(asdict(self))
@@ -51,8 +53,8 @@ class Job:
 class Rank:
     """Holds this rank's parts by number, and carries orders out."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, file: WordsFile | None = None) -> None:
+        self._link, self._file = link, file
         self._parts: dict[int, tuple[Split, torch.Tensor]] = {}
         self._do: dict[Order, Callable[..., None]] = {
             Order.ROOM: self._room,
@@ -65,6 +67,7 @@ class Rank:
             Order.DROP: self._drop,
             Order.COUNT: self._count,
             Order.MOVE: self._move,
+            Order.MAP: self._map,
         }
 
     def serve(self, orders: BinaryIO) -> None:
@@ -78,6 +81,15 @@ class Rank:
         shape = split.part(self._link.rank)
         part = room(shape, DTYPES[dtype], self._link.device, bool(mapped))
         self._parts[number] = split, part
+
+    def _map(self, number: int, dtype: int, start: int, rows: int, columns: int, *_: int) -> None:
+        if self._file is None:
+            raise ValueError("this rank was given no file")
+        split, kind = Split((rows, columns), 0, self._link.count), DTYPES[dtype]
+        first, _last = split.bounds(self._link.rank)
+        place = start + first * columns * kind.itemsize
+        own = self._file.words(place, split.part(self._link.rank), kind)
+        self._parts[number] = split, placed(own, self._link.device)
 
     def _copy(self, target: int, source: int, rows: int, *_: int) -> None:
         self._parts[target][1][..., :rows, :] = self._parts[source][1][..., :rows, :]
@@ -129,9 +141,13 @@ class Rank:
         for number in numbers[:count]:
             del self._parts[number]
 
-    def _count(self, *_: int) -> None:
-        held = sum(part.nbytes for _, part in self._parts.values())
+    def _count(self, _number: int, mapped: int, *_: int) -> None:
+        parts = [part for _, part in self._parts.values() if not mapped or self._in_file(part)]
+        held = sum(part.nbytes for part in parts)
         self._answer(torch.tensor([held], device=self._link.device), [(1,)] * self._link.count)
+
+    def _in_file(self, part: torch.Tensor) -> bool:
+        return self._file is not None and self._file.start(part) is not None
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, device=self._link.device)
@@ -153,13 +169,14 @@ def play(job: Job, orders: BinaryIO) -> int:
     try:
         set_threads(job.threads)
         torch.set_num_threads(job.threads)
+        file = None if job.file is None else WordsFile(job.file)
         device, timeout = torch.device(job.device), timedelta(seconds=job.timeout)
         link = Link(job.store, job.rank, job.count, device, timeout)
         parent = os.getppid()
         link.intact = lambda: os.getppid() == parent
         _say(met=True)
         with torch.inference_mode():
-            Rank(link).serve(orders)
+            Rank(link, file).serve(orders)
         return 0
     except LostError:
         return LOST

@@ -20,6 +20,7 @@ from typing import IO, NoReturn
 import torch
 
 from mergec.runtime.core.errors import DEBUG, RankError
+from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.ranks.group import Group
 from mergec.runtime.ranks.link import MOST, ORDER, Link, LostError, Order, device_of
 from mergec.runtime.ranks.process import LOST, Job
@@ -31,16 +32,21 @@ _GRACE = 2.0
 
 
 def start(
-    role: str, count: int, device: str = "cpu", threads: int | None = None, timeout: float = 600.0
+    role: str,
+    count: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    timeout: float = 600.0,
+    file: WordsFile | None = None,
 ) -> Party:
     """Start all ranks of a party but this process, which is rank 0, and meet them.
 
     threads: of each rank; by default an equal part of the cores. timeout: seconds that one answer
-    of a rank may take. Raises RankError if one does not start, and MergecError if there are fewer
-    GPUs than ranks.
+    of a rank may take. file: of weights, which every rank maps. Raises RankError if one does not
+    start, and MergecError if there are fewer GPUs than ranks.
     """
     devices = [device_of(device, rank) for rank in range(count)]
-    party = Party(role, threads or max(1, (os.cpu_count() or count) // count), timeout)
+    party = Party(role, threads or max(1, (os.cpu_count() or count) // count), timeout, file)
     try:
         party.begin(devices)
     except BaseException:
@@ -51,13 +57,18 @@ def start(
 
 @contextmanager
 def started(
-    role: str, count: int, device: str = "cpu", threads: int | None = None, timeout: float = 600.0
+    role: str,
+    count: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    timeout: float = 600.0,
+    file: WordsFile | None = None,
 ) -> Iterator[Group | None]:
     """The ranks of a party while the block runs; None if there is one. See `start`."""
     if count == 1:
         yield None
         return
-    party = start(role, count, device, threads, timeout)
+    party = start(role, count, device, threads, timeout, file)
     try:
         yield party.group
     finally:
@@ -67,9 +78,11 @@ def started(
 class Party:
     """The ranks of one party: `group` computes with them. Close it at the end of a session."""
 
-    def __init__(self, role: str, threads: int, timeout: float) -> None:
+    def __init__(
+        self, role: str, threads: int, timeout: float, file: WordsFile | None = None
+    ) -> None:
         self.role = role
-        self._threads, self._timeout = threads, timeout
+        self._threads, self._timeout, self._file = threads, timeout, file
         self._processes: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         self._failed: dict[int, str] = {}
         self._group: Group | None = None
@@ -93,13 +106,16 @@ class Party:
             store = str(Path(folder) / "store")
             for rank in range(1, len(devices)):
                 where = str(devices[rank])
-                self._launch(Job(rank, len(devices), store, where, self._threads, self._timeout))
+                file = None if self._file is None else self._file.descriptor
+                self._launch(
+                    Job(rank, len(devices), store, where, self._threads, self._timeout, file)
+                )
             self._await("ready")
             timeout = timedelta(seconds=self._timeout)
             link = Link(store, 0, len(devices), devices[0], timeout)
             link.intact = self._all_run
             self._await("met")  # until then the others read the file
-            self._group = Group(link, self._tell, self._lost)
+            self._group = Group(link, self._tell, self._lost, self._file)
         except LostError as error:
             self._lost(error)
         finally:
@@ -125,6 +141,8 @@ class Party:
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get(DEBUG) else said,
             bufsize=0,
+            # By its name, a rank might find a bundle that has replaced this one.
+            pass_fds=() if job.file is None else (job.file,),
         )
         self._processes[job.rank] = process, said
         with suppress(BrokenPipeError):

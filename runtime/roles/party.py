@@ -122,7 +122,8 @@ def run_party(options: Options, emit: Emit) -> None:
         draw_for(options.sampling, program.manifest, options.mode)
     texts = _public_texts(options, program)
     threads = max(1, torch.get_num_threads() // options.ranks)
-    with started(options.role, options.ranks, options.device, threads) as ranks:
+    file = program.words_file
+    with started(options.role, options.ranks, options.device, threads, file=file) as ranks:
         emit("loaded", pid=os.getpid(), program=program.manifest.program_hash)
         debug = int(options.insecure_first_party)
         greet(channels, Hello.of(options.role, program.manifest, options.mode, debug), options)

@@ -293,7 +293,13 @@ class ServerSession:
         settings, kept = self._settings, False
         # They end with the session, before which nothing needs them.
         context.ranks = self._ranks.enter_context(
-            started(ROLES[SERVER], settings.ranks, settings.device, settings.threads)
+            started(
+                ROLES[SERVER],
+                settings.ranks,
+                settings.device,
+                settings.threads,
+                file=self._program.words_file,
+            )
         )
         if masks:
             kept = channel.receive_json(Kind.KEPT)[1].get("kept") is True
