@@ -6,11 +6,14 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
@@ -18,13 +21,15 @@ from mergec.compiler.program import Program
 from mergec.runtime.cli.exits import FAILED
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PromptError
-from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.engine.trees import LINE
 from mergec.runtime.program.bundle import load_bundle, role_path
+from mergec.runtime.program.program import Instruction, Ref
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
+from mergec.runtime.session import public_blocks
 from mergec.runtime.session.conversations import Place, block_marks, public_source
 from mergec.runtime.session.public_blocks import (
     PublicTexts,
@@ -264,9 +269,17 @@ def test_marks_are_no_tokens_and_none_is_twice() -> None:
 # --------------------------------------------------------------------------------- what is refused
 
 
+FEW = (256, 8)
+"""On so many rows attention is computed: on all that a tiny program takes, or on some of them."""
+
+
+@pytest.mark.parametrize("few", FEW)
 @pytest.mark.parametrize("family", ["bloom", *slow("gemma2", "gpt_neo")])
-def test_attention_that_depends_on_the_place_is_refused(family: str) -> None:
+def test_attention_that_depends_on_the_place_is_refused(
+    family: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ALiBi, and windows that are shorter than what the program takes."""
+    monkeypatch.setattr(public_blocks, "_FEW", few)
     _, program = compiled(family)
     with pytest.raises(PromptError, match="depends on where a token is cached") as refused:
         InProcessSession(program.roles, blocks=[[1]])
@@ -275,14 +288,18 @@ def test_attention_that_depends_on_the_place_is_refused(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_constant_attention_is_refused() -> None:
+@pytest.mark.parametrize("few", FEW)
+def test_constant_attention_is_refused(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public_blocks, "_FEW", few)
     _, program = compiled("gpt2", preset="merge-mm")
     with pytest.raises(PromptError, match="depends on where a token is cached"):
         check_combines(PlainExecutor(program.roles["server"]))
 
 
+@pytest.mark.parametrize("few", FEW)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_others_are_not(family: str) -> None:
+def test_others_are_not(family: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public_blocks, "_FEW", few)
     check_combines(PlainExecutor(of_model(family)[1].roles["server"]))
     for options in ({"preset": "mpcformer-2quad"}, {"network": "wan"}):
         _, program = compiled("gpt2", **options)
@@ -290,7 +307,9 @@ def test_others_are_not(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_by_one_is_noticed() -> None:
+@pytest.mark.parametrize("few", FEW)
+def test_a_window_by_one_is_noticed(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public_blocks, "_FEW", few)
     model = random_decoder("mistral", sliding_window=16).float()
     for length, refused in ((16, False), (17, True)):
         program = compile_decoder(model, config=CompileConfig(max_length=length))
@@ -300,6 +319,84 @@ def test_a_window_by_one_is_noticed() -> None:
                 check_combines(plain)
         else:
             check_combines(plain)
+
+
+LONG = 1 << 20
+
+
+def long_program(**replaced: Sequence[tuple[str, str, tuple[Any, ...]]]) -> PlainExecutor:
+    """The handwritten decoder for a long text.
+
+    replaced: public instructions before one of this name; that then reads the last one in place of
+    its first argument, or of its mask.
+    """
+    program = decoder.program(max_length=LONG)
+    found: list[Instruction] = []
+    for item in program.instructions:
+        for name, target, given in replaced.get(item.name, ()):
+            found.append(Instruction(name, target, given, {}, Vis.PUBLIC, 0))
+        if item.name in replaced:
+            place = 3 if item.name == "mixed" else 0
+            args = [*item.args]
+            args[place] = Ref(found[-1].name)
+            item = replace(item, args=tuple(args))
+        found.append(item)
+    program.instructions = found
+    return PlainExecutor(program)
+
+
+@pytest.mark.parametrize("kept", [LONG - 1, LONG, 300])
+def test_a_window_of_a_long_text_is_noticed(kept: int) -> None:
+    """A token that sees those less than `kept` before it: all of the longest text, or but one."""
+    mask = [
+        ("low", "aten.sub.Tensor", (Ref("rows"), kept)),
+        ("near", "aten.gt.Tensor", (Ref("cols"), Ref("low"))),
+        ("both", "aten.logical_and.default", (Ref("seen"), Ref("near"))),
+    ]
+    plain = long_program(mask=mask)
+    if kept == LONG:
+        check_combines(plain)
+    else:
+        with pytest.raises(PromptError, match="sliding window"):
+            check_combines(plain)
+
+
+def test_slopes_and_lengths_that_bend_are_noticed() -> None:
+    slope = [
+        ("away", "aten.sub.Tensor", (Ref("rows"), Ref("cols"))),
+        ("far", "aten.gt.Scalar", (Ref("away"), 5000)),
+        ("bent", "aten.where.ScalarOther", (Ref("far"), Ref("zero"), 0.5)),
+        ("sum", "aten.add.Tensor", (Ref("mask"), Ref("bent"))),
+    ]
+    with pytest.raises(PromptError, match="depends on where a token is cached"):
+        check_combines(long_program(mixed=slope))
+    cut = [
+        ("kept", "sym.min", (Ref("total"), 70_000)),
+        ("shape", "aten.zeros.default", ([1, Ref("kept")],)),
+    ]
+    with pytest.raises(PromptError, match="depends on where a token is cached"):
+        check_combines(long_program(mixed=cut))
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of memory of a tensor that a function returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+        return result
+
+
+def test_a_long_text_takes_no_caches_of_its_length() -> None:
+    plain = long_program()
+    with Largest() as seen:
+        check_combines(plain)
+    assert seen.bytes == 8 * LONG, "positions, and masks, one for each token"
+    assert seen.bytes < 4 * LONG * decoder.WIDTH, "a cache would have more"
 
 
 def test_texts_that_a_session_cannot_have() -> None:

@@ -21,13 +21,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
+from mergec.runtime.engine.plan import Plan
+from mergec.runtime.engine.trees import Trees
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import Place, public_source
 from mergec.runtime.session.public_text import (
@@ -52,7 +54,10 @@ _PLACE = "\N{OBJECT REPLACEMENT CHARACTER} public blocks \N{OBJECT REPLACEMENT C
 """Stands for blocks while a chat template is applied."""
 
 _LONGEST = 4096
-"""Rows that attention is tested on if a program bounds no length."""
+"""Rows up to which attention is tested if a program bounds no length."""
+
+_FEW = 256
+"""Rows that attention is computed on for that."""
 
 _EQUAL = 1e-4
 """Logits that are as close as this, of their largest, are those of the same function."""
@@ -263,34 +268,87 @@ def check_combines(plain: PlainExecutor) -> None:
     """Raise PromptError unless a program's attention takes cached rows as a set.
 
     That of ALiBi, of a sliding window or of constant weights does not: it depends on where a row is
-    cached, and so on what else is combined. Tested on the longest caches that the program takes: on
-    rows of two kinds, and the same rows in the opposite order, logits must be the same.
+    cached, and so on what else is combined. Tested on a few rows, of two kinds: in the opposite
+    order, logits must be the same. For as many rows as the program takes, these would fill memory.
+    But what can tell a long cache from a short one are values that follow from lengths, such as
+    masks, so that these go on as they began is all that is tested there.
     """
-    program = plain.program
-    count = (program.manifest.max_length or _LONGEST) - 1
-    caches = [spec for spec in program.inputs if spec.cache_output is not None]
-    following = {spec.cache_output for spec in caches}
-    results = [name for name in program.outputs if name not in following]
-    (given,) = [spec.name for spec in program.inputs if spec.vis is Vis.CLIENT]
+    most = (plain.program.manifest.max_length or _LONGEST) - 1
+    few = min(most, _FEW)
+    if not _takes_a_set(plain, few) or (most > few and not _goes_on(plain, few, most)):
+        raise PromptError(
+            "this program's attention depends on where a token is cached (as ALiBi, a sliding "
+            "window or constant attention), so it cannot combine public blocks; leave them out"
+        )
+
+
+def _takes_a_set(plain: PlainExecutor, count: int) -> bool:
+    """Whether a token's logits after so many cached rows are those after them in reverse."""
+    following = {spec.cache_output for spec in plain.program.inputs}
+    results = [name for name in plain.program.outputs if name not in following]
     generator = torch.Generator().manual_seed(1)
-    made: dict[tuple[int, ...], torch.Tensor] = {}
     rows, turned = {}, {}
-    for name, empty in plain.start().items():
-        (spec,) = [spec for spec in caches if spec.name == name]
-        dim = past_of(spec)
-        shape = [*empty.shape[:dim], count, *empty.shape[dim + 1 :]]
-        if tuple(shape) not in made:  # layers share them: those of a long program are large
-            kinds = (torch.arange(count) * 2 < count).float() * 2 - 1
-            noise = torch.randn(shape, generator=generator)
-            made[tuple(shape)] = noise + kinds.view(-1, *[1] * (len(shape) - dim - 1))
-        rows[name] = made[tuple(shape)].to(empty)
-        turned[name] = rows[name].flip(dim)
-    ids = torch.zeros((1, 1), dtype=torch.int64)
-    one, other = (plain.step({given: ids, **held}, results) for held in (rows, turned))
-    for name in results:
-        apart = (one[name] - other[name]).abs().max()
-        if not apart <= _EQUAL * one[name].abs().max():
-            raise PromptError(
-                "this program's attention depends on where a token is cached (as ALiBi, a sliding "
-                "window or constant attention), so it cannot combine public blocks; leave them out"
-            )
+    for name, (dim, empty) in _empty_caches(plain, count).items():
+        kinds = (torch.arange(count) * 2 < count).float() * 2 - 1
+        noise = torch.randn(empty.shape, generator=generator)
+        made = noise + kinds.view(-1, *[1] * (empty.dim() - dim - 1))
+        rows[name], turned[name] = made.to(empty), made.flip(dim).to(empty)
+    one, other = (_after(plain, held, results) for held in (rows, turned))
+    return all(
+        bool((one[name] - other[name]).abs().max() <= _EQUAL * one[name].abs().max())
+        for name in results
+    )
+
+
+def _goes_on(plain: PlainExecutor, few: int, most: int) -> bool:
+    """Whether what follows from lengths, and meets secret values, is of one kind up to `most`.
+
+    Numbers and shapes grow evenly, and entries along the cached rows are equal.
+    """
+    names = Trees(Plan(plain.program)).names
+    less, more, whole = (
+        _after(
+            plain, {name: rows for name, (_, rows) in _empty_caches(plain, count).items()}, names
+        )
+        for count in (few - 1, few, most)
+    )
+
+    def even(a: int, b: int, c: int) -> bool:
+        return c == b + (b - a) * (most - few)
+
+    for name in names:
+        value = whole[name]
+        if not isinstance(value, torch.Tensor):
+            if not even(less[name], more[name], value):
+                return False
+            continue
+        for dim, sizes in enumerate(
+            zip(less[name].shape, more[name].shape, value.shape, strict=True)
+        ):
+            if not even(*sizes):
+                return False
+            if sizes[0] != sizes[1]:
+                cached = value.narrow(dim, 0, min(most, sizes[2]))
+                if not torch.equal(cached, cached.narrow(dim, 0, 1).expand_as(cached)):
+                    return False
+    return True
+
+
+def _empty_caches(plain: PlainExecutor, count: int) -> dict[str, tuple[int, torch.Tensor]]:
+    """Caches of so many rows, all of which are one zero in memory; each with its dimension of
+    rows."""
+    begun, found = plain.start(), {}
+    for spec in plain.program.inputs:
+        if spec.name in begun:
+            dim, empty = past_of(spec), begun[spec.name]
+            shape = [*empty.shape[:dim], count, *empty.shape[dim + 1 :]]
+            found[spec.name] = dim, empty.new_zeros(()).expand(shape)
+    return found
+
+
+def _after(
+    plain: PlainExecutor, caches: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> dict[str, Any]:
+    """These values of a step of one token after caches."""
+    (given,) = [spec.name for spec in plain.program.inputs if spec.vis is Vis.CLIENT]
+    return plain.step({given: torch.zeros((1, 1), dtype=torch.int64), **caches}, names)
