@@ -5,7 +5,8 @@ dealer as they are deployed, with a client in a process of its own: once with a 
 its static masks and once with one that expands them. What a process holds is read several times a
 second: its own pages, and those of files, which the kernel can drop and read again. Pages that
 processes share count once. The growth between two sizes is compared with the formulas, and these
-tell what larger models need.
+tell what larger models need. With `--ranks` a server of each of these numbers of ranks answers
+instead, and what each of its processes holds is printed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from mergec.runtime.program.bundle import role_path
+from mergec.runtime.program.bundle import WORDS, role_path
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.connect import Security
@@ -213,19 +214,24 @@ def ask(
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and what each role took for it. seconds: of work at the dealer for a token."""
+    """An answer, and what each role took for it. seconds: of work at the dealer for a token.
+
+    words: bytes of the bundle's weights that each of the server's ranks has in pages at the end.
+    """
 
     tokens: list[int]
     roles: dict[str, Report]
     seconds: float
+    words: dict[str, int]
 
 
-def answered(bundles: Path, tokens: int, *deal: str) -> Answer:
-    """Answer once, with a dealer that has these options."""
+def answered(bundles: Path, tokens: int, *deal: str, ranks: int = 1) -> Answer:
+    """Answer once, with a dealer that has these options, and a server of so many ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     patience = ("--timeout", str(PATIENCE))
-    with deployment(bundles, serve=patience, deal=(*deal, *patience)) as made:
+    serve = ("--ranks", str(ranks), *patience)
+    with deployment(bundles, serve=serve, deal=(*deal, *patience)) as made:
         start, done, (ours, theirs) = context.Event(), context.Event(), context.Pipe(duplex=False)
         bundle = role_path(bundles, "client")
         places = (made.server.address, made.dealer.address)
@@ -233,7 +239,8 @@ def answered(bundles: Path, tokens: int, *deal: str) -> Answer:
         client.start()
         theirs.close()
         groups = {name: _family(made, name) for name in ("server", "dealer")}
-        peaks = Peaks({**groups, "client": lambda: [int(client.pid or 0)]})
+        each = {f"rank {rank}": _rank(groups["server"], rank) for rank in range(ranks)}
+        peaks = Peaks({**groups, **each, "client": lambda: [int(client.pid or 0)]})
         with peaks.watched():
             start.set()
             found = _told(ours)
@@ -241,10 +248,11 @@ def answered(bundles: Path, tokens: int, *deal: str) -> Answer:
             while len(found) < tokens:
                 found = _told(ours)
             after = _work(groups["dealer"]())
+            words = {name: sum(map(mapped_words, members())) for name, members in each.items()}
         done.set()
         client.join(PATIENCE)
     roles = {name: Report(peaks.total[name], peaks.own[name]) for name in peaks.total}
-    return Answer(found, roles, (after - before) / (tokens - 1))
+    return Answer(found, roles, (after - before) / (tokens - 1), words)
 
 
 def _told(end: Any) -> list[int]:
@@ -255,9 +263,22 @@ def _told(end: Any) -> list[int]:
 
 
 def _family(made: Deployment, name: str) -> Callable[[], list[int]]:
-    """A role's process and those of its sessions."""
-    role = made.roles[name]
-    return lambda: [role.process.pid, *(worker.pid for worker in role.workers)]
+    """A role's process, those of its sessions, and those of their ranks."""
+    first = psutil.Process(made.roles[name].process.pid)
+    return lambda: [first.pid, *(below.pid for below in first.children(recursive=True))]
+
+
+def _rank(family: Callable[[], list[int]], rank: int) -> Callable[[], list[int]]:
+    """The process of a rank of a role's only session."""
+    return lambda: family()[1 + rank : 2 + rank]
+
+
+def mapped_words(process: int) -> int:
+    """Bytes of a bundle's weights that a process has in pages."""
+    with suppress(psutil.Error):
+        maps = psutil.Process(process).memory_maps()
+        return sum(found.rss for found in maps if found.path.endswith(WORDS))
+    return 0
 
 
 def _work(processes: Iterable[int]) -> float:
@@ -359,8 +380,7 @@ An expanded mask takes AES-256 in counter mode over 8 bytes for each parameter, 
 
 By formula, with caches of {context:,} tokens, in GB: own, and of files. A server's own bytes are
 for each session. On the disk, a server's bundle takes 8 bytes per parameter, and so does a client's
-session. With [`--ranks N`](guides/ranks.md) each rank of a party holds about 1/N of it; what a
-server has of files is then each session's own.
+session. With [`--ranks N`](guides/ranks.md) each rank of a party holds about 1/N of it.
 
 | model | parameters | {heads} |
 | --- | ---: | {lines} |
@@ -426,12 +446,42 @@ def _worst(size: Size) -> int:
     return max(report.total.total for name, report in size.reports.items() if name != "compile")
 
 
+def by_ranks(shape: Shape, folder: Path, tokens: int, counts: Sequence[int]) -> str:
+    """A table of what the processes of a server of so many ranks hold, in MB."""
+    bundles = folder / "bundles"
+    compiled(make(shape, folder / "model"), bundles)
+    stored = (role_path(bundles, "server") / WORDS).stat().st_size
+    rows = [
+        f"{shape.name}: {stored / 1e6:,.0f} MB of weights in the bundle",
+        "",
+        "| ranks | server: in all, own | rank | own | of the weights |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    answers = {count: answered(bundles, tokens, ranks=count) for count in counts}
+    if len({tuple(answer.tokens) for answer in answers.values()}) > 1:
+        raise SystemExit(f"{shape.name}: the number of ranks changes the answer")
+    for count, answer in answers.items():
+        whole = answer.roles["server"]
+        left = f"| {count} | {whole.total.total / 1e6:,.0f}, {whole.own / 1e6:,.0f} "
+        for rank, (name, words) in enumerate(answer.words.items()):
+            own = answer.roles[name].own
+            rows.append(f"{left}| {rank} | {own / 1e6:,.0f} | {words / 1e6:,.0f} |")
+            left = "| | "
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES][1:])
     parser.add_argument("--tokens", type=int, default=3, help="of an answer, 2 or more")
     parser.add_argument("--output", type=Path, help="write docs/memory.md here")
+    parser.add_argument("--ranks", nargs="+", type=int, help="of a server, to print what they hold")
     options = parser.parse_args()
+    if options.ranks:
+        for name in options.shapes:
+            with tempfile.TemporaryDirectory() as place:
+                print(by_ranks(SHAPES[name], Path(place), options.tokens, options.ranks))
+        return
     sizes = []
     for name in options.shapes:
         with tempfile.TemporaryDirectory() as place:

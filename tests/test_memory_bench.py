@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +63,13 @@ def test_masks_that_are_expanded_give_the_same_answer() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if " | " in line]
     assert len([row for row in rows if row[0] == "2M"]) == 2
+
+
+@pytest.mark.slow
+def test_ranks_hold_their_parts_of_the_weights(memory: Any, tmp_path: Path) -> None:
+    table = memory.by_ranks(memory.SHAPES["2M"], tmp_path, 2, [1, 2])
+    stored = int(table.split()[1])
+    _one, *both = [line.strip("| ").split(" | ") for line in table.splitlines()[4:]]
+    for row in both:
+        # The last page of a part may be a large one.
+        assert stored // 2 <= int(row[-1]) <= stored
