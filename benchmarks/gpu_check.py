@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one run of under eight minutes: `make gpu-check`.
 
 Compares the kernels with the CPU's words, runs sessions with all three roles on the device, and
-measures kernels and steps. Each part is a process of its own with a limit, so one that fails or
-hangs costs its own part. Writes what was seen into docs/cuda.md.
+measures kernels and steps. Each part is a process of its own with a limit, and says what it sees as
+it sees it. So one that fails or hangs costs the rest of its own part, and nothing that it started
+goes on behind it. Writes what was seen into docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,18 +35,67 @@ LIMITS = {
 """Seconds of each part: 475 in all."""
 
 
-def kernels() -> list[str]:
+KERNELS_LIMIT = 110.0
+"""Seconds after which kernels are stopped that have no result, which then are named."""
+
+
+class Seen(NamedTuple):
+    """A line of what was seen. bad: whether it tells of something that is wrong."""
+
+    text: str
+    bad: bool = False
+
+
+def kernels() -> Iterator[Seen]:
     """Calls of every hot loop, on the GPU and on the CPU."""
-    command = [sys.executable, "-m", "tests.kernels.cases", "--device", "cuda", "--full"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines() + done.stderr.splitlines()[-5:]
-    calls = sum(int(line.split(": ")[1].split()[0]) for line in lines if line.endswith(" s"))
-    if done.returncode:
-        return ["kernels DIFFER from the CPU's words:", *lines]
-    return [f"{calls} calls of {len(lines)} kernels give the words of the CPU."]
+    from mergec.runtime.kernels.backends import KERNELS
+    from tests.kernels.cases import CASES  # registers the kernels
+
+    # Those of trees take longest to compile, and stand next to each other.
+    names, count = sorted(CASES), min(8, os.cpu_count() or 1)
+    shares = [names[first::count] for first in range(count)]
+    yield from compared(shares, ("--device", "cuda", "--full"), KERNELS_LIMIT)
+    torch_alone = [name for name, kernel in KERNELS.items() if not kernel.has_triton]
+    yield Seen(f"{len(torch_alone)} of them are a few launches of torch each.")
 
 
-def session() -> list[str]:
+def compared(shares: Sequence[Sequence[str]], options: Sequence[str], limit: float) -> list[Seen]:
+    """What calls of these kernels give, each share in a process of its own, within `limit` s."""
+    command = [sys.executable, "-m", "tests.kernels.cases", *options, "--only"]
+    with tempfile.TemporaryDirectory(prefix="mergec-gpu-") as folder:
+        files = [Path(folder) / str(number) for number in range(len(shares))]
+        running = []
+        for file, share in zip(files, shares, strict=True):
+            with file.open("wb") as out:
+                running.append(
+                    subprocess.Popen([*command, *share], cwd=ROOT, stdout=out, stderr=out)
+                )
+        deadline = time.monotonic() + limit
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
+        lines = [line for file in files for line in file.read_text().splitlines()]
+    wanted = {name for share in shares for name in share}
+    said = [line for line in lines if line.partition(":")[0] in wanted]
+    done = [line for line in said if line.endswith(" s") and " calls, " in line]
+    wrong = [line for line in said if line not in done]
+    silent = wanted - {line.partition(":")[0] for line in said}
+    calls = sum(int(line.split(": ")[1].split()[0]) for line in done)
+    found = [Seen(f"{line}", bad=True) for line in wrong]
+    if silent:
+        found.append(Seen(f"no result within {limit:.0f} s: {', '.join(sorted(silent))}", bad=True))
+    if silent and not said and lines:
+        found.append(Seen(lines[-1], bad=True))
+    good = {line.partition(":")[0] for line in done} - {line.partition(":")[0] for line in wrong}
+    return [
+        Seen(f"{calls} calls; {len(good)} of {len(wanted)} kernels give the CPU's words."),
+        *found,
+    ]
+
+
+def session() -> Iterator[Seen]:
     """A small decoder with all roles on the GPU, guarded against hidden copies."""
     from mergec.runtime.core.spec import ROLES
     from mergec.runtime.kernels.transfers import GUARD
@@ -51,7 +103,6 @@ def session() -> list[str]:
     from tests import decoder
 
     os.environ[GUARD] = "1"
-    lines = []
     for shift in ("pairs", "slots-6"):
         programs = {role: decoder.program(role, shift=shift) for role in ROLES}
         found = []
@@ -59,9 +110,8 @@ def session() -> list[str]:
             with InProcessSession(programs, device, SEEDS) as running:
                 found.append([running.step(*step).cpu() for step in (([5, 1, 7], 0), ([2], 3))])
         same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
-        seen = "those" if same else "NOT those"
-        lines.append(f"logits of a small decoder, shift by {shift}: {seen} of the CPU.")
-    return lines
+        which = "those" if same else "not those"
+        yield Seen(f"logits of a small decoder, shift by {shift}: {which} of the CPU.", not same)
 
 
 def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
@@ -77,7 +127,7 @@ def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
     return least
 
 
-def rates() -> list[str]:
+def rates() -> Iterator[Seen]:
     """Throughput of kernels beside what the card can do."""
     import numpy as np
 
@@ -92,26 +142,26 @@ def rates() -> list[str]:
     draw = DevicePrg(SEEDS[0], device)
     source = torch.empty(1 << 28, dtype=torch.int32, device=device)
     copied = 2 * source.nbytes / _seconds(lambda: source.clone())
-    lines = [f"copy: {copied / 1e9:.0f} GB/s read and written"]
+    yield Seen(f"copy: {copied / 1e9:.0f} GB/s read and written")
     weight = draw.tensor((16_384, 4096), torch.int32)
     for rows in (1, 64, 256):
         x = draw.tensor((rows, 4096), torch.int64)
         taken = _seconds(lambda x=x: matmul_rows(x, weight))
-        lines.append(
+        yield Seen(
             f"{rows} rows times 16,384 x 4,096 int32: {1e3 * taken:.2f} ms, "
             f"{weight.nbytes / taken / 1e9:.0f} GB/s of weights, "
             f"{rows * weight.numel() / taken / 1e12:.2f} T multiply-adds a second"
         )
     size = 1 << 28
     taken = _seconds(lambda: DevicePrg(SEEDS[1], device).read(size), 3)
-    lines.append(f"AES-256 stream: {size / taken / 1e9:.1f} GB/s")
+    yield Seen(f"AES-256 stream: {size / taken / 1e9:.1f} GB/s")
     table = fit(np.sin, 16, 0, 128, 14, 57)
     count = 1 << 14
     points, roots = draw.tensor((count,), torch.int64), draw.tensor((count, 2), torch.int64)
     words = draw.tensor((count, 18), torch.int64)
     generator = Generator(2)
     taken = _seconds(lambda: _VALUES(points, roots, words, table, 0, generator), 3)
-    lines.append(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
+    yield Seen(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
     pieces, count = SILU.from_server(9).table, 1 << 15
     assert isinstance(pieces, Pieces)
     mask, share = (
@@ -119,11 +169,10 @@ def rates() -> list[str]:
         for shape, dtype in (((count,), torch.int32), ((count, pieces.dealt_bytes), torch.uint8))
     )
     taken = _seconds(lambda: pieces._correct(mask, share))
-    lines.append(f"tables for the server alone: {count / taken / 1e6:.2f} million dealt a second")
-    return lines
+    yield Seen(f"tables for the server alone: {count / taken / 1e6:.2f} million dealt a second")
 
 
-def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> list[str]:
+def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> Iterator[Seen]:
     """Prompts and a decode step after each, with a profile of the last."""
     import mergec
     from mergec.compiler.program import Program
@@ -131,7 +180,7 @@ def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> list[str]
 
     began = time.perf_counter()
     program: Program = mergec.compile_decoder(model, None, mergec.CompileConfig(max_length=512))
-    lines = [f"compiled in {time.perf_counter() - began:.0f} s"]
+    yield Seen(f"compiled in {time.perf_counter() - began:.0f} s")
     with InProcessSession(program.roles, "cuda") as running:
         for length in prompts:
             taken = []
@@ -139,20 +188,20 @@ def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> list[str]
                 began = time.perf_counter()
                 running.step(tokens[:length], 0)
                 taken.append(time.perf_counter() - began)
-            lines.append(f"prompt of {length}: {taken[0]:.2f} s, then {taken[1]:.2f} s")
+            yield Seen(f"prompt of {length}: {taken[0]:.2f} s, then {taken[1]:.2f} s")
             taken = []
             for i in range(4):
                 began = time.perf_counter()
                 running.step([tokens[i]], length + i)
                 taken.append(time.perf_counter() - began)
-            lines.append(f"decode after {length}: {min(taken):.3f} s")
-        lines += _profile(lambda: running.step([tokens[9]], prompts[-1] + 4))
+            yield Seen(f"decode after {length}: {min(taken):.3f} s")
+        yield from _profile(lambda: running.step([tokens[9]], prompts[-1] + 4))
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return [*lines, f"memory of all three roles on the device: {peak:.1f} GB"]
+    yield Seen(f"memory of all three roles on the device: {peak:.1f} GB")
 
 
-def _profile(work: Callable[[], Any]) -> list[str]:
-    """Time in kernels, launches and copies of a call, by torch's profiler."""
+def _profile(work: Callable[[], Any]) -> Iterator[Seen]:
+    """Time in kernels, launches and copies of a call, and of waiting, by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     began = time.perf_counter()
@@ -168,29 +217,28 @@ def _profile(work: Callable[[], Any]) -> list[str]:
         by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us()
     longest = sorted(by_name.items(), key=lambda pair: -pair[1])[:6]
     names = ", ".join(f"{name[:40]} {us / 1e3:.1f} ms" for name, us in longest)
-    return [
-        f"a decode step under the profiler: {whole:.3f} s",
-        f"{busy - moved:.3f} s of it in {len(events) - len(copies)} kernels",
-        f"{moved:.3f} s of it in {len(copies)} copies",
-        f"the longest: {names}",
-    ]
+    yield Seen(f"a decode step under the profiler: {whole:.3f} s")
+    yield Seen(f"{busy - moved:.3f} s of it in {len(events) - len(copies)} kernels")
+    yield Seen(f"{moved:.3f} s of it in {len(copies)} copies")
+    yield Seen(f"{max(0.0, whole - busy):.3f} s of it the device waited")
+    yield Seen(f"the longest: {names}")
 
 
-def gpt2() -> list[str]:
+def gpt2() -> Iterator[Seen]:
     """GPT-2-base with random weights."""
     import bench
 
-    return _steps(*bench.gpt2(), (64,))
+    return _steps(*bench.gpt2(), (64, 256))
 
 
-def smollm2() -> list[str]:
+def smollm2() -> Iterator[Seen]:
     """SmolLM2-135M-Instruct."""
     import bench
 
     return _steps(*bench.smollm2(), (64, 256))
 
 
-def llama_1b() -> list[str]:
+def llama_1b() -> Iterator[Seen]:
     """A Llama of the shape of 1.2 billion parameters, random weights."""
     import bench
 
@@ -201,7 +249,7 @@ def llama_1b() -> list[str]:
     return _steps(model, tokens, (64,))
 
 
-def crypten() -> list[str]:
+def crypten() -> Iterator[Seen]:
     """CrypTen's stock protocols on CUDA, for a small Llama."""
     import bench
 
@@ -211,10 +259,10 @@ def crypten() -> list[str]:
     config = mergec.CompileConfig(max_length=128, weights="shared")
     with tempfile.TemporaryDirectory(prefix="mergec-gpu-") as folder:
         mergec.compile_decoder(model, None, config).save(folder)
-        return _stock(folder)
+        yield _stock(folder)
 
 
-def _stock(folder: str) -> list[str]:
+def _stock(folder: str) -> Seen:
     command = [
         sys.executable, "-m", "mergec", "run", folder, "--prompt", "5 6 7 8", "--max-tokens",
         "2", "--mode", "crypten", "--device", "cuda",
@@ -223,29 +271,47 @@ def _stock(folder: str) -> list[str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     taken = time.perf_counter() - began
     if done.returncode:
-        return [f"it ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}"]
-    return [f"a prompt of 4 and 2 tokens of a small Llama: {taken:.1f} s with start-up"]
+        why = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        return Seen(f"it ended with {done.returncode}: {why}", bad=True)
+    return Seen(f"a prompt of 4 and 2 tokens of a small Llama: {taken:.1f} s with start-up")
 
 
-PARTS: dict[str, Callable[[], list[str]]] = {
+PARTS: dict[str, Callable[[], Iterator[Seen]]] = {
     "kernels": kernels, "session": session, "rates": rates, "gpt2": gpt2, "smollm2": smollm2,
     "llama-1b": llama_1b, "crypten": crypten,
 }  # fmt: skip
 
 
-def _part(name: str) -> list[str]:
-    """Run a part in a process of its own, up to its limit."""
-    command = [sys.executable, __file__, "--part", name]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMITS[name]
+def watched(command: Sequence[str], limit: float) -> list[Seen]:
+    """What a part said, as a process that is stopped after `limit` seconds with all it started."""
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=errors, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        return [f"stopped after {LIMITS[name]:.0f} s"]
-    if done.returncode:
-        return ["failed: " + (done.stderr.strip().splitlines() or ["without a word"])[-1]]
-    lines: list[str] = json.loads(done.stdout.splitlines()[-1])
-    return lines
+        last = []
+        try:
+            code = process.wait(limit)
+            if code:
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                why = lines[-1] if lines else f"exit code {code}"
+                last.append(Seen(f"failed: {why}", bad=True))
+        except subprocess.TimeoutExpired:
+            last.append(Seen(f"stopped after {limit:.0f} s", bad=True))
+        finally:
+            # Roles of a part that was stopped would slow the next one down.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        return [*_read(said.read().decode(errors="replace")), *last]
+
+
+def _read(text: str) -> Iterator[Seen]:
+    """The lines of a part; the rest of what it prints is of no matter."""
+    for line in text.splitlines():
+        with suppress(ValueError, TypeError):
+            yield Seen(*json.loads(line))
 
 
 def page(text: str, lines: list[str]) -> str:
@@ -265,16 +331,18 @@ def main() -> int:
         print("there is no CUDA device here, so nothing was checked", file=sys.stderr)
         return 2
     if options.part:
-        print(json.dumps(PARTS[options.part]()))
+        for seen in PARTS[options.part]():
+            print(json.dumps(seen), flush=True)
         return 0
     name = torch.cuda.get_device_name()
     lines = ["", f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}.", ""]
-    failed = 0
+    failed = False
     for part, work in PARTS.items():
-        found = _part(part)
-        failed += any(word in found[0] for word in ("DIFFER", "NOT", "failed", "stopped"))
-        print(f"{part}: " + "\n  ".join(found), flush=True)
-        lines += [f"**{part}.** {work.__doc__}", "", *(f"* {line}" for line in found), ""]
+        found = watched([sys.executable, __file__, "--part", part], LIMITS[part])
+        failed = failed or any(seen.bad for seen in found) or not found
+        print(f"{part}: " + "\n  ".join(seen.text for seen in found), flush=True)
+        shown = [f"* **{seen.text}**" if seen.bad else f"* {seen.text}" for seen in found]
+        lines += [f"**{part}.** {work.__doc__}", "", *shown, ""]
         PAGE.write_text(page(PAGE.read_text(), lines))
     return 1 if failed else 0
 

@@ -578,27 +578,39 @@ def differing(
     return None
 
 
+def _said(error: Exception) -> str:
+    """An error in one line. That of a compiler has the cause at its end, below the code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'without a word'}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu: Triton's interpreter")
     parser.add_argument("--full", action="store_true", help="also the calls that take long")
     parser.add_argument("--record", type=Path, help="write which kernels were launched, and how")
     parser.add_argument("--host", action="store_true", help="run the form for the CPU alone, twice")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=[*KERNELS], metavar="KERNEL")
     options = parser.parse_args()
     if options.device == "cpu" and not options.host:
         from tests.kernels import interpreter
     failed = 0
-    for name, kernel in KERNELS.items():
-        began, count = time.perf_counter(), 0
-        form = kernel.by_triton if kernel.has_triton else kernel.reference
-        if options.host:
-            form = kernel.host
-        for given in CASES[name](options.full):
-            problem = differing(kernel, form, given, options.device)
-            count += 1
-            if problem:
-                failed += 1
-                print(f"{name}: call {count}: {problem}", flush=True)
+    for name in options.only:
+        kernel, began, count = KERNELS[name], time.perf_counter(), 0
+        try:
+            form = kernel.by_triton if kernel.has_triton else kernel.reference
+            if options.host:
+                form = kernel.host
+            for given in CASES[name](options.full):
+                count += 1
+                problem = differing(kernel, form, given, options.device)
+                if problem:
+                    failed += 1
+                    print(f"{name}: call {count}: {problem}", flush=True)
+        except Exception as error:  # noqa: BLE001  (one that does not compile is not the last one)
+            failed += 1
+            print(f"{name}: call {count}: {_said(error)}", flush=True)
+            continue
         print(f"{name}: {count} calls, {time.perf_counter() - began:.1f} s", flush=True)
     if options.record:
         options.record.write_text(json.dumps(interpreter.RECORDED))
