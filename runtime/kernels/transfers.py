@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal
@@ -30,6 +30,10 @@ class HiddenTransferError(RuntimeError):
     """Words would be copied between devices, or read by the program, where nobody said so."""
 
 
+_PINNED_BYTES = 1 << 25
+"""Bytes that are pinned at once. torch keeps what was pinned, in blocks of powers of two."""
+
+
 class _Allowed(threading.local):
     depth = 0
 
@@ -45,7 +49,8 @@ GUARD = "MERGEC_DEVICE_GUARD"
 def to_device(words: torch.Tensor, device: torch.device, reason: Reason) -> torch.Tensor:
     """Words of the CPU on a device: pinned first if the device is CUDA. None moves if it is there.
 
-    reason: why they may move, as a `Guard` counts it.
+    Weights, which may be larger than what can be pinned, move a piece at a time. reason: why they
+    may move, as a `Guard` counts it.
     """
     if words.device.type == device.type or words.is_meta:
         return words
@@ -53,8 +58,22 @@ def to_device(words: torch.Tensor, device: torch.device, reason: Reason) -> torc
         return words.to(device)
     with _passing(words, reason):
         if device.type == "cuda" and words.numel() and torch.cuda.is_available():
+            if words.nbytes > _PINNED_BYTES:
+                return _in_pieces(words, device, torch.Tensor.pin_memory)
             return words.pin_memory().to(device, non_blocking=True)
         return words.to(device)
+
+
+def _in_pieces(
+    words: torch.Tensor, device: torch.device, pin: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    made = torch.empty(words.shape, dtype=words.dtype, device=device)
+    count = max(1, _PINNED_BYTES // words.itemsize)
+    for target, piece in zip(
+        made.view(-1).split(count), words.reshape(-1).split(count), strict=True
+    ):
+        target.copy_(pin(piece), non_blocking=True)
+    return made
 
 
 def to_host(words: torch.Tensor, reason: Reason) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 
 from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.kernels.spread import Held, Ranks, Spread
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.ranks.link import MOST, Link, LostError, Order
-from mergec.runtime.ranks.parts import DTYPES, Split, batched, placed, product, room, taken
+from mergec.runtime.ranks.parts import DTYPES, Split, batched, product, room, taken
 
 
 class Group(Ranks):
@@ -61,7 +62,7 @@ class Group(Ranks):
         number = next(self._numbers)
         self._order(Order.MAP, number, DTYPES.index(words.dtype), start, *split.shape)
         own = split.cut(words, 0, 0)
-        part = placed(own, self._link.device)
+        part = to_device(own, self._link.device, "input")
         self._own[number] = part.nbytes
         if part is own:
             self._mapped.add(number)

@@ -10,13 +10,9 @@ import torch
 from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows
 from mergec.runtime.kernels.spread import bounds
-from mergec.runtime.kernels.transfers import to_device
 
 DTYPES = (torch.int64, torch.int32)
 """Types of words that ranks hold, by their number in an order."""
-
-_PIECE = 1 << 22
-"""Elements of a part that are copied to a device at once, through as much pinned memory."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +91,6 @@ def room(
     if mapped and device.type == "cpu" and dtype is torch.int64 and all(shape):
         return mapped_words(shape)
     return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-
-def placed(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A part that lies in a file where its rank computes: as it is on a CPU, else copied there."""
-    if device.type == part.device.type:
-        return part
-    made = torch.empty(part.shape, dtype=part.dtype, device=device)
-    rows = max(1, _PIECE // max(1, part.shape[1]))
-    for target, piece in zip(made.split(rows), part.split(rows), strict=True):
-        target.copy_(to_device(piece, device, "input"))
-    return made
 
 
 def product(x: torch.Tensor, part: torch.Tensor, turned: bool) -> torch.Tensor:

@@ -23,8 +23,9 @@ import torch
 from mergec.runtime.core.errors import DEBUG
 from mergec.runtime.core.memory import WordsFile, keep_freed_memory
 from mergec.runtime.kernels.matmul import set_threads
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.ranks.link import ORDER, Link, LostError, Order
-from mergec.runtime.ranks.parts import DTYPES, Split, batched, placed, product, room, taken
+from mergec.runtime.ranks.parts import DTYPES, Split, batched, product, room, taken
 
 LOST = 3
 """Exit code of a rank that ends because another one did; rank 0 finds out which."""
@@ -89,7 +90,7 @@ class Rank:
         first, _last = split.bounds(self._link.rank)
         place = start + first * columns * kind.itemsize
         own = self._file.words(place, split.part(self._link.rank), kind)
-        self._parts[number] = split, placed(own, self._link.device)
+        self._parts[number] = split, to_device(own, self._link.device, "input")
 
     def _copy(self, target: int, source: int, rows: int, *_: int) -> None:
         self._parts[target][1][..., :rows, :] = self._parts[source][1][..., :rows, :]

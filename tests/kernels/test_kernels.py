@@ -194,6 +194,26 @@ def test_words_that_are_there_do_not_move() -> None:
     assert not guard.bytes
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (7, 5), (64,)])
+def test_words_move_in_pieces_that_are_pinned_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(transfers, "_PINNED_BYTES", 24)
+    pinned = []
+
+    def pin(piece: torch.Tensor) -> torch.Tensor:
+        pinned.append(piece.nbytes)
+        return piece.clone()
+
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        given = words(*shape, dtype=dtype)
+        for part in (given, given.T if given.dim() == 2 else given):
+            pinned.clear()
+            assert torch.equal(transfers._in_pieces(part, CPU, pin), part)
+            assert max(pinned) <= 24
+            assert sum(pinned) == part.nbytes
+
+
 def test_the_guard_refuses_words_that_cross_and_words_that_are_read() -> None:
     here, there = torch.arange(3), torch.arange(3, device="meta")
     copy, read = torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default
