@@ -97,6 +97,26 @@ def test_what_a_server_names_cannot_leave_the_folder(name: object) -> None:
     assert not is_name(name)
 
 
+def test_weights_are_mapped_and_what_is_damaged_is_not_used(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, "cd" * 32, NAME)
+    kept.save({"a": torch.arange(6).reshape(2, 3), "b": torch.tensor(5), "c": torch.zeros(0, 4)})
+    tensors, file = kept.load()
+    assert tensors["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (int(tensors["b"]), tensors["c"].shape) == (5, (0, 4))
+    assert file.start(tensors["a"]) == file.start(tensors["a"][1]) - 24
+    (place,) = tmp_path.iterdir()
+    whole = place.read_bytes()
+    for damaged in (
+        b"",
+        whole[:7],
+        whole[:-1],
+        whole[:-1] + b"x",
+        whole.replace(b"I64", b"F16", 1),
+    ):
+        place.write_bytes(damaged)
+        assert kept.load() is None
+
+
 def test_no_room_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
@@ -107,5 +127,7 @@ def test_no_room_is_one_line(tmp_path: Path) -> None:
     assert kept.load() is None
     kept.save({"a": torch.arange(3)})
     assert stat.S_IMODE((tmp_path / "keep").stat().st_mode) == 0o700, "for its owner alone"
-    assert kept.load()["a"].tolist() == [0, 1, 2]
+    tensors, file = kept.load()
+    assert tensors["a"].tolist() == [0, 1, 2]
+    assert file.start(tensors["a"]) is not None
     assert Kept(tmp_path / "keep", "ce" * 32, NAME).load() is None

@@ -451,9 +451,14 @@ def test_services_and_their_client_may_have_ranks(bundles: Path, tmp_path: Path)
         for _ in range(2):
             before = len(other_ranks(os.getpid(), below=False))
             with made.connection(ranks=3, keep=tmp_path / "kept") as connection:
-                assert len(other_ranks(os.getpid(), below=False)) == before + 2
+                ranks_of = other_ranks(os.getpid(), below=False)
+                assert len(ranks_of) == before + 2
                 answer = connection.generate([5, 1, 7], max_tokens=4)
                 assert [token.token for token in answer] == expected
+                # Of what was kept, each rank has its part in pages.
+                for rank in ranks_of:
+                    held = [m.rss for m in rank.memory_maps() if "/kept/" in m.path]
+                    assert any(held) is bool(received)
                 received += [connection.setup.received if connection.setup else 0]
             assert len(other_ranks(os.getpid(), below=False)) == before
         assert received[1] == 0 < received[0]

@@ -267,8 +267,11 @@ class Connection:
             found = here.load()
         if self._masks is not None:
             channel.send_json(Kind.KEPT, kept=found is not None)
-        context.ranks = self._ranks.enter_context(started(ROLES[CLIENT], self._count, self._device))
-        executor = Executor(self.program, context, channel, kept=found)
+        kept, file = found or (None, None)
+        context.ranks = self._ranks.enter_context(
+            started(ROLES[CLIENT], self._count, self._device, file=file)
+        )
+        executor = Executor(self.program, context, channel, kept=kept)
         session = MergecSession(executor, lambda: channel.traffic, skip)
         session.overlaps = self._overlap
 

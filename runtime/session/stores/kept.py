@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mergec.runtime.core.errors import MergecError
+from mergec.runtime.core.memory import WordsFile
 from mergec.runtime.correlations.prg import derive
+from mergec.runtime.program.tensor_file import places
 
 _DIGEST = "blake2b"
 
@@ -54,15 +56,23 @@ class Kept:
         """`program`: its hash. `name`: name of the masks, from the server."""
         self._file = root / f"{program[:16]}-{name}.safetensors"
 
-    def load(self) -> dict[str, torch.Tensor] | None:
-        """The masked weights by name; None if they are missing or damaged."""
+    def load(self) -> tuple[dict[str, torch.Tensor], WordsFile] | None:
+        """The masked weights by name, and the file from which they are mapped, which the ranks of
+        the client can share; None if they are missing or damaged."""
         try:
-            with safe_open(self._file, framework="pt") as reader:
+            with safe_open(self._file, framework="pt") as reader:  # checks it
                 told = (reader.metadata() or {}).get(_DIGEST)
-                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+            mapped = WordsFile.open(self._file)
+            tensors = {
+                name: mapped.words(place.start, place.shape, place.dtype)
+                for name, place in places(self._file).items()
+            }
+        except (SafetensorError, OSError, KeyError, ValueError):
             return None
-        return tensors if told == digest_of(tensors) else None
+        intact = told == digest_of(tensors)
+        for tensor in tensors.values():
+            mapped.release(tensor)  # the digest read all of them
+        return (tensors, mapped) if intact else None
 
     def save(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep them; raises MergecError if they cannot be written."""
