@@ -39,18 +39,20 @@ class InProcessSession:
     def __init__(
         self,
         programs: Mapping[str, RoleProgram],
-        device: str = "cpu",
+        device: str | Sequence[str] = "cpu",
         seeds: tuple[bytes, bytes] | None = None,
         public: Sequence[Sequence[int]] = (),
         blocks: Sequence[Sequence[int]] = (),
         emulated: Link | None = None,
     ) -> None:
-        """seeds: the client's and the server's, to repeat a session word for word; else fresh.
+        """device: of all roles, or of client, server and dealer. seeds: the client's and the
+        server's, to repeat a session word for word; else fresh.
 
         public: tokens of public texts, which `turn_to` can continue. blocks: those of public blocks
         behind the first of these texts, or behind nothing, which it can combine. emulated: a link
         to delay the parties' messages as.
         """
+        places = (device,) * len(ROLES) if isinstance(device, str) else device
         client_seed, server_seed = seeds or (new_seed(), new_seed())
         salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
         self._links = link_pair(timeout=600.0)
@@ -60,15 +62,15 @@ class InProcessSession:
         sources = [source for _, source in streams]
         more = {**programs[ROLES[CLIENT]].manifest.arithmetic, "salt": salt}
         contexts: dict[int, Context] = {
-            CLIENT: ClientContext(client_seed, sources[CLIENT], device, **more),
+            CLIENT: ClientContext(client_seed, sources[CLIENT], places[CLIENT], **more),
             SERVER: ServerContext(
                 server_seed,
                 sources[SERVER],
-                device,
+                places[SERVER],
                 own_seed=seeds and _own(seeds[SERVER]),
                 **more,
             ),
-            DEALER: DealerContext(client_seed, server_seed, *self._senders, device, **more),
+            DEALER: DealerContext(client_seed, server_seed, *self._senders, places[DEALER], **more),
         }
         links: list[Exchange | None] = [*self._links, None]
         if emulated is not None:
