@@ -23,6 +23,7 @@ from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
+from mergec.runtime.roles.device import check_device
 from mergec.runtime.roles.preparer import Preparer
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import (
@@ -123,15 +124,16 @@ class Connection:
         are system messages; None if the model has a chat template. public_blocks: texts, or tokens,
         that the server knows, too, and that do not look at each other (`session.public_blocks`), so
         an answer's prompt can combine any of them; at most one of `public_prefixes` is the text
-        that all of them see. Raises MergecError if neither or both of dealer and store are given,
-        and PromptError if the program cannot begin with such a text. reuse: let a prompt continue
-        the caches of an earlier one where it begins like it; otherwise each prompt is computed as a
-        whole. prompt_piece: most tokens of a prompt that one step takes; 0 for any number. overlap:
-        let the two halves of a step overlap, one computing while the other's messages travel, where
-        that is faster by the cost model. ahead: what the dealer deals while the session waits for a
-        prompt, so that the answer does not wait for it; raises MergecError with a store, or without
-        reuse. on_notice: called with a line about that, at the beginning of an answer. ranks:
-        processes that share the masked weights and the caches; they end with the session.
+        that all of them see. Raises MergecError if neither or both of dealer and store are given
+        or there is no such device, and PromptError if the program cannot begin with such a text.
+        reuse: let a prompt continue the caches of an earlier one where it begins like it; otherwise
+        each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one step
+        takes; 0 for any number. overlap: let the two halves of a step overlap, one computing while
+        the other's messages travel, where that is faster by the cost model. ahead: what the dealer
+        deals while the session waits for a prompt, so that the answer does not wait for it; raises
+        MergecError with a store, or without reuse. on_notice: called with a line about that, at the
+        beginning of an answer. ranks: processes that share the masked weights and the caches; they
+        end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
@@ -142,6 +144,7 @@ class Connection:
                 "steps are dealt ahead for the next turn of a conversation, by the dealer; leave "
                 "out either that, or the store and reuse=False"
             )
+        check_device(device)
         if isinstance(bundle, RoleProgram):
             self.program, self.text = bundle, None
         else:

@@ -12,6 +12,7 @@ from mergec.runtime.core.spec import DEALER, ROLES
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.roles.dealer_desk import DealerDesk
 from mergec.runtime.roles.dealer_session import DealerSession
+from mergec.runtime.roles.device import check_device
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import Metrics, open_log
 from mergec.runtime.roles.service import Service
@@ -23,6 +24,7 @@ from mergec.runtime.transport.connect import listen
 
 def deal(settings: DealerSettings) -> bool:
     """Deal until SIGTERM or SIGINT; returns whether it was SIGINT."""
+    check_device(settings.device)
     prepare_to_fork()
     log = open_log(ROLES[DEALER])
     program = load_bundle(settings.bundle, ROLES[DEALER])

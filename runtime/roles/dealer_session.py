@@ -195,6 +195,7 @@ class DealerSession:
             client.seed,
             server.seed,
             *streams,
+            self._settings.device,
             weight_seed=masks,
             expand=self._settings.expand_masks,
             **more,
@@ -214,7 +215,12 @@ class DealerSession:
         line.settimeout(setup_patience(self._program, timeout))
         with self._pulse.working():
             context.ranks = self._ranks.enter_context(
-                started(ROLES[DEALER], self._settings.ranks, threads=self._settings.threads)
+                started(
+                    ROLES[DEALER],
+                    self._settings.ranks,
+                    self._settings.device,
+                    self._settings.threads,
+                )
             )
             session.setup()
             session.enter_public([PublicText(length) for length in public])
@@ -242,7 +248,7 @@ class DealerSession:
                 for answer in range(plan.answers):
                     own = f"answer {answer}"
                     seeds = derive(client.seed, own), derive(server.seed, own)
-                    session.use(DealerContext(*seeds, *streams, **more))
+                    session.use(DealerContext(*seeds, *streams, self._settings.device, **more))
                     with self._pulse.working():
                         for number, (new, past) in enumerate(plan.steps()):
                             self._parent.check()

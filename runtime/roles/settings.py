@@ -82,6 +82,7 @@ class DealerSettings:
     listen: Address
     security: Security
     sessions: int = 16
+    device: str = "cpu"
     timeout: float = TIMEOUT
     idle_timeout: float = IDLE_TIMEOUT
     grace: float = 60.0

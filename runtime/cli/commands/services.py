@@ -134,6 +134,7 @@ def deal_command(
     sessions: Annotated[
         int, typer.Option(help="Maximum number of sessions at once, of all servers.", min=1)
     ] = 16,
+    device: DeviceOption = Device.cpu,
     expand_masks: Annotated[
         bool,
         typer.Option(
@@ -158,6 +159,7 @@ def deal_command(
             listen=address(listen),
             security=service.security("dealer"),
             sessions=sessions,
+            device=device.value,
             timeout=service.timeout,
             idle_timeout=service.idle_timeout,
             grace=service.grace,
