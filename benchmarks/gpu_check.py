@@ -117,52 +117,77 @@ def session() -> Iterator[Seen]:
 def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
     """Least time of a call, after one to compile it."""
     work()
-    torch.cuda.synchronize()
+    _finish()
     least = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        _finish()
         least = min(least, time.perf_counter() - began)
     return least
 
 
+def _finish() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def rates() -> Iterator[Seen]:
-    """Throughput of kernels beside what the card can do."""
+    """Throughput of kernels beside that of a copy, which is what memory allows."""
+    yield from rates_on(torch.device("cuda"), 1 << 28)
+
+
+def rates_on(device: torch.device, size: int) -> Iterator[Seen]:
+    """Rates of calls that take a time in proportion to `size`."""
     import numpy as np
 
     from mergec.runtime.correlations.dpf import Generator
     from mergec.runtime.correlations.prg import DevicePrg
-    from mergec.runtime.kernels.matmul import matmul_rows
+    from mergec.runtime.kernels.matmul import matmul, matmul_rows
     from mergec.runtime.ops.silu import SILU
     from mergec.runtime.protocols.interval import _VALUES, fit
     from mergec.runtime.protocols.pieces import Pieces
+    from mergec.runtime.protocols.truncate import _TRUNCATED
 
-    device = torch.device("cuda")
     draw = DevicePrg(SEEDS[0], device)
-    source = torch.empty(1 << 28, dtype=torch.int32, device=device)
+    source = torch.empty(size, dtype=torch.int32, device=device)
     copied = 2 * source.nbytes / _seconds(lambda: source.clone())
     yield Seen(f"copy: {copied / 1e9:.0f} GB/s read and written")
-    weight = draw.tensor((16_384, 4096), torch.int32)
+
+    def of_memory(moved: float, taken: float) -> str:
+        return f"{moved / taken / 1e9:.0f} GB/s, {100 * moved / taken / copied:.0f}% of the copy"
+
+    weight = draw.tensor((size >> 14, 4096), torch.int32)
     for rows in (1, 64, 256):
         x = draw.tensor((rows, 4096), torch.int64)
         taken = _seconds(lambda x=x: matmul_rows(x, weight))
         yield Seen(
-            f"{rows} rows times 16,384 x 4,096 int32: {1e3 * taken:.2f} ms, "
-            f"{weight.nbytes / taken / 1e9:.0f} GB/s of weights, "
+            f"{rows} rows times {len(weight):,} x 4,096 int32: {1e3 * taken:.2f} ms, "
+            f"{of_memory(weight.nbytes, taken)}, "
             f"{rows * weight.numel() / taken / 1e12:.2f} T multiply-adds a second"
         )
-    size = 1 << 28
+    cache = draw.tensor((1, 32, size >> 15, 64), torch.int64)
+    query = draw.tensor((1, 32, 1, 64), torch.int64)
+    taken = _seconds(lambda: matmul(query, cache.mT))
+    yield Seen(
+        f"scores of a token with {cache.shape[2]:,} cached: {of_memory(cache.nbytes, taken)}"
+    )
+    count = size >> 4
+    opened, dealt = draw.tensor((count,), torch.int64), draw.tensor((2, count), torch.int64)
+    taken = _seconds(lambda: _TRUNCATED(opened, dealt, 16, True))
+    yield Seen(f"{count:,} truncations: {of_memory(32 * count, taken)}")
     taken = _seconds(lambda: DevicePrg(SEEDS[1], device).read(size), 3)
-    yield Seen(f"AES-256 stream: {size / taken / 1e9:.1f} GB/s")
-    table = fit(np.sin, 16, 0, 128, 14, 57)
-    count = 1 << 14
+    yield Seen(
+        f"AES-256 stream: {size / taken / 1e9:.1f} GB/s, {size / 16 / taken / 1e9:.2f} G blocks/s"
+    )
+    table, count = fit(np.sin, 16, 0, 128, 14, 57), size >> 14
     points, roots = draw.tensor((count,), torch.int64), draw.tensor((count, 2), torch.int64)
     words = draw.tensor((count, 18), torch.int64)
     generator = Generator(2)
     taken = _seconds(lambda: _VALUES(points, roots, words, table, 0, generator), 3)
     yield Seen(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
-    pieces, count = SILU.from_server(9).table, 1 << 15
+    pieces, count = SILU.from_server(9).table, size >> 13
     assert isinstance(pieces, Pieces)
     mask, share = (
         draw.tensor(shape, dtype)
@@ -172,7 +197,9 @@ def rates() -> Iterator[Seen]:
     yield Seen(f"tables for the server alone: {count / taken / 1e6:.2f} million dealt a second")
 
 
-def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> Iterator[Seen]:
+def _steps(
+    model: Any, tokens: list[int], prompts: tuple[int, ...], device: str = "cuda"
+) -> Iterator[Seen]:
     """Prompts and a decode step after each, with a profile of the last."""
     import mergec
     from mergec.compiler.program import Program
@@ -181,7 +208,7 @@ def _steps(model: Any, tokens: list[int], prompts: tuple[int, ...]) -> Iterator[
     began = time.perf_counter()
     program: Program = mergec.compile_decoder(model, None, mergec.CompileConfig(max_length=512))
     yield Seen(f"compiled in {time.perf_counter() - began:.0f} s")
-    with InProcessSession(program.roles, "cuda") as running:
+    with InProcessSession(program.roles, device) as running:
         for length in prompts:
             taken = []
             for _ in range(2):  # The first one compiles kernels.
@@ -207,7 +234,7 @@ def _profile(work: Callable[[], Any]) -> Iterator[Seen]:
     began = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         work()
-        torch.cuda.synchronize()
+        _finish()
     whole = time.perf_counter() - began
     events = [event for event in seen.events() if str(event.device_type).endswith("CUDA")]
     copies = [event for event in events if "Mem" in event.name]

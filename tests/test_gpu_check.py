@@ -99,6 +99,33 @@ def test_the_parts_end_within_eight_minutes(gpu_check: Any) -> None:
     assert set(cases.CASES) == set(KERNELS)
 
 
+def test_rates_are_those_of_calls_that_kernels_take(gpu_check: Any) -> None:
+    found = [seen.text for seen in gpu_check.rates_on(torch.device("cpu"), 1 << 16)]
+    begun = (
+        "copy: ", "1 rows times 4 x", "64 rows", "256 rows", "scores of a token with 2 cached",
+        "4,096 truncations", "AES-256 stream", "trees of 128", "tables for the server",
+    )  # fmt: skip
+    assert len(found) == len(begun)
+    assert all(text.startswith(what) for text, what in zip(found, begun, strict=True))
+
+
+@pytest.mark.slow
+def test_steps_are_measured_and_profiled(gpu_check: Any) -> None:
+    import bench
+
+    model, tokens = bench._random(
+        "llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+    )  # fmt: skip
+    found = [seen.text for seen in gpu_check._steps(model, tokens, (5, 3), "cpu")]
+    begun = (
+        "compiled in", "prompt of 5", "decode after 5", "prompt of 3", "decode after 3",
+        "a decode step under the profiler", "0.000 s of it in 0 kernels", "0.000 s of it in 0",
+    )  # fmt: skip
+    assert all(text.startswith(what) for text, what in zip(found, begun, strict=False))
+    assert found[-1] == "memory of all three roles on the device: 0.0 GB"
+
+
 def test_the_page_keeps_what_is_around_its_marks(gpu_check: Any) -> None:
     page = f"above\n{gpu_check.BEGIN}\n\nIt has not been run.\n\n{gpu_check.END}\nbelow\n"
     found = gpu_check.page(page, ["", "new", ""])
