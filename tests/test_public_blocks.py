@@ -596,6 +596,9 @@ def test_a_conversation_continues_what_it_combined(deployed: Deployment, bundles
         first, steps = ask([*begins, *SECRET], None)
         assert (first, steps) == (plaintext(bundles, HEAD, BLOCKS, SECRET, 2), [2, 1])
         said = [*SECRET, *first]
+        # All but the last token, which no step took; as plain tokens they are another text.
+        assert connection.cached([*begins, *said], [0, 1, 2]) == len(begins) + len(said) - 1
+        assert connection.cached([*begins, *said]) == len(HEAD)
         wanted = plaintext(bundles, HEAD, BLOCKS, [*said, 2], 2)
         assert ask([*begins, *said, 2], None) == (wanted, [2, 1])
         # The same tokens without blocks are another text, of which only the head is known.

@@ -179,6 +179,7 @@ class Endpoint:
             "lossy": manifest.lossy,
             "weights": manifest.weights,
             "reveal": manifest.reveal,
+            "public_blocks": sessions.blocks,
             "max_length": self._room(),
             "program": manifest.program_hash,
             "sessions": sessions.most,
@@ -203,18 +204,25 @@ class Endpoint:
 
     async def complete(self, wanted: CompletionRequest, request: Request) -> Response:
         self._check_model(wanted.model)
-        ids = self._text.encode(wanted.prompt) if isinstance(wanted.prompt, str) else wanted.prompt
+        words = isinstance(wanted.prompt, str)
+        blocks = self._blocks(wanted, follows=words and not self._text.has_chat)
+        ids = (
+            self._sessions.encode(wanted.prompt, blocks)
+            if isinstance(wanted.prompt, str)
+            else wanted.prompt
+        )
         # A completion continues its prompt, but that of an encoder-decoder is a text of its own, as
         # an answer to a chat is.
         after = [] if self._encodes else ids
-        return await self._reply(wanted, ids, CompletionForm, request, after=after)
+        return await self._reply(wanted, ids, CompletionForm, request, blocks, after)
 
     async def chat(self, wanted: ChatRequest, request: Request) -> Response:
         self._check_model(wanted.model)
         if not self._text.has_chat:
             raise ApiError(400, "this model has no chat template; use /v1/completions")
-        ids = self._text.encode_chat([message.turn() for message in wanted.messages])
-        return await self._reply(wanted, ids, ChatForm, request)
+        blocks = self._blocks(wanted, follows=True)
+        ids = self._sessions.encode_chat([message.turn() for message in wanted.messages], blocks)
+        return await self._reply(wanted, ids, ChatForm, request, blocks)
 
     # ------------------------------------------------------------------------------- checks
 
@@ -226,6 +234,29 @@ class Endpoint:
                 param="model",
                 code="model_not_found",
             )
+
+    def _blocks(self, wanted: Wanted, follows: bool) -> list[int]:
+        """The numbers of the public blocks that a request combines; all if it names none.
+
+        follows: whether its prompt has the form that blocks come before. Otherwise it combines none
+        unless it names some, which raises ApiError, as do blocks that are not there.
+        """
+        count, named = self._sessions.blocks, wanted.public_blocks
+        if named is None:
+            return list(range(count)) if follows else []
+        why = ""
+        if named and not count:
+            why = "this endpoint has none; start it with --public-block, or leave this out"
+        elif named and not follows:
+            form = "the messages of a chat" if self._text.has_chat else "a text"
+            why = f"blocks come before {form} here, not before this prompt; leave this out"
+        elif any(number >= count for number in named):
+            why = f"this endpoint has {count} blocks, numbered from 0"
+        if why:
+            raise ApiError(
+                400, f"public_blocks: {why}", param="public_blocks", code="invalid_value"
+            )
+        return named
 
     def _room(self) -> int:
         """Most tokens of prompt and answer together; 0 for no limit."""
@@ -260,6 +291,7 @@ class Endpoint:
         ids: list[int],
         form: type[Form],
         request: Request,
+        blocks: Sequence[int] = (),
         after: Sequence[int] = (),
     ) -> Response:
         best = wanted.best
@@ -273,7 +305,7 @@ class Endpoint:
             )
         tokens = self._tokens(wanted, len(ids))
         sampling = wanted.sampling(self._temperature)
-        job = self._sessions.ask(ids, max_tokens=tokens, sampling=sampling)
+        job = self._sessions.ask(ids, blocks, max_tokens=tokens, sampling=sampling)
         reader = Reader(self._text, wanted.stop or (), best, after)
         answered = self._sessions.answered
         drafts = self._sessions.drafts

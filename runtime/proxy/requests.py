@@ -69,6 +69,12 @@ def _few(value: list[str] | None) -> list[str] | None:
     return value
 
 
+def _once(value: list[int] | None) -> list[int] | None:
+    if value is not None and len(set(value)) < len(value):
+        raise PydanticCustomError("invalid_value", "names a block twice; name each once")
+    return value
+
+
 def _as_prompt(value: Any) -> str | list[int]:
     """The single prompt of a list of prompts."""
     several = isinstance(value, list) and value and isinstance(value[0], (str, list))
@@ -122,6 +128,7 @@ class Wanted(_Model):
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    public_blocks: Annotated[list[Annotated[int, Field(ge=0)]] | None, AfterValidator(_once)] = None
 
     user: Any = None
     metadata: Any = None

@@ -90,6 +90,9 @@ class Sessions:
         self._drafting = dict(drafting or {})
         self.drafts = first.speculation(**self._drafting) is not None
         """Whether answers are drafted."""
+        self._first = first
+        self.blocks = first.block_count
+        """The number of public blocks that a prompt can combine."""
         first.open()
         self.program, self.text = first.program, first.text
         self.setup: StepReport | None = first.setup
@@ -114,8 +117,23 @@ class Sessions:
         """Requests that are being answered or wait. May be called from any thread."""
         return sum(not future.done() for _, future in list(self._jobs))
 
-    def ask(self, prompt: Sequence[int], **options: Any) -> Job:
-        """Answer a prompt as soon as a session is free. options: those of Connection.generate.
+    def encode(self, prompt: str, blocks: Sequence[int] = ()) -> list[int]:
+        """Tokens of a text; blocks: the public blocks that come before it, by number."""
+        if not blocks:
+            return self.text.encode(prompt)
+        return self._first.encode(prompt, chat=False, blocks=blocks)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], blocks: Sequence[int] = ()
+    ) -> list[int]:
+        """Tokens of a conversation; likewise. Raises PromptError as `Connection.encode_chat`."""
+        return self._first.encode_chat(messages, blocks)
+
+    def ask(self, prompt: Sequence[int], blocks: Sequence[int] = (), **options: Any) -> Job:
+        """Answer a prompt as soon as a session is free.
+
+        blocks: the public blocks that it combines, by number. options: those of
+        Connection.generate.
 
         Raises ApiError 429 if the queue is full.
         """
@@ -133,7 +151,7 @@ class Sessions:
                 wait=wait,
             )
         job = Job()
-        given = {**self._drafting, **options}
+        given = {**self._drafting, **options, "blocks": list(blocks)}
         future = self._threads.submit(self._work, job, list(prompt), given)
         self._jobs.append((job, future))
         job.watch(future)
@@ -141,7 +159,7 @@ class Sessions:
 
     def _work(self, job: Job, prompt: list[int], options: dict[str, Any]) -> None:
         with self._lock:
-            connection = self._free(prompt)
+            connection = self._free(prompt, options["blocks"])
             self._turnover.take(job)
         try:
             with closing(self._answer(connection, prompt, options)) as tokens:
@@ -157,12 +175,12 @@ class Sessions:
                 self._idle.append(connection)
                 self._turnover.leave(job)
 
-    def _free(self, prompt: Sequence[int]) -> Connection:
+    def _free(self, prompt: Sequence[int], blocks: Sequence[int] = ()) -> Connection:
         """Take an idle connection: of the open ones, that which has most of the prompt cached."""
         kept = [connection for connection in self._idle if connection.is_open]
         if not (kept or self._idle):
             return self._connect()
-        found = max(kept or self._idle, key=lambda connection: connection.cached(prompt))
+        found = max(kept or self._idle, key=lambda connection: connection.cached(prompt, blocks))
         self._idle.remove(found)
         return found
 

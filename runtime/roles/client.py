@@ -721,13 +721,23 @@ class Connection:
                 f"speculate_tokens={planned.drafts}; give these, with what drafts, or another store"
             )
 
-    def cached(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt need not be computed, as far as is known now."""
+    def cached(self, prompt: Sequence[int], blocks: Sequence[int] = ()) -> int:
+        """How many tokens of a prompt need not be computed, as far as is known now.
+
+        blocks: the public blocks that it combines, by number.
+        """
         session = self._session
         if session is None or not self._reuse:
             return 0
+        begins = _begins(session, self._combined(prompt, blocks))
+        marked = [*begins, *prompt[len(begins) :]]
         kept = session.cached_tokens().values()
-        return max((common_length(prompt, tokens) for tokens in kept), default=0)
+        return max((common_length(marked, tokens) for tokens in kept), default=0)
+
+    @property
+    def block_count(self) -> int:
+        """The number of public blocks that an answer can combine."""
+        return len(self._blocks)
 
     def _combined(self, ids: Sequence[int], blocks: Sequence[int] | None) -> list[int]:
         """The numbers of the public texts that a prompt combines; none if it combines no blocks.
@@ -759,7 +769,7 @@ class Connection:
         known = session.public_tokens()
         if not combined:
             return self._conversations.choose(ids, kept, known)
-        begins = [token for n in combined for token in known[n]]
+        begins = _begins(session, combined)
         prompt = [*begins, *ids[len(begins) :]]
         place, cached = self._conversations.choose(prompt, kept, [*known, begins])
         if place.source == public_source(len(known)):
@@ -866,6 +876,12 @@ class Connection:
         self._pulse = Pulse()
         if self._store is not None:
             self._store.release()
+
+
+def _begins(session: MergecSession, combined: Sequence[int]) -> list[int]:
+    """What stands for the tokens of a session's public texts where they are combined."""
+    known = session.public_tokens() if combined else []
+    return [token for n in combined for token in known[n]]
 
 
 def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:

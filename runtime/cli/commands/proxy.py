@@ -14,10 +14,12 @@ from mergec.runtime.cli.options import (
     AheadOptions,
     Grace,
     MetricsAt,
+    PublicBlocks,
     SessionOptions,
     SpeculationOptions,
     address,
     grouped,
+    read_blocks,
 )
 from mergec.runtime.core.errors import MergecError
 
@@ -50,6 +52,7 @@ def proxy_command(
     queue: Annotated[int, typer.Option(help="Maximum number of waiting requests.", min=0)] = 16,
     grace: Grace = 5.0,
     metrics: MetricsAt = None,
+    public_block: PublicBlocks = None,
 ) -> None:
     """Offer OpenAI's API and a chat page on this machine."""
     if options.store is not None and sessions > 1:
@@ -59,8 +62,9 @@ def proxy_command(
     from mergec.runtime.transport.address import Address
 
     public, plan = options.public(), ahead.plan(drafting)
+    blocks = read_blocks(public_block)
     proxy(
-        lambda: options.connection(public, ahead=plan),
+        lambda: options.connection(public, ahead=plan, blocks=blocks),
         ProxySettings(
             listen=Address(host, port),
             exposed=expose,
