@@ -41,8 +41,14 @@ from mergec.runtime.session.generation import answer
 COUNT = 48
 """Tokens of each answer; those for the observer have no end, so that their number says nothing."""
 
-WAYS = ((3, None), (MOST, None), (3, 1), (3, 1.5), (3, 2), (MOST, 1.5), (MOST, 2), (MOST, 3))
-"""Most drafts of a step, and tokens that it keeps: as many as are right, or a fixed number."""
+Way = tuple[int, float | None, int | None]
+"""Most drafts of a step; tokens that it keeps, a fixed number, or None for as many as are right;
+most extra steps, or None for any number."""
+
+WAYS: tuple[Way, ...] = (
+    *((3, None, None), (MOST, None, None), (3, 1, None), (3, 1.5, None), (3, 2, None)),
+    *((3, 2, 1), (MOST, 1.5, None), (MOST, 2, None), (MOST, 2, 1), (MOST, 3, None)),
+)
 
 KNOWN = 3
 """Answers to each prompt whose lengths the observer has seen; it tells the others apart."""
@@ -95,7 +101,8 @@ ALIKE = """## Steps that look alike
 mean, whatever drafts are right ([how](guides/speculation.md#steps-that-look-alike)). Extra steps \
 come first where fewer are known. The same tasks, {count} tokens of answer at most, with `lookup`; \
 costs for each token of the answer, computed in the same way as above. The last column is what a \
-store holds for it, with all extra steps that could come. Made by `make lengths`.
+store holds for it, with all extra steps that could come. Where extra steps are bounded \
+(`--speculate-extra`), the answer goes on with one token a step. Made by `make lengths`.
 
 | task | drafts | a step keeps | tokens a step | steps | extra | rounds | online | dealt | wan \
 | stored |
@@ -171,9 +178,10 @@ class Answers:
         drafter: Drafter,
         most: int = MOST,
         fixed: float | None = None,
+        bound: int | None = None,
     ) -> Steps:
         """The steps after the prompt's of an answer with drafts."""
-        made = Speculation(drafter, most, fixed=fixed)
+        made = Speculation(drafter, most, fixed=fixed, extra=bound)
         if isinstance(drafter, Lookup):
             # It only compares tokens, and rows of few logits are read sooner.
             places = {token: n for n, token in enumerate(dict.fromkeys([*prompt, *tokens]))}
@@ -213,8 +221,10 @@ def extra(steps: Steps) -> int:
     return sum(a.past == b.past for a, b in pairwise(steps.reports))
 
 
-def way(most: int, fixed: float | None) -> list[str]:
-    return [str(most), "what is right" if fixed is None else f"{fixed:g}"]
+def cells_of(way: Way) -> list[str]:
+    most, fixed, bound = way
+    told = "what is right" if fixed is None else f"{fixed:g}"
+    return [str(most), told if bound is None else f"{told}, at most {bound} extra"]
 
 
 # ------------------------------------------------------------------------------- the observer
@@ -258,16 +268,16 @@ def told(answers: Answers, runs: int) -> Iterator[str]:
     prompts = [answers.prompt(text) for text in PROMPTS]
     found = [answers.generated(prompt, runs, HEAT) for prompt in prompts]
     yield f"| 0 |  | {COUNT - 1} | 0 | {100 / len(prompts):.0f} |"
-    for most, fixed in WAYS:
+    for way in WAYS:
         steps, extras, traces = [], [], []
         for prompt, several in zip(prompts, found, strict=True):
-            played = [answers.played(prompt, one, Lookup(), most, fixed) for one in several]
+            played = [answers.played(prompt, one, Lookup(), *way) for one in several]
             steps += [len(one.reports) for one in played]
             extras += [extra(one) for one in played]
             traces.append([trace(one) for one in played])
         known, seen = [one[:KNOWN] for one in traces], [one[KNOWN:] for one in traces]
         share = max(named(known, seen, far) for far in (edits, growth))
-        cells = [*way(most, fixed), f"{np.mean(steps):.1f}", f"{np.mean(extras):.1f}"]
+        cells = [*cells_of(way), f"{np.mean(steps):.1f}", f"{np.mean(extras):.1f}"]
         yield f"| {' | '.join(cells)} | {100 * share:.0f} |"
 
 
@@ -278,16 +288,17 @@ def alike(answers: Answers) -> Iterator[str]:
     for task, text in TASKS.items():
         prompt = answers.prompt(text)
         (tokens,) = answers.generated(prompt, 1, 0)
-        for most, fixed in WAYS:
-            steps = answers.played(prompt, tokens, Lookup(), most, fixed)
+        for way in WAYS:
+            steps = answers.played(prompt, tokens, Lookup(), *way)
+            most, fixed, bound = way
             stored = ""
-            if fixed is not None:
+            if fixed is not None and bound is None:
                 strides = Steady.of(fixed, most).strides(0, len(tokens) - 1)
                 dealt = sum(answers.by["dealt"][new] for s in strides for new, _ in s.steps)
                 stored = f"{dealt / (len(tokens) - 1) / 1e6:.0f} MB"
             cells = [f"{steps.a_step:.2f}", f"{len(steps.reports)}", f"{extra(steps)}"]
             cells += [*spent(answers, steps), stored]
-            yield f"| {' | '.join([task, *way(most, fixed), *cells])} |"
+            yield f"| {' | '.join([task, *cells_of(way), *cells])} |"
 
 
 def spent(answers: Answers, steps: Steps) -> list[str]:

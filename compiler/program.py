@@ -426,6 +426,7 @@ class Program:
         speculate: str = "none",
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_extra: int | None = None,
         speculate_tree: bool = False,
         public_prefix: str | Sequence[int] | None = None,
         public_blocks: Sequence[str | Sequence[int]] = (),
@@ -459,6 +460,8 @@ class Program:
             speculate_tokens: drafts of a step; None to choose as many as pay.
             speculate_fixed: tokens that each step keeps in the mean, such as 2 or 1.5, so that its
                 lengths do not tell how many drafts were right; None for as many as are right.
+            speculate_extra: most extra steps of an answer that speculate_fixed takes where too few
+                were right, before it goes on with one token a step; None for any number.
             speculate_tree: let drafts form a tree of several continuations. Server and dealer see
                 its shape, and which path of it is right.
             public_prefix: what the prompt begins with and both parties know. The server computes
@@ -504,6 +507,8 @@ class Program:
             speculate_tokens = check.whole("speculate_tokens", speculate_tokens, 1)
         if speculate_fixed is not None:
             speculate_fixed = check.number("speculate_fixed", speculate_fixed)
+        if speculate_extra is not None:
+            speculate_extra = check.whole("speculate_extra", speculate_extra, 0)
         check.flag("speculate_tree", speculate_tree)
         check.function("on_text", on_text)
         sampling = Sampling(top_k=top_k, seed=seed, **given)
@@ -532,6 +537,7 @@ class Program:
             speculate=speculate,
             speculate_tokens=speculate_tokens,
             speculate_fixed=speculate_fixed,
+            speculate_extra=speculate_extra,
             speculate_tree=speculate_tree,
             public=public,
             blocks=blocks,

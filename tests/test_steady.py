@@ -43,8 +43,14 @@ KEY = b"\0" * 32
 Steps = list[tuple[int, int]]
 
 
-def run(drafter: Drafter, fixed: float, tokens: int | None = None, **options: Any) -> list[Token]:
-    made = Speculation(drafter, tokens, fixed=fixed)
+def run(
+    drafter: Drafter,
+    fixed: float,
+    tokens: int | None = None,
+    extra: int | None = None,
+    **options: Any,
+) -> list[Token]:
+    made = Speculation(drafter, tokens, fixed=fixed, extra=extra)
     given = {"max_tokens": COUNT, **options}
     return list(answer(plain(), PROMPT, speculation=made, **given))
 
@@ -113,6 +119,12 @@ def test_it_needs_drafts() -> None:
         Speculation.open("lookup", None, replace(manifest, speculate_up_to=0), None, fixed=2)
     with pytest.raises(PromptError, match="with 2 drafts a step it can be 1 to 3"):
         Speculation.open("lookup", 2, manifest, None, fixed=4)
+    with pytest.raises(PromptError, match="speculate_extra needs speculate"):
+        Speculation.open("none", None, manifest, None, extra=2)
+    with pytest.raises(PromptError, match="bounds the extra steps of speculate_fixed; give both"):
+        Speculation.open("lookup", None, manifest, None, extra=2)
+    with pytest.raises(PromptError, match="speculate_extra is -1"):
+        Speculation.open("lookup", None, manifest, None, fixed=2, extra=-1)
     assert Steady.of(1.5, 4) == Steady(4, 150)
     assert Steady(4, 150).fixed == 1.5
 
@@ -158,6 +170,58 @@ def test_wrong_drafts_never_take_more_steps_than_none() -> None:
         assert len(steps) <= COUNT
 
 
+def traces(fixed: float, extra: int | None, count: int) -> set[tuple[tuple[int, int], ...]]:
+    """The steps of an answer of `count` tokens, for all ways in which its drafts can be right."""
+    seen = set()
+    for wrong in itertools.product((0, 1), repeat=count - 1):
+        # The first token comes of the prompt's step, without drafts.
+        drafts = [(t + bad) % 13 for t, bad in zip(LONG, (0, *wrong), strict=False)]
+        steps: Steps = []
+        found = run(
+            Fixed(lambda tokens, to=drafts: to[len(tokens) - len(PROMPT) :]),
+            fixed, extra=extra, max_tokens=count, fixed_length=True,
+            announce=lambda *s, to=steps: to.append(s),
+        )  # fmt: skip
+        assert numbers(found) == GREEDY[:count]
+        seen.add(tuple(steps[1:]))
+    return seen
+
+
+@pytest.mark.parametrize("fixed", [1.5, 2, 3])
+def test_a_bound_of_extra_steps_bounds_what_lengths_tell(fixed: float) -> None:
+    """How many different lengths the steps of all answers of seven tokens have."""
+    count, end = 7, len(PROMPT) + 6
+    strides = list(Steady.of(fixed, MOST).strides(len(PROMPT), end))
+    planned = [step for stride in strides for step in stride.steps]
+    without, told = traces(fixed, None, count), []
+    for extra in range(count):
+        found = traces(fixed, extra, count)
+        for steps in found:
+            assert kept(list(steps))[1] <= extra
+            rest = iter(planned)
+            single = list(itertools.dropwhile(lambda step, of=rest: step in of, steps))
+            assert single == [(1, past) for past in range(end - len(single), end)]
+        # So many extra steps, or fewer, and one place more, where steps of one token begin.
+        places = len(strides)
+        ways = sum(math.comb(places + j - 1, j) for j in range(extra + 2))
+        assert len(found) <= ways <= (places + 1) ** (extra + 1)
+        told.append(len(found))
+    assert told[0] < told[-1] == len(without)
+    assert found == without, "no answer needs more extra steps than it has tokens"
+
+
+def test_without_extra_steps_wrong_drafts_are_given_up() -> None:
+    steps: Steps = []
+    found = run(WRONG, 2, extra=0, announce=lambda *s: steps.append(s))
+    assert numbers(found) == GREEDY
+    assert steps[1:] == [(1, past) for past in range(len(PROMPT), len(PROMPT) + COUNT - 1)]
+    # Right drafts need the one at the beginning.
+    told: list[Steps] = [[], []]
+    for extra, to in zip((None, 1), told, strict=True):
+        run(oracle(LONG), 2, extra=extra, announce=lambda *s, to=to: to.append(s))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("fixed", [1.5, 3])
 def test_seeded_answers_are_those_without_drafts(fixed: float) -> None:
     for sampling in (
@@ -171,6 +235,7 @@ def test_seeded_answers_are_those_without_drafts(fixed: float) -> None:
         for drafter in (oracle(numbers(without)), oracle(numbers(without), 2), Lookup(), WRONG):
             found = run(drafter, fixed, sampling=sampling)
             assert numbers(found) == numbers(without)
+            assert numbers(run(drafter, fixed, extra=1, sampling=sampling)) == numbers(without)
             for mine, theirs in zip(found, without, strict=True):
                 assert float((mine.logits - theirs.logits).abs().max()) < 1e-4  # type: ignore[operator]
 
@@ -248,13 +313,19 @@ def test_clients_of_services(tmp_path: Path) -> None:
                 # No later prompt says how many drafts of the last step were right.
                 tokens = connection._session.tokens  # type: ignore[union-attr]
                 assert tokens == [*prompt, *expected][: steps[-1].past]
+            wrong = Fixed(lambda _: [])
+            bound = {**options, "max_tokens": 5, "speculate_extra": 1}
+            found = list(connection.generate(prompt, speculate=wrong, **bound))
+            assert numbers(found) == expected[:5]
+            lengths = [(r.new, r.past - len(prompt)) for t in found for r in t.reports]
+            assert lengths[1:] == [(3, 0), (4, 0), (1, 2), (1, 3)]
             longer = [*prompt, *expected[:12], 3]
             found = list(connection.generate(longer, max_tokens=4, stop=(), speculate="none"))
             assert numbers(found) == decoder.plaintext(folder, longer, 4)
             assert found[0].reports[0].past == len(longer) - 1
-            wrong = {**options, "speculate_fixed": 4, "speculate_tokens": 2}
+            many = {**options, "speculate_fixed": 4, "speculate_tokens": 2}
             with pytest.raises(PromptError, match="it can be 1 to 3"):
-                next(connection.generate(prompt, speculate=right, **wrong))
+                next(connection.generate(prompt, speculate=right, **many))
             assert connection.is_open
 
 
@@ -360,6 +431,9 @@ def test_stored_answers(deployed: Deployment, bundles: Path, stores: Path) -> No
         for wrong in ({}, {"speculate": "lookup"}, {"speculate": "lookup", "speculate_fixed": 3}):
             with pytest.raises(PromptError, match="give these, with what drafts"):
                 next(connection.generate(PROMPT, max_tokens=3, **wrong))
+        bound = {**options, "speculate": "lookup", "speculate_extra": 1}
+        with pytest.raises(PromptError, match="leave speculate_extra out, or use the dealer"):
+            next(connection.generate(PROMPT, max_tokens=3, **bound))
 
 
 def test_a_stored_answer_may_end_early(deployed: Deployment, stores: Path) -> None:

@@ -424,6 +424,15 @@ class SpeculationOptions:
             min=1.0,
         ),
     ] = None
+    speculate_extra: Annotated[
+        int | None,
+        typer.Option(
+            metavar="E",
+            help="With --speculate-fixed: take at most E extra steps where too few drafts were "
+            "right, and then one token a step; by default any number.",
+            min=0,
+        ),
+    ] = None
     speculate_tree: Annotated[
         bool,
         typer.Option(

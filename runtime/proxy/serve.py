@@ -34,8 +34,7 @@ class ProxySettings:
     requests that may wait for a session. grace: seconds for answers to end at a shutdown. metrics:
     address of the Prometheus endpoint. stores: folder of stored randomness to use, if any. key:
     what requests must show; empty if they need none. speculate, speculate_tokens, speculate_fixed,
-    speculate_tree:
-    as in `Connection.generate`.
+    speculate_extra, speculate_tree: as in `Connection.generate`.
     """
 
     listen: Address
@@ -50,6 +49,7 @@ class ProxySettings:
     speculate: str = "none"
     speculate_tokens: int | None = None
     speculate_fixed: float | None = None
+    speculate_extra: int | None = None
     speculate_tree: bool = False
 
 
@@ -80,6 +80,7 @@ def proxy(
             "speculate": settings.speculate,
             "speculate_tokens": settings.speculate_tokens,
             "speculate_fixed": settings.speculate_fixed,
+            "speculate_extra": settings.speculate_extra,
             "speculate_tree": settings.speculate_tree,
         }
         sessions = Sessions(connect, settings.sessions, settings.queue, metrics, drafting)

@@ -176,9 +176,7 @@ class Connection:
         self._channels: list[Channel] = []
         self._pulse = Pulse()
         self._session: MergecSession | None = None
-        self._opened: (
-            tuple[tuple[str, int | None, float | None, bool], Speculation | None] | None
-        ) = None
+        self._opened: tuple[tuple[object, ...], Speculation | None] | None = None
         self._reuse, self._piece = reuse, prompt_piece
         self._overlap = overlap and store is None
         self._ahead, self._on_notice = ahead, on_notice
@@ -524,6 +522,7 @@ class Connection:
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_extra: int | None = None,
         speculate_tree: bool = False,
         blocks: Sequence[int] | None = None,
     ) -> Generator[Token, None, None]:
@@ -538,10 +537,12 @@ class Connection:
         right. speculate_tokens: drafts of a step; None to choose as many as pay. speculate_fixed:
         tokens by which each step makes the caches longer in the mean, so that server and dealer do
         not see how many were right, only where too few were (`Steady`); None for as many as are
-        right. speculate_tree: let drafts form a tree, whose shape and right path server and dealer
-        see. Closing the iterator ends the answer after the current step; the session stays open.
-        blocks: the public blocks that the prompt combines, as in `encode`; a prompt of tokens
-        begins with those of the text that they see and of these blocks. Raises PromptError for a
+        right. speculate_extra: most extra steps that this takes where too few were right, before
+        the answer goes on with one token a step; None for any number. speculate_tree: let drafts
+        form a tree, whose shape and right path server and dealer see. blocks: the public blocks
+        that the prompt combines, as in `encode`; a prompt of tokens begins with those of the text
+        that they see and of these blocks. Closing the iterator ends the answer after the current
+        step; the session stays open. Raises PromptError for a
         prompt, sampling or drafter that the program or the server does not allow, PartyError if a
         peer fails, and MergecError if the settings or the drafter need a package that is not
         installed.
@@ -551,7 +552,9 @@ class Connection:
         combined = self._combined(ids, blocks)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
-        speculation = self.speculation(speculate, speculate_tokens, speculate_fixed, speculate_tree)
+        speculation = self.speculation(
+            speculate, speculate_tokens, speculate_fixed, speculate_extra, speculate_tree
+        )
         if not self._busy.acquire(blocking=False):
             raise PartyError("this session is busy with another answer; open another session")
         told = -1
@@ -678,6 +681,7 @@ class Connection:
         speculate: str | Drafter | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
+        speculate_extra: int | None = None,
         speculate_tree: bool = False,
     ) -> Speculation | None:
         """What drafts for `generate`; opened once, so that it keeps what it has seen and loaded.
@@ -688,15 +692,31 @@ class Connection:
         """
         if isinstance(speculate, Drafter):
             made: Speculation | None = Speculation(
-                speculate, speculate_tokens, fixed=speculate_fixed, tree=speculate_tree
+                speculate,
+                speculate_tokens,
+                fixed=speculate_fixed,
+                extra=speculate_extra,
+                tree=speculate_tree,
             )
             steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:
-            wanted = speculate or NONE, speculate_tokens, speculate_fixed, speculate_tree
+            wanted = (
+                speculate or NONE,
+                speculate_tokens,
+                speculate_fixed,
+                speculate_extra,
+                speculate_tree,
+            )
             if self._opened is None or self._opened[0] != wanted:
-                name, tokens, fixed, tree = wanted
-                manifest = self.program.manifest
-                opened = Speculation.open(name, tokens, manifest, self.text, fixed=fixed, tree=tree)
+                opened = Speculation.open(
+                    speculate or NONE,
+                    speculate_tokens,
+                    self.program.manifest,
+                    self.text,
+                    fixed=speculate_fixed,
+                    extra=speculate_extra,
+                    tree=speculate_tree,
+                )
                 self._opened = wanted, opened
             made = self._opened[1]
         if self._store is not None:
@@ -713,6 +733,11 @@ class Connection:
             raise PromptError(
                 "stored randomness is dealt for one token a step; leave speculate out, use the "
                 "dealer, or prepare a store with speculate_fixed"
+            )
+        if made is not None and made.extra is not None:
+            raise PromptError(
+                "stored randomness has all extra steps that may come, and none of one token; leave "
+                "speculate_extra out, or use the dealer"
             )
         wanted = None if made is None else made.steady(self.program.manifest)
         if planned is not None and wanted != planned:

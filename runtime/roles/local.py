@@ -25,7 +25,7 @@ from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import read_manifest, role_path
 from mergec.runtime.roles.party import Options
 from mergec.runtime.session.drafting.drafter import read
-from mergec.runtime.session.drafting.speculation import NONE, check, steady
+from mergec.runtime.session.drafting.speculation import NONE, check, check_extra, steady
 from mergec.runtime.session.generation import check_prompt
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import NO_TREES, StepReport
@@ -80,6 +80,7 @@ def run_local(
     speculate: str = "",
     speculate_tokens: int | None = None,
     speculate_fixed: float | None = None,
+    speculate_extra: int | None = None,
     speculate_tree: bool = False,
     insecure_first_party: bool = False,
     public: Sequence[int] = (),
@@ -96,7 +97,7 @@ def run_local(
 
     temperature to repetition_penalty: see `Sampling`; None leaves it to the checkpoint's settings.
     on_token: called with each token as it is generated. on_event: called with a role and an event
-    of it. speculate, speculate_tokens, speculate_fixed, speculate_tree: as in
+    of it. speculate, speculate_tokens, speculate_fixed, speculate_extra, speculate_tree: as in
     `Connection.generate`, by name; a tree needs mergec's own protocols. If a role fails, all are
     ended, and its error is raised here. insecure_first_party: in mode crypten, let the client
     generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
@@ -115,6 +116,7 @@ def run_local(
                 read(speculate)
                 check(manifest)
                 steady(manifest, speculate_tokens, speculate_fixed)
+                check_extra(speculate_extra, speculate_fixed)
     if speculate_tree and mode != "mergec":
         raise PromptError(NO_TREES)
     begins = [*public, *chain(*blocks)]
@@ -159,6 +161,7 @@ def run_local(
                         speculate=speculate,
                         speculate_tokens=speculate_tokens,
                         speculate_fixed=speculate_fixed,
+                        speculate_extra=speculate_extra,
                         speculate_tree=speculate_tree,
                         prompt_piece=prompt_piece,
                         overlap=overlap,

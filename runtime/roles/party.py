@@ -89,6 +89,7 @@ class Options:
     speculate: str = ""
     speculate_tokens: int | None = None
     speculate_fixed: float | None = None
+    speculate_extra: int | None = None
     speculate_tree: bool = False
     prompt_piece: int = 0
     overlap: bool = True
@@ -316,6 +317,7 @@ def _ask(
         session.program.manifest,
         _text(options),
         fixed=options.speculate_fixed,
+        extra=options.speculate_extra,
         tree=options.speculate_tree,
     )
     stop = () if options.ignore_stop else tuple(session.program.manifest.stop_tokens)

@@ -14,7 +14,7 @@ from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.engine.trees import Branches
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.session.drafting.speculation import Speculation
-from mergec.runtime.session.drafting.steady import Steady, Stride
+from mergec.runtime.session.drafting.steady import Steady, Stride, singly
 from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
 from mergec.runtime.session.steps import Session, StepReport, measured
 
@@ -94,8 +94,9 @@ def answer(
     are no random choice. A seed gives the same tokens with and without drafts.
 
     Where `speculation` fixes how many tokens a step keeps, all steps look alike (`Steady`), and
-    `fixed_length` runs those of an answer of `max_tokens`. planned: tokens in the caches after the
-    last step that such an answer was prepared for; 0 for as many as it needs.
+    `fixed_length` runs those of an answer of `max_tokens`. Where it bounds the extra steps, an
+    answer that would need another one goes on with one token a step instead. planned: tokens in
+    the caches after the last step that such an answer was prepared for; 0 for as many as it needs.
 
     Drafts may form a tree. Then a token is looked for among all drafts that follow the one before,
     and the caches keep the path of the right ones. As each token is drawn from the model's own
@@ -307,7 +308,7 @@ def _steadily(
         if past == len(known):
             chosen = learned(rows, ())
     strides = steady.strides(past, max(planned, last))
-    stride, due, taken = Stride(0, past, 0), True, past
+    stride, due, taken, extra = Stride(0, past, 0), True, past, 0
     while True:
         for token, row in chosen:
             known.append(token)
@@ -323,6 +324,10 @@ def _steadily(
                 return
             stride = following
         due = not left or len(known) - stride.past >= stride.move
+        if not due and extra == speculation.extra:
+            strides = singly(stride.past, last)
+            stride, due = next(strides), True
+        extra += not due
         new, past = (stride.new, stride.past) if due else stride.extra
         feed = known[past : past + new]
         drafts = speculation.fill(known, new - len(feed))

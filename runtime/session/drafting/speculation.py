@@ -38,13 +38,16 @@ class Speculation:
         tokens: int | None = None,
         *,
         fixed: float | None = None,
+        extra: int | None = None,
         tree: bool = False,
     ) -> None:
         """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`.
 
         fixed: tokens by which each step makes the caches longer, whatever drafts are right
         (`Steady`); then all steps have equally many drafts, by default as many as the program
-        checks. None for as many as are right. tree: let drafts form a tree; not together.
+        checks. None for as many as are right. extra: most extra steps that such an answer takes
+        before it goes on with one token a step; None for any number. tree: let drafts form a tree;
+        not together with `fixed`.
         """
         if tokens is not None and tokens < 1:
             raise PromptError(f"speculate_tokens is {tokens}; it can be 1 or more")
@@ -53,7 +56,9 @@ class Speculation:
                 "with speculate_fixed all steps look alike, and trees do not; leave speculate_tree "
                 "or speculate_fixed out"
             )
+        check_extra(extra, fixed)
         self.drafter, self.tokens, self.fixed, self._branches = drafter, tokens, fixed, tree
+        self.extra = extra
         self._acceptance = Acceptance()
         self._seconds: Seconds | None = None
         self._drafted = self._chosen = Tree()
@@ -70,6 +75,7 @@ class Speculation:
         text: Text | None,
         *,
         fixed: float | None = None,
+        extra: int | None = None,
         tree: bool = False,
     ) -> Self | None:
         """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
@@ -78,7 +84,8 @@ class Speculation:
         program cannot check drafts.
         """
         if speculate in (NONE, ""):
-            for name, given in (("tokens", tokens), ("fixed", fixed), ("tree", tree or None)):
+            options = {"tokens": tokens, "fixed": fixed, "extra": extra, "tree": tree or None}
+            for name, given in options.items():
                 if given is not None:
                     raise PromptError(f"speculate_{name} needs speculate, as in speculate='lookup'")
             return None
@@ -86,7 +93,7 @@ class Speculation:
         check(manifest)
         steady(manifest, tokens, fixed)
         drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
-        return cls(drafter, tokens, fixed=fixed, tree=tree)
+        return cls(drafter, tokens, fixed=fixed, extra=extra, tree=tree)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
         """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
@@ -178,6 +185,14 @@ def check(manifest: Manifest) -> None:
             "this program answers one token a step; compile with speculate_up_to=7 "
             "(--speculate-up-to 7), or leave speculate out"
         )
+
+
+def check_extra(extra: int | None, fixed: float | None) -> None:
+    """Raise PromptError if an answer cannot have this bound of extra steps."""
+    if extra is not None and fixed is None:
+        raise PromptError("speculate_extra bounds the extra steps of speculate_fixed; give both")
+    if extra is not None and extra < 0:
+        raise PromptError(f"speculate_extra is {extra}; it can be 0 or more")
 
 
 def steady(manifest: Manifest, tokens: int | None, fixed: float | None) -> Steady | None:

@@ -41,7 +41,8 @@ class Steady:
     known ones more, and only the client learns how many more. Of each step the caches keep the
     tokens that are due, which are known before it begins: the next step drops the rest, right or
     not. Where too few are known, an extra step (`Stride.extra`) comes first, of one token less:
-    these steps, and where an answer ends, are all that lengths tell.
+    these steps, and where an answer ends, are all that lengths tell. Where an answer may have only
+    so many of them, it takes steps of one token (`singly`) instead of one more, to its end.
 
     drafts: most drafts of a step. pace: how many tokens the caches become longer by in a hundred
     steps; 100 to 100 * (1 + drafts).
@@ -75,3 +76,8 @@ class Steady:
             move = min(begin + self.pace * number // 100, end) - past
             yield Stride(min(1 + self.drafts, end - past), past, move)
             past += move
+
+
+def singly(begin: int, end: int) -> Iterator[Stride]:
+    """Steps of one token each, before which no extra one may come."""
+    return (Stride(1, past, 1) for past in range(begin, end))
