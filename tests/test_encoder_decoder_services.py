@@ -17,6 +17,7 @@ from mergec.compiler.driver import compile_decoder
 from mergec.runtime.cli import run
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.session.requests import Plan
+from mergec.runtime.session.stores.reader import Store
 from tests.encoder_decoders import SOURCES, VOCAB, answer_of, model_and_step
 from tests.services import START, Deployment, answered, deployment, role
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 TOKENS = 4
 END = 1
+KEY = b"k" * 32
 
 
 def tokenizer() -> Any:
@@ -47,7 +49,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(bundles: Path) -> Iterator[Deployment]:
-    with deployment(bundles, serve=("--timeout", str(START))) as made:
+    key = bundles / "key"
+    key.write_text(KEY.hex())
+    stores = ("--stores", str(bundles / "stores"), "--store-key", str(key))
+    with deployment(bundles, serve=("--timeout", str(START), *stores)) as made:
         yield made
 
 
@@ -61,6 +66,25 @@ def test_a_session_translates_source_after_source(running: Deployment) -> None:
         again, _ = answered(connection, list(SOURCES[0]), TOKENS)
         assert again == answer_of(model, SOURCES[0], TOKENS)
         assert connection.cached(SOURCES[0]) == 0, "no caches are continued"
+
+
+def test_answers_from_a_store(running: Deployment, tmp_path: Path) -> None:
+    """The source's step and those after it, for two sources of one length, without the dealer."""
+    model, _ = model_and_step("t5")
+    source = list(SOURCES[0])
+    plan = Plan(2, len(source), TOKENS - 1)
+    place, _ = running.connection(timeout=START).prepare(plan, tmp_path / "stores", KEY)
+    store = Store.open(place, KEY)
+    with running.connection(timeout=START, dealer=None, store=store) as connection:
+        for length in (len(source) - 1, len(source) + 1):
+            with pytest.raises(PromptError, match=f"takes a source of {len(source)} tokens"):
+                next(connection.generate([7] * length, max_tokens=1))
+        for other in (source, source[::-1]):
+            tokens, new = answered(connection, other, TOKENS)
+            assert tokens == answer_of(model, other, TOKENS)
+            assert new == [len(source), *[1] * (TOKENS - 1)]
+        with pytest.raises(PromptError, match="is used up"):
+            next(connection.generate(source, max_tokens=1))
 
 
 def test_the_endpoint_completes(running: Deployment) -> None:
@@ -96,8 +120,6 @@ def test_what_is_for_decoders_alone_is_refused(
     running: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     connection = running.connection()
-    with pytest.raises(PromptError, match="cannot be precomputed"):
-        connection.prepare(Plan(1, 5, 3), tmp_path / "stores", b"k" * 32)
     with pytest.raises(PromptError, match="encoder reads a prompt as a whole"):
         running.connection(public_prefixes=[[5, 6]])
     with pytest.raises(PromptError, match="speculate"):

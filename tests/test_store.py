@@ -25,6 +25,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PartyError, PromptError
 from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.roles import dealer_session, server_session
+from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.dealer_session import DealerSession
 from mergec.runtime.roles.settings import DealerSettings, ServerSettings
 from mergec.runtime.session.handshake import Origin
@@ -48,7 +49,7 @@ from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
 from mergec.runtime.transport.traffic import Traffic
-from tests import decoder
+from tests import decoder, session
 from tests.services import START, deployment, role, wait_until
 
 KEY, STATIC = bytes(range(32)), bytes(range(32, 64))
@@ -739,6 +740,17 @@ def test_a_program_without_a_cache_cannot_be_prepared(tmp_path: Path, monkeypatc
     monkeypatch.setattr(MergecSession, "cached", False)
     with pytest.raises(PartyError, match="answers of this program cannot be precomputed"):
         deal(tmp_path, monkeypatch, 1)
+
+
+def test_a_program_that_resends_cannot_be_prepared(tmp_path: Path) -> None:
+    """Its last step is as long as the answer is, which no plan foresees."""
+    _, program = session.compiled("gpt2", preset="merge-er")
+    nowhere, security = Address("127.0.0.1", 1), Security("client", None, plaintext=True)
+    connection = Connection(
+        program.roles["client"], server=nowhere, dealer=nowhere, security=security
+    )
+    with pytest.raises(PromptError, match="resends its hidden state cannot be precomputed"):
+        connection.prepare(Plan(1, 3, 3), tmp_path, b"k" * 32)
 
 
 def test_a_schedule_takes_the_steps_of_its_plan_once_and_in_order() -> None:

@@ -343,10 +343,10 @@ class Connection:
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
-        if self.program.encodes:
+        if self.program.resends:
             raise PromptError(
-                "answers of an encoder-decoder cannot be precomputed, as a source has the length "
-                "that it has; use the dealer"
+                "answers of a program that resends its hidden state cannot be precomputed, as its "
+                "last step is as long as the answer; use the dealer"
             )
         if plan.steady is not None and plan.drafts > self.program.manifest.speculate_up_to:
             raise PromptError(
@@ -813,6 +813,12 @@ class Connection:
                 self._ask(channel, session, length, tokens)
                 return 0, None
             header = self._store.header
+            if self.program.encodes and length != header.prompt:
+                raise PromptError(
+                    f"a stored answer takes a source of {header.prompt} tokens, which the encoder "
+                    f"reads as a whole, and this one has {length}; prepare a store for as many, or "
+                    "use the dealer"
+                )
             room = header.tokens - (length - header.prompt) + 1
             if length < header.prompt or tokens > room:
                 raise PromptError(

@@ -238,10 +238,9 @@ class DealerSession:
                 planned = True
                 if context.offline_bytes:
                     raise PartyError("this program needs the dealer at the start of each session")
-                if session.program.phases or not session.cached:
+                if session.program.resends or not session.cached:
                     # What the last step takes is known only at that step: the number of hidden
-                    # states, or all tokens again. An encoder-decoder has no shorter or longer
-                    # source than the one that was planned.
+                    # states, or all tokens again.
                     raise PartyError(
                         "answers of this program cannot be precomputed; use the dealer"
                     )

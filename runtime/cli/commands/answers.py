@@ -61,7 +61,8 @@ def prepare_command(
 
     A stored answer needs a prompt of at least --prompt tokens. The first step takes that many; each
     further token of the prompt takes a step of its own, and one token off --answer. With
-    --speculate-fixed, further steps take several tokens, of the prompt or drafted.
+    --speculate-fixed, further steps take several tokens, of the prompt or drafted. The source of an
+    encoder-decoder has exactly --prompt tokens.
     """
     from mergec.runtime.session.drafting.speculation import steady
     from mergec.runtime.session.requests import Plan
