@@ -65,6 +65,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "plbart": ("PLBartForConditionalGeneration", "PLBartConfig", _BART),
     "mvp": ("MvpForConditionalGeneration", "MvpConfig", _BART),
+    "m2m_100": ("M2M100ForConditionalGeneration", "M2M100Config", _BART),
 }
 _SEEDS = {"t5_gated": 2, "mt5": 2}
 """Of weights, where those of seed 1 answer every source alike."""

@@ -322,14 +322,14 @@ def test_crypten_stock_protocols() -> None:
 # ------------------------------------------------------------------------------------------ refused
 
 
-def _m2m_100() -> Any:
+def _fsmt() -> Any:
     import transformers
 
-    return transformers.M2M100ForConditionalGeneration(
-        transformers.M2M100Config(
-            vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1,
-            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
+    return transformers.FSMTForConditionalGeneration(
+        transformers.FSMTConfig(
+            langs=["en", "de"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, d_model=16,
+            encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
         )
     )  # fmt: skip
 
@@ -353,7 +353,7 @@ def _led() -> Any:
             _led,
             "LEDForConditionalGeneration cannot be compiled: its encoder attends in overlapping",
         ),
-        (_m2m_100, "its positions depend on which tokens are padding"),
+        (_fsmt, "its positions depend on which tokens are padding"),
         (lambda: random_model("bart").get_encoder(), "no language-model head|is an encoder"),
         (lambda: random_model("bart").model, "load it as AutoModelForSeq2SeqLM"),
     ],

@@ -31,11 +31,8 @@ from mergec.runtime.program.program import InputSpec
 _SOURCE, _NEW, _PAST = 5, 3, 4
 """Example lengths. torch.export specializes on sizes 0 and 1, so all are larger."""
 
-_BY_PADDING = "its positions depend on which tokens are padding, and tokens are secret"
-
 _REFUSED = {
-    "m2m_100": _BY_PADDING,
-    "fsmt": _BY_PADDING,
+    "fsmt": "its positions depend on which tokens are padding, and tokens are secret",
     "led": "its encoder attends in overlapping windows and from a few tokens that see all others",
     "longt5": "its encoder attends in blocks",
     "bigbird_pegasus": "its encoder attends in blocks that are drawn at random",
@@ -43,6 +40,9 @@ _REFUSED = {
     "reformer": "its attention sorts tokens by secret values",
 }
 """Models whose attention cannot be captured as one, and why."""
+
+_COUNTS_TOKENS = ("m2m_100",)
+"""Models that number positions by which tokens are padding, and embeddings one after the other."""
 
 
 def check_encoder_decoder(model: nn.Module) -> None:
@@ -81,6 +81,23 @@ def start_of(model: nn.Module) -> int:
         f"{type(model).__name__} does not say what its answers begin with; set "
         "model.generation_config.decoder_start_token_id"
     )
+
+
+def _read(
+    model: Any, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Source and answer as the arguments of a model.
+
+    M2M-100 counts positions over those tokens that are not padding. Of embeddings it counts all,
+    which is the same for texts without padding.
+    """
+    if model.config.model_type not in _COUNTS_TOKENS:
+        return {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    return {
+        "inputs_embeds": encoder.embed_tokens(input_ids),
+        "decoder_inputs_embeds": decoder.embed_tokens(decoder_input_ids),
+    }
 
 
 class TranslationStep(nn.Module):
@@ -125,8 +142,7 @@ class TranslationStep(nn.Module):
 
         cross = Cache(layer_class_to_replicate=Filled)
         result = self.model(
-            input_ids=input_ids,
-            decoder_input_ids=decoder_input_ids,
+            **_read(self.model, input_ids, decoder_input_ids),
             past_key_values=EncoderDecoderCache(past, cross),
             use_cache=True,
             return_dict=True,
@@ -147,8 +163,7 @@ class WholeTranslation(nn.Module):
         self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor
     ) -> tuple[torch.Tensor]:
         result = self.model(
-            input_ids=input_ids,
-            decoder_input_ids=decoder_input_ids,
+            **_read(self.model, input_ids, decoder_input_ids),
             use_cache=False,
             return_dict=True,
         )
