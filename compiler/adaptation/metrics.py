@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,25 @@ def missing() -> list[str]:
     return [name for name in NEEDS if importlib.util.find_spec(name) is None]
 
 
+def wordnet() -> Any | None:
+    """nltk's WordNet, which tells METEOR words of one meaning; None where nltk or it is missing."""
+    if importlib.util.find_spec("nltk") is None:
+        return None
+    from nltk.corpus import wordnet as found
+
+    try:
+        found.ensure_loaded()
+    except LookupError:
+        return None
+    return found
+
+
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU, chrF++ and ROUGE-L, 0 to 100, of texts, each with one reference or several.
+    """BLEU, chrF++, ROUGE-L and METEOR, 0 to 100, of texts, each with one reference or several.
 
     BLEU and chrF++ by sacrebleu, over the corpus; ROUGE-L by rouge-score, the F measure with the
-    best reference of each text, in the mean. Scores whose package is missing are left out.
+    best reference of each text, in the mean; METEOR by nltk, with its defaults, over words and
+    marks of punctuation, likewise. Scores whose package or data is missing are left out.
     """
     scores: dict[str, float] = {}
     absent = missing()
@@ -62,4 +77,17 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
             for text, given in zip(texts, references, strict=True)
         ]
         scores["ROUGE-L"] = 100 * sum(found) / len(found)
+    meanings = wordnet()
+    if meanings is not None:
+        from nltk.translate.meteor_score import meteor_score
+
+        found = [
+            meteor_score([_words(each) for each in given], _words(text), wordnet=meanings)
+            for text, given in zip(texts, references, strict=True)
+        ]
+        scores["METEOR"] = 100 * sum(found) / len(found)
     return scores
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)

@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mergec.compiler.adaptation.config import AdaptConfig
-from mergec.compiler.adaptation.metrics import NEEDS, agreement, distinct, missing, text_scores
+from mergec.compiler.adaptation.metrics import (
+    NEEDS,
+    agreement,
+    distinct,
+    missing,
+    text_scores,
+    wordnet,
+)
 from mergec.compiler.adaptation.student import Student
 from mergec.runtime.core.spec import MAX_HEADS
 
 COLUMNS = (
-    "perplexity", "agreement", "BLEU", "ROUGE-L", "chrF++", "distinct-1", "distinct-2",
+    "perplexity", "agreement", "BLEU", "ROUGE-L", "chrF++", "METEOR", "distinct-1", "distinct-2",
     *(f"head {number} right" for number in range(1, MAX_HEADS + 1)), "tokens a step",
 )  # fmt: skip
 """The measures of a table, in its order; those that were not taken are left out."""
@@ -84,6 +91,9 @@ class Report:
         absent = [name for package in missing() for name in NEEDS[package]]
         if absent and not config.medusa:
             lines += ["", f"Not measured: {', '.join(absent)}; install mergec[adapt]."]
+        if not config.medusa and wordnet() is None:
+            how = "install nltk, then run `python -m nltk.downloader wordnet`"
+            lines += ["", f"Not measured: METEOR, which needs WordNet; {how}."]
         if self.cost:
             lines += ["", "| Step | New | Past | Rounds | Bytes online |", "| --- " * 5 + "|"]
             lines += [

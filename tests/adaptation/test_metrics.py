@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from mergec.compiler.adaptation.config import AdaptConfig
 from mergec.compiler.adaptation.data import Encoded
 from mergec.compiler.adaptation.losses import IGNORED, collate
-from mergec.compiler.adaptation.metrics import agreement, distinct, missing, text_scores
+from mergec.compiler.adaptation.metrics import (
+    agreement,
+    distinct,
+    missing,
+    text_scores,
+    wordnet,
+)
+from mergec.compiler.adaptation.report import Report
 from mergec.compiler.errors import CompileError
 
 
@@ -46,11 +54,72 @@ def test_distinct_counts_over_all_answers() -> None:
 def test_scores_of_text() -> None:
     same = ["the dog runs over the green hill", "a cat sleeps on the warm stone wall"]
     perfect = text_scores(same, [[text] for text in same])
+    perfect.pop("METEOR", None)
     assert perfect == pytest.approx({"BLEU": 100, "chrF++": 100, "ROUGE-L": 100})
     # The best of several references counts, and a text may have fewer than another.
-    assert text_scores(same, [[same[0]], ["nothing alike", same[1]]]) == pytest.approx(perfect)
+    several = text_scores(same, [[same[0]], ["nothing alike", same[1]]])
+    several.pop("METEOR", None)
+    assert several == pytest.approx(perfect)
     far = text_scores(["x y z w", "q r s t"], [[text] for text in same])
     assert max(far.values()) < 10
+
+
+def unread() -> Any:
+    """nltk's WordNet before it is looked for."""
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
+    return LazyCorpusLoader("wordnet", WordNetCorpusReader, None)
+
+
+def write_wordnet(folder: Path) -> None:
+    """nltk's files of a WordNet that knows a dog, which is a hound, and a cat."""
+    words = ("cat", "dog hound")
+    header, data, index = "  1 a license\n", "  1 a license\n", {}
+    for names in words:
+        offset, lemmas = len(data), names.split()
+        listed = " ".join(f"{lemma} 0" for lemma in lemmas)
+        index |= {lemma: f"{lemma} n 1 0 1 0 {offset:08d}  \n" for lemma in lemmas}
+        data += f"{offset:08d} 05 n {len(lemmas):02x} {listed} 000 | an animal  \n"
+    folder.mkdir(parents=True)
+    for part in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{part}").write_text(data if part == "noun" else header)
+        lines = "".join(index[word] for word in sorted(index)) if part == "noun" else ""
+        (folder / f"index.{part}").write_text(header + lines)
+        (folder / f"{part}.exc").touch()
+    for name in ("cntlist.rev", "index.sense"):
+        (folder / name).touch()
+    (folder / "lexnames").write_text("".join(f"{n:02d}\tpart{n}\t1\n" for n in range(45)))
+
+
+def test_meteor_knows_words_of_one_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the formula of Banerjee and Lavie (2005) with nltk's defaults, alpha .9, beta 3, gamma .5:
+    all words match in one chunk, which costs half of (1 / words) cubed."""
+    nltk = pytest.importorskip("nltk", reason="the extra `adapt` is not installed")
+    write_wordnet(tmp_path / "corpora" / "wordnet")
+    monkeypatch.setattr("nltk.corpus.wordnet", unread())
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    matched = 100 * (1 - 0.5 / 3**3)
+    for text in ("the dog runs", "the hound runs"):
+        assert text_scores([text], [["the dog runs"]])["METEOR"] == pytest.approx(matched)
+    # Two of three words, in two chunks: precision and recall are 2/3, and the penalty is a half.
+    cat = text_scores(["the cat runs"], [["the dog runs"]])["METEOR"]
+    assert cat == pytest.approx(100 * 2 / 3 * 0.5)
+    both = text_scores(["the hound runs"], [["the cat sits", "the dog runs"]])
+    assert both["METEOR"] == pytest.approx(matched), "the best reference counts"
+
+
+def test_without_its_data_meteor_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nltk = pytest.importorskip("nltk", reason="the extra `adapt` is not installed")
+    monkeypatch.setattr("nltk.corpus.wordnet", unread())
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    assert wordnet() is None
+    assert "METEOR" not in text_scores(["a b c d"], [["a b c d"]])
+    rows = [{"name": "the model", "BLEU": 1.0}]
+    said = Report(tmp_path, AdaptConfig(), rows, [], 1, 1).to_markdown()
+    assert "Not measured: METEOR, which needs WordNet" in said
 
 
 def test_without_the_packages_scores_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
