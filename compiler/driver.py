@@ -17,7 +17,6 @@ from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import read_adaptation, read_heads, stands_at
 from mergec.compiler.frontend.capture import Captured, capture
-from mergec.compiler.frontend.encoder_decoder import check_options
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.heads import add_heads
@@ -104,8 +103,6 @@ def compile_decoder(
     files = tokenizer_files(tokenizer)
     progress("capturing the model and rewriting it")
     captured = capture(model) if captured is None else captured
-    if captured.encodes:
-        check_options(config)
     if config.speculate_up_to:
         captured = captured.copy()
         keep_drafts(captured, config.speculate_up_to)

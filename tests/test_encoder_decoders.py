@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,10 @@ from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import BEGUN, DECODE, PROMPT
 from mergec.runtime.program.validate import validate
 from mergec.runtime.roles.inprocess import InProcessSession
+from mergec.runtime.session.drafting import Speculation
+from mergec.runtime.session.drafting.lookup import Lookup
+from mergec.runtime.session.generation import answer
+from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.public_text import check_public
 from mergec.runtime.session.sampling import Chooser, Sampling
 from tests.encoder_decoders import (
@@ -48,8 +54,9 @@ from tests.encoder_decoders import (
     random_model,
 )
 from tests.families import slow
+from tests.test_speculation import Fixed
 
-TOKENS = 8
+TOKENS, DRAFTS = 8, 3
 LOGIT_ERROR = 0.02
 """Of logits up to about 5, without the server's noise."""
 
@@ -277,6 +284,59 @@ def test_several_tokens_and_rolling_back() -> None:
             session.step([1], len(source) + 9)
 
 
+@every_family()
+def test_drafts_leave_answers_as_they_are(family: str) -> None:
+    """With mistakes at several places, with steps that look alike, and under a seed."""
+    model, program = compiled(family, speculate_up_to=DRAFTS)
+    session = PlainSession(PlainExecutor(program.roles["server"]))
+    heated = Sampling(temperature=1.5, seed=3)
+    for source in SOURCES[:2]:
+        length, wanted = len(source), answer_of(model, source, TOKENS)
+        drawn = [t.token for t in answer(session, source, max_tokens=TOKENS, sampling=heated)]
+        for wrong, fixed in itertools.product((0, 2, 3, TOKENS), (None, 1.5)):
+            for expected, sampling in ((wanted, Sampling()), (drawn, heated)):
+                drafts = [(t + (n == wrong)) % VOCAB for n, t in enumerate(expected)]
+                drafter = Fixed(lambda known, to=drafts, at=length: to[len(known) - at :])
+                made = Speculation(drafter, DRAFTS, fixed=fixed)
+                options = {"max_tokens": TOKENS, "sampling": sampling, "speculation": made}
+                found = list(answer(session, source, **options))
+                assert [token.token for token in found] == expected
+                steps = sum(len(token.reports) for token in found)
+                if fixed is None and wrong >= len(expected):
+                    assert steps == 1 + math.ceil((len(expected) - 1) / (1 + DRAFTS))
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_the_parties_check_drafts(family: str) -> None:
+    """A step gives what single ones give, at each of its positions; then it is rolled back."""
+    model, program = compiled(family, speculate_up_to=DRAFTS)
+    source, tokens = list(SOURCES[0]), [11, 12, 13]
+    with InProcessSession(program.roles) as parties:
+        first = parties.step(source, 0)
+        single = [parties.step([token], len(source) + n) for n, token in enumerate(tokens)]
+        found = parties.rows(tokens, len(source))
+        assert found.shape == (3, VOCAB)
+        for mine, theirs in zip(found, single, strict=True):
+            assert float((mine - theirs).abs().max()) < LOGIT_ERROR
+        again = parties.step([40], len(source) + 1)
+    assert int(first.argmax()) == answer_of(model, source, 1, forced_eos_token_id=None)[0]
+    with InProcessSession(program.roles) as parties:
+        parties.step(source, 0)
+        parties.step(tokens[:1], len(source))
+        other = parties.step([40], len(source) + 1)
+    assert float((again - other).abs().max()) < LOGIT_ERROR
+
+
+def test_drafts_that_encoder_decoders_do_not_have() -> None:
+    _, program = compiled("t5", speculate_up_to=DRAFTS)
+    session = PlainSession(PlainExecutor(program.roles["server"]))
+    tree = Speculation(Lookup(), DRAFTS, tree=True)
+    with pytest.raises(PromptError, match="trees of drafts are for decoders so far"):
+        next(answer(session, SOURCES[0], speculation=tree, max_tokens=2))
+    with pytest.raises(CompileError, match="needs tokens after each step"):
+        compiled("t5", speculate_up_to=DRAFTS, preset="merge-er")
+
+
 def test_bundles_keep_the_phases(tmp_path: Path) -> None:
     model, program = compiled("t5")
     loaded = Program.load(program.save(tmp_path / "program"))
@@ -310,6 +370,18 @@ def test_three_processes(family: str) -> None:
     assert found.tokens == answer_of(model, source, 5)
     assert program.plaintext(found).tokens == found.tokens
     assert not found.continues
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", QUICK)
+def test_three_processes_draft(family: str) -> None:
+    model, program = compiled(family, speculate_up_to=DRAFTS)
+    for source in SOURCES[:2]:
+        options = {"speculate": "lookup", "speculate_tokens": DRAFTS, "max_tokens": TOKENS}
+        found = program.generate_local(list(source), **options)
+        assert found.tokens == answer_of(model, source, TOKENS)
+        decode = found.phases["decode"]
+        assert decode.steps < decode.tokens, "some drafts were right"
 
 
 @pytest.mark.slow
@@ -367,7 +439,6 @@ def test_other_models_are_refused(make: Callable[[], Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"speculate_up_to": 3}, "speculate_up_to is for decoders alone"),
         ({"max_length": 65}, "max_position_embeddings is 64"),
     ],
 )

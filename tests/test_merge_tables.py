@@ -285,7 +285,7 @@ def test_an_encoder_decoder_s_rows(
     found = merge.Measurement({"t5-138m": kind}, tmp_path, resume=False, repeats=2)
     found.run(["t5-138m"], [tables.BASELINE, exact, tables.DRAFTING])
     stock, ours, drafting = found.rows
-    assert "for decoders alone" in drafting.failed
+    assert drafting.drafted(kind, LENGTH, tables.Drafts("x", 1.5, 1.0), 3).total.seconds > 0
     totals = [row.text(kind, LENGTH) for row in (stock, ours)]
     assert totals[0].total.online > 10 * totals[1].total.online > 0
     assert all(set(text.shares) == set(tables.CATEGORIES) for text in totals)

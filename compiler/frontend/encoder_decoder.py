@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.lengths import one_line
 from mergec.compiler.graph.ir import ancestors, aten, calls
@@ -58,14 +57,6 @@ def check_encoder_decoder(model: nn.Module) -> None:
         raise CompileError(
             f"{name} reads {model.main_input_name}, not tokens; mergec compiles encoder-decoders "
             "such as T5 and BART"
-        )
-
-
-def check_options(config: CompileConfig) -> None:
-    """Raise CompileError for an option that encoder-decoders do not have yet."""
-    if config.speculate_up_to:
-        raise CompileError(
-            "speculate_up_to is for decoders alone so far; leave it out for an encoder-decoder"
         )
 
 

@@ -63,7 +63,9 @@ def keep_drafts(captured: Captured, most: int) -> None:
 def _start(captured: Captured, most: int) -> fx.Node:
     """A node that computes -rows, after the graph's inputs."""
     graph = captured.graph_module.graph
-    ids, cache, *_ = inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    # The source of an encoder-decoder comes before the tokens of its answer.
+    ids, cache = inputs[captured.encodes :][:2]
     env = ids.meta["val"].shape[1].node.shape_env
     source = ConstantSource(ROWS)
     length = env.create_symintnode(env.create_symbol(_HINT, source), hint=_HINT, source=source)

@@ -238,7 +238,7 @@ def _accepted(
 
 def _check_speculation(session: Session, fixed_length: bool) -> None:
     """Raise PromptError if drafts do not go with the program or with the other options."""
-    if session.program.phases or not session.cached:
+    if session.program.resends or not session.cached:
         raise PromptError("this program has no caches to roll back; leave speculate out")
     if fixed_length:
         raise PromptError(

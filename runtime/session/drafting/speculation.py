@@ -102,6 +102,8 @@ class Speculation:
         """
         check(program.manifest)
         self.most = program.manifest.speculate_up_to
+        if self._branches and program.phases:
+            raise PromptError("trees of drafts are for decoders so far; leave speculate_tree out")
         if self._branches and self.most > 1 and self._checked is not program:
             try:
                 (rehearsal or Rehearsal(program)).check_trees()
