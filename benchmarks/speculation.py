@@ -5,7 +5,7 @@ is computed once in the clear, and the client's loop runs on it again with every
 rounds come from the cost model for the lengths of the steps, seconds from the network profiles. One
 answer is also computed by the three roles, with drafts and without. With a folder of heads, as
 `mergec adapt smollm2 --medusa 3` writes it, a row of each task is for these.
-Usage: python benchmarks/speculation.py [--tokens N] [--private N] [--heads FOLDER]
+Usage: python benchmarks/speculation.py [--program DIR] [--tokens N] [--private N] [--heads FOLDER]
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ TARGET = ROOT / "docs" / "speculation.md"
 MOST = 7
 """Drafts of a step at most: up to 8 tokens, attention finds its maxima in the fewest rounds."""
 
-WAYS = ((3, False), (MOST, False), (3, True), (MOST, True))
-"""Most drafts of a step, and whether they may form a tree."""
+WAYS = (
+    *((3, False), (MOST, False), (None, False)),
+    *((3, True), (MOST, True), (None, True)),
+)
+"""Drafts of a step, where the drafter has as many, or None for as many as pay; and whether they may
+form a tree."""
 
 PAST = 128
 """Cached tokens for which the cost of a step is computed, as in the other tables."""
@@ -67,6 +71,9 @@ CODE = """def total_price(items, tax):
 LENGTHS = ("alike", "told", "own")
 """Marks of the sections that `make lengths` writes, which stay as they are."""
 
+BY_ROLES = "roles"
+"""The mark of the section of the three roles, which stays if they do not run."""
+
 TASKS = {
     "quote from a text": f"Repeat this text word for word:\n\n{ROLES}",
     "edit code": f"Rename the variable `result` to `price` in this function:\n\n```python\n{CODE}"
@@ -81,6 +88,8 @@ costs after the first one. Acceptance does not depend on the parties' computatio
 is computed once in the clear, and the client's loop runs on it with each drafter. Rounds and \
 bytes are those of a step after {past} tokens, by its messages on shapes, with which each party \
 compares what it sends; a tree of drafts is counted as a line of as many, which costs no less. \
+With *as many as pay*, the default, the client chooses the number of each step for `wan`, by the \
+cost model and what was right so far; elsewhere it is fixed, where the drafter has as many. \
 Seconds are predictions of the network profiles, without anybody's \
 computation. `retrieve` drafts from a datastore of {size:,} tokens, this repository's pages and \
 sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
@@ -130,19 +139,43 @@ class Steps:
         return sum(costs[report.new] for report in self.reports) / self.tokens
 
 
+class Waiting(Speculation):
+    """Speculation as on `wan`: its steps take the seconds that the cost model says."""
+
+    def __init__(self, drafter: Drafter, by: Mapping[int, float], tree: bool) -> None:
+        """by: seconds of a step by its number of tokens."""
+        super().__init__(drafter, None, tree=tree)
+        self._by = by
+
+    def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
+        super().learn(new, self._by[new], tokens)
+
+
 def played(
     session: PlainSession,
     prompt: Sequence[int],
     count: int,
-    drafter: Drafter | None,
-    most: int,
-    tree: bool = False,
+    made: Speculation | None,
 ) -> tuple[list[int], Steps]:
     """An answer, and its steps after the prompt's."""
-    made = Speculation(drafter, most, tree=tree) if drafter is not None else None
     found = list(answer(session, prompt, max_tokens=count, speculation=made))
     reports = [report for token in found for report in token.reports]
     return [token.token for token in found], Steps(len(found) - 1, reports[1:])
+
+
+def made_of(
+    drafter: Drafter, most: int | None, tree: bool, by: Mapping[str, Mapping[int, float]]
+) -> Speculation:
+    """Drafts in one of `WAYS`. by: costs of steps, as of `costs`."""
+    if most is None:
+        return Waiting(drafter, by["wan"], tree)
+    return Speculation(drafter, most, tree=tree)
+
+
+def shape_of(most: int | None, tree: bool) -> str:
+    if most is None:
+        return "a tree of as many as pay" if tree else "as many as pay"
+    return f"tree of {most}" if tree else f"up to {most}"
 
 
 def costs(program: Program) -> dict[str, dict[int, float]]:
@@ -180,7 +213,8 @@ def rows_of_heads(
         length = len(answers[task])
         for name, most, tree in ((f"{count} heads", count, False), (f"tree of {MOST}", MOST, True)):
             session = PlainSession(plain)
-            tokens, steps = played(session, prompt, length, Medusa(), most, tree)
+            made = Speculation(Medusa(), most, tree=tree)
+            tokens, steps = played(session, prompt, length, made)
             if tokens != answers[task]:
                 raise SystemExit(f"{task}: heads changed the answer")
             found[task].append(row(task, f"medusa, {name}", steps, by))
@@ -199,10 +233,16 @@ def page(rows: Sequence[str], private: Sequence[str], count: int, size: int, hea
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             "",
-            *(["## By the three roles", "", *private, ""] if private else []),
+            *(marked(private) if private else [between(TARGET, BY_ROLES)]),
             "\n".join(between(TARGET, mark) for mark in LENGTHS),
         ]
     )
+
+
+def marked(private: Sequence[str]) -> list[str]:
+    """The section of the three roles, between its marks."""
+    begin, end = (f"<!-- {BY_ROLES}: {place} -->" for place in ("begin", "end"))
+    return [begin, "## By the three roles", "", *private, end, ""]
 
 
 def row(task: str, name: str, steps: Steps, by: dict[str, dict[int, float]]) -> str:
@@ -252,17 +292,20 @@ def main() -> None:
     parser.add_argument(
         "--private", type=int, default=24, help="of the answer by the three roles; 0: none"
     )
+    parser.add_argument("--program", type=Path, help="bundles of SmolLM2, compiled as here")
     parser.add_argument("--heads", type=Path, help="folder of `mergec adapt --medusa`")
     parser.add_argument("--output", type=Path, default=TARGET)
     options = parser.parse_args()
     keep_freed_memory()
     set_threads(1)
-    model, tokenizer = load_model("smollm2")
-    config = CompileConfig(network="wan", max_length=512, speculate_up_to=MOST)
-    program = compile_decoder(model, tokenizer, config, print)
-    program.history, model = None, None  # their weights are not needed any more
+    if options.program:
+        program = Program.load(options.program)
+    else:
+        config = CompileConfig(network="wan", max_length=512, speculate_up_to=MOST)
+        program = compile_decoder(*load_model("smollm2"), config, print)
+        program.history = None  # its weights are not needed any more
     plain = PlainExecutor(program.roles["server"])
-    by, store = costs(program), datastore(program)
+    by, store, rehearsal = costs(program), datastore(program), Rehearsal(program.any_role)
     drafters: dict[str, Drafter | None] = {
         "none": None,
         "lookup": Lookup(),
@@ -272,7 +315,7 @@ def main() -> None:
     answers: dict[str, list[int]] = {}
     prompts = {task: program.text().encode(text, chat=True) for task, text in TASKS.items()}
     for task, prompt in prompts.items():
-        tokens, single = played(PlainSession(plain), prompt, options.tokens, None, 0)
+        tokens, single = played(PlainSession(plain), prompt, options.tokens, None)
         print(f"{task}: {program.text().decode(tokens)!r}")
         rows.append(row(task, "none", single, by))
         answers[task] = tokens
@@ -280,14 +323,15 @@ def main() -> None:
         for name, drafter in drafters.items():
             for most, tree in WAYS if drafter is not None else ():
                 replay = Replay(plain, whole)
-                again, steps = played(replay, prompt, len(tokens), drafter, most, tree)
+                replay.rehearsal = rehearsal
+                again, steps = played(replay, prompt, len(tokens), made_of(drafter, most, tree, by))
                 if again != tokens:
                     raise SystemExit(f"{task}, {name}: drafts changed the answer")
-                shape = "tree of" if tree else "up to"
-                rows.append(row(task, f"{name}, {shape} {most}", steps, by))
+                rows.append(row(task, f"{name}, {shape_of(most, tree)}", steps, by))
         if task == next(iter(prompts)):
             for tree in (False, True):
-                checked, _ = played(PlainSession(plain), prompt, len(tokens), Lookup(), MOST, tree)
+                made = Speculation(Lookup(), MOST, tree=tree)
+                checked, _ = played(PlainSession(plain), prompt, len(tokens), made)
                 if checked != tokens:
                     raise SystemExit(f"{task}: drafts changed the answer of the model")
     heads = 0
