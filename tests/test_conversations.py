@@ -31,7 +31,7 @@ from mergec.runtime.session.requests import Schedule, read_step, write_step
 from mergec.runtime.session.steps import StepReport
 from tests import decoder
 from tests.services import Deployment, answered, deployment, wait_until
-from tests.session import compiled
+from tests.session import compiled, drawn_masks
 from tests.test_generation import Counting
 
 ERROR = 2e-2
@@ -221,6 +221,28 @@ def test_a_prompt_is_fed_in_pieces(piece: int, cached: int) -> None:
     assert max(report.new for report in fed) == min(piece or 5, 5 - cached)
     assert len(fed) == -(-(5 - cached) // (piece or 5))
     assert session.tokens == [*prompt, 6, 7]
+
+
+def test_a_piece_bounds_the_masks_that_a_step_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 tokens in pieces of 4, a step draws about an eighth of what one step for all draws."""
+    drawn = drawn_masks(monkeypatch)
+    _, program = compiled("gpt2")
+    prompt = list(range(1, 33))
+
+    def words(piece: int) -> list[int]:
+        counts = []
+        with InProcessSession(program.roles) as parties:
+            for begin in range(0, len(prompt), piece):
+                drawn.clear()
+                parties.step(prompt[begin : begin + piece], begin)
+                counts.append(sum(map(torch.numel, drawn)))
+        return counts
+
+    (whole,), pieces = words(len(prompt)), words(4)
+    assert len(pieces) == 8
+    # Scores of later pieces look at more keys; all else is as large in each.
+    assert pieces == sorted(pieces)
+    assert 0 < max(pieces) < whole / 6
 
 
 def test_pieces_of_a_program_without_caches_are_one() -> None:
