@@ -95,6 +95,19 @@ def test_the_graph_is_the_model(family: str) -> None:
                 assert torch.allclose(logits[0, -1], wanted[row], atol=1e-4)
 
 
+def test_tables_that_a_model_makes_longer() -> None:
+    """M2M-100 does at its longest text, and is as it was after a capture."""
+    model, captured = model_and_step("m2m_100")
+    assert captured.limit is not None
+    assert (captured.limit.length, captured.branch) == (64, None)
+    for part in (model.get_encoder(), model.get_decoder()):
+        assert len(part.embed_positions.weights) == 64 + 2
+    source = [5 + n % 90 for n in range(62)]
+    program = compile_decoder(model, captured=captured)
+    assert program.any_role.manifest.max_length == 64
+    assert plain_answer(program, source, 2) == answer_of(model, source, 2)
+
+
 @every_family()
 def test_the_decoder_reads_the_source_through_filled_caches_alone(family: str) -> None:
     graph = model_and_step(family)[1].graph_module.graph

@@ -30,6 +30,7 @@ from mergec.compiler.frontend.encoder_decoder import (
     check_vocabulary,
     cut,
     example_of,
+    longer_tables,
     start_of,
     texts,
 )
@@ -364,7 +365,7 @@ def _captured(
     last form, in place.
     """
     model: Any = step.model
-    with fixed_rotary(model) as switch:
+    with longer_tables(model), fixed_rotary(model) as switch:
         program = _export(step, example, dynamic)
         guards = guards_of(program)
         captured = _finish(program, inputs, layers)

@@ -13,7 +13,8 @@ of the answer, for training, and is not cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ _REFUSED = {
 
 _COUNTS_TOKENS = ("m2m_100",)
 """Models that number positions by which tokens are padding, and embeddings one after the other."""
+
+_MORE_ROWS = 8
+"""Rows of such a model's table behind those that it has."""
 
 
 def check_encoder_decoder(model: nn.Module) -> None:
@@ -89,6 +93,27 @@ def _read(
         "inputs_embeds": encoder.embed_tokens(input_ids),
         "decoder_inputs_embeds": decoder.embed_tokens(decoder_input_ids),
     }
+
+
+@contextlib.contextmanager
+def longer_tables(model: Any) -> Iterator[None]:
+    """Give M2M-100's sinusoidal tables a few more rows while it is captured.
+
+    With the token that an answer begins with, the longest answer has one position more than the
+    configuration states. There the model makes a longer table, which a graph cannot do.
+    """
+    tables = []
+    if getattr(getattr(model, "config", None), "model_type", "") in _COUNTS_TOKENS:
+        tables = [module for module in model.modules() if hasattr(module, "make_weights")]
+    former = [table.weights for table in tables]
+    for table in tables:
+        rows = len(table.weights) + _MORE_ROWS
+        table.make_weights(rows, table.embedding_dim, table.padding_idx)
+    try:
+        yield
+    finally:
+        for table, weights in zip(tables, former, strict=True):
+            table.weights = weights
 
 
 class TranslationStep(nn.Module):
