@@ -473,6 +473,12 @@ CHECKS = [
         "[0, 4) below",
         near_maxima(partial(top_slot, bits=9, digits=True), 255, 253, 4),
     ),
+    Check(
+        "the same with keys for slots",
+        "abs(x) < 253, ties",
+        "[0, 4) below",
+        near_maxima(partial(top_slot, bits=9, digits=True, keys=True), 255, 253, 4),
+    ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),
     Check("the same, spread 512", "all of it", "2^-17 + 2^-22 y", broad(9)),
