@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from mergec.runtime.cli import run
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.roles import dealer_session
 from mergec.runtime.roles.client import Connection
-from mergec.runtime.roles.device import check_device
 from mergec.runtime.session.requests import Plan
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.connect import Security
 from tests import decoder
 from tests.services import deployment
 
-MISSING = "there is no CUDA device here; use --device cpu"
+MISSING = "there is no CUDA device here; use the device cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -49,7 +49,7 @@ def test_devices_are_looked_for_so_that_forks_can_use_them(
     assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
     seen = []
     monkeypatch.setattr(
-        "torch.cuda.is_available", lambda: seen.append(dict(os.environ)) or len(seen) < 2
+        "torch.cuda.device_count", lambda: seen.append(dict(os.environ)) or 2 - len(seen)
     )
     check_device("cuda")
     assert seen[0]["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
@@ -59,7 +59,7 @@ def test_devices_are_looked_for_so_that_forks_can_use_them(
 
 def pretend_cuda() -> None:
     """At the dealer: as if there were a GPU; every context is told of it, and uses the CPU."""
-    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
     made = dealer_session.DealerContext
 
     def on_cpu(*given: Any, **more: Any) -> Any:

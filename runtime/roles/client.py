@@ -23,7 +23,6 @@ from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
 from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
-from mergec.runtime.roles.device import check_device
 from mergec.runtime.roles.preparer import Preparer
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import (

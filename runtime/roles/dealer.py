@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import socket
 
+from mergec.runtime.core.device import check_device
 from mergec.runtime.core.spec import DEALER, ROLES
 from mergec.runtime.program.bundle import load_bundle
 from mergec.runtime.roles.dealer_desk import DealerDesk
 from mergec.runtime.roles.dealer_session import DealerSession
-from mergec.runtime.roles.device import check_device
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import Metrics, open_log
 from mergec.runtime.roles.service import Service

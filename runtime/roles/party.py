@@ -34,7 +34,6 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
-from mergec.runtime.roles.device import check_device
 from mergec.runtime.session.conversations import STILL
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.drafting.speculation import NONE

@@ -16,7 +16,6 @@ from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.engine.weights import take_weights
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle, words_watch
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.roles.device import check_device
 from mergec.runtime.roles.fork import prepare_to_fork, use_threads
 from mergec.runtime.roles.observe import PartyMetrics, open_log
 from mergec.runtime.roles.server_desk import ServerDesk
