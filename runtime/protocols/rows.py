@@ -157,7 +157,7 @@ def shift_of_many(name: str, length: int) -> str:
     """What a step of many rows takes instead of a shift. length: entries of its longest row.
 
     By digits, where a table of slots has at most 256 bytes for an entry: that takes fewer rounds
-    than pairs and, in prompts of 64 tokens and more, fewer bytes, or 3% more of the dealer's. Else
+    than pairs and, in prompts of 64 tokens and more, fewer bytes, or 5% more of the dealer's. Else
     by pairs.
     """
     chosen = shift_called(name)
