@@ -434,7 +434,7 @@ def _(full: bool) -> Iterator[Arguments]:
     yield words(0, dtype=torch.int32), 0, TABLES[0]
 
 
-@cases("waves.turned")
+@cases("turns.turned")
 def _(full: bool) -> Iterator[Arguments]:
     for cycles, terms in ((1797, 46), (1, 2), (2**31 - 1, 26)):
         for count in (301, 1, 0):

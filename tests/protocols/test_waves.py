@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mergec.runtime.kernels.turns import TURNED
 from mergec.runtime.ops.gelu import GELU, GELU_TANH
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.protocols.saturate import Function
-from mergec.runtime.protocols.waves import _TURNED, Waves, wave_table
+from mergec.runtime.protocols.waves import Waves, wave_table
 from tests.protocols.harness import words
 from tests.protocols.test_pieces import UNIT, evaluated, table_of, waves_of
 
@@ -82,10 +83,10 @@ def test_every_number_of_a_small_range() -> None:
 def test_sines_and_cosines() -> None:
     """Of all quarters and their ends, and for phases of any number of turns."""
     phase = torch.cat([torch.arange(-8, 9) * 2**29, words(5000, -(2**62), 2**62)])
-    found = _TURNED(phase, 1, np.full(12, 30)).double() * 2.0**-30
+    found = TURNED(phase, 1, np.full(12, 30)).double() * 2.0**-30
     angle = (phase & (2**32 - 1)).double() * (2 * math.pi / 2**32)
     for k in range(6):
         assert (found[:, 2 * k] - torch.cos((k + 1) * angle)).abs().max() < 1e-7
         assert (found[:, 2 * k + 1] - torch.sin((k + 1) * angle)).abs().max() < 1e-7
-    coarse = _TURNED(phase, 1, np.array([1, 2])) * 2.0 ** -torch.tensor([1.0, 2.0])
+    coarse = TURNED(phase, 1, np.array([1, 2])) * 2.0 ** -torch.tensor([1.0, 2.0])
     assert (coarse - found[:, :2]).abs().max() <= 0.25 + 1e-7

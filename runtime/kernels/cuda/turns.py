@@ -1,4 +1,4 @@
-"""Sines and cosines of multiples of a phase (`protocols.waves`)."""
+"""Sines and cosines of multiples of a phase (`kernels.turns`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mergec.runtime.kernels.cuda.launch import launch
 from mergec.runtime.kernels.transfers import integers
-from mergec.runtime.protocols.waves import COSINE, FRAC, PHASE_BITS, SINE
+from mergec.runtime.kernels.turns import COSINE, FRAC, PHASE_BITS, SINE
 
 _SIZE = 256
 
