@@ -20,7 +20,7 @@ import torch
 
 from mergec.runtime.correlations.counters import Counters, Tally
 from mergec.runtime.correlations.dpf import Generator
-from mergec.runtime.kernels import bitsliced, matmul
+from mergec.runtime.kernels import bitsliced, matmul, turns
 from mergec.runtime.kernels.backends import KERNELS, Kernel
 from mergec.runtime.protocols import interval, octave, peak, slots, wide
 from mergec.runtime.protocols.broad import Broad
@@ -439,9 +439,13 @@ def _(full: bool) -> Iterator[Arguments]:
     for cycles, terms in ((1797, 46), (1, 2), (2**31 - 1, 26)):
         for count in (301, 1, 0):
             phases = torch.cat([below(1 << 32, count), words(count)])
-            yield phases, cycles, below(30, terms).numpy() + 1
+            yield phases, cycles, below(turns.FRAC, terms).numpy() + 1
     # Every eighth of a turn and its neighbours, where quarters meet.
-    yield (torch.arange(8)[:, None] * 2**29 + torch.arange(-2, 3)).reshape(-1), 1, np.full(4, 30)
+    yield (
+        (torch.arange(8)[:, None] * 2**29 + torch.arange(-2, 3)).reshape(-1),
+        1,
+        np.full(4, turns.FRAC),
+    )
 
 
 @cases("pieces.powers")
