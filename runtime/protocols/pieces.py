@@ -23,6 +23,7 @@ upper bits of a ring of 64, so the value comes out modulo 2**64 whatever the wid
 from __future__ import annotations
 
 import decimal
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -67,8 +68,10 @@ class Curve(ABC):
         """Number of coefficients of an entry."""
 
     @abstractmethod
-    def largest(self, pieces: Pieces) -> np.ndarray:
-        """The size of each coefficient, compared to its public function: [terms]."""
+    def magnitudes(self, pieces: Pieces) -> np.ndarray:
+        """Binary logarithm of the size of each coefficient, compared to its public function:
+        [terms]. Parties must come to the same numbers, on all machines.
+        """
 
     @abstractmethod
     def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
@@ -152,8 +155,7 @@ class Pieces:
         both costs the same.
         """
         whole = 8 * np.array(self.widths) - self.integer_bits
-        largest = np.maximum(self.curve.largest(self), 2.0**-whole)
-        halves = np.rint((whole + np.log2(largest)) / 2)
+        halves = np.rint((whole + np.maximum(self.curve.magnitudes(self), -whole)) / 2)
         return np.clip(halves, 0, _BASIS_FRAC - 1).astype(np.int64)
 
     @cached_property
@@ -211,10 +213,10 @@ class Exponential(Curve):
     def terms(self) -> int:
         return 1
 
-    def largest(self, pieces: Pieces) -> np.ndarray:
+    def magnitudes(self, pieces: Pieces) -> np.ndarray:
         # What counts is the error as a part of the largest value, which is at least 1. There
-        # exp(x0) may be as small as this, while exp(y) >= 1.
-        return np.array([np.exp(-(2.0 ** (pieces.step_bits - FRACTIONAL_BITS)))])
+        # exp(x0) may be as small as exp(-S) for windows of length S, while exp(y) >= 1.
+        return np.array([-(2.0 ** (pieces.step_bits - FRACTIONAL_BITS)) / math.log(2)])
 
     def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = _EXPONENTIALS(behind, pieces)

@@ -55,8 +55,8 @@ class Waves(Curve):
     def terms(self) -> int:
         return 2 * len(self.sizes)
 
-    def largest(self, pieces: Pieces) -> np.ndarray:
-        return 2.0 ** np.repeat(self.sizes, 2)
+    def magnitudes(self, pieces: Pieces) -> np.ndarray:
+        return np.repeat(self.sizes, 2)
 
     def span(self, pieces: Pieces) -> int:
         return 2 * self.half << FRACTIONAL_BITS

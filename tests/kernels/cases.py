@@ -399,8 +399,8 @@ class _AnyNumber(Curve):
     def terms(self) -> int:
         return self._terms
 
-    def largest(self, pieces: Pieces) -> np.ndarray:
-        return 2.0 ** -np.arange(self._terms)
+    def magnitudes(self, pieces: Pieces) -> np.ndarray:
+        return -np.arange(self._terms)
 
     def coefficients(self, pieces: Pieces, behind: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
