@@ -110,7 +110,7 @@ def deferred_norm(
     and a constant [O, d], held by the server or shared. The product must be below 2**62 in its
     units before it is scaled, and below 2**14 and 2**62 units afterwards. Out: [..., O]. Error:
     that of the product with the row and the constant as they are rounded; of that, 2**-14 relative
-    by the mantissa; and two units of 2**-16.
+    by the mantissa (with exact rounding 2**-13); and two units of 2**-16.
 
     Rounds 3: the row; V and the row for the product; the mantissas and the product. Online 16 bytes
     per element of the row, 8 more (16 if the constant is shared) for the product, 16 per element of
