@@ -43,18 +43,26 @@ def _turned_host(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tens
 
 
 def _turned_tensors(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
-    step = _cosine_and_sine(low * cycles)
-    now, found = step, list(step)
-    half = 1 << (FRAC - 1)
-    while len(found) < len(bits):
-        (c, s), (d, t) = now, step
-        now = (c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC
-        found += now
+    one = _cosine_and_sine(low * cycles)
+    two = _product(one, one)
+    turns = [one, two]
+    while 2 * len(turns) < len(bits):
+        turns.append(_product(turns[-2], two))
+    found = torch.stack([part for turn in turns for part in turn][: len(bits)], 1)
     drops = integers(tuple((FRAC - bits).tolist()), low.device)
-    return (torch.stack(found, 1) + ((1 << drops) >> 1)) >> drops
+    return (found + ((1 << drops) >> 1)) >> drops
 
 
-def _cosine_and_sine(phase: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+_Turn = tuple[torch.Tensor, torch.Tensor]
+
+
+def _product(one: _Turn, other: _Turn) -> _Turn:
+    """Two turns, one after the other, as cosine and sine."""
+    (c, s), (d, t), half = one, other, 1 << (FRAC - 1)
+    return (c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC
+
+
+def _cosine_and_sine(phase: torch.Tensor) -> _Turn:
     """Of phases in units of 2 pi / 2**32, without a look-up: the dealer's are secret."""
     quarter = (phase + (1 << (PHASE_BITS - 3))) >> (PHASE_BITS - 2)
     t = (phase - (quarter << (PHASE_BITS - 2))) << 1
@@ -86,8 +94,12 @@ def _turn(low, cycles, drops, out):  # type: ignore[no-untyped-def]
         s = (s * t) >> FRAC
         crossed = (c ^ s) & -(quarter & 1)
         c, s = (c ^ crossed) * (1 - ((quarter + 1) & 2)), (s ^ crossed) * (1 - (quarter & 2))
-        d, e = c, s
+        # From each turn to the one after the next, so that two products run at a time.
+        double = (c * c - s * s + half) >> FRAC, (s * c + c * s + half) >> FRAC
+        now, after = (c, s), double
         for k in range(0, out.shape[1], 2):
-            out[i, k] = (d + ((np.int64(1) << drops[k]) >> 1)) >> drops[k]
-            out[i, k + 1] = (e + ((np.int64(1) << drops[k + 1]) >> 1)) >> drops[k + 1]
-            d, e = (c * d - s * e + half) >> FRAC, (s * d + c * e + half) >> FRAC
+            c, s = now
+            out[i, k] = (c + ((np.int64(1) << drops[k]) >> 1)) >> drops[k]
+            out[i, k + 1] = (s + ((np.int64(1) << drops[k + 1]) >> 1)) >> drops[k + 1]
+            d, t = double
+            now, after = after, ((c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC)

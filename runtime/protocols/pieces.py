@@ -359,8 +359,12 @@ def _values_host(
 
     windows: the entry that is read, int64 [n]; basis: `Curve.basis` [n, terms].
     """
-    widths = np.array(pieces.widths)
-    _read_entries(table.numpy(), windows.numpy(), widths, basis.numpy(), out.numpy())
+    layout = _layout(pieces, table.device)
+    places = layout.place + layout.above[layout.term]
+    _read_entries(
+        table.numpy(), windows.numpy(), layout.above.numpy(), layout.term.numpy(), places.numpy(),
+        basis.numpy(), out.numpy(),
+    )  # fmt: skip
 
 
 def _values_tensors(
@@ -429,19 +433,23 @@ def _multiply_powers(low, upper, rest, drop, out):  # type: ignore[no-untyped-de
 
 
 @compiled()
-def _read_entries(table, windows, widths, basis, out):  # type: ignore[no-untyped-def]
-    """Sums of an entry's words, each in the upper bits of a word of 64, times public numbers."""
-    terms, more = widths.shape[0], _more_bytes(widths)
+def _read_entries(table, windows, above, term, places, basis, out):  # type: ignore[no-untyped-def]
+    """Sums of an entry's words, each in the upper bits of a word of 64, times public numbers.
+
+    above: bits of 64 above each word. term, places: of each byte beyond the lower halves, its word,
+    and how far it is shifted.
+    """
+    terms, more = above.shape[0], term.shape[0]
     halves = table.view(np.uint32)
     size = table.shape[1] // (4 * terms + more)
     for i in range(table.shape[0]):
-        total, place = np.int64(0), 4 * terms * size + windows[i] * more
+        lower = halves[i, windows[i] * terms : (windows[i] + 1) * terms]
+        upper = table[i, 4 * terms * size + windows[i] * more :]
+        factors, total = basis[i], np.int64(0)
         for k in range(terms):
-            word = np.uint64(halves[i, windows[i] * terms + k])
-            for byte in range(widths[k] - 4):
-                word |= np.uint64(table[i, place]) << np.uint64(32 + 8 * byte)
-                place += 1
-            total += np.int64(word << np.uint64(64 - 8 * widths[k])) * basis[i, k]
+            total += np.int64(np.uint64(lower[k]) << np.uint64(above[k])) * factors[k]
+        for k in range(more):
+            total += np.int64(np.uint64(upper[k]) << np.uint64(places[k])) * factors[term[k]]
         out[i] = total
 
 

@@ -34,15 +34,15 @@ def _turned(  # type: ignore[no-untyped-def]
     crossed = (c ^ s) & -(quarter & 1)
     c = (c ^ crossed) * (1 - ((quarter + 1) & 2))
     s = (s ^ crossed) * (1 - (quarter & 2))
-    d, e = c, s
+    c2, s2 = (c * c - s * s + half) >> FRAC, (s * c + c * s + half) >> FRAC
+    d, e, f, g = c, s, c2, s2
     for k in range(0, terms, 2):
         drop, other = tl.load(drops + k), tl.load(drops + k + 1)
         target = out + place * terms + k
         tl.store(target, (d + ((one << drop) >> 1)) >> drop, mask=inside)
         tl.store(target + 1, (e + ((one << other) >> 1)) >> other, mask=inside)
-        before = d
-        d = (c * d - s * e + half) >> FRAC
-        e = (s * before + c * e + half) >> FRAC
+        after, other = (d * c2 - e * s2 + half) >> FRAC, (e * c2 + d * s2 + half) >> FRAC
+        d, e, f, g = f, g, after, other
 
 
 def turned(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
