@@ -78,18 +78,18 @@ class Selection:
         the parts.
         """
         times = factor.mask if factor else None
-        one, count = self.formula.words * self.line.parts, len(mask)
+        size, count = self.formula.words * self.line.parts, len(mask)
         # The first word of a set is the empty product of mask bits: 1, or the factor's mask.
         sets = 1 if factor is None else 2
 
         def secret() -> torch.Tensor:
             found: torch.Tensor = _WORDS(bit_mask, mask, self, times)
-            return found.view(count, sets, one)[..., 1:].flatten(1)
+            return found.view(count, sets, size)[..., 1:].flatten(1)
 
-        dealt = ctx.deal((count, sets * (one - 1)), secret)
-        words = torch.empty((count, sets, one), dtype=torch.int64, device=dealt.device)
+        dealt = ctx.deal((count, sets * (size - 1)), secret)
+        words = torch.empty((count, sets, size), dtype=torch.int64, device=dealt.device)
         if not dealt.is_meta:
-            words[..., 1:] = dealt.view(count, sets, one - 1)
+            words[..., 1:] = dealt.view(count, sets, size - 1)
             words[:, 0, 0] = ctx.public(torch.ones_like(words[:, 0, 0]))
             if times is not None:
                 words[:, 1, 0] = times

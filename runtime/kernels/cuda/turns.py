@@ -41,8 +41,8 @@ def _turned(  # type: ignore[no-untyped-def]
         target = out + place * terms + k
         tl.store(target, (d + ((one << drop) >> 1)) >> drop, mask=inside)
         tl.store(target + 1, (e + ((one << other) >> 1)) >> other, mask=inside)
-        after, other = (d * c2 - e * s2 + half) >> FRAC, (e * c2 + d * s2 + half) >> FRAC
-        d, e, f, g = f, g, after, other
+        h, i = (d * c2 - e * s2 + half) >> FRAC, (e * c2 + d * s2 + half) >> FRAC
+        d, e, f, g = f, g, h, i
 
 
 def turned(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
