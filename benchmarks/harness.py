@@ -93,8 +93,12 @@ class RunError(Exception):
     """A run that failed: the measurements up to that step, and why."""
 
     def __init__(self, reason: str, taken: list[Taken]) -> None:
-        super().__init__(reason)
+        # Both are arguments, so that the error can go from one process to another.
+        super().__init__(reason, taken)
         self.taken = taken
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def run(

@@ -322,7 +322,7 @@ def inspect_command(
         check_whole(Path(source))
         if not Program.stands_at(source):
             if why_not is not None:
-                from mergec.compiler.pipeline import check_names
+                from mergec.compiler.selection import check_names
 
                 check_names([why_not])
             program = _compile(source, given, step, keep_history=True)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.backend.deviation import measure_deviation
 from mergec.compiler.backend.emit import file_digests, shapes, tokenizer_files, value_types
 from mergec.compiler.backend.rounding import check_rounding
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import read_adaptation, read_heads, stands_at
+from mergec.compiler.frontend.calibration import calibration, longest
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.frontend.generation import generation_settings
@@ -23,30 +23,20 @@ from mergec.compiler.frontend.heads import add_heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.frontend.positions import keep_drafts
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import (
-    assemble,
-    calibration,
-    left_out,
-    longest,
-    resolved,
-    runs_anyway,
-    select,
-    to_dialect,
-)
+from mergec.compiler.manifest import cost_summary, described, model_name, stop_tokens
+from mergec.compiler.pipeline import assemble, to_dialect
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
+from mergec.compiler.selection import left_out, resolved, runs_anyway, select
 from mergec.compiler.text import assign_names, length_symbols
 from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.engine.rehearsal import Rehearsal
 from mergec.runtime.program.bundle import complete
 from mergec.runtime.program.manifest import Manifest, tokenizer_digest
-from mergec.runtime.program.program import FINISH, RoleProgram
+from mergec.runtime.program.program import RoleProgram
 
 Progress = Callable[[str], object]
-
-COST_LENGTHS = {"prompt": (32, 0), "decode": (1, 128)}
-"""New and past tokens of the steps whose cost the manifest holds."""
 
 
 def _quiet(_: str) -> None:
@@ -134,13 +124,12 @@ def compile_decoder(
         progress("comparing the lossy program with the model")
         deviation = measure_deviation(roles["server"], captured, sequences)
     progress("counting rounds and bytes")
-    files = tokenizer_files(tokenizer)
     manifest = Manifest(
-        model=config.name or _model_name(model),
+        model=config.name or model_name(model),
         fractional_bits=config.fractional_bits,
         max_length=dialect.max_length,
         vocab_size=dialect.vocab_size,
-        stop_tokens=_stop_tokens(model, tokenizer),
+        stop_tokens=stop_tokens(model, tokenizer),
         generation=settings,
         answer_start=captured.start,
         tokenizer=tokenizer_digest(file_digests(files)),
@@ -154,16 +143,15 @@ def compile_decoder(
         speculate_up_to=config.speculate_up_to,
         medusa=heads.count if heads is not None else 0,
         shapes=shapes(roles["client"], types),
-        cost=_cost_summary(roles["client"], dialect.max_length, config),
-        passes=[_describe_pass(report) for report in dialect.pass_report],
+        cost=cost_summary(roles["client"], dialect.max_length, config),
+        passes=list(map(described, dialect.pass_report)),
         left_out=left_out(config),
     )
     for program in roles.values():
         program.manifest = manifest
         program.manifest = complete(program)
     _rehearse(roles["client"])
-    history = History(captured, config, sequences)
-    return Program(roles, types, files, history=history)
+    return Program(roles, types, files, history=History(captured, config, sequences))
 
 
 def _rehearse(program: RoleProgram) -> None:
@@ -254,46 +242,3 @@ def _without_effect(reports: Sequence[PassReport]) -> Iterator[str]:
             first = report.skips[0]
             why = f"{first.module or first.node}: {first.reason}"
         yield f"{report.name} changes nothing: {why}"
-
-
-def _describe_pass(report: PassReport) -> dict[str, Any]:
-    return {
-        "pass": report.name,
-        "summary": report.summary,
-        "exact": report.exact,
-        "sites": report.sites,
-        "nodes_before": report.nodes_before,
-        "nodes_after": report.nodes_after,
-        "skips": [asdict(skip) for skip in report.skips],
-    }
-
-
-def _model_name(model: torch.nn.Module) -> str:
-    """The last part of the name or path that the model was loaded from, or its class."""
-    path = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
-    return Path(path).name or type(model).__name__
-
-
-def _stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer, by the model's generation settings and the tokenizer."""
-    found: list[Any] = []
-    for owner in (getattr(model, "generation_config", None), tokenizer):
-        token = getattr(owner, "eos_token_id", None)
-        found += token if isinstance(token, (list, tuple)) else [token]
-    return sorted({int(token) for token in found if token is not None})
-
-
-def _cost_summary(program: RoleProgram, limit: int, config: CompileConfig) -> dict[str, Any]:
-    """Lengths, rounds and bytes of the steps of COST_LENGTHS, cut to `limit` tokens; by name."""
-    summary = {}
-    lengths = {}
-    for name, (new, past) in COST_LENGTHS.items():
-        new = min(new, limit) if limit else new
-        lengths[name] = new, min(past, limit - new) if limit else past
-    if program.resends:
-        lengths[FINISH] = 0, 1
-    for name, (new, past) in lengths.items():
-        exact = config.rounding == "exact"
-        total = cost_report(program, new, past, config.fractional_bits, exact).total
-        summary[name] = {"new": new, "past": past, **asdict(total)}
-    return summary

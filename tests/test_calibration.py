@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from mergec.compiler.backend.emit import tokenizer_files
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
-from mergec.compiler.pipeline import calibration
+from mergec.compiler.frontend.calibration import calibration
 
 VOCAB, LIMIT = 256, 40
 MODEL: Any = SimpleNamespace(vocab_size=VOCAB, max_length=LIMIT, encodes=False)

@@ -18,11 +18,12 @@ from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.calibration import calibration
 from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.generation import generation_settings
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.graph.ir import calls
-from mergec.compiler.pipeline import calibration, rewrite
+from mergec.compiler.pipeline import rewrite
 from mergec.compiler.program import Program
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.op import target

@@ -13,7 +13,8 @@ from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model, packaged_model
 from mergec.compiler.graph.contract import TOLERANCE
 from mergec.compiler.graph.rewriting import STAGES, Pass
-from mergec.compiler.pipeline import rewrite, select
+from mergec.compiler.pipeline import rewrite
+from mergec.compiler.selection import select
 from mergec.compiler.text import dump
 from tests.families import captured, every_family, random_decoder
 

@@ -12,9 +12,9 @@ from torch import nn
 from mergec.compiler.config import DEFAULT_LENGTH, CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.calibration import calibration, longest
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.lengths import declared_limit
-from mergec.compiler.pipeline import calibration, longest
 from tests.families import error, random_decoder, tokens
 
 VOCAB, WIDTH, ROWS = 48, 16, 32

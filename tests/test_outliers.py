@@ -15,7 +15,8 @@ from mergec.compiler.graph.ir import absmax, bind, calls
 from mergec.compiler.graph.ranges import annotate_ranges
 from mergec.compiler.graph.streams import streams
 from mergec.compiler.graph.visibility import annotate_visibility
-from mergec.compiler.pipeline import rewrite, select
+from mergec.compiler.pipeline import rewrite
+from mergec.compiler.selection import select
 from mergec.runtime.core.op import target
 from mergec.runtime.ops.rms_norm import RmsNorm
 from mergec.runtime.roles.inprocess import InProcessSession

@@ -9,7 +9,8 @@ import pytest
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
-from mergec.compiler.pipeline import left_out, rewrite, select
+from mergec.compiler.pipeline import rewrite
+from mergec.compiler.selection import left_out, select
 from mergec.passes import available
 from tests.families import captured
 

@@ -7,11 +7,12 @@ import torch
 
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
+from mergec.compiler.frontend.calibration import calibration
 from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.extremes import extreme_tokens
 from mergec.compiler.graph.ir import absmax
 from mergec.compiler.graph.ranges import annotate_ranges
-from mergec.compiler.pipeline import calibration, to_dialect
+from mergec.compiler.pipeline import to_dialect
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.program.program import InputSpec

@@ -13,7 +13,7 @@ from torch import fx
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.rewriting import Pass
-from mergec.compiler.pipeline import select
+from mergec.compiler.selection import select
 from mergec.passes import available, only_pass
 
 HEAD = """

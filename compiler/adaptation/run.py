@@ -35,8 +35,8 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.generation import generation_settings, impossible_settings
 from mergec.compiler.frontend.heads import Heads
 from mergec.compiler.frontend.load import load_model
-from mergec.compiler.pipeline import runs_anyway, select
 from mergec.compiler.program import Program
+from mergec.compiler.selection import runs_anyway, select
 from mergec.passes.resend_hidden import ResendHidden
 from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.spec import Vis

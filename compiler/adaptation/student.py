@@ -15,7 +15,7 @@ from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.graph.ir import aten, bind, calls, constant, is_shared
 from mergec.compiler.graph.manager import run_passes
 from mergec.compiler.graph.rewriting import STAGES, GraphInfo
-from mergec.compiler.pipeline import select
+from mergec.compiler.selection import select
 from mergec.compiler.text import op_of
 from mergec.passes.merge_projections import MergeProjections
 from mergec.passes.resend_hidden import embedding_of, head_of

@@ -13,14 +13,16 @@ from mergec.compiler.backend.cost import cost_report
 from mergec.compiler.backend.emit import value_types
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.config import CompileConfig
+from mergec.compiler.frontend.calibration import Sequences
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.frontend.exclusive import exclusive
 from mergec.compiler.graph.manager import PassReport
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.visibility import annotate_visibility
-from mergec.compiler.pipeline import Sequences, assemble, rewrite, select, to_dialect
+from mergec.compiler.pipeline import assemble, rewrite, to_dialect
 from mergec.compiler.report.graph_view import GraphView
 from mergec.compiler.report.rows import Saving
+from mergec.compiler.selection import select
 from mergec.compiler.text import assign_names, layer_of, length_symbols, node_lines
 from mergec.runtime.core.errors import MergecError
 from mergec.runtime.core.spec import Cost

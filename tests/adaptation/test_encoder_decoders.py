@@ -21,8 +21,8 @@ from mergec.compiler.config import PRESETS, Pair
 from mergec.compiler.driver import compile_source
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import Adaptation, read_adaptation, write_adaptation
+from mergec.compiler.frontend.calibration import calibration
 from mergec.compiler.frontend.encoder_decoder import start_of
-from mergec.compiler.pipeline import calibration
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.adaptation import counting

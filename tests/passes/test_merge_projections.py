@@ -9,7 +9,8 @@ from torch import fx
 from mergec.compiler.config import CompileConfig
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.pipeline import rewrite, select
+from mergec.compiler.pipeline import rewrite
+from mergec.compiler.selection import select
 from mergec.compiler.text import dump
 from mergec.passes.merge_projections import MergeProjections
 from mergec.runtime.core.spec import Vis
