@@ -83,8 +83,8 @@ soak: $(READY) ## 200 answers while everything is killed at random; writes docs/
 memory: $(READY) ## what compiling and each role hold, at 27M to 360M parameters; writes docs/memory.md
 	PYTHONPATH=. $(PYTHON) benchmarks/memory.py --output docs/memory.md
 
-load: $(READY) ## 1 to 8 clients at once, and more than there is room for; writes docs/load.md
-	PYTHONPATH=. $(PYTHON) benchmarks/load.py --output docs/load.md
+load: $(READY) ## 1 to 8 clients at once, and more than there is room for; writes docs/load.md; LOAD_ARGS="--bundles DIR"
+	PYTHONPATH=. $(PYTHON) benchmarks/load.py --output docs/load.md $(LOAD_ARGS)
 
 check: lint docs test ## format, lint, types, documentation and tests: what CI runs
 

@@ -4,7 +4,8 @@ Server and dealer run as they are deployed, over TLS, and each client is a proce
 1, 2, 4 and 8 clients ask answer after answer for the same time. Then more clients come than the
 server has places for: those that it refuses come back when it said that they should.
 
-The model is a decoder with one layer, unless `--bundles` names the bundles of another one.
+The model is a decoder with one layer. `--bundles` names the bundles of another one, which takes its
+turn afterwards.
 """
 
 from __future__ import annotations
@@ -216,47 +217,46 @@ PAGE = """# Load
 
 `make load`: several clients at once against one server and one dealer, over TLS, all on one machine
 of {cores} cores, which does other work too. Each client is a process of its own and asks for one
-answer after the other, with a prompt of {prompt} tokens and {tokens} more, for {seconds:g} s. The
-model is {model}. All but the last column are ratios to one client in the same run: with more
-processes than cores, clients share the machine.
+answer after the other, with a prompt of {prompt} tokens and {tokens} more. Figures of answers and
+times are ratios to one client in the same run: with more processes than cores, clients share the
+machine.
+
+Answers count by their tokens, so that those under way at the end count in part. Fairness is the
+most tokens of a client, divided by the fewest: 1 is fair, and a client that starves would make it
+infinite. Memory is resident bytes of a session's processes with the most clients, on average: all,
+and those that a process shares with no other. The rest is code and weights, which all processes of
+a role share. A session has one process at the server, two at the dealer, and the client's own.
+
+Then {crowd} clients come at once to a server with `--sessions {places} --queue {queue}`. Each wants
+{answers} answers and leaves. A client that is refused comes back after the time that it was told.
+
+{sections}
+"""
+
+SECTION = """## {model}
+
+Clients ask for {seconds:g} s.
 
 | clients | answers a minute | per client | median time to first token | longest | fairness |
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-Answers count by their tokens, so that those under way at the end count in part. Fairness is the
-most tokens of a client, divided by the fewest: 1 is fair, and a client that starves would make it
-infinite.
-
-## Memory
-
-Resident bytes of a session's processes with {most} clients, on average: all, and those that a
-process shares with no other. The rest is code and weights, which all processes of a role share.
-
-| process | resident | of its own |
+| process, with {most} clients | resident | of its own |
 | --- | ---: | ---: |
 {memory}
 
-A session has one process at the server, two at the dealer, and the client's own.
-
-## More clients than places
-
-{crowd} clients come at once to a server with `--sessions {places} --queue {queue}`. Each wants
-{answers} answers and leaves. A client that is refused comes back after the time that it was told.
-
-| | |
+| more clients than places | |
 | --- | ---: |
 | clients | {crowd} |
 | clients served with all their answers | {done} |
 | refusals | {refused} |
 | most refusals of one client | {worst} |
 | shortest and longest time that a refused client was told to wait | {waits} |
-| longest time until a client had a session / mean of all | {late} |
-"""
+| longest time until a client had a session / mean of all | {late} |"""
 
 
-def page(runs: dict[int, Run], crowd: Run, **more: Any) -> str:
-    """The text of docs/load.md."""
+def section(runs: dict[int, Run], crowd: Run, **more: Any) -> str:
+    """What docs/load.md says of one model."""
     one = runs[min(runs)]
     rows = []
 
@@ -284,15 +284,11 @@ def page(runs: dict[int, Run], crowd: Run, **more: Any) -> str:
     refused = [served.refused for served in crowd.served]
     waits = [wait for found in refused for wait in found]
     came = [served.came for served in crowd.served]
-    return PAGE.format(
+    return SECTION.format(
         rows="\n".join(rows),
         memory="\n".join(memory),
         most=max(runs),
-        prompt=PROMPT,
-        places=PLACES,
-        queue=QUEUE,
         crowd=CROWD,
-        answers=ANSWERS,
         done=sum(served.answers == ANSWERS for served in crowd.served),
         refused=len(waits),
         worst=max(map(len, refused)),
@@ -302,48 +298,71 @@ def page(runs: dict[int, Run], crowd: Run, **more: Any) -> str:
     )
 
 
+def measure(
+    bundles: Path, folder: Path, clients: Sequence[int], tokens: int, seconds: float
+) -> tuple[str, list[str]]:
+    """The section of a model, and what went wrong."""
+    most = max(*clients, CROWD)
+    security = ("--certs", str(folder / "certs"))
+    room = partial(deployment, bundles, deal=(*security, "--sessions", str(most)))
+    runs = {}
+    with room(serve=(*security, "--sessions", str(most))) as made:
+        load = Load(made, folder, tokens, seconds)
+        for count in sorted(clients):
+            runs[count] = load.run(ask_for_a_while, count)
+    with room(serve=(*security, "--sessions", str(PLACES), "--queue", str(QUEUE))) as made:
+        crowd = Load(made, folder, tokens, seconds).run(ask_in_a_crowd, CROWD)
+    model = read_manifest(role_path(bundles, "server"), "server").model
+    wrong = [
+        f"{model}: of {count} clients one got no answer"
+        for count, run in runs.items()
+        if any(not served.answers for served in run.served)
+    ]
+    if any(served.answers != ANSWERS for served in crowd.served):
+        wrong.append(f"{model}: of the crowd one did not get its answers")
+    return section(runs, crowd, model=model, seconds=seconds), wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each number of clients")
     parser.add_argument("--tokens", type=int, default=12, help="of an answer")
-    parser.add_argument("--bundles", type=Path, help="compiled bundles; default: one small layer")
+    parser.add_argument("--bundles", type=Path, help="compiled bundles of a second model")
+    parser.add_argument("--most", type=int, default=4, help="most clients of the second model")
+    parser.add_argument("--longer", type=float, default=4.0, help="how many times as long they ask")
     parser.add_argument("--output", type=Path, help="write docs/load.md here")
     options = parser.parse_args()
-    most = max(*options.clients, CROWD)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        bundles = options.bundles or decoder.save(
-            folder / "bundles", model="a decoder with one layer", max_length=64
-        )
-        model = read_manifest(role_path(bundles, "server"), "server").model
-        make_certificates(folder / "certs", tuple(f"client-{n}" for n in range(most)))
-        security = ("--certs", str(folder / "certs"))
-        room = partial(deployment, bundles, deal=(*security, "--sessions", str(most)))
-        runs = {}
-        with room(serve=(*security, "--sessions", str(most))) as made:
-            load = Load(made, folder, options.tokens, options.seconds)
-            for count in sorted(options.clients):
-                runs[count] = load.run(ask_for_a_while, count)
-        limits = ("--sessions", str(PLACES), "--queue", str(QUEUE))
-        with room(serve=(*security, *limits)) as made:
-            load = Load(made, folder, options.tokens, options.seconds)
-            crowd = load.run(ask_in_a_crowd, CROWD)
-        text = page(
-            runs,
-            crowd,
-            cores=psutil.cpu_count(),
-            tokens=options.tokens,
-            seconds=options.seconds,
-            model=model,
-        )
+        small = decoder.save(folder / "bundles", model="A decoder with one layer", max_length=64)
+        names = tuple(f"client-{n}" for n in range(max(*options.clients, CROWD)))
+        make_certificates(folder / "certs", names)
+        jobs = [(small, options.clients, options.seconds)]
+        if options.bundles:
+            fewer = [count for count in options.clients if count <= options.most]
+            jobs.append((options.bundles, fewer, options.longer * options.seconds))
+        found = [
+            measure(bundles, folder, clients, options.tokens, seconds)
+            for bundles, clients, seconds in jobs
+        ]
+    text = PAGE.format(
+        sections="\n\n".join(text for text, _ in found),
+        cores=psutil.cpu_count(),
+        prompt=PROMPT,
+        tokens=options.tokens,
+        crowd=CROWD,
+        places=PLACES,
+        queue=QUEUE,
+        answers=ANSWERS,
+    )
     if options.output:
         options.output.write_text(text)
     else:
         print(text)
-    starved = [n for n, run in runs.items() if any(not served.answers for served in run.served)]
-    if starved or any(served.answers != ANSWERS for served in crowd.served):
-        raise SystemExit(f"clients got no answer: {starved}")
+    wrong = [line for _, lines in found for line in lines]
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":
