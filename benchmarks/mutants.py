@@ -115,6 +115,7 @@ SUITES = {
         "-k 'not test_generation_settings or honour or follows or sample_alone or no_token'"
     ),
     "runtime/transport/channel.py": "tests/test_channel.py",
+    "runtime/transport/frames.py": "tests/test_channel.py",
 }
 """The tests that cover a module, as arguments of pytest; the likeliest to notice a fault first."""
 

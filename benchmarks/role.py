@@ -39,9 +39,10 @@ from mergec.runtime.ops.cache_append import make_room
 from mergec.runtime.program.bundle import load_bundle, role_path
 from mergec.runtime.program.program import FINISH, Phase, RoleProgram
 from mergec.runtime.roles.party import compute, deal
-from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.communicator import ChannelCommunicator
 from mergec.runtime.transport.emulated import EmulatedBlocks, EmulatedLink
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.lines import take
 from mergec.runtime.transport.traffic import Exchange, Traffic
 

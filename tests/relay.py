@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 
 HEADER = struct.Struct("!BxxxIQ")
 UP, DOWN = "up", "down"

@@ -36,8 +36,8 @@ from mergec.runtime.roles.settings import Limits
 from mergec.runtime.session.ahead import Ahead, AheadPlan
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.requests import write_step
-from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.dealer_link import DealerReceiver
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.loopback import _Blocks, dealer_pair
 from mergec.runtime.transport.spool import SEGMENT_BYTES, Spool
 from tests import characters, decoder

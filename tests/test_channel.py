@@ -33,14 +33,7 @@ from mergec.runtime.transport.certificates import (
     KEY,
     check_certificate,
 )
-from mergec.runtime.transport.channel import (
-    HANDSHAKE_TIMEOUT,
-    Channel,
-    Kind,
-    ending,
-    keep_alive,
-    printable,
-)
+from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel
 from mergec.runtime.transport.connect import Security, accept, connect, listen
 from mergec.runtime.transport.dealer_link import (
     ChannelBlockReader,
@@ -48,7 +41,9 @@ from mergec.runtime.transport.dealer_link import (
     DealerReceiver,
     DealerSender,
 )
+from mergec.runtime.transport.frames import Kind, ending, printable
 from mergec.runtime.transport.pulse import Pulse
+from mergec.runtime.transport.sockets import keep_alive
 from mergec.runtime.transport.traffic import Traffic
 from tests.handshakes import meet
 from tests.roles import ROOT

@@ -20,8 +20,9 @@ from torch.distributed import ReduceOp
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.crypten import compat as crypten
 from mergec.runtime.transport.authority import make_certificates
-from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.communicator import ChannelCommunicator
+from mergec.runtime.transport.frames import Kind
 from tests.roles import ROOT, environment, finish, outputs
 
 Pair = tuple[ChannelCommunicator, ChannelCommunicator]

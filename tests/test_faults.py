@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from mergec.runtime.session.stores.folder import stores_below
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import decoder
 from tests.relay import DOWN, UP, Pair, Relay, Spot
 from tests.services import START, Process, Role, wait_until

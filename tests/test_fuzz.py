@@ -40,8 +40,9 @@ from mergec.runtime.roles.worker import Parent
 from mergec.runtime.session.handshake import new_token
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.frames import Kind
 from tests import decoder
 from tests.services import role
 

@@ -22,8 +22,8 @@ from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.requests import Plan, write_step
-from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.emulated import EmulatedLink
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.loopback import link_pair
 from mergec.runtime.transport.pipeline import pipelined
 from tests import characters, decoder

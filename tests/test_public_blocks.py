@@ -46,8 +46,8 @@ from mergec.runtime.session.public_text import MOST_PREFIXES, PublicText, prompt
 from mergec.runtime.session.requests import read_step, write_step
 from mergec.runtime.session.text import Text
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.frames import Kind
 from tests import decoder
 from tests.families import random_decoder, slow
 from tests.services import Deployment, answered, deployment

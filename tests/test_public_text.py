@@ -38,7 +38,7 @@ from mergec.runtime.session.public_text import (
 )
 from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.text import Text
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import decoder
 from tests.services import Deployment, answered, deployment
 from tests.session import compiled

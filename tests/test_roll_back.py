@@ -15,7 +15,7 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.requests import Schedule, write_step
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import decoder, session
 from tests.services import deployment
 

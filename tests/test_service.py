@@ -39,8 +39,8 @@ from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates
-from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security, listen
+from mergec.runtime.transport.frames import Kind
 from tests import decoder
 from tests.roles import ROOT, environment
 from tests.services import START, Deployment, Role, deployment, wait_until

@@ -30,7 +30,7 @@ from mergec.runtime.session.requests import Plan, write_step
 from mergec.runtime.session.sampling import Sampling
 from mergec.runtime.session.stores.format import HEADER, read_header
 from mergec.runtime.session.stores.reader import Store
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import characters, decoder, session
 from tests.sampled import BEST, DRAWS, FIRST, HEAT, LAW, ByLastToken, check_law
 from tests.services import Deployment, deployment

@@ -46,8 +46,8 @@ from mergec.runtime.session.stores.keys import KeyFile
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Kind
 from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.traffic import Traffic
 from tests import decoder, session
 from tests.services import START, deployment, role, wait_until

@@ -235,7 +235,7 @@ def test_addresses() -> None:
 def test_three_processes_exchange_and_stream() -> None:
     printed = outputs(
         """
-        from mergec.runtime.transport.channel import Kind
+        from mergec.runtime.transport.frames import Kind
         from mergec.runtime.transport.dealer_link import (
             ChannelBlockReader, ChannelBlockWriter, DealerReceiver, DealerSender)
         big = torch.arange(3_000_000, dtype=torch.int64).view(torch.uint8)
@@ -284,7 +284,7 @@ def test_a_stream_that_does_not_end_is_noticed() -> None:
 def test_a_killed_party_ends_the_others() -> None:
     script = """
         import signal
-        from mergec.runtime.transport.channel import Kind
+        from mergec.runtime.transport.frames import Kind
         print("here", flush=True)
         try:
             if role == "client":

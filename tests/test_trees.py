@@ -46,7 +46,7 @@ from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.requests import Schedule, read_step, write_step
 from mergec.runtime.session.sampling import Sampling
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import characters, decoder, session
 from tests.families import every_family, slow
 from tests.sampled import BEST, DRAWS, FIRST, HEAT, LAW, ByLastToken, check_law

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergec.runtime.core.errors import BusyError, LimitError, PartyError, PromptError
-from mergec.runtime.transport.channel import printable
+from mergec.runtime.transport.frames import printable
 
 INVALID, UNAVAILABLE, LIMITED = "invalid_request_error", "server_error", "rate_limit_error"
 

@@ -67,9 +67,10 @@ from mergec.runtime.session.stores.reader import NoCorrections, Store, differing
 from mergec.runtime.session.stores.writer import StoreWriter
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind, printable
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import Security, connect
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+from mergec.runtime.transport.frames import MAX_BLOCK, Kind, printable
 from mergec.runtime.transport.pulse import BEAT, Pulse
 from mergec.runtime.transport.spool import Spool
 

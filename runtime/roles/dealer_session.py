@@ -33,9 +33,10 @@ from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_lengths
 from mergec.runtime.session.requests import Plan, branch, divide, read_step, turn
 from mergec.runtime.session.steps import MergecSession, measured
-from mergec.runtime.transport.channel import Channel, Kind, ending
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockWriter, DealerSender
+from mergec.runtime.transport.frames import Kind, ending
 from mergec.runtime.transport.pulse import BEAT, Pulse
 
 PARTIES = (ROLES[CLIENT], ROLES[SERVER])

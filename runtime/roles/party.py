@@ -47,7 +47,7 @@ from mergec.runtime.session.requests import branch, divide, read_step, turn, wri
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
 from mergec.runtime.session.text import Text
-from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel, Kind
+from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel
 from mergec.runtime.transport.dealer_link import (
     BlockReader,
     ChannelBlockReader,
@@ -55,6 +55,7 @@ from mergec.runtime.transport.dealer_link import (
     DealerReceiver,
     DealerSender,
 )
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.lines import take
 from mergec.runtime.transport.pulse import BEAT, Pulse
 from mergec.runtime.transport.traffic import Exchange, Traffic

@@ -15,8 +15,9 @@ from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.drafting.pace import Seconds
 from mergec.runtime.session.requests import write_step
 from mergec.runtime.session.steps import MergecSession
-from mergec.runtime.transport.channel import Channel, Kind, printable
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.dealer_link import DealerReceiver
+from mergec.runtime.transport.frames import Kind, printable
 
 _REMEMBERED = 64
 """Measured steps of each kind that count."""

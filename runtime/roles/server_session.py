@@ -55,9 +55,10 @@ from mergec.runtime.session.stores.journal import Head, read_tag, tag_of
 from mergec.runtime.session.stores.kept import mask_seed, name_of
 from mergec.runtime.session.stores.reader import NoCorrections, Store
 from mergec.runtime.session.stores.writer import StoreWriter
-from mergec.runtime.transport.channel import MAX_BLOCK, Channel, Kind
+from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
+from mergec.runtime.transport.frames import MAX_BLOCK, Kind
 from mergec.runtime.transport.pulse import BEAT, Pulse
 from mergec.runtime.transport.spool import Spool
 

@@ -12,8 +12,9 @@ from mergec.runtime.correlations.prg import SEED_BYTES
 from mergec.runtime.session.hello import Hello, compare
 from mergec.runtime.session.stores.kept import is_name
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel, Kind
+from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel
 from mergec.runtime.transport.connect import Security, connect
+from mergec.runtime.transport.frames import Kind
 
 JOIN_TIMEOUT = 30.0
 """Seconds that a role waits until another one listens."""

@@ -1,9 +1,9 @@
 """A connection between two roles: numbered frames of bounded length, over TLS or plain TCP.
 
-A frame is a 16-byte header (kind, number of the frame, length) and its payload. Each side knows
-from the program which kinds may come next and how long they may be. So a peer cannot make it
-allocate memory, and a frame that is out of place, repeated or too long ends the session. Incoming
-data is never executed or unpickled: payloads are the bytes of tensors, numbers, or JSON objects.
+Each side knows from the program which kinds of frames (`frames`) may come next and how long they
+may be. So a peer cannot make it allocate memory, and a frame that is out of place, repeated or too
+long ends the session. Incoming data is never executed or unpickled: payloads are the bytes of
+tensors, numbers, or JSON objects.
 
 A timeout measures silence: how long nothing that is due has arrived. A peer that is at work says so
 with heartbeats (`Channel.beat`), which may come between any two frames. They are empty, and sent by
@@ -13,15 +13,13 @@ the peer has a step to do, up to a limit that the receiver sets (`Channel.expect
 
 from __future__ import annotations
 
-import enum
 import json
 import select
 import socket
 import ssl
-import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,45 +27,27 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.errors import (
-    BusyError,
     PartyError,
     PeerEndedError,
     PeerSilentError,
-    PeerStoppedError,
 )
+from mergec.runtime.transport.frames import (
+    HEADER,
+    MAX_TEXT,
+    NOTHING,
+    Incoming,
+    Kind,
+    check_payload,
+    ending,
+)
+from mergec.runtime.transport.sockets import explain
 from mergec.runtime.transport.traffic import Traffic
 
 REPLY_TIMEOUT = 600.0
 """Seconds that a party waits for a peer that gives no sign of life."""
 
-MAX_BLOCK = 4 << 20
-"""Largest frame of the dealer's stream, in bytes."""
-
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a new connection may take to authenticate, and then to send its request."""
-
-_REASONS = {
-    "CERTIFICATE_EXPIRED": "says that this party's certificate has expired; run `mergec certs`, "
-    "or set the clocks",
-    "UNKNOWN_CA": "trusts another authority; use certificates of one `mergec certs`",
-    "CERTIFICATE_REQUIRED": "requires a certificate; give --certs",
-    "BAD_CERTIFICATE": "does not accept this party's certificate; run `mergec certs`, or set the "
-    "clocks",
-    "WRONG_VERSION_NUMBER": "does not use TLS; start both with --certs, or neither",
-    "HTTP_REQUEST": "does not use TLS; it is a web browser",
-}
-"""What OpenSSL's reasons mean here, by a part of their name."""
-
-_NOTHING = memoryview(b"")
-_HEADER = struct.Struct("!BxxxIQ")
-_MAX_TEXT = 1 << 16
-"""Largest JSON frame, in bytes."""
-
-_LONGEST_WAIT = 86_400
-"""Most seconds that a peer may ask to wait for a session."""
-
-_LAST_WORDS = 400
-"""Most characters taken from a peer's error message."""
 
 _PACE = 1 << 16
 """Bytes (or the rest of the frame) that must move within a timeout; an occasional byte is not
@@ -76,56 +56,6 @@ progress."""
 _AT_ONCE = 1 << 18
 _BUFFER = 1 << 16
 _LINGER = 1.0
-_KEEP_IDLE, _KEEP_EVERY, _KEEP_TRIES = 30, 10, 3
-
-
-class Kind(enum.IntEnum):
-    """What a frame contains."""
-
-    HELLO = 1
-    """JSON: what a role states about itself (`runtime.session.hello`)."""
-    ERROR = 2
-    """JSON: why the sender ends the session, whether a person stopped it, and after how many
-    seconds there may be room for another one. May be sent instead of any other kind."""
-    QUEUED = 3
-    """JSON: the session has to wait."""
-    ADMITTED = 4
-    """JSON: the session has a slot, and its number."""
-    BEGIN = 5
-    """JSON: the client is about to request an answer."""
-    ACCEPTED = 6
-    """JSON: the request is accepted."""
-    REFUSED = 7
-    """JSON: the request is refused, and why; the session continues."""
-    STEP = 8
-    """Two numbers: new and past tokens."""
-    ROUND = 9
-    """One party's message of a round."""
-    DONE = 10
-    """Empty: the answer is complete, or abandoned."""
-    END = 11
-    """Empty: the session is over."""
-    SEED = 12
-    """From the dealer: the party's seed, and the session's public salt."""
-    BLOCK = 13
-    """A block of the dealer's stream."""
-    MARK = 14
-    """Empty: what follows in the dealer's stream belongs to the next answer, or comes after a step
-    that was dealt ahead."""
-    PLAN = 15
-    """JSON: what to deal ahead of time."""
-    STORED = 16
-    """JSON: the randomness dealt ahead is now stored."""
-    KEPT = 17
-    """JSON: whether the client has kept the hidden weights that the server named."""
-    OBJECT = 18
-    """JSON: a plain object that CrypTen sends (`runtime.transport.communicator`)."""
-    TAKEN = 19
-    """JSON: the client has used up an answer of the store, and the head of its journal since."""
-    ALIVE = 20
-    """Empty: a heartbeat. May come before any other frame."""
-    AHEAD = 21
-    """Like STEP: a step that the dealer is to deal now, and that may follow later."""
 
 
 class Channel:
@@ -185,10 +115,10 @@ class Channel:
         return self.receive_any((kind,), limit)[1]
 
     def receive_any(
-        self, kinds: Sequence[Kind], limit: int = _MAX_TEXT, timeout: float | None = None
+        self, kinds: Sequence[Kind], limit: int = MAX_TEXT, timeout: float | None = None
     ) -> tuple[Kind, memoryview]:
         """The next frame. Raises PartyError unless it is one of `kinds` and within `limit`."""
-        incoming = _Incoming(lambda header: self._accept(kinds, 0, limit, header))
+        incoming = Incoming(lambda header: self._accept(kinds, 0, limit, header))
         self._transfer(None, incoming, timeout)
         self._check_error(incoming)
         return Kind(incoming.kind), incoming.payload
@@ -246,19 +176,19 @@ class Channel:
         self.traffic.sent += message.numel()
         return Kind.ROUND, message.numpy().data
 
-    def _expected(self, incoming: int) -> tuple[torch.Tensor, _Incoming | None]:
+    def _expected(self, incoming: int) -> tuple[torch.Tensor, Incoming | None]:
         """Room for a round's message of this size, which is counted, and its frame."""
         reply = torch.empty(incoming, dtype=torch.uint8)
         self.traffic.received += incoming
         if not incoming:
             return reply, None
         into = reply.numpy().data
-        return reply, _Incoming(
+        return reply, Incoming(
             lambda header: self._accept((Kind.ROUND,), incoming, incoming, header, into)
         )
 
     def _frame(self, kind: Kind, payload: memoryview) -> list[memoryview]:
-        header = _HEADER.pack(kind, self._sent, payload.nbytes)
+        header = HEADER.pack(kind, self._sent, payload.nbytes)
         self._sent = (self._sent + 1) & 0xFFFFFFFF
         if payload.nbytes <= _BUFFER:
             return [memoryview(header + bytes(payload))]
@@ -277,7 +207,7 @@ class Channel:
         if number != self._received:
             raise self._strange("sent a frame twice or out of order")
         self._received = (self._received + 1) & 0xFFFFFFFF
-        if kind == Kind.ERROR and length <= _MAX_TEXT:
+        if kind == Kind.ERROR and length <= MAX_TEXT:
             return memoryview(bytearray(length))
         if kind not in kinds:
             due = " or ".join(known.name for known in kinds)
@@ -288,11 +218,11 @@ class Channel:
         # No need to zero the buffer: bytes that are not received are not read either.
         return np.empty(length, np.uint8).data if into is None else into
 
-    def _check_error(self, incoming: _Incoming) -> None:
+    def _check_error(self, incoming: Incoming) -> None:
         if incoming.kind == Kind.ERROR:
             raise self._told(incoming)
 
-    def _told(self, incoming: _Incoming) -> PeerEndedError:
+    def _told(self, incoming: Incoming) -> PeerEndedError:
         """The error that an ERROR frame reports."""
         return ending(self.object(incoming.payload), self.peer)
 
@@ -304,7 +234,7 @@ class Channel:
     def _transfer(
         self,
         outgoing: tuple[Kind, memoryview] | None,
-        incoming: _Incoming | None,
+        incoming: Incoming | None,
         timeout: float | None = None,
     ) -> None:
         """Send and receive at the same time, so that two full buffers cannot deadlock."""
@@ -383,7 +313,7 @@ class Channel:
         self._gave = time.monotonic()
         return count
 
-    def _fill(self, incoming: _Incoming) -> int:
+    def _fill(self, incoming: Incoming) -> int:
         """Read as much of a frame as possible without blocking; returns the number of bytes.
 
         Heartbeats before it, and a part of a header, count as none.
@@ -392,9 +322,9 @@ class Channel:
         if not incoming.begun:
             if not self._arrived():
                 return 0
-            incoming.begin(_HEADER.unpack_from(self._buffer, self._start))
-            self._start += _HEADER.size
-            taken = _HEADER.size
+            incoming.begin(HEADER.unpack_from(self._buffer, self._start))
+            self._start += HEADER.size
+            taken = HEADER.size
         elif self._start == self._stop:
             if incoming.rest.nbytes >= _BUFFER:
                 taken = self._take(incoming.rest)
@@ -410,18 +340,18 @@ class Channel:
     def _arrived(self) -> bool:
         """Drop the heartbeats that have arrived; returns whether the next frame's header has."""
         self._drop_beats()
-        if self._stop - self._start < _HEADER.size:
+        if self._stop - self._start < HEADER.size:
             # Once: a flood of heartbeats must not keep this thread from looking at the clock.
             self._refill()
             self._drop_beats()
-        return self._stop - self._start >= _HEADER.size
+        return self._stop - self._start >= HEADER.size
 
     def _drop_beats(self) -> None:
-        while self._stop - self._start >= _HEADER.size:
-            if _HEADER.unpack_from(self._buffer, self._start) != (Kind.ALIVE, self._received, 0):
+        while self._stop - self._start >= HEADER.size:
+            if HEADER.unpack_from(self._buffer, self._start) != (Kind.ALIVE, self._received, 0):
                 return
             self._received = (self._received + 1) & 0xFFFFFFFF
-            self._start += _HEADER.size
+            self._start += HEADER.size
             self._alive = time.monotonic()
 
     def _listen(self) -> bool:
@@ -472,7 +402,7 @@ class Channel:
         """The connection broke. If this end was sending, the peer may have said why before."""
         if sending:
             with suppress(OSError, PartyError):
-                incoming = _Incoming(lambda header: self._accept((), 0, 0, header))
+                incoming = Incoming(lambda header: self._accept((), 0, 0, header))
                 while not incoming.complete and self._fill(incoming):
                     pass
                 if incoming.complete and incoming.kind == Kind.ERROR:
@@ -534,7 +464,7 @@ class Channel:
             if self._unsent:
                 return  # an error has ended the session within a frame
             if not self._beats:
-                self._beats = self._frame(Kind.ALIVE, _NOTHING)
+                self._beats = self._frame(Kind.ALIVE, NOTHING)
             self._give_first(self._beats)
         except OSError:
             pass  # whoever waits for the peer finds out
@@ -596,82 +526,3 @@ class Channel:
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         with suppress(OSError):
             self._socket.close()
-
-
-class _Incoming:
-    """A frame that is being received. rest: the part of the payload that has not arrived yet."""
-
-    __slots__ = ("_accept", "begun", "complete", "kind", "payload", "rest")
-
-    def __init__(self, accept: Callable[[tuple[int, int, int]], memoryview]) -> None:
-        self._accept = accept
-        self.begun = self.complete = False
-        self.kind = 0
-        self.payload = self.rest = _NOTHING
-
-    def begin(self, header: tuple[int, int, int]) -> None:
-        self.payload = self.rest = self._accept(header)
-        self.kind, self.begun = header[0], True
-        self.complete = not self.rest
-
-    def advance(self, count: int) -> None:
-        self.rest = self.rest[count:]
-        self.complete = not self.rest
-
-
-def ending(fields: dict[str, Any], peer: str) -> PeerEndedError:
-    """The error for a peer that said why it ends the session, in the fields of an ERROR frame."""
-    told = f"the {peer} says: {printable(str(fields.get('reason', '')))}"
-    wait = fields.get("wait")
-    if type(wait) is int and 0 < wait <= _LONGEST_WAIT:
-        return BusyError(told, wait)
-    return PeerStoppedError(told) if fields.get("stopped") is True else PeerEndedError(told)
-
-
-def printable(text: str) -> str:
-    """A peer's text as one short line that is safe to print."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: 2 * _LAST_WORDS])
-    return " ".join(shown.split())[:_LAST_WORDS]
-
-
-def keep_alive(connection: socket.socket, timeout: float) -> None:
-    """Let the kernel detect a peer that is cut off, even while neither side sends."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE") and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-        idle = max(1, min(_KEEP_IDLE, int(timeout)))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-        every = max(1, min(_KEEP_EVERY, int(timeout)))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEP_TRIES)
-        connection.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * max(1.0, timeout))
-        )
-
-
-def check_payload(data: torch.Tensor) -> None:
-    """Raise PartyError unless a message is 1-D uint8 on the CPU, as every caller must ensure."""
-    if data.dtype is not torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
-        raise PartyError(
-            f"a message must be a flat uint8 tensor on the CPU, not {data.dtype} {list(data.shape)}"
-        )
-
-
-def explain(error: OSError, peer: str) -> str:
-    """What went wrong in a TLS handshake, and what to do."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        said = error.verify_message
-        if "not yet valid" in said or "expired" in said:
-            remedy = "run `mergec certs`, or set the clocks"
-        else:
-            remedy = "use certificates of one `mergec certs`"
-        return f"the {peer} has an invalid certificate ({said}); {remedy}"
-    if isinstance(error, TimeoutError):
-        return f"the {peer} did not finish the handshake in time; check what it is doing"
-    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-        reason = error.reason or ""
-        for part, meaning in _REASONS.items():
-            if part in reason:
-                return f"the {peer} {meaning}"
-        return f"the {peer} does not use TLS as expected ({reason or error}); check the address"
-    return f"the {peer} went away in the handshake; see its error message, and try again"

@@ -19,7 +19,8 @@ from torch.distributed import ReduceOp
 from mergec.runtime.core.errors import MergecError, PartyError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.crypten import compat as crypten
-from mergec.runtime.transport.channel import Channel, Kind
+from mergec.runtime.transport.channel import Channel
+from mergec.runtime.transport.frames import Kind
 from mergec.runtime.transport.traffic import Traffic
 
 _REDUCE: dict[Any, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

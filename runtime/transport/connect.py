@@ -35,13 +35,9 @@ from mergec.runtime.transport.certificates import (
     revoked_in,
     role_of,
 )
-from mergec.runtime.transport.channel import (
-    HANDSHAKE_TIMEOUT,
-    Channel,
-    explain,
-    keep_alive,
-    printable,
-)
+from mergec.runtime.transport.channel import HANDSHAKE_TIMEOUT, Channel
+from mergec.runtime.transport.frames import printable
+from mergec.runtime.transport.sockets import explain, keep_alive
 
 _POLL = 0.1
 _BACKLOG = 64

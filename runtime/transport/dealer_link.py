@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.errors import PartyError, PeerEndedError
-from mergec.runtime.transport.channel import MAX_BLOCK, REPLY_TIMEOUT, Channel, Kind, check_payload
+from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel
+from mergec.runtime.transport.frames import MAX_BLOCK, Kind, check_payload
 from mergec.runtime.transport.spool import Spool, Spooled
 
 BLOCK_BYTES = 1 << 20

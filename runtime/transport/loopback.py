@@ -9,13 +9,13 @@ import torch
 
 from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
 from mergec.runtime.core.spec import ROLES
-from mergec.runtime.transport.channel import check_payload
 from mergec.runtime.transport.dealer_link import (
     AHEAD_BYTES,
     BLOCK_BYTES,
     DealerReceiver,
     DealerSender,
 )
+from mergec.runtime.transport.frames import check_payload
 from mergec.runtime.transport.traffic import Traffic
 
 Pipe = queue.SimpleQueue[torch.Tensor | None]

@@ -29,7 +29,7 @@ from mergec.runtime.proxy.sessions import Sessions
 from mergec.runtime.roles.observe import PartyMetrics
 from mergec.runtime.session.sampling import Chooser, Sampling
 from mergec.runtime.session.text import Text
-from mergec.runtime.transport.channel import Kind
+from mergec.runtime.transport.frames import Kind
 from tests import characters
 from tests.browser import chromium
 from tests.relay import UP, Relay
