@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="mergec-bench-") as name:
         folder = Path(name)
         for role in ROLES:
-            save_bundle(programs[role], folder / role)
+            # Inputs are token numbers, and no tokenizer is saved.
+            manifest = replace(programs[role].manifest, tokenizer="")
+            save_bundle(replace(programs[role], manifest=manifest), folder / role)
         for index, step in enumerate(steps):
             specs = programs[ROLES[CLIENT]].phase(step.phase).inputs
             for repeat in range(step.repeats + step.ahead):
