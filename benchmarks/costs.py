@@ -39,6 +39,7 @@ class Row:
     new: int
     past: int
     rounds: int
+    latencies: int
     online: int
     to_client: int
     to_server: int
@@ -65,9 +66,9 @@ def predict(name: str, network: str, program: Program) -> Iterable[Row]:
         found = program.inspect(new, past)
         waiting = found.facts["waiting_for"]
         yield Row(
-            name, network, new, past, found.total.rounds, found.total.online,
-            found.facts["dealt_to_client"], found.facts["dealt_to_server"],
-            found.facts["estimated_network_seconds"], waiting["rounds"] + waiting["online"],
+            name, network, new, past, found.total.rounds, found.facts["one_way_latencies"],
+            found.total.online, found.facts["dealt_to_client"], found.facts["dealt_to_server"],
+            found.facts["estimated_network_seconds"], waiting["latencies"] + waiting["online"],
         )  # fmt: skip
 
 
@@ -78,6 +79,8 @@ revealed logits, each program compiled for its network. Nothing here is measured
 predictions of the cost model, as `mergec inspect` prints them; tests hold its rounds and bytes to
 the transport's counters. Written by `make costs`.
 
+*latencies*: how often the step waits for a message to cross the network, which is less often than
+it has rounds where a party sends alone and goes on ([Latencies](performance.md#latencies)).
 *online*: between client and server, both directions together. *dealt*: from the dealer, on each of
 its two links. *seconds*: what the step waits for the network, while the dealer's bytes arrive.
 *prepared*: the same with the dealer's randomness at hand ([Cost and latency](guides/cost.md)).
@@ -96,8 +99,8 @@ measures.
 """
 
 HEAD = [
-    "step", "network", "rounds", "online MB", "dealt MB, client", "dealt MB, server", "seconds",
-    "prepared", "measured",
+    "step", "network", "rounds", "latencies", "online MB", "dealt MB, client", "dealt MB, server",
+    "seconds", "prepared", "measured",
 ]  # fmt: skip
 
 SHORT = [
@@ -113,9 +116,9 @@ def page(rows: Sequence[Row]) -> str:
         cells = [list(HEAD)]
         cells += [
             [
-                row.step, row.network, f"{row.rounds:,}", megabytes(row.online),
-                megabytes(row.to_client), megabytes(row.to_server), f"{row.seconds:,.2f}",
-                f"{row.prepared:,.2f}", row.measured,
+                row.step, row.network, f"{row.rounds:,}", f"{row.latencies:,}",
+                megabytes(row.online), megabytes(row.to_client), megabytes(row.to_server),
+                f"{row.seconds:,.2f}", f"{row.prepared:,.2f}", row.measured,
             ]
             for row in sorted((r for r in rows if r.model == model), key=order)
         ]  # fmt: skip

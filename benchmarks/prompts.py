@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import psutil
@@ -26,9 +26,17 @@ from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.driver import compile_source
 from mergec.compiler.report.tables import markdown
 from mergec.compiler.report.text import readable
-from mergec.runtime.core.network import NETWORKS
+from mergec.runtime.core.network import NETWORKS, Link, Waiting
 from mergec.runtime.core.spec import Cost
-from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost
+from mergec.runtime.engine.rehearsal import (
+    Rehearsal,
+    by_turn,
+    exchanged,
+    latencies,
+    overlapped_seconds,
+    step_cost,
+    step_waiting,
+)
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
@@ -76,13 +84,21 @@ PARTS = ("public", "chat", "pieces", "ahead", "overlap")
 
 @dataclass(frozen=True)
 class Counted:
-    """Rounds and bytes of some steps together. dealt: by the role that receives them."""
+    """Rounds and bytes of some steps together. dealt: by the role that receives them.
+
+    waiting: what each step waits for, by network.
+    """
 
     cost: Cost
     dealt: dict[str, int]
+    waiting: dict[str, list[Waiting]]
+
+    def seconds(self, name: str, dealer: bool = True) -> float:
+        """What the steps wait for a network. dealer: whether they wait for the dealer's bytes."""
+        return sum(step.total if dealer else step.prepared for step in self.waiting[name])
 
     def cells(self) -> list[str]:
-        seconds = [NETWORKS[name].waiting(self.cost, self.dealt).total for name in SHOWN]
+        seconds = [self.seconds(name) for name in SHOWN]
         return [
             f"{self.cost.rounds:,}",
             readable(self.cost.online),
@@ -99,11 +115,14 @@ def counted(rehearsal: Rehearsal, steps: Sequence[tuple[int, int]]) -> Counted:
     """What steps of these new and past tokens take."""
     rounds = online = 0
     dealt = {"client": 0, "server": 0}
+    waiting: dict[str, list[Waiting]] = {name: [] for name in SHOWN}
     for new, past in steps:
         cost, found = step_cost(rehearsal, new, past)
         rounds, online = rounds + cost.rounds, online + cost.online
         dealt = {role: size + found[role] for role, size in dealt.items()}
-    return Counted(Cost(rounds, online, sum(dealt.values())), dealt)
+        for name, of in waiting.items():
+            of.append(step_waiting(rehearsal, NETWORKS[name], new, past))
+    return Counted(Cost(rounds, online, sum(dealt.values())), dealt, waiting)
 
 
 def halves(program: Program) -> list[list[str]]:
@@ -111,23 +130,27 @@ def halves(program: Program) -> list[list[str]]:
     network, rows = NETWORKS["wan"], []
     rehearsal = Rehearsal(program.any_role)
 
-    def row(name: str, turns: int, messages: int, online: int, seconds: float) -> None:
-        rows.append([name, f"{turns:,}", f"{messages:,}", readable(online), f"{seconds:.1f}"])
+    def row(name: str, waits: int, messages: int, online: int, seconds: float) -> None:
+        rows.append([name, f"{waits:,}", f"{messages:,}", readable(online), f"{seconds:.1f}"])
 
     for length in HALVED:
         for most in (length, *(n for n in PIECES if 0 < n < length)):
             name = f"{length} tokens" if most == length else f"{length} tokens in pieces of {most}"
             steps = pieces(length, most)
             found = counted(rehearsal, steps)
-            waiting = network.waiting(found.cost, found.dealt)
-            rounds, online = found.cost.rounds, found.cost.online
-            row(name, rounds, rounds, online, waiting.prepared)
-            turns = [rehearsal.pieces(new // 2, new, past) for new, past in steps]
+            row(
+                name,
+                sum(latencies(rehearsal.step(new, past)) for new, past in steps),
+                found.cost.rounds,
+                found.cost.online,
+                found.seconds("wan", dealer=False),
+            )
+            messages = [rehearsal.pieces(new // 2, new, past) for new, past in steps]
             row(
                 f"{name}, halves that overlap",
-                sum(step[-1].number + 1 for step in turns),
-                sum(map(len, turns)),
-                sum(turn.online for step in turns for turn in step),
+                sum(round(exchanged(by_turn(step), Link(1.0, inf))) for step in messages),
+                sum(map(len, messages)),
+                sum(message.online for step in messages for message in step),
                 sum(
                     overlapped_seconds(rehearsal, new // 2, new, past, network)
                     for new, past in steps
@@ -148,10 +171,7 @@ def waited(program: Program) -> list[list[str]]:
         ("with the dealer", live, True), ("dealt ahead", ahead, False)
     ):  # fmt: skip
         found = counted(rehearsal, steps)
-        seconds = []
-        for network in (NETWORKS[name] for name in SHOWN):
-            waiting = network.waiting(found.cost, found.dealt)
-            seconds.append(waiting.total if dealt else waiting.prepared)
+        seconds = [found.seconds(network, dealer=dealt) for network in SHOWN]
         sizes = [readable(found.dealt[role]) if dealt else "0" for role in ("client", "server")]
         rows.append(
             [name, f"{len(steps)}", f"{found.cost.rounds:,}", readable(found.cost.online), *sizes,
@@ -336,10 +356,9 @@ def run_overlap() -> list[list[str]]:
     roles = small_llama(LAYERS, "wan").roles
     ids = [7 + 13 * n % 1000 for n in range(HALVED[0])]
     network, rehearsal = NETWORKS["wan"], Rehearsal(roles["client"])
-    cost, dealt = step_cost(rehearsal, len(ids), 0)
     half = len(ids) // 2
     waits = {
-        0: network.waiting(cost, dealt).prepared,
+        0: step_waiting(rehearsal, network, len(ids), 0).prepared,
         half: overlapped_seconds(rehearsal, half, len(ids), 0, network),
     }
     seconds: dict[int, list[float]] = {split: [] for split in waits}

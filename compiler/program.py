@@ -338,15 +338,14 @@ class Program:
         return cost_report(self.any_role, new, past, self.manifest.fractional_bits, source=source)
 
     def _inspect(self, report: CostReport, savings: bool, source: int | None = None) -> Inspection:
-        from mergec.compiler.backend.cost import dealt_bytes
-        from mergec.runtime.engine.rehearsal import Rehearsal, latencies
+        from mergec.runtime.engine.rehearsal import Rehearsal, latencies, step_cost, step_waiting
 
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
                  "reveal", "logit_noise", "network", "rounding")  # fmt: skip
-        dealt = dealt_bytes(self.any_role, report.new, report.past, source=source)
-        waiting = NETWORKS[manifest.network].waiting(report.total, dealt)
-        rounds = Rehearsal(self.any_role).step(report.new, report.past, source=source)
+        rehearsal, step = Rehearsal(self.any_role), (report.new, report.past, None, source)
+        _, dealt = step_cost(rehearsal, *step)
+        waiting = step_waiting(rehearsal, NETWORKS[manifest.network], *step)
         return inspect_costs(
             report,
             manifest.model or "program",
@@ -356,7 +355,7 @@ class Program:
             {key: getattr(manifest, key) for key in shown}
             | ({"deviation": self.deviation} if self.deviation else {})
             | {f"dealt_to_{role}": count for role, count in dealt.items()}
-            | {"one_way_latencies": latencies(rounds)}
+            | {"one_way_latencies": latencies(rehearsal.step(*step))}
             | {"estimated_network_seconds": round(waiting.total, 4)}
             | {"waiting_for": {key: round(value, 4) for key, value in asdict(waiting).items()}}
             | self._variants(),

@@ -20,7 +20,7 @@ from mergec.runtime.core.network import MAKING, NETWORKS, Link, Network
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import CHOICES, ROLES, Cost
 from mergec.runtime.engine.plan import Planned
-from mergec.runtime.engine.rehearsal import Rehearsal, latencies
+from mergec.runtime.engine.rehearsal import Rehearsal, exchanged, latencies
 from tests.families import float_decoder, random_decoder
 from tests.session import compiled
 
@@ -33,7 +33,9 @@ def test_time_is_counted_link_by_link() -> None:
     network = Network(Link(0.01, 1e6), Link(0.02, 2e6), Link(0.03, 4e6), overhead=0.001)
     cost, dealt = Cost(100, 4 * 10**6, 14 * 10**6), {"client": 6 * 10**6, "server": 8 * 10**6}
     waiting = network.waiting(cost, dealt)
-    assert waiting.rounds == pytest.approx(100 * 0.011)
+    assert waiting.latencies == pytest.approx(100 * 0.011)
+    known = network.waiting(cost, dealt, latencies=80, transfer=2.5)
+    assert (known.latencies, known.online) == (pytest.approx(80 * 0.01 + 100 * 0.001), 2.5)
     assert waiting.online == pytest.approx(2.0)
     assert waiting.to_client == pytest.approx(0.02 + 3.0)
     assert waiting.to_server == pytest.approx(0.03 + 2.0)
@@ -81,15 +83,19 @@ def test_inspection_tells_the_estimate() -> None:
     rounds = Rehearsal(program.any_role).step(1, 8)
     assert facts["one_way_latencies"] == latencies(rounds) <= total.rounds == len(rounds)
     waiting = facts["waiting_for"]
-    assert waiting["rounds"] == pytest.approx(total.rounds * 0.02005, abs=1e-4)
-    assert waiting["online"] == pytest.approx(total.online / 2 / 12.5e6, abs=1e-4)
+    count = latencies(rounds)
+    assert waiting["latencies"] == pytest.approx(count * 0.02 + len(rounds) * 5e-5, abs=1e-4)
+    together = exchanged([[forms] for forms in rounds], NETWORKS["wan"].parties)
+    assert waiting["online"] == pytest.approx(together - count * 0.02, abs=1e-4)
+    # Between both directions at once all the time, and never at once.
+    assert 0.5 <= waiting["online"] / (total.online / 12.5e6) <= 1
     assert waiting["to_client"] == pytest.approx(0.02 + dealt["client"] / 12.5e6, abs=1e-4)
     assert waiting["to_server"] == pytest.approx(0.0005 + dealt["server"] / 1.25e9, abs=1e-4)
     assert facts["estimated_network_seconds"] == pytest.approx(
-        waiting["rounds"] + waiting["online"], abs=2e-4
+        waiting["latencies"] + waiting["online"], abs=2e-4
     )
     said = inspection.to_markdown()
-    assert "* waiting for: rounds " in said
+    assert "* waiting for: latencies " in said
     assert f"* one way latencies: {latencies(rounds)}\n" in said
 
 

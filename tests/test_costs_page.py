@@ -23,7 +23,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Any:
 def rows(costs: Any) -> list[Any]:
     return [
         costs.Row(
-            "m", network, new, past, 100 + new + 10 * i, 5_000_000, 250_000_000, 10**9, 1.5, 0.5
+            "m", network, new, past, 100 + new + 10 * i, 90, 5_000_000, 250_000_000, 10**9, 1.5, 0.5
         )
         for i, network in enumerate(costs.CHOSEN)
         for new, past in costs.STEPS
@@ -46,7 +46,7 @@ def test_figures_within_a_hundredth_are_one(costs: Any) -> None:
 def test_the_page_has_a_line_for_each_step_and_network(costs: Any, rows: list[Any]) -> None:
     text = costs.page(rows)
     assert text.count("| prompt of 500 |") == text.count("| decode after 128 |") == 3
-    assert "| prompt of 64 | wan | 184 | 5.0 | 250 | 1,000 | 1.50 | 0.50 |" in text
+    assert "| prompt of 64 | wan | 184 | 90 | 5.0 | 250 | 1,000 | 1.50 | 0.50 |" in text
 
 
 def test_rows_are_those_of_the_inspection(costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,15 @@ import torch
 
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.messages import Message, Swap, ToClient, ToServer
-from mergec.runtime.core.network import Link
+from mergec.runtime.core.network import Link, Network
 from mergec.runtime.core.spec import CLIENT
-from mergec.runtime.engine.rehearsal import Form, Rehearsal, latencies
+from mergec.runtime.engine.rehearsal import (
+    Form,
+    Rehearsal,
+    exchanged,
+    latencies,
+    step_waiting,
+)
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.transport import emulated
 from mergec.runtime.transport.emulated import EmulatedBlocks, EmulatedLink
@@ -117,13 +123,50 @@ def test_latencies_of_rounds(kinds: tuple[type[Message] | None, ...], expected: 
     assert latencies(_rounds(*kinds)) == expected
 
 
+LINE = Link(latency=100.0, bandwidth=1.0)
+"""On which a word of `_rounds` takes 8 seconds, and each of its messages 48."""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "seconds"),
+    [
+        ((), 0),
+        ((Swap,), 148),
+        ((Swap,) * 3, 3 * 148),
+        ((None, ToClient), 148),
+        ((ToClient,) * 3, 100 + 3 * 48),  # they follow each other on the line
+        ((ToServer, Swap), 2 * 148),  # the server sends when it has the first
+        # The server knows the second at 196, when its own second has just left.
+        ((ToServer, Swap, Swap), 196 + 148),
+        # The client answers with its third from 296 on; it arrives at 444.
+        ((ToServer, Swap, Swap, Swap), 296 + 2 * 148),
+    ],
+)
+def test_seconds_of_rounds(kinds: tuple[type[Message] | None, ...], seconds: float) -> None:
+    assert exchanged([[forms] for forms in _rounds(*kinds)], LINE) == seconds
+
+
+def test_pieces_share_the_line_and_the_latency() -> None:
+    (one,), two = _rounds(Swap), _rounds(Swap, Swap)
+    assert exchanged([[one, one]], LINE) == 100 + 2 * 48
+    # The second turn of a piece follows when its own message is there, 48 s before the other's.
+    assert exchanged([[one, one]] * 3, LINE) == 3 * 148 + 48
+    assert exchanged([[one, []], [one, one], [[], one]], LINE) == 148 + 148 + 48 + 148
+    assert exchanged([[forms] for forms in two], LINE) == 2 * 148
+    short = Link(latency=1.0, bandwidth=1.0)
+    # The line carries something all the time.
+    assert exchanged([[one, one]] * 3, short) == 6 * 48 + 1
+
+
 @pytest.mark.parametrize("network", ["loopback", pytest.param("wan", marks=pytest.mark.slow)])
-def test_a_step_waits_for_its_latencies(clock: Clock, network: str) -> None:
+@pytest.mark.parametrize("link", [Link(1.0, math.inf), Link(1.0, 2e3)])
+def test_a_step_waits_for_its_latencies(clock: Clock, network: str, link: Link) -> None:
     _, program = compiled("llama", network=network)
-    rounds = Rehearsal(program.any_role).step(1, 3)
+    rehearsal = Rehearsal(program.any_role)
+    rounds = rehearsal.step(1, 3)
     assert latencies(rounds) < len(rounds)
     ends: dict[int, float] = {}
-    with InProcessSession(program.roles, emulated=Link(1.0, math.inf)) as run:
+    with InProcessSession(program.roles, emulated=link) as run:
         run.step([5, 1, 7], 0)
 
         def timed(party: int) -> None:
@@ -133,7 +176,12 @@ def test_a_step_waits_for_its_latencies(clock: Clock, network: str) -> None:
 
         start = 1e4  # later than any role's time now
         run._all(timed)
-    assert ends[CLIENT] - start == latencies(rounds)
+    took = ends[CLIENT] - start
+    assert took == pytest.approx(exchanged([[forms] for forms in rounds], link), rel=1e-9)
+    waiting = step_waiting(rehearsal, Network(link, SLOW, SLOW, overhead=0.0), 1, 3)
+    assert waiting.latencies == latencies(rounds)
+    assert waiting.prepared == pytest.approx(took, rel=1e-9)
+    assert math.isfinite(link.bandwidth) or took == latencies(rounds)
 
 
 class Blocks:

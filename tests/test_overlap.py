@@ -17,7 +17,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PeerEndedError
 from mergec.runtime.core.network import NETWORKS, Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
-from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost
+from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost, step_waiting
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place
@@ -216,7 +216,7 @@ def test_the_cost_model_chooses(monkeypatch: Any) -> None:
     network = NETWORKS["wan"]
     for new, past in ((8, 0), (16, 0), (30, 0), (20, 9)):
         session.divide(new, past)
-        whole = network.waiting(*step_cost(rehearsal, new, past))
+        whole = step_waiting(rehearsal, network, new, past)
         halves = overlapped_seconds(rehearsal, max(new // 2, 1), new, past, network)
         better = new >= 16 and halves < whole.total
         assert session.split == (new // 2 if better else 0)

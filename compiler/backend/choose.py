@@ -67,7 +67,8 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
-    Costs are those of a decode step. The dealer's bytes are on their way while the parties exchange
+    Costs are those of a decode step, with a latency for each round: how many latencies a call adds
+    to a step depends on the calls around it (`engine.rehearsal.latencies`). The dealer's bytes are on their way while the parties exchange
     messages, so they count only if the step would otherwise wait for them. Of ops that need the
     same messages either way (`Op.supplies`), either all take keys, or each the dealt bytes that
     take the least time in a prompt: of both links, and of the roles' work for them. fixed: the

@@ -26,11 +26,11 @@ class Link:
 class Waiting:
     """Seconds that a step waits for a network, without anybody's computation.
 
-    rounds: latency of the messages between the parties. online: transfer of their bytes. to_client,
-    to_server: transfer of the dealer's bytes.
+    latencies: of the messages between the parties, with what their machines spend on these. online:
+    transfer of their bytes. to_client, to_server: transfer of the dealer's bytes.
     """
 
-    rounds: float
+    latencies: float
     online: float
     to_client: float
     to_server: float
@@ -38,12 +38,12 @@ class Waiting:
     @property
     def total(self) -> float:
         """Seconds of the step; the dealer's bytes arrive while the parties exchange messages."""
-        return max(self.rounds + self.online, self.to_client, self.to_server)
+        return max(self.prepared, self.to_client, self.to_server)
 
     @property
     def prepared(self) -> float:
         """The same if everything of the dealer's arrived before the step."""
-        return self.rounds + self.online
+        return self.latencies + self.online
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,26 @@ class Network:
     to_server: Link
     overhead: float = 5e-5
 
-    def waiting(self, cost: Cost, dealt: Mapping[str, int]) -> Waiting:
-        """Estimated seconds of a step. dealt: bytes that the dealer sends, by role.
+    def waiting(
+        self,
+        cost: Cost,
+        dealt: Mapping[str, int],
+        latencies: int | None = None,
+        transfer: float | None = None,
+    ) -> Waiting:
+        """Estimated seconds of a step, or of a call. dealt: bytes that the dealer sends, by role.
 
-        A round takes the latency plus the overhead. Online bytes are summed over both directions,
-        which transfer at the same time, so half of them are divided by the bandwidth.
+        latencies, transfer: one-way latencies, and seconds for the bytes between the parties, where
+        all messages of a step are known (`engine.rehearsal.step_waiting`). Without these each round
+        takes a latency, and both directions carry half of the bytes at the same time.
         """
+        if latencies is None:
+            latencies = cost.rounds
+        if transfer is None:
+            transfer = cost.online / 2 / self.parties.bandwidth
         return Waiting(
-            cost.rounds * (self.parties.latency + self.overhead),
-            cost.online / 2 / self.parties.bandwidth,
+            latencies * self.parties.latency + cost.rounds * self.overhead,
+            transfer,
             self.to_client.latency + dealt["client"] / self.to_client.bandwidth,
             self.to_server.latency + dealt["server"] / self.to_server.bandwidth,
         )
@@ -80,7 +91,8 @@ class Network:
     def weight(self, cost: Cost, dealt: Mapping[str, int], *, waits: bool = True) -> float:
         """Seconds used to compare protocols: rounds, bytes of all links, and work for dealt bytes.
 
-        waits: whether a step waits for the dealer's bytes; if not, only the work for them counts.
+        Single calls are compared, so each round counts a latency (`waiting`). waits: whether a step
+        waits for the dealer's bytes; if not, only the work for them counts.
         """
         seconds = self.waiting(cost, dealt).prepared + self.making(dealt)
         if waits:

@@ -28,9 +28,9 @@ from mergec.runtime.core.messages import (
     as_reply,
     as_tuple,
 )
-from mergec.runtime.core.network import Network
+from mergec.runtime.core.network import Link, Network, Waiting
 from mergec.runtime.core.op import Op
-from mergec.runtime.core.spec import Cost, Vis
+from mergec.runtime.core.spec import CLIENT, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Masked, Sent, Shared, Wide
 from mergec.runtime.engine.functions import Call, evaluate
 from mergec.runtime.engine.packing import exchange, online_bytes
@@ -46,6 +46,11 @@ class Form(NamedTuple):
     kind: type[Message]
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, in each direction that it goes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 Rounds = list[list[Form]]
@@ -328,14 +333,12 @@ def step_cost(
     new: int,
     past: int,
     draw: Draw | None = None,
+    source: int | None = None,
     parents: Sequence[int] = (),
 ) -> tuple[Cost, dict[str, int]]:
-    """Rounds and bytes of a step of these lengths, and the bytes dealt for it, by role.
-
-    parents: of its tokens, if they form a tree.
-    """
+    """Rounds and bytes of a step, and the bytes dealt for it, by role; see `Rehearsal.step`."""
     rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
-    for part in rehearsal.parts(new, past, draw, parents=parents):
+    for part in rehearsal.parts(new, past, draw, source, parents=parents):
         rounds = max(rounds, part.start + len(part.rounds))
         online += sum(online_bytes(message) for due in part.rounds for message in due)
         for role, size in part.dealt.items():
@@ -343,22 +346,55 @@ def step_cost(
     return Cost(rounds, online, sum(dealt.values())), dealt
 
 
+@torch.inference_mode()
+def step_waiting(
+    rehearsal: Rehearsal,
+    network: Network,
+    new: int,
+    past: int,
+    draw: Draw | None = None,
+    source: int | None = None,
+    parents: Sequence[int] = (),
+) -> Waiting:
+    """What a step of these lengths waits for on a network, by its messages; see `Rehearsal.step`.
+
+    The bytes of both directions travel at the same time where both parties send at once, and one
+    after the other where the parties take turns.
+    """
+    cost, dealt = step_cost(rehearsal, new, past, draw, source, parents)
+    rounds = rehearsal.step(new, past, draw, source, parents)
+    count, link = latencies(rounds), network.parties
+    transfer = exchanged([[forms] for forms in rounds], link) - count * link.latency
+    return network.waiting(cost, dealt, count, transfer)
+
+
 def latencies(rounds: Rounds) -> int:
     """One-way latencies until the client has the result of a step, if all else takes no time.
 
-    rounds: from `Rehearsal.step`. There are at most as many. A party sends what is due as soon as
-    it has all that it waited for before. An empty message is neither sent nor waited for
-    (`transport.channel`), so a party that sends alone in a round goes on at once and is then a
-    latency ahead. While both send, each is ahead in turn.
+    rounds: from `Rehearsal.step`. There are at most as many.
     """
-    client = server = 0
-    for forms in rounds:
-        kinds = {form.kind for form in forms if math.prod(form.shape)}
-        client, server = (
-            max(client, server + 1) if kinds & {Swap, ToClient} else client,
-            max(server, client + 1) if kinds & {Swap, ToServer} else server,
-        )
-    return client
+    return round(exchanged([[forms] for forms in rounds], Link(1.0, math.inf)))
+
+
+def exchanged(turns: Sequence[Sequence[Sequence[Form]]], link: Link) -> float:
+    """Seconds until the client has the result of a step, if only its messages take time.
+
+    turns: in each, what each piece of the step sends. A party sends what is due as soon as it has
+    all that this piece waited for before, and the line is free. An empty message is neither sent
+    nor waited for (`transport.channel`), so a party that sends alone in a round goes on at once and
+    is then a latency ahead. While both send, each is ahead in turn.
+    """
+    now, free = [0.0, 0.0], [0.0, 0.0]
+    arrives = [[0.0, 0.0] for _ in max(turns, key=len, default=())]
+    for turn in turns:
+        for piece, forms in enumerate(turn):
+            now = list(map(max, now, arrives[piece]))
+            for party, kinds in ((CLIENT, (Swap, ToServer)), (SERVER, (Swap, ToClient))):
+                size = sum(form.nbytes for form in forms if form.kind in kinds)
+                if size:
+                    free[party] = max(free[party], now[party]) + size / link.bandwidth
+                    arrives[piece][SERVER - party] = free[party] + link.latency
+    return max([now[CLIENT], *(both[CLIENT] for both in arrives)])
 
 
 def overlapped_seconds(
@@ -366,15 +402,18 @@ def overlapped_seconds(
 ) -> float:
     """Seconds that a step in two pieces waits for messages, by the cost model.
 
-    While a message of one piece is on its way, the line carries the other one's: a turn of both
-    takes the latency and the longer transfer, or both transfers if they take longer.
+    While a message of one piece is on its way, the line carries the other one's.
     """
-    transfers: dict[int, list[float]] = {}
-    for turn in rehearsal.pieces(split, new, past):
-        seconds = turn.online / 2 / network.parties.bandwidth
-        transfers.setdefault(turn.number, []).append(seconds)
-    latency = network.parties.latency + network.overhead
-    return sum(max(latency + max(both), sum(both)) for both in transfers.values())
+    messages = rehearsal.pieces(split, new, past)
+    return exchanged(by_turn(messages), network.parties) + len(messages) * network.overhead
+
+
+def by_turn(messages: Sequence[Turn]) -> list[list[list[Form]]]:
+    """What both pieces of a step send, turn by turn, as `exchanged` takes it."""
+    turns: list[list[list[Form]]] = [[[], []] for _ in range(messages[-1].number + 1)]
+    for message in messages:
+        turns[message.number][message.piece] = message.forms
+    return turns
 
 
 def call_dealt(op: type[Op], fixed: int, exact: bool, *args: Any, **kwargs: Any) -> dict[str, int]:

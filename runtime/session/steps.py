@@ -24,6 +24,7 @@ from mergec.runtime.engine.rehearsal import (
     ghost_inputs,
     overlapped_seconds,
     step_cost,
+    step_waiting,
 )
 from mergec.runtime.engine.trees import LINE, Branches, Trees, check_parents, is_path
 from mergec.runtime.kernels.spread import pick_rows
@@ -586,7 +587,7 @@ class MergecSession(Session):
             return  # it was dealt as a whole
         if new - new // 2 <= 1 + self.program.manifest.speculate_up_to:
             return  # the second half would reveal what only drafts are to be compared with
-        whole = network.waiting(*step_cost(rehearsal, new, past))
+        whole = step_waiting(rehearsal, network, new, past)
         halves = overlapped_seconds(rehearsal, new // 2, new, past, network)
         # Other than for the parties' messages both wait equally, for the dealer and for work.
         if halves < min(whole.prepared, whole.total):
