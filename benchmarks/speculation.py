@@ -2,8 +2,9 @@
 
 Greedy answers do not depend on drafts, nor acceptance on the parties' computation. So each answer
 is computed once in the clear, and the client's loop runs on it again with every drafter. Bytes and
-rounds come from the cost model for the lengths of the steps, seconds from the network profiles. One
-answer is also computed by the three roles, with drafts and without. With a folder of heads, as
+rounds come from the cost model for the lengths of the steps, and seconds of waiting from the
+network profiles. Whole seconds are those that network.py last measured for steps of these lengths.
+One answer is also computed by the three roles, with drafts and without. With a folder of heads, as
 `mergec adapt smollm2 --medusa 3` writes it, a row of each task is for these.
 Usage: python benchmarks/speculation.py [--program DIR] [--tokens N] [--private N] [--heads FOLDER]
 """
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import RESULTS, ROOT
+from network import STORED, Row, stored
 from report import between
 
 from mergec import CompileConfig, compile_decoder
@@ -40,7 +43,14 @@ from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.steps import StepReport
 
-ROOT = Path(__file__).resolve().parent.parent
+MEASURED = {"loopback, measured": "local", "wan, measured": "measured"}
+"""Columns, and the seconds of a step that `network.Row` has for them."""
+
+HEAD = (
+    "| task | drafts | tokens a step | right | rounds | online | dealt | waited, loopback | "
+    "waited, wan | loopback, measured | wan, measured |"
+)
+
 TARGET = ROOT / "docs" / "speculation.md"
 
 MOST = 7
@@ -90,9 +100,13 @@ bytes are those of a step after {past} tokens, by its messages on shapes, with w
 compares what it sends; a tree of drafts is counted as a line of as many, which costs no less. \
 With *as many as pay*, the default, the client chooses the number of each step for `wan`, by the \
 cost model and what was right so far; elsewhere it is fixed, where the drafter has as many. \
-Seconds are predictions of the network profiles, without anybody's \
-computation. `retrieve` drafts from a datastore of {size:,} tokens, this repository's pages and \
-sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
+Seconds *waited* are predictions of the network profiles, without anybody's \
+computation.{measured} `retrieve` drafts from a datastore of {size:,} tokens, this repository's \
+pages and sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
+
+OF_MEASURED = """ *Measured* are whole steps, as `make bench-wan` last ran each length on this \
+page's program: client, server, dealer and their work on one machine, over loopback and on \
+emulated links like those of `wan`. They are weighed by how many steps of each length the answer takes."""
 
 OF_HEADS = """ `medusa` drafts by {count} heads, trained beside the model as it is; its program \
 reveals what they say, too, so its steps cost more."""
@@ -179,8 +193,11 @@ def shape_of(most: int | None, tree: bool) -> str:
 
 
 def costs(program: Program) -> dict[str, dict[int, float]]:
-    """Of a step by its new tokens: rounds, online and dealt bytes, and seconds by network."""
-    names = ("rounds", "online", "dealt", "loopback", "wan")
+    """Of a step by its new tokens: rounds, online and dealt bytes, and seconds by network.
+
+    Those of `MEASURED` are empty unless network.py measured all these steps of this program.
+    """
+    names = ("rounds", "online", "dealt", "loopback", "wan", *MEASURED)
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     rehearsal = Rehearsal(program.any_role)
     for new in range(1, MOST + 2):
@@ -189,7 +206,17 @@ def costs(program: Program) -> dict[str, dict[int, float]]:
         found["dealt"][new] = total.offline
         for name in ("loopback", "wan"):
             found[name][new] = step_waiting(rehearsal, NETWORKS[name], new, PAST).total
+    counted = {new: (found["rounds"][new], found["online"][new]) for new in found["rounds"]}
+    rows = {row.new: row for row in stored(RESULTS / STORED) if known(row)}
+    if {new: (row.rounds, row.online_bytes) for new, row in rows.items()} == counted:
+        for name, of in MEASURED.items():
+            found[name] = {new: getattr(row, of) for new, row in rows.items()}
     return found
+
+
+def known(row: Row) -> bool:
+    """Whether network.py measured a step with drafts of SmolLM2 after as many tokens as here."""
+    return (row.part, row.model, row.past) == ("drafts", "smollm2-135m", PAST)
 
 
 def datastore(program: Program) -> Datastore:
@@ -221,16 +248,24 @@ def rows_of_heads(
     return found
 
 
-def page(rows: Sequence[str], private: Sequence[str], count: int, size: int, heads: int) -> str:
+def page(
+    rows: Sequence[str],
+    private: Sequence[str],
+    count: int,
+    size: int,
+    heads: int,
+    measured: bool,
+) -> str:
     more = OF_HEADS.format(count=heads) if heads else ""
+    told = OF_MEASURED if measured else ""
     return "\n".join(
         [
             "# Several tokens a step",
             "",
-            INTRODUCTION.format(count=count, most=MOST, past=PAST, size=size) + more,
+            INTRODUCTION.format(count=count, most=MOST, past=PAST, size=size, measured=told) + more,
             "",
-            "| task | drafts | tokens a step | right | rounds | online | dealt | loopback | wan |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            HEAD,
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             "",
             *(marked(private) if private else [between(TARGET, BY_ROLES)]),
@@ -258,6 +293,7 @@ def row(task: str, name: str, steps: Steps, by: dict[str, dict[int, float]]) -> 
         f"{steps.each(by['dealt']) / 1e6:.0f} MB",
         f"{steps.each(by['loopback']):.3f} s",
         f"{steps.each(by['wan']):.1f} s",
+        *(f"{steps.each(by[name]):.2f} s" if by[name] else "" for name in MEASURED),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -345,7 +381,8 @@ def main() -> None:
     print("\n".join(rows))
 
     def write(private: Sequence[str]) -> None:
-        text = page(rows, private, options.tokens, store.size, heads)
+        measured = all(by[name] for name in MEASURED)
+        text = page(rows, private, options.tokens, store.size, heads, measured)
         options.output.write_text(text, encoding="utf-8")
 
     write(())

@@ -68,12 +68,13 @@ def choose_variants(
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
     Costs are those of a decode step, with a latency for each round: how many latencies a call adds
-    to a step depends on the calls around it (`engine.rehearsal.latencies`). The dealer's bytes are on their way while the parties exchange
-    messages, so they count only if the step would otherwise wait for them. Of ops that need the
-    same messages either way (`Op.supplies`), either all take keys, or each the dealt bytes that
-    take the least time in a prompt: of both links, and of the roles' work for them. fixed: the
-    program's fractional bits. exact: whether roundings are exact. max_length: most tokens that the
-    program takes. All roles get the same choice; their instructions are replaced in place.
+    to a step depends on the calls around it (`engine.rehearsal.latencies`). The dealer's bytes are
+    on their way while the parties exchange messages, so they count only if the step would otherwise
+    wait for them. Of ops that need the same messages either way (`Op.supplies`), either all take
+    keys, or each the dealt bytes that take the least time in a prompt: of both links, and of the
+    roles' work for them. fixed: the program's fractional bits. exact: whether roundings are exact.
+    max_length: most tokens that the program takes. All roles get the same choice; their
+    instructions are replaced in place.
     """
     program = next(iter(roles.values()))
     decode = _Step(network, fixed, exact, NEW, min(PAST, max_length - NEW))
