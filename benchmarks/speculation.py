@@ -102,11 +102,13 @@ With *as many as pay*, the default, the client chooses the number of each step f
 cost model and what was right so far; elsewhere it is fixed, where the drafter has as many. \
 Seconds *waited* are predictions of the network profiles, without anybody's \
 computation.{measured} `retrieve` drafts from a datastore of {size:,} tokens, this repository's \
-pages and sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the drafters."""
+pages and sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the \
+drafters."""
 
 OF_MEASURED = """ *Measured* are whole steps, as `make bench-wan` last ran each length on this \
 page's program: client, server, dealer and their work on one machine, over loopback and on \
-emulated links like those of `wan`. They are weighed by how many steps of each length the answer takes."""
+emulated links like those of `wan`. They are weighed by how many steps of each length the answer \
+takes."""
 
 OF_HEADS = """ `medusa` drafts by {count} heads, trained beside the model as it is; its program \
 reveals what they say, too, so its steps cost more."""
