@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 FAR = "wan"
 """The network of all parts but the first."""
 
-REPEATS = 3
+REPEATS = {"decode": 3, "drafts": 2, "prompts": 1}
+"""Runs of each step, after one of the first that warms up; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,13 @@ def measure(
     options: dict[str, Any] = {"speculate_up_to": DRAFTS} if part == "drafts" else {}
     config = CompileConfig(network=network, **options)
     program = compile_decoder(model, config=config, captured=captured)
-    shapes, ahead = SHAPES[part], REPEATS if part == "decode" else 0
+    shapes, repeats = SHAPES[part], REPEATS[part]
 
     def taken(emulated: str) -> list[Taken]:
-        steps = steps_of(program, tokens, shapes, repeats=REPEATS, ahead=ahead)
-        return run(program.roles, steps, "mergec", network=emulated)
+        ahead = repeats if part == "decode" else 0
+        steps = steps_of(program, tokens, shapes, repeats, ahead)
+        warming = replace(steps[0], repeats=1, ahead=0)
+        return run(program.roles, [warming, *steps], "mergec", network=emulated)[1:]
 
     plain = taken("")
     slow = plain if network == "loopback" else taken(network)
