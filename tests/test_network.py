@@ -160,10 +160,13 @@ def test_pieces_share_the_line_and_the_latency() -> None:
 
 @pytest.mark.parametrize("network", ["loopback", pytest.param("wan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("link", [Link(1.0, math.inf), Link(1.0, 2e3)])
-def test_a_step_waits_for_its_latencies(clock: Clock, network: str, link: Link) -> None:
+@pytest.mark.parametrize("fed", [[2], [2, 9, 4, 1]])
+def test_a_step_waits_for_its_latencies(
+    clock: Clock, network: str, link: Link, fed: list[int]
+) -> None:
     _, program = compiled("llama", network=network)
     rehearsal = Rehearsal(program.any_role)
-    rounds = rehearsal.step(1, 3)
+    rounds = rehearsal.step(len(fed), 3)
     assert latencies(rounds) < len(rounds)
     ends: dict[int, float] = {}
     with InProcessSession(program.roles, emulated=link) as run:
@@ -171,14 +174,14 @@ def test_a_step_waits_for_its_latencies(clock: Clock, network: str, link: Link) 
 
         def timed(party: int) -> None:
             clock.now = start
-            run._sessions[party].step(1, 3, [2] if party == CLIENT else None)
+            run._sessions[party].step(len(fed), 3, fed if party == CLIENT else None)
             ends[party] = clock.now
 
         start = 1e4  # later than any role's time now
         run._all(timed)
     took = ends[CLIENT] - start
     assert took == pytest.approx(exchanged([[forms] for forms in rounds], link), rel=1e-9)
-    waiting = step_waiting(rehearsal, Network(link, SLOW, SLOW, overhead=0.0), 1, 3)
+    waiting = step_waiting(rehearsal, Network(link, SLOW, SLOW, overhead=0.0), len(fed), 3)
     assert waiting.latencies == latencies(rounds)
     assert waiting.prepared == pytest.approx(took, rel=1e-9)
     assert math.isfinite(link.bandwidth) or took == latencies(rounds)
