@@ -417,9 +417,9 @@ computation is left out, and of the halves most of it is done while messages tra
 {halves}
 
 With halves of 256 tokens each direction of the line is busy for more than four fifths of that time,
-so more pieces at once could save little. Pieces one after the other wait for the latency once for each, and save
-memory, and the scores of later tokens. So a step is cut in two, and where `--prompt-piece` bounds
-the memory, each piece is.
+so more pieces at once could save little. Pieces one after the other wait for the latency once for
+each, and save memory, and the scores of later tokens. So a step is cut in two, and where
+`--prompt-piece` bounds the memory, each piece is.
 
 ## Dealing ahead
 
