@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
 import pytest
 import torch
 
 from mergec.runtime.kernels import matmul as kernels
 
 GENERATOR = torch.Generator().manual_seed(5)
+
+
+@pytest.fixture(autouse=True, params=[0, kernels._ALONE], ids=["all-threads", "few-alone"])
+def alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pairs of words below which one thread multiplies them."""
+    monkeypatch.setattr(kernels, "_ALONE", request.param)
+    return int(request.param)
 
 
 def words(*shape: int, bits: int = 63) -> torch.Tensor:
@@ -71,6 +81,32 @@ def test_batched_products_with_a_part_of_a_tensor(
     assert torch.equal(kernels.matmul(query, turned), torch.matmul(query, turned))
     strided = words(2, groups, features, 2 * length)[..., ::2]
     assert torch.equal(kernels.matmul(query, strided), torch.matmul(query, strided))
+
+
+def test_few_words_are_multiplied_by_one_thread(
+    alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are not woken for them, and serve the next product again."""
+    before, used = numba.get_num_threads(), []
+
+    def noted(kernel: Any) -> Any:
+        def run(*arguments: Any) -> None:
+            used.append(numba.get_num_threads())
+            kernel(*arguments)
+
+        return run
+
+    for name in ("_row", "_rows", "_columns", "_batched", "_batched_dots"):
+        monkeypatch.setattr(kernels, name, noted(getattr(kernels, name)))
+    for size in (2, 300):
+        a, b = words(1, 1, size), words(1, size, size)
+        kernels.matmul(a, b)
+        kernels.matmul(a, b.mT)
+        kernels.matmul_rows(a, b[0])
+        kernels.matmul_rows(a.expand(1, 2, size), b[0])
+        kernels.matmul_columns(a, b[0])
+    assert used == [1 if alone else before] * 5 + [before] * 5
+    assert numba.get_num_threads() == before
 
 
 def test_limb_products_are_exact_at_the_largest_words() -> None:

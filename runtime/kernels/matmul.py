@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,6 +19,11 @@ _FLOAT_EXACT_BITS = 53
 
 _CACHED_WORDS = 1 << 16
 """Words of a weight that stay in a core's L2 cache while they are used."""
+
+_ALONE = 1 << 15
+"""Pairs of words below which one thread multiplies them all, in some 20 microseconds. A second one
+saves 5 of them at most, and where other processes have its core, the first waits for milliseconds.
+"""
 
 _COLUMN = 1024
 """Columns of a weight that are multiplied at once; 64 rows of that length fit into the L2 cache."""
@@ -42,8 +49,11 @@ def _batched_host(a3: torch.Tensor, b3: torch.Tensor) -> torch.Tensor:
     if result.size and a3.shape[2]:
         turned = b3.stride(2) != 1 and b3.stride(1) == 1
         b3 = b3 if turned or b3.stride(2) == 1 else b3.contiguous()
-        (_batched_dots if turned else _batched)(
-            a3.contiguous().numpy(), _flat(b3), b3.stride(0), b3.stride(2 if turned else 1), result
+        _launch(
+            _batched_dots if turned else _batched,
+            a3.shape[2] * result.size,
+            *(a3.contiguous().numpy(), _flat(b3), b3.stride(0), b3.stride(2 if turned else 1)),
+            result,
         )
     return torch.from_numpy(result)
 
@@ -69,10 +79,11 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _rows_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if flat.shape[0] == 1:
         result = np.empty((1, weight.shape[0]), np.int64)
-        _row(flat.contiguous().numpy()[0], weight.numpy(), result[0])
+        _launch(_row, weight.numel(), flat.contiguous().numpy()[0], weight.numpy(), result[0])
     else:
         result = np.zeros((flat.shape[0], weight.shape[0]), np.int64)
-        _rows(flat.contiguous().numpy(), weight.numpy(), result)
+        count = len(flat) * weight.numel()
+        _launch(_rows, count, flat.contiguous().numpy(), weight.numpy(), result)
     return torch.from_numpy(result)
 
 
@@ -89,9 +100,11 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _columns_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    parts = np.zeros((numba.get_num_threads(), flat.shape[0], weight.shape[1]), np.int64)
-    _columns(flat.contiguous().numpy(), weight.numpy(), parts)
-    return torch.from_numpy(parts[0] if len(parts) == 1 else parts.sum(0))
+    count = len(flat) * weight.numel()
+    threads = 1 if count < _ALONE else numba.get_num_threads()
+    parts = np.zeros((threads, flat.shape[0], weight.shape[1]), np.int64)
+    _launch(_columns, count, flat.contiguous().numpy(), weight.numpy(), parts)
+    return torch.from_numpy(parts[0] if threads == 1 else parts.sum(0))
 
 
 def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
@@ -138,6 +151,19 @@ _BY_COLUMNS = Kernel("products.by_columns", _columns_host, _limb_product)
 def set_threads(count: int) -> None:
     """Use `count` threads in this process's kernels (at least 1; capped at the cores)."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def _launch(kernel: Callable[..., Any], products: int, *arguments: Any) -> None:
+    """Run a kernel that multiplies this many pairs of words, on one thread if they are few."""
+    threads = numba.get_num_threads()
+    if threads == 1 or products >= _ALONE:
+        kernel(*arguments)
+        return
+    numba.set_num_threads(1)
+    try:
+        kernel(*arguments)
+    finally:
+        numba.set_num_threads(threads)
 
 
 @compiled(parallel=True)
