@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numba
 import torch
 
@@ -17,7 +19,9 @@ def prepare_to_fork() -> None:
     """Load and compile what sessions compute with, so that their processes inherit it.
 
     A fork loses OpenMP's threads but keeps its state. So torch has one thread until the fork, and
-    numba uses a pool of its own, which each process starts anew.
+    numba uses a pool of its own, which each process starts anew. What is loaded stays, so garbage
+    collection passes it over from now on: it writes to each object that it looks at, and every
+    process would get a copy of them all.
     """
     torch.set_num_threads(1)
     numba.config.THREADING_LAYER = "workqueue"
@@ -33,6 +37,7 @@ def prepare_to_fork() -> None:
     for weight in (words, words.to(torch.int32)):
         matmul_rows(words, weight)
         matmul_columns(words, weight)
+    gc.freeze()
 
 
 def use_threads(count: int) -> None:
