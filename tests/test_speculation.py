@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from mergec.runtime.cli import app
 from mergec.runtime.core.errors import BundleError, MergecError, PromptError
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.generation_settings import GenerationSettings
+from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Drafter, Speculation
@@ -61,7 +63,39 @@ class Fixed(Drafter):
         return list(self.rule(list(tokens)))[:most]
 
 
+class Remembering(PlainExecutor):
+    """Computes each step once: answers to one prompt share most of them, whatever is drafted."""
+
+    def __init__(self, program: RoleProgram) -> None:
+        super().__init__(program)
+        self._known: dict[Any, dict[str, torch.Tensor]] = {}
+
+    def step(
+        self, inputs: dict[str, torch.Tensor], outputs: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        given = tuple((name, _content(value)) for name, value in inputs.items())
+        key = given, None if outputs is None else tuple(outputs)
+        if key not in self._known:
+            self._known[key] = super().step(inputs, outputs)
+        return dict(self._known[key])
+
+
+def _content(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    words = None if value.is_meta else value.numpy().tobytes()
+    return value.dtype, value.shape, words
+
+
+@functools.cache
+def _executor() -> PlainExecutor:
+    """Must not be modified."""
+    return Remembering(decoder.program(speculate_up_to=MOST))
+
+
 def plain(**manifest: Any) -> PlainSession:
+    if not manifest:
+        return PlainSession(_executor())
     told = {"speculate_up_to": MOST, **manifest}
     return PlainSession(PlainExecutor(decoder.program(**told)))
 
