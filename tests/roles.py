@@ -38,6 +38,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
 

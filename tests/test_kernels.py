@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numba
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from mergec.runtime.kernels import matmul as kernels
+from tests.roles import ROOT
 
 GENERATOR = torch.Generator().manual_seed(5)
 
@@ -125,3 +129,18 @@ def test_empty_and_meta_operands() -> None:
     weight = words(37, 70)
     assert kernels.matmul_rows(ghost, weight).shape == (2, 37)
     assert kernels.matmul_rows(ghost, weight).is_meta
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS > 1, reason="the tests above have the threads")
+def test_products_on_two_threads() -> None:
+    """The tests of this file, as each process of the others has one thread."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
