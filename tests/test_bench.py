@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mergec import compile_decoder
 from mergec.runtime.core.spec import ROLES
+from tests.families import random_decoder
 from tests.fixtures import tiny
 from tests.roles import ROOT
 
@@ -89,6 +92,22 @@ def test_a_role_that_fails_ends_its_run_alone(
         harness.run({role: tiny(role) for role in ROLES}, steps, "mergec")
     (taken,) = found.value.taken
     assert (taken.rounds, taken.offline, taken.value.tolist()) == (7, 14, [1.0, 1.0, 1.0])
+
+
+@pytest.mark.slow
+def test_a_program_that_was_compiled_with_a_tokenizer_runs_without_it(bench: Any) -> None:
+    import harness
+
+    model = random_decoder("llama").float()
+    program = compile_decoder(model)
+    steps = bench.steps_of(program, [5, 9, 2], [(1, 2)], 1)
+    for role in program.roles.values():
+        role.manifest = replace(role.manifest, tokenizer="5" * 64)
+    (taken,) = harness.run(program.roles, steps, "mergec")
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 9, 2]])).logits[0, -1:]
+    assert (taken.value.reshape(logits.shape) - logits).abs().max() < 0.03
+    assert {role.manifest.tokenizer for role in program.roles.values()} == {"5" * 64}
 
 
 @pytest.mark.slow
