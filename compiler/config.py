@@ -90,6 +90,10 @@ class CompileConfig:
         that answer one token a step. A step of up to so many drafts and the token before them gives
         the client the logits (or the token) at each of its positions; prompts and steps of one
         token cost what they cost without. Needs a program with caches.
+    pad_prompt: let the client hide how long a prompt is: programs take a number that only the
+        client knows, of tokens on the left that no other token attends to. How far prompts are
+        padded is chosen when they run (docs/threat-model.md, "Lengths"). For decoders with exact
+        attention; learned absolute positions then become private look-ups.
     disable: names of passes to leave out.
     extra_passes: further Pass classes to run, in the order given by their `stage` and `after`.
     check_passes: whether to run the graph in float64 before and after each exact pass, and raise
@@ -129,6 +133,7 @@ class CompileConfig:
     network: str = "loopback"
     rounding: str = "public"
     speculate_up_to: int = 0
+    pad_prompt: bool = False
     disable: tuple[str, ...] = ()
     extra_passes: tuple[Any, ...] = ()
     check_passes: bool | None = None
@@ -158,6 +163,7 @@ class CompileConfig:
         for option, values in CHOICES.items():
             check.choice(option, getattr(self, option), values)
         check.flag("check_passes", self.check_passes, or_none=True)
+        check.flag("pad_prompt", self.pad_prompt)
         check.text("name", self.name)
         adapted = str(self.adapted) if isinstance(self.adapted, Path) else self.adapted
         kept = {
@@ -175,6 +181,11 @@ class CompileConfig:
             raise CompileError(
                 "speculate_up_to needs tokens after each step, and resend_hidden gives them only "
                 "at the end; leave one of them out"
+            )
+        if self.pad_prompt and "resend_hidden" in asked:
+            raise CompileError(
+                "prompts of a program that resends its hidden state cannot be padded; leave out "
+                "pad_prompt or resend_hidden"
             )
         for option, value in kept.items():
             object.__setattr__(self, option, value)

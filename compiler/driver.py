@@ -23,7 +23,7 @@ from mergec.compiler.frontend.heads import add_heads
 from mergec.compiler.frontend.load import load_model
 from mergec.compiler.frontend.positions import keep_drafts
 from mergec.compiler.graph.manager import PassReport
-from mergec.compiler.manifest import cost_summary, described, model_name, stop_tokens
+from mergec.compiler.manifest import cost_summary, described, model_name, pad_token, stop_tokens
 from mergec.compiler.pipeline import assemble, to_dialect
 from mergec.compiler.program import Program
 from mergec.compiler.report.history import History
@@ -109,7 +109,9 @@ def compile_decoder(
     if config.max_length is None and captured.limit is not None and length < DEFAULT_LENGTH:
         progress(f"max_length is {length}, the most that the model takes: {captured.limit.reason}")
     sequences = calibration(config, captured, tokenizer)
-    dialect = to_dialect(captured.copy(), config, sequences=sequences)
+    stop = stop_tokens(model, tokenizer)
+    pad = pad_token(stop, captured.vocab_size)
+    dialect = to_dialect(captured.copy(), config, sequences=sequences, pad=pad)
     for line in _without_effect(dialect.pass_report):
         progress(line)
     progress("placing truncations and openings, lowering to instructions")
@@ -129,9 +131,10 @@ def compile_decoder(
         fractional_bits=config.fractional_bits,
         max_length=dialect.max_length,
         vocab_size=dialect.vocab_size,
-        stop_tokens=stop_tokens(model, tokenizer),
+        stop_tokens=stop,
         generation=settings,
         answer_start=captured.start,
+        pad_token=pad if roles["client"].pads else -1,
         tokenizer=tokenizer_digest(file_digests(files)),
         lossy=dialect.lossy,
         deviation=deviation,

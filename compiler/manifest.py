@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def stop_tokens(model: torch.nn.Module, tokenizer: Any) -> list[int]:
         token = getattr(owner, "eos_token_id", None)
         found += token if isinstance(token, (list, tuple)) else [token]
     return sorted({int(token) for token in found if token is not None})
+
+
+def pad_token(stop_tokens: Sequence[int], vocab_size: int) -> int:
+    """A token to pad prompts with. Any does, as no other token attends to it."""
+    return next((token for token in stop_tokens if 0 <= token < vocab_size), 0)
 
 
 def cost_summary(program: RoleProgram, limit: int, config: CompileConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mergec.compiler.backend.choose import choose_variants
 from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.backend.lower import lower
 from mergec.compiler.backend.outliers import shrink_outliers
+from mergec.compiler.backend.padding import check_padding
 from mergec.compiler.backend.share_constants import share_constants
 from mergec.compiler.config import CompileConfig, as_pair
 from mergec.compiler.errors import CompileError
@@ -32,7 +33,7 @@ from mergec.compiler.selection import select
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
-from mergec.runtime.program.program import InputSpec, RoleProgram
+from mergec.runtime.program.program import PADS, InputSpec, RoleProgram
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,12 @@ def to_dialect(
     config: CompileConfig,
     passes: Sequence[type[Pass]] | None = None,
     sequences: Sequences | None = None,
+    pad: int = 0,
 ) -> DialectProgram:
     """Rewrite a captured graph in place, check that every op has a protocol, measure ranges.
 
-    passes, sequences: as for `rewrite`. Raises CompileError that names every op without a protocol;
+    passes, sequences: as for `rewrite`. pad: the token that prompts are padded with, if they are
+    (`CompileConfig.pad_prompt`). Raises CompileError that names every op without a protocol;
     and if the result would be revealed to nobody.
     """
     if sequences is None:
@@ -118,7 +121,21 @@ def to_dialect(
     # The constants of lossy passes hold for the calibration prompts: beyond them the program may
     # diverge, in the clear as well, so that no range covers it.
     tables = not any(report.sites and not report.exact for report in reports)
-    annotate_ranges(graph_module, captured.inputs, sequences, max_length, tables=tables)
+    padded = any(spec.name == PADS for spec in captured.inputs)
+    if padded:
+        check_padding(graph_module, captured.inputs, sequences, pad, max_length)
+    elif config.pad_prompt and passes is None:
+        raise CompileError(
+            "no attention of this model takes padding, so pad_prompt has no effect; leave it out"
+        )
+    annotate_ranges(
+        graph_module,
+        captured.inputs,
+        sequences,
+        max_length,
+        tables=tables,
+        pad=pad if padded else -1,
+    )
     shrink_outliers(captured, config.fractional_bits)
     return DialectProgram(
         graph_module,

@@ -48,6 +48,10 @@ def select(config: CompileConfig) -> list[type[Pass]]:
     passes' `after` cannot be satisfied.
     """
     known = available()
+    optional = [name for name in config.enable if name in known and known[name].option]
+    if optional:
+        option = known[optional[0]].option
+        raise CompileError(f"the pass {optional[0]!r} runs by the option {option}; set that")
     both = sorted({*config.enable} & {*config.disable})
     if both:
         raise CompileError(f"the pass {both[0]!r} is both enabled and disabled; leave out one")
@@ -56,7 +60,9 @@ def select(config: CompileConfig) -> list[type[Pass]]:
     chosen = [
         kind
         for name, kind in known.items()
-        if (kind.exact or name in asked) and name not in config.disable
+        if (kind.exact or name in asked)
+        and name not in config.disable
+        and (not kind.option or getattr(config, kind.option))
     ]
     for kind in config.extra_passes:
         if not issubclass(kind, Pass):
@@ -82,11 +88,13 @@ def runs_anyway(config: CompileConfig) -> list[str]:
 
 def left_out(config: CompileConfig) -> dict[str, str]:
     """Why each pass that `config` does not ask for was left out, by name."""
-    chosen = {kind.name() for kind in select(config)}
+    chosen, known = {kind.name() for kind in select(config)}, available()
     return {
         name: "the option `disable` names it"
         if name in config.disable
+        else f"the option `{known[name].option}` does not ask for it"
+        if known[name].option
         else f"it is lossy, and the preset {config.preset!r} does not ask for it"
-        for name in sorted(available())
+        for name in sorted(known)
         if name not in chosen
     }

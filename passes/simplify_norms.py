@@ -162,7 +162,7 @@ class _Run(fx.Interpreter):
     def next(self, entering: fx.Node, leaving: fx.Node) -> _Run:
         """The step after this one, which starts from its hidden state and caches."""
         *_, output = self.module.graph.nodes  # type: ignore[union-attr,misc]
-        *source, ids, caches = fed(self.specs, self.inputs)
+        *source, ids, caches, _ = fed(self.specs, self.inputs)
         following = self.env[output][1 : 1 + len(caches)]
         inputs = [*source, ids[:, -1:], *following]
         resent = {entering: self.env[leaving]}

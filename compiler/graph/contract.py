@@ -16,7 +16,7 @@ from mergec.compiler.graph.verify import unlowerable
 from mergec.compiler.text import describe
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops import load_all
-from mergec.runtime.program.program import InputSpec
+from mergec.runtime.program.program import PADS, InputSpec
 
 TOLERANCE = 1e-9
 """Relative to the largest value, in float64: passes may change the order in which sums round."""
@@ -126,7 +126,9 @@ class Contract:
             given = []
             for spec in self.inputs:
                 shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
-                if spec.vis is Vis.CLIENT:
+                if spec.name == PADS:
+                    given.append(torch.zeros(shape, dtype=torch.int64))
+                elif spec.vis is Vis.CLIENT:
                     ids = torch.tensor(list(self.tokens)[: shape[-1]])
                     given.append(ids.repeat(shape[-1])[: shape[-1]].reshape(shape))
                 else:

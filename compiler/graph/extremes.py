@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import aten, calls, constant
+from mergec.compiler.graph.ir import ancestors, aten, calls, constant
 from mergec.compiler.graph.weights import evaluate
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
+from mergec.runtime.program.program import PADS
 
 _TOKENS = 4
 """Rows per criterion; there are four."""
@@ -39,10 +40,13 @@ def extreme_tokens(graph_module: fx.GraphModule, start: Sequence[torch.Tensor]) 
         table, index = _lookup(graph_module, node)
         if table is None or index is None or index.meta.get("vis") is not Vis.CLIENT:
             continue
+        if by_position(index):
+            continue
         # Some models read a table at an offset, or by a part of the token's number.
         tokens = torch.arange(len(table))[None]
-        values = given | {text: tokens for text in inputs if text.meta["vis"] is Vis.CLIENT}
-        rows = _evaluated(graph_module, index, values).reshape(-1)
+        texts = [node for node in inputs if node.meta["vis"] is Vis.CLIENT]
+        values = given | {text: tokens for text in texts if text.meta.get("name") != PADS}
+        rows = evaluated(graph_module, index, values).reshape(-1)
         used = (rows >= 0) & (rows < len(table))
         numbers, read = torch.arange(len(rows))[used], rows[used]
         # Most models read row n for token n; a copy of a table may be a tenth of the model.
@@ -58,7 +62,7 @@ def extreme_positions(
 ) -> list[int]:
     """The positions below `limit` with the most extreme rows of a table that is read by position.
 
-    Such a table has rows that are chosen by public numbers, or is cut off at a length. At most 8
+    Such a table has rows that are chosen by public numbers, less padding if there is any, or is cut off at a length. At most 8
     for each table. start: the graph's inputs for one token and empty caches. Requires meta["vis"].
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -67,17 +71,23 @@ def extreme_positions(
     longest = limit
     for node in graph_module.graph.nodes:
         table, index = _lookup(graph_module, node)
-        if table is None or (index is not None and index.meta.get("vis") is not Vis.PUBLIC):
+        public = index is None or index.meta.get("vis") is Vis.PUBLIC or by_position(index)
+        if table is None or not public:
             continue
         # OPT leaves the first two rows of its table unused.
-        first = 0 if index is None else int(_evaluated(graph_module, index, values).reshape(-1)[0])
+        first = 0 if index is None else int(evaluated(graph_module, index, values).reshape(-1)[0])
         longest = min(longest, len(table) - first)
         found += _extreme_rows(table[first : first + limit], _POSITIONS)
     return sorted({position for position in found if position < longest})
 
 
-def _evaluated(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a public node, from those of the inputs; also kept in `values`."""
+def by_position(index: fx.Node) -> bool:
+    """Whether row numbers of the client's are positions behind its padding (`passes.pad_prompt`)."""
+    return any(node.meta.get("name") == PADS for node in ancestors(index))
+
+
+def evaluated(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a node in the clear, from those of the inputs; also kept in `values`."""
     pending = [node]
     while pending:
         current = pending[-1]

@@ -16,7 +16,7 @@ from mergec.compiler.graph.ir import op_of
 from mergec.compiler.graph.streams import streams
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.program.program import InputSpec
+from mergec.runtime.program.program import PADS, InputSpec, is_text
 
 _DECODED = 2
 """Tokens at the end of each sequence that are fed one by one, after the rest as a prompt."""
@@ -29,18 +29,25 @@ def annotate_ranges(
     max_length: int = 0,
     *,
     tables: bool = True,
+    pad: int = -1,
 ) -> None:
     """Set meta["range"] of every float value, and what dialect calls measure (`Op.measure`).
 
     Runs each token sequence through the graph in the clear: most of it as a prompt, the last
     tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
     extreme rows follow as two more sequences, and single tokens at the most extreme positions below
-    `max_length`; without `tables`, nothing follows. meta["range"] is the smallest and the largest
+    `max_length`; without `tables`, nothing follows. pad: the token that prompts are padded with, if
+    they are: then each sequence is also run behind as many of these as fit. meta["range"] is the smallest and the largest
     number of a value. Values of residual streams also get meta["columns"], the smallest and the
     largest number of each column. Requires meta["vis"]. Raises CompileError that names the first
     secret value that is not finite.
     """
     recorder = _Recorder(graph_module)
+    if pad >= 0:
+        for sequence in sequences:
+            tokens = as_pair(sequence).answer
+            pads = min(len(tokens), (max_length or 2 * len(tokens)) - len(tokens))
+            replay(recorder, inputs, [(*[pad] * pads, *tokens)], decoded=_DECODED, pads=pads)
     if not tables:
         replay(recorder, inputs, sequences, decoded=_DECODED)
         return
@@ -61,15 +68,15 @@ def _visit(
 ) -> None:
     """Run one token at a position, after a cache of zeros; without a cache, after itself. The
     source of an encoder-decoder ends at that position, too."""
-    *source, ids, caches = fed(inputs, prompt(recorder.module, inputs, [token]))
+    *source, ids, caches, more = fed(inputs, prompt(recorder.module, inputs, [token]))
     source = [text.expand(1, position + 1) for text in source]
     if not caches:
         ids = ids.expand(1, position + 1)
-    specs = inputs[len(inputs) - len(caches) :]
+    specs = [spec for spec in inputs if spec.vis is Vis.SHARED]
     sizes = [[position if isinstance(s, str) else s for s in spec.shape] for spec in specs]
     past = [cache.new_zeros(()).expand(size) for cache, size in zip(caches, sizes, strict=True)]
     with torch.inference_mode():
-        recorder.run(*source, ids, *past)
+        recorder.run(*source, ids, *past, *more)
 
 
 def replay(
@@ -77,40 +84,48 @@ def replay(
     inputs: Sequence[InputSpec],
     sequences: Sequence[Sample],
     decoded: int = 0,
+    pads: int = 0,
 ) -> None:
     """Run each sequence through a graph in the clear, with an interpreter that records values.
 
     The last `decoded` tokens are fed one by one, with the cache of the tokens before, which are fed
     as a prompt. An encoder-decoder answers each sequence by the sequence itself, and the source of
-    a pair by its answer.
+    a pair by its answer. pads: how many of the first tokens are padding, in a program that takes
+    this number.
     """
     for sequence in sequences:
-        *source, ids, caches = fed(inputs, prompt(interpreter.module, inputs, sequence))
+        given = prompt(interpreter.module, inputs, sequence, pads)
+        *source, ids, caches, more = fed(inputs, given)
         size = ids.shape[1]
         cut = max(1, size - decoded) if caches else size
         pieces = [ids[:, :cut], *(ids[:, i : i + 1] for i in range(cut, size))]
         with torch.inference_mode():
             for piece in pieces:
-                found = interpreter.run(*source, piece, *caches)
+                found = interpreter.run(*source, piece, *caches, *more)
                 caches = list(found[1 : 1 + len(caches)])
 
 
 def fed(inputs: Sequence[InputSpec], given: Sequence[torch.Tensor]) -> list[Any]:
-    """A graph's inputs as texts, one after the other, and a list of caches."""
-    texts = sum(spec.vis is Vis.CLIENT for spec in inputs)
-    return [*given[:texts], list(given[texts:])]
+    """A graph's inputs as texts, one after the other, a list of caches, and a list of the rest."""
+    texts = sum(map(is_text, inputs))
+    caches = texts + sum(spec.vis is Vis.SHARED for spec in inputs)
+    return [*given[:texts], list(given[texts:caches]), list(given[caches:])]
 
 
-def prompt(module: Any, inputs: Sequence[InputSpec], sample: Sample) -> list[torch.Tensor]:
+def prompt(
+    module: Any, inputs: Sequence[InputSpec], sample: Sample, pads: int = 0
+) -> list[torch.Tensor]:
     """A graph's inputs for a whole sample: the tokens [1, N], and empty caches. A sequence is the
-    source of an encoder-decoder, and what it has answered as well."""
+    source of an encoder-decoder, and what it has answered as well. pads: see `replay`."""
     pair = as_pair(sample)
-    texts = iter([pair.source, pair.answer][-sum(spec.vis is Vis.CLIENT for spec in inputs) :])
+    texts = iter([pair.source, pair.answer][-sum(map(is_text, inputs)) :])
     dtype = next((p.dtype for p in module.parameters()), None)
     dtype = dtype or next(b.dtype for b in module.buffers() if b.is_floating_point())
     return [
-        torch.tensor([list(next(texts))], dtype=torch.int64)
-        if spec.vis is Vis.CLIENT
+        torch.tensor([pads])
+        if spec.name == PADS
+        else torch.tensor([list(next(texts))], dtype=torch.int64)
+        if is_text(spec)
         else torch.zeros([0 if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
         for spec in inputs
     ]

@@ -79,7 +79,7 @@ class Pass(PassBase):
 
     stage, after: where in the order it runs; `after` names passes of the same stage or of an
     earlier one. exact: whether the graph still computes the same function; a lossy pass runs only
-    on request.
+    on request. option: the option of a compile (`CompileConfig`) without which it does not run.
 
     A subclass that implements `run` without a stage of STAGES, or without a summary, raises
     CompileError where it is defined.
@@ -114,6 +114,7 @@ class Pass(PassBase):
     stage: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
+    option: ClassVar[str] = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

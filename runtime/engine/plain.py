@@ -20,9 +20,11 @@ from mergec.runtime.program.encoding import refs
 from mergec.runtime.program.program import (
     DECODE,
     FINISH,
+    PADS,
     PROMPT,
     Ref,
     RoleProgram,
+    is_text,
     needed,
     phase_of,
 )
@@ -63,6 +65,7 @@ class PlainExecutor:
             for c in program.constants
             if c.vis is not Vis.PUBLIC and self._tensors[c.name].is_floating_point()
         ]
+        self._unpadded = {PADS: self._ids([0])[0]} if program.pads else {}
         self._dtype = floating[0] if floating else torch.get_default_dtype()
 
     def start(self) -> dict[str, torch.Tensor]:
@@ -81,8 +84,12 @@ class PlainExecutor:
     def step(
         self, inputs: dict[str, torch.Tensor], outputs: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Run the part from `inputs` to `outputs`, by default the program's; return these."""
+        """Run the part from `inputs` to `outputs`, by default the program's; return these.
+
+        Without the number of padded tokens, there are none.
+        """
         wanted = self.program.outputs if outputs is None else outputs
+        inputs = {**self._unpadded, **inputs}
         values: dict[str, Any] = {**self._tensors, **inputs}
         for position in needed(self._defined, inputs, wanted):
             item = self.program.instructions[position]
@@ -106,7 +113,7 @@ class PlainExecutor:
 
         begun: how many tokens of the prompt are in caches, and these.
         """
-        *_, tokens = [spec.name for spec in self.program.inputs if spec.vis is Vis.CLIENT]
+        *_, tokens = [spec.name for spec in self.program.inputs if is_text(spec)]
         inputs = self.program.phase(DECODE).inputs
         following = {spec.name: spec.cache_output for spec in inputs if spec.cache_output}
         (logits,) = [name for name in self.program.outputs if name not in following.values()]

@@ -15,7 +15,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.op import LAST, Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_FRAC, Cost
-from mergec.runtime.core.values import Masked, Shared, encode
+from mergec.runtime.core.values import Held, Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
 from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.ops.softmax import too_far_apart
@@ -42,6 +42,7 @@ from mergec.runtime.protocols.rows import (
     SLOTS,
     exponentials,
     exponentials_cost,
+    hiding,
     inverse,
     reach_of_rows,
     shift_of_many,
@@ -116,6 +117,11 @@ class Attention(ScoredAttention):
     bias: what is added to the scores and is not public, such as the relative position bias of T5:
     known to the server, or shared. It broadcasts to [B, H, N, L], and takes no message.
 
+    pads: int64 [1], held by the client: so many keys, the first ones, get no weight. The client
+    subtracts `rows.hiding` from its own share of their scores, so this takes no message, and shapes
+    and messages are those of any other number. Scores must be at most half as far apart for it. A
+    row in which every key is hidden attends to them as if none was.
+
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
     Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, 2 for slots,
     or 3 for slots by digits; two more for a cap, and one if the scale is so small that the scores
@@ -133,9 +139,9 @@ class Attention(ScoredAttention):
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
-        "str shift='pairs', Tensor? bias=None, int reach=0) -> Tensor"
+        "str shift='pairs', Tensor? bias=None, int reach=0, Tensor? pads=None) -> Tensor"
     )
-    operands = {**ScoredAttention.operands, "bias": "fixed"}
+    operands = {**ScoredAttention.operands, "bias": "fixed", "pads": "held"}
 
     @staticmethod
     def reference(
@@ -148,8 +154,9 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: torch.Tensor | None = None,
         reach: int = 0,
+        pads: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weights = Attention.probabilities(q, k, mask, scale, softcap, shift, bias)
+        weights = Attention.probabilities(q, k, mask, scale, softcap, shift, bias, reach, pads)
         return plain_weighted_sum(weights, v)
 
     @staticmethod
@@ -161,6 +168,7 @@ class Attention(ScoredAttention):
             Case([*_longer_operands(make), 0.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             Case([*_longer_operands(make), 20.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             *_biased_cases(make),
+            *_padded_cases(make),
             *(
                 Case([*_longer_operands(make), 0.0, way], 3e-4, forms={"mask": PUBLIC})
                 for way in (*SHIFTS, *SLOTS, *BROAD)
@@ -180,10 +188,13 @@ class Attention(ScoredAttention):
         softcap: float = 0.0,
         shift: str = PAIRS,
         bias: torch.Tensor | None = None,
+        reach: int = 0,
+        pads: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """How much each token attends to each other one, [B, H, N, L], in the clear."""
         scores = plain_scores(q, k, scale, softcap)
-        for term in (mask, bias):
+        hidden = None if pads is None else _hidden(pads, k.shape[-2], reach).to(scores)
+        for term in (mask, bias, hidden):
             scores = scores if term is None else scores + term
         return torch.softmax(scores, -1)
 
@@ -199,7 +210,9 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: torch.Tensor | None = None,
         reach: int = 0,
+        pads: torch.Tensor | None = None,
     ) -> dict[str, float]:
+        # Hidden scores count: `hiding` is about all scores of a row before some are hidden.
         found, valid = counted_scores(q, k, mask, scale, softcap)
         found = found if bias is None else found + bias
         spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
@@ -211,11 +224,18 @@ class Attention(ScoredAttention):
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {"reach": reach_of_rows(measured.get("score_spread", math.inf))}
+        spread = measured.get("score_spread", math.inf)
+        return {"reach": reach_of_rows(spread, arguments.get("pads") is not None)}
 
     @classmethod
     def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
         largest = measured.get("largest_value", 0.0)
+        spread, limit = measured.get("score_spread", 0.0), hiding(0)[1]
+        if arguments.get("pads") is not None and spread > limit:
+            return (
+                f"the scores of a row are {spread:.3g} apart in calibration; with pad_prompt its "
+                f"protocol supports up to {limit:g}"
+            )
         if largest * 2.0**RANGE_MARGIN_BITS <= _LARGEST_VALUE:
             return super().refusal(measured, arguments)
         return (
@@ -235,6 +255,7 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: Any = None,
         reach: int = 0,
+        pads: Any = None,
     ) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both.
 
@@ -255,6 +276,7 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: Any = None,
         reach: int = 0,
+        pads: Any = None,
     ) -> Iterable[dict[str, Any]]:
         return shift_supplies(shift)
 
@@ -270,6 +292,7 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: Any = None,
         reach: int = 0,
+        pads: Any = None,
         *,
         fixed: int,
     ) -> Cost:
@@ -296,6 +319,7 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: Any = None,
         reach: int = 0,
+        pads: Any = None,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
@@ -309,6 +333,9 @@ class Attention(ScoredAttention):
             words = to_device(encode(added, found.frac), found.share.device, "public")
             found.share = found.share + ctx.public(words)
         found = biased(ctx, found, bias, q, k)
+        if pads is not None:
+            hidden = Held(pads.vis, _hidden(pads.value, k.shape[-2], reach))
+            found = biased(ctx, found, hidden, q, k)
         way = _way(q, k, shift)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(v.shape[-2], way)
@@ -331,8 +358,11 @@ class Attention(ScoredAttention):
         shift: str = PAIRS,
         bias: Any = None,
         reach: int = 0,
+        pads: Any = None,
     ) -> Any:
-        """CrypTen's matrix products and softmax."""
+        """CrypTen's matrix products and softmax. Raises NotImplementedError for hidden keys."""
+        if pads is not None:
+            raise NotImplementedError("CrypTen's exponential is none of scores as low as that")
         scores = stock_scores(q, k, scale, softcap)
         if mask is not None:
             # CrypTen's exponential is zero from -100 to -400, and explodes beyond -512.
@@ -392,6 +422,34 @@ def _biased_cases(make: Sampler) -> list[Case]:
         Case([q, k, v, None, scale, 0.0, HISTOGRAM, bias], 3e-4, forms={"bias": "held"}),
         Case([q, k, v, None, scale, 0.0, PAIRS, bias[:, :, :1]], 3e-4),
         Case([*few, 0.5, 0.0, PAIRS, make.small(1, 4, 3, 5)], stock=1e-2, forms=held),
+    ]
+
+
+def _padded_cases(make: Sampler) -> list[Case]:
+    """Keys that the client hides, for every way to find the shift: none, some, and all that the
+    first row sees; with a bias, a cap, few rows and many."""
+    (q, k, v, mask, scale, _), *_ = sample_operands(make)
+    q, bias = q / 4, make.normal(1, 6, 4, 9) / 4
+    rest = [PAIRS, None, 0]
+    long = _longer_operands(make)
+    long[0] = long[0] / 8
+    many = [make.normal(1, 2, 12, 8), make.normal(1, 1, 30, 8), make.normal(1, 1, 30, 8)]
+    causal = torch.full((1, 1, 12, 30), torch.finfo(torch.float32).min).triu(19)
+    ways = {name: int(name.split("-")[1]) for name in (*SLOTS, *BROAD)}
+
+    def padded(operands: list[Any], pads: int, **held: str) -> Case:
+        forms = {"mask": PUBLIC, **held}
+        return Case([*operands, torch.tensor([pads])], 3e-4, forms=forms)
+
+    return [
+        *(padded([q, k, v, mask, scale, 0.0, *rest], pads) for pads in (0, 3, 5, 6, 7)),
+        padded([q, k, v, mask, scale, 0.0, PAIRS, bias, 0], 4, bias="held"),
+        padded([q, k, v, mask, scale, 20.0, *rest], 4),
+        padded([q, k, v, None, scale, 0.0, *rest], 2),
+        *(padded([*long, 0.0, way, None, 0], 17) for way in SHIFTS),
+        *(padded([*long, 0.0, way, None, bits], 17) for way, bits in ways.items()),
+        *(padded([*many, causal, 0.25, 0.0, f"broad-{n}", None, n], 9) for n in (6, 9)),
+        padded([*many, causal, 0.25, 0.0, HISTOGRAM, None, 0], 9),
     ]
 
 
@@ -481,6 +539,12 @@ def biased(ctx: Context, found: Shared, bias: Any, q: Masked, k: Masked) -> Shar
         return found
     own = as_share(ctx, bias, found.frac).expand(*q.shape[:-1], k.shape[-2])
     return Shared(found.share + own.reshape(found.share.shape), found.frac)
+
+
+def _hidden(pads: torch.Tensor, length: int, reach: int) -> torch.Tensor:
+    """What is added to the scores of keys [length], so that the first `pads` of them are hidden."""
+    places = torch.arange(length, device=pads.device)
+    return (places < pads).to(torch.float64) * -hiding(reach)[0]
 
 
 def _natural_frac(q: Masked, k: Masked, scale: float) -> int:

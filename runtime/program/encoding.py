@@ -66,6 +66,8 @@ def program_hash(program: RoleProgram, version: int | None = None) -> str:
         shared["generation"] = manifest.generation.to_dict()
     if program.encodes:
         shared["answer_start"] = manifest.answer_start
+    if program.pads:
+        shared["pad_token"] = manifest.pad_token
     return hashlib.sha256(canonical(shared)).hexdigest()
 
 

@@ -62,6 +62,8 @@ class Manifest:
     """The checkpoint's generation settings."""
     answer_start: int = -1
     """The token that every answer of an encoder-decoder begins with; -1 for a decoder."""
+    pad_token: int = -1
+    """The token that the client pads prompts with; -1 if the program takes no padding."""
     tokenizer: str = ""
     """SHA-256 of the client's tokenizer and chat template (`tokenizer_digest`); empty if there is
     no tokenizer."""
@@ -143,6 +145,11 @@ class Manifest:
         if self.answer_start < -1 or 0 < self.vocab_size <= self.answer_start:
             raise BundleError(
                 f"the manifest's answer_start is {cut(self.answer_start)}, which is not in the "
+                f"vocabulary of {self.vocab_size}"
+            )
+        if self.pad_token < -1 or 0 < self.vocab_size <= self.pad_token:
+            raise BundleError(
+                f"the manifest's pad_token is {cut(self.pad_token)}, which is not in the "
                 f"vocabulary of {self.vocab_size}"
             )
         if not 0 <= self.speculate_up_to <= MAX_DRAFTS:
@@ -232,7 +239,7 @@ _KINDS = {
 _SINCE_2 = ("logit_noise", "medusa", "rounding", "speculate_up_to", "tokenizer")
 """Fields that manifests of version 1 lack; their defaults hold there."""
 
-_OPTIONAL = ("answer_start",)
+_OPTIONAL = ("answer_start", "pad_token")
 """Fields that a manifest holds only if they are not at their defaults."""
 
 _ITEMS: dict[str, type] = {"stop_tokens": int, "passes": dict}

@@ -60,6 +60,16 @@ class InputSpec:
     alone ("sent"), or not at all ("share")."""
 
 
+PADS = "pads"
+"""The input by which the client says how many tokens at the beginning of the text are padding: one
+number, which only the client knows. Programs have it by `CompileConfig.pad_prompt` alone."""
+
+
+def is_text(spec: InputSpec) -> bool:
+    """Whether an input is tokens, which the client holds."""
+    return spec.vis is Vis.CLIENT and spec.name != PADS
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A constant: a weight (server, or shared) or a table that all know (public)."""
@@ -126,6 +136,11 @@ class RoleProgram:
     def encodes(self) -> bool:
         """Whether it is an encoder-decoder: the prompt is a source text of its own."""
         return bool(self.phases) and any("source" in spec.shape for spec in self.inputs)
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts may be padded on the left, by as much as only the client knows."""
+        return any(spec.name == PADS for spec in self.inputs)
 
     def phase(self, name: str) -> Phase:
         """A phase by its name; the whole program if it has no phases."""

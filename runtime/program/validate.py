@@ -18,6 +18,7 @@ from mergec.runtime.program.generation_settings import cut
 from mergec.runtime.program.program import (
     DECODE,
     FINISH,
+    PADS,
     PROMPT,
     Instruction,
     Ref,
@@ -42,6 +43,7 @@ def validate(program: RoleProgram, where: str) -> None:
         raise BundleError(f"{where}: unknown role {program.role!r}; one of {', '.join(ROLES)}")
     _check_tensors(program, where)
     known = _check_values(program, where)
+    _check_padding(program, where)
     _check_revealed(program, where)
     for output in program.outputs:
         if output not in known:
@@ -62,6 +64,22 @@ def validate(program: RoleProgram, where: str) -> None:
                         f"{where}: {name!r} is {vis.value}, but caches are shared; do not use it, "
                         f"{RECOMPILE}"
                     )
+
+
+def _check_padding(program: RoleProgram, where: str) -> None:
+    """The number of padded tokens is the client's, and the manifest says that there is one."""
+    for spec in program.inputs:
+        held = (spec.vis, dtype_name(spec.dtype), spec.shape, spec.cache_output)
+        if spec.name == PADS and held != (Vis.CLIENT, "int64", (1,), None):
+            raise BundleError(
+                f"{where}: the input {PADS!r} is not one number of the client's; do not use it, "
+                f"{RECOMPILE}"
+            )
+    if program.pads != (program.manifest.pad_token >= 0) or (program.pads and program.phases):
+        raise BundleError(
+            f"{where}: the manifest's pad_token is {program.manifest.pad_token}, which does not "
+            f"fit the inputs; {RECOMPILE}"
+        )
 
 
 def _check_revealed(program: RoleProgram, where: str) -> None:

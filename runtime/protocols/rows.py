@@ -35,6 +35,10 @@ MAX_SPREAD = 32_000.0
 """Largest difference between scores of a row; their absolute position does not matter."""
 
 _START, _STEP_BITS, _END_BITS = -13.75, 14, 16
+
+HIDDEN_GAP = 40.0
+"""A score that only the client hides is at least this far below its row's maximum (`hiding`)."""
+
 _EXP = saturating(np.exp, _START, 64, _STEP_BITS, 58, _END_BITS, left=Tail(0, 0.0), right=None)
 
 
@@ -166,10 +170,31 @@ def shift_of_many(name: str, length: int) -> str:
     return chosen.many
 
 
-def reach_of_rows(spread: float) -> int:
-    """The fewest bits of `SLOTS` for rows that calibration saw spread that far; 0 if too far."""
+def reach_of_rows(spread: float, hides: bool = False) -> int:
+    """The fewest bits of `SLOTS` for rows that calibration saw spread that far; 0 if too far.
+
+    hides: whether the client may hide scores besides (`hiding`).
+    """
     needed = spread * 2.0**RANGE_MARGIN_BITS
-    return next((bits for bits in _REACHES if needed <= 2.0**bits - 4), 0)
+    rooms = {bits: hiding(bits)[1] if hides else 2.0**bits - 4 for bits in _REACHES}
+    return next((bits for bits, room in rooms.items() if needed <= room), 0)
+
+
+def hiding(reach: int) -> tuple[float, float]:
+    """What the client subtracts from a score to hide it, and how far a row may spread before that.
+
+    reach: bits of the row's `SLOTS` or `BROAD`; 0 where the row may spread by `MAX_SPREAD`.
+
+    With d for the first number, s for the second and w for how far `exponentials` lets valid scores
+    be apart, d + s = w and d - s = `HIDDEN_GAP`. Where scores of a row are at most s apart before
+    some of them are hidden, they are at most w apart afterwards. And let m be the largest score of
+    those that are not hidden. A hidden one is at most m + s - d = m - 40. The shift c is above
+    m - 4, so it is at most c - 36. There every table but those of `BROAD` returns zero (see
+    `exponentials`). Those return one unit with a probability of at most e**-36 * 2**17, which is
+    below 2**-34, and else zero. If all scores of a row are hidden, the softmax is as without.
+    """
+    within = 2.0**reach - 4 if reach else MAX_SPREAD
+    return (within + HIDDEN_GAP) / 2, (within - HIDDEN_GAP) / 2
 
 
 def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:

@@ -34,6 +34,10 @@ class PlainSession(Session):
     def traffic(self) -> Traffic:
         return Traffic()
 
+    @property
+    def _device(self) -> torch.device:
+        return self._executor.device
+
     def _start(self) -> dict[str, Any]:
         return dict(self._executor.start())
 

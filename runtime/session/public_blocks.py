@@ -30,7 +30,7 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.trees import Trees
-from mergec.runtime.program.program import RoleProgram
+from mergec.runtime.program.program import RoleProgram, is_text
 from mergec.runtime.session.conversations import Place, public_source
 from mergec.runtime.session.public_text import (
     MOST_PREFIXES,
@@ -350,5 +350,5 @@ def _after(
     plain: PlainExecutor, caches: Mapping[str, torch.Tensor], names: Sequence[str]
 ) -> dict[str, Any]:
     """These values of a step of one token after caches."""
-    (given,) = [spec.name for spec in plain.program.inputs if spec.vis is Vis.CLIENT]
+    (given,) = [spec.name for spec in plain.program.inputs if is_text(spec)]
     return plain.step({given: torch.zeros((1, 1), dtype=torch.int64), **caches}, names)

@@ -20,7 +20,7 @@ from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.values import encode
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.json_values import is_a
-from mergec.runtime.program.program import InputSpec, RoleProgram
+from mergec.runtime.program.program import InputSpec, RoleProgram, is_text
 from mergec.runtime.session.conversations import common_length
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def plain_rows(
 ) -> dict[str, torch.Tensor]:
     """Cache rows of tokens in the clear, by the caches' names; begun: those of tokens before."""
     caches = [spec for spec in plain.program.inputs if spec.cache_output is not None]
-    (given,) = [spec.name for spec in plain.program.inputs if spec.vis is Vis.CLIENT]
+    (given,) = [spec.name for spec in plain.program.inputs if is_text(spec)]
     ids = torch.tensor([list(tokens)], dtype=torch.int64)
     outputs = [spec.cache_output for spec in caches if spec.cache_output is not None]
     found = plain.step({given: ids, **plain.start(), **(begun or {})}, outputs)

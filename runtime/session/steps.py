@@ -28,8 +28,18 @@ from mergec.runtime.engine.rehearsal import (
 )
 from mergec.runtime.engine.trees import LINE, Branches, Trees, check_parents, is_path
 from mergec.runtime.kernels.spread import pick_rows
+from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.ops.cache_append import appended, make_room
-from mergec.runtime.program.program import DECODE, FINISH, InputSpec, Phase, RoleProgram, phase_of
+from mergec.runtime.program.program import (
+    DECODE,
+    FINISH,
+    PADS,
+    InputSpec,
+    Phase,
+    RoleProgram,
+    is_text,
+    phase_of,
+)
 from mergec.runtime.protocols.public_text import enter
 from mergec.runtime.session.ahead import Ahead, Prepared
 from mergec.runtime.session.conversations import Place, block_marks, public_source
@@ -43,6 +53,9 @@ if TYPE_CHECKING:
 
 
 NO_TREES = "CrypTen's stock protocols check drafts in a line; draft without trees"
+
+_GHOST = torch.empty(1, dtype=torch.int64, device="meta")
+"""Stands for a number that only the client knows."""
 
 _CANDIDATES = 4
 """Tokens of each head that may be drafted from."""
@@ -131,7 +144,7 @@ class Session(ABC):
     def __init__(self, program: RoleProgram) -> None:
         self.program = program
         self.party = ROLES.index(program.role)
-        tokens = [spec for spec in program.inputs if spec.vis is Vis.CLIENT]
+        tokens = [spec for spec in program.inputs if is_text(spec)]
         self.cache_specs = [spec for spec in program.inputs if spec.cache_output is not None]
         self._passed_on = self.cache_specs
         """The caches that a step leaves to the next one: also those of cross-attention."""
@@ -141,7 +154,7 @@ class Session(ABC):
         following = {spec.cache_output for spec in self._passed_on}
         logits = [name for name in program.outputs if name not in following]
         texts = 1 + program.encodes
-        others = len(program.inputs) - len(self.cache_specs)
+        others = len(program.inputs) - len(self.cache_specs) - program.pads
         if len(tokens) != texts or len(logits) != 1 or others != texts:
             raise BundleError(
                 "the program is not a decoder step of tokens and caches to logits; compile again"
@@ -151,6 +164,8 @@ class Session(ABC):
         self.length = 0
         """Number of tokens in the caches; 0 without caches. Of an encoder-decoder: tokens of the
         source, and those of the answer that were generated and are in the caches."""
+        self.pads = 0
+        """At the client: how many tokens at the beginning of the text are padding."""
         self.source = 0
         """Number of tokens that the encoder of an encoder-decoder read."""
         self.rehearsal: Rehearsal | None = None
@@ -380,7 +395,7 @@ class Session(ABC):
         parents: tuple[int, ...] = (),
     ) -> dict[str, Any]:
         """The outputs of a step that continues the caches as they are."""
-        first = {phase.inputs[0].name: self._first(new, ids)}
+        first = {phase.inputs[0].name: self._first(new, ids), **self._padding()}
         if parents:
             first |= self._trees.values(parents, past, partial(self._line, phase))
         if self.program.encodes and past == 0:
@@ -432,6 +447,18 @@ class Session(ABC):
     def _first(self, new: int, ids: Sequence[int] | None) -> Any:
         """The first input of a step: tokens, or the hidden state of the previous step."""
         return self._hidden[-1] if self._hidden else self._held(new, ids)
+
+    def _padding(self) -> dict[str, Held]:
+        """The number of padded tokens, if the program takes it."""
+        if not self.program.pads:
+            return {}
+        value = torch.tensor([self.pads]) if self.party == CLIENT else _GHOST
+        return {PADS: Held(Vis.CLIENT, to_device(value, self._device, "input"))}
+
+    @property
+    def _device(self) -> torch.device:
+        """Where this party computes."""
+        return torch.device("cpu")
 
     def _held(self, new: int, ids: Sequence[int] | None) -> Held:
         """Tokens that the client knows."""
@@ -499,6 +526,10 @@ class MergecSession(Session):
             self.rehearsal = Rehearsal(executor.program)
         self._step: tuple[int, int, Draw, int, tuple[int, ...], int] | None = None
         self._rounds: Rounds | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        return self._executor.context.device
 
     @property
     def salt(self) -> bytes:
@@ -707,11 +738,11 @@ class MergecSession(Session):
         if not split:
             return super()._compute(phase, new, past, ids, parents)
         name, tokens = phase.inputs[0].name, list(ids or ())
-        first = {name: self._held(split, tokens[:split]), **self._caches}
+        first = {name: self._held(split, tokens[:split]), **self._padding(), **self._caches}
         later = ghost_inputs(phase, new - split, past + split)
         shapes = {spec.name: later[spec.name].opened for spec in self.cache_specs}
         known = self._executor.plan.lengths(shapes)
-        second = {name: self._held(new - split, tokens[split:]), **known}
+        second = {name: self._held(new - split, tokens[split:]), **self._padding(), **known}
         handed = {spec.name: spec.cache_output or "" for spec in self.cache_specs}
         return self._executor.pieces(first, second, handed, phase.outputs, self._rounds)
 
