@@ -24,6 +24,7 @@ from mergec.runtime.cli import (
     Expected,
     MaxTokens,
     Overlap,
+    PadPrompt,
     PromptPiece,
     PublicBlocks,
     PublicPrompt,
@@ -119,6 +120,13 @@ class CompileOptions:
             max=MAX_DRAFTS,
         ),
     ] = None
+    pad_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--pad-prompt",
+            help="Let `--pad-prompt` of a client hide how long a prompt is.",
+        ),
+    ] = False
     enable: Annotated[
         list[str] | None, typer.Option(help="Run this lossy pass, too; may be repeated.")
     ] = None
@@ -370,6 +378,7 @@ def run_command(
     public_block: PublicBlocks = None,
     prompt_piece: PromptPiece = 0,
     overlap: Overlap = True,
+    pad_prompt: PadPrompt = None,
     tokenizer: Tokenizer = None,
     expect: Expected = None,
     check_plaintext: Annotated[
@@ -401,6 +410,7 @@ def run_command(
         public_blocks=read_blocks(public_block),
         prompt_piece=prompt_piece,
         overlap=overlap,
+        pad_prompt=pad_prompt or 0,
         **asdict(choice),
         **asdict(drafting),
     )

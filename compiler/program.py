@@ -431,6 +431,7 @@ class Program:
         public_blocks: Sequence[str | Sequence[int]] = (),
         prompt_piece: int = 0,
         overlap: bool = True,
+        pad_prompt: int = 0,
         on_text: Callable[[str], object] = _quiet,
     ) -> Answer:
         """Run client, server and dealer as three processes on this machine.
@@ -474,6 +475,9 @@ class Program:
                 that a long prompt takes; 0 for any number.
             overlap: let the two halves of a prompt overlap where the program's network is slow: one
                 is computed while the other's messages travel.
+            pad_prompt: pad the prompt on the left to the next multiple of this number, or to as
+                many tokens as fit, so that server and dealer learn no more of its length. The
+                answer stays the same. The program must have been compiled with `pad_prompt`.
             on_text: called with each piece of the answer's text as it comes.
 
         Returns:
@@ -486,6 +490,7 @@ class Program:
         check = Arguments(PromptError)
         max_tokens = check.whole("max_tokens", max_tokens, 1)
         prompt_piece = check.whole("prompt_piece", prompt_piece, 0)
+        pad_prompt = check.whole("pad_prompt", pad_prompt, 0)
         check.choice("mode", mode, MODES)
         check.text("device", device)
         ranks = check.whole("ranks", ranks, 1)
@@ -542,6 +547,7 @@ class Program:
             blocks=blocks,
             prompt_piece=prompt_piece,
             overlap=overlap,
+            pad_prompt=pad_prompt,
             on_token=stream.token if stream is not None else None,
         )
         return Answer(

@@ -215,6 +215,17 @@ Overlap = Annotated[
         "while the other's messages travel."
     ),
 ]
+PadPrompt = Annotated[
+    int | None,
+    typer.Option(
+        "--pad-prompt",
+        metavar="N",
+        help="Pad prompts to the next multiple of N tokens, or to as many as fit, so that server "
+        "and dealer learn no more of their lengths; answers stay the same, and no prompt continues "
+        "another one's caches. Needs a program that was compiled with --pad-prompt.",
+        min=1,
+    ),
+]
 PrepareDisk = Annotated[
     str,
     typer.Option(
@@ -322,6 +333,7 @@ class SessionOptions(ClientOptions):
     reuse: Reuse = True
     prompt_piece: PromptPiece = 0
     overlap: Overlap = True
+    pad_prompt: PadPrompt = None
 
     def public(self) -> str | None:
         """The public text, if one is given."""
@@ -350,6 +362,7 @@ class SessionOptions(ClientOptions):
             reuse=self.reuse,
             prompt_piece=self.prompt_piece,
             overlap=self.overlap,
+            pad_prompt=self.pad_prompt or 0,
             ahead=ahead,
             on_notice=lambda told: err.print(told, style="dim", soft_wrap=True),
             dealer=address(self.dealer) if store is None else None,

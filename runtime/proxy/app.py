@@ -303,7 +303,7 @@ class Endpoint:
                 param="logprobs",
                 code="unsupported_value",
             )
-        tokens = self._tokens(wanted, len(ids))
+        tokens = self._tokens(wanted, self._sessions.padded(len(ids)))
         sampling = wanted.sampling(self._temperature)
         job = self._sessions.ask(ids, blocks, max_tokens=tokens, sampling=sampling)
         reader = Reader(self._text, wanted.stop or (), best, after)

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 from typing import Any
 
-from mergec.runtime.core.errors import BundleError, PartyError
+from mergec.runtime.core.errors import BundleError, PartyError, PromptError
 from mergec.runtime.proxy.errors import LIMITED, ApiError
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.observe import PartyMetrics
@@ -128,6 +128,16 @@ class Sessions:
     ) -> list[int]:
         """Tokens of a conversation; likewise. Raises PromptError as `Connection.encode_chat`."""
         return self._first.encode_chat(messages, blocks)
+
+    def padded(self, length: int) -> int:
+        """The tokens that a prompt of this length has with its padding, if it leaves any room.
+
+        What a request may ask for follows from it, as that is told to the server.
+        """
+        try:
+            return self._first.padded(length)
+        except PromptError:
+            return length
 
     def ask(self, prompt: Sequence[int], blocks: Sequence[int] = (), **options: Any) -> Job:
         """Answer a prompt as soon as a session is free.

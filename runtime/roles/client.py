@@ -49,6 +49,7 @@ from mergec.runtime.session.handshake import (
     read_token,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.padding import check_padding, padded_length
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_blocks import block_tokens, frame, place_of, texts_of
 from mergec.runtime.session.public_text import (
@@ -109,6 +110,7 @@ class Connection:
         prompt_piece: int = 0,
         overlap: bool = True,
         ahead: AheadPlan | None = None,
+        pad_prompt: int = 0,
         on_notice: Callable[[str], object] = lambda _: None,
     ) -> None:
         """Prepare a connection; `open` connects.
@@ -132,12 +134,25 @@ class Connection:
         the other's messages travel, where that is faster by the cost model. ahead: what the dealer
         deals while the session waits for a prompt, so that the answer does not wait for it; raises
         MergecError with a store, or without reuse. on_notice: called with a line about that, at the
-        beginning of an answer. ranks: processes that share the masked weights and the caches; they
+        beginning of an answer. pad_prompt: pad each prompt on the left to the next multiple of this
+        number, or to as many tokens as fit, so that server and dealer learn no more of its length;
+        0 for no padding. Then each prompt is computed as a whole, and none begins with public text.
+        Raises PromptError if the program takes no padding. ranks: processes that share the masked weights and the caches; they
         end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(
                 "randomness comes from either a dealer or a store; give exactly one of them"
+            )
+        if pad_prompt and (public_prefixes or public_blocks):
+            raise PromptError(
+                "padding would stand between the public text and the rest of a prompt, and move "
+                "them apart; leave out either pad_prompt or the public text"
+            )
+        if pad_prompt and ahead is not None:
+            raise MergecError(
+                "steps are dealt ahead for prompts that continue caches, and with pad_prompt none "
+                "does; leave one of them out"
             )
         if ahead is not None and (store is not None or not reuse):
             raise MergecError(
@@ -155,6 +170,8 @@ class Connection:
             expect(self.program.manifest, expected, tokenizer is not None)
         if tokenizer is not None:
             self.text = Text.given(tokenizer)
+        check_padding(pad_prompt, self.program.manifest)
+        self._pad = pad_prompt
         self._head, self._public_chat = "", public_chat
         self._blocks: list[int] = []
         """The numbers of the blocks among the session's public texts."""
@@ -177,7 +194,8 @@ class Connection:
         self._pulse = Pulse()
         self._session: MergecSession | None = None
         self._opened: tuple[tuple[object, ...], Speculation | None] | None = None
-        self._reuse, self._piece = reuse, prompt_piece
+        # Where a prompt departs from an earlier one would tell lengths.
+        self._reuse, self._piece = reuse and not pad_prompt, prompt_piece
         self._overlap = overlap and store is None
         self._ahead, self._on_notice = ahead, on_notice
         self._preparer: Preparer | None = None
@@ -569,7 +587,8 @@ class Connection:
                 raise PromptError(
                     "stored randomness does not support top-k; set it to 0, or use the dealer"
                 )
-            first, schedule = self._begin(session, channels[0], len(ids), max_tokens)
+            length = self.padded(len(ids), max_tokens)
+            first, schedule = self._begin(session, channels[0], length, max_tokens)
             place, cached = self._place(session, ids, combined)
             ahead = self._dealt_ahead(place, cached, len(ids), draw)
             session.turn_to(place)
@@ -605,6 +624,7 @@ class Connection:
                 fixed_length=fixed_length,
                 speculation=speculation,
                 planned=0 if schedule is None else schedule.end,
+                pads=length - len(ids),
             )
             # Closed before anything else is sent: that ends the answer at the other roles.
             with closing(self._whole_steps(tokens)) as whole_steps:
@@ -745,6 +765,20 @@ class Connection:
                 f"this store was prepared for speculate_fixed={planned.fixed:g} and "
                 f"speculate_tokens={planned.drafts}; give these, with what drafts, or another store"
             )
+
+    def padded(self, length: int, max_tokens: int = 1) -> int:
+        """The tokens that a prompt of this length has with its padding, before so many more.
+
+        Raises PromptError if prompt and answer are longer than program and server allow.
+        """
+        limits = (self.program.manifest.max_length, self.limits.get("length", 0))
+        room = min((limit for limit in limits if limit), default=0)
+        if self._pad and room and length + max_tokens > room:
+            raise PromptError(
+                f"the prompt has {length} tokens, which with {max_tokens} to generate is more than "
+                f"the {room} that there is room for; shorten it, or ask for fewer"
+            )
+        return padded_length(length, self._pad, room and room - max_tokens)
 
     def cached(self, prompt: Sequence[int], blocks: Sequence[int] = ()) -> int:
         """How many tokens of a prompt need not be computed, as far as is known now.

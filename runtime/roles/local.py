@@ -27,6 +27,7 @@ from mergec.runtime.roles.party import Options
 from mergec.runtime.session.drafting.drafter import read
 from mergec.runtime.session.drafting.speculation import NONE, check, check_extra, steady
 from mergec.runtime.session.generation import check_prompt
+from mergec.runtime.session.padding import check_padding, padded_length
 from mergec.runtime.session.sampling import Sampling, draw_for
 from mergec.runtime.session.steps import NO_TREES, StepReport
 from mergec.runtime.transport.channel import REPLY_TIMEOUT
@@ -87,6 +88,7 @@ def run_local(
     blocks: Sequence[Sequence[int]] = (),
     prompt_piece: int = 0,
     overlap: bool = True,
+    pad_prompt: int = 0,
     on_token: Callable[[int], object] | None = None,
     on_event: Callable[[str, Mapping[str, Any]], object] | None = None,
     threads: int | None = None,
@@ -103,7 +105,7 @@ def run_local(
     generate all randomness, as CrypTen does by default; for debugging only. public: tokens that the
     prompt begins with and that both parties know; they take no steps. blocks: tokens of public
     blocks that follow these (`session.public_blocks`). prompt_piece: most tokens of the prompt that
-    one step takes; 0 for any number. overlap: see `Connection`. ranks: processes
+    one step takes; 0 for any number. overlap, pad_prompt: see `Connection`. ranks: processes
     that share the weights and caches of each role (`runtime.ranks`).
     """
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
@@ -111,6 +113,13 @@ def run_local(
         manifest = read_manifest(role_path(bundle_dir, role), role)
         if role == ROLES[CLIENT]:
             check_prompt(prompt_ids, max_tokens, manifest)
+            check_padding(pad_prompt, manifest)
+            room = manifest.max_length and manifest.max_length - max_tokens
+            pads = padded_length(len(prompt_ids), pad_prompt, room) - len(prompt_ids)
+            if mode != "mergec" and manifest.pad_token >= 0:
+                raise PromptError(
+                    "CrypTen's stock protocols take no padding; compile without pad_prompt"
+                )
             draw_for(sampling, manifest, mode)
             if speculate not in (NONE, ""):
                 read(speculate)
@@ -120,6 +129,11 @@ def run_local(
     if speculate_tree and mode != "mergec":
         raise PromptError(NO_TREES)
     begins = [*public, *chain(*blocks)]
+    if begins and pad_prompt:
+        raise PromptError(
+            "padding would stand between the public text and the rest of the prompt, and move them "
+            "apart; leave out either pad_prompt or the public text"
+        )
     if begins and (mode != "mergec" or list(prompt_ids[: len(begins)]) != begins):
         raise PromptError("public text begins the prompt, and needs mergec's own protocols")
     if begins and len(prompt_ids) == len(begins):
@@ -165,6 +179,7 @@ def run_local(
                         speculate_tree=speculate_tree,
                         prompt_piece=prompt_piece,
                         overlap=overlap,
+                        pads=pads,
                     )
                 jobs[role] = job.json()
                 parties[role] = stack.enter_context(_started(role, descriptors, environment))

@@ -93,6 +93,7 @@ class Options:
     speculate_tree: bool = False
     prompt_piece: int = 0
     overlap: bool = True
+    pads: int = 0
     public: Sequence[int] = ()
     """Tokens that the prompt begins with and that all roles are told of."""
     blocks: Sequence[Sequence[int]] = ()
@@ -120,7 +121,7 @@ def run_party(options: Options, emit: Emit) -> None:
     check_device(options.device)
     program = load_bundle(Path(options.bundle), options.role)
     if options.role == ROLES[CLIENT]:
-        check_prompt(options.prompt, options.max_tokens, program.manifest)
+        check_prompt(options.prompt, options.max_tokens, program.manifest, options.pads)
         draw_for(options.sampling, program.manifest, options.mode)
     texts = _public_texts(options, program)
     threads = max(1, torch.get_num_threads() // options.ranks)
@@ -345,6 +346,7 @@ def _ask(
         speculation=speculation,
         cached=sum(text.length for text in known),
         piece=options.prompt_piece,
+        pads=options.pads,
         on_token=lambda token: emit("token", token=token),
         on_step=lambda report: emit("step", report=report.json()),
     )

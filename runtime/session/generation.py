@@ -21,8 +21,11 @@ from mergec.runtime.session.steps import Session, StepReport, measured
 _UNCHECKED = "this program does not check drafts as it says; compile it again"
 
 
-def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> None:
-    """Raise PromptError for a prompt that the program cannot run, before anything is sent."""
+def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest, pads: int = 0) -> None:
+    """Raise PromptError for a prompt that the program cannot run, before anything is sent.
+
+    pads: how many tokens are put before it.
+    """
     vocabulary, limit = manifest.vocab_size, manifest.max_length
     if max_tokens < 1:
         raise PromptError(f"at least one token must be asked for, not {max_tokens}")
@@ -34,9 +37,10 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest) -> 
                 f"the prompt's token {token} is not in the vocabulary of {vocabulary}; "
                 "use the model's own tokenizer"
             )
-    if limit and len(prompt) + max_tokens > limit:
+    length = pads + len(prompt)
+    if limit and length + max_tokens > limit:
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens, which with {max_tokens} to generate is more "
+            f"the prompt has {length} tokens, which with {max_tokens} to generate is more "
             f"than this program's {limit}; shorten it, ask for fewer, or compile with a larger "
             "max_length"
         )
@@ -71,6 +75,7 @@ def answer(
     fixed_length: bool = False,
     speculation: Speculation | None = None,
     planned: int = 0,
+    pads: int = 0,
 ) -> Iterator[Token]:
     """The client's loop: yields the tokens after the prompt, a stop token included.
 
@@ -106,19 +111,26 @@ def answer(
     If the model has heads that guess the tokens after the next one, the drafter is told what they
     say at the last position that is kept.
 
+    pads: tokens of padding that are put before the prompt. They count as tokens of the prompt in all
+    other numbers, so steps are those of a prompt that is longer by as much. No token of prompt and
+    answer attends to them, and neither what chooses tokens nor what drafts them knows of them.
+
     A program that resends its hidden state knows no token before the last step: it runs all
     `max_tokens` steps, whatever `stop` says, and the first token's reports are those of all steps.
     """
-    check_prompt(prompt, max_tokens, session.program.manifest)
+    check_prompt(prompt, max_tokens, session.program.manifest, pads)
     sampling = sampling or Sampling()
     manifest = session.program.manifest
+    if pads and not session.program.pads:
+        raise PromptError("this program takes no padding; compile it with pad_prompt")
+    session.pads, text = pads, [*[manifest.pad_token] * pads, *prompt]
     draw, revealed = draw_for(sampling, manifest), manifest.reveals_logits
     choose: Callable[[torch.Tensor], int] = int
     if revealed:
         choose = Chooser(sampling, manifest, prompt, max_tokens)
     if speculation is not None:
         _check_speculation(session, fixed_length and speculation.fixed is None)
-        speculation.begin(session.program, len(prompt), session.rehearsal)
+        speculation.begin(session.program, len(text), session.rehearsal)
     if session.program.resends:
         rows, reports = _resend(session, prompt, max_tokens, announce)
         for row in rows:
@@ -131,17 +143,17 @@ def answer(
     tokens: list[int] = []
     # An encoder reads a source as a whole.
     pieces = session.cached and not session.program.encodes
-    first = first if pieces and 0 < first < len(prompt) else len(prompt)
-    piece = piece if pieces and piece else len(prompt)
+    first = first if pieces and 0 < first < len(text) else len(text)
+    piece = piece if pieces and piece else len(text)
     begun, feeds = cached, list[list[int]]()
     for size in ahead:
-        feeds.append(list(prompt[begun : begun + size]))
+        feeds.append(text[begun : begun + size])
         begun += size
-    feeds += [list(prompt[n : min(n + piece, first)]) for n in range(begun, first, piece)]
+    feeds += [text[n : min(n + piece, first)] for n in range(begun, first, piece)]
     if speculation is not None and (steady := speculation.steady(manifest)) is not None:
         yield from _steadily(
             session,
-            prompt,
+            text,
             feeds,
             cached,
             speculation,
@@ -152,9 +164,10 @@ def answer(
             stop=stop,
             fixed_length=fixed_length,
             planned=planned,
+            pads=pads,
         )
         return
-    feeds += [[token] for token in prompt[first:]]
+    feeds += [[token] for token in text[first:]]
     past, ended = cached, False
     drafts: list[int] = []
     parents: tuple[int, ...] = ()
@@ -207,7 +220,7 @@ def answer(
         if speculation is not None:
             drafts = speculation.draft([*prompt, *tokens], max_tokens - len(tokens))
             parents = speculation.parents
-        feeds = [[tokens[-1], *drafts] if session.cached else [*prompt, *tokens]]
+        feeds = [[tokens[-1], *drafts] if session.cached else [*text, *tokens]]
 
 
 def _accepted(
@@ -284,10 +297,11 @@ def _steadily(
     stop: Sequence[int],
     fixed_length: bool,
     planned: int,
+    pads: int,
 ) -> Iterator[Token]:
     """`answer` in steps whose lengths do not depend on which drafts are right (`Steady`).
 
-    feeds: what the prompt's first steps take; the steady steps take the rest, which is known. past:
+    prompt: with its padding. feeds: what the prompt's first steps take; the steady steps take the rest, which is known. past:
     tokens in the caches before. run: runs a step of some tokens after cached ones.
     """
     manifest = session.program.manifest
@@ -330,7 +344,7 @@ def _steadily(
         extra += not due
         new, past = (stride.new, stride.past) if due else stride.extra
         feed = known[past : past + new]
-        drafts = speculation.fill(known, new - len(feed))
+        drafts = speculation.fill(known[pads:], new - len(feed))
         rows, report = run([*feed, *drafts], past)
         if len(rows) < new:
             raise BundleError(_UNCHECKED)
