@@ -54,13 +54,13 @@ class PadPrompt(Pass):
         %past = aten.sym_size.int(%key, 2)
         %end = sym.add(%past, %new)
         %at = aten.arange.start(%past, %end)
-        %1 = mpc.sub(%at, %pads)
-        %2 = aten.clamp.default(%1, 0)
-        %place = aten.embedding.default(%table, %2)
+        %sub = mpc.sub(%at, %pads)
+        %clamp = aten.clamp.default(%sub, 0)
+        %place = aten.embedding.default(%table, %clamp)
         %word = aten.embedding.default(%rows, %ids)
         %x = aten.add.Tensor(%word, %place)
-        %3 = mpc.attention(%q, %key, %key, None, 0.5, 0.0, 'pairs', None, 0, %pads)
-        return [%x, %3]
+        %1 = mpc.attention(%q, %key, %key, None, 0.5, 0.0, 'pairs', None, 0, %pads)
+        return [%x, %1]
     """
 
     # Lossy passes before it put other ops in place of attention, which are refused. Look-ups become
@@ -91,6 +91,7 @@ class PadPrompt(Pass):
         """Whether a call looks up the rows of a secret table at the positions of new tokens."""
         if not calls(node, aten.embedding.default) or is_public(node):
             return False
+        index: Any
         table, index = node.args[:2]
         if constant(graph_module, table) is None or not is_public(index):
             return False

@@ -62,8 +62,9 @@ def extreme_positions(
 ) -> list[int]:
     """The positions below `limit` with the most extreme rows of a table that is read by position.
 
-    Such a table has rows that are chosen by public numbers, less padding if there is any, or is cut off at a length. At most 8
-    for each table. start: the graph's inputs for one token and empty caches. Requires meta["vis"].
+    Such a table has rows that are chosen by public numbers, less padding if there is any, or is cut
+    off at a length. At most 8 for each table. start: the graph's inputs for one token and empty
+    caches. Requires meta["vis"].
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(inputs, start, strict=True))
@@ -82,7 +83,7 @@ def extreme_positions(
 
 
 def by_position(index: fx.Node) -> bool:
-    """Whether row numbers of the client's are positions behind its padding (`passes.pad_prompt`)."""
+    """Whether the client's row numbers are positions behind its padding (`passes.pad_prompt`)."""
     return any(node.meta.get("name") == PADS for node in ancestors(index))
 
 

@@ -33,14 +33,14 @@ def annotate_ranges(
 ) -> None:
     """Set meta["range"] of every float value, and what dialect calls measure (`Op.measure`).
 
-    Runs each token sequence through the graph in the clear: most of it as a prompt, the last
-    tokens one by one. Prompts meet few rows of the model's tables, so the tokens with the most
-    extreme rows follow as two more sequences, and single tokens at the most extreme positions below
-    `max_length`; without `tables`, nothing follows. pad: the token that prompts are padded with, if
-    they are: then each sequence is also run behind as many of these as fit. meta["range"] is the smallest and the largest
-    number of a value. Values of residual streams also get meta["columns"], the smallest and the
-    largest number of each column. Requires meta["vis"]. Raises CompileError that names the first
-    secret value that is not finite.
+    Runs each token sequence through the graph in the clear: most of it as a prompt, the last tokens
+    one by one. Prompts meet few rows of the model's tables, so the tokens with the most extreme
+    rows follow as two more sequences, and single tokens at the most extreme positions below
+    `max_length`; without `tables`, nothing follows. pad: the token that prompts are padded with;
+    then each sequence is also run behind as many of these, or as many as fit. meta["range"] is the
+    smallest and the largest number of a value. Values of residual streams also get meta["columns"],
+    the smallest and the largest number of each column. Requires meta["vis"]. Raises CompileError
+    that names the first secret value that is not finite.
     """
     recorder = _Recorder(graph_module)
     if pad >= 0:

@@ -493,6 +493,7 @@ def _facts(program: RoleProgram, plan: Plan) -> dict[str, Any]:
         "medusa": manifest.medusa,
         "lossy": manifest.lossy,
         "instructions": len(plan.steps),
+        **({"pads": True} if program.pads else {}),
     }
 
 
@@ -553,6 +554,10 @@ def _notes(found: Audit) -> Iterator[str]:
         yield "  many were right, or with speculate_fixed where too few were; of each draft the"
         yield "  client learns what it learns of a step"
         yield "  with a tree of drafts: also which draft each one follows, and which path was right"
+    if facts.get("pads"):
+        yield "  with padding (pad_prompt, chosen by the client): n and p count it, so of a prompt"
+        yield "  they tell server and dealer the padded length; how much of it is padding only the"
+        yield "  client knows. The number of tokens of the answer is told as without"
     if facts["tokenizer_in_hash"]:
         yield "  how text becomes tokens, and so these lengths, is covered by the program's hash"
     yield from ("", "From calibration, in all three bundles:")

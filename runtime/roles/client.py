@@ -126,8 +126,8 @@ class Connection:
         are system messages; None if the model has a chat template. public_blocks: texts, or tokens,
         that the server knows, too, and that do not look at each other (`session.public_blocks`), so
         an answer's prompt can combine any of them; at most one of `public_prefixes` is the text
-        that all of them see. Raises MergecError if neither or both of dealer and store are given
-        or there is no such device, and PromptError if the program cannot begin with such a text.
+        that all of them see. Raises MergecError if neither or both of dealer and store are given or
+        there is no such device, and PromptError if the program cannot begin with such a text.
         reuse: let a prompt continue the caches of an earlier one where it begins like it; otherwise
         each prompt is computed as a whole. prompt_piece: most tokens of a prompt that one step
         takes; 0 for any number. overlap: let the two halves of a step overlap, one computing while
@@ -137,8 +137,8 @@ class Connection:
         beginning of an answer. pad_prompt: pad each prompt on the left to the next multiple of this
         number, or to as many tokens as fit, so that server and dealer learn no more of its length;
         0 for no padding. Then each prompt is computed as a whole, and none begins with public text.
-        Raises PromptError if the program takes no padding. ranks: processes that share the masked weights and the caches; they
-        end with the session.
+        Raises PromptError if the program takes no padding. ranks: processes that share the masked
+        weights and the caches; they end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(

@@ -116,6 +116,15 @@ class InProcessSession:
         self._pool.shutdown(wait=False)
 
     @property
+    def pads(self) -> int:
+        """How many tokens at the beginning of the text are padding; only the client is told."""
+        return self._sessions[CLIENT].pads
+
+    @pads.setter
+    def pads(self, count: int) -> None:
+        self._sessions[CLIENT].pads = count
+
+    @property
     def record(self) -> StepRecord:
         """What the last step cost, as the server counted it, and the dealer its own bytes."""
         found, dealt = (self.executors[party].record for party in (SERVER, DEALER))

@@ -111,8 +111,8 @@ def answer(
     If the model has heads that guess the tokens after the next one, the drafter is told what they
     say at the last position that is kept.
 
-    pads: tokens of padding that are put before the prompt. They count as tokens of the prompt in all
-    other numbers, so steps are those of a prompt that is longer by as much. No token of prompt and
+    pads: tokens of padding that are put before the prompt. All other numbers count them as tokens
+    of the prompt, so steps are those of a prompt that is longer by as much. No token of prompt and
     answer attends to them, and neither what chooses tokens nor what drafts them knows of them.
 
     A program that resends its hidden state knows no token before the last step: it runs all
@@ -301,8 +301,9 @@ def _steadily(
 ) -> Iterator[Token]:
     """`answer` in steps whose lengths do not depend on which drafts are right (`Steady`).
 
-    prompt: with its padding. feeds: what the prompt's first steps take; the steady steps take the rest, which is known. past:
-    tokens in the caches before. run: runs a step of some tokens after cached ones.
+    prompt: with its padding. feeds: what the prompt's first steps take; the steady steps take the
+    rest, which is known. past: tokens in the caches before. run: runs a step of some tokens after
+    cached ones.
     """
     manifest = session.program.manifest
     known, last = list(prompt), len(prompt) + max_tokens - 1

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergec.runtime.core.errors import PromptError
-from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.trees import Trees

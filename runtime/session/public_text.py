@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergec.runtime.core.errors import PartyError, PromptError
-from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.values import encode
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.json_values import is_a
