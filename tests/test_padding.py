@@ -131,7 +131,7 @@ def test_answers_under_mpc_are_those_of_the_prompt(family: str, options: str) ->
     with InProcessSession(program.roles) as session:
         for pads in (6, 2, 0):
             session.pads = pads
-            text = PROMPT[: 10 - pads]
+            text = [*PROMPT, 23][: 10 - pads]
             fed = [*[program.manifest.pad_token] * pads, *text]
             spent = []
             for new, past in ((fed, 0), (AFTER[:1], 10), (AFTER, 10)):
