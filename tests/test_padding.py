@@ -41,7 +41,6 @@ from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.channel import Channel, Kind
 from mergec.runtime.transport.connect import Security
-from tests.encoder_decoders import double_step
 from tests.families import float_decoder, random_decoder, slow, tokens
 from tests.services import START, Deployment, deployment, role
 from tests.session import compiled
@@ -587,12 +586,6 @@ def test_attention_that_takes_no_padding(preset: str, words: str) -> None:
         compile_decoder(*_compile_llama(preset=preset))
 
 
-def test_encoder_decoders_are_refused() -> None:
-    step = double_step("t5")
-    with pytest.raises(CompileError, match="source of an encoder-decoder cannot be padded"):
-        rewrite(step, CompileConfig(pad_prompt=True))
-
-
 class Unusual(nn.Module):
     """A decoder without a cache whose attention depends on where the text begins."""
 
@@ -646,15 +639,6 @@ def test_a_model_without_a_cache_takes_padding() -> None:
     found = told.answer(prompt, max_tokens=3, pads=5)
     assert told.steps == [(8, 0), (9, 0), (10, 0)]
     assert found == told.answer(prompt, max_tokens=3)
-
-
-def test_the_passes_check_holds_with_padding() -> None:
-    """With `check_passes` the graph runs before and after each pass: zero pads change nothing."""
-    for family in ("gpt2", "bloom"):
-        step = capture(random_decoder(family))
-        config = CompileConfig(pad_prompt=True, check_passes=True)
-        reports = {report.name: report.sites for report in rewrite(step, config)}
-        assert reports["pad_prompt"] == (3 if family == "gpt2" else 2)
 
 
 def test_wrong_padding_is_found_by_running_it() -> None:

@@ -47,7 +47,8 @@ def annotate_ranges(
         for sequence in sequences:
             tokens = as_pair(sequence).answer
             pads = min(len(tokens), (max_length or 2 * len(tokens)) - len(tokens))
-            replay(recorder, inputs, [(*[pad] * pads, *tokens)], decoded=_DECODED, pads=pads)
+            if pads > 0:
+                replay(recorder, inputs, [(*[pad] * pads, *tokens)], decoded=_DECODED, pads=pads)
     if not tables:
         replay(recorder, inputs, sequences, decoded=_DECODED)
         return
