@@ -35,7 +35,7 @@ from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.program.bundle import load_bundle, role_path
 from mergec.runtime.roles.inprocess import InProcessSession
-from mergec.runtime.session.steps import MergecSession
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.transport.lines import Lines, take
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "perplexity.md"

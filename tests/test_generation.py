@@ -27,8 +27,9 @@ from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, RoleProgram
 from mergec.runtime.session.generation import answer, check_prompt, generate
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.sampling import Sampling
-from mergec.runtime.session.steps import MergecSession, Session, StepReport
+from mergec.runtime.session.steps import Session, StepReport
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
 from tests import decoder

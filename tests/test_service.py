@@ -34,8 +34,8 @@ from mergec.runtime.roles.turnover import Turnover
 from mergec.runtime.roles.worker import Parent
 from mergec.runtime.session import handshake
 from mergec.runtime.session.handshake import Origin
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.requests import Plan
-from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.transport.address import Address
 from mergec.runtime.transport.authority import make_certificates

@@ -29,8 +29,8 @@ from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.dealer_session import DealerSession
 from mergec.runtime.roles.settings import DealerSettings, ServerSettings
 from mergec.runtime.session.handshake import Origin
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.requests import Plan, Schedule
-from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.session.stores.folder import left_below, remove_unfinished, stores_below
 from mergec.runtime.session.stores.format import (
     CHUNK_BYTES,

@@ -26,7 +26,7 @@ from mergec.runtime.program.validate import validate
 from mergec.runtime.protocols.weights import share_weight, table_rows
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.session.generation import answer
-from mergec.runtime.session.steps import MergecSession
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.transport.loopback import link_pair
 from tests import decoder
 from tests.decoder import VOCAB

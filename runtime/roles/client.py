@@ -24,6 +24,7 @@ from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
 from mergec.runtime.roles.preparer import Preparer
+from mergec.runtime.roles.prompts import Prompts
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import (
     STILL,
@@ -49,18 +50,13 @@ from mergec.runtime.session.handshake import (
     read_token,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.padding import check_padding, padded_length
 from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.public_blocks import block_tokens, frame, place_of, texts_of
-from mergec.runtime.session.public_text import (
-    PublicText,
-    check_text,
-    prompt_tokens,
-    public_tokens,
-)
+from mergec.runtime.session.public_blocks import place_of
 from mergec.runtime.session.requests import Plan, Schedule, whole, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
-from mergec.runtime.session.steps import MergecSession, StepReport, measured
+from mergec.runtime.session.steps import StepReport, measured
 from mergec.runtime.session.stores.format import Header, StoreError, is_store
 from mergec.runtime.session.stores.journal import Head, tag_of
 from mergec.runtime.session.stores.kept import Kept, is_name
@@ -172,10 +168,10 @@ class Connection:
             self.text = Text.given(tokenizer)
         check_padding(pad_prompt, self.program.manifest)
         self._pad = pad_prompt
-        self._head, self._public_chat = "", public_chat
-        self._blocks: list[int] = []
-        """The numbers of the blocks among the session's public texts."""
-        self._public = self._public_texts(public_prefixes, public_blocks)
+        self._prompts = Prompts(
+            self.program, self.text, public_prefixes, public_blocks, public_chat
+        )
+        self._public = self._prompts.public
         if self._public and store is not None:
             raise MergecError(
                 "stored randomness does not support public text; use the dealer, or leave it out"
@@ -425,109 +421,23 @@ class Connection:
         public: str | None = None,
         blocks: Sequence[int] | None = None,
     ) -> list[int]:
-        """Tokens of a text. chat: apply the chat template; None applies it if the model has one.
-
-        public: a public text that comes before it, as the system message or as it is. blocks: which
-        of the connection's public blocks come before it, by number, in this order; None for all.
-        Where there are blocks the text that they see comes first, so leave `public` out.
-        """
-        text = self._text()
-        if not prompt.strip():
-            raise PromptError("the prompt is empty; say something")
-        chosen = self._chosen(blocks)
-        if chosen and chat is None:
-            chat = self._public_chat
-        templated = text.has_chat if chat is None else chat
-        if chosen:
-            return self._framed(prompt, templated, chosen)
-        return prompt_tokens(text, prompt, templated, public or self._head or None)
+        """Tokens of a text; see `Prompts.encode`."""
+        return self._prompts.encode(prompt, chat, public, blocks)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], blocks: Sequence[int] | None = None
     ) -> list[int]:
-        """Tokens of a conversation, by the chat template; each message has `role` and `content`.
-
-        blocks: as in `encode`; they continue the system message, which is the text that they see.
-        Raises PromptError for another system message beside them.
-        """
-        chosen = self._chosen(blocks)
-        if not chosen:
-            return self._text().encode_chat(messages)
-        begins = [{"role": "system", "content": self._head}]
-        said = messages[1:] if list(messages[:1]) == begins else messages
-        if any(message.get("role") == "system" for message in said):
-            raise PromptError(
-                "public blocks continue the public text as the system message; leave yours out"
-            )
-        return self._framed(said, True, chosen)
-
-    def _framed(
-        self, said: str | Sequence[Mapping[str, str]], chat: bool, chosen: Sequence[int]
-    ) -> list[int]:
-        head, rest = frame(self._text(), said, chat, self._head)
-        return [*head, *(token for n in chosen for token in self._public[n].tokens), *rest]
-
-    def _chosen(self, blocks: Sequence[int] | None) -> list[int]:
-        """The numbers, among the public texts, of the blocks that somebody chose by their own."""
-        if blocks is None:
-            return self._blocks
-        if len(set(blocks)) < len(blocks) or not all(0 <= n < len(self._blocks) for n in blocks):
-            raise PromptError(
-                f"there are no public blocks {list(blocks)}; this connection has "
-                f"{len(self._blocks)}, numbered from 0, each of which is given once"
-            )
-        return [self._blocks[n] for n in blocks]
-
-    def _public_texts(
-        self,
-        prefixes: Sequence[str | Sequence[int]],
-        blocks: Sequence[str | Sequence[int]],
-    ) -> list[PublicText]:
-        """The session's public texts: those that prompts begin with, then blocks."""
-        if not blocks:
-            known = [self._public_text(given) for given in prefixes]
-        else:
-            known = self._public_blocks(prefixes, blocks)
-            self._blocks = [n for n, text in enumerate(known) if text.head is not None]
-        for text in known:
-            check_text(self.program, text)
-        return known
-
-    def _public_blocks(
-        self, prefixes: Sequence[str | Sequence[int]], blocks: Sequence[str | Sequence[int]]
-    ) -> list[PublicText]:
-        if len(prefixes) > 1:
-            raise PromptError("public blocks see one text; give at most one public prefix")
-        given = [*prefixes, *blocks]
-        texts = [text for text in given if isinstance(text, str)]
-        if not texts:
-            tokens = [[int(token) for token in text] for text in given]
-            return texts_of(tokens[0] if prefixes else [], tokens[len(prefixes) :])
-        if len(texts) < len(given):
-            raise PromptError("public blocks and their prefix are all texts, or all tokens")
-        self._head = texts[0] if prefixes else ""
-        text = self._text()
-        chat = text.has_chat if self._public_chat is None else self._public_chat
-        head, _ = frame(text, ".", chat, self._head)
-        return texts_of(head, [block_tokens(text, block) for block in texts[len(prefixes) :]])
-
-    def _public_text(self, given: str | Sequence[int]) -> PublicText:
-        if isinstance(given, str):
-            text = self._text()
-            chat = text.has_chat if self._public_chat is None else self._public_chat
-            tokens = public_tokens(text, given, chat)
-        else:
-            tokens = list(given)
-        return PublicText(len(tokens), tokens=tokens)
+        """Tokens of a conversation; see `Prompts.encode_chat`."""
+        return self._prompts.encode_chat(messages, blocks)
 
     def check_chat(self) -> None:
         """Raise PromptError if the model has no chat template."""
-        self._text().template()
+        self._prompts.check_chat()
 
-    def _text(self) -> Text:
-        if self.text is None:
-            raise PromptError("this bundle has no tokenizer; pass token numbers")
-        return self.text
+    @property
+    def block_count(self) -> int:
+        """The number of public blocks that an answer can combine."""
+        return self._prompts.block_count
 
     def generate(
         self,
@@ -567,7 +477,7 @@ class Connection:
         """
         ids = self.encode(prompt, blocks=blocks) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, max_tokens, self.program.manifest)
-        combined = self._combined(ids, blocks)
+        combined = self._prompts.combined(ids, blocks)
         draw = draw_for(sampling or Sampling(), self.program.manifest)
         ending = self.program.manifest.stop_tokens if stop is None else stop
         speculation = self.speculation(
@@ -710,34 +620,20 @@ class Connection:
         randomness is dealt for, or if the program cannot check drafts, and MergecError if a package
         is missing.
         """
-        if isinstance(speculate, Drafter):
-            made: Speculation | None = Speculation(
-                speculate,
-                speculate_tokens,
-                fixed=speculate_fixed,
-                extra=speculate_extra,
-                tree=speculate_tree,
-            )
+        name = speculate or NONE
+        how: dict[str, Any] = {
+            "fixed": speculate_fixed, "extra": speculate_extra, "tree": speculate_tree,
+        }  # fmt: skip
+        if isinstance(name, Drafter):
+            made: Speculation | None = Speculation(name, speculate_tokens, **how)
             steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:
-            wanted = (
-                speculate or NONE,
-                speculate_tokens,
-                speculate_fixed,
-                speculate_extra,
-                speculate_tree,
-            )
+            wanted = (name, speculate_tokens, *how.values())
             if self._opened is None or self._opened[0] != wanted:
-                opened = Speculation.open(
-                    speculate or NONE,
-                    speculate_tokens,
-                    self.program.manifest,
-                    self.text,
-                    fixed=speculate_fixed,
-                    extra=speculate_extra,
-                    tree=speculate_tree,
+                found = Speculation.open(
+                    name, speculate_tokens, self.program.manifest, self.text, **how
                 )
-                self._opened = wanted, opened
+                self._opened = wanted, found
             made = self._opened[1]
         if self._store is not None:
             self._compare(made, self._store.header.plan.steady)
@@ -788,32 +684,10 @@ class Connection:
         session = self._session
         if session is None or not self._reuse:
             return 0
-        begins = _begins(session, self._combined(prompt, blocks))
+        begins = begins_of(session, self._prompts.combined(prompt, blocks))
         marked = [*begins, *prompt[len(begins) :]]
         kept = session.cached_tokens().values()
         return max((common_length(marked, tokens) for tokens in kept), default=0)
-
-    @property
-    def block_count(self) -> int:
-        """The number of public blocks that an answer can combine."""
-        return len(self._blocks)
-
-    def _combined(self, ids: Sequence[int], blocks: Sequence[int] | None) -> list[int]:
-        """The numbers of the public texts that a prompt combines; none if it combines no blocks.
-
-        Raises PromptError unless it begins with them.
-        """
-        chosen = self._chosen(blocks)
-        if not chosen:
-            return []
-        numbers = [n for n, text in enumerate(self._public) if text.head is None] + chosen
-        begins = [token for n in numbers for token in self._public[n].tokens]
-        if list(ids[: len(begins)]) != begins or len(ids) == len(begins):
-            raise PromptError(
-                "the prompt does not continue its public blocks; encode it by this connection, or "
-                "choose none by blocks=[]"
-            )
-        return numbers
 
     def _place(
         self, session: MergecSession, ids: Sequence[int], combined: Sequence[int] = ()
@@ -828,7 +702,7 @@ class Connection:
         known = session.public_tokens()
         if not combined:
             return self._conversations.choose(ids, kept, known)
-        begins = _begins(session, combined)
+        begins = begins_of(session, combined)
         prompt = [*begins, *ids[len(begins) :]]
         place, cached = self._conversations.choose(prompt, kept, [*known, begins])
         if place.source == public_source(len(known)):
@@ -943,7 +817,7 @@ class Connection:
             self._store.release()
 
 
-def _begins(session: MergecSession, combined: Sequence[int]) -> list[int]:
+def begins_of(session: MergecSession, combined: Sequence[int]) -> list[int]:
     """What stands for the tokens of a session's public texts where they are combined."""
     known = session.public_tokens() if combined else []
     return [token for n in combined for token in known[n]]

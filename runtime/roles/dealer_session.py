@@ -29,10 +29,11 @@ from mergec.runtime.roles.settings import DealerSettings
 from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import Origin, be_greeted, read_masks, read_token
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_lengths
 from mergec.runtime.session.requests import Plan, branch, divide, read_step, turn
-from mergec.runtime.session.steps import MergecSession, measured
+from mergec.runtime.session.steps import measured
 from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.connect import accept
 from mergec.runtime.transport.dealer_link import ChannelBlockWriter, DealerSender

@@ -24,10 +24,10 @@ from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.engine.trees import LINE, Branches
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.conversations import Place
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.public_blocks import compute_all
 from mergec.runtime.session.public_text import PublicText
 from mergec.runtime.session.requests import write_step
-from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.emulated import EmulatedLink
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Exchange

@@ -40,12 +40,14 @@ from mergec.runtime.session.drafting.speculation import NONE
 from mergec.runtime.session.generation import check_prompt, generate
 from mergec.runtime.session.handshake import IDLE_TIMEOUT, Origin, receive_origin
 from mergec.runtime.session.hello import Hello, compare
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_blocks import compute_all, place_of, texts_of
 from mergec.runtime.session.public_text import PublicText, check_text
 from mergec.runtime.session.requests import branch, divide, read_step, turn, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
-from mergec.runtime.session.steps import MergecSession, Session, StepReport, StockSession, measured
+from mergec.runtime.session.steps import Session, StepReport, measured
+from mergec.runtime.session.stock_steps import StockSession
 from mergec.runtime.session.text import Text
 from mergec.runtime.transport.channel import REPLY_TIMEOUT, Channel
 from mergec.runtime.transport.dealer_link import (

@@ -13,8 +13,8 @@ from mergec.runtime.engine.rehearsal import step_cost, step_waiting
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.drafting.pace import Seconds
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.requests import write_step
-from mergec.runtime.session.steps import MergecSession
 from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.dealer_link import DealerReceiver
 from mergec.runtime.transport.frames import Kind, printable

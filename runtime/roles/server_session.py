@@ -37,6 +37,7 @@ from mergec.runtime.session.handshake import (
     join_dealer,
 )
 from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_digests
 from mergec.runtime.session.requests import (
@@ -48,7 +49,7 @@ from mergec.runtime.session.requests import (
     turn,
     whole,
 )
-from mergec.runtime.session.steps import MergecSession, measured
+from mergec.runtime.session.steps import measured
 from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
 from mergec.runtime.session.stores.journal import Head, read_tag, tag_of

@@ -26,11 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mergec.runtime.core.errors import (
-    PartyError,
-    PeerEndedError,
-    PeerSilentError,
-)
+from mergec.runtime.core.errors import PartyError, PeerEndedError, PeerSilentError
 from mergec.runtime.transport.frames import (
     HEADER,
     MAX_TEXT,
