@@ -21,8 +21,9 @@ from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
-from mergec.compiler.pipeline import calibration, left_out, rewrite
+from mergec.compiler.pipeline import calibration, rewrite
 from mergec.compiler.program import Program
+from mergec.compiler.selection import left_out
 from mergec.runtime.core.errors import BundleError, MergecError, PromptError
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.engine.audit import audit

@@ -502,7 +502,7 @@ def test_a_connection_encodes_what_it_combines(tmp_path: Path, chat: bool) -> No
         ids = connection.encode("b", blocks=numbers)
         assert ids == [*head, *blocks, *rest]
         chosen = [1, 2] if numbers is None else [1 + n for n in numbers]
-        assert connection._combined(ids, numbers) == [0, *chosen]
+        assert connection._prompts.combined(ids, numbers) == [0, *chosen]
     assert connection.encode("b", chat, "ca", blocks=[]) == prompt_tokens(text, "b", chat, "ca")
     if not chat:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mergec.runtime.core.spec import ROLES
 from mergec.runtime.engine.weights import words_to_store
 from mergec.runtime.program.bundle import GRAPH, TOKENIZER, File, replacing, save_bundle
 from mergec.runtime.program.encoding import dtype_name
+from mergec.runtime.program.manifest import tokenizer_digest
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.session.text import VOCABULARY, Text
 
@@ -41,9 +43,11 @@ def emit(
     """
     target = Path(path)
     with replacing(target) as folder:
+        digest = tokenizer_digest(file_digests(tokenizer_files or {}))
         for role in ROLES:
             progress(f"writing the {role}'s bundle")
             program = programs[role]
+            program.manifest = replace(program.manifest, tokenizer=digest)
             files: dict[str, File] = {GRAPH: partial(_graph, program, types)}
             if role == "client":
                 files |= {f"{TOKENIZER}/{k}": v for k, v in (tokenizer_files or {}).items()}
