@@ -155,7 +155,13 @@ have bytes. *dealt s*: the slower of the dealer's two links. *local s*: the same
 that are not slowed down. *predicted s*: local work, and the longer of dealt bytes, and latencies
 with online bytes. *prepared*: all of the dealer's randomness is at hand before the step.
 
+All parties share the machine's cores, so seconds of local work are those of a machine that is busy.
+Where a step has many tokens, some of that work is done while messages travel, and then the
+prediction is too long.
+
 ## A decode step after {past} tokens
+
+![where the seconds of a step go](network.png)
 
 {decode}
 

@@ -35,6 +35,7 @@ MOUNTED = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security-policy.md",
     "benchmarks/results/latest.md": "benchmark.md",
+    "benchmarks/results/network.md": "networks.md",
 }
 """Files outside of `docs/` that are pages of the site, by their path in the repository."""
 

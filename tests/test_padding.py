@@ -417,9 +417,9 @@ def test_server_and_dealer_see_the_padded_length_alone(watched: Deployment) -> N
         views.append(view)
     for view in views[1:3]:
         for name, parts in view.items():
-            for part, found in parts.items():
-                assert found == views[0][name].get(part), (name, part)
-    assert views[0] == views[1] == views[2] != views[3]
+            for part in parts | views[0][name]:
+                assert parts.get(part) == views[0][name].get(part), (name, part)
+    assert views[0] != views[3]
     for name in ("server", "dealer"):
         assert len(views[0][name]["frame", Kind.STEP, "client"]) == 4
         assert len(views[0][name]["request", None, "client"]) == 4
