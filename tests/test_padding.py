@@ -354,8 +354,10 @@ def counted(watched: Deployment) -> dict[str, dict[str, float]]:
     return found
 
 
-UNORDERED = (("frame", Kind.HELLO), ("told", None), ("session joined", None))
-"""What is noted while both parties come to the dealer, one of them first."""
+UNORDERED = (
+    ("frame", Kind.HELLO), ("told", None), ("session joined", None), ("session ended", None),
+)  # fmt: skip
+"""What is noted while both parties come to the dealer, or leave it, one of them first."""
 
 
 def seen(watched: Deployment, prompt: list[int], **options: Any) -> tuple[list[int], Any]:
@@ -364,9 +366,22 @@ def seen(watched: Deployment, prompt: list[int], **options: Any) -> tuple[list[i
     ended = {k: sum(x["event"] == "session ended" for x in r.log) for k, r in watched.roles.items()}
     with watched.connection(pad_prompt=8, **options) as connection:
         found = [token.token for token in connection.generate(prompt, max_tokens=4)]
+    # A session is counted until its process is gone, which is after it has said that it ended.
+    wait_until(
+        lambda: (
+            not any(
+                value
+                for numbers in counted(watched).values()
+                for key, value in numbers.items()
+                if key.endswith("_sessions")
+            )
+        )
+    )
     views: dict[str, Any] = {}
     for name, service in watched.roles.items():
-        service.wait_for("session ended", ended[name] + 1)
+        # The dealer says so for each party.
+        joined = [x["event"] for x in service.log[since[name] :]].count("session joined")
+        service.wait_for("session ended", ended[name] + max(1, joined))
         view: dict[Any, Any] = {"dealt": 0}
         for line in service.log[since[name] :]:
             fields = line.get("fields", {})
@@ -381,20 +396,7 @@ def seen(watched: Deployment, prompt: list[int], **options: Any) -> tuple[list[i
                 view.setdefault(key[:2] if key[:2] in UNORDERED else key, []).append(line)
         for key in UNORDERED:
             view.get(key, []).sort(key=json.dumps)
-        for line in view.get(("session joined", None), []):
-            line.pop("peer")
         views[name] = view
-    # A session is counted until its process is gone, which is after it has said that it ended.
-    wait_until(
-        lambda: (
-            not any(
-                value
-                for numbers in counted(watched).values()
-                for key, value in numbers.items()
-                if key.endswith("_sessions")
-            )
-        )
-    )
     after = counted(watched)
     views["metrics"] = {
         name: {key: value - before[name].get(key, 0.0) for key, value in numbers.items()}
