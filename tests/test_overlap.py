@@ -246,7 +246,7 @@ def slow_link(monkeypatch: Any) -> None:
     slow = NETWORKS["wan"]
     link = Link(1e-3, 1e4)
     monkeypatch.setitem(NETWORKS, "loopback", type(slow)(link, slow.to_server, slow.to_server))
-    monkeypatch.setattr("mergec.runtime.session.steps._LEAST_DIVIDED", 4)
+    monkeypatch.setattr("mergec.runtime.session.own_steps._LEAST_DIVIDED", 4)
 
 
 # --------------------------------------------------------------------------------- three processes
