@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,10 +19,11 @@ import pytest
 
 from mergec.runtime.core.device import check_device
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PromptError
-from mergec.runtime.core.spec import ROLES
+from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
 from mergec.runtime.program.bundle import read_manifest, role_path
 from mergec.runtime.roles.local import run_local
-from mergec.runtime.roles.party import Options, greet, play
+from mergec.runtime.roles.party import Options, deal, greet, play
+from mergec.runtime.session.handshake import receive_origin
 from mergec.runtime.session.hello import Hello
 from mergec.runtime.transport.channel import Channel
 from mergec.runtime.transport.lines import Lines, take
@@ -295,7 +297,7 @@ def test_a_party_needs_no_compiler_and_crypten_only_where_it_is_used() -> None:
     code = (
         "import sys, mergec.runtime.roles.party\n"
         "from mergec.runtime.core.meta import compute_shapes_alone\n"
-        "from mergec.runtime.core.spec import ROLES\n"
+        "from mergec.runtime.core.spec import CLIENT, ROLES, SERVER\n"
         "from mergec.runtime.roles.inprocess import InProcessSession\n"
         "from tests import decoder\n"
         "compute_shapes_alone()\n"
@@ -317,3 +319,26 @@ def test_a_party_needs_no_compiler_and_crypten_only_where_it_is_used() -> None:
     )
     assert done.stdout.splitlines() == ["[]", "[]", "True"]
     assert done.stderr == ""
+
+
+def dealt_origins(**options: Any) -> list[tuple[bytes, bytes]]:
+    """The seeds and salts that a dealer tells the parties."""
+    pairs = {party: socket.socketpair() for party in (CLIENT, SERVER)}
+    channels = {party: Channel(ours, ROLES[party]) for party, (ours, _) in pairs.items()}
+    _, streams = deal(decoder.program("dealer"), channels, **options)
+    found = []
+    for _, theirs in pairs.values():
+        origin = receive_origin(Channel(theirs, "dealer"))
+        found.append((origin.seed, origin.salt))
+    for stream in streams:
+        stream.abandon()
+    return found
+
+
+def test_given_seeds_repeat_a_session_with_its_salt() -> None:
+    """What keys share depends on the salt, and with that how results are rounded."""
+    seeds = bytes(range(32)), bytes(range(1, 33))
+    first, again, fresh = dealt_origins(seeds=seeds), dealt_origins(seeds=seeds), dealt_origins()
+    assert first == again
+    assert tuple(seed for seed, _ in first) == seeds
+    assert len({salt for _, salt in first + fresh}) == 2

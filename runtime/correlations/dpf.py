@@ -44,6 +44,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
+from mergec.runtime.correlations.prg import derive
 from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.bitsliced import expand_key
@@ -110,6 +111,11 @@ def signed(words: np.ndarray) -> torch.Tensor:
 def new_salt() -> bytes:
     """A fresh salt for a session's generators. It is public."""
     return secrets.token_bytes(SALT_BYTES)
+
+
+def salt_of(seed: bytes) -> bytes:
+    """The salt of a session that is to repeat word for word, whose keys are the same then."""
+    return derive(seed, "salt")[:SALT_BYTES]
 
 
 class _Ciphers(threading.local):

@@ -18,7 +18,7 @@ from mergec.runtime.core.context import ClientContext, Context, DealerContext, S
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.network import Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Cost
-from mergec.runtime.correlations.dpf import SALT_BYTES, new_salt
+from mergec.runtime.correlations.dpf import new_salt, salt_of
 from mergec.runtime.correlations.prg import derive, new_seed
 from mergec.runtime.engine.executor import Executor, StepRecord
 from mergec.runtime.engine.trees import LINE, Branches
@@ -54,7 +54,7 @@ class InProcessSession:
         """
         places = (device,) * len(ROLES) if isinstance(device, str) else device
         client_seed, server_seed = seeds or (new_seed(), new_seed())
-        salt = derive(client_seed, "salt")[:SALT_BYTES] if seeds else new_salt()
+        salt = salt_of(client_seed) if seeds else new_salt()
         self._links = link_pair(timeout=600.0)
         streams = dealer_pair(timeout=600.0), dealer_pair(timeout=600.0)
         self._senders = streams[CLIENT][0], streams[SERVER][0]

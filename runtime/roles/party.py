@@ -29,7 +29,7 @@ from mergec.runtime.core.errors import DEBUG, MergecError, PartyError
 from mergec.runtime.core.memory import keep_freed_memory, peak_bytes
 from mergec.runtime.core.meta import compute_shapes_alone
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
-from mergec.runtime.correlations.dpf import new_salt
+from mergec.runtime.correlations.dpf import new_salt, salt_of
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.program.bundle import TOKENIZER, load_bundle
 from mergec.runtime.program.program import RoleProgram
@@ -172,7 +172,7 @@ def deal(
     from mergec.runtime.engine.executor import Executor
 
     client_seed, server_seed = seeds or (new_seed(), new_seed())
-    salt = new_salt()
+    salt = salt_of(client_seed) if seeds else new_salt()
     for party, seed in ((CLIENT, client_seed), (SERVER, server_seed)):
         channels[party].send(Kind.SEED, Origin(seed, salt).encode())
     client, server = (DealerSender(ChannelBlockWriter(channels[p])) for p in (CLIENT, SERVER))
