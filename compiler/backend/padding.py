@@ -8,7 +8,6 @@ at every length. Everything else is compared by running the graph with and witho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import fx
 from mergec.compiler.config import MAX_LENGTH, Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.contract import Wide
-from mergec.compiler.graph.ir import bind, constant, is_public, is_shared, op_of
+from mergec.compiler.graph.extremes import evaluated
+from mergec.compiler.graph.ir import bind, is_public, is_shared, op_of
 from mergec.compiler.graph.ranges import fed, prompt
-from mergec.compiler.graph.weights import evaluate
 from mergec.runtime.core.op import Kind
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.ops.attention import MASKED_SCORE
@@ -81,7 +80,8 @@ def _check_masks(graph_module: fx.GraphModule, inputs: Sequence[InputSpec], leng
     for past in range(length):
         values = _shapes(graph_module, inputs, past)
         for mask, node in masks.items():
-            row = torch.atleast_2d(_evaluated(graph_module, mask, values))[..., -1:, :].double()
+            found = evaluated(graph_module, mask, values, public=True)
+            row = torch.atleast_2d(found)[..., -1:, :].double()
             if mask in before and not _goes_on(before[mask], row):
                 reason = (
                     f"its mask depends on where the text begins: a token after {past} others sees "
@@ -106,30 +106,6 @@ def _shapes(
         dtype = node.meta["val"].dtype
         found[node] = torch.empty(shape, dtype=dtype, device="meta")
     return found
-
-
-def _evaluated(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a node that no secret decides; of those, which only lengths are read off, there
-    are shapes alone. Also kept in `values`."""
-    pending = [node]
-    while pending:
-        current = pending[-1]
-        missing = [operand for operand in current.all_input_nodes if operand not in values]
-        if current not in values and not missing:
-            held = constant(graph_module, current)
-            secret = current.meta.get("vis") in (Vis.SHARED, Vis.CLIENT)
-            values[current] = (
-                evaluate(current, partial(_given, values, secret)) if held is None else held
-            )
-        if current in values:
-            pending.pop()
-        pending += missing
-    return values[node]
-
-
-def _given(values: dict[fx.Node, Any], secret: bool, operand: fx.Node) -> Any:
-    value = values[operand]
-    return value.to("meta") if secret and isinstance(value, torch.Tensor) else value
 
 
 def _goes_on(before: torch.Tensor, row: torch.Tensor) -> bool:

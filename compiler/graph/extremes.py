@@ -8,6 +8,7 @@ entries, and the largest entries relative to their norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -87,8 +88,23 @@ def by_position(index: fx.Node) -> bool:
     return any(node.meta.get("name") == PADS for node in ancestors(index))
 
 
-def evaluated(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a node in the clear, from those of the inputs; also kept in `values`."""
+def evaluated(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    *,
+    public: bool = False,
+) -> Any:
+    """The value of a node in the clear, from those of the inputs; also kept in `values`.
+
+    public: no secret decides it. Of those, which only lengths are read off, there are shapes alone.
+    Requires meta["vis"].
+    """
+
+    def given(current: fx.Node, operand: fx.Node) -> Any:
+        value, secret = values[operand], current.meta.get("vis") in (Vis.SHARED, Vis.CLIENT)
+        return value.to("meta") if public and secret and isinstance(value, torch.Tensor) else value
+
     pending = [node]
     while pending:
         current = pending[-1]
@@ -97,7 +113,7 @@ def evaluated(graph_module: fx.GraphModule, node: fx.Node, values: dict[fx.Node,
             pending.pop()
         if current not in values and not missing:
             held = constant(graph_module, current)
-            values[current] = evaluate(current, values.__getitem__) if held is None else held
+            values[current] = evaluate(current, partial(given, current)) if held is None else held
         pending += missing
     return values[node]
 
