@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,13 +147,7 @@ class Rehearsal:
         instruction, if one cannot run on shapes alone: then its result, or whether there is one,
         depends on values.
         """
-        rounds: Rounds = []
-        for part in self.parts(new, past, draw, source, parents=parents):
-            for number, forms in enumerate(part.forms, part.start):
-                while len(rounds) <= number:
-                    rounds.append([])
-                rounds[number] += forms
-        return rounds
+        return _messages(self.parts(new, past, draw, source, parents=parents))
 
     @torch.inference_mode()
     def pieces(self, split: int, new: int, past: int, draw: Draw | None = None) -> list[Turn]:
@@ -337,8 +331,24 @@ def step_cost(
     parents: Sequence[int] = (),
 ) -> tuple[Cost, dict[str, int]]:
     """Rounds and bytes of a step, and the bytes dealt for it, by role; see `Rehearsal.step`."""
+    return _cost(rehearsal.parts(new, past, draw, source, parents=parents))
+
+
+def _messages(parts: Iterable[Part]) -> Rounds:
+    """The messages of a step, from its instructions."""
+    rounds: Rounds = []
+    for part in parts:
+        for number, forms in enumerate(part.forms, part.start):
+            while len(rounds) <= number:
+                rounds.append([])
+            rounds[number] += forms
+    return rounds
+
+
+def _cost(parts: Iterable[Part]) -> tuple[Cost, dict[str, int]]:
+    """The same as `step_cost`, from the step's instructions."""
     rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
-    for part in rehearsal.parts(new, past, draw, source, parents=parents):
+    for part in parts:
         rounds = max(rounds, part.start + len(part.rounds))
         online += sum(online_bytes(message) for due in part.rounds for message in due)
         for role, size in part.dealt.items():
@@ -361,8 +371,8 @@ def step_waiting(
     The bytes of both directions travel at the same time where both parties send at once, and one
     after the other where the parties take turns.
     """
-    cost, dealt = step_cost(rehearsal, new, past, draw, source, parents)
-    rounds = rehearsal.step(new, past, draw, source, parents)
+    parts = list(rehearsal.parts(new, past, draw, source, parents=parents))
+    (cost, dealt), rounds = _cost(parts), _messages(parts)
     count, link = latencies(rounds), network.parties
     transfer = exchanged([[forms] for forms in rounds], link) - count * link.latency
     return network.waiting(cost, dealt, count, transfer)
