@@ -178,7 +178,6 @@ class Connection:
             )
         self._server, self._dealer, self._store = server, dealer, store
         self._security = security
-        check_device(device)
         self._device, self._count = device, ranks
         self._ranks = ExitStack()
         self._timeout, self._join_timeout = timeout, join_timeout
