@@ -455,10 +455,10 @@ def test_services_and_their_client_may_have_ranks(bundles: Path, tmp_path: Path)
                 assert len(ranks_of) == before + 2
                 answer = connection.generate([5, 1, 7], max_tokens=4)
                 assert [token.token for token in answer] == expected
-                # Of what was kept, each rank has its part in pages.
+                # What was kept, each rank maps; whether pages are resident is up to the system.
                 for rank in ranks_of:
-                    held = [m.rss for m in rank.memory_maps() if "/kept/" in m.path]
-                    assert any(held) is bool(received)
+                    mapped = any("/kept/" in m.path for m in rank.memory_maps())
+                    assert mapped is bool(received)
                 received += [connection.setup.received if connection.setup else 0]
             assert len(other_ranks(os.getpid(), below=False)) == before
         assert received[1] == 0 < received[0]
