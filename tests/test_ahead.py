@@ -398,7 +398,7 @@ def far_dealer(monkeypatch: Any) -> None:
 def ready(connection: Connection, steps: int) -> None:
     """Wait until so many steps are dealt, and nothing more is."""
     wait_until(lambda: connection.prepared == steps)
-    thread = connection._preparer and connection._preparer._thread
+    thread = connection._session._preparer and connection._session._preparer._thread
     if thread:
         thread.join()
     assert connection.prepared == steps
@@ -406,8 +406,8 @@ def ready(connection: Connection, steps: int) -> None:
 
 def arrived(connection: Connection) -> int:
     """Bytes that have come from the dealer."""
-    assert connection._source is not None
-    return connection._source.received
+    assert connection._session._source is not None
+    return connection._session._source.received
 
 
 def test_an_answer_waits_for_nothing_from_the_dealer(deployed: Deployment, bundles: Path) -> None:
@@ -419,7 +419,7 @@ def test_an_answer_waits_for_nothing_from_the_dealer(deployed: Deployment, bundl
             decoder.plaintext(bundles, PROMPT, 3),
             [1, 1, 1, 1, 1, 1],  # a step for each token of the prompt
         )
-        used = connection._session.ahead.used  # type: ignore[union-attr]
+        used = connection._session.steps.ahead.used  # type: ignore[union-attr]
         assert used == 6
         # Six steps took all six; whatever has come since was dealt after the answer.
         ready(connection, 6)
@@ -454,7 +454,7 @@ def test_a_first_step_of_several_tokens(deployed: Deployment, bundles: Path) -> 
         ready(connection, 4)
         assert answered(connection, PROMPT, 2) == (decoder.plaintext(bundles, PROMPT, 2), [3, 1, 1])
         ready(connection, 4)  # anew, as what was left is no prompt's first step
-        assert [step.new for step in connection._session.ahead.steps] == [3, 1, 1, 1]  # type: ignore[union-attr]
+        assert [step.new for step in connection._session.steps.ahead.steps] == [3, 1, 1, 1]  # type: ignore[union-attr]
         said = [*PROMPT, *decoder.plaintext(bundles, PROMPT, 2)]
         assert told == []
         assert answered(connection, said, 1) == (decoder.plaintext(bundles, said, 1), [1])
@@ -526,7 +526,7 @@ def test_bounds_at_both_ends(bundles: Path) -> None:
     with deployment(bundles, serve=(*serve, "50MB")) as made:
         with made.connection(ahead=PLAN) as connection:
             ready(connection, 6)
-            sizes = [step.dealt for step in connection._session.ahead.steps]  # type: ignore[union-attr]
+            sizes = [step.dealt for step in connection._session.steps.ahead.steps]  # type: ignore[union-attr]
         some = sum(size["client"] for size in sizes[:2])
         if some:
             with made.connection(ahead=AheadPlan(6, disk=some)) as connection:
@@ -542,9 +542,9 @@ def test_bounds_at_both_ends(bundles: Path) -> None:
             )  # fmt: skip
             # A client that asks for more than the server told it is refused, and goes on.
             ready(connection, 2)  # they have longer caches
-            connection._preparer._limits = {"ahead": 1 << 40}  # type: ignore[union-attr]
-            connection._preparer.start(Draw())  # type: ignore[union-attr]
-            connection._preparer._thread.join()  # type: ignore[union-attr]
+            connection._session._preparer._limits = {"ahead": 1 << 40}  # type: ignore[union-attr]
+            connection._session._preparer.start(Draw())  # type: ignore[union-attr]
+            connection._session._preparer._thread.join()  # type: ignore[union-attr]
             said = [*PROMPT, 3]
             assert answered(connection, said, 1)[0] == decoder.plaintext(bundles, said, 1)
         assert len(told) == 1
@@ -583,7 +583,7 @@ def test_a_server_that_deals_nothing_ahead(bundles: Path) -> None:
         assert told == ["nothing is dealt ahead; the server needs --prepare-disk"]
         connection = made.connection()
         connection.open()
-        server = connection._channels[0]
+        server = connection._peers.channels[0]
         server.send(Kind.AHEAD, write_step(1, 0, Draw()))
         with pytest.raises(PartyError, match="sent frame 21"):
             server.receive_json(Kind.ACCEPTED)
@@ -604,7 +604,7 @@ def test_a_client_that_asks_for_what_cannot_come(
     deployed: Deployment, new: int, past: int, place: Place, reason: str
 ) -> None:
     with deployed.connection() as connection:
-        server = connection._channels[0]
+        server = connection._peers.channels[0]
         server.send(Kind.AHEAD, write_step(new, past, Draw(), place))
         with pytest.raises(PartyError, match=reason):
             server.receive_json(Kind.ACCEPTED)
@@ -713,7 +713,7 @@ def test_a_server_whose_disk_is_full(bundles: Path) -> None:
             made = Deployment(bundles, server, dealer)
             told: list[str] = []
             with made.connection(ahead=PLAN, on_notice=told.append) as connection:
-                preparer = connection._preparer
+                preparer = connection._session._preparer
                 assert preparer is not None and preparer._thread is not None
                 preparer._thread.join()
                 assert 2 <= connection.prepared < 6
@@ -730,10 +730,10 @@ def test_a_client_whose_disk_is_full(deployed: Deployment, bundles: Path, monkey
         ready(connection, 6)
         assert answered(connection, PROMPT, 1)[0] == decoder.plaintext(bundles, PROMPT, 1)
         ready(connection, 6)
-        connection._source.trouble = "No space left on device"  # type: ignore[union-attr]
+        connection._session._source.trouble = "No space left on device"  # type: ignore[union-attr]
         said = [*PROMPT, 3]
         assert answered(connection, said, 1)[0] == decoder.plaintext(bundles, said, 1)
-        preparer = connection._preparer
+        preparer = connection._session._preparer
         assert preparer is not None and preparer._thread is not None
         preparer._thread.join()
         said = [*said, 2]
@@ -750,7 +750,7 @@ def test_what_does_not_go_with_it(bundles: Path, deployed: Deployment) -> None:
         ready(connection, 6)
         # The next prompt may continue none of these caches, so nothing is dealt for it.
         list(connection.generate(PROMPT, max_tokens=3, fixed_length=True))
-        thread = connection._preparer and connection._preparer._thread
+        thread = connection._session._preparer and connection._session._preparer._thread
         assert thread is None
         assert answered(connection, [*PROMPT, 1], 1)[0] == decoder.plaintext(
             bundles, [*PROMPT, 1], 1

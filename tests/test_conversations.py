@@ -337,7 +337,7 @@ def test_a_cut_connection_costs_the_whole_prompt(deployed: Deployment, bundles: 
     connection = deployed.connection()
     with connection:
         assert answered(connection, SYSTEM, 1)[1] == [4]
-        for channel in connection._channels:
+        for channel in connection._peers.channels:
             channel._socket.close()
         with pytest.raises(PartyError):
             answered(connection, [*SYSTEM, 3], 1)

@@ -337,7 +337,7 @@ def play_client(recorded: Recorded, wire: Wire, monkeypatch: Any) -> dict[str, P
     def play(server: list[bytes], dealer: list[bytes], fuzzed: int) -> list[bytes]:
         ends = [wire.end(said) for said in (server, dealer)]
         channels = [Channel(ends[i][0], ("server", "dealer")[i], 1.0) for i in (0, 1)]
-        monkeypatch.setattr("mergec.runtime.roles.client.connect", lambda *_: channels[0])
+        monkeypatch.setattr("mergec.runtime.roles.peers.connect", lambda *_: channels[0])
         monkeypatch.setattr("mergec.runtime.session.handshake.connect", lambda *_: channels[1])
         connection = Connection(program, server=NOWHERE, dealer=NOWHERE, security=PLAIN["client"])
         with suppress(MergecError):

@@ -284,10 +284,10 @@ def test_halves_at_a_server(deployed: Deployment, bundles: Path) -> None:
 @pytest.mark.parametrize("split", [-1, 4, 5, 1 << 40])
 def test_a_client_that_asks_for_pieces_that_are_none(deployed: Deployment, split: int) -> None:
     with deployed.connection() as connection:
-        server = connection._channels[0]
-        session = connection._session
+        server = connection._peers.channels[0]
+        session = connection._session.steps
         assert session is not None
-        connection._ask(server, session, 4, 1)
+        connection._session._ask(server, session, 4, 1)
         server.send(Kind.STEP, write_step(4, 0, Draw(), Place(), split))
         with pytest.raises(PartyError, match=f"a first piece of {split} of 4"):
             server.receive(Kind.ROUND, limit=1 << 20)

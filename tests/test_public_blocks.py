@@ -646,8 +646,8 @@ def test_what_a_connection_refuses(deployed: Deployment) -> None:
 
 def test_a_client_joins_blocks_that_are_not_there(deployed: Deployment) -> None:
     with deployed.connection(public_prefixes=[HEAD], public_blocks=BLOCKS) as connection:
-        channel = connection._channels[0]
-        connection._begin(connection._session, channel, 4, 1)
+        channel = connection._peers.channels[0]
+        connection._session.begin(connection._session.steps, channel, 4, 1)
         channel.send(Kind.STEP, write_step(2, 2, Draw(), Place(0, -1, (9,))))
         with pytest.raises(PartyError, match="there are no caches -10"):
             channel.receive(Kind.ROUND, limit=1 << 20)
@@ -656,8 +656,8 @@ def test_a_client_joins_blocks_that_are_not_there(deployed: Deployment) -> None:
 def test_a_client_joins_more_than_fits(deployed: Deployment) -> None:
     """All blocks together leave no room; a server looks at lengths before it computes."""
     with deployed.connection(public_prefixes=[HEAD], public_blocks=BLOCKS) as connection:
-        channel = connection._channels[0]
-        connection._begin(connection._session, channel, 3, 1)
+        channel = connection._peers.channels[0]
+        connection._session.begin(connection._session.steps, channel, 3, 1)
         channel.send(Kind.STEP, write_step(2, 8, Draw(), place_of(range(4))))
         with pytest.raises(PartyError, match="out of turn"):
             channel.receive(Kind.ROUND, limit=1 << 20)

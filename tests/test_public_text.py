@@ -380,8 +380,8 @@ def test_a_text_that_does_not_fit_ends_nothing_but_the_call(deployed: Deployment
 
 def test_a_client_names_caches_that_are_not_there(deployed: Deployment) -> None:
     with deployed.connection(public_prefixes=[PUBLIC]) as connection:
-        channel = connection._channels[0]
-        connection._begin(connection._session, channel, 2, 1)
+        channel = connection._peers.channels[0]
+        connection._session.begin(connection._session.steps, channel, 2, 1)
         channel.send(Kind.STEP, write_step(2, 0, Draw(), Place(0, public_source(2))))
         with pytest.raises(PartyError, match="there are no caches -3"):
             channel.receive(Kind.ROUND, limit=1 << 20)

@@ -129,9 +129,9 @@ def test_a_store_allows_the_roll_backs_of_its_plan_and_no_other() -> None:
 
 def _asked(connection: Any, new: list[int], past: int) -> Any:
     """A step that the client requests of both services without looking whether it may."""
-    for channel in connection._channels:
+    for channel in connection._peers.channels:
         channel.send(Kind.STEP, write_step(len(new), past, Draw()))
-    return connection._session.step(len(new), past, new)
+    return connection._session.steps.step(len(new), past, new)
 
 
 def test_services_roll_back_and_refuse_what_is_not_cached(tmp_path: Path) -> None:
@@ -139,23 +139,27 @@ def test_services_roll_back_and_refuse_what_is_not_cached(tmp_path: Path) -> Non
     expected = straight(PlainExecutor(decoder.program()))
     with deployment(folder) as services:
         with services.connection() as connection:
-            session, channel = connection._session, connection._channels[0]
-            connection._begin(session, channel, 3, 12)
+            session, channel = connection._session.steps, connection._peers.channels[0]
+            connection._session.begin(session, channel, 3, 12)
             for ids, past in STEPS:
                 last = _asked(connection, ids, past)
             assert float((last - expected).abs().max()) < ERROR
             with pytest.raises(BundleError, match="7 tokens after 7 is out of turn"):
                 session.step(7, 7, [1] * 7)
         with services.connection() as connection:
-            connection._begin(connection._session, connection._channels[0], 3, 12)
+            connection._session.begin(
+                connection._session.steps, connection._peers.channels[0], 3, 12
+            )
             _asked(connection, [5, 1, 7], 0)
-            connection._session.length = 9  # a client that does not keep to what is cached
-            for channel in connection._channels:
+            connection._session.steps.length = 9  # a client that does not keep to what is cached
+            for channel in connection._peers.channels:
                 channel.send(Kind.STEP, write_step(1, 4, Draw()))
             with pytest.raises(PartyError, match="asks for 1 tokens after 4, out of turn"):
-                connection._channels[0].receive(Kind.ROUND, limit=1 << 20)
+                connection._peers.channels[0].receive(Kind.ROUND, limit=1 << 20)
         with services.connection() as connection:
-            connection._begin(connection._session, connection._channels[0], 3, 1)
+            connection._session.begin(
+                connection._session.steps, connection._peers.channels[0], 3, 1
+            )
             _asked(connection, [5, 1, 7], 0)
             _asked(connection, [2], 1)
             with pytest.raises(PartyError, match="asks for 5 tokens in an answer of 4"):

@@ -377,7 +377,7 @@ def test_a_dealer_that_ends_at_work_is_noticed_in_time(bundles, number) -> None:
         connection.open()
         asked = pool.submit(tokens, connection)
         # Heartbeats have come, so it has been at work.
-        wait_until(lambda: connection._channels and connection._channels[1]._alive)
+        wait_until(lambda: connection._peers.channels and connection._peers.channels[1]._alive)
         began = time.monotonic()
         for worker in made.dealer.workers:
             worker.send_signal(number)
@@ -405,7 +405,7 @@ def test_a_person_who_stops_within_a_step_is_no_failure(running, ann, stop, monk
         raise stop
 
     # By now both other roles are told of the step.
-    monkeypatch.setattr(connection._session._executor, "step", press)
+    monkeypatch.setattr(connection._session.steps._executor, "step", press)
     with pytest.raises(stop):
         next(answer)
     assert not connection.is_open

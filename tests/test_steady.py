@@ -311,7 +311,7 @@ def test_clients_of_services(tmp_path: Path) -> None:
                 assert numbers(found) == expected
                 steps = [report for token in found for report in token.reports]
                 # No later prompt says how many drafts of the last step were right.
-                tokens = connection._session.tokens  # type: ignore[union-attr]
+                tokens = connection._session.steps.tokens  # type: ignore[union-attr]
                 assert tokens == [*prompt, *expected][: steps[-1].past]
             wrong = Fixed(lambda _: [])
             bound = {**options, "max_tokens": 5, "speculate_extra": 1}
@@ -449,9 +449,9 @@ def test_a_server_holds_a_client_to_the_plan(deployed: Deployment, stores: Path)
     place, _ = deployed.connection().prepare(Plan(3, 3, 6, 3, 200), stores / "held", KEY)
     for wrong in ((4, 4), (2, 3), (1, 3)):
         with deployed.connection(dealer=None, store=Store.open(place, KEY)) as connection:
-            opened, server = connection._session, connection._channels[0]
+            opened, server = connection._session.steps, connection._peers.channels[0]
             assert opened is not None
-            first, schedule = connection._begin(opened, server, 3, 4)
+            first, schedule = connection._session.begin(opened, server, 3, 4)
             assert schedule is not None
             opened.follow(*schedule.check(first, 0, Draw(), "client")[:1], first, 0)
             server.send(Kind.STEP, write_step(first, 0, Draw()))

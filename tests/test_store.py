@@ -699,7 +699,7 @@ def test_peers_that_do_not_keep_to_the_plan_or_the_journal_are_refused(
         assert ask(store, prompt) == decoder.plaintext(bundles, prompt, 3), "nobody is locked out"
         # The dealer's salt is that of the session in which the store was dealt.
         with made.connection(dealer=None, store=store) as connection:
-            assert connection._session._executor.context.salt == store.salt
+            assert connection._session.steps._executor.context.salt == store.salt
             with pytest.raises(StoreError, match="is in use by another session of this client"):
                 ask(Store.open(place, KEY), prompt)
 

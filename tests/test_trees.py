@@ -556,20 +556,20 @@ def test_clients_of_services_draft_trees(tmp_path: Path) -> None:
 def _malformed(services: Any, new: int, past: int, more: bytes, tree: bool) -> str:
     """What the server says of a step with these bytes behind it, after a prompt or a tree."""
     with services.connection() as connection:
-        run = connection._session
-        connection._begin(run, connection._channels[0], 3, 12)
+        run = connection._session.steps
+        connection._session.begin(run, connection._peers.channels[0], 3, 12)
         steps = [(PROMPT, 0, LINE), *([([1, 2, 3], 3, Branches((), (0, 0)))] if tree else [])]
         for ids, cached, branches in steps:
-            for channel in connection._channels:
+            for channel in connection._peers.channels:
                 channel.send(Kind.STEP, write_step(len(ids), cached, Draw(), branches=branches))
             run.branches = branches
             run.step(len(ids), cached, ids)
-        for channel in connection._channels:
+        for channel in connection._peers.channels:
             channel.send(
                 Kind.STEP, write_step(new, past, Draw()) + (b"\xff" + more if more else b"")
             )
         with pytest.raises(PartyError) as refused:
-            connection._channels[0].receive(Kind.ROUND, limit=1 << 20)
+            connection._peers.channels[0].receive(Kind.ROUND, limit=1 << 20)
         return str(refused.value)
 
 

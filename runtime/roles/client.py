@@ -4,75 +4,40 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from functools import partial
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mergec.runtime.core.context import ByteSource, ClientContext, constant_seed_of
 from mergec.runtime.core.device import check_device
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.errors import BusyError, LimitError, MergecError, PartyError, PromptError
-from mergec.runtime.core.memory import release_freed_memory
-from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
-from mergec.runtime.correlations.prg import new_seed
-from mergec.runtime.engine.executor import Executor
+from mergec.runtime.core.errors import MergecError, PartyError, PromptError
+from mergec.runtime.core.spec import CLIENT, ROLES
 from mergec.runtime.program.bundle import TOKENIZER, expect, load_bundle
-from mergec.runtime.program.encoding import is_a
 from mergec.runtime.program.program import RoleProgram
-from mergec.runtime.ranks.start import started
-from mergec.runtime.roles.preparer import Preparer
+from mergec.runtime.roles.client_session import ClientSession
+from mergec.runtime.roles.peers import Peers
 from mergec.runtime.roles.prompts import Prompts
+from mergec.runtime.roles.stored import Stored
+from mergec.runtime.roles.storing import check_plan, store_answers
 from mergec.runtime.session.ahead import AheadPlan
-from mergec.runtime.session.conversations import (
-    STILL,
-    Conversations,
-    Place,
-    common_length,
-    public_source,
-)
+from mergec.runtime.session.conversations import STILL, Place
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.speculation import NONE, steady
-from mergec.runtime.session.drafting.steady import Steady
 from mergec.runtime.session.generation import Token, answer, check_prompt
-from mergec.runtime.session.handshake import (
-    IDLE_TIMEOUT,
-    JOIN_TIMEOUT,
-    PREPARE,
-    SESSION,
-    STORED,
-    TIMEOUT,
-    Origin,
-    greet,
-    join_dealer,
-    read_token,
-)
-from mergec.runtime.session.hello import Hello
+from mergec.runtime.session.handshake import JOIN_TIMEOUT, TIMEOUT
 from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.padding import check_padding, padded_length
-from mergec.runtime.session.patience import patience, setup_patience
-from mergec.runtime.session.public_blocks import place_of
-from mergec.runtime.session.requests import Plan, Schedule, whole, write_step
+from mergec.runtime.session.places import cached_length, choose_place
+from mergec.runtime.session.requests import Plan, write_step
 from mergec.runtime.session.sampling import Sampling, draw_for
-from mergec.runtime.session.steps import StepReport, measured
-from mergec.runtime.session.stores.format import Header, StoreError, is_store
-from mergec.runtime.session.stores.journal import Head, tag_of
-from mergec.runtime.session.stores.kept import Kept, is_name
-from mergec.runtime.session.stores.reader import NoCorrections, Store, differing
-from mergec.runtime.session.stores.writer import StoreWriter
+from mergec.runtime.session.steps import StepReport
+from mergec.runtime.session.stores.reader import Store
 from mergec.runtime.session.text import VOCABULARY, Text
 from mergec.runtime.transport.address import Address
-from mergec.runtime.transport.channel import Channel
-from mergec.runtime.transport.connect import Security, connect
-from mergec.runtime.transport.dealer_link import ChannelBlockReader, DealerReceiver
-from mergec.runtime.transport.frames import MAX_BLOCK, Kind, printable
-from mergec.runtime.transport.pulse import BEAT, Pulse
-from mergec.runtime.transport.spool import Spool
-
-QUEUE_TIMEOUT = 3600.0
-"""Seconds that a client waits for a session at a busy server."""
+from mergec.runtime.transport.connect import Security
+from mergec.runtime.transport.frames import Kind
 
 
 class Connection:
@@ -171,37 +136,48 @@ class Connection:
         self._prompts = Prompts(
             self.program, self.text, public_prefixes, public_blocks, public_chat
         )
-        self._public = self._prompts.public
-        if self._public and store is not None:
+        if self._prompts.public and store is not None:
             raise MergecError(
                 "stored randomness does not support public text; use the dealer, or leave it out"
             )
-        self._server, self._dealer, self._store = server, dealer, store
-        self._security = security
-        self._device, self._count = device, ranks
-        self._ranks = ExitStack()
-        self._timeout, self._join_timeout = timeout, join_timeout
-        self._on_wait = on_wait
-        self._keep = keep
-        self._masks: object = None
-        self._tag = b""
-        self._channels: list[Channel] = []
-        self._pulse = Pulse()
-        self._session: MergecSession | None = None
+        self._peers = Peers(
+            self.program,
+            server,
+            dealer,
+            security,
+            timeout=timeout,
+            join_timeout=join_timeout,
+            on_wait=on_wait,
+        )
+        self._stored = None if store is None else Stored(store, self.program)
+        self._session = ClientSession(
+            self.program,
+            self._peers,
+            self._stored,
+            self._prompts.public,
+            device=device,
+            ranks=ranks,
+            keep=keep,
+            overlap=overlap and store is None,
+            ahead=ahead,
+            on_notice=on_notice,
+        )
         self._opened: tuple[tuple[object, ...], Speculation | None] | None = None
         # Where a prompt departs from an earlier one would tell lengths.
         self._reuse, self._piece = reuse and not pad_prompt, prompt_piece
-        self._overlap = overlap and store is None
-        self._ahead, self._on_notice = ahead, on_notice
-        self._preparer: Preparer | None = None
-        self._source: DealerReceiver | None = None
+        self._ahead = ahead
         self._draw = Draw()
-        self._conversations = Conversations(1)
         self._busy = threading.Lock()
-        self.setup: StepReport | None = None
+
+    @property
+    def setup(self) -> StepReport | None:
         """What opening the session cost."""
-        self.limits: dict[str, int] = {}
+        return self._session.setup
+
+    @property
+    def limits(self) -> dict[str, int]:
         """What the server allows its clients; see `mergec.runtime.roles.settings.Limits`."""
+        return self._peers.limits
 
     def __enter__(self) -> Connection:
         self.open()
@@ -217,129 +193,14 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        return self._session is not None
+        return self._session.steps is not None
 
     def open(self) -> None:
         """Connect to server and dealer and receive the masked weights, unless it is open."""
         if self.is_open:
             return
-        self._begin_session()
-        self._deal_ahead()
-
-    def _begin_session(self) -> None:
-        try:
-            with self._pulse.working():
-                self._session = self._open()
-        except BaseException as error:
-            self._abandon(error)
-            raise
-
-    def _open(self) -> MergecSession:
-        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
-        store = self._store
-        wanted: dict[str, Any] = {"purpose": SESSION}
-        if self._public:
-            wanted["public"] = [text.digest for text in self._public]
-        if store is not None:
-            if store.header.program != hello.program_hash:
-                raise StoreError(
-                    f"{store.folder}: is for another program; run `mergec prepare` again"
-                )
-            store.hold()
-            wanted = {
-                "purpose": STORED,
-                "store": store.header.store,
-                "plan": store.header.common,
-                **store.journal().fields(),
-            }
-        channel, token = self._admitted(hello, wanted)
-        self._tag = tag_of(token)
-        if store is not None:
-            # Masks that the setup drew would be the same in each session from this store.
-            fresh = Origin(new_seed(), store.salt)
-            constants = {"constant_seed": store.static}
-            return self._set_up(channel, self._context(fresh, NoCorrections(), **constants))
-        dealer, origin = self._join(hello, token)
-        blocks = ChannelBlockReader(dealer, IDLE_TIMEOUT)
-        spool = Spool() if self._ahead is not None else None
-        source = self._source = DealerReceiver(blocks, timeout=self._timeout, spool=spool)
-        return self._set_up(channel, self._context(origin, source), source.skip)
-
-    def _set_up(
-        self,
-        channel: Channel,
-        context: ClientContext,
-        skip: Callable[[int], object] = lambda _: None,
-    ) -> MergecSession:
-        """Receive the masked weights, or load those kept if the server reuses its masks.
-
-        skip: see `MergecSession`.
-        """
-        here, found = None, None
-        if self._keep is not None and is_name(self._masks):
-            here = Kept(self._keep, self.program.manifest.program_hash, str(self._masks))
-            found = here.load()
-        if self._masks is not None:
-            channel.send_json(Kind.KEPT, kept=found is not None)
-        kept, file = found or (None, None)
-        context.ranks = self._ranks.enter_context(
-            started(ROLES[CLIENT], self._count, self._device, file=file)
-        )
-        executor = Executor(self.program, context, channel, kept=kept)
-        session = MergecSession(executor, lambda: channel.traffic, skip)
-        session.overlaps = self._overlap
-
-        def begin() -> None:
-            session.setup()
-            session.enter_public(self._public)
-
-        self.setup = measured(session, 0, 0, begin)
-        release_freed_memory()
-        if here is not None and found is None:
-            here.save(executor.hidden_weights())
-        return session
-
-    def _context(self, origin: Origin, source: ByteSource, **more: Any) -> ClientContext:
-        arithmetic = self.program.manifest.arithmetic
-        return ClientContext(
-            origin.seed, source, self._device, salt=origin.salt, **arithmetic, **more
-        )
-
-    def _admitted(self, hello: Hello, wanted: dict[str, Any]) -> tuple[Channel, str]:
-        """Connect to the server and wait for a session; returns its secret name, too."""
-        channel = connect(
-            self._server, ROLES[SERVER], self._security, self._timeout, self._join_timeout
-        )
-        self._channels.append(channel)
-        greet(channel, hello, **wanted)
-        self._pulse.beats.append(partial(channel.beat, BEAT / 2))
-        channel.expect(QUEUE_TIMEOUT)
-        kind, fields = Kind.QUEUED, dict[str, Any]()
-        while kind is Kind.QUEUED:
-            kind, fields = channel.receive_json(Kind.QUEUED, Kind.ADMITTED)
-            if kind is Kind.QUEUED and is_a(fields.get("position"), int):
-                self._on_wait(fields["position"])
-        channel.expect(setup_patience(self.program, self._timeout))
-        self.limits = {key: value for key, value in fields.items() if is_a(value, int)}
-        self._conversations = Conversations(self.limits.get("conversations", 1))
-        self._masks = fields.get("masks")
-        if self._store is not None:
-            mine, theirs = self._store.journal().head, Head.read(fields.get("head"), channel.peer)
-            if mine != theirs:
-                raise PartyError(differing(self._store.header.store, mine, theirs))
-        return channel, read_token(fields, channel.peer)
-
-    def _join(self, hello: Hello, token: str) -> tuple[Channel, Origin]:
-        """Connect to the dealer; returns where this party's randomness comes from, too."""
-        if self._dealer is None:
-            raise MergecError("no dealer was given; give a dealer or a store")
-        dealer, origin = join_dealer(
-            self._dealer, hello, self._security, token, self._timeout, self._join_timeout
-        )
-        self._channels.append(dealer)
-        self._pulse.beats.append(partial(dealer.beat, BEAT / 2))
-        dealer.expect(setup_patience(self.program, self._timeout))
-        return dealer, origin
+        self._session.open()
+        self._session.deal_ahead(self._draw)
 
     def prepare(
         self,
@@ -356,62 +217,11 @@ class Connection:
         """
         if self.is_open:
             raise MergecError("a session is open; close it before preparing")
-        if self.program.resends:
-            raise PromptError(
-                "answers of a program that resends its hidden state cannot be precomputed, as its "
-                "last step is as long as the answer; use the dealer"
-            )
-        if plan.steady is not None and plan.drafts > self.program.manifest.speculate_up_to:
-            raise PromptError(
-                f"this program checks up to {self.program.manifest.speculate_up_to} drafts a step, "
-                f"not {plan.drafts}; prepare for fewer, or compile with a larger speculate_up_to"
-            )
-        try:
-            with self._pulse.working():
-                place, size = self._prepare(plan, root, key, on_answer)
-        except BaseException as error:
-            self._abandon(error)
-            raise
+        check_plan(plan, self.program)
+        with self._session.guarded():
+            place, size = store_answers(self._peers, self.program, plan, root, key, on_answer)
         self.close()
         return place, size
-
-    def _prepare(
-        self, plan: Plan, root: Path, key: bytes, on_answer: Callable[[int, int], object]
-    ) -> tuple[Path, int]:
-        hello = Hello.of(ROLES[CLIENT], self.program.manifest)
-        channel, token = self._admitted(hello, {"purpose": PREPARE})
-        dealer, origin = self._join(hello, token)
-        for other in self._channels:
-            other.send_json(Kind.PLAN, **plan.fields())
-        store = channel.receive_json(Kind.ACCEPTED)[1].get("store")
-        if not isinstance(store, str) or not is_store(store):
-            raise PartyError("the server does not name its store; run `mergec prepare` again")
-        header = Header(
-            store,
-            ROLES[CLIENT],
-            self.program.manifest.program_hash,
-            plan.answers,
-            plan.prompt,
-            plan.tokens,
-            origin.salt.hex(),
-            drafts=plan.drafts,
-            pace=plan.pace,
-        )
-        static = constant_seed_of(origin.seed)
-        with StoreWriter(root, header, key, origin.seed, static) as writer:
-            for done in range(1, plan.answers + 1):
-                self._expect(plan.steps())
-                while (received := _dealt(dealer, channel))[0] is Kind.BLOCK:
-                    writer.write(received[1])
-                writer.end_answer()
-                stored = {"answers": 0}
-                while whole(stored, "answers", 0, plan.answers, channel.peer) < done:
-                    stored = channel.receive_json(Kind.STORED)[1]
-                size = writer.size + whole(stored, "bytes", 0, 1 << 62, channel.peer)
-                on_answer(done, size)
-            channel.receive_json(Kind.DONE)
-            writer.finish()
-        return root / header.store, size
 
     def encode(
         self,
@@ -486,21 +296,19 @@ class Connection:
             raise PartyError("this session is busy with another answer; open another session")
         told = -1
         try:
-            self._stop_dealing()
+            self._session.stop_dealing()
             if not self.is_open:
-                self._begin_session()
-            session, channels = self._session, self._channels
-            if session is None:
+                self._session.open()
+            steps, channels = self._session.steps, self._peers.channels
+            if steps is None:
                 raise PartyError("the session is over; open a new one")
-            if self._store is not None and draw.top_k:
-                raise PromptError(
-                    "stored randomness does not support top-k; set it to 0, or use the dealer"
-                )
+            if self._stored is not None:
+                self._stored.check_draw(draw)
             length = self.padded(len(ids), max_tokens)
-            first, schedule = self._begin(session, channels[0], length, max_tokens)
-            place, cached = self._place(session, ids, combined)
-            ahead = self._dealt_ahead(place, cached, len(ids), draw)
-            session.turn_to(place)
+            first, schedule = self._session.begin(steps, channels[0], length, max_tokens)
+            place, cached = self._place(steps, ids, combined)
+            ahead = self._session.dealt_ahead(place, cached, len(ids), draw)
+            steps.turn_to(place)
             taken = deque[bool]()
 
             def announce(new: int, past: int) -> None:
@@ -508,19 +316,19 @@ class Connection:
                 told = past
                 if schedule is not None:
                     number, left_out = schedule.check(
-                        new, past, draw, ROLES[CLIENT], branches=session.branches
+                        new, past, draw, ROLES[CLIENT], branches=steps.branches
                     )
                     if schedule.branches:
-                        session.follow(number, new, past, left_out)
-                self._expect([(new, past)])
-                request = write_step(new, past, draw, place, session.split, session.branches)
-                taken.append(session.take_ahead(request))
+                        steps.follow(number, new, past, left_out)
+                self._peers.expect([(new, past)])
+                request = write_step(new, past, draw, place, steps.split, steps.branches)
+                taken.append(steps.take_ahead(request))
                 for channel in channels:
                     channel.send(Kind.STEP, request)
                 place = Place.of(place.conversation)
 
             tokens = answer(
-                session,
+                steps,
                 ids,
                 max_tokens=max_tokens,
                 sampling=sampling,
@@ -528,7 +336,7 @@ class Connection:
                 announce=announce,
                 first=first,
                 cached=cached,
-                piece=self._piece if self._store is None else 0,
+                piece=self._piece if self._stored is None else 0,
                 ahead=ahead,
                 fixed_length=fixed_length,
                 speculation=speculation,
@@ -536,74 +344,27 @@ class Connection:
                 pads=length - len(ids),
             )
             # Closed before anything else is sent: that ends the answer at the other roles.
-            with closing(self._whole_steps(tokens)) as whole_steps:
+            with closing(self._session.whole_steps(tokens)) as whole_steps:
                 for token in whole_steps:
                     for report in token.reports:
-                        dealt = taken.popleft()
-                        if self._preparer is not None:
-                            self._preparer.learn(report.new, report.seconds, dealt)
+                        self._session.learn(report, taken.popleft())
                     yield token
         finally:
-            if fixed_length and self._session is not None:
+            kept = self._session.steps
+            if fixed_length and kept is not None:
                 # Where the next prompt departs from these steps would tell the answer's length.
-                self._session.forget(len(ids))
-            elif told >= 0 and speculation is not None and speculation.fixed and self._session:
+                kept.forget(len(ids))
+            elif told >= 0 and speculation is not None and speculation.fixed and kept:
                 # Or how many drafts of the last step were right.
-                self._session.forget(max(len(ids), told))
+                kept.forget(max(len(ids), told))
             self._draw = draw
-            self._deal_ahead()
+            self._session.deal_ahead(draw)
             self._busy.release()
 
     @property
     def prepared(self) -> int:
         """Number of steps that are dealt ahead now."""
-        return 0 if self._preparer is None else self._preparer.steps
-
-    def _deal_ahead(self) -> None:
-        """Have steps dealt from now on, until the next answer."""
-        if self._ahead is None or self._session is None or self._source is None:
-            return
-        if self._public and not self._session.length:
-            return  # the first prompt may begin with a text, or not
-        if self._preparer is None:
-            self._preparer = Preparer(
-                self._ahead, self._session, self._channels, self._source, self.limits, self._expect
-            )
-        self._preparer.start(self._draw)
-
-    def _stop_dealing(self) -> None:
-        """Have no further steps dealt; a session that has ended meanwhile is forgotten."""
-        preparer = self._preparer
-        if preparer is None:
-            return
-        try:
-            preparer.stop()
-        except PartyError as error:
-            self._abandon(error)
-            self._on_notice(f"a new session begins, as the last one ended meanwhile: {error}")
-        except BaseException as error:
-            self._abandon(error)
-            raise
-        if preparer.told:
-            self._on_notice(preparer.told)
-            preparer.told = ""
-
-    def _dealt_ahead(self, place: Place, cached: int, length: int, draw: Draw) -> list[int]:
-        """Tokens of the steps dealt ahead that the prompt of an answer is fed by."""
-        preparer = self._preparer
-        if preparer is None or not preparer.steps:
-            return []
-        sizes = preparer.fitting(place, cached, length, draw)
-        if not sizes:
-            steps = preparer.steps
-            gone = (
-                f"{steps} steps that were dealt ahead are" if steps > 1 else "a step dealt ahead is"
-            )
-            self._on_notice(
-                f"{gone} thrown away: the prompt does not continue where they begin, or is faster "
-                "as a whole"
-            )
-        return sizes
+        return self._session.prepared
 
     def speculation(
         self,
@@ -634,32 +395,13 @@ class Connection:
                 )
                 self._opened = wanted, found
             made = self._opened[1]
-        if self._store is not None:
-            self._compare(made, self._store.header.plan.steady)
+        if self._stored is not None:
+            self._stored.check_drafts(made)
         if self._ahead is not None and made is not None:
             raise PromptError(
                 "steps are dealt ahead for one token each; leave speculate out, or that"
             )
         return made
-
-    def _compare(self, made: Speculation | None, planned: Steady | None) -> None:
-        """Raise PromptError unless a store was prepared for steps of these lengths."""
-        if planned is None and made is not None:
-            raise PromptError(
-                "stored randomness is dealt for one token a step; leave speculate out, use the "
-                "dealer, or prepare a store with speculate_fixed"
-            )
-        if made is not None and made.extra is not None:
-            raise PromptError(
-                "stored randomness has all extra steps that may come, and none of one token; leave "
-                "speculate_extra out, or use the dealer"
-            )
-        wanted = None if made is None else made.steady(self.program.manifest)
-        if planned is not None and wanted != planned:
-            raise PromptError(
-                f"this store was prepared for speculate_fixed={planned.fixed:g} and "
-                f"speculate_tokens={planned.drafts}; give these, with what drafts, or another store"
-            )
 
     def padded(self, length: int, max_tokens: int = 1) -> int:
         """The tokens that a prompt of this length has with its padding, before so many more.
@@ -680,153 +422,22 @@ class Connection:
 
         blocks: the public blocks that it combines, by number.
         """
-        session = self._session
-        if session is None or not self._reuse:
+        steps = self._session.steps
+        if steps is None or not self._reuse:
             return 0
-        begins = begins_of(session, self._prompts.combined(prompt, blocks))
-        marked = [*begins, *prompt[len(begins) :]]
-        kept = session.cached_tokens().values()
-        return max((common_length(marked, tokens) for tokens in kept), default=0)
+        return cached_length(steps, prompt, self._prompts.combined(prompt, blocks))
 
     def _place(
-        self, session: MergecSession, ids: Sequence[int], combined: Sequence[int] = ()
+        self, steps: MergecSession, ids: Sequence[int], combined: Sequence[int]
     ) -> tuple[Place, int]:
         """Which caches an answer continues, and how many of its tokens are in them.
 
         combined: the public texts that its prompt combines.
         """
-        if not session.continues or self._store is not None:
+        if not steps.continues or self._stored is not None:
             return STILL, 0  # what is stored was dealt for whole prompts
-        kept = session.cached_tokens() if self._reuse else {}
-        known = session.public_tokens()
-        if not combined:
-            return self._conversations.choose(ids, kept, known)
-        begins = begins_of(session, combined)
-        prompt = [*begins, *ids[len(begins) :]]
-        place, cached = self._conversations.choose(prompt, kept, [*known, begins])
-        if place.source == public_source(len(known)):
-            place = place_of(combined, place.conversation)
-        return place, cached
-
-    def _begin(
-        self, session: MergecSession, channel: Channel, length: int, tokens: int
-    ) -> tuple[int, Schedule | None]:
-        """Request an answer; returns how many prompt tokens its first step takes (0: all).
-
-        For an answer from a store, also returns the steps that it was dealt for.
-        """
-        try:
-            if self._store is None:
-                self._ask(channel, session, length, tokens)
-                return 0, None
-            header = self._store.header
-            if self.program.encodes and length != header.prompt:
-                raise PromptError(
-                    f"a stored answer takes a source of {header.prompt} tokens, which the encoder "
-                    f"reads as a whole, and this one has {length}; prepare a store for as many, or "
-                    "use the dealer"
-                )
-            room = header.tokens - (length - header.prompt) + 1
-            if length < header.prompt or tokens > room:
-                raise PromptError(
-                    f"a stored answer takes a prompt of at least {header.prompt} tokens, and has "
-                    f"room for {max(room, 0)} more after this one of {length}; prepare another "
-                    "store, or use the dealer"
-                )
-            if not self._store.left():
-                raise PromptError(f"{self._store.folder}: is used up; run `mergec prepare` again")
-            self._ask(channel, session, length, tokens)
-            # This party first: see `Store` for what a crash between the two leaves.
-            head, seed, corrections = self._store.take(self._tag)
-            channel.send_json(Kind.TAKEN, **head.fields())
-            context = self._context(Origin(seed, self._store.salt), corrections)
-            session.use(context, corrections.skip)
-            return header.prompt, header.plan.schedule()
-        except MergecError as error:
-            if not isinstance(error, PromptError):
-                self._abandon(error)
-            raise
-        except BaseException as error:
-            self._abandon(error)
-            raise
-
-    def _ask(self, channel: Channel, session: MergecSession, length: int, tokens: int) -> None:
-        """Ask for an answer; raises PromptError if the server refuses it."""
-        salt = session.salt.hex()
-        channel.send_json(Kind.BEGIN, length=length, tokens=tokens, salt=salt)
-        kind, fields = channel.receive_json(Kind.ACCEPTED, Kind.REFUSED)
-        if kind is Kind.REFUSED:
-            reason = printable(str(fields.get("reason", "")))
-            told = f"the server refuses this prompt: {reason}"
-            wait = fields.get("wait")
-            raise LimitError(told, wait) if is_a(wait, int) else PromptError(told)
-
-    def _whole_steps(self, tokens: Iterator[Token]) -> Generator[Token, None, None]:
-        """Pass tokens on. Stopping within a step ends the session; between steps it does not."""
-        try:
-            while True:
-                try:
-                    with self._pulse.working():
-                        token = next(tokens, None)
-                except BaseException as error:
-                    self._abandon(error)
-                    raise
-                if token is None:
-                    return
-                yield token
-        finally:
-            try:
-                for channel in self._channels:
-                    channel.send(Kind.DONE)
-            except PartyError as error:  # the answer is complete; the next one needs a new session
-                self._abandon(error)
-
-    def _abandon(self, error: BaseException) -> None:
-        # What stops the caller stops the session: nothing has failed.
-        stopped = not isinstance(error, Exception)
-        reason = "it was stopped" if stopped else "it cannot go on; see its error message"
-        for channel in self._channels:
-            wait = error.wait if isinstance(error, BusyError) else 0
-            channel.fail(str(error) if isinstance(error, PartyError) else reason, stopped, wait)
-        self._forget()
-
-    def _expect(self, steps: Sequence[tuple[int, int]]) -> None:
-        """Let heartbeats of the peers extend waits for as long as these steps may take."""
-        for channel in self._channels:
-            channel.expect(patience(self.program, steps, self._timeout))
+        return choose_place(steps, self._session.conversations, ids, combined, self._reuse)
 
     def close(self) -> None:
         """End the session."""
-        if self._preparer is not None:
-            with suppress(MergecError):  # nobody asks this session for anything any more
-                self._preparer.stop()
-        for channel in self._channels:
-            with suppress(PartyError):  # the other side may have ended it before
-                channel.send(Kind.END)
-            channel.close()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._channels, self._session = [], None
-        self._preparer = self._source = None
-        self._ranks.close()
-        self._pulse.close()
-        self._pulse = Pulse()
-        if self._store is not None:
-            self._store.release()
-
-
-def begins_of(session: MergecSession, combined: Sequence[int]) -> list[int]:
-    """What stands for the tokens of a session's public texts where they are combined."""
-    known = session.public_tokens() if combined else []
-    return [token for n in combined for token in known[n]]
-
-
-def _dealt(dealer: Channel, server: Channel) -> tuple[Kind, memoryview]:
-    """The next block of an answer for a store, or the mark that ends it."""
-    try:
-        return dealer.receive_any((Kind.BLOCK, Kind.MARK), MAX_BLOCK)
-    except PartyError:
-        # The dealer ends when the server does, and the server says why: this raises.
-        while True:
-            server.receive_json(Kind.STORED)
+        self._session.close()
