@@ -29,9 +29,9 @@ from mergec.runtime.core.errors import (
 from mergec.runtime.core.network import NETWORKS, Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.roles.client import Connection
+from mergec.runtime.roles.dealt_ahead import DealtAhead
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.preparer import Preparer
-from mergec.runtime.roles.server_session import ServerSession
 from mergec.runtime.roles.settings import Limits
 from mergec.runtime.session.ahead import Ahead, AheadPlan
 from mergec.runtime.session.conversations import Place
@@ -564,11 +564,10 @@ def test_a_refused_request_takes_no_second_rehearsal() -> None:
     parent = SimpleNamespace(ask=lambda **_: [{"wait": 0}])
     program = decoder.program("server")
     settings = SimpleNamespace(limits=Limits(ahead=99), timeout=8)
-    serving = ServerSession(settings, program, {}, "", None, parent, None)  # type: ignore[arg-type]
+    none: Any = SimpleNamespace(trouble="")
+    ahead = DealtAhead(settings, program, parent, none, session, channel, none, none)  # type: ignore[arg-type]
     for new in (2, 3, 1):
-        request = memoryview(write_step(new, 0, Draw()))
-        none: Any = SimpleNamespace(trouble="")
-        serving._deal_ahead(session, channel, none, none, request)  # type: ignore[arg-type]
+        ahead.deal(memoryview(write_step(new, 0, Draw())))
     assert told == [Kind.REFUSED] * 3
     assert rehearsed == [(2, 0)]
 

@@ -6,7 +6,6 @@ server with a key reuses its static masks B, and a client may keep W - B.
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +17,16 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import ByteSource, ServerContext
-from mergec.runtime.core.errors import BundleError, BusyError, PartyError, PeerEndedError
+from mergec.runtime.core.errors import BusyError, PartyError
 from mergec.runtime.core.memory import release_freed_memory
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Vis
 from mergec.runtime.correlations.prg import new_seed
 from mergec.runtime.engine.executor import Executor
-from mergec.runtime.engine.trees import LINE
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.ranks.start import started
+from mergec.runtime.roles.allowance import Allowance
+from mergec.runtime.roles.dealt_ahead import DealtAhead
+from mergec.runtime.roles.server_answers import ServerAnswers
 from mergec.runtime.roles.settings import ServerSettings
 from mergec.runtime.roles.worker import Parent, played
 from mergec.runtime.session.handshake import (
@@ -40,16 +41,7 @@ from mergec.runtime.session.hello import Hello
 from mergec.runtime.session.own_steps import MergecSession
 from mergec.runtime.session.patience import patience, setup_patience
 from mergec.runtime.session.public_text import PublicText, read_digests
-from mergec.runtime.session.requests import (
-    Plan,
-    Schedule,
-    branch,
-    divide,
-    read_step,
-    turn,
-    whole,
-)
-from mergec.runtime.session.steps import measured
+from mergec.runtime.session.requests import Plan, Schedule
 from mergec.runtime.session.stores.folder import remove_store
 from mergec.runtime.session.stores.format import Header, StoreError, is_store, new_store
 from mergec.runtime.session.stores.journal import Head, read_tag, tag_of
@@ -67,8 +59,7 @@ AHEAD_BYTES = 64 << 20
 """Bytes that a session takes from the dealer before it uses them."""
 
 _LOOK = 1.0
-"""Seconds between two checks of the dealer while the client is idle, and between two messages to
-the client while the dealer deals."""
+"""Seconds between two messages to the client while the dealer deals what is stored."""
 
 
 class ServerSession:
@@ -104,9 +95,6 @@ class ServerSession:
         self._pulse = Pulse()
         self._ranks = ExitStack()
         self._seated = False
-        self._charged = 0
-        self._full = False
-        """Whether there was no room for what the client wanted dealt since its last step."""
 
     def play(self) -> None:
         with self._ranks:
@@ -230,17 +218,23 @@ class ServerSession:
         context = self._context(origin, source, masks)
         session = self._begin(channel, context, masks, public, source.skip)
 
-        def watch() -> None:
-            if source.ended:
-                raise PeerEndedError("the dealer went away; see its own message")
-
-        ahead = partial(self._deal_ahead, session, channel, dealer, source)
+        ahead = None
+        if held:
+            ahead = DealtAhead(
+                *(self._settings, self._program, self._parent, self._log),
+                *(session, channel, dealer, source),
+            )
+        answers = ServerAnswers(
+            *(self._settings, self._program, self._parent, self._pulse),
+            *(session, channel),
+            dealt=(dealer, source),
+            ahead=ahead,
+        )
         try:
-            self._answers(session, channel, dealer.send, watch, ahead=ahead if held else None)
+            answers.serve()
         finally:
-            # A client that leaves pays for what it had dealt, or it could come back for more.
-            session.ahead.clear()
-            self._charge(session)
+            if ahead is not None:
+                ahead.close()
         dealer.send(Kind.END)
         dealer.close()
 
@@ -260,7 +254,12 @@ class ServerSession:
             session.use(context, corrections.skip)
             return plan.schedule()
 
-        self._answers(session, channel, lambda *_: None, lambda: None, take)
+        answers = ServerAnswers(
+            *(self._settings, self._program, self._parent, self._pulse),
+            *(session, channel),
+            take=take,
+        )
+        answers.serve()
         store.close()
 
     def _context(
@@ -347,7 +346,8 @@ class ServerSession:
             raise PartyError("this server stores no randomness; it needs --stores")
         payload = channel.receive_any((Kind.PLAN,))[1]
         plan = Plan.read(channel.object(payload), self._program.manifest, "client")
-        if reason := self._too_long(plan.prompt, plan.tokens):
+        allowance = Allowance(settings.limits, self._program.manifest, self._parent)
+        if reason := allowance.too_long(plan.prompt, plan.tokens):
             raise PartyError(f"the server stores no such answers: {reason}")
         dealer.send(Kind.PLAN, payload)
         whole_answer = patience(self._program, plan.steps(), settings.timeout)
@@ -419,181 +419,3 @@ class ServerSession:
                 self._seated = True
                 return str(message["session"])
             channel.send_json(Kind.QUEUED, position=message["position"])
-
-    def _answers(
-        self,
-        session: MergecSession,
-        channel: Channel,
-        relay: Callable[[Kind, memoryview], None],
-        watch: Callable[[], None],
-        take: Callable[[], Schedule] | None = None,
-        ahead: Callable[[memoryview], None] | None = None,
-    ) -> None:
-        """Serve answers until the client ends the session.
-
-        relay: passes the client's requests on to the dealer. watch: called while the client is
-        idle; raises if the session cannot go on. take: uses up the next answer of the store, after
-        the client has; returns the steps that it was dealt for. ahead: has a step dealt that may
-        come later, if that is offered.
-        """
-        kinds = (Kind.BEGIN, Kind.END, *((Kind.AHEAD,) if ahead is not None else ()))
-        while True:
-            self._await(channel, watch)
-            kind, payload = channel.receive_any(kinds)
-            if kind is Kind.END:
-                return
-            if ahead is not None and kind is Kind.AHEAD:
-                ahead(payload)
-                continue
-            fields = channel.object(payload)
-            if fields.get("salt") != session.salt.hex():
-                raise PartyError(
-                    "the client has another salt than this server, so the dealer told them "
-                    "different ones; start another session, and check the dealer"
-                )
-            length = whole(fields, "length", 1, 1 << 30, channel.peer)
-            tokens = whole(fields, "tokens", 1, 1 << 30, channel.peer)
-            refusal = self._refusal(length, tokens)
-            if refusal:
-                channel.send_json(Kind.REFUSED, **refusal)
-                continue
-            channel.send_json(Kind.ACCEPTED)
-            schedule = take() if take is not None else None
-            self._answer(session, channel, relay, length, tokens, schedule)
-
-    def _deal_ahead(
-        self,
-        session: MergecSession,
-        channel: Channel,
-        dealer: Channel,
-        source: DealerReceiver,
-        payload: memoryview,
-    ) -> None:
-        """Have a step dealt that the client may request next, unless there is no room for it."""
-        new, past, draw, place, split, branches = read_step(payload, channel.peer)
-        limits = self._settings.limits
-        most = min(n for n in (limits.length, self._program.manifest.max_length, 1 << 20) if n)
-        if new < 1 or past < 0 or new + past > most or split or branches != LINE:
-            raise PartyError(f"the client wants {new} tokens after {past} dealt, out of turn")
-        mine = ROLES[SERVER]
-        held = 0 if past == session.present else session.ahead.size(mine)
-        wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
-        reason = ""
-        if source.trouble:
-            self._log.error("cannot hold what is dealt ahead", reason=source.trouble)
-            reason = "it cannot hold more; see its log"
-        elif wait:
-            reason = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
-        elif self._full or held + session.dealt(new, past, draw)[mine] > limits.ahead:
-            # The sizes take a rehearsal: a client that goes on asking does not get one each time.
-            self._full = True
-            reason = f"it holds no more than {limits.ahead / 1e6:g} MB for a session"
-        if reason:
-            channel.send_json(Kind.REFUSED, reason=reason)
-            return
-        try:
-            step = session.enter_ahead(bytes(payload), new, past, draw, place)
-        except BundleError as error:
-            raise PartyError(f"the client requests what cannot be dealt: {error}") from error
-        self._charge(session)
-        self._expect(patience(self._program, [(new, past)], self._settings.timeout))
-        source.expect(step.dealt[mine])
-        dealer.send(Kind.AHEAD, payload)
-        channel.send_json(Kind.ACCEPTED)
-
-    def _charge(self, session: MergecSession) -> None:
-        """Count what was dealt ahead for nothing as tokens that the client used."""
-        if session.ahead.wasted > self._charged:
-            self._parent.tell(kind="wasted", tokens=session.ahead.wasted - self._charged)
-            self._charged = session.ahead.wasted
-
-    def _await(self, channel: Channel, watch: Callable[[], None]) -> None:
-        """Wait for the client's next request. Between answers the session may be ended."""
-        self._parent.idle = True
-        deadline = time.monotonic() + self._settings.idle_timeout
-        line = self._parent.line.fileno()
-        while channel.fileno() not in (ready := channel.readable(_LOOK, line)):
-            if line in ready:
-                self._parent.hear()  # raises if the parent has ended; it sends nothing else
-            watch()
-            if time.monotonic() > deadline:
-                raise PartyError("the session was idle for too long; start another one")
-        self._parent.idle = False
-
-    def _refusal(self, length: int, tokens: int) -> dict[str, Any]:
-        """Why an answer of this length is refused, and when to retry; empty if it is allowed."""
-        limits = self._settings.limits
-        if reason := self._too_long(length, tokens):
-            return {"reason": reason}
-        wait = math.ceil(self._parent.ask(kind="allowance")[0]["wait"])
-        if wait:
-            used = f"{limits.rate} tokens a minute are used up; try again in {wait} s"
-            return {"reason": used, "wait": wait}
-        return {}
-
-    def _too_long(self, length: int, tokens: int) -> str:
-        """Why a prompt and an answer of these lengths are more than is allowed, or nothing."""
-        limits = self._settings.limits
-        most = [n for n in (limits.length, self._program.manifest.max_length) if n]
-        if most and length + tokens > min(most):
-            return f"prompt and answer may have {min(most)} tokens together"
-        if limits.tokens and tokens > limits.tokens:
-            return f"an answer may have {limits.tokens} tokens"
-        return ""
-
-    def _answer(
-        self,
-        session: MergecSession,
-        channel: Channel,
-        relay: Callable[[Kind, memoryview], None],
-        length: int,
-        tokens: int,
-        schedule: Schedule | None = None,
-    ) -> None:
-        """Run the steps of one answer.
-
-        length, tokens: most tokens of its prompt, and of the answer. schedule: of a stored answer,
-        which bounds it.
-        """
-        limit = length + tokens
-        # Stored steps that look alike reach beyond an answer that is shorter than their plan.
-        steady = schedule is not None and schedule.branches
-        reach = limit + (self._program.manifest.speculate_up_to if steady else 0)
-        # A token of the answer may take a step with as many wrong drafts as the program checks.
-        most = limit + tokens * self._program.manifest.speculate_up_to
-        computed = 0
-        while True:
-            kind, payload = channel.receive_any((Kind.STEP, Kind.DONE))
-            if kind is Kind.DONE:
-                relay(kind, payload)
-                return
-            new, past, draw, place, split, branches = read_step(payload, channel.peer)
-            if place.conversation >= self._settings.limits.conversations:
-                held = self._settings.limits.conversations
-                raise PartyError(f"the client asks for more than {held} conversations at once")
-            session.take_ahead(bytes(payload))
-            self._charge(session)
-            turn(session, place, channel.peer)
-            branch(session, branches, new, past, split, channel.peer)
-            divide(session, split, new, channel.peer)
-            if not session.allows(new, past) or new + past > reach:
-                raise PartyError(f"the client asks for {new} tokens after {past}, out of turn")
-            computed += new
-            # Rolling back, an answer of bounded length could go on for ever.
-            if schedule is None and session.cached and computed > most:
-                raise PartyError(
-                    f"the client asks for {computed} tokens in an answer of {limit}; start another"
-                )
-            if schedule is not None:
-                number, left_out = schedule.check(
-                    new, past, draw, channel.peer, place, split, branches
-                )
-                if schedule.branches:
-                    session.follow(number, new, past, left_out)
-            self._expect(patience(self._program, [(new, past)], self._settings.timeout))
-            with self._pulse.working():
-                relay(kind, payload)
-                work = partial(session.step, new, past, draw=draw)
-                report = measured(session, new, past, work)
-            self._full = False
-            self._parent.tell(kind="step", report=asdict(report))
