@@ -109,13 +109,11 @@ class PadPrompt(Pass):
 
     def _inputs(self, graph_module: fx.GraphModule, new: int, past: int) -> dict[fx.Node, Any]:
         """Zeros for the inputs of a step of these lengths."""
-        lengths = {"new": new, "past": past, "past+new": past + new}
         places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         found: dict[fx.Node, Any] = {}
         for node, spec in zip(places, self.info.inputs, strict=True):
-            shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
             dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-            found[node] = torch.zeros(shape, dtype=dtype)
+            found[node] = torch.zeros(spec.shape_of(new, past), dtype=dtype)
         return found
 
 

@@ -97,14 +97,12 @@ def _shapes(
     """Inputs of a step of one token after `past`, without data; without caches, of the text as a
     whole."""
     cached = any(spec.vis is Vis.SHARED for spec in inputs)
-    lengths = {"new": 1, "past": past} if cached else {"new": past + 1, "past": 0}
-    lengths["past+new"] = past + 1
+    lengths = (1, past) if cached else (past + 1, 0)
     places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     found: dict[fx.Node, Any] = {}
     for node, spec in zip(places, inputs, strict=True):
-        shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
         dtype = node.meta["val"].dtype
-        found[node] = torch.empty(shape, dtype=dtype, device="meta")
+        found[node] = torch.empty(spec.shape_of(*lengths), dtype=dtype, device="meta")
     return found
 
 

@@ -121,11 +121,10 @@ class Contract:
         """The value of every call by name, for each of the samples."""
         values: Values = []
         for new, past in SAMPLES:
-            lengths = {"new": new, "past": past, "past+new": past + new, "source": SOURCE}
             random = torch.Generator().manual_seed(new)
             given = []
             for spec in self.inputs:
-                shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
+                shape = spec.shape_of(new, past, SOURCE)
                 if spec.name == PADS:
                     given.append(torch.zeros(shape, dtype=torch.int64))
                 elif spec.vis is Vis.CLIENT:

@@ -71,11 +71,7 @@ class PlainExecutor:
     def start(self) -> dict[str, torch.Tensor]:
         """Empty caches, for the first step, in the model's own precision."""
         return {
-            spec.name: torch.zeros(
-                [0 if isinstance(size, str) else size for size in spec.shape],
-                dtype=self._dtype,
-                device=self.device,
-            )
+            spec.name: torch.zeros(spec.shape_of(0, 0), dtype=self._dtype, device=self.device)
             for spec in self.program.inputs
             if spec.cache_output is not None
         }

@@ -468,10 +468,9 @@ def ghost_inputs(part: Phase | RoleProgram, new: int, past: int, source: int = 0
 
     new, past, source: as from `RoleProgram.sizes`.
     """
-    lengths = {"new": new, "past": past, "past+new": past + new, "source": source}
     inputs: dict[str, Any] = {}
     for spec in part.inputs:
-        shape = [lengths[size] if isinstance(size, str) else size for size in spec.shape]
+        shape = spec.shape_of(new, past, source)
         words = torch.empty(shape, dtype=torch.int64, device="meta")
         if spec.form == "share":
             inputs[spec.name] = Shared(words, spec.frac)

@@ -57,11 +57,7 @@ class StockExecutor:
         """Empty caches, for the first step."""
         return {
             spec.name: crypten.MPCTensor.from_shares(
-                torch.zeros(
-                    [0 if isinstance(size, str) else size for size in spec.shape],
-                    dtype=torch.int64,
-                    device=self.device,
-                )
+                torch.zeros(spec.shape_of(0, 0), dtype=torch.int64, device=self.device)
             )
             for spec in self.program.inputs
             if spec.cache_output is not None

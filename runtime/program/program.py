@@ -59,6 +59,11 @@ class InputSpec:
     """For a shared input: how it is held, opened under a mask to both ("masked"), to the server
     alone ("sent"), or not at all ("share")."""
 
+    def shape_of(self, new: int, past: int, source: int = 0) -> list[int]:
+        """The shape in a step of these lengths, as from `RoleProgram.sizes`."""
+        lengths = {"new": new, "past": past, "past+new": past + new, "source": source}
+        return [lengths[size] if isinstance(size, str) else size for size in self.shape]
+
 
 PADS = "pads"
 """The input by which the client says how many tokens at the beginning of the text are padding: one

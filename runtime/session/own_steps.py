@@ -138,7 +138,7 @@ class MergecSession(Session):
 
     def _empty(self, spec: InputSpec) -> Masked | Sent:
         context = self._executor.context
-        shape = [0 if isinstance(size, str) else size for size in spec.shape]
+        shape = spec.shape_of(0, 0)
         words = torch.zeros(shape, dtype=torch.int64, device=context.device)
         ghost = torch.empty(shape, dtype=torch.int64, device="meta")
         if spec.form == "sent":
