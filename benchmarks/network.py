@@ -36,7 +36,7 @@ from mergec import CompileConfig, compile_decoder
 from mergec.compiler.frontend.capture import Captured
 from mergec.compiler.report.tables import markdown
 from mergec.runtime.core.network import NETWORKS, Waiting
-from mergec.runtime.engine.rehearsal import Rehearsal, latencies, step_cost, step_waiting
+from mergec.runtime.engine.rehearsal import Rehearsal, latencies, step_cost
 
 STORED = "network.json"
 
@@ -125,13 +125,14 @@ def measure(
     rehearsal = Rehearsal(program.any_role)
     otherwise = program.inspect(*STEP).facts.get("chosen_otherwise_than_for_loopback", "")
     for (new, past), usual, delayed in zip(shapes, plain, slow, strict=True):
-        cost, dealt = step_cost(rehearsal, new, past)
+        step = step_cost(rehearsal, new, past)
+        cost = step.cost
         if (delayed.rounds, delayed.online) != (cost.rounds, cost.online):
             raise RuntimeError(f"{name}: {delayed.rounds} rounds instead of {cost.rounds}")
         yield Row(
-            part, name, network, new, past, cost.rounds, latencies(rehearsal.step(new, past)),
-            cost.online, dealt["client"], dealt["server"],
-            step_waiting(rehearsal, NETWORKS[network], new, past),
+            part, name, network, new, past, cost.rounds, latencies(step.rounds),
+            cost.online, step.dealt["client"], step.dealt["server"],
+            step.waiting(NETWORKS[network]),
             usual.seconds, usual.online_seconds, delayed.seconds, delayed.online_seconds,
             str(otherwise),
         )  # fmt: skip

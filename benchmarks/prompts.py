@@ -35,7 +35,6 @@ from mergec.runtime.engine.rehearsal import (
     latencies,
     overlapped_seconds,
     step_cost,
-    step_waiting,
 )
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -117,11 +116,11 @@ def counted(rehearsal: Rehearsal, steps: Sequence[tuple[int, int]]) -> Counted:
     dealt = {"client": 0, "server": 0}
     waiting: dict[str, list[Waiting]] = {name: [] for name in SHOWN}
     for new, past in steps:
-        cost, found = step_cost(rehearsal, new, past)
-        rounds, online = rounds + cost.rounds, online + cost.online
-        dealt = {role: size + found[role] for role, size in dealt.items()}
+        step = step_cost(rehearsal, new, past)
+        rounds, online = rounds + step.cost.rounds, online + step.cost.online
+        dealt = {role: size + step.dealt[role] for role, size in dealt.items()}
         for name, of in waiting.items():
-            of.append(step_waiting(rehearsal, NETWORKS[name], new, past))
+            of.append(step.waiting(NETWORKS[name]))
     return Counted(Cost(rounds, online, sum(dealt.values())), dealt, waiting)
 
 
@@ -358,7 +357,7 @@ def run_overlap() -> list[list[str]]:
     network, rehearsal = NETWORKS["wan"], Rehearsal(roles["client"])
     half = len(ids) // 2
     waits = {
-        0: step_waiting(rehearsal, network, len(ids), 0).prepared,
+        0: step_cost(rehearsal, len(ids), 0).waiting(network).prepared,
         half: overlapped_seconds(rehearsal, half, len(ids), 0, network),
     }
     seconds: dict[int, list[float]] = {split: [] for split in waits}

@@ -30,7 +30,7 @@ from mergec.compiler.program import Program
 from mergec.runtime.core.memory import keep_freed_memory
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.engine.plain import PlainExecutor
-from mergec.runtime.engine.rehearsal import Rehearsal, step_cost, step_waiting
+from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
 from mergec.runtime.engine.trees import depths
 from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.program.program import Phase
@@ -203,11 +203,12 @@ def costs(program: Program) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     rehearsal = Rehearsal(program.any_role)
     for new in range(1, MOST + 2):
-        total, _ = step_cost(rehearsal, new, PAST)
+        step = step_cost(rehearsal, new, PAST)
+        total = step.cost
         found["rounds"][new], found["online"][new] = total.rounds, total.online
         found["dealt"][new] = total.offline
         for name in ("loopback", "wan"):
-            found[name][new] = step_waiting(rehearsal, NETWORKS[name], new, PAST).total
+            found[name][new] = step.waiting(NETWORKS[name]).total
     counted = {new: (found["rounds"][new], found["online"][new]) for new in found["rounds"]}
     rows = {row.new: row for row in stored(RESULTS / STORED) if known(row)}
     if {new: (row.rounds, row.online_bytes) for new, row in rows.items()} == counted:

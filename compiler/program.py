@@ -338,14 +338,13 @@ class Program:
         return cost_report(self.any_role, new, past, self.manifest.fractional_bits, source=source)
 
     def _inspect(self, report: CostReport, savings: bool, source: int | None = None) -> Inspection:
-        from mergec.runtime.engine.rehearsal import Rehearsal, latencies, step_cost, step_waiting
+        from mergec.runtime.engine.rehearsal import Rehearsal, latencies, step_cost
 
         manifest = self.manifest
         shown = ("fractional_bits", "max_length", "vocab_size", "lossy", "program_hash", "weights",
                  "reveal", "logit_noise", "network", "rounding")  # fmt: skip
-        rehearsal, step = Rehearsal(self.any_role), (report.new, report.past, None, source)
-        _, dealt = step_cost(rehearsal, *step)
-        waiting = step_waiting(rehearsal, NETWORKS[manifest.network], *step)
+        step = step_cost(Rehearsal(self.any_role), report.new, report.past, source=source)
+        waiting = step.waiting(NETWORKS[manifest.network])
         return inspect_costs(
             report,
             manifest.model or "program",
@@ -354,8 +353,8 @@ class Program:
             manifest.left_out,
             {key: getattr(manifest, key) for key in shown}
             | ({"deviation": self.deviation} if self.deviation else {})
-            | {f"dealt_to_{role}": count for role, count in dealt.items()}
-            | {"one_way_latencies": latencies(rehearsal.step(*step))}
+            | {f"dealt_to_{role}": count for role, count in step.dealt.items()}
+            | {"one_way_latencies": latencies(step.rounds)}
             | {"estimated_network_seconds": round(waiting.total, 4)}
             | {"waiting_for": {key: round(value, 4) for key, value in asdict(waiting).items()}}
             | self._variants(),

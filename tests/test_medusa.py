@@ -197,7 +197,7 @@ def test_the_parties_compute_what_heads_say(options: dict[str, Any]) -> None:
             said = by_hand(model, heads, text)[:, past:]
             chosen = said.gather(-1, mine.guesses[..., None])[..., 0]
             assert float((said.amax(-1) - chosen).max()) < CLOSE
-            predicted, _ = step_cost(Rehearsal(program.any_role), len(ids), past)
+            predicted = step_cost(Rehearsal(program.any_role), len(ids), past).cost
             spent = parties.record.total
             assert (spent.rounds, spent.online) == (predicted.rounds, predicted.online)
 
@@ -216,14 +216,14 @@ def test_heads_without_blocks_take_no_round(family: str, network: str) -> None:
     program = compiled(family, blocks=False, **told)
     for new, past in ((1, 9), (4, 9), (6, 0)):
         rows = new if past else 1
-        costs = [step_cost(Rehearsal(p.any_role), new, past)[0] for p in (without, program)]
+        costs = [step_cost(Rehearsal(p.any_role), new, past).cost for p in (without, program)]
         assert costs[0].rounds == costs[1].rounds
         assert costs[1].online - costs[0].online == (20 if deferred else 4) * VOCAB * COUNT * rows
 
 
 def test_blocks_take_rounds_for_all_heads_at_once() -> None:
     rounds = [
-        step_cost(Rehearsal(compiled("gpt2", count=count).any_role), 2, 9)[0].rounds
+        step_cost(Rehearsal(compiled("gpt2", count=count).any_role), 2, 9).cost.rounds
         for count in (1, COUNT)
     ]
     assert rounds[0] == rounds[1]

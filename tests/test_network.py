@@ -17,7 +17,7 @@ from mergec.runtime.engine.rehearsal import (
     Rehearsal,
     exchanged,
     latencies,
-    step_waiting,
+    step_cost,
 )
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.transport import emulated
@@ -181,7 +181,7 @@ def test_a_step_waits_for_its_latencies(
         run._all(timed)
     took = ends[CLIENT] - start
     assert took == pytest.approx(exchanged([[forms] for forms in rounds], link), rel=1e-9)
-    waiting = step_waiting(rehearsal, Network(link, SLOW, SLOW, overhead=0.0), len(fed), 3)
+    waiting = step_cost(rehearsal, len(fed), 3).waiting(Network(link, SLOW, SLOW, overhead=0.0))
     assert waiting.latencies == latencies(rounds)
     assert waiting.prepared == pytest.approx(took, rel=1e-9)
     assert math.isfinite(link.bandwidth) or took == latencies(rounds)

@@ -17,7 +17,7 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, MergecError, PartyError, PeerEndedError
 from mergec.runtime.core.network import NETWORKS, Link
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
-from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost, step_waiting
+from mergec.runtime.engine.rehearsal import Rehearsal, overlapped_seconds, step_cost
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place
@@ -90,7 +90,7 @@ def test_compiled_programs_in_pieces(family: str, options: dict[str, Any]) -> No
     assert spent.online == sum(turn.online for turn in turns)
     assert spent.rounds == len(turns)
     # The second piece lags by a part of one layer; without overlap there would be twice as many.
-    separate = step_cost(rehearsal, 2, 4)[0].rounds
+    separate = step_cost(rehearsal, 2, 4).cost.rounds
     assert max(turn.number for turn in turns) < separate * 1.75
     assert [(t.number, t.piece) for t in turns] == sorted((t.number, t.piece) for t in turns)
 
@@ -100,7 +100,7 @@ def test_the_second_piece_lags_by_a_part_of_a_layer(family: str) -> None:
     """It waits for the first one's keys and values, once: then both are a layer's part apart."""
     program = compiled(family, network="wan")[1].roles["client"]
     rehearsal = Rehearsal(program)
-    turns, alone = rehearsal.pieces(8, 16, 0), step_cost(rehearsal, 8, 8)[0].rounds
+    turns, alone = rehearsal.pieces(8, 16, 0), step_cost(rehearsal, 8, 8).cost.rounds
     layers = len([spec for spec in program.inputs if spec.cache_output]) // 2
     lag = max(turn.number for turn in turns) + 1 - alone
     assert 0 <= lag <= alone // layers
@@ -110,7 +110,7 @@ def test_the_first_piece_reveals_nothing(roles: dict[str, Any]) -> None:
     """No logits of it are computed: as many bytes are missing as the head and what leads to it."""
     rehearsal = Rehearsal(roles["client"])
     both = sum(turn.online for turn in rehearsal.pieces(3, 6, 0))
-    apart = sum(step_cost(rehearsal, *step)[0].online for step in ((3, 0), (3, 3)))
+    apart = sum(step_cost(rehearsal, *step).cost.online for step in ((3, 0), (3, 3)))
     logits = 8 * decoder.VOCAB
     assert apart - both > logits
     first = [turn.number for turn in rehearsal.pieces(3, 6, 0) if turn.piece == 0]
@@ -216,7 +216,7 @@ def test_the_cost_model_chooses(monkeypatch: Any) -> None:
     network = NETWORKS["wan"]
     for new, past in ((8, 0), (16, 0), (30, 0), (20, 9)):
         session.divide(new, past)
-        whole = step_waiting(rehearsal, network, new, past)
+        whole = step_cost(rehearsal, new, past).waiting(network)
         halves = overlapped_seconds(rehearsal, max(new // 2, 1), new, past, network)
         better = new >= 16 and halves < whole.total
         assert session.split == (new // 2 if better else 0)
@@ -276,7 +276,7 @@ def test_halves_at_a_server(deployed: Deployment, bundles: Path) -> None:
         assert answered(connection, more, 1) == (decoder.plaintext(bundles, more, 1), [4])
     with deployed.connection(overlap=False) as connection:
         (token,) = connection.generate(PROMPT, max_tokens=1)
-        assert token.reports[0].rounds == step_cost(rehearsal, 6, 0)[0].rounds
+        assert token.reports[0].rounds == step_cost(rehearsal, 6, 0).cost.rounds
     with deployed.connection(prompt_piece=4) as connection:
         assert answered(connection, PROMPT, 1) == (decoder.plaintext(bundles, PROMPT, 1), [4, 2])
 

@@ -69,7 +69,7 @@ class Network:
         """Estimated seconds of a step, or of a call. dealt: bytes that the dealer sends, by role.
 
         latencies, transfer: one-way latencies, and seconds for the bytes between the parties, where
-        all messages of a step are known (`engine.rehearsal.step_waiting`). Without these each round
+        all messages of a step are known (`engine.rehearsal.StepCost`). Without these each round
         takes a latency, and both directions carry half of the bytes at the same time.
         """
         if latencies is None:

@@ -321,6 +321,24 @@ def drive(context: ShapeContext, protocol: Protocol) -> tuple[list[list[Message]
         reply = as_reply(yielded, exchange(context, None, messages))
 
 
+class StepCost(NamedTuple):
+    """What a step takes. dealt: bytes dealt for it, by role. rounds: its messages."""
+
+    cost: Cost
+    dealt: dict[str, int]
+    rounds: Rounds
+
+    def waiting(self, network: Network) -> Waiting:
+        """What the step waits for on a network, by its messages.
+
+        The bytes of both directions travel at the same time where both parties send at once, and
+        one after the other where the parties take turns.
+        """
+        count, link = latencies(self.rounds), network.parties
+        transfer = exchanged([[forms] for forms in self.rounds], link) - count * link.latency
+        return network.waiting(self.cost, self.dealt, count, transfer)
+
+
 @torch.inference_mode()
 def step_cost(
     rehearsal: Rehearsal,
@@ -329,9 +347,16 @@ def step_cost(
     draw: Draw | None = None,
     source: int | None = None,
     parents: Sequence[int] = (),
-) -> tuple[Cost, dict[str, int]]:
-    """Rounds and bytes of a step, and the bytes dealt for it, by role; see `Rehearsal.step`."""
-    return _cost(rehearsal.parts(new, past, draw, source, parents=parents))
+) -> StepCost:
+    """Rounds and bytes of a step of these lengths; see `Rehearsal.step`."""
+    parts = list(rehearsal.parts(new, past, draw, source, parents=parents))
+    count, online, dealt = 0, 0, {"client": 0, "server": 0}
+    for part in parts:
+        count = max(count, part.start + len(part.rounds))
+        online += sum(online_bytes(message) for due in part.rounds for message in due)
+        for role, size in part.dealt.items():
+            dealt[role] += size
+    return StepCost(Cost(count, online, sum(dealt.values())), dealt, _messages(parts))
 
 
 def _messages(parts: Iterable[Part]) -> Rounds:
@@ -343,39 +368,6 @@ def _messages(parts: Iterable[Part]) -> Rounds:
                 rounds.append([])
             rounds[number] += forms
     return rounds
-
-
-def _cost(parts: Iterable[Part]) -> tuple[Cost, dict[str, int]]:
-    """The same as `step_cost`, from the step's instructions."""
-    rounds, online, dealt = 0, 0, {"client": 0, "server": 0}
-    for part in parts:
-        rounds = max(rounds, part.start + len(part.rounds))
-        online += sum(online_bytes(message) for due in part.rounds for message in due)
-        for role, size in part.dealt.items():
-            dealt[role] += size
-    return Cost(rounds, online, sum(dealt.values())), dealt
-
-
-@torch.inference_mode()
-def step_waiting(
-    rehearsal: Rehearsal,
-    network: Network,
-    new: int,
-    past: int,
-    draw: Draw | None = None,
-    source: int | None = None,
-    parents: Sequence[int] = (),
-) -> Waiting:
-    """What a step of these lengths waits for on a network, by its messages; see `Rehearsal.step`.
-
-    The bytes of both directions travel at the same time where both parties send at once, and one
-    after the other where the parties take turns.
-    """
-    parts = list(rehearsal.parts(new, past, draw, source, parents=parents))
-    (cost, dealt), rounds = _cost(parts), _messages(parts)
-    count, link = latencies(rounds), network.parties
-    transfer = exchanged([[forms] for forms in rounds], link) - count * link.latency
-    return network.waiting(cost, dealt, count, transfer)
 
 
 def latencies(rounds: Rounds) -> int:

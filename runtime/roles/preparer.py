@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER
-from mergec.runtime.engine.rehearsal import step_cost, step_waiting
+from mergec.runtime.engine.rehearsal import step_cost
 from mergec.runtime.session.ahead import AheadPlan
 from mergec.runtime.session.conversations import Place
 from mergec.runtime.session.drafting.pace import Seconds
@@ -117,12 +117,12 @@ class Preparer:
         for new in {1, most}:
             if rehearsal is None:
                 continue  # only the dealer has none
-            step = new, prompt - new, draw
-            waiting = step_waiting(rehearsal, network, *step)
+            cost = step_cost(rehearsal, new, prompt - new, draw)
+            waiting = cost.waiting(network)
             if dealt:
                 modelled[new] = waiting.prepared
             else:
-                modelled[new] = waiting.total + network.making(step_cost(rehearsal, *step)[1])
+                modelled[new] = waiting.total + network.making(cost.dealt)
         line = Seconds(modelled or {1: 0.0})
         for new, seconds in self._measured[dealt]:
             line.learn(new, seconds)

@@ -20,7 +20,6 @@ from mergec.runtime.engine.rehearsal import (
     ghost_inputs,
     overlapped_seconds,
     step_cost,
-    step_waiting,
 )
 from mergec.runtime.kernels.spread import pick_rows
 from mergec.runtime.ops.cache_append import appended, make_room
@@ -156,7 +155,7 @@ class MergecSession(Session):
             return  # it was dealt as a whole
         if new - new // 2 <= 1 + self.program.manifest.speculate_up_to:
             return  # the second half would reveal what only drafts are to be compared with
-        whole = step_waiting(rehearsal, network, new, past)
+        whole = step_cost(rehearsal, new, past).waiting(network)
         halves = overlapped_seconds(rehearsal, new // 2, new, past, network)
         # Other than for the parties' messages both wait equally, for the dealer and for work.
         if halves < min(whole.prepared, whole.total):
@@ -245,7 +244,7 @@ class MergecSession(Session):
         """Bytes that the dealer sends for a step of these lengths, by role; none at the dealer."""
         if self.rehearsal is None:
             return dict.fromkeys(ROLES, 0)
-        return step_cost(self.rehearsal, new, past, draw)[1]
+        return step_cost(self.rehearsal, new, past, draw).dealt
 
     @torch.inference_mode()
     def _execute(self, inputs: dict[str, Any], outputs: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mergec.runtime.core.network import Network
-from mergec.runtime.engine.rehearsal import Rehearsal, step_cost, step_waiting
+from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
 
 _PRIOR = 0.5
 """Weight of a modelled second beside a measured one."""
@@ -87,8 +87,8 @@ def modelled_seconds(
     rehearsal: Rehearsal, past: int, counts: Sequence[int], network: Network
 ) -> dict[int, float]:
     """What the cost model says of steps with so many tokens after `past` ones, in seconds."""
+    costs = {new: step_cost(rehearsal, new, past) for new in counts}
     return {
-        new: step_waiting(rehearsal, network, new, past).prepared
-        + network.making(step_cost(rehearsal, new, past)[1])
-        for new in counts
+        new: cost.waiting(network).prepared + network.making(cost.dealt)
+        for new, cost in costs.items()
     }
