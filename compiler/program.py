@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mergec.compiler.backend.cost import CostReport
     from mergec.compiler.backend.onnx_export import ValueType
     from mergec.compiler.report.history import History
-    from mergec.runtime.engine.audit import Audit
+    from mergec.runtime.engine.audit_report import Audit
 
 Progress = Callable[[str], object]
 

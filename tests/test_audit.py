@@ -18,7 +18,8 @@ from mergec.runtime.core.messages import Swap, ToClient, ToServer
 from mergec.runtime.core.op import REGISTRY, Op, unregister
 from mergec.runtime.core.spec import CLIENT, ROLES, SERVER, Cost, Vis
 from mergec.runtime.core.values import Shared
-from mergec.runtime.engine.audit import FRESH, HIGH, NONE, OWN, Audit, Watch, audit
+from mergec.runtime.engine.audit import Watch, audit
+from mergec.runtime.engine.audit_report import FRESH, HIGH, NONE, OWN, Audit
 from mergec.runtime.engine.rehearsal import drive, form
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram

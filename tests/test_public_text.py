@@ -19,7 +19,8 @@ from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import MergecError, PartyError, PromptError
 from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
 from mergec.runtime.core.values import Sent, decode, encode
-from mergec.runtime.engine.audit import SERVERS, audit
+from mergec.runtime.engine.audit import audit
+from mergec.runtime.engine.audit_report import SERVERS
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.inprocess import InProcessSession

@@ -22,7 +22,7 @@ from mergec.runtime.program.program import InputSpec, Instruction, RoleProgram, 
 
 if TYPE_CHECKING:
     from mergec.compiler.report.history import Change
-    from mergec.runtime.engine.audit import Audit
+    from mergec.runtime.engine.audit_report import Audit
 
 COLUMN, ROW = 190, 62
 """Distances between the centres of nodes in a layer, in pixels."""
