@@ -1,4 +1,4 @@
-"""Sines and cosines of multiples of a phase, in integers, so that both parties agree on them."""
+"""Sines and cosines of odd multiples of a phase, in integers, so that both parties agree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COSINE, SINE = _series(0), _series(1)
 
 
 def _turned_host(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
-    """Cosine and sine of `low` times 2 pi k cycles / 2**32, for k from 1 on: int64 [n, terms].
+    """Cosine and sine of `low` times 2 pi k cycles / 2**32, for odd k from 1 on: int64 [n, terms].
 
     bits: fractional bits of each, int64 [terms], at most 30.
     """
@@ -45,9 +45,9 @@ def _turned_host(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tens
 def _turned_tensors(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
     one = _cosine_and_sine(low * cycles)
     two = _product(one, one)
-    turns = [one, two]
+    four, turns = _product(two, two), [one, _product(one, two)]
     while 2 * len(turns) < len(bits):
-        turns.append(_product(turns[-2], two))
+        turns.append(_product(turns[-2], four))
     found = torch.stack([part for turn in turns for part in turn][: len(bits)], 1)
     drops = integers(tuple((FRAC - bits).tolist()), low.device)
     return (found + ((1 << drops) >> 1)) >> drops
@@ -95,11 +95,11 @@ def _turn(low, cycles, drops, out):  # type: ignore[no-untyped-def]
         crossed = (c ^ s) & -(quarter & 1)
         c, s = (c ^ crossed) * (1 - ((quarter + 1) & 2)), (s ^ crossed) * (1 - (quarter & 2))
         # From each turn to the one after the next, so that two products run at a time.
-        double = (c * c - s * s + half) >> FRAC, (s * c + c * s + half) >> FRAC
-        now, after = (c, s), double
+        d, t = (c * c - s * s + half) >> FRAC, (s * c + c * s + half) >> FRAC
+        now, after = (c, s), ((c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC)
+        d, t = (d * d - t * t + half) >> FRAC, (t * d + d * t + half) >> FRAC
         for k in range(0, out.shape[1], 2):
             c, s = now
             out[i, k] = (c + ((np.int64(1) << drops[k]) >> 1)) >> drops[k]
             out[i, k + 1] = (s + ((np.int64(1) << drops[k + 1]) >> 1)) >> drops[k + 1]
-            d, t = double
             now, after = after, ((c * d - s * t + half) >> FRAC, (s * d + c * t + half) >> FRAC)

@@ -37,8 +37,8 @@ def _tanh(x: np.ndarray) -> np.ndarray:
     return np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-_SIZES = (1, -4, -2, -5, -4, -7, -6, -10, -8, -12, -11, -14, -14)
-_WIDTHS = (6, 5, 6, 5, 5, 5, 5, 5, 5, 5, 4, 4, 4)
+_SIZES = (2, -1, -3, -4, -6, -8, -10, -13, -16)
+_WIDTHS = (6, 6, 5, 5, 5, 5, 4, 4, 4)
 
 
 def _saturating(odd: Callable[[np.ndarray], np.ndarray], cycles: int) -> Function:
@@ -49,7 +49,7 @@ def _saturating(odd: Callable[[np.ndarray], np.ndarray], cycles: int) -> Functio
     return saturating(lambda x: 0.5 * x * (1 + odd(x)), -7, 128, 13, 58, 17, *tails, served)
 
 
-GELU, GELU_TANH = _saturating(_erf, 3520), _saturating(_tanh, 3536)
+GELU, GELU_TANH = _saturating(_erf, 2744), _saturating(_tanh, 2795)
 
 
 class Gelu(Op):

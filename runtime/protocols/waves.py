@@ -1,8 +1,9 @@
 """Functions of a secret as sums of cosines, dealt to the server alone: one entry instead of many.
 
 Activations are half their input plus an even function: silu(x) = x/2 + (x/2) tanh(x/2), and
-gelu(x) = x/2 + (x/2) erf(x/sqrt 2). The even part is smooth, so on [-a, a] few cosines of a period
-that is longer than 2a come close to it (a Fourier extension). With z = x + r open,
+gelu(x) = x/2 + (x/2) erf(x/sqrt 2). The even part is |x|/2 with a smooth bend. If the bend repeats
+upside down half a period from zero, beyond a, the cosines of even multiples of the base frequency
+drop out, and few others come close to it on [-a, a]. With z = x + r open, and k odd,
 
     a_k cos(w k x) = a_k cos(w k r) cos(w k z) + a_k sin(w k r) sin(w k z)
 
@@ -11,9 +12,10 @@ element takes a single entry (`pieces`). x/2 needs no dealt word: z and a party'
 give its share of x.
 
 How many cosines it takes follows from how far the function's poles are from the real line: SiLU
-takes 46 words on 32 units of x for an error of 4e-6. Windows of two units, with a polynomial in
-each, would take 128: of all but one of them a party's words go unused. Source of the fit:
-Huybrechs, "On the Fourier extension of nonperiodic functions" (SIAM J. Numer. Anal. 47, 2010).
+takes 40 words on 32 units of x for an error of 4e-6. Windows of two units, with a polynomial in
+each, would take 128: of all but one of them a party's words go unused. A fit on [-a, a] alone, by
+all multiples of a shorter period, would take 46. Source of such fits: Huybrechs, "On the Fourier
+extension of nonperiodic functions" (SIAM J. Numer. Anal. 47, 2010); the bends are ours.
 
 z is an integer modulo 2**32 of units of 2**-16. The period is 2**32 units divided by an integer, so
 that nothing changes where z wraps.
@@ -42,8 +44,8 @@ class Waves(Curve):
     """x/2 + even(x) for |x| <= half, by cosines.
 
     even: an even function that takes and returns real numbers. cycles: periods in 2**16. sizes: for
-    each cosine, the binary logarithm that its coefficient stays below; parties divide bits by these
-    alone, as a fit may differ in its last bits between machines.
+    each cosine, of an odd multiple, the binary logarithm that its coefficient stays below; parties
+    divide bits by these alone, as a fit may differ in its last bits between machines.
     """
 
     even: Callable[[np.ndarray], np.ndarray]
@@ -96,7 +98,8 @@ def _fitted(curve: Waves) -> np.ndarray:
     """Least squares at the Chebyshev nodes of [0, half], which keep the largest error small."""
     x = curve.half * np.cos(np.pi * (np.arange(_NODES) + 0.5) / (2 * _NODES))
     angles = 2 * np.pi * curve.cycles * 2.0**-FRACTIONAL_BITS * x
-    cosines = np.cos(np.outer(angles, np.arange(len(curve.sizes) + 1)))
+    multiples = [0, *range(1, 2 * len(curve.sizes), 2)]
+    cosines = np.cos(np.outer(angles, multiples))
     return np.linalg.lstsq(cosines, curve.even(x), rcond=None)[0]
 
 

@@ -436,7 +436,7 @@ def _(full: bool) -> Iterator[Arguments]:
 
 @cases("turns.turned")
 def _(full: bool) -> Iterator[Arguments]:
-    for cycles, terms in ((1797, 46), (1, 2), (2**31 - 1, 26)):
+    for cycles, terms in ((1115, 40), (1, 2), (2**31 - 1, 26)):
         for count in (301, 1, 0):
             phases = torch.cat([below(1 << 32, count), words(count)])
             yield phases, cycles, below(turns.FRAC, terms).numpy() + 1

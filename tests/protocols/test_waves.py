@@ -73,7 +73,7 @@ def test_coefficients_are_below_what_parties_divide_their_bits_by(function: Func
 
 def test_every_number_of_a_small_range() -> None:
     """One unit of x to either side, with waves that are not those of an activation."""
-    curve = Waves(lambda x: np.cos(3 * x) / 4, 1, 2**14 + 1, (0, 0, 0, 0, 0, 0, 0, 0))
+    curve = Waves(lambda x: np.cos(3 * x) / 4, 1, 2**13 + 1, (0, 0, 0, 0, 0, 0, 0, 0))
     table = wave_table(curve, (7,) * 8, 4)
     x = torch.arange(-(2**16), 2**16 + 1)
     exact = x.double() * UNIT / 2 + torch.cos(3 * x.double() * UNIT) / 4
@@ -86,7 +86,7 @@ def test_sines_and_cosines() -> None:
     found = TURNED(phase, 1, np.full(12, 30)).double() * 2.0**-30
     angle = (phase & (2**32 - 1)).double() * (2 * math.pi / 2**32)
     for k in range(6):
-        assert (found[:, 2 * k] - torch.cos((k + 1) * angle)).abs().max() < 1e-7
-        assert (found[:, 2 * k + 1] - torch.sin((k + 1) * angle)).abs().max() < 1e-7
+        assert (found[:, 2 * k] - torch.cos((2 * k + 1) * angle)).abs().max() < 1e-7
+        assert (found[:, 2 * k + 1] - torch.sin((2 * k + 1) * angle)).abs().max() < 1e-7
     coarse = TURNED(phase, 1, np.array([1, 2])) * 2.0 ** -torch.tensor([1.0, 2.0])
     assert (coarse - found[:, :2]).abs().max() <= 0.25 + 1e-7

@@ -1,4 +1,4 @@
-"""Sines and cosines of multiples of a phase (`kernels.turns`)."""
+"""Sines and cosines of odd multiples of a phase (`kernels.turns`)."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def _turned(  # type: ignore[no-untyped-def]
     c = (c ^ crossed) * (1 - ((quarter + 1) & 2))
     s = (s ^ crossed) * (1 - (quarter & 2))
     c2, s2 = (c * c - s * s + half) >> FRAC, (s * c + c * s + half) >> FRAC
-    d, e, f, g = c, s, c2, s2
+    d, e = c, s
+    f, g = (d * c2 - e * s2 + half) >> FRAC, (e * c2 + d * s2 + half) >> FRAC
+    c4, s4 = (c2 * c2 - s2 * s2 + half) >> FRAC, (s2 * c2 + c2 * s2 + half) >> FRAC
     for k in range(0, terms, 2):
         drop, other = tl.load(drops + k), tl.load(drops + k + 1)
         target = out + place * terms + k
         tl.store(target, (d + ((one << drop) >> 1)) >> drop, mask=inside)
         tl.store(target + 1, (e + ((one << other) >> 1)) >> other, mask=inside)
-        h, i = (d * c2 - e * s2 + half) >> FRAC, (e * c2 + d * s2 + half) >> FRAC
+        h, i = (d * c4 - e * s4 + half) >> FRAC, (e * c4 + d * s4 + half) >> FRAC
         d, e, f, g = f, g, h, i
 
 
 def turned(low: torch.Tensor, cycles: int, bits: np.ndarray) -> torch.Tensor:
-    """Cosine and sine of `low` times 2 pi k cycles / 2**32, for k from 1 on: int64 [n, terms]."""
+    """Cosine and sine of `low` times 2 pi k cycles / 2**32, for odd k: int64 [n, terms]."""
     out = torch.empty((len(low), len(bits)), dtype=torch.int64, device=low.device)
     launch(
         _turned, triton.cdiv(len(low), _SIZE), low, integers(COSINE + SINE, low.device),
