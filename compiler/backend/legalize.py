@@ -182,7 +182,7 @@ class _Legalizer:
         if self.exact and "reach" in arguments:
             # With exact rounding functions have finer tables, which need keys.
             arguments["reach"] = 0
-        optional = {"reach", "pads"}
+        optional = {"reach", "pads", "apart"}
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
             optional |= {"columns", "wide"}
