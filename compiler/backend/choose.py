@@ -15,6 +15,7 @@ from mergec.runtime.core.structural import MOVE_NAMES
 from mergec.runtime.core.values import Shared, Wide
 from mergec.runtime.engine.plan import Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
+from mergec.runtime.ops.gelu import Gelu
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.part import Part
 from mergec.runtime.ops.rotary import Rotary
@@ -116,7 +117,8 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
     """How many calls of each op would be others on `network`, by op and by what differs.
 
     These have other literals there. Where a message takes no time, no norm is deferred either
-    (`passes.defer_norm`), and nothing is computed in the ring of 128 bits behind one.
+    (`passes.defer_norm`), nothing is computed in the ring of 128 bits behind one, and no activation
+    from one opening (`passes.open_once`).
     """
     manifest = program.manifest
     exact, most = manifest.rounding == "exact", manifest.max_length or NEW + PAST
@@ -128,6 +130,8 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
         deferred = planned.op is not None and issubclass(planned.op, NormedLinear)
         if deferred and not waits:
             found[f"{item.target} (norm deferred{', wide' * planned.argument('wide')})"] += 1
+        elif planned.op is Gelu and planned.argument("alone") and not waits:
+            found[f"{item.target} (one opening)"] += 1
         elif _bound(planned, planned.instruction) != _bound(planned, item):
             found[item.target] += 1
     return dict(found)
@@ -240,7 +244,7 @@ def _choices(
         if kind is _supplies and best == given:
             # The call stays as it is written.
             continue
-        yield item.name, tuple(Planned.written(best, {"reach", "pads", "apart"}).values())
+        yield item.name, tuple(Planned.written(best, {"reach", "pads", "apart", "alone"}).values())
 
 
 def _walked(plan: Plan, program: RoleProgram, step: _Step) -> Iterator[Walked]:

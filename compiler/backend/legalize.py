@@ -33,6 +33,7 @@ from mergec.runtime.core.spec import (
 from mergec.runtime.engine.plan import Planned
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.embedding import Embedding
+from mergec.runtime.ops.gelu import ALONE_FRAC
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.open import Open
@@ -182,7 +183,9 @@ class _Legalizer:
         if self.exact and "reach" in arguments:
             # With exact rounding functions have finer tables, which need keys.
             arguments["reach"] = 0
-        optional = {"reach", "pads", "apart"}
+        if arguments.get("alone") and (self.exact or not self.has_room(node, ALONE_FRAC)):
+            arguments["alone"] = 0
+        optional = {"reach", "pads", "apart", "alone"}
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
             optional |= {"columns", "wide"}
@@ -248,12 +251,16 @@ class _Legalizer:
         while is_move(node):
             node = node.args[0]  # type: ignore[assignment]
         if node not in self.fine:
-            frac = node.meta["frac"] + self.fixed
             # Decided once: after the wire is opened for its products, they no longer use it.
-            self.fine[node] = all(
-                frac + self.least_bits(product) <= self.room[product] for product in _products(node)
-            )
+            self.fine[node] = self.has_room(node, node.meta["frac"])
         return self.fine[node]
+
+    def has_room(self, node: fx.Node, frac: int) -> bool:
+        """Whether all products of a wire with weights can hold so many fractional bits of it."""
+        frac += self.fixed
+        return all(
+            frac + self.least_bits(product) <= self.room[product] for product in _products(node)
+        )
 
     def pass_through(self, node: fx.Node) -> None:
         """A structural op keeps form and scale; several inputs are first brought to one."""

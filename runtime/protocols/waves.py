@@ -31,10 +31,13 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.spec import FRACTIONAL_BITS
+from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.kernels.turns import FRAC, PHASE_BITS, TURNED
+from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.pieces import Curve, Pieces
+from mergec.runtime.protocols.truncate import NARROW_OFFSET, Truncation, truncation_words
 
 _NODES = 1024
 
@@ -75,11 +78,15 @@ class Waves(Curve):
     def undealt(
         self, ctx: Context, pieces: Pieces, opened: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """x/2, and the mean of the cosines."""
+        """The mean of the cosines; and x/2, where the upper bits of a word are the result's.
+
+        Shares of x are modulo 2**32, so x/2 must be needed modulo 2**(31 - 16) at most.
+        """
         own = ctx.public(opened.long()) - mask.long()
         mean = round(float(self.fitted[0]) * 2.0**pieces.out_frac)
-        halved = own << (pieces.out_frac - FRACTIONAL_BITS - 1)
-        return halved + ctx.public(torch.full_like(halved, mean))
+        mine = ctx.public(torch.full_like(own, mean))
+        up = pieces.out_frac - FRACTIONAL_BITS - 1
+        return mine + (own << up) if up + PHASE_BITS >= RING_BITS else mine
 
     @property
     def fitted(self) -> np.ndarray:
@@ -91,6 +98,34 @@ def wave_table(curve: Waves, widths: tuple[int, ...], integer_bits: int) -> Piec
     """The table of a function; widths: bytes of a word, for each cosine."""
     words = tuple(width for width in widths for _ in range(2))
     return Pieces(curve, -curve.half << FRACTIONAL_BITS, 1, PHASE_BITS, words, integer_bits)
+
+
+def evaluate_alone(ctx: Context, table: Pieces, x: Cut) -> Protocol:
+    """Shares modulo 2**64 of f(x), with `table.out_frac` fractional bits, by one opening.
+
+    In: x to 16 fractional bits, any shape, within the table: nothing tells x beyond it apart, and
+    the result is f of another number then. Out: at most 48 fractional bits; x/2 follows from the
+    opening, lifted to the ring of 64 bits (`truncate.Truncation`). Rounds 1, online 8 bytes per
+    element, offline `table.dealt_bytes` and 16, to the server alone. Each party sees x + 2**30 + r
+    under a mask r that is fresh and uniform modulo 2**32, and of the table what `Pieces.evaluate`
+    says; the two words are shared as any dealt ones. Not for exact rounding, as the client sees
+    which way x was rounded.
+    """
+    wide = x.mask(ctx)
+    mask = x.narrow(wide)
+    low, top = ctx.deal((2, *mask.shape), lambda: truncation_words(mask, 0))
+    opened = yield from x.open(ctx, wide, NARROW_OFFSET)
+    even = table.evaluate(ctx, opened - NARROW_OFFSET, mask)
+    if opened.is_meta:
+        return even.reshape(x.share.shape)
+    lifted = Truncation(opened, 0)
+    own = ctx.public(lifted.base) - low + lifted.wrap * top
+    return (even + (own << (table.out_frac - FRACTIONAL_BITS - 1))).reshape(x.share.shape)
+
+
+def evaluate_alone_cost(table: Pieces, count: int) -> Cost:
+    """Cost of `evaluate_alone` for `count` elements."""
+    return Cost(rounds=1, online=8 * count, offline=16 * count) + table.cost(count)
 
 
 @cache

@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.turns import TURNED
-from mergec.runtime.ops.gelu import GELU, GELU_TANH
+from mergec.runtime.ops.gelu import ALONE_FRAC, GELU, GELU_TANH, alone_table, log_sizes
 from mergec.runtime.ops.silu import SILU
-from mergec.runtime.protocols.saturate import Function
-from mergec.runtime.protocols.waves import Waves, wave_table
-from tests.protocols.harness import words
+from mergec.runtime.protocols.pieces import Pieces
+from mergec.runtime.protocols.saturate import Function, function_input
+from mergec.runtime.protocols.waves import (
+    Waves,
+    evaluate_alone,
+    evaluate_alone_cost,
+    wave_table,
+)
+from tests.protocols.harness import run, uniform_bytes, words
 from tests.protocols.test_pieces import UNIT, evaluated, table_of, waves_of
 
 ACTIVATIONS = pytest.mark.parametrize(
@@ -69,6 +77,65 @@ def test_coefficients_are_below_what_parties_divide_their_bits_by(function: Func
     """Only the dealer uses a fit, so that it need not be the same on all machines."""
     curve = waves_of(table_of(function))
     assert (np.abs(curve.fitted[1:]) <= 2.0 ** np.array(curve.sizes)).all()
+
+
+ALONE = pytest.mark.parametrize("reach", [6, 7])
+FORMS = pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
+
+
+def by_one_opening(simulation: Simulation, table: Pieces, x: list[Shared]) -> torch.Tensor:
+    def protocol(ctx, party):
+        return (yield from evaluate_alone(ctx, table, function_input(ctx, x[party])))
+
+    found, cost = run(simulation, protocol)
+    assert cost == evaluate_alone_cost(table, found.numel())
+    assert cost.rounds == 1
+    assert simulation.to_client.total == 0
+    return found.double() * 2.0**-table.out_frac
+
+
+@ALONE
+@FORMS
+@pytest.mark.parametrize("frac", [16, 31, 48])
+def test_a_gelu_by_one_opening(tanh: bool, reach: int, frac: int) -> None:
+    """Of places in all of the table, and its ends; with fewer and more bits than it reads."""
+    table = alone_table(tanh, reach)
+    assert table.out_frac == ALONE_FRAC
+    low, high = table.start, table.start + table.span
+    x = torch.cat([words(2**17, low, high + 1), torch.tensor([low, low + 1, 0, high - 1, high])])
+    exact = torch.nn.functional.gelu(x.double() * UNIT, approximate="tanh" if tanh else "none")
+    simulation = Simulation()
+    shares = simulation.share(x.double() * UNIT, frac)
+    # Dropping bits of a share of more is off by a unit of x, and GELU rises by up to 1.13 of it.
+    bound = 5e-5 if frac <= 16 else 5e-5 + 1.13 * UNIT
+    assert (by_one_opening(simulation, table, shares) - exact).abs().max() < bound
+    beyond = words(1000, -(2**30), 2**30).double() * UNIT
+    by_one_opening(simulation, table, simulation.share(beyond, frac))
+
+
+@ALONE
+def test_one_opening_tells_nothing(reach: int) -> None:
+    """What both parties receive is uniform for one input, given again and again."""
+    simulation = Simulation(record=True)
+    shares = simulation.share(torch.full((4096,), -3.25), 16)
+    by_one_opening(simulation, alone_table(True, reach), shares)
+    assert len(simulation.transcript) == 2
+    assert abs(uniform_bytes(simulation.transcript)) < 6.5
+
+
+@ALONE
+@FORMS
+def test_sizes_of_coefficients_are_the_same_on_all_machines(tanh: bool, reach: int) -> None:
+    """They are rounded up from logarithms, none of which is near a whole number."""
+    curve = waves_of(alone_table(tanh, reach))
+    assert (np.abs(curve.fitted[1:]) <= 2.0 ** np.array(curve.sizes)).all()
+    found = np.array(log_sizes(curve.cycles))
+    assert np.abs(found - np.rint(found)).min() > 1e-3
+
+
+def test_no_table_serves_inputs_that_reach_further() -> None:
+    with pytest.raises(ValueError, match=r"up to 2\*\*8 by one opening"):
+        alone_table(True, 8)
 
 
 def test_every_number_of_a_small_range() -> None:

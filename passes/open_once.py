@@ -1,0 +1,122 @@
+"""Compute an activation from a single opening where a round takes long."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from mergec.compiler.graph.ir import bind, calls, constant
+from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.rewriting import Pass
+from mergec.runtime.core.op import target
+from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
+from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.rehearsal import call_dealt
+from mergec.runtime.ops.gelu import Gelu
+from mergec.runtime.ops.linear import Linear
+
+
+class OpenOnce(Pass):
+    """Lets a GELU take one round instead of two, from a longer table for the server alone.
+
+    The usual table ends near zero, so the bits that tell whether an input is beyond it are opened,
+    and the table's value as well. A table of all that inputs reach needs neither
+    (`runtime.protocols.waves`), but some 600 dealt bytes for an element instead of 200, and its
+    result has 38 fractional bits, of which nothing is rounded off. So it pays where a round takes
+    long and the dealer is near the server: the cost model for the network decides up to how many
+    rows. Steps of more rows take two rounds, inside of the same op.
+
+    Only products with constants of the server's may read the result, as they can take that many
+    fractional bits. Where they have no room for these, or calibration saw inputs that are too
+    large, the op is computed as before.
+
+    Before:
+        %x = input : shared 1xnewx8
+        %weight = constant : server 6x8
+        %1 = mpc.gelu(%x, True)
+        %2 = mpc.linear(%1, %weight)
+    After:
+        %1 = mpc.gelu(%x, True, alone=1024)
+        %2 = mpc.linear(%1, %weight)
+    """
+
+    stage = "optimize"
+    # What reads an activation, and what its products are, is known after these.
+    after = ("defer_norm", "fold_scalars", "hoist_last_position", "merge_chains", "merge_siblings")
+
+    def run(self, graph_module: fx.GraphModule) -> int:
+        found = [
+            node
+            for node in graph_module.graph.nodes
+            if calls(node, target(Gelu.name)) and node.meta["vis"] is Vis.SHARED
+        ]
+        if found and not self.info.network.parties.latency:
+            self.skip(found[0], "a message takes no time on this network; nor for others")
+            return 0
+        return sum(self._open(graph_module, node) for node in found)
+
+    def _open(self, graph_module: fx.GraphModule, node: fx.Node) -> int:
+        arguments = bind(Gelu, node)
+        if arguments["alone"]:
+            return 0
+        if not _for_products(graph_module, node):
+            self.skip(node, "not only products with constants of the server's read it")
+            return 0
+        rows, seconds = self._rows(node.meta["val"].shape[-1])
+        if not rows:
+            self.skip(node, f"its table would take {seconds:.1e} s more for each token")
+            return 0
+        node.kwargs = {**node.kwargs, "alone": rows}
+        return 1
+
+    def _rows(self, size: int) -> tuple[int, float]:
+        """For how many rows one opening is cheaper; else by how many seconds it is not.
+
+        How far inputs reach is known only later; this is the usual case.
+        """
+        words = torch.empty((1, size), dtype=torch.int64, device="meta")
+
+        def gain(count: int) -> float:
+            given: dict[str, Any] = {
+                "x": Shared(words.expand(count, size), 2 * FRACTIONAL_BITS),
+                "tanh": True,
+                "reach": USUAL_REACH,
+            }
+
+            def weigh(alone: int) -> float:
+                cost = Gelu.cost(**given, alone=alone, fixed=FRACTIONAL_BITS)
+                dealt = call_dealt(Gelu, FRACTIONAL_BITS, False, *given.values(), alone)
+                return self.info.network.weight(cost, dealt)
+
+            return weigh(0) - weigh(count)
+
+        once, each = gain(1), gain(1) - gain(2)
+        if once <= 0:
+            return 0, -once
+        return (MOST if each <= 0 else min(MOST, math.ceil(once / each))), 0.0
+
+
+MOST = 1024
+"""The largest limit of rows that a program states."""
+
+USUAL_REACH = 6
+
+
+def _for_products(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether products with constants of the server's read a value, and nothing else does."""
+    return bool(node.users) and all(
+        _for_products(graph_module, user)
+        if keeps_rows(user)
+        else calls(user, target(Linear.name)) and _by_constant(graph_module, node, user)
+        for user in node.users
+    )
+
+
+def _by_constant(graph_module: fx.GraphModule, rows: fx.Node, product: fx.Node) -> bool:
+    given = bind(Linear, product)
+    weight: Any = given["weight"]
+    held = constant(graph_module, weight) is not None and weight.meta["vis"] is Vis.SERVER
+    return held and given["x"] is rows and given["bias"] is not rows
