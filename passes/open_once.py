@@ -25,7 +25,7 @@ class OpenOnce(Pass):
     The usual table ends near zero, so the bits that tell whether an input is beyond it are opened,
     and the table's value as well. A table of all that inputs reach needs neither
     (`runtime.protocols.waves`), but some 600 dealt bytes for an element instead of 200, and its
-    result has 38 fractional bits, of which nothing is rounded off. So it pays where a round takes
+    result has 36 fractional bits, of which nothing is rounded off. So it pays where a round takes
     long and the dealer is near the server: the cost model for the network decides up to how many
     rows. Steps of more rows take two rounds, inside of the same op.
 

@@ -59,11 +59,11 @@ def _saturating(odd: Callable[[np.ndarray], np.ndarray], cycles: int) -> Functio
 GELU, GELU_TANH = _saturating(_erf, 2744), _saturating(_tanh, 2795)
 
 
-_ALONE_INTEGER_BITS = 26
+_ALONE_INTEGER_BITS = 28
 ALONE_FRAC = RING_BITS - _ALONE_INTEGER_BITS
 """Fractional bits of a GELU by one opening."""
 
-_ALONE_BITS = 40
+_ALONE_BITS = 39
 """Fractional bits of a dealt word and of the public number that it is multiplied by, together."""
 
 _CYCLES = {6: 618, 7: 280}
@@ -115,8 +115,8 @@ class Gelu(Op):
     the server.
 
     alone: the largest number of rows that are computed by one opening: rounds 1, online 8 bytes per
-    element, offline 612 (reach 6) or 1,264 (7), error below 5e-5. If it is not zero, the result has
-    38 fractional bits, however it is computed.
+    element, offline 616 (reach 6) or 1,276 (7), error below 6e-5. If it is not zero, the result has
+    36 fractional bits, however it is computed.
     """
 
     name = "gelu"
@@ -141,8 +141,8 @@ class Gelu(Op):
             Case([spread(10), True], 5e-5),
             Case([torch.linspace(-40, 40, 3001).double(), False, 6], 5e-5),
             Case([torch.linspace(-9, 9, 3001).double(), True, 8], 5e-5),
-            Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), False, 6, 3], 5e-5),
-            Case([torch.linspace(-112, 112, 3000).double().reshape(3, -1), True, 7, 8], 5e-5),
+            Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), False, 6, 3], 6e-5),
+            Case([torch.linspace(-112, 112, 3000).double().reshape(3, -1), True, 7, 8], 6e-5),
             Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), True, 6, 2], 5e-5),
             Case([x], stock=1e-2),
             Case([x, True], stock=1e-2),

@@ -75,13 +75,13 @@ def test_the_limit_is_where_the_costs_meet() -> None:
 
 @pytest.mark.parametrize(
     ("largest", "room", "exact", "alone"),
-    [(5.0, 3.0, False, 9), (5.0, 3.0, True, 0), (15.0, 3.0, False, 0), (5.0, 2.0**7, False, 0)],
+    [(5.0, 3.0, False, 9), (5.0, 3.0, True, 0), (15.0, 3.0, False, 0), (5.0, 2.0**9, False, 0)],
     ids=["kept", "exact rounding", "inputs too large", "no room in the product"],
 )
 def test_where_it_cannot_be_it_is_computed_as_before(
     largest: float, room: float, exact: bool, alone: int
 ) -> None:
-    """38 fractional bits of rows and 16 of the matrix leave the product 8, with three to spare."""
+    """36 fractional bits of rows and 16 of the matrix leave the product 10, with three to spare."""
 
     def body(self: Any, x: torch.Tensor) -> Any:
         return mpc.linear(mpc.gelu(x, alone=9), self.w)

@@ -107,7 +107,7 @@ def test_a_gelu_by_one_opening(tanh: bool, reach: int, frac: int) -> None:
     simulation = Simulation()
     shares = simulation.share(x.double() * UNIT, frac)
     # Dropping bits of a share of more is off by a unit of x, and GELU rises by up to 1.13 of it.
-    bound = 5e-5 if frac <= 16 else 5e-5 + 1.13 * UNIT
+    bound = 6e-5 if frac <= 16 else 6e-5 + 1.13 * UNIT
     assert (by_one_opening(simulation, table, shares) - exact).abs().max() < bound
     beyond = words(1000, -(2**30), 2**30).double() * UNIT
     by_one_opening(simulation, table, simulation.share(beyond, frac))
