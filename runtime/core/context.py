@@ -25,6 +25,7 @@ from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import Stream, derive, new_seed, stream
+from mergec.runtime.kernels.long import added
 from mergec.runtime.kernels.spread import Ranks, Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device, to_host
 
@@ -116,6 +117,10 @@ class Context(ABC):
     @abstractmethod
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """A fresh uniform mask: additive shares at the parties, the mask itself at the dealer."""
+
+    def long_mask(self, count: int, halves: int) -> torch.Tensor:
+        """`mask` for words modulo 2**(32 halves), as 32-bit halves: int32 [count, halves]."""
+        return self.mask((count, halves), torch.int32)
 
     @abstractmethod
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
@@ -486,6 +491,12 @@ class DealerContext(Context):
         client = self._words(self._client, shape, dtype)
         server = self._words(self._server, shape, dtype)
         return client.bitwise_xor_(server) if dtype is torch.uint8 else client.add_(server)
+
+    def long_mask(self, count: int, halves: int) -> torch.Tensor:
+        parts = (
+            self._words(prg, (count, halves), torch.int32) for prg in (self._client, self._server)
+        )
+        return added(*parts)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self._words(self._client, shape, torch.int64)

@@ -38,7 +38,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, pariti
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.bitsliced import expand_key
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.kernels.transfers import to_device, to_host
 
 SEED_WORDS = 2
 """64-bit words of a root, and of a level's correction word."""
@@ -203,7 +203,7 @@ def _correct_host(
     last = payloads.shape[0] * payloads.shape[2]
     out = np.empty((len(index), key_words(depth, last)), np.uint64)
     roots, words = (unsigned(client), unsigned(server)), unsigned(payloads)
-    places, rows = index.numpy(), np.array(ends, np.int64)
+    places, rows = index.numpy().reshape(len(index), -1), np.array(ends, np.int64)
     if LANES:
         correct_paths(generator.round_keys, *roots, places, words, rows, depth, bits, out)
     else:
@@ -211,7 +211,24 @@ def _correct_host(
     return signed(out)
 
 
+def _correct_elsewhere(
+    client: torch.Tensor,
+    server: torch.Tensor,
+    index: torch.Tensor,
+    payloads: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    """On the CPU: of such keys a step has few, one for each row of scores."""
+    one, other, place, last = (
+        to_host(words, "dealt") for words in (client, server, index, payloads)
+    )
+    return to_device(_correct_host(one, other, place, last, *rest), client.device, "dealt")
+
+
 _CORRECTIONS = Kernel("trees.corrections", _correct_host)
+_LONG_CORRECTIONS = Kernel(
+    "trees.long_corrections", _correct_host, _correct_elsewhere, triton=False
+)
 
 
 def correct(
@@ -248,7 +265,7 @@ def correct_by_library(
     seeds = np.stack(roots) & ~_LOW
     controls = np.zeros(seeds.shape[:2], np.uint8)
     controls[1] = 1
-    size = payloads.shape[2]
+    size, index = payloads.shape[2], index.reshape(len(index), -1)
     for level in range(depth + 1):
         for k in np.flatnonzero(ends == level):
             client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
@@ -259,7 +276,8 @@ def correct_by_library(
         if level == depth:
             break
         left, right = generator.children(seeds)
-        turn = ((index >> (depth - 1 - level)) & 1).astype(np.uint8)
+        word, place = divmod(depth - 1 - level, WORD_BITS)
+        turn = ((index[:, word] >> place) & 1).astype(np.uint8)
         words = out[:, SEED_WORDS * level : SEED_WORDS * (level + 1)]
         correct_level(seeds, controls, left, right, turn, words)
 
@@ -337,6 +355,25 @@ def sharing_prefixes(
     """
     index, payloads = index.contiguous(), payloads.contiguous()
     return lambda roots: correct(roots, index, payloads, ends, depth, generator, WORD_BITS)
+
+
+def sharing_long_prefixes(
+    index: torch.Tensor,
+    payloads: torch.Tensor,
+    ends: Sequence[int],
+    depth: int,
+    generator: Generator,
+) -> Correct:
+    """`sharing_prefixes` for longer numbers: index int64 [n, words], lowest 64 bits first."""
+    index, payloads = index.contiguous(), payloads.contiguous()
+
+    def corrections(roots: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        found: torch.Tensor = _LONG_CORRECTIONS(
+            *roots, index, payloads, ends, depth, generator, WORD_BITS
+        )
+        return found
+
+    return corrections
 
 
 def sharing_bits(index: torch.Tensor, depth: int, generator: Generator) -> Correct:

@@ -52,18 +52,28 @@ class Watch(ShapeContext):
         self.messages: list[tuple[Message, str]] = []
         """The messages since the last `take`, each with the kind of its mask."""
         self._kinds: dict[int, tuple[str, torch.Tensor]] = {}
+        self.halves: dict[int, int] = {}
+        """Of the messages that were taken last, by their ids, those whose words have more than one
+        number of the payload's type: how many."""
         self._now: list[torch.Tensor] = []
         self._covered: dict[int, torch.Tensor] = {}
+        self._long: dict[int, int] = {}
 
     def take(self) -> list[tuple[Message, str]]:
         """The messages since the last call, and forget them."""
         found, self.messages = self.messages, []
+        self.halves, self._long = self._long, {}
         self._kinds.clear()
         self._covered.clear()
         return found
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return self._drawn(FRESH, super().mask(shape, dtype))
+
+    def long_mask(self, count: int, halves: int) -> torch.Tensor:
+        words = self.mask((count, halves), torch.int32)
+        self._long[id(words)] = halves
+        return words
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
         return self._drawn(OWN, torch.empty(tuple(shape), dtype=torch.int64, device="meta"))
@@ -95,6 +105,8 @@ class Watch(ShapeContext):
             if fits:
                 spent = [mask for mask in spent if mask is not fits[0]]
                 kind = self._kinds.get(id(fits[0]), (NONE, fits[0]))[0]
+                if id(fits[0]) in self._long:
+                    self._long[id(message)] = self._long[id(fits[0])]
             self.messages.append((message, kind))
 
     def _drawn(self, kind: str, words: torch.Tensor) -> torch.Tensor:
@@ -237,12 +249,13 @@ def _play(rehearsal: Rehearsal, watch: Watch, new: int, past: int) -> _Step:
         step.rounds = max(step.rounds, part.start + len(part.rounds))
         for message, mask in watch.take():
             words = message.payload
+            halves = watch.halves.get(id(message), 1)
             revealed = mask == NONE and isinstance(message, ToClient) and _reveals(op)
             kind = (
-                _READERS[type(message)], part.planned.instruction.target, 8 * words.itemsize,
-                words.dtype is torch.uint8, mask, revealed,
+                _READERS[type(message)], part.planned.instruction.target,
+                8 * words.itemsize * halves, words.dtype is torch.uint8, mask, revealed,
             )  # fmt: skip
-            step.words[kind] = step.words.get(kind, 0) + words.numel()
+            step.words[kind] = step.words.get(kind, 0) + words.numel() // halves
             step.online += words.nbytes * (2 if isinstance(message, Swap) else 1)
     step.dealt = dict(watch.dealt)
     return step

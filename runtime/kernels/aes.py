@@ -516,7 +516,8 @@ def correct_paths(  # type: ignore[no-untyped-def]
 ):
     """The dealer's correction words, for `depth` levels and each payload: out [n, 2 * depth + K W].
 
-    client, server: roots [n, 2]. index: [n], the number of the special leaf. payloads: [K, n, W];
+    client, server: roots [n, 2]. index: [n, words], the number of the special leaf, its lowest 64
+    bits first. payloads: [K, n, W];
     payload k is what the node on the path at depth ends[k] must become: the client's share minus
     the server's, number by number of `bits` bits (8, 16 or 64); or their XOR if `bits` is 0.
     """
@@ -533,7 +534,6 @@ def correct_paths(  # type: ignore[no-untyped-def]
             for half in range(2):
                 seeds[2 * group, word + half] = client[i, half] & low
                 seeds[2 * group + 1, word + half] = server[i, half] & low
-                turns[group, word + half] = index[i]
         for level in range(depth + 1):
             for k in range(ends.shape[0]):
                 if ends[k] != level:
@@ -553,11 +553,14 @@ def correct_paths(  # type: ignore[no-untyped-def]
                             )
                         else:
                             _finish_xor(keys, seeds, flags, payload, out, rows, group, first, block)
+            place = depth - 1 - level
+            if level < depth and (level == 0 or place % 64 == 63):
+                for k in range(rows.shape[0]):
+                    for half in range(2):
+                        turns[k // LANES, 2 * (k % LANES) + half] = index[rows[k], place // 64]
             if level < depth:
                 for group in range(_GROUPS):
-                    _correct_level(
-                        keys, seeds, flags, turns, out, rows, group, level, depth - 1 - level
-                    )
+                    _correct_level(keys, seeds, flags, turns, out, rows, group, level, place % 64)
 
 
 @compiled()

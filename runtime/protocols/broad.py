@@ -15,7 +15,9 @@ in [0, S], and y - r' is above -S and below S. So (i - j) S is above -S and belo
 or 1, and two entries, one for each, are all that a party may have to read.
 
 exp(y) is a mantissa times a power of two, and public, so a party multiplies its word by few bits
-and reads 64 bits of the product. Sources: one-time truth tables (Ishai et al., TCC 2013); that
+and reads 64 bits of the product. Or it reads as many bits as the sum of a row's exponentials may
+have, wherever the row lies (`broad_sums`): then nothing has to be known of the row's maximum.
+Sources: one-time truth tables (Ishai et al., TCC 2013); that
 dropping bits of shares truncates them in a smaller ring, see docs/protocols.md.
 """
 
@@ -31,16 +33,14 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
+from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.long import HALF_BITS, ONES, added, carried
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.opening import Cut
 
 _WINDOWS = 2
-
-_HALF_BITS = 32
-"""Words are worked on in halves, so that products with a mantissa fit into 64 bits."""
 
 _FACTOR_FRAC = 30
 _MANTISSA_FRAC = 23
@@ -59,13 +59,14 @@ class Broad:
     """exp(x) for 2**16 x in [start, start + 2**step_bits], with `frac` fractional bits.
 
     reach: with n for it, the range is that of x in [top - 2**n - 2**-16, top - 2**-16]. top: an
-    integer, which x does not reach. frac: fractional bits of the result. Raises ValueError if a
-    word would have to begin above its table.
+    integer, which x does not reach. frac: fractional bits of the result. kept: bits of a result's
+    share, a multiple of 32. Raises ValueError if a word would have to begin above its table.
     """
 
     reach: int
     top: int
     frac: int
+    kept: int = RING_BITS
 
     def __post_init__(self) -> None:
         if not 0 < self.frac < _GUARD_BITS + _MANTISSA_FRAC or self.reach < 3:
@@ -94,12 +95,12 @@ class Broad:
     @property
     def halves(self) -> int:
         """32-bit halves of a dealt word."""
-        return -(-(RING_BITS + self.drop) // _HALF_BITS)
+        return -(-(self.kept + self.drop) // HALF_BITS)
 
     @property
     def dealt_bytes(self) -> int:
         """Bytes that the dealer sends to the server for one element."""
-        return _WINDOWS * self.halves * _HALF_BITS // 8
+        return _WINDOWS * self.halves * HALF_BITS // 8
 
     @cached_property
     def first(self) -> int:
@@ -162,18 +163,60 @@ def broad_exponentials_cost(count: int, table: Broad) -> Cost:
     return Cost(1, 8 * count, table.dealt_bytes * count)
 
 
+def broad_sums(
+    ctx: Context, x: Cut, table: Broad, rows: torch.Tensor, counts: torch.Tensor
+) -> Protocol:
+    """Shares modulo 2**`table.kept` of sums of exponentials: int32 halves [R, kept / 32].
+
+    In: a window of x as in `broad_exponentials`, [n]; the row of each, int64 [n] from 0 to R - 1;
+    and how many entries rows have, int64 [R], at least 1. Each entry is off by less than a unit of
+    the last place and by 2**-22 of its value. The sum must stay below 2**kept.
+
+    Rounds, bytes and what each party sees: see `broad_exponentials`, of which this is the same but
+    for the number of bits that are read. Sums are local.
+    """
+    mask = x.mask(ctx)
+    opened = yield from x.open(ctx, mask)
+    narrow, places = x.narrow(mask), to_device(rows, opened.device, "public")
+    shape = len(counts), table.kept // HALF_BITS
+    out = torch.zeros(shape, dtype=torch.int32, device=opened.device)
+    for first in range(0, opened.numel(), _TOGETHER):
+        piece = slice(first, first + _TOGETHER)
+        dealt = _deal(ctx, narrow[piece], table)
+        if dealt is not None and not opened.is_meta:
+            _SUMS(dealt, opened[piece], places[piece], table, out)
+    if opened.is_meta or ctx.party != CLIENT:
+        return out
+    # Both parties round down, so that each entry is a unit too small, on average.
+    more = torch.zeros_like(out)
+    more[:, 0] = to_device(counts, out.device, "public").to(torch.int32)
+    return added(out, more)
+
+
+def broad_sums_cost(count: int, table: Broad) -> Cost:
+    """Cost of `broad_sums` for `count` elements in total."""
+    return broad_exponentials_cost(count, table)
+
+
 def _evaluate(
     ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Broad, out: torch.Tensor
 ) -> None:
+    dealt = _deal(ctx, mask, table)
+    if dealt is None or opened.is_meta:
+        return
+    _VALUES(dealt, opened, table, out)
+    out += ctx.public(torch.ones_like(out))
+
+
+def _deal(ctx: Context, mask: torch.Tensor, table: Broad) -> torch.Tensor | None:
+    """Shares of the tables for these masks [n], as int32 halves; None at the dealer."""
+
     def correct(share: torch.Tensor) -> torch.Tensor:
         _CORRECTED(share.view(torch.int32), mask, table)
         return share
 
-    dealt = ctx.deal_corrected((opened.numel(), table.dealt_bytes), correct)
-    if dealt is None or opened.is_meta:
-        return
-    _VALUES(dealt.view(torch.int32), opened, table, out)
-    out += ctx.public(torch.ones_like(out))
+    dealt = ctx.deal_corrected((mask.numel(), table.dealt_bytes), correct)
+    return None if dealt is None else dealt.view(torch.int32)
 
 
 @cache
@@ -218,13 +261,13 @@ def _corrected_host(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> No
 def _corrected_tensors(share: torch.Tensor, mask: torch.Tensor, table: Broad) -> None:
     words = share.view(-1, _WINDOWS, table.halves)
     mantissa, shift = table.dealt_at(mask)
-    place, off = shift >> 5, shift & (_HALF_BITS - 1)
+    place, off = shift >> 5, shift & (HALF_BITS - 1)
     wide = mantissa << off
-    parts = wide & _ONES, (wide >> _HALF_BITS) & _ONES
+    parts = wide & ONES, (wide >> HALF_BITS) & ONES
     borrow = torch.zeros_like(wide)
     for half in range(table.halves):
         own = torch.where(place == half, parts[0], torch.where(place + 1 == half, parts[1], 0))
-        left = own - (words[..., half].long() & _ONES) - borrow
+        left = own - (words[..., half].long() & ONES) - borrow
         words[..., half] = left.to(torch.int32)
         borrow = (left < 0).long()
 
@@ -243,19 +286,53 @@ def _values_host(
 def _values_tensors(
     dealt: torch.Tensor, opened: torch.Tensor, table: Broad, out: torch.Tensor
 ) -> None:
+    wide, place = _product_tensors(dealt, opened, table)
+    begin, off = place >> 5, place & (HALF_BITS - 1)
+    low, middle, high = (wide.gather(1, (begin + k)[:, None])[:, 0] for k in range(3))
+    found = (low >> off) | (middle << (HALF_BITS - off))
+    out.copy_(found | torch.where(off > 0, high << (RING_BITS - off).clamp(max=63), 0))
+
+
+def _product_tensors(
+    dealt: torch.Tensor, opened: torch.Tensor, table: Broad
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A word times exp(y), in halves and one of zeros; and at which bit a share begins."""
     entry, mantissa, place = table.read_at(opened)
     words = dealt.view(-1, _WINDOWS, table.halves)
-    words = words.gather(1, entry[:, None, None].expand(-1, 1, table.halves))[:, 0].long() & _ONES
+    words = words.gather(1, entry[:, None, None].expand(-1, 1, table.halves))[:, 0].long() & ONES
     products, carry = [], torch.zeros_like(mantissa)
     for half in range(table.halves):
         product = words[:, half] * mantissa + carry
-        products.append(product & _ONES)
-        carry = product >> _HALF_BITS
-    wide = torch.stack([*products, torch.zeros_like(carry)], -1)
-    begin, off = place >> 5, place & (_HALF_BITS - 1)
-    low, middle, high = (wide.gather(1, (begin + k)[:, None])[:, 0] for k in range(3))
-    found = (low >> off) | (middle << (_HALF_BITS - off))
-    out.copy_(found | torch.where(off > 0, high << (RING_BITS - off).clamp(max=63), 0))
+        products.append(product & ONES)
+        carry = product >> HALF_BITS
+    return torch.stack([*products, torch.zeros_like(carry)], -1), place
+
+
+def _sums_host(
+    dealt: torch.Tensor, opened: torch.Tensor, rows: torch.Tensor, table: Broad, out: torch.Tensor
+) -> None:
+    """Add a party's shares, rounded down, to the rows of out, int32 halves [R, H]."""
+    tables = (each.numpy() for each in _powers(table, dealt.device))
+    _sum_cpu(
+        dealt.numpy().view("uint32").reshape(-1, _WINDOWS, table.halves), opened.numpy(),
+        rows.numpy(), *tables, table.first, table.start, table.step_bits, table.drop,
+        out.numpy().view("uint32"),
+    )  # fmt: skip
+
+
+def _sums_tensors(
+    dealt: torch.Tensor, opened: torch.Tensor, rows: torch.Tensor, table: Broad, out: torch.Tensor
+) -> None:
+    wide, place = _product_tensors(dealt, opened, table)
+    begin, off = place >> 5, (place & (HALF_BITS - 1))[:, None]
+    half = torch.arange(out.shape[1], device=out.device)
+    # What is read beyond the word would be shifted out, and is read from the half of zeros.
+    index = (begin[:, None] + half).clamp(max=table.halves)
+    low = wide.gather(1, index) >> off
+    high = wide.gather(1, (index + 1).clamp(max=table.halves)) << (HALF_BITS - off)
+    total = out.long() & ONES
+    total.index_add_(0, rows, low | (high & ONES))
+    out.copy_(carried(total))
 
 
 def _power_tensors(units: torch.Tensor, table: Broad) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,7 +347,7 @@ def _power_tensors(units: torch.Tensor, table: Broad) -> tuple[torch.Tensor, tor
 
 _CORRECTED = Kernel("broad.corrected", _corrected_host, _corrected_tensors)
 _VALUES = Kernel("broad.values", _values_host, _values_tensors)
-_ONES = (1 << _HALF_BITS) - 1
+_SUMS = Kernel("broad.sums", _sums_host, _sums_tensors, triton=False)
 
 
 @compiled(inline="always")
@@ -302,11 +379,11 @@ def _deal_cpu(mask, wholes, exponents, upper, lower, first, start, step_bits, fr
             for half in range(word.shape[0]):
                 own = np.int64(0)
                 if half == place:
-                    own = np.int64(wide & np.uint64(_ONES))
+                    own = np.int64(wide & np.uint64(ONES))
                 elif half == place + 1:
                     own = np.int64(wide >> np.uint64(32))
                 left = own - np.int64(word[half]) - borrow
-                word[half] = np.uint32(left & _ONES)
+                word[half] = np.uint32(left & ONES)
                 borrow = np.int64(left < 0)
 
 
@@ -325,7 +402,7 @@ def _read_cpu(  # type: ignore[no-untyped-def]
         for half in range(min(begin + 3, word.shape[0])):
             product = np.uint64(word[half]) * np.uint64(mantissa) + carry
             carry = product >> np.uint64(32)
-            product &= np.uint64(_ONES)
+            product &= np.uint64(ONES)
             if half == begin:
                 low = product
             elif half == begin + 1:
@@ -336,3 +413,28 @@ def _read_cpu(  # type: ignore[no-untyped-def]
         if off > 0:
             found |= high << (np.uint64(64) - off)
         out[i] = np.int64(found)
+
+
+@compiled()
+def _sum_cpu(  # type: ignore[no-untyped-def]
+    dealt, opened, rows, wholes, exponents, upper, lower, first, start, step_bits, drop, out
+):
+    ones, halves = (np.int64(1) << step_bits) - 1, dealt.shape[2]
+    wide = np.zeros(halves + 2, np.uint64)
+    for i in range(opened.shape[0]):
+        point = np.int64(opened[i]) - start
+        word = dealt[i, (point >> step_bits) & (_WINDOWS - 1)]
+        mantissa, exponent = _power(point & ones, wholes, exponents, upper, lower, first)
+        carry = np.uint64(0)
+        for half in range(halves):
+            product = np.uint64(word[half]) * np.uint64(mantissa) + carry
+            carry = product >> np.uint64(32)
+            wide[half] = product & np.uint64(ONES)
+        place, target = drop - exponent, out[rows[i]]
+        begin, off, carry = place >> 5, np.uint64(place & 31), np.uint64(0)
+        for half in range(target.shape[0]):
+            part = wide[begin + half] >> off
+            part |= (wide[begin + half + 1] << (np.uint64(32) - off)) & np.uint64(ONES)
+            total = np.uint64(target[half]) + part + carry
+            target[half] = np.uint32(total & np.uint64(ONES))
+            carry = total >> np.uint64(32)

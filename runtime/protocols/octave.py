@@ -473,7 +473,7 @@ def _write_rows(mask, top, depth, drops, step_bits, index, payloads):  # type: i
 
 
 @compiled(inline="always")
-def _sum_windows(a, last, first, low, squares, coefficients):  # type: ignore[no-untyped-def]
+def sum_windows(a, last, first, low, squares, coefficients):  # type: ignore[no-untyped-def]
     """The value at position `a` of a window from shares of the rows of windows `last` to `first`.
 
     low: words 1 and r of each row, one after the other; squares: r**2 and r**3.
@@ -504,7 +504,7 @@ def _sum_rows(  # type: ignore[no-untyped-def]
             squares[2 * q], squares[2 * q + 1] = rows[i, q, 2], rows[i, q, 3]
         highest = last + ((points[i] >> bit_place) & 1)
         position = _moved(points[i], drop) & ones
-        total = _sum_windows(position, highest, first, low, squares, coefficients)
+        total = sum_windows(position, highest, first, low, squares, coefficients)
         out[i, column] += -total if party else total
 
 
@@ -556,7 +556,7 @@ def _descend_trees(  # type: ignore[no-untyped-def]
                         low[2 * q + half] = values[0, q % LANES, q // LANES, half]
                         squares[2 * q + half] = values[1, q % LANES, q // LANES, half]
                 position = _moved(points[i], drops[k]) & ones
-                total = _sum_windows(position, last, firsts[k], low, squares, coefficients[k])
+                total = sum_windows(position, last, firsts[k], low, squares, coefficients[k])
                 out[i, columns[k]] += -total if party else total
             if d + 1 < depth:
                 first = last - kept[d + 1, 1]

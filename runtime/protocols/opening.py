@@ -11,6 +11,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, ToClient, ToServer
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.long import added
 from mergec.runtime.kernels.transfers import integers
 
 _WORD_BITS = 32
@@ -31,6 +32,21 @@ def open_under(ctx: Context, share: torch.Tensor, mask: torch.Tensor, offset: in
         mine += offset
     other = yield Swap(mine)
     return mine + other
+
+
+def open_long(ctx: Context, share: torch.Tensor, mask: torch.Tensor) -> Protocol:
+    """`open_under` for words modulo 2**(32 H) as 32-bit halves, int32 [n, H].
+
+    mask: from `Context.long_mask`. Rounds 1, online 8 H bytes per word. z is uniform modulo
+    2**(32 H), because r is fresh and uniform there.
+    """
+    ctx.spend(mask)
+    if share.is_meta:
+        yield Swap(share)
+        return share
+    mine = added(share, mask)
+    other = yield Swap(mine)
+    return added(mine, other)
 
 
 def open_high(

@@ -25,6 +25,7 @@ from mergec.runtime.kernels.backends import KERNELS, Kernel
 from mergec.runtime.protocols import interval, octave, peak, slots, wide
 from mergec.runtime.protocols.broad import Broad
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.logarithm import LongLog
 from mergec.runtime.protocols.normalize import _word_counts
 from mergec.runtime.protocols.octave import Octaves
 from mergec.runtime.protocols.pieces import Curve, Exponential, Pieces
@@ -156,6 +157,31 @@ def _(full: bool) -> Iterator[Arguments]:
         index = below(2**7, 130)
         roots = words(130, 2), words(130, 2)
         yield *roots, index, words(1, 130, 4), (7,), 7, generator, 64
+
+
+@cases("trees.long_corrections")
+def _(full: bool) -> Iterator[Arguments]:
+    generator = _generator(2)
+    for depth, count in ((70, 3), (64, 1), *(((200, 130),) if full else ())):
+        ends, index = (depth, 3), words(count, -(-depth // 64))
+        payloads = words(len(ends), count, 4)
+        yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, 64
+
+
+@cases("trees.long_logarithms")
+def _(full: bool) -> Iterator[Arguments]:
+    for spec, party in ((LongLog(17, 5, 54), 0), (LongLog(40, 70, 57), 1)):
+        for count in (3, 0):
+            opened = words(count, spec.halves + party, dtype=torch.int32)
+            keys = words(count, 2), words(count, spec.words)
+            yield opened, *keys, spec, party, _generator(2)
+
+
+@cases("elements.rows_of_long")
+def _(full: bool) -> Iterator[Arguments]:
+    for spec in (LongLog(17, 5, 54), LongLog(40, 70, 57)):
+        for count in (9, 0):
+            yield words(count, spec.halves, dtype=torch.int32), spec
 
 
 @cases("trees.parities")
@@ -521,6 +547,24 @@ def _(full: bool) -> Iterator[Arguments]:
         for count in (301, 0):
             dealt = words(count, table.dealt_bytes // 4, dtype=torch.int32)
             yield dealt, words(count, dtype=torch.int32), table, words(count)
+
+
+@cases("broad.sums")
+def _(full: bool) -> Iterator[Arguments]:
+    for reach, top, frac, kept in ((3, 1, 10, 32), (7, 4, 17, 96), (8, 128, 22, 224)):
+        table = Broad(reach, top, frac, kept)
+        for count in (301, 0):
+            dealt = words(count, table.dealt_bytes // 4, dtype=torch.int32)
+            opened, rows = words(count, dtype=torch.int32), below(5, count)
+            yield dealt, opened, rows, table, words(5, kept // 32, dtype=torch.int32)
+
+
+@cases("long.added")
+def _(full: bool) -> Iterator[Arguments]:
+    for count, halves in ((31, 1), (7, 3), (5, 24), (0, 4)):
+        yield tuple(words(count, halves, dtype=torch.int32) for _ in range(2))
+    ones = torch.full((2, 5), -1, dtype=torch.int32)
+    yield ones, (torch.arange(5) == 0).to(torch.int32).expand(2, 5).contiguous()
 
 
 def _wide_shifts() -> Iterator[np.ndarray]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import decimal
+
 import pytest
 import torch
 
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.long import added
 from mergec.runtime.protocols.broad import (
     _CORRECTED,
     _VALUES,
     Broad,
     broad_exponentials,
     broad_exponentials_cost,
+    broad_sums,
+    broad_sums_cost,
 )
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.rows import EXP_FRAC
@@ -110,6 +115,33 @@ def test_far_below_a_unit_all_is_zero(reach: int) -> None:
     found, _ = _evaluate(words(20_000, table.start, -36 * UNIT), table)
     assert int(found.abs().max()) <= 1
     assert int((found != 0).sum()) <= 1
+
+
+@every_reach
+@pytest.mark.parametrize("kept", [32, 96, 864])
+def test_sums_of_rows_in_rings_of_any_size(reach: int, kept: int) -> None:
+    """Of exponentials on both sides of 1; what exceeds a small ring is cut off."""
+    table = Broad(reach, 1 << (reach - 1), 20, kept)
+    end = (table.top << 16) - 1
+    x = torch.cat([words(600, table.start, end + 1), torch.tensor([table.start, end, 0, -1])])
+    rows = torch.arange(len(x)) % 7
+    counts = torch.bincount(rows)
+    simulation = Simulation()
+    shares = [s.share.to(torch.int32) for s in simulation.share(x, 0)]
+    client, server, dealer = simulation.run(
+        lambda ctx, p: broad_sums(ctx, Cut(shares[p]), table, rows, counts)
+    )
+    assert simulation.cost == broad_sums_cost(len(x), table)
+    assert dealer.is_meta and dealer.shape == client.shape == (7, kept // 32)
+    with decimal.localcontext(prec=400):
+        exact = [(decimal.Decimal(n) / UNIT).exp() * 2**20 for n in x.tolist()]
+        for row, total in enumerate(added(client, server)):
+            found = int.from_bytes(total.numpy().tobytes(), "little")
+            wanted = sum(exact[row::7])
+            allowed = int(counts[row]) + wanted / 2**22
+            whole = round((wanted - found) / 2**kept)
+            assert abs(found + whole * 2**kept - wanted) <= allowed
+            assert whole == 0 or kept < 200
 
 
 @pytest.mark.parametrize("value", [0, -8 * UNIT, 400 * UNIT])
