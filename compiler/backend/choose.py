@@ -68,6 +68,7 @@ def choose_variants(
 ) -> None:
     """Set the literals that an op leaves open (`Op.variants`) to the cheapest on `network`.
 
+    Where parties are far from each other, `Op.far_variants` are compared with the others.
     Costs are those of a decode step, with a latency for each round: how many latencies a call adds
     to a step depends on the calls around it (`engine.rehearsal.latencies`). The dealer's bytes are
     on their way while the parties exchange messages, so they count only if the step would otherwise
@@ -230,6 +231,8 @@ def _choices(
         if op is None or bound is None or stated is None:
             continue
         options = list(stated(*bound.values()))
+        if kind is _variants and step.network.far:
+            options += op.far_variants(*bound.values())
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound

@@ -14,6 +14,9 @@ them. What the client is sent are keys, which all roles expand; most of what onl
 are words minus a stream of the client's."""
 
 
+_FAR_LATENCY = 5e-3
+
+
 @dataclass(frozen=True)
 class Link:
     """A link between two roles. latency: seconds, one way. bandwidth: bytes per second each way."""
@@ -58,6 +61,11 @@ class Network:
     to_client: Link
     to_server: Link
     overhead: float = 5e-5
+
+    @property
+    def far(self) -> bool:
+        """Whether a message between the parties takes longer than the work of a few ops."""
+        return self.parties.latency >= _FAR_LATENCY
 
     def waiting(
         self,

@@ -283,6 +283,15 @@ class Op:
         return ()
 
     @classmethod
+    def far_variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+        """Further ones that save rounds for local work, which costs do not count.
+
+        The compiler looks at them where messages take so long that such work does not matter
+        (`Network.far`).
+        """
+        return ()
+
+    @classmethod
     def supplies(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same with the same messages, from other dealt bytes.
 

@@ -19,6 +19,7 @@ from mergec.runtime.core.values import Held, Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
 from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.ops.softmax import too_far_apart
+from mergec.runtime.protocols.finer import FINER_BITS, finer_products, finer_products_cost
 from mergec.runtime.protocols.local import as_share
 from mergec.runtime.protocols.multiply import matmul_of_masked
 from mergec.runtime.protocols.normalize import (
@@ -32,10 +33,16 @@ from mergec.runtime.protocols.normalize import (
 )
 from mergec.runtime.protocols.opening import open_masked, open_masked_cost
 from mergec.runtime.protocols.power import Power
+from mergec.runtime.protocols.probabilities import (
+    ByLogarithm,
+    probabilities,
+    probabilities_cost,
+)
 from mergec.runtime.protocols.rows import (
     BROAD,
     EXP_FRAC,
     HISTOGRAM,
+    LOG,
     MAX_ROW,
     PAIRS,
     SHIFTS,
@@ -44,6 +51,7 @@ from mergec.runtime.protocols.rows import (
     exponentials_cost,
     hiding,
     inverse,
+    logarithm_called,
     reach_of_rows,
     shift_of_many,
     shift_supplies,
@@ -124,16 +132,20 @@ class Attention(ScoredAttention):
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
     Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, 2 for slots,
-    or 3 for slots by digits; two more for a cap, and one if the scale is so small that the scores
-    have to be truncated. Bytes: `cost`. What each party sees is what it sees in `exponentials`,
-    `open_masked`, `open_row` and `row_factor`.
+    or 3 for slots by digits; by logarithms 4 in all. Two more for a cap, and one if the scale is so
+    small that the scores have to be truncated. Bytes: `cost`. What each party sees is what it sees
+    in `exponentials`, `open_masked`, `open_row` and `row_factor`; by logarithms, in `probabilities`
+    and `finer_products`.
 
     shift: how the number near the maximum is found that rows of scores are shifted by, one of
-    `rows.SHIFTS`, `rows.SLOTS` or `rows.BROAD`; a step of more than 8 tokens takes another one,
-    where bytes count more (`rows.shift_of_many`). By pairs, a row of L entries takes values up to
+    `rows.SHIFTS`, `rows.SLOTS` or `rows.BROAD`; or one of `rows.LOG`, with which rows are divided
+    by their sum before values are weighed, and nothing is scaled after. A step of more than 8
+    tokens takes another one, where bytes count more (`rows.shift_of_many`). With exact rounding
+    rows are compared by pairs. By pairs, a row of L entries takes values up to
     2**(26 - log2 L); otherwise, up to 2**(23 - log2 L). reach: with n for it, calibration says that
     the scores of a row are at most 2**n - 4 apart, so that the shift may be found by slots, and
-    broad windows may serve the exponentials, in a round less.
+    broad windows may serve the exponentials, in a round less. By logarithms rows may be 2**n - 10
+    apart.
     """
 
     name = "attention"
@@ -171,7 +183,7 @@ class Attention(ScoredAttention):
             *_padded_cases(make),
             *(
                 Case([*_longer_operands(make), 0.0, way], 3e-4, forms={"mask": PUBLIC})
-                for way in (*SHIFTS, *SLOTS, *BROAD)
+                for way in (*SHIFTS, *SLOTS, *BROAD, *LOG)
                 if way not in (PAIRS, HISTOGRAM)
             ),
             Case([*few[:3], None, 0.5], stock=1e-2),
@@ -265,6 +277,23 @@ class Attention(ScoredAttention):
         return shift_variants(reach)
 
     @classmethod
+    def far_variants(
+        cls,
+        q: Masked,
+        k: Masked,
+        v: Masked,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float = 0.0,
+        shift: str = PAIRS,
+        bias: Any = None,
+        reach: int = 0,
+        pads: Any = None,
+    ) -> Iterable[dict[str, Any]]:
+        """Logarithms take a round less than slots, and one more product with the values."""
+        return ({"shift": f"log-{reach}"},) if reach and pads is None else ()
+
+    @classmethod
     def supplies(
         cls,
         q: Masked,
@@ -299,8 +328,12 @@ class Attention(ScoredAttention):
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        way = _way(q, k, shift)
-        total = scores_cost(q, k, scale, softcap) + exponentials_cost(valid, way)
+        way, logarithm = _way(q, k, shift, pads)
+        total = scores_cost(q, k, scale, softcap)
+        if logarithm is not None:
+            total += probabilities_cost(valid, logarithm, _weight_frac(v))
+            return total + finer_products_cost(rows, v)
+        total += exponentials_cost(valid, way)
         values = weighted_sum_cost(rows, v)
         spec = inverse(v.shape[-2], way)
         total += values.beside(row_factor_cost(spec, rows))
@@ -336,7 +369,14 @@ class Attention(ScoredAttention):
         if pads is not None:
             hidden = Held(pads.vis, _hidden(pads.value, k.shape[-2], reach))
             found = biased(ctx, found, hidden, q, k)
-        way = _way(q, k, shift)
+        way, logarithm = _way(q, k, shift, pads)
+        if logarithm is not None and not ctx.exact:
+            weights = yield from probabilities(ctx, found, valid, logarithm, _weight_frac(v))
+            length = v.shape[-2]
+            folded = weights.reshape(*v.shape[:2], -1, length, weights.shape[-1])
+            share = yield from finer_products(ctx, folded, v)
+            return Shared(share.reshape(q.shape), SCALED_FRAC)
+        way = LOG.get(way, way)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(v.shape[-2], way)
         row, factor = yield from together(
@@ -376,9 +416,16 @@ _MOST_NEW = 8
 """Tokens of a step up to which its rows are shifted in the way that was chosen for few."""
 
 
-def _way(q: Masked, k: Masked, shift: str) -> str:
-    """How a step's rows are shifted if it has these queries and keys."""
-    return shift if q.shape[-2] <= _MOST_NEW else shift_of_many(shift, k.shape[-2])
+def _way(q: Masked, k: Masked, shift: str, pads: Any) -> tuple[str, ByLogarithm | None]:
+    """How a step's rows are weighed if it has these queries and keys: a shift, or a logarithm."""
+    length = k.shape[-2]
+    name = shift if q.shape[-2] <= _MOST_NEW else shift_of_many(shift, length)
+    return logarithm_called(name, length, pads is not None)
+
+
+def _weight_frac(v: Masked) -> int:
+    """Fractional bits of weights whose products with values are not scaled any more."""
+    return SCALED_FRAC + FINER_BITS - v.frac
 
 
 def sample_operands(make: Sampler) -> list[list[Any]]:

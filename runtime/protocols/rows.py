@@ -22,6 +22,7 @@ from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import entries_of, peak, peak_cost
 from mergec.runtime.protocols.pieces import Exponential, Pieces
 from mergec.runtime.protocols.power import Power
+from mergec.runtime.protocols.probabilities import LONGEST, WAYS, ByLogarithm
 from mergec.runtime.protocols.saturate import Function, Tail, apply, apply_cost, saturating
 from mergec.runtime.protocols.slots import slot_bytes, top_slot, top_slot_cost
 
@@ -134,11 +135,11 @@ SLOTS = {f"slots-{bits}": _slots(bits, _from_server(5, 6)) for bits in _REACHES}
 histogram, and nothing is dealt to the client."""
 
 _BY_DIGITS, _BY_KEYS = "-digits", "-keys"
-_WAYS = {"": (False, False), _BY_DIGITS: (True, False), _BY_KEYS: (True, True)}
+_COUNTS = {"": (False, False), _BY_DIGITS: (True, False), _BY_KEYS: (True, True)}
 BROAD = {
     f"broad-{bits}{way}": _slots(bits, Broad(bits, STEP + 1, EXP_FRAC), *chosen)
     for bits in _REACHES
-    for way, chosen in _WAYS.items()
+    for way, chosen in _COUNTS.items()
 }
 """The same with exponentials that take one round instead of two, and fewer bytes. With `-digits`
 counts are found to be zero digit by digit, in one round more and for far fewer dealt bytes. With
@@ -151,10 +152,25 @@ least -(2**bits - 4) less a unit: from one end of the table to the other."""
 
 _ALL = SHIFTS | SLOTS | BROAD
 
+LOG = {name: f"broad-{way.bits}" for name, way in WAYS.items()}
+"""Names of ways to weigh rows by the logarithm of their sum (`probabilities`), without a shift, and
+the shifts of `BROAD` that other rows take: those of more than 4096 entries, that the client hides
+keys of, or of which a step has many."""
+
 
 def shift_called(name: str) -> Shift:
     """The shift of a name in `SHIFTS`, `SLOTS` or `BROAD`. Raises KeyError for any other."""
     return _ALL[name]
+
+
+def logarithm_called(name: str, length: int, hides: bool) -> tuple[str, ByLogarithm | None]:
+    """How rows of up to `length` entries are weighed: the name of a shift, or a way without one.
+
+    hides: whether the client may hide some (`hiding`).
+    """
+    if name in LOG and (hides or length > LONGEST):
+        name = LOG[name]
+    return name, WAYS.get(name)
 
 
 def shift_of_many(name: str, length: int) -> str:
@@ -164,7 +180,7 @@ def shift_of_many(name: str, length: int) -> str:
     than pairs and, in prompts of 64 tokens and more, fewer bytes, or 5% more of the dealer's. Else
     by pairs.
     """
-    chosen = shift_called(name)
+    chosen = shift_called(LOG.get(name, name))
     if chosen.bits and slot_bytes(chosen.bits, length) <= _LARGEST_TABLE:
         return f"broad-{chosen.bits}{_BY_DIGITS}"
     return chosen.many
@@ -201,7 +217,7 @@ def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
     """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
     names: Iterable[str] = _TO_SERVER
     if reach:
-        names = (*names, *(f"broad-{reach}{way}" for way in _WAYS))
+        names = (*names, *(f"broad-{reach}{way}" for way in _COUNTS))
     return ({"shift": name} for name in names)
 
 

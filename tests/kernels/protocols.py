@@ -24,8 +24,11 @@ from mergec.runtime.ops.gelu import GELU
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.tanh import TANH
 from mergec.runtime.protocols.argmax import Candidates, best
+from mergec.runtime.protocols.finer import finer_products
 from mergec.runtime.protocols.histogram import crest
+from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.protocols.peak import peak
+from mergec.runtime.protocols.probabilities import WAYS, probabilities
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.rows import exponentials
 from mergec.runtime.protocols.saturate import Function, apply, function_input
@@ -42,6 +45,14 @@ def _apply(function: Function) -> Build:
 
 def _exponentials(shift: str) -> Build:
     return lambda ctx, x: exponentials(ctx, Shared(x, 16), _valid(*x.shape), shift)
+
+
+def _weights(ctx: Context, x: torch.Tensor) -> Protocol:
+    """With products, of which two rows share a group of values."""
+    valid, length = _valid(*x.shape), x.shape[1]
+    found = yield from probabilities(ctx, Shared(x, 16), valid, WAYS["log-6"], 24)
+    values = yield from open_masked(ctx, Shared(x.reshape(1, length, 2), 16))
+    return (yield from finer_products(ctx, found[None], values))
 
 
 def _rectified(ctx: Context, share: torch.Tensor) -> Protocol:
@@ -69,6 +80,7 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
     "peak": (lambda ctx, x: peak(ctx, x, _valid(2, 5), 4), (2, 5), torch.int32),
     "exponentials": (_exponentials("slots-6"), (2, 5), torch.int64),
     "broad exponentials": (_exponentials("broad-7"), (2, 5), torch.int64),
+    "probabilities": (_weights, (2, 5), torch.int64),
     "slots": (lambda ctx, x: top_slot(ctx, x, _valid(2, 9), 6), (2, 9), torch.int32),
     "slots by digits": (_exponentials("broad-6-digits"), (2, 5), torch.int64),
     "slots by keys": (_exponentials("broad-6-keys"), (2, 5), torch.int64),

@@ -20,8 +20,9 @@ import torch
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import REGISTRY
 from mergec.runtime.core.spec import FRACTIONAL_BITS, SERVER
-from mergec.runtime.core.values import Shared
+from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.kernels.long import HALF_BITS, ONES, added
 from mergec.runtime.ops import load_all
 from mergec.runtime.ops.attention import _cap
 from mergec.runtime.ops.log import OCTAVES as LOG
@@ -30,11 +31,13 @@ from mergec.runtime.ops.rsqrt import SPEC as RSQRT
 from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
 from mergec.runtime.protocols.broad import Broad, broad_exponentials
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm, deferred_norm_wide
+from mergec.runtime.protocols.finer import HALVES, finer_products
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import peak
+from mergec.runtime.protocols.probabilities import WAYS, probabilities
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.rows import EXP_FRAC
 from mergec.runtime.protocols.saturate import Function, apply, function_input
@@ -257,6 +260,59 @@ def softmaxes(length: int) -> Callable[[int], Outcome]:
         return outcome
 
     return attempt
+
+
+def by_logarithm(name: str, length: int) -> Callable[[int], Outcome]:
+    """Rows of any spread up to the bound, with ties, and with their first entry at either end."""
+
+    def attempt(count: int) -> Outcome:
+        outcome, way, frac = Outcome(), WAYS[name], 24
+        for size, seed in pieces(max(1, count // length), max(1, (1 << 14) // length)):
+            edge = round(way.spread * 2**15)
+            values = row_values(size, length, seed, edge)
+            values[2::4] = words(len(values[2::4]) * length, -8 << 16, 1, seed).reshape(-1, length)
+            valid = torch.ones(values.shape, dtype=torch.bool)
+            simulation = Simulation()
+            shares = [Shared(s.share, FRACTIONAL_BITS) for s in integers(simulation, values)]
+            client, server, _ = simulation.run(
+                lambda ctx, p, s=shares, v=valid: probabilities(ctx, s[p], v, way, frac)
+            )
+            found = added(client.reshape(-1, HALVES), server.reshape(-1, HALVES)).long()
+            whole = (found[:, 0] & ONES) + (found[:, 1] << HALF_BITS)
+            outcome.failures += int((found[:, 2] != whole >> 63).sum())
+            exact = torch.softmax(values.double() * UNIT, -1)
+            error = whole.reshape(exact.shape).double() * 2.0**-frac - exact
+            outcome.add(error, 2.0**-frac + 2.0**-27 + exact * 2.0**-14)
+        return outcome
+
+    return attempt
+
+
+def fine_products(count: int) -> Outcome:
+    """Weights below 2**25, values below 2**37 in rows of 8, under uniform masks."""
+    outcome, length, features = Outcome(), 8, 64
+    for size, seed in pieces(max(1, count // features), 1 << 9):
+        weights = words(size * length, 0, 1 << 25, seed).reshape(1, size, length)
+        values = inputs(length * features, seed, -(2**37), 2**37, []).reshape(1, length, features)
+        masks = words(values.numel(), -(2**63), 2**63 - 1, seed + 1).reshape(values.shape)
+        own = words(values.numel(), -(2**63), 2**63 - 1, seed + 2).reshape(values.shape)
+        low = torch.stack([weights, weights * 0, weights * 0], -1).to(torch.int32)
+        client = words(low.numel(), -(2**31), 2**31, seed + 3).to(torch.int32).reshape(low.shape)
+        ones = torch.tensor([1, 0, 0], dtype=torch.int32).expand(low.shape).reshape(-1, HALVES)
+        # The negative of the client's share is its complement and one.
+        server = added(added(low.reshape(-1, HALVES), ~client.reshape(-1, HALVES)), ones.clone())
+        shares = client, server.reshape(low.shape), low.to("meta")
+        held, simulation = (own, masks - own, masks), Simulation()
+
+        def protocol(ctx: Any, p: int, s: Any = shares, h: Any = held, z: Any = values) -> Any:
+            opened = z + h[2] if p < 2 else h[2].to("meta")
+            return finer_products(ctx, s[p], Masked(opened, h[p], 16))
+
+        result, _ = run(simulation, protocol)
+        # Products are below 2**65: their upper parts are exact, and lower ones carry.
+        upper = weights @ (values >> 8) + ((weights @ (values & 255)) >> 8)
+        outcome.add(2 * (result - upper) - 1, 1.0)
+    return outcome
 
 
 def broad(reach: int) -> Callable[[int], Outcome]:
@@ -482,6 +538,24 @@ CHECKS = [
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),
     Check("the same, spread 512", "all of it", "2^-17 + 2^-22 y", broad(9)),
+    Check(
+        "softmax by the logarithm of the sum, rows of 128",
+        "scores up to 246 apart, ties",
+        "2^-24 + 2^-27 + 2^-14 y",
+        by_logarithm("log-8", 128),
+    ),
+    Check(
+        "the same, rows of 4,096",
+        "scores up to 502 apart, ties",
+        "2^-24 + 2^-27 + 2^-14 y",
+        by_logarithm("log-9", 4096),
+    ),
+    Check(
+        "products modulo 2^72",
+        "weights below 2^25, values below 2^37",
+        _UNITS,
+        fine_products,
+    ),
     Check("softmax, rows of 256", "scores from -1e4 to 1e4", "1e-4", softmaxes(256)),
     Check("softmax, rows of 4,096", "the same", "1e-4", softmaxes(4096)),
     Check("norm, rows of 576", "unit size", "2^-15 + 2^-14 y", norms(1e-5, 2.0**4, 1.0, 0.0)),

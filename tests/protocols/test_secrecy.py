@@ -17,6 +17,7 @@ from mergec.runtime.protocols.formula import open_bits
 from mergec.runtime.protocols.normalize import RowNorm, normalize
 from mergec.runtime.protocols.opening import open_masked, open_under
 from mergec.runtime.protocols.power import Power, power
+from mergec.runtime.protocols.probabilities import WAYS, probabilities
 from mergec.runtime.protocols.rectify import rectify
 from mergec.runtime.protocols.rows import HISTOGRAM
 from mergec.runtime.protocols.saturate import apply, function_input
@@ -57,6 +58,13 @@ PROTOCOLS = {
     "softmax": lambda ctx, x: Softmax.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac)),
     "softmax by histograms": lambda ctx, x: Softmax.protocol(
         ctx, Shared(x.share.reshape(-1, 64), x.frac), HISTOGRAM
+    ),
+    "probabilities": lambda ctx, x: probabilities(
+        ctx,
+        Shared(x.share.reshape(-1, 64), x.frac),
+        torch.ones(x.share.numel() // 64, 64, dtype=torch.bool),
+        WAYS["log-7"],
+        24,
     ),
     "power": lambda ctx, x: power(ctx, x.share, Power(-1.0, 16, 6, 33), 16),
     "normalize": lambda ctx, x: normalize(
