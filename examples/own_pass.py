@@ -25,6 +25,7 @@ class ReluForGelu(Pass):
     """ReLU needs one comparison; GELU needs a table lookup as well.
 
     Before:
+        %x = input : shared 1xnewx8
         %1 = mpc.gelu(%x)
     After:
         %1 = mpc.relu(%x)
@@ -35,12 +36,14 @@ class ReluForGelu(Pass):
 
     def run(self, graph_module: fx.GraphModule) -> int:
         found = [node for node in graph_module.graph.nodes if calls(node, target("gelu"))]
+        sites = 0
         for node in found:
             if is_shared(node):
                 replace(node, target("relu"), (node.args[0],))
+                sites += 1
             else:
                 self.skip(node, "one party knows the operand, so computing GELU is free")
-        return len(found)
+        return sites
 
 
 def main() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.passes.examples import check_example
+from tests.passes.examples import run as run_pass
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,7 +38,24 @@ def test_own_pass() -> None:
         int(re.findall(r"([\d,]+) B", li)[0].replace(",", "")) for li in (first, second)
     )
     assert after < before
-    assert len((EXAMPLES / "own_pass.py").read_text().splitlines()) < 60
+    assert len((EXAMPLES / "own_pass.py").read_text().splitlines()) < 65
+
+
+def test_own_pass_does_what_it_says() -> None:
+    spec = importlib.util.spec_from_file_location("own_pass", EXAMPLES / "own_pass.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    check_example(module.ReluForGelu)
+    known = (
+        "%x = input : shared 1xnewx8\n%w = constant : server 8\n"
+        "%1 = mpc.gelu(%w)\n%2 = aten.add.Tensor(%x, %1)\n"
+    )
+    skipped = run_pass(module.ReluForGelu, known)
+    assert (skipped.sites, skipped.text) == (0, skipped.given)
+    ((_, reason),) = skipped.skips
+    assert "one party knows the operand" in reason
 
 
 @pytest.mark.slow
