@@ -94,7 +94,8 @@ def left_out(config: CompileConfig) -> dict[str, str]:
         if name in config.disable
         else f"the option `{known[name].option}` does not ask for it"
         if known[name].option
-        else f"it is lossy, and the preset {config.preset!r} does not ask for it"
+        else f"it is lossy, and the preset {config.preset!r} does not ask for it; "
+        "--enable NAME does"
         for name in sorted(known)
         if name not in chosen
     }

@@ -19,6 +19,7 @@ from mergec.compiler.graph.manager import PassReport, ordered
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.verify import verify_dialect
 from mergec.compiler.pipeline import rewrite
+from mergec.compiler.selection import left_out
 from mergec.compiler.text import dump
 from mergec.passes import available
 from mergec.runtime.core.spec import Vis
@@ -368,3 +369,11 @@ def test_order_of_passes() -> None:
 
     with pytest.raises(CompileError, match=r"Early .*waits for third, .*later stage, 'finish'"):
         ordered([Early, Third])
+
+
+def test_a_lossy_pass_that_did_not_run_says_how_to_ask_for_it() -> None:
+    said = left_out(CompileConfig())
+    assert said["softmax_2quad"] == (
+        "it is lossy, and the preset 'exact' does not ask for it; --enable NAME does"
+    )
+    assert "softmax_2quad" not in left_out(CompileConfig(enable=("softmax_2quad",)))
