@@ -161,7 +161,13 @@ def assemble(dialect: DialectProgram, config: CompileConfig) -> dict[str, RolePr
     The graph is legalized in place. The programs' manifests are empty.
     """
     bits, exact = config.fractional_bits, config.rounding == "exact"
-    legalize(dialect.graph_module, bits, exact)
+    unfused = {
+        skip.module: skip.reason
+        for report in dialect.pass_report
+        if report.name == "fuse_attention"
+        for skip in report.skips
+    }
+    legalize(dialect.graph_module, bits, exact, unfused)
     roles = lower(dialect.graph_module, dialect.inputs, dialect.constants, bits)
     choose_variants(roles, NETWORKS[config.network], bits, exact, dialect.max_length)
     return roles

@@ -17,7 +17,7 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.graph.moves import is_move, known_size, moved
 from mergec.compiler.graph.ranges import annotate_ranges
-from mergec.compiler.pipeline import rewrite, to_dialect
+from mergec.compiler.pipeline import assemble, rewrite, to_dialect
 from mergec.compiler.text import dump
 from mergec.runtime.core.op import REGISTRY, Op
 from mergec.runtime.core.spec import HEADROOM_BITS, SHARE_FRAC, WINDOW_FRAC, Vis
@@ -209,6 +209,54 @@ def test_a_value_without_headroom_is_named() -> None:
     assert "# layers.0.up  model.py:7" in text
     assert "reaches 1.36e+08 in calibration, which with 32 fractional bits" in text
     assert list(caught.value.nodes) == [product]
+
+
+class Sinks(torch.nn.Module):
+    """A decoder whose attention has one more column of scores, which no pass recognizes."""
+
+    def __init__(self, hidden: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = hidden
+        self.embedding = torch.nn.Embedding(16, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        mask = torch.full((ids.shape[1], ids.shape[1]), self.hidden).triu(1)
+        scores = x @ x.transpose(-1, -2) + mask
+        weights = torch.cat([scores, x[..., :1]], -1).softmax(-1)[..., :-1]
+        return weights @ x @ self.embedding.weight.T
+
+
+def test_a_mask_that_stays_in_an_attention_is_named() -> None:
+    config = CompileConfig(max_length=64)
+    for hidden, shown in ((torch.finfo(torch.float32).min, "-3.4e+38"), (-1e9, "-1e+09")):
+        with pytest.raises(CompileError) as caught:
+            assemble(to_dialect(capture(Sinks(hidden)), config), config)
+        text = str(caught.value)
+        assert text.startswith("values that the ring cannot hold\n")
+        assert (
+            f"reaches {shown} in calibration, because a mask is added to scores of an attention "
+            "that the pass fuse_attention did not recognize (the scores come from aten.cat.default)"
+        ) in text
+        assert "check this module's weights" not in text
+    assemble(to_dialect(capture(Sinks(-10_000.0)), config), config)
+
+
+def test_a_mask_without_a_known_attention_is_named() -> None:
+    graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    (product,) = named(graph, "linear")
+    product.meta["range"] = (-3e38, 1.0)
+    with pytest.raises(CompileError, match="probably because a mask is added to scores"):
+        legalize(graph.module, FIXED)
+    graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    named(graph, "linear")[0].meta["range"] = (-3e38, 3e38)
+    with pytest.raises(CompileError, match="check this module's weights"):
+        legalize(graph.module, FIXED)
 
 
 def test_a_value_with_just_enough_headroom_passes() -> None:

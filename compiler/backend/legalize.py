@@ -53,20 +53,32 @@ SMALLEST = 2.0**-7
 _UNITS_BITS = 14
 """A constant that is smaller gets so many fractional bits that it has about 2**14 units."""
 
+_MASK = 2.0**100
+"""No value of a model that works is as large; the lowest number of a type, in a mask, is."""
+
+_ONE_SIDED = 2.0**10
+"""How much further from zero masked scores reach down than up, at the least."""
+
 _CONVERSIONS: dict[str, type[Op]] = {"masked": Open, "sent": Send}
 """The op that brings a share into a form."""
 
 
-def legalize(graph_module: fx.GraphModule, fixed: int, exact: bool = False) -> None:
+def legalize(
+    graph_module: fx.GraphModule,
+    fixed: int,
+    exact: bool = False,
+    unfused: Mapping[str, str] | None = None,
+) -> None:
     """Set meta["frac"] and meta["form"] of every shared wire, and insert the conversions.
 
     fixed: the program's fractional bits. Needs meta["vis"]; uses meta["range"] and what
-    `Op.measure` found, where calibration set them. exact: whether roundings are exact. Raises
+    `Op.measure` found, where calibration set them. exact: whether roundings are exact. unfused: why
+    `fuse_attention` skipped a softmax, by module, for the error about a mask that stayed. Raises
     CompileError, which names every value that leaves the ring or the domain of a protocol, or whose
     protocol has no exact rounding.
     """
     _split_scales(graph_module)
-    _Legalizer(graph_module, fixed, exact).run()
+    _Legalizer(graph_module, fixed, exact, unfused or {}).run()
     # Ops that move data may be unused now: their operand was converted instead of their result.
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -101,10 +113,13 @@ def _by_protocol(node: fx.Node, op: type[Op]) -> bool:
 
 
 class _Legalizer:
-    def __init__(self, graph_module: fx.GraphModule, fixed: int, exact: bool) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, fixed: int, exact: bool, unfused: Mapping[str, str]
+    ) -> None:
         self.graph = graph_module.graph
         self.fixed = fixed
         self.exact = exact
+        self.unfused = unfused
         self.room = _room(graph_module)
         self.tensors = _constants(graph_module)
         self.single = _used_once(graph_module)
@@ -467,10 +482,23 @@ class _Legalizer:
                 f"has {frac} fractional bits; protocols are tested with up to {SHARE_FRAC}"
             )
         elif largest and math.log2(largest) + frac + RANGE_MARGIN_BITS > bits:
-            self.failures[node] = (
+            self.failures[node] = self.masked(node) or (
                 f"reaches {largest:.3g} in calibration, which with {frac} fractional bits leaves "
                 f"no room in {bits} bits; check this module's weights"
             )
+
+    def masked(self, node: fx.Node) -> str:
+        """What to do about scores to which a model adds a mask; empty if they are none."""
+        least, most = node.meta["range"]
+        reason = self.unfused.get(node.meta.get("module", ""))
+        if most * _ONE_SIDED > -least or not (reason or least < -_MASK):
+            return ""
+        return (
+            f"reaches {least:.3g} in calibration, {'' if reason else 'probably '}"
+            "because a mask is added to scores of an attention that the pass fuse_attention did "
+            f"not recognize{f' ({reason})' if reason else ''}; write the attention as "
+            "softmax(scale * q @ k.T + mask) @ v, or add -10000 where the mask hides"
+        )
 
     def check_domain(self, node: fx.Node, op: type[Op]) -> None:
         """Record a failure if the first operand comes near to an end of the op's domain."""
