@@ -194,6 +194,29 @@ def _spoiled(name: str, value: float) -> Any:
     return model
 
 
+def _uneven() -> Any:
+    model = random_decoder("llama")
+    model.model.layers[1].self_attn.o_proj = nn.Linear(7, WIDTH).double()
+    return model
+
+
+class Raises(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        raise KeyError("rope")
+
+
+def _raising() -> Any:
+    model = random_decoder("llama")
+    model.model.norm = Raises()
+    return model
+
+
+def _short_table() -> Any:
+    model = random_decoder("llama")
+    model.model.embed_tokens = nn.Embedding(VOCAB - 1, WIDTH).double()
+    return model
+
+
 class Pair(Bigram):
     def forward(self, ids: torch.Tensor) -> Any:
         return super().forward(ids), 1
@@ -250,6 +273,8 @@ class WritesAlias(Bigram):
         return self.head(view)
 
 
+CHECK = "the model itself raises this in plain PyTorch, so check its config$"
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "masked encoder": (lambda: _bert("BertForMaskedLM"), "is an encoder"),
     "encoder": (lambda: _bert("BertModel"), "no language-model head"),
@@ -259,6 +284,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "half of t5": (lambda: _t5("T5EncoderModel"), "is an encoder"),
     "headless": (_headless, "LlamaModel has no language-model head; load it as AutoModelForCausal"),
     "recurrent": (_recurrent, "MambaForCausalLM has layers of the type linear_attention"),
+    "sizes that do not fit": (
+        _uneven,
+        "LlamaForCausalLM does not run on token ids: mat1 and mat2 shapes .*; " + CHECK,
+    ),
+    "an error of its own": (_raising, "does not run on token ids: 'rope'; " + CHECK),
+    "short table": (
+        _short_table,
+        f"not run on token 96, the last of its vocabulary: index out of range in self; {CHECK}",
+    ),
     "NaN": (lambda: _spoiled("head.weight", float("nan")), "NaN or infinite: head.weight"),
     "infinite buffer": (lambda: _spoiled("scale", float("inf")), "NaN or infinite: scale"),
     "no weights": (lambda: Bigram().to("meta"), "weights are on the meta device"),

@@ -40,6 +40,7 @@ from mergec.compiler.frontend.lengths import (
     Comparison,
     branch_place,
     declared_limit,
+    does_not_run,
     find_bounds,
     fixed_rotary,
     guards_of,
@@ -329,16 +330,15 @@ def _capture_encoder_decoder(model: nn.Module, *, cache: bool) -> Captured:
 def _cache_layers(model: nn.Module) -> list[Any]:
     """What the model caches for each layer, after a short prompt."""
     example = torch.zeros((1, _PAST), dtype=torch.int64)
-    name = type(model).__name__
     try:
         with torch.no_grad():
             result = model(input_ids=example, use_cache=True, return_dict=True)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise CompileError(f"{name} does not run on token ids: {one_line(error)}") from error
+    except Exception as error:
+        raise does_not_run(model, error) from error
     layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
     if not layers or not all(hasattr(layer, "keys") for layer in layers):
         raise CompileError(
-            f"{name} keeps no keys and values of past tokens; "
+            f"{type(model).__name__} keeps no keys and values of past tokens; "
             "mergec compiles decoders such as GPT-2"
         )
     return layers
@@ -375,6 +375,8 @@ def _captured(
             step.eager, captured.graph_module, inputs, captured.vocab_size, empty
         )
         with torch.inference_mode():
+            if not comparison.encodes:
+                _check_last_token(step, captured.vocab_size, empty)
             _check_short(comparison, lambda: _export(step, example, dynamic), model)
             limits = [declared_limit(getattr(model, "config", None))]
             most = min([MAX_LENGTH, *(bound.length for bound in limits if bound)])
@@ -388,6 +390,16 @@ def _captured(
         if bound and bound.length < 2:
             raise CompileError(f"the model works for too few lengths of text: {bound.reason}")
     return captured
+
+
+def _check_last_token(step: Any, vocab_size: int, empty: list[torch.Tensor]) -> None:
+    """Raise CompileError if one of the model's tables is shorter than its vocabulary."""
+    last = vocab_size - 1
+    try:
+        step.eager(torch.full((1, _NEW), last), *empty)
+    except IndexError as error:
+        tokens = f"token {last}, the last of its vocabulary"
+        raise does_not_run(step.model, error, tokens) from error
 
 
 def _check_short(comparison: Comparison, again: Callable[[], Any], model: nn.Module) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from mergec.compiler.errors import CompileError
-from mergec.compiler.frontend.lengths import one_line
+from mergec.compiler.frontend.lengths import does_not_run
 from mergec.compiler.graph.ir import ancestors, aten, calls
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
@@ -241,19 +241,18 @@ def _cache_shapes(step: TranslationStep, start: int) -> list[tuple[int, int]]:
     """Heads and features of the keys and values that each decoder layer caches."""
     from transformers.cache_utils import DynamicCache
 
-    name = type(step.model).__name__
     source = torch.zeros((1, _PAST), dtype=torch.int64)
     past = DynamicCache()
     try:
         with torch.no_grad():
             found = step._step(source, torch.tensor([[start]]), past)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise CompileError(f"{name} does not run on token ids: {one_line(error)}") from error
+    except Exception as error:
+        raise does_not_run(step.model, error) from error
     caches = found[1 : 1 + 2 * len(past.layers)]
     if not caches or len(found) != 1 + 2 * len(caches):
         raise CompileError(
-            f"{name} does not keep keys and values of past tokens and of the source; mergec "
-            "compiles encoder-decoders such as T5 and BART"
+            f"{type(step.model).__name__} does not keep keys and values of past tokens and of the "
+            "source; mergec compiles encoder-decoders such as T5 and BART"
         )
     return [(tensor.shape[1], tensor.shape[3]) for tensor in caches]
 

@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.utils._sympy.printers import PythonPrinter
 
 from mergec.compiler.config import DEFAULT_LENGTH, MAX_LENGTH
+from mergec.compiler.errors import CompileError
 from mergec.runtime.program.program import InputSpec
 
 _DECLARED = (
@@ -441,6 +442,17 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message; its class if there is none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def does_not_run(model: nn.Module, error: BaseException, tokens: str = "token ids") -> CompileError:
+    """The error for what a model raises when it runs as it is, and not as it was captured.
+
+    tokens: what it ran on, in words.
+    """
+    said = f"{type(model).__name__} does not run on {tokens}: {one_line(error)}"
+    if not isinstance(error, TypeError | AttributeError):  # It takes or returns something else.
+        said += "; the model itself raises this in plain PyTorch, so check its config"
+    return CompileError(said)
 
 
 def _place(guard: Guard, model: nn.Module) -> str:
