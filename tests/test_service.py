@@ -142,7 +142,7 @@ def test_a_full_queue_turns_clients_away(running, ann) -> None:
             with pytest.raises(BusyError, match=busy) as found:
                 fourth.open()
             assert f"in {found.value.wait} s" in str(found.value)
-            third._channels[0].fail("changed my mind")
+            third._peers.channels[0].fail("changed my mind")
             with pytest.raises(PartyError):
                 opened.result(START)
 
