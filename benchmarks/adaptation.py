@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kinds
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -61,6 +62,7 @@ TITLE = "# What training makes of lossy presets"
 MARKS = {
     "gpt2": ("<!-- adaptation: begin -->", "<!-- adaptation: end -->"),
     "t5": ("<!-- adaptation of t5: begin -->", "<!-- adaptation of t5: end -->"),
+    "smollm2": ("<!-- adaptation of smollm2: begin -->", "<!-- adaptation of smollm2: end -->"),
 }
 """What stands around the tables of each family."""
 
@@ -140,7 +142,14 @@ OF_T5 = {
 }
 """Those of a T5."""
 
-OF_FAMILY = {"gpt2": RUNS, "t5": OF_T5}
+OF_SMOLLM2 = {
+    "MM": Row("merge-mm"),
+    "ER, matched, resent": Row("merge-er", changes=(MATCHED, RESENT, ("batch", 16))),
+    "MERGE, matched, resent": Row("merge", changes=(MATCHED, RESENT, ("batch", 16))),
+}
+"""Those of SmolLM2, on another task (`kinds.py`)."""
+
+OF_FAMILY = {"gpt2": RUNS, "t5": OF_T5, "smollm2": OF_SMOLLM2}
 
 UNTRAINED = {
     "ER, as described": "ER",
@@ -396,10 +405,10 @@ def options_of(row: Row, arguments: argparse.Namespace, teacher: Path) -> mergec
     return mergec.AdaptConfig(**{**options, **dict(row.changes)})
 
 
-def adapted(
+def ran(
     name: str, row: Row, folder: Path, teacher: Path, config: mergec.AdaptConfig
 ) -> dict[str, Any]:
-    """The report of a run, from its folder if it is done."""
+    """The report of a run, from its folder if it is done, and that folder."""
     place = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
     seconds = place / "seconds.txt"
     if not seconds.is_file():
@@ -420,10 +429,16 @@ def adapted(
         )
         seconds.write_text(f"{time.process_time() - begin:.0f}\n")
     found: dict[str, Any] = json.loads((place / "report.json").read_text())
-    found["seconds"] = int(seconds.read_text())
+    return {**found, "seconds": int(seconds.read_text()), "folder": place}
+
+
+def adapted(
+    name: str, row: Row, folder: Path, teacher: Path, config: mergec.AdaptConfig
+) -> dict[str, Any]:
+    """The report of a run, with the cost of its program."""
+    found = ran(name, row, folder, teacher, config)
     # Of this compiler, as the teacher's is, also where the run was done before.
-    found["cost"] = dict(compile_source(place, {}).manifest.cost)
-    return found
+    return {**found, "cost": dict(compile_source(found["folder"], {}).manifest.cost)}
 
 
 def repeated(answers: Sequence[Sequence[int]]) -> float:
@@ -604,6 +619,46 @@ def page(
     )
 
 
+def of_small(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) -> str:
+    """What docs/adaptation.md shows of a model that is trained here from nothing."""
+    counts = write_data(work, arguments.wordnet, arguments.vocabulary, arguments.sentences)
+    teacher = make_teacher(work, arguments)
+    found = {
+        name: adapted(name, row, work, teacher, options_of(row, arguments, teacher))
+        for name, row in runs.items()
+    }
+    return page(work, teacher, counts, found, arguments)
+
+
+def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) -> str:
+    """The same of SmolLM2, on its task."""
+
+    def train(teacher: Path) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, row in runs.items():
+            options = {
+                "preset": row.preset,
+                "separator": kinds.ENDING,
+                "length": kinds.LENGTH,
+                "steps": arguments.steps,
+                "batch": kinds.BATCH,
+                "learning_rate": kinds.RATE,
+                "schedule": "linear",
+                "bf16": True,
+                "noise": 0.0,
+                "dropout": 0.0,
+                "samples": arguments.samples,
+                "answer": kinds.ANSWER,
+                "evaluate_every": max(1, arguments.steps // 2),
+                "save_every": max(1, arguments.steps // 2),
+            }
+            config = mergec.AdaptConfig(**{**options, **dict(row.changes)})
+            found[name] = ran(name, row, work, teacher, config)
+        return found
+
+    return kinds.measure(work, arguments.wordnet, arguments.teacher_steps, train)
+
+
 _TEMPLATE = """\
 ## The task
 
@@ -730,15 +785,10 @@ def main() -> None:
             # Runs of all families have the same names.
             work /= arguments.family
         work.mkdir(parents=True, exist_ok=True)
-        counts = write_data(work, arguments.wordnet, arguments.vocabulary, arguments.sentences)
-        teacher = make_teacher(work, arguments)
-        found = {
-            name: adapted(
-                name, runs[name], work, teacher, options_of(runs[name], arguments, teacher)
-            )
-            for name in names
-        }
-        measured = page(work, teacher, counts, found, arguments)
+        chosen = {name: runs[name] for name in names}
+        measured = (of_smollm2 if arguments.family == "smollm2" else of_small)(
+            work, arguments, chosen
+        )
         text = written(arguments.output, measured, arguments.family)
         arguments.output.write_text(text, encoding="utf-8")
     print(arguments.output)

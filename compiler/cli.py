@@ -216,6 +216,9 @@ class AdaptOptions:
     warmup: Annotated[
         int | None, typer.Option(help="Steps over which the learning rate rises.")
     ] = None
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the learning rate: `constant`, or `linear` down to 0.")
+    ] = None
     objective: Annotated[
         str | None, typer.Option(help="Learn from the `data`, or from the `teacher`.")
     ] = None
@@ -241,6 +244,9 @@ class AdaptOptions:
     temperature: Annotated[
         float | None, typer.Option(help="Of logits that are compared with the teacher's.")
     ] = None
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Train with products of bfloat16; weights stay float32.")
+    ] = False
     seed: Annotated[int | None, typer.Option(help="Of data order, noise and dropout.")] = None
     device: Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `auto`.")] = None
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None

@@ -18,6 +18,7 @@ TRAINABLE = tuple(name for name in PRESETS if name != "exact")
 FORMATS = ("auto", "text", "jsonl", "multiwoz", "commongen", "dailydialog")
 RECIPES = ("paper", "as-run")
 OBJECTIVES = ("data", "teacher")
+SCHEDULES = ("constant", "linear")
 
 RECIPE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -50,8 +51,9 @@ class AdaptConfig:
     steps, batch, accumulate: steps of the optimizer, and the texts of each: `batch` at a time,
         `accumulate` times.
     learning_rate, weight_decay, clip, warmup: of AdamW; the largest norm of a gradient; the steps
-        over which the rate rises from 0. It is constant afterwards. By default 8e-5, and 1e-3 for
-        heads.
+        over which the rate rises from 0. By default 8e-5, and 1e-3 for heads. schedule: afterwards
+        the rate is "constant", as the paper's, or falls in a "linear" way to 0 at the last step,
+        which suits short runs.
     objective: "data" trains on the data's tokens, "teacher" in two stages on the model's own
         layers, then on its logits. By default "data" for MERGE's presets, else "teacher".
     cosine: λ in (1 - λ) · cross entropy + λ · (1 - cos(h, E[next token])), where hidden states are
@@ -69,6 +71,8 @@ class AdaptConfig:
         (`adaptation/scale.py`). MERGE does not: False, the default.
     layer_steps: the share of the steps that train on layers, with objective="teacher".
     temperature: of the logits that are compared with the teacher's.
+    bf16: while training, compute products from bfloat16 copies of their operands (torch's
+        autocast). Weights, the optimizer's state and all measures stay float32.
     seed, device: device is "cpu", "cuda", or "auto".
     evaluate_every, save_every, log_every: steps between validations, checkpoints, progress lines;
         by default a tenth, a tenth and a fiftieth of the steps.
@@ -97,6 +101,7 @@ class AdaptConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup: int = 0
+    schedule: str = "constant"
     objective: str | None = None
     cosine: float = 0.75
     recipe: str = "paper"
@@ -106,6 +111,7 @@ class AdaptConfig:
     match_scale: bool = False
     layer_steps: float = 0.5
     temperature: float = 1.0
+    bf16: bool = False
     seed: int = 0
     device: str = "auto"
     evaluate_every: int | None = None
@@ -141,6 +147,7 @@ class AdaptConfig:
         for option, values in (
             ("format", FORMATS),
             ("recipe", RECIPES),
+            ("schedule", SCHEDULES),
             ("device", ("auto", "cpu", "cuda")),
         ):
             check.choice(option, getattr(self, option), values)
@@ -149,6 +156,7 @@ class AdaptConfig:
         check.text("separator", self.separator)
         check.flag("chat", self.chat)
         check.flag("match_scale", self.match_scale)
+        check.flag("bf16", self.bf16)
         for option, least in _WHOLE.items():
             value = getattr(self, option)
             if value is not None:

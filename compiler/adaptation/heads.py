@@ -65,7 +65,8 @@ class TrainedHeads(nn.Module):
                 F.linear(hidden, self.block.weight[rows], self.block.bias[rows])
             )
         bias = self.biases[number - 1] if len(self.biases) else None
-        return F.linear(hidden, self.matrices[number - 1], bias)
+        # A loss of bfloat16, as under autocast, would be coarse.
+        return F.linear(hidden, self.matrices[number - 1], bias).to(hidden.dtype)
 
     def trained(self) -> Heads:
         """The heads as they are now."""

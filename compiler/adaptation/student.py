@@ -21,6 +21,7 @@ from mergec.passes.merge_projections import MergeProjections
 from mergec.passes.resend_hidden import embedding_of, head_of
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.ops import load_all
+from mergec.runtime.ops.embedding import Embedding
 
 TABLE = ".table"
 """How names of attention tables end."""
@@ -116,6 +117,11 @@ class Student(nn.Module):
         else:
             # A checkpoint needs no constants, and could not hold two that share memory.
             self.register_buffer(key, value, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters, and of results."""
+        return next(self.parameters()).dtype
 
     @property
     def encodes(self) -> bool:
@@ -244,7 +250,9 @@ class Student(nn.Module):
 
         texts = (ids, rows, source)
         dims = tuple(None if text is None else 0 for text in texts)
-        logits, hidden, *sums = torch.vmap(one, in_dims=dims)(*texts)
+        found = torch.vmap(one, in_dims=dims)(*texts)
+        # Under autocast, some are bfloat16; losses of them would be coarse.
+        logits, hidden, *sums = (value.to(self.dtype) for value in found)
         count = len(self._streams)
         return Result(logits, hidden, sums[:count], sums[count:])
 
@@ -314,8 +322,12 @@ class _Run(fx.Interpreter):
             result = value.shape[dim]
         elif (op := op_of(n)) is not None:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            # The dispatcher's op would not record gradients.
-            result = op.reference(*args, **kwargs)
+            if op is Embedding:
+                # Under vmap, the reference's gradient would be a whole table for each text.
+                result = nn.functional.embedding(*args[:2])
+            else:
+                # The dispatcher's op would not record gradients.
+                result = op.reference(*args, **kwargs)
         else:
             result = super().run_node(n)
         if n in self.wanted:

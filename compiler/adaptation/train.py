@@ -115,6 +115,10 @@ class Measures:
             student.train(training)
 
 
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear"}
+"""The Trainer's names; both begin with the warm-up."""
+
+
 class AdaptTrainer(Trainer):
     """transformers' Trainer with the losses and measures of an adaptation."""
 
@@ -136,7 +140,7 @@ class AdaptTrainer(Trainer):
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             max_grad_norm=config.clip,
-            lr_scheduler_type="constant_with_warmup",
+            lr_scheduler_type=_SCHEDULES[config.schedule],
             warmup_steps=config.warmup,
             optim="adamw_torch",
             seed=config.seed,
@@ -199,7 +203,8 @@ class AdaptTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch; notes its parts."""
-        found = self.losses(inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            found = self.losses(inputs)
         for name, value in found.parts.items():
             self._parts.setdefault(name, []).append(value)
         return (found.total, None) if return_outputs else found.total

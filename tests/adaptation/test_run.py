@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mergec
 from mergec import AdaptConfig, CompileConfig
@@ -134,6 +136,57 @@ def test_an_interrupted_run_continues(
     assert again.rows[1:] == whole.rows[1:]
     for name in ("mergec_adaptation.safetensors", "model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_training_in_bfloat16(model: Any, data: Path, tmp_path: Path) -> None:
+    """Products alone: the weights are float32, and the program is the student that was measured."""
+    asked = {"noise": 0.0, "match_scale": True, "resent": 1}
+    found = {}
+    for bf16 in (False, True):
+        folder = tmp_path / f"bf16-{bf16}"
+        report = mergec.adapt(model, data, folder, config("merge", bf16=bf16, **asked))
+        assert report.same == SHORT["samples"]
+        assert report.rows[1]["perplexity"] == pytest.approx(97, rel=0.2)
+        found[bf16] = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in found[True].values()} == {torch.float32}
+    name = "transformer.h.0.mlp.c_fc.weight"
+    start = model.state_dict()[name]
+    full, coarse = found[False][name] - start, found[True][name] - start
+    assert not torch.equal(full, coarse)
+    near = torch.cosine_similarity(full.flatten(), coarse.flatten(), dim=0)
+    assert float(near) > 0.9
+
+
+def test_results_keep_the_dtype_of_weights(model: Any) -> None:
+    """Also under autocast, whose products are bfloat16, so that losses are not."""
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    ids = torch.tensor([TEXTS[0].tokens])
+    exact = student(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = student(ids)
+    assert found.logits.dtype == found.hidden.dtype == torch.float32
+    assert 0 < float((found.logits - exact.logits).detach().abs().max() / exact.logits.std()) < 0.1
+
+
+def test_a_lookup_gets_the_gradient_of_its_rows(model: Any) -> None:
+    """And not one of the whole table for each text, which no batch of a real model has room for."""
+    student = Student(model, CompileConfig(preset="merge-mm"), [list(range(8))])
+    texts = torch.tensor([text.tokens for text in TEXTS])
+    weights = model.transformer.wte.weight
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(r.numel() for r in (result,) if isinstance(r, torch.Tensor))
+            return result
+
+    with Sizes():
+        student(texts).logits.square().mean().backward()
+    assert weights.grad is not None
+    assert max(sizes) < len(texts) * weights.numel()
 
 
 def test_places_that_hold_something_else(model: Any, data: Path, tmp_path: Path) -> None:
