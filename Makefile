@@ -112,7 +112,7 @@ format: $(READY) ## format and fix what can be fixed
 exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
 	$(PYTHON) benchmarks/exactness.py
 
-adaptation: $(READY) ## train a small GPT-2 for each lossy preset, or a T5; writes docs/adaptation.md; ADAPTATION_ARGS="--wordnet DIR --family t5"
+adaptation: $(READY) ## train a small GPT-2 for each lossy preset, or a T5, or SmolLM2; writes docs/adaptation.md; ADAPTATION_ARGS="--wordnet DIR --family t5"
 	$(PYTHON) benchmarks/adaptation.py $(ADAPTATION_ARGS)
 
 perplexity: $(READY) ## 2,048 tokens of text under MPC and in plaintext; writes docs/perplexity.md

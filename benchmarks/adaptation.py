@@ -1,14 +1,16 @@
 """What training makes of lossy presets: a small GPT-2, or T5, on example sentences of WordNet.
 
+SmolLM2 learns another task, from the same files: what kind of thing a noun names (`kinds.py`).
+
 Three words are the prompt, a sentence that holds them is the answer, as in CommonGen. A teacher is
 trained on that from nothing, then adapted by `mergec.adapt` to each preset. The sentences are those
 of WordNet 3.0's glosses, which Debian has as wordnet-base: `apt-get install wordnet-base`, or
 `apt-get download wordnet-base`, `dpkg -x` and --wordnet. Writes what is between the marks of
 docs/adaptation.md, those of the family.
 
-Usage: python benchmarks/adaptation.py [--family gpt2|t5] [--wordnet DIR] [--work DIR]
-[--output FILE] [--vocabulary N] [--sentences N] [--layers N] [--width N] [--teacher-steps N]
-[--steps N] [--samples N] [--only NAME …]
+Usage: python benchmarks/adaptation.py [--family gpt2|t5|smollm2] [--wordnet DIR]
+[--work DIR] [--output FILE] [--vocabulary N] [--sentences N] [--layers N] [--width N]
+[--teacher-steps N] [--steps N] [--samples N] [--only NAME …]
 
 What is done stands in --work and is not done again, so an interrupted run continues there. With
 larger numbers the same command trains larger models, on a GPU if there is one.
@@ -148,6 +150,14 @@ OF_SMOLLM2 = {
     "MERGE, matched, resent": Row("merge", changes=(MATCHED, RESENT, ("batch", 16))),
 }
 """Those of SmolLM2, on another task (`kinds.py`)."""
+
+_SMALL = {"teacher_steps": 2_400, "steps": 800, "samples": 100}
+SIZES = {
+    "gpt2": _SMALL,
+    "t5": _SMALL,
+    "smollm2": {"teacher_steps": 48, "steps": 60, "samples": kinds.HELD},
+}
+"""Steps of the teacher and of each run, and prompts to answer, unless others are asked for."""
 
 OF_FAMILY = {"gpt2": RUNS, "t5": OF_T5, "smollm2": OF_SMOLLM2}
 
@@ -645,6 +655,7 @@ def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) 
                 "learning_rate": kinds.RATE,
                 "schedule": "linear",
                 "bf16": True,
+                "freeze_embedding": True,
                 "noise": 0.0,
                 "dropout": 0.0,
                 "samples": arguments.samples,
@@ -770,11 +781,14 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=100_000)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--teacher-steps", type=int, default=2_400)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--teacher-steps", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--samples", type=int)
     parser.add_argument("--only", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
+    for name, value in SIZES[arguments.family].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     runs = OF_FAMILY[arguments.family]
     names = list(runs) if arguments.only is None else arguments.only
     if unknown := [name for name in names if name not in runs]:

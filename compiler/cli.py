@@ -238,6 +238,9 @@ class AdaptOptions:
         bool,
         typer.Option("--match-scale", help="Scale resent states to the size of embeddings first."),
     ] = False
+    freeze_embedding: Annotated[
+        bool, typer.Option("--freeze-embedding", help="Leave embedding and head as they are.")
+    ] = False
     layer_steps: Annotated[
         float | None, typer.Option(help="Share of the steps that learn the teacher's layers.")
     ] = None

@@ -69,6 +69,8 @@ class AdaptConfig:
     match_scale: where hidden states are resent, scale the last norm before the training so that
         they are as large as embeddings, and the head so that no logit changes
         (`adaptation/scale.py`). MERGE does not: False, the default.
+    freeze_embedding: leave the embedding and the head as they are; training takes less time and
+        memory where the vocabulary is a large part of the model.
     layer_steps: the share of the steps that train on layers, with objective="teacher".
     temperature: of the logits that are compared with the teacher's.
     bf16: while training, compute products from bfloat16 copies of their operands (torch's
@@ -109,6 +111,7 @@ class AdaptConfig:
     dropout: float | None = None
     resent: int = 0
     match_scale: bool = False
+    freeze_embedding: bool = False
     layer_steps: float = 0.5
     temperature: float = 1.0
     bf16: bool = False
@@ -156,6 +159,7 @@ class AdaptConfig:
         check.text("separator", self.separator)
         check.flag("chat", self.chat)
         check.flag("match_scale", self.match_scale)
+        check.flag("freeze_embedding", self.freeze_embedding)
         check.flag("bf16", self.bf16)
         for option, least in _WHOLE.items():
             value = getattr(self, option)

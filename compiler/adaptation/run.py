@@ -188,6 +188,10 @@ def adapt(
         if config.match_scale:
             factor = match_scale(loaded, teacher, observed)
             progress(f"hidden states are scaled by {factor:.3g}")
+        if config.freeze_embedding:
+            for part in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
+                if part is not None:
+                    part.requires_grad_(False)
         student = Student(loaded, compiled, observed)
         _check_student(student, compiled, config)
         run = _StudentRun(

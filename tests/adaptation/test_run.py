@@ -157,6 +157,16 @@ def test_training_in_bfloat16(model: Any, data: Path, tmp_path: Path) -> None:
     assert float(near) > 0.9
 
 
+def test_an_embedding_that_stays(model: Any, data: Path, tmp_path: Path) -> None:
+    """All else is trained."""
+    asked = config("merge-mm", freeze_embedding=True)
+    mergec.adapt(model, data, tmp_path / "out", asked)
+    found, before = load_file(tmp_path / "out/model.safetensors"), model.state_dict()
+    same = {name for name, value in found.items() if torch.equal(value, before[name])}
+    assert "transformer.wte.weight" in same
+    assert not {name for name in same if ".mlp." in name or "c_proj" in name}
+
+
 def test_results_keep_the_dtype_of_weights(model: Any) -> None:
     """Also under autocast, whose products are bfloat16, so that losses are not."""
     student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
