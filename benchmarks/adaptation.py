@@ -144,10 +144,11 @@ OF_T5 = {
 }
 """Those of a T5."""
 
+_SCALED = (MATCHED, RESENT, ("freeze", (*kinds.FROZEN, "lm_head*")))
 OF_SMOLLM2 = {
     "MM": Row("merge-mm"),
-    "ER, matched, resent": Row("merge-er", changes=(MATCHED, RESENT, ("batch", 16))),
-    "MERGE, matched, resent": Row("merge", changes=(MATCHED, RESENT, ("batch", 16))),
+    "ER, matched, resent": Row("merge-er", changes=_SCALED),
+    "MERGE, matched, resent": Row("merge", changes=_SCALED),
 }
 """Those of SmolLM2, on another task (`kinds.py`)."""
 
@@ -155,7 +156,7 @@ _SMALL = {"teacher_steps": 2_400, "steps": 800, "samples": 100}
 SIZES = {
     "gpt2": _SMALL,
     "t5": _SMALL,
-    "smollm2": {"teacher_steps": 48, "steps": 60, "samples": kinds.HELD},
+    "smollm2": {"teacher_steps": 48, "steps": 30, "samples": 16},
 }
 """Steps of the teacher and of each run, and prompts to answer, unless others are asked for."""
 
@@ -653,9 +654,10 @@ def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) 
                 "steps": arguments.steps,
                 "batch": kinds.BATCH,
                 "learning_rate": kinds.RATE,
+                "warmup": 3,
                 "schedule": "linear",
                 "bf16": True,
-                "freeze_embedding": True,
+                "freeze": kinds.FROZEN,
                 "noise": 0.0,
                 "dropout": 0.0,
                 "samples": arguments.samples,

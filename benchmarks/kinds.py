@@ -65,6 +65,9 @@ HELD, SHARE = 64, 10
 TURNS, REPEATS = 2, 3
 """How often each program's turn comes, and its steps in each turn; the median of a turn counts."""
 
+FROZEN = ("*embed_tokens*", "*gate_proj*", "*up_proj*", "*q_proj*", "*k_proj*")
+"""Parameters that the runs leave as they are: seven of ten, so that a step takes less time."""
+
 SHOWN = 8
 """Prompts whose answers the page shows."""
 

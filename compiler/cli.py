@@ -238,9 +238,10 @@ class AdaptOptions:
         bool,
         typer.Option("--match-scale", help="Scale resent states to the size of embeddings first."),
     ] = False
-    freeze_embedding: Annotated[
-        bool, typer.Option("--freeze-embedding", help="Leave embedding and head as they are.")
-    ] = False
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of parameters that stay as they are; may be repeated."),
+    ] = None
     layer_steps: Annotated[
         float | None, typer.Option(help="Share of the steps that learn the teacher's layers.")
     ] = None

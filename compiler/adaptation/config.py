@@ -69,8 +69,8 @@ class AdaptConfig:
     match_scale: where hidden states are resent, scale the last norm before the training so that
         they are as large as embeddings, and the head so that no logit changes
         (`adaptation/scale.py`). MERGE does not: False, the default.
-    freeze_embedding: leave the embedding and the head as they are; training takes less time and
-        memory where the vocabulary is a large part of the model.
+    freeze: patterns of names of parameters that stay as they are, as "*mlp.up_proj*"; training
+        takes less time and memory. Names are those of the model, patterns those of `fnmatch`.
     layer_steps: the share of the steps that train on layers, with objective="teacher".
     temperature: of the logits that are compared with the teacher's.
     bf16: while training, compute products from bfloat16 copies of their operands (torch's
@@ -111,7 +111,7 @@ class AdaptConfig:
     dropout: float | None = None
     resent: int = 0
     match_scale: bool = False
-    freeze_embedding: bool = False
+    freeze: tuple[str, ...] = ()
     layer_steps: float = 0.5
     temperature: float = 1.0
     bf16: bool = False
@@ -146,7 +146,8 @@ class AdaptConfig:
             )
         if not medusa and self.preset not in TRAINABLE:
             raise CompileError(f"unknown preset {self.preset!r}; there are: {', '.join(TRAINABLE)}")
-        object.__setattr__(self, "enable", check.names("enable", self.enable))
+        for option in ("enable", "freeze"):
+            object.__setattr__(self, option, check.names(option, getattr(self, option)))
         for option, values in (
             ("format", FORMATS),
             ("recipe", RECIPES),
@@ -159,7 +160,6 @@ class AdaptConfig:
         check.text("separator", self.separator)
         check.flag("chat", self.chat)
         check.flag("match_scale", self.match_scale)
-        check.flag("freeze_embedding", self.freeze_embedding)
         check.flag("bf16", self.bf16)
         for option, least in _WHOLE.items():
             value = getattr(self, option)
@@ -204,7 +204,7 @@ class AdaptConfig:
     def settings(self) -> dict[str, Any]:
         """The options as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "enable": list(self.enable)}
+        return {**values, "enable": list(self.enable), "freeze": list(self.freeze)}
 
 
 _WHOLE = {

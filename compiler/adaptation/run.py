@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import hashlib
 import json
 import random
@@ -188,10 +189,7 @@ def adapt(
         if config.match_scale:
             factor = match_scale(loaded, teacher, observed)
             progress(f"hidden states are scaled by {factor:.3g}")
-        if config.freeze_embedding:
-            for part in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
-                if part is not None:
-                    part.requires_grad_(False)
+        _freeze(loaded, config.freeze)
         student = Student(loaded, compiled, observed)
         _check_student(student, compiled, config)
         run = _StudentRun(
@@ -487,6 +485,21 @@ def _checked(config: Any, progress: Any) -> AdaptConfig:
             "match_scale is for presets that resend hidden states, merge-er and merge; leave it out"
         )
     return config
+
+
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave parameters out of the training whose names match. Raises CompileError for a pattern
+    that matches none."""
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise CompileError(
+                f"no parameter of the model matches freeze={pattern!r}; there are, among others: "
+                f"{', '.join(list(parameters)[:3])}"
+            )
+        for name in names:
+            parameters[name].requires_grad_(False)
 
 
 def _check_settings(model: Any, vocab_size: int, progress: Progress) -> None:

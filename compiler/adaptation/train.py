@@ -24,6 +24,7 @@ from mergec.compiler.adaptation.heads import HeadMeasures, TrainedHeads, head_lo
 from mergec.compiler.adaptation.losses import IGNORED, Batch, Losses, collate, losses
 from mergec.compiler.adaptation.metrics import agreement
 from mergec.compiler.adaptation.student import Student
+from mergec.compiler.errors import CompileError
 
 Progress = Callable[[str], object]
 Numbers = dict[str, float]
@@ -210,9 +211,17 @@ class AdaptTrainer(Trainer):
         return (found.total, None) if return_outputs else found.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the loss with the parts that it is made of, in the mean since the last time."""
+        """Log the loss with the parts that it is made of, in the mean since the last time.
+
+        Raises CompileError if it is not finite: no later step would bring the weights back.
+        """
         if "loss" in logs:
             parts = {name: float(torch.stack(v).mean()) for name, v in self._parts.items()}
+            if not all(map(math.isfinite, parts.values())):
+                raise CompileError(
+                    f"the loss is no longer finite at step {self.state.global_step:,}; train into "
+                    "another folder with a smaller learning_rate or a longer warmup"
+                )
             logs = {**logs, **parts}
             self._parts = {}
         super().log(logs, start_time)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mergec
 from mergec import AdaptConfig, CompileConfig
-from mergec.compiler.adaptation import run
+from mergec.compiler.adaptation import run, train
 from mergec.compiler.adaptation.data import Encoded
 from mergec.compiler.adaptation.losses import collate, losses
 from mergec.compiler.adaptation.student import Student
@@ -157,14 +157,36 @@ def test_training_in_bfloat16(model: Any, data: Path, tmp_path: Path) -> None:
     assert float(near) > 0.9
 
 
-def test_an_embedding_that_stays(model: Any, data: Path, tmp_path: Path) -> None:
-    """All else is trained."""
-    asked = config("merge-mm", freeze_embedding=True)
+def test_a_training_that_diverges(
+    model: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends there; weights that are no numbers are not saved as a model."""
+    found = train.losses
+
+    def diverging(student: Student, *arguments: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            next(student.parameters()).fill_(torch.inf)
+        return found(student, *arguments, **options)
+
+    monkeypatch.setattr(train, "losses", diverging)
+    with pytest.raises(CompileError, match=r"no longer finite at step 1; .* smaller learning_rate"):
+        mergec.adapt(model, data, tmp_path / "out", config("merge-mm"))
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_parameters_that_stay(model: Any, data: Path, tmp_path: Path) -> None:
+    """All others are trained."""
+    asked = config("merge-mm", freeze=("*.wte.*", "*.mlp.c_fc.weight"))
     mergec.adapt(model, data, tmp_path / "out", asked)
     found, before = load_file(tmp_path / "out/model.safetensors"), model.state_dict()
     same = {name for name, value in found.items() if torch.equal(value, before[name])}
-    assert "transformer.wte.weight" in same
-    assert not {name for name in same if ".mlp." in name or "c_proj" in name}
+    assert {"transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"} <= same
+    assert not {name for name in same if "c_proj" in name or name.endswith("c_fc.bias")}
+    nothing = config("merge-mm", freeze=("*.up_proj.*",))
+    with pytest.raises(
+        CompileError, match=r"no parameter of the model matches freeze='\*\.up_proj"
+    ):
+        mergec.adapt(model, data, tmp_path / "none", nothing)
 
 
 def test_results_keep_the_dtype_of_weights(model: Any) -> None:
