@@ -10,7 +10,7 @@ docs/adaptation.md, those of the family.
 
 Usage: python benchmarks/adaptation.py [--family gpt2|t5|smollm2] [--wordnet DIR]
 [--work DIR] [--output FILE] [--vocabulary N] [--sentences N] [--layers N] [--width N]
-[--teacher-steps N] [--steps N] [--samples N] [--only NAME …]
+[--teacher-steps N] [--steps N] [--samples N] [--untimed] [--only NAME …]
 
 What is done stands in --work and is not done again, so an interrupted run continues there. With
 larger numbers the same command trains larger models, on a GPU if there is one.
@@ -144,11 +144,14 @@ OF_T5 = {
 }
 """Those of a T5."""
 
+_TEACHER = ("objective", "teacher")
+_LONG = (("layer_steps", 0.6), ("learning_rate", 1e-4), ("steps", 150), ("warmup", 10))
+_SHORT = (("layer_steps", 0.5), ("learning_rate", 2e-4), ("steps", 36), ("warmup", 14))
 _SCALED = (MATCHED, RESENT, ("freeze", (*kinds.FROZEN, "lm_head*")))
 OF_SMOLLM2 = {
-    "MM": Row("merge-mm"),
-    "ER, matched, resent": Row("merge-er", changes=_SCALED),
-    "MERGE, matched, resent": Row("merge", changes=_SCALED),
+    "MM": Row("merge-mm", changes=(_TEACHER, *_LONG)),
+    "ER, matched, resent": Row("merge-er", changes=(*_SCALED, ("steps", 24), ("warmup", 3))),
+    "MERGE, matched, resent": Row("merge", changes=(_TEACHER, *_SCALED, *_SHORT)),
 }
 """Those of SmolLM2, on another task (`kinds.py`)."""
 
@@ -156,9 +159,12 @@ _SMALL = {"teacher_steps": 2_400, "steps": 800, "samples": 100}
 SIZES = {
     "gpt2": _SMALL,
     "t5": _SMALL,
-    "smollm2": {"teacher_steps": 48, "steps": 30, "samples": 16},
+    "smollm2": {"teacher_steps": 48, "samples": 16},
 }
-"""Steps of the teacher and of each run, and prompts to answer, unless others are asked for."""
+"""Steps of the teacher and of each run, and prompts to answer, unless others are asked for.
+
+Runs of SmolLM2 have steps of their own.
+"""
 
 OF_FAMILY = {"gpt2": RUNS, "t5": OF_T5, "smollm2": OF_SMOLLM2}
 
@@ -647,14 +653,12 @@ def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) 
     def train(teacher: Path) -> dict[str, dict[str, Any]]:
         found = {}
         for name, row in runs.items():
-            options = {
+            options: dict[str, Any] = {
                 "preset": row.preset,
                 "separator": kinds.ENDING,
                 "length": kinds.LENGTH,
-                "steps": arguments.steps,
                 "batch": kinds.BATCH,
                 "learning_rate": kinds.RATE,
-                "warmup": 3,
                 "schedule": "linear",
                 "bf16": True,
                 "freeze": kinds.FROZEN,
@@ -662,14 +666,20 @@ def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) 
                 "dropout": 0.0,
                 "samples": arguments.samples,
                 "answer": kinds.ANSWER,
-                "evaluate_every": max(1, arguments.steps // 2),
-                "save_every": max(1, arguments.steps // 2),
+                "log_every": 2,
+                **dict(row.changes),
             }
-            config = mergec.AdaptConfig(**{**options, **dict(row.changes)})
+            if arguments.steps:
+                options["steps"] = arguments.steps
+            # A checkpoint and a validation take as long as some steps.
+            rarely = {"evaluate_every": options["steps"], "save_every": options["steps"]}
+            config = mergec.AdaptConfig(**options, **rarely)
             found[name] = ran(name, row, work, teacher, config)
         return found
 
-    return kinds.measure(work, arguments.wordnet, arguments.teacher_steps, train)
+    return kinds.measure(
+        work, arguments.wordnet, arguments.teacher_steps, train, timed=not arguments.untimed
+    )
 
 
 _TEMPLATE = """\
@@ -786,6 +796,7 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--samples", type=int)
+    parser.add_argument("--untimed", action="store_true", help="do not run programs for seconds")
     parser.add_argument("--only", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
     for name, value in SIZES[arguments.family].items():

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from bench import steps_of
-from harness import Taken, run
+from harness import run
 from transformers import AutoTokenizer
 
 from mergec.compiler.adaptation.data import Encoded, Encoder, read_examples
 from mergec.compiler.adaptation.losses import IGNORED, collate
 from mergec.compiler.driver import compile_source
 from mergec.compiler.frontend.load import load_model
-from mergec.compiler.program import Program
 
 _WORDS = """
 agreement aircraft alcohol animal argument army artist athlete bag bed beer beverage bird boat
@@ -67,6 +66,9 @@ TURNS, REPEATS = 2, 3
 
 FROZEN = ("*embed_tokens*", "*gate_proj*", "*up_proj*", "*q_proj*", "*k_proj*")
 """Parameters that the runs leave as they are: seven of ten, so that a step takes less time."""
+
+CURVE = 12
+"""Steps at which the page shows losses, or some more."""
 
 SHOWN = 8
 """Prompts whose answers the page shows."""
@@ -261,15 +263,6 @@ def make_teacher(base: Any, tokenizer: Any, folder: Path, steps: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a decode step."""
-
-    rounds: int
-    online: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Judged:
     """Shares of answers: with the very sentence, with its form, with a kind that is true."""
 
@@ -290,20 +283,27 @@ def judged(nouns: Sequence[str], answers: Sequence[str], truth: Mapping[str, Any
     return Judged(*(count / len(answers) for count in (exact, formed, true)))
 
 
-def costs_of(programs: Mapping[str, Program], tokens: Sequence[int]) -> dict[str, Cost]:
-    """What a decode step of each program takes in three processes, the programs in turn.
+def seconds_of(folders: Mapping[str, Path], tokens: Sequence[int]) -> dict[str, float]:
+    """What a decode step of each folder's program takes in three processes, the programs in turn.
 
     tokens: those before the step, and its own. Seconds are with the dealer at work beside it.
     """
+    programs = {name: compile_source(at, {"max_length": LENGTH}) for name, at in folders.items()}
     shapes = [(1, len(tokens) - 1)]
-    found: dict[str, list[Taken]] = {name: [] for name in programs}
+    taken: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(TURNS):
         for name, program in programs.items():
-            found[name] += run(program.roles, steps_of(program, tokens, shapes, REPEATS))
-    return {
-        name: Cost(taken[0].rounds, taken[0].online, median(each.seconds for each in taken))
-        for name, taken in found.items()
-    }
+            steps = steps_of(program, tokens, shapes, REPEATS)
+            taken[name] += [step.seconds for step in run(program.roles, steps)]
+    return {name: median(each) for name, each in taken.items()}
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in a file, or is made now and written there."""
+    if not file.is_file():
+        file.write_text(json.dumps(make()))
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 class Page:
@@ -336,37 +336,41 @@ class Page:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
-    def costs(self, measured: Mapping[str, Cost]) -> list[str]:
-        """What a token costs, beside the exact program of the same run."""
-        lines = [
-            "| | rounds | bytes | seconds, exact = 1 | CPU minutes of training | same answers |"
-        ]
+    def costs(self, exact: Mapping[str, Any], seconds: Mapping[str, float]) -> list[str]:
+        """What a token costs, and whether the program answers as trained."""
+        lines = ["| | rounds | bytes | seconds | CPU minutes of training | same answers |"]
         lines.append("| --- |" + " ---: |" * 5)
-        exact = measured[EXACT]
-        for name, cost in measured.items():
-            trained = self.found.get(name)
-            minutes = f"{trained['seconds'] / 60:.0f}" if trained else ""
-            same = (
-                f"{trained['same answers']} of {len(trained['rows'][2]['answers'])}"
-                if trained
-                else ""
-            )
-            share = cost.seconds / exact.seconds
-            lines.append(
-                f"| {name} | {cost.rounds:,} | {cost.online:,} | {share:.2f} | {minutes} | {same} |"
-            )
+        for name, cost in {EXACT: exact, **{n: r["cost"] for n, r in self.found.items()}}.items():
+            # Where hidden states are resent, each token has a part of the last step, too.
+            parts = [cost["decode"], *([cost["finish"]] if "finish" in cost else [])]
+            cells = [f"{parts[0]['rounds']:,}", f"{sum(part['online'] for part in parts):,}"]
+            cells.append(f"{seconds[name] / seconds[EXACT]:.2f}" if name in seconds else "")
+            if name in self.found:
+                report = self.found[name]
+                cells.append(f"{report['seconds'] / 60:.0f}")
+                cells.append(f"{report['same answers']} of {len(report['rows'][2]['answers'])}")
+            else:
+                cells += ["", ""]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
     def curves(self) -> list[str]:
-        """The loss in validation and the agreement with the teacher, while training runs."""
-        lines = ["| | step | loss in validation | agreement |", "| --- | ---: | ---: | ---: |"]
+        """The losses while training runs."""
+        steps = sorted(
+            {
+                entry["step"]
+                for r in self.found.values()
+                for entry in r["history"]
+                if "loss" in entry
+            }
+        )
+        shown = steps[:: max(1, len(steps) // CURVE)]
+        lines = ["| Steps | " + " | ".join(map(str, shown)) + " |"]
+        lines.append("| --- |" + " ---: |" * len(shown))
         for name, report in self.found.items():
-            lines += [
-                f"| {name} | {entry['step']} | {entry['eval_loss']:.2f} | "
-                f"{100 * entry['eval_agreement']:.0f} % |"
-                for entry in report["history"]
-                if "eval_loss" in entry
-            ]
+            at = {entry["step"]: entry["loss"] for entry in report["history"] if "loss" in entry}
+            cells = [f"{at[step]:.2f}" if step in at else "" for step in shown]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
     def answers(self) -> list[str]:
@@ -383,7 +387,13 @@ class Page:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return lines
 
-    def pages(self, counts: Mapping[str, Any], teacher: Path, measured: Mapping[str, Cost]) -> str:
+    def pages(
+        self,
+        counts: Mapping[str, Any],
+        teacher: Path,
+        exact: Mapping[str, Any],
+        seconds: Mapping[str, float],
+    ) -> str:
         """All of it."""
         told = json.loads((teacher / "curve.json").read_text())
         curve = told["curve"]
@@ -399,7 +409,8 @@ class Page:
         ]
         first = next(iter(self.found.values()))
         options = [
-            f"{name}: {r['settings']['steps']} steps of {r['settings']['batch']} texts"
+            f"{name}: {r['settings']['steps']} steps of {r['settings']['batch']} texts, rate "
+            f"{r['settings']['learning_rate']:g}, objective {r['settings']['objective']}"
             for name, r in self.found.items()
         ]
         # A paragraph is one line of the page.
@@ -408,7 +419,6 @@ class Page:
             teacher_steps=told["steps"],
             teacher_batch=told["batch"],
             minutes=told["seconds"] / 60,
-            rate=first["settings"]["learning_rate"],
             options="; ".join(options),
             samples=len(first["rows"][0]["answers"]),
             first=SHOWN,
@@ -420,7 +430,7 @@ class Page:
             learning="\n".join(learning),
             quality="\n".join(self.quality()),
             curves="\n".join(self.curves()),
-            costs="\n".join(self.costs(measured)),
+            costs="\n".join(self.costs(exact, seconds)),
             answers="\n".join(self.answers()),
         )
 
@@ -444,8 +454,9 @@ others.
 
 {learning}
 
-The runs ({options}) start from the teacher, with `--bf16 --learning-rate {rate:g} --noise 0
---dropout 0` and for ER and MERGE `--match-scale --resent 2` (torch {torch}, Python {python}).
+The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER and
+MERGE `--match-scale --resent 2`, and with seven of ten weights frozen: embedding, head, and the
+first products of attention and MLP ({options}; torch {torch}, Python {python}).
 
 Answers are greedy, to the first {samples} held nouns. Kind is the share that is WordNet's sentence,
 word for word; true the share that names a kind which WordNet gives for any meaning of the noun,
@@ -458,11 +469,10 @@ While training runs:
 
 {curves}
 
-Rounds, bytes (both directions) and seconds of one decode step after {past} tokens in three
-processes on one machine, all programs in the same run, {turns} turns of {repeats} steps each;
-seconds are relative to the exact program. Where hidden states are resent, this includes a token's
-part of the last step. The last column says how many answers of the compiled program, run in the
-clear, are the student's that were measured.
+Rounds and bytes (both directions) are those of one decode step after 128 tokens, as above. Seconds
+are those of one after {past} tokens in three processes on one machine, all programs in the same
+run, {turns} turns of {repeats} steps each; the exact program's are 1. The last column says how many
+answers of the compiled program, run in the clear, are the student's that were measured.
 
 {costs}
 
@@ -474,15 +484,29 @@ The first {first} held nouns, as they come:
 
 
 def measure(
-    work: Path, wordnet: Path, steps: int, train: Callable[[Path], dict[str, dict[str, Any]]]
+    work: Path,
+    wordnet: Path,
+    steps: int,
+    train: Callable[[Path], dict[str, dict[str, Any]]],
+    *,
+    timed: bool,
 ) -> str:
-    """The section of the page: data, teacher, runs (`train`, from a teacher's folder), costs."""
-    model, tokenizer = load_model("smollm2")
+    """The section of the page: data, teacher, runs (`train`, from a teacher's folder), costs.
+
+    timed: whether to run the programs, too, for seconds.
+    """
+    teacher = work / "teacher"
+    model, tokenizer = None, None
+    if (teacher / "curve.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+    else:
+        model, tokenizer = load_model("smollm2")
     counts = write_kinds(work, wordnet, tokenizer)
-    teacher = make_teacher(model, tokenizer, work, steps)
-    found = train(teacher)
-    programs = {EXACT: compile_source(teacher, {"max_length": LENGTH})}
-    for name, report in found.items():
-        programs[name] = compile_source(report["folder"], {"max_length": LENGTH})
-    tokens = tokenizer(question("cat") + ENDING + sentence("cat", "animal"))["input_ids"]
-    return Page(work, teacher, found).pages(counts, teacher, costs_of(programs, tokens[: PAST + 1]))
+    found = train(make_teacher(model, tokenizer, work, steps))
+    folders = {EXACT: teacher, **{name: report["folder"] for name, report in found.items()}}
+    exact = kept(work / "exact.json", lambda: dict(compile_source(teacher, {}).manifest.cost))
+    tokens = tokenizer(question("cat") + ENDING + sentence("cat", "animal"))["input_ids"][
+        : PAST + 1
+    ]
+    seconds = kept(work / "seconds.json", lambda: seconds_of(folders, tokens)) if timed else {}
+    return Page(work, teacher, found).pages(counts, teacher, exact, seconds)
