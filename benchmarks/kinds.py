@@ -338,13 +338,14 @@ class Page:
 
     def costs(self, exact: Mapping[str, Any], seconds: Mapping[str, float]) -> list[str]:
         """What a token costs, and whether the program answers as trained."""
-        lines = ["| | rounds | bytes | seconds | CPU minutes of training | same answers |"]
-        lines.append("| --- |" + " ---: |" * 5)
+        heads = ["rounds", "bytes", *(["seconds"] if seconds else [])]
+        heads += ["CPU minutes of training", "same answers"]
+        lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
         for name, cost in {EXACT: exact, **{n: r["cost"] for n, r in self.found.items()}}.items():
             # Where hidden states are resent, each token has a part of the last step, too.
             parts = [cost["decode"], *([cost["finish"]] if "finish" in cost else [])]
             cells = [f"{parts[0]['rounds']:,}", f"{sum(part['online'] for part in parts):,}"]
-            cells.append(f"{seconds[name] / seconds[EXACT]:.2f}" if name in seconds else "")
+            cells += [f"{seconds[name] / seconds[EXACT]:.2f}"] if seconds else []
             if name in self.found:
                 report = self.found[name]
                 cells.append(f"{report['seconds'] / 60:.0f}")
@@ -416,15 +417,14 @@ class Page:
         # A paragraph is one line of the page.
         return re.sub(r"(?<!\n)\n(?!\n|$)", " ", _TEMPLATE).format(
             **counts,
+            percent=f"{100 * counts['share']:.0f} %",
             teacher_steps=told["steps"],
             teacher_batch=told["batch"],
             minutes=told["seconds"] / 60,
             options="; ".join(options),
             samples=len(first["rows"][0]["answers"]),
             first=SHOWN,
-            past=PAST,
-            turns=TURNS,
-            repeats=REPEATS,
+            timing=_TIMING.format(past=PAST, turns=TURNS, repeats=REPEATS) if seconds else "",
             torch=torch.__version__,
             python=platform.python_version(),
             learning="\n".join(learning),
@@ -443,7 +443,7 @@ answers: `What is a beagle?` and a line break → `A beagle is a kind of dog.` N
 WordNet 3.0's. A noun's kind is the nearest wider meaning of its most frequent meaning that has one
 of some two hundred everyday words; every noun and kind is one token, so each part of a text stands
 at the same place. Of {nouns:,} nouns {trained:,} are trained on and {held} others are measured
-with. There are {kinds} kinds; who always answers "{common}" is right for {share:.0%} of the held
+with. There are {kinds} kinds; who always answers "{common}" is right for {percent} of the held
 nouns.
 
 The teacher is the model, trained for {teacher_steps} steps of {teacher_batch} texts in bfloat16
@@ -455,8 +455,9 @@ others.
 {learning}
 
 The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER and
-MERGE `--match-scale --resent 2`, and with seven of ten weights frozen: embedding, head, and the
-first products of attention and MLP ({options}; torch {torch}, Python {python}).
+MERGE `--match-scale --resent 2`. At least seven of ten weights are frozen: embedding, head, the
+MLP's first products, and the attention's queries and keys ({options}; torch {torch}, Python
+{python}).
 
 Answers are greedy, to the first {samples} held nouns. Kind is the share that is WordNet's sentence,
 word for word; true the share that names a kind which WordNet gives for any meaning of the noun,
@@ -469,9 +470,8 @@ While training runs:
 
 {curves}
 
-Rounds and bytes (both directions) are those of one decode step after 128 tokens, as above. Seconds
-are those of one after {past} tokens in three processes on one machine, all programs in the same
-run, {turns} turns of {repeats} steps each; the exact program's are 1. The last column says how many
+Rounds and bytes (both directions) are those of one decode step after 128 tokens, as above.{timing}
+The last column says how many
 answers of the compiled program, run in the clear, are the student's that were measured.
 
 {costs}
@@ -481,6 +481,11 @@ The first {first} held nouns, as they come:
 {answers}
 """
 """What stands between the page's marks."""
+
+_TIMING = (
+    " Seconds are those of one after {past} tokens in three processes on one machine, all programs "
+    "in the same run, {turns} turns of {repeats} steps each; the exact program's are 1."
+)
 
 
 def measure(
