@@ -146,12 +146,10 @@ OF_T5 = {
 
 _TEACHER = ("objective", "teacher")
 _LONG = (("layer_steps", 0.6), ("learning_rate", 1e-4), ("steps", 150), ("warmup", 10))
-_SHORT = (("layer_steps", 0.5), ("learning_rate", 2e-4), ("steps", 36), ("warmup", 14))
 _SCALED = (MATCHED, RESENT, ("freeze", (*kinds.FROZEN, "lm_head*")))
 OF_SMOLLM2 = {
     "MM": Row("merge-mm", changes=(_TEACHER, *_LONG)),
     "ER, matched, resent": Row("merge-er", changes=(*_SCALED, ("steps", 24), ("warmup", 3))),
-    "MERGE, matched, resent": Row("merge", changes=(_TEACHER, *_SCALED, *_SHORT)),
 }
 """Those of SmolLM2, on another task (`kinds.py`)."""
 

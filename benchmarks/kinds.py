@@ -454,8 +454,8 @@ others.
 
 {learning}
 
-The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER and
-MERGE `--match-scale --resent 2`. At least seven of ten weights are frozen: embedding, head, the
+The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER
+`--match-scale --resent 2`. At least seven of ten weights are frozen: embedding, head, the
 MLP's first products, and the attention's queries and keys ({options}; torch {torch}, Python
 {python}).
 
