@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx
 
 from mergec.compiler.graph.ir import bind, calls, constant
 from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.paying import rows_that_pay
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
 from mergec.compiler.graph.weights import uses
@@ -102,32 +102,21 @@ class DeferNorm(Pass):
     def _rows(self, op: type[NormedLinear], outputs: int, inputs: int) -> tuple[int, float]:
         """For how many rows scaling the product is cheaper; else by how many seconds it is not.
 
-        Both costs are affine in the number of rows. Fractional bits, and how many octaves the rows
-        span, are known only later; these are the usual ones.
+        Fractional bits, and how many octaves the rows span, are known only later; these are the
+        usual ones.
         """
         words = torch.empty((outputs, inputs), dtype=torch.int64, device="meta")
         weight = Weight(words, words, words, FRACTIONAL_BITS)
 
-        def gain(count: int) -> float:
+        def weigh(count: int, most: int) -> float:
             rows = Shared(words.new_empty((count, inputs)), 2 * FRACTIONAL_BITS)
             given = (rows, weight, None, 1e-6)
+            more: dict[str, Any] = {"kept": 24, "rows": most}
+            cost = op.cost(*given, **more, fixed=FRACTIONAL_BITS)
+            dealt = call_dealt(op, FRACTIONAL_BITS, False, *given, **more)
+            return self.info.network.weight(cost, dealt)
 
-            def weigh(most: int) -> float:
-                more: dict[str, Any] = {"kept": 24, "rows": most}
-                cost = op.cost(*given, **more, fixed=FRACTIONAL_BITS)
-                dealt = call_dealt(op, FRACTIONAL_BITS, False, *given, **more)
-                return self.info.network.weight(cost, dealt)
-
-            return weigh(0) - weigh(count)
-
-        once, each = gain(1), gain(1) - gain(2)
-        if once <= 0:
-            return 0, -once
-        return (MOST if each <= 0 else min(MOST, math.ceil(once / each))), 0.0
-
-
-MOST = 1024
-"""The largest limit of rows that a program states."""
+        return rows_that_pay(weigh)
 
 
 def _ops() -> list[type[NormedLinear]]:

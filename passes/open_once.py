@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx
 
 from mergec.compiler.graph.ir import bind, calls, constant
 from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.paying import rows_that_pay
 from mergec.compiler.graph.rewriting import Pass
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
@@ -79,28 +79,15 @@ class OpenOnce(Pass):
         """
         words = torch.empty((1, size), dtype=torch.int64, device="meta")
 
-        def gain(count: int) -> float:
-            given: dict[str, Any] = {
-                "x": Shared(words.expand(count, size), 2 * FRACTIONAL_BITS),
-                "tanh": True,
-                "reach": USUAL_REACH,
-            }
+        def weigh(count: int, alone: int) -> float:
+            x = Shared(words.expand(count, size), 2 * FRACTIONAL_BITS)
+            given = x, True, USUAL_REACH, alone
+            cost = Gelu.cost(*given, fixed=FRACTIONAL_BITS)
+            dealt = call_dealt(Gelu, FRACTIONAL_BITS, False, *given)
+            return self.info.network.weight(cost, dealt)
 
-            def weigh(alone: int) -> float:
-                cost = Gelu.cost(**given, alone=alone, fixed=FRACTIONAL_BITS)
-                dealt = call_dealt(Gelu, FRACTIONAL_BITS, False, *given.values(), alone)
-                return self.info.network.weight(cost, dealt)
+        return rows_that_pay(weigh)
 
-            return weigh(0) - weigh(count)
-
-        once, each = gain(1), gain(1) - gain(2)
-        if once <= 0:
-            return 0, -once
-        return (MOST if each <= 0 else min(MOST, math.ceil(once / each))), 0.0
-
-
-MOST = 1024
-"""The largest limit of rows that a program states."""
 
 USUAL_REACH = 6
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mergec import CompileConfig
+from mergec.compiler.graph.paying import MOST
 from mergec.compiler.pipeline import rewrite
-from mergec.passes.defer_norm import MOST
 from mergec.runtime.core.network import NETWORKS, Link, Network
 from mergec.runtime.core.structural import target_name
 from mergec.runtime.core.values import Shared, Weight
