@@ -168,12 +168,22 @@ def _launch(kernel: Callable[..., Any], products: int, *arguments: Any) -> None:
 
 @compiled(parallel=True)
 def _row(x, weight, out):  # type: ignore[no-untyped-def]
-    # Memory bandwidth of the weights is the limit here.
-    for o in numba.prange(weight.shape[0]):
-        row, total = weight[o], np.int64(0)
+    # Memory bandwidth of the weights is the limit here, and one stream of loads does not reach it:
+    # a quarter of the rows is read in each of four. The last quarter may be shorter; it repeats its
+    # last row then, whose sum is written more than once.
+    last, quarter = weight.shape[0] - 1, (weight.shape[0] + 3) // 4
+    for o0 in numba.prange(quarter):
+        o1, o2, o3 = (
+            min(o0 + quarter, last), min(o0 + 2 * quarter, last), min(o0 + 3 * quarter, last)
+        )  # fmt: skip
+        w0, w1, w2, w3 = weight[o0], weight[o1], weight[o2], weight[o3]
+        a0 = a1 = a2 = a3 = np.int64(0)
         for i in range(x.shape[0]):
-            total += x[i] * np.int64(row[i])
-        out[o] = total
+            a0 += x[i] * np.int64(w0[i])
+            a1 += x[i] * np.int64(w1[i])
+            a2 += x[i] * np.int64(w2[i])
+            a3 += x[i] * np.int64(w3[i])
+        out[o0], out[o1], out[o2], out[o3] = a0, a1, a2, a3
 
 
 @compiled(parallel=True)
@@ -252,7 +262,15 @@ def _columns(x, weight, parts):  # type: ignore[no-untyped-def]
                     _add_row(sums1, x[n + 1, v], weight[v])
             if x.shape[0] % 2:
                 sums0, n = parts[part, x.shape[0] - 1], x.shape[0] - 1
-                for v in range(start, stop):
+                for v in range(start, fours, 4):
+                    a0, a1, a2, a3 = x[n, v], x[n, v + 1], x[n, v + 2], x[n, v + 3]
+                    w0, w1, w2, w3 = weight[v], weight[v + 1], weight[v + 2], weight[v + 3]
+                    for i in range(columns):
+                        sums0[i] += (
+                            a0 * np.int64(w0[i]) + a1 * np.int64(w1[i])
+                            + a2 * np.int64(w2[i]) + a3 * np.int64(w3[i])
+                        )  # fmt: skip
+                for v in range(fours, stop):
                     _add_row(sums0, x[n, v], weight[v])
 
 

@@ -41,6 +41,7 @@ from mergec.runtime.protocols.normalize import (
     scale_rows_cost,
     scale_rows_wide,
     scale_rows_wide_cost,
+    total_of,
 )
 from mergec.runtime.protocols.opening import open_masked_cost, open_under
 from mergec.runtime.protocols.squares import (
@@ -220,7 +221,7 @@ def _opened_row(
     """Shares of each row's sum of squares plus eps, and of the row without its lowest bits."""
     blocks = blocks_of(spec.norm, columns)
     opened = yield from together(*(_open_block(ctx, rows, spec, block) for block in blocks))
-    total = sum(squares.sum(-1) for squares, _ in opened)
+    total = total_of([squares for squares, _ in opened])
     if ctx.party == CLIENT:
         total += spec.norm.eps_units
     return total, in_order([kept for _, kept in opened], blocks)

@@ -512,7 +512,7 @@ def normalize(
     rows, root = share.reshape(-1, share.shape[-1]), spec.inverse_root
     blocks = blocks_of(spec, parts)
     opened = yield from together(*(_open_block(ctx, rows, spec, block) for block in blocks))
-    total = sum(squares.sum(-1) for squares, _ in opened)
+    total = total_of([squares for squares, _ in opened])
     if ctx.party == CLIENT:
         total += spec.eps_units
     factor = yield from row_factor(ctx, total, root)
@@ -547,29 +547,42 @@ class Block:
         return rows << self.lift if self.lift and not rows.is_meta else rows
 
 
+def total_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum over each row [R] of all columns, which are in these parts [R, columns]."""
+    if parts[0].is_meta:
+        return parts[0][:, 0]
+    total: torch.Tensor = sum(part.sum(-1) for part in parts)  # type: ignore[assignment]
+    return total
+
+
 def in_order(parts: Sequence[torch.Tensor], blocks: Sequence[Block]) -> torch.Tensor:
     """Rows [R, d] from the columns of all blocks."""
     if len(blocks) == 1:
         return parts[0]
+    if parts[0].is_meta:
+        return parts[0].new_empty((len(parts[0]), blocks[0].size))
     rows = torch.cat(list(parts), -1)
-    if rows.is_meta:
-        return rows
     places = torch.cat([block.columns for block in blocks]).argsort()
     return rows[:, to_device(places, rows.device, "public")]
 
 
-def blocks_of(spec: RowNorm, parts: Sequence[int]) -> list[Block]:
+def blocks_of(spec: RowNorm, parts: Sequence[int]) -> tuple[Block, ...]:
     """The columns by exponent, scaled such that the squares of all of them have one scale.
 
     parts: see `normalize`.
     """
+    return _blocks(spec, tuple(parts))
+
+
+@cache
+def _blocks(spec: RowNorm, parts: tuple[int, ...]) -> tuple[Block, ...]:
     blocks = []
     for exponent, columns in groups(parts, spec.size):
         lift = max(0, exponent - spec.square_shift)
         finer = lift - exponent
         frac = math.floor(spec.frac) + finer
         blocks.append(Block(columns, spec.size, lift, frac, spec.square_shift + finer))
-    return blocks
+    return tuple(blocks)
 
 
 def _open_block(ctx: Context, rows: torch.Tensor, spec: RowNorm, block: Block) -> Protocol:
