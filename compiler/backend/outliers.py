@@ -38,8 +38,8 @@ MOST_BITS = 8
 FEW = 16
 """At most one in so many columns is shrunk: beyond that the whole stream is large."""
 
-_STEP = 2
-"""Exponents are multiples of this: norms open something for each exponent that occurs."""
+_STEP = 4
+"""Exponents are multiples of this: norms open and scale the columns of each exponent apart."""
 
 
 def shrink_outliers(captured: Captured, fixed: int) -> int:

@@ -246,8 +246,10 @@ def _on(weights: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return integers(tuple(weights.tolist()), like.device)
 
 
-def _split(words: np.ndarray, shifts: np.ndarray) -> list[np.ndarray]:
-    return np.split(words, np.cumsum(_word_counts(shifts)[0])[:-1], axis=2)
+def _split(words: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    down, columns, _ = _word_counts(shifts)[0]
+    rest = words[..., down:]
+    return words[..., :down], rest[..., :columns], rest[..., columns:]
 
 
 def _words_host(
@@ -347,17 +349,22 @@ _WRAP_BITS = WINDOW_BITS - _FACTOR_SHIFT
 """Where a mantissa wraps around in its opening it is off by 2**20 units."""
 
 
-def _word_counts(shifts: np.ndarray) -> tuple[list[int], int, torch.dtype]:
+def _word_counts(shifts: np.ndarray) -> tuple[tuple[int, int, int], int, torch.dtype]:
     """Dealt words per element of a row: those of `_deal_cpu`; products of top bits; their type.
 
     Where both a row, shifted down by s, and its factor wrap around, the product is off by
     2**(84 - s). For s <= 20 that is zero modulo 2**64, and else only s - 20 bits of the product of
     the top bits matter.
     """
-    down = len({s for s in shifts.tolist() if s > 0})
-    bits = int(shifts[-1]) - _WRAP_BITS
+    return _counts(tuple(shifts.tolist()))
+
+
+@cache
+def _counts(shifts: tuple[int, ...]) -> tuple[tuple[int, int, int], int, torch.dtype]:
+    down = len({s for s in shifts if s > 0})
+    bits = shifts[-1] - _WRAP_BITS
     kind = torch.int16 if bits <= 16 else torch.int32 if bits <= WINDOW_BITS else torch.int64
-    return [down, len(shifts), 2], int((shifts > _WRAP_BITS).sum()), kind
+    return (down, len(shifts), 2), sum(s > _WRAP_BITS for s in shifts), kind
 
 
 @compiled()
