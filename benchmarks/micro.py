@@ -31,6 +31,7 @@ from mergec.runtime.transport.lines import Lines, take
 REPEATS = 5
 STREAM_BYTES = 1 << 26
 ROWS, INNER, OUTER = 1, 576, 4096
+READ_INNER, READ_OUTER = 576, 100_000
 ROUNDS, MESSAGE_BYTES = 5000, 1024
 ELEMENTS, REACH = 1 << 16, 7
 WAYS = "gloo", "plain", "tls"
@@ -132,6 +133,22 @@ def matmul_rates() -> tuple[float, float, float]:
     )
 
 
+def read_rates() -> tuple[float, float, float]:
+    """Bytes per second of weights that no cache holds: summed, and multiplied by one row.
+
+    The products are with int64 and int32 weights.
+    """
+    x = torch.randint(-(2**62), 2**62, (1, READ_INNER))
+    wide = torch.randint(-(2**20), 2**20, (READ_OUTER, READ_INNER))
+    narrow = wide.to(torch.int32)
+    words = wide.numpy()
+    return (
+        wide.nbytes / seconds(words.sum),
+        wide.nbytes / seconds(lambda: matmul_rows(x, wide)),
+        narrow.nbytes / seconds(lambda: matmul_rows(x, narrow)),
+    )
+
+
 def activation_cost(name: str, factors: int, *arguments: object) -> float:
     """Microseconds of all three roles, one after the other, for an element of an activation."""
     op, simulation = REGISTRY[name], Simulation()
@@ -148,6 +165,7 @@ def main() -> None:
     set_threads(1)
     torch.set_num_threads(1)
     library, wide, narrow = matmul_rates()
+    summed, read_wide, read_narrow = read_rates()
     gloo, plain_round, tls_round = round_costs()
     load_all()
     activations = [
@@ -163,6 +181,10 @@ def main() -> None:
     print(f"| int64 product at one row, torch | {library / 1e9:.2f} GMAC/s | 1 |")
     print(f"| the same, our kernel | {wide / 1e9:.2f} GMAC/s | {wide / library:.1f} |")
     print(f"| the same, int32 weights | {narrow / 1e9:.2f} GMAC/s | {narrow / library:.1f} |")
+    print(f"| int64 weights that no cache holds, summed | {summed / 1e9:.1f} GB/s | 1 |")
+    for kind, rate in (("int64", read_wide), ("int32", read_narrow)):
+        share = rate / summed
+        print(f"| the same times a row, {kind} | {rate / 1e9:.1f} GB/s | {share:.2f} |")
     print(f"| a round, torch.distributed over gloo | {gloo:.0f} us of CPU | 1 |")
     for name, cost in (("our channel", plain_round), ("our channel, TLS 1.3", tls_round)):
         print(f"| the same, {name} | {cost:.0f} us of CPU | {cost / gloo:.2f} |")
