@@ -99,7 +99,7 @@ class ScoredAttention(Op, abstract=True):
     @classmethod
     def last_position(cls, dim: int) -> dict[str, Any] | None:
         """One query looks at all keys and values, by its row of the mask."""
-        rows = dict.fromkeys(("q", "mask", "bias"), LAST)
+        rows = dict.fromkeys(("q", "mask", "bias", "sink"), LAST)
         return rows if dim == -2 else None
 
     @classmethod
@@ -125,10 +125,15 @@ class Attention(ScoredAttention):
     bias: what is added to the scores and is not public, such as the relative position bias of T5:
     known to the server, or shared. It broadcasts to [B, H, N, L], and takes no message.
 
+    sink: one more score of each row, which has no value and which no mask hides (gpt_oss,
+    granite_swa, flint): the server's, shared or public. It broadcasts to [B, H, N, 1]. Who holds it
+    appends it to its own share of the scores, so it takes no message of its own; rounds, bytes and
+    limits are those of a row that is longer by one.
+
     pads: int64 [1], held by the client: so many keys, the first ones, get no weight. The client
     subtracts `rows.hiding` from its own share of their scores, so this takes no message, and shapes
     and messages are those of any other number. Scores must be at most half as far apart for it. A
-    row in which every key is hidden attends to them as if none was.
+    row in which every key is hidden attends to them as if none was, or with a sink, to nothing.
 
     Error below 3e-4 for values of size 1, and rows of up to 4096 scores that are up to 3.2e4 apart.
     Rounds 4, or 3 with broad windows, and 3 for each level of `peak`, 4 for `crest`, 2 for slots,
@@ -151,9 +156,10 @@ class Attention(ScoredAttention):
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
-        "str shift='pairs', Tensor? bias=None, int reach=0, Tensor? pads=None) -> Tensor"
+        "str shift='pairs', Tensor? bias=None, int reach=0, Tensor? pads=None, Tensor? sink=None) "
+        "-> Tensor"
     )
-    operands = {**ScoredAttention.operands, "bias": "fixed", "pads": "held"}
+    operands = {**ScoredAttention.operands, "bias": "fixed", "pads": "held", "sink": "fixed"}
 
     @staticmethod
     def reference(
@@ -167,8 +173,11 @@ class Attention(ScoredAttention):
         bias: torch.Tensor | None = None,
         reach: int = 0,
         pads: torch.Tensor | None = None,
+        sink: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weights = Attention.probabilities(q, k, mask, scale, softcap, shift, bias, reach, pads)
+        weights = Attention.probabilities(
+            q, k, mask, scale, softcap, shift, bias, reach, pads, sink
+        )
         return plain_weighted_sum(weights, v)
 
     @staticmethod
@@ -189,6 +198,7 @@ class Attention(ScoredAttention):
             Case([*few[:3], None, 0.5], stock=1e-2),
             Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
             Case([*one, None, 0.5], stock=1e-2),
+            *_sink_cases(make),
         ]
 
     @staticmethod
@@ -202,13 +212,17 @@ class Attention(ScoredAttention):
         bias: torch.Tensor | None = None,
         reach: int = 0,
         pads: torch.Tensor | None = None,
+        sink: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """How much each token attends to each other one, [B, H, N, L], in the clear."""
         scores = plain_scores(q, k, scale, softcap)
         hidden = None if pads is None else _hidden(pads, k.shape[-2], reach).to(scores)
         for term in (mask, bias, hidden):
             scores = scores if term is None else scores + term
-        return torch.softmax(scores, -1)
+        if sink is None:
+            return torch.softmax(scores, -1)
+        own = sink.to(scores).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, own], -1), -1)[..., :-1]
 
     @classmethod
     def measure(
@@ -223,13 +237,18 @@ class Attention(ScoredAttention):
         bias: torch.Tensor | None = None,
         reach: int = 0,
         pads: torch.Tensor | None = None,
+        sink: torch.Tensor | None = None,
     ) -> dict[str, float]:
         # Hidden scores count: `hiding` is about all scores of a row before some are hidden.
         found, valid = counted_scores(q, k, mask, scale, softcap)
         found = found if bias is None else found + bias
-        spread = found.where(valid, -math.inf).amax(-1) - found.where(valid, math.inf).amin(-1)
+        highest = found.where(valid, -math.inf).amax(-1)
+        lowest = found.where(valid, math.inf).amin(-1)
+        if sink is not None:
+            own = sink.to(found).squeeze(-1)
+            highest, lowest = torch.maximum(highest, own), torch.minimum(lowest, own)
         return {
-            "score_spread": float(spread.max()),
+            "score_spread": float((highest - lowest).max()),
             "largest_value": float(v.abs().max()),
             **largest_before_cap(q, k, scale, softcap),
         }
@@ -268,6 +287,7 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
     ) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both.
 
@@ -289,6 +309,7 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
     ) -> Iterable[dict[str, Any]]:
         """Logarithms take a round less than slots, and one more product with the values."""
         return ({"shift": f"log-{reach}"},) if reach and pads is None else ()
@@ -306,6 +327,7 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
     ) -> Iterable[dict[str, Any]]:
         return shift_supplies(shift)
 
@@ -322,20 +344,22 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
         *,
         fixed: int,
     ) -> Cost:
         rows = math.prod(q.shape[:-1])
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
-        way, logarithm = _way(q, k, shift, pads)
+        valid = _with_sink(valid, sink)
+        way, logarithm = _way(q, valid, shift, pads)
         total = scores_cost(q, k, scale, softcap)
         if logarithm is not None:
             total += probabilities_cost(valid, logarithm, _weight_frac(v))
             return total + finer_products_cost(rows, v)
         total += exponentials_cost(valid, way)
         values = weighted_sum_cost(rows, v)
-        spec = inverse(v.shape[-2], way)
+        spec = inverse(valid.shape[-1], way)
         total += values.beside(row_factor_cost(spec, rows))
         return total + scale_rows_cost(EXP_FRAC + v.frac, spec, rows, features)
 
@@ -353,13 +377,16 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
         Scores and weighted sums need no message of their own: both factors are open under masks.
         The division by the sum of exponentials follows the weighted sum, on D instead of L elements
-        of a row. Its reciprocal is computed in the same rounds as the weighted sum.
+        of a row. Its reciprocal is computed in the same rounds as the weighted sum. A sink is a
+        column of scores without a value: its exponential counts in this sum alone.
         """
+        length = k.shape[-2]
         found = yield from scores(ctx, q, k, scale, softcap)
         valid, added = split_mask(mask, q, k)
         if added is not None and not found.share.is_meta:
@@ -367,20 +394,22 @@ class Attention(ScoredAttention):
             found.share = found.share + ctx.public(words)
         found = biased(ctx, found, bias, q, k)
         if pads is not None:
-            hidden = Held(pads.vis, _hidden(pads.value, k.shape[-2], reach))
+            hidden = Held(pads.vis, _hidden(pads.value, length, reach))
             found = biased(ctx, found, hidden, q, k)
-        way, logarithm = _way(q, k, shift, pads)
+        if sink is not None:
+            found, valid = _with_column(ctx, found, sink, q), _with_sink(valid, sink)
+        way, logarithm = _way(q, valid, shift, pads)
         if logarithm is not None and not ctx.exact:
             weights = yield from probabilities(ctx, found, valid, logarithm, _weight_frac(v))
-            length = v.shape[-2]
+            weights = weights[:, :length]
             folded = weights.reshape(*v.shape[:2], -1, length, weights.shape[-1])
             share = yield from finer_products(ctx, folded, v)
             return Shared(share.reshape(q.shape), SCALED_FRAC)
         way = LOG.get(way, way)
         powers = yield from exponentials(ctx, found, valid, way)
-        spec = inverse(v.shape[-2], way)
+        spec = inverse(valid.shape[-1], way)
         row, factor = yield from together(
-            weighted_sum(ctx, Shared(powers, EXP_FRAC), v, spec),
+            weighted_sum(ctx, Shared(powers[:, :length], EXP_FRAC), v, spec),
             row_factor(ctx, powers.sum(-1), spec),
         )
         result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, factor, spec)
@@ -399,6 +428,7 @@ class Attention(ScoredAttention):
         bias: Any = None,
         reach: int = 0,
         pads: Any = None,
+        sink: Any = None,
     ) -> Any:
         """CrypTen's matrix products and softmax. Raises NotImplementedError for hidden keys."""
         if pads is not None:
@@ -409,18 +439,39 @@ class Attention(ScoredAttention):
             scores = scores + mask.to(torch.float32).clamp(min=-MASKED_OUT).to(scores.device)
         if bias is not None:
             scores = scores + bias
-        return stock_weighted_sum(scores.softmax(-1), v)
+        if sink is None:
+            return stock_weighted_sum(scores.softmax(-1), v)
+        from mergec.runtime.crypten import compat as crypten
+
+        zeros = scores[..., :1] - scores[..., :1]
+        weights = crypten.cat([scores, zeros + sink], dim=-1).softmax(-1)
+        return stock_weighted_sum(weights[..., :-1], v)
 
 
 _MOST_NEW = 8
 """Tokens of a step up to which its rows are shifted in the way that was chosen for few."""
 
 
-def _way(q: Masked, k: Masked, shift: str, pads: Any) -> tuple[str, ByLogarithm | None]:
-    """How a step's rows are weighed if it has these queries and keys: a shift, or a logarithm."""
-    length = k.shape[-2]
+def _way(q: Masked, valid: torch.Tensor, shift: str, pads: Any) -> tuple[str, ByLogarithm | None]:
+    """How a step weighs rows [R, L] of scores for these queries: a shift, or a logarithm."""
+    length = valid.shape[-1]
     name = shift if q.shape[-2] <= _MOST_NEW else shift_of_many(shift, length)
     return logarithm_called(name, length, pads is not None)
+
+
+def _with_column(ctx: Context, found: Shared, sink: Any, q: Masked) -> Shared:
+    """Shared scores [B H N, L] with a sink that broadcasts to [B, H, N, 1] behind them. Local."""
+    rows = len(found.share)
+    if found.share.is_meta:
+        own = torch.empty((rows, 1), dtype=torch.int64, device="meta")
+    else:
+        own = as_share(ctx, sink, found.frac).expand(*q.shape[:-1], 1).reshape(rows, 1)
+    return Shared(torch.cat([found.share, own], -1), found.frac)
+
+
+def _with_sink(valid: torch.Tensor, sink: Any) -> torch.Tensor:
+    """Which scores of rows count, with the sink's behind them, if there is one."""
+    return valid if sink is None else torch.cat([valid, valid.new_ones(len(valid), 1)], -1)
 
 
 def _weight_frac(v: Masked) -> int:
@@ -497,6 +548,50 @@ def _padded_cases(make: Sampler) -> list[Case]:
         *(padded([*long, 0.0, way, None, bits], 17) for way, bits in ways.items()),
         *(padded([*many, causal, 0.25, 0.0, f"broad-{n}", None, n], 9) for n in (6, 9)),
         padded([*many, causal, 0.25, 0.0, HISTOGRAM, None, 0], 9),
+    ]
+
+
+def _sink_cases(make: Sampler) -> list[Case]:
+    """A sink for each head that the server holds: among the scores, far above and far below them;
+    for every way to weigh rows, few and many; with a bias, and with keys that the client hides, up
+    to all of a row. Public, shared, and one for each token."""
+    operands, sink, bias = sample_operands(make), make.normal(1, 6, 1, 1), make.normal(1, 6, 4, 9)
+    long, other = _longer_operands(make), make.normal(1, 4, 1, 1, scale=3)
+    many = [make.normal(1, 4, 12, 8), make.normal(1, 2, 30, 8), make.normal(1, 2, 30, 8)]
+    causal = torch.full((1, 1, 12, 30), torch.finfo(torch.float32).min).triu(19)
+    (q, k, v, mask, scale, _), *_ = operands
+    alone = [q[:, :, :1], k[:, :, :1], v[:, :, :1], None, scale, 0.0]
+    near = [q / 4, k, v, mask, scale, 0.0]
+    reaches = {name: int(name.split("-")[1]) for name in (*SLOTS, *BROAD, *LOG)}
+
+    def case(
+        given: list[Any],
+        own: torch.Tensor,
+        way: str = PAIRS,
+        added: torch.Tensor | None = None,
+        pads: int | None = None,
+        **forms: str,
+    ) -> Case:
+        hidden = None if pads is None else torch.tensor([pads])
+        rest = [way, added, reaches.get(way, 0), hidden, own]
+        return Case([*given, *rest], 3e-4, forms={"mask": PUBLIC, "sink": "held", **forms})
+
+    return [
+        *(case(each, sink) for each in operands),
+        *(case(operands[0], sink + far) for far in (30.0, -30.0)),
+        case(alone, sink),
+        *(case([*long, 0.0], other, way) for way in (*SHIFTS, *reaches)),
+        *(case([*many, causal, 0.25, 0.0], other, way) for way in (PAIRS, "broad-6", "log-6")),
+        case(operands[0], sink, added=bias, bias="held"),
+        *(case(near, sink, way, pads=n) for n in (0, 3, 6, 9) for way in (PAIRS, "broad-7")),
+        case(operands[0], sink, sink=PUBLIC),
+        case(operands[0], sink, sink="fixed"),
+        case(operands[0], make.normal(1, 6, 4, 1), sink="fixed"),
+        Case(
+            [*small_operands(), 0.5, 0.0, PAIRS, None, 0, None, make.small(1, 4, 1, 1)],
+            stock=1e-2,
+            forms={"mask": PUBLIC, "sink": "held"},
+        ),
     ]
 
 
