@@ -33,7 +33,8 @@ class FuseAttention(Pass):
 
     Scores may be scaled at any point, capped by a tanh (gemma2), and masked by additions (most
     models), by a selection (gpt_neo) or with ALiBi in a fused product (bloom). The server may add a
-    bias that it holds (t5). Keys and values may be repeated for each group of queries.
+    bias that it holds (t5). Each row may end with a score of no key, a sink, whose weight is
+    dropped (gpt_oss). Keys and values may be repeated for each group of queries.
 
     Before:
         %q = input : shared 1x2xnewx8
@@ -64,17 +65,25 @@ class FuseAttention(Pass):
             self.skip(softmax, "it is not over the last dimension")
             return 0
         scores = _Scores(softmax)
-        reason = scores.walk(softmax.args[0])
+        first, sink = _without_sink(softmax.args[0])
+        reason = scores.walk(first)
         if reason:
             self.skip(softmax, reason)
             return 0
-        product = _weighted_sum(softmax)
+        weights = softmax if sink is None else _kept(softmax)
+        if weights is None:
+            self.skip(softmax, "its last weight, that of a sink, is not dropped")
+            return 0
+        product = _weighted_sum(weights)
         if product is None:
             self.skip(softmax, "its result is used for more than one weighted sum")
             return 0
         query, keys = scores.query, scores.keys
         values: Any = product.args[1]
         flat = rank(product) == 3
+        if flat and sink is not None:
+            self.skip(softmax, "it has a sink, and heads that are part of the batch dimension")
+            return 0
         if _heads_apart(query, keys, values):
             query, keys = (_unsqueeze(product, t) for t in (query, keys))
         if len({rank(t) for t in (query, keys, values)}) > 1:
@@ -86,7 +95,9 @@ class FuseAttention(Pass):
         keys, values = _ungroup(keys), _ungroup(values)
         mask, bias = (scores.sum_of(vis, product, flat) for vis in (Vis.PUBLIC, Vis.SERVER))
         arguments: Any = (query, keys, values, mask, scores.scale, scores.cap)
-        if bias is not None:
+        if sink is not None:
+            arguments += (PAIRS, bias, 0, None, sink)
+        elif bias is not None:
             arguments += (PAIRS, bias)
         if flat:
             val = product.meta["val"].unsqueeze(0)
@@ -224,6 +235,36 @@ def _number(value: Any) -> float | None:
             item = getattr(item, part)
         return float(item) if isinstance(item, torch.Tensor) and item.numel() == 1 else None
     return None
+
+
+def _without_sink(node: Any) -> tuple[Any, fx.Node | None]:
+    """Scores [B, H, N, L], and the sink [1, H, 1, 1] that is appended to each row, if one is.
+
+    It is one number for each head, or for all, that is public or held by the server.
+    """
+    if not calls(node, aten.cat.default) or len(node.args) < 2 or not last_dim(node, node.args[1]):
+        return node, None
+    parts = node.args[0]
+    if len(parts) != 2 or rank(node) != 4:
+        return node, None
+    scores, sink = parts
+    if calls(sink, aten.expand.default):
+        sink = sink.args[0]
+    shape = sink.meta["val"].shape
+    alone = len(shape) == 4 and (shape[0], *shape[2:]) == (1, 1, 1)
+    if not alone or sink.meta["vis"] not in (Vis.PUBLIC, Vis.SERVER):
+        return node, None
+    return scores, sink
+
+
+def _kept(softmax: fx.Node) -> fx.Node | None:
+    """The weights of a softmax without the last of each row, if nothing reads that one."""
+    node = next(iter(softmax.users))
+    if len(softmax.users) > 1 or not calls(node, aten.slice.Tensor):
+        return None
+    _, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    dropped = (start or 0, end, step) == (0, -1, 1)
+    return node if dropped and last_dim(node, dim) else None  # type: ignore[arg-type]
 
 
 def _weighted_sum(softmax: fx.Node) -> fx.Node | None:

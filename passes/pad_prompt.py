@@ -149,4 +149,7 @@ def _added_input(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> fx.No
 
 
 def _with_pads(node: fx.Node, pads: fx.Node) -> tuple[Any, ...]:
-    return tuple((bind(REGISTRY["attention"], node) | {"pads": pads}).values())
+    given = bind(REGISTRY["attention"], node) | {"pads": pads}
+    if given["sink"] is None:
+        del given["sink"]
+    return tuple(given.values())

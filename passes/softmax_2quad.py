@@ -40,6 +40,9 @@ def put_ratio(rewrite: Pass, graph_module: fx.GraphModule, kind: str) -> int:
     for node in list(graph_module.graph.nodes):
         if calls(node, target("attention")):
             given = bind(REGISTRY["attention"], node)
+            if given["sink"] is not None:
+                rewrite.skip(node, "it has a sink, which stands for an exponential")
+                continue
             arguments = [*node.args[:5], float(given["softcap"]), kind]
             if given["bias"] is not None:
                 arguments += [0.0, given["bias"]]

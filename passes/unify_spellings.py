@@ -39,6 +39,8 @@ class UnifySpellings(Pass):
     After:
         %2 = aten.slice.Tensor(%x, -1, 4, 8)
         %3 = aten.div.Tensor(%2, 8.0)
+
+    So is softmax(x - max(x)), which is softmax(x).
     """
 
     stage = "canonicalize"
@@ -68,6 +70,9 @@ class UnifySpellings(Pass):
                 sites += 1
             elif calls(node, *_SPLITS):
                 sites += self._split(node)
+            elif calls(node, aten.softmax.int) and _shifted(node) is not None:
+                node.update_arg(0, _shifted(node))
+                sites += 1
             elif calls(node, aten.add.Tensor, aten.sub.Tensor) and "alpha" in node.kwargs:
                 self._alpha(node)
                 sites += 1
@@ -104,6 +109,22 @@ class UnifySpellings(Pass):
                 user, aten.slice.Tensor, (node.args[0], dim, offsets[index], offsets[index + 1])
             )
         return 1
+
+
+def _shifted(softmax: fx.Node) -> fx.Node | None:
+    """x, where a softmax is of x less the maximum of each of its rows; None elsewhere."""
+    shifted, along = softmax.args[:2]
+    if not calls(shifted, aten.sub.Tensor) or shifted.kwargs:  # type: ignore[union-attr]
+        return None
+    x, most = shifted.args  # type: ignore[union-attr]
+    if calls(most, operator.getitem) and most.args[1] == 0:
+        most = most.args[0]
+    if not calls(most, aten.max.dim, aten.amax.default) or most.args[0] is not x:
+        return None
+    _, dims, keepdim = (*most.args, None, False)[:3]
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    same = [dim % rank(softmax) for dim in dims] == [along % rank(softmax)]  # type: ignore[operator]
+    return x if keepdim and same else None
 
 
 def _dim(node: fx.Node) -> int:

@@ -247,7 +247,7 @@ def _choices(
         if kind is _supplies and best == given:
             # The call stays as it is written.
             continue
-        yield item.name, tuple(Planned.written(best, {"reach", "pads", "apart", "alone"}).values())
+        yield item.name, tuple(Planned.written(best, {"reach", "pads", "sink", "apart", "alone"}).values())
 
 
 def _walked(plan: Plan, program: RoleProgram, step: _Step) -> Iterator[Walked]:

@@ -200,7 +200,7 @@ class _Legalizer:
             arguments["reach"] = 0
         if arguments.get("alone") and (self.exact or not self.has_room(node, ALONE_FRAC)):
             arguments["alone"] = 0
-        optional = {"reach", "pads", "apart", "alone"}
+        optional = {"reach", "pads", "sink", "apart", "alone"}
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
             optional |= {"columns", "wide"}
