@@ -40,6 +40,8 @@ SIZES: dict[str, int] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "stablelm": {"num_key_value_heads": 4},
+    # By default its layers are mixtures of experts.
+    "flint": {"num_experts": 0},
 }
 
 FAMILIES = (
@@ -50,15 +52,15 @@ FAMILIES = (
 
 MORE = (
     *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "diffllama", "ernie4_5"),
-    *("exaone4", "gemma3_text", "glm", "glm4", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese"),
-    *("granite", "helium", "hunyuan_v1_dense", "internlm3", "iquestcoder", "jais2", "ministral"),
-    *("ministral3", "mpt", "nanochat", "nemotron", "olmo2", "olmo3", "persimmon", "seed_oss"),
-    *("smollm3", "starcoder2", "trocr", "vaultgemma", "xglm"),
+    *("exaone4", "flint", "gemma3_text", "glm", "glm4", "gpt-sw3", "gpt_bigcode"),
+    *("gpt_neox_japanese", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "internlm3"),
+    *("iquestcoder", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo2"),
+    *("olmo3", "persimmon", "seed_oss", "smollm3", "starcoder2", "trocr", "vaultgemma", "xglm"),
 )
 
 REFUSED = (
-    *("bert", "doge", "gpt_oss", "granite_swa", "jamba", "mamba", "mixtral"),
-    *("openai-gpt", "qwen2_moe", "qwen3_next", "rwkv"),
+    *("bert", "doge", "gpt_oss", "jamba", "mamba", "mixtral", "openai-gpt"),
+    *("qwen2_moe", "qwen3_next", "rwkv"),
 )
 
 PROMPT, ANSWER = [5, 17, 3, 88, 41], [7, 9]

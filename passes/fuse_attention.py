@@ -238,9 +238,10 @@ def _number(value: Any) -> float | None:
 
 
 def _without_sink(node: Any) -> tuple[Any, fx.Node | None]:
-    """Scores [B, H, N, L], and the sink [1, H, 1, 1] that is appended to each row, if one is.
+    """Scores [B, H, N, L], and the sink that is appended to each row of them, if one is.
 
-    It is one number for each head, or for all, that is public or held by the server.
+    It is one number for each head, or for all, that is public or held by the server. It broadcasts
+    to [1, H, 1, 1].
     """
     if not calls(node, aten.cat.default) or len(node.args) < 2 or not last_dim(node, node.args[1]):
         return node, None
@@ -250,9 +251,8 @@ def _without_sink(node: Any) -> tuple[Any, fx.Node | None]:
     scores, sink = parts
     if calls(sink, aten.expand.default):
         sink = sink.args[0]
-    shape = sink.meta["val"].shape
-    alone = len(shape) == 4 and (shape[0], *shape[2:]) == (1, 1, 1)
-    if not alone or sink.meta["vis"] not in (Vis.PUBLIC, Vis.SERVER):
+    others = [size for i, size in enumerate(reversed(sink.meta["val"].shape)) if i != 2]
+    if others != [1] * len(others) or sink.meta["vis"] not in (Vis.PUBLIC, Vis.SERVER):
         return node, None
     return scores, sink
 

@@ -39,6 +39,7 @@ canonicalize  unify_spellings
 canonicalize  fold_public
 canonicalize  reveal_logits
 canonicalize  unify_roots
+canonicalize  unify_sinks
 fuse          fuse_attention
 fuse          fuse_activations
 fuse          fuse_cache

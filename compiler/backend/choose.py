@@ -13,7 +13,7 @@ from mergec.runtime.core.op import Op
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.structural import MOVE_NAMES
 from mergec.runtime.core.values import Shared, Wide
-from mergec.runtime.engine.plan import Plan, Planned
+from mergec.runtime.engine.plan import LATER, Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
 from mergec.runtime.ops.gelu import Gelu
 from mergec.runtime.ops.normed_linear import NormedLinear
@@ -247,7 +247,7 @@ def _choices(
         if kind is _supplies and best == given:
             # The call stays as it is written.
             continue
-        yield item.name, tuple(Planned.written(best, {"reach", "pads", "sink", "apart", "alone"}).values())
+        yield item.name, tuple(Planned.written(best, LATER).values())
 
 
 def _walked(plan: Plan, program: RoleProgram, step: _Step) -> Iterator[Walked]:

@@ -30,7 +30,7 @@ from mergec.runtime.core.spec import (
     WINDOW_FRAC,
     Vis,
 )
-from mergec.runtime.engine.plan import Planned
+from mergec.runtime.engine.plan import LATER, Planned
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.embedding import Embedding
 from mergec.runtime.ops.gelu import ALONE_FRAC
@@ -200,7 +200,7 @@ class _Legalizer:
             arguments["reach"] = 0
         if arguments.get("alone") and (self.exact or not self.has_room(node, ALONE_FRAC)):
             arguments["alone"] = 0
-        optional = {"reach", "pads", "sink", "apart", "alone"}
+        optional = set(LATER)
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)
             optional |= {"columns", "wide"}

@@ -22,6 +22,10 @@ from mergec.runtime.program.program import Instruction, Ref, RoleProgram, needed
 
 _CPU = torch.device("cpu")
 
+LATER = frozenset({"reach", "pads", "sink", "apart", "alone"})
+"""Parameters that ops got after programs were first written: left out where they say nothing, so
+that a program without them, and its hash, stay as they are."""
+
 
 @dataclass(frozen=True)
 class Schedule:

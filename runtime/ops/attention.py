@@ -127,8 +127,8 @@ class Attention(ScoredAttention):
 
     sink: one more score of each row, which has no value and which no mask hides (gpt_oss,
     granite_swa, flint): the server's, shared or public. It broadcasts to [B, H, N, 1]. Who holds it
-    appends it to its own share of the scores, so it takes no message of its own; rounds, bytes and
-    limits are those of a row that is longer by one.
+    appends it to its own share of the scores, so it takes no message of its own. Rounds and limits
+    are those of a row that is longer by one, bytes less what its weight would take to be opened.
 
     pads: int64 [1], held by the client: so many keys, the first ones, get no weight. The client
     subtracts `rows.hiding` from its own share of their scores, so this takes no message, and shapes
