@@ -262,9 +262,9 @@ def _kept(softmax: fx.Node) -> fx.Node | None:
     node = next(iter(softmax.users))
     if len(softmax.users) > 1 or not calls(node, aten.slice.Tensor):
         return None
-    _, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    dropped = (start or 0, end, step) == (0, -1, 1)
-    return node if dropped and last_dim(node, dim) else None  # type: ignore[arg-type]
+    rest: tuple[Any, ...] = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    dim, start, end, step = rest
+    return node if (start or 0, end, step) == (0, -1, 1) and last_dim(node, dim) else None
 
 
 def _weighted_sum(softmax: fx.Node) -> fx.Node | None:

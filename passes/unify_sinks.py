@@ -48,12 +48,13 @@ class UnifySinks(Pass):
         return sum(map(self._unify, found))
 
     def _unify(self, node: fx.Node) -> int:
-        for sums, factor in (node.args, node.args[::-1]):
+        operands: tuple[Any, ...] = node.args
+        for sums, factor in (operands, operands[::-1]):
             gap = _gap(factor)
             if gap is None or not calls(sums, aten.matmul.default):
                 continue
             lse, sinks = gap
-            softmax, values = sums.args  # type: ignore[union-attr]
+            softmax, values = sums.args
             if not calls(softmax, aten.softmax.int) or softmax.args[0] is not lse.args[0]:
                 self.skip(node, "its factor is not of the scores whose softmax it scales")
                 return 0
@@ -70,7 +71,7 @@ def _gap(factor: Any) -> tuple[Any, Any] | None:
     if not calls(factor, aten.unsqueeze.default) or not last_dim(factor, factor.args[1]):
         return None
     sigmoid = factor.args[0]
-    gap = sigmoid.args[0] if calls(sigmoid, aten.sigmoid.default) else None
+    gap: Any = sigmoid.args[0] if calls(sigmoid, aten.sigmoid.default) else None
     if not calls(gap, aten.sub.Tensor) or gap.kwargs:
         return None
     lse, sinks = gap.args

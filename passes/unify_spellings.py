@@ -113,17 +113,18 @@ class UnifySpellings(Pass):
 
 def _shifted(softmax: fx.Node) -> fx.Node | None:
     """x, where a softmax is of x less the maximum of each of its rows; None elsewhere."""
-    shifted, along = softmax.args[:2]
-    if not calls(shifted, aten.sub.Tensor) or shifted.kwargs:  # type: ignore[union-attr]
+    operands: tuple[Any, ...] = softmax.args
+    shifted, along = operands[:2]
+    if not calls(shifted, aten.sub.Tensor) or shifted.kwargs:
         return None
-    x, most = shifted.args  # type: ignore[union-attr]
+    x, most = shifted.args
     if calls(most, operator.getitem) and most.args[1] == 0:
         most = most.args[0]
     if not calls(most, aten.max.dim, aten.amax.default) or most.args[0] is not x:
         return None
     _, dims, keepdim = (*most.args, None, False)[:3]
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    same = [dim % rank(softmax) for dim in dims] == [along % rank(softmax)]  # type: ignore[operator]
+    same = [dim % rank(softmax) for dim in dims] == [along % rank(softmax)]
     return x if keepdim and same else None
 
 
