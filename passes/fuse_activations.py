@@ -16,6 +16,7 @@ _DIRECT = {
     aten.relu.default: "relu",
     aten.tanh.default: "tanh",
     aten.sigmoid.default: "sigmoid",
+    aten.mish.default: "mish",
 }
 _KNOWN: tuple[tuple[Callable[[torch.Tensor], torch.Tensor], str, tuple[bool, ...]], ...] = (
     (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "gelu", (True,)),

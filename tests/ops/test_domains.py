@@ -39,6 +39,7 @@ def around(*places: float) -> torch.Tensor:
         ("gelu", 5e-5),
         ("quick_gelu", 5e-5),
         ("elu", 5e-5),
+        ("mish", 5e-5),
         ("tanh", 5e-5),
         ("sigmoid", 5e-5),
         ("relu", 2 * UNIT),

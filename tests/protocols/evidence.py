@@ -596,6 +596,7 @@ CHECKS = [
     ),
     Check("x sigmoid(1.702 x)", _TAILS, "5e-5", scalar("quick_gelu")),
     Check("ELU", _TAILS, "5e-5", scalar("elu")),
+    Check("mish", _TAILS, "5e-5", scalar("mish")),
     Check("tanh", _TAILS, "5e-5", scalar("tanh")),
     Check("sigmoid", _TAILS, "5e-5", scalar("sigmoid")),
     Check("exp", "-2^14 < x <= 1/4", "5e-5", scalar("exp", high=2**14)),

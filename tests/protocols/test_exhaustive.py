@@ -105,7 +105,7 @@ def test_norms_of_every_small_row_of_two() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "elu"]
+    "name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "exp", "relu", "elu", "mish"]
 )
 def test_functions_at_every_input_around_zero(name: str) -> None:
     """A quarter of the inputs on either side of zero, one by one, and those at the table's ends."""
@@ -121,7 +121,7 @@ def test_functions_at_every_input_around_zero(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "elu"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu", "tanh", "sigmoid", "elu", "mish"])
 def test_functions_at_every_input_of_the_table(name: str) -> None:
     """All 16-bit fractions from -20 to 20: 2.6 million inputs."""
     op = REGISTRY[name]

@@ -17,6 +17,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.elu import ELU
 from mergec.runtime.ops.exp import EXP
 from mergec.runtime.ops.gelu import GELU, GELU_TANH
+from mergec.runtime.ops.mish import MISH
 from mergec.runtime.ops.quick_gelu import QUICK_GELU
 from mergec.runtime.ops.sigmoid import SIGMOID
 from mergec.runtime.ops.silu import SILU
@@ -106,6 +107,7 @@ FUNCTIONS = {
     "sigmoid": SIGMOID,
     "tanh": TANH,
     "elu": ELU,
+    "mish": MISH,
     "exp": EXP,
 }
 
