@@ -37,11 +37,24 @@ SIZES: dict[str, int] = {
 }
 """Sizes by configuration key; each family uses the keys that its configuration has."""
 
+_END: dict[str, Any] = dict.fromkeys(("eos_token_id", "sep_token_id"), 2)
+_LATENT: dict[str, Any] = {
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    "num_key_value_heads": 4,
+    "initializer_range": 0.02,
+}
+"""Sizes of multi-head latent attention: keys have twice the width of values."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "stablelm": {"num_key_value_heads": 4},
     # By default its layers are mixtures of experts.
     "flint": {"num_experts": 0},
+    "cwm": {"bos_token_id": 1},
+    "modernbert-decoder": {**dict.fromkeys(("bos_token_id", "cls_token_id"), 1), **_END},
+    "minicpm3": {**_LATENT, "dim_model_base": 32},
+    "youtu": _LATENT,
 }
 
 FAMILIES = (
@@ -51,11 +64,13 @@ FAMILIES = (
 """Every pass and every preset is tested on these."""
 
 MORE = (
-    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl", "diffllama", "ernie4_5"),
-    *("exaone4", "flint", "gemma3_text", "glm", "glm4", "gpt-sw3", "gpt_bigcode"),
-    *("gpt_neox_japanese", "granite", "granite_swa", "helium", "hunyuan_v1_dense", "internlm3"),
-    *("iquestcoder", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo2"),
-    *("olmo3", "persimmon", "seed_oss", "smollm3", "starcoder2", "trocr", "vaultgemma", "xglm"),
+    *("apertus", "apertus1p5_text", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl"),
+    *("cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma3_text", "glm", "glm4"),
+    *("gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "granite", "granite_swa", "helium"),
+    *("hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2"),
+    *("minicpm3", "ministral", "ministral3", "modernbert-decoder", "mpt", "nanochat", "nemotron"),
+    *("olmo2", "olmo3", "persimmon", "seed_oss", "smollm3", "starcoder2", "trocr", "vaultgemma"),
+    *("xglm", "youtu"),
 )
 
 REFUSED = (
@@ -84,8 +99,8 @@ def decoder(family: str) -> Any:
     defaults = AutoConfig.for_model(family)
     known = {*defaults.to_dict(), *defaults.attribute_map}
     settings = {name: size for name, size in SIZES.items() if name in known}
-    settings |= SETTINGS.get(family, {})
-    config = AutoConfig.for_model(family, **settings, bos_token_id=None, eos_token_id=None)
+    settings |= {"bos_token_id": None, "eos_token_id": None, **SETTINGS.get(family, {})}
+    config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
@@ -136,6 +151,9 @@ weights, 2 layers and a width of 32. The three parties ran a prompt of {len(PROM
 {len(ANSWER)} decode steps. `largest error` is the largest difference between a revealed logit and
 the model's own, without the server's noise; `logit` is the largest logit. All passes and presets
 are tested on the first {len(FAMILIES)} families. Made by `make families`.
+
+minicpm3 and youtu cache latents, as transformers does (multi-head latent attention): a step
+computes and opens the keys and values of all cached tokens, so its bytes grow with their number.
 """
 
 REFUSALS = """Families that the compiler rejects, with its error message. Where an op is named, it

@@ -18,7 +18,7 @@ _FILE = Path(__file__).parents[1] / "examples" / "every_family.py"
 LOGIT_ERROR = 5e-3
 """Of logits up to 3, after two layers."""
 
-QUICK = ("diffllama", "mpt", "nemotron")
+QUICK = ("diffllama", "minicpm3", "mpt", "nemotron")
 """One of each kind of attention and norm that the tested families do not have."""
 
 

@@ -48,6 +48,7 @@ from mergec.compiler.frontend.lengths import (
     short_steps,
     table_limit,
 )
+from mergec.compiler.frontend.written_parts import join_written_parts
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.program.program import InputSpec
 
@@ -463,6 +464,7 @@ def from_exported(program: Any, inputs: list[InputSpec]) -> tuple[fx.GraphModule
     graph_module, constants = _unlift(program)
     _annotate(graph_module)
     _inline_regions(graph_module)
+    join_written_parts(graph_module.graph)
     _check_mutations(graph_module)
     _name_inputs(graph_module, inputs)
     (output,) = [node for node in graph_module.graph.nodes if node.op == "output"]
@@ -559,7 +561,10 @@ def _check_mutations(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         for operand in node.all_input_nodes:
             if operand in stale:
-                bad[stale[operand]] = "writes to a tensor that is read through another name later"
+                bad[stale[operand]] = (
+                    "writes to a tensor that is read through another name later; join the parts by "
+                    "torch.cat, or choose by torch.where"
+                )
         base[node] = node
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:

@@ -78,11 +78,11 @@ MASKED_SCORE = -1e4
 class ScoredAttention(Op, abstract=True):
     """What attentions share that compute scores, cap(scale * q k^T) + mask, from opened operands.
 
-    q [B, H, N, D], k and v [B, G, L, D] with H a multiple of G, opened to both under masks, and a
-    public mask that broadcasts to [B, H, N, L]. An entry of the mask of -1e4 or below hides the
-    position; any other is added to the score. With `softcap` c > 0 the scaled scores become c
-    tanh(scores / c) before the mask (gemma2). The result [B, H, N, D] is shared, with 32 fractional
-    bits.
+    q [B, H, N, D], k [B, G, L, D] and v [B, G, L, E] with H a multiple of G, opened to both under
+    masks, and a public mask that broadcasts to [B, H, N, L]. An entry of the mask of -1e4 or below
+    hides the position; any other is added to the score. With `softcap` c > 0 the scaled scores
+    become c tanh(scores / c) before the mask (gemma2). The result [B, H, N, E] is shared, with 32
+    fractional bits.
 
     The parameters of a subclass are q, k, v, mask, scale, and softcap. Its protocol supports only a
     scale that is a power of two: the compiler moves any other into the queries.
@@ -190,6 +190,7 @@ class Attention(ScoredAttention):
             Case([*_longer_operands(make), 20.0, HISTOGRAM], 3e-4, forms={"mask": PUBLIC}),
             *_biased_cases(make),
             *_padded_cases(make),
+            *_narrow_cases(make),
             *(
                 Case([*_longer_operands(make), 0.0, way], 3e-4, forms={"mask": PUBLIC})
                 for way in (*SHIFTS, *SLOTS, *BROAD, *LOG)
@@ -404,7 +405,7 @@ class Attention(ScoredAttention):
             weights = weights[:, :length]
             folded = weights.reshape(*v.shape[:2], -1, length, weights.shape[-1])
             share = yield from finer_products(ctx, folded, v)
-            return Shared(share.reshape(q.shape), SCALED_FRAC)
+            return Shared(share.reshape(result_shape(q, v)), SCALED_FRAC)
         way = LOG.get(way, way)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(valid.shape[-1], way)
@@ -413,7 +414,7 @@ class Attention(ScoredAttention):
             row_factor(ctx, powers.sum(-1), spec),
         )
         result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, factor, spec)
-        return Shared(result.reshape(q.shape), SCALED_FRAC)
+        return Shared(result.reshape(result_shape(q, v)), SCALED_FRAC)
 
     @classmethod
     def stock(
@@ -446,6 +447,11 @@ class Attention(ScoredAttention):
         zeros = scores[..., :1] - scores[..., :1]
         weights = crypten.cat([scores, zeros + sink], dim=-1).softmax(-1)
         return stock_weighted_sum(weights[..., :-1], v)
+
+
+def result_shape(q: Masked, v: Masked) -> tuple[int, ...]:
+    """One row of a value's size for each query."""
+    return (*q.shape[:-1], v.shape[-1])
 
 
 _MOST_NEW = 8
@@ -508,6 +514,17 @@ def _longer_operands(make: Sampler) -> list[Any]:
         mask[..., row, length:] = -3.4e38
     keys, values = make.normal(1, 2, 48, 16), make.normal(1, 2, 48, 16)
     return [make.normal(1, 4, 4, 16, scale=3), keys, values, mask, 0.25]
+
+
+def _narrow_cases(make: Sampler) -> list[Case]:
+    """Values that are shorter than keys, as in multi-head latent attention, and longer ones."""
+    q, k, _, mask, scale = _longer_operands(make)
+    return [
+        Case(
+            [q, k, make.normal(1, 2, 48, size), mask, scale, 0.0, way], 3e-4, forms={"mask": PUBLIC}
+        )
+        for way, size in ((PAIRS, 10), (HISTOGRAM, 24), ("log-8", 10))
+    ]
 
 
 def _biased_cases(make: Sampler) -> list[Case]:

@@ -21,6 +21,7 @@ from mergec.runtime.ops.attention import (
     counted_scores,
     largest_before_cap,
     plain_weighted_sum,
+    result_shape,
     sample_operands,
     scores,
     scores_cost,
@@ -153,6 +154,7 @@ class RatioAttention(ScoredAttention):
             Case([*few, 0.5, 0.0, "2quad"], stock=3e-2, forms=mask),
             Case([*few[:3], None, 0.5, 0.0, "2relu"], stock=3e-2),
             *_biased_cases(make),
+            *(Case(_with_narrow_values(make, kind), 1e-3, forms=mask) for kind in KINDS),
         ]
 
     @classmethod
@@ -268,7 +270,7 @@ class RatioAttention(ScoredAttention):
         )
         frac = scales.opened_frac + _ROW_BITS + v.frac
         result = yield from scale_rows(ctx, row, frac, reciprocal, scales.inverse)
-        return Shared(result.reshape(q.shape), SCALED_FRAC)
+        return Shared(result.reshape(result_shape(q, v)), SCALED_FRAC)
 
     @classmethod
     def stock(
@@ -299,6 +301,11 @@ class RatioAttention(ScoredAttention):
         with crypten.cfg.temp_override({"functions.reciprocal_all_pos": True}):
             inverse = weights.sum(-1, keepdim=True).reciprocal()
         return stock_weighted_sum(weights * inverse, v)
+
+
+def _with_narrow_values(make: Sampler, kind: str) -> list[Any]:
+    (q, k, _, mask, scale, softcap), *_ = sample_operands(make)
+    return [q, k, make.normal(1, 2, 9, 10), mask, scale, softcap, kind]
 
 
 def _biased_cases(make: Sampler) -> list[Case]:
