@@ -169,6 +169,12 @@ def test_a_choice_by_a_public_mask_needs_a_pass_and_no_op(filled: bool) -> None:
     assert "its condition is public" not in str(caught.value)
 
 
+def test_a_view_of_a_name_that_no_pass_knows_needs_a_pass() -> None:
+    graph = Graph(lambda m, x, y: x.view_as(y), normal(2, 3), normal(3, 2))
+    with pytest.raises(CompileError, match="a pass that expresses it with ops that move data"):
+        verify_dialect(graph.module)
+
+
 def test_a_node_that_is_no_call() -> None:
     graph = Graph(lambda m, x: x.reshape(6), normal(2, 3))
     (node,) = [n for n in graph.module.graph.nodes if n.op == "call_function"]

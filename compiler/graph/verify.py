@@ -128,8 +128,11 @@ def _way(node: fx.Node) -> str:
         )
     if parts and all(part in MOVE_NAMES or _op_for(part.split(".")[1]) for part in parts):
         ops = sorted({f"mpc.{op}" for part in parts if (op := _op_for(part.split(".")[1]))})
-        return f"; write a pass that expresses it with {', '.join(ops)}"
-    return f"; it needs an op with a protocol of its own: add runtime/ops/{name.strip('_')}.py"
+        return f"; write a pass that expresses it with {', '.join(ops) or 'ops that move data'}"
+    return (
+        f"; it needs an op with a protocol of its own: add runtime/ops/{name.strip('_')}.py, and a "
+        "pass that makes it"
+    )
 
 
 def _chooses_publicly(node: fx.Node) -> bool:

@@ -625,11 +625,25 @@ CHECKS = [
 ]
 
 
+def _rows(page: Path) -> dict[str, list[str]]:
+    """The rows of a written page, by the name of their check."""
+    found: dict[str, list[str]] = {}
+    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
+    for line in lines:
+        if line.startswith("| "):
+            found.setdefault(line.split(" | ")[0].removeprefix("| "), []).append(line)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--truncations", type=int, default=100_000_000)
-    parser.add_argument("--only", default="", help="checks whose name holds this word")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="run checks whose name holds this word; keep the page's other rows",
+    )
     parser.add_argument("--output", type=Path, default=TARGET)
     options = parser.parse_args()
     lines = [
@@ -646,8 +660,10 @@ def main() -> None:
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     failed = []
+    kept = _rows(options.output) if options.only else {}
     for check in CHECKS:
         if options.only not in check.name:
+            lines += kept.get(check.name, [])
             continue
         count = options.truncations if check.name == "truncation by 16" else options.count
         began = time.process_time()
