@@ -99,7 +99,8 @@ def _write(node: fx.Node, part: fx.Node) -> _Write | None:
 
 def _cut(part: fx.Node) -> tuple[Any, ...]:
     """Dimension, start, end and step of a slice."""
-    dim, start, end, step = (*part.args[1:], *(0, None, None, 1)[len(part.args) - 1 :])
+    given: list[Any] = list(part.args[1:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     return dim, start or 0, sys.maxsize if end is None else end, step
 
 
