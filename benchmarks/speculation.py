@@ -327,7 +327,7 @@ def private_lines(program: Program, prompt: Sequence[int], count: int) -> list[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument(
         "--private", type=int, default=24, help="of the answer by the three roles; 0: none"
     )
