@@ -109,7 +109,11 @@ def test_every_number_that_matters_in_a_small_tree() -> None:
         _check_masks(values, [mask] * len(values), spec)
 
 
-@every_spec
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=pytest.mark.slow if s is SPECS[-1] else ()) for s in SPECS],
+    ids=[f"{s.octaves}" for s in SPECS],
+)
 def test_every_octave_and_its_ends(spec: Spec) -> None:
     """Against masks that carry everywhere, nowhere, and uniform ones."""
     values = _places(spec)
