@@ -8,19 +8,8 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.cases import Case, Sampler, spread
-from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Kind, Op, Positions
-from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.saturate import (
-    SCALAR_DOMAIN,
-    Tail,
-    apply,
-    apply_cost,
-    function_input,
-    saturating,
-)
+from mergec.runtime.ops.scalar import ScalarFunction
+from mergec.runtime.protocols.saturate import Tail, saturating
 
 # Windows are narrow because no cubic follows the change of curvature at zero.
 ELU = saturating(
@@ -35,20 +24,17 @@ ELU = saturating(
 )
 
 
-class Elu(Op):
+class Elu(ScalarFunction):
     """ELU, x above zero and exp(x) - 1 below, element by element.
 
     x [...] shared -> [...] shared. Rounds 2; per element 18 bytes online, 848 offline.
+    Cubics on windows of 1/32 between -15 and 1; -1 below, x above.
     Error below 3e-5 for |x| < 2**14. Each party sees what it sees in
     `protocols.saturate.apply`: masked values that are uniform whatever x is.
     """
 
     name = "elu"
-    schema = "(Tensor x) -> Tensor"
-    operands = {"x": "window"}
-    positions = Positions.ALL
-    kind = Kind.ACTIVATION
-    domain = SCALAR_DOMAIN
+    function = ELU
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
@@ -62,16 +48,6 @@ class Elu(Op):
             Case([torch.linspace(-0.25, 0.25, 1001)], 5e-5),
             Case([make.small(2, 3, 4)], stock=5e-3),
         ]
-
-    @classmethod
-    def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(ELU, x.share.numel())
-
-    @classmethod
-    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Cubics on windows of 1/32 between -15 and 1; -1 below, x above."""
-        share = yield from apply(ctx, ELU, function_input(ctx, x), ctx.fixed)
-        return Shared(share, ctx.fixed)
 
     @classmethod
     def stock(cls, x: Any) -> Any:

@@ -8,37 +8,23 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.cases import Case, Sampler, spread
-from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.op import Kind, Op, Positions
-from mergec.runtime.core.spec import Cost
-from mergec.runtime.core.values import Shared
-from mergec.runtime.protocols.saturate import (
-    SCALAR_DOMAIN,
-    Tail,
-    apply,
-    apply_cost,
-    function_input,
-    saturating,
-)
+from mergec.runtime.ops.scalar import ScalarFunction
+from mergec.runtime.protocols.saturate import Tail, saturating
 
 TANH = saturating(np.tanh, -7.5, 128, 13, 60, 16, left=Tail(0, -1.0), right=Tail(0, 1.0))
 
 
-class Tanh(Op):
+class Tanh(ScalarFunction):
     """Hyperbolic tangent, element by element.
 
     x [...] shared -> [...] shared. Rounds 2; per element 18 bytes online, 688 offline.
+    Cubics on windows of 1/8 between -7.25 and 7.25; -1 below, 1 above.
     Error below 2e-5 for |x| < 2**14. Each party sees what it sees in
     `protocols.saturate.apply`: masked values that are uniform whatever x is.
     """
 
     name = "tanh"
-    schema = "(Tensor x) -> Tensor"
-    operands = {"x": "window"}
-    positions = Positions.ALL
-    kind = Kind.ACTIVATION
-    domain = SCALAR_DOMAIN
+    function = TANH
 
     @staticmethod
     def reference(x: torch.Tensor) -> torch.Tensor:
@@ -48,16 +34,6 @@ class Tanh(Op):
     def cases() -> list[Case]:
         make = Sampler()
         return [Case([spread(10)], 5e-5), Case([make.small(2, 3, 4)], stock=5e-3)]
-
-    @classmethod
-    def cost(cls, x: Shared, *, fixed: int) -> Cost:
-        return apply_cost(TANH, x.share.numel())
-
-    @classmethod
-    def protocol(cls, ctx: Context, x: Shared) -> Protocol:
-        """Cubics on windows of 1/8 between -7.25 and 7.25; -1 below, 1 above."""
-        share = yield from apply(ctx, TANH, function_input(ctx, x), ctx.fixed)
-        return Shared(share, ctx.fixed)
 
     @classmethod
     def stock(cls, x: Any) -> Any:
