@@ -32,7 +32,7 @@ PROMPT = 64
 _ALONE = MOVE_NAMES - {"aten.cat.default", "aten.stack.default"}
 """Moves of one value: what joins several may join shares of another ring."""
 
-Options = Callable[..., Iterable[dict[str, Any]]]
+Options = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 """`Op.variants` or `Op.supplies` of an op."""
 
 Choices = Mapping[str, tuple[Any, ...]]
@@ -230,9 +230,9 @@ def _choices(
         stated = kind(op) if op else None
         if op is None or bound is None or stated is None:
             continue
-        options = list(stated(*bound.values()))
+        options = list(stated(bound))
         if kind is _variants and step.network.far:
-            options += op.far_variants(*bound.values())
+            options += op.far_variants(bound)
 
         def weight(
             option: dict[str, Any], op: type[Op] = op, bound: dict[str, Any] = bound

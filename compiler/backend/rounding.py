@@ -161,7 +161,7 @@ class _Rounded(fx.Interpreter):
                 elif forms.get(name) == "window":
                     value = self._round(value, FRACTIONAL_BITS)
             values[name] = value
-        result = op.rounded(fracs, *values.values())
+        result = op.rounded(fracs, values)
         return self._round(result, node.meta["frac"])
 
     def _round(self, value: torch.Tensor, frac: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import fx
 from mergec.compiler.config import Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.graph.extremes import extreme_positions, extreme_tokens
-from mergec.compiler.graph.ir import op_of
+from mergec.compiler.graph.ir import bind, op_of
 from mergec.compiler.graph.streams import streams
 from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import Vis
@@ -165,7 +165,8 @@ class _Recorder(fx.Interpreter):
                 n.meta["columns"] = torch.minimum(lows, columns[0]), highs.maximum(columns[1])
         op = op_of(n)
         if op is not None:
-            for name, value in op.measure(*self.fetch_args_kwargs_from_env(n)[0]).items():
+            arguments = fx.map_arg(bind(op, n), self.env.__getitem__)
+            for name, value in op.measure(arguments).items():
                 n.meta[name] = max(value, n.meta.get(name, value))
         return result
 

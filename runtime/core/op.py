@@ -246,10 +246,11 @@ class Op:
         raise NotImplementedError
 
     @classmethod
-    def measure(cls, *args: Any) -> dict[str, float]:
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
         """What calibration must know about a call in addition to the range of its result, by name.
 
-        The arguments are in the clear. Of all calls calibration keeps the largest of each number.
+        arguments: all of the call, in the clear. Of all calls calibration keeps the largest of each
+        number.
         """
         return {}
 
@@ -264,13 +265,13 @@ class Op:
         return ""
 
     @classmethod
-    def rounded(cls, fracs: Mapping[str, int], *args: Any) -> Any:
+    def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> Any:
         """`reference` with the roundings inside of the protocol, for `compiler.backend.rounding`.
 
         Needed only if the protocol rounds more than operands and result, or coarser. fracs:
-        fractional bits of each tensor operand, by name.
+        fractional bits of each tensor operand, by name. arguments: all of the call, in the clear.
         """
-        return cls.reference(*args)
+        return cls.reference(**arguments)
 
     @classmethod
     def inexact(cls, arguments: Mapping[str, Any]) -> str:
@@ -278,12 +279,15 @@ class Op:
         return ""
 
     @classmethod
-    def variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
-        """Arguments that compute the same at another cost; the compiler picks the cheapest."""
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        """Arguments that compute the same at another cost; the compiler picks the cheapest.
+
+        arguments: all of the call, operands as in `cost`.
+        """
         return ()
 
     @classmethod
-    def far_variants(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+    def far_variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Further ones that save rounds for local work, which costs do not count.
 
         The compiler looks at them where messages take so long that such work does not matter
@@ -292,7 +296,7 @@ class Op:
         return ()
 
     @classmethod
-    def supplies(cls, *args: Any, **kwargs: Any) -> Iterable[dict[str, Any]]:
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Arguments that compute the same with the same messages, from other dealt bytes.
 
         They differ in how many bytes the dealer sends to which party. The compiler chooses among

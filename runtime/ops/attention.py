@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -226,32 +227,18 @@ class Attention(ScoredAttention):
         return torch.softmax(torch.cat([scores, own], -1), -1)[..., :-1]
 
     @classmethod
-    def measure(
-        cls,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float = 0.0,
-        shift: str = PAIRS,
-        bias: torch.Tensor | None = None,
-        reach: int = 0,
-        pads: torch.Tensor | None = None,
-        sink: torch.Tensor | None = None,
-    ) -> dict[str, float]:
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
         # Hidden scores count: `hiding` is about all scores of a row before some are hidden.
-        found, valid = counted_scores(q, k, mask, scale, softcap)
-        found = found if bias is None else found + bias
+        found, valid = counted_scores(*scored(arguments))
         highest = found.where(valid, -math.inf).amax(-1)
         lowest = found.where(valid, math.inf).amin(-1)
-        if sink is not None:
+        if (sink := arguments["sink"]) is not None:
             own = sink.to(found).squeeze(-1)
             highest, lowest = torch.maximum(highest, own), torch.minimum(lowest, own)
         return {
             "score_spread": float((highest - lowest).max()),
-            "largest_value": float(v.abs().max()),
-            **largest_before_cap(q, k, scale, softcap),
+            "largest_value": float(arguments["v"].abs().max()),
+            **largest_before_cap(arguments),
         }
 
     @classmethod
@@ -276,61 +263,23 @@ class Attention(ScoredAttention):
         )
 
     @classmethod
-    def variants(
-        cls,
-        q: Masked,
-        k: Masked,
-        v: Masked,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float = 0.0,
-        shift: str = PAIRS,
-        bias: Any = None,
-        reach: int = 0,
-        pads: Any = None,
-        sink: Any = None,
-    ) -> Iterable[dict[str, Any]]:
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes; slots the fewest of both.
 
         With digits, slots take one round more and fewer bytes still; with keys, tables of slots
         take fewer bytes on the server's link and some on the client's.
         """
-        return shift_variants(reach)
+        return shift_variants(arguments["reach"])
 
     @classmethod
-    def far_variants(
-        cls,
-        q: Masked,
-        k: Masked,
-        v: Masked,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float = 0.0,
-        shift: str = PAIRS,
-        bias: Any = None,
-        reach: int = 0,
-        pads: Any = None,
-        sink: Any = None,
-    ) -> Iterable[dict[str, Any]]:
+    def far_variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Logarithms take a round less than slots, and one more product with the values."""
+        reach, pads = arguments["reach"], arguments["pads"]
         return ({"shift": f"log-{reach}"},) if reach and pads is None else ()
 
     @classmethod
-    def supplies(
-        cls,
-        q: Masked,
-        k: Masked,
-        v: Masked,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float = 0.0,
-        shift: str = PAIRS,
-        bias: Any = None,
-        reach: int = 0,
-        pads: Any = None,
-        sink: Any = None,
-    ) -> Iterable[dict[str, Any]]:
-        return shift_supplies(shift)
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return shift_supplies(arguments["shift"])
 
     @classmethod
     def cost(
@@ -627,23 +576,32 @@ def plain_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float)
 
 
 def counted_scores(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with what the mask adds to them, in the clear, and which of them count."""
+    """Scores in the clear, with what mask and bias add to them, and which of them count."""
     found = plain_scores(q, k, scale, softcap)
-    if mask is None:
-        return found, torch.ones_like(found, dtype=torch.bool)
-    valid = mask > MASKED_SCORE
-    return found + mask.where(valid, 0.0), valid.expand_as(found)
+    valid = torch.ones_like(found, dtype=torch.bool)
+    if mask is not None:
+        valid = (mask > MASKED_SCORE).expand_as(found)
+        found = found + mask.expand_as(found).where(valid, 0.0)
+    return found if bias is None else found + bias, valid
 
 
-def largest_before_cap(
-    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float
-) -> dict[str, float]:
+def largest_before_cap(arguments: Mapping[str, Any]) -> dict[str, float]:
     """What `Op.measure` says of scores that are capped: how large they are before that."""
-    if not softcap:
+    if not arguments["softcap"]:
         return {}
-    return {"uncapped_score": float(plain_scores(q, k, scale, 0.0).abs().max())}
+    scores = plain_scores(arguments["q"], arguments["k"], arguments["scale"], 0.0)
+    return {"uncapped_score": float(scores.abs().max())}
+
+
+scored = itemgetter("q", "k", "mask", "bias", "scale", "softcap")
+"""What `counted_scores` reads of a call's arguments."""
 
 
 def plain_weighted_sum(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -149,10 +149,8 @@ class Gelu(Op):
         ]
 
     @classmethod
-    def measure(
-        cls, x: torch.Tensor, tanh: bool = False, reach: int = 0, alone: int = 0
-    ) -> dict[str, float]:
-        return {"largest_input": float(x.abs().max())}
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        return {"largest_input": float(arguments["x"].abs().max())}
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,10 +164,8 @@ class Gelu(Op):
         return ALONE_FRAC if alone else fixed
 
     @classmethod
-    def supplies(
-        cls, x: Shared, tanh: bool = False, reach: int = 0, alone: int = 0
-    ) -> Iterable[dict[str, Any]]:
-        return () if alone else supplies_of(reach)
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return () if arguments["alone"] else supplies_of(arguments["reach"])
 
     @classmethod
     def cost(

@@ -86,15 +86,8 @@ class Glu(Op):
         return [*mine, *(Case([x, y, act], stock=1e-2) for act in ACTIVATIONS)]
 
     @classmethod
-    def measure(
-        cls,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        act: str,
-        reach: int = 0,
-        apart: bool = False,
-    ) -> dict[str, float]:
-        return {"largest_input": float(gate.abs().max())}
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        return {"largest_input": float(arguments["gate"].abs().max())}
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,33 +95,22 @@ class Glu(Op):
         return {"reach": reach_for(largest) if arguments["act"] in FUNCTIONS else 0}
 
     @classmethod
-    def variants(
-        cls, gate: Shared, up: Shared, act: str, reach: int = 0, apart: bool = False
-    ) -> Iterable[dict[str, Any]]:
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         return {"apart": False}, {"apart": True}
 
     @classmethod
-    def supplies(
-        cls, gate: Shared, up: Shared, act: str, reach: int = 0, apart: bool = False
-    ) -> Iterable[dict[str, Any]]:
-        return supplies_of(reach)
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return supplies_of(arguments["reach"])
 
     @classmethod
-    def rounded(
-        cls,
-        fracs: Mapping[str, int],
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        act: str,
-        reach: int = 0,
-        apart: bool = False,
-    ) -> torch.Tensor:
+    def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> torch.Tensor:
         """Both factors are truncated to the program's fractional bits."""
 
         def rounded(x: torch.Tensor) -> torch.Tensor:
             return (x * 2.0**FRACTIONAL_BITS).round() * 2.0**-FRACTIONAL_BITS
 
-        return rounded(ACTIVATIONS[act](gate)) * rounded(up)
+        active = ACTIVATIONS[arguments["act"]](arguments["gate"])
+        return rounded(active) * rounded(arguments["up"])
 
     @classmethod
     def scale(cls, *args: object, fixed: int) -> int:

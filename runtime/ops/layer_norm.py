@@ -72,8 +72,8 @@ class LayerNorm(Op):
         ]
 
     @classmethod
-    def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
-        rows = x.double()
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        rows = arguments["x"].double()
         rows = rows - rows.mean(-1, keepdim=True)
         return {"mean_square": float(rows.square().mean(-1).max())}
 
@@ -97,18 +97,10 @@ class LayerNorm(Op):
         return math.log2(2 * shape[-1])
 
     @classmethod
-    def rounded(
-        cls,
-        fracs: Mapping[str, int],
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-    ) -> torch.Tensor:
+    def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> torch.Tensor:
+        x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
         centred = x.double() - x.double().mean(-1, keepdim=True)
-        spec = cls._spec(x.shape[-1], fracs["x"], eps, bound)
+        spec = cls._spec(x.shape[-1], fracs["x"], arguments["eps"], arguments["bound"])
         y = rounded_rows(centred, spec).to(x.dtype)
         y = y if weight is None else y * weight
         return y if bias is None else y + bias

@@ -8,7 +8,6 @@ import torch
 
 from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.ops.layer_norm import LayerNorm
-from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 
 
@@ -21,23 +20,6 @@ class LayerNormLinear(NormedLinear):
 
     name = "layer_norm_linear"
     norm = LayerNorm
-
-    @staticmethod
-    def reference(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-        parts: Sequence[int] = (),
-        fine: bool = True,
-        kept: int = 0,
-        rows: int = 0,
-        columns: Sequence[int] = (),
-        wide: bool = False,
-    ) -> torch.Tensor:
-        return Linear.reference(LayerNorm.reference(x, None, None, eps), weight, bias)
 
     @staticmethod
     def cases() -> list[Case]:
@@ -54,6 +36,10 @@ class LayerNormLinear(NormedLinear):
             Case([x, weight, bias, 1e-5, 4.0**4], 5e-4, forms=held),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]
+
+    @staticmethod
+    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
+        return LayerNorm.reference(rows, None, None, eps)
 
     @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,11 @@ class NormedLinear(Op, abstract=True):
     """The op of the norm alone."""
 
     @staticmethod
+    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
+        """The norm alone, in the clear."""
+        raise NotImplementedError
+
+    @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:
         """The rows whose size the norm divides by, up to a factor of `factor`; exact and local."""
         raise NotImplementedError
@@ -77,21 +82,40 @@ class NormedLinear(Op, abstract=True):
         raise NotImplementedError
 
     @classmethod
+    def reference(
+        cls,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        bound: float = 0.0,
+        bits: int = 0,
+        parts: Sequence[int] = (),
+        fine: bool = True,
+        kept: int = 0,
+        rows: int = 0,
+        columns: Sequence[int] = (),
+        wide: bool = False,
+    ) -> torch.Tensor:
+        return Linear.reference(cls.normed(x, eps, columns), weight, bias)
+
+    @classmethod
     def inner_bits(cls, shape: Sequence[int]) -> float:
         return cls.norm.inner_bits(shape)
 
     @classmethod
-    def measure(cls, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> dict[str, float]:
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
         """Of rows and products before they are scaled, and of the factor that scales them.
 
         Columns are shrunk only after this was measured.
         """
+        x, weight = arguments["x"], arguments["weight"]
         rows = cls.centred(x.double()) / cls.factor(x.shape[-1])
         squares = rows.square().mean(-1)
         return {
             "mean_square": float(squares.max()),
             "unscaled": float((rows.to(weight.dtype) @ weight.T).abs().max()),
-            "factor": float((squares + float(rest[1])).rsqrt().max()),
+            "factor": float((squares + arguments["eps"]).rsqrt().max()),
         }
 
     @classmethod
@@ -119,30 +143,16 @@ class NormedLinear(Op, abstract=True):
         return (SCALED_FRAC if fine else fixed) + fixed + bits
 
     @classmethod
-    def rounded(
-        cls,
-        fracs: Mapping[str, int],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-        parts: Sequence[int] = (),
-        fine: bool = True,
-        kept: int = 0,
-        rows: int = 0,
-        columns: Sequence[int] = (),
-        wide: bool = False,
-    ) -> torch.Tensor:
-        size = x.shape[-1]
-        spec = cls._norm(size, fracs["x"], eps, bound)
+    def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> torch.Tensor:
+        x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
+        rows, columns, size = arguments["rows"], arguments["columns"], x.shape[-1]
+        spec = cls._norm(size, fracs["x"], arguments["eps"], arguments["bound"])
         words = (cls.centred(x.double()) * 2.0 ** fracs["x"]).round()
         if columns:
             words *= factors(columns)
         squares = (words * 2.0**-spec.square_shift).round().square().sum(-1, keepdim=True)
         scale = ((squares + spec.eps_units).clamp(min=1.0) / size).rsqrt()
-        drop = cls._drop(spec, kept) if rows else 0
+        drop = cls._drop(spec, arguments["kept"]) if rows else 0
         moved = (words * 2.0**-drop).floor() * 2.0 ** (drop - spec.square_shift)
         if not rows:
             unit = 2.0**-FRACTIONAL_BITS
@@ -151,22 +161,8 @@ class NormedLinear(Op, abstract=True):
         return result if bias is None else result + bias
 
     @classmethod
-    def variants(
-        cls,
-        x: Shared,
-        weight: Constant,
-        bias: Held | Shared | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-        parts: Sequence[int] = (),
-        fine: bool = True,
-        kept: int = 0,
-        rows: int = 0,
-        columns: Sequence[int] = (),
-        wide: bool = False,
-    ) -> Iterable[dict[str, Any]]:
-        return ({"rows": 0}, {"rows": rows}) if rows else ({"rows": 0},)
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return ({"rows": most} for most in sorted({0, arguments["rows"]}))
 
     @classmethod
     def cost(

@@ -23,6 +23,7 @@ from mergec.runtime.ops.attention import (
     plain_weighted_sum,
     result_shape,
     sample_operands,
+    scored,
     scores,
     scores_cost,
     scores_frac,
@@ -138,7 +139,7 @@ class RatioAttention(ScoredAttention):
         bound: float = 0.0,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        base, valid = _base_scores(q, k, mask, scale, softcap, kind, bias)
+        base, valid = _base_scores(kind, q, k, mask, bias, scale, softcap)
         weights = base.square() if kind == "2quad" else base.relu()
         weights = (weights + EPSILON) * valid
         weights = weights / weights.sum(-1, keepdim=True)
@@ -158,21 +159,9 @@ class RatioAttention(ScoredAttention):
         ]
 
     @classmethod
-    def measure(
-        cls,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float,
-        kind: str,
-        bound: float = 0.0,
-        bias: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        base, _ = _base_scores(q, k, mask, scale, softcap, kind, bias)
-        capped = largest_before_cap(q, k, scale, softcap)
-        return {"largest_score": float(base.abs().max()), **capped}
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        base, _ = _base_scores(arguments["kind"], *scored(arguments))
+        return {"largest_score": float(base.abs().max()), **largest_before_cap(arguments)}
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,19 +318,12 @@ def _bound(measured: Mapping[str, Any]) -> float:
     return float(2.0 ** max(0, math.ceil(math.log2(largest) + RANGE_MARGIN_BITS)))
 
 
-def _base_scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    kind: str,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is squared or rectified, in the clear, zero where masked; and which entries count."""
-    found, valid = counted_scores(q, k, mask, scale, softcap)
-    if bias is not None:
-        found = found + bias
+def _base_scores(kind: str, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is squared or rectified, in the clear, zero where masked; and which entries count.
+
+    call: as for `counted_scores`.
+    """
+    found, valid = counted_scores(*call)
     if kind == "2quad":
         found = found + OFFSET
     return found.where(valid, 0.0), valid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class RevealToken(Op):
         return operands[0] if operands[0] in (Vis.PUBLIC, Vis.CLIENT) else None
 
     @classmethod
-    def variants(cls, logits: Shared, groups: Sequence[int] = ()) -> Iterable[dict[str, Any]]:
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Small groups cost fewer bytes, large ones fewer rounds."""
-        return ({"groups": list(sizes)} for sizes in plans(logits.shape[-1]))
+        return ({"groups": list(sizes)} for sizes in plans(arguments["logits"].shape[-1]))
 
     @classmethod
     def cost(

@@ -87,25 +87,17 @@ class RmsNorm(Op):
         ]
 
     @classmethod
-    def measure(cls, x: torch.Tensor, *rest: Any) -> dict[str, float]:
-        return {"mean_square": float(x.double().square().mean(-1).max())}
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        return {"mean_square": float(arguments["x"].double().square().mean(-1).max())}
 
     @classmethod
-    def rounded(
-        cls,
-        fracs: Mapping[str, int],
-        x: torch.Tensor,
-        weight: torch.Tensor | None,
-        eps: float,
-        offset: float = 0.0,
-        bound: float = 0.0,
-        bits: int = 0,
-        columns: Sequence[int] = (),
-    ) -> torch.Tensor:
+    def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> torch.Tensor:
+        x, weight, columns = arguments["x"], arguments["weight"], arguments["columns"]
         if columns:
             x = x * factors(columns).to(x)
-        y = rounded_rows(x, RowNorm(x.shape[-1], fracs["x"], eps, bound)).to(x.dtype)
-        return y if weight is None else y * (weight + offset)
+        norm = RowNorm(x.shape[-1], fracs["x"], arguments["eps"], arguments["bound"])
+        y = rounded_rows(x, norm).to(x.dtype)
+        return y if weight is None else y * (weight + arguments["offset"])
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

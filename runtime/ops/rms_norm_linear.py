@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from mergec.runtime.core.cases import Case, Sampler
-from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.rms_norm import RmsNorm
 
@@ -20,24 +19,6 @@ class RmsNormLinear(NormedLinear):
 
     name = "rms_norm_linear"
     norm = RmsNorm
-
-    @staticmethod
-    def reference(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        bound: float = 0.0,
-        bits: int = 0,
-        parts: Sequence[int] = (),
-        fine: bool = True,
-        kept: int = 0,
-        rows: int = 0,
-        columns: Sequence[int] = (),
-        wide: bool = False,
-    ) -> torch.Tensor:
-        normed = RmsNorm.reference(x, None, eps, columns=columns)
-        return Linear.reference(normed, weight, bias)
 
     @staticmethod
     def cases() -> list[Case]:
@@ -60,6 +41,10 @@ class RmsNormLinear(NormedLinear):
             ),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]
+
+    @staticmethod
+    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
+        return RmsNorm.reference(rows, None, eps, columns=columns)
 
     @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:

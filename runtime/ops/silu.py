@@ -81,16 +81,16 @@ class Silu(Op):
         ]
 
     @classmethod
-    def measure(cls, x: torch.Tensor, reach: int = 0) -> dict[str, float]:
-        return {"largest_input": float(x.abs().max())}
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        return {"largest_input": float(arguments["x"].abs().max())}
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"reach": reach_for(measured.get("largest_input", math.inf))}
 
     @classmethod
-    def supplies(cls, x: Shared, reach: int = 0) -> Iterable[dict[str, Any]]:
-        return supplies_of(reach)
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return supplies_of(arguments["reach"])
 
     @classmethod
     def cost(cls, x: Shared, reach: int = 0, *, fixed: int) -> Cost:

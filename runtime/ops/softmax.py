@@ -73,7 +73,8 @@ class Softmax(Op):
         ]
 
     @classmethod
-    def measure(cls, x: torch.Tensor, shift: str = PAIRS) -> dict[str, float]:
+    def measure(cls, arguments: Mapping[str, Any]) -> dict[str, float]:
+        x = arguments["x"]
         return {"score_spread": float((x.amax(-1) - x.amin(-1)).max())}
 
     @classmethod
@@ -85,13 +86,13 @@ class Softmax(Op):
         return SCALED_FRAC
 
     @classmethod
-    def variants(cls, x: Shared, shift: str = PAIRS) -> Iterable[dict[str, Any]]:
+    def variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         """Histograms take fewer rounds, pairs fewer dealt bytes."""
         return shift_variants()
 
     @classmethod
-    def supplies(cls, x: Shared, shift: str = PAIRS) -> Iterable[dict[str, Any]]:
-        return shift_supplies(shift)
+    def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        return shift_supplies(arguments["shift"])
 
     @classmethod
     def cost(cls, x: Shared, shift: str = PAIRS, *, fixed: int) -> Cost:

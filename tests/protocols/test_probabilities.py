@@ -9,7 +9,7 @@ import torch
 
 from mergec.runtime.core.context import ShapeContext
 from mergec.runtime.core.spec import Vis
-from mergec.runtime.core.values import Held, Masked, Shared
+from mergec.runtime.core.values import Held, Shared
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.long import added
 from mergec.runtime.ops.attention import Attention
@@ -227,16 +227,14 @@ def test_attention_takes_another_way_where_it_must(name: str, new: int, hides: b
 
 
 def test_which_ways_are_offered() -> None:
-    ghost = torch.empty((1, 2, 3, 4), dtype=torch.int64, device="meta")
-    given = (*[Masked(ghost, ghost, 16)] * 3, None, 0.5, 0.0, "pairs", None)
     for bits in range(6, 10):
-        name = f"log-{bits}"
-        assert list(Attention.far_variants(*given, bits)) == [{"shift": name}]
-        assert not Attention.far_variants(*given, bits, Held(Vis.CLIENT, torch.zeros(1)))
+        name, hidden = f"log-{bits}", Held(Vis.CLIENT, torch.zeros(1))
+        assert list(Attention.far_variants({"reach": bits, "pads": None})) == [{"shift": name}]
+        assert not Attention.far_variants({"reach": bits, "pads": hidden})
         assert logarithm_called(name, LONGEST, hides=False) == (name, WAYS[name])
         assert logarithm_called(name, LONGEST + 1, hides=False) == (f"broad-{bits}", None)
         assert logarithm_called(name, 3, hides=True) == (f"broad-{bits}", None)
         assert logarithm_called("pairs", 3, hides=False) == ("pairs", None)
         for length in (64, 300):
             assert shift_of_many(name, length) == shift_of_many(f"broad-{bits}", length)
-    assert not Attention.far_variants(*given, 0)
+    assert not Attention.far_variants({"reach": 0, "pads": None})
