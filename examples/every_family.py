@@ -49,8 +49,9 @@ _LATENT: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "stablelm": {"num_key_value_heads": 4},
-    # By default its layers are mixtures of experts.
+    # By default their layers are mixtures of experts.
     "flint": {"num_experts": 0},
+    "deepseek_v3": {**_LATENT, "first_k_dense_replace": 2},
     "cwm": {"bos_token_id": 1},
     "modernbert-decoder": {**dict.fromkeys(("bos_token_id", "cls_token_id"), 1), **_END},
     "minicpm3": {**_LATENT, "dim_model_base": 32},
@@ -65,9 +66,9 @@ FAMILIES = (
 
 MORE = (
     *("apertus", "apertus1p5_text", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ctrl"),
-    *("cwm", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma3_text", "glm", "glm4"),
-    *("gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "granite", "granite_swa", "helium"),
-    *("hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2"),
+    *("cwm", "deepseek_v3", "diffllama", "ernie4_5", "exaone", "exaone4", "flint", "gemma3_text"),
+    *("glm", "glm4", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "granite", "granite_swa"),
+    *("helium", "hrm_text", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2"),
     *("minicpm3", "ministral", "ministral3", "modernbert-decoder", "mpt", "nanochat", "nemotron"),
     *("olmo2", "olmo3", "persimmon", "seed_oss", "smollm3", "starcoder2", "trocr", "vaultgemma"),
     *("xglm", "youtu"),
@@ -152,8 +153,9 @@ weights, 2 layers and a width of 32. The three parties ran a prompt of {len(PROM
 the model's own, without the server's noise; `logit` is the largest logit. All passes and presets
 are tested on the first {len(FAMILIES)} families. Made by `make families`.
 
-minicpm3 and youtu cache latents, as transformers does (multi-head latent attention): a step
-computes and opens the keys and values of all cached tokens, so its bytes grow with their number.
+deepseek_v3 and flint are without mixtures of experts. Where transformers caches latents (multi-head
+latent attention: deepseek_v3, minicpm3, youtu), the parties cache the keys and values that follow
+from them, so that a step opens those of its new tokens alone.
 """
 
 REFUSALS = """Families that the compiler rejects, with its error message. Where an op is named, it

@@ -35,6 +35,7 @@ from mergec.compiler.frontend.encoder_decoder import (
     texts,
 )
 from mergec.compiler.frontend.exclusive import exclusive
+from mergec.compiler.frontend.latents import expanded, has_latents
 from mergec.compiler.frontend.lengths import (
     Bound,
     Comparison,
@@ -143,9 +144,11 @@ class _CachedStep(nn.Module):
 
     def _step(self, input_ids: torch.Tensor, past: Any) -> tuple[torch.Tensor, ...]:
         options = {"logits_to_keep": 1} if self.keep_last else {}
-        result = self.model(
-            input_ids=input_ids, past_key_values=past, use_cache=True, return_dict=True, **options
-        )
+        with expanded(self.model, past):
+            result = self.model(
+                input_ids=input_ids, past_key_values=past, use_cache=True, return_dict=True,
+                **options,
+            )  # fmt: skip
         layers = result.past_key_values.layers
         flat = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return (result.logits[:, -1:], *flat)
@@ -330,10 +333,13 @@ def _capture_encoder_decoder(model: nn.Module, *, cache: bool) -> Captured:
 
 def _cache_layers(model: nn.Module) -> list[Any]:
     """What the model caches for each layer, after a short prompt."""
-    example = torch.zeros((1, _PAST), dtype=torch.int64)
+    from transformers.cache_utils import DynamicCache
+
+    example, past = torch.zeros((1, _PAST), dtype=torch.int64), DynamicCache()
+    given = {"past_key_values": past} if has_latents(model) else {}
     try:
-        with torch.no_grad():
-            result = model(input_ids=example, use_cache=True, return_dict=True)
+        with torch.no_grad(), expanded(model, past):
+            result = model(input_ids=example, use_cache=True, return_dict=True, **given)
     except Exception as error:
         raise does_not_run(model, error) from error
     layers: list[Any] = getattr(getattr(result, "past_key_values", None), "layers", [])
