@@ -51,6 +51,7 @@ from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Speculation
 from mergec.runtime.session.drafting.drafter import Target, read
+from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
@@ -159,6 +160,9 @@ def test_heads_say_what_they_were_trained_to_and_answers_stay(family: str) -> No
         assert [token.token for token in found] == wanted
         assert shapes <= ({(), (0, 1, 0), (0, 0)} if tree else {()})
         assert tokens is None or ((0, 1, 0) in shapes) is tree
+        drafts = Speculation([Lookup(), Medusa()], tokens, tree=tree)
+        both = answer(fast, PROMPT, max_tokens=10, speculation=drafts)
+        assert [token.token for token in both] == wanted
         assert found[0].logits is not None
         assert found[0].logits.shape == (VOCAB,)
     assert [token.token for token in answer(fast, PROMPT, max_tokens=10)] == wanted
@@ -333,7 +337,7 @@ def test_what_does_not_reveal_its_heads_is_refused() -> None:
 
 
 def test_the_drafter_needs_heads() -> None:
-    kind, place = read("medusa")
+    ((kind, place),) = read("medusa")
     assert (kind, place) == (Medusa, "")
     with pytest.raises(
         PromptError, match=r"has no heads that guess; train some with `mergec adapt"

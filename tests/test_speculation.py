@@ -32,6 +32,7 @@ from mergec.runtime.session.drafting.datastore import Datastore, read_texts
 from mergec.runtime.session.drafting.draft_model import DraftModel
 from mergec.runtime.session.drafting.drafter import Target, drafters, read
 from mergec.runtime.session.drafting.lookup import Lookup
+from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.drafting.pace import Acceptance, Seconds, best_count
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.drafting.tree import Tree
@@ -147,6 +148,21 @@ def test_any_drafter_leaves_greedy_and_seeded_answers_alone() -> None:
             for tokens in (MOST, None):
                 found = run(drafter, tokens, sampling=sampling)
                 assert [token.token for token in found] == without
+
+
+def test_the_first_drafter_that_has_drafts_makes_the_line() -> None:
+    def rule(tokens: list[int]) -> list[int]:
+        return GREEDY[len(tokens) - len(PROMPT) :] if len(tokens) % 2 else []
+
+    second = oracle(GREEDY, wrong_at=1)
+    both = Speculation([Fixed(rule), second], MOST)
+    found = list(answer(plain(), PROMPT, max_tokens=12, speculation=both))
+    assert [token.token for token in found] == GREEDY
+    steps = [report for token in found for report in token.reports][1:]
+    for step in steps[:-1]:
+        odd = (step.past + 1) % 2 == 1
+        assert step.accepted == (min(MOST, len(GREEDY) - step.past - 1 + len(PROMPT)) if odd else 1)
+    assert Speculation([], 2).fill([5], 2) == [5, 5]
 
 
 def test_processors_see_the_history_of_each_position() -> None:
@@ -326,7 +342,7 @@ def test_a_datastore_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pydivsufsort")
     text = Text.from_files(characters.files(), "test")
     with pytest.raises(PromptError, match="holds no datastore"):
-        read("retrieve:x")[0].open(str(tmp_path), Target(12, text))
+        read("retrieve:x")[0][0].open(str(tmp_path), Target(12, text))
     Datastore.of([[1, 2, 3]], "another").save(tmp_path / "d")
     with pytest.raises(PromptError, match="was built for another tokenizer"):
         Retrieve.open(str(tmp_path / "d"), Target(12, text))
@@ -394,8 +410,17 @@ def test_drafters_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             PromptError, match="it can be: draft:DIR, lookup, medusa, retrieve:DIR, none"
         ):
             read(wrong)
+    assert read("lookup+retrieve:a+b/c+medusa") == [
+        (Lookup, ""), (Retrieve, "a+b/c"), (Medusa, "")
+    ]  # fmt: skip
+    for wrong in ("lookup+", "+lookup", "lookup+look", "lookup+retrieve", "lookup+none"):
+        with pytest.raises(PromptError, match="several joined by"):
+            read(wrong)
     manifest = decoder.program(speculate_up_to=2).manifest
     assert Speculation.open("none", None, manifest, None) is None
+    both = Speculation.open("lookup+lookup", 2, manifest, None)
+    assert both is not None
+    assert [type(drafter) for drafter in both.drafters] == [Lookup, Lookup]
     assert isinstance(Speculation.open("lookup", 2, manifest, None), Speculation)
     with pytest.raises(PromptError, match="needs speculate"):
         Speculation.open("none", 3, manifest, None)

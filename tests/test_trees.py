@@ -41,7 +41,7 @@ from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.drafting.pace import best_count
 from mergec.runtime.session.drafting.retrieve import Retrieve
-from mergec.runtime.session.drafting.tree import Tree, grown
+from mergec.runtime.session.drafting.tree import Tree, grown, merged
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
 from mergec.runtime.session.requests import Schedule, read_step, write_step
@@ -358,7 +358,9 @@ class Grown(Drafter):
         return found.first(most)
 
 
-def answered(drafter: Drafter | None, tokens: int | None = MOST, **options: Any) -> list[Any]:
+def answered(
+    drafter: Drafter | Sequence[Drafter] | None, tokens: int | None = MOST, **options: Any
+) -> list[Any]:
     made = None if drafter is None else Speculation(drafter, tokens, tree=True)
     return list(answer(plain(), PROMPT, **{"max_tokens": 12, "speculation": made, **options}))
 
@@ -392,7 +394,7 @@ def test_greedy_and_seeded_answers_are_those_without_trees() -> None:
 
     for sampling in (Sampling(), Sampling(temperature=1.5, seed=8), Sampling(2.0, 5, 0.9, 9)):
         without = [token.token for token in answered(None, sampling=sampling)]
-        for drafter in (Grown(wild), beside(without), Lookup()):
+        for drafter in (Grown(wild), beside(without), Lookup(), [Grown(wild), beside(without)]):
             for tokens in (MOST, 3, None):
                 found = answered(drafter, tokens, sampling=sampling)
                 assert [token.token for token in found] == without
@@ -403,6 +405,24 @@ def test_greedy_and_seeded_answers_are_those_without_trees() -> None:
         assert [report.accepted for report in reports[:2]] == [3, 3], "the second branch is right"
 
 
+def test_trees_are_merged() -> None:
+    one = Tree([1, 2, 3], [0, 1, 1], [1.0, 0.6, 0.4])
+    two = Tree([4, 1, 2, 5], [0, 0, 2, 3], [0.5, 0.5, 1.0, 1.0])
+    both = merged([one, two], 9)
+    paths: dict[tuple[int, ...], float] = {}
+    place: list[tuple[int, ...]] = [()]
+    for token, parent, share in zip(both.tokens, both.parents, both.shares, strict=True):
+        place.append((*place[parent], token))
+        paths[place[-1]] = share
+    # After 1 and 2 one of them alone goes on.
+    assert paths == pytest.approx(
+        {(1,): 0.75, (4,): 0.25, (1, 2): 0.8, (1, 3): 0.2, (1, 2, 5): 1.0}
+    )
+    assert merged([one, two], 2) == both.first(2)
+    assert merged([Tree(), Tree.line([7, 8])], 9) == Tree.line([7, 8])
+    assert merged([], 3) == merged([Tree()], 3) == Tree()
+
+
 def test_a_drafter_that_gives_no_tree_is_named() -> None:
     for tree, why in (
         (Tree([1, 2], [0, 2], [1.0, 1.0]), "follows token 2, which is none before it"),
@@ -411,6 +431,8 @@ def test_a_drafter_that_gives_no_tree_is_named() -> None:
     ):
         with pytest.raises(PromptError, match=f"the drafter 'grown' gives no tree: .*{why}"):
             answered(Grown(lambda _, tree=tree: tree))
+        with pytest.raises(PromptError, match=f"the drafter 'grown' gives no tree: .*{why}"):
+            answered([Lookup(), Grown(lambda _, tree=tree: tree)])
 
 
 def test_a_stop_token_in_a_tree_ends_the_answer() -> None:

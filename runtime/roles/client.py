@@ -256,7 +256,7 @@ class Connection:
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
         fixed_length: bool = False,
-        speculate: str | Drafter | None = None,
+        speculate: str | Drafter | Sequence[Drafter] | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
         speculate_extra: int | None = None,
@@ -269,19 +269,19 @@ class Connection:
         checkpoint's generation settings. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
         about the answer. speculate: what drafts the next tokens, so that a step can give several:
-        `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, a `Drafter`, or `none`; greedy answers and
-        those of a seed stay the same, and server and dealer see how many drafts of each step were
-        right. speculate_tokens: drafts of a step; None to choose as many as pay. speculate_fixed:
-        tokens by which each step makes the caches longer in the mean, so that server and dealer do
-        not see how many were right, only where too few were (`Steady`); None for as many as are
-        right. speculate_extra: most extra steps that this takes where too few were right, before
-        the answer goes on with one token a step; None for any number. speculate_tree: let drafts
-        form a tree, whose shape and right path server and dealer see. blocks: the public blocks
-        that the prompt combines, as in `encode`; a prompt of tokens begins with those of the text
-        that they see and of these blocks. Closing the iterator ends the answer after the current
-        step; the session stays open. Raises PromptError for a
-        prompt, sampling or drafter that the program or the server does not allow, PartyError if a
-        peer fails, and MergecError if the settings or the drafter need a package that is not
+        `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, several of them joined by "+", one or
+        several `Drafter`, or `none`; greedy answers and those of a seed stay the same, and server
+        and dealer see how many drafts of each step were right. speculate_tokens: drafts of a step;
+        None to choose as many as pay. speculate_fixed: tokens by which each step makes the caches
+        longer in the mean, so that server and dealer do not see how many were right, only where too
+        few were (`Steady`); None for as many as are right. speculate_extra: most extra steps that
+        this takes where too few were right, before the answer goes on with one token a step; None
+        for any number. speculate_tree: let drafts form a tree, whose shape and right path server
+        and dealer see. blocks: the public blocks that the prompt combines, as in `encode`; a prompt
+        of tokens begins with those of the text that they see and of these blocks. Closing the
+        iterator ends the answer after the current step; the session stays open. Raises PromptError
+        for a prompt, sampling or drafter that the program or the server does not allow, PartyError
+        if a peer fails, and MergecError if the settings or the drafter need a package that is not
         installed.
         """
         ids = self.encode(prompt, blocks=blocks) if isinstance(prompt, str) else list(prompt)
@@ -368,7 +368,7 @@ class Connection:
 
     def speculation(
         self,
-        speculate: str | Drafter | None = None,
+        speculate: str | Drafter | Sequence[Drafter] | None = None,
         speculate_tokens: int | None = None,
         speculate_fixed: float | None = None,
         speculate_extra: int | None = None,
@@ -384,7 +384,7 @@ class Connection:
         how: dict[str, Any] = {
             "fixed": speculate_fixed, "extra": speculate_extra, "tree": speculate_tree,
         }  # fmt: skip
-        if isinstance(name, Drafter):
+        if not isinstance(name, str):
             made: Speculation | None = Speculation(name, speculate_tokens, **how)
             steady(self.program.manifest, speculate_tokens, speculate_fixed)
         else:

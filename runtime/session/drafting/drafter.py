@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Drafter(ABC):
     """Guesses the tokens that follow; a guess costs nothing but time if it is wrong.
 
     A subclass in a file of this package, or an entry point of the group `mergec.drafters`, can be
-    named in `speculate`: by its `name`, or `name:PLACE` if it reads something from a place.
+    named in `speculate`: by its `name`, or `name:PLACE` if it reads something from a place. Several
+    are joined by "+".
 
     name: what `speculate` calls it. place: what stands behind the colon, as in "DIR"; "" if nothing
     does.
@@ -122,14 +124,23 @@ def _loaded(point: EntryPoint) -> type[Drafter]:
     return kind
 
 
-def read(speculate: str) -> tuple[type[Drafter], str]:
-    """The drafter that `speculate` names, and its place. Raises PromptError for any other text."""
-    name, colon, place = speculate.partition(":")
+def read(speculate: str) -> list[tuple[type[Drafter], str]]:
+    """The drafters that `speculate` names, joined by "+", and their places.
+
+    Raises PromptError for any other text. A "+" joins only what a drafter's name follows, so that
+    a place may contain one.
+    """
     known = drafters()
-    kind = known.get(name)
-    if kind is None or bool(place) != bool(kind.place) or (colon and not place):
-        forms = [f"{k.name}:{k.place}" if k.place else k.name for k in known.values()]
-        raise PromptError(
-            f"speculate is {speculate!r}; it can be: {', '.join([*sorted(forms), 'none'])}"
-        )
-    return kind, place
+    names = "|".join(map(re.escape, known))
+    found = []
+    for part in re.split(rf"\+(?=(?:{names})(?:[:+]|$))", speculate):
+        name, colon, place = part.partition(":")
+        kind = known.get(name)
+        if kind is None or bool(place) != bool(kind.place) or (colon and not place):
+            forms = [f"{k.name}:{k.place}" if k.place else k.name for k in known.values()]
+            raise PromptError(
+                f"speculate is {speculate!r}; it can be: {', '.join([*sorted(forms), 'none'])}, or "
+                "several joined by +, as in lookup+medusa"
+            )
+        found.append((kind, place))
+    return found

@@ -19,29 +19,30 @@ from mergec.runtime.session.drafting.pace import (
     modelled_seconds,
 )
 from mergec.runtime.session.drafting.steady import Steady
-from mergec.runtime.session.drafting.tree import Tree
+from mergec.runtime.session.drafting.tree import Tree, merged
 from mergec.runtime.session.text import Text
 
 NONE = "none"
 
 
 class Speculation:
-    """A drafter, and how many of its tokens a step checks.
+    """Drafters, and how many of their tokens a step checks.
 
-    It serves one session, one answer at a time. What it has seen of a drafter's drafts and of a
-    session's steps stays from answer to answer.
+    It serves one session, one answer at a time. What it has seen of drafts and of a session's steps
+    stays from answer to answer.
     """
 
     def __init__(
         self,
-        drafter: Drafter,
+        drafters: Drafter | Sequence[Drafter],
         tokens: int | None = None,
         *,
         fixed: float | None = None,
         extra: int | None = None,
         tree: bool = False,
     ) -> None:
-        """tokens: drafts of a step, where the drafter has as many; None to choose by `pace`.
+        """drafters: of several, the first one that has drafts makes a line; a tree has those of
+        all. tokens: drafts of a step, where there are as many; None to choose by `pace`.
 
         fixed: tokens by which each step makes the caches longer, whatever drafts are right
         (`Steady`); then all steps have equally many drafts, by default as many as the program
@@ -57,8 +58,8 @@ class Speculation:
                 "or speculate_fixed out"
             )
         check_extra(extra, fixed)
-        self.drafter, self.tokens, self.fixed, self._branches = drafter, tokens, fixed, tree
-        self.extra = extra
+        self.drafters = [drafters] if isinstance(drafters, Drafter) else list(drafters)
+        self.tokens, self.fixed, self.extra, self._branches = tokens, fixed, extra, tree
         self._acceptance = Acceptance()
         self._seconds: Seconds | None = None
         self._drafted = self._chosen = Tree()
@@ -78,7 +79,7 @@ class Speculation:
         extra: int | None = None,
         tree: bool = False,
     ) -> Self | None:
-        """What `speculate` names, as `lookup` or `retrieve:DIR`; None for "none" and "".
+        """What `speculate` names, as `lookup` or `lookup+retrieve:DIR`; None for "none" and "".
 
         Raises PromptError if there is no such drafter, if it does not fit the program, or if the
         program cannot check drafts.
@@ -89,11 +90,12 @@ class Speculation:
                 if given is not None:
                     raise PromptError(f"speculate_{name} needs speculate, as in speculate='lookup'")
             return None
-        kind, place = read(speculate)
+        named = read(speculate)
         check(manifest)
         steady(manifest, tokens, fixed)
-        drafter = kind.open(place, Target(manifest.vocab_size, text, manifest.medusa))
-        return cls(drafter, tokens, fixed=fixed, extra=extra, tree=tree)
+        target = Target(manifest.vocab_size, text, manifest.medusa)
+        opened = [kind.open(place, target) for kind, place in named]
+        return cls(opened, tokens, fixed=fixed, extra=extra, tree=tree)
 
     def begin(self, program: RoleProgram, length: int, rehearsal: Rehearsal | None = None) -> None:
         """Get ready for an answer to a prompt of `length` tokens; raises PromptError as `open`.
@@ -123,8 +125,8 @@ class Speculation:
         return steady(manifest, self.tokens, self.fixed)
 
     def fill(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Exactly `count` drafts after `tokens`; where the drafter has fewer, any tokens do."""
-        drafted = self.drafter.draft(tokens, count)[:count] if count else []
+        """Exactly `count` drafts after `tokens`; where a drafter has fewer, any tokens do."""
+        drafted = self._line(tokens, count).tokens if count else []
         return [*drafted, *[tokens[-1]] * (count - len(drafted))]
 
     def draft(self, tokens: Sequence[int], room: int) -> list[int]:
@@ -146,17 +148,12 @@ class Speculation:
         return self._chosen.tokens
 
     def _line(self, tokens: Sequence[int], most: int) -> Tree:
-        return Tree.line(self.drafter.draft(tokens, most)[:most])
+        drafted = (drafter.draft(tokens, most)[:most] for drafter in self.drafters)
+        return Tree.line(next(filter(None, drafted), []))
 
     def _tree(self, tokens: Sequence[int], most: int) -> Tree:
-        """Raises PromptError if the drafter gives something else."""
-        found = self.drafter.tree(tokens, most).first(most)
-        why = check_parents(found.parents, 1 + len(found.tokens))
-        if len(found.shares) != len(found.tokens):
-            why = f"{len(found.tokens)} drafts have {len(found.shares)} shares"
-        if why:
-            raise PromptError(f"the drafter {self.drafter.name!r} gives no tree: {why}")
-        return found
+        trees = [_tree(drafter, tokens, most) for drafter in self.drafters]
+        return trees[0] if len(trees) == 1 else merged(trees, most)
 
     @property
     def parents(self) -> tuple[int, ...]:
@@ -166,18 +163,31 @@ class Speculation:
         return () if found == tuple(range(len(found))) else found
 
     def guess(self, tokens: Sequence[int]) -> None:
-        """Tell the drafter which tokens the model's heads expect after the next one."""
-        self.drafter.guess(tokens)
+        """Tell the drafters which tokens the model's heads expect after the next one."""
+        for drafter in self.drafters:
+            drafter.guess(tokens)
 
     def rank(self, candidates: Sequence[Sequence[int]]) -> None:
-        """Tell the drafter which tokens each head thinks likely, the likeliest first."""
-        self.drafter.rank(candidates)
+        """Tell the drafters which tokens each head thinks likely, the likeliest first."""
+        for drafter in self.drafters:
+            drafter.rank(candidates)
 
     def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
         """Note a step of `new` tokens, and the tokens that came of it."""
         self._acceptance.learn(self._drafted.right(tokens), tokens)
         if self._seconds is not None:
             self._seconds.learn(new, seconds)
+
+
+def _tree(drafter: Drafter, tokens: Sequence[int], most: int) -> Tree:
+    """Up to `most` of its drafts in a tree; raises PromptError if it gives something else."""
+    found = drafter.tree(tokens, most).first(most)
+    why = check_parents(found.parents, 1 + len(found.tokens))
+    if len(found.shares) != len(found.tokens):
+        why = f"{len(found.tokens)} drafts have {len(found.shares)} shares"
+    if why:
+        raise PromptError(f"the drafter {drafter.name!r} gives no tree: {why}")
+    return found
 
 
 def check(manifest: Manifest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,10 @@ class Tree:
         """Its first drafts alone."""
         return Tree(self.tokens[:count], self.parents[:count], self.shares[:count])
 
+    def behind(self, at: int) -> list[int]:
+        """Which drafts follow draft `at`, counted from 1, or the last known token if it is 0."""
+        return [number for number, parent in enumerate(self.parents, 1) if parent == at]
+
     def chances(self, acceptance: float) -> list[float]:
         """The probability that each draft is right.
 
@@ -50,13 +54,31 @@ class Tree:
         because nothing was."""
         at, found = 0, list[int]()
         for token in tokens:
-            behind = [n for n, parent in enumerate(self.parents, 1) if parent == at]
+            behind = self.behind(at)
             at = next((n for n in behind if self.tokens[n - 1] == token), 0)
             if behind:
                 found.append(token if at else -1)
             if not at:
                 break
         return found
+
+
+def merged(trees: Iterable[Tree], most: int) -> Tree:
+    """One tree of up to `most` drafts of several trees, the likeliest first.
+
+    A path that several have is in it once. At each place those that go on count alike.
+    """
+
+    def following(places: list[tuple[Tree, int]]) -> Iterator[tuple[int, float, Any]]:
+        going = [(tree, behind) for tree, at in places if (behind := tree.behind(at))]
+        found: dict[int, list[tuple[Tree, int]]] = {}
+        for tree, behind in going:
+            for number in behind:
+                found.setdefault(tree.tokens[number - 1], []).append((tree, number))
+        for token, there in found.items():
+            yield token, sum(tree.shares[n - 1] for tree, n in there) / len(going), there
+
+    return grown([(tree, 0) for tree in trees], most, following)
 
 
 def grown(
