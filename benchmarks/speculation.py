@@ -158,9 +158,9 @@ class Steps:
 class Waiting(Speculation):
     """Speculation as on `wan`: its steps take the seconds that the cost model says."""
 
-    def __init__(self, drafter: Drafter, by: Mapping[int, float], tree: bool) -> None:
+    def __init__(self, drafters: Sequence[Drafter], by: Mapping[int, float], tree: bool) -> None:
         """by: seconds of a step by its number of tokens."""
-        super().__init__(drafter, None, tree=tree)
+        super().__init__(drafters, None, tree=tree)
         self._by = by
 
     def learn(self, new: int, seconds: float, tokens: Sequence[int]) -> None:
@@ -180,12 +180,12 @@ def played(
 
 
 def made_of(
-    drafter: Drafter, most: int | None, tree: bool, by: Mapping[str, Mapping[int, float]]
+    drafters: Sequence[Drafter], most: int | None, tree: bool, by: Mapping[str, Mapping[int, float]]
 ) -> Speculation:
     """Drafts in one of `WAYS`. by: costs of steps, as of `costs`."""
     if most is None:
-        return Waiting(drafter, by["wan"], tree)
-    return Speculation(drafter, most, tree=tree)
+        return Waiting(drafters, by["wan"], tree)
+    return Speculation(drafters, most, tree=tree)
 
 
 def shape_of(most: int | None, tree: bool) -> str:
@@ -345,10 +345,10 @@ def main() -> None:
         program.history = None  # its weights are not needed any more
     plain = PlainExecutor(program.roles["server"])
     by, store, rehearsal = costs(program), datastore(program), Rehearsal(program.any_role)
-    drafters: dict[str, Drafter | None] = {
-        "none": None,
-        "lookup": Lookup(),
-        "retrieve": Retrieve(store),
+    ways: dict[str, list[Drafter]] = {
+        "lookup": [Lookup()],
+        "retrieve": [Retrieve(store)],
+        "lookup+retrieve": [Lookup(), Retrieve(store)],
     }
     rows: list[str] = []
     answers: dict[str, list[int]] = {}
@@ -359,11 +359,12 @@ def main() -> None:
         rows.append(row(task, "none", single, by))
         answers[task] = tokens
         whole = [*prompt, *tokens]
-        for name, drafter in drafters.items():
-            for most, tree in WAYS if drafter is not None else ():
+        for name, drafters in ways.items():
+            for most, tree in WAYS:
                 replay = Replay(plain, whole)
                 replay.rehearsal = rehearsal
-                again, steps = played(replay, prompt, len(tokens), made_of(drafter, most, tree, by))
+                made = made_of(drafters, most, tree, by)
+                again, steps = played(replay, prompt, len(tokens), made)
                 if again != tokens:
                     raise SystemExit(f"{task}, {name}: drafts changed the answer")
                 rows.append(row(task, f"{name}, {shape_of(most, tree)}", steps, by))
