@@ -15,6 +15,7 @@ from harness import RunError, Step, run
 
 from mergec.runtime.core.spec import FRACTIONAL_BITS, ROLES, Vis
 from mergec.runtime.ops import load_all
+from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.program.program import InputSpec, Instruction, Ref, RoleProgram
 
 COUNT = 1 << 16
@@ -36,6 +37,10 @@ CASES: tuple[tuple[str, tuple[Any, ...], tuple[int, int], float, float], ...] = 
 )
 """Op, its further arguments, shape, and the interval that its inputs are spread over."""
 
+
+BITS = 6
+"""Results are multiplied with 2**6 before the client sees them, with 12 fractional bits: their own
+errors show."""
 
 MODES = ("crypten", "mergec")
 
@@ -72,13 +77,14 @@ def program(role: str, op: str, arguments: tuple[Any, ...], shape: tuple[int, in
         [
             *(first if convert else []),
             Instruction("y", f"mpc.{op}", (x, *arguments), {}, Vis.SHARED, frac),
-            Instruction("seen", "mpc.reveal", (Ref("y"),), {}, Vis.CLIENT, 0),
+            Instruction("larger", "mpc.scale", (Ref("y"), 2.0**BITS), {}, Vis.SHARED, frac - BITS),
+            Instruction("seen", "mpc.reveal", (Ref("larger"),), {}, Vis.CLIENT, 0),
         ],
         [InputSpec("x", Vis.SHARED, "float32", shape, FRACTIONAL_BITS)],
         ["seen"],
         [],
         {},
-        {"fractional_bits": FRACTIONAL_BITS},
+        Manifest(fractional_bits=FRACTIONAL_BITS),
     )
 
 
@@ -97,7 +103,7 @@ def measure(case: tuple[str, tuple[Any, ...], tuple[int, int], float, float]) ->
         except RunError as error:
             rows.append(Row(op, mode, COUNT, failed=str(error)))
             continue
-        error = (taken.value.double() - expected).abs()
+        error = (taken.value.double() / 2.0**BITS - expected).abs()
         rows.append(
             Row(
                 op,

@@ -140,3 +140,18 @@ def test_the_small_form_from_the_command_line(bench: Any, tmp_path: Path) -> Non
     text = (tmp_path / "side-by-side.md").read_text()
     assert text.count("| crypten | shared |") == text.count("| exact | server |") == 4
     assert "failed" not in text
+
+
+def test_a_nonlinearity_on_its_own(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import elementwise  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(elementwise, "CASES", (("exp", (), (1, 64), -12.0, 0.0),))
+    monkeypatch.setattr(elementwise, "COUNT", 64)
+    monkeypatch.setattr(elementwise, "MODES", ("mergec",))
+    (row,) = elementwise.main(tmp_path)
+    assert row.rounds == 3
+    assert 0 < row.largest_error < 1e-4
+    assert elementwise.main(tmp_path, resume=True) == [row], "what is measured stays"
+    assert "| exp | mergec | 3 |" in (tmp_path / "elementwise.md").read_text()
