@@ -70,8 +70,9 @@ connections as all other rows. `crypten-gloo` is CrypTen as installed: over torc
 without a third party, which offers no security at all; its bytes and rounds are not counted. Both
 ran with two and with eight layers. The remaining layers are extrapolated from the difference that
 a layer makes, for all figures but memory. All other rows are mergec's protocols. A decode step's
-seconds are the median of several runs. Errors are measured against the unchanged model in
-plaintext; a lossy preset that was not retrained is far from it. `seconds` includes the dealer,
+seconds are the median of several runs; on a host that does other work, too, rows that should be
+alike differ by up to a half. Errors contain the noise that the server adds to logits, and are
+measured against the unchanged model in plaintext; a lossy preset that was not retrained is far from it. `seconds` includes the dealer,
 which works on the same cores while the step runs. `dealt before` is the time of a step whose
 randomness is available when it begins, `dealer s` the dealer's processor time. CrypTen's third
 party is queried during the step, so its rows have neither. A preset that resends hidden states
