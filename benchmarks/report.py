@@ -68,17 +68,18 @@ rounds are counted at the transport, both directions together. `crypten` is Cryp
 protocols with one-hot embedding, secret-shared weights and a third party that deals, over the same
 connections as all other rows. `crypten-gloo` is CrypTen as installed: over torch.distributed and
 without a third party, which offers no security at all; its bytes and rounds are not counted. Both
-ran with two and with eight layers. The remaining layers are extrapolated from the difference that
-a layer makes, for all figures but memory. All other rows are mergec's protocols. A decode step's
+ran with two and with eight layers. The remaining layers are extrapolated from the difference that a
+layer makes, for all figures but memory. All other rows are mergec's protocols. A decode step's
 seconds are the median of several runs; on a host that does other work, too, rows that should be
 alike differ by up to a half. Errors contain the noise that the server adds to logits, and are
-measured against the unchanged model in plaintext; a lossy preset that was not retrained is far from it. `seconds` includes the dealer,
-which works on the same cores while the step runs. `dealt before` is the time of a step whose
-randomness is available when it begins, `dealer s` the dealer's processor time. CrypTen's third
-party is queried during the step, so its rows have neither. A preset that resends hidden states
-(`merge-er`, `merge`) runs the head once at the end of an answer; here each step includes it.
-Memory is the larger of the client's and the server's peak up to the end of the step. The × columns
-say how many times less than `crypten` and than `merge` a row takes, while the dealer works.
+measured against the unchanged model in plaintext; a lossy preset that was not retrained is far from
+it. `seconds` includes the dealer, which works on the same cores while the step runs. `dealt before`
+is the time of a step whose randomness is available when it begins, `dealer s` the dealer's
+processor time. CrypTen's third party is queried during the step, so its rows have neither. A preset
+that resends hidden states (`merge-er`, `merge`) runs the head once at the end of an answer; here
+each step includes it. Memory is the larger of the client's and the server's peak up to the end of
+the step. The × columns say how many times less than `crypten` and than `merge` a row takes, while
+the dealer works.
 Made by `make bench` (`make bench-quick` for the short form).
 """
 
