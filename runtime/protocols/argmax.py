@@ -19,18 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, Cost
-from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
-from mergec.runtime.protocols.formula import open_bits
 from mergec.runtime.protocols.opening import open_under
-from mergec.runtime.protocols.ranks import Pairs
+from mergec.runtime.protocols.ranks import pairs_within, ranked, ranked_cost
 
 LOWEST = -(2**30)
 """Key of the entries that pad a group. All other keys must be larger, and below 2**30."""
@@ -80,10 +76,9 @@ def _cost(rows: int, count: int, keep: int, sizes: Sequence[int], *, secret_labe
         groups = -(-count // size)
         members, pairs = rows * groups * size, rows * groups * size * (size - 1) // 2
         words = 3 if secret_labels else 2
+        total += ranked_cost(pairs, members)
         total += Cost(
-            rounds=3,
-            online=8 * (words - 1) * members + 2 * pairs + 2 * members,
-            offline=(DIGITS.table_bytes + LESS_THAN.words) * pairs + 4 * words * size * members,
+            rounds=1, online=8 * (words - 1) * members, offline=4 * words * size * members
         )
         count, secret_labels = groups * keep, True
     return total
@@ -115,7 +110,7 @@ def _power_of_two(count: int) -> int:
 
 def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protocol:
     keys = _grouped(ctx, candidates.keys, size, LOWEST)
-    pairs = _pairs(keys.numel() // size, size)
+    pairs = pairs_within(keys.numel() // size, size)
     masks = [ctx.mask(keys.shape, torch.int32)]
     openings = [open_under(ctx, keys, masks[0])]
     if candidates.labels is not None:
@@ -123,22 +118,10 @@ def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protoc
         masks.append(ctx.mask(keys.shape, torch.int32))
         openings.append(open_under(ctx, labels, masks[1]))
 
-    count = len(pairs.first)
-    tables = ctx.deal_bits(
-        (count, DIGITS.table_bytes), lambda: DIGITS.tables(pairs.differences(masks[0]))
-    )
-    bit_mask = ctx.mask_bits((count,))
-    words = LESS_THAN.deal(ctx, bit_mask, dtype=torch.int8)
     rank_mask = ctx.mask(keys.shape, torch.int8)
-
     shape = (*keys.shape, 1 + len(masks), size)
     rows = ctx.deal(shape, lambda: pairs.one_hot(rank_mask, *masks), torch.int32)
-    opened = yield from together(*openings)
-    # Shares of [x_i < x_j] modulo 2**8.
-    points = tables[:, 0] if keys.is_meta else pairs.differences(opened[0])
-    bits = yield from open_bits(ctx, DIGITS.look_up(points, tables), bit_mask)
-    less = LESS_THAN.evaluate(bits, words)[:, 0]
-    rank = yield from pairs.open_ranks(ctx, less, rank_mask)
+    opened, rank = yield from ranked(ctx, pairs, openings, lambda: masks[0], rank_mask)
     if keys.is_meta:
         left = torch.empty((len(keys), keys.shape[1] * keep), dtype=torch.int32, device="meta")
         return Candidates(left, left)
@@ -162,15 +145,6 @@ def _grouped(ctx: Context, share: torch.Tensor, size: int, filling: int) -> torc
     if missing and ctx.party == CLIENT:
         filled[:, -missing:] = filling
     return filled.reshape(len(share), -1, size)
-
-
-@lru_cache(maxsize=8)
-def _pairs(groups: int, size: int) -> Pairs:
-    """All pairs within each of `groups` consecutive groups of `size` members."""
-    starts = size * np.arange(groups, dtype=np.int32)[:, None]
-    ends = torch.triu_indices(size, size, 1, dtype=torch.int32).numpy()
-    first, second = ((starts + end).reshape(-1) for end in ends)
-    return Pairs(first, second, size * groups, size)
 
 
 def _winners(known: torch.Tensor, chosen: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

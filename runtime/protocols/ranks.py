@@ -1,4 +1,4 @@
-"""Ranks of group members, from comparisons of all pairs; shared by `peak` and `argmax`.
+"""Ranks of group members, from comparisons of all pairs; for `peak`, `argmax` and `top_k`.
 
 Exactly one member of a group has each rank. Ranks are opened under masks rho and looked up in
 shared one-hot rows of rho. A row holds [rank = t] for each t. The same row times the mask of the
@@ -7,6 +7,7 @@ member's value makes [rank = t] times the value a public linear combination of d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.messages import Protocol, Swap
-from mergec.runtime.core.spec import CLIENT
+from mergec.runtime.core.messages import Protocol, Swap, together
+from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.formula import open_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,54 @@ class Pairs:
         mine = _LOSSES(mask, less, self, int(ctx.party == CLIENT))
         other = yield Swap(mine)
         return mine + other
+
+
+@lru_cache(maxsize=8)
+def pairs_within(groups: int, size: int) -> Pairs:
+    """All pairs within each of `groups` consecutive groups of `size` members."""
+    starts = size * np.arange(groups, dtype=np.int32)[:, None]
+    ends = torch.triu_indices(size, size, 1, dtype=torch.int32).numpy()
+    first, second = ((starts + end).reshape(-1) for end in ends)
+    return Pairs(first, second, size * groups, 1 << (size - 1).bit_length())
+
+
+def ranked(
+    ctx: Context,
+    pairs: Pairs,
+    openings: Sequence[Protocol],
+    mask: Callable[[], torch.Tensor],
+    rank_mask: torch.Tensor,
+) -> Protocol:
+    """Open keys under masks, and then their ranks.
+
+    openings: protocols that run beside each other, the first of which opens the keys of all members
+    as int32; differences of keys are in [-2**31, 2**31). mask: the masks of these keys, int32;
+    called by the dealer only. rank_mask: int8, from `Context.mask`. Returns what the openings
+    return, and the opened ranks, int8; a larger key has a smaller rank, and so has the first of
+    equal ones. Rounds 2 more than the openings. Cost besides: `ranked_cost`. Each party sees what
+    the openings show, bits and ranks, the latter two under fresh, uniform masks.
+    """
+    count = len(pairs.first)
+    tables = DIGITS.deal(ctx, count, lambda: pairs.differences(mask()))
+    bit_mask = ctx.mask_bits((count,))
+    words = LESS_THAN.deal(ctx, bit_mask, dtype=torch.int8)
+    opened = yield from together(*openings)
+    keys = opened[0]
+    # Shares of [x_i < x_j] modulo 2**8.
+    points = tables[:, 0] if keys.is_meta else pairs.differences(keys)
+    bits = yield from open_bits(ctx, DIGITS.look_up(points, tables), bit_mask)
+    less = LESS_THAN.evaluate(bits, words)[:, 0]
+    rank = yield from pairs.open_ranks(ctx, less, rank_mask)
+    return opened, rank
+
+
+def ranked_cost(pairs: int, members: int) -> Cost:
+    """Cost of `ranked` without its openings."""
+    return Cost(
+        rounds=2,
+        online=2 * pairs + 2 * members,
+        offline=(DIGITS.table_bytes + LESS_THAN.words) * pairs,
+    )
 
 
 @lru_cache(256)

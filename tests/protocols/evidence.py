@@ -43,6 +43,7 @@ from mergec.runtime.protocols.rows import EXP_FRAC
 from mergec.runtime.protocols.saturate import Function, apply, function_input
 from mergec.runtime.protocols.slots import top_slot
 from mergec.runtime.protocols.squares import truncated_square
+from mergec.runtime.protocols.top_k import top_k
 from mergec.runtime.protocols.truncate import cut, truncate
 from mergec.runtime.protocols.weights import linear, send, share_weight
 from mergec.runtime.protocols.wide import narrow
@@ -243,6 +244,18 @@ def largest(count: int) -> Outcome:
         labels = (client.labels + server.labels)[:, 0].long()
         outcome.add(labels - keys.argmax(1), 0.0)
         outcome.tried += keys.numel() - size
+    return outcome
+
+
+def chosen(count: int) -> Outcome:
+    outcome, length, k = Outcome(), 64, 8
+    for size, seed in pieces(max(1, count // length), 100):
+        keys = row_values(size, length, seed, -LOWEST - 1)
+        simulation = Simulation()
+        shares = [Cut(s.share.to(torch.int32)) for s in integers(simulation, keys)]
+        found, _ = run(simulation, lambda ctx, p, s=shares: top_k(ctx, s[p], k, 0))
+        best_first = keys.sort(dim=1, descending=True, stable=True).indices
+        outcome.add(found - torch.zeros_like(keys).scatter(1, best_first[:, :k], 1), 0.0)
     return outcome
 
 
@@ -536,6 +549,7 @@ CHECKS = [
         near_maxima(partial(top_slot, bits=9, digits=True, keys=True), 255, 253, 4),
     ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
+    Check("the 8 largest of 64", "abs(x) < 2^30, ties", "exact, the first", chosen, cost=4),
     Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),
     Check("the same, spread 512", "all of it", "2^-17 + 2^-22 y", broad(9)),
     Check(

@@ -12,6 +12,7 @@ from mergec.runtime.correlations.prg import Prg, derive, new_seed
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.softmax import Softmax
+from mergec.runtime.ops.top_k import TopK
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm
 from mergec.runtime.protocols.formula import open_bits
 from mergec.runtime.protocols.normalize import RowNorm, normalize
@@ -55,6 +56,7 @@ PROTOCOLS = {
     "silu": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16),
     "silu times itself": lambda ctx, x: apply(ctx, SILU, function_input(ctx, x), 16, x),
     "relu": lambda ctx, x: rectify(ctx, cut(ctx, x.share, 0), x),
+    "top_k": lambda ctx, x: TopK.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac), 8),
     "softmax": lambda ctx, x: Softmax.protocol(ctx, Shared(x.share.reshape(-1, 64), x.frac)),
     "softmax by histograms": lambda ctx, x: Softmax.protocol(
         ctx, Shared(x.share.reshape(-1, 64), x.frac), HISTOGRAM
