@@ -48,6 +48,7 @@ fuse          fuse_glu
 fuse          fuse_layer_norm
 fuse          fuse_rms_norm
 fuse          fuse_rotary
+fuse          fuse_top_k
 fuse          fuse_xielu
 approximate   fix_attention
 approximate   quadratic_gelu
