@@ -51,7 +51,7 @@ TEXT = tokens(10, seed=3)[0].tolist()
 
 
 class Dense(nn.Module):
-    """An MLP in place of the experts of gpt_oss, which are refused."""
+    """An MLP in place of the experts of gpt_oss, which are tested in test_experts.py."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ from mergec.compiler.frontend.encoder_decoder import (
     texts,
 )
 from mergec.compiler.frontend.exclusive import exclusive
+from mergec.compiler.frontend.experts import all_experts, can_run_all, is_experts
 from mergec.compiler.frontend.latents import expanded, has_latents
 from mergec.compiler.frontend.lengths import (
     Bound,
@@ -193,7 +194,7 @@ def capture(model: nn.Module, *, cache: bool = True) -> Captured:
     hugging_face = _check_architecture(model)
     _check_weights(model)
     model = _widened(model)
-    with _quiet(), _inference(model, hugging_face):
+    with _quiet(), _inference(model, hugging_face), all_experts(model):
         if hugging_face and getattr(model.config, "is_encoder_decoder", False):
             return _capture_encoder_decoder(model, cache=cache)
         if cache and hugging_face:
@@ -221,7 +222,8 @@ def _inference(model: Any, hugging_face: bool) -> Iterator[None]:
 def _check_architecture(model: nn.Module) -> bool:
     """Whether the model is a Hugging Face decoder.
 
-    Raises CompileError for other Hugging Face models, mixtures of experts, and recurrent layers.
+    Raises CompileError for other Hugging Face models, experts that cannot all be run, and recurrent
+    layers.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
@@ -235,14 +237,13 @@ def _check_architecture(model: nn.Module) -> bool:
         kind = "Seq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "CausalLM"
         raise CompileError(f"{name} has no language-model head; load it as AutoModelFor{kind}")
     # Checked by module, because configurations of dense models mention experts too.
-    if any(
-        "Experts" in type(m).__name__ or path.endswith("experts")
-        for path, m in model.named_modules()
-    ):
-        raise CompileError(
-            f"{name} is a mixture of experts, and which of them run would depend on secret values; "
-            "mergec compiles dense decoders"
-        )
+    for path, module in model.named_modules():
+        if is_experts(path, module) and not can_run_all(module):
+            raise CompileError(
+                f"{name} is a mixture of experts, and which of them run would depend on secret "
+                f"values; mergec can run them all, but not as {path} ({type(module).__name__}) "
+                "stores them"
+            )
     stateful = sorted({*(getattr(config, "layer_types", None) or ())} - _ATTENTION_LAYERS)
     if stateful:
         raise CompileError(
