@@ -13,6 +13,9 @@ from mergec.runtime.session.drafting.tree import Tree, grown
 LEAST, MOST = 2, 16
 """A draft needs that many tokens of the end to occur earlier; more than MOST are not compared."""
 
+BEFORE, CHANGED = 3, 3
+"""Where the end is new, up to CHANGED tokens may be what changed, behind BEFORE that occur earlier."""
+
 _LONGER = 4.0
 """How much more a place counts in a tree for each token more that it has in common."""
 
@@ -21,8 +24,10 @@ class Lookup(Drafter):
     """Finds the longest end of the tokens that occurs before, and drafts what followed it there.
 
     Of several places with equally long matches, the latest; a tree has what followed at the others,
-    too, and at places with shorter matches. Good where an answer repeats its
-    prompt: quotes, summaries, edits of code. Source: Saxena, "Prompt Lookup Decoding" (2023).
+    too, and at places with shorter matches. If the end is new, as after a word that a quote or an
+    edit has changed, it goes on in the earlier text behind as many tokens as were changed. Good
+    where an answer repeats its prompt: quotes, summaries, edits of code. Source: Saxena, "Prompt
+    Lookup Decoding" (2023), which has no such changes.
     """
 
     name = "lookup"
@@ -34,9 +39,7 @@ class Lookup(Drafter):
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         ids = np.asarray(tokens, np.int64)
         found = list(_matches(ids))
-        if not found:
-            return []
-        start = int(found[-1][-1]) + 1
+        start = int(found[-1][-1]) + 1 if found else _behind_changes(ids)
         return [int(token) for token in ids[start : start + most]]
 
     def tree(self, tokens: Sequence[int], most: int) -> Tree:
@@ -58,7 +61,23 @@ class Lookup(Drafter):
                 same = ends[inside][ids[at[inside]] == token]
                 yield int(token), float(weights[same].sum() / total), (same, step + 1)
 
-        return grown((places, 1), most, following)
+        found = grown((places, 1), most, following)
+        return found if found.tokens else Tree.line(self.draft(tokens, most))
+
+
+def _behind_changes(ids: np.ndarray) -> int:
+    """Where the tokens go on if the last ones, as few as possible, took the place of as many.
+
+    The number of tokens if none before these occur earlier.
+    """
+    for changed in range(1, CHANGED + 1):
+        known = ids[:-changed]
+        if len(known) > BEFORE:
+            windows = np.lib.stride_tricks.sliding_window_view(known[:-1], BEFORE)
+            (starts,) = np.nonzero((windows == known[-BEFORE:]).all(-1))
+            if len(starts):
+                return int(starts[-1]) + BEFORE + changed
+    return len(ids)
 
 
 def _matches(ids: np.ndarray) -> Iterator[np.ndarray]:
