@@ -510,6 +510,9 @@ def test_lookup_drafts_several_continuations() -> None:
         found = look.tree(ids, 6)
         assert bool(found.tokens) == bool(look.draft(ids, 6))
         text = "".join(map(str, ids))
+        if text[-2:] not in text[:-1]:
+            assert found == Tree.line(look.draft(ids, 6)), "its end is new"
+            continue
         for place in range(1, len(found.tokens) + 1):
             path = [found.tokens[n - 1] for n in path_to(place, found.parents)[1:]]
             assert "".join(map(str, [*ids[-2:], *path])) in text

@@ -14,7 +14,7 @@ LEAST, MOST = 2, 16
 """A draft needs that many tokens of the end to occur earlier; more than MOST are not compared."""
 
 BEFORE, CHANGED = 3, 3
-"""Where the end is new, up to CHANGED tokens may be what changed, behind BEFORE that occur earlier."""
+"""Where an end is new, up to CHANGED tokens are skipped, if BEFORE ahead of them occur earlier."""
 
 _LONGER = 4.0
 """How much more a place counts in a tree for each token more that it has in common."""
