@@ -138,6 +138,7 @@ def test_an_interrupted_run_continues(
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16(model: Any, data: Path, tmp_path: Path) -> None:
     """Products alone: the weights are float32, and the program is the student that was measured."""
     asked = {"noise": 0.0, "match_scale": True, "resent": 1}
