@@ -13,7 +13,7 @@ from mergec.runtime.session.drafting.tree import Tree, grown
 LEAST, MOST = 2, 16
 """A draft needs that many tokens of the end to occur earlier; more than MOST are not compared."""
 
-BEFORE, CHANGED = 3, 3
+BEFORE, CHANGED = 8, 3
 """Where an end is new, up to CHANGED tokens are skipped, if BEFORE ahead of them occur earlier."""
 
 _LONGER = 4.0
