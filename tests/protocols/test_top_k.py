@@ -87,6 +87,20 @@ def test_windows_of_finer_numbers(frac: int, exact: bool) -> None:
     assert torch.equal(client + server, _wanted(order, 4))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_near_ties_go_either_way(exact: bool) -> None:
+    """Numbers closer than a window tells apart: any may be chosen, and always exactly one."""
+    values = torch.tensor([[3.0, 3.0 + 2.0**-20]], dtype=torch.float64).repeat(400, 1)
+    simulation = Simulation(exact=exact)
+    shares = simulation.share(values, 32)
+    client, server, _ = simulation.run(
+        lambda ctx, p: top_k(ctx, function_input(ctx, shares[p]), 1, FRAC)
+    )
+    chosen = (client + server) >> FRAC
+    assert bool((chosen.sum(-1) == 1).all())
+    assert 0 < int(chosen[:, 0].sum()) < 400
+
+
 def test_messages_are_uniform_and_tell_nothing_by_their_shape() -> None:
     shapes = []
     for secret in (0, TOP, LOWEST):
