@@ -117,6 +117,16 @@ def tokens(count: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "loopback": {},
+    "lan": {"network": "lan"},
+    "wan": {"network": "wan"},
+    "exact": {"rounding": "exact"},
+    "shared": {"weights": "shared"},
+}
+"""Options of a compile that choose other protocols, by a name for test cases."""
+
+
 def empty_caches(step: Captured) -> list[torch.Tensor]:
     shapes = [[0 if isinstance(s, str) else s for s in spec.shape] for spec in step.inputs[1:]]
     return [torch.zeros(shape, dtype=torch.float64) for shape in shapes]

@@ -20,6 +20,7 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.experts import AllExperts, all_experts
 from mergec.compiler.program import Program
 from mergec.runtime.roles.inprocess import InProcessSession
+from tests.families import OPTIONS, empty_caches
 from tests.test_more_families import LOGIT_ERROR, example
 
 TEXT = [*example.PROMPT, *example.ANSWER]
@@ -64,9 +65,7 @@ def test_steps_are_the_model(family: str) -> None:
     assert all(one is other for one, other in zip(modules, model.modules(), strict=True))
     assert all(before[name] is value for name, value in model.named_parameters())
     for sizes in ((7,), (5, 1, 1), (1, 2, 4)):
-        shapes = ([0 if n == "past" else n for n in spec.shape] for spec in step.inputs[1:])
-        caches = [torch.zeros(*shape).double() for shape in shapes]
-        past = 0
+        caches, past = empty_caches(step), 0
         for new in sizes:
             ids = torch.tensor([TEXT[past : past + new]])
             logits, *caches = step.graph_module(ids, *caches)
@@ -192,15 +191,6 @@ def test_more_experts_than_a_row_may_have_are_refused(monkeypatch: pytest.Monkey
         monkeypatch.setitem(example.SIZES, name, size)
     with pytest.raises(CompileError, match="chooses from 300; its protocol supports from 2 to 256"):
         compile_decoder(example.decoder("mixtral"), config=CompileConfig(max_length=16))
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "loopback": {},
-    "lan": {"network": "lan"},
-    "wan": {"network": "wan"},
-    "exact": {"rounding": "exact"},
-    "shared": {"weights": "shared"},
-}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.latents import expanded, has_latents
 from mergec.runtime.core.values import Masked
 from mergec.runtime.engine.rehearsal import Rehearsal
-from tests.families import float_decoder
+from tests.families import empty_caches, float_decoder
 from tests.test_more_families import example
 
 FAMILIES = ("deepseek_v3", "minicpm3", "youtu")
@@ -38,8 +38,7 @@ def test_steps_are_the_model(family: str) -> None:
     shapes = {tuple(spec.shape) for spec in step.inputs[1:]}
     assert shapes == {(1, 4, "past", 16), (1, 4, "past", 8)}
     for sizes in ((8,), (5, 1, 1, 1), (1, 3, 4)):
-        caches = [torch.zeros(1, 4, 0, spec.shape[3]).double() for spec in step.inputs[1:]]
-        past = 0
+        caches, past = empty_caches(step), 0
         for new in sizes:
             ids = torch.tensor([TEXT[past : past + new]])
             logits, *caches = step.graph_module(ids, *caches)

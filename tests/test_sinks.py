@@ -19,7 +19,7 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.program import Program
 from mergec.runtime.program.bundle import GRAPH
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import slow, tokens
+from tests.families import OPTIONS, slow, tokens
 
 WINDOW = 6
 SIZES: dict[str, Any] = {
@@ -119,15 +119,6 @@ def test_without_its_sinks_a_model_has_other_logits() -> None:
             layer.self_attn.sinks.fill_(-1e4)
     own, other = (expected(model, TEXT) for model in (decoder("granite_swa"), without))
     assert (own - other).abs().max() > 10 * ERROR
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "loopback": {},
-    "lan": {"network": "lan"},
-    "wan": {"network": "wan"},
-    "exact": {"rounding": "exact"},
-    "shared": {"weights": "shared"},
-}
 
 
 @pytest.mark.parametrize(

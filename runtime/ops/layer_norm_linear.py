@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mergec.runtime.core.cases import Case, Sampler
@@ -36,10 +34,6 @@ class LayerNormLinear(NormedLinear):
             Case([x, weight, bias, 1e-5, 4.0**4], 5e-4, forms=held),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]
-
-    @staticmethod
-    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
-        return LayerNorm.reference(rows, None, None, eps)
 
     @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:

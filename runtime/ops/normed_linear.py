@@ -67,11 +67,6 @@ class NormedLinear(Op, abstract=True):
     """The op of the norm alone."""
 
     @staticmethod
-    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
-        """The norm alone, in the clear."""
-        raise NotImplementedError
-
-    @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:
         """The rows whose size the norm divides by, up to a factor of `factor`; exact and local."""
         raise NotImplementedError
@@ -97,7 +92,8 @@ class NormedLinear(Op, abstract=True):
         columns: Sequence[int] = (),
         wide: bool = False,
     ) -> torch.Tensor:
-        return Linear.reference(cls.normed(x, eps, columns), weight, bias)
+        named = {"columns": columns} if columns else {}
+        return Linear.reference(cls.norm.reference(x, *cls._nothing(), eps, **named), weight, bias)
 
     @classmethod
     def inner_bits(cls, shape: Sequence[int]) -> float:
@@ -249,9 +245,13 @@ class NormedLinear(Op, abstract=True):
         cls, x: Any, weight: Any, bias: Any, eps: float, bound: float = 0.0, **ways: Any
     ) -> Any:
         """CrypTen's functions for the norm, then for the product, whatever the `ways` of ours."""
-        nothing = [None] * (len(cls.norm.tensors) - 1)
         named = {"bound": bound} if "bound" in cls.norm.schema else {}
-        return Linear.stock(cls.norm.stock(x, *nothing, eps, **named), weight, bias)
+        return Linear.stock(cls.norm.stock(x, *cls._nothing(), eps, **named), weight, bias)
+
+    @classmethod
+    def _nothing(cls) -> list[None]:
+        """In place of the norm's gain, and of its bias if it can have one."""
+        return [None] * (len(cls.norm.tensors) - 1)
 
     @classmethod
     def _norm(cls, size: int, frac: int, eps: float, bound: float) -> RowNorm:

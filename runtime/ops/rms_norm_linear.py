@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mergec.runtime.core.cases import Case, Sampler
@@ -41,10 +39,6 @@ class RmsNormLinear(NormedLinear):
             ),
             Case([make.small(2, 3, 16), make.small(4, 16), make.small(4), 1e-5], stock=5e-2),
         ]
-
-    @staticmethod
-    def normed(rows: torch.Tensor, eps: float, columns: Sequence[int]) -> torch.Tensor:
-        return RmsNorm.reference(rows, None, eps, columns=columns)
 
     @staticmethod
     def centred(rows: torch.Tensor) -> torch.Tensor:

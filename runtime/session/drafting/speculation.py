@@ -152,7 +152,7 @@ class Speculation:
         return Tree.line(next(filter(None, drafted), []))
 
     def _tree(self, tokens: Sequence[int], most: int) -> Tree:
-        trees = [_tree(drafter, tokens, most) for drafter in self.drafters]
+        trees = [_checked(drafter, tokens, most) for drafter in self.drafters]
         return trees[0] if len(trees) == 1 else merged(trees, most)
 
     @property
@@ -179,7 +179,7 @@ class Speculation:
             self._seconds.learn(new, seconds)
 
 
-def _tree(drafter: Drafter, tokens: Sequence[int], most: int) -> Tree:
+def _checked(drafter: Drafter, tokens: Sequence[int], most: int) -> Tree:
     """Up to `most` of its drafts in a tree; raises PromptError if it gives something else."""
     found = drafter.tree(tokens, most).first(most)
     why = check_parents(found.parents, 1 + len(found.tokens))
