@@ -38,6 +38,7 @@ from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.datastore import Datastore
 from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
+from mergec.runtime.session.drafting.recycle import Recycle
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.generation import answer
 from mergec.runtime.session.plain import PlainSession
@@ -95,7 +96,8 @@ TASKS = {
 INTRODUCTION = """SmolLM2-135M-Instruct, unchanged, greedy, {count} tokens of answer at most, \
 compiled for `wan` with `speculate_up_to={most}`. Tokens a step, and what each token of the answer \
 costs after the first one. Acceptance does not depend on the parties' computation, so each answer \
-is computed once in the clear, and the client's loop runs on it with each drafter. Rounds and \
+is computed once in the clear, and the client's loop runs on it with each drafter; with `recycle`, \
+which learns from the model's logits behind each draft, the model runs again each time. Rounds and \
 bytes are those of a step after {past} tokens, by its messages on shapes, with which each party \
 compares what it sends; a tree of drafts is counted as a line of as many, which costs no less. \
 With *as many as pay*, the default, the client chooses the number of each step for `wan`, by the \
@@ -348,7 +350,10 @@ def main() -> None:
     ways: dict[str, list[Drafter]] = {
         "lookup": [Lookup()],
         "retrieve": [Retrieve(store)],
+        "recycle": [Recycle()],
         "lookup+retrieve": [Lookup(), Retrieve(store)],
+        "lookup+recycle": [Lookup(), Recycle()],
+        "lookup+retrieve+recycle": [Lookup(), Retrieve(store), Recycle()],
     }
     rows: list[str] = []
     answers: dict[str, list[int]] = {}
@@ -361,10 +366,12 @@ def main() -> None:
         whole = [*prompt, *tokens]
         for name, drafters in ways.items():
             for most, tree in WAYS:
-                replay = Replay(plain, whole)
-                replay.rehearsal = rehearsal
+                # Who recycles reads the model's own logits, also behind wrong drafts.
+                recycles = any(isinstance(drafter, Recycle) for drafter in drafters)
+                session = PlainSession(plain) if recycles else Replay(plain, whole)
+                session.rehearsal = rehearsal
                 made = made_of(drafters, most, tree, by)
-                again, steps = played(replay, prompt, len(tokens), made)
+                again, steps = played(session, prompt, len(tokens), made)
                 if again != tokens:
                     raise SystemExit(f"{task}, {name}: drafts changed the answer")
                 rows.append(row(task, f"{name}, {shape_of(most, tree)}", steps, by))

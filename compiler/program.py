@@ -454,7 +454,7 @@ class Program:
             repetition_penalty: above 1 makes tokens that occurred less likely; 1 for none.
             chat: whether to put text into the model's chat template; None if there is one.
             speculate: what drafts the next tokens, so that a step can give several: `lookup`,
-                `medusa`, `retrieve:DIR`, `draft:DIR`, several of them joined by "+", or `none`.
+                `medusa`, `recycle`, `retrieve:DIR`, `draft:DIR`, several joined by "+", or `none`.
                 Greedy answers and those of a seed stay the same. The program must have been
                 compiled with `speculate_up_to`.
             speculate_tokens: drafts of a step; None to choose as many as pay.

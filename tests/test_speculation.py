@@ -34,6 +34,7 @@ from mergec.runtime.session.drafting.drafter import Target, drafters, read
 from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.drafting.pace import Acceptance, Seconds, best_count
+from mergec.runtime.session.drafting.recycle import Recycle
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.drafting.tree import Tree
 from mergec.runtime.session.generation import answer
@@ -144,7 +145,7 @@ def test_any_drafter_leaves_greedy_and_seeded_answers_alone() -> None:
     wild = Fixed(lambda _: random.integers(0, 13, random.integers(0, 7)).tolist())
     for sampling in (Sampling(), Sampling(temperature=1.5, seed=8), Sampling(2.0, 5, 0.9, 9)):
         without = [token.token for token in run(None, sampling=sampling)]
-        for drafter in (wild, oracle(without), Lookup(), Fixed(lambda _: [])):
+        for drafter in (wild, oracle(without), Lookup(), Recycle(), Fixed(lambda _: [])):
             for tokens in (MOST, None):
                 found = run(drafter, tokens, sampling=sampling)
                 assert [token.token for token in found] == without
@@ -324,6 +325,79 @@ def test_lookup_goes_on_behind_what_was_changed() -> None:
     assert look.tree([*text, 99], 2) == Tree.line([11, 12])
 
 
+def test_recycled_tokens_are_the_likeliest_behind_the_same_ones() -> None:
+    recycle = Recycle()
+    logits = torch.full((2, 20), -20.0)
+    logits[0, [3, 5, 4]] = torch.tensor([0.6, 0.3, 0.1]).log()
+    logits[1, [7, 8]] = torch.tensor([0.9, 0.1]).log()
+    recycle.expect([2, 3], logits)
+    assert recycle.draft([1, 2], 4) == [3, 7], "the likeliest behind each, until none is known"
+    assert recycle.draft([1, 2], 1) == [3]
+    assert recycle.draft([1, 2, 9], 4) == [], "nothing is known behind it"
+    tree = recycle.tree([1, 2, 9, 2], 4)
+    assert (tree.tokens, tree.parents) == ([3, 7, 5, 4], [0, 1, 0, 0])
+    assert tree.shares == pytest.approx([0.6, 0.9, 0.3, 0.1])
+    recycle.expect([2], torch.nn.functional.one_hot(torch.tensor([6]), 20).float() * 9)
+    assert recycle.draft([1, 2, 9, 2], 1) == [6], "what was seen last"
+    recycle.expect([6, 7], torch.tensor([[1], [6]]))  # revealed tokens
+    assert recycle.draft([1, 2, 9, 2, 7], 4) == [6, 1]
+    assert recycle.tree([1, 2, 9, 2, 7], 3).tokens == [6, 1]
+    assert recycle.draft([1, 3, 7], 4) == [], "another text"
+
+
+@pytest.mark.parametrize("parents", [[0, 1, 2], [0, 0, 2]])
+def test_drafters_are_told_what_each_step_gives(parents: list[int]) -> None:
+    """Behind each token and each draft, right or wrong: the logits of that text."""
+    seen: list[tuple[list[int], torch.Tensor]] = []
+
+    class Listening(Fixed):
+        def expect(self, tokens: Sequence[int], rows: torch.Tensor) -> None:
+            seen.append((list(tokens), rows))
+
+        def tree(self, tokens: Sequence[int], most: int) -> Tree:
+            drafts = self.draft(tokens, min(most, 3))
+            return Tree(drafts, parents[: len(drafts)], [0.4] * len(drafts))
+
+    # Of a line the first one is right; of a tree the second and the third.
+    line, whole = parents == [0, 1, 2], [*PROMPT, *GREEDY]
+    listening = Listening(
+        lambda t: [*whole[len(t) :][:1], 5, 6] if line else [5, *whole[len(t) :][:2]]
+    )
+    made = Speculation(listening, 3, tree=True)
+    found = list(answer(plain(), PROMPT, max_tokens=12, speculation=made))
+    assert [token.token for token in found] == GREEDY
+    assert len(seen) == sum(len(token.reports) for token in found)
+    right = wrong = 0
+    length = len(PROMPT)
+    for tokens, rows in seen:
+        texts = [whole[:length]]
+        for token, parent in zip(tokens[1:], parents, strict=False):
+            texts.append([*texts[parent], token])
+        assert tokens[0] == whole[length - 1]
+        for text, row in zip(texts, rows, strict=True):
+            expected = next(answer(plain(), text, max_tokens=1)).logits
+            assert float((row - expected).abs().max()) < 1e-4
+        good = [text for text in texts if text == whole[: len(text)]]
+        right, wrong = right + len(good) - 1, wrong + len(texts) - len(good)
+        length = max(map(len, good)) + 1
+    assert right
+    assert wrong
+
+
+def test_recycling_repeats_what_an_answer_repeats() -> None:
+    """A decoder whose next token depends on the last one alone, so its answer goes in a circle."""
+    stub = ByLastToken(PlainExecutor(decoder.program(speculate_up_to=MOST)))
+    without = list(answer(stub, [FIRST], max_tokens=12))
+    for tree in (False, True):
+        made = Speculation(Recycle(), MOST, tree=tree)
+        found = list(answer(stub, [FIRST], max_tokens=12, speculation=made))
+        assert [token.token for token in found] == [token.token for token in without]
+        circle = len({token.token for token in found})
+        steps = [report for token in found for report in token.reports]
+        assert sum(not report.accepted for report in steps) <= 1 + circle
+        assert max(report.accepted for report in steps) == MOST
+
+
 def test_retrieval_finds_the_longest_match_and_the_most_frequent_continuation(
     tmp_path: Path,
 ) -> None:
@@ -420,10 +494,10 @@ def test_a_draft_model_says_what_it_would_generate(tmp_path: Path) -> None:
 
 
 def test_drafters_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"lookup", "retrieve", "draft", "medusa"} <= set(drafters())
+    assert {"lookup", "recycle", "retrieve", "draft", "medusa"} <= set(drafters())
     for wrong in ("look", "lookup:x", "retrieve", "retrieve:", "draft:", "lookup:"):
         with pytest.raises(
-            PromptError, match="it can be: draft:DIR, lookup, medusa, retrieve:DIR, none"
+            PromptError, match="it can be: draft:DIR, lookup, medusa, recycle, retrieve:DIR, none"
         ):
             read(wrong)
     assert read("lookup+retrieve:a+b/c+medusa") == [

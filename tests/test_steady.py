@@ -23,6 +23,7 @@ from mergec.runtime.program.manifest import Manifest
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.drafting import Drafter, Speculation
 from mergec.runtime.session.drafting.lookup import Lookup
+from mergec.runtime.session.drafting.recycle import Recycle
 from mergec.runtime.session.drafting.steady import Steady, Stride
 from mergec.runtime.session.generation import Token, answer
 from mergec.runtime.session.plain import PlainSession
@@ -232,7 +233,8 @@ def test_seeded_answers_are_those_without_drafts(fixed: float) -> None:
         if sampling.repetition_penalty:
             pytest.importorskip("transformers")
         without = list(answer(plain(), PROMPT, max_tokens=COUNT, sampling=sampling))
-        for drafter in (oracle(numbers(without)), oracle(numbers(without), 2), Lookup(), WRONG):
+        right, half = oracle(numbers(without)), oracle(numbers(without), 2)
+        for drafter in (right, half, Lookup(), Recycle(), WRONG):
             found = run(drafter, fixed, sampling=sampling)
             assert numbers(found) == numbers(without)
             assert numbers(run(drafter, fixed, extra=1, sampling=sampling)) == numbers(without)

@@ -40,6 +40,7 @@ from mergec.runtime.session.drafting.drafter import Target
 from mergec.runtime.session.drafting.lookup import Lookup
 from mergec.runtime.session.drafting.medusa import Medusa
 from mergec.runtime.session.drafting.pace import best_count
+from mergec.runtime.session.drafting.recycle import Recycle
 from mergec.runtime.session.drafting.retrieve import Retrieve
 from mergec.runtime.session.drafting.tree import Tree, grown, merged
 from mergec.runtime.session.generation import answer
@@ -394,7 +395,8 @@ def test_greedy_and_seeded_answers_are_those_without_trees() -> None:
 
     for sampling in (Sampling(), Sampling(temperature=1.5, seed=8), Sampling(2.0, 5, 0.9, 9)):
         without = [token.token for token in answered(None, sampling=sampling)]
-        for drafter in (Grown(wild), beside(without), Lookup(), [Grown(wild), beside(without)]):
+        both = [Grown(wild), beside(without)]
+        for drafter in (Grown(wild), beside(without), Lookup(), Recycle(), both):
             for tokens in (MOST, 3, None):
                 found = answered(drafter, tokens, sampling=sampling)
                 assert [token.token for token in found] == without

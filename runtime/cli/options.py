@@ -421,7 +421,7 @@ class SpeculationOptions:
         str,
         typer.Option(
             help="What drafts the next tokens, so that a step can give several: `lookup`, "
-            "`medusa`, `retrieve:DIR`, `draft:DIR`, several joined by `+`, or `none`."
+            "`medusa`, `recycle`, `retrieve:DIR`, `draft:DIR`, several joined by `+`, or `none`."
         ),
     ] = "none"
     speculate_tokens: Annotated[

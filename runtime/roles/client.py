@@ -269,7 +269,7 @@ class Connection:
         checkpoint's generation settings. stop: tokens that end the answer; by default those of the
         program. fixed_length: run `max_tokens` steps in any case, so that their number says nothing
         about the answer. speculate: what drafts the next tokens, so that a step can give several:
-        `lookup`, `medusa`, `retrieve:DIR`, `draft:DIR`, several of them joined by "+", one or
+        `lookup`, `medusa`, `recycle`, `retrieve:DIR`, `draft:DIR`, several joined by "+", one or
         several `Drafter`, or `none`; greedy answers and those of a seed stay the same, and server
         and dealer see how many drafts of each step were right. speculate_tokens: drafts of a step;
         None to choose as many as pay. speculate_fixed: tokens by which each step makes the caches

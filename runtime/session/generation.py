@@ -108,8 +108,8 @@ def answer(
     distribution first, and compared then, this is recursive rejection over siblings with their
     residuals (Miao et al., SpecInfer, ASPLOS 2024) for drafts that are no random choice.
 
-    If the model has heads that guess the tokens after the next one, the drafter is told what they
-    say at the last position that is kept.
+    The drafters are told what each step gives, and, if the model has heads that guess the tokens
+    after the next one, what these say at the last position that is kept.
 
     pads: tokens of padding that are put before the prompt. All other numbers count them as tokens
     of the prompt, so steps are those of a prompt that is longer by as much. No token of prompt and
@@ -197,7 +197,8 @@ def answer(
             raise BundleError("only the client sees a result; run this loop there")
         if len(found) <= len(drafts):
             raise BundleError(_UNCHECKED)
-        chosen, path = _accepted(found[-1 - len(drafts) :], drafts, parents, choose, stop)
+        found = found[-1 - len(drafts) :]
+        chosen, path = _accepted(found, drafts, parents, choose, stop)
         right = len(chosen) - 1
         if drafts:
             reports[-1] = replace(reports[-1], drafted=len(drafts), accepted=right)
@@ -205,6 +206,8 @@ def answer(
             speculation.learn(1 + len(drafts), reports[-1].seconds, [token for token, _ in chosen])
         past -= len(drafts) - right
         keep = path if parents else ()
+        if speculation is not None:
+            speculation.expect(feeds[-1][-len(found) :], found)
         if speculation is not None and manifest.medusa:
             # What the heads say behind the last right draft; all that follows is of another text.
             last = path[-1] - len(drafts) - 1
@@ -311,7 +314,9 @@ def _steadily(
 
     def learned(rows: torch.Tensor, drafts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
         """What a step says that took all known tokens and these drafts behind them."""
-        found, _ = _accepted(rows[-1 - len(drafts) :], drafts, (), choose, stop)
+        rows = rows[-1 - len(drafts) :]
+        speculation.expect([known[-1], *drafts], rows)
+        found, _ = _accepted(rows, drafts, (), choose, stop)
         if manifest.medusa:
             speculation.guess(session.guesses[:, len(found) - len(drafts) - 2].tolist())
         return found

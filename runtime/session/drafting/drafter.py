@@ -12,6 +12,8 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from typing import ClassVar, Self
 
+import torch
+
 from mergec.runtime.core.entry_points import load_class, offered, place_of
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.session.drafting.tree import Tree
@@ -69,9 +71,9 @@ class Drafter(ABC):
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `tokens`, the prompt's and the answer's; or none.
 
-        Must be a function of its arguments, of what the drafter was opened with, and of the heads'
-        guesses: then a drafted token that is kept if the model chooses it leaves the answer's
-        distribution as it is.
+        Must be a function of its arguments, of what the drafter was opened with, and of what it was
+        told of earlier steps: then a drafted token that is kept if the model chooses it leaves the
+        answer's distribution as it is.
         """
 
     def tree(self, tokens: Sequence[int], most: int) -> Tree:
@@ -80,6 +82,13 @@ class Drafter(ABC):
         Server and dealer see its shape, and which path of it is right. By default a line.
         """
         return Tree.line(self.draft(tokens, most))
+
+    def expect(self, tokens: Sequence[int], rows: torch.Tensor) -> None:  # noqa: B027
+        """Note what the model expects behind each token of a step, drafts included.
+
+        tokens: the last ones of the step, behind each of which it gave a result. rows: logits
+        [tokens, vocabulary]; or integers [tokens, 1], where the parties reveal tokens alone.
+        """
 
     def rank(self, candidates: Sequence[Sequence[int]]) -> None:  # noqa: B027
         """Note the likeliest tokens by each of the model's heads, the first one first.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+import torch
+
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.engine.rehearsal import Rehearsal
@@ -161,6 +163,11 @@ class Speculation:
         empty if each follows the one before."""
         found = tuple(self._chosen.parents)
         return () if found == tuple(range(len(found))) else found
+
+    def expect(self, tokens: Sequence[int], rows: torch.Tensor) -> None:
+        """Tell the drafters what the model expects behind each of a step's last tokens."""
+        for drafter in self.drafters:
+            drafter.expect(tokens, rows)
 
     def guess(self, tokens: Sequence[int]) -> None:
         """Tell the drafters which tokens the model's heads expect after the next one."""
