@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from report import between
 
 from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.driver import compile_source
@@ -498,8 +499,8 @@ def count(program: Program) -> list[list[str]]:
     return [["", *HEAD], *rows]
 
 
-def measured(parts: Sequence[str], program: Program, bundles: Path) -> str:
-    """The sections of what runs."""
+def measured(parts: Sequence[str], program: Program, bundles: Path, page: Path | None) -> str:
+    """The sections of what runs; those of other parts stay as they are on the page."""
     ids = text_tokens(program, max(LONG, *LONGER))
     runs: dict[str, Callable[[], list[list[str]]]] = {
         "public": lambda: run_public(bundles, ids[: PUBLIC + SECRET]),
@@ -512,8 +513,15 @@ def measured(parts: Sequence[str], program: Program, bundles: Path) -> str:
         "public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER,
         "halved": HALVED[0], "layers": LAYERS, "turn": TURN, "first": FIRST,
     }  # fmt: skip
-    told = [SECTIONS[part].format(rows=markdown(runs[part]()), **sizes) for part in parts]
-    return "".join([MEASURED.format(cores=psutil.cpu_count()), *told]) if told else ""
+
+    def section(part: str) -> str:
+        if part not in parts:
+            return between(page, part) if page and page.exists() else ""
+        begin, end = (f"<!-- {part}: {place} -->\n" for place in ("begin", "end"))
+        return begin + SECTIONS[part].format(rows=markdown(runs[part]()), **sizes) + end
+
+    told = "\n".join(filter(None, map(section, PARTS)))
+    return f"{MEASURED.format(cores=psutil.cpu_count())}\n{told}" if told else ""
 
 
 def main() -> None:
@@ -521,7 +529,11 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, help="compiled bundles; default: SmolLM2")
     parser.add_argument("--wan", type=Path, help="the same, compiled for wan")
     parser.add_argument(
-        "--measure", nargs="*", choices=PARTS, default=PARTS, help="what to run; default: all"
+        "--measure",
+        nargs="*",
+        choices=PARTS,
+        default=PARTS,
+        help="what to run; default: all. Sections of the rest stay as they are",
     )
     parser.add_argument("--output", type=Path, help="write the page here")
     options = parser.parse_args()
@@ -543,7 +555,7 @@ def main() -> None:
             all_blocks=readable(entered(program, KNOWN * PUBLIC // BLOCKS)),
             halves=markdown(halves(Program.load(found["wan"], ("client",)))),
             waited=markdown(waited(program)),
-            measured=measured(options.measure, program, found["loopback"]),
+            measured=measured(options.measure, program, found["loopback"], options.output),
             public=PUBLIC,
             answer=ANSWER,
             first=FIRST,
