@@ -41,6 +41,8 @@ SIZES: dict[str, int] = {
 """Sizes by configuration key; each family uses the keys that its configuration has."""
 
 _END: dict[str, Any] = dict.fromkeys(("eos_token_id", "sep_token_id"), 2)
+_GROUPS = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+"""Experts in four groups, of which a token's router chooses two first."""
 _LATENT: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
@@ -52,9 +54,12 @@ _LATENT: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "stablelm": {"num_key_value_heads": 4},
-    # By default their layers are mixtures of experts.
+    "axk1": {**_LATENT, **_GROUPS, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_LATENT, **_GROUPS, "first_k_dense_replace": 1},
+    "dots1": {**_GROUPS, "n_group": 1, "topk_group": 1},
+    # By default its layers are mixtures of experts.
     "flint": {"num_experts": 0},
-    "deepseek_v3": {**_LATENT, "first_k_dense_replace": 2},
+    "glm4_moe_lite": _LATENT,
     "cwm": {"bos_token_id": 1},
     "modernbert-decoder": {**dict.fromkeys(("bos_token_id", "cls_token_id"), 1), **_END},
     "granitemoeshared": {"shared_intermediate_size": 24},
@@ -64,15 +69,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 SEEDS = {
+    **dict.fromkeys(("axk1", "deepseek_v3", "dots1", "glm4_moe_lite", "solar_open"), 5),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), 4),
     "hy_v3": 3,
+    "mimo_v2_flash": 1,
     "minimax_m2": 1,
     "mixtral": 3,
     "olmoe": 2,
     "qwen2_moe": 1,
 }
 """Seeds other than 0 of mixtures of experts, so that no choice is a near tie: the scores of the
-third and the fourth expert of a token differ by at least 4.8e-3, before a softmax."""
+third and the fourth expert of a token differ by at least 4.4e-3, before a softmax or after a
+sigmoid, and so do those of the second and the third group."""
 
 FAMILIES = (
     *("gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gpt_neo", "phi", "phi3"),
@@ -81,14 +89,15 @@ FAMILIES = (
 """Every pass and every preset is tested on these."""
 
 MORE = (
-    *("apertus", "apertus1p5_text", "arcee", "biogpt", "bitnet", "cohere", "cohere2"),
-    *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "diffllama", "ernie4_5", "exaone", "exaone4"),
-    *("flex_olmo", "flint", "gemma3_text", "glm", "glm4", "gpt-sw3", "gpt_bigcode"),
-    *("gpt_neox_japanese", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa"),
-    *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3"),
-    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "mellum", "minicpm3", "minimax_m2"),
-    *("ministral", "ministral3", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron"),
-    *("olmo2", "olmo3", "olmoe", "persimmon", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3"),
+    *("apertus", "apertus1p5_text", "arcee", "axk1", "biogpt", "bitnet", "cohere", "cohere2"),
+    *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "exaone"),
+    *("exaone4", "exaone_moe", "flex_olmo", "flint", "gemma3_text", "glm", "glm4", "glm4_moe"),
+    *("glm4_moe_lite", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "gpt_oss", "granite"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
+    *("jais2", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3"),
+    *("mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo2", "olmo3"),
+    *("olmoe", "persimmon", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "solar_open"),
     *("starcoder2", "trocr", "vaultgemma", "xglm", "youtu"),
 )
 
@@ -168,10 +177,12 @@ weights, 2 layers and a width of 32. The three parties ran a prompt of {len(PROM
 the model's own, without the server's noise; `logit` is the largest logit. All passes and presets
 are tested on the first {len(FAMILIES)} families. Made by `make families`.
 
-Families with moe in their names, flex_olmo, gpt_oss, hy_v3, mellum, minimax_m2 and mixtral are
-mixtures of 8 experts, all of which run; deepseek_v3 and flint are without any. Where transformers
-caches latents (multi-head latent attention: deepseek_v3, minicpm3, youtu), the parties cache the
-keys and values that follow from them, so that a step opens those of its new tokens alone.
+Families with moe in their names, axk1, deepseek_v3, dots1, flex_olmo, gpt_oss, hy_v3, mellum,
+mimo_v2_flash, minimax_m2, mixtral and solar_open are mixtures of 8 experts, all of which run; of
+axk1's and deepseek_v3's four groups a token chooses two first. flint is without experts. Where
+transformers caches latents (multi-head latent attention: axk1, deepseek_v3, glm4_moe_lite,
+minicpm3, youtu), the parties cache the keys and values that follow from them, so that a step opens
+those of its new tokens alone.
 """
 
 REFUSALS = """Families that the compiler rejects, with its error message. Where an op is named, it

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, Literal
 
 from torch import fx
 
-from mergec.compiler.graph.ir import aten, calls, is_shared, last_dim
+from mergec.compiler.graph.ir import aten, calls, constant, is_shared, last_dim
 from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import insert_call
 from mergec.runtime.core.op import target
 
 _FAR = 64.0
-"""What the chosen ones are raised by before a softmax. exp(-64) is less than 2e-28."""
+"""What the chosen ones are raised by before a softmax, exp(-64) is less than 2e-28; and what scores
+outside of the chosen groups are lowered by."""
 _TINY = 1e-12
 """What keeps a model from dividing by zero is at most this, and is left out."""
 
@@ -30,6 +32,10 @@ class FuseTopK(Pass):
     the softmax of all after these are raised by 64. That rounds the others to zero, and takes
     neither products nor a reciprocal. The largest are found before a softmax or a sigmoid, which
     keep their order: small differences are lost there.
+
+    A router may choose groups of entries first, and fill in -inf outside of them (deepseek_v3).
+    Then the largest groups are found in the same way, and the scores of other groups are lowered by
+    64, which is more than they differ.
 
     Before:
         %x = input : shared newx8
@@ -65,8 +71,11 @@ class FuseTopK(Pass):
         if weights is None:
             self.skip(node, "its weights are not known functions of the largest entries")
             return 0
-        x: Any = top.args[0]
-        mask = insert_call(node, target("top_k"), _in_same_order(x), top.args[1])
+        compared = _compared(node, top.args[0])
+        if compared is None:
+            self.skip(node, "what is filled in is not the groups of scores that were not chosen")
+            return 0
+        mask = insert_call(node, target("top_k"), compared, top.args[1])
         node.replace_all_uses_with(_gates(node, weights, mask))
         return 1
 
@@ -112,7 +121,8 @@ def _weights(source: Any, top: fx.Node) -> _Weights | None:
     scores = _scores(source)
     if scores is not None:
         x: Any = top.args[0]
-        return ("softmax", x, factor) if _of_top(scores, 0) is top else None
+        known = _of_top(scores, 0) is top and not _is_filled(x)
+        return ("softmax", x, factor) if known else None
     chosen, total = source.args if calls(source, aten.div.Tensor) else (source, None)
     row = _row(chosen, top)
     if row is None:
@@ -130,7 +140,7 @@ def _row(chosen: Any, top: fx.Node) -> fx.Node | None:
     """The row of which the entries at the places of the largest are taken; None for other nodes."""
     if _of_top(chosen, 0) is top:
         row: Any = top.args[0]
-        return row
+        return row.args[0] if _is_filled(row) else row
     if not calls(chosen, aten.gather.default) or _of_top(chosen.args[2], 1) is not top:
         return None
     row, dim = chosen.args[:2]
@@ -156,7 +166,85 @@ def _scores(x: Any) -> fx.Node | None:
     return x.args[0] if calls(x, aten.softmax.int) and last_dim(x, x.args[1]) else None
 
 
+def _compared(node: fx.Node, x: Any) -> fx.Node | None:
+    """What the largest of x are found among, inserted before a node; None if that is unknown."""
+    if not _is_filled(x):
+        return _in_same_order(x)
+    scores, others, value = x.args
+    found = _groups(others)
+    if found is None or value != -math.inf or not _are_near(scores):
+        return None
+    top, moves = found
+    groups, count = top.args[:2]
+    if count == groups.meta["val"].shape[-1]:
+        chosen: fx.Node = scores
+        return chosen
+    mask = insert_call(node, target("top_k"), _sums(node, groups), count)
+    for move in moves:
+        mask = insert_call(node, move.target, mask, *move.args[1:])
+    others = insert_call(node, aten.sub.Tensor, mask, 1.0)
+    return insert_call(
+        node, aten.add.Tensor, scores, insert_call(node, aten.mul.Tensor, others, _FAR)
+    )
+
+
+def _is_filled(x: Any) -> bool:
+    return calls(x, aten.masked_fill.Scalar)
+
+
+def _groups(others: Any) -> tuple[Any, list[fx.Node]] | None:
+    """Of a mask of all but the largest groups: the call that finds these, and the moves that give
+    each entry its group's; None for other masks."""
+    if not calls(others, aten.bitwise_not.default, aten.logical_not.default):
+        return None
+    mask: Any = others.args[0]
+    mask = mask.args[0] if calls(mask, aten.to.dtype) else mask
+    moves: list[fx.Node] = []
+    while calls(mask, aten.reshape.default, aten.expand.default, aten.unsqueeze.default):
+        moves.insert(0, mask)
+        mask = mask.args[0]
+    if not calls(mask, aten.scatter.value):
+        return None
+    zeros, dim, index, value = mask.args
+    top = _of_top(index, 1)
+    if top is None or value != 1 or not last_dim(mask, dim) or not _same_rows(zeros, top.args[0]):
+        return None
+    return top, moves
+
+
+def _sums(node: fx.Node, groups: Any) -> Any:
+    """The scores of groups; sums of each one's largest entries are those of all, times a mask."""
+    if not calls(groups, aten.sum.dim_IntList) or len(groups.args) != 2:
+        return groups
+    values, dims = groups.args
+    top: Any = _of_top(values, 0)
+    if top is None or len(dims) != 1 or not last_dim(values, dims[0]):
+        return groups
+    entries, count = top.args[:2]
+    if count < entries.meta["val"].shape[-1]:
+        mask = insert_call(node, target("top_k"), entries, count)
+        entries = insert_call(node, aten.mul.Tensor, entries, mask)
+    total = insert_call(node, aten.sum.dim_IntList, entries, [-1], True)
+    return insert_call(node, aten.squeeze.dim, total, -1)
+
+
+def _are_near(scores: Any) -> bool:
+    """Whether scores surely differ by less than `_FAR`: probabilities, also with known biases."""
+    spread = 1.0
+    if calls(scores, aten.add.Tensor) and not scores.kwargs:
+        scores, bias = scores.args
+        value = constant(scores.graph.owning_module, bias)
+        spread += math.inf if value is None else float(value.max() - value.min())
+    known = _is_sigmoid(scores) or _scores(scores) is not None
+    return known and spread < _FAR - 1
+
+
 def _in_same_order(x: fx.Node) -> fx.Node:
     """What a softmax or a sigmoid is of; x itself if it is neither."""
-    inner: Any = x.args[0] if calls(x, aten.sigmoid.default) else _scores(x)
+    inner: Any = x.args[0] if _is_sigmoid(x) else _scores(x)
     return inner or x
+
+
+def _is_sigmoid(x: Any) -> bool:
+    """Whether a node is a sigmoid, which may be a call of the dialect already."""
+    return calls(x, aten.sigmoid.default, target("sigmoid"))

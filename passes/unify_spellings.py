@@ -16,6 +16,7 @@ _IN_PLACE = {
     aten.sub_.Tensor: aten.sub.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
+    aten.scatter_.value: aten.scatter.value,
     aten.add.Scalar: aten.add.Tensor,
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,

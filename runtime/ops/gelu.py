@@ -115,8 +115,9 @@ class Gelu(Op):
     the server.
 
     alone: the largest number of rows that are computed by one opening: rounds 1, online 8 bytes per
-    element, offline 616 (reach 6) or 1,276 (7), error below 6e-5. If it is not zero, the result has
-    36 fractional bits, however it is computed.
+    element, offline 616 (reach 6) or 1,276 (7), error below 6e-5, or 8e-5 where x has more than 16
+    fractional bits, to which it is cut. If it is not zero, the result has 36 fractional bits,
+    however it is computed.
     """
 
     name = "gelu"
@@ -141,8 +142,8 @@ class Gelu(Op):
             Case([spread(10), True], 5e-5),
             Case([torch.linspace(-40, 40, 3001).double(), False, 6], 5e-5),
             Case([torch.linspace(-9, 9, 3001).double(), True, 8], 5e-5),
-            Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), False, 6, 3], 6e-5),
-            Case([torch.linspace(-112, 112, 3000).double().reshape(3, -1), True, 7, 8], 6e-5),
+            Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), False, 6, 3], 8e-5),
+            Case([torch.linspace(-112, 112, 3000).double().reshape(3, -1), True, 7, 8], 8e-5),
             Case([torch.linspace(-48, 48, 3000).double().reshape(3, -1), True, 6, 2], 5e-5),
             Case([x], stock=1e-2),
             Case([x, True], stock=1e-2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +167,66 @@ def test_near_miss_a_wider_row() -> None:
         return scattered(index, x.gather(-1, index), 6)
 
     leaves(Graph(body, LOGITS), *BEFORE, "fuse_top_k", reason=UNKNOWN)
+
+
+def limited(
+    m: Any, x: torch.Tensor, *, groups: int = 4, chosen: int = 2, fill: float = -math.inf
+) -> torch.Tensor:
+    """deepseek_v3: the largest entries of those groups whose two largest have the largest sums."""
+    scores = torch.sigmoid(x)
+    compared = scores + m.bias
+    size = x.shape[-1] // groups
+    sums = compared.reshape(-1, groups, size).topk(2, dim=-1)[0].sum(dim=-1)
+    index = torch.topk(sums, k=chosen, dim=-1, sorted=False)[1]
+    mask = torch.zeros_like(sums).scatter_(1, index, 1)
+    mask = mask.unsqueeze(-1).expand(-1, groups, size).reshape(-1, x.shape[-1])
+    compared = compared.masked_fill(~mask.bool(), fill)
+    index = torch.topk(compared, k=3, dim=-1, sorted=False)[1]
+    weights = scores.gather(1, index)
+    weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    return scattered(index, weights * 2.5, x.shape[-1])
+
+
+BIAS = normal(12, seed=1)
+MANY = normal(40, 12)
+
+
+@pytest.mark.parametrize("dynamic", [None, 0])
+@pytest.mark.parametrize(("groups", "chosen"), [(4, 2), (4, 3), (2, 1), (6, 2), (3, 1)])
+def test_entries_of_some_groups(groups: int, chosen: int, dynamic: int | None) -> None:
+    """Groups of two entries add up all; others add up the two that `mpc.top_k` finds."""
+    body = functools.partial(limited, groups=groups, chosen=chosen)
+    ops = rewrites(Graph(body, MANY, dynamic=dynamic, bias=BIAS), *BEFORE, "fuse_top_k")
+    assert ops["mpc.top_k"] == (2 if groups == 6 else 3)
+    assert not {op for op in ops if "masked_fill" in op or "topk" in op or "scatter" in op}
+
+
+@pytest.mark.parametrize(("groups", "chosen"), [(1, 1), (3, 3)])
+def test_entries_of_all_groups(groups: int, chosen: int) -> None:
+    """glm4_moe has one group by default."""
+    body = functools.partial(limited, groups=groups, chosen=chosen)
+    ops = rewrites(Graph(body, MANY, bias=BIAS), *BEFORE, "fuse_top_k")
+    assert ops["mpc.top_k"] == 1
+
+
+FILLED = "what is filled in is not the groups"
+
+
+def test_near_miss_filled_with_a_number_that_may_be_chosen() -> None:
+    graph = Graph(functools.partial(limited, fill=0.0), MANY, bias=BIAS)
+    leaves(graph, *BEFORE, "fuse_top_k", reason=FILLED)
+
+
+def test_near_miss_scores_that_are_far_apart() -> None:
+    leaves(Graph(limited, MANY, bias=BIAS * 30), *BEFORE, "fuse_top_k", reason=FILLED)
+
+
+def test_near_miss_the_chosen_groups_are_filled() -> None:
+    def body(m, x):
+        sums = torch.sigmoid(x).reshape(-1, 4, 3).topk(2, dim=-1)[0].sum(dim=-1)
+        mask = torch.zeros_like(sums).scatter_(1, sums.topk(2)[1], 1)
+        mask = mask.unsqueeze(-1).expand(-1, 4, 3).reshape(-1, 12)
+        values, index = torch.sigmoid(x).masked_fill(mask.bool(), -math.inf).topk(3)
+        return scattered(index, values, 12)
+
+    leaves(Graph(body, MANY), *BEFORE, "fuse_top_k", reason=FILLED)
