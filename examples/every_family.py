@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SEEDS = {
     **dict.fromkeys(("axk1", "deepseek_v3", "dots1", "glm4_moe_lite", "solar_open"), 5),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), 4),
+    "ernie4_5_moe": 6,
     "hy_v3": 3,
     "mimo_v2_flash": 1,
     "minimax_m2": 1,
@@ -90,7 +91,17 @@ FAMILIES = (
 
 MORE = (
     *("apertus", "apertus1p5_text", "arcee", "axk1", "biogpt", "bitnet", "cohere", "cohere2"),
-    *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "exaone"),
+    *(
+        "cohere2_moe",
+        "ctrl",
+        "cwm",
+        "deepseek_v3",
+        "diffllama",
+        "dots1",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone",
+    ),
     *("exaone4", "exaone_moe", "flex_olmo", "flint", "gemma3_text", "glm", "glm4", "glm4_moe"),
     *("glm4_moe_lite", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "gpt_oss", "granite"),
     *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text"),

@@ -129,7 +129,7 @@ def _weights(source: Any, top: fx.Node) -> _Weights | None:
         return None
     if total is None:
         return "entries", row, factor
-    if not _is_sum(total, chosen):
+    if not _is_sum(total, chosen, _are_positive(row)):
         return None
     # Of another row the chosen may be so small that raising them is not enough.
     scores = _scores(row) if row is top.args[0] else None
@@ -151,14 +151,25 @@ def _same_shape(one: Any, other: Any) -> bool:
     return str(one.meta["val"].shape) == str(other.meta["val"].shape)
 
 
-def _is_sum(total: Any, chosen: fx.Node) -> bool:
-    """Whether a node is the sum of each row of `chosen`, but for a tiny number."""
-    if calls(total, aten.add.Tensor) and isinstance(total.args[1], float):
-        total = total.args[0] if total.args[1] <= _TINY else None
+def _is_sum(total: Any, chosen: fx.Node, positive: bool) -> bool:
+    """Whether a node is the sum of each row of `chosen`, but for a tiny number.
+
+    positive: whether no sum is negative. Then it may be cut below a tiny number, which a clamp
+    writes as a ReLU between two of them.
+    """
+    total = _less(total, aten.add.Tensor)
+    if positive and calls(total, aten.relu.default, target("relu")):
+        total = _less(total.args[0], aten.sub.Tensor)
     if not calls(total, aten.sum.dim_IntList) or total.args[0] is not chosen:
         return False
     _, dims, keepdim = (*total.args, False)[:3]
     return keepdim and len(dims) == 1 and last_dim(chosen, dims[0])
+
+
+def _less(x: Any, call: Any) -> Any:
+    """x without a tiny number that this call adds or subtracts."""
+    tiny = calls(x, call) and isinstance(x.args[1], float) and x.args[1] <= _TINY
+    return x.args[0] if tiny else x
 
 
 def _scores(x: Any) -> fx.Node | None:
@@ -235,14 +246,18 @@ def _are_near(scores: Any) -> bool:
         scores, bias = scores.args
         value = constant(scores.graph.owning_module, bias)
         spread += math.inf if value is None else float(value.max() - value.min())
-    known = _is_sigmoid(scores) or _scores(scores) is not None
-    return known and spread < _FAR - 1
+    return _are_positive(scores) and spread < _FAR - 1
 
 
 def _in_same_order(x: fx.Node) -> fx.Node:
     """What a softmax or a sigmoid is of; x itself if it is neither."""
     inner: Any = x.args[0] if _is_sigmoid(x) else _scores(x)
     return inner or x
+
+
+def _are_positive(x: Any) -> bool:
+    """Whether a node is probabilities: of one row, or a sigmoid's."""
+    return _is_sigmoid(x) or _scores(x) is not None
 
 
 def _is_sigmoid(x: Any) -> bool:

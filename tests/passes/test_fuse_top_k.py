@@ -14,6 +14,7 @@ from tests.passes.harness import Graph, leaves, normal, rewrites
 
 BEFORE = ("remove_noops", "unify_spellings")
 LOGITS = normal(1, 5, 8)
+UNKNOWN = "its weights are not known functions"
 
 
 def scattered(index: torch.Tensor, weights: torch.Tensor, size: int = 8) -> torch.Tensor:
@@ -86,6 +87,29 @@ def test_weights_of_other_scores_than_those_compared() -> None:
     }  # fmt: skip
 
 
+def test_sums_that_are_kept_above_a_tiny_number() -> None:
+    """ernie4_5_moe."""
+
+    def body(m, x):
+        scores = torch.softmax(x, 1)
+        index = torch.topk(scores + m.bias, 3)[1]
+        weights = scores.gather(-1, index)
+        return scattered(index, weights / torch.clamp(weights.sum(-1, keepdim=True), min=1e-12))
+
+    graph = Graph(body, normal(5, 8), bias=normal(8, seed=1))
+    ops = rewrites(graph, *BEFORE, "expand_composites", "fuse_top_k")
+    assert (ops["mpc.top_k"], ops["aten.div.Tensor"]) == (1, 1)
+    assert not any("relu" in op for op in ops)
+
+
+def test_near_miss_a_clamp_of_a_sum_that_may_be_negative() -> None:
+    def body(m, x):
+        values, index = torch.topk(x, 3)
+        return scattered(index, values / torch.clamp(values.sum(-1, keepdim=True), min=1e-12))
+
+    leaves(Graph(body, LOGITS), *BEFORE, "expand_composites", "fuse_top_k", reason=UNKNOWN)
+
+
 def test_probabilities_of_other_scores_than_those_compared() -> None:
     """A bias may choose those that are almost zero, which no softmax of all would show."""
     logits = torch.tensor([[[0.0, -90.0, -91.0, -1.0]]], dtype=torch.float64)
@@ -128,9 +152,6 @@ def test_near_miss_more_columns() -> None:
 
     graph = Graph(body, LOGITS)
     leaves(graph, *BEFORE, "fuse_top_k", reason="it does not scatter to the largest entries")
-
-
-UNKNOWN = "its weights are not known functions"
 
 
 def test_near_miss_divided_by_the_sum_of_all() -> None:
