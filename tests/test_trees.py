@@ -18,7 +18,7 @@ from mergec.compiler.driver import compile_decoder
 from mergec.runtime.cli import app
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PartyError, PromptError
-from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER
+from mergec.runtime.core.spec import CLIENT, DEALER, ROLES, SERVER, Vis
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.rehearsal import Rehearsal, step_cost
@@ -31,6 +31,7 @@ from mergec.runtime.engine.trees import (
     is_path,
     lineage,
 )
+from mergec.runtime.program.program import Instruction, Ref
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
 from mergec.runtime.session.conversations import Place
@@ -318,6 +319,29 @@ def test_trees_that_cannot_be_are_refused() -> None:
     assert run.tokens == [*PROMPT, *IDS[:2], 1, IDS[0], IDS[2], 1]
     with pytest.raises(PartyError, match="but the store holds"):
         Schedule([(3, 4)]).check(3, 4, Draw(), "client", branches=Branches((), (0, 0)))
+
+
+@pytest.mark.parametrize("rows_of_tokens", [True, False])
+def test_rows_that_no_mask_is_for_must_not_be_of_tokens(rows_of_tokens: bool) -> None:
+    made, frac = program(), 46
+    source = Ref("mixed.flat")  # [1, new, width]
+    if rows_of_tokens:
+        turned = Instruction(
+            "turned", "aten.transpose.int", (source, 1, 2), {}, Vis.SHARED, frac, "", ""
+        )
+        made.instructions.append(turned)
+        source = Ref("turned")
+    made.instructions.append(
+        Instruction("odd", "mpc.softmax", (source,), {}, Vis.SHARED, 32, "", "")
+    )
+    rehearsal = Rehearsal(made)
+    if not rows_of_tokens:
+        rehearsal.check_trees()
+        assert rehearsal.step(3, 4, parents=(0, 0))
+        return
+    for check in (rehearsal.check_trees, lambda: rehearsal.step(3, 4, parents=(0, 0))):
+        with pytest.raises(BundleError, match="odd has no mask of positions; draft without trees"):
+            check()
 
 
 def test_programs_without_trees_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,7 @@ class Rehearsal:
         self._watched = context is not None
         self.plan = Plan(program)
         self._trees = Trees(self.plan)
+        self._takes_trees = False
         self._setup: list[list[Message]] = []
         self._constants: Constants | None = None
         self._marks: dict[Any, int] = {}
@@ -190,7 +192,10 @@ class Rehearsal:
         wanted: outputs of the step, if not all. ends: the rounds in which inputs become known, if
         not at the start; their shapes are.
         """
-        branched = self._trees.values(parents, past, self._line) if parents else {}
+        branched: Mapping[str, Any] = {}
+        if parents:
+            self.check_trees()
+            branched = self._trees.values(parents, past, self._line)
         if self.context.draw != (draw or Draw()):
             self.context.draw = draw or Draw()
             self._known.clear()
@@ -228,7 +233,10 @@ class Rehearsal:
     @torch.inference_mode()
     def check_trees(self) -> None:
         """Raise BundleError if the program cannot run a step whose tokens form a tree."""
-        self._trees.check(self._line)
+        if not self._takes_trees:
+            self._trees.check(self._line)
+            self._trees.check_rows(partial(self._results, self._trees.rows))
+            self._takes_trees = True
 
     @torch.inference_mode()
     def sizes(self, new: int, past: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mergec.runtime.core.errors import BundleError
-from mergec.runtime.core.op import Kind
+from mergec.runtime.core.op import Kind, Positions
 from mergec.runtime.core.spec import Vis
 from mergec.runtime.core.values import Held
 from mergec.runtime.engine.plan import Plan, Planned
@@ -22,7 +22,8 @@ _SHORT, _LONG, _LATER = (2, 1), (3, 2), (2, 2)
 _PARTS = ("aten.slice.Tensor", "aten.narrow.default", "aten.select.int")
 
 Run = Callable[[int, int], Mapping[str, Any]]
-"""The values `Trees.names` of a step of so many new and past tokens, each after the one before."""
+"""Values of a step of so many new and past tokens, each after the one before: `Trees.names`, unless
+something else is said."""
 
 
 class Branches(NamedTuple):
@@ -87,7 +88,8 @@ class Trees:
 
     names: these values. Where a step takes them as inputs, its instructions are those of a line.
     sizes: which of the lengths that they follow from are read off secret values; from the inputs
-    and these, no instruction on secrets leads to them.
+    and these, no instruction on secrets leads to them. rows: secret values in whose rows no mask
+    hides an entry, so these must not be of tokens (`check_rows`).
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -97,7 +99,7 @@ class Trees:
             if planned.instruction.vis in (Vis.PUBLIC, Vis.SERVER)
         }
         given = {spec.name for spec in plan.program.inputs}
-        sizes: list[str] = []
+        sizes, rows = list[str](), list[str]()
         self._readers: dict[str, list[tuple[bool, str]]] = {}
         self._attentions: list[tuple[str, str]] = []
         for planned in plan.steps:
@@ -109,11 +111,13 @@ class Trees:
             for place, name in _operands(planned):
                 if name in known:
                     self._readers.setdefault(name, []).append((attends, place))
-            if attends:
+            if attends and _works_by_rows(planned):
+                rows.append(planned.name)
+            elif attends:
                 mask = planned.argument("mask")
                 self._attentions.append((planned.name, getattr(mask, "name", "")))
         self.names: tuple[str, ...] = tuple(self._readers)
-        self.sizes = tuple(sizes)
+        self.sizes, self.rows = tuple(sizes), tuple(rows)
         steps = [plan.steps[i] for i in plan.active({*given, *sizes}, self.names)]
         self._secret = [planned.name for planned in steps if planned.name not in known]
         self._axes: dict[str, tuple[int | None, int | None]] | None = None
@@ -121,6 +125,14 @@ class Trees:
     def check(self, run: Run) -> None:
         """Raise BundleError if the program cannot run a step of a tree."""
         self._found_axes(run)
+
+    def check_rows(self, run: Run) -> None:
+        """The same for the values `rows`, which `run` returns: their rows must stay as long where a
+        step has more tokens, as those of a router do that chooses from experts."""
+        short, long = (run(*lengths) for lengths in (_SHORT, _LONG))
+        for name in self.rows:
+            if short[name].shape[-1] != long[name].shape[-1]:
+                raise _refused(f"{name} has no mask of positions")
 
     def values(self, parents: Sequence[int], past: int, run: Run) -> dict[str, Any]:
         """These values for a step of the tree after `past` tokens, by name.
@@ -194,6 +206,12 @@ def _operands(planned: Planned) -> list[tuple[str, str]]:
         return [(item.target, name) for name in planned.refs]
     bound = planned.bind(item.args, item.kwargs)
     return [(key, ref.name) for key, argument in bound.items() for ref in refs(argument)]
+
+
+def _works_by_rows(planned: Planned) -> bool:
+    """Whether an instruction sees one row of one operand at a time, and nothing else."""
+    by_rows = planned.op is not None and planned.op.positions is Positions.ROWS
+    return by_rows and len(planned.refs) == 1
 
 
 def _shapes(values: Mapping[str, Any]) -> dict[str, Sequence[int]]:
