@@ -130,9 +130,18 @@ def _check(nodes: list[fx.Node], inputs: list[InputSpec]) -> None:
         aten._softmax.default: "this softmax was not recognized as part of an attention",
     }
     faults = {node: reasons[node.target] for node in nodes if node.target in reasons}
-    shared = {node: reason for node, reason in faults.items() if is_shared(node)}
+    shared = {n: reason for n, reason in faults.items() if is_shared(n) and not _is_of_features(n)}
     if shared:
         raise CompileError("prompts cannot be padded for this model; leave out pad_prompt", shared)
+
+
+def _is_of_features(node: fx.Node) -> bool:
+    """Whether a node is a softmax over a dimension of a fixed size, such as that of a router over
+    experts: it takes each token for itself."""
+    if not calls(node, aten.softmax.int, aten._softmax.default):
+        return False
+    dim: Any = node.args[1]
+    return isinstance(node.meta["val"].shape[dim], int)
 
 
 def _added_input(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> fx.Node:

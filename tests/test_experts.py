@@ -19,6 +19,7 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import capture
 from mergec.compiler.frontend.experts import AllExperts, all_experts
 from mergec.compiler.program import Program
+from mergec.runtime.engine.trees import Branches
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import OPTIONS, empty_caches
 from tests.test_more_families import LOGIT_ERROR, example
@@ -237,6 +238,24 @@ def test_tokens_alone() -> None:
         for new, past in ((5, 0), (1, 5)):
             token = session.step(TEXT[past : past + new], past)
             assert int(token) == int(logits_of(model_of("mixtral"), past + new).argmax())
+
+
+def test_padding_and_drafts_that_form_a_tree() -> None:
+    """Each token chooses for itself, so a router has nothing to do with what a token sees."""
+    model = model_of("mixtral")
+    program = compiled("mixtral", pad_prompt=True, speculate_up_to=3)
+    text, pads, tree = TEXT[:5], 2, (TEXT[5], 9, TEXT[6])
+    with InProcessSession(program.roles) as session:
+        session.pads = pads
+        logits = session.step([program.manifest.pad_token] * pads + text, 0).double()
+        assert (logits.reshape(-1) - logits_of(model, 5)).abs().max() < LOGIT_ERROR
+        rows = session.rows(tree, pads + 5, Branches((), (0, 0))).double()
+    wanted = (
+        model(torch.tensor([[*text, tree[0], *more]]), use_cache=False).logits[0, -1]
+        for more in ((), (tree[1],), (tree[2],))
+    )
+    for found, own in zip(rows, wanted, strict=True):
+        assert (found - own).abs().max() < LOGIT_ERROR
 
 
 @pytest.mark.slow

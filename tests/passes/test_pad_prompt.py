@@ -38,16 +38,26 @@ def ran(text: str) -> tuple[PadPrompt, int]:
     [
         ("mpc.ratio_attention(%q, %q, %q, None, 0.5, 0.0, '2quad')", "weight to each key"),
         ("mpc.constant_attention(%q, %table, 3)", "its weights follow from positions"),
-        ("aten.softmax.int(%q, -1)", "was not recognized as part of an attention"),
-        ("aten._softmax.default(%q, -1, False)", "was not recognized as part of an attention"),
+        ("aten.softmax.int(%keys, -1)", "was not recognized as part of an attention"),
+        ("aten._softmax.default(%keys, -1, False)", "was not recognized as part of an attention"),
     ],
 )
 def test_weights_that_the_client_cannot_hide_are_refused(call: str, words: str) -> None:
     """The line names the node, also if other attention takes padding."""
     table = "%table = constant : server 2x8x8\n" if "table" in call else ""
+    table += "%keys = aten.transpose.int(%q, 2, 3)\n" if "keys" in call else ""
     text = f"{QKV}{table}%1 = mpc.attention(%q, %q, %q, None, 0.5)\n%2 = {call}\nreturn [%1, %2]"
     with pytest.raises(CompileError, match=f"cannot be padded(.*\\n)*.*%2 = (.*\\n)*.*{words}"):
         ran(text)
+
+
+def test_a_softmax_of_features_is_left_alone() -> None:
+    """A router's is over experts, of each token for itself."""
+    for call in ("aten.softmax.int(%q, -1)", "aten._softmax.default(%q, 1, False)"):
+        _, sites = ran(
+            f"{QKV}%1 = mpc.attention(%q, %q, %q, None, 0.5)\n%2 = {call}\nreturn [%1, %2]"
+        )
+        assert sites == 1
 
 
 def test_a_public_softmax_is_left_alone() -> None:
