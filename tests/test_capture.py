@@ -248,6 +248,12 @@ class OneLength(Bigram):
         return super().forward(ids).reshape(1, 3, VOCAB)
 
 
+class Listed(Bigram):
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.hidden(ids)
+        return self.head(x + torch.tensor(list(range(ids.shape[1])))[:, None])
+
+
 class LastOnly(Bigram):
     def forward(self, ids: torch.Tensor) -> Any:
         return super().forward(ids)[:, -1]
@@ -275,6 +281,8 @@ class WritesAlias(Bigram):
 
 CHECK = "the model itself raises this in plain PyTorch, so check its config$"
 
+HERE = r"\(test_capture.py:\d+\)"
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "masked encoder": (lambda: _bert("BertForMaskedLM"), "is an encoder"),
     "encoder": (lambda: _bert("BertModel"), "no language-model head"),
@@ -286,12 +294,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "recurrent": (_recurrent, "MambaForCausalLM has layers of the type linear_attention"),
     "sizes that do not fit": (
         _uneven,
-        "LlamaForCausalLM does not run on token ids: mat1 and mat2 shapes .*; " + CHECK,
+        "LlamaForCausalLM does not run on token ids: mat1 and mat2 shapes .* "
+        r"\(modeling_llama.py:\d+\); " + CHECK,
     ),
-    "an error of its own": (_raising, "does not run on token ids: 'rope'; " + CHECK),
+    "an error of its own": (_raising, f"does not run on token ids: 'rope' {HERE}; {CHECK}"),
     "short table": (
         _short_table,
-        f"not run on token 96, the last of its vocabulary: index out of range in self; {CHECK}",
+        rf"not run on token 96, the last .*: index out .* \(modeling_llama.py:\d+\); {CHECK}",
     ),
     "NaN": (lambda: _spoiled("head.weight", float("nan")), "NaN or infinite: head.weight"),
     "infinite buffer": (lambda: _spoiled("scale", float("inf")), "NaN or infinite: scale"),
@@ -301,8 +310,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "not a tensor": (Pair, "Pair is not a decoder .* returns a tuple"),
     "one position": (LastOnly, r"2 dimensions .* instead of logits"),
     "two inputs": (Masked, "missing 1 required positional argument: 'mask'"),
-    "one length": (OneLength, "only one number of tokens"),
-    "branch": (Branch, r"known only when it runs \(test_capture.py:\d+\)"),
+    "one length": (OneLength, "only one number of tokens; let all sizes follow from the input"),
+    "a list of one length": (Listed, f"one number of tokens {HERE}; let all"),
+    "branch": (Branch, f"known only when it runs {HERE}"),
     "flex attention": (Flex, "flex_attention cannot be compiled(.|\n)*use scaled_dot_product"),
     "control flow": (Conditional, "control flow cannot be compiled"),
     "write to a view": (WritesView, "writing in place"),

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import fx, nn
 from torch._dynamo import config as dynamo
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_map
 
 from mergec.compiler.config import MAX_LENGTH
 from mergec.compiler.errors import CompileError, InternalError
@@ -45,6 +47,7 @@ from mergec.compiler.frontend.lengths import (
     does_not_run,
     find_bounds,
     fixed_rotary,
+    fixing_place,
     guards_of,
     one_line,
     short_steps,
@@ -431,9 +434,7 @@ def _check_short(comparison: Comparison, again: Callable[[], Any], model: nn.Mod
 
 def _export(step: Any, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
     try:
-        # To look up symbolic shapes costs more than it saves.
-        with torch.no_grad(), dynamo.patch(fake_tensor_cache_enabled=False):
-            return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
+        return _run_export(step, example, dynamic)
     except (TypeError, AttributeError) as error:
         if not isinstance(step, _PlainStep):
             raise
@@ -450,8 +451,23 @@ def _export(step: Any, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
                 "without that branch"
             )
         elif reason.startswith("Constraints violated"):
-            reason = "it works for only one number of tokens"
+            again = partial(_run_export, step, example, _may_be_fixed(dynamic))
+            reason = (
+                f"it works for only one number of tokens{fixing_place(again, step.model)}; let all "
+                "sizes follow from the input's, as by torch.arange, without lists or fixed numbers"
+            )
         raise CompileError(f"the model cannot be captured by torch.export: {reason}") from error
+
+
+def _run_export(step: Any, example: tuple[torch.Tensor, ...], dynamic: Any) -> Any:
+    # To look up symbolic shapes costs more than it saves.
+    with torch.no_grad(), dynamo.patch(fake_tensor_cache_enabled=False):
+        return torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
+
+
+def _may_be_fixed(dynamic: Any) -> Any:
+    """The same dimensions, of which the model may fix any."""
+    return tree_map(lambda _: torch.export.Dim.AUTO, dynamic)
 
 
 def _finish(program: Any, inputs: list[InputSpec], layers: int) -> Captured:

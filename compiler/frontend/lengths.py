@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import math
 import operator
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ _LOOKUPS = (
 
 _TRAINED = "original_max_position_embeddings"
 _TORCH = str(Path(torch.__file__).parent)
+_COMPILER = str(Path(__file__).parents[1])
 _TOLERANCE = 1e-4
 """Relative to the largest value. Graph and model call the same ops, but on other strides."""
 
@@ -104,7 +106,9 @@ def guards_of(program: Any) -> list[Guard]:
     given = set(program.graph_signature.user_inputs)
     found = [n for n in program.graph.nodes if n.name in given and n.name.endswith("_ids")]
     lengths = dict(zip(("source", "new")[-len(found) :], found, strict=True))
-    names = {ids.meta["val"].shape[1].node.expr: name for name, ids in lengths.items()}
+    sizes = {name: ids.meta["val"].shape[1] for name, ids in lengths.items()}
+    # A length that the model fixes is a plain number.
+    names = {size.node.expr: name for name, size in sizes.items() if not isinstance(size, int)}
     return [made for guard in env.guards if (made := _guard(guard, names)) is not None]
 
 
@@ -367,6 +371,20 @@ def branch_place(
     return ""
 
 
+def fixing_place(again: Callable[[], Any], model: nn.Module) -> str:
+    """Where a model takes one length for granted, as `_place`; empty if unknown.
+
+    again: exports the step with lengths that the model may fix.
+    """
+    try:
+        guards = guards_of(again())
+    except Exception:  # noqa: BLE001  (the place is only for the message)
+        return ""
+    others = [(n, n, n) for n in (101, 103)]
+    fixing = (g for g in guards if g.own and not any(g.holds(*lengths) for lengths in others))
+    return next((_place(guard, model) for guard in fixing), "")
+
+
 @contextlib.contextmanager
 def fixed_rotary(model: nn.Module) -> Iterator[Bound | None]:
     """Keep rotary frequencies from changing with the length, as those of some Llama and Phi do.
@@ -449,10 +467,17 @@ def does_not_run(model: nn.Module, error: BaseException, tokens: str = "token id
 
     tokens: what it ran on, in words.
     """
-    said = f"{type(model).__name__} does not run on {tokens}: {one_line(error)}"
+    said = f"{type(model).__name__} does not run on {tokens}: {one_line(error)}{_raised_at(error)}"
     if not isinstance(error, TypeError | AttributeError):  # It takes or returns something else.
         said += "; the model itself raises this in plain PyTorch, so check its config"
     return CompileError(said)
+
+
+def _raised_at(error: BaseException) -> str:
+    """The line of the model's code that led to an error, in brackets; empty if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((_TORCH, _COMPILER, "<"))]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def _place(guard: Guard, model: nn.Module) -> str:
