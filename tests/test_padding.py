@@ -496,6 +496,14 @@ def test_what_a_connection_refuses(bundles: Path, tmp_path: Path) -> None:
         connection(pad_prompt=8, public_prefixes=[[1, 2]])
     with pytest.raises(PromptError, match="padding would stand between the public text and"):
         connection(pad_prompt=8, public_blocks=[[1, 2]])
+    for name, value, words in (
+        ("pad_prompt", -8, "pad_prompt is -8; it can be 0 or more"),
+        ("prompt_piece", -3, "prompt_piece is -3; it can be 0 or more"),
+        ("prompt_piece", 2.5, "prompt_piece is 2.5; it must be a whole number, 0 or more"),
+        ("ranks", 0, "ranks is 0; it can be 1 or more"),
+    ):
+        with pytest.raises(PromptError, match=words):
+            connection(**{name: value})
     with pytest.raises(MergecError, match="with pad_prompt none does"):
         connection(pad_prompt=8, ahead=AheadPlan(4, 0, 10**9))
     with pytest.raises(PromptError, match="64 tokens leaves no room"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.device import check_device
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import MergecError, PartyError, PromptError
@@ -98,7 +99,8 @@ class Connection:
         beginning of an answer. pad_prompt: pad each prompt on the left to the next multiple of this
         number, or to as many tokens as fit, so that server and dealer learn no more of its length;
         0 for no padding. Then each prompt is computed as a whole, and none begins with public text.
-        Raises PromptError if the program takes no padding. ranks: processes that share the masked
+        Raises PromptError if the program takes no padding, and for a number that is no such one.
+        ranks: processes that share the masked
         weights and the caches; they end with the session.
         """
         if (dealer is None) == (store is None):
@@ -120,6 +122,10 @@ class Connection:
                 "steps are dealt ahead for the next turn of a conversation, by the dealer; leave "
                 "out either that, or the store and reuse=False"
             )
+        check = Arguments(PromptError)
+        ranks = check.whole("ranks", ranks, 1)
+        prompt_piece = check.whole("prompt_piece", prompt_piece, 0)
+        pad_prompt = check.whole("pad_prompt", pad_prompt, 0)
         check_device(device)
         if isinstance(bundle, RoleProgram):
             self.program, self.text = bundle, None
