@@ -464,6 +464,24 @@ def test_chat_templates_do_not_change_what_tokens_stand_for() -> None:
     assert other.vocabulary_hash != same[0].vocabulary_hash
 
 
+def test_a_draft_model_with_a_sliding_window_starts_again_after_a_wrong_draft() -> None:
+    """Its cache cannot go back behind what the window has dropped."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=13, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=24,
+        sliding_window=4, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config).eval()
+    drafter = DraftModel(model)
+    for tokens in ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 0], [1, 2, 3, 4, 5, 6, 8, 1]):
+        whole = list(tokens)
+        for _ in range(4):
+            whole.append(int(model(torch.tensor([whole])).logits[0, -1].argmax()))
+        assert drafter.draft(tokens, 4) == whole[-4:]
+
+
 def test_a_draft_model_says_what_it_would_generate(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

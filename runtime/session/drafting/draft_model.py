@@ -80,10 +80,18 @@ class DraftModel(Drafter):
             if mine != theirs:
                 break
             same += 1
-        if self._cache is not None and same < len(self._fed):
-            if same:
-                self._cache.crop(same - len(self._fed))
-            else:
-                self._cache = None
+        if self._cache is not None and same < len(self._fed) and not self._cut(same):
+            self._cache, same = None, 0
         self._fed = self._fed[:same]
         return list(tokens[same:])
+
+    def _cut(self, length: int) -> bool:
+        """Cut the cache to its first tokens, at least one; returns whether that is possible."""
+        if not length:
+            return False
+        try:
+            self._cache.crop(length - len(self._fed))
+        except (RuntimeError, ValueError, AttributeError):
+            # A sliding window has dropped tokens that are needed again, or the model has no keys.
+            return False
+        return True
