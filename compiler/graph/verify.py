@@ -34,6 +34,7 @@ _BUILT_FROM = {
     "bmm": "matmul",
     "addmm": "linear",
     "_softmax": "softmax",
+    "topk": "top_k",
 }
 """Functions of torch that passes express with a dialect op of another name."""
 
