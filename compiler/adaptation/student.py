@@ -12,6 +12,7 @@ from torch import fx, nn
 from mergec.compiler.config import CompileConfig, Sample, as_pair
 from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.capture import Captured, capture
+from mergec.compiler.frontend.experts import joins_of
 from mergec.compiler.graph.ir import aten, bind, calls, constant, is_shared
 from mergec.compiler.graph.manager import run_passes
 from mergec.compiler.graph.rewriting import STAGES, GraphInfo
@@ -98,6 +99,8 @@ class Student(nn.Module):
         self._head = head_of(captured.graph_module)
         self.constants: list[str] = []
         self._names: dict[str, str] = {}
+        # The graph reads the experts of a mixture joined, and the model stores them apart.
+        self._joins = joins_of(model)
         given = dict(model.named_parameters(remove_duplicate=False))
         for name, (value, _) in captured.tensors().items():
             self._add(name, value, given)
@@ -139,7 +142,7 @@ class Student(nn.Module):
         if name in self.sites and name.endswith(TABLE):
             weights = held.softmax(-1)
             return weights.tril() if name in self._causal else weights
-        return held
+        return self._joins[name](held) if name in self._joins else held
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The constants of the lossy passes as they are now, by name, for `Adaptation`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,16 +42,9 @@ class AllExperts(nn.Module):
     def __init__(self, experts: Any) -> None:
         super().__init__()
         self.count = int(experts.down_proj.shape[0])
-        self.up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        up, down = getattr(experts, self.up_name), experts.down_proj
-        if experts.is_transposed:
-            up, down = up.mT, down.mT
-        parts = 2 if experts.has_gate and experts.is_concatenated else 1
-        # From [E, out, E's inputs] to [out, inputs of all].
-        made = {self.up_name: _joined(up, parts), "down_proj": down.transpose(0, 1).flatten(1)}
+        self.up_name = _up_name(experts)
+        made = {name: join(getattr(experts, name)) for name, join in _joins(experts).items()}
         if experts.has_bias:
-            name = f"{self.up_name}_bias"
-            made[name] = _joined(getattr(experts, name), parts)
             made["down_proj_bias"] = experts.down_proj_bias
         for name, value in made.items():
             self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
@@ -72,13 +66,50 @@ class AllExperts(nn.Module):
         return result if bias is None else result + gates @ self.down_proj_bias
 
 
-def _joined(weight: torch.Tensor, parts: int) -> torch.Tensor:
+Join = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a parameter of `AllExperts` of that of the same name of the given experts."""
+
+
+def joins_of(model: nn.Module) -> dict[str, Join]:
+    """For each parameter of a model that `all_experts` joins, by its name, how it does so."""
+    return {
+        f"{path}.{name}": join
+        for path, module in model.named_modules()
+        if can_run_all(module)
+        for name, join in _joins(module).items()
+    }
+
+
+def _joins(experts: Any) -> dict[str, Join]:
+    name, turned = _up_name(experts), bool(experts.is_transposed)
+    parts = 2 if experts.has_gate and experts.is_concatenated else 1
+    found: dict[str, Join] = {
+        name: partial(_joined_rows, parts=parts, turned=turned),
+        "down_proj": partial(_joined_columns, turned=turned),
+    }
+    if experts.has_bias:
+        found[f"{name}_bias"] = partial(_joined_rows, parts=parts)
+    return found
+
+
+def _up_name(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _joined_rows(weight: torch.Tensor, parts: int, turned: bool = False) -> torch.Tensor:
     """Rows of all experts, [E, rows, …] to [E * rows, …]: first all experts' gates, then all ups.
 
     parts: how many of these are stored one behind the other; 1 if there is one, or if rows
-    alternate.
+    alternate. turned: whether each expert's matrix is stored transposed.
     """
+    weight = weight.mT if turned else weight
     return weight.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _joined_columns(weight: torch.Tensor, turned: bool) -> torch.Tensor:
+    """Columns of all experts side by side, [E, rows, columns] to [rows, E * columns]; see there."""
+    weight = weight.mT if turned else weight
+    return weight.transpose(0, 1).flatten(1)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.adaptation.scale import match_scale
@@ -17,7 +18,8 @@ from mergec.compiler.errors import CompileError
 from mergec.compiler.frontend.adaptation import Adaptation, write_adaptation
 from mergec.runtime.engine.plain import PlainExecutor
 from mergec.runtime.roles.inprocess import InProcessSession
-from tests.families import FAMILIES, every_family, random_decoder
+from tests.families import FAMILIES, every_family, random_decoder, slow
+from tests.test_more_families import example
 
 LOSSY = tuple(name for name in PRESETS if name != "exact")
 PROMPT, ANSWER = [3, 14, 15, 92, 65, 35], [9, 26]
@@ -42,6 +44,24 @@ def moved(model: Any, config: CompileConfig, texts: Any = SEQUENCES) -> Student:
             change = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter += 0.1 * parameter.abs().mean() * change
     return student
+
+
+@pytest.mark.parametrize("family", ["mixtral", *slow("gpt_oss")])
+def test_experts_are_trained(family: str) -> None:
+    """The graph reads them joined; what is trained are the model's own, which may change."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no such family")
+    model = example.decoder(family)
+    ids = torch.tensor([[*example.PROMPT, *example.ANSWER]])
+    student = Student(model, CompileConfig(), [[0]])
+    for _ in range(2):
+        logits = student(ids).logits
+        assert torch.allclose(logits, model(ids, use_cache=False).logits, atol=1e-4)
+        logits[0, -1].square().sum().backward()
+        with torch.no_grad():
+            for name, parameter in model.model.layers[0].mlp.experts.named_parameters():
+                assert parameter.grad is not None and parameter.grad.any(), name
+                parameter.mul_(1.1)
 
 
 NO_GAIN = ("gemma", "gemma2", "olmo")
