@@ -52,6 +52,9 @@ BATCH = 200
 ROOM = 1 << 32
 """Bytes that this process may take beyond what it has: what a hostile length would exceed."""
 
+PATIENCE = 20.0
+"""Seconds within which the threads of a session that is over end."""
+
 KEPT = 1 << 18
 """Bytes that a session may leave behind here, where all share one process."""
 
@@ -417,7 +420,7 @@ def test_mutated_sessions_end_in_one_line(
         if name != "client" and not agrees(said, mine, peer):
             assert set(told) <= SAFE
 
-    began, before = time.process_time(), resident()
+    began, before, threads = time.process_time(), resident(), set(threading.enumerate())
     while tried < FRAMES:
         count = min(BATCH, (FRAMES - tried) // len(play.original) + 1)
 
@@ -433,6 +436,9 @@ def test_mutated_sessions_end_in_one_line(
             check(said)
 
         batch()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), f"{thread.name} goes on"
     grown = resident() - before
     with capsys.disabled():
         if "MERGEC_FUZZ_FRAMES" in os.environ:

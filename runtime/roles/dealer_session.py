@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -76,7 +76,7 @@ class DealerSession:
         """Seconds that the last step may take."""
 
     def play(self) -> None:
-        with self._ranks:
+        with closing(self._pulse), self._ranks:
             how = played(self._run, self._fail, lambda: self._log)
         if self._line is not None:
             self._parent.tell(kind="end", how=how)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -97,7 +97,7 @@ class ServerSession:
         self._seated = False
 
     def play(self) -> None:
-        with self._ranks:
+        with closing(self._pulse), self._ranks:
             how = played(self._run, self._fail, lambda: self._log)
         if self._seated:
             self._parent.tell(kind="end", how=how)
