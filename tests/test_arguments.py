@@ -131,7 +131,7 @@ def test_calibration_longer_than_the_model_takes() -> None:
         ({"input_ids": [1, 2]}, {}, "prompt is a dict; .*such as its input_ids"),
         ([True], {}, "prompt holds True"),
         ([], {}, "the prompt is empty"),
-        ([-1], {}, "not in the vocabulary"),
+        ([-1], {}, "is -1; it can be 0 or more"),
         ([1], {"max_tokens": 0}, "max_tokens is 0; it can be 1 or more"),
         ([1], {"max_tokens": 1.5}, "max_tokens is 1.5; it must be a whole number"),
         ([1], {"temperature": "hot"}, "temperature is 'hot'; it must be a number"),

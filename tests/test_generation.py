@@ -150,13 +150,16 @@ def test_sampling_is_applied_and_repeatable() -> None:
     [
         ([], 1, "the prompt is empty"),
         ([1, 10], 1, "token 10 is not in the vocabulary of 10"),
-        ([-1], 1, "token -1 is not in the vocabulary"),
+        ([-1], 1, "token 0 of the prompt is -1; it can be 0 or more"),
         ([1] * 6, 3, "has 6 tokens, which with 3 to generate is more than this program's 8"),
-        ([1], 0, "at least one token must be asked for"),
+        ([1], 0, "max_tokens is 0; it can be 1 or more"),
+        ([1], "8", "max_tokens is '8'; "),
+        ([1, "2"], 1, "token 1 of the prompt is '2'; "),
+        ([1, 2.5], 1, "token 1 of the prompt is 2.5; "),
     ],
 )
 def test_bad_prompts_are_refused_before_any_step(
-    prompt: list[int], max_tokens: int, message: str
+    prompt: list[Any], max_tokens: Any, message: str
 ) -> None:
     session = Counting()
     with pytest.raises(PromptError, match=message):

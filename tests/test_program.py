@@ -113,7 +113,7 @@ def test_where_answers_part() -> None:
         ("hello", "no tokenizer"),
         ([], "empty"),
         ([VOCAB], "not in the vocabulary"),
-        ([-1], "not in the vocabulary"),
+        ([-1], "is -1; it can be 0 or more"),
         (list(range(10)) * 2, "20 tokens"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mergec.runtime.core.arguments import Arguments
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import BundleError, PromptError
 from mergec.runtime.engine.trees import Branches
@@ -27,12 +28,13 @@ def check_prompt(prompt: Sequence[int], max_tokens: int, manifest: Manifest, pad
     pads: how many tokens are put before it.
     """
     vocabulary, limit = manifest.vocab_size, manifest.max_length
-    if max_tokens < 1:
-        raise PromptError(f"at least one token must be asked for, not {max_tokens}")
+    check = Arguments(PromptError)
+    max_tokens = check.whole("max_tokens", max_tokens, 1)
     if not prompt:
         raise PromptError("the prompt is empty; give at least one token")
-    for token in prompt:
-        if token < 0 or (vocabulary and token >= vocabulary):
+    for number, given in enumerate(prompt):
+        token = check.whole(f"token {number} of the prompt", given, 0)
+        if vocabulary and token >= vocabulary:
             raise PromptError(
                 f"the prompt's token {token} is not in the vocabulary of {vocabulary}; "
                 "use the model's own tokenizer"
