@@ -234,6 +234,10 @@ class AdaptOptions:
     resent: Annotated[
         int | None, typer.Option(help="Further runs of a step, with its own hidden states.")
     ] = None
+    resent_ramp: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps over which embeddings become resent states."),
+    ] = None
     match_scale: Annotated[
         bool,
         typer.Option("--match-scale", help="Scale resent states to the size of embeddings first."),
@@ -244,6 +248,9 @@ class AdaptOptions:
     ] = None
     layer_steps: Annotated[
         float | None, typer.Option(help="Share of the steps that learn the teacher's layers.")
+    ] = None
+    layer_weight: Annotated[
+        float | None, typer.Option(help="Weight of the teacher's layers beside the objective.")
     ] = None
     temperature: Annotated[
         float | None, typer.Option(help="Of logits that are compared with the teacher's.")

@@ -66,12 +66,17 @@ class AdaptConfig:
         embedding has a root mean square of 0.14.
     resent: where hidden states are resent, how often each training step runs the model again with
         its own hidden states in place of the answer's embeddings. MERGE does not: 0, the default.
+    resent_ramp: the share of the steps over which these rows move from the embedding to the hidden
+        state. A text that grows in the layers moves less far. 0, the default: all rows are hidden
+        states from the first step on.
     match_scale: where hidden states are resent, scale the last norm before the training so that
         they are as large as embeddings, and the head so that no logit changes
         (`adaptation/scale.py`). MERGE does not: False, the default.
     freeze: patterns of names of parameters that stay as they are, as "*mlp.up_proj*"; training
         takes less time and memory. Names are those of the model, patterns those of `fnmatch`.
     layer_steps: the share of the steps that train on layers, with objective="teacher".
+    layer_weight: what the distance from the teacher's layers is multiplied by before it is added to
+        the loss of all other steps, with either objective; 0, the default, leaves it out.
     temperature: of the logits that are compared with the teacher's.
     bf16: while training, compute products from bfloat16 copies of their operands (torch's
         autocast). Weights, the optimizer's state and all measures stay float32.
@@ -110,9 +115,11 @@ class AdaptConfig:
     noise: float | None = None
     dropout: float | None = None
     resent: int = 0
+    resent_ramp: float = 0.0
     match_scale: bool = False
     freeze: tuple[str, ...] = ()
     layer_steps: float = 0.5
+    layer_weight: float = 0.0
     temperature: float = 1.0
     bf16: bool = False
     seed: int = 0
@@ -173,6 +180,8 @@ class AdaptConfig:
             if not low <= value <= high:
                 raise CompileError(f"{option} is {value:g}; it can be {low:g} to {high:g}")
             object.__setattr__(self, option, value)
+        if self.resent_ramp and not self.resent:
+            raise CompileError("resent_ramp is for rows that are resent; set resent, too")
 
     @property
     def merges(self) -> bool:
@@ -231,7 +240,9 @@ _SHARES: dict[str, tuple[float, float]] = {
     "cosine": (0.0, 1.0),
     "noise": (0.0, 100.0),
     "dropout": (0.0, 0.99),
+    "resent_ramp": (0.0, 1.0),
     "layer_steps": (0.0, 1.0),
+    "layer_weight": (0.0, 1e6),
     "temperature": (0.01, 100.0),
 }
 """The smallest and the largest value of each other number."""

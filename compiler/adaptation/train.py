@@ -218,9 +218,10 @@ class AdaptTrainer(Trainer):
         if "loss" in logs:
             parts = {name: float(torch.stack(v).mean()) for name, v in self._parts.items()}
             if not all(map(math.isfinite, parts.values())):
+                ramp = ", a longer resent_ramp" if self.settings.resent else ""
                 raise CompileError(
                     f"the loss is no longer finite at step {self.state.global_step:,}; train into "
-                    "another folder with a smaller learning_rate or a longer warmup"
+                    f"another folder with a smaller learning_rate{ramp} or a longer warmup"
                 )
             logs = {**logs, **parts}
             self._parts = {}
@@ -282,6 +283,14 @@ class StudentTrainer(AdaptTrainer):
             self.state.global_step < round(config.layer_steps * config.steps)
         )
 
+    @property
+    def share(self) -> float | None:
+        """How far resent rows move in the current step; None without a ramp."""
+        config = self.settings
+        if not config.resent_ramp:
+            return None
+        return min(1.0, (self.state.global_step + 1) / (config.resent_ramp * config.steps))
+
     def losses(self, batch: Batch) -> Losses:
         """With noise and dropout."""
         return losses(
@@ -291,6 +300,7 @@ class StudentTrainer(AdaptTrainer):
             self.settings,
             layers=self.trains_layers,
             disturbed=True,
+            share=self.share,
         )
 
     def measured(self) -> Numbers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import mergec
 from mergec import AdaptConfig, CompileConfig
 from mergec.compiler.adaptation import run, train
 from mergec.compiler.adaptation.data import Encoded
-from mergec.compiler.adaptation.losses import collate, losses
+from mergec.compiler.adaptation.losses import Batch, collate, losses
 from mergec.compiler.adaptation.student import Student
 from mergec.compiler.driver import compile_source
 from mergec.compiler.errors import CompileError, InternalError
@@ -306,6 +308,118 @@ def test_resent_states_enter_the_loss(model: Any) -> None:
         logits = student(ids, rows).logits[0, 1:3]
         wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 7]))
     assert found.total.item() == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_resent_states_that_begin_as_embeddings(model: Any) -> None:
+    """A row lies between the embedding and the hidden state, as far as the ramp has come."""
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    batch = collate([Encoded((4, 9, 2, 7), 2)])
+    more = {"noise": 0.0, "dropout": 0.0, "cosine": 0.0, "resent": 1, "resent_ramp": 0.5}
+    asked = AdaptConfig(preset="merge-er", **more).complete()
+    with torch.no_grad():
+        ids = batch["input_ids"]
+        rows = student.embed(ids)
+        first = student(ids, rows).hidden
+        rows[:, 2:] = 0.9 * rows[:, 2:] + 0.1 * first[:, 1:-1]
+        logits = student(ids, rows).logits[0, 1:3]
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 7]))
+    found = losses(student, None, batch, asked, share=0.1)
+    assert found.total.item() == pytest.approx(float(wanted), rel=1e-5)
+
+
+def longest(student: Student, batch: Batch, share: torch.Tensor) -> torch.Tensor:
+    """How much longer than without it [B] a layer's longest row is, hidden states resent."""
+    ids, rows = batch["input_ids"], student.embed(batch["input_ids"])
+    first = student(ids, rows)
+    sent = rows.clone()
+    sent[:, 2:] += share[:, None, None] * (first.hidden[:, 1:-1] - rows[:, 2:])
+    sides = [
+        torch.stack([stream.norm(dim=-1).amax(-1) for stream in result.streams])
+        for result in (student(ids, sent), first)
+    ]
+    return (sides[0] / sides[1]).amax(0)
+
+
+@torch.no_grad()
+def test_texts_that_grow_move_less_far(model: Any) -> None:
+    """And others of the same batch as far as the ramp says."""
+    model = copy.deepcopy(model).double()
+    student = Student(model, CompileConfig(preset="merge-er"), [[1, 2]])
+    batch, all_the_way = collate(TEXTS), torch.ones(len(TEXTS), dtype=torch.float64)
+    norm = model.transformer.ln_f
+
+    def grow(factor: float) -> torch.Tensor:
+        norm.weight *= factor
+        norm.bias *= factor
+        return longest(student, batch, all_the_way) > 4
+
+    grown = grow(1e-3)
+    assert not grown.any()
+    while not grown.any():
+        grown = grow(1.02)
+    assert 0 < int(grown.sum()) < len(TEXTS)
+    share = torch.where(grown, 0.5, all_the_way)
+    assert float(longest(student, batch, share).max()) < 4
+    rows = student.embed(batch["input_ids"])
+    hidden = student(batch["input_ids"], rows).hidden
+    rows[:, 2:] += share[:, None, None] * (hidden[:, 1:-1] - rows[:, 2:])
+    wanted = student(batch["input_ids"], rows).logits[:, 1:-1]
+    entropy = torch.nn.functional.cross_entropy(
+        wanted.flatten(0, 1), batch["labels"][:, 2:].flatten()
+    )
+    more = {"noise": 0.0, "dropout": 0.0, "cosine": 0.0, "resent": 1, "resent_ramp": 0.5}
+    asked = AdaptConfig(preset="merge-er", **more).complete()
+    found = losses(student, None, batch, asked, share=1.0).total.item()
+    assert found == pytest.approx(float(entropy), rel=1e-12)
+    without = losses(student, None, batch, asked).total.item()
+    assert without != pytest.approx(float(entropy), rel=1e-7)
+
+    # Half as far is still too far, again and again: what is left are the embeddings.
+    grow(1e30)
+    asked = dataclasses.replace(asked, resent=2)
+    found = losses(student, None, batch, asked, share=1.0).total.item()
+    alone = losses(student, None, batch, dataclasses.replace(asked, resent=0, resent_ramp=0.0))
+    assert found == pytest.approx(alone.total.item(), rel=1e-12)
+
+
+def test_the_ramp_of_a_run(model: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """It ends at its share of the steps; validation and runs without it know none."""
+    monkeypatch.setattr(run._StudentRun, "_compile", lambda *_: None)
+    found = train.losses
+    shares: list[float | None] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        shares.append(options.get("share"))
+        return found(*arguments, **options)
+
+    monkeypatch.setattr(train, "losses", noted)
+    mergec.adapt(model, data, tmp_path / "a", config("merge", resent=1, resent_ramp=0.75))
+    learning = [share for share in shares if share is not None]
+    assert learning == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    shares.clear()
+    mergec.adapt(model, data, tmp_path / "b", config("merge", resent=1))
+    assert set(shares) == {None}
+
+
+def test_layers_beside_another_objective(model: Any) -> None:
+    """Their distance from the teacher's is added, but not to itself."""
+    teacher = Student(model, CompileConfig(), [[1, 2]])
+    batch = collate(TEXTS)
+    for preset, objective in (("merge", "data"), ("merge-mm", "teacher"), ("merge-er", "data")):
+        student = Student(copy.deepcopy(model), CompileConfig(preset=preset), [[1, 2]])
+        asked = AdaptConfig(preset=preset, objective=objective, noise=0.0, dropout=0.0).complete()
+        more = dataclasses.replace(asked, layer_weight=3.0)
+        plain, both = (losses(student, teacher, batch, given) for given in (asked, more))
+        mine, theirs = student(batch["input_ids"]), teacher(batch["input_ids"])
+        sides = zip([*mine.streams, mine.hidden], [*theirs.streams, theirs.hidden], strict=True)
+        apart = torch.stack([(a - b).square().mean() / b.square().mean() for a, b in sides]).mean()
+        assert both.parts["layers"].item() == pytest.approx(apart.item(), rel=1e-4, abs=1e-9)
+        wanted = plain.total.item() + 3 * apart.item()
+        assert both.total.item() == pytest.approx(wanted, rel=1e-5)
+        assert "layers" not in plain.parts
+        if objective == "teacher":
+            alone = [losses(student, teacher, batch, c, layers=True) for c in (asked, more)]
+            assert alone[0].total.item() == alone[1].total.item()
 
 
 def test_distillation(model: Any) -> None:
