@@ -147,9 +147,14 @@ OF_T5 = {
 _TEACHER = ("objective", "teacher")
 _LONG = (("layer_steps", 0.6), ("learning_rate", 1e-4), ("steps", 150), ("warmup", 10))
 _SCALED = (MATCHED, RESENT, ("freeze", (*kinds.FROZEN, "lm_head*")))
+_RAMPED = (
+    *(("resent_ramp", 0.5), ("layer_weight", 1.0)),
+    *(("learning_rate", 2e-4), ("steps", 120), ("warmup", 10)),
+)
 OF_SMOLLM2 = {
     "MM": Row("merge-mm", changes=(_TEACHER, *_LONG)),
     "ER, matched, resent": Row("merge-er", changes=(*_SCALED, ("steps", 24), ("warmup", 3))),
+    "MERGE, matched, resent": Row("merge", changes=(*_SCALED, *_RAMPED)),
 }
 """Those of SmolLM2, on another task (`kinds.py`)."""
 
@@ -672,7 +677,7 @@ def of_smollm2(work: Path, arguments: argparse.Namespace, runs: dict[str, Row]) 
             # A checkpoint and a validation take as long as some steps.
             rarely = {"evaluate_every": options["steps"], "save_every": options["steps"]}
             config = mergec.AdaptConfig(**options, **rarely)
-            found[name] = ran(name, row, work, teacher, config)
+            found[name] = adapted(name, row, work, teacher, config)
         return found
 
     return kinds.measure(

@@ -454,10 +454,10 @@ others.
 
 {learning}
 
-The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER
-`--match-scale --resent 2`. At least seven of ten weights are frozen: embedding, head, the
-MLP's first products, and the attention's queries and keys ({options}; torch {torch}, Python
-{python}).
+The runs start from the teacher, with `--bf16 --schedule linear --noise 0 --dropout 0`, for ER and
+MERGE `--match-scale --resent 2`, for MERGE `--resent-ramp 0.5 --layer-weight 1`. At least seven of
+ten weights are frozen: embedding, head, the MLP's first products, and the attention's queries and
+keys ({options}; torch {torch}, Python {python}).
 
 Answers are greedy, to the first {samples} held nouns. Kind is the share that is WordNet's sentence,
 word for word; true the share that names a kind which WordNet gives for any meaning of the noun,
