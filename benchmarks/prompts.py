@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
@@ -37,6 +37,7 @@ from mergec.runtime.engine.rehearsal import (
     overlapped_seconds,
     step_cost,
 )
+from mergec.runtime.program.program import RoleProgram
 from mergec.runtime.roles.client import Connection
 from mergec.runtime.roles.inprocess import InProcessSession
 from mergec.runtime.roles.local import run_local
@@ -351,10 +352,19 @@ def run_small_ahead() -> list[list[str]]:
         return run_ahead(Path(place) / "bundles", [7 + 13 * n % 1000 for n in range(LONG)])
 
 
-def run_overlap() -> list[list[str]]:
-    """Rows of a prompt on an emulated network, as a whole and as two halves that overlap."""
-    roles = small_llama(LAYERS, "wan").roles
-    ids = [7 + 13 * n % 1000 for n in range(HALVED[0])]
+def run_overlap(wan: Path) -> list[list[str]]:
+    """Rows of prompts on an emulated network, as a whole and as two halves that overlap.
+
+    wan: bundles of the page's model, compiled for `wan`; it takes its turn after a small one.
+    """
+    rows = [["tokens", "", "predicted wait, s", "work without a network, s", "measured, s"]]
+    rows += overlapped(small_llama(LAYERS, "wan").roles, HALVED[0], RUNS)
+    return rows + overlapped(Program.load(wan).roles, HALVED[1], 1)
+
+
+def overlapped(roles: Mapping[str, RoleProgram], length: int, runs: int) -> list[list[str]]:
+    """Rows of a prompt of so many tokens, each run so often, in alternation."""
+    ids = [7 + 13 * n % 1000 for n in range(length)]
     network, rehearsal = NETWORKS["wan"], Rehearsal(roles["client"])
     half = len(ids) // 2
     waits = {
@@ -363,30 +373,29 @@ def run_overlap() -> list[list[str]]:
     }
     seconds: dict[int, list[float]] = {split: [] for split in waits}
     local: list[float] = []
+    warm = ids[:2]  # compiles kernels
     with InProcessSession(roles) as session:
-        for _ in range(RUNS + 1):
+        session.step(warm, 0)
+        for _ in range(runs):
             began = time.perf_counter()
             session.step(ids, 0)
             local.append(time.perf_counter() - began)
     with InProcessSession(roles, emulated=network.parties) as session:
-        for run in range(RUNS + 1):
+        session.step(warm, 0, split=1)
+        for _ in range(runs):
             for split, found in seconds.items():
                 began = time.perf_counter()
                 session.step(ids, 0, split=split)
-                if run:  # the first one compiles kernels
-                    found.append(time.perf_counter() - began)
+                found.append(time.perf_counter() - began)
     return [
-        ["", "predicted wait, s", "work without a network, s", "measured, s"],
-        *(
-            [name, f"{waits[split]:.2f}", f"{min(local[1:]):.2f}",
-             ", ".join(f"{value:.2f}" for value in seconds[split])]
-            for name, split in (("whole", 0), ("halves", half))
-        ),
+        [str(length), name, f"{waits[split]:.2f}", f"{min(local):.2f}",
+         ", ".join(f"{value:.2f}" for value in seconds[split])]
+        for name, split in (("whole", 0), ("halves", half))
     ]  # fmt: skip
 
 
 RUNS = 3
-"""Runs of each kind on the emulated network, in alternation."""
+"""Runs of each kind of a small model on the emulated network, in alternation."""
 
 PAGE = """# Prompts
 
@@ -470,9 +479,10 @@ Turns of {turn} tokens, each with an answer of {answer} tokens, of a Llama of Sm
 {rows}
 """,
     "overlap": """
-A prompt of {halved} tokens of a Llama of SmolLM2's width and {layers} layers, compiled for `wan`,
-on that link emulated; all roles in one process, and the runs in alternation. The roles share these
-cores, so less of the work hides behind messages than on three machines:
+Prompts on the emulated link of `wan`, for which the programs are compiled: {halved} tokens of a
+Llama of SmolLM2's width and {layers} layers, and {long} of the page's model. All roles are in one
+process, and the runs in alternation. They share these cores, so less of the work hides behind
+messages than on three machines:
 
 {rows}
 """,
@@ -499,19 +509,24 @@ def count(program: Program) -> list[list[str]]:
     return [["", *HEAD], *rows]
 
 
-def measured(parts: Sequence[str], program: Program, bundles: Path, page: Path | None) -> str:
-    """The sections of what runs; those of other parts stay as they are on the page."""
+def measured(
+    parts: Sequence[str], program: Program, bundles: Path, wan: Path, page: Path | None
+) -> str:
+    """The sections of what runs; those of other parts stay as they are on the page.
+
+    bundles, wan: of the program, and the same compiled for `wan`.
+    """
     ids = text_tokens(program, max(LONG, *LONGER))
     runs: dict[str, Callable[[], list[list[str]]]] = {
         "public": lambda: run_public(bundles, ids[: PUBLIC + SECRET]),
         "chat": lambda: run_chat(program, bundles),
         "pieces": lambda: run_pieces(bundles, ids),
         "ahead": run_small_ahead,
-        "overlap": run_overlap,
+        "overlap": lambda: run_overlap(wan),
     }
     sizes = {
         "public": PUBLIC, "total": PUBLIC + SECRET, "answer": ANSWER,
-        "halved": HALVED[0], "layers": LAYERS, "turn": TURN, "first": FIRST,
+        "halved": HALVED[0], "long": HALVED[1], "layers": LAYERS, "turn": TURN, "first": FIRST,
     }  # fmt: skip
 
     def section(part: str) -> str:
@@ -555,7 +570,9 @@ def main() -> None:
             all_blocks=readable(entered(program, KNOWN * PUBLIC // BLOCKS)),
             halves=markdown(halves(Program.load(found["wan"], ("client",)))),
             waited=markdown(waited(program)),
-            measured=measured(options.measure, program, found["loopback"], options.output),
+            measured=measured(
+                options.measure, program, found["loopback"], found["wan"], options.output
+            ),
             public=PUBLIC,
             answer=ANSWER,
             first=FIRST,
