@@ -382,6 +382,22 @@ def test_texts_that_grow_move_less_far(model: Any) -> None:
     assert found == pytest.approx(alone.total.item(), rel=1e-12)
 
 
+def test_a_gated_mlp_behind_a_constant_norm() -> None:
+    """It squares what is too long, layer after layer; the ramp stops before that."""
+    model = random_decoder("llama", num_hidden_layers=6).float()
+    with torch.no_grad():
+        model.model.norm.weight *= 1e3
+    student = Student(model, CompileConfig(preset="merge"), [list(range(8))])
+    asked = AdaptConfig(preset="merge", noise=0.0, dropout=0.0, resent=2, resent_ramp=0.5)
+    batch = collate(TEXTS)
+    assert not losses(student, None, batch, asked.complete()).total.isfinite()
+    found = losses(student, None, batch, asked.complete(), share=1.0)
+    assert found.total.isfinite()
+    found.total.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)
+    assert bool(model.model.layers[0].mlp.down_proj.weight.grad.any())
+
+
 def test_the_ramp_of_a_run(model: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """It ends at its share of the steps; validation and runs without it know none."""
     monkeypatch.setattr(run._StudentRun, "_compile", lambda *_: None)
@@ -440,7 +456,7 @@ def test_distillation(model: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["merge-er", "mpcformer-2relu", "thex"])
+@pytest.mark.parametrize("preset", ["merge-er", "merge", "mpcformer-2relu", "thex"])
 def test_training_helps(preset: str, data: Path, tmp_path: Path) -> None:
     """Of a model that counts: what a preset breaks, some hundred steps repair in part."""
     teacher = random_decoder("gpt2", n_layer=1).float()
@@ -452,8 +468,10 @@ def test_training_helps(preset: str, data: Path, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
     rarely = {"steps": 150, "samples": 8, "evaluate_every": 150, "save_every": 150, "noise": 0.0}
-    resends = preset == "merge-er"
+    resends = preset.startswith("merge")
     more = {"answer": 6, "learning_rate": 3e-3, "resent": 2} if resends else {}
+    if preset == "merge":
+        more |= {"resent_ramp": 0.5, "layer_weight": 1.0}
     asked = config(preset, **rarely, **more)
     _, untrained, trained = mergec.adapt(teacher, data, tmp_path / "out", asked).rows
     # Perplexity is of the right tokens before, which an answer of resent states does not have.
