@@ -294,7 +294,7 @@ def seconds_of(folders: Mapping[str, Path], tokens: Sequence[int]) -> dict[str, 
     for _ in range(TURNS):
         for name, program in programs.items():
             steps = steps_of(program, tokens, shapes, REPEATS)
-            taken[name] += [step.seconds for step in run(program.roles, steps)]
+            taken[name] += [step.seconds for step in run(program.roles, steps, "mergec")]
     return {name: median(each) for name, each in taken.items()}
 
 
