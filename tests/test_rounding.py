@@ -53,7 +53,7 @@ PARTS = {
 RIGHT = 0.1
 """Largest error of a logit that is right, in standard deviations of the logits of one place.
 
-Twice the error at which the compiler refuses, because private roundings fall otherwise.
+Over three times the error at which the compiler refuses: private roundings fall otherwise.
 """
 
 
