@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from report import between
+from report import between, marked
 
 from mergec import CompileConfig, Program, compile_decoder
 from mergec.compiler.driver import compile_source
@@ -532,8 +532,7 @@ def measured(
     def section(part: str) -> str:
         if part not in parts:
             return between(page, part) if page and page.exists() else ""
-        begin, end = (f"<!-- {part}: {place} -->\n" for place in ("begin", "end"))
-        return begin + SECTIONS[part].format(rows=markdown(runs[part]()), **sizes) + end
+        return marked(part, SECTIONS[part].format(rows=markdown(runs[part]()), **sizes))
 
     told = "\n".join(filter(None, map(section, PARTS)))
     return f"{MEASURED.format(cores=psutil.cpu_count())}\n{told}" if told else ""

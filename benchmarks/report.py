@@ -210,12 +210,23 @@ def plots(rows: Sequence[Row], folder: Path) -> None:
         plt.close(figure)
 
 
+def marks(mark: str) -> tuple[str, str]:
+    """The lines before and behind a section that is measured on its own."""
+    return f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->\n"
+
+
+def marked(mark: str, text: str) -> str:
+    """A section between its marks."""
+    begin, end = marks(mark)
+    return f"{begin}{text}{end}"
+
+
 def between(path: Path, mark: str) -> str:
-    """The text that `replace_between` put there, with its marks; "" if the file lacks them."""
-    begin, end = (f"<!-- {mark}: {place} -->\n" for place in ("begin", "end"))
+    """The section of this mark in a file, as `marked`; "" if the file lacks it."""
+    begin, end = marks(mark)
     _, found, rest = path.read_text().partition(begin)
     text, closed, _ = rest.partition(end)
-    return f"{begin}{text}{end}" if found and closed else ""
+    return marked(mark, text) if found and closed else ""
 
 
 def replace_between(path: Path, mark: str, text: str) -> None:
@@ -223,7 +234,7 @@ def replace_between(path: Path, mark: str, text: str) -> None:
 
     Raises ValueError if the file does not have both.
     """
-    begin, end = (f"<!-- {mark}: {place} -->\n" for place in ("begin", "end"))
+    begin, end = marks(mark)
     before, found, rest = path.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from bench import RESULTS, ROOT
 from network import STORED, Row, stored
-from report import between
+from report import between, marked
 
 from mergec import CompileConfig, compile_decoder
 from mergec.compiler.driver import compile_source
@@ -273,16 +273,10 @@ def page(
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             "",
-            *(marked(private) if private else [between(TARGET, BY_ROLES)]),
+            marked(BY_ROLES, "\n".join(private)) if private else between(TARGET, BY_ROLES),
             "\n".join(between(TARGET, mark) for mark in LENGTHS),
         ]
     )
-
-
-def marked(private: Sequence[str]) -> list[str]:
-    """The section of the three roles, between its marks."""
-    begin, end = (f"<!-- {BY_ROLES}: {place} -->" for place in ("begin", "end"))
-    return [begin, "## By the three roles", "", *private, end, ""]
 
 
 def row(task: str, name: str, steps: Steps, by: dict[str, dict[int, float]]) -> str:
@@ -321,9 +315,12 @@ def private_lines(program: Program, prompt: Sequence[int], count: int) -> list[s
     same = "the same" if tokens[0] == tokens[1] else "DIFFERENT"
     lines += ["", f"The tokens of both runs are {same}. The prompt's step is left out."]
     return [
+        "## By the three roles",
+        "",
         "The first task on this machine, three processes over loopback, all decode steps together.",
         "",
         *lines,
+        "",
     ]
 
 
@@ -365,9 +362,9 @@ def main() -> None:
         answers[task] = tokens
         whole = [*prompt, *tokens]
         for name, drafters in ways.items():
+            # Who recycles reads the model's own logits, also behind wrong drafts.
+            recycles = any(isinstance(drafter, Recycle) for drafter in drafters)
             for most, tree in WAYS:
-                # Who recycles reads the model's own logits, also behind wrong drafts.
-                recycles = any(isinstance(drafter, Recycle) for drafter in drafters)
                 session = PlainSession(plain) if recycles else Replay(plain, whole)
                 session.rehearsal = rehearsal
                 made = made_of(drafters, most, tree, by)

@@ -91,18 +91,9 @@ FAMILIES = (
 
 MORE = (
     *("apertus", "apertus1p5_text", "arcee", "axk1", "biogpt", "bitnet", "cohere", "cohere2"),
-    *(
-        "cohere2_moe",
-        "ctrl",
-        "cwm",
-        "deepseek_v3",
-        "diffllama",
-        "dots1",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "exaone",
-    ),
-    *("exaone4", "exaone_moe", "flex_olmo", "flint", "gemma3_text", "glm", "glm4", "glm4_moe"),
+    *("cohere2_moe", "ctrl", "cwm", "deepseek_v3", "diffllama", "dots1", "ernie4_5"),
+    *("ernie4_5_moe", "exaone", "exaone4", "exaone_moe"),
+    *("flex_olmo", "flint", "gemma3_text", "glm", "glm4", "glm4_moe"),
     *("glm4_moe_lite", "gpt-sw3", "gpt_bigcode", "gpt_neox_japanese", "gpt_oss", "granite"),
     *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),

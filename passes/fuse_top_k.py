@@ -160,10 +160,15 @@ def _is_sum(total: Any, chosen: fx.Node, positive: bool) -> bool:
     total = _less(total, aten.add.Tensor)
     if positive and calls(total, aten.relu.default, target("relu")):
         total = _less(total.args[0], aten.sub.Tensor)
-    if not calls(total, aten.sum.dim_IntList) or total.args[0] is not chosen:
-        return False
-    _, dims, keepdim = (*total.args, False)[:3]
-    return keepdim and len(dims) == 1 and last_dim(chosen, dims[0])
+    return _summed(total, keepdim=True) is chosen
+
+
+def _summed(x: Any, *, keepdim: bool) -> fx.Node | None:
+    """What a node is the sums of each row of; None for other nodes."""
+    if not calls(x, aten.sum.dim_IntList):
+        return None
+    rows, dims, kept = (*x.args, False)[:3]
+    return rows if len(dims) == 1 and last_dim(rows, dims[0]) and kept == keepdim else None
 
 
 def _less(x: Any, call: Any) -> Any:
@@ -177,7 +182,7 @@ def _scores(x: Any) -> fx.Node | None:
     return x.args[0] if calls(x, aten.softmax.int) and last_dim(x, x.args[1]) else None
 
 
-def _compared(node: fx.Node, x: Any) -> fx.Node | None:
+def _compared(node: fx.Node, x: Any) -> Any:
     """What the largest of x are found among, inserted before a node; None if that is unknown."""
     if not _is_filled(x):
         return _in_same_order(x)
@@ -188,15 +193,13 @@ def _compared(node: fx.Node, x: Any) -> fx.Node | None:
     top, moves = found
     groups, count = top.args[:2]
     if count == groups.meta["val"].shape[-1]:
-        chosen: fx.Node = scores
-        return chosen
+        return scores
     mask = insert_call(node, target("top_k"), _sums(node, groups), count)
     for move in moves:
         mask = insert_call(node, move.target, mask, *move.args[1:])
-    others = insert_call(node, aten.sub.Tensor, mask, 1.0)
-    return insert_call(
-        node, aten.add.Tensor, scores, insert_call(node, aten.mul.Tensor, others, _FAR)
-    )
+    below = insert_call(node, aten.sub.Tensor, mask, 1.0)
+    below = insert_call(node, aten.mul.Tensor, below, _FAR)
+    return insert_call(node, aten.add.Tensor, scores, below)
 
 
 def _is_filled(x: Any) -> bool:
@@ -225,11 +228,8 @@ def _groups(others: Any) -> tuple[Any, list[fx.Node]] | None:
 
 def _sums(node: fx.Node, groups: Any) -> Any:
     """The scores of groups; sums of each one's largest entries are those of all, times a mask."""
-    if not calls(groups, aten.sum.dim_IntList) or len(groups.args) != 2:
-        return groups
-    values, dims = groups.args
-    top: Any = _of_top(values, 0)
-    if top is None or len(dims) != 1 or not last_dim(values, dims[0]):
+    top: Any = _of_top(_summed(groups, keepdim=False), 0)
+    if top is None:
         return groups
     entries, count = top.args[:2]
     if count < entries.meta["val"].shape[-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,6 +129,7 @@ def _resent(
     answered = (batch["labels"][:, 1:] != IGNORED)[..., None]
     first = result = student(ids, rows, source)
     far = rows.new_full((len(ids), 1, 1), 1.0 if share is None else share)
+    limit = math.inf if share is None else _GROWTH**2 * _sizes(first, batch["kept"])
     for _ in range(times):
         hidden = result.hidden[:, :-1]
         for halved in range(_HALVINGS + 1):
@@ -135,7 +137,6 @@ def _resent(
             result = student(ids, torch.cat([rows[:, :1], sent], 1), source)
             if share is None:
                 break
-            limit = _GROWTH**2 * _sizes(first, batch["kept"])
             # Not the other way around: sizes may be NaN.
             grown = ~(_sizes(result, batch["kept"]) <= limit).all(0)
             if not bool(grown.any()):

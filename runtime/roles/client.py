@@ -100,8 +100,7 @@ class Connection:
         number, or to as many tokens as fit, so that server and dealer learn no more of its length;
         0 for no padding. Then each prompt is computed as a whole, and none begins with public text.
         Raises PromptError if the program takes no padding, and for a number that is no such one.
-        ranks: processes that share the masked
-        weights and the caches; they end with the session.
+        ranks: processes that share the masked weights and the caches; they end with the session.
         """
         if (dealer is None) == (store is None):
             raise MergecError(

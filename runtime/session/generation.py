@@ -210,11 +210,11 @@ def answer(
         keep = path if parents else ()
         if speculation is not None:
             speculation.expect(feeds[-1][-len(found) :], found)
-        if speculation is not None and manifest.medusa:
-            # What the heads say behind the last right draft; all that follows is of another text.
-            last = path[-1] - len(drafts) - 1
-            speculation.guess(session.guesses[:, last].tolist())
-            speculation.rank(session.candidates[:, last].tolist())
+            if manifest.medusa:
+                # Behind the last right draft; all that follows is of another text.
+                last = path[-1] - len(drafts) - 1
+                speculation.guess(session.guesses[:, last].tolist())
+                speculation.rank(session.candidates[:, last].tolist())
         for token, row in chosen:
             tokens.append(token)
             if not ended:

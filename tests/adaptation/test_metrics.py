@@ -163,7 +163,7 @@ def test_recipes() -> None:
         ({"chat": 1}, "chat"),
         ({"resent": 1, "resent_ramp": 1.5}, "resent_ramp is 1.5; it can be 0 to 1"),
         ({"resent_ramp": 0.5}, "resent_ramp is for rows that are resent; set resent, too"),
-        ({"layer_weight": -1}, "layer_weight is -1; it can be 0 to 1e+06".replace("+", r"\+")),
+        ({"layer_weight": -1}, r"layer_weight is -1; it can be 0 to 1e\+06"),
     ],
 )
 def test_wrong_options(options: dict, said: str) -> None:
