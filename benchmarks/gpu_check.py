@@ -51,8 +51,9 @@ def kernels() -> Iterator[Seen]:
     from mergec.runtime.kernels.backends import KERNELS
     from tests.kernels.cases import CASES  # registers the kernels
 
-    # Those of trees take longest to compile, and stand next to each other.
-    names, count = sorted(CASES), min(8, os.cpu_count() or 1)
+    # Those that walk through trees take longest to compile, and stand next to each other.
+    names = sorted(CASES, key=lambda name: (name.startswith(("logarithm.", "trees.")), name))
+    count = min(8, os.cpu_count() or 1)
     shares = [names[first::count] for first in range(count)]
     yield from compared(shares, ("--device", "cuda", "--full"), KERNELS_LIMIT)
     torch_alone = [name for name, kernel in KERNELS.items() if not kernel.has_triton]
@@ -103,7 +104,7 @@ def session() -> Iterator[Seen]:
     from tests import decoder
 
     os.environ[GUARD] = "1"
-    for shift in ("pairs", "slots-6"):
+    for shift in ("pairs", "slots-6", "log-6"):
         programs = {role: decoder.program(role, shift=shift) for role in ROLES}
         found = []
         for device in ("cpu", "cuda"):

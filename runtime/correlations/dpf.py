@@ -38,7 +38,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, pariti
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.bitsliced import expand_key
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device, to_host
+from mergec.runtime.kernels.transfers import to_device
 
 SEED_WORDS = 2
 """64-bit words of a root, and of a level's correction word."""
@@ -211,24 +211,7 @@ def _correct_host(
     return signed(out)
 
 
-def _correct_elsewhere(
-    client: torch.Tensor,
-    server: torch.Tensor,
-    index: torch.Tensor,
-    payloads: torch.Tensor,
-    *rest: Any,
-) -> torch.Tensor:
-    """On the CPU: of such keys a step has few, one for each row of scores."""
-    one, other, place, last = (
-        to_host(words, "dealt") for words in (client, server, index, payloads)
-    )
-    return to_device(_correct_host(one, other, place, last, *rest), client.device, "dealt")
-
-
 _CORRECTIONS = Kernel("trees.corrections", _correct_host)
-_LONG_CORRECTIONS = Kernel(
-    "trees.long_corrections", _correct_host, _correct_elsewhere, triton=False
-)
 
 
 def correct(
@@ -243,9 +226,10 @@ def correct(
     """The dealer's part: correction words for n keys, int64 [n, 2 * depth + K * W].
 
     roots: of client and server, int64 [n, 2]. index: int64 [n], the number of the special leaf,
-    below 2**depth. payloads: int64 [K, n, W]; payload k is the value of the node at depth
-    `ends[k]` above this leaf, after its correction: the client's share minus the server's, number
-    by number of `bits` bits (8, 16 or 64), or the XOR of both if `bits` is 0.
+    below 2**depth; or [n, words], its lowest 64 bits first, if it is longer. payloads: int64
+    [K, n, W]; payload k is the value of the node at depth `ends[k]` above this leaf, after its
+    correction: the client's share minus the server's, number by number of `bits` bits (8, 16 or
+    64), or the XOR of both if `bits` is 0.
     """
     result: torch.Tensor = _CORRECTIONS(*roots, index, payloads, ends, depth, generator, bits)
     return result
@@ -346,34 +330,15 @@ def sharing_prefixes(
     """Corrections for one table for each prefix length in `ends`, of at most `depth` bits.
 
     Table k has 2**ends[k] rows, zero except for words payloads[k] [n, W] in the row whose number is
-    the first ends[k] bits of index [n], a number of `depth` bits. Its rows are the values of the
-    nodes at depth ends[k], as in `sharing_words`; its correction words come after those of the
-    levels and of the tables before it. A node's value and its children are outputs of the generator
-    under different keys, so the children look uniform beside the value. Source: the incremental
-    point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight Techniques for
-    Private Heavy Hitters" (IEEE S&P 2021), section 4.
+    the first ends[k] bits of index [n], a number of `depth` bits (see `correct`). Its rows are the
+    values of the nodes at depth ends[k], as in `sharing_words`; its correction words come after
+    those of the levels and of the tables before it. A node's value and its children are outputs of
+    the generator under different keys, so the children look uniform beside the value. Source: the
+    incremental point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight
+    Techniques for Private Heavy Hitters" (IEEE S&P 2021), section 4.
     """
     index, payloads = index.contiguous(), payloads.contiguous()
     return lambda roots: correct(roots, index, payloads, ends, depth, generator, WORD_BITS)
-
-
-def sharing_long_prefixes(
-    index: torch.Tensor,
-    payloads: torch.Tensor,
-    ends: Sequence[int],
-    depth: int,
-    generator: Generator,
-) -> Correct:
-    """`sharing_prefixes` for longer numbers: index int64 [n, words], lowest 64 bits first."""
-    index, payloads = index.contiguous(), payloads.contiguous()
-
-    def corrections(roots: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        found: torch.Tensor = _LONG_CORRECTIONS(
-            *roots, index, payloads, ends, depth, generator, WORD_BITS
-        )
-        return found
-
-    return corrections
 
 
 def sharing_bits(index: torch.Tensor, depth: int, generator: Generator) -> Correct:

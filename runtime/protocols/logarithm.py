@@ -21,9 +21,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
@@ -36,14 +38,14 @@ from mergec.runtime.correlations.dpf import (
     HostKeys,
     children,
     key_words,
-    sharing_long_prefixes,
+    sharing_prefixes,
     unsigned,
 )
 from mergec.runtime.kernels.aes import LANES, grow_level, values_of_leaves, vectors
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.long import HALF_BITS
-from mergec.runtime.kernels.transfers import to_device, to_host
+from mergec.runtime.kernels.long import HALF_BITS, ONES
+from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.protocols.interval import fit_finely
 from mergec.runtime.protocols.octave import sum_windows
 from mergec.runtime.protocols.opening import open_long
@@ -73,13 +75,19 @@ _LEAST = 0.9
 class LongLog:
     """log(V / 2**low) for V in [2**low, 2**(low + octaves)), with `frac` fractional bits.
 
-    Raises ValueError if the lowest table's units would be below 1, or if coefficients would be too
-    coarse.
+    per_table: octaves that share a table. first, end: its windows. step_bits: a window has
+    2**step_bits units. Raises ValueError if the lowest table's units would be below 1, or if
+    coefficients would be too coarse.
     """
 
     low: int
     octaves: int
     frac: int
+
+    per_table: ClassVar[int] = _OCTAVES
+    first: ClassVar[int] = _FIRST
+    end: ClassVar[int] = _END
+    step_bits: ClassVar[int] = _STEP_BITS
 
     def __post_init__(self) -> None:
         if self.low < _WINDOW_BITS + _STEP_BITS or self.octaves < 1 or not 50 <= self.frac <= 58:
@@ -123,6 +131,14 @@ class LongLog:
         """Words of a key."""
         return key_words(self.depth, _WORDS * self.tables)
 
+    def factors(self, device: torch.device) -> torch.Tensor:
+        """The coefficients of a table's windows on a device, int64 [windows, 4]."""
+        return _factors(self.frac, device)
+
+    def starts(self, device: torch.device) -> torch.Tensor:
+        """What each table's logarithms begin with on a device: int64 [tables]."""
+        return integers(tuple(_offsets(self).tolist()), device)
+
 
 @cache
 def _coefficients(frac: int) -> np.ndarray:
@@ -135,6 +151,11 @@ def _coefficients(frac: int) -> np.ndarray:
         step_bits=_STEP_BITS,
         out_frac=frac,
     ).coefficients
+
+
+@cache
+def _factors(frac: int, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(_coefficients(frac)), device, "public")
 
 
 @cache
@@ -179,7 +200,7 @@ def long_log_cost(spec: LongLog, count: int, halves: int) -> Cost:
 def _correct(mask: torch.Tensor, spec: LongLog, generator: Generator) -> Correct:
     """Corrections of the keys for these masks, int32 halves [n, H]. Called by the dealer."""
     index, payloads = _ROWS(mask.contiguous(), spec)
-    return sharing_long_prefixes(index, payloads, spec.ends, spec.depth, generator)
+    return sharing_prefixes(index, payloads, spec.ends, spec.depth, generator)
 
 
 def _rows_host(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,9 +211,31 @@ def _rows_host(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(index.view(np.int64)), torch.from_numpy(payloads)
 
 
-def _rows_elsewhere(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torch.Tensor]:
-    index, payloads = _rows_host(to_host(mask, "dealt"), spec)
-    return to_device(index, mask.device, "dealt"), to_device(payloads, mask.device, "dealt")
+def _rows_tensors(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torch.Tensor]:
+    words = -(-spec.depth // WORD_BITS)
+    parts = range(0, WORD_BITS * words, HALF_BITS)
+    sizes = [min(HALF_BITS, max(0, spec.depth - part)) for part in parts]
+    index = _bits_of(mask, [spec.base + part for part in parts], sizes)
+    tables = range(0, _OCTAVES * spec.tables, _OCTAVES)
+    drops = [spec.base + octave - _STEP_BITS for octave in tables]
+    low = _bits_of(mask, drops, [_STEP_BITS] * spec.tables).T
+    payloads = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
+    return index[:, ::2] | (index[:, 1::2] << HALF_BITS), payloads
+
+
+def _bits_of(halves: torch.Tensor, places: list[int], counts: list[int]) -> torch.Tensor:
+    """Up to 32 bits of long words [n, H], from each of the places on: int64 [n, places]."""
+    begin, off, ones = (
+        integers(tuple(numbers), halves.device)
+        for numbers in (
+            (place // HALF_BITS for place in places),
+            (place % HALF_BITS for place in places),
+            ((1 << count) - 1 for count in counts),
+        )
+    )
+    words = F.pad(halves.long() & ONES, (0, 2))
+    wide = words[:, begin] | (words[:, begin + 1] << HALF_BITS)
+    return (wide >> off) & ones
 
 
 def _values_host(
@@ -211,16 +254,8 @@ def _values_host(
     return torch.from_numpy(out)
 
 
-def _values_elsewhere(
-    opened: torch.Tensor, roots: torch.Tensor, corrections: torch.Tensor, *rest: object
-) -> torch.Tensor:
-    """On the CPU: a key's path is as long as V has bits, and there is one for each row."""
-    given = (to_host(words, "dealt") for words in (opened, roots, corrections))
-    return to_device(_values_host(*given, *rest), opened.device, "dealt")  # type: ignore[arg-type]
-
-
-_ROWS = Kernel("elements.rows_of_long", _rows_host, _rows_elsewhere, triton=False)
-_VALUES = Kernel("trees.long_logarithms", _values_host, _values_elsewhere, triton=False)
+_ROWS = Kernel("elements.rows_of_long", _rows_host, _rows_tensors, triton=False)
+_VALUES = Kernel("logarithm.values", _values_host)
 
 
 def descend_by_instructions(

@@ -153,26 +153,26 @@ def _(full: bool) -> Iterator[Arguments]:
         payloads = words(len(ends), count, 4)
         index = below(2**depth, count)
         yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, bits
+    # An index may have more words than one.
+    for depth, parts, count in ((2, 2, 3), *(((70, 2, 3), (130, 3, 1)) if full else ())):
+        ends = (depth, 1)
+        payloads, index = words(len(ends), count, 4), words(count, parts)
+        yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, 64
     if full:
         index = below(2**7, 130)
         roots = words(130, 2), words(130, 2)
         yield *roots, index, words(1, 130, 4), (7,), 7, generator, 64
 
 
-@cases("trees.long_corrections")
+@cases("logarithm.values")
 def _(full: bool) -> Iterator[Arguments]:
-    generator = _generator(2)
-    for depth, count in ((70, 3), (64, 1), *(((200, 130),) if full else ())):
-        ends, index = (depth, 3), words(count, -(-depth // 64))
-        payloads = words(len(ends), count, 4)
-        yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, 64
-
-
-@cases("trees.long_logarithms")
-def _(full: bool) -> Iterator[Arguments]:
-    for spec, party in ((LongLog(17, 5, 54), 0), (LongLog(40, 70, 57), 1)):
-        for count in (3, 0):
+    few = ((LongLog(17, 5, 54), 0), (LongLog(30, 1, 57), 1))
+    more = ((LongLog(40, 70, 57), 1), (LongLog(22, 93, 57), 0), (LongLog(17, 4, 50), 0))
+    for spec, party in few + (more if full else ()):
+        for count in (5, 0):
             opened = words(count, spec.halves + party, dtype=torch.int32)
+            # With no and with all bits set, where rows wrap around at every level.
+            opened[1:3] = torch.tensor([0, -1], dtype=torch.int32)[: max(0, count - 1), None]
             keys = words(count, 2), words(count, spec.words)
             yield opened, *keys, spec, party, _generator(2)
 

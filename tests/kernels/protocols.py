@@ -1,6 +1,7 @@
 """Protocols that the small decoder does not run so, on a device that does not exist and on the CPU.
 
-With the same seeds all three roles must get the same words, and deal the same bytes.
+With the same seeds all three roles must get the same words, and deal the same bytes. Of these each
+crosses once where it is dealt and once where it is read, and no other word does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from tests.kernels import pretend
 # isort: split
 import torch
 
-from mergec.runtime.core.context import ClientContext, Context, DealerContext, ServerContext
+from mergec.runtime.core.context import (
+    ByteSink,
+    ClientContext,
+    Context,
+    DealerContext,
+    ServerContext,
+)
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import CLIENT, SERVER
 from mergec.runtime.core.values import Shared
@@ -93,21 +100,33 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
 }
 
 
+class _Dealer(DealerContext):
+    """Counts the bytes that it deals, once if both parties are sent them."""
+
+    written = 0
+
+    def _write(self, words: torch.Tensor, *sinks: ByteSink) -> None:
+        self.written += words.nbytes
+        super()._write(words, *sinks)
+
+
 def run(build: Build, shares: tuple[torch.Tensor, ...], device: str) -> list[Any]:
-    """What client and server get, and the bytes that both were dealt."""
+    """What client and server get, the bytes that both were dealt, and those that dealing copies."""
     simulation = Simulation()
     client, server = Corrections(), Corrections()
     simulation.to_client, simulation.to_server = client, server
+    dealer = _Dealer(*SEEDS, client, server, device)
     simulation.contexts = (
         ClientContext(SEEDS[CLIENT], client, device),
         ServerContext(SEEDS[SERVER], server, device),
-        DealerContext(*SEEDS, client, server, device),
+        dealer,
     )
     place = torch.device(device)
     given = [*(to_device(share, place, "input") for share in shares), shares[0].to("meta")]
     results = simulation.run(lambda ctx, party: build(ctx, given[party]))
     found = [to_host(results[party], "output") for party in (CLIENT, SERVER)]
-    return [*found, torch.tensor([client.total, server.total])]
+    dealt = client.total + server.total
+    return [*found, torch.tensor([client.total, server.total, dealt + dealer.written])]
 
 
 def main() -> int:
@@ -115,11 +134,13 @@ def main() -> int:
     for name, (build, shape, dtype) in CASES.items():
         shares = words(*shape, dtype=dtype), words(*shape, dtype=dtype)
         expected = run(build, shares, "cpu")
-        with torch.no_grad(), pretend.Device(), Guard():
+        with torch.no_grad(), pretend.Device(), Guard() as guard:
             found = run(build, shares, pretend.DEVICE)
         same = all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
-        failed += not same
-        print(f"{name}: {'equal' if same else 'DIFFERENT'}", flush=True)
+        more = guard.bytes["dealt"] - int(found[-1][-1])
+        failed += not same or bool(more)
+        outcome = f"{more} bytes cross that are not dealt" if more else "equal"
+        print(f"{name}: {outcome if same else 'DIFFERENT'}", flush=True)
     return 1 if failed else 0
 
 

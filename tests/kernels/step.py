@@ -50,10 +50,10 @@ class OnDevice(InProcessSession):
 
 
 def main() -> int:
-    """With keys for both parties, and with tables that only the server is sent; and of a client
-    that is on the CPU."""
+    """With keys for both parties, with tables that only the server is sent, and with logarithms of
+    long numbers; and of a client that is on the CPU."""
     os.environ[GUARD] = "1"
-    runs = (("pairs", True), ("slots-6", True), ("slots-6", False))
+    runs = (("pairs", True), ("slots-6", True), ("log-6", True), ("slots-6", False))
     return max(_compared(*given) for given in runs)
 
 

@@ -156,7 +156,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
     """And copies nothing that is not a message, an input, an output or public."""
     printed = program("step")
-    for session in ("pairs", "slots-6", "slots-6, the client on the CPU"):
+    for session in ("pairs", "slots-6", "log-6", "slots-6, the client on the CPU"):
         assert f"{session}: the logits are equal" in printed
 
 

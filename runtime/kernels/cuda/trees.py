@@ -120,7 +120,7 @@ def turn_of(place, depth, level):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _cubic(one, r, square, cube, a, coefficients, window, used):  # type: ignore[no-untyped-def]
+def cubic(one, r, square, cube, a, coefficients, window, used):  # type: ignore[no-untyped-def]
     """What a row with these words adds to the value at position `a` of a window."""
     row = coefficients + 4 * window
     c0 = tl.load(row, mask=used, other=0)
@@ -165,11 +165,11 @@ def _table(  # type: ignore[no-untyped-def]
     one = z * 0 + 1
     position = (z & ((one << step_bits) - 1)) >> drop
     window = (z >> step_bits) - leaf
-    total = _cubic(
+    total = cubic(
         p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
         position, coefficients, window & (2 * LANES - 1), inside,
     )  # fmt: skip
-    total += _cubic(
+    total += cubic(
         r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
         position, coefficients, (window - LANES) & (2 * LANES - 1), inside,
     )  # fmt: skip
@@ -261,11 +261,11 @@ def _octave(  # type: ignore[no-untyped-def]
     own, other = spread(fa), spread(fb)
     position = _moved(z + drop * 0, drop) & (((z * 0 + 1) << step_bits) - 1)
     used, again = inside & (window <= last), inside & (window + 1 <= last)
-    total = _cubic(
+    total = cubic(
         p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
         position, coefficients + table, window, used,
     )  # fmt: skip
-    total += _cubic(
+    total += cubic(
         r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
         position, coefficients + table, window + 1, again,
     )  # fmt: skip
@@ -491,14 +491,13 @@ def added(word, one, other, flag, BITS: tl.constexpr):  # type: ignore[no-untype
     return found
 
 
-@triton.jit(do_not_specialize=["count", "depth", "tables"])
+@triton.jit(do_not_specialize=["count", "parts", "depth", "tables"])
 def _corrections(  # type: ignore[no-untyped-def]
-    client, server, index, payloads, ends, ciphers, out, count, words, depth, tables,
+    client, server, index, payloads, ends, ciphers, out, count, parts, words, depth, tables,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     key = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = key < count
-    place = tl.load(index + key, mask=inside, other=0)
     a0, a1, a2, a3 = root_of(client, key, inside)
     b0, b1, b2, b3 = root_of(server, key, inside)
     # The server's control bit; the client's is the opposite on the path.
@@ -516,7 +515,10 @@ def _corrections(  # type: ignore[no-untyped-def]
                     tl.store(target, added(w0, p0, r0, spread(flag), BITS), mask=inside)
                     tl.store(target + 1, added(w1, p1, r1, spread(flag), BITS), mask=inside)
         if level < depth:
-            turn = turn_of(place, depth, level)
+            # An index has several words if it is longer than one.
+            bit = depth - 1 - level
+            place = tl.load(index + parts * key + bit // 64, mask=inside, other=0)
+            turn = mask_of(place >> bit % 64)
             e0, e1, e2, e3, g0, g1, g2, g3 = encrypt(
                 a0, a1, a2, a3, b0, b1, b2, b3, ciphers, ciphers, a0, 10, False
             )
@@ -564,10 +566,11 @@ def corrections(
     words = 2 * depth + tables * size
     out = torch.empty((count, words), dtype=torch.int64, device=device)
     places = integers(tuple(ends), device)
+    parts = 1 if index.dim() == 1 else index.shape[1]
     block = threads(1, count)
     launch(
         _corrections, triton.cdiv(count, block), client, server, index,
-        payloads, places, generator.planes(device), out, count, words, depth, tables,
+        payloads, places, generator.planes(device), out, count, parts, words, depth, tables,
         BLOCKS=size // 2, BITS=bits, BLOCK=block,
     )  # fmt: skip
     return out
