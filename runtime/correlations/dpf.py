@@ -63,6 +63,9 @@ WORD_BITS = 64
 LEAF_BITS = WORD_BITS * BLOCK_WORDS
 """Table bits that one leaf holds."""
 
+WIDE_BITS = 2 * WORD_BITS
+"""Bits of a number of two words, the lower one first."""
+
 SALT_BYTES = 16
 """Bytes of a session's salt: two sessions have the same with negligible probability."""
 
@@ -228,8 +231,8 @@ def correct(
     roots: of client and server, int64 [n, 2]. index: int64 [n], the number of the special leaf,
     below 2**depth; or [n, words], its lowest 64 bits first, if it is longer. payloads: int64
     [K, n, W]; payload k is the value of the node at depth `ends[k]` above this leaf, after its
-    correction: the client's share minus the server's, number by number of `bits` bits (8, 16 or
-    64), or the XOR of both if `bits` is 0.
+    correction: the client's share minus the server's, number by number of `bits` bits (8, 16, 64 or
+    128), or the XOR of both if `bits` is 0.
     """
     result: torch.Tensor = _CORRECTIONS(*roots, index, payloads, ends, depth, generator, bits)
     return result
@@ -272,12 +275,29 @@ def _last_words(
     """What corrects the values of both parties to the payload, uint64 [n, W]; see `correct`."""
     if not bits:
         return payload ^ client ^ server
+    if bits == WIDE_BITS:
+        last = added_wide(subtracted_wide(payload, client), server)
+        return np.where(negative[:, None] == 1, subtracted_wide(0 * last, last), last)
     kind = np.dtype(f"u{bits // 8}")
     wanted, one, other = (
         np.ascontiguousarray(words).view(kind) for words in (payload, client, server)
     )
     last = wanted - one + other
     return np.where(negative[:, None] == 1, -last, last).view(np.uint64)
+
+
+def added_wide(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The sums of numbers of 128 bits, uint64 [..., 2 W], the lower word of each first."""
+    total = one + other
+    total[..., 1::2] += total[..., ::2] < one[..., ::2]
+    return total
+
+
+def subtracted_wide(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The differences of such numbers."""
+    left = one - other
+    left[..., 1::2] -= one[..., ::2] < other[..., ::2]
+    return left
 
 
 def grow(
@@ -326,6 +346,7 @@ def sharing_prefixes(
     ends: Sequence[int],
     depth: int,
     generator: Generator,
+    bits: int = WORD_BITS,
 ) -> Correct:
     """Corrections for one table for each prefix length in `ends`, of at most `depth` bits.
 
@@ -335,10 +356,10 @@ def sharing_prefixes(
     those of the levels and of the tables before it. A node's value and its children are outputs of
     the generator under different keys, so the children look uniform beside the value. Source: the
     incremental point functions of Boneh, Boyle, Corrigan-Gibbs, Gilboa and Ishai, "Lightweight
-    Techniques for Private Heavy Hitters" (IEEE S&P 2021), section 4.
+    Techniques for Private Heavy Hitters" (IEEE S&P 2021), section 4. bits: of a number, 64 or 128.
     """
     index, payloads = index.contiguous(), payloads.contiguous()
-    return lambda roots: correct(roots, index, payloads, ends, depth, generator, WORD_BITS)
+    return lambda roots: correct(roots, index, payloads, ends, depth, generator, bits)
 
 
 def sharing_bits(index: torch.Tensor, depth: int, generator: Generator) -> Correct:

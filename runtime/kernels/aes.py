@@ -235,7 +235,8 @@ def _valuing(bits: int) -> Any:
     return value
 
 
-_value_of_leaf, _bytes_of_leaf, _pairs_of_leaf = _valuing(64), _valuing(8), _valuing(16)
+_value_of_leaf, _wide_value_of_leaf = _valuing(64), _valuing(128)
+_bytes_of_leaf, _pairs_of_leaf = _valuing(8), _valuing(16)
 
 
 def _lanes_of(context: Any, builder: Any, kind: Any, rows: Any, group: Any) -> Any:
@@ -407,7 +408,7 @@ def _finishing(bits: int) -> Any:
     return finish
 
 
-_finish_sum, _finish_xor = _finishing(64), _finishing(0)
+_finish_sum, _finish_xor, _finish_wide = _finishing(64), _finishing(0), _finishing(128)
 _finish_bytes, _finish_pairs = _finishing(8), _finishing(16)
 
 
@@ -498,6 +499,14 @@ def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-
 
 
 @compiled()
+def wide_values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-untyped-def]
+    """Like `values_of_leaves`, for blocks that are numbers of 128 bits, the lower word first."""
+    for block in range(out.shape[0]):
+        for leaf in range(out.shape[2]):
+            _wide_value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+
+
+@compiled()
 def counters_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ignore[no-untyped-def]
     """Like `values_of_leaves`, for one block of numbers of 8 or 16 bits: out [1, LANES, leaves, 2].
 
@@ -519,7 +528,8 @@ def correct_paths(  # type: ignore[no-untyped-def]
     client, server: roots [n, 2]. index: [n, words], the number of the special leaf, its lowest 64
     bits first. payloads: [K, n, W];
     payload k is what the node on the path at depth ends[k] must become: the client's share minus
-    the server's, number by number of `bits` bits (8, 16 or 64); or their XOR if `bits` is 0.
+    the server's, number by number of `bits` bits (8, 16, 64 or 128, the lower word first); or their
+    XOR if `bits` is 0.
     """
     seeds, flags, turns = vectors(2 * _GROUPS), vectors(_GROUPS), vectors(_GROUPS)
     rows = np.empty(_GROUPS * LANES, np.int64)
@@ -543,6 +553,10 @@ def correct_paths(  # type: ignore[no-untyped-def]
                     for group in range(_GROUPS):
                         if bits == 64:
                             _finish_sum(keys, seeds, flags, payload, out, rows, group, first, block)
+                        elif bits == 128:
+                            _finish_wide(
+                                keys, seeds, flags, payload, out, rows, group, first, block
+                            )
                         elif bits == 16:
                             _finish_pairs(
                                 keys, seeds, flags, payload, out, rows, group, first, block

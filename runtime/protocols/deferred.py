@@ -37,6 +37,8 @@ from mergec.runtime.protocols.normalize import (
     open_row_cost,
     row_factor,
     row_factor_cost,
+    row_factor_wide,
+    row_factor_wide_cost,
     scale_rows,
     scale_rows_cost,
     scale_rows_wide,
@@ -159,14 +161,15 @@ def deferred_norm_wide(
     """The result of `deferred_norm` in shares modulo 2**128, a `Wide` [..., O].
 
     So it need not fit into the ring of 64 bits, and no opening truncates it. Not for exact
-    rounding. Rounds, online bytes and what is opened are those of `deferred_norm`; offline bytes
-    are those of `scale_rows_wide`, in place of 8 and those of `scale_rows`.
+    rounding. Rounds and what is opened are those of `deferred_norm`, but for the mantissas
+    (`row_factor_wide`); offline bytes of an element of the result are those of `scale_rows_wide`,
+    in place of 8 and those of `scale_rows`.
     """
     rows = share.reshape(-1, share.shape[-1])
     total, kept = yield from _opened_row(ctx, rows, spec, columns)
     power = spec.norm.inverse_root
     factor, (opened, mask) = yield from together(
-        row_factor(ctx, total, power), _opened_alone(ctx, kept, weight)
+        row_factor_wide(ctx, total, power), _opened_alone(ctx, kept, weight)
     )
     runs = spec.further(opened.shape[-1])
     found, first = [], 0
@@ -212,7 +215,8 @@ def deferred_norm_cost(
     scaled, cost_of = Cost(), scale_rows_wide_cost if wide else scale_rows_cost
     for count, further in spec.further(outputs):
         scaled += cost_of(spec.frac + further, power, rows, count, spec.finer)
-    return row + row_factor_cost(power, rows).beside(opened) + scaled
+    factor_cost = row_factor_wide_cost if wide else row_factor_cost
+    return row + factor_cost(power, rows).beside(opened) + scaled
 
 
 def _opened_row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -27,7 +27,15 @@ from mergec.runtime.protocols.columns import groups
 from mergec.runtime.protocols.compare import WINDOW_BITS
 from mergec.runtime.protocols.octave import MAX_EXPONENT
 from mergec.runtime.protocols.opening import Cut, open_high, open_under
-from mergec.runtime.protocols.power import COLUMN_BITS, TABLE_FRAC, Power, octaves, octaves_cost
+from mergec.runtime.protocols.power import (
+    COLUMN_BITS,
+    TABLE_FRAC,
+    Power,
+    octaves,
+    octaves_cost,
+    rounded_octaves,
+    rounded_octaves_cost,
+)
 from mergec.runtime.protocols.squares import (
     deal_square,
     square_share,
@@ -98,15 +106,32 @@ def open_row_cost(count: int) -> Cost:
 class Factor:
     """Factors of rows, [R, columns], as they are opened: base - low + wrap * top, modulo 2**64.
 
-    base, wrap: public. low, top: shares. mask: at the dealer, the mask that `low` and `top` are
-    words of, modulo 2**32.
+    base, wrap: public. low, top: shares. words: called by the dealer, returns low and top
+    themselves. wrap and top have no columns if the factors are opened modulo 2**64, where nothing
+    depends on whether they wrap around.
     """
 
     base: torch.Tensor
     wrap: torch.Tensor
     low: torch.Tensor
     top: torch.Tensor
-    mask: torch.Tensor
+    words: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def wraps(self) -> bool:
+        """Whether there are wrap and top."""
+        return self.wrap.shape[-1] > 0
+
+
+def open_whole_factor(ctx: Context, found: torch.Tensor) -> Protocol:
+    """Open mantissas with the fractional bits that they have, [R, columns], as a `Factor`.
+
+    Rounds 1, online 16 bytes per mantissa, offline none. Each party sees each mantissa under a mask
+    that is fresh and uniform modulo 2**64.
+    """
+    mask = ctx.mask(found.shape)
+    opened = yield from open_under(ctx, found, mask)
+    return Factor(opened, opened[:, :0], mask, mask[:, :0], lambda: (mask, mask[:, :0]))
 
 
 def open_factor(ctx: Context, found: torch.Tensor) -> Protocol:
@@ -123,12 +148,16 @@ def open_factor(ctx: Context, found: torch.Tensor) -> Protocol:
         value = Cut(window_of_zeros(ctx, found))
     wide = value.mask(ctx)
     mask = value.narrow(wide).reshape(found.shape)
-    low, top = ctx.deal((2, *mask.shape), lambda: truncation_words(mask, _FACTOR_SHIFT))
+
+    def words() -> torch.Tensor:
+        return truncation_words(mask, _FACTOR_SHIFT)
+
+    low, top = ctx.deal((2, *mask.shape), words)
     opened = yield from value.open(ctx, wide, NARROW_OFFSET)
     if opened.is_meta:
-        return Factor(low, low, low, top, mask)
+        return Factor(low, low, low, top, lambda: tuple(words()))
     parts = Truncation(opened.reshape(found.shape), _FACTOR_SHIFT)
-    return Factor(parts.base, parts.wrap, low, top, mask)
+    return Factor(parts.base, parts.wrap, low, top, lambda: tuple(words()))
 
 
 def open_factor_cost(spec: Power, rows: int) -> Cost:
@@ -138,14 +167,34 @@ def open_factor_cost(spec: Power, rows: int) -> Cost:
 
 
 def row_factor(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
-    """The `Factor` of rows with the numbers V [R]: `octaves`, then `open_factor`. Rounds 2."""
-    found = yield from octaves(ctx, share, spec)
-    factor = yield from open_factor(ctx, found)
-    return factor
+    """The `Factor` of rows with the numbers V [R], which `scale_rows` takes. Rounds 2.
+
+    `rounded_octaves`, then `open_whole_factor`: more bytes for each row than `row_factor_wide`,
+    and half of them for each element that `scale_rows` scales. With exact rounding it is that.
+    """
+    if ctx.exact:
+        return (yield from row_factor_wide(ctx, share, spec))
+    found = yield from rounded_octaves(ctx, share, spec, FRACTIONAL_BITS)
+    return (yield from open_whole_factor(ctx, found))
 
 
 def row_factor_cost(spec: Power, rows: int) -> Cost:
     """Cost of `row_factor` for that many rows."""
+    opened = Cost(rounds=1, online=16 * rows * spec.octaves.columns)
+    return rounded_octaves_cost(spec, rows) + opened
+
+
+def row_factor_wide(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
+    """The `Factor` as an integer, not only modulo 2**64, as `scale_rows_wide` needs it. Rounds 2.
+
+    `octaves`, then `open_factor`.
+    """
+    found = yield from octaves(ctx, share, spec)
+    return (yield from open_factor(ctx, found))
+
+
+def row_factor_wide_cost(spec: Power, rows: int) -> Cost:
+    """Cost of `row_factor_wide` for that many rows."""
     return octaves_cost(spec, rows) + open_factor_cost(spec, rows)
 
 
@@ -154,15 +203,16 @@ def scale_rows(
 ) -> Protocol:
     """Shares of the rows times the power of V that `octaves` found: [R, d].
 
-    In: rows with `frac` fractional bits; `factor` from `open_factor`. Out: 32 fractional bits and
+    In: rows with `frac` fractional bits; `factor` from `row_factor`. Out: 32 fractional bits and
     `finer`. Column c needs the row times
     2**(first_exponent - COLUMN_BITS c), that is x >> s_c, a public linear combination of dealt
     words from the row's opening. The mantissa is one from its own opening, so their product is one
     of the products of these words. All mantissas but one are zero, so the sum over c is the result.
     The full input range is supported, and only the remaining bits are rounded, at random: the error
     is two units of 2**-16 of the result, plus at most 2**-14 relative from the mantissa. Rounds 0,
-    online 0 bytes. Offline per element 16 bytes, plus 8 for each column, 8 more for each that
-    shifts down, and 2 to 8 more for each that shifts down so far that both of its wraps matter.
+    online 0 bytes. Offline per element 16 bytes, plus 8 for each column that shifts down; if the
+    factor has wraps, 8 for each column, and 2 to 8 more for each that shifts down so far that both
+    of its wraps matter.
     With `finer` > 0 columns form bands that shift down alike, and so need one word for that: a row
     is rounded for the first column of its band, and the surplus bits of the others stay in the
     result.
@@ -174,16 +224,16 @@ def scale_rows(
     relative.
     """
     shifts, weights = _whole(row.shift, spec) if ctx.exact else _shifts(frac, spec, finer)
-    near, far, kind = _word_counts(shifts)
+    near, far, kind = _word_counts(shifts, factor.wraps)
     rows, size = row.opened.shape
 
     def secret() -> torch.Tensor:
-        low, top = truncation_words(factor.mask, _FACTOR_SHIFT)
+        low, top = factor.words()
         words: torch.Tensor = _WORDS(row.mask, low * _on(weights, low), top, shifts)
         return words
 
     def tops() -> torch.Tensor:
-        last = top_bit(factor.mask)[:, len(shifts) - far :]
+        last = factor.words()[1][:, len(shifts) - far :]
         return top_bit(row.mask)[..., None] * last[:, None]
 
     dealt = ctx.deal((rows, size, sum(near)), secret)
@@ -193,8 +243,9 @@ def scale_rows(
     else:
         times = _on(weights, factor.base)
         scaled = _SCALED(
-            row.opened, row.mask, row.top, factor.base * times, factor.wrap * times,
-            factor.low * times, factor.top, dealt, both, shifts, ctx.party == CLIENT,
+            row.opened, row.mask, row.top, factor.base * times,
+            factor.wrap * times if factor.wraps else factor.wrap, factor.low * times, factor.top,
+            dealt, both, shifts, ctx.party == CLIENT,
         )  # fmt: skip
     if ctx.exact:
         whole = frac - row.shift + _whole_frac(spec)
@@ -213,14 +264,15 @@ def scale_rows_wide(
 ) -> Wide:
     """`scale_rows` of rows that were opened as z under a mask, in shares modulo 2**128.
 
-    The result is the same, with as many fractional bits, of which each party may then drop any
-    number (`wide.narrow`). Not for exact rounding; see `fits_wide_rows`. Rounds 0, online 0 bytes;
-    offline: `scaled_wide_cost`. What the parties see: `scaled_wide`.
+    In: a factor from `row_factor_wide`. The result is the same, with as many fractional bits, of
+    which each party may then drop any number (`wide.narrow`). Not for exact rounding; see
+    `fits_wide_rows`. Rounds 0, online 0 bytes; offline: `scaled_wide_cost`. What the parties see:
+    `scaled_wide`.
     """
     shifts, weights = _shifts(frac, spec, finer)
 
     def words() -> tuple[torch.Tensor, torch.Tensor]:
-        low, top = truncation_words(factor.mask, _FACTOR_SHIFT)
+        low, top = factor.words()
         return low * _on(weights, low), top
 
     base, wrap = factor.base, factor.wrap
@@ -246,17 +298,20 @@ def _on(weights: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return integers(tuple(weights.tolist()), like.device)
 
 
-def _split(words: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    down, columns, _ = _word_counts(shifts)[0]
+def _split(
+    words: np.ndarray, shifts: np.ndarray, wraps: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    down, topped, _ = _word_counts(shifts, wraps)[0]
     rest = words[..., down:]
-    return words[..., :down], rest[..., :columns], rest[..., columns:]
+    return words[..., :down], rest[..., :topped], rest[..., topped:]
 
 
 def _words_host(
     mask: torch.Tensor, low: torch.Tensor, top: torch.Tensor, shifts: np.ndarray
 ) -> torch.Tensor:
-    words = np.empty((*mask.shape, sum(_word_counts(shifts)[0])), np.int64)
-    _deal_cpu(mask.numpy(), low.numpy(), top.numpy(), shifts, *_split(words, shifts))
+    wraps = top.shape[1] > 0
+    words = np.empty((*mask.shape, sum(_word_counts(shifts, wraps)[0])), np.int64)
+    _deal_cpu(mask.numpy(), low.numpy(), top.numpy(), shifts, *_split(words, shifts, wraps))
     return torch.from_numpy(words)
 
 
@@ -274,7 +329,8 @@ def _words_tensors(
             wrapped += factor << (RING_BITS - s)
         last = s
         total += part * factor
-        topped.append(part * top[:, k, None])
+        if top.shape[1]:
+            topped.append(part * top[:, k, None])
     return torch.stack([*down, *topped, total, tops * wrapped], -1)
 
 
@@ -293,9 +349,8 @@ def _scaled_host(
 ) -> torch.Tensor:
     out = torch.empty(opened.shape, dtype=torch.int64)
     words = (each.numpy() for each in (opened, mask, top, base, wrap, low, factor_top))
-    _scale_cpu(
-        *words, *_split(dealt.numpy(), shifts), both.long().numpy(), shifts, at_client, out.numpy()
-    )
+    parts = _split(dealt.numpy(), shifts, wrap.shape[1] > 0)
+    _scale_cpu(*words, *parts, both.long().numpy(), shifts, at_client, out.numpy())
     return out
 
 
@@ -312,9 +367,12 @@ def _scaled_tensors(
     shifts: np.ndarray,
     at_client: bool,
 ) -> torch.Tensor:
-    near, far, _ = _word_counts(shifts)
+    wrapped = wrap.shape[1] > 0
+    near, far, _ = _word_counts(shifts, wrapped)
     down, topped, crossed = dealt.split(near, 2)
-    share = wrap * factor_top - low + (base if at_client else 0)
+    share = (base if at_client else 0) - low
+    if wrapped:
+        share = share + wrap * factor_top
     total, wraps = crossed[..., 0].clone(), torch.zeros_like(opened)
     number, last = -1, 0
     for k, s in enumerate(shifts.tolist()):
@@ -326,7 +384,9 @@ def _scaled_tensors(
         else:
             x, r = (opened - (1 << (RING_BITS - 2))) << -s, mask << -s
         last = s
-        total += x * share[:, k, None] - r * public - topped[..., k] * wrap[:, k, None]
+        total += x * share[:, k, None] - r * public
+        if wrapped:
+            total -= topped[..., k] * wrap[:, k, None]
         place = k - len(shifts) + far
         if place >= 0:
             wraps += (wrap[:, k, None] << (RING_BITS - s)) * both[..., place].long()
@@ -349,19 +409,21 @@ _WRAP_BITS = WINDOW_BITS - _FACTOR_SHIFT
 """Where a mantissa wraps around in its opening it is off by 2**20 units."""
 
 
-def _word_counts(shifts: np.ndarray) -> tuple[tuple[int, int, int], int, torch.dtype]:
+def _word_counts(shifts: np.ndarray, wraps: bool) -> tuple[tuple[int, int, int], int, torch.dtype]:
     """Dealt words per element of a row: those of `_deal_cpu`; products of top bits; their type.
 
-    Where both a row, shifted down by s, and its factor wrap around, the product is off by
-    2**(84 - s). For s <= 20 that is zero modulo 2**64, and else only s - 20 bits of the product of
-    the top bits matter.
+    wraps: whether the factor has any. Where both a row, shifted down by s, and its factor wrap
+    around, the product is off by 2**(84 - s). For s <= 20 that is zero modulo 2**64, and else only
+    s - 20 bits of the product of the top bits matter.
     """
-    return _counts(tuple(shifts.tolist()))
+    return _counts(tuple(shifts.tolist()), wraps)
 
 
 @cache
-def _counts(shifts: tuple[int, ...]) -> tuple[tuple[int, int, int], int, torch.dtype]:
+def _counts(shifts: tuple[int, ...], wraps: bool) -> tuple[tuple[int, int, int], int, torch.dtype]:
     down = len({s for s in shifts if s > 0})
+    if not wraps:
+        return (down, 0, 2), 0, torch.int64
     bits = shifts[-1] - _WRAP_BITS
     kind = torch.int16 if bits <= 16 else torch.int32 if bits <= WINDOW_BITS else torch.int64
     return (down, len(shifts), 2), sum(s > _WRAP_BITS for s in shifts), kind
@@ -372,8 +434,8 @@ def _deal_cpu(mask, factor_low, factor_top, shifts, low, topped, crossed):  # ty
     """Dealer's words, from the masks r [R, d] of rows and the words l, t [R, C] of their factors.
 
     With p = r >> s for each of the C columns: low: p for each s > 0, once where neighbours have the
-    same. topped: p t. crossed: the sum of p l over all columns, and msb(r) times the sum of
-    2**(64 - s) l over those with s > 0.
+    same. topped: p t, if there are any t. crossed: the sum of p l over all columns, and msb(r)
+    times the sum of 2**(64 - s) l over those with s > 0.
     """
     for i in range(mask.shape[0]):
         for e in range(mask.shape[1]):
@@ -390,7 +452,8 @@ def _deal_cpu(mask, factor_low, factor_top, shifts, low, topped, crossed):  # ty
                 else:
                     part = np.int64(r << np.uint64(-s))
                 total += part * factor
-                topped[i, e, k] = part * factor_top[i, k]
+                if topped.shape[2] > 0:
+                    topped[i, e, k] = part * factor_top[i, k]
             crossed[i, e, 0] = total
             crossed[i, e, 1] = top * wrapped
 
@@ -400,13 +463,14 @@ def _scale_cpu(  # type: ignore[no-untyped-def]
     opened, mask, top, base, wrap, factor_low, factor_top, low, topped, crossed, both, shifts,
     at_client, out,
 ):  # fmt: skip
-    columns = shifts.shape[0]
+    columns, wraps = shifts.shape[0], wrap.shape[1] > 0
     share = np.empty(columns, np.int64)
     for i in range(opened.shape[0]):
         row_wrap = np.int64(0)
         for k in range(columns):
             share[k] = (base[i, k] if at_client else 0) - factor_low[i, k]
-            share[k] += wrap[i, k] * factor_top[i, k]
+            if wraps:
+                share[k] += wrap[i, k] * factor_top[i, k]
             if shifts[k] > 0:
                 row_wrap += wrap_of(0, shifts[k], RING_BITS) * base[i, k]
         for e in range(opened.shape[1]):
@@ -420,6 +484,8 @@ def _scale_cpu(  # type: ignore[no-untyped-def]
                 else:
                     x = (z - (np.int64(1) << 62)) << -s
                     total += x * share[k] - (mask[i, e] << -s) * base[i, k]
+                if not wraps:
+                    continue
                 total -= topped[i, e, k] * wrap[i, k]
                 if s > _WRAP_BITS:
                     both_wrap += wrap_of(0, s, RING_BITS) * wrap[i, k] * both[i, e, far]
@@ -430,7 +496,7 @@ def _scale_cpu(  # type: ignore[no-untyped-def]
 
 def scale_rows_cost(frac: int, spec: Power, rows: int, size: int, finer: int = 0) -> Cost:
     """Cost of `scale_rows` for `rows` rows of `size` elements."""
-    near, far, kind = _word_counts(_shifts(frac, spec, finer)[0])
+    near, far, kind = _word_counts(_shifts(frac, spec, finer)[0], wraps=False)
     return Cost(offline=(8 * sum(near) + kind.itemsize * far) * rows * size)
 
 
@@ -506,9 +572,9 @@ def normalize(
     In: additive share [..., d] of rows with |x| < 2**62 and mean square at most `bound`. Beyond the
     bound the result is wrong, but finite. Rounds 3. The row is opened once, as z = x + 2**62 + r,
     both for its squares (`deal_square`) and for `scale_rows`. Online 16 bytes per element, plus
-    those of `octaves` and `open_factor`, which are per row. Offline 32 bytes per element, plus
-    those of these two and of `scale_rows`. Each party sees z, which is uniform because r is fresh
-    and uniform, and what it sees in these two. With exact rounding the row is opened twice, as
+    those of `row_factor`, which are per row. Offline 32 bytes per element, plus those of
+    `row_factor` and of `scale_rows`. Each party sees z, which is uniform because r is fresh and
+    uniform, and what it sees in `row_factor`. With exact rounding the row is opened twice, as
     squares round off other bits than the scaled row: rounds 8.
 
     parts: columns whose words stand for numbers that are larger by powers of two, as (columns,

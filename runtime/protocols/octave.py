@@ -42,18 +42,28 @@ from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.spec import HEADROOM_BITS, Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.dpf import (
+    BLOCK_WORDS,
     SEED_WORDS,
+    WORD_BITS,
     Generator,
     HostKeys,
+    added_wide,
     children,
     key_words,
     sharing_prefixes,
     unsigned,
 )
-from mergec.runtime.kernels.aes import LANES, grow_level, values_of_leaves, vectors
+from mergec.runtime.kernels.aes import (
+    LANES,
+    grow_level,
+    values_of_leaves,
+    vectors,
+    wide_values_of_leaves,
+)
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.kernels.wide import plus, times
 from mergec.runtime.protocols.interval import FINER_BITS, fit_finely
 from mergec.runtime.protocols.opening import open_high
 
@@ -68,9 +78,8 @@ _STEP_BITS = 14
 rounding it is half of that, as cubics in smaller windows have smaller coefficients."""
 
 _WORDS = 4
-"""Words per row: one, and the first three powers of the low part of the mask."""
+"""Numbers per row: one, and the first three powers of the low part of the mask."""
 
-_BLOCKS = 2
 _PIECE = 64
 """Elements expanded at once, so that their trees stay in the processor's cache."""
 
@@ -124,15 +133,15 @@ class Octaves:
 
 
 @cache
-def _trees(spec: Octaves, exact: bool) -> tuple[Descent, ...]:
+def _trees(spec: Octaves, exact: bool, width: int = 1) -> tuple[Descent, ...]:
     """One tree for all octaves; with exact rounding one for each."""
     every = range(spec.count)
     if exact:
-        return tuple(_descent(spec, range(k, k + 1), exact) for k in every)
-    return (_descent(spec, every, exact),)
+        return tuple(_descent(spec, range(k, k + 1), exact, width) for k in every)
+    return (_descent(spec, every, exact, width),)
 
 
-def _descent(spec: Octaves, octaves: range, exact: bool) -> Descent:
+def _descent(spec: Octaves, octaves: range, exact: bool, width: int) -> Descent:
     window_bits, bottom = spec.window_bits(exact), spec.low + spec.lift(exact)
     step_bits = _STEP_BITS - exact
     # One bit more than V has, so that the window after the last is not the first.
@@ -152,6 +161,7 @@ def _descent(spec: Octaves, octaves: range, exact: bool) -> Descent:
         drops=np.array([bottom + k - window_bits - step_bits for k in octaves]),
         step_bits=step_bits,
         coefficients=np.stack(tables),
+        width=width,
     )
 
 
@@ -170,7 +180,7 @@ class Descent:
     octave's first window. columns, drops: each octave's column, and the bits by which V is shifted
     down to the units of its table. step_bits: a window spans 2**step_bits of these units.
     coefficients: int64 [octaves, windows, 4], of the cubics in these units, zero after the last
-    window.
+    window. width: 64-bit words of each number of a row, and of a share of the value: 1 or 2.
     """
 
     top: int
@@ -182,6 +192,7 @@ class Descent:
     drops: np.ndarray
     step_bits: int
     coefficients: np.ndarray
+    width: int
 
     @property
     def depth(self) -> int:
@@ -215,7 +226,17 @@ class Descent:
     @property
     def words(self) -> int:
         """Words of a key."""
-        return key_words(self.depth, _WORDS * len(self.ends))
+        return key_words(self.depth, self.row_words * len(self.ends))
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row."""
+        return _WORDS * self.width
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the cipher that hold a row."""
+        return self.row_words // BLOCK_WORDS
 
     def nodes(self, device: torch.device) -> torch.Tensor:
         """Which rows a point is looked up in, two in a line: int64 [pairs, 8], on a device.
@@ -240,7 +261,7 @@ def _nodes(descent: Descent, device: torch.device) -> torch.Tensor:
     lines = []
     for k, end in enumerate(descent.ends):
         first, last = int(descent.firsts[k]), 2 * int(descent.kept[end - 1, 1])
-        place = SEED_WORDS * descent.depth + _WORDS * k
+        place = SEED_WORDS * descent.depth + descent.row_words * k
         table = k * descent.coefficients.shape[1] * _WORDS
         lines += [
             (end, window, last, descent.columns[k], descent.drops[k], table, place, 0)
@@ -295,7 +316,7 @@ def _table(
     return table.coefficients
 
 
-def columns(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
+def columns(ctx: Context, share: torch.Tensor, spec: Octaves, wide: bool = False) -> Protocol:
     """Shares of the function of V, in the column of V and zero in all others: [n, spec.columns].
 
     In: additive share [n] of the integer V in [2**low, 2**(high + 1)). From 0 to 2**low the value
@@ -303,8 +324,12 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     2**64 with `spec.frac` fractional bits; the other columns are exactly zero. Error of the cubics,
     2**-20 relative for powers, plus one unit of V of 2**-18 relative.
 
-    Rounds 1, online 16 bytes per element. Offline 64 bytes for each octave, plus 32 for each bit of
-    the index in the tree, which has five bits more than there are octaves. Each party sees z, which
+    With `wide` shares are modulo 2**128, as two words of 64 bits [n, spec.columns, 2], the lower
+    one first, so that a party may drop bits of its own. Not for exact rounding.
+
+    Rounds 1, online 16 bytes per element. Offline 64 bytes for each octave, 128 if wide, plus 32
+    for each bit of the index in the tree, which has five bits more than there are octaves. Each
+    party sees z, which
     is uniform as r is fresh and uniform, and a key of a point function, which is computationally
     indistinguishable from uniform, whatever r is. Which nodes a party visits depends on z alone.
 
@@ -312,21 +337,21 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves) -> Protocol:
     rounds off other bits (`open_high`): rounds 2. Each has a key of its own. Where two octaves
     share a number, both have a value, perhaps in two columns; the function is their sum.
     """
-    count = len(share)
-    lift, descents = spec.lift(ctx.exact), _trees(spec, ctx.exact)
+    count, width = len(share), 1 + wide
+    lift, descents = spec.lift(ctx.exact), _trees(spec, ctx.exact, width)
     mask = ctx.mask((count, len(descents)))
     lifted = share << lift if lift and not share.is_meta else share
     hidden = [int(descent.drops[0]) for descent in descents] if ctx.exact else 0
     opened = yield from open_high(ctx, lifted[:, None].expand(mask.shape), mask, hidden)
-    generator = ctx.point_functions(_BLOCKS)
-    out = torch.zeros((count, spec.columns), dtype=torch.int64, device=share.device)
+    generator = ctx.point_functions(descents[0].blocks)
+    out = torch.zeros((count, spec.columns, width), dtype=torch.int64, device=share.device)
     for k, descent in enumerate(descents):
         correct = partial(_correct, mask[:, k], descent, generator)
         keys = ctx.deal_keys(count, descent.words, correct)
         if keys is not None:
             points = opened[:, k].contiguous()
             _VALUES(points, keys.roots, keys.corrections, descent, ctx.party, generator, out)
-    return out
+    return out if wide else out[..., 0]
 
 
 def _values_host(
@@ -338,7 +363,7 @@ def _values_host(
     generator: Generator,
     out: torch.Tensor,
 ) -> None:
-    """Add a party's shares of the values at `points` [n] to out [n, columns]."""
+    """Add a party's shares of the values at `points` [n] to out [n, columns, width]."""
     descend = descend_by_instructions if LANES else descend_by_library
     keys = HostKeys(unsigned(roots), unsigned(corrections))
     descend(points.numpy(), keys, descent, party, generator, out.numpy())
@@ -347,9 +372,9 @@ def _values_host(
 _VALUES = Kernel("trees.octave_values", _values_host)
 
 
-def columns_cost(spec: Octaves, count: int) -> Cost:
+def columns_cost(spec: Octaves, count: int, wide: bool = False) -> Cost:
     """Cost of `columns` for `count` elements."""
-    (descent,) = _trees(spec, exact=False)
+    (descent,) = _trees(spec, exact=False, width=1 + wide)
     return Cost(rounds=1, online=16 * count, offline=2 * 8 * descent.words * count)
 
 
@@ -361,16 +386,18 @@ def _correct(
 ) -> torch.Tensor:
     """Corrections of the keys for these masks [n]. Called by the dealer."""
     index, payloads = _ROWS(mask.contiguous(), descent)
-    return sharing_prefixes(index, payloads, descent.ends, descent.depth, generator)(roots)
+    bits = WORD_BITS * descent.width
+    made = sharing_prefixes(index, payloads, descent.ends, descent.depth, generator, bits)
+    return made(roots)
 
 
 def _rows_host(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
     """The row numbers of masks at the tree's leaves, and the words of each octave's row."""
     index = np.empty(len(mask), np.int64)
-    payloads = np.empty((len(descent.ends), len(mask), _WORDS), np.int64)
+    payloads = np.zeros((len(descent.ends), len(mask), _WORDS, descent.width), np.int64)
     depth, drops = descent.depth, descent.drops
     _write_rows(mask.numpy(), descent.top, depth, drops, descent.step_bits, index, payloads)
-    return torch.from_numpy(index), torch.from_numpy(payloads)
+    return torch.from_numpy(index), torch.from_numpy(payloads).flatten(2)
 
 
 def _rows_tensors(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
@@ -380,7 +407,10 @@ def _rows_tensors(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, t
         low = moved & ((1 << descent.step_bits) - 1)
         rows.append(torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1))
     index = logical_shift(mask, descent.top - descent.depth) & ((1 << descent.depth) - 1)
-    return index, torch.stack(rows)
+    payloads = torch.stack(rows)
+    if descent.width > 1:
+        payloads = torch.stack([payloads, torch.zeros_like(payloads)], -1).flatten(2)
+    return index, payloads
 
 
 _ROWS = Kernel("elements.rows_of_octaves", _rows_host, _rows_tensors, triton=False)
@@ -394,11 +424,11 @@ def descend_by_instructions(
     generator: Generator,
     out: np.ndarray,
 ) -> None:
-    """Add this party's shares of the values at `points` [n] to out [n, columns]."""
+    """Add this party's shares of the values at `points` [n] to out [n, columns, width]."""
     _descend_trees(
         points, keys.roots, keys.corrections, party, generator.round_keys, descent.top,
         descent.depth, descent.kept, descent.octave_at, descent.firsts, descent.columns,
-        descent.drops, descent.step_bits, descent.coefficients, out,
+        descent.drops, descent.step_bits, descent.coefficients, descent.blocks, out,
     )  # fmt: skip
 
 
@@ -438,10 +468,11 @@ def _descend_piece(
         if octave >= 0:
             used = last + 2 - firsts[octave]
             leaves = np.ascontiguousarray(grown[:, :used])
-            words = SEED_WORDS * descent.depth + _WORDS * octave
-            correction = keys.corrections[:, None, words : words + _WORDS]
+            words = SEED_WORDS * descent.depth + descent.row_words * octave
+            correction = keys.corrections[:, None, words : words + descent.row_words]
+            correction = controls[:, :used, None] * correction
             rows = np.concatenate(list(generator.value(leaves) ^ leaves), axis=-1)
-            rows = rows + controls[:, :used, None] * correction
+            rows = rows + correction if descent.width == 1 else added_wide(rows, correction)
             _sum_rows(
                 points, rows, last, firsts[octave], descent.columns[octave], descent.drops[octave],
                 descent.step_bits, descent.coefficients[octave], party, out,
@@ -468,7 +499,7 @@ def _write_rows(mask, top, depth, drops, step_bits, index, payloads):  # type: i
         for k in range(payloads.shape[0]):
             low, power = _moved(mask[i], drops[k]) & ones, np.int64(1)
             for j in range(payloads.shape[2]):
-                payloads[k, i, j] = power
+                payloads[k, i, j, 0] = power
                 power *= low
 
 
@@ -489,29 +520,59 @@ def sum_windows(a, last, first, low, squares, coefficients):  # type: ignore[no-
     return total
 
 
+@compiled(inline="always")
+def _sum_wide_windows(a, last, first, rows, coefficients):  # type: ignore[no-untyped-def]
+    """`sum_windows` of rows [N, 8] of numbers of 128 bits: both halves of the value."""
+    low, high = np.uint64(0), np.uint64(0)
+    for q in range(last - first + 1):
+        row = coefficients[last - q]
+        c0, c1, c2, c3 = row[0], row[1], row[2], row[3]
+        factors = (
+            c0 + a * (c1 + a * (c2 + a * c3)), -c1 - a * (2 * c2 + 3 * a * c3), c2 + 3 * a * c3,
+            -c3,
+        )  # fmt: skip
+        for j in range(4):
+            more_low, more_high = times(rows[q, 2 * j], rows[q, 2 * j + 1], factors[j])
+            low, high = plus(low, high, more_low, more_high)
+    return low, high
+
+
+@compiled(inline="always")
+def _add_wide(low, high, party, out):  # type: ignore[no-untyped-def]
+    """Add a word of 128 bits to out [2]; the server subtracts it."""
+    if party:
+        low, high = times(low, high, np.int64(-1))
+    low, high = plus(np.uint64(out[0]), np.uint64(out[1]), low, high)
+    out[0], out[1] = np.int64(low), np.int64(high)
+
+
 @compiled()
 def _sum_rows(  # type: ignore[no-untyped-def]
     points, rows, last, first, column, drop, step_bits, coefficients, party, out
 ):
-    """Add the values from rows [n, N, 4] of windows from `last`, or one more, down to `first`."""
+    """Add the values from rows [n, N, words] of windows from `last`, or one more, to `first`."""
     ones = (np.int64(1) << step_bits) - 1
     bit_place = drop + step_bits
     count = rows.shape[1]
     low, squares = np.empty(2 * count, np.uint64), np.empty(2 * count, np.uint64)
     for i in range(points.shape[0]):
+        highest = last + ((points[i] >> bit_place) & 1)
+        position = _moved(points[i], drop) & ones
+        if out.shape[2] > 1:
+            lower, upper = _sum_wide_windows(position, highest, first, rows[i], coefficients)
+            _add_wide(lower, upper, party, out[i, column])
+            continue
         for q in range(count):
             low[2 * q], low[2 * q + 1] = rows[i, q, 0], rows[i, q, 1]
             squares[2 * q], squares[2 * q + 1] = rows[i, q, 2], rows[i, q, 3]
-        highest = last + ((points[i] >> bit_place) & 1)
-        position = _moved(points[i], drop) & ones
         total = sum_windows(position, highest, first, low, squares, coefficients)
-        out[i, column] += -total if party else total
+        out[i, column, 0] += -total if party else total
 
 
 @compiled()
 def _descend_trees(  # type: ignore[no-untyped-def]
     points, roots, corrections, party, round_keys, top, depth, kept, octave_at, firsts, columns,
-    drops, step_bits, coefficients, out,
+    drops, step_bits, coefficients, blocks, out,
 ):  # fmt: skip
     ones = (np.int64(1) << step_bits) - 1
     most = 0
@@ -521,9 +582,10 @@ def _descend_trees(  # type: ignore[no-untyped-def]
     seeds, flags = vectors(2 * lanes), vectors(2 * lanes)
     grown, controls = vectors(2 * lanes), vectors(2 * lanes)
     words = vectors(corrections.shape[1] // 2)
-    rows = vectors(_BLOCKS * 2 * lanes).reshape(-1)
+    rows = vectors(blocks * 2 * lanes).reshape(-1)
     low = np.empty(4 * lanes * LANES, np.uint64)
     squares = np.empty(4 * lanes * LANES, np.uint64)
+    wide = np.empty((2 * lanes * LANES, 2 * blocks), np.uint64)
     for i in range(points.shape[0]):
         for k in range(words.shape[0]):
             for lane in range(LANES):
@@ -549,15 +611,27 @@ def _descend_trees(  # type: ignore[no-untyped-def]
             if k >= 0:
                 used = last - firsts[k] + 1
                 count = (used + LANES - 1) // LANES
-                values = rows[: _BLOCKS * count * 2 * LANES].reshape(_BLOCKS, LANES, count, 2)
-                values_of_leaves(round_keys, grown, controls, words, depth + _BLOCKS * k, values)
-                for q in range(used):
-                    for half in range(2):
-                        low[2 * q + half] = values[0, q % LANES, q // LANES, half]
-                        squares[2 * q + half] = values[1, q % LANES, q // LANES, half]
+                values = rows[: blocks * count * 2 * LANES].reshape(blocks, LANES, count, 2)
                 position = _moved(points[i], drops[k]) & ones
-                total = sum_windows(position, last, firsts[k], low, squares, coefficients[k])
-                out[i, columns[k]] += -total if party else total
+                if out.shape[2] > 1:
+                    wide_values_of_leaves(
+                        round_keys, grown, controls, words, depth + blocks * k, values
+                    )
+                    for q in range(used):
+                        for word in range(2 * blocks):
+                            wide[q, word] = values[word // 2, q % LANES, q // LANES, word % 2]
+                    lower, upper = _sum_wide_windows(
+                        position, last, firsts[k], wide, coefficients[k]
+                    )
+                    _add_wide(lower, upper, party, out[i, columns[k]])
+                else:
+                    values_of_leaves(round_keys, grown, controls, words, depth + blocks * k, values)
+                    for q in range(used):
+                        for half in range(2):
+                            low[2 * q + half] = values[0, q % LANES, q // LANES, half]
+                            squares[2 * q + half] = values[1, q % LANES, q // LANES, half]
+                    total = sum_windows(position, last, firsts[k], low, squares, coefficients[k])
+                    out[i, columns[k], 0] += -total if party else total
             if d + 1 < depth:
                 first = last - kept[d + 1, 1]
                 for node in range(kept[d + 1, 1] - kept[d + 1, 0] + 1):

@@ -17,8 +17,10 @@ import torch
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
 from mergec.runtime.core.spec import HEADROOM_BITS, Cost
+from mergec.runtime.core.values import Wide
 from mergec.runtime.protocols.octave import Octaves, columns, columns_cost
 from mergec.runtime.protocols.truncate import truncate, truncate_cost
+from mergec.runtime.protocols.wide import narrow_of_zeros
 
 TABLE_FRAC = 60
 """Fractional bits of a mantissa, which is below 9/4."""
@@ -90,6 +92,23 @@ def octaves(ctx: Context, share: torch.Tensor, spec: Power) -> Protocol:
 def octaves_cost(spec: Power, count: int) -> Cost:
     """Cost of `octaves` for `count` elements."""
     return columns_cost(spec.octaves, count)
+
+
+def rounded_octaves(ctx: Context, share: torch.Tensor, spec: Power, frac: int) -> Protocol:
+    """`octaves` with `frac` fractional bits, less than one unit off; zeros are exactly zero.
+
+    The octaves' numbers have shares modulo 2**128, of which each party drops bits of its own: no
+    round, and 64 bytes for each octave more than `octaves` takes offline. These roundings are fixed
+    by bits of which each party knows its own, so this is not for exact rounding.
+    """
+    found = yield from columns(ctx, share, spec.octaves, wide=True)
+    halves = Wide(found[..., 0], found[..., 1], TABLE_FRAC)
+    return narrow_of_zeros(ctx, halves, TABLE_FRAC - frac)
+
+
+def rounded_octaves_cost(spec: Power, count: int) -> Cost:
+    """Cost of `rounded_octaves` for `count` elements."""
+    return columns_cost(spec.octaves, count, wide=True)
 
 
 def power(ctx: Context, share: torch.Tensor, spec: Power, frac: int) -> Protocol:

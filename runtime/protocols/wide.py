@@ -25,6 +25,7 @@ from mergec.runtime.core.values import Held, Shared, Wide, encode, logical_shift
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import integers, to_device
+from mergec.runtime.kernels.wide import plus, times, upper_product
 from mergec.runtime.protocols.truncate import top_bit
 
 WIDE_BITS = 2 * RING_BITS
@@ -108,6 +109,20 @@ def narrow(ctx: Context, x: Wide, drop: int) -> torch.Tensor:
         return x.low
     share = x.high if drop == RING_BITS else _shift_down(x.low, x.high, drop)
     return share + ctx.public(torch.ones_like(share))
+
+
+def narrow_of_zeros(ctx: Context, x: Wide, drop: int) -> torch.Tensor:
+    """`narrow` to less than one unit off, and exactly 0 where x is 0; for 0 < drop < 64.
+
+    No message: the client rounds its share down, the server up. The shares of zero are opposite,
+    and so is what is left of them. The rest is right on average.
+    """
+    if x.low.is_meta:
+        return x.low
+    if ctx.party == CLIENT:
+        return _shift_down(x.low, x.high, drop)
+    nothing = torch.zeros_like(x.low)
+    return -_shift_down(*_subtract((nothing, nothing), (x.low, x.high)), drop)
 
 
 def shifted_wide(x: Wide, bits: torch.Tensor) -> Wide:
@@ -320,32 +335,6 @@ def _shift_down(low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tenso
     return logical_shift(low, bits) | (high << (RING_BITS - bits))
 
 
-@compiled(inline="always")
-def _carried(one, other):  # type: ignore[no-untyped-def]
-    """The upper half of a product of unsigned words."""
-    half, bits = np.uint64(0xFFFFFFFF), np.uint64(32)
-    upper, lower, above, below = one >> bits, one & half, other >> bits, other & half
-    middle = upper * below + ((lower * below) >> bits)
-    second = lower * above + (middle & half)
-    return upper * above + (middle >> bits) + (second >> bits)
-
-
-@compiled(inline="always")
-def _plus(low, high, other_low, other_high):  # type: ignore[no-untyped-def]
-    total = low + other_low
-    return total, high + other_high + np.uint64(total < low)
-
-
-@compiled(inline="always")
-def _scaled_by(low, high, factor):  # type: ignore[no-untyped-def]
-    """Times a signed word."""
-    word = np.uint64(factor)
-    upper = high * word + _carried(low, word)
-    if factor < 0:
-        upper -= low
-    return low * word, upper
-
-
 @compiled()
 def _deal_cpu(mask, factor_low, factor_top, shifts, groups, out):  # type: ignore[no-untyped-def]
     columns = shifts.shape[0]
@@ -362,10 +351,10 @@ def _deal_cpu(mask, factor_low, factor_top, shifts, groups, out):  # type: ignor
                 part = r >> s
                 word[1 + groups[k], 0] = np.int64(part)
                 word[first + k, 0] = np.int64(part) * factor_top[i, k]
-                total_low, total_high = _plus(
-                    total_low, total_high, part * factor, _carried(part, factor)
+                total_low, total_high = plus(
+                    total_low, total_high, part * factor, upper_product(part, factor)
                 )
-                wrapped_low, wrapped_high = _plus(
+                wrapped_low, wrapped_high = plus(
                     wrapped_low, wrapped_high, factor << (np.uint64(64) - s), factor >> s
                 )
                 word[first + columns + 2 + k, 0] = top * factor_top[i, k]
@@ -382,15 +371,13 @@ def _scale_cpu(opened, base, wrap, own, dealt, shifts, groups, at_client, out): 
     share = np.empty((columns, 2), np.uint64)
     for i in range(opened.shape[0]):
         for k in range(columns):
-            low, high = _scaled_by(
-                np.uint64(own[i, 1, k, 0]), np.uint64(own[i, 1, k, 1]), wrap[i, k]
-            )
-            minus_low, minus_high = _scaled_by(
+            low, high = times(np.uint64(own[i, 1, k, 0]), np.uint64(own[i, 1, k, 1]), wrap[i, k])
+            minus_low, minus_high = times(
                 np.uint64(own[i, 0, k, 0]), np.uint64(own[i, 0, k, 1]), np.int64(-1)
             )
-            low, high = _plus(low, high, minus_low, minus_high)
+            low, high = plus(low, high, minus_low, minus_high)
             if at_client:
-                low, high = _plus(
+                low, high = plus(
                     low, high, np.uint64(base[i, k]), np.uint64(base[i, k] >> np.int64(63))
                 )
             share[k, 0], share[k, 1] = low, high
@@ -398,7 +385,7 @@ def _scale_cpu(opened, base, wrap, own, dealt, shifts, groups, at_client, out): 
             z, words = opened[i, e], dealt[i, e]
             low = np.uint64(words[first + columns, 0])
             high = np.uint64(words[first + columns, 1])
-            wraps_low, wraps_high = _scaled_by(
+            wraps_low, wraps_high = times(
                 np.uint64(words[first + columns + 1, 0]),
                 np.uint64(words[first + columns + 1, 1]),
                 np.int64(-1),
@@ -406,30 +393,30 @@ def _scale_cpu(opened, base, wrap, own, dealt, shifts, groups, at_client, out): 
             for k in range(columns):
                 s = np.uint64(shifts[k])
                 x = np.int64(np.uint64(z) >> s) - np.int64(np.uint64(1) << (np.uint64(62) - s))
-                more_low, more_high = _scaled_by(share[k, 0], share[k, 1], x)
-                low, high = _plus(low, high, more_low, more_high)
+                more_low, more_high = times(share[k, 0], share[k, 1], x)
+                low, high = plus(low, high, more_low, more_high)
                 place = 1 + groups[k]
-                more_low, more_high = _scaled_by(
+                more_low, more_high = times(
                     np.uint64(words[place, 0]), np.uint64(words[place, 1]), -base[i, k]
                 )
-                low, high = _plus(low, high, more_low, more_high)
+                low, high = plus(low, high, more_low, more_high)
                 place = first + k
-                more_low, more_high = _scaled_by(
+                more_low, more_high = times(
                     np.uint64(words[place, 0]), np.uint64(words[place, 1]), -wrap[i, k]
                 )
-                low, high = _plus(low, high, more_low, more_high)
+                low, high = plus(low, high, more_low, more_high)
                 if z >= 0:
-                    more_low, more_high = _scaled_by(
+                    more_low, more_high = times(
                         np.uint64(words[0, 0]), np.uint64(words[0, 1]), base[i, k]
                     )
                     place = first + columns + 2 + k
-                    both_low, both_high = _scaled_by(
+                    both_low, both_high = times(
                         np.uint64(words[place, 0]), np.uint64(words[place, 1]), wrap[i, k]
                     )
-                    more_low, more_high = _plus(more_low, more_high, both_low, both_high)
+                    more_low, more_high = plus(more_low, more_high, both_low, both_high)
                     up = np.uint64(64) - s
                     more_high = (more_high << up) | (more_low >> s)
-                    wraps_low, wraps_high = _plus(wraps_low, wraps_high, more_low << up, more_high)
+                    wraps_low, wraps_high = plus(wraps_low, wraps_high, more_low << up, more_high)
             if z >= 0:
-                low, high = _plus(low, high, wraps_low, wraps_high)
+                low, high = plus(low, high, wraps_low, wraps_high)
             out[i, e, 0], out[i, e, 1] = np.int64(low), np.int64(high)

@@ -162,6 +162,9 @@ def _(full: bool) -> Iterator[Arguments]:
         index = below(2**7, 130)
         roots = words(130, 2), words(130, 2)
         yield *roots, index, words(1, 130, 4), (7,), 7, generator, 64
+    # Numbers of two words, where the lower one may borrow from the upper.
+    payloads, index = torch.zeros(1, 5, 4, dtype=torch.int64), below(4, 5)
+    yield words(5, 2), words(5, 2), index, payloads, (2,), 2, generator, 128
 
 
 @cases("logarithm.values")
@@ -227,8 +230,12 @@ def _(full: bool) -> Iterator[Arguments]:
         trees.append((Octaves(20, 53, 4, Mantissa(-0.5, 1.5), 60), False, 1))
     for kind, exact, party in trees:
         for tree in octave._trees(kind, exact)[:2]:
-            out = torch.zeros((2, kind.columns), dtype=torch.int64)
+            out = torch.zeros((2, kind.columns, 1), dtype=torch.int64)
             yield words(2), words(2, 2), words(2, tree.words), tree, party, generator, out
+    for party in (0, 1) if full else (1,):
+        (tree,) = octave._trees(spec, False, 2)
+        given = words(2), words(2, 2), words(2, tree.words), tree, party, _generator(4)
+        yield *given, words(2, spec.columns, 2)
 
 
 @cases("elements.set_bits")
@@ -251,8 +258,8 @@ def _(full: bool) -> Iterator[Arguments]:
 
 @cases("elements.rows_of_octaves")
 def _(full: bool) -> Iterator[Arguments]:
-    for exact in (False, True):
-        for tree in octave._trees(Octaves(2, 5, 2, Mantissa(-1.0, 1.0), 40), exact)[:3]:
+    for exact, width in ((False, 1), (True, 1), (False, 2)):
+        for tree in octave._trees(Octaves(2, 5, 2, Mantissa(-1.0, 1.0), 40), exact, width)[:3]:
             yield words(9), tree
 
 
@@ -357,15 +364,17 @@ SHIFTS = [[3, 5, 7], [-4, -2, 0, 2], [16, 16, 20, 20, 33, 62], [0], [1]]
 def _(full: bool) -> Iterator[Arguments]:
     for shifts in SHIFTS:
         columns = len(shifts)
-        yield words(2, 9), words(2, columns), words(2, columns) & 1, np.array(shifts)
+        for tops in (columns, 0):
+            yield words(2, 9), words(2, columns), words(2, tops) & 1, np.array(shifts)
 
 
 @cases("elements.scaled")
 def _(full: bool) -> Iterator[Arguments]:
     for shifts in SHIFTS:
-        near, far, kind = _word_counts(np.array(shifts))
-        for at_client in (False, True):
-            factor = [words(2, len(shifts)) for _ in range(4)]
+        for at_client, wraps in ((False, True), (True, True), (False, False), (True, False)):
+            near, far, kind = _word_counts(np.array(shifts), wraps)
+            columns = len(shifts)
+            factor = [words(2, columns if whole or wraps else 0) for whole in (1, 0, 1, 0)]
             dealt = words(2, 9, sum(near)), words(2, 9, far, dtype=kind)
             rows = [words(2, 9) for _ in range(3)]
             yield *rows, *factor, *dealt, np.array(shifts), at_client

@@ -28,6 +28,7 @@ from mergec.runtime.protocols.octave import (
 )
 from mergec.runtime.protocols.power import Mantissa
 from mergec.runtime.protocols.rows import MAX_ROW, inverse
+from mergec.runtime.protocols.wide import _add
 from tests.protocols.harness import integers, run, uniform_bytes
 
 DESCENDS = [
@@ -47,22 +48,37 @@ def _found(
     spec: Octaves, tree: Descent, lifted: torch.Tensor, mask: torch.Tensor, descend
 ) -> torch.Tensor:
     """The columns for numbers, shifted up, under these masks."""
-    generator, count = Generator(2), len(lifted)
+    generator, count = Generator(tree.blocks), len(lifted)
     roots = _words(count, 2), _words(count, 2)
     corrections = unsigned(_correct(mask, tree, generator, tuple(map(signed, roots))))
     points = (lifted + mask).numpy()
-    out = np.zeros((count, spec.columns), np.int64)
+    out = np.zeros((count, spec.columns, tree.width), np.int64)
     for party in (CLIENT, SERVER):
         descend(points, HostKeys(roots[party], corrections), tree, party, generator, out)
-    return torch.from_numpy(out)
+    return _whole(torch.from_numpy(out))
+
+
+def _whole(found: torch.Tensor) -> torch.Tensor:
+    """Opened columns [n, columns, width], which fit into 64 bits."""
+    if found.shape[-1] > 1:
+        assert torch.equal(found[..., 1], found[..., 0] >> 63)
+    return found[..., 0]
+
+
+def _opened_wide(simulation: Simulation, protocol) -> torch.Tensor:
+    """The sum of both parties' shares modulo 2**128."""
+    client, server, _ = simulation.run(protocol)
+    halves = _add((client[..., 0], client[..., 1]), (server[..., 0], server[..., 1]))
+    return _whole(torch.stack(halves, -1))
 
 
 @pytest.mark.parametrize("descend", DESCENDS)
+@pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("high", [1, 4])
-def test_every_small_number_under_every_mask(high: int, descend) -> None:
+def test_every_small_number_under_every_mask(high: int, width: int, descend) -> None:
     """All carries between z and r at all octaves, and any bits of the mask above."""
     spec = Octaves(0, high, 1, Mantissa(-1.0, 1.0), 60)
-    (tree,) = _trees(spec, exact=False)
+    (tree,) = _trees(spec, exact=False, width=width)
     low = torch.arange(2**tree.top)
     above = torch.from_numpy(_words(len(low)).view(np.int64)) << tree.top
     for value in range(2 ** (high + 1)):
@@ -124,21 +140,23 @@ def _numbers(spec: Octaves) -> torch.Tensor:
     return every.clamp(2**spec.low, last)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("exact", "wide"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("name", SPECS)
-def test_numbers_of_every_octave_and_beside_every_window(name: str, exact: bool) -> None:
+def test_numbers_of_every_octave_and_beside_every_window(
+    name: str, exact: bool, wide: bool
+) -> None:
     spec = SPECS[name]
     values = _numbers(spec)
     values = values[:: 6 if exact else 1]
     simulation = Simulation(exact=exact)
     shares = integers(simulation, values)
-    found, cost = run(simulation, lambda ctx, p: columns(ctx, shares[p].share, spec))
-    used = (found != 0).sum(1)
-    if exact:
-        assert set(used.tolist()) <= {1, 2}
+    if wide:
+        found = _opened_wide(simulation, lambda ctx, p: columns(ctx, shares[p].share, spec, True))
     else:
-        assert bool((used == 1).all())
-        assert cost == columns_cost(spec, len(values))
+        found, cost = run(simulation, lambda ctx, p: columns(ctx, shares[p].share, spec))
+        assert exact or cost == columns_cost(spec, len(values))
+    used = (found != 0).sum(1)
+    assert set(used.tolist()) <= ({1, 2} if exact else {1})
     # The sum of the columns, as the function of V in the column of the largest.
     real = found.double() * 2.0**-spec.frac
     start = spec.low + spec.span * torch.arange(spec.columns)
@@ -166,51 +184,55 @@ def test_other_numbers_give_no_more_than_the_curve_ever_is(exact: bool) -> None:
     assert bool(((found != 0).sum(1) <= (2 if exact else 1)).all())
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_shapes_alone_have_the_same_messages_and_dealt_bytes(exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "wide"), [(False, False), (True, False), (False, True)])
+def test_shapes_alone_have_the_same_messages_and_dealt_bytes(exact: bool, wide: bool) -> None:
     spec, context = SPECS["norm"], ShapeContext(exact=exact)
     ghost = torch.empty(5, dtype=torch.int64, device="meta")
-    rounds, found = drive(context, columns(context, ghost, spec))
-    assert found.shape == (5, spec.columns)
+    rounds, found = drive(context, columns(context, ghost, spec, wide))
+    assert found.shape == ((5, spec.columns, 2) if wide else (5, spec.columns))
     simulation = Simulation(exact=exact)
     shares = integers(simulation, torch.full((5,), 2**spec.low))
-    _, cost = run(simulation, lambda ctx, p: columns(ctx, shares[p].share, spec))
+    _, cost = run(simulation, lambda ctx, p: columns(ctx, shares[p].share, spec, wide))
     assert sum(context.dealt.values()) == cost.offline
+    if not exact:
+        assert cost == columns_cost(spec, 5, wide)
     assert cost.rounds == len(rounds) == (2 if exact else 1)
 
 
-def test_what_is_received_is_uniform_whatever_the_number_is() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_received_is_uniform_whatever_the_number_is(wide: bool) -> None:
     spec = SPECS["softmax"]
     for value in (2**spec.low, 2**20, 2 ** (spec.high + 1) - 1):
         simulation = Simulation(record=True)
         shares = integers(simulation, torch.full((2048,), value))
-        simulation.run(lambda ctx, p, s=shares: columns(ctx, s[p].share, spec))
+        simulation.run(lambda ctx, p, s=shares: columns(ctx, s[p].share, spec, wide))
         one, other = simulation.transcript
         assert abs(uniform_bytes([one, other])) < 6.5
         assert abs(uniform_bytes([one + other])) < 6.5
 
 
-def test_a_party_s_share_is_uniform_in_every_column() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_party_s_share_is_uniform_in_every_column(wide: bool) -> None:
     """Of numbers in one octave: the columns that are zero look like the one that is not."""
     spec = Octaves(0, 20, 4, Mantissa(-1.0, 1.0), 60)
     simulation = Simulation()
     shares = integers(simulation, torch.full((4096,), 1000))
-    found = simulation.run(lambda ctx, p: columns(ctx, shares[p].share, spec))
+    found = simulation.run(lambda ctx, p: columns(ctx, shares[p].share, spec, wide))
     for share in found[:2]:
-        for column in share.T:
+        for column in share.flatten(1).T:
             assert abs(uniform_bytes([column.contiguous()])) < 6.5
 
 
 @pytest.mark.skipif(not LANES, reason="this processor has no instructions for AES")
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("exact", "width"), [(False, 1), (True, 1), (False, 2)])
 @pytest.mark.parametrize("party", [CLIENT, SERVER])
-def test_instructions_and_library_find_the_same(party: int, exact: bool) -> None:
+def test_instructions_and_library_find_the_same(party: int, exact: bool, width: int) -> None:
     """Equal bit for bit, with keys of no table, for more elements than one piece holds."""
-    spec, count, generator = SPECS["norm"], 70, Generator(2)
-    for tree in _trees(spec, exact)[:3]:
+    spec, count, generator = SPECS["norm"], 70, Generator(2 * width)
+    for tree in _trees(spec, exact, width)[:3]:
         keys = HostKeys(_words(count, 2), _words(count, tree.words))
         points = _words(count).view(np.int64)
-        results = [np.zeros((count, spec.columns), np.int64) for _ in range(2)]
+        results = [np.zeros((count, spec.columns, width), np.int64) for _ in range(2)]
         for out, descend in zip(
             results, (descend_by_library, descend_by_instructions), strict=True
         ):
@@ -218,11 +240,13 @@ def test_instructions_and_library_find_the_same(party: int, exact: bool) -> None
         assert np.array_equal(*results)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("exact", "width"), [(False, 1), (True, 1), (False, 2)])
 @pytest.mark.parametrize("name", SPECS)
-def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(name: str, exact: bool) -> None:
+def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(
+    name: str, exact: bool, width: int
+) -> None:
     """Two rows a line, in blocks of a power of two, of which only the last is filled up."""
-    for tree in _trees(SPECS[name], exact):
+    for tree in _trees(SPECS[name], exact, width):
         lines = tree.nodes(torch.device("cpu"))
         block = min(128, len(lines))
         used = lines[lines[:, 0] > 0]
@@ -237,9 +261,9 @@ def test_kernels_look_up_every_row_of_an_octave_in_whole_blocks(name: str, exact
             assert (mine[:, 3] == int(tree.columns[octave])).all()
             assert (mine[:, 4] == int(tree.drops[octave])).all()
             # Its coefficients follow those of the octaves before it; its correction, of four
-            # words, comes as long before a key's end as it comes before the last octave.
+            # numbers, comes as long before a key's end as it comes before the last octave.
             assert (mine[:, 5] == octave * tree.coefficients[0].size).all()
-            assert (mine[:, 6] == tree.words - 4 * (len(tree.ends) - octave)).all()
+            assert (mine[:, 6] == tree.words - 4 * width * (len(tree.ends) - octave)).all()
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from mergec.runtime.engine.simulate import Simulation
-from mergec.runtime.protocols.power import Power, power, power_cost
+from mergec.runtime.protocols.power import (
+    COLUMN_BITS,
+    Power,
+    power,
+    power_cost,
+    rounded_octaves,
+    rounded_octaves_cost,
+)
 from tests.protocols.harness import integers, run
 
 SPECS = [
@@ -33,6 +40,24 @@ def test_error_over_all_octaves(spec: Power, frac: int, exact: bool) -> None:
     assert bool((error < 2**-17 * wanted + (2 if exact else 1.5)).all())
     if not exact:
         assert cost == power_cost(spec, frac, len(values))
+
+
+@pytest.mark.parametrize("frac", [16, 30, 59])
+@pytest.mark.parametrize("spec", [spec for spec, _ in SPECS])
+def test_rounded_mantissas_are_those_of_the_octaves(spec: Power, frac: int) -> None:
+    """Less than one unit off in the one column, and exactly zero in all others."""
+    edges = [2**j + d for j in range(spec.low, spec.high + 1) for d in (-1, 0, 1)]
+    values = torch.tensor(edges).clamp(2**spec.low, 2 ** (spec.high + 1) - 1).repeat(5)
+    simulation = Simulation()
+    shares = integers(simulation, values)
+    found, cost = run(simulation, lambda ctx, p: rounded_octaves(ctx, shares[p].share, spec, frac))
+    assert cost == rounded_octaves_cost(spec, len(values))
+    assert bool(((found != 0).sum(1) == 1).all())
+    exponents = spec.first_exponent - COLUMN_BITS * torch.arange(spec.octaves.columns)
+    total = (found.double() * 2.0 ** exponents.double()).sum(1)
+    wanted = (values.double() * 2.0**-spec.v_frac) ** spec.exponent * 2.0**frac
+    unit = 2.0 ** exponents.double()[found.abs().argmax(1)]
+    assert bool(((total - wanted).abs() < unit + 2**-17 * wanted).all())
 
 
 @pytest.mark.parametrize("spec", [Power(-1.0, 16, 6, 33), Power(-0.5, 29.2, 0, 40)])

@@ -17,6 +17,7 @@ from mergec.runtime.protocols.wide import (
     added_wide,
     fits_wide,
     narrow,
+    narrow_of_zeros,
     scaled_wide,
     scaled_wide_cost,
     shifted_wide,
@@ -97,6 +98,23 @@ def test_the_products_of_two_openings_are_exact(shifts: list[int]) -> None:
                 factor = int(base[row, k]) - int(low[row, k]) + int(wrap[row, k] * top[row, k])
                 wanted += part * factor
             assert found == wanted
+
+
+@pytest.mark.parametrize("drop", [1, 7, 44, 63])
+def test_zero_stays_zero_where_bits_are_dropped(drop: int) -> None:
+    """Whatever its shares are; other numbers are less than one unit off, and right on average."""
+    edges = [0, 1, -1, 2**drop, -(2**drop), 2**drop - 1, (2**62) << drop, -(2**62) << drop]
+    numbers = [0] * 4000 + [2**drop // 3] * 4000 + edges * 100
+    simulation = Simulation()
+    views = split(numbers, simulation)
+    found = [narrow_of_zeros(ctx, views[p], drop) for p, ctx in enumerate(simulation.contexts)]
+    total = found[0] + found[1]
+    assert not bool(total[:4000].any())
+    for seen, number in zip(total.tolist(), numbers, strict=True):
+        assert abs((seen << drop) - number) < 2**drop
+    assert abs(float(total[4000:8000].double().mean()) - (2**drop // 3) * 2.0**-drop) < 0.05
+    for share in found[:2]:
+        assert abs(uniform_bytes([share[:4000].contiguous()])) < 6.5
 
 
 @pytest.mark.parametrize("drop", [1, 7, 38, 63, 64])

@@ -215,7 +215,7 @@ def _wrapped(number: int) -> int:
 @triton.jit
 def _scaled(  # type: ignore[no-untyped-def]
     opened, mask, top, share, base, wrap, row_wrap, dealt, both, shifts, out, count, length,
-    columns, words, down, far, SIZE: tl.constexpr,
+    columns, words, down, tops, far, SIZE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -223,7 +223,7 @@ def _scaled(  # type: ignore[no-untyped-def]
     z = tl.load(opened + place, mask=inside, other=0)
     r = tl.load(mask + place, mask=inside, other=0)
     own = dealt + place * words
-    last = own + down + columns
+    last = own + down + tops
     total = tl.load(last, mask=inside, other=0)
     both_wrap = z * 0
     for k in range(columns):
@@ -232,8 +232,8 @@ def _scaled(  # type: ignore[no-untyped-def]
         at = row * columns + k
         factor = tl.load(share + at, mask=inside, other=0)
         public = tl.load(base + at, mask=inside, other=0)
-        wraps = tl.load(wrap + at, mask=inside, other=0)
-        topped = tl.load(own + down + k, mask=inside, other=0)
+        wraps = tl.load(wrap + at, mask=inside & (at * 0 + tops > 0), other=0)
+        topped = tl.load(own + down + k, mask=inside & (at * 0 + tops > 0), other=0)
         right = tl.maximum(shift, 1)
         left = tl.maximum(-shift, 0)
         low = tl.load(own + number, mask=inside & (place * 0 + shift > 0), other=0)
@@ -245,9 +245,9 @@ def _scaled(  # type: ignore[no-untyped-def]
         both_wrap += wrap_of(z * 0, right, 64) * wraps * cross.to(tl.int64)
     no_top = (z >= 0).to(tl.int64)
     of_row = tl.load(row_wrap + row, mask=inside, other=0)
-    tops = tl.load(top + place, mask=inside, other=0)
+    own_top = tl.load(top + place, mask=inside, other=0)
     crossed = tl.load(last + 1, mask=inside, other=0)
-    total += no_top * (of_row * tops - crossed + both_wrap)
+    total += no_top * (of_row * own_top - crossed + both_wrap)
     tl.store(out + place, total, mask=inside)
 
 
@@ -273,13 +273,13 @@ def scaled(
         pairs += [s, number]
         wraps.append(_wrapped(1 << (64 - s)) if s > 0 else 0)
     device, count = opened.device, opened.numel()
-    share = wrap * factor_top - low
-    share = share + base if at_client else share
+    share = base - low if at_client else -low
+    share = share + wrap * factor_top if wrap.shape[1] else share
     row_wrap = (base * integers(tuple(wraps), device)).sum(1)
     launch(
         _scaled, triton.cdiv(count, 256), opened, mask, top,
         share, base, wrap, row_wrap, dealt, both,
         integers(tuple(pairs), device), out, count, opened.shape[1], len(shifts), dealt.shape[2],
-        number + 1, both.shape[2], SIZE=256,
+        number + 1, wrap.shape[1], both.shape[2], SIZE=256,
     )  # fmt: skip
     return out

@@ -17,7 +17,10 @@ import triton.language as tl
 
 from mergec.runtime.kernels.cuda.cipher import encrypt
 from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.wide import minus, plus, times
 from mergec.runtime.kernels.transfers import integers
+
+_HALF = (1 << 32) - 1
 
 ROUND_PLANES = tl.constexpr(88)
 """Words of a cipher's planes: 11 round keys of 8."""
@@ -122,15 +125,21 @@ def turn_of(place, depth, level):  # type: ignore[no-untyped-def]
 @triton.jit
 def cubic(one, r, square, cube, a, coefficients, window, used):  # type: ignore[no-untyped-def]
     """What a row with these words adds to the value at position `a` of a window."""
+    f0, f1, f2, f3 = _factors(a, coefficients, window, used)
+    return one * f0 + r * f1 + square * f2 + cube * f3
+
+
+@triton.jit
+def _factors(a, coefficients, window, used):  # type: ignore[no-untyped-def]
+    """What the words of a row count in the value at position `a` of a window."""
     row = coefficients + 4 * window
     c0 = tl.load(row, mask=used, other=0)
     c1 = tl.load(row + 1, mask=used, other=0)
     c2 = tl.load(row + 2, mask=used, other=0)
     c3 = tl.load(row + 3, mask=used, other=0)
-    total = one * (c0 + a * (c1 + a * (c2 + a * c3)))
-    total -= r * (c1 + a * (2 * c2 + 3 * a * c3))
-    total += square * (c2 + 3 * a * c3)
-    return total - cube * c3
+    return (
+        c0 + a * (c1 + a * (c2 + a * c3)), -(c1 + a * (2 * c2 + 3 * a * c3)), c2 + 3 * a * c3, -c3,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "depth", "step_bits", "drop", "party"])
@@ -209,10 +218,25 @@ def _moved(word, drop):  # type: ignore[no-untyped-def]
     return tl.where(drop >= 0, down, up).to(tl.int64, bitcast=True)
 
 
+@triton.jit
+def _wide_cubic(  # type: ignore[no-untyped-def]
+    low, high, first, second, flag, corrections, number, factor, inside
+):
+    """Add number `number` of a row, of 128 bits in two words, times a factor."""
+    one = tl.load(corrections + 2 * number, mask=inside, other=0)
+    other = tl.load(corrections + 2 * number + 1, mask=inside, other=0)
+    word_low, word_high = plus(
+        first.to(tl.uint64, bitcast=True), second.to(tl.uint64, bitcast=True),
+        (flag & one).to(tl.uint64, bitcast=True), (flag & other).to(tl.uint64, bitcast=True),
+    )  # fmt: skip
+    word_low, word_high = times(word_low, word_high, factor)
+    return plus(low, high, word_low, word_high)
+
+
 @triton.jit(do_not_specialize=["count", "top", "depth", "step_bits", "party"])
 def _octave(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, nodes, out, count, chunks, words, columns,
-    top, depth, step_bits, party, BLOCK: tl.constexpr,
+    top, depth, step_bits, party, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Thread i has nodes 2 i and 2 i + 1 of the list; both belong to one octave.
     program = tl.program_id(0).to(tl.int64)
@@ -252,24 +276,46 @@ def _octave(  # type: ignore[no-untyped-def]
         b2, b3 = tl.where(walks, m2, b2), tl.where(walks, m3, b3)
         fa, fb = tl.where(walks, nf, fa), tl.where(walks, mf, fb)
     place = corrections + words * key + correction
-    w0 = tl.load(place, mask=inside, other=0)
-    w1 = tl.load(place + 1, mask=inside, other=0)
-    w2 = tl.load(place + 2, mask=inside, other=0)
-    w3 = tl.load(place + 3, mask=inside, other=0)
-    p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
-    p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
     own, other = spread(fa), spread(fb)
     position = _moved(z + drop * 0, drop) & (((z * 0 + 1) << step_bits) - 1)
     used, again = inside & (window <= last), inside & (window + 1 <= last)
-    total = cubic(
-        p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
-        position, coefficients + table, window, used,
-    )  # fmt: skip
-    total += cubic(
-        r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
-        position, coefficients + table, window + 1, again,
-    )  # fmt: skip
-    tl.atomic_add(out + columns * key + column, tl.where(party == 1, -total, total), mask=inside)
+    if WIDE:
+        low = (z + pair * 0).to(tl.uint64, bitcast=True) * 0
+        high = low
+        f0, f1, f2, f3 = _factors(position, coefficients + table, window, used)
+        g0, g1, g2, g3 = _factors(position, coefficients + table, window + 1, again)
+        for number in tl.static_range(4):
+            one = f0 if number == 0 else f1 if number == 1 else f2 if number == 2 else f3
+            two = g0 if number == 0 else g1 if number == 1 else g2 if number == 2 else g3
+            p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, number)
+            low, high = _wide_cubic(low, high, p0, p1, own, place, number, one, inside)
+            low, high = _wide_cubic(low, high, r0, r1, other, place, number, two, inside)
+        nothing = low * 0
+        less_low, less_high = minus(nothing, nothing, low, high)
+        low = tl.where(party == 1, less_low, low)
+        high = tl.where(party == 1, less_high, high)
+        # Halves of the lower word are added up apart, so that no carry is lost.
+        at = out + 3 * (columns * key + column)
+        tl.atomic_add(at, (low & 0xFFFFFFFF).to(tl.int64, bitcast=True), mask=inside)
+        tl.atomic_add(at + 1, (low >> 32).to(tl.int64, bitcast=True), mask=inside)
+        tl.atomic_add(at + 2, high.to(tl.int64, bitcast=True), mask=inside)
+    else:
+        w0 = tl.load(place, mask=inside, other=0)
+        w1 = tl.load(place + 1, mask=inside, other=0)
+        w2 = tl.load(place + 2, mask=inside, other=0)
+        w3 = tl.load(place + 3, mask=inside, other=0)
+        p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
+        p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
+        total = cubic(
+            p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
+            position, coefficients + table, window, used,
+        )  # fmt: skip
+        total += cubic(
+            r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
+            position, coefficients + table, window + 1, again,
+        )  # fmt: skip
+        total = tl.where(party == 1, -total, total)
+        tl.atomic_add(out + columns * key + column, total, mask=inside)
 
 
 def octave_values(
@@ -281,16 +327,23 @@ def octave_values(
     generator: Any,
     out: torch.Tensor,
 ) -> None:
-    """Add a party's shares of the values of an `octave.Descent` at points [n] to [n, columns]."""
-    device = points.device
+    """Add a party's shares of an `octave.Descent` at points [n] to out [n, columns, width]."""
+    device, wide = points.device, descent.width > 1
     nodes = descent.nodes(device)
     block = min(128, len(nodes))
     chunks = len(nodes) // block
+    total = out
+    if wide:
+        total = torch.stack([out[..., 0] & _HALF, (out[..., 0] >> 32) & _HALF, out[..., 1]], -1)
     launch(
         _octave, chunks * len(points), points, roots, corrections, descent.factors(device),
-        generator.planes(device), nodes, out, len(points), chunks, corrections.shape[1],
-        out.shape[1], descent.top, descent.depth, descent.step_bits, party, BLOCK=block,
+        generator.planes(device), nodes, total, len(points), chunks, corrections.shape[1],
+        out.shape[1], descent.top, descent.depth, descent.step_bits, party, WIDE=wide, BLOCK=block,
     )  # fmt: skip
+    if wide:
+        upper = total[..., 1] + (total[..., 0] >> 32)
+        out[..., 0] = (total[..., 0] & _HALF) | (upper << 32)
+        out[..., 1] = total[..., 2] + (upper >> 32)
 
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -491,6 +544,27 @@ def added(word, one, other, flag, BITS: tl.constexpr):  # type: ignore[no-untype
     return found
 
 
+@triton.jit
+def _added_wide(  # type: ignore[no-untyped-def]
+    low, high, one_low, one_high, other_low, other_high, flag
+):
+    """`added` of numbers of 128 bits in two words."""
+    low, high = minus(
+        low.to(tl.uint64, bitcast=True), high.to(tl.uint64, bitcast=True),
+        one_low.to(tl.uint64, bitcast=True), one_high.to(tl.uint64, bitcast=True),
+    )  # fmt: skip
+    low, high = plus(
+        low, high, other_low.to(tl.uint64, bitcast=True), other_high.to(tl.uint64, bitcast=True)
+    )
+    nothing = low * 0
+    less_low, less_high = minus(nothing, nothing, low, high)
+    negative = flag < 0
+    return (
+        tl.where(negative, less_low, low).to(tl.int64, bitcast=True),
+        tl.where(negative, less_high, high).to(tl.int64, bitcast=True),
+    )
+
+
 @triton.jit(do_not_specialize=["count", "parts", "depth", "tables"])
 def _corrections(  # type: ignore[no-untyped-def]
     client, server, index, payloads, ends, ciphers, out, count, parts, words, depth, tables,
@@ -512,8 +586,13 @@ def _corrections(  # type: ignore[no-untyped-def]
                     target = out + words * key + 2 * depth + 2 * BLOCKS * k + 2 * block
                     w0 = tl.load(wanted, mask=inside, other=0)
                     w1 = tl.load(wanted + 1, mask=inside, other=0)
-                    tl.store(target, added(w0, p0, r0, spread(flag), BITS), mask=inside)
-                    tl.store(target + 1, added(w1, p1, r1, spread(flag), BITS), mask=inside)
+                    if BITS == 128:
+                        w0, w1 = _added_wide(w0, w1, p0, p1, r0, r1, spread(flag))
+                    else:
+                        w0 = added(w0, p0, r0, spread(flag), BITS)
+                        w1 = added(w1, p1, r1, spread(flag), BITS)
+                    tl.store(target, w0, mask=inside)
+                    tl.store(target + 1, w1, mask=inside)
         if level < depth:
             # An index has several words if it is longer than one.
             bit = depth - 1 - level

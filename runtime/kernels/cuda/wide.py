@@ -29,18 +29,18 @@ def _write(words, place, low, high, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _plus(low, high, more_low, more_high):  # type: ignore[no-untyped-def]
+def plus(low, high, more_low, more_high):  # type: ignore[no-untyped-def]
     total = low + more_low
     return total, high + more_high + (total < low).to(tl.uint64)
 
 
 @triton.jit
-def _minus(low, high, less_low, less_high):  # type: ignore[no-untyped-def]
+def minus(low, high, less_low, less_high):  # type: ignore[no-untyped-def]
     return low - less_low, high - less_high - (low < less_low).to(tl.uint64)
 
 
 @triton.jit
-def _times(low, high, factor):  # type: ignore[no-untyped-def]
+def times(low, high, factor):  # type: ignore[no-untyped-def]
     """Times a signed word."""
     word = factor.to(tl.uint64, bitcast=True)
     upper = high * word + tl.umulhi(low, word)
@@ -67,10 +67,8 @@ def _dealt(  # type: ignore[no-untyped-def]
         part = r >> s
         _write(out, word + 1 + tl.load(groups + k), part, nothing, inside)
         _write(out, word + first + k, part * bit, nothing, inside)
-        low, high = _plus(low, high, part * factor, tl.umulhi(part, factor))
-        wrapped_low, wrapped_high = _plus(
-            wrapped_low, wrapped_high, factor << (64 - s), factor >> s
-        )
+        low, high = plus(low, high, part * factor, tl.umulhi(part, factor))
+        wrapped_low, wrapped_high = plus(wrapped_low, wrapped_high, factor << (64 - s), factor >> s)
         _write(out, word + first + columns + 2 + k, top * bit, nothing, inside)
     _write(out, word + first + columns, low, high, inside)
     _write(out, word + first + columns + 1, wrapped_low * top, wrapped_high * top, inside)
@@ -97,10 +95,10 @@ def _shares(own, base, wrap, row, k, columns, at_client, inside):  # type: ignor
     """A party's share of factor k of each row, modulo 2**128."""
     less_low, less_high = _read(own, 2 * row * columns + k, inside)
     low, high = _read(own, (2 * row + 1) * columns + k, inside)
-    low, high = _times(low, high, wrap)
-    low, high = _minus(low, high, less_low, less_high)
+    low, high = times(low, high, wrap)
+    low, high = minus(low, high, less_low, less_high)
     public = base * at_client
-    return _plus(
+    return plus(
         low, high, public.to(tl.uint64, bitcast=True), (public >> 63).to(tl.uint64, bitcast=True)
     )
 
@@ -118,7 +116,7 @@ def _scaled(  # type: ignore[no-untyped-def]
     low, high = _read(dealt, word + first + columns, inside)
     wrapped_low, wrapped_high = _read(dealt, word + first + columns + 1, inside)
     nothing = top_low * 0
-    wraps_low, wraps_high = _minus(nothing, nothing, wrapped_low, wrapped_high)
+    wraps_low, wraps_high = minus(nothing, nothing, wrapped_low, wrapped_high)
     for k in range(columns):
         s = tl.load(shifts + k)
         public = tl.load(base + row * columns + k, mask=inside, other=0)
@@ -126,26 +124,26 @@ def _scaled(  # type: ignore[no-untyped-def]
         x = (z.to(tl.uint64, bitcast=True) >> s.to(tl.uint64)).to(tl.int64, bitcast=True)
         x -= (z * 0 + 1) << (62 - s)
         more_low, more_high = _shares(own, public, turn, row, k, columns, at_client, inside)
-        more_low, more_high = _times(more_low, more_high, x)
-        low, high = _plus(low, high, more_low, more_high)
+        more_low, more_high = times(more_low, more_high, x)
+        low, high = plus(low, high, more_low, more_high)
         more_low, more_high = _read(dealt, word + 1 + tl.load(groups + k), inside)
-        more_low, more_high = _times(more_low, more_high, public)
-        low, high = _minus(low, high, more_low, more_high)
+        more_low, more_high = times(more_low, more_high, public)
+        low, high = minus(low, high, more_low, more_high)
         more_low, more_high = _read(dealt, word + first + k, inside)
-        more_low, more_high = _times(more_low, more_high, turn)
-        low, high = _minus(low, high, more_low, more_high)
+        more_low, more_high = times(more_low, more_high, turn)
+        low, high = minus(low, high, more_low, more_high)
         both_low, both_high = _read(dealt, word + first + columns + 2 + k, inside)
-        both_low, both_high = _times(both_low, both_high, turn)
-        more_low, more_high = _times(top_low, top_high, public)
-        more_low, more_high = _plus(more_low, more_high, both_low, both_high)
+        both_low, both_high = times(both_low, both_high, turn)
+        more_low, more_high = times(top_low, top_high, public)
+        more_low, more_high = plus(more_low, more_high, both_low, both_high)
         up = (64 - s).to(tl.uint64)
         more_high = (more_high << up) | (more_low >> s.to(tl.uint64))
-        wraps_low, wraps_high = _plus(wraps_low, wraps_high, more_low << up, more_high)
+        wraps_low, wraps_high = plus(wraps_low, wraps_high, more_low << up, more_high)
     wraps_low, wraps_high = (
         tl.where(z < 0, nothing, wraps_low),
         tl.where(z < 0, nothing, wraps_high),
     )
-    low, high = _plus(low, high, wraps_low, wraps_high)
+    low, high = plus(low, high, wraps_low, wraps_high)
     _write(out, place, low, high, inside)
 
 
