@@ -163,6 +163,10 @@ class Pieces:
         """What a coefficient is multiplied by to become a word, float64 [terms]."""
         return 2.0 ** (8 * np.array(self.widths) - self.integer_bits - self.basis_bits)
 
+    def layout(self, device: torch.device) -> Layout:
+        """Where the bytes of words are in a table, on a device."""
+        return _layout(self, device)
+
     def evaluate(self, ctx: Context, opened: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Shares modulo 2**64 of f(x) with `out_frac` fractional bits, for x = opened - mask.
 
@@ -249,31 +253,38 @@ def _powers(step_bits: int, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where the bytes of words are in a table, on a device.
 
+    A table has the lower halves of all words first, entry by entry, then the bytes beyond them.
     scales: those of `Pieces`. term, place: of each byte of an entry beyond the lower halves, the
-    term, and by how many bits it is shifted in its word. above: bits of 64 above each word.
+    term, and by how many bits it is shifted in its word. above: bits of 64 above each word. spans:
+    of each word, how many bytes it has beyond its lower half, and the number of the first one among
+    those of its entry: int64 [terms, 2].
     """
 
     scales: torch.Tensor
     term: torch.Tensor
     place: torch.Tensor
     above: torch.Tensor
+    spans: torch.Tensor
 
 
 @cache
-def _layout(pieces: Pieces, device: torch.device) -> _Layout:
+def _layout(pieces: Pieces, device: torch.device) -> Layout:
     upper = [(k, 8 * byte) for k, width in enumerate(pieces.widths) for byte in range(4, width)]
-    return _Layout(
+    more = [width - 4 for width in pieces.widths]
+    spans = [(size, sum(more[:k])) for k, size in enumerate(more)]
+    return Layout(
         to_device(torch.from_numpy(pieces.scales), device, "public"),
         integers(tuple(term for term, _ in upper), device),
         integers(tuple(place for _, place in upper), device),
         integers(tuple(RING_BITS - 8 * width for width in pieces.widths), device),
+        integers(tuple(number for span in spans for number in span), device).view(-1, 2),
     )
 
 
-def _joined(lower: torch.Tensor, upper: torch.Tensor, layout: _Layout) -> torch.Tensor:
+def _joined(lower: torch.Tensor, upper: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Words, int64 [..., terms], from their lower halves and the bytes beyond these."""
     return (lower.long() & 0xFFFFFFFF).index_add(-1, layout.term, upper.long() << layout.place)
 
@@ -359,7 +370,7 @@ def _values_host(
 
     windows: the entry that is read, int64 [n]; basis: `Curve.basis` [n, terms].
     """
-    layout = _layout(pieces, table.device)
+    layout = pieces.layout(table.device)
     places = layout.place + layout.above[layout.term]
     _read_entries(
         table.numpy(), windows.numpy(), layout.above.numpy(), layout.term.numpy(), places.numpy(),
@@ -374,7 +385,7 @@ def _values_tensors(
     pieces: Pieces,
     out: torch.Tensor,
 ) -> None:
-    terms, layout = len(pieces.widths), _layout(pieces, table.device)
+    terms, layout = len(pieces.widths), pieces.layout(table.device)
     start, more = 4 * terms * pieces.windows, len(layout.term)
     each, byte = (torch.arange(number, device=table.device) for number in (terms, more))
     lower = table.view(torch.int32).gather(1, windows[:, None] * terms + each)
@@ -393,14 +404,14 @@ def _corrected_host(
 
     found: `Curve.coefficients`. turns: by how many entries the windows are moved, int64 [n].
     """
-    widths = np.array(pieces.widths)
-    _subtract_share(found.numpy(), pieces.scales, turns.numpy(), widths, share.numpy())
+    spans = pieces.layout(share.device).spans.numpy()
+    _subtract_share(found.numpy(), pieces.scales, turns.numpy(), spans, share.numpy())
 
 
 def _corrected_tensors(
     share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pieces: Pieces
 ) -> None:
-    (size, terms), layout = found.shape[1:], _layout(pieces, share.device)
+    (size, terms), layout = found.shape[1:], pieces.layout(share.device)
     lower = share.view(torch.int32)[:, : size * terms].unflatten(1, (size, terms))
     upper = share[:, 4 * size * terms :].unflatten(1, (size, len(layout.term)))
     window = (torch.arange(size, device=share.device) - turns[:, None]) & (size - 1)
@@ -454,9 +465,10 @@ def _read_entries(table, windows, above, term, places, basis, out):  # type: ign
 
 
 @compiled()
-def _subtract_share(found, scales, turns, widths, share):  # type: ignore[no-untyped-def]
+def _subtract_share(found, scales, turns, spans, share):  # type: ignore[no-untyped-def]
     """Replace the client's share of the tables by the words minus it, entry by entry."""
-    size, terms, more = found.shape[1], widths.shape[0], _more_bytes(widths)
+    size, terms = found.shape[1], found.shape[2]
+    more = share.shape[1] // size - 4 * terms
     halves = share.view(np.uint32)
     for i in range(found.shape[0]):
         for j in range(size):
@@ -466,19 +478,10 @@ def _subtract_share(found, scales, turns, widths, share):  # type: ignore[no-unt
             for k in range(terms):
                 word = np.uint64(np.int64(np.floor(found[i, j, k] * scales[k] + 0.5)))
                 theirs = np.uint64(low[k])
-                for byte in range(widths[k] - 4):
+                for byte in range(spans[k, 0]):
                     theirs |= np.uint64(share[i, place + byte]) << np.uint64(32 + 8 * byte)
                 word -= theirs
                 low[k] = word & np.uint64(0xFFFFFFFF)
-                for byte in range(widths[k] - 4):
+                for byte in range(spans[k, 0]):
                     share[i, place] = (word >> np.uint64(32 + 8 * byte)) & np.uint64(255)
                     place += 1
-
-
-@compiled(inline="always")
-def _more_bytes(widths):  # type: ignore[no-untyped-def]
-    """Bytes of an entry beyond the lower half of each word."""
-    more = 0
-    for k in range(widths.shape[0]):
-        more += widths[k] - 4
-    return more

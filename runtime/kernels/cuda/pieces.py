@@ -1,11 +1,7 @@
-"""Tables that only the server is sent (`protocols.pieces`): what is read, and what is dealt.
-
-A table has the lower halves of all words first, entry by entry, then the bytes beyond them.
-"""
+"""Tables that only the server is sent (`protocols.pieces`): what is read, and what is dealt."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +9,6 @@ import triton
 import triton.language as tl
 
 from mergec.runtime.kernels.cuda.launch import launch
-from mergec.runtime.kernels.transfers import integers, to_device
 
 _SIZE = 256
 
@@ -30,7 +25,7 @@ def _word(lower, upper, extra, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _values(  # type: ignore[no-untyped-def]
-    table, halves, windows, basis, layout, out, count, row, terms, size, more, SIZE: tl.constexpr
+    table, halves, windows, basis, spans, out, count, row, terms, size, more, SIZE: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -39,7 +34,7 @@ def _values(  # type: ignore[no-untyped-def]
     upper = table + place * row + 4 * terms * size + window * more
     total = place * 0
     for k in range(terms):
-        extra, first = place * 0 + tl.load(layout + 2 * k), tl.load(layout + 2 * k + 1)
+        extra, first = place * 0 + tl.load(spans + 2 * k), tl.load(spans + 2 * k + 1)
         word = _word(lower + k, upper + first, extra, inside)
         factor = tl.load(basis + place * terms + k, mask=inside, other=0)
         total += (word << (32 - 8 * extra)) * factor
@@ -54,17 +49,17 @@ def values(
     out: torch.Tensor,
 ) -> None:
     """Write a party's shares of the values to out [n], from its tables, uint8 [n, bytes]."""
-    count, row = table.shape
+    (count, row), layout = table.shape, pieces.layout(table.device)
     launch(
         _values, triton.cdiv(count, _SIZE), table, table.view(torch.int32), windows, basis,
-        _layout(pieces.widths, table.device), out, count, row, len(pieces.widths), pieces.windows,
-        _more(pieces.widths), SIZE=_SIZE,
+        layout.spans, out, count, row, len(layout.spans), pieces.windows, len(layout.term),
+        SIZE=_SIZE,
     )  # fmt: skip
 
 
 @triton.jit
 def _corrected(  # type: ignore[no-untyped-def]
-    share, halves, found, turns, scales, layout, count, row, terms, size, more, SIZE: tl.constexpr
+    share, halves, found, turns, scales, spans, count, row, terms, size, more, SIZE: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -74,7 +69,7 @@ def _corrected(  # type: ignore[no-untyped-def]
     lower = halves + element * (row // 4) + entry * terms
     upper = share + element * row + 4 * terms * size + entry * more
     for k in range(terms):
-        extra, first = place * 0 + tl.load(layout + 2 * k), tl.load(layout + 2 * k + 1)
+        extra, first = place * 0 + tl.load(spans + 2 * k), tl.load(spans + 2 * k + 1)
         # A scale is a power of two: one rounding, whether the sum is fused or not.
         value = tl.load(source + k, mask=inside, other=0.0) * tl.load(scales + k)
         word = tl.floor(value + 0.5).to(tl.int64)
@@ -90,25 +85,9 @@ def corrected(share: torch.Tensor, found: torch.Tensor, turns: torch.Tensor, pie
 
     found: float64 [n, windows, terms]. turns: by how many entries the windows are moved, int64 [n].
     """
-    count = len(share) * pieces.windows
+    count, layout = len(share) * pieces.windows, pieces.layout(share.device)
     launch(
         _corrected, triton.cdiv(count, _SIZE), share, share.view(torch.int32), found, turns,
-        _scales(pieces, share.device), _layout(pieces.widths, share.device), count, share.shape[1],
-        len(pieces.widths), pieces.windows, _more(pieces.widths), SIZE=_SIZE,
+        layout.scales, layout.spans, count, share.shape[1], len(layout.spans), pieces.windows,
+        len(layout.term), SIZE=_SIZE,
     )  # fmt: skip
-
-
-def _more(widths: tuple[int, ...]) -> int:
-    """Bytes of an entry beyond the lower halves of its words."""
-    return sum(widths) - 4 * len(widths)
-
-
-def _layout(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """For each word its bytes beyond its lower half, and where these are among an entry's."""
-    pairs = [(width - 4, _more(widths[:k])) for k, width in enumerate(widths)]
-    return integers(tuple(number for pair in pairs for number in pair), device)
-
-
-@cache
-def _scales(pieces: Any, device: torch.device) -> torch.Tensor:
-    return to_device(torch.from_numpy(pieces.scales), device, "public")
