@@ -172,7 +172,7 @@ def _(full: bool) -> Iterator[Arguments]:
     few = ((LongLog(17, 5, 54), 0), (LongLog(30, 1, 57), 1))
     more = ((LongLog(40, 70, 57), 1), (LongLog(22, 93, 57), 0), (LongLog(17, 4, 50), 0))
     for spec, party in few + (more if full else ()):
-        for count in (5, 0):
+        for count in (3, 0):
             opened = words(count, spec.halves + party, dtype=torch.int32)
             # With no and with all bits set, where rows wrap around at every level.
             opened[1:3] = torch.tensor([0, -1], dtype=torch.int32)[: max(0, count - 1), None]
