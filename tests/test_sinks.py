@@ -207,13 +207,15 @@ def test_the_graph_of_a_bundle_has_the_sink(tmp_path: Path) -> None:
 
 
 def test_the_audit_finds_no_message_of_the_sink() -> None:
-    """Of a decode step both layers open the weights of p + 1 keys, 8 sums and a denominator for
-    each of 4 heads. A sink has no weight that is opened, and its score has a mask of its own."""
+    """Of a decode step both layers open the weights of all keys, 8 sums, a denominator and the 7
+    columns of its reciprocal, for each of 4 heads. A sink has no weight that is opened, and its
+    score has a mask of its own."""
     text = compiled("granite_swa").audit().to_text().splitlines()
     found = [line for line in text if line.startswith("  mpc.attention  ")]
     assert found and all("a fresh mask r that neither party knows" in line for line in found)
     (words,) = [line for line in found if "x + r mod 2^64" in line]
-    assert words.endswith(" 8 p + 80")
+    keys = 9
+    assert words.endswith(f" {2 * 4 * (keys + 8 + 1 + 7)} at {keys}")
 
 
 def test_squares_do_not_take_its_place() -> None:
