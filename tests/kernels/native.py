@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 TARGETS = {"90": GPUTarget("cuda", 90, 32), "80": GPUTarget("cuda", 80, 32)}
 _MOST = {"BLOCK": 128, "KEYS": 2}
 """Programs of the interpreter are larger than those of a GPU."""
+_BRANCHES = ("ADDED", "BITS", "BOTH", "CROSSED", "WIDE")
+"""Constants that choose what a kernel computes."""
 
 
 def compile_kernel(launched: dict[str, Any], target: GPUTarget) -> int:
@@ -39,8 +41,9 @@ def compile_kernel(launched: dict[str, Any], target: GPUTarget) -> int:
 def main(record: str, target: str) -> None:
     seen = set()
     for launched in json.loads(Path(record).read_text()):
-        # One of each kernel and kind of words; other constants only change sizes.
-        key = launched["name"], *launched["types"].values()
+        # One of each kernel, kind of words and branch; other constants only change sizes.
+        branches = [launched["constants"].get(name) for name in _BRANCHES]
+        key = launched["name"], *launched["types"].values(), *branches
         if key in seen:
             continue
         seen.add(key)
