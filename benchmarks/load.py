@@ -314,9 +314,9 @@ def measure(
         crowd = Load(made, folder, tokens, seconds).run(ask_in_a_crowd, CROWD)
     model = read_manifest(role_path(bundles, "server"), "server").model
     wrong = [
-        f"{model}: of {count} clients one got no answer"
+        f"{model}: of {count} clients one got no token"
         for count, run in runs.items()
-        if any(not served.answers for served in run.served)
+        if any(not served.tokens for served in run.served)
     ]
     if any(served.answers != ANSWERS for served in crowd.served):
         wrong.append(f"{model}: of the crowd one did not get its answers")

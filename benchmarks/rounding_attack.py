@@ -33,14 +33,17 @@ PROMPT = (5,)
 FEW = 10
 """Queries that measure how much a large model's logits vary."""
 
-INTRODUCTION = """# What roundings tell a client
+SHUFFLES, EXACT_SHUFFLES = 5, 20
+
+INTRODUCTION = f"""# What roundings tell a client
 
 A semi-honest client asks one prompt of one token again and again, and regresses the logits on what
 it knows of the coins of each rounding
 ([what roundings reveal](protocols.md#questions-to-ask-of-each-opening)). The numbers are the
 correlation between its estimate and the true weights, in the model's own basis,
-over all entries. `shuffled` is the control: the largest correlation, in magnitude, of 5 estimates
-from coins in another order than the logits. `queries for 0.9` extrapolates from the last column of
+over all entries. `shuffled` is the control: the largest correlation, in magnitude, of {SHUFFLES}
+estimates from coins in another order than the logits, with exact rounding of {EXACT_SHUFFLES},
+where there is little to tell it from. `queries for 0.9` extrapolates from the last column of
 queries: the error of a regression falls as the square root of their number.
 
 All queries of a victim are one session, with the real protocols, of which the program records every
@@ -233,7 +236,7 @@ def attack(
     recording: Recording,
     setting: Setting,
     queries: Sequence[int],
-    shuffles: int = 5,
+    shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> list[Row]:
     """A row for each secret of the victim.
@@ -378,6 +381,7 @@ def attacked(
     settings: Sequence[Setting],
     queries: int,
     options: argparse.Namespace,
+    shuffles: int = SHUFFLES,
 ) -> tuple[Victim, Recording, list[Row]]:
     """A victim compiled with these options, its queries, and a row for each secret and setting."""
     victim = VICTIMS[name](given)
@@ -387,7 +391,7 @@ def attacked(
     rows = [
         row
         for setting in settings
-        for row in attack(victim, recording, setting, [*counts, queries])
+        for row in attack(victim, recording, setting, [*counts, queries], shuffles)
     ]
     return victim, recording, rows
 
@@ -416,7 +420,7 @@ def main() -> None:
         print(name, flush=True)
         victim, recording, rows = attacked(name, given, SETTINGS, options.queries, options)
         exactly = {**given, "rounding": "exact"}
-        _, _, exact = attacked(name, exactly, EXACT_SETTINGS, most, options)
+        _, _, exact = attacked(name, exactly, EXACT_SETTINGS, most, options, EXACT_SHUFFLES)
         spread = recording.logits.std(0).mean() / 2.0**recording.frac
         for secret in victim.secrets:
             chosen = [row for row in rows if row.secret == secret.label]

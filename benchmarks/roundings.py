@@ -210,6 +210,12 @@ def coins(words: np.ndarray, shift: int) -> np.ndarray:
     return 0.5 - (low.astype(np.float64) + 0.5) / 2.0**shift
 
 
+def _varying(words: np.ndarray, shift: int) -> np.ndarray:
+    """The odds about their mean, which is all there is of bits that never change."""
+    odds = coins(words, shift)
+    return np.asarray(odds - odds.mean(0))
+
+
 @dataclass(frozen=True)
 class Coins:
     """A group with its shift, and the part of the logits' variance that it explains beyond chance.
@@ -245,9 +251,9 @@ class Evidence:
         """Of every group, the low bits that explain most of the logits; the best group first.
 
         This needs no knowledge of the program: coins are independent and uniform, so the variance
-        that each explains adds up.
+        that each explains adds up. Bits that are always the same explain nothing.
         """
-        logits = self._seen[:_SEARCHED]
+        logits = self._seen[:_SEARCHED] - self._seen[:_SEARCHED].mean(0)
         count, total = len(logits), (logits**2).sum()
         spread = np.linalg.eigvalsh(logits.T @ logits)
         rank = spread.sum() ** 2 / (spread**2).sum()
@@ -255,13 +261,12 @@ class Evidence:
         for group in self.recording.groups:
             words = self.recording.words[:count, group.start : group.stop]
             chance = group.size / count
-            best, best_shift = max(
-                (
-                    12 * ((coins(words, shift).T @ logits) ** 2).sum() / (count * total) - chance,
-                    shift,
-                )
+            explained = {
+                shift: 12 * ((_varying(words, shift).T @ logits) ** 2).sum() / (count * total)
                 for shift in group.shifts
-            )
+            }
+            best_shift = max(explained, key=explained.__getitem__)
+            best = explained[best_shift] - chance
             deviation = chance * np.sqrt(2 / (group.size * rank))
             found.append(Coins(group, best_shift, best, best / deviation))
         return sorted(found, key=lambda item: item.excess, reverse=True)

@@ -72,6 +72,18 @@ def test_the_coins_are_found_and_what_they_do(roundings: Any, steps: bool) -> No
     assert abs(roundings.correlation(evidence.estimate(best, [other], order), matrix)) < 0.6
 
 
+def test_bits_that_never_change_are_no_coins(roundings: Any) -> None:
+    """Exact rounding sends words whose low bits are zero."""
+    recording, _ = _made(roundings, 1, False)
+    size = recording.groups[1].size
+    still = np.full_like(recording.words[:, :size], 7)
+    groups = (roundings.Group("still", roundings.RECEIVED, 64, 0, 0, size),)
+    (found,) = roundings.Evidence(
+        replace(recording, words=still, groups=groups), recording.logits * 2.0**-32
+    ).find()
+    assert found.excess < 0
+
+
 def test_a_projection_removes_noise_outside_of_the_logits_space(roundings: Any) -> None:
     recording, matrix = _made(roundings, 2, False)
     noise = np.random.default_rng(3).normal(size=recording.logits.shape) * 2.0**-14
