@@ -16,7 +16,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ import torch
 
 from mergec.runtime.core.messages import ToClient, ToServer, as_tuple
 from mergec.runtime.core.spec import CLIENT, SERVER
+from mergec.runtime.core.values import Wide
 from mergec.runtime.engine import executor
 from mergec.runtime.engine.functions import Call
-from mergec.runtime.protocols import compare
+from mergec.runtime.protocols import compare, wide
 from mergec.runtime.roles.inprocess import InProcessSession
 
 OPENED, DROPPED, SENT, RECEIVED = "opened", "dropped", "sent", "received"
@@ -93,6 +94,14 @@ class Recording:
             return cls(groups, data["words"], data["logits"], int(data["frac"]))
 
 
+_DROPPING = {
+    "take_window": compare.take_window,
+    "narrow": wide.narrow,
+    "narrow_of_zeros": wide.narrow_of_zeros,
+}
+"""What drops low bits of a share, the last argument but one, by the last."""
+
+
 class _Tap:
     """Sees what a session computes: the client's messages and shares, and the hidden logits."""
 
@@ -107,24 +116,26 @@ class _Tap:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Watch every instruction that needs a protocol, and every local shift in one."""
-        with patch.object(executor, "evaluate", self._watched(executor.evaluate)):
-            original = compare.take_window
-            modules = [m for name, m in sys.modules.items() if name.startswith("mergec.")]
-            users = [m for m in modules if getattr(m, "take_window", None) is original]
+        watched = patch.object(executor, "evaluate", self._watched(executor.evaluate))
+        with ExitStack() as patches:
+            patches.enter_context(watched)
+            for module in [m for name, m in sys.modules.items() if name.startswith("mergec.")]:
+                for name, original in _DROPPING.items():
+                    if getattr(module, name, None) is original:
+                        dropping = patch.object(module, name, self._dropping(original))
+                        patches.enter_context(dropping)
+            yield
 
-            def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
-                name = getattr(self._place, "name", None)
-                if name is not None and drop and not share.is_meta:
-                    self.seen.append((name, DROPPED, drop, share))
-                return original(share, drop)
+    def _dropping(self, original: Any) -> Any:
+        def dropping(*arguments: Any) -> Any:
+            share, drop = arguments[-2:]
+            name = getattr(self._place, "name", None)
+            words = share.low if isinstance(share, Wide) else share
+            if name is not None and drop and not words.is_meta:
+                self.seen.append((name, DROPPED, drop, words))
+            return original(*arguments)
 
-            for module in users:
-                module.take_window = take_window  # type: ignore[attr-defined]
-            try:
-                yield
-            finally:
-                for module in users:
-                    module.take_window = original  # type: ignore[attr-defined]
+        return dropping
 
     def _watched(self, evaluate: Any) -> Any:
         def watched(context: Any, planned: Any, operands: Any, weights: Any) -> Any:
