@@ -42,9 +42,10 @@ it knows of the coins of each rounding
 ([what roundings reveal](protocols.md#questions-to-ask-of-each-opening)). The numbers are the
 correlation between its estimate and the true weights, in the model's own basis,
 over all entries. `shuffled` is the control: the largest correlation, in magnitude, of {SHUFFLES}
-estimates from coins in another order than the logits, with exact rounding of {EXACT_SHUFFLES},
-where there is little to tell it from. `queries for 0.9` extrapolates from the last column of
-queries: the error of a regression falls as the square root of their number.
+estimates from coins in another order than the logits, with exact rounding of {EXACT_SHUFFLES}.
+Which of the rounding's words and bits are taken for the coins is chosen anew in each order, by
+what they explain, as it is for the estimate itself. `queries for 0.9` extrapolates from the last
+column of queries: the error of a regression falls as the square root of their number.
 
 All queries of a victim are one session, with the real protocols, of which the program records every
 value that is opened to the client, every own share whose low bits are dropped, and every message
@@ -260,10 +261,14 @@ def attack(
             while target.group.size + sum(coins.group.size for coins in others) > count / 4:
                 others.pop()
             found[count] = correlation(evidence.estimate(target, others), secret.matrix)
-            if count == max(queries):
-                orders = [generator.permutation(count) for _ in range(shuffles)]
-                estimates = [evidence.estimate(target, others, order) for order in orders]
-                controls = [abs(correlation(made, secret.matrix)) for made in estimates]
+        groups = tuple(coins.group for _, coins in _fitting(secret, ranked))
+        for _ in range(shuffles):
+            mixed = recording.first(max(queries)).shuffled(generator.permutation(max(queries)))
+            chosen = Evidence(replace(mixed, groups=groups), mixed.logits * 2.0**-mixed.frac).find()
+            made = Evidence(mixed, logits[: max(queries)], victim.space).estimate(
+                _of(secret, chosen)[1], others
+            )
+            controls.append(abs(correlation(made, secret.matrix)))
         rows.append(Row(secret.label, setting, found, max(controls), place))
     return rows
 
@@ -273,13 +278,18 @@ def _of(secret: Secret, ranked: Sequence[Coins]) -> tuple[int, Coins]:
 
     Of its kind, if there is one; exact rounding opens nothing and drops nothing.
     """
-    fitting = [
+    fitting = _fitting(secret, ranked)
+    return next((item for item in fitting if item[1].group.kind == secret.kind), fitting[0])
+
+
+def _fitting(secret: Secret, ranked: Sequence[Coins]) -> list[tuple[int, Coins]]:
+    """The groups of the secret's instruction that have its size, with their places."""
+    return [
         (place, coins)
         for place, coins in enumerate(ranked)
         if coins.group.instruction == secret.instruction
         and coins.group.size == secret.matrix.shape[1]
     ]
-    return next((item for item in fitting if item[1].group.kind == secret.kind), fitting[0])
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class Recording:
     def first(self, queries: int) -> Recording:
         return replace(self, words=self.words[:queries], logits=self.logits[:queries])
 
+    def shuffled(self, order: np.ndarray) -> Recording:
+        """With the words of other queries: a control, in which there is nothing to find."""
+        return replace(self, words=self.words[order])
+
     def save(self, path: Path) -> None:
         groups = json.dumps([asdict(group) for group in self.groups])
         with path.open("wb") as file:
@@ -282,17 +286,12 @@ class Evidence:
             found.append(Coins(group, best_shift, best, best / deviation))
         return sorted(found, key=lambda item: item.excess, reverse=True)
 
-    def estimate(
-        self, target: Coins, others: Sequence[Coins] = (), order: np.ndarray | None = None
-    ) -> np.ndarray:
+    def estimate(self, target: Coins, others: Sequence[Coins] = ()) -> np.ndarray:
         """How far one unit on each wire of `target` moves each logit, [V, size], up to a factor.
 
-        Least squares on the coins of `target` and of `others` jointly. order: a permutation of the
-        queries' coins, for a control that must find nothing.
+        Least squares on the coins of `target` and of `others` jointly.
         """
         words = self.recording.words[: len(self._seen)]
-        if order is not None:
-            words = words[order]
         blocks = []
         for used in (target, *others):
             odds = coins(words[:, used.group.start : used.group.stop], used.shift)
