@@ -71,10 +71,12 @@ _EVERY = "exhaustive evidence"
 
 SUITES = {
     "runtime/protocols/argmax.py": _tests(f"argmax {_EVERY}"),
+    "runtime/protocols/broad.py": _tests(f"{_FORMS} broad"),
     "runtime/protocols/columns.py": _tests("normalize deferred"),
     "runtime/protocols/compare.py": _tests(f"compare {_EVERY}"),
     "runtime/protocols/deferred.py": _tests("deferred evidence", "linear", "truncate"),
     "runtime/protocols/digits.py": _tests(f"{_FORMS} formula argmax {_EVERY}"),
+    "runtime/protocols/finer.py": _tests("finer"),
     "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection"),
     "runtime/protocols/gain.py": _tests("normalize", "norm"),
     "runtime/protocols/gumbel.py": "tests/ops/test_reveal_token.py",
@@ -82,6 +84,7 @@ SUITES = {
     "runtime/protocols/histogram.py": _tests("histogram"),
     "runtime/protocols/interval.py": _tests(f"{_FORMS} {_DOMAINS} interval evidence", "", "silu"),
     "runtime/protocols/local.py": _tests("multiply", "mul or scale or embedding"),
+    "runtime/protocols/logarithm.py": _tests(f"{_FORMS} logarithm"),
     "runtime/protocols/multiply.py": _tests(f"multiply {_EVERY}"),
     "runtime/protocols/normalize.py": _tests(f"{_FORMS} normalize {_EVERY}", "", "truncate"),
     "runtime/protocols/octave.py": _tests(f"{_FORMS} {_DOMAINS} octave", "", "truncate"),
@@ -89,6 +92,7 @@ SUITES = {
     "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY}"),
     "runtime/protocols/pieces.py": _tests("pieces", "silu or gelu"),
     "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY}", "", "truncate"),
+    "runtime/protocols/probabilities.py": _tests("probabilities secrecy"),
     "runtime/protocols/public_text.py": (
         "tests/test_public_text.py -k 'logits or bytes or fresh or sent'"
     ),
@@ -100,8 +104,11 @@ SUITES = {
     "runtime/protocols/shared_weights.py": _tests("multiply", "linear or embedding"),
     "runtime/protocols/slots.py": _tests("slots rows"),
     "runtime/protocols/squares.py": _tests(f"{_FORMS} truncate normalize {_EVERY}", "", "square"),
+    "runtime/protocols/top_k.py": _tests("top_k", "top_k"),
     "runtime/protocols/truncate.py": _tests(f"{_FORMS} truncate {_EVERY}", "", "truncate"),
+    "runtime/protocols/waves.py": _tests("waves", "silu or gelu"),
     "runtime/protocols/weights.py": _tests(f"multiply {_EXPANDED} {_EVERY}", "linear or embedding"),
+    "runtime/protocols/wide.py": _tests(f"{_FORMS} wide", "linear"),
     "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS} {_ARRAYS} -m ''",
     "runtime/correlations/dpf.py": f"tests/test_dpf.py {_FORMS}",
     "runtime/correlations/prg.py": _tests(f"{_STREAM} tests/test_dpf.py secrecy"),
@@ -120,7 +127,6 @@ SUITES = {
 """The tests that cover a module, as arguments of pytest; the likeliest to notice a fault first."""
 
 _FROZEN = "nothing assigns to a field"
-_SAME_LENGTHS = "both always have the same length"
 
 EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     "compiler/backend/legalize.py": {
@@ -165,9 +171,9 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "runtime/protocols/weights.py": {
         (
-            "for piece, mask in zip(_pieces(encoded), masks, strict=True):",
-            "for piece, mask in zip(_pieces(encoded), masks, strict=False):",
-        ): _SAME_LENGTHS,
+            "for piece, mask in zip(_pieces(source), masks, strict=True):",
+            "for piece, mask in zip(_pieces(source), masks, strict=False):",
+        ): "both always have the same length",
     },
     "runtime/transport/channel.py": {
         (
@@ -225,6 +231,10 @@ class Outcome:
     def reason(self) -> str:
         """Why nothing can notice the change, or nothing."""
         return EQUIVALENT.get(self.module, {}).get((self.old, self.new), "")
+
+
+Tries = dict[Key, list[Outcome]]
+"""All that was found for each change, the first try first."""
 
 
 def key(spec: MutationSpec) -> Key:
@@ -433,8 +443,10 @@ def _stop(todo: Queue) -> None:
         pass
 
 
-def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
-    """The result as Markdown."""
+def page(tried: Tries, total: int, args: argparse.Namespace) -> str:
+    """The result as Markdown: of the last try of each change, and the share of the first ones."""
+    outcomes = [tries[-1] for tries in tried.values()]
+    at_first = [tries[0] for tries in tried.values()]
     told = [
         f"--{name}={value}"
         for name, value in vars(args).items()
@@ -444,8 +456,14 @@ def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
     for outcome in outcomes:
         for row in (outcome.module, "all"):
             rows[row]["equal" if _is_equal(outcome) else outcome.result] += 1
-    noticed = rows["all"]["killed"] + rows["all"]["out of time"]
-    changing = noticed + rows["all"]["survived"]
+    changing = rows["all"].total() - rows["all"]["equal"]
+    noticed, before = (
+        sum(outcome.result != "survived" for outcome in each) for each in (outcomes, at_first)
+    )
+
+    def share(count: int) -> str:
+        return f"{count / max(1, changing):.1%}"
+
     lines = [
         "# Single faults",
         "",
@@ -454,10 +472,12 @@ def page(outcomes: list[Outcome], total: int, args: argparse.Namespace) -> str:
         "not notice is a gap in the tests, or changes nothing that can be seen.",
         "`benchmarks/mutants.py` lists the modules, the tests of each, and the changes that, as a",
         "person judged, change nothing, with the reason for each. Tests are added for what a run",
-        "does not notice, so only another `--seed` tells how many faults of other places they do.",
+        "does not notice, so the share on the first try, before that, tells how many faults of",
+        "other places they do.",
         "",
-        f"Seed {args.seed}, {len(outcomes)} of {total} places. The tests noticed {noticed} of the",
-        f"{changing} faults that change anything: {noticed / max(1, changing):.1%}. Command:",
+        f"Seed {args.seed}, {len(outcomes)} of {total} places. Of the {changing} faults that",
+        f"change anything, the tests noticed {before} on the first try: {share(before)}. With the",
+        f"tests that were added since, they notice {noticed}: {share(noticed)}. Command:",
         f"`make mutants MUTANT_ARGS={shlex.quote(shlex.join(told))}`.",
         "",
         "| module | tried | noticed | out of time | change nothing | unnoticed |",
@@ -485,8 +505,8 @@ def _is_equal(outcome: Outcome) -> bool:
     return outcome.result == "survived" and bool(outcome.reason)
 
 
-def known(file: Path | None, specs: list[MutationSpec]) -> dict[Key, Outcome]:
-    """The last results of earlier runs for these changes, of modules that have not changed since.
+def known(file: Path | None, specs: list[MutationSpec]) -> Tries:
+    """What earlier runs found for these changes, of modules that have not changed since.
 
     The tests are taken to be as good as they were.
     """
@@ -494,11 +514,11 @@ def known(file: Path | None, specs: list[MutationSpec]) -> dict[Key, Outcome]:
         return {}
     asked = {key(spec) for spec in specs}
     digests = {module: digest((ROOT / module).read_text()) for module, *_ in asked}
-    found = {}
+    found: Tries = {}
     for line in file.read_text().splitlines():
         outcome = Outcome(**json.loads(line))
         if outcome.key in asked and outcome.digest == digests[outcome.module]:
-            found[outcome.key] = outcome
+            found.setdefault(outcome.key, []).append(outcome)
     return found
 
 
@@ -515,15 +535,15 @@ def main() -> None:
     os.chdir(ROOT)
     every = places(args.seed, [module for module in SUITES if re.search(args.only, module)])
     specs = every[: args.count]
-    outcomes = known(args.results, specs)
-    again = {k for k, found in outcomes.items() if found.result == "survived" and not found.reason}
-    todo = [spec for spec in specs if key(spec) not in outcomes or key(spec) in again]
+    tried = known(args.results, specs)
+    again = {k for k, (*_, last) in tried.items() if last.result == "survived" and not last.reason}
+    todo = [spec for spec in specs if key(spec) not in tried or key(spec) in again]
     for outcome in run(todo, args.workers, args.minutes):
-        outcomes[outcome.key] = outcome
+        tried.setdefault(outcome.key, []).append(outcome)
         if args.results:
             with args.results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-    text = page(list(outcomes.values()), len(every), args)
+    text = page(tried, len(every), args)
     print(text)
     if args.output:
         args.output.write_text(text)
