@@ -92,7 +92,7 @@ SUITES = {
     "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY}"),
     "runtime/protocols/pieces.py": _tests("pieces", "silu or gelu"),
     "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY}", "", "truncate"),
-    "runtime/protocols/probabilities.py": _tests("probabilities secrecy"),
+    "runtime/protocols/probabilities.py": _tests("probabilities"),
     "runtime/protocols/public_text.py": (
         "tests/test_public_text.py -k 'logits or bytes or fresh or sent'"
     ),
@@ -127,6 +127,7 @@ SUITES = {
 """The tests that cover a module, as arguments of pytest; the likeliest to notice a fault first."""
 
 _FROZEN = "nothing assigns to a field"
+_PIECES = "elements do not depend on how many are expanded at once"
 
 EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     "compiler/backend/legalize.py": {
@@ -135,6 +136,9 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             'if node.op is "placeholder" and node.meta["vis"] is Vis.SHARED:',
         ): "Python keeps one object for all strings that are written like a name",
     },
+    "runtime/protocols/broad.py": {
+        ("_TOGETHER = 1 << 12", "_TOGETHER = 2 << 12"): _PIECES,
+    },
     "runtime/protocols/digits.py": {
         (
             "out.numpy().reshape(-1, count),",
@@ -142,7 +146,13 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
         ): "numpy finds out a size in place of any negative number",
     },
     "runtime/protocols/interval.py": {
-        ("_PIECE = 64", "_PIECE = 63"): "elements do not depend on how many are expanded at once",
+        ("_PIECE = 64", "_PIECE = 63"): _PIECES,
+    },
+    "runtime/protocols/logarithm.py": {
+        (
+            "lanes = (2 * _END + LANES - 1) // LANES",
+            "lanes = (2 * _END + LANES - 0) // LANES",
+        ): "nothing uses one more vector",
     },
     "runtime/protocols/normalize.py": {
         (

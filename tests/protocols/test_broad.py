@@ -171,6 +171,20 @@ def test_shapes_alone_take_the_same_bytes(count: int) -> None:
     assert context.dealt == {"client": 0, "server": cost.offline}
 
 
+@every_reach
+def test_words_are_no_longer_than_they_must_be(reach: int) -> None:
+    """Every number of fractional bits, among which are those that fill a word's last half."""
+    filled = 0
+    for frac in range(1, 49):
+        for kept in (64, 96):
+            table = Broad(reach, 4, frac, kept)
+            room = 32 * table.halves - kept - table.drop
+            assert 0 <= room < 32
+            assert table.dealt_bytes == 2 * 4 * table.halves
+            filled += room == 0
+    assert filled
+
+
 def test_a_table_without_room_raises() -> None:
     for reach, frac in ((2, 17), (6, 0), (6, 60)):
         with pytest.raises(ValueError, match="no exponential has"):
