@@ -139,6 +139,30 @@ def test_the_page_counts_what_changes_anything(
     assert f"Change nothing:\n\n* `{RANKS}:7`: `a` becomes `c`: it is the same\n" in text
 
 
+@pytest.mark.parametrize(
+    ("body", "result"),
+    [("pass", "survived"), ("assert False", "killed"), ("Event().wait()", "out of time")],
+)
+def test_what_became_of_a_change(
+    mutants: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    body: str,
+    result: str,
+) -> None:
+    """Tests that wait for ever fail as well, but not because they noticed anything."""
+    file = tmp_path / "test_it.py"
+    file.write_text(f"from threading import Event\n\n\ndef test_it() -> None:\n    {body}\n")
+    monkeypatch.setattr(mutants, "SUITES", {RANKS: str(file)})
+    options = ["-o", "faulthandler_timeout=1"] if result == "out of time" else []
+    monkeypatch.setattr(mutants, "_OPTIONS", [*mutants._OPTIONS, *options])
+    monkeypatch.setattr(mutants, "_WAITED", "Timeout (0:00:01)!")
+    # A fork of a process whose output is captured would write into the same file.
+    with capfd.disabled():
+        assert mutants.run_tests(RANKS, 500)[0] == result
+
+
 @pytest.mark.slow
 def test_a_change_is_made_in_a_copy_and_noticed() -> None:
     file = ROOT / RANKS
