@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -161,6 +162,18 @@ def test_what_became_of_a_change(
     # A fork of a process whose output is captured would write into the same file.
     with capfd.disabled():
         assert mutants.run_tests(RANKS, 500)[0] == result
+
+
+def test_time_in_which_nothing_ran_does_not_count(
+    mutants: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clock of which an hour goes by at each look, as if the machine had slept in between."""
+    file = tmp_path / "test_it.py"
+    file.write_text("def test_it() -> None:\n    pass\n")
+    monkeypatch.setattr(mutants, "SUITES", {RANKS: str(file)})
+    hours = itertools.count(step=3600)
+    monkeypatch.setattr(mutants.time, "monotonic", lambda: next(hours))
+    assert mutants.run_tests(RANKS, 5000)[0] == "survived"
 
 
 @pytest.mark.slow
