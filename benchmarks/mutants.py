@@ -154,6 +154,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "lanes = (2 * _END + LANES - 1) // LANES",
             "lanes = (2 * _END + LANES - 0) // LANES",
         ): "nothing uses one more vector",
+        (
+            "elif level + 1 > _HEAD:",
+            "elif level + 2 > _HEAD:",
+        ): "the branch before takes that level",
     },
     "runtime/protocols/normalize.py": {
         (
