@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import urllib.request
 from dataclasses import replace
 from itertools import pairwise
@@ -87,6 +88,7 @@ def test_what_is_written_is_read_and_nothing_of_it_is_on_disk(tmp_path: Path) ->
     store, seed, size = written(tmp_path)
     on_disk = [file.read_bytes() for file in store.folder.iterdir()]
     assert sum(map(len, on_disk)) == size
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700, "for its owner alone"
     secrets = (seed, STATIC, derive(seed, "answer 0"), b"c" * 16)
     assert not any(secret in data for data in on_disk for secret in secrets)
     assert store.static == STATIC

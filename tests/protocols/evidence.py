@@ -37,9 +37,10 @@ from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.peak import peak
+from mergec.runtime.protocols.power import COLUMN_BITS, Power, rounded_octaves
 from mergec.runtime.protocols.probabilities import WAYS, probabilities
 from mergec.runtime.protocols.rectify import rectify
-from mergec.runtime.protocols.rows import EXP_FRAC
+from mergec.runtime.protocols.rows import EXP_FRAC, inverse
 from mergec.runtime.protocols.saturate import Function, apply, function_input
 from mergec.runtime.protocols.slots import top_slot
 from mergec.runtime.protocols.squares import truncated_square
@@ -488,6 +489,35 @@ def positive(name: str, low: int, high: int, bound: Callable[[Any], Any]) -> Cal
     return attempt
 
 
+def mantissas(spec: Power) -> Callable[[int], Outcome]:
+    """Of numbers of every magnitude, the column that is not zero, with 16 fractional bits."""
+    least, most = 2**spec.low, 2 ** (spec.high + 1) - 1
+    columns = spec.first_exponent - COLUMN_BITS * torch.arange(spec.octaves.columns).double()
+
+    def attempt(count: int) -> Outcome:
+        outcome = Outcome()
+        for size, seed in pieces(count, 1 << 11):
+            values = inputs(size, seed, least, most, [2**k for k in range(spec.low, spec.high)])
+            spread = torch.rand(size // 2, generator=torch.Generator().manual_seed(seed))
+            sizes = spec.low + (spec.high + 1 - spec.low) * spread.double()
+            values[: size // 2] = torch.exp2(sizes).to(torch.int64)
+            values.clamp_(least, most)
+            simulation = Simulation()
+            shares = integers(simulation, values)
+            found, _ = run(
+                simulation,
+                lambda ctx, p, s=shares: rounded_octaves(ctx, s[p].share, spec, FRACTIONAL_BITS),
+            )
+            # Of a column that should be zero one unit would be four units of the next, and more.
+            total = (found.double() * torch.exp2(columns)).sum(1) * UNIT
+            unit = UNIT * torch.exp2(columns[found.abs().argmax(1)])
+            exact = (values.double() * 2.0**-spec.v_frac) ** spec.exponent
+            outcome.add(total - exact, unit + 2**-17 * exact)
+        return outcome
+
+    return attempt
+
+
 def _relative(exact: torch.Tensor) -> torch.Tensor:
     return 2**-16 * exact.abs() + 1.5 * UNIT
 
@@ -615,6 +645,20 @@ CHECKS = [
     Check("sigmoid", _TAILS, "5e-5", scalar("sigmoid")),
     Check("exp", "-2^14 < x <= 1/4", "5e-5", scalar("exp", high=2**14)),
     Check("50 tanh(x / 50)", _TAILS, "2.5e-3", score_caps, cost=2),
+    Check(
+        "mantissas of an inverse root",
+        "all squares of a row of 576",
+        "one unit, and 2^-17 y",
+        mantissas(RowNorm(576, 32, 1e-5, 2.0**18).inverse_root),
+        cost=4,
+    ),
+    Check(
+        "mantissas of a reciprocal",
+        "all sums of a row of 256",
+        "one unit, and 2^-17 y",
+        mantissas(inverse(256, "pairs")),
+        cost=4,
+    ),
     Check(
         "1 / x",
         "2^-10 <= x < 2^18",
