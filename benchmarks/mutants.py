@@ -91,7 +91,7 @@ SUITES = {
     "runtime/protocols/octave.py": _tests(f"{_FORMS} {_DOMAINS} octave", "", "truncate"),
     "runtime/protocols/opening.py": _tests("compare secrecy", "", "truncate or square"),
     "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY}"),
-    "runtime/protocols/pieces.py": _tests("pieces", "silu or gelu"),
+    "runtime/protocols/pieces.py": _tests(f"{_FORMS} pieces", "silu or gelu"),
     "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY}", "", "truncate"),
     "runtime/protocols/probabilities.py": _tests("probabilities"),
     "runtime/protocols/public_text.py": (
@@ -139,6 +139,7 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "runtime/protocols/broad.py": {
         ("_TOGETHER = 1 << 12", "_TOGETHER = 2 << 12"): _PIECES,
+        ("_TOGETHER = 1 << 12", "_TOGETHER = 1 << 11"): _PIECES,
     },
     "runtime/protocols/digits.py": {
         (
@@ -148,6 +149,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "runtime/protocols/interval.py": {
         ("_PIECE = 64", "_PIECE = 63"): _PIECES,
+        (
+            "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)",
+            "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 65)",
+        ): "cubics through points that lie a little closer are as near",
     },
     "runtime/protocols/logarithm.py": {
         (
@@ -158,6 +163,13 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "elif level + 1 > _HEAD:",
             "elif level + 2 > _HEAD:",
         ): "the branch before takes that level",
+        ("count = last + 1", "count = last + 2"): "nothing reads one more node",
+    },
+    "runtime/protocols/multiply.py": {
+        (
+            "products.append(product_of_masked(ctx, Masked(x, a, 0), Masked(y, b, 0)))",
+            "products.append(product_of_masked(ctx, Masked(x, a, 0), Masked(y, b, -1)))",
+        ): "a product of words asks for no fractional bits",
     },
     "runtime/protocols/normalize.py": {
         (
@@ -166,6 +178,7 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
         ): "only the sign of the word counts, and neither is negative",
     },
     "runtime/protocols/octave.py": {
+        ("if d + 1 < depth:", "if d + 1 is not depth:"): "no level lies below the last one",
         (
             "lifted = share << lift if lift and not share.is_meta else share",
             "lifted = share << lift if lift or not share.is_meta else share",

@@ -33,6 +33,7 @@ def keys_of(kind: Counters, places: np.ndarray, generator: Generator) -> list[Ke
     roots = tuple(signed(random_words(len(places), 2)) for _ in range(2))
     corrections = kind.counting(torch.from_numpy(places), generator)(roots)
     assert corrections.shape == (len(places), kind.words)
+    assert kind.dealt_bytes * len(places) == 2 * corrections.numel() * corrections.element_size()
     return [Keys(root, corrections) for root in roots]
 
 

@@ -33,8 +33,7 @@ def multiply(ctx: Context, *pairs: tuple[torch.Tensor, torch.Tensor]) -> Protoco
         )
     )
     products = []
-    for index, (a, b) in enumerate(masks):
-        x, y = opened[2 * index : 2 * index + 2]
+    for (a, b), x, y in zip(masks, opened[::2], opened[1::2], strict=True):
         products.append(product_of_masked(ctx, Masked(x, a, 0), Masked(y, b, 0)))
     return products
 

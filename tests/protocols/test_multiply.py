@@ -56,10 +56,13 @@ def test_several_pairs_share_one_round_and_broadcast() -> None:
     x, y, z = (integers(simulation, t) for t in (a, b, c))
     products, cost = run_list(
         simulation,
-        lambda ctx, p: multiply(ctx, (x[p].share, y[p].share), (x[p].share, z[p].share)),
+        lambda ctx, p: multiply(
+            ctx, (x[p].share, y[p].share), (x[p].share, z[p].share), (z[p].share, y[p].share)
+        ),
     )
     assert torch.equal(products[0], a * b)
     assert torch.equal(products[1], a * c)
+    assert torch.equal(products[2], c * b)
     assert cost.rounds == 1
 
 

@@ -15,12 +15,14 @@ from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.protocols.rows import (
     BROAD,
     EXP_FRAC,
+    HIDDEN_GAP,
     MAX_ROW,
     MAX_SPREAD,
     SHIFTS,
     SLOTS,
     exponentials,
     exponentials_cost,
+    hiding,
     inverse,
     shift_called,
 )
@@ -128,6 +130,16 @@ def test_attention_to_large_values_has_the_room_that_is_stated(shift: str) -> No
     )
     # The result has 32 fractional bits, with at most 2**-14 of it in error.
     assert (simulation.reveal(results) - v[:, :, :8]).abs().max() < 2**-13 * size
+
+
+@pytest.mark.parametrize("reach", [0, 6, 9])
+def test_hidden_scores_stay_in_range_and_below_the_gap(reach: int) -> None:
+    """Of rows as far apart as they may be, wherever the largest of the other scores is."""
+    below, apart = hiding(reach)
+    within = 2.0**reach - 4 if reach else MAX_SPREAD
+    assert apart > 0
+    assert below + apart == within
+    assert below - apart == HIDDEN_GAP
 
 
 def test_exact_rounding_always_compares_pairs() -> None:
