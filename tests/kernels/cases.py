@@ -357,7 +357,7 @@ def _(full: bool) -> Iterator[Arguments]:
             yield words(31), some_bits(31), dealt, opened, selection, factors
 
 
-SHIFTS = [[3, 5, 7], [-4, -2, 0, 2], [16, 16, 20, 20, 33, 62], [0], [1]]
+SHIFTS = [[3, 5, 7], [-4, -2, 0, 2], [16, 16, 20, 20, 33, 62], [0], [1, 3]]
 
 
 @cases("normalize.words")

@@ -102,6 +102,10 @@ def test_a_plan_that_leaves_too_many_is_refused() -> None:
         _best(words(12, -9, 9).reshape(1, 12), 1, (4,), Simulation())
 
 
+def test_plans_begin_with_groups_of_any_size() -> None:
+    assert {sizes[0] for sizes in plans(5000)} == set(SIZES)
+
+
 def test_plans_cover_what_they_are_for() -> None:
     for count in (2, 97, 50_257, 256_000):
         for sizes in plans(count):

@@ -112,6 +112,12 @@ def test_layout_of_the_32_bit_window_is_one_byte() -> None:
     assert DIGITS.bits == 8
 
 
+def test_keys_have_no_more_levels_than_leaves_of_128_places_need() -> None:
+    few, most, one, two = (Halves(width).dealt_bytes for width in (3, 7, 8, 9))
+    assert few == most
+    assert one - most == two - one == 32
+
+
 @pytest.mark.parametrize("width", [3, 7, 8, 10])
 def test_half_of_every_pair_of_numbers(width: int) -> None:
     """The top bit of v - r for all v and r, also where a key has fewer levels than a leaf."""
