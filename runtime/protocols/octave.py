@@ -329,9 +329,9 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves, wide: bool = False
 
     Rounds 1, online 16 bytes per element. Offline 64 bytes for each octave, 128 if wide, plus 32
     for each bit of the index in the tree, which has five bits more than there are octaves. Each
-    party sees z, which
-    is uniform as r is fresh and uniform, and a key of a point function, which is computationally
-    indistinguishable from uniform, whatever r is. Which nodes a party visits depends on z alone.
+    party sees z, which is uniform as r is fresh and uniform, and a key of a point function, which
+    is computationally indistinguishable from uniform, whatever r is. Which nodes a party visits
+    depends on z alone.
 
     With exact rounding V is opened once for each octave, under a mask of its own, as each octave
     rounds off other bits (`open_high`): rounds 2. Each has a key of its own. Where two octaves
