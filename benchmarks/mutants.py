@@ -215,6 +215,15 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "for piece, mask in zip(_pieces(source), masks, strict=False):",
         ): "both always have the same length",
     },
+    "runtime/session/sampling.py": {
+        (
+            "scores = _keep_likely(scores, self._settings.top_k or 0, self._settings.top_p or 1.0)",
+            (
+                "scores = _keep_likely(scores, self._settings.top_k or -1, "
+                "self._settings.top_p or 1.0)"
+            ),
+        ): "any number below one keeps all tokens",
+    },
     "runtime/transport/channel.py": {
         (
             "found = {d for d, _ in poll.poll(0 if here else 1000 * max(0.0, left))} - {mine}",
