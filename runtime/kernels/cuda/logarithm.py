@@ -29,9 +29,8 @@ from mergec.runtime.kernels.cuda.trees import (
     low_half,
     mask_of,
     root_of,
-    spread,
+    rows_of,
     step,
-    value,
 )
 
 
@@ -124,24 +123,15 @@ def _tables(  # type: ignore[no-untyped-def]
             mask_of(second >> below), ciphers, corrections, at, at, inside, inside,
         )  # fmt: skip
     row = corrections + words * key + 2 * depth + 4 * table
-    w0 = tl.load(row, mask=inside, other=0)
-    w1 = tl.load(row + 1, mask=inside, other=0)
-    w2 = tl.load(row + 2, mask=inside, other=0)
-    w3 = tl.load(row + 3, mask=inside, other=0)
-    p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
-    p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
-    own, other = spread(fa), spread(fb)
-    p0, r0 = p0 + (own & w0), r0 + (other & w0)
+    p0, p1, p2, p3, r0, r1, r2, r3 = rows_of(
+        a0, a1, a2, a3, fa, b0, b1, b2, b3, fb, ciphers, row, inside
+    )
     position = _bits(points, key, lowest - step_bits, step_bits, halves, inside)
     offset = tl.load(offsets + table, mask=inside, other=0)
     used, again = inside & (window <= last), inside & (window + 1 <= last)
-    total = tl.where(used, p0 * offset, 0) + cubic(
-        p0, p1 + (own & w1), p2 + (own & w2), p3 + (own & w3), position, coefficients, window, used,
-    )  # fmt: skip
-    total += tl.where(again, r0 * offset, 0) + cubic(
-        r0, r1 + (other & w1), r2 + (other & w2), r3 + (other & w3), position, coefficients,
-        window + 1, again,
-    )  # fmt: skip
+    total = cubic(p0, p1, p2, p3, position, coefficients, window, used)
+    total += cubic(r0, r1, r2, r3, position, coefficients, window + 1, again)
+    total += tl.where(used, p0 * offset, 0) + tl.where(again, r0 * offset, 0)
     tl.store(out + place, tl.where(party == 1, -total, total), mask=inside)
 
 

@@ -114,6 +114,24 @@ def value(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rows_of(  # type: ignore[no-untyped-def]
+    a0, a1, a2, a3, fa, b0, b1, b2, b3, fb, ciphers, corrections, inside
+):
+    """The four words of each of two leaves, with their correction, which both have in common."""
+    w0 = tl.load(corrections, mask=inside, other=0)
+    w1 = tl.load(corrections + 1, mask=inside, other=0)
+    w2 = tl.load(corrections + 2, mask=inside, other=0)
+    w3 = tl.load(corrections + 3, mask=inside, other=0)
+    p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
+    p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
+    own, other = spread(fa), spread(fb)
+    return (
+        p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
+        r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
+    )  # fmt: skip
+
+
+@triton.jit
 def turn_of(place, depth, level):  # type: ignore[no-untyped-def]
     """Which way leads from `level` to a leaf, as a mask."""
     return mask_of(place >> (depth - 1 - level))
@@ -162,25 +180,19 @@ def _table(  # type: ignore[no-untyped-def]
             a0, a1, a2, a3, fa, b0, b1, b2, b3, fb, turn_of(leaf, depth, level),
             turn_of(leaf + LANES, depth, level), ciphers, corrections, at, at, inside, inside,
         )  # fmt: skip
-    last = corrections + words * key + 2 * depth
-    w0 = tl.load(last, mask=inside, other=0)
-    w1 = tl.load(last + 1, mask=inside, other=0)
-    w2 = tl.load(last + 2, mask=inside, other=0)
-    w3 = tl.load(last + 3, mask=inside, other=0)
-    p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
-    p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
-    own, other = spread(fa), spread(fb)
+    p0, p1, p2, p3, r0, r1, r2, r3 = rows_of(
+        a0, a1, a2, a3, fa, b0, b1, b2, b3, fb, ciphers, corrections + words * key + 2 * depth,
+        inside,
+    )  # fmt: skip
     z = tl.load(points + key, mask=inside, other=0)
     one = z * 0 + 1
     position = (z & ((one << step_bits) - 1)) >> drop
     window = (z >> step_bits) - leaf
     total = cubic(
-        p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
-        position, coefficients, window & (2 * LANES - 1), inside,
+        p0, p1, p2, p3, position, coefficients, window & (2 * LANES - 1), inside,
     )  # fmt: skip
     total += cubic(
-        r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
-        position, coefficients, (window - LANES) & (2 * LANES - 1), inside,
+        r0, r1, r2, r3, position, coefficients, (window - LANES) & (2 * LANES - 1), inside,
     )  # fmt: skip
     total = tl.sum(tl.reshape(total, (KEYS, LANES)), axis=1)
     keys = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
@@ -276,10 +288,10 @@ def _octave(  # type: ignore[no-untyped-def]
         b2, b3 = tl.where(walks, m2, b2), tl.where(walks, m3, b3)
         fa, fb = tl.where(walks, nf, fa), tl.where(walks, mf, fb)
     place = corrections + words * key + correction
-    own, other = spread(fa), spread(fb)
     position = _moved(z + drop * 0, drop) & (((z * 0 + 1) << step_bits) - 1)
     used, again = inside & (window <= last), inside & (window + 1 <= last)
     if WIDE:
+        own, other = spread(fa), spread(fb)
         low = (z + pair * 0).to(tl.uint64, bitcast=True) * 0
         high = low
         f0, f1, f2, f3 = _factors(position, coefficients + table, window, used)
@@ -300,20 +312,11 @@ def _octave(  # type: ignore[no-untyped-def]
         tl.atomic_add(at + 1, (low >> 32).to(tl.int64, bitcast=True), mask=inside)
         tl.atomic_add(at + 2, high.to(tl.int64, bitcast=True), mask=inside)
     else:
-        w0 = tl.load(place, mask=inside, other=0)
-        w1 = tl.load(place + 1, mask=inside, other=0)
-        w2 = tl.load(place + 2, mask=inside, other=0)
-        w3 = tl.load(place + 3, mask=inside, other=0)
-        p0, p1, r0, r1 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 0)
-        p2, p3, r2, r3 = value(a0, a1, a2, a3, b0, b1, b2, b3, ciphers, 1)
-        total = cubic(
-            p0 + (own & w0), p1 + (own & w1), p2 + (own & w2), p3 + (own & w3),
-            position, coefficients + table, window, used,
-        )  # fmt: skip
-        total += cubic(
-            r0 + (other & w0), r1 + (other & w1), r2 + (other & w2), r3 + (other & w3),
-            position, coefficients + table, window + 1, again,
-        )  # fmt: skip
+        p0, p1, p2, p3, r0, r1, r2, r3 = rows_of(
+            a0, a1, a2, a3, fa, b0, b1, b2, b3, fb, ciphers, place, inside
+        )
+        total = cubic(p0, p1, p2, p3, position, coefficients + table, window, used)
+        total += cubic(r0, r1, r2, r3, position, coefficients + table, window + 1, again)
         total = tl.where(party == 1, -total, total)
         tl.atomic_add(out + columns * key + column, total, mask=inside)
 
