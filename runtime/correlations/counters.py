@@ -29,9 +29,9 @@ from mergec.runtime.correlations.dpf import (
 )
 from mergec.runtime.kernels.aes import (
     LANES,
-    counters_of_leaves,
     descend,
     grow_trees,
+    values_of_leaves,
     vectors,
 )
 from mergec.runtime.kernels.backends import Kernel
@@ -297,7 +297,7 @@ def _tally_trees(  # type: ignore[no-untyped-def]
         flags[0] = np.uint64(0) - np.uint64(party)
         descend(ciphers, seeds, flags, turns, passed, corrections, lanes, top)
         grow_trees(ciphers, seeds, flags, words, cut)
-        counters_of_leaves(ciphers, seeds, flags, words, cut, bits, values)
+        values_of_leaves(ciphers, seeds, flags, words, cut, bits, values)
         for lane in range(min(LANES, nodes.shape[0] - start)):
             path = start + lane
             counters = values[0, lane].reshape(-1).view(total.dtype)

@@ -488,35 +488,22 @@ def grow_level(keys, seeds, flags, words, level, nodes):  # type: ignore[no-unty
 
 
 @compiled()
-def values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-untyped-def]
-    """Values of all leaves, out [blocks, LANES, 2**depth, 2], with the last correction applied.
+def values_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ignore[no-untyped-def]
+    """Values of all leaves, out [blocks, LANES, leaves, 2], with the last correction applied.
 
-    words: as in `grow_trees`, followed by one vector per block.
+    words: as in `grow_trees`, followed by one vector per block. bits: of the numbers that a block
+    holds, 8, 16, 64 or 128; of the latter, the lower word is the first.
     """
     for block in range(out.shape[0]):
         for leaf in range(out.shape[2]):
-            _value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
-
-
-@compiled()
-def wide_values_of_leaves(keys, seeds, flags, words, depth, out):  # type: ignore[no-untyped-def]
-    """Like `values_of_leaves`, for blocks that are numbers of 128 bits, the lower word first."""
-    for block in range(out.shape[0]):
-        for leaf in range(out.shape[2]):
-            _wide_value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
-
-
-@compiled()
-def counters_of_leaves(keys, seeds, flags, words, depth, bits, out):  # type: ignore[no-untyped-def]
-    """Like `values_of_leaves`, for one block of numbers of 8 or 16 bits: out [1, LANES, leaves, 2].
-
-    bits: of a number. words: as in `grow_trees`, followed by one vector.
-    """
-    for leaf in range(out.shape[2]):
-        if bits == 8:
-            _bytes_of_leaf(keys, seeds, flags, words, leaf, depth, 0, out)
-        else:
-            _pairs_of_leaf(keys, seeds, flags, words, leaf, depth, 0, out)
+            if bits == 64:
+                _value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+            elif bits == 128:
+                _wide_value_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+            elif bits == 16:
+                _pairs_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
+            else:
+                _bytes_of_leaf(keys, seeds, flags, words, leaf, depth + block, block, out)
 
 
 @compiled()

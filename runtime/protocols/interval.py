@@ -24,6 +24,7 @@ from mergec.runtime.core.context import Context
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
+    WORD_BITS,
     Generator,
     HostKeys,
     grow,
@@ -318,7 +319,7 @@ def _evaluate_trees(  # type: ignore[no-untyped-def]
                 words[k, 2 * lane + 1] = corrections[i, 2 * k + 1]
         flags[0] = np.uint64(0) - np.uint64(party)
         grow_trees(round_keys, seeds, flags, words, depth)
-        values_of_leaves(round_keys, seeds, flags, words, depth, rows)
+        values_of_leaves(round_keys, seeds, flags, words, depth, WORD_BITS, rows)
         for lane in range(min(LANES, points.shape[0] - start)):
             total = _sum_row(
                 points[start + lane], rows[0, lane].reshape(-1), rows[1, lane].reshape(-1),

@@ -405,7 +405,7 @@ def _descend(  # type: ignore[no-untyped-def]
                 groups = (used + LANES - 1) // LANES
                 values = rows[: _BLOCKS * groups * 2 * LANES].reshape(_BLOCKS, LANES, groups, 2)
                 values_of_leaves(
-                    round_keys, grown, controls, words, depth + _BLOCKS * table, values
+                    round_keys, grown, controls, words, depth + _BLOCKS * table, WORD_BITS, values
                 )
                 for q in range(used):
                     for half in range(2):

@@ -58,7 +58,6 @@ from mergec.runtime.kernels.aes import (
     grow_level,
     values_of_leaves,
     vectors,
-    wide_values_of_leaves,
 )
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
@@ -612,11 +611,12 @@ def _descend_trees(  # type: ignore[no-untyped-def]
                 used = last - firsts[k] + 1
                 count = (used + LANES - 1) // LANES
                 values = rows[: blocks * count * 2 * LANES].reshape(blocks, LANES, count, 2)
+                values_of_leaves(
+                    round_keys, grown, controls, words, depth + blocks * k,
+                    WORD_BITS * out.shape[2], values,
+                )  # fmt: skip
                 position = _moved(points[i], drops[k]) & ones
                 if out.shape[2] > 1:
-                    wide_values_of_leaves(
-                        round_keys, grown, controls, words, depth + blocks * k, values
-                    )
                     for q in range(used):
                         for word in range(2 * blocks):
                             wide[q, word] = values[word // 2, q % LANES, q // LANES, word % 2]
@@ -625,7 +625,6 @@ def _descend_trees(  # type: ignore[no-untyped-def]
                     )
                     _add_wide(lower, upper, party, out[i, columns[k]])
                 else:
-                    values_of_leaves(round_keys, grown, controls, words, depth + blocks * k, values)
                     for q in range(used):
                         for half in range(2):
                             low[2 * q + half] = values[0, q % LANES, q // LANES, half]
