@@ -80,6 +80,7 @@ SUITES = {
     "runtime/protocols/finer.py": _tests("finer"),
     "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection"),
     "runtime/protocols/gain.py": _tests("normalize", "norm"),
+    "runtime/protocols/gated.py": _tests(f"{_FORMS} gated", "glu"),
     "runtime/protocols/gumbel.py": "tests/ops/test_reveal_token.py",
     "runtime/protocols/halves.py": _tests(f"{_FORMS} formula {_DOMAINS}"),
     "runtime/protocols/histogram.py": _tests("histogram"),

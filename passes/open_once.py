@@ -7,31 +7,32 @@ from typing import Any
 import torch
 from torch import fx
 
-from mergec.compiler.graph.ir import bind, calls, constant
+from mergec.compiler.graph.ir import bind, constant, op_of
 from mergec.compiler.graph.moves import keeps_rows
 from mergec.compiler.graph.paying import rows_that_pay
 from mergec.compiler.graph.rewriting import Pass
-from mergec.runtime.core.op import target
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
 from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.gelu import Gelu
+from mergec.runtime.ops.glu import FUNCTIONS, Glu
 from mergec.runtime.ops.linear import Linear
 
 
 class OpenOnce(Pass):
-    """Lets a GELU take one round instead of two, from a longer table for the server alone.
+    """Lets a GELU or a gated unit take one round instead of two, by longer tables for the server.
 
     The usual table ends near zero, so the bits that tell whether an input is beyond it are opened,
     and the table's value as well. A table of all that inputs reach needs neither
-    (`runtime.protocols.waves`), but some 600 dealt bytes for an element instead of 200, and its
-    result has 36 fractional bits, of which nothing is rounded off. So it pays where a round takes
-    long and the dealer is near the server: the cost model for the network decides up to how many
-    rows. Steps of more rows take two rounds, inside of the same op.
+    (`runtime.protocols.waves`), but some 600 dealt bytes for an element instead of 200. In a gated
+    unit, whose words are also dealt times the mask of `up` (`runtime.protocols.gated`), it is some
+    2,700 instead of 500. So it pays where a round takes long and the dealer is near the server: the
+    cost model for the network decides up to how many rows. Steps of more rows take two rounds,
+    inside of the same op.
 
-    Only products with constants of the server's may read the result, as they can take that many
-    fractional bits. Where they have no room for these, or calibration saw inputs that are too
-    large, the op is computed as before.
+    A GELU's result has 36 fractional bits then, of which nothing is rounded off. So only products
+    with constants of the server's may read it, as they can take that many. Where they have no room
+    for these, or calibration saw inputs that are too large, the op is computed as before.
 
     Before:
         %x = input : shared 1xnewx8
@@ -51,7 +52,7 @@ class OpenOnce(Pass):
         found = [
             node
             for node in graph_module.graph.nodes
-            if calls(node, target(Gelu.name)) and node.meta["vis"] is Vis.SHARED
+            if op_of(node) in (Gelu, Glu) and node.meta["vis"] is Vis.SHARED
         ]
         if found and not self.info.network.parties.latency:
             self.skip(found[0], "a message takes no time on this network; nor for others")
@@ -59,20 +60,24 @@ class OpenOnce(Pass):
         return sum(self._open(graph_module, node) for node in found)
 
     def _open(self, graph_module: fx.GraphModule, node: fx.Node) -> int:
-        arguments = bind(Gelu, node)
+        op: Any = op_of(node)
+        arguments = bind(op, node)
         if arguments["alone"]:
             return 0
-        if not _for_products(graph_module, node):
+        if op is Gelu and not _for_products(graph_module, node):
             self.skip(node, "not only products with constants of the server's read it")
             return 0
-        rows, seconds = self._rows(node.meta["val"].shape[-1])
+        if op is Glu and arguments["act"] not in FUNCTIONS:
+            self.skip(node, "a rectifier is no sum of cosines")
+            return 0
+        rows, seconds = self._rows(op, node.meta["val"].shape[-1])
         if not rows:
             self.skip(node, f"its table would take {seconds:.1e} s more for each token")
             return 0
         node.kwargs = {**node.kwargs, "alone": rows}
         return 1
 
-    def _rows(self, size: int) -> tuple[int, float]:
+    def _rows(self, op: type[Gelu] | type[Glu], size: int) -> tuple[int, float]:
         """For how many rows one opening is cheaper; else by how many seconds it is not.
 
         How far inputs reach is known only later; this is the usual case.
@@ -81,15 +86,17 @@ class OpenOnce(Pass):
 
         def weigh(count: int, alone: int) -> float:
             x = Shared(words.expand(count, size), 2 * FRACTIONAL_BITS)
-            given = x, True, USUAL_REACH, alone
-            cost = Gelu.cost(*given, fixed=FRACTIONAL_BITS)
-            dealt = call_dealt(Gelu, FRACTIONAL_BITS, False, *given)
+            given: tuple[Any, ...] = x, True, USUAL_REACH, alone
+            if op is Glu:
+                given = x, x, "silu", USUAL_REACH, False, alone, USUAL_SPAN
+            cost = op.cost(*given, fixed=FRACTIONAL_BITS)
+            dealt = call_dealt(op, FRACTIONAL_BITS, False, *given)
             return self.info.network.weight(cost, dealt)
 
         return rows_that_pay(weigh)
 
 
-USUAL_REACH = 6
+USUAL_REACH, USUAL_SPAN = 6, 64
 
 
 def _for_products(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -97,7 +104,7 @@ def _for_products(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return bool(node.users) and all(
         _for_products(graph_module, user)
         if keeps_rows(user)
-        else calls(user, target(Linear.name)) and _by_constant(graph_module, node, user)
+        else op_of(user) is Linear and _by_constant(graph_module, node, user)
         for user in node.users
     )
 

@@ -16,6 +16,7 @@ from mergec.runtime.core.values import Shared, Wide
 from mergec.runtime.engine.plan import LATER, Plan, Planned
 from mergec.runtime.engine.rehearsal import call_dealt, ghost_inputs
 from mergec.runtime.ops.gelu import Gelu
+from mergec.runtime.ops.glu import Glu
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.part import Part
 from mergec.runtime.ops.rotary import Rotary
@@ -131,7 +132,7 @@ def chosen_otherwise(program: RoleProgram, network: Network, fixed: int) -> dict
         deferred = planned.op is not None and issubclass(planned.op, NormedLinear)
         if deferred and not waits:
             found[f"{item.target} (norm deferred{', wide' * planned.argument('wide')})"] += 1
-        elif planned.op is Gelu and planned.argument("alone") and not waits:
+        elif planned.op in (Gelu, Glu) and planned.argument("alone") and not waits:
             found[f"{item.target} (one opening)"] += 1
         elif _bound(planned, planned.instruction) != _bound(planned, item):
             found[item.target] += 1

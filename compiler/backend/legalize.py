@@ -33,7 +33,7 @@ from mergec.runtime.core.spec import (
 from mergec.runtime.engine.plan import LATER, Planned
 from mergec.runtime.ops.attention import ScoredAttention
 from mergec.runtime.ops.embedding import Embedding
-from mergec.runtime.ops.gelu import ALONE_FRAC
+from mergec.runtime.ops.gelu import ALONE_FRAC, Gelu
 from mergec.runtime.ops.linear import Linear
 from mergec.runtime.ops.normed_linear import NormedLinear
 from mergec.runtime.ops.open import Open
@@ -198,8 +198,10 @@ class _Legalizer:
         if self.exact and "reach" in arguments:
             # With exact rounding functions have finer tables, which need keys.
             arguments["reach"] = 0
-        if arguments.get("alone") and (self.exact or not self.has_room(node, ALONE_FRAC)):
-            arguments["alone"] = 0
+        if arguments.get("alone") and (
+            self.exact or (op is Gelu and not self.has_room(node, ALONE_FRAC))
+        ):
+            arguments |= dict.fromkeys({"alone", "span"} & set(arguments), 0)
         optional = set(LATER)
         if issubclass(op, NormedLinear):
             arguments |= self.deferral(node, op, arguments)

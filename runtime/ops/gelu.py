@@ -14,7 +14,7 @@ from mergec.runtime.core.cases import Case, Sampler, spread
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op, Positions
-from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
+from mergec.runtime.core.spec import RING_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.pieces import Pieces
 from mergec.runtime.protocols.saturate import (
@@ -29,6 +29,7 @@ from mergec.runtime.protocols.saturate import (
     supplies_of,
 )
 from mergec.runtime.protocols.waves import (
+    Bend,
     Waves,
     evaluate_alone,
     evaluate_alone_cost,
@@ -66,41 +67,34 @@ ALONE_FRAC = RING_BITS - _ALONE_INTEGER_BITS
 _ALONE_BITS = 39
 """Fractional bits of a dealt word and of the public number that it is multiplied by, together."""
 
-_CYCLES = {6: 618, 7: 280}
-"""Periods in 2**16 of the cosines that come close to a GELU for |x| < 2**reach - 2**4."""
+_ALONE_REACHES = 6, 7
+"""For which n a GELU by one opening serves |x| < 2**n - 2**4."""
+
+
+def _transform(w: float) -> float:
+    """That of the erf form; coefficients of the tanh form are less than twice as large."""
+    return (1 + w * w) * math.exp(-w * w / 2)
+
+
+GELU_BEND = Bend(lambda x: x / 2 * _erf(x), 5, _transform, -18.5)
+GELU_TANH_BEND = Bend(lambda x: x / 2 * _tanh(x), 5, _transform, -18.5)
 
 
 def alone_table(tanh: bool, reach: int) -> Pieces:
     """The table of a GELU by one opening. Raises ValueError for a reach that has none."""
-    if reach not in _CYCLES:
+    if reach not in _ALONE_REACHES:
         raise ValueError(f"no table serves a GELU for inputs up to 2**{reach} by one opening")
     return _made(tanh, reach)
 
 
 @cache
 def _made(tanh: bool, reach: int) -> Pieces:
-    cycles, odd = _CYCLES[reach], _tanh if tanh else _erf
-    sizes = tuple(math.ceil(size) for size in log_sizes(cycles))
-    widths = [min(8, max(4, -(-(_ALONE_INTEGER_BITS + _ALONE_BITS + s) // 8))) for s in sizes]
+    waves = (GELU_TANH_BEND if tanh else GELU_BEND).curve(2**reach - 2**4)
+    bits = (_ALONE_INTEGER_BITS + _ALONE_BITS + size for size in waves.sizes)
+    widths = [min(8, max(4, -(-needed // 8))) for needed in bits]
     # A table is a multiple of four bytes.
     widths[-1] += sum(widths) % 2
-    waves = Waves(lambda x: x / 2 * odd(x), 2**reach - 2**4, cycles, sizes)
     return wave_table(waves, tuple(widths), _ALONE_INTEGER_BITS)
-
-
-def log_sizes(cycles: int) -> list[float]:
-    """Binary logarithms that the coefficients of either form stay below, as far as they matter.
-
-    Those of the erf form follow from the Fourier transform of its second derivative,
-    (1 + w**2) exp(-w**2 / 2); those of the tanh form are less than twice as large.
-    """
-    period = 2.0**FRACTIONAL_BITS / cycles
-    found: list[float] = []
-    while not found or found[-1] > -18.5:
-        w = 2 * math.pi * (2 * len(found) + 1) / period
-        size = 4 / period * (1 + w * w) * math.exp(-w * w / 2) / w**2
-        found.append(math.log2(size) + 1)
-    return found
 
 
 class Gelu(Op):
@@ -156,7 +150,7 @@ class Gelu(Op):
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
         reach = reach_for(measured.get("largest_input", math.inf))
-        return {"reach": reach, "alone": arguments["alone"] if reach in _CYCLES else 0}
+        return {"reach": reach, "alone": arguments["alone"] if reach in _ALONE_REACHES else 0}
 
     @classmethod
     def scale(
@@ -173,7 +167,7 @@ class Gelu(Op):
         cls, x: Shared, tanh: bool = False, reach: int = 0, alone: int = 0, *, fixed: int
     ) -> Cost:
         count = x.share.numel()
-        if _rows(x) <= alone:
+        if rows_of(x) <= alone:
             return evaluate_alone_cost(alone_table(tanh, reach), count)
         return apply_cost((GELU_TANH if tanh else GELU).from_server(reach), count)
 
@@ -183,7 +177,7 @@ class Gelu(Op):
     ) -> Protocol:
         """Cubics on windows of 1/8 between -7.25 and 7.25, 0 below, x above; or cosines."""
         narrow = function_input(ctx, x)
-        if _rows(x) <= alone:
+        if rows_of(x) <= alone:
             share = yield from evaluate_alone(ctx, alone_table(tanh, reach), narrow)
             return Shared(share, ALONE_FRAC)
         function = (GELU_TANH if tanh else GELU).from_server(reach)
@@ -202,5 +196,6 @@ class Gelu(Op):
         return x * inner.mul(2 * math.sqrt(2 / math.pi)).sigmoid()
 
 
-def _rows(x: Shared) -> int:
+def rows_of(x: Shared) -> int:
+    """How many rows a value has."""
     return math.prod(x.shape[:-1])

@@ -26,7 +26,7 @@ from mergec.runtime.protocols.saturate import (
     saturating,
     supplies_of,
 )
-from mergec.runtime.protocols.waves import Waves, wave_table
+from mergec.runtime.protocols.waves import Bend, Waves, wave_table
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -48,6 +48,13 @@ SILU = saturating(
     _silu, -15.5, 128, 14, 57, 16, *_TAILS,
     served=Function(wave_table(_WAVES, _WIDTHS, 6), 17, *_TAILS),
 )  # fmt: skip
+
+
+def _transform(w: float) -> float:
+    return (math.pi * w / math.sinh(math.pi * w)) ** 2 * math.cosh(math.pi * w)
+
+
+SILU_BEND = Bend(_even, 15, _transform, -17.0)
 
 
 class Silu(Op):

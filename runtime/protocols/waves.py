@@ -23,6 +23,7 @@ that nothing changes where z wraps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -92,6 +93,35 @@ class Waves(Curve):
     def fitted(self) -> np.ndarray:
         """The mean and the coefficient of each cosine, float64 [1 + cosines]."""
         return _fitted(self)
+
+
+@dataclass(frozen=True)
+class Bend:
+    """An even function that is |x|/2 but for a bend at zero, as the sum of cosines that it takes.
+
+    width: how far from zero it is another number. transform: the Fourier transform of its second
+    derivative, or of one at least half as large, by the frequency. smallest: binary logarithm of
+    what may be left off of a coefficient; that of the last cosine is not above it.
+    """
+
+    even: Callable[[np.ndarray], np.ndarray]
+    width: int
+    transform: Callable[[float], float]
+    smallest: float
+
+    def curve(self, half: int) -> Waves:
+        """x/2 and the function, for |x| <= half."""
+        cycles = round(2.0**FRACTIONAL_BITS / (2 * (half + self.width)))
+        return Waves(self.even, half, cycles, tuple(map(math.ceil, self.log_sizes(cycles))))
+
+    def log_sizes(self, cycles: int) -> list[float]:
+        """Binary logarithms that the coefficients stay below, as far as they matter."""
+        period = 2.0**FRACTIONAL_BITS / cycles
+        found: list[float] = []
+        while not found or found[-1] > self.smallest:
+            w = 2 * math.pi * (2 * len(found) + 1) / period
+            found.append(math.log2(4 / period * self.transform(w) / w**2) + 1)
+        return found
 
 
 def wave_table(curve: Waves, widths: tuple[int, ...], integer_bits: int) -> Pieces:

@@ -22,9 +22,11 @@ from mergec.runtime.correlations.counters import Counters, Tally
 from mergec.runtime.correlations.dpf import Generator
 from mergec.runtime.kernels import bitsliced, matmul, turns
 from mergec.runtime.kernels.backends import KERNELS, Kernel
+from mergec.runtime.ops.glu import gated_table
 from mergec.runtime.protocols import interval, octave, peak, slots, wide
 from mergec.runtime.protocols.broad import Broad
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
+from mergec.runtime.protocols.gated import Gated
 from mergec.runtime.protocols.logarithm import LongLog
 from mergec.runtime.protocols.normalize import _word_counts
 from mergec.runtime.protocols.octave import Octaves
@@ -33,6 +35,8 @@ from mergec.runtime.protocols.power import Mantissa
 from mergec.runtime.protocols.ranks import Pairs
 from mergec.runtime.protocols.saturate import Tail
 from mergec.runtime.protocols.selection import Line, Selection
+from mergec.runtime.protocols.truncate import truncation_parts
+from mergec.runtime.protocols.waves import Waves
 
 Arguments = tuple[Any, ...]
 Cases = Callable[[bool], Iterator[Arguments]]
@@ -566,6 +570,36 @@ def _(full: bool) -> Iterator[Arguments]:
             dealt = words(count, table.dealt_bytes // 4, dtype=torch.int32)
             opened, rows = words(count, dtype=torch.int32), below(5, count)
             yield dealt, opened, rows, table, words(5, kept // 32, dtype=torch.int32)
+
+
+def _gated() -> Iterator[Gated]:
+    yield gated_table("silu", 48, 54)
+    for frac, sizes in ((16, (0, 0, -9, -20, -30)), (30, (0, -1, -2)), (62, (8, 0, 0))):
+        yield Gated(Waves(lambda x: np.cos(3 * x) / 4, 1, 2**13 + 1, sizes), frac)
+
+
+@cases("gated.corrected")
+def _(full: bool) -> Iterator[Arguments]:
+    for table in _gated():
+        for count in (31, 0):
+            # Cosines and sines are 1 and -1 at most.
+            turned = below((1 << 31) + 1, count, table.terms) - (1 << 30)
+            masks = words(count, dtype=torch.int32 if table.narrow else torch.int64)
+            share = below(256, count, table.row_bytes).to(torch.uint8)
+            yield share, turned, truncation_parts(masks, table.shift), table
+
+
+@cases("gated.values")
+def _(full: bool) -> Iterator[Arguments]:
+    for table in _gated():
+        for count in (31, 0):
+            dealt = below(256, count, table.row_bytes).to(torch.uint8)
+            most = torch.from_numpy(1 << table.basis_bits)
+            basis = below(1 << 62, count, table.terms) % (2 * most + 1) - most
+            bits = table.factor_bits
+            base = (words(count) >> (64 - bits)).to(torch.int64)
+            wrap = below(2, count) << bits
+            yield dealt, basis, base, wrap, table, words(count)
 
 
 @cases("long.added")

@@ -28,10 +28,12 @@ from mergec.runtime.core.values import Shared
 from mergec.runtime.engine.simulate import Corrections, Simulation
 from mergec.runtime.kernels.transfers import Guard, to_device, to_host
 from mergec.runtime.ops.gelu import GELU
+from mergec.runtime.ops.glu import gated_table
 from mergec.runtime.ops.silu import SILU
 from mergec.runtime.ops.tanh import TANH
 from mergec.runtime.protocols.argmax import Candidates, best
 from mergec.runtime.protocols.finer import finer_products
+from mergec.runtime.protocols.gated import gated
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.protocols.peak import peak
@@ -62,6 +64,11 @@ def _weights(ctx: Context, x: torch.Tensor) -> Protocol:
     return (yield from finer_products(ctx, found[None], values))
 
 
+def _gated(ctx: Context, share: torch.Tensor) -> Protocol:
+    x = Shared(share, 16)
+    return (yield from gated(ctx, gated_table("silu", 48, 16), function_input(ctx, x), x))
+
+
 def _rectified(ctx: Context, share: torch.Tensor) -> Protocol:
     x = Shared(share, 16)
     return (yield from rectify(ctx, function_input(ctx, x), x))
@@ -89,6 +96,7 @@ CASES: dict[str, tuple[Build, tuple[int, ...], torch.dtype]] = {
     "broad exponentials": (_exponentials("broad-7"), (2, 5), torch.int64),
     "probabilities": (_weights, (2, 5), torch.int64),
     "slots": (lambda ctx, x: top_slot(ctx, x, _valid(2, 9), 6), (2, 9), torch.int32),
+    "gated unit": (_gated, (3,), torch.int64),
     "slots by digits": (_exponentials("broad-6-digits"), (2, 5), torch.int64),
     "slots by keys": (_exponentials("broad-6-keys"), (2, 5), torch.int64),
     "slots of long rows": (

@@ -15,8 +15,10 @@ from mergec.compiler.backend.legalize import legalize
 from mergec.compiler.graph.ir import bind
 from mergec.runtime.core.network import NETWORKS, Link, Network
 from mergec.runtime.core.values import Shared
+from mergec.runtime.engine.plan import Plan
 from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.gelu import ALONE_FRAC, Gelu
+from mergec.runtime.ops.glu import Glu
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import float_decoder
 from tests.passes.harness import Graph, leaves, normal, rewrites
@@ -39,6 +41,57 @@ def graph(network: str | Network = "wan") -> Graph:
 def gelu_of(made: Graph) -> dict[str, Any]:
     (node,) = [n for n in made.module.graph.nodes if "gelu" in str(n.target)]
     return {"node": node, **bind(Gelu, node)}
+
+
+def gated(act: str = "silu", **options: Any) -> Graph:
+    """A gated unit that a product with a constant of the server's reads."""
+
+    def body(self: Any, gate: torch.Tensor, up: torch.Tensor) -> Any:
+        return mpc.linear(mpc.glu(gate, up, act, **options), self.w)
+
+    made = Graph(body, normal(1, 3, 8), normal(1, 3, 8), w=normal(4, 8))
+    made.info = replace(made.info, network=NETWORKS["wan"])
+    return made
+
+
+def glu_of(made: Graph) -> dict[str, Any]:
+    (node,) = [n for n in made.module.graph.nodes if "glu" in str(n.target)]
+    return {"node": node, **bind(Glu, node)}
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+def test_a_gated_unit_is_computed_at_once_whatever_reads_it(act: str) -> None:
+    made = gated(act)
+    rewrites(made, "open_once")
+    assert glu_of(made)["alone"] >= 1
+    leaves(made, "open_once")
+
+
+def test_a_rectifier_has_no_table() -> None:
+    leaves(gated("relu"), "open_once", reason="no sum of cosines")
+
+
+@pytest.mark.parametrize(
+    ("largest", "exact", "span"),
+    [
+        (6.0, False, 48),
+        (6.1, False, 64),
+        (8.1, False, 80),
+        (10.0, False, 80),
+        (10.1, False, 0),
+        (6.0, True, 0),
+    ],
+)
+def test_a_gated_unit_has_the_shortest_table_with_eight_times_what_was_seen(
+    largest: float, exact: bool, span: int
+) -> None:
+    made = gated(alone=3)
+    found = glu_of(made)["node"]
+    found.meta |= {"largest_input": largest, "range": (-largest, largest)}
+    legalize(made.module, 16, exact)
+    given = glu_of(made)
+    assert (given["alone"], given["span"]) == ((3, span) if span else (0, 0))
+    assert given["node"].meta["frac"] == 32
 
 
 def test_on_one_machine_no_activation_waits() -> None:
@@ -97,24 +150,28 @@ def test_where_it_cannot_be_it_is_computed_as_before(
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": "shared"}, {"reveal": "token"}], ids=str)
+@pytest.mark.parametrize(("family", "op"), [("gpt2", Gelu), ("llama", Glu)])
 def test_a_decoder_takes_a_round_less_for_each_layer(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    op: type[Gelu] | type[Glu],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a token; a prompt of more rows than pay takes as many as before, to the same logits."""
     network = replace(NETWORKS["wan"], to_server=Link(0.0, 1e7))
     monkeypatch.setitem(NETWORKS, "wan", network)
-    model, captured = float_decoder("gpt2")
+    model, captured = float_decoder(family)
     config = CompileConfig(max_length=64, logit_noise=0.0, network="wan", **options)
     program = compile_decoder(model, config=config, captured=captured)
     plain = compile_decoder(
         model, config=replace(config, disable=("open_once",)), captured=captured
     )
-    calls = [i for i in program.roles["client"].instructions if i.target == "mpc.gelu"]
-    assert all(int(call.args[3]) >= 1 for call in calls)
+    steps = [p for p in Plan(program.roles["client"]).steps if p.op is op]
+    assert steps and all(step.argument("alone") >= 1 for step in steps)
 
     def rounds(made: Any, new: int, past: int) -> dict[str, int]:
         rows = cost_report(made.roles["client"], new, past).rows
-        return {row.name: row.cost.rounds for row in rows if row.target == "mpc.gelu"}
+        return {row.name: row.cost.rounds for row in rows if row.target == f"mpc.{op.name}"}
 
     assert set(rounds(program, 1, 8).values()) == {1}
     assert set(rounds(plain, 1, 8).values()) == {2}

@@ -25,6 +25,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.long import HALF_BITS, ONES, added
 from mergec.runtime.ops import load_all
 from mergec.runtime.ops.attention import _cap
+from mergec.runtime.ops.glu import ACTIVATIONS, gated_table
 from mergec.runtime.ops.log import OCTAVES as LOG
 from mergec.runtime.ops.reciprocal import SPEC as RECIPROCAL
 from mergec.runtime.ops.rsqrt import SPEC as RSQRT
@@ -32,6 +33,7 @@ from mergec.runtime.protocols.argmax import LOWEST, Candidates, best, plan_for
 from mergec.runtime.protocols.broad import Broad, broad_exponentials
 from mergec.runtime.protocols.deferred import Deferred, deferred_norm, deferred_norm_wide
 from mergec.runtime.protocols.finer import HALVES, finer_products
+from mergec.runtime.protocols.gated import OUT_FRAC, gated
 from mergec.runtime.protocols.histogram import crest
 from mergec.runtime.protocols.multiply import multiply
 from mergec.runtime.protocols.normalize import SCALED_FRAC, RowNorm, normalize
@@ -451,6 +453,34 @@ def scalar(name: str, *rest: Any, low: int = -RANGE, high: int = RANGE) -> Calla
     return attempt
 
 
+def gated_units(act: str, span: int, frac: int) -> Callable[[int], Outcome]:
+    """What the cosines are off, and a unit and a half of half the factor."""
+
+    def attempt(count: int) -> Outcome:
+        outcome, table, end = Outcome(), gated_table(act, span, frac), span << FRACTIONAL_BITS
+        for size, seed in pieces(count, 1 << 14):
+            gates = inputs(size, seed, -end, end, [i << 13 for i in range(-160, 161)])
+            gates[: size // 3] = words(size // 3, -20 << 16, 20 << 16, seed)
+            largest = (1 << 62) - 1 if frac > 40 else 1 << (frac + 20)
+            ups = inputs(size, seed + 1, -largest, largest, [0, 1, -1])
+            # Factors of all sizes.
+            ups >>= words(size, 0, 50, seed + 2)
+            simulation = Simulation()
+            x = [Shared(s.share, FRACTIONAL_BITS) for s in integers(simulation, gates)]
+            y = [Shared(s.share, frac) for s in integers(simulation, ups)]
+            found, _ = run(
+                simulation,
+                lambda ctx, p, x=x, y=y: gated(ctx, table, function_input(ctx, x[p]), y[p]),
+            )
+            active = ACTIVATIONS[act](gates.double() * UNIT)
+            up, unit = ups.double() * 2.0**-frac, 3 * UNIT
+            bound = 3e-5 * (up.abs() + unit) + unit * active.abs() + 2.0**-31
+            outcome.add(found.double() * 2.0**-OUT_FRAC - active * up, bound)
+        return outcome
+
+    return attempt
+
+
 def score_caps(count: int) -> Outcome:
     outcome, cap = Outcome(), 50.0
     function = _cap(cap)
@@ -637,6 +667,18 @@ CHECKS = [
         _REACH,
         "5e-5",
         scalar("gelu", False, 9, low=-_REACHED, high=_REACHED),
+    ),
+    Check(
+        "SiLU times a factor, by one opening",
+        "abs(x) up to 48, factors of 54 bits below 2^8",
+        "3e-5 u + 3 2^-16 y",
+        gated_units("silu", 48, 54),
+    ),
+    Check(
+        "the same of GELU",
+        "abs(x) up to 80, factors of 32 bits below 2^20",
+        "3e-5 u + 3 2^-16 y",
+        gated_units("gelu", 80, 32),
     ),
     Check("x sigmoid(1.702 x)", _TAILS, "5e-5", scalar("quick_gelu")),
     Check("ELU", _TAILS, "5e-5", scalar("elu")),
