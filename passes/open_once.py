@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from mergec.compiler.graph.ir import bind, constant, op_of
-from mergec.compiler.graph.moves import keeps_rows
+from mergec.compiler.graph.moves import is_move, keeps_rows
 from mergec.compiler.graph.paying import rows_that_pay
 from mergec.compiler.graph.rewriting import Pass
 from mergec.runtime.core.spec import FRACTIONAL_BITS, Vis
@@ -17,6 +18,7 @@ from mergec.runtime.engine.rehearsal import call_dealt
 from mergec.runtime.ops.gelu import Gelu
 from mergec.runtime.ops.glu import FUNCTIONS, Glu
 from mergec.runtime.ops.linear import Linear
+from mergec.runtime.ops.normed_linear import NormedLinear
 
 
 class OpenOnce(Pass):
@@ -70,17 +72,18 @@ class OpenOnce(Pass):
         if op is Glu and arguments["act"] not in FUNCTIONS:
             self.skip(node, "a rectifier is no sum of cosines")
             return 0
-        rows, seconds = self._rows(op, node.meta["val"].shape[-1])
+        rows, seconds = self._rows(op, node.meta["val"].shape[-1], 2 if _deferred(node) else 1)
         if not rows:
             self.skip(node, f"its table would take {seconds:.1e} s more for each token")
             return 0
         node.kwargs = {**node.kwargs, "alone": rows}
         return 1
 
-    def _rows(self, op: type[Gelu] | type[Glu], size: int) -> tuple[int, float]:
+    def _rows(self, op: type[Gelu] | type[Glu], size: int, latencies: int) -> tuple[int, float]:
         """For how many rows one opening is cheaper; else by how many seconds it is not.
 
-        How far inputs reach is known only later; this is the usual case.
+        latencies: how many a round takes. How far inputs reach is known only later; this is the
+        usual case.
         """
         words = torch.empty((1, size), dtype=torch.int64, device="meta")
 
@@ -91,12 +94,26 @@ class OpenOnce(Pass):
                 given = x, x, "silu", USUAL_REACH, False, alone, USUAL_SPAN
             cost = op.cost(*given, fixed=FRACTIONAL_BITS)
             dealt = call_dealt(op, FRACTIONAL_BITS, False, *given)
+            cost = replace(cost, rounds=latencies * cost.rounds)
             return self.info.network.weight(cost, dealt)
 
         return rows_that_pay(weigh)
 
 
 USUAL_REACH, USUAL_SPAN = 6, 64
+
+
+def _deferred(node: fx.Node) -> bool:
+    """Whether a norm that was deferred is in front of an activation.
+
+    The openings from there on are an odd number, which take a latency more than they are, and an
+    even one without this round (docs/performance.md, Latencies).
+    """
+    before: Any = node.args[0]
+    while is_move(before):
+        before = before.args[0]
+    op = op_of(before)
+    return op is not None and issubclass(op, NormedLinear)
 
 
 def _for_products(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -67,6 +67,25 @@ def test_a_gated_unit_is_computed_at_once_whatever_reads_it(act: str) -> None:
     leaves(made, "open_once")
 
 
+def test_behind_a_deferred_norm_a_round_counts_twice() -> None:
+    """As many rows as two latencies pay for, instead of one."""
+
+    def body(self: Any, x: torch.Tensor) -> Any:
+        return mpc.linear(mpc.gelu(mpc.linear(x, self.w)), self.v)
+
+    def deferred(self: Any, x: torch.Tensor) -> Any:
+        rows = mpc.rms_norm_linear(x, self.w, None, 1e-5, 16.0)
+        return mpc.linear(mpc.gelu(rows[..., 0:6]), self.v)
+
+    limits = []
+    for form in (body, deferred):
+        made = Graph(form, normal(1, 3, 8), w=normal(6, 8), v=normal(4, 6))
+        made.info = replace(made.info, network=replace(NETWORKS["wan"], to_server=Link(0.0, 1e6)))
+        rewrites(made, "open_once")
+        limits.append(gelu_of(made)["alone"])
+    assert 2 * limits[0] - 1 <= limits[1] <= 2 * limits[0]
+
+
 def test_a_rectifier_has_no_table() -> None:
     leaves(gated("relu"), "open_once", reason="no sum of cosines")
 
