@@ -22,7 +22,7 @@ from mergec.runtime.program.program import Instruction, Ref, RoleProgram, needed
 
 _CPU = torch.device("cpu")
 
-LATER = frozenset({"reach", "pads", "sink", "apart", "alone", "span"})
+LATER = frozenset({"reach", "pads", "sink", "apart", "alone", "span", "coarse"})
 """Parameters that ops got after programs were first written: left out where they say nothing, so
 that a program without them, and its hash, stay as they are."""
 

@@ -48,12 +48,14 @@ from mergec.runtime.protocols.rows import (
     PAIRS,
     SHIFTS,
     SLOTS,
+    coarse_rows,
     exponentials,
     exponentials_cost,
     hiding,
     inverse,
     logarithm_called,
     reach_of_rows,
+    shift_of_length,
     shift_of_many,
     shift_supplies,
     shift_variants,
@@ -151,14 +153,15 @@ class Attention(ScoredAttention):
     2**(26 - log2 L); otherwise, up to 2**(23 - log2 L). reach: with n for it, calibration says that
     the scores of a row are at most 2**n - 4 apart, so that the shift may be found by slots, and
     broad windows may serve the exponentials, in a round less. By logarithms rows may be 2**n - 10
-    apart.
+    apart. coarse: with n for it, slots may be coarse for rows of up to 2**n entries, where scores
+    are 2**reach - 8 apart at most; longer rows take finer slots.
     """
 
     name = "attention"
     schema = (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap=0.0, "
-        "str shift='pairs', Tensor? bias=None, int reach=0, Tensor? pads=None, Tensor? sink=None) "
-        "-> Tensor"
+        "str shift='pairs', Tensor? bias=None, int reach=0, Tensor? pads=None, Tensor? sink=None, "
+        "int coarse=0) -> Tensor"
     )
     operands = {**ScoredAttention.operands, "bias": "fixed", "pads": "held", "sink": "fixed"}
 
@@ -175,6 +178,7 @@ class Attention(ScoredAttention):
         reach: int = 0,
         pads: torch.Tensor | None = None,
         sink: torch.Tensor | None = None,
+        coarse: int = 0,
     ) -> torch.Tensor:
         weights = Attention.probabilities(
             q, k, mask, scale, softcap, shift, bias, reach, pads, sink
@@ -197,6 +201,7 @@ class Attention(ScoredAttention):
                 for way in (*SHIFTS, *SLOTS, *BROAD, *LOG)
                 if way not in (PAIRS, HISTOGRAM)
             ),
+            *_coarse_cases(make),
             Case([*few[:3], None, 0.5], stock=1e-2),
             Case([*few, 0.3, 2.0], stock=1e-2, forms={"mask": PUBLIC}),
             Case([*one, None, 0.5], stock=1e-2),
@@ -215,6 +220,7 @@ class Attention(ScoredAttention):
         reach: int = 0,
         pads: torch.Tensor | None = None,
         sink: torch.Tensor | None = None,
+        coarse: int = 0,
     ) -> torch.Tensor:
         """How much each token attends to each other one, [B, H, N, L], in the clear."""
         scores = plain_scores(q, k, scale, softcap)
@@ -243,8 +249,11 @@ class Attention(ScoredAttention):
 
     @classmethod
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-        spread = measured.get("score_spread", math.inf)
-        return {"reach": reach_of_rows(spread, arguments.get("pads") is not None)}
+        spread, hides = measured.get("score_spread", math.inf), arguments.get("pads") is not None
+        reach = reach_of_rows(spread, hides)
+        fits = reach and not hides and spread * 2.0**RANGE_MARGIN_BITS <= 2.0**reach - 8
+        coarse = coarse_rows(measured.get("largest_value", math.inf)) if fits else 0
+        return {"reach": reach, "coarse": coarse}
 
     @classmethod
     def refusal(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
@@ -269,7 +278,7 @@ class Attention(ScoredAttention):
         With digits, slots take one round more and fewer bytes still; with keys, tables of slots
         take fewer bytes on the server's link and some on the client's.
         """
-        return shift_variants(arguments["reach"])
+        return shift_variants(arguments["reach"], bool(arguments["coarse"]))
 
     @classmethod
     def far_variants(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -295,6 +304,7 @@ class Attention(ScoredAttention):
         reach: int = 0,
         pads: Any = None,
         sink: Any = None,
+        coarse: int = 0,
         *,
         fixed: int,
     ) -> Cost:
@@ -302,7 +312,7 @@ class Attention(ScoredAttention):
         features = v.shape[-1]
         valid, _ = split_mask(mask, q, k)
         valid = _with_sink(valid, sink)
-        way, logarithm = _way(q, valid, shift, pads)
+        way, logarithm = _way(q, valid, shift, pads, coarse)
         total = scores_cost(q, k, scale, softcap)
         if logarithm is not None:
             total += probabilities_cost(valid, logarithm, _weight_frac(v))
@@ -328,6 +338,7 @@ class Attention(ScoredAttention):
         reach: int = 0,
         pads: Any = None,
         sink: Any = None,
+        coarse: int = 0,
     ) -> Protocol:
         """Attention on opened queries, keys and values; scale must be a power of two.
 
@@ -348,7 +359,7 @@ class Attention(ScoredAttention):
             found = biased(ctx, found, hidden, q, k)
         if sink is not None:
             found, valid = _with_column(ctx, found, sink, q), _with_sink(valid, sink)
-        way, logarithm = _way(q, valid, shift, pads)
+        way, logarithm = _way(q, valid, shift, pads, coarse)
         if logarithm is not None and not ctx.exact:
             weights = yield from probabilities(ctx, found, valid, logarithm, _weight_frac(v))
             weights = weights[:, :length]
@@ -379,6 +390,7 @@ class Attention(ScoredAttention):
         reach: int = 0,
         pads: Any = None,
         sink: Any = None,
+        coarse: int = 0,
     ) -> Any:
         """CrypTen's matrix products and softmax. Raises NotImplementedError for hidden keys."""
         if pads is not None:
@@ -407,10 +419,15 @@ _MOST_NEW = 8
 """Tokens of a step up to which its rows are shifted in the way that was chosen for few."""
 
 
-def _way(q: Masked, valid: torch.Tensor, shift: str, pads: Any) -> tuple[str, ByLogarithm | None]:
+def _way(
+    q: Masked, valid: torch.Tensor, shift: str, pads: Any, coarse: int
+) -> tuple[str, ByLogarithm | None]:
     """How a step weighs rows [R, L] of scores for these queries: a shift, or a logarithm."""
     length = valid.shape[-1]
-    name = shift if q.shape[-2] <= _MOST_NEW else shift_of_many(shift, length)
+    if q.shape[-2] > _MOST_NEW:
+        name = shift_of_many(shift, length, coarse)
+    else:
+        name = shift_of_length(shift, length, coarse)
     return logarithm_called(name, length, pads is not None)
 
 
@@ -514,6 +531,22 @@ def _padded_cases(make: Sampler) -> list[Case]:
         *(padded([*long, 0.0, way, None, bits], 17) for way, bits in ways.items()),
         *(padded([*many, causal, 0.25, 0.0, f"broad-{n}", None, n], 9) for n in (6, 9)),
         padded([*many, causal, 0.25, 0.0, HISTOGRAM, None, 0], 9),
+    ]
+
+
+def _coarse_cases(make: Sampler) -> list[Case]:
+    """Coarse slots, for rows as long as they serve and for one entry more, few rows and many."""
+    many = [make.normal(1, 2, 12, 8), make.normal(1, 1, 32, 8), make.normal(1, 1, 32, 8)]
+    causal = torch.full((1, 1, 12, 32), torch.finfo(torch.float32).min).triu(21)
+    ways = {name: int(name.split("-")[1]) for name in BROAD if name.endswith("-coarse")}
+    return [
+        Case([*operands, 0.0, way, None, bits, None, None, coarse], 3e-4, forms={"mask": PUBLIC})
+        for way, bits in ways.items()
+        for operands, coarse in (
+            (_longer_operands(make), 12),
+            (_longer_operands(make), 5),
+            ([*many, causal, 0.25], 5),
+        )
     ]
 
 

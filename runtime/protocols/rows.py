@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -74,7 +74,8 @@ class Shift:
     find, cost: the protocol and its cost. reach: the shift is above the row's maximum less this.
     exp: the exponential from there on: of a function two rounds, of a `Broad` one. top_bits:
     exponentials are below 2**top_bits. many: the name of what a step of many rows takes instead,
-    see `shift_of_many`. bits: those of `top_slot`, 0 for others.
+    see `shift_of_many`. bits: those of `top_slot`, 0 for others. finer: the name of what rows take
+    for which exponentials of this size are too large.
     """
 
     find: Callable[[Context, torch.Tensor, torch.Tensor], Protocol]
@@ -84,6 +85,7 @@ class Shift:
     top_bits: int
     many: str
     bits: int = 0
+    finer: str = ""
 
     @property
     def lowest(self) -> float:
@@ -124,30 +126,47 @@ _LARGEST_TABLE = 256
 """Bytes of an entry's table of slots for which a step of many rows leaves pairs."""
 
 
-def _slots(bits: int, exp: Function | Broad, digits: bool = False, keys: bool = False) -> Shift:
-    find = partial(top_slot, bits=bits, digits=digits, keys=keys)
-    cost = partial(top_slot_cost, bits=bits, digits=digits, keys=keys)
+def _slots(
+    bits: int, exp: Function | Broad, digits: bool = False, keys: bool = False, coarse: bool = False
+) -> Shift:
+    find = partial(top_slot, bits=bits, digits=digits, keys=keys, coarse=coarse)
+    cost = partial(top_slot_cost, bits=bits, digits=digits, keys=keys, coarse=coarse)
     return Shift(find, cost, STEP + 1, exp, 6, _TO_SERVER[PAIRS], bits)
+
+
+def _coarse(bits: int, digits: bool, keys: bool, finer: str) -> Shift:
+    """Slots of four integers: the shift may be 8 below the maximum, and exponentials up to e**8."""
+    reach, top_bits = 8, 12
+    shift = _slots(bits, Broad(bits, reach, EXP_FRAC), digits, keys, coarse=True)
+    return replace(shift, reach=reach, top_bits=top_bits, finer=finer)
 
 
 SLOTS = {f"slots-{bits}": _slots(bits, _from_server(5, 6)) for bits in _REACHES}
 """Further ones, for rows whose valid entries differ by at most 2**bits - 4: fewer rounds than a
 histogram, and nothing is dealt to the client."""
 
-_BY_DIGITS, _BY_KEYS = "-digits", "-keys"
+_BY_DIGITS, _BY_KEYS, _COARSE = "-digits", "-keys", "-coarse"
 _COUNTS = {"": (False, False), _BY_DIGITS: (True, False), _BY_KEYS: (True, True)}
 BROAD = {
     f"broad-{bits}{way}": _slots(bits, Broad(bits, STEP + 1, EXP_FRAC), *chosen)
     for bits in _REACHES
     for way, chosen in _COUNTS.items()
+} | {
+    f"broad-{bits}{way}{_COARSE}": _coarse(bits, *chosen, f"broad-{bits}{way}")
+    for bits in _REACHES
+    for way, chosen in _COUNTS.items()
+    if way
 }
 """The same with exponentials that take one round instead of two, and fewer bytes. With `-digits`
 counts are found to be zero digit by digit, in one round more and for far fewer dealt bytes. With
-`-keys` the tables of slots are dealt as keys as well, to both parties.
+`-keys` the tables of slots are dealt as keys as well, to both parties. With `-coarse` there are
+half as many slots, for rows that spread by 2**bits - 8 at most and are not too long: see
+`coarse_rows`.
 
 A row's entries x are in the range of such a table. Windows of them (`take_window`) differ by at
-most 2**bits - 4 and a unit, 2**-16. The shift c is in (max - 4, max]. So x - c is below 4, and at
-least -(2**bits - 4) less a unit: from one end of the table to the other."""
+most 2**bits - d and a unit, 2**-16, with d = 4, or 8 for coarse slots. The shift c is in
+(max - d, max]. So x - c is below d, and at least -(2**bits - d) less a unit: from one end of the
+table to the other."""
 
 
 _ALL = SHIFTS | SLOTS | BROAD
@@ -173,16 +192,38 @@ def logarithm_called(name: str, length: int, hides: bool) -> tuple[str, ByLogari
     return name, WAYS.get(name)
 
 
-def shift_of_many(name: str, length: int) -> str:
+def coarse_rows(largest: float) -> int:
+    """The binary logarithm of the longest row that coarse slots serve, from the largest value.
+
+    A sum of values by 17-bit exponentials below 2**12 must stay below 2**62 with 33 fractional
+    bits. 0 if that leaves no row.
+    """
+    if not 0 < largest < math.inf:
+        return 0
+    room = math.floor(17 - RANGE_MARGIN_BITS - math.log2(largest))
+    return min(max(0, room), MAX_ROW.bit_length() - 1)
+
+
+def shift_of_length(name: str, length: int, coarse: int) -> str:
+    """A shift by the same slots, or by finer ones if rows are longer than coarse ones serve."""
+    chosen = _ALL.get(name)
+    if chosen is None or not chosen.finer or length <= 1 << coarse:
+        return name
+    return chosen.finer
+
+
+def shift_of_many(name: str, length: int, coarse: int = 0) -> str:
     """What a step of many rows takes instead of a shift. length: entries of its longest row.
 
+    coarse: the binary logarithm of how many there may be if slots are coarse.
     By digits, where a table of slots has at most 256 bytes for an entry: that takes fewer rounds
     than pairs and, in prompts of 64 tokens and more, fewer bytes, or 5% more of the dealer's. Else
     by pairs.
     """
     chosen = shift_called(LOG.get(name, name))
-    if chosen.bits and slot_bytes(chosen.bits, length) <= _LARGEST_TABLE:
-        return f"broad-{chosen.bits}{_BY_DIGITS}"
+    wide = bool(chosen.finer) and length <= 1 << coarse
+    if chosen.bits and slot_bytes(chosen.bits, length, wide) <= _LARGEST_TABLE:
+        return f"broad-{chosen.bits}{_BY_DIGITS}{_COARSE * wide}"
     return chosen.many
 
 
@@ -213,11 +254,16 @@ def hiding(reach: int) -> tuple[float, float]:
     return (within + HIDDEN_GAP) / 2, (within - HIDDEN_GAP) / 2
 
 
-def shift_variants(reach: int = 0) -> Iterator[dict[str, str]]:
-    """For `Op.variants` of an op with an argument `shift`. reach: that of its rows."""
+def shift_variants(reach: int = 0, coarse: bool = False) -> Iterator[dict[str, str]]:
+    """For `Op.variants` of an op with an argument `shift`.
+
+    reach: that of its rows. coarse: whether slots may be coarse.
+    """
     names: Iterable[str] = _TO_SERVER
     if reach:
         names = (*names, *(f"broad-{reach}{way}" for way in _COUNTS))
+    if reach and coarse:
+        names = (*names, *(f"broad-{reach}{way}{_COARSE}" for way in _COUNTS if way))
     return ({"shift": name} for name in names)
 
 
@@ -242,11 +288,11 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
     zero for x <= c - 12.75, and is zero for x <= c - 13.75 (`to-server`, slots: 15 and 26; broad:
     11.7, and at random further down, with the right expectation). shift: how c is found, one of
     `SHIFTS`, `SLOTS` or `BROAD`, of which the latter two need rows that spread less; d is 2 for
-    pairs and 4 for others. Rounds 2 more than that, for `BROAD` 1. Scores are taken modulo 2**32
-    with 16 fractional bits (`take_window`), where differences below 2**15 fit. Each party sees what
-    it sees in `peak`, `crest` or `top_slot`, and in `saturate.apply` or `broad_exponentials`. How c
-    is rounded depends on the parties' own shares; a quotient of two exponentials depends on it only
-    where one is cut to zero.
+    pairs, 8 for coarse slots and 4 for others. Rounds 2 more than that, for `BROAD` 1. Scores are
+    taken modulo 2**32 with 16 fractional bits (`take_window`), where differences below 2**15 fit.
+    Each party sees what it sees in `peak`, `crest` or `top_slot`, and in `saturate.apply` or
+    `broad_exponentials`. How c is rounded depends on the parties' own shares; a quotient of two
+    exponentials depends on it only where one is cut to zero.
     With exact rounding that is at x <= c - 27 and beyond, and c is always found by pairs, as there
     is no finer table for a wider range.
 

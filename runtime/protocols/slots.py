@@ -1,15 +1,15 @@
-"""The maximum of each row to within four units, by one histogram, for rows that spread little.
+"""The maximum of each row to within a few units, by one histogram, for rows that spread little.
 
 As in `histogram`, integer parts are taken relative to the row's first entry, so the largest is not
 negative, and a row's maximum follows from how many entries are at a place or above. Here the rows
 are known not to spread further than 2**bits, so that one histogram covers them, in slots of two
-integers. It has few enough slots for its tables to be dealt entry by entry: the client's share of
-each table is the next bytes of its own stream, and the server gets the rest. So are the tables that
-tell which counts are zero: of a word for each count that there may be, or, for one round more and a
-small part of the bytes, of a bit for each value of its digits. Nothing is dealt to the client. Or
-the first tables are dealt as keys to both parties, as in `histogram`: fewer bytes on the server's
-link, and as many on the client's. Sources: see `histogram`, and one-time truth tables (Ishai et
-al., TCC 2013).
+integers or, if coarse, of four. It has few enough slots for its tables to be dealt entry by entry:
+the client's share of each table is the next bytes of its own stream, and the server gets the rest.
+So are the tables that tell which counts are zero: of a word for each count that there may be, or,
+for one round more and a small part of the bytes, of a bit for each value of its digits. Nothing is
+dealt to the client. Or the first tables are dealt as keys to both parties, as in `histogram`: fewer
+bytes on the server's link, and as many on the client's. Sources: see `histogram`, and one-time
+truth tables (Ishai et al., TCC 2013).
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from mergec.runtime.protocols.peak import Entries, entries_of, from_integers, in
 LONGEST = 255
 """Entries of a row that counters of eight bits can count."""
 
-_SLOT_BITS = 1
 _NARROWEST = 3
 """The table of a digit of fewer bits fills no byte."""
 
@@ -54,23 +53,25 @@ def top_slot(
     bits: int,
     digits: bool = False,
     keys: bool = False,
+    coarse: bool = False,
 ) -> Protocol:
-    """Shares modulo 2**32 of a multiple of 2**16 in (m - 4 * 2**16, m] for each row's maximum m.
+    """Shares modulo 2**32 of a multiple of 2**16 in (m - d * 2**16, m] for each row's maximum m.
 
+    d is 4 or, with `coarse`, 8.
     In: int32 share [R, L], L < 2**15, with 16 fractional bits, whose differences are at most
-    2**bits - 4 within a row; `valid`, public bool [R, L] with at least one True per row. Other
+    2**bits - d within a row; `valid`, public bool [R, L] with at least one True per row. Other
     entries are ignored. Out: [R]. Rows that spread further return another number; one unit further
     is allowed for, as the windows of two scores may be cut apart by that much (`take_window`).
     digits: whether counts are found to be zero digit by digit; they always are if a row has more
     than 255 entries. keys: whether tables of slots are dealt as keys of point functions.
 
     With 2**w the power of two above the longest row's length, B = 1 byte if that is 255 at most,
-    else 2, and P = 2**(bits - 1) - 1 counts for each row: offline, to the server alone,
-    2**bits B bytes per entry; online 4 bytes per entry and 2 P B per row. By words, rounds 2, and
-    offline 2**(w + 1) P per row more. By digits of a = w / 2, rounded up, and b = w - a bits, but
-    at least 3 each: rounds 3, and 2 P per row more online, (8 + 2**(a - 3) + 2**(b - 3)) P offline.
-    With keys, each party is dealt 16 bytes for each of bits - 4 + log2 B levels, and 16 more, for
-    an entry, and the server no table of slots.
+    else 2, b = `bits`, less 1 if coarse, and P = 2**(b - 1) - 1 counts for each row: offline, to
+    the server alone, 2**b B bytes per entry; online 4 bytes per entry and 2 P B per row. By words,
+    rounds 2, and offline 2**(w + 1) P per row more. By digits of u = w / 2, rounded up, and
+    v = w - u bits, but at least 3 each: rounds 3, and 2 P per row more online,
+    (8 + 2**(u - 3) + 2**(v - 3)) P offline. With keys, each party is dealt 16 bytes for each of
+    b - 4 + log2 B levels, and 16 more, for an entry, and the server no table of slots.
 
     Each party sees slots, counts and, by digits, bits, each under a fresh, uniform mask of its
     whole ring, used once. The server's tables are the differences to bytes of the client's stream,
@@ -78,12 +79,12 @@ def top_slot(
     row, whose slot is zero, the mask is opened, which tells nothing.
     """
     entries = entries_of(valid).on(ctx.device)
-    rows, row, slots = len(entries.counts), entries.rows, 1 << bits
+    rows, row, slots = len(entries.counts), entries.rows, 1 << slot_count_bits(bits, coarse)
     places, kind = slots // 2 - 1, _kind(_longest(entries))
     values, first = from_first(integer_parts(share, entries), entries)
-    # The carry out of the lowest bit is lost, so that a slot may be one too low. The first entry's
+    # The carry out of the lowest bits is lost, so that a slot may be one too low. The first entry's
     # share is zero at both parties, and its slot exact.
-    values = values >> _SLOT_BITS if not values.is_meta else values
+    values = values >> _width_bits(coarse) if not values.is_meta else values
     mask = ctx.mask((len(row),), torch.int16)
     zeros = _zeros(kind, digits)(ctx, entries, places)
     opened = yield from open_under(ctx, values, mask)
@@ -98,22 +99,40 @@ def top_slot(
     # How many entries are in each slot but the lowest, or above it.
     empty = yield from zeros.count(ctx, at_or_above(counts, 1))
     top = ctx.public(torch.full((rows,), places, device=share.device)) - empty.long()
-    return from_integers(first + (top << _SLOT_BITS).to(torch.int16))
+    return from_integers(first + (top << _width_bits(coarse)).to(torch.int16))
 
 
-def top_slot_cost(valid: torch.Tensor, bits: int, digits: bool = False, keys: bool = False) -> Cost:
+def top_slot_cost(
+    valid: torch.Tensor,
+    bits: int,
+    digits: bool = False,
+    keys: bool = False,
+    coarse: bool = False,
+) -> Cost:
     """Cost of `top_slot` for rows with these valid entries."""
     entries = entries_of(valid)
     rows, count, longest = len(entries.counts), len(entries.rows), _longest(entries)
-    places = (1 << bits) // 2 - 1
+    wide = slot_count_bits(bits, coarse)
+    places = (1 << wide) // 2 - 1
     zeros = _zeros(_kind(longest), digits).cost(rows * places, entries)
-    dealt = _counters(bits, _kind(longest)).dealt_bytes if keys else slot_bytes(bits, longest)
+    counters = _counters(wide, _kind(longest))
+    dealt = counters.dealt_bytes if keys else slot_bytes(bits, longest, coarse)
     return Cost(1, 4 * count, dealt * count) + zeros
 
 
-def slot_bytes(bits: int, length: int) -> int:
+def slot_bytes(bits: int, length: int, coarse: bool = False) -> int:
     """Bytes of the table that `top_slot` deals for an entry, if the longest row has `length`."""
-    return _kind(length).itemsize << bits
+    return _kind(length).itemsize << slot_count_bits(bits, coarse)
+
+
+def slot_count_bits(bits: int, coarse: bool) -> int:
+    """Binary logarithm of the number of slots, which reach 2**bits to either side of the first."""
+    return bits + 1 - _width_bits(coarse)
+
+
+def _width_bits(coarse: bool) -> int:
+    """Binary logarithm of the integers of a slot."""
+    return 2 if coarse else 1
 
 
 def _counters(bits: int, kind: torch.dtype) -> Counters:

@@ -608,6 +608,12 @@ CHECKS = [
         "[0, 4) below",
         near_maxima(partial(top_slot, bits=9, digits=True, keys=True), 255, 253, 4),
     ),
+    Check(
+        "the same in coarse slots",
+        "abs(x) < 251, ties",
+        "[0, 8) below",
+        near_maxima(partial(top_slot, bits=9, digits=True, coarse=True), 255, 251, 8),
+    ),
     Check("place of the largest of 5,000", "abs(x) < 2^30, ties", "exact, the first", largest),
     Check("the 8 largest of 64", "abs(x) < 2^30, ties", "exact, the first", chosen, cost=4),
     Check("exp of scores in one round, spread 64", "all of it", "2^-17 + 2^-22 y", broad(6)),

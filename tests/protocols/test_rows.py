@@ -161,15 +161,15 @@ def test_exact_rounding_always_compares_pairs() -> None:
 @pytest.mark.parametrize("frac", [16, 32, 48])
 def test_exponentials_of_rows_within_the_reach(shift: str, frac: int) -> None:
     kind, number, *way = shift.split("-")
-    bits, rounds = int(number), {"slots": 4, "broad": 3}[kind] + len(way)
-    keys = way == ["keys"]
+    bits, rounds = int(number), {"slots": 4, "broad": 3}[kind] + bool(way)
+    keys, apart = "keys" in way, 2.0**bits - shift_called(shift).reach
     generator = torch.Generator().manual_seed(4)
     x = torch.rand(300, 50, dtype=torch.float64, generator=generator)
     x *= torch.logspace(-2, bits * 0.30, 300, dtype=torch.float64)[:, None]
-    x[:, 1], x[:, 2] = x[:, 0] - (2**bits - 4), x[:, 0]
+    x[:, 1], x[:, 2] = x[:, 0] - apart, x[:, 0]
     # The maximum at, and a unit beside, each place where the shift may be another one.
     x[:200] += (torch.arange(200) // 3 / 8 + (torch.arange(200) % 3 - 1) * 2.0**-16)[:, None]
-    x = x.clamp(min=x.max(1, keepdim=True).values - (2**bits - 4)) + 1e4
+    x = x.clamp(min=x.max(1, keepdim=True).values - apart) + 1e4
     simulation = Simulation()
     views = simulation.share(x, frac)
     valid = torch.ones(x.shape, dtype=torch.bool)
