@@ -14,6 +14,7 @@ from mergec.compiler.graph.rewriting import Pass
 from mergec.compiler.graph.shapes import fake_mode, insert_call
 from mergec.runtime.core.op import REGISTRY, target
 from mergec.runtime.core.spec import Vis
+from mergec.runtime.engine.plan import LATER, Planned
 from mergec.runtime.program.program import PADS, InputSpec, is_text
 
 _STEPS = ((3, 0), (2, 5))
@@ -159,6 +160,4 @@ def _added_input(graph_module: fx.GraphModule, inputs: list[InputSpec]) -> fx.No
 
 def _with_pads(node: fx.Node, pads: fx.Node) -> tuple[Any, ...]:
     given = bind(REGISTRY["attention"], node) | {"pads": pads}
-    if given["sink"] is None:
-        del given["sink"]
-    return tuple(given.values())
+    return tuple(Planned.written(given, LATER).values())

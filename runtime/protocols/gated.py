@@ -194,6 +194,17 @@ class Gated:
         """Bytes that the dealer sends to the server for one element."""
         return self.row_bytes + 8 * _LINEAR
 
+    def words(self, turned: torch.Tensor) -> torch.Tensor:
+        """The words of cosines and sines with 30 fractional bits, int64 [n, terms]."""
+        *_, scales = self.layout(turned.device)
+        return (turned.double() * scales + 0.5).floor().long()
+
+    def layout(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What kernels read of a table: its planes as int64 [planes, 4], which of them are those of
+        which word [4], bits that words are shifted up by [terms], and `scales`.
+        """
+        return _layout(self, device)
+
     @cached_property
     def mean(self) -> int:
         """Twice the mean of the cosines, with 16 fractional bits."""
@@ -297,9 +308,6 @@ def _positions(size: int) -> Sequence[tuple[int, int]]:
 
 @cache
 def _layout(table: Gated, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """What kernels read of a table: its planes as int64 [planes, 4], which of them are those of
-    which word [4], bits that words are shifted up by [terms], and `scales`.
-    """
     planes = [p for word in table.planes for p in word]
     rows = [n for p in planes for n in (p.position, p.size, p.count, p.offset)]
     firsts = np.cumsum([0, *map(len, table.planes)]).tolist()
@@ -319,15 +327,15 @@ def _corrected_host(
     turned: cosines and sines of the masks of g, int64 [n, terms]. parts: `truncation_parts` of the
     masks of u, int64 [n, 3].
     """
-    layout = (each.numpy() for each in _layout(table, share.device))
+    layout = (each.numpy() for each in table.layout(share.device))
     _deal_cpu(turned.numpy(), parts.numpy(), *layout, share.numpy())
 
 
 def _corrected_tensors(
     share: torch.Tensor, turned: torch.Tensor, parts: torch.Tensor, table: Gated
 ) -> None:
-    *_, up, scales = _layout(table, share.device)
-    words = (turned.double() * scales + 0.5).floor().long()
+    _, _, up, _ = table.layout(share.device)
+    words = table.words(turned)
     for i, planes in enumerate(table.planes):
         factor = parts[:, i, None]
         # A product of words is below 2**62: the first has 30 bits, the second is cut into halves.
@@ -371,7 +379,7 @@ def _values_host(
 
     basis: public numbers, int64 [n, terms]. base, wrap: those of `Truncation`, [n].
     """
-    planes, firsts, *_ = (each.numpy() for each in _layout(table, dealt.device))
+    planes, firsts, *_ = (each.numpy() for each in table.layout(dealt.device))
     _read_cpu(
         dealt.numpy(), basis.numpy(), base.numpy(), wrap.numpy(), planes, firsts, table.factor_bits,
         out.numpy(),
@@ -433,8 +441,8 @@ def _times(limbs: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Te
     return sums
 
 
-_CORRECTED = Kernel("gated.corrected", _corrected_host, _corrected_tensors, triton=False)
-_VALUES = Kernel("gated.values", _values_host, _values_tensors, triton=False)
+_CORRECTED = Kernel("gated.corrected", _corrected_host, _corrected_tensors)
+_VALUES = Kernel("gated.values", _values_host, _values_tensors)
 
 
 @compiled()
