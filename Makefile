@@ -109,7 +109,7 @@ format: $(READY) ## format and fix what can be fixed
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-exactness: $(READY) ## 10 prompts x 32 tokens against plaintext; writes docs/exactness.md
+exactness: $(READY) ## 10 prompts x 32 tokens against plaintext, compiled for two networks; writes docs/exactness.md
 	$(PYTHON) benchmarks/exactness.py
 
 adaptation: $(READY) ## train a small GPT-2 for each lossy preset, or a T5, or SmolLM2; writes docs/adaptation.md; ADAPTATION_ARGS="--wordnet DIR --family t5"

@@ -1,7 +1,8 @@
 """Greedy tokens and logits of SmolLM2 under MPC compared with plaintext: 10 prompts, 32 tokens.
 
-All three roles run in one process, a thread each, with the real protocols. Writes
-docs/exactness.md. Usage: python benchmarks/exactness.py [--prompts N] [--tokens N]
+Once as it is compiled for one machine, and once for a slow network, where other protocols are
+chosen. All three roles run in one process, a thread each, with the real protocols. Writes
+docs/exactness.md. Usage: python benchmarks/exactness.py [--prompts N] [--tokens N] [--networks N …]
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from mergec import compile_decoder
+from mergec import CompileConfig, compile_decoder
 from mergec.compiler.frontend.load import load_model
 from mergec.runtime.core.memory import keep_freed_memory
+from mergec.runtime.core.network import NETWORKS
 from mergec.runtime.kernels.matmul import set_threads
 from mergec.runtime.roles.inprocess import InProcessSession
 
@@ -86,15 +88,8 @@ def measure(
     return outcome
 
 
-def report(outcomes: list[Outcome], count: int) -> str:
-    """The Markdown page."""
-    worst = max(o.worst_error for o in outcomes)
-    total, same = sum(o.tokens for o in outcomes), sum(o.same for o in outcomes)
-    close, wrong = sum(o.close_calls for o in outcomes), sum(o.wrong for o in outcomes)
-    verdict = (
-        f"**{same} of {total} tokens equal plaintext's, {close} differ at a close call, {wrong} "
-        f"otherwise; worst logit error {worst:.4f}.**"
-    )
+def report(results: dict[str, list[Outcome]], count: int) -> str:
+    """The Markdown page: outcomes by the network that the program was compiled for."""
     lines = [
         "# Exactness",
         "",
@@ -103,7 +98,21 @@ def report(outcomes: list[Outcome], count: int) -> str:
         "compared with the private one, and all 49,152 logits with the revealed ones. A close",
         f"call is a step where plaintext's two best logits are less than {CLOSE_CALL} apart. Each",
         f"prompt gets {count} tokens, even after a stop token. Made by `make exactness`.",
-        "",
+    ]
+    for network, outcomes in results.items():
+        lines += ["", f"## Compiled for `{network}`", "", *_section(outcomes)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(outcomes: list[Outcome]) -> list[str]:
+    worst = max(o.worst_error for o in outcomes)
+    total, same = sum(o.tokens for o in outcomes), sum(o.same for o in outcomes)
+    close, wrong = sum(o.close_calls for o in outcomes), sum(o.wrong for o in outcomes)
+    verdict = (
+        f"**{same} of {total} tokens equal plaintext's, {close} differ at a close call, {wrong} "
+        f"otherwise; worst logit error {worst:.4f}.**"
+    )
+    lines = [
         verdict,
         "",
         "| prompt | tokens | equal | close calls | wrong | worst logit error | answer |",
@@ -113,28 +122,33 @@ def report(outcomes: list[Outcome], count: int) -> str:
         text = " ".join(o.text.split()).replace("|", "\\|")
         counts = f"{o.tokens} | {o.same} | {o.close_calls} | {o.wrong} | {o.worst_error:.4f}"
         lines.append(f"| {o.prompt} | {counts} | {text[:70]} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["loopback", "wan"])
     parser.add_argument("--output", type=Path, default=TARGET)
     options = parser.parse_args()
     keep_freed_memory()
     set_threads(1)
     model, tokenizer = load_model("smollm2")
-    program = compile_decoder(model, tokenizer)
-    outcomes = []
-    with InProcessSession(program.roles) as session, Progress() as progress:
-        task = progress.add_task("prompts", total=options.prompts)
-        for prompt in PROMPTS[: options.prompts]:
-            outcomes.append(measure(session, model, tokenizer, prompt, options.tokens))
-            progress.advance(task)
-    options.output.write_text(report(outcomes, options.tokens), encoding="utf-8")
-    print(report(outcomes, options.tokens))
-    if any(o.wrong for o in outcomes):
+    results: dict[str, list[Outcome]] = {}
+    with Progress() as progress:
+        task = progress.add_task("prompts", total=len(options.networks) * options.prompts)
+        for network in options.networks:
+            program = compile_decoder(model, tokenizer, CompileConfig(network=network))
+            outcomes = results[network] = []
+            with InProcessSession(program.roles) as session:
+                for prompt in PROMPTS[: options.prompts]:
+                    outcomes.append(measure(session, model, tokenizer, prompt, options.tokens))
+                    progress.advance(task)
+    page = report(results, options.tokens)
+    options.output.write_text(page, encoding="utf-8")
+    print(page)
+    if any(o.wrong for outcomes in results.values() for o in outcomes):
         raise SystemExit("a token differs where it was no close call")
 
 

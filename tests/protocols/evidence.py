@@ -681,7 +681,7 @@ CHECKS = [
         gated_units("silu", 48, 54),
     ),
     Check(
-        "the same of GELU",
+        "GELU times a factor, by one opening",
         "abs(x) up to 80, factors of 32 bits below 2^20",
         "3e-5 u + 3 2^-16 y",
         gated_units("gelu", 80, 32),
