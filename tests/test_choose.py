@@ -104,12 +104,13 @@ def test_inspection_tells_what_is_chosen_otherwise_than_for_loopback() -> None:
     said = compiled("llama", reveal="token", network="wan")[1].inspect().facts[key]
     assert said == (
         "1 of mpc.rms_norm_linear (norm deferred, wide), 2 of mpc.attention, "
-        "3 of mpc.rms_norm_linear (norm deferred), 1 of mpc.reveal_token"
+        "3 of mpc.rms_norm_linear (norm deferred), 2 of mpc.glu (one opening), "
+        "1 of mpc.reveal_token"
     )
     assert key not in compiled("llama", reveal="token")[1].inspect().facts
     _, program = compiled("llama", reveal="token", network="wan")
     assert chosen_otherwise(program.any_role, NETWORKS["wan"], 16) == {}
-    assert sum(chosen_otherwise(program.any_role, NETWORKS["loopback"], 16).values()) == 7
+    assert sum(chosen_otherwise(program.any_role, NETWORKS["loopback"], 16).values()) == 9
 
 
 def test_arguments_at_the_end_that_say_nothing_are_left_out() -> None:
@@ -153,7 +154,8 @@ def _wide_rows() -> tuple[Any, Captured]:
 @functools.cache
 def _of_wide_rows(network: str, max_length: int = 64) -> Program:
     model, captured = _wide_rows()
-    config = CompileConfig(max_length=max_length, network=network, disable=("defer_norm",))
+    disable = "defer_norm", "open_once"
+    config = CompileConfig(max_length=max_length, network=network, disable=disable)
     return compile_decoder(model, config=config, captured=captured)
 
 

@@ -210,7 +210,7 @@ def test_structure_is_found(family: str) -> None:
     exact = [kind for kind in available().values() if kind.exact and not kind.option]
     assert list(found) == [kind.name() for kind in ordered(exact)]
     left = Counter(report.name for report in reports for _ in report.skips)
-    # On a network on which messages take no time, one skip says so for all norms, and one for activations.
+    # Where messages take no time, one skip says so for all norms, and one for activations.
     once = {"open_once": 1} if count["gelu"] or count["glu"] else {}
     assert left == Counter({"defer_norm": 1, **once, **LEFT.get(family, {})})
 

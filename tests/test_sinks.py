@@ -17,6 +17,8 @@ from mergec.compiler.config import CompileConfig
 from mergec.compiler.driver import compile_decoder
 from mergec.compiler.errors import CompileError
 from mergec.compiler.program import Program
+from mergec.runtime.engine.plan import Plan
+from mergec.runtime.ops.attention import Attention
 from mergec.runtime.program.bundle import GRAPH
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests.families import OPTIONS, slow, tokens
@@ -208,14 +210,17 @@ def test_the_graph_of_a_bundle_has_the_sink(tmp_path: Path) -> None:
 
 def test_the_audit_finds_no_message_of_the_sink() -> None:
     """Of a decode step both layers open the weights of all keys, 8 sums, a denominator and the 7
-    columns of its reciprocal, for each of 4 heads. A sink has no weight that is opened, and its
-    score has a mask of its own."""
+    columns of its reciprocal, or 10 with coarse slots, for each of 4 heads. A sink has no weight
+    that is opened, and its score has a mask of its own."""
     text = compiled("granite_swa").audit().to_text().splitlines()
     found = [line for line in text if line.startswith("  mpc.attention  ")]
     assert found and all("a fresh mask r that neither party knows" in line for line in found)
     (words,) = [line for line in found if "x + r mod 2^64" in line]
     keys = 9
-    assert words.endswith(f" {2 * 4 * (keys + 8 + 1 + 7)} at {keys}")
+    steps = Plan(compiled("granite_swa").any_role).steps
+    ways = [str(step.argument("shift")) for step in steps if step.op is Attention]
+    columns = [10 if way.endswith("-coarse") else 7 for way in ways]
+    assert words.endswith(f" {sum(4 * (keys + 8 + 1 + each) for each in columns)} at {keys}")
 
 
 def test_squares_do_not_take_its_place() -> None:

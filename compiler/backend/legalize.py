@@ -195,9 +195,9 @@ class _Legalizer:
         self.check_domain(node, op)
         self.check_measured(node, op, arguments)
         arguments |= op.calibrate(node.meta, arguments)
-        if self.exact and "reach" in arguments:
+        if self.exact:
             # With exact rounding functions have finer tables, which need keys.
-            arguments["reach"] = 0
+            arguments |= dict.fromkeys({"reach", "coarse"} & set(arguments), 0)
         if arguments.get("alone") and (
             self.exact or (op is Gelu and not self.has_room(node, ALONE_FRAC))
         ):

@@ -128,7 +128,8 @@ class Glu(Op):
 
     @classmethod
     def supplies(cls, arguments: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-        return supplies_of(arguments["reach"])
+        # One opening is for networks where the dealer is near the server.
+        return () if arguments["alone"] else supplies_of(arguments["reach"])
 
     @classmethod
     def rounded(cls, fracs: Mapping[str, int], arguments: Mapping[str, Any]) -> torch.Tensor:

@@ -207,7 +207,7 @@ class Gated:
 
     @cached_property
     def mean(self) -> int:
-        """Twice the mean of the cosines, with 16 fractional bits."""
+        """Twice the mean of the cosines, with 16 fractional bits: for the dealer."""
         return round(2 * float(self.curve.fitted[0]) * 2**FRACTIONAL_BITS)
 
 
@@ -264,15 +264,16 @@ def _linear(ctx: Context, table: Gated, gate: _Opened, up: _Opened) -> torch.Ten
     """Shares of g/2 and the cosines' mean, times u: products of two opened values' parts."""
 
     def products() -> torch.Tensor:
-        parts = truncation_parts(gate[1], 0), truncation_parts(up[1], table.shift)
-        return _pairs(*parts)
+        parts = truncation_parts(gate[1], 0)
+        # The mean is that of a fit, which may differ in its last bits between machines.
+        parts[:, 1] -= table.mean
+        return _pairs(parts, truncation_parts(up[1], table.shift))
 
     dealt = ctx.deal((len(gate[1]), _LINEAR), products)
     if gate[0].is_meta:
         return torch.empty(gate[0].shape, dtype=torch.int64, device="meta")
-    weights = Truncation(gate[0], 0).weights
-    weights[:, 0] += table.mean
-    return (_pairs(weights, Truncation(up[0], table.shift).weights) * dealt).sum(-1)
+    weights = _pairs(Truncation(gate[0], 0).weights, Truncation(up[0], table.shift).weights)
+    return (weights * dealt).sum(-1)
 
 
 def _pairs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
