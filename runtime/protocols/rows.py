@@ -88,6 +88,12 @@ class Shift:
     finer: str = ""
 
     @property
+    def top(self) -> float:
+        """The binary logarithm that exponentials stay below, of those of a `Broad` nearly e**reach:
+        their errors are below 2**-17 and 2**-22 of them."""
+        return self.reach / math.log(2) + 2.0**-16 if isinstance(self.exp, Broad) else self.top_bits
+
+    @property
     def lowest(self) -> float:
         """Exponentials of entries that are further below the shift than this are zero."""
         table = self.exp if isinstance(self.exp, Broad) else self.exp.table
@@ -124,6 +130,9 @@ _REACHES = range(6, 10)
 
 _LARGEST_TABLE = 256
 """Bytes of an entry's table of slots for which a step of many rows leaves pairs."""
+
+_COARSE_PAYS = 1 << 13
+"""Bytes of the tables of a row's coarse slots from which they are worth more octaves of its sum."""
 
 
 def _slots(
@@ -215,16 +224,20 @@ def shift_of_length(name: str, length: int, coarse: int) -> str:
 def shift_of_many(name: str, length: int, coarse: int = 0) -> str:
     """What a step of many rows takes instead of a shift. length: entries of its longest row.
 
-    coarse: the binary logarithm of how many there may be if slots are coarse.
-    By digits, where a table of slots has at most 256 bytes for an entry: that takes fewer rounds
-    than pairs and, in prompts of 64 tokens and more, fewer bytes, or 5% more of the dealer's. Else
-    by pairs.
+    coarse: the binary logarithm of how many there may be if slots are coarse. Short rows take finer
+    ones, as a sum of up to e**8 each has more octaves, whose words count for each element of the
+    result. By digits, where a table of slots has at most 256 bytes for an entry: that takes fewer
+    rounds than pairs and, in prompts of 64 tokens and more, fewer bytes, or 5% more of the
+    dealer's. Else by pairs.
     """
     chosen = shift_called(LOG.get(name, name))
-    wide = bool(chosen.finer) and length <= 1 << coarse
-    if chosen.bits and slot_bytes(chosen.bits, length, wide) <= _LARGEST_TABLE:
-        return f"broad-{chosen.bits}{_BY_DIGITS}{_COARSE * wide}"
-    return chosen.many
+    if not chosen.bits:
+        return chosen.many
+    fine, wide = (slot_bytes(chosen.bits, length, few) for few in (False, True))
+    allowed = chosen.finer and length <= 1 << coarse and wide <= _LARGEST_TABLE
+    if allowed and (fine > _LARGEST_TABLE or wide * length >= _COARSE_PAYS):
+        return f"broad-{chosen.bits}{_BY_DIGITS}{_COARSE}"
+    return f"broad-{chosen.bits}{_BY_DIGITS}" if fine <= _LARGEST_TABLE else chosen.many
 
 
 def reach_of_rows(spread: float, hides: bool = False) -> int:
@@ -274,8 +287,8 @@ def shift_supplies(shift: str) -> Iterator[dict[str, str]]:
 
 @cache
 def inverse(length: int, shift: str) -> Power:
-    """1 / (sum of a row's exponentials), where the sum is at least 1 and below 2**top_bits each."""
-    high = EXP_FRAC + shift_called(shift).top_bits - 1 + math.ceil(math.log2(length))
+    """1 / (sum of a row's exponentials), where the sum is at least 1 and below 2**top each."""
+    high = EXP_FRAC - 1 + math.ceil(math.log2(length) + shift_called(shift).top)
     return Power(-1.0, EXP_FRAC, EXP_FRAC - 1, high)
 
 

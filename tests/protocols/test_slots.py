@@ -214,12 +214,18 @@ def test_many_rows_take_slots_whose_tables_are_small() -> None:
         assert taken == [*(f"broad-{n}-digits" for n in (6, 7)), *["pairs-to-server"] * 2]
     assert shift_of_many("histogram", 64) == "pairs"
     for way in ("digits", "keys"):
-        coarse = [shift_of_many(f"broad-{n}-{way}-coarse", 255, 8) for n in (6, 7, 8, 9)]
-        assert coarse == [f"broad-{n}-digits-coarse" for n in (6, 7, 8, 9)]
-        coarse = [shift_of_many(f"broad-{n}-{way}-coarse", 256, 8) for n in (6, 7, 8, 9)]
-        assert coarse == [*(f"broad-{n}-digits-coarse" for n in (6, 7, 8)), "pairs-to-server"]
-        finer = [shift_of_many(f"broad-{n}-{way}-coarse", 257, 8) for n in (6, 7, 8, 9)]
-        assert finer == [*(f"broad-{n}-digits" for n in (6, 7)), *["pairs-to-server"] * 2]
+        by_length = {
+            31: ["-digits", "-digits", "-digits", "-digits-coarse"],
+            64: ["-digits", "-digits", "-digits-coarse", "-digits-coarse"],
+            128: ["-digits", *["-digits-coarse"] * 3],
+            255: ["-digits", *["-digits-coarse"] * 3],
+            256: [*["-digits-coarse"] * 3, None],
+            257: ["-digits", "-digits", None, None],
+        }
+        for length, wanted in by_length.items():
+            for n, end in zip((6, 7, 8, 9), wanted, strict=True):
+                taken = shift_of_many(f"broad-{n}-{way}-coarse", length, 8)
+                assert taken == ("pairs-to-server" if end is None else f"broad-{n}{end}")
 
 
 def test_rows_too_long_for_coarse_slots_take_finer_ones() -> None:
