@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mergec.runtime.core.spec import CLIENT, SERVER, Cost
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols import weights
 from mergec.runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
@@ -133,6 +133,7 @@ def test_shared_constants_cost_one_opening_of_the_other_factor() -> None:
     biases = [
         share_constant(ctx, "b", _held(bias, p), 3) for p, ctx in enumerate(simulation.contexts)
     ]
+    assert biases[DEALER].share.is_meta and weights[DEALER].opened.is_meta
     for seed in (0, 1):
         x = words(6 * 8, -(2**63), 2**63 - 1, seed).reshape(6, 8)
         shares = integers(simulation, x)

@@ -18,6 +18,7 @@ from mergec.runtime.protocols.normalize import (
     RowNorm,
     _deal_cpu,
     _scale_cpu,
+    _word_counts,
     normalize,
     normalize_cost,
     open_factor,
@@ -223,6 +224,46 @@ def test_columns_of_another_size(columns: list[int], frac: int, exact: bool) -> 
     assert (error / wanted.abs().clamp(min=1.0)).max() < 3e-4
     if not exact:
         assert cost == normalize_cost(spec, 6, columns)
+
+
+def test_scales_of_a_row_by_hand() -> None:
+    """576 squares up to 2**18 leave (53 - 27.17) / 2 = 12.9 of 32 bits."""
+    norm = RowNorm(576, 32, EPS, 2.0**18)
+    assert (norm.square_shift, norm.eps_units, norm.largest) == (20, 96_637, 6)
+    power = norm.inverse_root
+    assert (power.low, power.high) == (16, 53)
+    assert power.v_frac == pytest.approx(24 + math.log2(576))
+    # An eps above all squares decides instead of them.
+    assert RowNorm(576, 32, 2.0**20, 2.0**18).square_shift == 21
+    assert RowNorm(4, 6, 0.0, 1.0).square_shift == 0
+    assert RowNorm(4, 6, 0.0, 1.0).inverse_root.low == 0
+    # A fraction of a bit is in the factor.
+    assert RowNorm(64, 32.5, EPS, 2.0**8).inverse_root.v_frac == 2 * (32.5 - 13) + 6 - 1
+
+
+def test_without_a_bound_rows_are_expected_to_be_below_2_to_the_14() -> None:
+    for size in (16, 32):
+        unknown, known = (RowNorm(size, 40, EPS, bound).square_shift for bound in (0.0, 2.0**14))
+        assert unknown == known
+    assert RowNorm(16, 40, EPS, 2.0**13).square_shift < RowNorm(16, 40, EPS, 0.0).square_shift
+    assert RowNorm(32, 40, EPS, 0.0).square_shift < RowNorm(32, 40, EPS, 2.0**15).square_shift
+
+
+@pytest.mark.parametrize(
+    ("shifts", "near", "far", "kind"),
+    [
+        ([18, 20], 2, 0, torch.int16), ([19, 21], 2, 1, torch.int16),
+        ([36, 36], 1, 2, torch.int16), ([21, 37], 2, 2, torch.int32),
+        ([-2, 0, 52], 1, 1, torch.int32), ([1, 53, 62], 3, 2, torch.int64),
+    ],
+)  # fmt: skip
+def test_words_of_products_that_wrap_on_both_sides(
+    shifts: list[int], near: int, far: int, kind: torch.dtype
+) -> None:
+    """From a shift of 21 on, in the shortest type that holds s - 20 bits."""
+    found = _word_counts(np.array(shifts), True)
+    assert found == ((near, len(shifts), 2), far, kind)
+    assert _word_counts(np.array(shifts), False) == ((near, 0, 2), 0, torch.int64)
 
 
 def test_columns_must_be_those_of_the_rows() -> None:

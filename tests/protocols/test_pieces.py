@@ -27,6 +27,7 @@ from mergec.runtime.protocols.saturate import (
     function_input,
     reach_for,
     saturating,
+    supplies_of,
 )
 from mergec.runtime.protocols.waves import Waves
 from tests.protocols.harness import run, uniform_bytes, words
@@ -146,6 +147,12 @@ def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
             SILU.from_server(reach)
     with pytest.raises(ValueError, match="no table"):
         SILU.from_server(8).from_server(8)
+
+
+def test_dealt_ahead_are_tables_of_the_reach_and_keys() -> None:
+    """Keys serve where a program is asked for exact rounding, or reads further."""
+    assert list(supplies_of(9)) == [{"reach": 0}, {"reach": 9}]
+    assert list(supplies_of(0)) == [{"reach": 0}]
 
 
 def test_an_end_lies_between_two_windows() -> None:

@@ -12,6 +12,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.attention import Attention
 from mergec.runtime.protocols.histogram import FEW
 from mergec.runtime.protocols.opening import open_masked
+from mergec.runtime.protocols.probabilities import WAYS
 from mergec.runtime.protocols.rows import (
     BROAD,
     EXP_FRAC,
@@ -24,7 +25,11 @@ from mergec.runtime.protocols.rows import (
     exponentials_cost,
     hiding,
     inverse,
+    logarithm_called,
+    reach_of_rows,
     shift_called,
+    shift_supplies,
+    shift_variants,
 )
 from tests.protocols.harness import run
 
@@ -107,6 +112,32 @@ def test_sums_stay_within_what_the_inverse_takes(shift: str, length: int) -> Non
     largest = length * math.exp(SHIFTS[shift].reach) * 2**EXP_FRAC
     assert 2**spec.low <= 2**EXP_FRAC * (1 - ERROR)
     assert largest * (1 + ERROR) < 2 ** (spec.high + 1)
+
+
+def test_ways_that_a_compile_compares_and_a_store_deals() -> None:
+    assert [each["shift"] for each in shift_variants()] == ["pairs", "histogram"]
+    assert [each["shift"] for each in shift_variants(7)] == [
+        "pairs", "histogram", "broad-7", "broad-7-digits", "broad-7-keys"
+    ]  # fmt: skip
+    for names in (["pairs", "pairs-to-server"], ["histogram", "histogram-to-server"]):
+        for name in names:
+            assert [each["shift"] for each in shift_supplies(name)] == names
+    assert not list(shift_supplies("broad-7"))
+
+
+@pytest.mark.parametrize("name", ["log-6", "log-9"])
+def test_long_rows_and_those_with_hidden_keys_are_shifted(name: str) -> None:
+    broad = "broad-" + name[-1]
+    assert logarithm_called(name, 4096, False) == (name, WAYS[name])
+    assert logarithm_called(name, 4097, False) == (broad, None)
+    assert logarithm_called(name, 1, True) == (broad, None)
+    assert logarithm_called("pairs", 1, False) == ("pairs", None)
+
+
+def test_a_reach_with_hidden_scores_has_their_gap_besides() -> None:
+    """Before they are hidden, rows may spread by half of what is left: 10, 42, 106, 234."""
+    spreads = (0, 10, 10.1, 42, 106, 234, 234.1)
+    assert [reach_of_rows(x / 8, True) for x in spreads] == [6, 6, 7, 7, 8, 9, 0]
 
 
 def test_a_shift_without_a_name_raises() -> None:
