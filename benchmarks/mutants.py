@@ -68,49 +68,58 @@ _STREAM = f"{_KERNELS}::test_a_device_reads_the_same_stream"
 _ARRAYS = f"{_KERNELS}::test_no_kernel_of_the_cpu_leaves_its_arrays"
 _EXPANDED = "tests/test_weights.py::test_masks_expanded_for_each_product_deal_the_same_words"
 _DOMAINS = "tests/ops/test_domains.py"
+_STATED = "tests/protocols/test_stated.py"
 _EVERY = "exhaustive evidence"
 
 SUITES = {
-    "runtime/protocols/argmax.py": _tests(f"argmax {_EVERY}"),
-    "runtime/protocols/broad.py": _tests(f"{_FORMS} broad"),
+    "runtime/protocols/argmax.py": _tests(f"argmax {_EVERY} stated"),
+    "runtime/protocols/broad.py": _tests(f"{_FORMS} broad stated"),
     "runtime/protocols/columns.py": _tests("normalize deferred"),
     "runtime/protocols/compare.py": _tests(f"compare {_EVERY}"),
     "runtime/protocols/deferred.py": _tests("deferred evidence", "linear", "truncate"),
-    "runtime/protocols/digits.py": _tests(f"{_FORMS} formula argmax {_EVERY}"),
-    "runtime/protocols/finer.py": _tests("finer"),
-    "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection"),
+    "runtime/protocols/digits.py": _tests(f"{_FORMS} formula argmax {_EVERY} stated"),
+    "runtime/protocols/finer.py": _tests("finer stated"),
+    "runtime/protocols/formula.py": _tests(f"{_FORMS} formula selection stated"),
     "runtime/protocols/gain.py": _tests("normalize", "norm"),
     "runtime/protocols/gumbel.py": "tests/ops/test_reveal_token.py",
-    "runtime/protocols/halves.py": _tests(f"{_FORMS} formula {_DOMAINS}"),
-    "runtime/protocols/histogram.py": _tests("histogram"),
-    "runtime/protocols/interval.py": _tests(f"{_FORMS} {_DOMAINS} interval evidence", "", "silu"),
+    "runtime/protocols/halves.py": _tests(f"{_FORMS} formula {_DOMAINS} stated"),
+    "runtime/protocols/histogram.py": _tests("histogram stated"),
+    "runtime/protocols/interval.py": _tests(
+        f"{_FORMS} {_DOMAINS} interval evidence stated", "", "silu"
+    ),
     "runtime/protocols/local.py": _tests("multiply", "mul or scale or embedding"),
-    "runtime/protocols/logarithm.py": _tests(f"{_FORMS} logarithm"),
-    "runtime/protocols/multiply.py": _tests(f"multiply {_EVERY}"),
-    "runtime/protocols/normalize.py": _tests(f"{_FORMS} normalize {_EVERY}", "", "truncate"),
-    "runtime/protocols/octave.py": _tests(f"{_FORMS} {_DOMAINS} octave", "", "truncate"),
-    "runtime/protocols/opening.py": _tests("compare secrecy", "", "truncate or square"),
-    "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY}"),
-    "runtime/protocols/pieces.py": _tests(f"{_FORMS} pieces", "silu or gelu"),
-    "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY}", "", "truncate"),
-    "runtime/protocols/probabilities.py": _tests("probabilities"),
+    "runtime/protocols/logarithm.py": _tests(f"{_FORMS} logarithm stated"),
+    "runtime/protocols/multiply.py": _tests(f"multiply {_EVERY} stated"),
+    "runtime/protocols/normalize.py": _tests(f"{_FORMS} normalize {_EVERY} stated", "", "truncate"),
+    "runtime/protocols/octave.py": _tests(f"{_FORMS} {_DOMAINS} octave stated", "", "truncate"),
+    "runtime/protocols/opening.py": _tests("compare secrecy stated", "", "truncate or square"),
+    "runtime/protocols/peak.py": _tests(f"{_FORMS} peak {_EVERY} stated"),
+    "runtime/protocols/pieces.py": _tests(f"{_FORMS} pieces stated", "silu or gelu"),
+    "runtime/protocols/power.py": _tests(f"{_DOMAINS} power {_EVERY} stated", "", "truncate"),
+    "runtime/protocols/probabilities.py": _tests("probabilities stated"),
     "runtime/protocols/public_text.py": (
         "tests/test_public_text.py -k 'logits or bytes or fresh or sent'"
     ),
     "runtime/protocols/ranks.py": _tests(f"{_FORMS} ranks argmax peak"),
-    "runtime/protocols/rectify.py": _tests(_EVERY, "relu or glu", "relu"),
-    "runtime/protocols/rows.py": _tests(f"{_DOMAINS} rows", "softmax", "softmax and not long"),
-    "runtime/protocols/saturate.py": _tests(f"{_FORMS} {_DOMAINS} pieces", "lu", "silu"),
-    "runtime/protocols/selection.py": _tests(f"{_FORMS} selection {_DOMAINS}"),
+    "runtime/protocols/rectify.py": _tests(f"{_EVERY} stated", "relu or glu", "relu"),
+    "runtime/protocols/rows.py": _tests(
+        f"{_DOMAINS} rows stated", "softmax", "softmax and not long"
+    ),
+    "runtime/protocols/saturate.py": _tests(f"{_FORMS} {_DOMAINS} pieces stated", "lu", "silu"),
+    "runtime/protocols/selection.py": _tests(f"{_FORMS} selection {_DOMAINS} stated"),
     "runtime/protocols/shared_weights.py": _tests("multiply", "linear or embedding"),
     "runtime/protocols/slots.py": _tests(f"{_FORMS} slots rows stated"),
-    "runtime/protocols/squares.py": _tests(f"{_FORMS} truncate normalize {_EVERY}", "", "square"),
-    "runtime/protocols/top_k.py": _tests("top_k", "top_k"),
-    "runtime/protocols/truncate.py": _tests(f"{_FORMS} truncate {_EVERY}", "", "truncate"),
-    "runtime/protocols/waves.py": _tests("waves", "silu or gelu"),
-    "runtime/protocols/weights.py": _tests(f"multiply {_EXPANDED} {_EVERY}", "linear or embedding"),
-    "runtime/protocols/wide.py": _tests(f"{_FORMS} wide", "linear"),
-    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS} {_ARRAYS} -m ''",
+    "runtime/protocols/squares.py": _tests(
+        f"{_FORMS} truncate normalize {_EVERY} stated", "", "square"
+    ),
+    "runtime/protocols/top_k.py": _tests("top_k stated", "top_k"),
+    "runtime/protocols/truncate.py": _tests(f"{_FORMS} truncate {_EVERY} stated", "", "truncate"),
+    "runtime/protocols/waves.py": _tests("waves stated", "silu or gelu"),
+    "runtime/protocols/weights.py": _tests(
+        f"multiply {_EXPANDED} {_EVERY} stated", "linear or embedding"
+    ),
+    "runtime/protocols/wide.py": _tests(f"{_FORMS} wide stated", "linear"),
+    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS} {_STATED} {_ARRAYS} -m ''",
     "runtime/correlations/dpf.py": f"tests/test_dpf.py {_FORMS}",
     "runtime/correlations/prg.py": _tests(f"{_STREAM} tests/test_dpf.py secrecy"),
     "runtime/program/validate.py": (
@@ -133,12 +142,20 @@ SUITES = {
 _FROZEN = "nothing assigns to a field"
 _PIECES = "elements do not depend on how many are expanded at once"
 
+_DISJOINT = "both never have the same bit set"
+
 EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     "compiler/backend/legalize.py": {
         (
             'if node.op == "placeholder" and node.meta["vis"] is Vis.SHARED:',
             'if node.op is "placeholder" and node.meta["vis"] is Vis.SHARED:',
         ): "Python keeps one object for all strings that are written like a name",
+    },
+    "runtime/correlations/counters.py": {
+        (
+            "for path, value in zip(some, values.reshape(len(some), -1), strict=True):",
+            "for path, value in zip(some, values.reshape(len(some), -1), strict=False):",
+        ): "both always have the same length",
     },
     "runtime/protocols/broad.py": {
         ("_TOGETHER = 1 << 12", "_TOGETHER = 2 << 12"): _PIECES,
@@ -157,6 +174,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     "runtime/protocols/interval.py": {
         ("_PIECE = 64", "_PIECE = 63"): _PIECES,
         (
+            "ones[2 * j + word] = (blocks[0, i, j, word] ^ seed) + (chosen & last[i, word])",
+            "ones[2 * j ^ word] = (blocks[0, i, j, word] ^ seed) + (chosen & last[i, word])",
+        ): _DISJOINT,
+        (
             "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)",
             "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 65)",
         ): "cubics through points that lie a little closer are as near",
@@ -171,6 +192,14 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "elif level + 2 > _HEAD:",
         ): "the branch before takes that level",
         ("count = last + 1", "count = last + 2"): "nothing reads one more node",
+        (
+            "words[k, 2 * lane + 1] = corrections[i, 2 * k + 1]",
+            "words[k, 2 * lane + 1] = corrections[i, 2 * k ^ 1]",
+        ): _DISJOINT,
+        (
+            "nodes, last, total = 1, 0, np.int64(0)",
+            "nodes, last, total = 1, 1, np.int64(0)",
+        ): "the first table sets it, and nothing reads it before",
     },
     "runtime/protocols/multiply.py": {
         (
@@ -183,6 +212,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "both_wrap += wrap_of(0, s, RING_BITS) * wrap[i, k] * both[i, e, far]",
             "both_wrap += wrap_of( 1, s, RING_BITS) * wrap[i, k] * both[i, e, far]",
         ): "only the sign of the word counts, and neither is negative",
+        (
+            "part = logical_shift(mask, s) if s > 0 else mask << -s",
+            "part = logical_shift(mask, s) if s > -1 else mask << -s",
+        ): "a shift by no bits is the same in both directions",
     },
     "runtime/protocols/octave.py": {
         ("if d + 1 < depth:", "if d + 1 is not depth:"): "no level lies below the last one",
@@ -208,12 +241,33 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "low = halves[i, entry * terms : (entry + 2) * terms]",
         ): "of the longer slice only the first words are used",
     },
+    "runtime/protocols/selection.py": {
+        (
+            "crossed = factors.shape[0] > 0",
+            "crossed = factors.shape[0] != 0",
+        ): "no length is negative",
+    },
+    "runtime/protocols/slots.py": {
+        (
+            "for k in range(target.shape[0]):",
+            "for k in range(target.shape[ -1]):",
+        ): "there is one dimension",
+    },
+    "runtime/protocols/truncate.py": {
+        ("return words[0]", "return words[ 1]"): "both are shapes without words, and equal",
+    },
     "runtime/protocols/weights.py": {
         ("if ctx.party == CLIENT:", "if ctx.party <= CLIENT:"): "no party's number is lower",
         (
             "for piece, mask in zip(_pieces(source), masks, strict=True):",
             "for piece, mask in zip(_pieces(source), masks, strict=False):",
         ): "both always have the same length",
+    },
+    "runtime/protocols/wide.py": {
+        (
+            "return low << bits, (high << bits) | carried",
+            "return low << bits, (high << bits) + carried",
+        ): _DISJOINT,
     },
     "runtime/session/sampling.py": {
         (

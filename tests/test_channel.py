@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,7 +325,7 @@ def test_64_kib_within_the_timeout_are_progress(
     data = header(9, 0, 2**17) + bytes(2**17)
     parts = data[:size], data[size : size + 1], data[size + 1 :]
     sender._socket.setblocking(True)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, closing(sender._socket):
         reply = pool.submit(receiver.exchange, None, 2**17)
         wait_until(receiver._reading.locked)  # since when it waits is known
         for part in parts[: 3 if enough else 2]:
@@ -336,7 +336,7 @@ def test_64_kib_within_the_timeout_are_progress(
             assert reply.result().numel() == 2**17
         else:
             with pytest.raises(PartyError, match=r"sent only 65535 bytes in 60 s"):
-                reply.result()
+                reply.result(timeout=20.0)
 
 
 def unread(channel: Channel) -> int:

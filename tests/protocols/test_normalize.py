@@ -237,6 +237,9 @@ def test_scales_of_a_row_by_hand() -> None:
     assert RowNorm(576, 32, 2.0**20, 2.0**18).square_shift == 21
     assert RowNorm(4, 6, 0.0, 1.0).square_shift == 0
     assert RowNorm(4, 6, 0.0, 1.0).inverse_root.low == 0
+    # One that fills all bits leaves two octaves, the fewest that there are.
+    assert RowNorm(2, 32, 1.0, 1.0).eps_units == 2**53
+    assert RowNorm(2, 32, 1.0, 1.0).inverse_root.low == 52
     # A fraction of a bit is in the factor.
     assert RowNorm(64, 32.5, EPS, 2.0**8).inverse_root.v_frac == 2 * (32.5 - 13) + 6 - 1
 

@@ -11,6 +11,7 @@ from mergec.runtime.protocols import squares
 from mergec.runtime.protocols.truncate import (
     Truncation,
     _truncate_cpu,
+    cut,
     top_bit,
     truncate,
     truncate_cost,
@@ -112,6 +113,25 @@ def test_is_unbiased() -> None:
     result, _ = run(simulation, lambda ctx, p: truncate(ctx, shares[p].share, 16))
     # The mean of 200,000 coin flips with probability 3/4, within five standard deviations.
     assert abs(result.double().mean() - 0.75) < 5 * (0.1875 / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize("drop", [0, 1, 16, 32])
+def test_bits_are_dropped_before_the_opening_unless_rounding_is_exact(drop: int) -> None:
+    """With exact rounding they are opened with the rest, and hidden from the client."""
+    values = words(500, -(2**46), 2**46)
+    for exact in (False, True):
+        simulation = Simulation(exact=exact)
+        shares = integers(simulation, values)
+        cuts = [cut(ctx, shares[p].share, drop) for p, ctx in enumerate(simulation.contexts)]
+        later = drop if exact else 0
+        assert all((each.drop, each.hidden) == (later, later) for each in cuts)
+        assert all(each.share.dtype is (torch.int64 if later else torch.int32) for each in cuts)
+        if not later:
+            error = (cuts[0].share + cuts[1].share - (values >> drop)).to(torch.int32)
+            assert set(error.tolist()) <= {0, 1 if drop else 0}
+    for drop in (-1, 33):
+        with pytest.raises(ValueError, match=f"cannot leave out the lowest {drop}"):
+            cut(simulation.contexts[0], values, drop)
 
 
 def test_negative_shift_multiplies_locally() -> None:
