@@ -119,7 +119,9 @@ SUITES = {
         f"multiply {_EXPANDED} {_EVERY} stated", "linear or embedding"
     ),
     "runtime/protocols/wide.py": _tests(f"{_FORMS} wide stated", "linear"),
-    "runtime/correlations/counters.py": f"tests/test_counters.py {_FORMS} {_STATED} {_ARRAYS} -m ''",
+    "runtime/correlations/counters.py": (
+        f"tests/test_counters.py {_FORMS} {_STATED} {_ARRAYS} -m ''"
+    ),
     "runtime/correlations/dpf.py": f"tests/test_dpf.py {_FORMS}",
     "runtime/correlations/prg.py": _tests(f"{_STREAM} tests/test_dpf.py secrecy"),
     "runtime/program/validate.py": (

@@ -173,13 +173,14 @@ def test_hidden_scores_stay_in_range_and_below_the_gap(reach: int) -> None:
     assert below - apart == HIDDEN_GAP
 
 
-def test_exact_rounding_always_compares_pairs() -> None:
+@pytest.mark.parametrize("frac", [16, 17, 32])
+def test_exact_rounding_always_compares_pairs(frac: int) -> None:
     """There is no finer table for the wider range; and the compiler sees that pairs cost less."""
     x = torch.randn(6, LONG, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     valid, costs = torch.ones(x.shape, dtype=torch.bool), []
     for shift in SHIFTS:
         simulation = Simulation(exact=True)
-        views = simulation.share(x, 32)
+        views = simulation.share(x, frac)
         found, cost = run(
             simulation, lambda ctx, p, v=views, s=shift: exponentials(ctx, v[p], valid, s)
         )
