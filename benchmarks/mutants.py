@@ -558,8 +558,15 @@ def _stop(todo: Queue) -> None:
         pass
 
 
-def page(tried: Tries, total: int, args: argparse.Namespace) -> str:
-    """The result as Markdown: of the last try of each change, and the share of the first ones."""
+_SAMPLE = re.compile(r"^\| (\d+) \| .*\|$", re.MULTILINE)
+"""A line of the table of samples, which begins with the seed."""
+
+
+def page(tried: Tries, total: int, args: argparse.Namespace, former: str = "") -> str:
+    """The result as Markdown: of the last try of each change, and the share of the first ones.
+
+    former: the page before, whose samples of other seeds stay.
+    """
     outcomes = [tries[-1] for tries in tried.values()]
     at_first = [tries[0] for tries in tried.values()]
     told = [
@@ -595,6 +602,12 @@ def page(tried: Tries, total: int, args: argparse.Namespace) -> str:
         f"tests that were added since, they notice {noticed}: {share(noticed)}. Command:",
         f"`make mutants MUTANT_ARGS={shlex.quote(shlex.join(told))}`.",
         "",
+        "Samples, each of the code and the tests as they were then:",
+        "",
+        "| seed | faults | noticed on the first try |",
+        "| --- | ---: | ---: |",
+        *_samples(former, args.seed, f"{changing} | {before} ({share(before)})"),
+        "",
         "| module | tried | noticed | out of time | change nothing | unnoticed |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -614,6 +627,13 @@ def page(tried: Tries, total: int, args: argparse.Namespace) -> str:
             why = f": {outcome.reason}" if equal else ""
             lines.append(f"* `{outcome.place}`: `{outcome.old}` becomes `{outcome.new}`{why}")
     return "\n".join([*lines, ""])
+
+
+def _samples(former: str, seed: int, found: str) -> list[str]:
+    """The lines of the table of samples, by seed: those of a former page, and what was found."""
+    lines = {int(line[1]): line[0] for line in _SAMPLE.finditer(former)}
+    lines[seed] = f"| {seed} | {found} |"
+    return [lines[number] for number in sorted(lines)]
 
 
 def _is_equal(outcome: Outcome) -> bool:
@@ -658,7 +678,8 @@ def main() -> None:
         if args.results:
             with args.results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-    text = page(tried, len(every), args)
+    former = args.output.read_text() if args.output and args.output.exists() else ""
+    text = page(tried, len(every), args, former)
     print(text)
     if args.output:
         args.output.write_text(text)
