@@ -22,6 +22,7 @@ from mergec.runtime.protocols.weights import (
     linear,
     move,
     move_cost,
+    reuse_weight,
     scale_by,
     send,
     send_cost,
@@ -104,6 +105,29 @@ def test_server_held_constants_cost_one_message_to_the_server(
     product = x @ weight.long().T
     assert torch.equal(result, torch.cat([product, x * gain], -1))
     assert cost == send_cost(48) + Cost(offline=8 * result.numel())
+
+
+def test_a_weight_that_the_client_kept_needs_no_message() -> None:
+    """The same mask hides the same weight, so products are right in the next session, too."""
+    simulation = Simulation()
+    weight = words(40, -(2**20), 2**20).reshape(5, 8).to(torch.int32)
+    first = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(weight, p), 3))
+    simulation.cost = Cost()
+    again = [
+        reuse_weight(ctx, _held(weight, p), first[p].difference, 3) if p != DEALER else first[p]
+        for p, ctx in enumerate(simulation.contexts)
+    ]
+    assert simulation.cost == Cost()
+    assert [each.frac for each in again] == [3, 3, 3]
+    assert again[CLIENT].encoded.is_meta and again[SERVER].difference.is_meta
+    x = words(6 * 8, -(2**63), 2**63 - 1).reshape(6, 8)
+    shares = integers(simulation, x)
+
+    def protocol(ctx, p):
+        sent = yield from send(ctx, shares[p])
+        return linear(ctx, sent, again[p])
+
+    assert torch.equal(run(simulation, protocol)[0], x @ weight.long().T)
 
 
 def test_a_constant_that_is_a_single_number() -> None:

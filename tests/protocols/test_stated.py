@@ -31,7 +31,9 @@ from mergec.runtime.protocols.normalize import (
     open_factor_cost,
     open_row_cost,
     row_factor_cost,
+    row_factor_wide_cost,
     scale_rows_cost,
+    scale_rows_wide_cost,
 )
 from mergec.runtime.protocols.octave import Octaves, columns_cost
 from mergec.runtime.protocols.opening import Cut, open_masked_cost
@@ -151,6 +153,14 @@ COSTS: dict[str, tuple[Callable[[], Cost], Cost]] = {
     "rounded factors": (
         lambda: row_factor_cost(ROOT_OF_ROWS, 2),
         Cost(2, 2 * (16 + 16 * 12), 2 * (128 * 48 + 32 * 53)),
+    ),
+    "factors as whole numbers": (
+        lambda: row_factor_wide_cost(ROOT_OF_ROWS, 2),
+        Cost(2, 2 * (16 + 8 * 12), 2 * (64 * 48 + 32 * 53 + 16 * 12)),
+    ),
+    "rows scaled as whole numbers": (
+        lambda: scale_rows_wide_cost(40, ROOT_OF_ROWS, 2, 5),
+        Cost(0, 0, 16 * (2 * 2 * 12 + 10 * (3 + 3 * 12))),
     ),
     "scaled rows": (lambda: scale_rows_cost(40, ROOT_OF_ROWS, 2, 5), Cost(0, 0, 112 * 10)),
     "scaled rows modulo 2^128": (

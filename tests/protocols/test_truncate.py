@@ -18,6 +18,7 @@ from mergec.runtime.protocols.truncate import (
     truncation_parts,
     truncation_words,
     width_of,
+    window_of_zeros,
 )
 from tests.protocols.harness import integers, run, words
 
@@ -132,6 +133,18 @@ def test_bits_are_dropped_before_the_opening_unless_rounding_is_exact(drop: int)
     for drop in (-1, 33):
         with pytest.raises(ValueError, match=f"cannot leave out the lowest {drop}"):
             cut(simulation.contexts[0], values, drop)
+
+
+def test_halves_of_zero_are_zero_whatever_its_shares_are() -> None:
+    simulation = Simulation()
+    client, server, _ = simulation.contexts
+    edges = torch.tensor([0, 1, -1, 2**32, -(2**32), 2**32 - 1, 2**63 - 1, -(2**63)])
+    some = torch.cat([edges, words(5000, -(2**63), 2**63 - 1)])
+    zero = window_of_zeros(client, some) + window_of_zeros(server, -some)
+    assert not bool(zero.any())
+    x = words(len(some), -(2**61), 2**61, 1)
+    upper = (window_of_zeros(client, some) + window_of_zeros(server, x - some)).double()
+    assert (upper - x.double() * 2.0**-32).abs().max() < 1
 
 
 def test_negative_shift_multiplies_locally() -> None:
