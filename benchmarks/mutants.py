@@ -158,6 +158,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "for path, value in zip(some, values.reshape(len(some), -1), strict=True):",
             "for path, value in zip(some, values.reshape(len(some), -1), strict=False):",
         ): "both always have the same length",
+        (
+            "for start in range(0, nodes.shape[0], LANES):",
+            "for start in range(0, nodes.shape[ -1], LANES):",
+        ): "there is one dimension",
     },
     "runtime/protocols/broad.py": {
         ("_TOGETHER = 1 << 12", "_TOGETHER = 2 << 12"): _PIECES,
@@ -236,6 +240,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "less = _LESS.evaluate(bits, words)[:, 0]",
             "less = _LESS.evaluate(bits, words)[:, -1]",
         ): "there is one payload",
+        (
+            "place = (rank.long() & (level.pairs.entries - 1))[:, None, None].expand(-1, 2, 1)",
+            "place = (rank.long() & (level.pairs.entries - 1))[:, None, None].expand(-1, 2, 2)",
+        ): "of both columns the first one is read",
     },
     "runtime/protocols/pieces.py": {
         (

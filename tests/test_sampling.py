@@ -186,10 +186,11 @@ def test_stock_protocols_choose_greedily() -> None:
 
 
 def test_the_answer_of_an_encoder_decoder_begins_with_its_start() -> None:
-    """Which may be token 0, and counts as part of the length; the source does not."""
-    settings = GenerationSettings(forced_eos_token_id=4)
-    pick = Chooser(Sampling(), Manifest(generation=settings, answer_start=0), [3, 2, 3], 2)
-    assert [pick(LOGITS) for _ in range(2)] == [1, 4]
+    """Which may be token 0: the source's tokens have not occurred in it, as a prompt's have."""
+    settings = GenerationSettings(repetition_penalty=100.0, forced_eos_token_id=4)
+    for start, chosen in ((0, [1, 2, 4]), (-1, [2, 0, 4])):
+        pick = Chooser(Sampling(), Manifest(generation=settings, answer_start=start), [1, 3], 3)
+        assert [pick(LOGITS) for _ in range(3)] == chosen
 
 
 def test_limits_that_are_met_exactly() -> None:
