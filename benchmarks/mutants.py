@@ -183,10 +183,6 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "ones[2 * j + word] = (blocks[0, i, j, word] ^ seed) + (chosen & last[i, word])",
             "ones[2 * j ^ word] = (blocks[0, i, j, word] ^ seed) + (chosen & last[i, word])",
         ): _DISJOINT,
-        (
-            "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 64)",
-            "nodes = np.cos(np.pi * (np.arange(64) + 0.5) / 65)",
-        ): "cubics through points that lie a little closer are as near",
     },
     "runtime/protocols/logarithm.py": {
         (
@@ -222,6 +218,7 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "part = logical_shift(mask, s) if s > 0 else mask << -s",
             "part = logical_shift(mask, s) if s > -1 else mask << -s",
         ): "a shift by no bits is the same in both directions",
+        ("wraps = top.shape[1] > 0", "wraps = top.shape[1] != 0"): "no length is negative",
     },
     "runtime/protocols/octave.py": {
         ("if d + 1 < depth:", "if d + 1 is not depth:"): "no level lies below the last one",
@@ -289,6 +286,10 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
         ): "any number below one keeps all tokens",
     },
     "runtime/transport/channel.py": {
+        (
+            "return self._start < self._stop or pending",
+            "return self._start != self._stop or pending",
+        ): "what is taken never exceeds what was read",
         (
             "found = {d for d, _ in poll.poll(0 if here else 1000 * max(0.0, left))} - {mine}",
             "found = {d for d, _ in poll.poll(0 if here else 1001 * max(0.0, left))} - {mine}",
