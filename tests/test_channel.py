@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,11 +139,19 @@ def header(kind: int, number: int, length: int) -> bytes:
     return struct.pack("!BxxxIQ", kind, number, length)
 
 
+def reason(size: int) -> bytes:
+    """What an ERROR frame of so many bytes says."""
+    return b'{"reason": "no!"' + b" " * (size - 17) + b"}"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (header(9, 0, 2**63), "sent 9223372036854775808 bytes where 8 were expected"),
         (header(9, 0, 7) + b"x" * 7, "sent 7 bytes where 8 were expected"),
+        (header(9, 0, 9) + b"x" * 9, "sent 9 bytes where 8 were expected"),
+        (header(2, 0, 2**16) + reason(2**16), "the client says: no!"),
+        (header(2, 0, 2**16 + 1), "sent frame 2 where ROUND was expected"),
         (header(9, 1, 8), "sent a frame twice or out of order"),
         (header(8, 0, 8), "sent frame 8 where ROUND was expected"),
         (header(2, 0, 2**40), "sent frame 2 where ROUND was expected"),
@@ -163,6 +174,59 @@ def test_what_is_not_due_ends_the_session(data: bytes, message: str) -> None:
     raw.close()
     with pytest.raises(PartyError, match=message):
         channel.exchange(None, 8)
+
+
+def test_a_frame_is_as_long_as_its_receiver_allows() -> None:
+    for size in (0, 15, 16):
+        one, other = pair()
+        one.send(Kind.STEP, bytes(size))
+        assert len(other.receive(Kind.STEP, limit=16)) == size
+    one, other = pair()
+    one.send(Kind.STEP, bytes(17))
+    with pytest.raises(PartyError, match="sent 17 bytes where at most 16 were expected"):
+        other.receive(Kind.STEP, limit=16)
+    one, other = pair()
+    one.send(Kind.STEP, bytes(1))
+    with pytest.raises(PartyError, match="sent frame 8 where DONE or END was expected"):
+        other.receive_any((Kind.DONE, Kind.END))
+
+
+def test_frames_are_numbered_modulo_2_to_the_32() -> None:
+    client, server = pair()
+    client._sent = server._received = 2**32 - 2
+    for size in range(4):
+        client.beat()
+        client.send(Kind.STEP, bytes(size))
+        assert len(server.receive(Kind.STEP, limit=16)) == size
+    assert client._sent == server._received == 6
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        torch.zeros(2, 3, dtype=torch.uint8),
+        torch.zeros(3, dtype=torch.int8),
+        torch.zeros(3, dtype=torch.uint8, device="meta"),
+    ],
+)
+def test_only_flat_bytes_of_the_cpu_are_sent(message: torch.Tensor) -> None:
+    client, _ = pair()
+    with pytest.raises(PartyError, match="a message must be a flat uint8 tensor on the CPU"):
+        client.exchange(message, 0)
+    assert client.traffic.sent == 0
+
+
+def test_halves_of_an_exchange_are_counted_as_one() -> None:
+    client, server = pair()
+    for size in (5, 0):
+        client.post(flat(size))
+        server.post(flat(size + 2))
+        assert client.collect(size + 2).equal(flat(size + 2))
+        assert server.collect(size).equal(flat(size))
+    client.post(None)
+    assert server.collect(0).numel() == 0
+    assert client.traffic == Traffic(2, 5, 9)
+    assert server.traffic == Traffic(3, 9, 5)
 
 
 def test_a_replayed_frame_is_noticed() -> None:
@@ -249,6 +313,86 @@ def test_a_peer_at_work_is_waited_for(channels: tuple[Any, Any], monkeypatch: An
         assert reply.result().equal(flat(BIG))
     assert client.traffic == Traffic(1, 5, BIG)
     assert server.traffic == Traffic(2, BIG, 5)
+
+
+@pytest.mark.parametrize(("size", "enough"), [(2**16, True), (2**16 - 2, False)])
+def test_64_kib_within_the_timeout_are_progress(
+    size: int, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They arrive after 40 s of 60, and then a byte after 80. With a byte less nothing moved."""
+    clock = Clock(monkeypatch)
+    sender, receiver = pair(60.0)
+    data = header(9, 0, 2**17) + bytes(2**17)
+    parts = data[:size], data[size : size + 1], data[size + 1 :]
+    sender._socket.setblocking(True)
+    with ThreadPoolExecutor(1) as pool, closing(sender._socket):
+        reply = pool.submit(receiver.exchange, None, 2**17)
+        wait_until(receiver._reading.locked)  # since when it waits is known
+        for part in parts[: 3 if enough else 2]:
+            clock.now = min(80.0, clock.now + 40.0)
+            sender._socket.sendall(part)
+            wait_until(lambda: not unread(receiver) or reply.done())
+        if enough:
+            assert reply.result().numel() == 2**17
+        else:
+            with pytest.raises(PartyError, match=r"sent only 65535 bytes in 60 s"):
+                reply.result(timeout=20.0)
+
+
+def unread(channel: Channel) -> int:
+    """Bytes that have arrived and were not taken."""
+    found = fcntl.ioctl(channel.fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(found, sys.byteorder)
+
+
+def test_until_when_a_peer_is_waited_for() -> None:
+    """For the limit after what came last; heartbeats move that on, until the step should end."""
+    channel, _ = pair()
+    assert channel.deadline(10.0, 60.0) == 70.0
+    channel._got = 30.0
+    assert channel.deadline(10.0, 60.0) == 90.0
+    assert channel.deadline(40.0, 60.0) == 100.0
+    channel._alive, channel._until = 100.0, 130.0
+    assert channel.deadline(10.0, 60.0) == 130.0
+    channel._until = 1000.0
+    assert channel.deadline(10.0, 60.0) == 160.0
+    channel._until = 80.0
+    assert channel.deadline(10.0, 60.0) == 90.0
+
+
+def test_what_is_said_of_a_silent_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    channel, _ = pair()
+    clock.now, channel._alive = 100.0, 40.5
+    assert "says that it is at work, but sent nothing for 99 s" in str(channel.silent(1.0, 60.0))
+    assert "sent nothing for 60 s" in str(channel.silent(40.5, 60.0))
+    assert "sent only 3 bytes in 60 s" in str(channel.silent(1.0, 60.0, 3))
+    channel._alive = 40.0
+    assert str(channel.silent(1.0, 60.0)).startswith("the server sent nothing for 60 s; check")
+
+
+def test_a_heartbeat_is_sent_after_so_many_quiet_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    client, _ = pair()
+    client.send(Kind.DONE)
+    clock.now = 10.0
+    client.beat(10.5)
+    assert client._sent == 1
+    client.beat(10.0)
+    assert client._sent == 2
+    client.beat(0.5)
+    assert client._sent == 2
+
+
+@pytest.mark.parametrize(("wait", "kind"), [(0, PeerEndedError), (7, BusyError)])
+def test_a_party_says_when_to_come_again(wait: int, kind: type, monkeypatch: Any) -> None:
+    monkeypatch.setattr(channel_module, "_LINGER", 0.01)
+    client, server = pair()
+    server.fail("full", wait=wait)
+    with pytest.raises(PartyError, match="the server says: full") as caught:
+        client.receive_any((Kind.DONE,))
+    assert type(caught.value) is kind
+    assert not wait or caught.value.wait == wait
 
 
 def test_a_peer_that_only_says_so_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +578,7 @@ def test_a_thread_that_waits_for_a_frame_ends_with_its_channel(channels: tuple[A
 
 def test_words_of_a_peer_are_safe_to_print() -> None:
     assert printable("a\x00b\u202e\n" + "c" * 1000) == "a b " + "c" * 396
+    assert printable(" " * 799 + "xy") == "x", "of 800 characters"
 
 
 @pytest.mark.parametrize(
@@ -488,6 +633,7 @@ def test_the_kernel_looks_for_a_peer_that_is_cut_off(
 def test_limits_are_those_that_the_threat_model_states() -> None:
     text = (ROOT / "docs" / "threat-model.md").read_text()
     assert f"a stranger's handshake and greeting within {HANDSHAKE_TIMEOUT:g} s" in text
+    assert f"Takes at most {2 * channel_module._LINGER:g} s." in (Channel.fail.__doc__ or "")
 
 
 def test_certificates_name_the_role_and_the_client(certificates: Path) -> None:

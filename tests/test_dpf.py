@@ -14,6 +14,7 @@ from mergec.runtime.correlations.dpf import (
     Generator,
     HostKeys,
     Keys,
+    added_wide,
     correct,
     correct_by_library,
     grow,
@@ -21,13 +22,15 @@ from mergec.runtime.correlations.dpf import (
     new_salt,
     parities,
     parities_by_library,
+    salt_of,
     sharing_bits,
     sharing_prefixes,
     sharing_words,
     signed,
+    subtracted_wide,
     unsigned,
 )
-from mergec.runtime.correlations.prg import Prg, new_seed
+from mergec.runtime.correlations.prg import Prg, derive, new_seed
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.aes import LANES, vectors
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -189,7 +192,7 @@ def test_the_library_tells_the_same(depth: int) -> None:
 @instructions
 @pytest.mark.parametrize("count", [1, 3, 131])
 @pytest.mark.parametrize("depth", [0, 1, 7])
-@pytest.mark.parametrize("bits", [64, 16, 8, 0])
+@pytest.mark.parametrize("bits", [128, 64, 16, 8, 0])
 def test_instructions_and_library_make_the_same_corrections(
     bits: int, depth: int, count: int
 ) -> None:
@@ -241,6 +244,30 @@ def test_keys_of_the_ciphers_follow_from_the_salt() -> None:
     again = Generator(2, salts[2])
     assert np.array_equal(again.value(seeds), made[2].value(seeds))
     assert np.array_equal(again.round_keys, made[2].round_keys)
+
+
+def test_a_session_that_repeats_has_its_salt_again() -> None:
+    one, other = new_seed(), new_seed()
+    assert salt_of(one) == salt_of(one)
+    assert len({salt_of(one), salt_of(other), derive(one, "other")[:SALT_BYTES]}) == 3
+    assert len(salt_of(one)) == len(new_salt()) == 16
+
+
+def test_numbers_of_two_words_carry_and_borrow() -> None:
+    ring, count = 1 << 128, 200
+    draw = np.random.default_rng(3)
+    edges = [0, 1, 2**64 - 1, 2**64, 2**127, ring - 1]
+    numbers = edges + [int.from_bytes(draw.bytes(16), "little") for _ in range(count)]
+    for one in edges:
+        pairs = [(one, other) for other in numbers]
+        left, right = (_two_words([pair[k] for pair in pairs]) for k in (0, 1))
+        for found, sign in ((added_wide(left, right), 1), (subtracted_wide(left, right), -1)):
+            wanted = [(a + sign * b) % ring for a, b in pairs]
+            assert np.array_equal(found, _two_words(wanted))
+
+
+def _two_words(numbers: list[int]) -> np.ndarray:
+    return np.array([[n % 2**64, n >> 64] for n in numbers], np.uint64)
 
 
 def test_parties_with_other_salts_get_other_tables() -> None:

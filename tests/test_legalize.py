@@ -259,6 +259,42 @@ def test_a_mask_without_a_known_attention_is_named() -> None:
         legalize(graph.module, FIXED)
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "masked"),
+    [
+        (-(2.0**110), 2.0**100, True),
+        (-(2.0**110), 2.0**100 * 1.001, False),
+        (-(2.0**100) * 1.001, 1.0, True),
+        (-(2.0**100), 1.0, False),
+    ],
+)
+def test_scores_under_a_mask_are_far_below_zero(least: float, most: float, masked: bool) -> None:
+    """Beyond 2**100, and 2**10 times as far as they are above it."""
+    graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
+    for name in ALL:
+        graph.run(name)
+    named(graph, "linear")[0].meta["range"] = (least, most)
+    words = "because a mask is added" if masked else "check this module's weights"
+    with pytest.raises(CompileError, match=words):
+        legalize(graph.module, FIXED)
+
+
+def test_values_of_two_parties_side_by_side_are_a_share() -> None:
+    """Each adds its own to zeros: no message, and nothing to truncate."""
+    graph = Graph(
+        lambda m, ids: torch.cat([ids.double(), m.g]) * m.h,
+        torch.tensor([3, 1]),
+        g=W[0],
+        h=W[1, :1],
+    )
+    graph.run("arithmetic_to_dialect")
+    legalize(graph.module, FIXED)
+    nodes = graph.module.graph.nodes
+    (joined,) = [n for n in nodes if target_name(n.target) == "aten.cat.default"]
+    assert joined.meta["vis"] is Vis.SHARED
+    assert (joined.meta["form"], joined.meta["frac"]) == ("share", FIXED)
+
+
 def test_a_value_with_just_enough_headroom_passes() -> None:
     graph = Graph(lambda m, x: x @ m.w + x, X, w=W)
     for name in ALL:

@@ -136,8 +136,20 @@ def test_the_page_counts_what_changes_anything(
         "first try: 50.0%. With the\ntests that were added since, they notice 3: 75.0%." in text
     )
     assert f"| {RANKS} | 5 | 2 | 1 | 1 | 1 |" in text
+    assert "| --- | ---: | ---: |\n| 1 | 4 | 2 (50.0%) |\n\n" in text
     assert f"Unnoticed:\n\n* `{RANKS}:7`: `a` becomes `b`\n" in text
     assert f"Change nothing:\n\n* `{RANKS}:7`: `a` becomes `c`: it is the same\n" in text
+
+
+def test_a_page_keeps_the_samples_of_other_seeds(mutants: Any) -> None:
+    text = ""
+    for seed, results in ((12, ["killed"]), (3, ["survived", "killed"]), (12, ["survived"])):
+        found = [outcome(mutants, name, name) for name in results]
+        tried = {each.key: [each] for each in found}
+        text = mutants.page(tried, 9, argparse.Namespace(seed=seed, count=5, output=None), text)
+    table = "| --- | ---: | ---: |\n| 3 | 2 | 1 (50.0%) |\n| 12 | 1 | 0 (0.0%) |\n\n| module |"
+    assert table in text
+    assert text.count("| 12 |") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.errors import PromptError
 from mergec.runtime.program.generation_settings import GenerationSettings
 from mergec.runtime.program.manifest import Manifest
-from mergec.runtime.session.sampling import Chooser, Sampling
+from mergec.runtime.session.sampling import Chooser, Sampling, draw_for
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -5.0])
 
@@ -110,10 +111,16 @@ def test_frequencies_follow_the_distribution() -> None:
         ({"temperature": math.nan}, "temperature must be 0 or more"),
         ({"temperature": math.inf}, "temperature must be 0 or more"),
         ({"top_k": -1}, "top-k must be 0"),
+        ({"top_k": 2**63}, "top-k must be 0"),
         ({"top_p": 0.0}, "top-p must be above 0"),
         ({"top_p": 1.1}, "top-p must be above 0"),
         ({"seed": -1}, "the seed must be"),
         ({"seed": 2**63}, "the seed must be"),
+        ({"min_p": -0.1}, "min-p must be 0 to 1"),
+        ({"min_p": 1.1}, "min-p must be 0 to 1"),
+        ({"repetition_penalty": 0.0}, "the repetition penalty must be above 0"),
+        ({"repetition_penalty": -1.0}, "the repetition penalty must be above 0"),
+        ({"repetition_penalty": math.inf}, "the repetition penalty must be above 0"),
     ],
 )
 def test_options_are_checked(options: dict[str, float], message: str) -> None:
@@ -121,6 +128,82 @@ def test_options_are_checked(options: dict[str, float], message: str) -> None:
         Sampling(**options)  # type: ignore[arg-type]
 
 
+def test_options_at_the_ends_of_their_range_are_allowed() -> None:
+    least, most = math.ulp(0.0), 2**63 - 1
+    for options in (
+        {"temperature": 0.0, "top_k": 0, "top_p": least, "seed": 0, "min_p": 0.0},
+        {"top_k": most, "top_p": 1.0, "seed": most, "min_p": 1.0, "repetition_penalty": least},
+    ):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+EVERYTHING = GenerationSettings(
+    do_sample=True, temperature=0.6, top_h=0.5, top_k=20, top_p=0.9, min_p=0.1, typical_p=0.5,
+    epsilon_cutoff=0.1, eta_cutoff=0.1, repetition_penalty=1.2, min_length=3,
+)  # fmt: skip
+
+
+def test_a_request_takes_back_what_the_checkpoint_says() -> None:
+    neutral = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    found = neutral.over(EVERYTHING).to_dict()
+    assert found == {
+        "temperature": 1.0, "top_h": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.1, "min_length": 3,
+    }  # fmt: skip
+    own = {"temperature": 2.0, "top_k": 7, "top_p": 0.7, "min_p": 0.2, "repetition_penalty": 1.1}
+    assert Sampling(**own).over(GenerationSettings()).to_dict() == own  # type: ignore[arg-type]
+
+
+def test_a_greedy_choice_keeps_what_changes_the_best_token() -> None:
+    found = Sampling(temperature=0.0).over(EVERYTHING).to_dict()
+    assert found == {"temperature": 0.0, "repetition_penalty": 1.2, "min_length": 3}
+
+
+def test_what_the_parties_draw() -> None:
+    """In units of 2**-16; a top-k of one is greedy, and one that keeps all tokens is none."""
+    manifest = Manifest(reveal="token", vocab_size=3)
+    for asked, drawn in (
+        (Sampling(), Draw()),
+        (Sampling(temperature=1.5), Draw(3 << 15)),
+        (Sampling(temperature=1.0, top_k=1), Draw()),
+        (Sampling(temperature=1.0, top_k=2), Draw(1 << 16, 2)),
+        (Sampling(temperature=1.0, top_k=3), Draw(1 << 16)),
+    ):
+        assert draw_for(asked, manifest) == drawn
+    with pytest.raises(PromptError, match="top-p needs the logits"):
+        draw_for(Sampling(temperature=1.0, top_p=0.5), manifest)
+    with pytest.raises(PromptError, match="noise that nobody may know"):
+        draw_for(Sampling(temperature=1.0, seed=0), manifest)
+    assert draw_for(Sampling(temperature=1.0, seed=0), Manifest()) == Draw()
+
+
+def test_stock_protocols_choose_greedily() -> None:
+    manifest = Manifest(reveal="token", vocab_size=3)
+    assert draw_for(Sampling(), manifest, "crypten") == Draw()
+    assert draw_for(Sampling(temperature=1.0), Manifest(), "crypten") == Draw()
+    with pytest.raises(PromptError, match="support only greedy choice"):
+        draw_for(Sampling(temperature=1.0), manifest, "crypten")
+
+
+def test_the_answer_of_an_encoder_decoder_begins_with_its_start() -> None:
+    """Which may be token 0: the source's tokens have not occurred in it, as a prompt's have."""
+    settings = GenerationSettings(repetition_penalty=100.0, forced_eos_token_id=4)
+    for start, chosen in ((0, [1, 2, 4]), (-1, [2, 0, 4])):
+        pick = Chooser(Sampling(), Manifest(generation=settings, answer_start=start), [1, 3], 3)
+        assert [pick(LOGITS) for _ in range(3)] == chosen
+
+
+def test_limits_that_are_met_exactly() -> None:
+    """Equal tokens, whose probabilities are exact: a quarter each."""
+    for options, kept in (
+        ({"top_p": 0.25}, 1), ({"top_p": 0.5}, 2), ({"top_p": 0.75}, 3), ({"top_k": 4}, 4),
+        ({"top_k": 3}, 3), ({"top_k": 1}, 1),
+    ):  # fmt: skip
+        found = probabilities(torch.zeros(4), Sampling(temperature=1.0, **options))  # type: ignore[arg-type]
+        assert int((found > 0).sum()) == kept
+
+
 def test_logits_that_are_not_numbers_are_refused() -> None:
-    with pytest.raises(PromptError, match="not finite"):
-        choose(torch.tensor([0.0, math.nan]), Sampling())
+    for logits in ([0.0, math.nan], [math.inf, 0.0], []):
+        with pytest.raises(PromptError, match="not finite"):
+            choose(torch.tensor(logits), Sampling())

@@ -21,7 +21,14 @@ from mergec.runtime.engine.plan import Planned
 from mergec.runtime.engine.rehearsal import Rehearsal, _call
 from mergec.runtime.engine.simulate import Corrections, Simulation
 from mergec.runtime.program.bundle import save_bundle
-from mergec.runtime.program.program import InputSpec, Instruction, Phase, Ref, RoleProgram
+from mergec.runtime.program.program import (
+    PADS,
+    InputSpec,
+    Instruction,
+    Phase,
+    Ref,
+    RoleProgram,
+)
 from mergec.runtime.program.validate import validate
 from mergec.runtime.protocols.weights import share_weight, table_rows
 from mergec.runtime.roles.inprocess import InProcessSession
@@ -305,6 +312,57 @@ def test_a_phase_cannot_make_a_secret_public(
     place_of = program.phases.index(wrong)
     program.phases[place_of] = dataclasses.replace(wrong, inputs=tuple(inputs))
     with pytest.raises(BundleError, match=f"of the phase {phase} is not"):
+        validate(program, "here")
+
+
+def padded(**change: Any) -> RoleProgram:
+    """A program that the client tells how much of its prompt is padding."""
+    program = decoder.program("client", pad_token=1)
+    number = InputSpec(PADS, CLIENT, "int64", (1,))
+    program.inputs.append(dataclasses.replace(number, **change))
+    return program
+
+
+def test_how_much_is_padding_is_one_number_of_the_client_s() -> None:
+    validate(padded(), "here")
+    for change in (
+        {"vis": PUBLIC}, {"vis": SHARED}, {"dtype": "int32"}, {"shape": (2,)}, {"shape": (1, 1)},
+        {"cache_output": "logits"},
+    ):  # fmt: skip
+        with pytest.raises(BundleError, match="'pads' is not one number of the client's"):
+            validate(padded(**change), "here")
+    for program, token in ((padded(), -1), (decoder.program("client"), 0)):
+        program.manifest = dataclasses.replace(program.manifest, pad_token=token)
+        with pytest.raises(BundleError, match=f"pad_token is {token}, which does not fit"):
+            validate(program, "here")
+    first = decoder.program("client")
+    first.manifest = dataclasses.replace(first.manifest, pad_token=-1)
+    validate(first, "here")
+    program = padded()
+    program.manifest = dataclasses.replace(program.manifest, pad_token=0)
+    validate(program, "here")
+    program.phases = [
+        Phase(name, tuple(program.inputs), ("logits",)) for name in ("prompt", "decode")
+    ]
+    with pytest.raises(BundleError, match="pad_token is 0, which does not fit"):
+        validate(program, "here")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["prompt"], ["prompt", "decode"], ["decode", "prompt", "finish"], ["prompt", "finish"]],
+)
+def test_phases_of_a_decoder_are_none_or_three(names: list[str]) -> None:
+    program = decoder.program("client")
+    program.phases = [Phase(name, tuple(program.inputs), ("logits",)) for name in names]
+    with pytest.raises(BundleError, match="the phases are not prompt and decode, and the finish"):
+        validate(program, "here")
+
+
+def test_a_role_that_there_is_not() -> None:
+    program = decoder.program("client")
+    program.role = "owner"
+    with pytest.raises(BundleError, match="here: unknown role 'owner'; one of client, server, d"):
         validate(program, "here")
 
 

@@ -97,6 +97,24 @@ def test_secret_labels_go_with_their_keys() -> None:
     assert torch.equal((client.labels + server.labels).long(), wanted)
 
 
+def test_numbers_at_the_ends_of_the_range_are_never_taken_for_what_fills_a_group() -> None:
+    """All above -2**30 and below 2**30, in a group of which the last three are filled up."""
+    for low in (-(2**30) + 1, 2**30 - 1):
+        keys = torch.full((2, 5), low)
+        keys[1, 2] = 2**30 - 1
+        _check(keys, 1, (4, 4))
+        _check(keys, 3, (8,))
+
+
+def test_plans_for_a_few_of_many_shrink_them_to_a_quarter() -> None:
+    """Groups of four times the power of two from how many are kept on."""
+    assert plan_for(50_257, 1) == (8, 8, 8, 8, 8, 2)
+    assert plan_for(333, 3) == (16, 16, 16)
+    assert plan_for(64, 8) == (32, 16)
+    assert plan_for(8, 1) == (8,)
+    assert plan_for(9, 1) == (8, 2)
+
+
 def test_a_plan_that_leaves_too_many_is_refused() -> None:
     with pytest.raises(ValueError, match=r"groups of \[4\] leave 3 candidates"):
         _best(words(12, -9, 9).reshape(1, 12), 1, (4,), Simulation())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from mergec.runtime.protocols.interval import (
     evaluate_by_library,
     evaluate_cost,
     fit,
+    fit_finely,
 )
 from tests.protocols.harness import run, words
 
@@ -52,6 +54,20 @@ def test_every_value_of_a_small_domain(step_bits: int) -> None:
     # The cubic's error on a window of width h and the one before: h**4 / 192 of the 4th derivative.
     step = 2.0 ** (step_bits - unit)
     assert worst < step**4 / 192 * 1.2 + 2**-30
+
+
+@pytest.mark.parametrize("make", [fit, fit_finely])
+@pytest.mark.parametrize("drop", [0, 2])
+def test_no_cubics_are_closer_on_a_window_and_the_one_before(make: Any, drop: int) -> None:
+    """Of all cubics the best is h**4 / 192 of the 4th derivative off, on a window of width h."""
+    windows, unit, step = 16, 10, 8
+    table = make(np.sin, unit, -(3 << unit), windows, step, 60, drop)
+    begin = (table.start + np.arange(windows)[:, None] * 2**step) * 2.0**-unit
+    place = np.linspace(-1, 1, 2001)
+    powers = (place * 2.0 ** (step - drop)) ** np.arange(4)[:, None]
+    found = table.coefficients.astype(float) @ powers * 2.0**-60
+    size = 2.0 ** (step - unit)
+    assert np.abs(found - np.sin(begin + place * size)).max() < size**4 / 192
 
 
 def test_more_elements_than_one_piece_holds() -> None:

@@ -211,3 +211,4 @@ def test_a_logarithm_without_room_raises() -> None:
     for low, octaves, frac in ((16, 5, 54), (30, 0, 54), (30, 5, 49), (30, 5, 59)):
         with pytest.raises(ValueError, match=f"no logarithm has {frac} fractional bits"):
             Spec(low, octaves, frac)
+    assert [Spec(17, 1, frac).tables for frac in (50, 58)] == [1, 1]

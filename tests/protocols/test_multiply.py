@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mergec.runtime.core.spec import CLIENT, SERVER, Cost
+from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.protocols import weights
 from mergec.runtime.protocols.multiply import matmul_of_masked, multiply, multiply_cost
@@ -22,6 +22,7 @@ from mergec.runtime.protocols.weights import (
     linear,
     move,
     move_cost,
+    reuse_weight,
     scale_by,
     send,
     send_cost,
@@ -106,6 +107,29 @@ def test_server_held_constants_cost_one_message_to_the_server(
     assert cost == send_cost(48) + Cost(offline=8 * result.numel())
 
 
+def test_a_weight_that_the_client_kept_needs_no_message() -> None:
+    """The same mask hides the same weight, so products are right in the next session, too."""
+    simulation = Simulation()
+    weight = words(40, -(2**20), 2**20).reshape(5, 8).to(torch.int32)
+    first = simulation.run(lambda ctx, p: share_weight(ctx, "w", _held(weight, p), 3))
+    simulation.cost = Cost()
+    again = [
+        reuse_weight(ctx, _held(weight, p), first[p].difference, 3) if p != DEALER else first[p]
+        for p, ctx in enumerate(simulation.contexts)
+    ]
+    assert simulation.cost == Cost()
+    assert [each.frac for each in again] == [3, 3, 3]
+    assert again[CLIENT].encoded.is_meta and again[SERVER].difference.is_meta
+    x = words(6 * 8, -(2**63), 2**63 - 1).reshape(6, 8)
+    shares = integers(simulation, x)
+
+    def protocol(ctx, p):
+        sent = yield from send(ctx, shares[p])
+        return linear(ctx, sent, again[p])
+
+    assert torch.equal(run(simulation, protocol)[0], x @ weight.long().T)
+
+
 def test_a_constant_that_is_a_single_number() -> None:
     simulation = Simulation()
     x, factor = words(6, -(2**63), 2**63 - 1), torch.tensor(-77, dtype=torch.int32)
@@ -133,6 +157,7 @@ def test_shared_constants_cost_one_opening_of_the_other_factor() -> None:
     biases = [
         share_constant(ctx, "b", _held(bias, p), 3) for p, ctx in enumerate(simulation.contexts)
     ]
+    assert biases[DEALER].share.is_meta and weights[DEALER].opened.is_meta
     for seed in (0, 1):
         x = words(6 * 8, -(2**63), 2**63 - 1, seed).reshape(6, 8)
         shares = integers(simulation, x)

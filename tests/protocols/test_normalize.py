@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mergec.runtime.core.messages import together
+from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.simulate import Simulation
@@ -18,6 +19,11 @@ from mergec.runtime.protocols.normalize import (
     RowNorm,
     _deal_cpu,
     _scale_cpu,
+    _shifts,
+    _whole,
+    _whole_frac,
+    _word_counts,
+    fits_wide_rows,
     normalize,
     normalize_cost,
     open_factor,
@@ -26,13 +32,18 @@ from mergec.runtime.protocols.normalize import (
     rounded_rows,
     row_factor,
     row_factor_cost,
+    row_factor_wide,
+    row_factor_wide_cost,
     scale_rows,
     scale_rows_cost,
+    scale_rows_wide,
+    scale_rows_wide_cost,
 )
+from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.power import Power
 from mergec.runtime.protocols.rows import inverse
-from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit, window_of_zeros
-from tests.protocols.harness import integers, run, words
+from mergec.runtime.protocols.truncate import OFFSET, Truncation, top_bit
+from tests.protocols.harness import integers, run, wide_value
 
 EPS = 1e-5
 
@@ -116,18 +127,6 @@ def test_rows_are_scaled_by_the_power_of_their_number(spec: Power, frac: int, ex
     if not exact:
         open_cost = open_row_cost(rows.numel()).beside(row_factor_cost(spec, len(rows)))
         assert cost == open_cost + scale_rows_cost(frac, spec, *rows.shape)
-
-
-def test_halves_of_zero_are_zero_whatever_its_shares_are() -> None:
-    simulation = Simulation()
-    client, server, _ = simulation.contexts
-    edges = torch.tensor([0, 1, -1, 2**32, -(2**32), 2**32 - 1, 2**63 - 1, -(2**63)])
-    some = torch.cat([edges, words(5000, -(2**63), 2**63 - 1)])
-    zero = window_of_zeros(client, some) + window_of_zeros(server, -some)
-    assert not bool(zero.any())
-    x = words(len(some), -(2**61), 2**61, 1)
-    upper = (window_of_zeros(client, some) + window_of_zeros(server, x - some)).double()
-    assert (upper - x.double() * 2.0**-32).abs().max() < 1
 
 
 def test_a_mantissa_that_is_zero_is_exactly_zero_when_it_is_opened() -> None:
@@ -223,6 +222,103 @@ def test_columns_of_another_size(columns: list[int], frac: int, exact: bool) -> 
     assert (error / wanted.abs().clamp(min=1.0)).max() < 3e-4
     if not exact:
         assert cost == normalize_cost(spec, 6, columns)
+
+
+def test_scales_of_a_row_by_hand() -> None:
+    """576 squares up to 2**18 leave (53 - 27.17) / 2 = 12.9 of 32 bits."""
+    norm = RowNorm(576, 32, EPS, 2.0**18)
+    assert (norm.square_shift, norm.eps_units, norm.largest) == (20, 96_637, 6)
+    power = norm.inverse_root
+    assert (power.low, power.high) == (16, 53)
+    assert power.v_frac == pytest.approx(24 + math.log2(576))
+    # An eps above all squares decides instead of them.
+    assert RowNorm(576, 32, 2.0**20, 2.0**18).square_shift == 21
+    assert RowNorm(4, 6, 0.0, 1.0).square_shift == 0
+    assert RowNorm(4, 6, 0.0, 1.0).inverse_root.low == 0
+    # One that fills all bits leaves two octaves, the fewest that there are.
+    assert RowNorm(2, 32, 1.0, 1.0).eps_units == 2**53
+    assert RowNorm(2, 32, 1.0, 1.0).inverse_root.low == 52
+    # A fraction of a bit is in the factor.
+    assert RowNorm(64, 32.5, EPS, 2.0**8).inverse_root.v_frac == 2 * (32.5 - 13) + 6 - 1
+
+
+def test_without_a_bound_rows_are_expected_to_be_below_2_to_the_14() -> None:
+    for size in (16, 32):
+        unknown, known = (RowNorm(size, 40, EPS, bound).square_shift for bound in (0.0, 2.0**14))
+        assert unknown == known
+    assert RowNorm(16, 40, EPS, 2.0**13).square_shift < RowNorm(16, 40, EPS, 0.0).square_shift
+    assert RowNorm(32, 40, EPS, 0.0).square_shift < RowNorm(32, 40, EPS, 2.0**15).square_shift
+
+
+@pytest.mark.parametrize(
+    ("shifts", "near", "far", "kind"),
+    [
+        ([18, 20], 2, 0, torch.int16), ([19, 21], 2, 1, torch.int16),
+        ([36, 36], 1, 2, torch.int16), ([21, 37], 2, 2, torch.int32),
+        ([-2, 0, 52], 1, 1, torch.int32), ([1, 53, 62], 3, 2, torch.int64),
+    ],
+)  # fmt: skip
+def test_words_of_products_that_wrap_on_both_sides(
+    shifts: list[int], near: int, far: int, kind: torch.dtype
+) -> None:
+    """From a shift of 21 on, in the shortest type that holds s - 20 bits."""
+    found = _word_counts(np.array(shifts), True)
+    assert found == ((near, len(shifts), 2), far, kind)
+    assert _word_counts(np.array(shifts), False) == ((near, 0, 2), 0, torch.int64)
+
+
+TWELVE = Power(-0.5, 40.0, 6, 53)
+"""Its largest result is 2**17, and in the last of twelve columns it is 2**22 times as small."""
+
+
+def test_shifts_of_columns_by_hand() -> None:
+    """With 40 fractional bits the first column's rows lose 7 of 40 - 16 bits, 17 of which it adds;
+    in bands of three columns the surplus of the others goes to their mantissas' weights."""
+    shifts, weights = _shifts(40, TWELVE, 0)
+    assert shifts.tolist() == list(range(7, 30, 2))
+    assert weights.tolist() == [1] * 12
+    shifts, weights = _shifts(40, TWELVE, 5)
+    assert shifts.tolist() == [7] * 3 + [13] * 3 + [19] * 3 + [25] * 3
+    assert weights.tolist() == [32, 8, 2] * 4
+    assert _shifts(84, TWELVE, 0)[0].tolist() == [51, 53, 55, 57, 59, 61, *[62] * 6]
+    shifts, weights = _whole(9, TWELVE)
+    assert shifts.tolist() == [9] * 12
+    assert weights.tolist() == [4**k for k in range(11, -1, -1)]
+    assert _whole_frac(TWELVE) == 16 - 17 + 22
+
+
+def test_rows_that_are_not_shifted_down_have_no_wide_form() -> None:
+    assert [fits_wide_rows(frac, TWELVE) for frac in (33, 34, 62, 90)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("finer", [0, 5])
+@pytest.mark.parametrize("frac", [34, 47])
+def test_rows_scaled_in_shares_modulo_2_to_the_128(frac: int, finer: int) -> None:
+    """As in the ring of 64 bits, with the same fractional bits; the parties drop what they like."""
+    numbers = torch.tensor([2**k + d for k in range(7, 53, 3) for d in (-1, 0, 1)])
+    factor = (numbers.double() * 2.0**-TWELVE.v_frac) ** TWELVE.exponent
+    wanted = torch.randn(
+        len(numbers), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
+    rows = (wanted / factor[:, None] * 2.0**frac).clamp(-(2.0**61), 2.0**61).round().long()
+    simulation = Simulation()
+    shares, values = integers(simulation, rows), integers(simulation, numbers)
+
+    def protocol(ctx, p):
+        scale = yield from row_factor_wide(ctx, values[p].share, TWELVE)
+        mask = ctx.mask(rows.shape)
+        opened = yield from open_under(ctx, shares[p].share, mask, OFFSET)
+        return scale_rows_wide(ctx, opened, mask, frac, scale, TWELVE, finer)
+
+    simulation.cost = Cost()
+    client, server, dealer = simulation.run(protocol)
+    assert dealer.low.is_meta and client.frac == SCALED_FRAC + finer
+    found = wide_value(client, server) * 2.0**-client.frac
+    real = rows.double() * 2.0**-frac * factor[:, None]
+    assert bool(((found - real).abs() <= 2.0**-15 + 2.0**-14 * real.abs()).all())
+    opened = Cost(1, 16 * rows.numel())
+    scaled = scale_rows_wide_cost(frac, TWELVE, *rows.shape, finer)
+    assert simulation.cost == row_factor_wide_cost(TWELVE, len(rows)) + opened + scaled
 
 
 def test_columns_must_be_those_of_the_rows() -> None:

@@ -165,7 +165,8 @@ def test_numbers_of_every_octave_and_beside_every_window(
         total = (real * 2.0 ** (start * exponent)).sum(1)
         factor = getattr(spec.curve, "factor", 1.0)
         wanted = factor * values.double() ** exponent
-        assert (total / wanted - 1).abs().max() < 2**-17
+        # A unit of V, which is up to 2**-18 of it, and what a reciprocal's first cubic is off.
+        assert (total / wanted - 1).abs().max() < 2**-18 + 1.02 * 2**-19
     else:
         error = real.sum(1) - (values.double().log2() - spec.low)
         assert error.abs().max() < (2**-11 if exact else 2**-15)

@@ -27,6 +27,7 @@ from mergec.runtime.protocols.saturate import (
     function_input,
     reach_for,
     saturating,
+    supplies_of,
 )
 from mergec.runtime.protocols.waves import Waves
 from tests.protocols.harness import run, uniform_bytes, words
@@ -109,6 +110,25 @@ def test_exponentials_of_every_place_of_a_window(step_bits: int) -> None:
     assert ((evaluated(pieces, x) - exact).abs() / exact.clamp(min=1)).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("width", "integer_bits", "step_bits", "bits"),
+    [
+        # 40 bits, where exp is 2**-5.77 at the other end of a window of four; and as many of one.
+        (6, 8, 18, 17),
+        (6, 8, 16, 19),
+        (4, 24, 18, 1),
+        (8, 4, 6, 29),
+    ],
+)
+def test_bits_are_divided_between_a_word_and_a_power(
+    width: int, integer_bits: int, step_bits: int, bits: int
+) -> None:
+    """So that half a unit of either costs the same; public numbers have 29 bits at most."""
+    pieces = Pieces(Exponential(), 0, 8, step_bits, (width,), integer_bits)
+    assert pieces.basis_bits.tolist() == [bits]
+    assert pieces.scales.tolist() == [2.0 ** (8 * width - integer_bits - bits)]
+
+
 @pytest.mark.parametrize("frac", [16, 17, 31, 32, 47, 48])
 @pytest.mark.parametrize("reach", [REACHES[0], 9, REACHES[-1]])
 @pytest.mark.parametrize(
@@ -146,6 +166,12 @@ def test_a_reach_has_room_for_eight_times_what_was_seen() -> None:
             SILU.from_server(reach)
     with pytest.raises(ValueError, match="no table"):
         SILU.from_server(8).from_server(8)
+
+
+def test_dealt_ahead_are_tables_of_the_reach_and_keys() -> None:
+    """Keys serve where a program is asked for exact rounding, or reads further."""
+    assert list(supplies_of(9)) == [{"reach": 0}, {"reach": 9}]
+    assert list(supplies_of(0)) == [{"reach": 0}]
 
 
 def test_an_end_lies_between_two_windows() -> None:

@@ -82,3 +82,5 @@ def test_columns_that_round_to_zero_are_left_out() -> None:
     shifts = spec.shifts(16)
     assert len(shifts) < spec.octaves.columns
     assert shifts[-1] <= 62 < shifts[-1] + 2
+    # 2**16 is the largest result, and 60 bits of a mantissa are 44 more than 16.
+    assert shifts == list(range(44 - 16, 63, 2))

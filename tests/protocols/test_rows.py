@@ -12,6 +12,7 @@ from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.ops.attention import Attention
 from mergec.runtime.protocols.histogram import FEW
 from mergec.runtime.protocols.opening import open_masked
+from mergec.runtime.protocols.probabilities import WAYS
 from mergec.runtime.protocols.rows import (
     BROAD,
     EXP_FRAC,
@@ -24,7 +25,11 @@ from mergec.runtime.protocols.rows import (
     exponentials_cost,
     hiding,
     inverse,
+    logarithm_called,
+    reach_of_rows,
     shift_called,
+    shift_supplies,
+    shift_variants,
 )
 from tests.protocols.harness import run
 
@@ -109,6 +114,32 @@ def test_sums_stay_within_what_the_inverse_takes(shift: str, length: int) -> Non
     assert largest * (1 + ERROR) < 2 ** (spec.high + 1)
 
 
+def test_ways_that_a_compile_compares_and_a_store_deals() -> None:
+    assert [each["shift"] for each in shift_variants()] == ["pairs", "histogram"]
+    assert [each["shift"] for each in shift_variants(7)] == [
+        "pairs", "histogram", "broad-7", "broad-7-digits", "broad-7-keys"
+    ]  # fmt: skip
+    for names in (["pairs", "pairs-to-server"], ["histogram", "histogram-to-server"]):
+        for name in names:
+            assert [each["shift"] for each in shift_supplies(name)] == names
+    assert not list(shift_supplies("broad-7"))
+
+
+@pytest.mark.parametrize("name", ["log-6", "log-9"])
+def test_long_rows_and_those_with_hidden_keys_are_shifted(name: str) -> None:
+    broad = "broad-" + name[-1]
+    assert logarithm_called(name, 4096, False) == (name, WAYS[name])
+    assert logarithm_called(name, 4097, False) == (broad, None)
+    assert logarithm_called(name, 1, True) == (broad, None)
+    assert logarithm_called("pairs", 1, False) == ("pairs", None)
+
+
+def test_a_reach_with_hidden_scores_has_their_gap_besides() -> None:
+    """Before they are hidden, rows may spread by half of what is left: 10, 42, 106, 234."""
+    spreads = (0, 10, 10.1, 42, 106, 234, 234.1)
+    assert [reach_of_rows(x / 8, True) for x in spreads] == [6, 6, 7, 7, 8, 9, 0]
+
+
 def test_a_shift_without_a_name_raises() -> None:
     for use in (lambda name: inverse(4, name), lambda name: _exponentials(torch.ones(1, 4), name)):
         with pytest.raises(KeyError, match="mean"):
@@ -142,13 +173,14 @@ def test_hidden_scores_stay_in_range_and_below_the_gap(reach: int) -> None:
     assert below - apart == HIDDEN_GAP
 
 
-def test_exact_rounding_always_compares_pairs() -> None:
+@pytest.mark.parametrize("frac", [16, 17, 32])
+def test_exact_rounding_always_compares_pairs(frac: int) -> None:
     """There is no finer table for the wider range; and the compiler sees that pairs cost less."""
     x = torch.randn(6, LONG, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     valid, costs = torch.ones(x.shape, dtype=torch.bool), []
     for shift in SHIFTS:
         simulation = Simulation(exact=True)
-        views = simulation.share(x, 32)
+        views = simulation.share(x, frac)
         found, cost = run(
             simulation, lambda ctx, p, v=views, s=shift: exponentials(ctx, v[p], valid, s)
         )

@@ -11,12 +11,14 @@ from mergec.runtime.protocols import squares
 from mergec.runtime.protocols.truncate import (
     Truncation,
     _truncate_cpu,
+    cut,
     top_bit,
     truncate,
     truncate_cost,
     truncation_parts,
     truncation_words,
     width_of,
+    window_of_zeros,
 )
 from tests.protocols.harness import integers, run, words
 
@@ -112,6 +114,37 @@ def test_is_unbiased() -> None:
     result, _ = run(simulation, lambda ctx, p: truncate(ctx, shares[p].share, 16))
     # The mean of 200,000 coin flips with probability 3/4, within five standard deviations.
     assert abs(result.double().mean() - 0.75) < 5 * (0.1875 / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize("drop", [0, 1, 16, 32])
+def test_bits_are_dropped_before_the_opening_unless_rounding_is_exact(drop: int) -> None:
+    """With exact rounding they are opened with the rest, and hidden from the client."""
+    values = words(500, -(2**46), 2**46)
+    for exact in (False, True):
+        simulation = Simulation(exact=exact)
+        shares = integers(simulation, values)
+        cuts = [cut(ctx, shares[p].share, drop) for p, ctx in enumerate(simulation.contexts)]
+        later = drop if exact else 0
+        assert all((each.drop, each.hidden) == (later, later) for each in cuts)
+        assert all(each.share.dtype is (torch.int64 if later else torch.int32) for each in cuts)
+        if not later:
+            error = (cuts[0].share + cuts[1].share - (values >> drop)).to(torch.int32)
+            assert set(error.tolist()) <= {0, 1 if drop else 0}
+    for drop in (-1, 33):
+        with pytest.raises(ValueError, match=f"cannot leave out the lowest {drop}"):
+            cut(simulation.contexts[0], values, drop)
+
+
+def test_halves_of_zero_are_zero_whatever_its_shares_are() -> None:
+    simulation = Simulation()
+    client, server, _ = simulation.contexts
+    edges = torch.tensor([0, 1, -1, 2**32, -(2**32), 2**32 - 1, 2**63 - 1, -(2**63)])
+    some = torch.cat([edges, words(5000, -(2**63), 2**63 - 1)])
+    zero = window_of_zeros(client, some) + window_of_zeros(server, -some)
+    assert not bool(zero.any())
+    x = words(len(some), -(2**61), 2**61, 1)
+    upper = (window_of_zeros(client, some) + window_of_zeros(server, x - some)).double()
+    assert (upper - x.double() * 2.0**-32).abs().max() < 1
 
 
 def test_negative_shift_multiplies_locally() -> None:
