@@ -369,9 +369,11 @@ class Attention(ScoredAttention):
         way = LOG.get(way, way)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(valid.shape[-1], way)
+        # The shape of a sum takes torch longer to find than the sum of a row.
+        total = powers.new_empty(len(powers)) if powers.is_meta else powers.sum(-1)
         row, factor = yield from together(
             weighted_sum(ctx, Shared(powers[:, :length], EXP_FRAC), v, spec),
-            row_factor(ctx, powers.sum(-1), spec),
+            row_factor(ctx, total, spec),
         )
         result = yield from scale_rows(ctx, row, EXP_FRAC + v.frac, factor, spec)
         return Shared(result.reshape(result_shape(q, v)), SCALED_FRAC)
