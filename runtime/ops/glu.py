@@ -102,7 +102,7 @@ class Glu(Op):
             for act, reach in (("silu", 7), ("gelu", 0), ("relu", 0))
         ]
         mine += [
-            Case([make.normal(3, 8, scale=9), make.normal(3, 8), act, 7, False, 3, span], 5e-4)
+            Case([make.normal(3, 8, scale=9), make.normal(3, 8), act, 7, False, 3, span], 2e-3)
             for act in FUNCTIONS
             for span in SPANS
         ]
