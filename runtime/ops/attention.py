@@ -41,6 +41,7 @@ from mergec.runtime.protocols.probabilities import (
 )
 from mergec.runtime.protocols.rows import (
     BROAD,
+    COARSE_REACH,
     EXP_FRAC,
     HISTOGRAM,
     LOG,
@@ -251,7 +252,7 @@ class Attention(ScoredAttention):
     def calibrate(cls, measured: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
         spread, hides = measured.get("score_spread", math.inf), arguments.get("pads") is not None
         reach = reach_of_rows(spread, hides)
-        fits = reach and not hides and spread * 2.0**RANGE_MARGIN_BITS <= 2.0**reach - 8
+        fits = reach and not hides and spread * 2.0**RANGE_MARGIN_BITS <= 2.0**reach - COARSE_REACH
         coarse = coarse_rows(measured.get("largest_value", math.inf)) if fits else 0
         return {"reach": reach, "coarse": coarse}
 

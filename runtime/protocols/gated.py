@@ -162,22 +162,14 @@ class Gated:
     def planes(self) -> tuple[tuple[Plane, ...], ...]:
         """Where the bytes of words are: of W, of low * W and of top * W, each from the lowest."""
         sizes = _BYTES, _BYTES, -(-(8 * _BYTES - self.factor_bits) // 8)
-        shapes = [list(_positions(size)) for size in sizes]
-        offsets: dict[tuple[int, int], int] = {}
+        every = ((word, *part) for word, size in enumerate(sizes) for part in _positions(size))
+        found: tuple[list[Plane], ...] = ([], [], [])
         place = 0
-        for wanted in (4, 1):
-            for word, shape in enumerate(shapes):
-                for position, size in shape:
-                    if size == wanted:
-                        offsets[word, position] = place
-                        place += size * self._count(position)
-        return tuple(
-            tuple(
-                Plane(position, size, self._count(position), offsets[word, position])
-                for position, size in shape
-            )
-            for word, shape in enumerate(shapes)
-        )
+        # Those of four bytes come first, so that all of them are aligned.
+        for word, position, size in sorted(every, key=lambda part: -part[2]):
+            found[word].append(Plane(position, size, self._count(position), place))
+            place += size * self._count(position)
+        return tuple(tuple(sorted(planes, key=lambda plane: plane.position)) for planes in found)
 
     def _count(self, position: int) -> int:
         """How many words have this byte."""
@@ -186,8 +178,8 @@ class Gated:
     @property
     def row_bytes(self) -> int:
         """Bytes of an element's planes: a multiple of four, as some are read in fours."""
-        last = max((plane for word in self.planes for plane in word), key=lambda p: p.offset)
-        return -(-(last.offset + last.size * last.count) // 4) * 4
+        planes = (plane for word in self.planes for plane in word)
+        return -(-sum(plane.size * plane.count for plane in planes) // 4) * 4
 
     @property
     def dealt_bytes(self) -> int:
@@ -196,12 +188,12 @@ class Gated:
 
     def words(self, turned: torch.Tensor) -> torch.Tensor:
         """The words of cosines and sines with 30 fractional bits, int64 [n, terms]."""
-        *_, scales = self.layout(turned.device)
-        return (turned.double() * scales + 0.5).floor().long()
+        scales = to_device(torch.from_numpy(self.scales), turned.device, "public")
+        return (turned * scales).add_(0.5).floor_().long()
 
     def layout(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """What kernels read of a table: its planes as int64 [planes, 4], which of them are those of
-        which word [4], bits that words are shifted up by [terms], and `scales`.
+        which word [4], and bits that words are shifted up by [terms].
         """
         return _layout(self, device)
 
@@ -285,7 +277,7 @@ def _add_waves(ctx: Context, table: Gated, gate: _Opened, up: _Opened, out: torc
 
     def correct(share: torch.Tensor) -> torch.Tensor:
         turned = TURNED(gate[1].long(), table.curve.cycles, np.full(table.terms, FRAC))
-        _CORRECTED(share, turned, truncation_parts(up[1], table.shift), table)
+        _CORRECTED(share, table.words(turned), truncation_parts(up[1], table.shift), table)
         return share
 
     dealt = ctx.deal_corrected((len(gate[1]), table.row_bytes), correct)
@@ -316,27 +308,25 @@ def _layout(table: Gated, device: torch.device) -> tuple[torch.Tensor, ...]:
         integers(tuple(rows), device).view(-1, 4),
         integers(tuple(firsts), device),
         integers(tuple(8 * (_LOWEST - lowest) for lowest in table.lowest), device),
-        to_device(torch.from_numpy(table.scales), device, "public"),
     )
 
 
 def _corrected_host(
-    share: torch.Tensor, turned: torch.Tensor, parts: torch.Tensor, table: Gated
+    share: torch.Tensor, words: torch.Tensor, parts: torch.Tensor, table: Gated
 ) -> None:
     """Turn the client's share of planes, uint8 [n, row], into the server's.
 
-    turned: cosines and sines of the masks of g, int64 [n, terms]. parts: `truncation_parts` of the
-    masks of u, int64 [n, 3].
+    words: `Gated.words` of the masks of g, int64 [n, terms]. parts: `truncation_parts` of the masks
+    of u, int64 [n, 3].
     """
     layout = (each.numpy() for each in table.layout(share.device))
-    _deal_cpu(turned.numpy(), parts.numpy(), *layout, share.numpy())
+    _deal_cpu(words.numpy(), parts.numpy(), *layout, share.numpy())
 
 
 def _corrected_tensors(
-    share: torch.Tensor, turned: torch.Tensor, parts: torch.Tensor, table: Gated
+    share: torch.Tensor, words: torch.Tensor, parts: torch.Tensor, table: Gated
 ) -> None:
-    _, _, up, _ = table.layout(share.device)
-    words = table.words(turned)
+    _, _, up = table.layout(share.device)
     for i, planes in enumerate(table.planes):
         factor = parts[:, i, None]
         # A product of words is below 2**62: the first has 30 bits, the second is cut into halves.
@@ -447,17 +437,14 @@ _VALUES = Kernel("gated.values", _values_host, _values_tensors)
 
 
 @compiled()
-def _deal_cpu(turned, parts, planes, firsts, ups, scales, share):  # type: ignore[no-untyped-def]
-    terms = turned.shape[1]
-    words, borrow = np.empty(terms, np.int64), np.empty(terms, np.int64)
-    limbs = np.empty((2, terms), np.uint64)
-    for i in range(turned.shape[0]):
-        for k in range(terms):
-            words[k] = np.int64(np.floor(turned[i, k] * scales[k] + 0.5))
+def _deal_cpu(words, parts, planes, firsts, ups, share):  # type: ignore[no-untyped-def]
+    terms = words.shape[1]
+    borrow, limbs = np.empty(terms, np.int64), np.empty((2, terms), np.uint64)
+    for i in range(words.shape[0]):
         for word in range(3):
             factor = np.uint64(parts[i, word])
             for k in range(terms):
-                low, high = times(factor, np.uint64(0), words[k])
+                low, high = times(factor, np.uint64(0), words[i, k])
                 up = np.uint64(ups[k])
                 limbs[0, k] = low << up
                 # In two steps, because nothing can be shifted by 64.

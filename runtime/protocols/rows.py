@@ -131,6 +131,9 @@ _REACHES = range(6, 10)
 _LARGEST_TABLE = 256
 """Bytes of an entry's table of slots for which a step of many rows leaves pairs."""
 
+COARSE_REACH = 8
+"""A shift by coarse slots is above the row's maximum less this."""
+
 _COARSE_PAYS = 1 << 13
 """Bytes of the tables of a row's coarse slots from which they are worth more octaves of its sum."""
 
@@ -145,9 +148,8 @@ def _slots(
 
 def _coarse(bits: int, digits: bool, keys: bool, finer: str) -> Shift:
     """Slots of four integers: the shift may be 8 below the maximum, and exponentials up to e**8."""
-    reach, top_bits = 8, 12
-    shift = _slots(bits, Broad(bits, reach, EXP_FRAC), digits, keys, coarse=True)
-    return replace(shift, reach=reach, top_bits=top_bits, finer=finer)
+    shift = _slots(bits, Broad(bits, COARSE_REACH, EXP_FRAC), digits, keys, coarse=True)
+    return replace(shift, reach=COARSE_REACH, top_bits=12, finer=finer)
 
 
 SLOTS = {f"slots-{bits}": _slots(bits, _from_server(5, 6)) for bits in _REACHES}

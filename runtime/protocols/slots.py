@@ -79,7 +79,7 @@ def top_slot(
     row, whose slot is zero, the mask is opened, which tells nothing.
     """
     entries = entries_of(valid).on(ctx.device)
-    rows, row, slots = len(entries.counts), entries.rows, 1 << slot_count_bits(bits, coarse)
+    rows, row, slots = len(entries.counts), entries.rows, 1 << _count_bits(bits, coarse)
     places, kind = slots // 2 - 1, _kind(_longest(entries))
     values, first = from_first(integer_parts(share, entries), entries)
     # The carry out of the lowest bits is lost, so that a slot may be one too low. The first entry's
@@ -112,7 +112,7 @@ def top_slot_cost(
     """Cost of `top_slot` for rows with these valid entries."""
     entries = entries_of(valid)
     rows, count, longest = len(entries.counts), len(entries.rows), _longest(entries)
-    wide = slot_count_bits(bits, coarse)
+    wide = _count_bits(bits, coarse)
     places = (1 << wide) // 2 - 1
     zeros = _zeros(_kind(longest), digits).cost(rows * places, entries)
     counters = _counters(wide, _kind(longest))
@@ -122,10 +122,10 @@ def top_slot_cost(
 
 def slot_bytes(bits: int, length: int, coarse: bool = False) -> int:
     """Bytes of the table that `top_slot` deals for an entry, if the longest row has `length`."""
-    return _kind(length).itemsize << slot_count_bits(bits, coarse)
+    return _kind(length).itemsize << _count_bits(bits, coarse)
 
 
-def slot_count_bits(bits: int, coarse: bool) -> int:
+def _count_bits(bits: int, coarse: bool) -> int:
     """Binary logarithm of the number of slots, which reach 2**bits to either side of the first."""
     return bits + 1 - _width_bits(coarse)
 

@@ -586,7 +586,7 @@ def _(full: bool) -> Iterator[Arguments]:
             turned = below((1 << 31) + 1, count, table.terms) - (1 << 30)
             masks = words(count, dtype=torch.int32 if table.narrow else torch.int64)
             share = below(256, count, table.row_bytes).to(torch.uint8)
-            yield share, turned, truncation_parts(masks, table.shift), table
+            yield share, table.words(turned), truncation_parts(masks, table.shift), table
 
 
 @cases("gated.values")

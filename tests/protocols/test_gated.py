@@ -137,7 +137,7 @@ def test_every_kind_of_mask(act: str, frac: int) -> None:
     share = words(len(x) * table.row_bytes, 0, 256).to(torch.uint8).view(len(x), -1)
     own, total = share.clone(), torch.zeros(len(x), dtype=torch.int64)
     turned = TURNED(gate_masks[r].long(), table.curve.cycles, np.full(table.terms, FRAC))
-    _CORRECTED(own, turned, truncation_parts(factor_masks[s], table.shift), table)
+    _CORRECTED(own, table.words(turned), truncation_parts(factor_masks[s], table.shift), table)
     basis = TURNED(x + gate_masks[r].long(), table.curve.cycles, table.basis_bits)
     factor = Truncation(opened, table.shift)
     for part in (share, own):

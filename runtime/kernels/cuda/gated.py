@@ -64,15 +64,15 @@ def _corrected(  # type: ignore[no-untyped-def]
             borrow = tl.where(wide | byte, (left < 0).to(tl.int64), 0)
 
 
-def corrected(share: torch.Tensor, turned: torch.Tensor, parts: torch.Tensor, table: Any) -> None:
+def corrected(share: torch.Tensor, words: torch.Tensor, parts: torch.Tensor, table: Any) -> None:
     """Turn the client's share of planes, uint8 [n, row], into the server's."""
-    planes, firsts, ups, _ = table.layout(share.device)
+    planes, firsts, ups = table.layout(share.device)
     (count, row), terms = share.shape, table.terms
     lanes = triton.next_power_of_2(terms)
     size = threads(lanes, count)
     launch(
-        _corrected, triton.cdiv(count, size), share, share.view(torch.int32), table.words(turned),
-        parts, planes, firsts, ups, count, row, terms, TERMS=lanes, SIZE=size,
+        _corrected, triton.cdiv(count, size), share, share.view(torch.int32), words, parts,
+        planes, firsts, ups, count, row, terms, TERMS=lanes, SIZE=size,
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def values(
     out: torch.Tensor,
 ) -> None:
     """Add a party's shares, rounded down, to out [n], from its planes, uint8 [n, row]."""
-    planes, firsts, *_ = table.layout(dealt.device)
+    planes, firsts, _ = table.layout(dealt.device)
     (count, row), terms = dealt.shape, table.terms
     lanes = triton.next_power_of_2(terms)
     size = threads(lanes, count)
