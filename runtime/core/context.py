@@ -21,6 +21,7 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Message
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
@@ -182,7 +183,9 @@ class Context(ABC):
     def cache_room(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         """An uninitialized tensor for a cache [B, G, L, D]: of `like`, or on this party's ranks,
         split by heads G. Without data where `like` has none."""
-        if self.ranks is None or like.is_meta or len(shape) != 4:
+        if like.is_meta:
+            return ghost(shape, dtype=like.dtype)
+        if self.ranks is None or len(shape) != 4:
             return like.new_empty(tuple(shape))
         return self.ranks.room(shape, like.dtype, 1)
 
@@ -534,10 +537,11 @@ class DealerContext(Context):
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
         share = self._client.tensor((math.prod(shape),), dtype)
-        value = secret().to(dtype).reshape(-1)
+        value = secret().reshape(-1)
+        value = value if value.dtype is dtype else value.to(dtype)
         combine = torch.bitwise_xor if dtype is torch.uint8 else torch.sub
         self._write(combine(value, share, out=share), self._to_server)
-        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return ghost(shape, dtype=dtype)
 
     def deal_corrected(
         self, shape: Sequence[int], correct: Callable[[torch.Tensor], torch.Tensor]
@@ -598,7 +602,7 @@ class ShapeContext(Context):
         secret: Callable[[], torch.Tensor],
         dtype: torch.dtype = torch.int64,
     ) -> torch.Tensor:
-        words = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        words = ghost(shape, dtype=dtype)
         self.dealt["server"] += words.nbytes
         return words
 

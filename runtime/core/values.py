@@ -142,15 +142,14 @@ OWNER = {Vis.CLIENT: CLIENT, Vis.SERVER: SERVER}
 """The party that knows a held value."""
 
 
+_KNOWN_TO = {Shared: Vis.SHARED, Wide: Vis.SHARED, Masked: Vis.SHARED, Sent: Vis.SHARED} | {
+    Weight: Vis.SERVER
+}
+
+
 def visibility(value: object) -> Vis:
     """Who knows `value` in the clear."""
-    if isinstance(value, Held):
-        return value.vis
-    if isinstance(value, Weight):
-        return Vis.SERVER
-    if isinstance(value, (Shared, Wide, Masked, Sent)):
-        return Vis.SHARED
-    return Vis.PUBLIC
+    return value.vis if isinstance(value, Held) else _KNOWN_TO.get(type(value), Vis.PUBLIC)
 
 
 def encode(value: torch.Tensor, frac: int) -> torch.Tensor:

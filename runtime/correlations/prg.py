@@ -28,6 +28,7 @@ NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 SEED_BYTES = 32
 _CHUNK = 1 << 20
 _ZEROS = memoryview(bytes(_CHUNK))
+_BYTE = NUMPY[torch.uint8]
 _BLOCK = 16
 _WORD = 8
 _AHEAD = 1 << 16
@@ -56,38 +57,39 @@ class Prg:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a seed must have {SEED_BYTES} bytes, not {len(seed)}")
         self._stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(_BLOCK))).encryptor()
-        self._ahead = np.empty(0, np.uint8)
+        self._ahead = np.empty(0, np.uint8).data
         self._used = 0
 
     def read(self, nbytes: int) -> np.ndarray:
         """The next `nbytes` bytes of the stream, as a uint8 array that nothing else refers to."""
-        # Most reads are small. They share cipher calls, and are adjacent slices of one buffer.
-        start, stop = self._used, self._used + nbytes
-        if stop <= len(self._ahead):
-            self._used = stop
-            result = self._ahead[start:stop]
-            return result.copy() if start % _WORD else result
-        self._ahead, self._used = self._made(self._ahead[start:], max(nbytes, _AHEAD)), nbytes
-        return self._ahead[:nbytes]
+        return self.words((nbytes,), _BYTE)
 
     def words(self, shape: Sequence[int], kind: np.dtype[Any]) -> np.ndarray:
         """The next words of this type, in this shape; nothing else refers to them."""
-        return np.ndarray(tuple(shape), kind, self.read(math.prod(shape) * kind.itemsize).data)
+        # Most reads are small. They share cipher calls, and are adjacent parts of one buffer.
+        start = self._used
+        stop = start + math.prod(shape) * kind.itemsize
+        if stop > len(self._ahead):
+            size = stop - start
+            self._ahead = self._made(self._ahead[start:], max(size, _AHEAD))
+            start, stop = 0, size
+        self._used = stop
+        found = np.ndarray(shape, kind, self._ahead, start)
+        return found.copy() if start % _WORD else found
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """`words` as a tensor."""
         return torch.from_numpy(self.words(shape, NUMPY[dtype]))
 
-    def _made(self, first: np.ndarray, nbytes: int) -> np.ndarray:
+    def _made(self, first: memoryview, nbytes: int) -> memoryview:
         """`nbytes` bytes of the stream, the first of which, `first`, were generated before."""
         # update_into needs room for one cipher block more than it writes.
-        buffer = np.empty(nbytes + _BLOCK, np.uint8)
-        buffer[: len(first)] = first
-        view = buffer.data
+        view = np.empty(nbytes + _BLOCK, np.uint8).data
+        view[: len(first)] = first
         for start in range(len(first), nbytes, _CHUNK):
             size = min(_CHUNK, nbytes - start)
             self._stream.update_into(_ZEROS[:size], view[start : start + size + _BLOCK])
-        return buffer[:nbytes]
+        return view[:nbytes]
 
 
 _PAIR = 2 * _BLOCK

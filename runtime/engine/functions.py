@@ -54,11 +54,12 @@ def evaluate(
     if known is not None:
         return apply_locally(known, planned.call, operands)
     bound = dict(zip(planned.parameters, planned.arguments(operands), strict=True))
-    known_of = [visibility(v) if is_tensor(v) else v for v in bound.values()]
-    for parameter, form in op.forms(*known_of).items():
-        if form in ("share", "fixed", "window") and isinstance(bound[parameter], Masked):
-            masked = bound[parameter]
-            bound[parameter] = Shared(as_share(context, masked, masked.frac), masked.frac)
+    masked = {name: value for name, value in bound.items() if isinstance(value, Masked)}
+    if masked:
+        forms = op.forms(*[visibility(v) if is_tensor(v) else v for v in bound.values()])
+        for name, value in masked.items():
+            if forms.get(name) in ("share", "fixed", "window"):
+                bound[name] = Shared(as_share(context, value, value.frac), value.frac)
     for parameter, name in planned.constants:
         if name in weights:
             bound[parameter] = weights[name]

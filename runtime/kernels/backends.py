@@ -45,7 +45,7 @@ class Kernel:
         self.has_triton = triton
 
     def __call__(self, words: torch.Tensor, *rest: Any) -> Any:
-        if words.device.type == "cpu":
+        if words.is_cpu:
             return self.host(words, *rest)
         return self.on_device(words, *rest)
 

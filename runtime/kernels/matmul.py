@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import torch
 
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.spread import Spread
@@ -32,7 +33,7 @@ _COLUMN = 1024
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched `a @ b` modulo 2**64, with broadcast batch dimensions. Shape only on meta tensors."""
     if a.is_meta or b.is_meta:
-        return torch.empty(_shape(a, b), dtype=torch.int64, device="meta")
+        return ghost(_shape(a, b))
     if isinstance(b, Spread):
         return b.ranks.batched(a, b)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -68,7 +69,7 @@ def matmul_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T` modulo 2**64: x [..., I] int64, weight [O, I] int32 or int64."""
     shape = (*x.shape[:-1], weight.shape[0])
     if x.is_meta or weight.is_meta:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        return ghost(shape)
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Spread):
         return weight.ranks.by_rows(flat, weight).reshape(shape)
@@ -91,7 +92,7 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight` modulo 2**64: x [..., V] int64, weight [V, D] int32 or int64."""
     shape = (*x.shape[:-1], weight.shape[1])
     if x.is_meta or weight.is_meta:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        return ghost(shape)
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Spread):
         return weight.ranks.by_columns(flat, weight).reshape(shape)
@@ -103,7 +104,8 @@ def _columns_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     count = len(flat) * weight.numel()
     threads = 1 if count < _ALONE else numba.get_num_threads()
     parts = np.zeros((threads, flat.shape[0], weight.shape[1]), np.int64)
-    _launch(_columns, count, flat.contiguous().numpy(), weight.numpy(), parts)
+    kernel = _column if len(flat) == 1 else _columns
+    _launch(kernel, count, flat.contiguous().numpy(), weight.numpy(), parts)
     return torch.from_numpy(parts[0] if threads == 1 else parts.sum(0))
 
 
@@ -230,6 +232,27 @@ def _rows(x, weight, out):  # type: ignore[no-untyped-def]
 def _add_row(sums, factor, row):  # type: ignore[no-untyped-def]
     for i in range(sums.shape[0]):
         sums[i] += factor * np.int64(row[i])
+
+
+@compiled(parallel=True)
+def _column(x, weight, parts):  # type: ignore[no-untyped-def]
+    # One row of x. Each thread sums some of the weight's rows into its own part, a quarter of them
+    # in each of four streams of loads, as `_row` does.
+    count, inner, columns = parts.shape[0], weight.shape[0], weight.shape[1]
+    for part in numba.prange(count):
+        first, last = part * inner // count, (part + 1) * inner // count
+        sums, quarter = parts[part, 0], (last - first) // 4
+        for v0 in range(first, first + quarter):
+            v1, v2, v3 = v0 + quarter, v0 + 2 * quarter, v0 + 3 * quarter
+            a0, a1, a2, a3 = x[0, v0], x[0, v1], x[0, v2], x[0, v3]
+            w0, w1, w2, w3 = weight[v0], weight[v1], weight[v2], weight[v3]
+            for i in range(columns):
+                sums[i] += (
+                    a0 * np.int64(w0[i]) + a1 * np.int64(w1[i])
+                    + a2 * np.int64(w2[i]) + a3 * np.int64(w3[i])
+                )  # fmt: skip
+        for v in range(first + 4 * quarter, last):
+            _add_row(sums, x[0, v], weight[v])
 
 
 @compiled(parallel=True)

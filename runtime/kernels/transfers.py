@@ -52,7 +52,8 @@ def to_device(words: torch.Tensor, device: torch.device, reason: Reason) -> torc
     Weights, which may be larger than what can be pinned, move a piece at a time. reason: why they
     may move, as a `Guard` counts it.
     """
-    if words.device.type == device.type or words.is_meta:
+    here = words.is_cpu if device.type == "cpu" else words.device.type == device.type
+    if here or words.is_meta:
         return words
     if device.type == "meta":
         return words.to(device)
@@ -78,7 +79,7 @@ def _in_pieces(
 
 def to_host(words: torch.Tensor, reason: Reason) -> torch.Tensor:
     """Words of a device on the CPU, complete when this returns; see `to_device`."""
-    if words.device.type == "cpu":
+    if words.is_cpu:
         return words
     with _passing(words, reason):
         if words.is_cuda and words.numel() and torch.cuda.is_available():

@@ -14,6 +14,7 @@ import torch
 from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import LAST, Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_FRAC, Cost
 from mergec.runtime.core.values import Held, Masked, Shared, encode
@@ -370,8 +371,7 @@ class Attention(ScoredAttention):
         way = LOG.get(way, way)
         powers = yield from exponentials(ctx, found, valid, way)
         spec = inverse(valid.shape[-1], way)
-        # The shape of a sum takes torch longer to find than the sum of a row.
-        total = powers.new_empty(len(powers)) if powers.is_meta else powers.sum(-1)
+        total = ghost((len(powers),)) if powers.is_meta else powers.sum(-1)
         row, factor = yield from together(
             weighted_sum(ctx, Shared(powers[:, :length], EXP_FRAC), v, spec),
             row_factor(ctx, total, spec),
@@ -438,7 +438,7 @@ def _with_column(ctx: Context, found: Shared, sink: Any, q: Masked) -> Shared:
     """Shared scores [B H N, L] with a sink that broadcasts to [B, H, N, 1] behind them. Local."""
     rows = len(found.share)
     if found.share.is_meta:
-        own = torch.empty((rows, 1), dtype=torch.int64, device="meta")
+        own = ghost((rows, 1))
     else:
         own = as_share(ctx, sink, found.frac).expand(*q.shape[:-1], 1).reshape(rows, 1)
     return Shared(torch.cat([found.share, own], -1), found.frac)

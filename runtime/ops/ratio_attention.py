@@ -12,6 +12,7 @@ import torch
 from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Masked, Shared, encode
 from mergec.runtime.kernels.transfers import to_device
@@ -342,13 +343,13 @@ class _Rows:
 
     def take(self, share: torch.Tensor) -> torch.Tensor:
         if share.is_meta:
-            return torch.empty(self.count, dtype=torch.int64, device="meta")
+            return ghost((self.count,))
         return share.reshape(-1)[to_device(self.places, share.device, "public")]
 
     def put(self, share: torch.Tensor) -> torch.Tensor:
         """Rows as if they had 4096 entries, zero where nothing counts."""
         if share.is_meta:
-            return torch.empty(self.valid.shape, dtype=torch.int64, device="meta")
+            return ghost(self.valid.shape)
         result = torch.zeros(self.valid.shape, dtype=torch.int64, device=share.device)
         result.view(-1)[to_device(self.places, share.device, "public")] = share
         return result * to_device(self.factor, share.device, "public")

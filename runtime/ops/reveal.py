@@ -10,6 +10,7 @@ from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.messages import Protocol, ToClient
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, MAX_NOISE, RING_BITS, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Shared, decode, logical_shift
@@ -89,20 +90,20 @@ class Reveal(Op):
             share = share + torch.round(normal(words) * (noise * 2.0**x.frac)).to(torch.int64)
         drop = max(0, x.frac - REVEALED_FRAC)
         if share.is_meta:
-            mine = torch.empty(x.shape, dtype=torch.int32, device="meta")
+            mine = ghost(x.shape, dtype=torch.int32)
         else:
             mine = logical_shift(share, drop).to(torch.int32)
             if drop and ctx.party == CLIENT:
                 mine += 1  # Half for the lost carry, half for what is dropped.
         if ctx.party == SERVER:
             yield ToClient(mine)
-            return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))
-        other = yield ToClient(torch.empty(x.shape, dtype=torch.int32, device="meta"))
+            return Held(Vis.CLIENT, ghost(x.shape, dtype=torch.float64))
+        other = yield ToClient(ghost(x.shape, dtype=torch.int32))
         if ctx.party == CLIENT:
             beyond = max(0, drop + WINDOW_BITS - RING_BITS)
             window = ((mine + other) << beyond) >> beyond
             return Held(Vis.CLIENT, decode(window, x.frac - drop))
-        return Held(Vis.CLIENT, torch.empty(x.shape, dtype=torch.float64, device="meta"))
+        return Held(Vis.CLIENT, ghost(x.shape, dtype=torch.float64))
 
     @classmethod
     def stock(cls, x: Any, noise: float = 0.0) -> Any:

@@ -12,6 +12,7 @@ from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.draw import TEMPERATURE_BITS
 from mergec.runtime.core.messages import Protocol, ToClient
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Shared
@@ -119,8 +120,8 @@ class RevealToken(Op):
         label = winner.labels.reshape(shape)
         if ctx.party == SERVER:
             yield ToClient(label)
-            return Held(Vis.CLIENT, torch.empty(shape, dtype=torch.int64, device="meta"))
-        share = yield ToClient(torch.empty(shape, dtype=torch.int32, device="meta"))
+            return Held(Vis.CLIENT, ghost(shape))
+        share = yield ToClient(ghost(shape, dtype=torch.int32))
         token = label + share if ctx.party == CLIENT else label
         return Held(Vis.CLIENT, token.long())
 

@@ -24,6 +24,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.protocols.opening import open_under
 from mergec.runtime.protocols.ranks import pairs_within, ranked, ranked_cost
@@ -123,7 +124,7 @@ def _level(ctx: Context, candidates: Candidates, keep: int, size: int) -> Protoc
     rows = ctx.deal(shape, lambda: pairs.one_hot(rank_mask, *masks), torch.int32)
     opened, rank = yield from ranked(ctx, pairs, openings, lambda: masks[0], rank_mask)
     if keys.is_meta:
-        left = torch.empty((len(keys), keys.shape[1] * keep), dtype=torch.int32, device="meta")
+        left = ghost((len(keys), keys.shape[1] * keep), dtype=torch.int32)
         return Candidates(left, left)
     # [R, groups, size, 1 + masks, keep]: [rank = t], alone and times each mask.
     slots = (rank.long()[..., None] - torch.arange(keep, device=rank.device)) & (size - 1)

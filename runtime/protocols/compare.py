@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import RING_BITS
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula
@@ -28,8 +29,7 @@ def take_window(share: torch.Tensor, drop: int) -> torch.Tensor:
     """
     check_drop(drop)
     if share.is_meta:
-        # Without a look at the operator's rules for types, which take longer than the words' shift.
-        return share.new_empty(share.shape, dtype=torch.int32)
+        return ghost(share.shape, dtype=torch.int32)
     # None of the sign bits that torch shifts in reaches the window.
     return (share >> drop).to(torch.int32)
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import to_device
@@ -93,7 +94,7 @@ class Relations:
     def look_up(self, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """Look up points [..., n] in tables [n, bytes]: the relations' bits, one byte per point."""
         if points.is_meta:
-            return torch.empty(points.shape, dtype=torch.uint8, device="meta")
+            return ghost(points.shape, dtype=torch.uint8)
         return look_up(points, tables, self._places)
 
 

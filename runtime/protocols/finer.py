@@ -26,6 +26,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Masked, logical_shift
 from mergec.runtime.kernels.long import HALF_BITS, ONES
@@ -103,7 +104,7 @@ def finer_products(ctx: Context, weights: torch.Tensor, values: Masked) -> Proto
     )
     opened = yield from open_long(ctx, weights.reshape(-1, HALVES), mask)
     if again is None or cross is None or opened.is_meta:
-        return torch.empty(results, dtype=torch.int64, device="meta")
+        return ghost(results)
     z, r = _of_halves(opened, shape), _of_halves(mask, shape)
     lifted = whole(values.opened) + (1 << HEADROOM_BITS)
     public = _unsigned(lifted)

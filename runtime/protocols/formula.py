@@ -19,6 +19,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import to_device
@@ -83,7 +84,7 @@ class Formula:
     def evaluate(self, bits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Shares of the value times each payload, [..., payloads], from the opened bits [...]."""
         if bits.is_meta:
-            return torch.empty(words.shape[:-1], dtype=words.dtype, device="meta")
+            return ghost(words.shape[:-1], dtype=words.dtype)
         value: torch.Tensor = _EVALUATED(bits, words, self)
         return value
 

@@ -32,6 +32,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Shared, logical_shift
 from mergec.runtime.kernels.backends import Kernel
@@ -263,7 +264,7 @@ def _linear(ctx: Context, table: Gated, gate: _Opened, up: _Opened) -> torch.Ten
 
     dealt = ctx.deal((len(gate[1]), _LINEAR), products)
     if gate[0].is_meta:
-        return torch.empty(gate[0].shape, dtype=torch.int64, device="meta")
+        return ghost(gate[0].shape)
     weights = _pairs(Truncation(gate[0], 0).weights, Truncation(up[0], table.shift).weights)
     return (weights * dealt).sum(-1)
 

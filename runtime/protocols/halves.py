@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
@@ -68,7 +69,7 @@ class Halves:
     def look_up(self, points: torch.Tensor, dealt: Dealt) -> torch.Tensor:
         """XOR shares of the top bit of v - r for points v [T, n]: uint8 [T, n]."""
         if dealt.keys is None:
-            return torch.empty(points.shape, dtype=torch.uint8, device="meta")
+            return ghost(points.shape, dtype=torch.uint8)
         places = _PLACES(points, self.width)
         found = parities(dealt.keys, places, self._depth, dealt.party, dealt.generator)
         joined: torch.Tensor = _JOINED(found, places, dealt.party == CLIENT)

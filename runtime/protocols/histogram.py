@@ -26,6 +26,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.counters import Counters
 from mergec.runtime.kernels.transfers import to_device
@@ -128,7 +129,7 @@ def _crest(ctx: Context, share: torch.Tensor, valid: torch.Tensor) -> Protocol:
         yield from cells.open(ctx, cells.mask.to("meta"))
         yield from open_under(ctx, cell_mask.to("meta"), cell_mask)
         yield from cuts.open(ctx, cuts.mask.to("meta"))
-        return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
+        return from_integers(ghost((rows,), dtype=torch.int16))
     place = _places(opened)
     counts = slots.tally(ctx, place >> _SLOT_BITS, row, (rows, _POSITIVE))
     above = yield from cells.open(ctx, at_or_above(counts, 2))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
@@ -156,7 +157,7 @@ def evaluate(ctx: Context, opened: torch.Tensor, mask: torch.Tensor, table: Tabl
         lambda roots: sharing_words(*_row(mask, table), depth, generator)(roots),
     )
     if keys is None:
-        return torch.empty(count, dtype=torch.int64, device="meta")
+        return ghost((count,))
     points = opened.long() - table.start
     result: torch.Tensor = _VALUES(
         points, keys.roots, keys.corrections, table, ctx.party, generator

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import DEALER
 from mergec.runtime.core.values import Held, Masked, Shared, encode
 from mergec.runtime.kernels.transfers import to_device
-
-
-def ghost(*shapes: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A meta tensor of the broadcast shape, which stands for a share at the dealer."""
-    shape = np.broadcast_shapes(*(tuple(shape) for shape in shapes))
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def shared_frac(*values: Any, default: int) -> int:

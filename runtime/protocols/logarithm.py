@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     SEED_WORDS,
@@ -187,7 +188,7 @@ def long_log(ctx: Context, share: torch.Tensor, spec: LongLog) -> Protocol:
 
     keys = ctx.deal_keys(len(share), spec.words, correct)
     if keys is None or opened.is_meta:
-        return torch.empty(len(share), dtype=torch.int64, device="meta")
+        return ghost((len(share),))
     found: torch.Tensor = _VALUES(opened, keys.roots, keys.corrections, spec, ctx.party, generator)
     return found
 

@@ -12,6 +12,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import (
     CLIENT,
     FRACTIONAL_BITS,
@@ -598,7 +599,7 @@ def normalize(
     return in_order(scaled, blocks).reshape(share.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Columns of one exponent, of rows of `size` columns.
 
@@ -633,10 +634,15 @@ def in_order(parts: Sequence[torch.Tensor], blocks: Sequence[Block]) -> torch.Te
     if len(blocks) == 1:
         return parts[0]
     if parts[0].is_meta:
-        return parts[0].new_empty((len(parts[0]), blocks[0].size))
+        return ghost((len(parts[0]), blocks[0].size))
     rows = torch.cat(list(parts), -1)
-    places = torch.cat([block.columns for block in blocks]).argsort()
-    return rows[:, to_device(places, rows.device, "public")]
+    return rows[:, to_device(_order(tuple(blocks)), rows.device, "public")]
+
+
+@cache
+def _order(blocks: tuple[Block, ...]) -> torch.Tensor:
+    """Where each column of a row is among those of the blocks, which `_blocks` made once."""
+    return torch.cat([block.columns for block in blocks]).argsort()
 
 
 def blocks_of(spec: RowNorm, parts: Sequence[int]) -> tuple[Block, ...]:

@@ -39,6 +39,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import HEADROOM_BITS, Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.dpf import (
@@ -343,7 +344,8 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves, wide: bool = False
     hidden = [int(descent.drops[0]) for descent in descents] if ctx.exact else 0
     opened = yield from open_high(ctx, lifted[:, None].expand(mask.shape), mask, hidden)
     generator = ctx.point_functions(descents[0].blocks)
-    out = torch.zeros((count, spec.columns, width), dtype=torch.int64, device=share.device)
+    size = (count, spec.columns, width)
+    out = ghost(size) if share.is_meta else share.new_zeros(size)
     for k, descent in enumerate(descents):
         correct = partial(_correct, mask[:, k], descent, generator)
         keys = ctx.deal_keys(count, descent.words, correct)

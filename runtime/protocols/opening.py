@@ -9,6 +9,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, ToClient, ToServer
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.kernels.long import added
@@ -78,7 +79,7 @@ def open_high(
     ctx.spend(mask)
     if ctx.party == CLIENT:
         yield ToServer(share + mask + offset)
-        ghosts = _split(torch.empty(share.shape, dtype=torch.int64, device="meta"), min(every))
+        ghosts = _split(ghost(share.shape), min(every))
         parts = yield tuple(map(ToClient, ghosts))
         return _join(parts)
     theirs = yield ToServer(share if share.is_meta else share.to("meta"))

@@ -21,6 +21,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
@@ -175,7 +176,7 @@ def integer_parts(share: torch.Tensor, entries: Entries) -> torch.Tensor:
     In: int32 share [R, L] with 16 fractional bits. Local.
     """
     if share.is_meta:
-        return torch.empty(len(entries.places), dtype=torch.int16, device="meta")
+        return ghost((len(entries.places),), dtype=torch.int16)
     # For x = a + b, the integer parts of a and b add up to that of x, or to one less.
     values = share.reshape(-1)[entries.on(share.device).places]
     return (values >> _INTEGER_DROP).to(torch.int16)
@@ -215,7 +216,7 @@ def _winners(ctx: Context, values: torch.Tensor, level: _Level) -> Protocol:
         yield from open_under(ctx, rows[:, 0, 0], mask)
         yield from open_bits(ctx, tables[:, 0], bit_mask)
         yield from pairs.open_ranks(ctx, words, rank_mask)
-        return torch.empty(level.groups, dtype=torch.int16, device="meta")
+        return ghost((level.groups,), dtype=torch.int16)
     members, _ = level.on(values.device)
     opened = yield from open_under(ctx, values[members], mask)
     found = _DIGITS.look_up(pairs.differences(opened), tables)

@@ -22,6 +22,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Shared, logical_shift
 from mergec.runtime.kernels.long import HALF_BITS
@@ -104,7 +105,7 @@ def probabilities(
     counts, rows = entries.counts, entries.rows
     narrow, logarithm = take_window(share, scores.frac - FRACTIONAL_BITS), way.logarithm
     if share.is_meta:
-        first = torch.empty(len(entries.places), dtype=torch.int32, device="meta")
+        first = ghost((len(entries.places),), dtype=torch.int32)
     else:
         entries = entries.on(share.device)
         first, _ = from_first(narrow.reshape(-1)[entries.places], entries)
@@ -122,7 +123,7 @@ def probabilities(
     powers = yield from broad_sums(ctx, Cut(window), way.weights(frac), each, torch.ones_like(each))
     shape = (*scores.shape, HALVES)
     if share.is_meta:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
+        return ghost(shape, dtype=torch.int32)
     result = torch.zeros(shape, dtype=torch.int32, device=share.device)
     result.view(-1, HALVES)[entries.places] = powers
     return result

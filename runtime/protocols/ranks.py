@@ -16,6 +16,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
@@ -64,7 +65,7 @@ class Pairs:
         """
         ctx.spend(mask)
         if less.is_meta:
-            yield Swap(torch.empty(mask.shape, dtype=torch.int8, device="meta"))
+            yield Swap(ghost(mask.shape, dtype=torch.int8))
             return less
         mine = _LOSSES(mask, less, self, int(ctx.party == CLIENT))
         other = yield Swap(mine)

@@ -6,6 +6,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.compare import DIGITS
@@ -45,7 +46,7 @@ def rectify(ctx: Context, x: Cut, factor: Shared | None = None) -> Protocol:
     up = factors[0] if factors else None
     words = _POSITIVE.deal(ctx, bit_mask, mask, up)
     if x.share.is_meta:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        return ghost(shape)
     total = torch.zeros(count, dtype=torch.int64, device=x.share.device)
     _POSITIVE.add(total, bits, words, opened + NARROW_OFFSET, up)
     return total.reshape(shape)

@@ -12,6 +12,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.protocols.broad import Broad, broad_exponentials, broad_exponentials_cost
@@ -323,7 +324,7 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
     whole = ctx.exact and drop > 0
     if share.is_meta:
         dtype = torch.int64 if whole else torch.int32
-        shifted = torch.empty(len(entries.places), dtype=dtype, device="meta")
+        shifted = ghost((len(entries.places),), dtype=dtype)
     else:
         entries = entries.on(share.device)
         places, rows = entries.places, entries.rows
@@ -334,7 +335,7 @@ def exponentials(ctx: Context, scores: Shared, valid: torch.Tensor, shift: str) 
     window = Cut(shifted, drop, drop) if whole else Cut(shifted)
     powers = yield from chosen.evaluate(ctx, window)
     if share.is_meta:
-        return torch.empty(scores.shape, dtype=torch.int64, device="meta")
+        return ghost(scores.shape)
     result = torch.zeros(scores.shape, dtype=torch.int64, device=share.device)
     result.view(-1)[places] = powers
     return result

@@ -12,6 +12,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.backends import Kernel
@@ -255,7 +256,7 @@ def apply(
     dealt_inside = inside.deal(ctx, bit_mask, value_mask, up)
     dealt_tails = [tail.deal(ctx, bit_mask, mask, up) for tail in tails]
     if x.share.is_meta:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        return ghost(shape)
     total = torch.zeros(count, dtype=torch.int64, device=x.share.device)
     inside.add(total, bits, dealt_inside, found, up)
     for tail, words in zip(tails, dealt_tails, strict=True):
@@ -296,7 +297,7 @@ def _look_up(
 def _compare(function: Function, opened: torch.Tensor, dealt: Any) -> torch.Tensor:
     """The bits of all comparisons of an element, in one byte."""
     if opened.is_meta:
-        return torch.empty(opened.shape, dtype=torch.uint8, device="meta")
+        return ghost(opened.shape, dtype=torch.uint8)
     comparer = function.comparer
     points = _POINTS(opened, function.table.start, function.end_bits, tuple(function.thresholds))
     found = comparer.look_up(points, dealt)

@@ -17,6 +17,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
 from mergec.runtime.core.values import Masked, Shared
 from mergec.runtime.kernels.transfers import to_host
@@ -35,7 +36,7 @@ def tell_constant_seed(ctx: Context) -> Protocol:
     if ctx.party == CLIENT and seed is not None:
         yield ToServer(torch.frombuffer(bytearray(seed), dtype=torch.uint8))
         return
-    told = yield ToServer(torch.empty(_SEED_BYTES, dtype=torch.uint8, device="meta"))
+    told = yield ToServer(ghost((_SEED_BYTES,), dtype=torch.uint8))
     if ctx.party == SERVER:
         ctx.constant_seed = to_host(told, "message").numpy().tobytes()
 
@@ -69,7 +70,7 @@ def open_constant(ctx: Context, name: str, encoded: torch.Tensor, frac: int) -> 
         opened = mine.add_(mask).add_(encoded)
         yield ToClient(opened)
     else:
-        opened = yield ToClient(torch.empty(encoded.shape, dtype=torch.int64, device="meta"))
+        opened = yield ToClient(ghost(encoded.shape))
         mask = mine
     return Masked(ctx.keep_weight(opened), ctx.keep_weight(mask), frac)
 

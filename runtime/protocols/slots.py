@@ -20,6 +20,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.counters import Counters
 from mergec.runtime.kernels.backends import Kernel
@@ -88,14 +89,15 @@ def top_slot(
     mask = ctx.mask((len(row),), torch.int16)
     zeros = _zeros(kind, digits)(ctx, entries, places)
     opened = yield from open_under(ctx, values, mask)
-    counts = torch.zeros((rows, slots // 2), dtype=kind, device=opened.device)
+    size = (rows, slots // 2)
+    counts = ghost(size, dtype=kind) if opened.is_meta else opened.new_zeros(size, dtype=kind)
     tally = _tally_keys if keys else _tally_tables
     for start in range(0, len(row), _TOGETHER):
         piece = slice(start, start + _TOGETHER)
         tally(ctx, mask[piece], opened[piece], row[piece], counts)
     if opened.is_meta:
         yield from zeros.count(ctx, zeros.mask.to("meta"))
-        return from_integers(torch.empty(rows, dtype=torch.int16, device="meta"))
+        return from_integers(ghost((rows,), dtype=torch.int16))
     # How many entries are in each slot but the lowest, or above it.
     empty = yield from zeros.count(ctx, at_or_above(counts, 1))
     top = ctx.public(torch.full((rows,), places, device=share.device)) - empty.long()
@@ -227,7 +229,7 @@ class _Digits:
         bits = yield from open_bits(ctx, found, self._bit_mask)
         if bits.is_meta:
             # Without torch's rules for sums, which take longer than all else here.
-            return torch.empty(self._shape[:1], dtype=torch.int16, device="meta")
+            return ghost(self._shape[:1], dtype=torch.int16)
         return _EMPTY.evaluate(bits, self._words).reshape(self._shape).sum(1, dtype=torch.int16)
 
     @staticmethod

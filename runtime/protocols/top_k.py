@@ -16,6 +16,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.ranks import Pairs, pairs_within, ranked, ranked_cost
@@ -42,7 +43,7 @@ def top_k(ctx: Context, keys: Cut, k: int, frac: int) -> Protocol:
     opening = keys.open(ctx, mask)
     _, rank = yield from ranked(ctx, pairs, [opening], lambda: keys.narrow(mask), rank_mask)
     if rank.is_meta:
-        return torch.empty((count, size), dtype=torch.int64, device="meta")
+        return ghost((count, size))
     place = rank.long()[:, None] & (pairs.entries - 1)
     return rows.gather(1, place).reshape(count, size)
 

@@ -18,6 +18,7 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
 from mergec.runtime.core.values import (
     Expanded,
@@ -55,8 +56,8 @@ def send(ctx: Context, x: Shared) -> Protocol:
     ctx.spend(mask)
     if ctx.party == CLIENT:
         yield ToServer(x.share - mask)
-        return Sent(torch.empty(x.shape, dtype=torch.int64, device="meta"), mask, x.frac)
-    difference = yield ToServer(torch.empty(x.shape, dtype=torch.int64, device="meta"))
+        return Sent(ghost(x.shape), mask, x.frac)
+    difference = yield ToServer(ghost(x.shape))
     opened = difference + x.share if ctx.party == SERVER else x.share
     return Sent(opened, mask, x.frac)
 
@@ -77,12 +78,12 @@ def share_weight(
     client. The client sees W - B, which is uniform because B is uniform and never masks another W.
     The server sees nothing.
     """
-    ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
-    shapes = [piece.shape for piece in _pieces(ghost)]
+    unseen = ghost(encoded.shape)
+    shapes = [piece.shape for piece in _pieces(unseen)]
     if ctx.party == DEALER:
         for shape in shapes:
-            yield ToClient(torch.empty(shape, dtype=torch.int64, device="meta"))
-        return Weight(ghost, ghost, ctx.kept_weight_mask(name, encoded.shape, shapes), frac)
+            yield ToClient(ghost(shape))
+        return Weight(unseen, unseen, ctx.kept_weight_mask(name, encoded.shape, shapes), frac)
     if ctx.party == SERVER:
         kept = ctx.keep_weight(encoded) if kept is None else kept
         source = encoded if isinstance(kept, Spread) else kept
@@ -92,17 +93,17 @@ def share_weight(
             yield ToClient(torch.sub(words, mask, out=mask))
             if ctx.ranks is not None:
                 ctx.ranks.release(piece)  # rank 0 has read what the others hold
-        return Weight(kept, ghost, ghost, frac)
+        return Weight(kept, unseen, unseen, frac)
     difference = ctx.weight_room(encoded.shape)
     if isinstance(difference, Spread):
         start = 0
-        for piece in _pieces(ghost):
+        for piece in _pieces(unseen):
             write_rows(difference, start, (yield ToClient(piece)))
             start += len(piece)
     else:
         for piece in _pieces(difference):
             piece.copy_((yield ToClient(piece)))
-    return Weight(ghost, difference, ghost, frac)
+    return Weight(unseen, difference, unseen, frac)
 
 
 def _pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -124,10 +125,10 @@ def reuse_weight(
     client; meta at the server. The caller ensures that B never hides another W
     (`runtime.session.stores.kept`).
     """
-    ghost = torch.empty(encoded.shape, dtype=torch.int64, device="meta")
+    unseen = ghost(encoded.shape)
     if ctx.party == SERVER:
-        return Weight(ctx.keep_weight(encoded) if kept is None else kept, ghost, ghost, frac)
-    return Weight(ghost, ctx.keep_weight(difference, mapped=True), ghost, frac)
+        return Weight(ctx.keep_weight(encoded) if kept is None else kept, unseen, unseen, frac)
+    return Weight(unseen, ctx.keep_weight(difference, mapped=True), unseen, frac)
 
 
 def move(ctx: Context, x: Shared, weight: Constant) -> Protocol:
@@ -198,7 +199,7 @@ def table_rows(ctx: Context, ids: torch.Tensor, weight: Constant) -> Protocol:
     """
     mask = ctx.client_mask((*ids.shape, weight.shape[0]))
     ctx.spend(mask)
-    away = torch.empty(mask.shape, dtype=torch.int64, device="meta")
+    away = ghost(mask.shape)
     if ctx.party == CLIENT:
         # Avoid building one-hot rows: for a prompt, each would have as many words as the
         # vocabulary.
@@ -248,7 +249,7 @@ def add_held(
     """
     shape = np.broadcast_shapes(share.shape, held.shape)
     if share.is_meta:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        return ghost(shape)
     if isinstance(held, Shared):
         words = scale_rows(held.share << (frac - held.frac), parts)
     elif held.value.is_meta:

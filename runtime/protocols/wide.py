@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
+from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Held, Shared, Wide, encode, logical_shift, scale_rows
 from mergec.runtime.kernels.backends import Kernel
@@ -78,8 +79,7 @@ def scaled_wide(
     own = _deal(ctx, (rows, 2, columns), of_rows)
     dealt = _deal(ctx, (rows, size, words), of_elements)
     if own is None or dealt is None or opened.is_meta:
-        ghost = torch.empty((rows, size), dtype=torch.int64, device="meta")
-        return ghost, ghost
+        return ghost((rows, size)), ghost((rows, size))
     found = _SCALED(opened, factors.base, factors.wrap, own, dealt, places, ctx.party == CLIENT)
     return found[..., 0], found[..., 1]
 

@@ -119,7 +119,7 @@ def printable(text: str) -> str:
 
 def check_payload(data: torch.Tensor) -> None:
     """Raise PartyError unless a message is 1-D uint8 on the CPU, as every caller must ensure."""
-    if data.dtype is not torch.uint8 or data.dim() != 1 or data.device.type != "cpu":
+    if data.dtype is not torch.uint8 or data.dim() != 1 or not data.is_cpu:
         raise PartyError(
             f"a message must be a flat uint8 tensor on the CPU, not {data.dtype} {list(data.shape)}"
         )
