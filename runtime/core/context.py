@@ -25,7 +25,7 @@ from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
-from mergec.runtime.correlations.prg import Stream, derive, new_seed, stream
+from mergec.runtime.correlations.prg import derive, new_seed, stream
 from mergec.runtime.kernels.long import added
 from mergec.runtime.kernels.spread import Ranks, Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device, to_host
@@ -237,7 +237,7 @@ class Context(ABC):
         if self.constant_seed is None:
             raise RuntimeError("the client has not sent the seed of shared constants")
         prg = stream(derive(self.constant_seed, name), self.device)
-        return self._words(prg, shape, torch.int64)
+        return prg.tensor(shape, torch.int64)
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
         """Fresh uniform words that only the dealer knows. Raises RuntimeError at the parties."""
@@ -301,9 +301,6 @@ class Context(ABC):
         """This party's additive share of a public value: the value at the client, else zero."""
         return value if self.party != SERVER else torch.zeros_like(value)
 
-    def _words(self, prg: Stream, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return prg.tensor(shape, dtype)
-
 
 class _PartyContext(Context):
     """A party expands its own words from one seed, and reads corrections from the dealer."""
@@ -324,7 +321,7 @@ class _PartyContext(Context):
         self._corrections = corrections
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return self._words(self._prg, shape, dtype)
+        return self._prg.tensor(shape, dtype)
 
     def deal_keys(self, count: int, words: int, correct: Correct) -> Keys:
         roots = self._prg.tensor((count, SEED_WORDS), torch.int64)
@@ -426,12 +423,12 @@ class ServerContext(_PartyContext):
         return self.mask(shape)
 
     def server_words(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._own, shape, torch.int64)
+        return self._own.tensor(shape, torch.int64)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
         prg = stream(derive(self._weight_seed, f"weight {name}"), self.device)
-        return (self._words(prg, shape, torch.int64) for shape in shapes)
+        return (prg.tensor(shape, torch.int64) for shape in shapes)
 
     def deal(
         self,
@@ -488,24 +485,22 @@ class DealerContext(Context):
         return torch.device("meta")
 
     def private_words(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._own, shape, torch.int64)
+        return self._own.tensor(shape, torch.int64)
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        client = self._words(self._client, shape, dtype)
-        server = self._words(self._server, shape, dtype)
+        client = self._client.tensor(shape, dtype)
+        server = self._server.tensor(shape, dtype)
         return client.bitwise_xor_(server) if dtype is torch.uint8 else client.add_(server)
 
     def long_mask(self, count: int, halves: int) -> torch.Tensor:
-        parts = (
-            self._words(prg, (count, halves), torch.int32) for prg in (self._client, self._server)
-        )
+        parts = (prg.tensor((count, halves), torch.int32) for prg in (self._client, self._server))
         return added(*parts)
 
     def client_mask(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._client, shape, torch.int64)
+        return self._client.tensor(shape, torch.int64)
 
     def server_mask(self, shape: Sequence[int]) -> torch.Tensor:
-        return self._words(self._server, shape, torch.int64)
+        return self._server.tensor(shape, torch.int64)
 
     def weight_masks(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         self._spend_name(name)
@@ -513,7 +508,7 @@ class DealerContext(Context):
 
     def _weight_words(self, name: str, shapes: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
         prg = stream(derive(self._weight_seed, f"weight {name}"), self.device)
-        return (self._words(prg, shape, torch.int64) for shape in shapes)
+        return (prg.tensor(shape, torch.int64) for shape in shapes)
 
     def kept_weight_mask(
         self, name: str, shape: Sequence[int], pieces: Sequence[Sequence[int]]

@@ -102,7 +102,7 @@ def matmul_columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _columns_host(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     count = len(flat) * weight.numel()
-    threads = 1 if count < _ALONE else numba.get_num_threads()
+    threads = 1 if count < _ALONE else _threads()
     parts = np.zeros((threads, flat.shape[0], weight.shape[1]), np.int64)
     kernel = _column if len(flat) == 1 else _columns
     _launch(kernel, count, flat.contiguous().numpy(), weight.numpy(), parts)
@@ -155,9 +155,14 @@ def set_threads(count: int) -> None:
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
+def _threads() -> int:
+    """Threads of this process's kernels. To ask numba takes as long as to multiply a few words."""
+    return 1 if numba.config.NUMBA_NUM_THREADS == 1 else numba.get_num_threads()
+
+
 def _launch(kernel: Callable[..., Any], products: int, *arguments: Any) -> None:
     """Run a kernel that multiplies this many pairs of words, on one thread if they are few."""
-    threads = numba.get_num_threads()
+    threads = _threads()
     if threads == 1 or products >= _ALONE:
         kernel(*arguments)
         return
