@@ -364,19 +364,17 @@ def _taken(running: InProcessSession, ids: Sequence[int], past: int) -> float:
 
 
 def stock(name: str, root: Path, device: str) -> Iterator[Seen]:
-    """CrypTen's stock protocols, as a command."""
-    if gpu_models.facts(name, root) is None:
+    """A prompt and two tokens by CrypTen's stock protocols."""
+    from mergec.runtime.roles.local import run_local
+
+    facts = gpu_models.facts(name, root)
+    if facts is None:
         yield Seen(f"left out: {name} was not compiled", bad=True)
         return
-    command = [
-        sys.executable, "-m", "mergec", "run", str(root / name), "--prompt", "5 6 7 8",
-        "--max-tokens", "2", "--mode", "crypten", "--device", device,
-    ]  # fmt: skip
+    yield Seen(f"the model: {facts['what']}")
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    taken = time.perf_counter() - began
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        yield Seen(f"it ended with {done.returncode}: {why}", bad=True)
-        return
-    yield Seen(f"a prompt of 4 and 2 tokens of a small Llama: {taken:.1f} s with start-up")
+    prompt = gpu_models.tokens(facts["vocabulary"], 4)
+    found = run_local(root / name, prompt, max_tokens=2, mode="crypten", device=device)
+    for report in found.records:
+        yield Seen(f"{report.phase}: {report.seconds:.2f} s")
+    yield Seen(f"with start-up: {time.perf_counter() - began:.1f} s")

