@@ -292,6 +292,9 @@ def _nothing_left() -> Iterator[None]:
 def _environment(threads: int, root: Path) -> dict[str, str]:
     """Where parts run: how many threads a process has, and where Triton keeps what it compiled."""
     found = {**os.environ, "OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    found["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     if not os.access(Path.home(), os.W_OK):
         found.setdefault("TRITON_CACHE_DIR", str(root / "triton"))
         found.setdefault("NUMBA_CACHE_DIR", str(root / "numba"))

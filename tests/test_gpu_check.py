@@ -274,6 +274,20 @@ def test_the_machine_is_described(gpu_check: Any, monkeypatch: pytest.MonkeyPatc
     assert machine._version("no-such-package") == "missing"
 
 
+def test_parts_find_the_code_and_a_place_for_what_is_compiled(
+    gpu_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    for variable in ("TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    found = gpu_check._environment(4, tmp_path)
+    assert found["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere"
+    assert found["OMP_NUM_THREADS"] == found["NUMBA_NUM_THREADS"] == "4"
+    assert "TRITON_CACHE_DIR" not in found
+    monkeypatch.setattr(gpu_check.os, "access", lambda *given: False)
+    assert gpu_check._environment(4, tmp_path)["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
 def test_ended_from_outside_it_leaves_nothing_behind(gpu_check: Any, tmp_path: Path) -> None:
     """Models are compiled behind other parts, and would go on for minutes."""
     code = f"""
