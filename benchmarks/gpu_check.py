@@ -3,7 +3,8 @@
 Compares the kernels with the CPU's words, runs sessions with all three roles on the device, and
 measures kernels and steps. Each part is a process of its own with a limit, and says what it sees as
 it sees it. So one that fails or hangs costs the rest of its own part, and nothing that it started
-goes on behind it. Writes what was seen into docs/cuda.md.
+goes on behind it. Models are compiled by further processes, while the first parts run. Writes what
+was seen into docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -11,56 +12,106 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import gpu_machine
 import torch
+from gpu_seen import Seen, brief, read
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cuda.md"
 BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
-SEEDS = bytes(range(32)), bytes(range(32, 64))
 
-LIMITS = {
-    "kernels": 120.0, "session": 40.0, "rates": 45.0, "gpt2": 75.0, "smollm2": 90.0,
-    "llama-1b": 60.0, "crypten": 45.0,
-}  # fmt: skip
-"""Seconds of each part: 475 in all."""
+BUILT = "models"
+"""The phase that waits for the models, which are compiled from the beginning on."""
 
-
-KERNELS_LIMIT = 110.0
-"""Seconds after which kernels are stopped that have no result, which then are named."""
+DISK = 20e9
+"""Bytes that the models' bundles take together, at most."""
 
 
-class Seen(NamedTuple):
-    """A line of what was seen. bad: whether it tells of something that is wrong."""
+class Phase(NamedTuple):
+    """Parts that run at the same time, and seconds for them.
 
-    text: str
-    bad: bool = False
+    What earlier phases leave of their seconds is added.
+    """
+
+    parts: tuple[str, ...]
+    limit: float
 
 
-def kernels() -> Iterator[Seen]:
+PHASES = (
+    Phase(("warm-up",), 45.0),
+    Phase(("kernels",), 90.0),
+    Phase(("session", "protocols"), 45.0),
+    Phase(("rates",), 40.0),
+    Phase((BUILT,), 30.0),
+    Phase(("guarded", "crypten"), 40.0),
+    Phase(("demo",), 35.0),
+    Phase(("loopback",), 40.0),
+    Phase(("smollm2",), 40.0),
+    Phase(("gpt2",), 30.0),
+    Phase(("llama-1b",), 35.0),
+)
+"""470 seconds in all. What measures a time runs alone on the device."""
+
+
+class Job(NamedTuple):
+    """What a part is told: the seconds that it has, where the models are, and on what it runs."""
+
+    limit: float
+    root: Path
+    device: str
+
+
+GRACE = 8.0
+"""Seconds before the end of a part at which its processes are stopped, to tell what they lack."""
+
+
+def _shares(names: Sequence[str], most: int) -> list[list[str]]:
+    count = max(1, min(most, gpu_machine.cores()))
+    return [list(names[first::count]) for first in range(count)]
+
+
+def warm_up(job: Job) -> Iterator[Seen]:
+    """The CPU's kernels, which numba compiles, and with which the others are compared."""
+    from tests.kernels.cases import CASES  # registers the kernels
+
+    # The kernels that parties call are compiled by the first process, as a service does.
+    code = "from mergec.runtime.roles.fork import prepare_to_fork; prepare_to_fork()"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    yield from compared(_shares(sorted(CASES), 8), ("--host",), job.limit, "run on the CPU")
+    if first.wait():
+        yield Seen("what services compile before they start did not compile", bad=True)
+
+
+def kernels(job: Job) -> Iterator[Seen]:
     """Calls of every hot loop, on the GPU and on the CPU."""
     from mergec.runtime.kernels.backends import KERNELS
-    from tests.kernels.cases import CASES  # registers the kernels
+    from tests.kernels.cases import CASES
 
     # Those that walk through trees take longest to compile, and stand next to each other.
     names = sorted(CASES, key=lambda name: (name.startswith(("logarithm.", "trees.")), name))
-    count = min(8, os.cpu_count() or 1)
-    shares = [names[first::count] for first in range(count)]
-    yield from compared(shares, ("--device", "cuda", "--full"), KERNELS_LIMIT)
+    yield from compared(_shares(names, 12), ("--device", job.device, "--full"), job.limit)
     torch_alone = [name for name, kernel in KERNELS.items() if not kernel.has_triton]
     yield Seen(f"{len(torch_alone)} of them are a few launches of torch each.")
 
 
-def compared(shares: Sequence[Sequence[str]], options: Sequence[str], limit: float) -> list[Seen]:
+def compared(
+    shares: Sequence[Sequence[str]],
+    options: Sequence[str],
+    limit: float,
+    outcome: str = "give the CPU's words",
+) -> list[Seen]:
     """What calls of these kernels give, each share in a process of its own, within `limit` s."""
     command = [sys.executable, "-m", "tests.kernels.cases", *options, "--only"]
     with tempfile.TemporaryDirectory(prefix="mergec-gpu-") as folder:
@@ -91,231 +142,118 @@ def compared(shares: Sequence[Sequence[str]], options: Sequence[str], limit: flo
         found.append(Seen(lines[-1], bad=True))
     good = {line.partition(":")[0] for line in done} - {line.partition(":")[0] for line in wrong}
     return [
-        Seen(f"{calls} calls; {len(good)} of {len(wanted)} kernels give the CPU's words."),
+        Seen(f"{calls} calls; {len(good)} of {len(wanted)} kernels {outcome}."),
         *found,
     ]
 
 
-def session() -> Iterator[Seen]:
-    """A small decoder with all roles on the GPU, guarded against hidden copies."""
-    from mergec.runtime.core.spec import ROLES
-    from mergec.runtime.kernels.transfers import GUARD
-    from mergec.runtime.roles.inprocess import InProcessSession
-    from tests import decoder
+def session(job: Job) -> Iterator[Seen]:
+    """A small decoder in guarded sessions: all roles on the GPU, and a client on the CPU."""
+    import gpu_steps
 
-    os.environ[GUARD] = "1"
-    for shift in ("pairs", "slots-6", "log-6"):
-        programs = {role: decoder.program(role, shift=shift) for role in ROLES}
-        found = []
-        for device in ("cpu", "cuda"):
-            with InProcessSession(programs, device, SEEDS) as running:
-                found.append([running.step(*step).cpu() for step in (([5, 1, 7], 0), ([2], 3))])
-        same = all(torch.equal(*pair) for pair in zip(*found, strict=True))
-        which = "those" if same else "not those"
-        yield Seen(f"logits of a small decoder, shift by {shift}: {which} of the CPU.", not same)
+    return gpu_steps.small(job.device)
 
 
-def _seconds(work: Callable[[], Any], repeats: int = 10) -> float:
-    """Least time of a call, after one to compile it."""
-    work()
-    _finish()
-    least = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        _finish()
-        least = min(least, time.perf_counter() - began)
-    return least
+def protocols(job: Job) -> Iterator[Seen]:
+    """Protocols that this decoder does not run, on the GPU and on the CPU, in a guard."""
+    from tests.kernels.protocol_calls import CASES, compared
+
+    right = 0
+    for name in CASES:
+        try:
+            outcome, good = compared(name, job.device, torch.inference_mode)
+        except Exception as error:  # noqa: BLE001  (one that fails is not the last one)
+            outcome, good = brief(error), False
+        right += good
+        if not good:
+            yield Seen(f"{name}: {outcome}", bad=True)
+    yield Seen(f"{right} of {len(CASES)} protocols give the CPU's words, and copy nothing unsaid.")
 
 
-def _finish() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def rates(job: Job) -> Iterator[Seen]:
+    """Throughput of each Triton kernel, beside what the card allows."""
+    import gpu_rates
+
+    size = 1 << 28 if job.device == "cuda" else 1 << 16
+    return gpu_rates.rates_on(torch.device(job.device), size)
 
 
-def rates() -> Iterator[Seen]:
-    """Throughput of kernels beside that of a copy, which is what memory allows."""
-    yield from rates_on(torch.device("cuda"), 1 << 28)
+def guarded(job: Job) -> Iterator[Seen]:
+    """A prompt and a decode step of GPT-2, guarded against hidden copies."""
+    import gpu_steps
+
+    return gpu_steps.guarded_model("gpt2", job.root, job.device)
 
 
-def rates_on(device: torch.device, size: int) -> Iterator[Seen]:
-    """Rates of calls that take a time in proportion to `size`."""
-    import numpy as np
-
-    from mergec.runtime.correlations.dpf import Generator
-    from mergec.runtime.correlations.prg import DevicePrg
-    from mergec.runtime.kernels.matmul import matmul, matmul_rows
-    from mergec.runtime.ops.silu import SILU
-    from mergec.runtime.protocols.interval import _VALUES, fit
-    from mergec.runtime.protocols.pieces import Pieces
-    from mergec.runtime.protocols.truncate import _TRUNCATED
-
-    draw = DevicePrg(SEEDS[0], device)
-    source = torch.empty(size, dtype=torch.int32, device=device)
-    copied = 2 * source.nbytes / _seconds(lambda: source.clone())
-    yield Seen(f"copy: {copied / 1e9:.0f} GB/s read and written")
-
-    def of_memory(moved: float, taken: float) -> str:
-        return f"{moved / taken / 1e9:.0f} GB/s, {100 * moved / taken / copied:.0f}% of the copy"
-
-    weight = draw.tensor((size >> 14, 4096), torch.int32)
-    for rows in (1, 64, 256):
-        x = draw.tensor((rows, 4096), torch.int64)
-        taken = _seconds(lambda x=x: matmul_rows(x, weight))
-        yield Seen(
-            f"{rows} rows times {len(weight):,} x 4,096 int32: {1e3 * taken:.2f} ms, "
-            f"{of_memory(weight.nbytes, taken)}, "
-            f"{rows * weight.numel() / taken / 1e12:.2f} T multiply-adds a second"
-        )
-    cache = draw.tensor((1, 32, size >> 15, 64), torch.int64)
-    query = draw.tensor((1, 32, 1, 64), torch.int64)
-    taken = _seconds(lambda: matmul(query, cache.mT))
-    yield Seen(
-        f"scores of a token with {cache.shape[2]:,} cached: {of_memory(cache.nbytes, taken)}"
-    )
-    count = size >> 4
-    opened, dealt = draw.tensor((count,), torch.int64), draw.tensor((2, count), torch.int64)
-    taken = _seconds(lambda: _TRUNCATED(opened, dealt, 16, True))
-    yield Seen(f"{count:,} truncations: {of_memory(32 * count, taken)}")
-    taken = _seconds(lambda: DevicePrg(SEEDS[1], device).read(size), 3)
-    yield Seen(
-        f"AES-256 stream: {size / taken / 1e9:.1f} GB/s, {size / 16 / taken / 1e9:.2f} G blocks/s"
-    )
-    table, count = fit(np.sin, 16, 0, 128, 14, 57), size >> 14
-    points, roots = draw.tensor((count,), torch.int64), draw.tensor((count, 2), torch.int64)
-    words = draw.tensor((count, 18), torch.int64)
-    generator = Generator(2)
-    taken = _seconds(lambda: _VALUES(points, roots, words, table, 0, generator), 3)
-    yield Seen(f"trees of 128 leaves: {count / taken / 1e6:.2f} million a second")
-    pieces, count = SILU.from_server(9).table, size >> 13
-    assert isinstance(pieces, Pieces)
-    mask, share = (
-        draw.tensor(shape, dtype)
-        for shape, dtype in (((count,), torch.int32), ((count, pieces.dealt_bytes), torch.uint8))
-    )
-    taken = _seconds(lambda: pieces._correct(mask, share))
-    yield Seen(f"tables for the server alone: {count / taken / 1e6:.2f} million dealt a second")
-
-
-def _steps(
-    model: Any, tokens: list[int], prompts: tuple[int, ...], device: str = "cuda"
-) -> Iterator[Seen]:
-    """Prompts and a decode step after each, with a profile of the last."""
-    import mergec
-    from mergec.compiler.program import Program
-    from mergec.runtime.roles.inprocess import InProcessSession
-
-    began = time.perf_counter()
-    program: Program = mergec.compile_decoder(model, None, mergec.CompileConfig(max_length=512))
-    yield Seen(f"compiled in {time.perf_counter() - began:.0f} s")
-    with InProcessSession(program.roles, device) as running:
-        for length in prompts:
-            taken = []
-            for _ in range(2):  # The first one compiles kernels.
-                began = time.perf_counter()
-                running.step(tokens[:length], 0)
-                taken.append(time.perf_counter() - began)
-            yield Seen(f"prompt of {length}: {taken[0]:.2f} s, then {taken[1]:.2f} s")
-            taken = []
-            for i in range(4):
-                began = time.perf_counter()
-                running.step([tokens[i]], length + i)
-                taken.append(time.perf_counter() - began)
-            yield Seen(f"decode after {length}: {min(taken):.3f} s")
-        yield from _profile(lambda: running.step([tokens[9]], prompts[-1] + 4))
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    yield Seen(f"memory of all three roles on the device: {peak:.1f} GB")
-
-
-def _profile(work: Callable[[], Any]) -> Iterator[Seen]:
-    """Time in kernels, launches and copies of a call, and of waiting, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        work()
-        _finish()
-    whole = time.perf_counter() - began
-    events = [event for event in seen.events() if str(event.device_type).endswith("CUDA")]
-    copies = [event for event in events if "Mem" in event.name]
-    busy, moved = (sum(e.time_range.elapsed_us() for e in some) / 1e6 for some in (events, copies))
-    by_name: dict[str, float] = {}
-    for event in events:
-        by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us()
-    longest = sorted(by_name.items(), key=lambda pair: -pair[1])[:6]
-    names = ", ".join(f"{name[:40]} {us / 1e3:.1f} ms" for name, us in longest)
-    yield Seen(f"a decode step under the profiler: {whole:.3f} s")
-    yield Seen(f"{busy - moved:.3f} s of it in {len(events) - len(copies)} kernels")
-    yield Seen(f"{moved:.3f} s of it in {len(copies)} copies")
-    yield Seen(f"{max(0.0, whole - busy):.3f} s of it the device waited")
-    yield Seen(f"the longest: {names}")
-
-
-def gpt2() -> Iterator[Seen]:
-    """GPT-2-base with random weights."""
-    import bench
-
-    return _steps(*bench.gpt2(), (64, 256))
-
-
-def smollm2() -> Iterator[Seen]:
-    """SmolLM2-135M-Instruct."""
-    import bench
-
-    return _steps(*bench.smollm2(), (64, 256))
-
-
-def llama_1b() -> Iterator[Seen]:
-    """A Llama of the shape of 1.2 billion parameters, random weights."""
-    import bench
-
-    model, tokens = bench._random(
-        "llama", vocab_size=32_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=512,
-    )  # fmt: skip
-    return _steps(model, tokens, (64,))
-
-
-def crypten() -> Iterator[Seen]:
+def crypten(job: Job) -> Iterator[Seen]:
     """CrypTen's stock protocols on CUDA, for a small Llama."""
-    import bench
+    import gpu_steps
 
-    import mergec
-
-    model, _ = bench.small_llama()
-    config = mergec.CompileConfig(max_length=128, weights="shared")
-    with tempfile.TemporaryDirectory(prefix="mergec-gpu-") as folder:
-        mergec.compile_decoder(model, None, config).save(folder)
-        yield _stock(folder)
+    return gpu_steps.stock("small", job.root, job.device)
 
 
-def _stock(folder: str) -> Seen:
-    command = [
-        sys.executable, "-m", "mergec", "run", folder, "--prompt", "5 6 7 8", "--max-tokens",
-        "2", "--mode", "crypten", "--device", "cuda",
-    ]  # fmt: skip
-    began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    taken = time.perf_counter() - began
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["without a word"])[-1]
-        return Seen(f"it ended with {done.returncode}: {why}", bad=True)
-    return Seen(f"a prompt of 4 and 2 tokens of a small Llama: {taken:.1f} s with start-up")
+def demo(job: Job) -> Iterator[Seen]:
+    """The demo: three processes answer, all roles on the device."""
+    import gpu_steps
+
+    return gpu_steps.demo("smollm2", job.root, job.device)
 
 
-PARTS: dict[str, Callable[[], Iterator[Seen]]] = {
-    "kernels": kernels, "session": session, "rates": rates, "gpt2": gpt2, "smollm2": smollm2,
-    "llama-1b": llama_1b, "crypten": crypten,
+def loopback(job: Job) -> Iterator[Seen]:
+    """A client, a server and a dealer, all on the device, over TCP of loopback."""
+    import gpu_steps
+
+    return gpu_steps.loopback("smollm2", job.root, job.device)
+
+
+def smollm2(job: Job) -> Iterator[Seen]:
+    """SmolLM2's steps in one process, and where their time goes."""
+    import gpu_steps
+
+    return gpu_steps.profiled_steps("smollm2", job.root, job.device)
+
+
+def gpt2(job: Job) -> Iterator[Seen]:
+    """GPT-2-base's steps in one process, and where their time goes."""
+    import gpu_steps
+
+    return gpu_steps.profiled_steps("gpt2", job.root, job.device)
+
+
+def llama_1b(job: Job) -> Iterator[Seen]:
+    """A Llama of 1.2 billion parameters, in three processes that share the device."""
+    import gpu_models
+    import gpu_steps
+
+    known = gpu_models.facts("llama-1b", job.root)
+    free, _ = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    why = gpu_steps.fits(known["parameters"], free) if known is not None else ""
+    if why:
+        yield Seen(why)
+        return
+    yield from gpu_steps.local("llama-1b", job.root, job.device, 64)
+
+
+PARTS: dict[str, Callable[[Job], Iterator[Seen]]] = {
+    "warm-up": warm_up, "kernels": kernels, "session": session, "protocols": protocols,
+    "rates": rates, "guarded": guarded, "crypten": crypten, "demo": demo, "loopback": loopback,
+    "smollm2": smollm2, "gpt2": gpt2, "llama-1b": llama_1b,
 }  # fmt: skip
 
 
-def watched(command: Sequence[str], limit: float) -> list[Seen]:
+_RUNNING: list[subprocess.Popen[bytes]] = []
+"""Parts that run now, each the first process of its group."""
+
+
+def watched(
+    command: Sequence[str], limit: float, environment: dict[str, str] | None = None
+) -> list[Seen]:
     """What a part said, as a process that is stopped after `limit` seconds with all it started."""
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=errors, start_new_session=True
+            command, cwd=ROOT, stdout=said, stderr=errors, start_new_session=True, env=environment
         )
+        _RUNNING.append(process)
         last = []
         try:
             code = process.wait(limit)
@@ -328,18 +266,94 @@ def watched(command: Sequence[str], limit: float) -> list[Seen]:
             last.append(Seen(f"stopped after {limit:.0f} s", bad=True))
         finally:
             # Roles of a part that was stopped would slow the next one down.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             process.wait()
+            _RUNNING.remove(process)
         said.seek(0)
-        return [*_read(said.read().decode(errors="replace")), *last]
+        return [*read(said.read().decode(errors="replace")), *last]
 
 
-def _read(text: str) -> Iterator[Seen]:
-    """The lines of a part; the rest of what it prints is of no matter."""
-    for line in text.splitlines():
-        with suppress(ValueError, TypeError):
-            yield Seen(*json.loads(line))
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """Ends what runs when this is left by an error, such as Ctrl-C or an end from outside."""
+    try:
+        yield
+    except BaseException:
+        for process in [*_RUNNING]:
+            _kill(process)
+        raise
+
+
+def _environment(threads: int, root: Path) -> dict[str, str]:
+    """Where parts run: how many threads a process has, and where Triton keeps what it compiled."""
+    found = {**os.environ, "OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    found["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    if not os.access(Path.home(), os.W_OK):
+        found.setdefault("TRITON_CACHE_DIR", str(root / "triton"))
+        found.setdefault("NUMBA_CACHE_DIR", str(root / "numba"))
+    return found
+
+
+class Builds:
+    """Processes that compile the models, from now until they are waited for."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=max(1, len(names)))
+        limit = sum(phase.limit for phase in PHASES[: _place(BUILT) + 1])
+        environment = _environment(max(1, gpu_machine.cores() // 4), root)
+        command = [sys.executable, __file__, "--folder", str(root), "--build"]
+        self._found = {
+            name: self._pool.submit(watched, [*command, name], limit, environment) for name in names
+        }
+
+    def wait(self) -> list[Seen]:
+        """What they said; all have ended when this returns."""
+        return [
+            Seen(f"{name}: {seen.text}", bad=True) if seen.bad else seen
+            for name, found in self._found.items()
+            for seen in found.result()
+        ]
+
+
+def _place(part: str) -> int:
+    return next(i for i, phase in enumerate(PHASES) if part in phase.parts)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for the models: in memory if there is room, else where temporary files are."""
+    memory = Path("/dev/shm")
+    room = memory.is_dir() and shutil.disk_usage(memory).free > 2 * DISK
+    with tempfile.TemporaryDirectory(
+        prefix="mergec-gpu-", dir=memory if room else None, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
+
+
+def run_phase(
+    phase: Phase, job: Job, left_out: set[str], builds: Builds | None
+) -> dict[str, list[Seen]]:
+    """What each part of a phase said; parts that are left out say nothing."""
+    if BUILT in phase.parts:
+        return {BUILT: builds.wait()} if builds is not None else {}
+    parts = [part for part in phase.parts if part not in left_out]
+    # Those that start many processes need one thread in each.
+    threads = 1 if {"warm-up", "kernels"} & set(parts) else max(1, gpu_machine.cores() // 4)
+    environment = _environment(threads, job.root)
+    command = [
+        sys.executable, __file__, "--limit", f"{job.limit:.1f}", "--folder", str(job.root),
+        "--device", job.device, "--part",
+    ]  # fmt: skip
+    with ThreadPoolExecutor(max_workers=max(1, len(parts))) as pool, _nothing_left():
+        found = [pool.submit(watched, [*command, part], job.limit, environment) for part in parts]
+        return {part: each.result() for part, each in zip(parts, found, strict=True)}
 
 
 def page(text: str, lines: list[str]) -> str:
@@ -351,28 +365,81 @@ def page(text: str, lines: list[str]) -> str:
     return "\n".join([before + BEGIN, *lines, END + after])
 
 
+def shown(part: str, what: str, found: Sequence[Seen]) -> list[str]:
+    """What a part saw, for the page."""
+    lines = [f"* **{seen.text}**" if seen.bad else f"* {seen.text}" for seen in found]
+    return [f"**{part}.** {what}", "", *(lines or ["* **it said nothing**"]), ""]
+
+
+def ran(lines: Sequence[str], right: Sequence[str], wrong: Sequence[str]) -> list[str]:
+    """What has run, in sentences, for the top of the page's part."""
+    told = ["It has run on a GPU, on real CUDA."]
+    if right:
+        told.append(f"Nothing went wrong in: {', '.join(right)}.")
+    if wrong:
+        told.append(f"Something did in: {', '.join(wrong)}; there it is in bold.")
+    return ["", *lines, "", " ".join(told), ""]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, help="run one part and print what it found")
+    parser.add_argument("--build", metavar="MODEL", help="make, compile and save one model")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where the models are")
+    parser.add_argument("--device", default="cuda", help="cpu: rehearse, and write no page")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds that the part has")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.build:
+        import gpu_models
+
+        for seen in gpu_models.build(options.build, options.folder):
+            print(json.dumps(seen), flush=True)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device here, so nothing was checked", file=sys.stderr)
         return 2
     if options.part:
-        for seen in PARTS[options.part]():
+        limit = max(0.0, options.limit - GRACE)
+        for seen in PARTS[options.part](Job(limit, options.folder, options.device)):
             print(json.dumps(seen), flush=True)
         return 0
-    name = torch.cuda.get_device_name()
-    lines = ["", f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}.", ""]
-    failed = False
-    for part, work in PARTS.items():
-        found = watched([sys.executable, __file__, "--part", part], LIMITS[part])
-        failed = failed or any(seen.bad for seen in found) or not found
-        print(f"{part}: " + "\n  ".join(seen.text for seen in found), flush=True)
-        shown = [f"* **{seen.text}**" if seen.bad else f"* {seen.text}" for seen in found]
-        lines += [f"**{part}.** {work.__doc__}", "", *shown, ""]
-        PAGE.write_text(page(PAGE.read_text(), lines))
-    return 1 if failed else 0
+    return check(options.device)
+
+
+def check(device: str) -> int:
+    """Run all parts, phase by phase, and write the page after each; returns the exit code."""
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    head = f"{gpu_machine.described(gpu_machine.machine())}; {time.strftime('%Y-%m-%d')}."
+    lacks, left_out = gpu_machine.missing()
+    print("\n".join([head, *lacks]), flush=True)
+    top = [head, *(["", *(f"* {line}" for line in lacks)] if lacks else [])]
+    parts: list[str] = []
+    right: list[str] = []
+    wrong: list[str] = []
+    with _folder() as root, _nothing_left():
+        builds = None
+        if BUILT not in left_out:
+            import gpu_models
+
+            builds = Builds(root, [*gpu_models.MODELS])
+        until = began
+        for phase in PHASES:
+            until += phase.limit
+            start = time.monotonic()
+            job = Job(max(phase.limit, until - start), root, device)
+            found = run_phase(phase, job, left_out, builds)
+            taken = time.monotonic() - start
+            for part, said in found.items():
+                bad = any(seen.bad for seen in said) or not said
+                (wrong if bad else right).append(part)
+                what = (PARTS[part].__doc__ or "") if part in PARTS else "Compiled meanwhile."
+                print(f"{part}, {taken:.0f} s: " + "\n  ".join(s.text for s in said), flush=True)
+                parts += shown(part, f"{what} It took {taken:.0f} s.", said)
+            if device != "cpu":
+                PAGE.write_text(page(PAGE.read_text(), [*ran(top, right, wrong), *parts]))
+    print(f"all of it took {time.monotonic() - began:.0f} s", flush=True)
+    return 1 if wrong or left_out else 0
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ from mergec.runtime.core.context import DealerContext
 from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.spec import Vis
-from mergec.runtime.core.values import Expanded, Sent
+from mergec.runtime.core.spec import ROLES, SERVER, Vis
+from mergec.runtime.core.values import Expanded, Held, Sent
 from mergec.runtime.engine.simulate import Corrections
 from mergec.runtime.engine.weights import encode_weight, take_weights, words_to_store
 from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
 from mergec.runtime.program.bundle import WORDS, load_bundle, save_bundle
 from mergec.runtime.program.program import Instruction, Ref
 from mergec.runtime.protocols import weights
+from mergec.runtime.roles.inprocess import InProcessSession
 from tests import decoder as sample
 from tests.fixtures import decoder, tiny
 from tests.services import deployment
@@ -60,6 +61,24 @@ def test_what_is_read_in_the_clear_stays() -> None:
 def test_other_roles_have_none() -> None:
     assert not take_weights(decoder("client"))
     assert words_to_store(decoder("client")) == ({}, {})
+
+
+def test_a_server_holds_no_real_numbers_of_masked_weights() -> None:
+    """They are there as integers: on a device real ones would take as much memory again."""
+    programs = {role: sample.program(role) for role in ROLES}
+    with InProcessSession(programs) as session:
+        constants = session.executors[SERVER]._constants
+        session.step([5, 1, 7], 0)
+    held = {
+        name: value.value
+        for name, value in constants.held.items()
+        if isinstance(value, Held) and not value.value.is_meta
+    }
+    assert set(held) == {"out.bias"}
+    words = [weight.encoded for weight in constants.weights.values()]
+    assert {each.dtype for each in words} == {torch.int32}
+    elements = sum(tensor.numel() for tensor in sample.weights().values())
+    assert sum(each.nbytes for each in (*held.values(), *words)) == 4 * elements
 
 
 @pytest.fixture

@@ -145,7 +145,10 @@ def load_constants(
         masked = spec.name in plan.weight_bits
         frac = context.fixed + plan.weight_bits.get(spec.name, 0)
         if spec.vis is not Vis.SHARED:
-            loaded.held[spec.name] = Held(spec.vis, to_device(data, device, "input"))
+            # What is used only under a static mask is there as integers already.
+            read = not masked or spec.name in plan.in_the_clear
+            seen = to_device(data, device, "input") if read else without_data(spec)
+            loaded.held[spec.name] = Held(spec.vis, seen)
             if not masked:
                 continue
         if spec.name in encoded:

@@ -21,9 +21,22 @@ from torch.utils._pytree import tree_leaves
 
 Reason = Literal["message", "dealt", "input", "output", "public"]
 
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-"""Operators that read a device's words into the program, which then depends on them."""
+_ATEN = torch.ops.aten
+_COPIES = (_ATEN._to_copy.default, _ATEN.copy_.default)
+_NEW = (_ATEN.lift_fresh.default, _ATEN.lift_fresh_copy.default)
+"""Operators on a tensor that was just made of numbers of the program, and has moved already."""
+_READS = (
+    _ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default,
+    _ATEN.equal.default, _ATEN.allclose.default, _ATEN.bincount.default, _ATEN._unique2.default,
+    _ATEN.unique_dim.default, _ATEN.unique_consecutive.default,
+    _ATEN.unique_dim_consecutive.default,
+)  # fmt: skip
+"""Operators that read a device's words into the program, if only to know how long a result is."""
+_INDEXED = (
+    _ATEN.index.Tensor, _ATEN._unsafe_index.Tensor, _ATEN.index_put.default,
+    _ATEN.index_put_.default, _ATEN._index_put_impl_.default, _ATEN._unsafe_index_put.default,
+)  # fmt: skip
+"""Operators that read indices if they are bools, and move them if they are on the CPU."""
 
 
 class HiddenTransferError(RuntimeError):
@@ -131,10 +144,28 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> torch.Tensor:
-        result = func(*args, **(kwargs or {}))
-        if not _ALLOWED.depth:
-            _check(func, args, result)
+        kwargs = kwargs or {}
+        if _ALLOWED.depth:
+            return func(*args, **kwargs)
+        if _composite(func):
+            # In inference mode `to`, `item` and others arrive whole, and would hide what they do.
+            TorchDispatchMode.__enter__(self)
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
+        _check_reads(func, args, kwargs)
+        result = func(*args, **kwargs)
+        _check_copies(func, args, result)
         return result
+
+
+@lru_cache(None)
+def _composite(func: Any) -> bool:
+    """Whether an operator of torch is made of others."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return func.namespace == "aten" and bool(has(func.name(), key))
 
 
 def watched(device: torch.device) -> AbstractContextManager[Any]:
@@ -142,13 +173,33 @@ def watched(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" or not os.environ.get(GUARD) else Guard()
 
 
-def _check(func: Any, args: Any, result: Any) -> None:
-    places = {
+def _places(*values: Any) -> set[str]:
+    return {
         leaf.device.type
-        for leaf in (*tree_leaves(args), *tree_leaves(result))
+        for leaf in tree_leaves(values)
         if isinstance(leaf, torch.Tensor) and not leaf.is_meta
     }
+
+
+def _check_reads(func: Any, args: Any, kwargs: Any) -> None:
+    """Before an operator runs: whether the program would wait for words of a device."""
+    read = func in _READS
+    if func in _INDEXED:
+        kinds = {leaf.dtype for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)}
+        read = bool(kinds & {torch.bool, torch.uint8})
+        if "cpu" in _places(args[1]) and (there := _places(args[0]) - {"cpu"}):
+            raise HiddenTransferError(f"{func} copies indices of the CPU to {max(there)}")
+    elif func is _ATEN.repeat_interleave.Tensor:
+        read = kwargs.get("output_size") is None
+    if read and (there := _places(args, kwargs) - {"cpu"}):
+        raise HiddenTransferError(f"{func} reads words of {max(there)}")
+
+
+def _check_copies(func: Any, args: Any, result: Any) -> None:
+    places = _places(args, result)
     if func in _COPIES and len(places) > 1:
         raise HiddenTransferError(f"{func} copies words between {' and '.join(sorted(places))}")
-    if func in _READS and places - {"cpu"}:
-        raise HiddenTransferError(f"{func} reads words of {max(places - {'cpu'})}")
+    if func in _NEW and places - {"cpu"}:
+        raise HiddenTransferError(
+            f"{func} copies numbers of the program to {max(places - {'cpu'})}"
+        )

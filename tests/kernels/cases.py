@@ -117,6 +117,9 @@ def _(full: bool) -> Iterator[Arguments]:
         for dtype in (torch.int32, torch.int64):
             for rows in (1, 3, 70):
                 yield _extreme(torch.int64, rows, 300), _extreme(dtype, 65, 300)
+        # Sizes as models have them, for which a GPU's kernels read several words at once.
+        for rows in (1, 64):
+            yield words(rows, 256), _extreme(torch.int32, 64, 256)
         # As many places as one sum of limbs holds, and more, all at the ends.
         yield torch.full((5, 4096), -(2**63)), torch.full((3, 4096), -(2**31), dtype=torch.int32)
 
@@ -129,6 +132,8 @@ def _(full: bool) -> Iterator[Arguments]:
         yield words(3, 37), _extreme(torch.int64, 37, 130)
         yield words(1, 20_000), words(20_000, 3, dtype=torch.int32)
         yield words(17, 130), _extreme(torch.int32, 130, 70)
+        for rows in (1, 64):
+            yield words(rows, 128), _extreme(torch.int32, 128, 64)
 
 
 @cases("products.batched")
@@ -140,6 +145,9 @@ def _(full: bool) -> Iterator[Arguments]:
     if full:
         yield words(2, 6, 5), words(2, 12, 6)[:, 2:7]
         yield words(2, 9, 70), words(2, 66, 70).mT
+        for rows in (1, 64):
+            yield words(2, rows, 64), words(2, 32, 64).mT
+            yield words(2, rows, 32), words(2, 32, 64)
 
 
 # ------------------------------------------------------------------------------- point functions
@@ -154,9 +162,11 @@ def _(full: bool) -> Iterator[Arguments]:
     generator = _generator(2)
     for bits, depth, count in ((64, 2, 3), (0, 1, 1), *(((8, 3, 5), (16, 0, 2)) if full else ())):
         ends = (depth, depth // 2, 0) if full else (depth,)
-        payloads = words(len(ends), count, 4)
-        index = below(2**depth, count)
-        yield words(count, 2), words(count, 2), index, payloads, ends, depth, generator, bits
+        # A leaf of bits or of counters is one block, one of a row's words two.
+        blocks = 2 if bits == 64 else 1
+        payloads, index = words(len(ends), count, 2 * blocks), below(2**depth, count)
+        roots = words(count, 2), words(count, 2)
+        yield *roots, index, payloads, ends, depth, _generator(blocks), bits
     # An index may have more words than one.
     for depth, parts, count in ((2, 2, 3), *(((70, 2, 3), (130, 3, 1)) if full else ())):
         ends = (depth, 1)

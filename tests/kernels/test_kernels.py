@@ -6,23 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from mergec.runtime.core.spec import ROLES
 from mergec.runtime.correlations.prg import DevicePrg, Prg
+from mergec.runtime.engine import executor
 from mergec.runtime.kernels import backends, bitsliced, transfers
 from mergec.runtime.kernels.backends import KERNELS, Kernel
 from mergec.runtime.kernels.transfers import Guard, HiddenTransferError, to_device, to_host
 from mergec.runtime.protocols import slots
+from mergec.runtime.roles.inprocess import InProcessSession
+from tests import decoder
 from tests.kernels.cases import CASES, below, differing, words
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+ATEN: Any = torch.ops.aten
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -151,6 +158,25 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     }
 
 
+@needs_triton
+def test_a_tree_is_not_compiled_anew_for_another_number_of_elements() -> None:
+    """By the size of a program, or as a kernel for numbers that are 1, or multiples of 16."""
+    from mergec.runtime.kernels.cuda import launch, products, trees
+
+    for lanes, size in ((1, 128), (64, 2), (256, 1)):
+        assert {launch.threads(lanes, count) for count in (1, 3, 100, 10**6)} == {size}
+    sizes = {"count", "words", "each", "depth", "columns", "chunks", "padded", "rows", "blocks"}
+    wide = {"columns"}  # by which a product reads several words at once
+    for kernel, besides in (
+        (trees._table, ()), (trees._octave, ()), (trees._parities, ()), (trees._tally, {"rows"}),
+        (trees._corrections, ()), (products._few, wide),
+        (products._many, wide),
+    ):  # fmt: skip
+        free = {param.name for param in kernel.params if param.do_not_specialize}
+        named = {param.name for param in kernel.params}
+        assert (sizes & named) - free == set(besides) & named - free
+
+
 @pytest.mark.slow
 @needs_triton
 def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
@@ -214,20 +240,102 @@ def test_words_move_in_pieces_that_are_pinned_one_by_one(
             assert sum(pinned) == part.nbytes
 
 
-def test_the_guard_refuses_words_that_cross_and_words_that_are_read() -> None:
-    here, there = torch.arange(3), torch.arange(3, device="meta")
-    copy, read = torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default
+HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "to the CPU": lambda x, mask: x.cpu(),
+    "from the CPU": lambda x, mask: torch.zeros(6, device="cpu").to(x.device),
+    "item": lambda x, mask: x.sum().item(),
+    "condition": lambda x, mask: bool(mask.all()),
+    "index by a mask": lambda x, mask: ATEN.index(x, [mask]),
+    "index by a mask among others": lambda x, mask: ATEN.index(x.expand(2, 6), [None, mask]),
+    "index_put by a mask": lambda x, mask: ATEN.index_put(x, [mask], 2 * x.narrow(0, 0, 3)),
+    "index_put_ by a mask": lambda x, mask: ATEN.index_put_(x, [mask], 2 * x.narrow(0, 0, 1)),
+    "index of the CPU": lambda x, mask: ATEN.index(x, [torch.arange(2, device="cpu")]),
+    "repeat_interleave": lambda x, mask: x.repeat_interleave(x),
+    "repeat_interleave alone": lambda x, mask: torch.repeat_interleave(x),
+    "equal": lambda x, mask: torch.equal(x, x + 1),
+    "allclose": lambda x, mask: torch.allclose(x.double(), x.double()),
+    "masked_select": lambda x, mask: torch.masked_select(x, mask),
+    "unique": lambda x, mask: torch.unique(x),
+    "unique with counts": lambda x, mask: torch.unique(x, return_counts=True),
+    "unique rows": lambda x, mask: torch.unique(x, dim=0),
+    "unique_consecutive": lambda x, mask: torch.unique_consecutive(x),
+    "bincount": lambda x, mask: torch.bincount(x),
+    "nonzero": lambda x, mask: ATEN.nonzero(x),
+    "nonzero as a tuple": lambda x, mask: ATEN.nonzero_numpy(x),
+    "where": lambda x, mask: torch.where(mask),
+    "argwhere": lambda x, mask: torch.argwhere(mask),
+}
+"""Calls that copy words of a device, or read them, on words and a mask that are there.
 
-    transfers._check(copy, (here,), here)
-    transfers._check(copy, (there,), here)
-    transfers._check(read, (here,), 0)
-    fake = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode()
-    with fake:
-        cuda = torch.empty(3, device="cuda:0")
-    with pytest.raises(HiddenTransferError, match="copies words between cpu and cuda"):
-        transfers._check(copy, (cuda,), here)
-    with pytest.raises(HiddenTransferError, match="reads words of cuda"):
-        transfers._check(read, (cuda,), 0)
+Indices stand as the operators that they become: torch would look for a driver.
+"""
+
+OPEN: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "index": lambda x, mask: ATEN.index(x, [x]),
+    "index_put": lambda x, mask: ATEN.index_put_(x, [x], x + 1),
+    "repeat_interleave by a number": lambda x, mask: x.repeat_interleave(3),
+    "repeat_interleave of a known size": lambda x, mask: torch.repeat_interleave(x, output_size=9),
+    "where": lambda x, mask: torch.where(mask, x, 0),
+    "masked_fill": lambda x, mask: x.masked_fill(mask, 0),
+    "to a type": lambda x, mask: x.to(torch.int32),
+    "sums": lambda x, mask: (x + x).sum(),
+}
+"""The like, which leaves words where they are."""
+
+
+def _on_a_device_that_is_not_here(
+    work: Callable[[torch.Tensor, torch.Tensor], object], inference: bool
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Steps run in inference mode, where the guard is handed whole operators like `item`.
+    with FakeTensorMode(), torch.inference_mode(inference), torch.no_grad():
+        x = torch.empty(6, dtype=torch.int64, device="cuda:0")
+        mask = torch.empty(6, dtype=torch.bool, device="cuda:0")
+        with Guard():
+            work(x, mask)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_the_guard_refuses(name: str, inference: bool) -> None:
+    with pytest.raises(HiddenTransferError, match=r"(copies|reads) .*cuda"):
+        _on_a_device_that_is_not_here(HIDDEN[name], inference)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("name", OPEN)
+def test_the_guard_lets_pass(name: str, inference: bool) -> None:
+    _on_a_device_that_is_not_here(OPEN[name], inference)
+
+
+def test_the_guard_sees_tensors_that_are_made_on_a_device() -> None:
+    """torch moves their numbers before any mode sees the tensor."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        made = torch.empty(6, device="cuda:0")
+    with pytest.raises(HiddenTransferError, match="copies numbers of the program to cuda"):
+        transfers._check_copies(torch.ops.aten.lift_fresh.default, (made,), made)
+
+
+def test_words_of_the_cpu_may_be_read() -> None:
+    x, mask = torch.arange(6), torch.arange(6) > 2
+    with Guard():
+        for work in HIDDEN.values():
+            work(x.clone(), mask)
+
+
+def test_a_guarded_session_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference mode, in which steps run, the guard takes operators apart."""
+    seeds = bytes(range(32)), bytes(range(32, 64))
+    programs = {role: decoder.program(role) for role in ROLES}
+    found = []
+    for watched in (executor.watched, lambda device: Guard()):
+        monkeypatch.setattr(executor, "watched", watched)
+        with InProcessSession(programs, seeds=seeds) as session:
+            found.append(torch.cat([session.step([5, 1, 7], 0), session.step([2], 3)]))
+    assert torch.equal(*found)
 
 
 def test_parties_on_the_cpu_run_without_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,14 @@ that a call needs."""
 
 
 def threads(lanes: int, count: int) -> int:
-    """How many elements, of `lanes` threads each, a program takes on: a power of two."""
-    most = triton.next_power_of_2(max(1, count))
+    """How many elements, of `lanes` threads each, a program takes on: a power of two.
+
+    On a GPU the number does not depend on how many there are, or a kernel would be compiled anew
+    for every size of a step. A tree's takes tens of seconds.
+    """
     if triton.knobs.runtime.interpret:
-        return most
-    return min(most, max(1, THREADS // lanes))
+        return triton.next_power_of_2(max(1, count))
+    return max(1, THREADS // lanes)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

@@ -26,7 +26,7 @@ _PROGRAMS = 1024
 _TILE, _DEPTH = 64, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks", "splits"])
 def _few(  # type: ignore[no-untyped-def]
     a, b, out, rows, inner, columns, a_batch, a_row, a_inner, b_batch, b_inner, b_column, blocks,
     splits, share, ADDED: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _limb(words, number: tl.constexpr):  # type: ignore[no-untyped-def]
     return (((words >> (8 * number)) & 255) ^ 128).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_blocks", "blocks"])
 def _many(  # type: ignore[no-untyped-def]
     a, b, out, offset, rows, inner, columns, a_batch, a_row, a_inner, b_batch, b_inner, b_column,
     row_blocks, blocks, LIMBS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,

@@ -160,7 +160,7 @@ def _factors(a, coefficients, window, used):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "depth", "step_bits", "drop", "party"])
+@triton.jit(do_not_specialize=["count", "words", "depth", "step_bits", "drop", "party"])
 def _table(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, out, count, words, depth, step_bits, drop,
     party, LANES: tl.constexpr, KEYS: tl.constexpr,
@@ -245,7 +245,11 @@ def _wide_cubic(  # type: ignore[no-untyped-def]
     return plus(low, high, word_low, word_high)
 
 
-@triton.jit(do_not_specialize=["count", "top", "depth", "step_bits", "party"])
+@triton.jit(
+    do_not_specialize=[
+        "count", "chunks", "words", "columns", "top", "depth", "step_bits", "party",
+    ]
+)  # fmt: skip
 def _octave(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, nodes, out, count, chunks, words, columns,
     top, depth, step_bits, party, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -368,7 +372,7 @@ def parity_before(first, second, place):  # type: ignore[no-untyped-def]
     return word & 1
 
 
-@triton.jit(do_not_specialize=["count", "depth", "party"])
+@triton.jit(do_not_specialize=["count", "each", "words", "depth", "party"])
 def _parities(  # type: ignore[no-untyped-def]
     roots, corrections, places, ciphers, out, count, each, words, depth, party,
     BLOCK: tl.constexpr,
@@ -440,7 +444,7 @@ def parities(
 # ------------------------------------------------------------------------------------- histograms
 
 
-@triton.jit(do_not_specialize=["count", "top", "cut", "party"])
+@triton.jit(do_not_specialize=["count", "each", "words", "padded", "top", "cut", "party"])
 def _tally(  # type: ignore[no-untyped-def]
     roots, corrections, nodes, offsets, rows, ciphers, total, count, each, words, padded, top, cut,
     party, BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -568,7 +572,7 @@ def _added_wide(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["count", "parts", "depth", "tables"])
+@triton.jit(do_not_specialize=["count", "parts", "words", "depth", "tables"])
 def _corrections(  # type: ignore[no-untyped-def]
     client, server, index, payloads, ends, ciphers, out, count, parts, words, depth, tables,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
