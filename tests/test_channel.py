@@ -298,6 +298,57 @@ class Clock:
         wait_until(lambda: other._received == due)
 
 
+def test_small_rounds_meet_whatever_else_a_peer_may_send() -> None:
+    """Alone, behind a heartbeat, in two parts, two at once, and an error in their place."""
+    raw, other = socket.socketpair()
+    channel = Channel(other, "client", 5.0)
+    raw.sendall(header(9, 0, 3) + b"one")
+    assert bytes(channel.exchange(None, 3)) == b"one"
+    assert channel.traffic == Traffic(1, 0, 3)
+    raw.sendall(header(20, 1, 0) + header(9, 2, 3) + b"two")
+    assert bytes(channel.exchange(None, 3)) == b"two"
+    with ThreadPoolExecutor(1) as pool:
+        raw.sendall(header(9, 3, 5) + b"th")
+        reply = pool.submit(channel.exchange, None, 5)
+        wait_until(lambda: channel._received == 4)  # it has the first part
+        raw.sendall(b"ree")
+        assert bytes(reply.result()) == b"three"
+    raw.sendall(header(9, 4, 4) + b"four" + header(9, 5, 4) + b"five")
+    assert [bytes(channel.exchange(None, 4)) for _ in range(2)] == [b"four", b"five"]
+    assert channel.traffic == Traffic(5, 0, 19)
+    assert channel._received == 6
+    reason = b'{"reason": "it is late"}'
+    raw.sendall(header(2, 6, len(reason)) + reason)
+    with pytest.raises(PartyError, match="the client says: it is late"):
+        channel.exchange(None, len(reason))  # as long as the message that is due
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+def test_rounds_as_long_as_a_small_message(channels: tuple[Any, Any], excess: int) -> None:
+    """And one byte shorter or longer, each way."""
+    size = channel_module._SMALL + excess
+    client, server = channels
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(server.exchange, flat(size), 7)
+        assert client.exchange(flat(7), size).equal(flat(size))
+        assert reply.result().equal(flat(7))
+
+
+def test_a_heartbeat_that_does_not_count_starts_no_new_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The wait is measured from the call, not from what was read first."""
+    clock = Clock(monkeypatch)
+    client, server = pair(60.0)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(client.exchange, None, 8)
+        clock.beat(server, client, 40.0)
+        clock.now += 30.0
+        server.beat()
+        with pytest.raises(PartyError, match="is at work, but sent nothing for 70 s"):
+            reply.result(20)
+
+
 def test_a_peer_at_work_is_waited_for(channels: tuple[Any, Any], monkeypatch: Any) -> None:
     """Heartbeats extend the wait from 60 s to 240 s, and are no traffic."""
     clock = Clock(monkeypatch)
