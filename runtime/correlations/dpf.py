@@ -206,12 +206,17 @@ def _correct_host(
     last = payloads.shape[0] * payloads.shape[2]
     out = np.empty((len(index), key_words(depth, last)), np.uint64)
     roots, words = (unsigned(client), unsigned(server)), unsigned(payloads)
-    places, rows = index.numpy().reshape(len(index), -1), np.array(ends, np.int64)
+    places, rows = _of_words(index.numpy()), np.array(ends, np.int64)
     if LANES:
         correct_paths(generator.round_keys, *roots, places, words, rows, depth, bits, out)
     else:
         correct_by_library(roots, places, words, rows, depth, generator, bits, out)
     return signed(out)
+
+
+def _of_words(index: np.ndarray) -> np.ndarray:
+    """Indices [n, words], also of a single word each."""
+    return index if index.ndim > 1 else index[:, None]
 
 
 _CORRECTIONS = Kernel("trees.corrections", _correct_host)
@@ -252,7 +257,7 @@ def correct_by_library(
     seeds = np.stack(roots) & ~_LOW
     controls = np.zeros(seeds.shape[:2], np.uint8)
     controls[1] = 1
-    size, index = payloads.shape[2], index.reshape(len(index), -1)
+    size, index = payloads.shape[2], _of_words(index)
     for level in range(depth + 1):
         for k in np.flatnonzero(ends == level):
             client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)

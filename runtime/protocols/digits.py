@@ -17,6 +17,7 @@ look up their public v. Source: the digit-wise comparison of Garay, Schoenmakers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 
@@ -164,12 +165,12 @@ def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> t
 
 def _looked_up_host(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
     out = torch.empty(points.shape, dtype=torch.uint8)
-    count = len(tables)
+    shape = math.prod(points.shape[:-1]), len(tables)
     _look_up_cpu(
-        points.contiguous().numpy().reshape(-1, count),
+        points.contiguous().numpy().reshape(shape),
         tables.numpy(),
         places,
-        out.numpy().reshape(-1, count),
+        out.numpy().reshape(shape),
     )
     return out
 

@@ -124,9 +124,9 @@ def _evaluated_host(bits: torch.Tensor, words: torch.Tensor, formula: Formula) -
     out = torch.empty(words.shape[:-1], dtype=words.dtype)
     _evaluate_cpu(
         bits.numpy().reshape(-1),
-        words.numpy().reshape(bits.numel(), -1, formula.words),
+        words.numpy().reshape(bits.numel(), words.shape[-2], formula.words),
         formula.coefficients,
-        out.numpy().reshape(bits.numel(), -1),
+        out.numpy().reshape(bits.numel(), words.shape[-2]),
     )
     return out
 

@@ -266,8 +266,7 @@ def _nodes(descent: Descent, device: torch.device) -> torch.Tensor:
             (end, window, last, descent.columns[k], descent.drops[k], table, place, 0)
             for window in range(first, last + 2, 2)
         ]
-    size = min(_BLOCK, 1 << (len(lines) - 1).bit_length())
-    lines += [(0,) * 8] * (-len(lines) % size)
+    lines += [(0,) * 8] * (-len(lines) % _BLOCK)
     return to_device(torch.tensor(lines), device, "public")
 
 

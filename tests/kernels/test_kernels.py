@@ -108,7 +108,7 @@ def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
     kernel = KERNELS[name]
     assert kernel.reference is not None
     for number, given in enumerate(CASES[name](False)):
-        problem = differing(kernel, kernel.reference, given)
+        problem = differing(kernel, kernel.reference, given, number=number)
         assert problem is None, f"call {number}: {problem}"
 
 
@@ -127,10 +127,56 @@ def test_tallies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert differing(kernel, kernel.reference, given) is None
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the interpreter prints for all calls, and where it wrote which kernels they launch."""
+    record = tmp_path_factory.mktemp("kernels") / "launched"
+    return program("cases", "--record", str(record)), record
+
+
 @needs_triton
-def test_the_interpreter_gives_the_words_of_the_cpu() -> None:
-    printed = program("cases")
+def test_the_interpreter_gives_the_words_of_the_cpu(launched: tuple[str, Path]) -> None:
+    printed, _ = launched
     assert sorted(line.split(":")[0] for line in printed.splitlines()) == sorted(KERNELS)
+
+
+FORMS = {
+    # Numbers of 64 bits and of 128, and XOR.
+    "trees._corrections": 3,
+    # A number of windows each.
+    "trees._table": 2,
+    # Shares of 64 bits and of 128.
+    "trees._octave": 2,
+    # Counters of 8 bits and of 16.
+    "trees._tally": 2,
+    # Weights of 32 bits and of 64, read along either side, even or not: those that calls have.
+    "products._few": 6,
+    "products._many": 6,
+    # Types of words.
+    "elements._evaluated": 4,
+    "elements._scaled": 2,
+    "elements._truncated": 2,
+    "slots._one_hot": 2,
+    # With a factor, and without.
+    "elements._line": 2,
+    # A number of cosines each.
+    "gated._corrected": 3,
+    "gated._values": 3,
+    # Types of words, and up to 256 columns.
+    "slots._tallied": 6,
+}
+"""How many forms of a kernel the calls take, where it is not one; a program has fewer."""
+
+
+@needs_triton
+def test_triton_compiles_no_kernel_anew_for_a_length_or_an_address(
+    launched: tuple[str, Path],
+) -> None:
+    """Words begin at multiples of 16 bytes or of 8, and sizes are odd, even, one and zero."""
+    printed = program("native", str(launched[1]), "count")
+    found = dict(line.split(": ") for line in printed.splitlines())
+    assert found == {name: str(FORMS.get(name, 1)) for name in found}
+    assert set(FORMS) <= set(found)
 
 
 @pytest.mark.slow
@@ -142,12 +188,11 @@ def test_the_interpreter_gives_the_words_of_the_cpu_for_larger_calls() -> None:
 
 @pytest.mark.slow
 @needs_triton
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    program("cases", "--record", str(tmp_path / "launched"))
-    launched = json.loads((tmp_path / "launched").read_text())
-    printed = program("native", str(tmp_path / "launched"), "90")
+def test_kernels_compile_for_a_gpu_that_is_not_here(launched: tuple[str, Path]) -> None:
+    calls = json.loads(launched[1].read_text())
+    printed = program("native", str(launched[1]), "90")
     assert {line.split(":")[0] for line in printed.splitlines()} == {
-        each["name"] for each in launched
+        f"{each['module'].rpartition('.')[2]}.{each['name']}" for each in calls
     }
 
 

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
 
 _SIZE = 128
 
 
-@triton.jit
+@kernel
 def _corrected(share, mantissas, shifts, count, halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -43,7 +43,7 @@ def corrected(share: torch.Tensor, mask: torch.Tensor, table: Any) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _values(dealt, entries, mantissas, places, out, count, row, halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mergec.runtime.kernels.cuda.cipher import encrypt
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 from mergec.runtime.kernels.cuda.wide import minus, plus, times
 from mergec.runtime.kernels.transfers import integers
 
@@ -160,7 +160,7 @@ def _factors(a, coefficients, window, used):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "depth", "step_bits", "drop", "party"])
+@kernel
 def _table(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, out, count, words, depth, step_bits, drop,
     party, LANES: tl.constexpr, KEYS: tl.constexpr,
@@ -212,7 +212,7 @@ def table_values(
     device = points.device
     out = torch.empty(count, dtype=torch.int64, device=points.device)
     lanes = windows // 2
-    keys = threads(lanes, count)
+    keys = threads(lanes)
     launch(
         _table, triton.cdiv(count, keys), points, roots, corrections,
         table.factors(device), generator.planes(device), out, count, corrections.shape[1],
@@ -245,7 +245,7 @@ def _wide_cubic(  # type: ignore[no-untyped-def]
     return plus(low, high, word_low, word_high)
 
 
-@triton.jit(do_not_specialize=["count", "top", "depth", "step_bits", "party"])
+@kernel
 def _octave(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, nodes, out, count, chunks, words, columns,
     top, depth, step_bits, party, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -333,7 +333,7 @@ def octave_values(
     """Add a party's shares of an `octave.Descent` at points [n] to out [n, columns, width]."""
     device, wide = points.device, descent.width > 1
     nodes = descent.nodes(device)
-    block = min(128, len(nodes))
+    block = threads(1)
     chunks = len(nodes) // block
     total = out
     if wide:
@@ -368,7 +368,7 @@ def parity_before(first, second, place):  # type: ignore[no-untyped-def]
     return word & 1
 
 
-@triton.jit(do_not_specialize=["count", "depth", "party"])
+@kernel
 def _parities(  # type: ignore[no-untyped-def]
     roots, corrections, places, ciphers, out, count, each, words, depth, party,
     BLOCK: tl.constexpr,
@@ -429,7 +429,7 @@ def parities(
     device = places.device
     count, each = places.numel(), places.shape[1]
     out = torch.empty(places.shape, dtype=torch.uint8, device=device)
-    block = threads(1, -(-count // 2))
+    block = threads(1)
     launch(
         _parities, triton.cdiv(count, 2 * block), roots, corrections, places,
         generator.planes(device), out, count, each, corrections.shape[1], depth, party, BLOCK=block,
@@ -440,7 +440,7 @@ def parities(
 # ------------------------------------------------------------------------------------- histograms
 
 
-@triton.jit(do_not_specialize=["count", "top", "cut", "party"])
+@kernel
 def _tally(  # type: ignore[no-untyped-def]
     roots, corrections, nodes, offsets, rows, ciphers, total, count, each, words, padded, top, cut,
     party, BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -508,7 +508,7 @@ def tally(
     nodes, offsets = job.paths(first)
     depth, cut, paths = job.counters.depth, job.cut, nodes.numel()
     leaves = paths << cut
-    block = threads(1, -(-leaves // 2))
+    block = threads(1)
     launch(
         _tally, triton.cdiv(leaves, 2 * block), roots, corrections, nodes, offsets, rows,
         generator.planes(first.device), total, paths, nodes.shape[1], corrections.shape[1],
@@ -568,7 +568,7 @@ def _added_wide(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["count", "parts", "depth", "tables"])
+@kernel
 def _corrections(  # type: ignore[no-untyped-def]
     client, server, index, payloads, ends, ciphers, out, count, parts, words, depth, tables,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -649,7 +649,7 @@ def corrections(
     out = torch.empty((count, words), dtype=torch.int64, device=device)
     places = integers(tuple(ends), device)
     parts = 1 if index.dim() == 1 else index.shape[1]
-    block = threads(1, count)
+    block = threads(1)
     launch(
         _corrections, triton.cdiv(count, block), client, server, index,
         payloads, places, generator.planes(device), out, count, parts, words, depth, tables,
