@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -225,6 +226,44 @@ def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPat
         Kernel("trees.none", torch.neg)
     with pytest.raises(ValueError, match=r"trees\.nowhere has no form for words on CUDA"):
         Kernel("trees.nowhere", torch.neg, triton=False)
+
+
+def test_pieces_of_a_kernel_cover_all_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "KERNELS", {})
+    some = Kernel("trees.some", torch.neg, together=(3, 5))
+    for count in (0, 1, 3, 7):
+        for device, size in (("cpu", 3), ("meta", 5)):
+            parts = [
+                range(count)[piece] for piece in some.pieces(torch.empty(count, device=device))
+            ]
+            assert [each for part in parts for each in part] == list(range(count))
+            assert all(len(part) == size for part in parts[:-1])
+    with pytest.raises(ValueError, match=r"trees\.none takes all elements at once"):
+        Kernel("trees.none", torch.neg).pieces(torch.empty(1))
+
+
+def _asks_for_a_device(node: ast.AST) -> bool:
+    """Whether code compares a device, or asks which type words or a device have."""
+    if isinstance(node, ast.Attribute):
+        named = node.attr == "type" and ast.unparse(node.value).endswith("device")
+        return named or node.attr in ("is_cuda", "is_cpu")
+    sides = (node.left, *node.comparators) if isinstance(node, ast.Compare) else ()
+    return any(ast.unparse(side).endswith(("device", "'cuda'", "'cpu'")) for side in sides)
+
+
+@pytest.mark.parametrize("folder", ["protocols", "ops"])
+def test_protocols_and_ops_do_not_ask_where_words_are(folder: str) -> None:
+    files = sorted((ROOT / "runtime" / folder).glob("*.py"))
+    found = [
+        f"{file.name}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if _asks_for_a_device(node) and isinstance(node, ast.expr)
+    ]
+    assert files
+    assert not found
+    for asked in ("ctx.device.type == 'cpu'", "x.is_cuda", "device == other", "where == 'cuda'"):
+        assert any(map(_asks_for_a_device, ast.walk(ast.parse(asked))))
 
 
 # ------------------------------------------------------------------------------------- transfers
