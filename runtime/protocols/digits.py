@@ -150,7 +150,7 @@ def _tables_tensors(words: torch.Tensor, digits: Relations) -> torch.Tensor:
     )
 
 
-_TABLES = Kernel("digits.tables", _tables_host, _tables_tensors, triton=False)
+_TABLES = Kernel("digits.tables", _tables_host, _tables_tensors)
 
 
 def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:

@@ -215,10 +215,11 @@ def _rows_tensors(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torc
     words = -(-spec.depth // WORD_BITS)
     parts = range(0, WORD_BITS * words, HALF_BITS)
     sizes = [min(HALF_BITS, max(0, spec.depth - part)) for part in parts]
-    index = _bits_of(mask, [spec.base + part for part in parts], sizes)
     tables = range(0, _OCTAVES * spec.tables, _OCTAVES)
     drops = [spec.base + octave - _STEP_BITS for octave in tables]
-    low = _bits_of(mask, drops, [_STEP_BITS] * spec.tables).T
+    places = [spec.base + part for part in parts]
+    found = _bits_of(mask, places + drops, sizes + [_STEP_BITS] * spec.tables)
+    index, low = found[:, : len(places)], found[:, len(places) :].T
     payloads = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
     return index[:, ::2] | (index[:, 1::2] << HALF_BITS), payloads
 

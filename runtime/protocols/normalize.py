@@ -393,7 +393,7 @@ def _scaled_tensors(
     return total + (opened >= 0) * (wraps - crossed[..., 1])
 
 
-_WORDS = Kernel("normalize.words", _words_host, _words_tensors, triton=False)
+_WORDS = Kernel("normalize.words", _words_host, _words_tensors)
 _SCALED = Kernel("elements.scaled", _scaled_host, _scaled_tensors)
 
 

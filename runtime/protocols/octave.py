@@ -61,7 +61,7 @@ from mergec.runtime.kernels.aes import (
 )
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.kernels.wide import plus, times
 from mergec.runtime.protocols.interval import FINER_BITS, fit_finely
 from mergec.runtime.protocols.opening import open_high
@@ -399,13 +399,12 @@ def _rows_host(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torc
 
 
 def _rows_tensors(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = []
-    for drop in descent.drops.tolist():
-        moved = logical_shift(mask, drop) if drop >= 0 else mask << -drop
-        low = moved & ((1 << descent.step_bits) - 1)
-        rows.append(torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1))
+    drops = integers(tuple(descent.drops.tolist()), mask.device)[:, None]
+    # The sign, of which a shift makes copies, is above what counts.
+    moved = (mask << (-drops).clamp(min=0)) >> drops.clamp(min=0)
+    low = moved & ((1 << descent.step_bits) - 1)
     index = logical_shift(mask, descent.top - descent.depth) & ((1 << descent.depth) - 1)
-    payloads = torch.stack(rows)
+    payloads = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
     if descent.width > 1:
         payloads = torch.stack([payloads, torch.zeros_like(payloads)], -1).flatten(2)
     return index, payloads

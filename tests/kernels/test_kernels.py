@@ -9,11 +9,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergec.runtime.correlations.prg import DevicePrg, Prg
 from mergec.runtime.kernels import backends, bitsliced, transfers
@@ -111,6 +113,33 @@ def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
     for number, given in enumerate(CASES[name](False)):
         problem = differing(kernel, kernel.reference, given, number=number)
         assert problem is None, f"call {number}: {problem}"
+
+
+class _Launches(TorchDispatchMode):
+    """Counts torch's operators that launch something on a device: those that return no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [each.alias_info for each in func._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in returned)
+        return func(*args, **(kwargs or {}))
+
+
+FEW = 20
+"""Launches of torch that docs/cuda.md calls a few."""
+
+
+@pytest.mark.parametrize("name", [n for n, kernel in KERNELS.items() if not kernel.has_triton])
+def test_what_triton_does_not_do_is_a_few_launches_of_torch(name: str) -> None:
+    reference = KERNELS[name].reference
+    assert reference is not None
+    for given in CASES[name](True):
+        with _Launches() as launches:
+            reference(*given)
+        assert 0 < launches.count <= FEW
 
 
 @pytest.mark.slow

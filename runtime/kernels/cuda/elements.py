@@ -266,12 +266,8 @@ def scaled(
 ) -> torch.Tensor:
     """Shares of rows times their factors: see `normalize.scale_rows` and its reference."""
     out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
-    pairs, wraps, number, last = [], [], -1, 0
-    for s in shifts.tolist():
-        number += s > 0 and s != last
-        last = s
-        pairs += [s, number]
-        wraps.append(_wrapped(1 << (64 - s)) if s > 0 else 0)
+    pairs, down = numbered(shifts)
+    wraps = [_wrapped(1 << (64 - s)) if s > 0 else 0 for s in shifts.tolist()]
     device, count = opened.device, opened.numel()
     share = base - low if at_client else -low
     share = share + wrap * factor_top if wrap.shape[1] else share
@@ -280,6 +276,18 @@ def scaled(
         _scaled, triton.cdiv(count, 256), opened, mask, top,
         share, base, wrap, row_wrap, dealt, both,
         integers(tuple(pairs), device), out, count, opened.shape[1], len(shifts), dealt.shape[2],
-        number + 1, wrap.shape[1], both.shape[2], SIZE=256,
+        down, wrap.shape[1], both.shape[2], SIZE=256,
     )  # fmt: skip
     return out
+
+
+def numbered(shifts: np.ndarray) -> tuple[list[int], int]:
+    """Each shift, and the number of the word that holds what is shifted down by it, where equal
+    neighbours share one; and how many of these words there are.
+    """
+    pairs, number, last = [], -1, 0
+    for shift in shifts.tolist():
+        number += shift > 0 and shift != last
+        last = shift
+        pairs += [shift, number]
+    return pairs, number + 1
