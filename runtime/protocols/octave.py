@@ -240,19 +240,14 @@ class Descent:
     def nodes(self, device: torch.device) -> torch.Tensor:
         """Which rows a point is looked up in, two in a line: int64 [pairs, 8], on a device.
 
-        Depth of an octave's rows (0 in lines that only fill the last block), the lower window, the
-        octave's last window but for a bit of the point, column, drop, place of its coefficients
-        and of its correction.
+        Depth of an octave's rows, the lower window, the octave's last window but for a bit of the
+        point, column, drop, place of its coefficients and of its correction, and a zero.
         """
         return _nodes(self, device)
 
     def factors(self, device: torch.device) -> torch.Tensor:
         """The coefficients on a device."""
         return _factors(self, device)
-
-
-_BLOCK = 128
-"""Lines of `Descent.nodes` that are read together."""
 
 
 @cache
@@ -266,7 +261,6 @@ def _nodes(descent: Descent, device: torch.device) -> torch.Tensor:
             (end, window, last, descent.columns[k], descent.drops[k], table, place, 0)
             for window in range(first, last + 2, 2)
         ]
-    lines += [(0,) * 8] * (-len(lines) % _BLOCK)
     return to_device(torch.tensor(lines), device, "public")
 
 
