@@ -172,12 +172,6 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "if dealt is None and opened.is_meta:",
         ): "the dealer has neither, and parties have both",
     },
-    "runtime/protocols/digits.py": {
-        (
-            "out.numpy().reshape(-1, count),",
-            "out.numpy().reshape(~1, count),",
-        ): "numpy finds out a size in place of any negative number",
-    },
     "runtime/protocols/interval.py": {
         ("_PIECE = 64", "_PIECE = 63"): _PIECES,
         (

@@ -45,6 +45,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from mergec.runtime.correlations.prg import derive
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.bitsliced import expand_key
@@ -219,7 +220,7 @@ def _of_words(index: np.ndarray) -> np.ndarray:
     return index if index.ndim > 1 else index[:, None]
 
 
-_CORRECTIONS = Kernel("trees.corrections", _correct_host)
+_CORRECTIONS = Kernel("trees.corrections", _correct_host, planes.corrections)
 
 
 def correct(
@@ -410,7 +411,7 @@ def _parities_host(
     return torch.from_numpy(found)
 
 
-_PARITIES = Kernel("trees.parities", _parities_host)
+_PARITIES = Kernel("trees.parities", _parities_host, planes.parities)
 
 
 def parities(

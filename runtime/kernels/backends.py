@@ -27,7 +27,7 @@ class Kernel:
         self,
         name: str,
         host: Callable[..., Any],
-        reference: Callable[..., Any] | None = None,
+        reference: Callable[..., Any],
         *,
         triton: bool = True,
         together: tuple[int, int] | None = None,
@@ -36,12 +36,10 @@ class Kernel:
 
         triton: False if there is no such function, because a few launches of torch are as good.
         together: see `pieces`.
-        Raises ValueError if there is a kernel of this name, or no form for CUDA.
+        Raises ValueError if there is a kernel of this name.
         """
         if name in KERNELS:
             raise ValueError(f"there is a kernel {name} already")
-        if reference is None and not triton:
-            raise ValueError(f"{name} has no form for words on CUDA")
         KERNELS[name] = self
         self.name, self.host, self.reference = name, host, reference
         self.has_triton, self.together = triton, together
@@ -64,14 +62,9 @@ class Kernel:
 
     @cached_property
     def on_device(self) -> Callable[..., Any]:
-        """The form for CUDA.
-
-        Raises RuntimeError if Triton is missing and torch alone cannot do it.
-        """
+        """The form for CUDA. Without Triton it is that by torch, which is slow where AES is."""
         if self.has_triton and find_spec("triton") is not None:
             return self.by_triton
-        if self.reference is None:
-            raise RuntimeError(f"words on CUDA need Triton for {self.name}: pip install triton")
         return self.reference
 
     @property

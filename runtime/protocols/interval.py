@@ -32,6 +32,7 @@ from mergec.runtime.correlations.dpf import (
     sharing_words,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
@@ -180,7 +181,7 @@ def _values_host(
     return torch.from_numpy(out)
 
 
-_VALUES = Kernel("trees.table_values", _values_host)
+_VALUES = Kernel("trees.table_values", _values_host, planes.table_values)
 
 
 def evaluate_cost(count: int, table: Table) -> Cost:

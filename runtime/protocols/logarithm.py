@@ -41,6 +41,7 @@ from mergec.runtime.correlations.dpf import (
     sharing_prefixes,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, grow_level, values_of_leaves, vectors
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
@@ -256,7 +257,7 @@ def _values_host(
 
 
 _ROWS = Kernel("elements.rows_of_long", _rows_host, _rows_tensors, triton=False)
-_VALUES = Kernel("logarithm.values", _values_host)
+_VALUES = Kernel("logarithm.values", _values_host, planes.long_values)
 
 
 def descend_by_instructions(

@@ -53,6 +53,7 @@ from mergec.runtime.correlations.dpf import (
     sharing_prefixes,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import (
     LANES,
     grow_level,
@@ -361,7 +362,7 @@ def _values_host(
     descend(points.numpy(), keys, descent, party, generator, out.numpy())
 
 
-_VALUES = Kernel("trees.octave_values", _values_host)
+_VALUES = Kernel("trees.octave_values", _values_host, planes.octave_values)
 
 
 def columns_cost(spec: Octaves, count: int, wide: bool = False) -> Cost:

@@ -106,10 +106,9 @@ def test_every_kernel_has_calls() -> None:
     assert set(CASES) == set(KERNELS)
 
 
-@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.reference])
+@pytest.mark.parametrize("name", KERNELS)
 def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
     kernel = KERNELS[name]
-    assert kernel.reference is not None
     for number, given in enumerate(CASES[name](False)):
         problem = differing(kernel, kernel.reference, given, number=number)
         assert problem is None, f"call {number}: {problem}"
@@ -135,7 +134,6 @@ FEW = 20
 @pytest.mark.parametrize("name", [n for n, kernel in KERNELS.items() if not kernel.has_triton])
 def test_what_triton_does_not_do_is_a_few_launches_of_torch(name: str) -> None:
     reference = KERNELS[name].reference
-    assert reference is not None
     for given in CASES[name](True):
         with _Launches() as launches:
             reference(*given)
@@ -243,23 +241,17 @@ def test_protocols_on_a_device_give_the_words_of_the_cpu() -> None:
     assert all(line.endswith(": equal") for line in printed)
 
 
-def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_alone_serves_a_device_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {})
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    with pytest.raises(
-        RuntimeError, match=r"words on CUDA need Triton for trees\.none: pip install"
-    ):
-        _ = Kernel("trees.none", torch.neg).on_device
-    assert Kernel("trees.some", torch.neg, torch.neg).on_device is torch.neg
-    with pytest.raises(ValueError, match=r"there is a kernel trees\.none already"):
-        Kernel("trees.none", torch.neg)
-    with pytest.raises(ValueError, match=r"trees\.nowhere has no form for words on CUDA"):
-        Kernel("trees.nowhere", torch.neg, triton=False)
+    assert Kernel("trees.some", torch.neg, torch.abs).on_device is torch.abs
+    with pytest.raises(ValueError, match=r"there is a kernel trees\.some already"):
+        Kernel("trees.some", torch.neg, torch.abs)
 
 
 def test_pieces_of_a_kernel_cover_all_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {})
-    some = Kernel("trees.some", torch.neg, together=(3, 5))
+    some = Kernel("trees.some", torch.neg, torch.neg, together=(3, 5))
     for count in (0, 1, 3, 7):
         for device, size in (("cpu", 3), ("meta", 5)):
             parts = [
@@ -268,7 +260,7 @@ def test_pieces_of_a_kernel_cover_all_elements(monkeypatch: pytest.MonkeyPatch) 
             assert [each for part in parts for each in part] == list(range(count))
             assert all(len(part) == size for part in parts[:-1])
     with pytest.raises(ValueError, match=r"trees\.none takes all elements at once"):
-        Kernel("trees.none", torch.neg).pieces(torch.empty(1))
+        Kernel("trees.none", torch.neg, torch.neg).pieces(torch.empty(1))
 
 
 def _asks_for_a_device(node: ast.AST) -> bool:

@@ -15,6 +15,7 @@ from mergec.runtime.correlations.prg import Prg, new_seed
 from mergec.runtime.engine.rehearsal import drive
 from mergec.runtime.engine.simulate import Simulation
 from mergec.runtime.kernels.aes import LANES
+from mergec.runtime.kernels.doubles import plus
 from mergec.runtime.protocols.normalize import RowNorm
 from mergec.runtime.protocols.octave import (
     Descent,
@@ -28,7 +29,6 @@ from mergec.runtime.protocols.octave import (
 )
 from mergec.runtime.protocols.power import Mantissa
 from mergec.runtime.protocols.rows import MAX_ROW, inverse
-from mergec.runtime.protocols.wide import _add
 from tests.protocols.harness import integers, run, uniform_bytes
 
 DESCENDS = [
@@ -68,7 +68,7 @@ def _whole(found: torch.Tensor) -> torch.Tensor:
 def _opened_wide(simulation: Simulation, protocol) -> torch.Tensor:
     """The sum of both parties' shares modulo 2**128."""
     client, server, _ = simulation.run(protocol)
-    halves = _add((client[..., 0], client[..., 1]), (server[..., 0], server[..., 1]))
+    halves = plus((client[..., 0], client[..., 1]), (server[..., 0], server[..., 1]))
     return _whole(torch.stack(halves, -1))
 
 
