@@ -272,6 +272,13 @@ def _(draw: Draw, size: int) -> Iterator[Call]:
     yield _moves("elements.evaluated", count, given, nbytes(*given) + 8 * count)
 
 
+@calls("digits.tables")
+def _(draw: Draw, size: int) -> Iterator[Call]:
+    count = size >> 7
+    moved = (8 + DIGITS.table_bytes) * count
+    yield _moves("digits.tables", count, (draw.words(count), DIGITS), moved)
+
+
 @calls("elements.looked_up")
 def _(draw: Draw, size: int) -> Iterator[Call]:
     count = size >> 7
@@ -302,6 +309,24 @@ def _(draw: Draw, size: int) -> Iterator[Call]:
     given = (*own, *factor, *dealt, SHIFTS, True)
     count = rows * width
     yield _moves("elements.scaled", count, given, nbytes(*given) + 8 * count)
+
+
+@calls("normalize.words")
+def _(draw: Draw, size: int) -> Iterator[Call]:
+    rows, width, columns = max(1, size >> 15), 512, len(SHIFTS)
+    given = (
+        draw.words(rows, width), draw.words(rows, columns), draw.below(2, rows, columns), SHIFTS,
+    )  # fmt: skip
+    made, count = 8 * sum(_word_counts(SHIFTS, True)[0]), rows * width
+    yield _moves("normalize.words", count, given, nbytes(*given) + made * count)
+
+
+@calls("long.added")
+def _(draw: Draw, size: int) -> Iterator[Call]:
+    count, halves = size >> 6, 13
+    given = tuple(draw.words(count, halves, dtype=torch.int32) for _ in range(2))
+    what = f"words of {32 * halves} bits"
+    yield _moves("long.added", count, given, nbytes(*given) + 4 * halves * count, what)
 
 
 @calls("wide.words")
@@ -405,6 +430,20 @@ def _(draw: Draw, size: int) -> Iterator[Call]:
     )  # fmt: skip
     moved = count * (12 + SECTOR * math.ceil(4 * BROAD.halves / SECTOR))
     yield _moves("broad.values", count, given, moved, "tables")
+
+
+@calls("broad.sums")
+def _(draw: Draw, size: int) -> Iterator[Call]:
+    rows, kept = 64, 96
+    table = Broad(7, 4, 17, kept)
+    count = max(1, (size >> 1) // table.dealt_bytes)
+    given = (
+        draw.words(count, table.dealt_bytes // 4, dtype=torch.int32),
+        draw.words(count, dtype=torch.int32), draw.below(rows, count), table,
+        draw.words(rows, kept // 32, dtype=torch.int32),
+    )  # fmt: skip
+    moved = count * (12 + SECTOR * math.ceil(4 * table.halves / SECTOR))
+    yield _moves("broad.sums", count, given, moved, "tables")
 
 
 @calls("gated.corrected")

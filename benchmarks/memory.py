@@ -5,8 +5,9 @@ dealer as they are deployed, with a client in a process of its own: once with a 
 its static masks and once with one that expands them. What a process holds is read several times a
 second: its own pages, and those of files, which the kernel can drop and read again. Pages that
 processes share count once. The growth between two sizes is compared with the formulas, and these
-tell what larger models need. With `--ranks` a server of each of these numbers of ranks answers
-instead, and what each of its processes holds is printed.
+tell what larger models need. Long answers of two small shapes tell what a cached number takes.
+With `--ranks` a server of each of these numbers of ranks answers instead, and what each of its
+processes holds is printed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ PATIENCE = 3000.0
 
 _PERIOD = 0.2
 
+LONG = 400
+"""Tokens of the answer that tells what a cached number takes."""
+
+_WATCHED = 32
+"""Tokens at either end of it whose peaks are compared; the first ones are not counted."""
+
+SLACK = 1.5
+"""How much more than by formula a cached number may take: room for more rows, a quarter of a cache,
+and what a step computes of scores."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -76,6 +87,9 @@ SHAPES = {
     "61M": Shape("61M", 12, 576, 1536, 9, 3, 32768, True),
     "360M": Shape("360M", 32, 960, 2560, 15, 5, 49152, True),
 }
+WIDE = Shape("6M", 4, 512, 512, 2, 2, 2048, True)
+"""Heads of 256 numbers: its caches are larger than what a step computes of its few scores."""
+
 LARGER = (
     Shape("Llama-3.2-1B", 16, 2048, 8192, 32, 8, 128256, True),
     Shape("Llama-2-7B", 32, 4096, 11008, 32, 32, 32000, False),
@@ -174,10 +188,10 @@ def make(shape: Shape, folder: Path) -> Path:
     return folder
 
 
-def compiled(model: Path, bundles: Path) -> Report:
-    """Compile it in a process of its own."""
+def compiled(model: Path, bundles: Path, length: int = 64) -> Report:
+    """Compile it in a process of its own, for texts of so many tokens."""
     command = [sys.executable, "-m", "mergec", "compile", str(model), "-o", str(bundles)]
-    command += ["--max-length", "64", "--logit-noise", "0"]
+    command += ["--max-length", str(length), "--logit-noise", "0"]
     given = {**os.environ, **environment(), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=given, cwd=ROOT, stdout=subprocess.DEVNULL)
     peaks = Peaks({"compile": lambda: [process.pid]})
@@ -225,8 +239,16 @@ class Answer:
     words: dict[str, int]
 
 
-def answered(bundles: Path, tokens: int, *deal: str, ranks: int = 1) -> Answer:
-    """Answer once, with a dealer that has these options, and a server of so many ranks."""
+Groups = dict[str, Callable[[], list[int]]]
+"""The processes of each role, and those of the server's ranks."""
+
+
+@contextmanager
+def asked(bundles: Path, tokens: int, *deal: str, ranks: int = 1) -> Iterator[tuple[Groups, Any]]:
+    """A client that asks for one answer, and the end at which its tokens are told.
+
+    deal: options of the dealer. ranks: of the server. The session ends with the context.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     patience = ("--timeout", str(PATIENCE))
@@ -238,21 +260,61 @@ def answered(bundles: Path, tokens: int, *deal: str, ranks: int = 1) -> Answer:
         client = context.Process(target=ask, args=(bundle, *places, tokens, start, done, theirs))
         client.start()
         theirs.close()
-        groups = {name: _family(made, name) for name in ("server", "dealer")}
-        each = {f"rank {rank}": _rank(groups["server"], rank) for rank in range(ranks)}
-        peaks = Peaks({**groups, **each, "client": lambda: [int(client.pid or 0)]})
+        groups: Groups = {name: _family(made, name) for name in ("server", "dealer")}
+        groups |= {f"rank {rank}": _rank(groups["server"], rank) for rank in range(ranks)}
+        groups["client"] = lambda: [int(client.pid or 0)]
+        start.set()
+        yield groups, ours
+        done.set()
+        client.join(PATIENCE)
+
+
+def answered(bundles: Path, tokens: int, *deal: str, ranks: int = 1) -> Answer:
+    """Answer once, with a dealer that has these options, and a server of so many ranks."""
+    with asked(bundles, tokens, *deal, ranks=ranks) as (groups, ours):
+        peaks = Peaks(groups)
         with peaks.watched():
-            start.set()
             found = _told(ours)
             before = _work(groups["dealer"]())
             while len(found) < tokens:
                 found = _told(ours)
             after = _work(groups["dealer"]())
+            each = {name: members for name, members in groups.items() if name.startswith("rank")}
             words = {name: sum(map(mapped_words, members())) for name, members in each.items()}
-        done.set()
-        client.join(PATIENCE)
     roles = {name: Report(peaks.total[name], peaks.own[name]) for name in peaks.total}
     return Answer(found, roles, (after - before) / (tokens - 1), words)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What a long answer took. tokens: between both times. grown: own bytes of each role that came
+    to it meanwhile; a dealer's are the same whether it keeps its masks.
+    """
+
+    shape: Shape
+    tokens: int
+    grown: dict[str, int]
+
+    def bytes_each(self, role: str) -> float:
+        """Bytes for each number that was cached meanwhile."""
+        return self.grown[role] / (self.tokens * self.shape.cached)
+
+
+def caches(shape: Shape, folder: Path) -> Caches:
+    """The growth of each role's peak from the first tokens of a long answer to the last ones."""
+    bundles = folder / "bundles"
+    compiled(make(shape, folder / "model"), bundles, LONG + 2 * len(PROMPT))
+    with asked(bundles, LONG) as (groups, ours):
+        marks = _WATCHED, 2 * _WATCHED, LONG - _WATCHED, LONG
+        peaks, found = [Peaks(groups) for _ in marks], 0
+        for mark, peak in zip(marks, peaks, strict=True):
+            with peak.watched():
+                while found < mark:
+                    found = len(_told(ours))
+                peak.look()
+    early, late = peaks[1], peaks[3]
+    grown = {role: late.own[role] - early.own[role] for role in ("server", "client", "dealer")}
+    return Caches(shape, LONG - 2 * _WATCHED, grown)
 
 
 def _told(end: Any) -> list[int]:
@@ -366,6 +428,8 @@ each piece has that size.
 Compiling holds the model, mapped from its files, and at most as much again: the matrices that
 passes compute from others. A dealer's own bytes are for each session.
 
+{caches}
+
 ## What expanding masks costs
 
 Seconds for which the dealer's processes computed, for each token after the first.
@@ -388,7 +452,73 @@ session. With [`--ranks N`](guides/ranks.md) each rank of a party holds about 1/
 """
 
 
-def page(sizes: Sequence[Size], tokens: int) -> str:
+CACHES = """## Bytes per cached number
+
+{begin}
+
+Growth of the most that each role held of its own, from the first tokens of an answer of {long} to
+the last ones, {tokens} tokens later, for each number that was cached meanwhile. A cache has room
+for more rows, up to a quarter of what it has. The messages and dealt words of a step grow too, with
+the number of scores: they are as large as the caches where heads are few numbers wide, as those of
+the first model are. The second one's have {width} numbers, and may take {slack} times what the
+formula says.
+
+| | {names} | formula |
+| --- | {lines} | ---: |
+{rows}
+
+{end}"""
+
+BEGIN, END = "<!-- caches: begin -->", "<!-- caches: end -->"
+
+
+def caches_section(found: Sequence[Caches]) -> str:
+    """The page's section of caches. found: the last one is compared with the formulas."""
+    rows = []
+    for role in found[-1].grown:
+        cells = [f"{each.bytes_each(role):.1f}" for each in found]
+        rows.append(f"| {role} | {' | '.join(cells)} | {FORMULAS[role].cached} |")
+    return CACHES.format(
+        begin=BEGIN,
+        end=END,
+        long=LONG,
+        tokens=found[-1].tokens,
+        width=found[-1].shape.width // found[-1].shape.heads,
+        slack=SLACK,
+        names=" | ".join(each.shape.name for each in found),
+        lines=" | ".join(["---:"] * len(found)),
+        rows="\n".join(rows),
+    )
+
+
+def with_caches(text: str, section: str) -> str:
+    """A page with this section in place of what it has between the marks."""
+    inner = section[section.index(BEGIN) :]
+    return text[: text.index(BEGIN)] + inner + text[text.index(END) + len(END) :]
+
+
+def failures(sizes: Sequence[Size], found: Caches) -> list[str]:
+    """What is larger than by the formulas, each in a line. found: of heads of many numbers."""
+    wrong = []
+    for small, large in itertools.pairwise(sizes):
+        growth = _growth(small, large, lambda size: size.reports["compile"].own)
+        if growth > FORMULAS["compile"].own:
+            wrong.append(
+                f"compiling took {growth:.2f} bytes of its own for each parameter from "
+                f"{small.shape.name} to {large.shape.name}, more than {FORMULAS['compile'].own}"
+            )
+    for role in found.grown:
+        each, most = found.bytes_each(role), SLACK * FORMULAS[role].cached
+        if each > most:
+            wrong.append(
+                f"the {role} took {each:.1f} bytes for each cached number, more than {most:.0f}"
+            )
+    if sizes and _worst(sizes[-1]) > LIMIT:
+        wrong.append(f"a role held {_worst(sizes[-1]) / 1e9:.2f} GB, more than {LIMIT / 1e9}")
+    return wrong
+
+
+def page(sizes: Sequence[Size], found: Sequence[Caches], tokens: int) -> str:
     """The text of docs/memory.md."""
     names = [*FORMULAS]
     rows, seconds, growth = [], [], []
@@ -428,6 +558,7 @@ def page(sizes: Sequence[Size], tokens: int) -> str:
         ),
         dashes=" | ".join(["---:"] * (len(sizes) - 1)),
         growth="\n".join(growth),
+        caches=caches_section(found),
         seconds="\n".join(seconds),
         context=CONTEXT,
         larger="\n".join(larger),
@@ -443,7 +574,8 @@ def _growth(small: Size, large: Size, of: Callable[[Size], float]) -> float:
 
 
 def _worst(size: Size) -> int:
-    return max(report.total.total for name, report in size.reports.items() if name != "compile")
+    roles = (report for name, report in size.reports.items() if name != "compile")
+    return max((report.total.total for report in roles), default=0)
 
 
 def by_ranks(shape: Shape, folder: Path, tokens: int, counts: Sequence[int]) -> str:
@@ -476,24 +608,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3, help="of an answer, 2 or more")
     parser.add_argument("--output", type=Path, help="write docs/memory.md here")
     parser.add_argument("--ranks", nargs="+", type=int, help="of a server, to print what they hold")
+    parser.add_argument("--caches", action="store_true", help="measure and write caches alone")
     options = parser.parse_args()
     if options.ranks:
         for name in options.shapes:
             with tempfile.TemporaryDirectory() as place:
                 print(by_ranks(SHAPES[name], Path(place), options.tokens, options.ranks))
         return
-    sizes = []
-    for name in options.shapes:
+    found = []
+    for shape in (SHAPES["2M"], WIDE):
+        with tempfile.TemporaryDirectory() as place:
+            found.append(caches(shape, Path(place)))
+        print(found[-1], file=sys.stderr, flush=True)
+    sizes: list[Size] = []
+    for name in () if options.caches else options.shapes:
         with tempfile.TemporaryDirectory() as place:
             sizes.append(measure(SHAPES[name], Path(place), options.tokens))
         print(name, sizes[-1].reports, sizes[-1].seconds, file=sys.stderr, flush=True)
-    text = page(sizes, options.tokens)
+    if options.caches:
+        text = caches_section(found)
+        text = with_caches(options.output.read_text(), text) if options.output else text
+    else:
+        text = page(sizes, found, options.tokens)
     if options.output:
         options.output.write_text(text)
     else:
         print(text)
-    if _worst(sizes[-1]) > LIMIT:
-        raise SystemExit(f"a role held {_worst(sizes[-1]) / 1e9:.2f} GB")
+    wrong = failures(sizes, found[-1])
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -172,12 +172,6 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
             "if dealt is None and opened.is_meta:",
         ): "the dealer has neither, and parties have both",
     },
-    "runtime/protocols/digits.py": {
-        (
-            "out.numpy().reshape(-1, count),",
-            "out.numpy().reshape(~1, count),",
-        ): "numpy finds out a size in place of any negative number",
-    },
     "runtime/protocols/interval.py": {
         ("_PIECE = 64", "_PIECE = 63"): _PIECES,
         (
@@ -288,8 +282,8 @@ EQUIVALENT: dict[str, dict[tuple[str, str], str]] = {
     },
     "runtime/transport/channel.py": {
         (
-            "return self._start < self._stop or pending",
-            "return self._start != self._stop or pending",
+            "if self._start < self._stop:",
+            "if self._start != self._stop:",
         ): "what is taken never exceeds what was read",
         (
             "found = {d for d, _ in poll.poll(0 if here else 1000 * max(0.0, left))} - {mine}",

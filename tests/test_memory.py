@@ -1,4 +1,4 @@
-"""What a process reports about its own memory, and words that lie in a file."""
+"""What a process reports about its own memory, and words that lie in pages of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergec.runtime.core.memory import WordsFile, mapped_words, peak_bytes
+from mergec.runtime.core.memory import WordsFile, mapped_words, peak_bytes, returned_words
 
 SIZE = 300 << 20
 
@@ -134,3 +134,32 @@ def test_pages_that_are_let_go_are_read_again_when_they_are_used(file: Path) -> 
     mapped.release(words.clone())
     assert int(words.sum()) == total
     assert resident(file) == 1 << 22
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("rows", [3, 40_000])
+def test_words_that_are_returned_are_ordinary_ones(dtype: torch.dtype, rows: int) -> None:
+    like = torch.empty(0, dtype=dtype)
+    with torch.inference_mode():
+        words = returned_words((2, rows, 5), like)
+        words[:] = 7
+    assert words.shape == (2, rows, 5)
+    assert words.dtype is dtype
+    assert bool((words == 7).all())
+    assert returned_words((2, rows, 5), like.to("meta")).is_meta
+
+
+def test_words_that_are_returned_leave_no_pages_behind() -> None:
+    """Also in a process that keeps what it frees."""
+    code = (
+        "import torch\n"
+        "from mergec.runtime.core.memory import keep_freed_memory, returned_words\n"
+        "def own(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "keep_freed_memory()\n"
+        "like, before = torch.empty(0, dtype=torch.int64), own()\n"
+        "words = returned_words((10_000_000,), like).fill_(1)\n"
+        "assert own() > before + 70_000_000\n"
+        "del words\n"
+        "assert own() < before + 10_000_000\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -55,6 +55,37 @@ def test_what_a_process_holds(memory: Any) -> None:
         child.kill()
 
 
+def _size(memory: Any, name: str, own: float) -> Any:
+    """A shape, of which compiling took so many bytes of its own for each parameter."""
+    shape = memory.SHAPES[name]
+    report = memory.Report(memory.Held(), int(own * shape.parameters))
+    return memory.Size(shape, {"compile": report}, {})
+
+
+def test_what_takes_more_than_by_the_formulas_is_named(memory: Any) -> None:
+    sizes = [_size(memory, "2M", 3.0), _size(memory, "27M", 3.9)]
+    each = memory.WIDE.cached * 10
+    found = memory.Caches(memory.WIDE, 10, {"server": 18 * each, "dealer": 9 * each})
+    assert memory.failures(sizes, found) == []
+    sizes[1] = _size(memory, "27M", 5.0)
+    found.grown["dealer"] = 13 * each
+    assert memory.failures(sizes, found) == [
+        "compiling took 5.18 bytes of its own for each parameter from 2M to 27M, more than 4",
+        "the dealer took 13.0 bytes for each cached number, more than 12",
+    ]
+
+
+def test_a_new_section_of_caches_takes_the_place_of_the_old_one(memory: Any) -> None:
+    found = [memory.Caches(memory.WIDE, 10, {"server": 10, "client": 20, "dealer": 30})]
+    section = memory.caches_section(found)
+    text = f"# Page\n\n{section}\n\n## More\n"
+    found[0].grown["dealer"] = 10**6
+    after = memory.with_caches(text, memory.caches_section(found))
+    assert after.count(memory.BEGIN) == 1
+    assert after != text
+    assert memory.with_caches(after, section) == text
+
+
 @pytest.mark.slow
 def test_masks_that_are_expanded_give_the_same_answer() -> None:
     command = [sys.executable, "benchmarks/memory.py", "--shapes", "2M"]

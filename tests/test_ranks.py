@@ -405,8 +405,11 @@ class Watched:
 
 
 @pytest.mark.slow
-def test_three_processes_of_two_ranks_say_what_plaintext_says(bundles: Path) -> None:
-    result = run_local(bundles, [5, 1, 7], max_tokens=4, ranks=2)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_three_processes_of_several_ranks_say_what_plaintext_says(
+    bundles: Path, ranks: int
+) -> None:
+    result = run_local(bundles, [5, 1, 7], max_tokens=4, ranks=ranks)
     assert result.tokens == decoder.plaintext(bundles, [5, 1, 7], 4)
 
 

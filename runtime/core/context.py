@@ -21,11 +21,11 @@ import torch
 from mergec.runtime.core.draw import Draw
 from mergec.runtime.core.memory import mapped_words
 from mergec.runtime.core.messages import Message
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
 from mergec.runtime.correlations.dpf import SEED_WORDS, Correct, Generator, Keys
 from mergec.runtime.correlations.prg import derive, new_seed, stream
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import added
 from mergec.runtime.kernels.spread import Ranks, Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device, to_host

@@ -68,6 +68,23 @@ def mapped_words(shape: Sequence[int]) -> torch.Tensor:
         Path(path).unlink()
 
 
+_OWN_PAGES = 1 << 16
+"""Bytes of a tensor from which it pays to ask the kernel for pages of its own."""
+
+
+def returned_words(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialized tensor as `like.new_empty` is, whose pages the kernel has back when it goes.
+
+    For what grows: glibc would keep each size that was outgrown (`keep_freed_memory`). Small
+    tensors, and those that are not in memory, are those of `new_empty`.
+    """
+    size = math.prod(shape) * like.itemsize
+    if like.is_meta or like.device.type != "cpu" or size < _OWN_PAGES:
+        return like.new_empty(tuple(shape))
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(tuple(shape))
+
+
 class WordsFile:
     """A file of words that this process maps, and others by the same descriptor.
 

@@ -27,6 +27,7 @@ from mergec.runtime.correlations.dpf import (
     step_down,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import (
     LANES,
     descend,
@@ -221,7 +222,7 @@ def _tally_host(
     return torch.from_numpy(total).view(job.counters.kind)
 
 
-_TALLY = Kernel("trees.tally", _tally_host)
+_TALLY = Kernel("trees.tally", _tally_host, planes.tally)
 
 
 def _tally_by_instructions(

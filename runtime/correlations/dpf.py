@@ -45,6 +45,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from mergec.runtime.correlations.prg import derive
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, correct_paths, expand_keys, parities_before
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.bitsliced import expand_key
@@ -206,7 +207,7 @@ def _correct_host(
     last = payloads.shape[0] * payloads.shape[2]
     out = np.empty((len(index), key_words(depth, last)), np.uint64)
     roots, words = (unsigned(client), unsigned(server)), unsigned(payloads)
-    places, rows = index.numpy().reshape(len(index), -1), np.array(ends, np.int64)
+    places, rows = _of_words(index.numpy()), np.array(ends, np.int64)
     if LANES:
         correct_paths(generator.round_keys, *roots, places, words, rows, depth, bits, out)
     else:
@@ -214,7 +215,12 @@ def _correct_host(
     return signed(out)
 
 
-_CORRECTIONS = Kernel("trees.corrections", _correct_host)
+def _of_words(index: np.ndarray) -> np.ndarray:
+    """Indices [n, words], also of a single word each."""
+    return index if index.ndim > 1 else index[:, None]
+
+
+_CORRECTIONS = Kernel("trees.corrections", _correct_host, planes.corrections)
 
 
 def correct(
@@ -252,7 +258,7 @@ def correct_by_library(
     seeds = np.stack(roots) & ~_LOW
     controls = np.zeros(seeds.shape[:2], np.uint8)
     controls[1] = 1
-    size, index = payloads.shape[2], index.reshape(len(index), -1)
+    size, index = payloads.shape[2], _of_words(index)
     for level in range(depth + 1):
         for k in np.flatnonzero(ends == level):
             client, server = np.concatenate(list(generator.value(seeds) ^ seeds), axis=-1)
@@ -405,7 +411,7 @@ def _parities_host(
     return torch.from_numpy(found)
 
 
-_PARITIES = Kernel("trees.parities", _parities_host)
+_PARITIES = Kernel("trees.parities", _parities_host, planes.parities)
 
 
 def parities(

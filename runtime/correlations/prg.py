@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from mergec.runtime.kernels import bitsliced
+from mergec.runtime.kernels import bitsliced, planes
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.transfers import to_device
 
@@ -103,8 +103,8 @@ class DevicePrg:
     def __init__(self, seed: bytes, device: torch.device) -> None:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a seed must have {SEED_BYTES} bytes, not {len(seed)}")
-        planes = torch.from_numpy(bitsliced.expand_key(seed).view(np.int32))
-        self._keys = to_device(planes, device, "input")
+        keys = torch.from_numpy(bitsliced.expand_key(seed).view(np.int32))
+        self._keys = to_device(keys, device, "input")
         self._blocks = 0
         self._ahead = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
@@ -137,11 +137,11 @@ def stream(seed: bytes, device: torch.device) -> Stream:
 
 
 def _stream_blocks(keys: torch.Tensor, start: int, pairs: int) -> torch.Tensor:
-    """The reference: `bitsliced` on the CPU."""
+    """By `bitsliced` on the CPU, where `Prg` is what roles use."""
     blocks = np.zeros((2 * pairs, 2), np.uint64)
     blocks[:, 1] = np.arange(start, start + 2 * pairs, dtype=np.uint64).byteswap()
     made = bitsliced.encrypt(keys.numpy().view(np.uint32), blocks.view(np.uint32))
     return torch.from_numpy(np.ascontiguousarray(made).view(np.uint8).reshape(-1))
 
 
-_STREAM = Kernel("cipher.stream", _stream_blocks)
+_STREAM = Kernel("cipher.stream", _stream_blocks, planes.stream)

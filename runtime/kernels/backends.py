@@ -8,7 +8,7 @@ CUDA. This is the only place that asks where words are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,38 +27,44 @@ class Kernel:
         self,
         name: str,
         host: Callable[..., Any],
-        reference: Callable[..., Any] | None = None,
+        reference: Callable[..., Any],
         *,
         triton: bool = True,
+        together: tuple[int, int] | None = None,
     ) -> None:
         """name: "module.function" in `kernels.cuda`, imported when first needed.
 
         triton: False if there is no such function, because a few launches of torch are as good.
-        Raises ValueError if there is a kernel of this name, or no form for CUDA.
+        together: see `pieces`.
+        Raises ValueError if there is a kernel of this name.
         """
         if name in KERNELS:
             raise ValueError(f"there is a kernel {name} already")
-        if reference is None and not triton:
-            raise ValueError(f"{name} has no form for words on CUDA")
         KERNELS[name] = self
         self.name, self.host, self.reference = name, host, reference
-        self.has_triton = triton
+        self.has_triton, self.together = triton, together
 
     def __call__(self, words: torch.Tensor, *rest: Any) -> Any:
         if words.is_cpu:
             return self.host(words, *rest)
         return self.on_device(words, *rest)
 
+    def pieces(self, words: torch.Tensor) -> Iterator[slice]:
+        """The elements of words [n], as many at once as `together` says: on the CPU, on a device.
+
+        Where their tables would fill the memory. On a device there are more, as each launch takes
+        time. Raises ValueError if the kernel takes all at once.
+        """
+        if self.together is None:
+            raise ValueError(f"{self.name} takes all elements at once")
+        size = self.together[words.device.type != "cpu"]
+        return (slice(first, first + size) for first in range(0, len(words), size))
+
     @cached_property
     def on_device(self) -> Callable[..., Any]:
-        """The form for CUDA.
-
-        Raises RuntimeError if Triton is missing and torch alone cannot do it.
-        """
+        """The form for CUDA. Without Triton it is that by torch, which is slow where AES is."""
         if self.has_triton and find_spec("triton") is not None:
             return self.by_triton
-        if self.reference is None:
-            raise RuntimeError(f"words on CUDA need Triton for {self.name}: pip install triton")
         return self.reference
 
     @property

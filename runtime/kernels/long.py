@@ -41,7 +41,7 @@ def _added_tensors(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return carried((one.long() & ONES) + (other.long() & ONES))
 
 
-_ADDED = Kernel("long.added", _added_host, _added_tensors, triton=False)
+_ADDED = Kernel("long.added", _added_host, _added_tensors)
 
 
 @compiled()

@@ -10,9 +10,9 @@ import numba
 import numpy as np
 import torch
 
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.spread import Spread
 
 _LIMB_BITS = 16

@@ -9,10 +9,10 @@ import torch
 from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.local import as_share, shared_frac
 
 

@@ -14,11 +14,11 @@ import torch
 from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import LAST, Kind, Op
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, WINDOW_FRAC, Cost
 from mergec.runtime.core.values import Held, Masked, Shared, encode
 from mergec.runtime.crypten.domain import MASKED_OUT
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device, to_host
 from mergec.runtime.ops.softmax import too_far_apart
 from mergec.runtime.protocols.finer import FINER_BITS, finer_products, finer_products_cost

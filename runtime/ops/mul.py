@@ -10,10 +10,10 @@ import torch
 from mergec.runtime.core.cases import PUBLIC, Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Masked, Shared, Weight, encode
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.local import as_share
 from mergec.runtime.protocols.multiply import multiply, multiply_cost

@@ -10,10 +10,10 @@ from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.errors import BundleError
 from mergec.runtime.core.messages import Protocol, ToClient
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, MAX_NOISE, RING_BITS, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Shared, decode, logical_shift
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.compare import WINDOW_BITS
 
 REVEALED_FRAC = 12

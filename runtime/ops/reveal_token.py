@@ -12,10 +12,10 @@ from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.draw import TEMPERATURE_BITS
 from mergec.runtime.core.messages import Protocol, ToClient
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import CLIENT, FRACTIONAL_BITS, SERVER, Cost, Vis
 from mergec.runtime.core.values import Held, Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.argmax import (
     Candidates,
     again_cost,

@@ -10,10 +10,10 @@ import torch
 from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.op import Form, Op, Positions
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.ghosts import ghost
 
 
 class Scale(Op):

@@ -347,7 +347,7 @@ def _power_tensors(units: torch.Tensor, table: Broad) -> tuple[torch.Tensor, tor
 
 _CORRECTED = Kernel("broad.corrected", _corrected_host, _corrected_tensors)
 _VALUES = Kernel("broad.values", _values_host, _values_tensors)
-_SUMS = Kernel("broad.sums", _sums_host, _sums_tensors, triton=False)
+_SUMS = Kernel("broad.sums", _sums_host, _sums_tensors)
 
 
 @compiled(inline="always")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import RING_BITS
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula
 

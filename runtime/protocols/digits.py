@@ -17,6 +17,7 @@ look up their public v. Source: the digit-wise comparison of Garay, Schoenmakers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.formula import Polynomial
 
@@ -150,7 +151,7 @@ def _tables_tensors(words: torch.Tensor, digits: Relations) -> torch.Tensor:
     )
 
 
-_TABLES = Kernel("digits.tables", _tables_host, _tables_tensors, triton=False)
+_TABLES = Kernel("digits.tables", _tables_host, _tables_tensors)
 
 
 def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
@@ -165,12 +166,12 @@ def look_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> t
 
 def _looked_up_host(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) -> torch.Tensor:
     out = torch.empty(points.shape, dtype=torch.uint8)
-    count = len(tables)
+    shape = math.prod(points.shape[:-1]), len(tables)
     _look_up_cpu(
-        points.contiguous().numpy().reshape(-1, count),
+        points.contiguous().numpy().reshape(shape),
         tables.numpy(),
         places,
-        out.numpy().reshape(-1, count),
+        out.numpy().reshape(shape),
     )
     return out
 

@@ -26,9 +26,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Masked, logical_shift
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import HALF_BITS, ONES
 from mergec.runtime.kernels.matmul import matmul
 from mergec.runtime.kernels.spread import whole

@@ -19,9 +19,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 
 Polynomial = dict[frozenset[int], int]
@@ -125,9 +125,9 @@ def _evaluated_host(bits: torch.Tensor, words: torch.Tensor, formula: Formula) -
     out = torch.empty(words.shape[:-1], dtype=words.dtype)
     _evaluate_cpu(
         bits.numpy().reshape(-1),
-        words.numpy().reshape(bits.numel(), -1, formula.words),
+        words.numpy().reshape(bits.numel(), words.shape[-2], formula.words),
         formula.coefficients,
-        out.numpy().reshape(bits.numel(), -1),
+        out.numpy().reshape(bits.numel(), words.shape[-2]),
     )
     return out
 

@@ -32,11 +32,11 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Shared, logical_shift
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import HALF_BITS, ONES
 from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.kernels.turns import FRAC, TURNED
@@ -70,8 +70,8 @@ _LOWEST = 4
 _LINEAR = 9
 """Dealt words of g/2 times u."""
 
-_TOGETHER, _ON_DEVICE = 1 << 8, 1 << 12
-"""Elements whose tables exist at once; what is dealt does not depend on it."""
+_TOGETHER = 1 << 8, 1 << 12
+"""Elements whose tables exist at once (`Kernel.pieces`); what is dealt does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,7 @@ def gated(ctx: Context, table: Gated, gate: Cut, up: Shared) -> Protocol:
         gate.open(ctx, wide, NARROW_OFFSET), open_under(ctx, share, factor_mask, offset)
     )
     out = _linear(ctx, table, (opened, mask), (factor, factor_mask))
-    size = _TOGETHER if ctx.device.type == "cpu" else _ON_DEVICE
-    for first in range(0, len(mask), size):
-        piece = slice(first, first + size)
+    for piece in _VALUES.pieces(mask):
         _add_waves(
             ctx,
             table,
@@ -434,7 +432,7 @@ def _times(limbs: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Te
 
 
 _CORRECTED = Kernel("gated.corrected", _corrected_host, _corrected_tensors)
-_VALUES = Kernel("gated.values", _values_host, _values_tensors)
+_VALUES = Kernel("gated.values", _values_host, _values_tensors, together=_TOGETHER)
 
 
 @compiled()

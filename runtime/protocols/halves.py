@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
@@ -27,6 +26,7 @@ from mergec.runtime.correlations.dpf import (
 )
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.formula import Polynomial
 
 

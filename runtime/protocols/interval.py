@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     BLOCK_WORDS,
@@ -33,9 +32,11 @@ from mergec.runtime.correlations.dpf import (
     sharing_words,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, grow_trees, values_of_leaves, vectors
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 
 FINER_BITS = 2
@@ -181,7 +182,7 @@ def _values_host(
     return torch.from_numpy(out)
 
 
-_VALUES = Kernel("trees.table_values", _values_host)
+_VALUES = Kernel("trees.table_values", _values_host, planes.table_values)
 
 
 def evaluate_cost(count: int, table: Table) -> Cost:

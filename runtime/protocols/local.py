@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import DEALER
 from mergec.runtime.core.values import Held, Masked, Shared, encode
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 
 

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.dpf import (
     SEED_WORDS,
@@ -42,9 +41,11 @@ from mergec.runtime.correlations.dpf import (
     sharing_prefixes,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import LANES, grow_level, values_of_leaves, vectors
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import HALF_BITS, ONES
 from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.protocols.interval import fit_finely
@@ -216,10 +217,11 @@ def _rows_tensors(mask: torch.Tensor, spec: LongLog) -> tuple[torch.Tensor, torc
     words = -(-spec.depth // WORD_BITS)
     parts = range(0, WORD_BITS * words, HALF_BITS)
     sizes = [min(HALF_BITS, max(0, spec.depth - part)) for part in parts]
-    index = _bits_of(mask, [spec.base + part for part in parts], sizes)
     tables = range(0, _OCTAVES * spec.tables, _OCTAVES)
     drops = [spec.base + octave - _STEP_BITS for octave in tables]
-    low = _bits_of(mask, drops, [_STEP_BITS] * spec.tables).T
+    places = [spec.base + part for part in parts]
+    found = _bits_of(mask, places + drops, sizes + [_STEP_BITS] * spec.tables)
+    index, low = found[:, : len(places)], found[:, len(places) :].T
     payloads = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
     return index[:, ::2] | (index[:, 1::2] << HALF_BITS), payloads
 
@@ -256,7 +258,7 @@ def _values_host(
 
 
 _ROWS = Kernel("elements.rows_of_long", _rows_host, _rows_tensors, triton=False)
-_VALUES = Kernel("logarithm.values", _values_host)
+_VALUES = Kernel("logarithm.values", _values_host, planes.long_values)
 
 
 def descend_by_instructions(

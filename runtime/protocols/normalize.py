@@ -12,7 +12,6 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import (
     CLIENT,
     FRACTIONAL_BITS,
@@ -23,6 +22,7 @@ from mergec.runtime.core.spec import (
 from mergec.runtime.core.values import Wide, logical_shift
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.protocols.columns import groups
 from mergec.runtime.protocols.compare import WINDOW_BITS
@@ -394,7 +394,7 @@ def _scaled_tensors(
     return total + (opened >= 0) * (wraps - crossed[..., 1])
 
 
-_WORDS = Kernel("normalize.words", _words_host, _words_tensors, triton=False)
+_WORDS = Kernel("normalize.words", _words_host, _words_tensors)
 _SCALED = Kernel("elements.scaled", _scaled_host, _scaled_tensors)
 
 

@@ -39,7 +39,6 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import HEADROOM_BITS, Cost
 from mergec.runtime.core.values import logical_shift
 from mergec.runtime.correlations.dpf import (
@@ -54,6 +53,7 @@ from mergec.runtime.correlations.dpf import (
     sharing_prefixes,
     unsigned,
 )
+from mergec.runtime.kernels import planes
 from mergec.runtime.kernels.aes import (
     LANES,
     grow_level,
@@ -62,7 +62,8 @@ from mergec.runtime.kernels.aes import (
 )
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
-from mergec.runtime.kernels.transfers import to_device
+from mergec.runtime.kernels.ghosts import ghost
+from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.kernels.wide import plus, times
 from mergec.runtime.protocols.interval import FINER_BITS, fit_finely
 from mergec.runtime.protocols.opening import open_high
@@ -241,19 +242,14 @@ class Descent:
     def nodes(self, device: torch.device) -> torch.Tensor:
         """Which rows a point is looked up in, two in a line: int64 [pairs, 8], on a device.
 
-        Depth of an octave's rows (0 in lines that only fill the last block), the lower window, the
-        octave's last window but for a bit of the point, column, drop, place of its coefficients
-        and of its correction.
+        Depth of an octave's rows, the lower window, the octave's last window but for a bit of the
+        point, column, drop, place of its coefficients and of its correction, and a zero.
         """
         return _nodes(self, device)
 
     def factors(self, device: torch.device) -> torch.Tensor:
         """The coefficients on a device."""
         return _factors(self, device)
-
-
-_BLOCK = 128
-"""Lines of `Descent.nodes` that are read together."""
 
 
 @cache
@@ -267,8 +263,6 @@ def _nodes(descent: Descent, device: torch.device) -> torch.Tensor:
             (end, window, last, descent.columns[k], descent.drops[k], table, place, 0)
             for window in range(first, last + 2, 2)
         ]
-    size = min(_BLOCK, 1 << (len(lines) - 1).bit_length())
-    lines += [(0,) * 8] * (-len(lines) % size)
     return to_device(torch.tensor(lines), device, "public")
 
 
@@ -370,7 +364,7 @@ def _values_host(
     descend(points.numpy(), keys, descent, party, generator, out.numpy())
 
 
-_VALUES = Kernel("trees.octave_values", _values_host)
+_VALUES = Kernel("trees.octave_values", _values_host, planes.octave_values)
 
 
 def columns_cost(spec: Octaves, count: int, wide: bool = False) -> Cost:
@@ -402,13 +396,12 @@ def _rows_host(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torc
 
 
 def _rows_tensors(mask: torch.Tensor, descent: Descent) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = []
-    for drop in descent.drops.tolist():
-        moved = logical_shift(mask, drop) if drop >= 0 else mask << -drop
-        low = moved & ((1 << descent.step_bits) - 1)
-        rows.append(torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1))
+    drops = integers(tuple(descent.drops.tolist()), mask.device)[:, None]
+    # The sign, of which a shift makes copies, is above what counts.
+    moved = (mask << (-drops).clamp(min=0)) >> drops.clamp(min=0)
+    low = moved & ((1 << descent.step_bits) - 1)
     index = logical_shift(mask, descent.top - descent.depth) & ((1 << descent.depth) - 1)
-    payloads = torch.stack(rows)
+    payloads = torch.stack([torch.ones_like(low), low, low * low, low * low * low], -1)
     if descent.width > 1:
         payloads = torch.stack([payloads, torch.zeros_like(payloads)], -1).flatten(2)
     return index, payloads

@@ -9,9 +9,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, ToClient, ToServer
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import added
 from mergec.runtime.kernels.transfers import integers
 

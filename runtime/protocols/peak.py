@@ -21,10 +21,10 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, open_bits

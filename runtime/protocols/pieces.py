@@ -37,9 +37,9 @@ from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
 from mergec.runtime.kernels.transfers import integers, to_device
 
-_TOGETHER, _ON_DEVICE = 1 << 11, 1 << 15
-"""Elements whose tables exist at once: long tables of many elements would fill the memory. On a
-device there are more, as each launch takes time. What is dealt does not depend on it."""
+_TOGETHER = 1 << 11, 1 << 15
+"""Elements whose tables exist at once (`Kernel.pieces`), as long tables of many elements would fill
+the memory. What is dealt does not depend on it."""
 
 _BASIS_FRAC = 30
 """Fractional bits with which public functions are computed, in integers: both parties must come to
@@ -179,9 +179,7 @@ class Pieces:
         """
         count = opened.numel()
         out = torch.empty(count, dtype=torch.int64, device=opened.device)
-        size = _TOGETHER if ctx.device.type == "cpu" else _ON_DEVICE
-        for first in range(0, count, size):
-            piece = slice(first, first + size)
+        for piece in _VALUES.pieces(mask):
             self._evaluate(ctx, opened[piece], mask[piece], out[piece])
         return out
 
@@ -394,7 +392,7 @@ def _values_tensors(
     out.copy_((words * basis).sum(1))
 
 
-_VALUES = Kernel("pieces.values", _values_host, _values_tensors)
+_VALUES = Kernel("pieces.values", _values_host, _values_tensors, together=_TOGETHER)
 
 
 def _corrected_host(

@@ -22,9 +22,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Shared, logical_shift
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.long import HALF_BITS
 from mergec.runtime.protocols.broad import (
     Broad,

@@ -16,10 +16,10 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, Swap, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, Cost
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_device
 from mergec.runtime.protocols.compare import DIGITS, LESS_THAN
 from mergec.runtime.protocols.formula import open_bits

@@ -6,9 +6,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.compare import DIGITS
 from mergec.runtime.protocols.formula import Formula, negated, open_bits
 from mergec.runtime.protocols.opening import Cut, open_masked, open_masked_cost

@@ -12,9 +12,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.broad import Broad, broad_exponentials, broad_exponentials_cost
 from mergec.runtime.protocols.compare import take_window
 from mergec.runtime.protocols.histogram import STEP, crest, crest_cost

@@ -12,11 +12,12 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, together
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import FRACTIONAL_BITS, RANGE_MARGIN_BITS, Cost
 from mergec.runtime.core.values import Shared
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
+from mergec.runtime.kernels.transfers import integers
 from mergec.runtime.protocols.compare import WINDOW_BITS, take_window
 from mergec.runtime.protocols.digits import Digits
 from mergec.runtime.protocols.formula import Formula, Polynomial, added, negated, open_bits, shifted
@@ -319,7 +320,7 @@ def _points_tensors(
     opened: torch.Tensor, start: int, end_bits: int, thresholds: tuple[int, ...]
 ) -> torch.Tensor:
     place = (opened.long() - start) >> end_bits
-    return torch.stack([place - threshold for threshold in thresholds])
+    return place - integers(thresholds, opened.device)[:, None]
 
 
 _POINTS = Kernel("saturate.points", _points_host, _points_tensors, triton=False)

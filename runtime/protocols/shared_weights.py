@@ -17,9 +17,9 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER
 from mergec.runtime.core.values import Masked, Shared
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import to_host
 from mergec.runtime.protocols.local import as_share
 

@@ -20,11 +20,11 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
 from mergec.runtime.correlations.counters import Counters
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.digits import Relations
 from mergec.runtime.protocols.formula import Formula, conjunction, open_bits
 from mergec.runtime.protocols.histogram import Tables, at_or_above, from_first

@@ -16,8 +16,8 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import Cost
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.protocols.opening import Cut
 from mergec.runtime.protocols.ranks import Pairs, pairs_within, ranked, ranked_cost
 

@@ -18,7 +18,6 @@ import torch
 
 from mergec.runtime.core.context import Context
 from mergec.runtime.core.messages import Protocol, ToClient, ToServer
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, DEALER, SERVER, Cost
 from mergec.runtime.core.values import (
     Expanded,
@@ -30,6 +29,7 @@ from mergec.runtime.core.values import (
     encode,
     scale_rows,
 )
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.matmul import matmul_columns, matmul_rows
 from mergec.runtime.kernels.spread import Spread, write_rows
 from mergec.runtime.kernels.transfers import to_device

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.meta import ghost
 from mergec.runtime.core.spec import CLIENT, HEADROOM_BITS, RING_BITS, Cost
 from mergec.runtime.core.values import Held, Shared, Wide, encode, logical_shift, scale_rows
+from mergec.runtime.kernels import doubles
 from mergec.runtime.kernels.backends import Kernel
 from mergec.runtime.kernels.compiled import compiled
+from mergec.runtime.kernels.ghosts import ghost
 from mergec.runtime.kernels.transfers import integers, to_device
 from mergec.runtime.kernels.wide import plus, times, upper_product
 from mergec.runtime.protocols.truncate import top_bit
@@ -122,7 +123,7 @@ def narrow_of_zeros(ctx: Context, x: Wide, drop: int) -> torch.Tensor:
     if ctx.party == CLIENT:
         return _shift_down(x.low, x.high, drop)
     nothing = torch.zeros_like(x.low)
-    return -_shift_down(*_subtract((nothing, nothing), (x.low, x.high)), drop)
+    return -_shift_down(*doubles.minus((nothing, nothing), (x.low, x.high)), drop)
 
 
 def shifted_wide(x: Wide, bits: torch.Tensor) -> Wide:
@@ -157,20 +158,21 @@ def added_wide(x: Wide, held: Held | Shared, parts: Sequence[int] = ()) -> Wide:
         )
     words = to_device(encode(added, x.frac), x.low.device, "input")
     return Wide(
-        *_add((x.low, x.high), (words.expand(x.shape), (words >> 63).expand(x.shape))), x.frac
+        *doubles.plus((x.low, x.high), (words.expand(x.shape), (words >> 63).expand(x.shape))),
+        x.frac,
     )
 
 
 def times_public(x: Wide, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both halves of x times public int64 numbers, which broadcast to x."""
-    return _times((x.low, x.high), factor.expand(x.shape))
+    return doubles.times((x.low, x.high), factor.expand(x.shape))
 
 
 def sum_wide(
     one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], frac: int
 ) -> Wide:
     """The sum of two shares modulo 2**128."""
-    return Wide(*_add(one, other), frac)
+    return Wide(*doubles.plus(one, other), frac)
 
 
 def _deal(
@@ -181,7 +183,7 @@ def _deal(
 
     def correct(share: torch.Tensor) -> torch.Tensor:
         words, values = share.view(torch.int64).view(-1, 2), secret().view(-1, 2)
-        halves = _subtract((values[:, 0], values[:, 1]), (words[:, 0], words[:, 1]))
+        halves = doubles.minus((values[:, 0], values[:, 1]), (words[:, 0], words[:, 1]))
         return torch.stack(halves, -1).view(torch.uint8).view(share.shape)
 
     table = ctx.deal_corrected((count, _WORD_BYTES), correct)
@@ -225,9 +227,9 @@ def _words_tensors(
         factor, bit = low[:, k, None].expand_as(mask), top[:, k, None]
         topped.append((part * bit, nothing))
         both.append((tops * bit, nothing))
-        total = _add(total, _times((part, nothing), factor))
+        total = doubles.plus(total, doubles.times((part, nothing), factor))
         up = _shift_up(factor, nothing, integers((RING_BITS - s,), mask.device))
-        wrapped = _add(wrapped, (up[0] * tops, up[1] * tops))
+        wrapped = doubles.plus(wrapped, (up[0] * tops, up[1] * tops))
     found = [(tops, nothing), *down, *topped, total, wrapped, *both]
     return torch.stack([torch.stack(halves, -1) for halves in found], -2)
 
@@ -268,65 +270,30 @@ def _scaled_tensors(
             (each[..., 0].expand_as(opened), each[..., 1].expand_as(opened))
             for each in own[:, :, k, None].unbind(1)
         )
-        share = _subtract(_times(top, turn), low)
+        share = doubles.minus(doubles.times(top, turn), low)
         if at_client:
-            share = _add(share, (public, public >> 63))
+            share = doubles.plus(share, (public, public >> 63))
         x = logical_shift(opened, s) - (1 << (HEADROOM_BITS - s))
-        total = _add(total, _times(share, x))
-        total = _subtract(total, _times(down[groups[k]], public))
-        total = _subtract(total, _times(topped[k], turn))
-        crossed = _add(_times(tops, public), _times(both[k], turn))
-        wraps = _add(wraps, _shift_up(*crossed, integers((RING_BITS - s,), opened.device)))
-    wraps = _subtract(wraps, wrapped)
+        total = doubles.plus(total, doubles.times(share, x))
+        total = doubles.minus(total, doubles.times(down[groups[k]], public))
+        total = doubles.minus(total, doubles.times(topped[k], turn))
+        crossed = doubles.plus(doubles.times(tops, public), doubles.times(both[k], turn))
+        wraps = doubles.plus(wraps, _shift_up(*crossed, integers((RING_BITS - s,), opened.device)))
+    wraps = doubles.minus(wraps, wrapped)
     positive = (opened >= 0).long()
-    total = _add(total, (wraps[0] * positive, wraps[1] * positive))
+    total = doubles.plus(total, (wraps[0] * positive, wraps[1] * positive))
     return torch.stack(total, -1)
 
 
 _WORDS = Kernel("wide.words", _words_host, _words_tensors)
 _SCALED = Kernel("wide.scaled", _scaled_host, _scaled_tensors)
 
-_HALF = (1 << 32) - 1
-_LEAST = -(1 << 63)
-
-
-def _less(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """1 where one is below other as unsigned words."""
-    return ((one ^ _LEAST) < (other ^ _LEAST)).long()
-
-
-def _add(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    low = one[0] + other[0]
-    return low, one[1] + other[1] + _less(low, one[0])
-
-
-def _subtract(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return one[0] - other[0], one[1] - other[1] - _less(one[0], other[0])
-
-
-def _times(
-    one: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Times signed words, modulo 2**128."""
-    low, high = one
-    upper, lower = logical_shift(low, 32), low & _HALF
-    above, below = logical_shift(factor, 32), factor & _HALF
-    middle = upper * below + logical_shift(lower * below, 32)
-    other = lower * above + (middle & _HALF)
-    carried = upper * above + logical_shift(middle, 32) + logical_shift(other, 32)
-    # As an unsigned word a negative factor is 2**64 too large.
-    return low * factor, high * factor + carried - low * (factor < 0)
-
 
 def _shift_up(
     low: torch.Tensor, high: torch.Tensor, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By 0 to 63 bits."""
-    carried = ((low >> 1) & ~_LEAST) >> (63 - bits)
+    carried = logical_shift(low, 1) >> (63 - bits)
     return low << bits, (high << bits) | carried
 
 

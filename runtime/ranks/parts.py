@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergec.runtime.core.memory import mapped_words
+from mergec.runtime.core.memory import mapped_words, returned_words
 from mergec.runtime.kernels.matmul import matmul, matmul_columns, matmul_rows
 from mergec.runtime.kernels.spread import bounds
 
@@ -90,7 +90,7 @@ def room(
     """Uninitialized room for a part. mapped: in a file, if it is int64 on a CPU."""
     if mapped and device.type == "cpu" and dtype is torch.int64 and all(shape):
         return mapped_words(shape)
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return returned_words(shape, torch.empty(0, dtype=dtype, device=device))
 
 
 def product(x: torch.Tensor, part: torch.Tensor, turned: bool) -> torch.Tensor:

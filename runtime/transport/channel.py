@@ -208,9 +208,9 @@ class Channel:
                 self._wait(select.POLLIN, self.deadline(since, self.timeout))
             room = np.empty(HEADER.size + incoming, np.uint8)
             count = self._take(room.data)
-            whole = count == room.nbytes
-            if whole and HEADER.unpack_from(room.data) == (Kind.ROUND, self._received, incoming):
-                self._received = (self._received + 1) & 0xFFFFFFFF
+            header = HEADER.unpack_from(room.data) if count == room.nbytes else ()
+            if header == (Kind.ROUND, self._received, incoming):
+                self._accept((Kind.ROUND,), incoming, incoming, header, room.data)
                 self._got = time.monotonic()
                 self.traffic.received += incoming
                 return torch.from_numpy(room[HEADER.size :])

@@ -13,12 +13,12 @@ import torch
 from triton.runtime import interpreter
 
 RECORDED: list[dict[str, Any]] = []
-"""Kernels as they were launched: module, name, and the type or constant of each argument."""
+"""Kernels as they were launched: module, name, what Triton may specialize arguments on, constants
+and options.
+"""
 
-_TYPES = {
-    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
-    torch.uint8: "*u8", torch.float64: "*fp64",
-}  # fmt: skip
+_LINE = 16
+"""Triton asks whether addresses and numbers are multiples of this."""
 
 _patch = interpreter._patch_lang_tensor
 
@@ -37,20 +37,28 @@ interpreter._patch_lang_tensor = _patched
 _run = interpreter.GridExecutor.__call__
 
 
-def _recorded(self: Any, *args: Any, **constants: Any) -> Any:
-    types = [
-        _TYPES[arg.dtype] if isinstance(arg, torch.Tensor) else "i64" if abs(arg) >> 31 else "i32"
-        for arg in args
-    ]
-    names = [name for name in self.arg_names if name not in constants]
+def _kind(argument: Any) -> Any:
+    """Of words their type and where they begin; of a number one that is specialized alike."""
+    if isinstance(argument, torch.Tensor):
+        place = argument.storage_offset() * argument.element_size() % _LINE
+        return str(argument.dtype).removeprefix("torch."), place
+    if argument == 1:
+        return 1
+    number = _LINE if argument % _LINE == 0 else _LINE + 1
+    return number << 40 if abs(argument) >> 31 else number
+
+
+def _recorded(self: Any, *args: Any, **named: Any) -> Any:
+    names = [name for name in self.arg_names if name not in named]
     launched = {
         "module": self.fn.__module__, "name": self.fn.__name__,
-        "types": dict(zip(names, types, strict=True)),
-        "constants": {name: constants[name] for name in self.arg_names if name in constants},
+        "arguments": {name: _kind(arg) for name, arg in zip(names, args, strict=True)},
+        "constants": {name: named[name] for name in self.arg_names if name in named},
+        "options": {name: named[name] for name in named if name not in self.arg_names},
     }  # fmt: skip
     if launched not in RECORDED:
         RECORDED.append(launched)
-    return _run(self, *args, **constants)
+    return _run(self, *args, **named)
 
 
 interpreter.GridExecutor.__call__ = _recorded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.correlations.prg import DevicePrg, Prg
@@ -110,13 +112,38 @@ def test_every_kernel_has_calls() -> None:
     assert set(CASES) == set(KERNELS)
 
 
-@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.reference])
+@pytest.mark.parametrize("name", KERNELS)
 def test_torch_gives_the_words_of_the_cpu(name: str) -> None:
     kernel = KERNELS[name]
-    assert kernel.reference is not None
     for number, given in enumerate(CASES[name](False)):
-        problem = differing(kernel, kernel.reference, given)
+        problem = differing(kernel, kernel.reference, given, number=number)
         assert problem is None, f"call {number}: {problem}"
+
+
+class _Launches(TorchDispatchMode):
+    """Counts torch's operators that launch something on a device: those that return no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [each.alias_info for each in func._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in returned)
+        return func(*args, **(kwargs or {}))
+
+
+FEW = 20
+"""Launches of torch that docs/cuda.md calls a few."""
+
+
+@pytest.mark.parametrize("name", [n for n, kernel in KERNELS.items() if not kernel.has_triton])
+def test_what_triton_does_not_do_is_a_few_launches_of_torch(name: str) -> None:
+    reference = KERNELS[name].reference
+    for given in CASES[name](True):
+        with _Launches() as launches:
+            reference(*given)
+        assert 0 < launches.count <= FEW
 
 
 @pytest.mark.slow
@@ -134,10 +161,56 @@ def test_tallies_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         assert differing(kernel, kernel.reference, given) is None
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the interpreter prints for all calls, and where it wrote which kernels they launch."""
+    record = tmp_path_factory.mktemp("kernels") / "launched"
+    return program("cases", "--record", str(record)), record
+
+
 @needs_triton
-def test_the_interpreter_gives_the_words_of_the_cpu() -> None:
-    printed = program("cases")
+def test_the_interpreter_gives_the_words_of_the_cpu(launched: tuple[str, Path]) -> None:
+    printed, _ = launched
     assert sorted(line.split(":")[0] for line in printed.splitlines()) == sorted(KERNELS)
+
+
+FORMS = {
+    # Numbers of 64 bits and of 128, and XOR.
+    "trees._corrections": 3,
+    # A number of windows each.
+    "trees._table": 2,
+    # Shares of 64 bits and of 128.
+    "trees._octave": 2,
+    # Counters of 8 bits and of 16.
+    "trees._tally": 2,
+    # Weights of 32 bits and of 64, read along either side, even or not: those that calls have.
+    "products._few": 6,
+    "products._many": 6,
+    # Types of words.
+    "elements._evaluated": 4,
+    "elements._scaled": 2,
+    "elements._truncated": 2,
+    "slots._one_hot": 2,
+    # With a factor, and without.
+    "elements._line": 2,
+    # A number of cosines each.
+    "gated._corrected": 3,
+    "gated._values": 3,
+    # Types of words, and up to 256 columns.
+    "slots._tallied": 6,
+}
+"""How many forms of a kernel the calls take, where it is not one; a program has fewer."""
+
+
+@needs_triton
+def test_triton_compiles_no_kernel_anew_for_a_length_or_an_address(
+    launched: tuple[str, Path],
+) -> None:
+    """Words begin at multiples of 16 bytes or of 8, and sizes are odd, even, one and zero."""
+    printed = program("native", str(launched[1]), "count")
+    found = dict(line.split(": ") for line in printed.splitlines())
+    assert found == {name: str(FORMS.get(name, 1)) for name in found}
+    assert set(FORMS) <= set(found)
 
 
 @pytest.mark.slow
@@ -149,12 +222,11 @@ def test_the_interpreter_gives_the_words_of_the_cpu_for_larger_calls() -> None:
 
 @pytest.mark.slow
 @needs_triton
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    program("cases", "--record", str(tmp_path / "launched"))
-    launched = json.loads((tmp_path / "launched").read_text())
-    printed = program("native", str(tmp_path / "launched"), "90")
+def test_kernels_compile_for_a_gpu_that_is_not_here(launched: tuple[str, Path]) -> None:
+    calls = json.loads(launched[1].read_text())
+    printed = program("native", str(launched[1]), "90")
     assert {line.split(":")[0] for line in printed.splitlines()} == {
-        each["name"] for each in launched
+        f"{each['module'].rpartition('.')[2]}.{each['name']}" for each in calls
     }
 
 
@@ -194,18 +266,50 @@ def test_protocols_on_a_device_give_the_words_of_the_cpu() -> None:
     assert all(line.endswith(": equal") for line in printed)
 
 
-def test_kernels_without_a_form_for_a_device_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_alone_serves_a_device_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {})
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    with pytest.raises(
-        RuntimeError, match=r"words on CUDA need Triton for trees\.none: pip install"
-    ):
-        _ = Kernel("trees.none", torch.neg).on_device
-    assert Kernel("trees.some", torch.neg, torch.neg).on_device is torch.neg
-    with pytest.raises(ValueError, match=r"there is a kernel trees\.none already"):
-        Kernel("trees.none", torch.neg)
-    with pytest.raises(ValueError, match=r"trees\.nowhere has no form for words on CUDA"):
-        Kernel("trees.nowhere", torch.neg, triton=False)
+    assert Kernel("trees.some", torch.neg, torch.abs).on_device is torch.abs
+    with pytest.raises(ValueError, match=r"there is a kernel trees\.some already"):
+        Kernel("trees.some", torch.neg, torch.abs)
+
+
+def test_pieces_of_a_kernel_cover_all_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "KERNELS", {})
+    some = Kernel("trees.some", torch.neg, torch.neg, together=(3, 5))
+    for count in (0, 1, 3, 7):
+        for device, size in (("cpu", 3), ("meta", 5)):
+            parts = [
+                range(count)[piece] for piece in some.pieces(torch.empty(count, device=device))
+            ]
+            assert [each for part in parts for each in part] == list(range(count))
+            assert all(len(part) == size for part in parts[:-1])
+    with pytest.raises(ValueError, match=r"trees\.none takes all elements at once"):
+        Kernel("trees.none", torch.neg, torch.neg).pieces(torch.empty(1))
+
+
+def _asks_for_a_device(node: ast.AST) -> bool:
+    """Whether code compares a device, or asks which type words or a device have."""
+    if isinstance(node, ast.Attribute):
+        named = node.attr == "type" and ast.unparse(node.value).endswith("device")
+        return named or node.attr in ("is_cuda", "is_cpu")
+    sides = (node.left, *node.comparators) if isinstance(node, ast.Compare) else ()
+    return any(ast.unparse(side).endswith(("device", "'cuda'", "'cpu'")) for side in sides)
+
+
+@pytest.mark.parametrize("folder", ["protocols", "ops"])
+def test_protocols_and_ops_do_not_ask_where_words_are(folder: str) -> None:
+    files = sorted((ROOT / "runtime" / folder).glob("*.py"))
+    found = [
+        f"{file.name}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if _asks_for_a_device(node) and isinstance(node, ast.expr)
+    ]
+    assert files
+    assert not found
+    for asked in ("ctx.device.type == 'cpu'", "x.is_cuda", "device == other", "where == 'cuda'"):
+        assert any(map(_asks_for_a_device, ast.walk(ast.parse(asked))))
 
 
 # ------------------------------------------------------------------------------------- transfers

@@ -91,7 +91,7 @@ def test_roles_may_take_tables_in_parts_of_any_size(monkeypatch: pytest.MonkeyPa
 
         def protocol(ctx, p, sizes=sizes):
             yield from ()
-            monkeypatch.setattr(one_sided, "_TOGETHER", sizes[p])
+            monkeypatch.setattr(one_sided._VALUES, "together", (sizes[p], sizes[p]))
             mask = ctx.mask(x.shape, torch.int32)
             opened = x.to(torch.int32)
             return table.evaluate(ctx, opened if p < 2 else opened.to("meta"), mask)

@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
+from mergec.runtime.kernels.cuda.long import carry
 
 _SIZE = 128
 
 
-@triton.jit
+@kernel
 def _corrected(share, mantissas, shifts, count, halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -43,7 +44,7 @@ def corrected(share: torch.Tensor, mask: torch.Tensor, table: Any) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _values(dealt, entries, mantissas, places, out, count, row, halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -72,3 +73,41 @@ def values(dealt: torch.Tensor, opened: torch.Tensor, table: Any, out: torch.Ten
         _values, triton.cdiv(count, _SIZE), dealt, *table.read_at(opened), out, count, row,
         table.halves, SIZE=_SIZE,
     )  # fmt: skip
+
+
+@kernel
+def _sums(  # type: ignore[no-untyped-def]
+    dealt, entries, mantissas, places, rows, out, count, row, halves, width, SIZE: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    word = dealt + place * row + tl.load(entries + place, mask=inside, other=0) * halves
+    mantissa = tl.load(mantissas + place, mask=inside, other=0)
+    begin = tl.load(places + place, mask=inside, other=0)
+    first, off = begin >> 5, begin & 31
+    target = out + tl.load(rows + place, mask=inside, other=0) * width
+    over, below = place * 0, place * 0
+    # With a half of zeros above the word, which shifts its highest one out.
+    for half in range(halves + 1):
+        real = inside & (place * 0 + half < halves)
+        product = (tl.load(word + half, mask=real, other=0).to(tl.int64) & 0xFFFFFFFF) * mantissa
+        product = tl.where(real, product + over, 0)
+        over = product >> 32
+        product = product & 0xFFFFFFFF
+        part = (below >> off) | ((product << (32 - off)) & 0xFFFFFFFF)
+        at = half - 1 - first
+        tl.atomic_add(target + at, part, mask=inside & (at >= 0) & (at < width))
+        below = product
+
+
+def sums(
+    dealt: torch.Tensor, opened: torch.Tensor, rows: torch.Tensor, table: Any, out: torch.Tensor
+) -> None:
+    """Add a party's shares, rounded down, to the rows of out, int32 halves [R, H]."""
+    total = out.long() & 0xFFFFFFFF
+    count, row = dealt.shape
+    launch(
+        _sums, triton.cdiv(count, _SIZE), dealt, *table.read_at(opened), rows, total, count, row,
+        table.halves, out.shape[1], SIZE=_SIZE,
+    )  # fmt: skip
+    carry(total, out)

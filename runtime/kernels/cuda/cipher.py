@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from mergec.runtime.kernels import bitsliced
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 
 
 def _circuit(function: Callable[..., Any]) -> Any:
@@ -105,8 +105,8 @@ def swap_bytes(word):  # type: ignore[no-untyped-def]
     return (word << 16) | (word >> 16)
 
 
-@triton.jit(do_not_specialize=["start"])
-def _stream(keys, out, start, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@kernel
+def _stream(keys, out, start: tl.int64, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     # Two blocks for each thread: counters that are even, and one more.
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counter = start + 2 * pair
@@ -136,6 +136,6 @@ def stream(keys: torch.Tensor, start: int, pairs: int) -> torch.Tensor:
     32 bytes for each of `pairs` pairs of blocks.
     """
     out = torch.empty(8 * pairs, dtype=torch.int32, device=keys.device)
-    block = threads(1, pairs)
+    block = threads(1)
     launch(_stream, triton.cdiv(pairs, block), keys, out, start, pairs, BLOCK=block)
     return out.view(torch.uint8)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
 from mergec.runtime.kernels.transfers import integers
 
 _SIZE = 1024
@@ -43,7 +43,7 @@ def _width(words: torch.Tensor) -> int:
     return 8 * words.element_size()
 
 
-@triton.jit(do_not_specialize=["shift", "at_client"])
+@kernel
 def _truncated(  # type: ignore[no-untyped-def]
     opened, words, out, count, shift, at_client, WIDTH: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -69,7 +69,7 @@ def truncated(
     return out
 
 
-@triton.jit(do_not_specialize=["shift", "at_client"])
+@kernel
 def _squared(opened, dealt, out, count, shift, at_client, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -94,7 +94,7 @@ def squared(opened: torch.Tensor, dealt: torch.Tensor, shift: int, at_client: bo
     return out
 
 
-@triton.jit
+@kernel
 def _evaluated(  # type: ignore[no-untyped-def]
     bits, words, coefficients, out, count, payloads, size, SIZE: tl.constexpr, WORDS: tl.constexpr
 ):
@@ -123,7 +123,7 @@ def evaluated(bits: torch.Tensor, words: torch.Tensor, formula: Any) -> torch.Te
     return out
 
 
-@triton.jit
+@kernel
 def _looked_up(  # type: ignore[no-untyped-def]
     points, tables, places, out, count, elements, row, relations, SIZE: tl.constexpr
 ):
@@ -152,7 +152,7 @@ def looked_up(points: torch.Tensor, tables: torch.Tensor, places: np.ndarray) ->
     return out
 
 
-@triton.jit(do_not_specialize=["shift"])
+@kernel
 def _line(  # type: ignore[no-untyped-def]
     total, bits, words, opened, coefficients, factors, lines, count, parts, size, shift,
     CROSSED: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr,
@@ -212,7 +212,7 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-@triton.jit
+@kernel
 def _scaled(  # type: ignore[no-untyped-def]
     opened, mask, top, share, base, wrap, row_wrap, dealt, both, shifts, out, count, length,
     columns, words, down, tops, far, SIZE: tl.constexpr,
@@ -266,12 +266,8 @@ def scaled(
 ) -> torch.Tensor:
     """Shares of rows times their factors: see `normalize.scale_rows` and its reference."""
     out = torch.empty(opened.shape, dtype=torch.int64, device=opened.device)
-    pairs, wraps, number, last = [], [], -1, 0
-    for s in shifts.tolist():
-        number += s > 0 and s != last
-        last = s
-        pairs += [s, number]
-        wraps.append(_wrapped(1 << (64 - s)) if s > 0 else 0)
+    pairs, down = numbered(shifts)
+    wraps = [_wrapped(1 << (64 - s)) if s > 0 else 0 for s in shifts.tolist()]
     device, count = opened.device, opened.numel()
     share = base - low if at_client else -low
     share = share + wrap * factor_top if wrap.shape[1] else share
@@ -280,6 +276,18 @@ def scaled(
         _scaled, triton.cdiv(count, 256), opened, mask, top,
         share, base, wrap, row_wrap, dealt, both,
         integers(tuple(pairs), device), out, count, opened.shape[1], len(shifts), dealt.shape[2],
-        number + 1, wrap.shape[1], both.shape[2], SIZE=256,
+        down, wrap.shape[1], both.shape[2], SIZE=256,
     )  # fmt: skip
     return out
+
+
+def numbered(shifts: np.ndarray) -> tuple[list[int], int]:
+    """Each shift, and the number of the word that holds what is shifted down by it, where equal
+    neighbours share one; and how many of these words there are.
+    """
+    pairs, number, last = [], -1, 0
+    for shift in shifts.tolist():
+        number += shift > 0 and shift != last
+        last = shift
+        pairs += [shift, number]
+    return pairs, number + 1

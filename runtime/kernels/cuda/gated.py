@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 from mergec.runtime.kernels.cuda.wide import minus, plus, times
 
 
@@ -31,7 +31,7 @@ def _plane(bytes_, fours, planes, number, place, row, term, inside):  # type: ig
     return words, at_fours, at_byte, wide, byte
 
 
-@triton.jit
+@kernel
 def _corrected(  # type: ignore[no-untyped-def]
     share, fours, words, parts, planes, firsts, ups, count, row, terms,
     TERMS: tl.constexpr, SIZE: tl.constexpr,
@@ -69,14 +69,14 @@ def corrected(share: torch.Tensor, words: torch.Tensor, parts: torch.Tensor, tab
     planes, firsts, ups = table.layout(share.device)
     (count, row), terms = share.shape, table.terms
     lanes = triton.next_power_of_2(terms)
-    size = threads(lanes, count)
+    size = threads(lanes)
     launch(
         _corrected, triton.cdiv(count, size), share, share.view(torch.int32), words, parts,
         planes, firsts, ups, count, row, terms, TERMS=lanes, SIZE=size,
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _values(  # type: ignore[no-untyped-def]
     dealt, fours, basis, base, wrap, planes, firsts, out, count, row, terms, bits,
     TERMS: tl.constexpr, SIZE: tl.constexpr,
@@ -128,7 +128,7 @@ def values(
     planes, firsts, _ = table.layout(dealt.device)
     (count, row), terms = dealt.shape, table.terms
     lanes = triton.next_power_of_2(terms)
-    size = threads(lanes, count)
+    size = threads(lanes)
     launch(
         _values, triton.cdiv(count, size), dealt, dealt.view(torch.int32), basis, base, wrap,
         planes, firsts, out, count, row, terms, table.factor_bits, TERMS=lanes, SIZE=size,

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 from mergec.runtime.kernels.cuda.trees import (
     chosen,
     cubic,
@@ -59,7 +59,7 @@ def _read(stem, place, inside):  # type: ignore[no-untyped-def]
     return seed, high_half(first), low_half(second), high_half(second), mask_of(low_half(first))
 
 
-@triton.jit(do_not_specialize=["count", "halves", "words", "tables", "depth", "base", "party"])
+@kernel
 def _stem(  # type: ignore[no-untyped-def]
     points, roots, corrections, ciphers, stem, count, halves, words, tables, depth, base, party,
     OCTAVES: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,11 +88,7 @@ def _stem(  # type: ignore[no-untyped-def]
             _write(stem, place + 1, b0, b1, b2, b3, fb, inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "count", "halves", "words", "tables", "lines", "levels", "depth", "base", "party",
-    ]
-)  # fmt: skip
+@kernel
 def _tables(  # type: ignore[no-untyped-def]
     points, stem, corrections, coefficients, offsets, ciphers, out, count, halves, words, tables,
     lines, levels, depth, base, step_bits, party, FIRST: tl.constexpr, END: tl.constexpr,
@@ -150,12 +146,12 @@ def values(
     stem = torch.empty((count, tables, 2, 2), dtype=torch.int64, device=device)
     parts = torch.empty((count, lines), dtype=torch.int64, device=device)
     words, ciphers = corrections.shape[1], generator.planes(device)
-    block = threads(1, count)
+    block = threads(1)
     launch(
         _stem, triton.cdiv(count, block), opened, roots, corrections, ciphers, stem, count, halves,
         words, tables, spec.depth, spec.base, party, OCTAVES=spec.per_table, BLOCK=block,
     )  # fmt: skip
-    block = threads(1, parts.numel())
+    block = threads(1)
     launch(
         _tables, triton.cdiv(parts.numel(), block), opened, stem, corrections,
         spec.factors(device), spec.starts(device), ciphers, parts, parts.numel(), halves, words,

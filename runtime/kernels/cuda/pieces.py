@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
 
 _SIZE = 256
 
@@ -23,7 +23,7 @@ def _word(lower, upper, extra, inside):  # type: ignore[no-untyped-def]
     return word
 
 
-@triton.jit
+@kernel
 def _values(  # type: ignore[no-untyped-def]
     table, halves, windows, basis, spans, out, count, row, terms, size, more, SIZE: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def values(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _corrected(  # type: ignore[no-untyped-def]
     share, halves, found, turns, scales, spans, count, row, terms, size, more, SIZE: tl.constexpr
 ):

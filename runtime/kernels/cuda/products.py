@@ -7,6 +7,10 @@ cores multiply limbs exactly: a limb is at least -128 and at most 127, so a prod
 most 2**14, and the sum of up to eight pairs over `_DEPTH` places at most 2**23, far below 2**31.
 Limbs whose weights add up to 2**64 or more are left out. Each block of places is added to a word of
 64 bits, so there is no largest inner dimension.
+
+The second factor's words are neighbours along its columns, or DOWN the inner dimension, as those of
+a weight's rows are. EVEN: sizes and steps are multiples of 16, as those of most weights are. So a
+cache that grows has two forms of a kernel, where Triton's own rules would make tens.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch_strided
+from mergec.runtime.kernels.cuda.launch import kernel, launch_strided
 
 FEW = 4
 """Up to that many rows are multiplied by 64-bit words."""
@@ -26,29 +30,37 @@ _PROGRAMS = 1024
 _TILE, _DEPTH = 64, 64
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "splits"])
+@triton.jit
+def _even(number):  # type: ignore[no-untyped-def]
+    """The number, which is a multiple of 16, so that the compiler sees it."""
+    return number // 16 * 16
+
+
+@kernel
 def _few(  # type: ignore[no-untyped-def]
-    a, b, out, rows, inner, columns, a_batch, a_row, a_inner, b_batch, b_inner, b_column, blocks,
-    splits, share, ADDED: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, out, rows, inner, columns, a_batch, a_row, b_batch, b_step, blocks, splits, share,
+    DOWN: tl.constexpr, EVEN: tl.constexpr, ADDED: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     split, program = program % splits, program // splits
     block, program = program % blocks, program // blocks
     row, batch = program % rows, program // rows
+    left = a + batch * a_batch + row * a_row
+    right = b + batch * b_batch
+    if EVEN:
+        right, share = tl.multiple_of(right, 16), _even(share)
+        b_step, inner, columns = _even(b_step), _even(inner), _even(columns)
     column = block * BLOCK + tl.arange(0, BLOCK)
     last = tl.minimum(split * share + share, inner)
     place = tl.arange(0, DEPTH)
-    left = a + batch * a_batch + row * a_row
-    right = b + batch * b_batch + (column * b_column)[None, :]
     total = tl.zeros((DEPTH, BLOCK), tl.int64)
     for start in range(split * share, last, DEPTH):
         k = start + place
         inside = k < last
-        x = tl.load(left + k * a_inner, mask=inside, other=0).to(tl.int64)
-        words = tl.load(
-            right + (k * b_inner)[:, None], mask=inside[:, None] & (column < columns)[None, :],
-            other=0,
-        )  # fmt: skip
+        x = tl.load(left + k, mask=inside, other=0).to(tl.int64)
+        mask = inside[:, None] & (column < columns)[None, :]
+        words = tl.load(_words(right, k, column, b_step, DOWN), mask=mask, other=0)
         total += x[:, None] * words.to(tl.int64)
     sums = tl.sum(total, axis=0)
     target = out + (batch * rows + row) * columns + column
@@ -59,36 +71,47 @@ def _few(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _words(right, k, column, step, DOWN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the words of places k and columns are, of which one or the other are neighbours."""
+    if DOWN:
+        return right + k[:, None] + (column * step)[None, :]
+    return right + (k * step)[:, None] + column[None, :]
+
+
+@triton.jit
 def _limb(words, number: tl.constexpr):  # type: ignore[no-untyped-def]
     """Limb `number` of words to which C was added: the byte with its highest bit flipped."""
     return (((words >> (8 * number)) & 255) ^ 128).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["rows", "row_blocks", "blocks"])
+@kernel
 def _many(  # type: ignore[no-untyped-def]
-    a, b, out, offset, rows, inner, columns, a_batch, a_row, a_inner, b_batch, b_inner, b_column,
-    row_blocks, blocks, LIMBS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, out, offset, rows, inner, columns, a_batch, a_row, b_batch, b_step, row_blocks, blocks,
+    DOWN: tl.constexpr, EVEN: tl.constexpr, LIMBS: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row_block, program = program % row_blocks, program // row_blocks
     block, batch = program % blocks, program // blocks
+    left = a + batch * a_batch
+    right = b + batch * b_batch
+    if EVEN:
+        right = tl.multiple_of(right, 16)
+        b_step, inner, columns = _even(b_step), _even(inner), _even(columns)
     row = row_block * TILE + tl.arange(0, TILE)
     column = block * TILE + tl.arange(0, TILE)
-    place = tl.arange(0, DEPTH)
-    left = a + batch * a_batch + (row * a_row)[:, None]
-    right = b + batch * b_batch + (column * b_column)[None, :]
+    place = tl.arange(0, DEPTH).to(tl.int64)
     added = tl.load(offset)
     total = tl.zeros((TILE, TILE), tl.int64)
     for start in range(0, inner, DEPTH):
         k = start + place
         inside = k < inner
         x = tl.load(
-            left + (k * a_inner)[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
-        )
-        y = tl.load(
-            right + (k * b_inner)[:, None], mask=inside[:, None] & (column < columns)[None, :],
-            other=0,
+            left + (row * a_row)[:, None] + k[None, :],
+            mask=(row < rows)[:, None] & inside[None, :], other=0,
         )  # fmt: skip
+        mask = inside[:, None] & (column < columns)[None, :]
+        y = tl.load(_words(right, k, column, b_step, DOWN), mask=mask, other=0)
         x, y = x.to(tl.int64) + added, y.to(tl.int64) + added
         for weight in tl.static_range(8):
             found = tl.zeros((TILE, TILE), tl.int32)
@@ -110,10 +133,17 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` modulo 2**64 of [B, M, K] and [B, K, N], of any strides; int32 or int64 words."""
     count, rows, inner = a.shape
     columns = b.shape[2]
-    strides = (*a.stride(), *b.stride())
-    shape = (count, rows, columns)
+    a = a if a.stride(2) == 1 else a.contiguous()
+    down = b.stride(2) != 1 and b.stride(1) == 1
+    b = b if down or b.stride(2) == 1 else b.contiguous()
+    step = b.stride(2 if down else 1)
+    strides = a.stride(0), a.stride(1), b.stride(0), step
+    even = not any(
+        number % 16 for number in (inner, columns, b.stride(0), step, b.storage_offset())
+    )
+    shape, layout = (count, rows, columns), {"DOWN": down, "EVEN": even}
     if rows <= FEW:
-        depth, block = (16, 128) if b.stride(2) == 1 else (128, 16)
+        depth, block = (128, 16) if down else (16, 128)
         blocks = triton.cdiv(columns, block)
         programs = count * rows * blocks
         splits = max(1, min(triton.cdiv(inner, 8 * depth), _PROGRAMS // max(1, programs)))
@@ -122,7 +152,7 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out = make(shape, dtype=torch.int64, device=a.device)
         launch_strided(
             _few, programs * splits, a, b, out, rows, inner, columns, *strides, blocks, splits,
-            share, ADDED=splits > 1, DEPTH=depth, BLOCK=block,
+            share, **layout, ADDED=splits > 1, DEPTH=depth, BLOCK=block,
         )  # fmt: skip
         return out
     out = torch.empty(shape, dtype=torch.int64, device=a.device)
@@ -130,8 +160,8 @@ def batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     offset = torch.full((1,), _OFFSET, dtype=torch.int64, device=a.device)
     launch_strided(
         _many, count * row_blocks * blocks, a, b, out, offset, rows, inner, columns, *strides,
-        row_blocks, blocks, LIMBS=5 if b.dtype is torch.int32 else 8, TILE=_TILE, DEPTH=_DEPTH,
-        num_warps=8,
+        row_blocks, blocks, **layout, LIMBS=5 if b.dtype is torch.int32 else 8, TILE=_TILE,
+        DEPTH=_DEPTH, num_warps=8,
     )  # fmt: skip
     return out
 

@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
 
 _SIZE = 1024
 _COLUMNS = 256
 
 
-@triton.jit
+@kernel
 def _one_hot(share, places, count, size, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
@@ -31,7 +31,7 @@ def one_hot(share: torch.Tensor, places: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _tallied(tables, places, rows, out, size, width, blocks, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     element, block = program // blocks, program % blocks

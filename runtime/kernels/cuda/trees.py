@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mergec.runtime.kernels.cuda.cipher import encrypt
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 from mergec.runtime.kernels.cuda.wide import minus, plus, times
 from mergec.runtime.kernels.transfers import integers
 
@@ -160,7 +160,7 @@ def _factors(a, coefficients, window, used):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "words", "depth", "step_bits", "drop", "party"])
+@kernel
 def _table(  # type: ignore[no-untyped-def]
     points, roots, corrections, coefficients, ciphers, out, count, words, depth, step_bits, drop,
     party, LANES: tl.constexpr, KEYS: tl.constexpr,
@@ -212,7 +212,7 @@ def table_values(
     device = points.device
     out = torch.empty(count, dtype=torch.int64, device=points.device)
     lanes = windows // 2
-    keys = threads(lanes, count)
+    keys = threads(lanes)
     launch(
         _table, triton.cdiv(count, keys), points, roots, corrections,
         table.factors(device), generator.planes(device), out, count, corrections.shape[1],
@@ -245,41 +245,35 @@ def _wide_cubic(  # type: ignore[no-untyped-def]
     return plus(low, high, word_low, word_high)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "count", "chunks", "words", "columns", "top", "depth", "step_bits", "party",
-    ]
-)  # fmt: skip
+@kernel
 def _octave(  # type: ignore[no-untyped-def]
-    points, roots, corrections, coefficients, ciphers, nodes, out, count, chunks, words, columns,
+    points, roots, corrections, coefficients, ciphers, nodes, out, count, lines, words, columns,
     top, depth, step_bits, party, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Thread i has nodes 2 i and 2 i + 1 of the list; both belong to one octave.
-    program = tl.program_id(0).to(tl.int64)
-    key = program // chunks
-    pair = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-    row = nodes + 8 * pair
-    end = tl.load(row)
-    window = tl.load(row + 1)
-    bound = tl.load(row + 2)
-    column = tl.load(row + 3)
-    drop = tl.load(row + 4)
-    table = tl.load(row + 5)
-    correction = tl.load(row + 6)
-    z = tl.load(points + key)
-    inside = (end > 0) & (key + pair * 0 < count)
+    # Thread (key, line) has the two nodes of a line of the list; both belong to one octave.
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < count
+    key, row = pair // lines, nodes + 8 * (pair % lines)
+    end = tl.load(row, mask=inside, other=1)
+    window = tl.load(row + 1, mask=inside, other=0)
+    bound = tl.load(row + 2, mask=inside, other=0)
+    column = tl.load(row + 3, mask=inside, other=0)
+    drop = tl.load(row + 4, mask=inside, other=0)
+    table = tl.load(row + 5, mask=inside, other=0)
+    correction = tl.load(row + 6, mask=inside, other=0)
+    z = tl.load(points + key, mask=inside, other=0)
     # A row's number is the opened number, in units of its windows, minus the window.
     shifted = z >> (top - end)
     ones = ((z * 0 + 1) << end) - 1
     last = bound + (shifted & 1)
     first, second = (shifted - window) & ones, (shifted - window - 1) & ones
-    a0, a1, a2, a3 = root_of(roots, key + pair * 0, inside)
+    a0, a1, a2, a3 = root_of(roots, key, inside)
     b0, b1, b2, b3 = a0, a1, a2, a3
     fa = mask_of(pair * 0 + party)
     fb = fa
     for level in range(depth):
         walks = level < end
-        at = words * key + 2 * level + pair * 0
+        at = words * key + 2 * level
         n0, n1, n2, n3, nf, m0, m1, m2, m3, mf = step(
             a0, a1, a2, a3, fa, b0, b1, b2, b3, fb,
             turn_of(first, tl.maximum(end, level + 1), level),
@@ -292,11 +286,11 @@ def _octave(  # type: ignore[no-untyped-def]
         b2, b3 = tl.where(walks, m2, b2), tl.where(walks, m3, b3)
         fa, fb = tl.where(walks, nf, fa), tl.where(walks, mf, fb)
     place = corrections + words * key + correction
-    position = _moved(z + drop * 0, drop) & (((z * 0 + 1) << step_bits) - 1)
+    position = _moved(z, drop) & (((z * 0 + 1) << step_bits) - 1)
     used, again = inside & (window <= last), inside & (window + 1 <= last)
     if WIDE:
         own, other = spread(fa), spread(fb)
-        low = (z + pair * 0).to(tl.uint64, bitcast=True) * 0
+        low = z.to(tl.uint64, bitcast=True) * 0
         high = low
         f0, f1, f2, f3 = _factors(position, coefficients + table, window, used)
         g0, g1, g2, g3 = _factors(position, coefficients + table, window + 1, again)
@@ -337,14 +331,13 @@ def octave_values(
     """Add a party's shares of an `octave.Descent` at points [n] to out [n, columns, width]."""
     device, wide = points.device, descent.width > 1
     nodes = descent.nodes(device)
-    block = min(128, len(nodes))
-    chunks = len(nodes) // block
+    block, count = threads(1), len(nodes) * len(points)
     total = out
     if wide:
         total = torch.stack([out[..., 0] & _HALF, (out[..., 0] >> 32) & _HALF, out[..., 1]], -1)
     launch(
-        _octave, chunks * len(points), points, roots, corrections, descent.factors(device),
-        generator.planes(device), nodes, total, len(points), chunks, corrections.shape[1],
+        _octave, triton.cdiv(count, block), points, roots, corrections, descent.factors(device),
+        generator.planes(device), nodes, total, count, len(nodes), corrections.shape[1],
         out.shape[1], descent.top, descent.depth, descent.step_bits, party, WIDE=wide, BLOCK=block,
     )  # fmt: skip
     if wide:
@@ -372,7 +365,7 @@ def parity_before(first, second, place):  # type: ignore[no-untyped-def]
     return word & 1
 
 
-@triton.jit(do_not_specialize=["count", "each", "words", "depth", "party"])
+@kernel
 def _parities(  # type: ignore[no-untyped-def]
     roots, corrections, places, ciphers, out, count, each, words, depth, party,
     BLOCK: tl.constexpr,
@@ -433,7 +426,7 @@ def parities(
     device = places.device
     count, each = places.numel(), places.shape[1]
     out = torch.empty(places.shape, dtype=torch.uint8, device=device)
-    block = threads(1, -(-count // 2))
+    block = threads(1)
     launch(
         _parities, triton.cdiv(count, 2 * block), roots, corrections, places,
         generator.planes(device), out, count, each, corrections.shape[1], depth, party, BLOCK=block,
@@ -444,7 +437,7 @@ def parities(
 # ------------------------------------------------------------------------------------- histograms
 
 
-@triton.jit(do_not_specialize=["count", "each", "words", "padded", "top", "cut", "party"])
+@kernel
 def _tally(  # type: ignore[no-untyped-def]
     roots, corrections, nodes, offsets, rows, ciphers, total, count, each, words, padded, top, cut,
     party, BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -512,7 +505,7 @@ def tally(
     nodes, offsets = job.paths(first)
     depth, cut, paths = job.counters.depth, job.cut, nodes.numel()
     leaves = paths << cut
-    block = threads(1, -(-leaves // 2))
+    block = threads(1)
     launch(
         _tally, triton.cdiv(leaves, 2 * block), roots, corrections, nodes, offsets, rows,
         generator.planes(first.device), total, paths, nodes.shape[1], corrections.shape[1],
@@ -572,7 +565,7 @@ def _added_wide(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["count", "parts", "words", "depth", "tables"])
+@kernel
 def _corrections(  # type: ignore[no-untyped-def]
     client, server, index, payloads, ends, ciphers, out, count, parts, words, depth, tables,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -653,7 +646,7 @@ def corrections(
     out = torch.empty((count, words), dtype=torch.int64, device=device)
     places = integers(tuple(ends), device)
     parts = 1 if index.dim() == 1 else index.shape[1]
-    block = threads(1, count)
+    block = threads(1)
     launch(
         _corrections, triton.cdiv(count, block), client, server, index,
         payloads, places, generator.planes(device), out, count, parts, words, depth, tables,

@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch
+from mergec.runtime.kernels.cuda.launch import kernel, launch
 from mergec.runtime.kernels.transfers import integers
 from mergec.runtime.kernels.turns import COSINE, FRAC, PHASE_BITS, SINE
 
 _SIZE = 256
 
 
-@triton.jit
+@kernel
 def _turned(  # type: ignore[no-untyped-def]
     low, series, drops, out, count, cycles, terms,
     SERIES: tl.constexpr, FRAC: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mergec.runtime.kernels.cuda.launch import launch, threads
+from mergec.runtime.kernels.cuda.launch import kernel, launch, threads
 from mergec.runtime.kernels.transfers import integers
 
 
@@ -48,7 +48,7 @@ def times(low, high, factor):  # type: ignore[no-untyped-def]
     return low * word, tl.where(factor < 0, upper - low, upper)
 
 
-@triton.jit
+@kernel
 def _dealt(  # type: ignore[no-untyped-def]
     mask, factor_low, factor_top, shifts, groups, out, count, size, columns, first, words,
     SIZE: tl.constexpr,
@@ -81,7 +81,7 @@ def words(
     groups, first, width = _layout(shifts)
     out = torch.empty((*mask.shape, width, 2), dtype=torch.int64, device=mask.device)
     count = mask.numel()
-    size = threads(1, count)
+    size = threads(1)
     launch(
         _dealt, triton.cdiv(count, size), mask, low, top,
         integers(tuple(shifts.tolist()), mask.device), integers(groups, mask.device), out, count,
@@ -103,7 +103,7 @@ def _shares(own, base, wrap, row, k, columns, at_client, inside):  # type: ignor
     )
 
 
-@triton.jit(do_not_specialize=["at_client"])
+@kernel
 def _scaled(  # type: ignore[no-untyped-def]
     opened, base, wrap, own, dealt, shifts, groups, out, count, size, columns, first, words,
     at_client, SIZE: tl.constexpr,
@@ -160,7 +160,7 @@ def scaled(
     groups, first, width = _layout(shifts)
     out = torch.empty((*opened.shape, 2), dtype=torch.int64, device=opened.device)
     count = opened.numel()
-    size = threads(1, count)
+    size = threads(1)
     launch(
         _scaled, triton.cdiv(count, size), opened, base, wrap, own, dealt,
         integers(tuple(shifts.tolist()), opened.device), integers(groups, opened.device), out,
