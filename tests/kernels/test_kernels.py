@@ -230,25 +230,6 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(launched: tuple[str, Path]) 
     }
 
 
-@needs_triton
-def test_a_tree_is_not_compiled_anew_for_another_number_of_elements() -> None:
-    """By the size of a program, or as a kernel for numbers that are 1, or multiples of 16."""
-    from mergec.runtime.kernels.cuda import launch, products, trees
-
-    for lanes, size in ((1, 128), (64, 2), (256, 1)):
-        assert {launch.threads(lanes, count) for count in (1, 3, 100, 10**6)} == {size}
-    sizes = {"count", "words", "each", "depth", "columns", "chunks", "padded", "rows", "blocks"}
-    wide = {"columns"}  # by which a product reads several words at once
-    for kernel, besides in (
-        (trees._table, ()), (trees._octave, ()), (trees._parities, ()), (trees._tally, {"rows"}),
-        (trees._corrections, ()), (products._few, wide),
-        (products._many, wide),
-    ):  # fmt: skip
-        free = {param.name for param in kernel.params if param.do_not_specialize}
-        named = {param.name for param in kernel.params}
-        assert (sizes & named) - free == set(besides) & named - free
-
-
 @pytest.mark.slow
 @needs_triton
 def test_a_step_of_three_roles_on_a_device_gives_the_logits_of_the_cpu() -> None:
