@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -129,23 +129,34 @@ def small(device: str) -> Iterator[Seen]:
             )
 
 
-def loaded(name: str, root: Path) -> tuple[dict[str, RoleProgram], dict[str, Any]] | Seen:
-    """A model's programs, and what is known of it; a line if it was not compiled."""
+Facts = dict[str, Any]
+
+
+def of_model(steps: Callable[..., Iterator[Seen]]) -> Callable[..., Iterator[Seen]]:
+    """Steps of a model, which are also given what is known of it; a line if it was not compiled."""
+
+    @wraps(steps)
+    def run(name: str, root: Path, *given: Any) -> Iterator[Seen]:
+        facts = gpu_models.facts(name, root)
+        if facts is None:
+            yield Seen(f"left out: {name} was not compiled", bad=True)
+            return
+        yield from steps(facts, name, root, *given)
+
+    return run
+
+
+def loaded(name: str, root: Path) -> dict[str, RoleProgram]:
+    """A model's programs, by role."""
     from mergec.runtime.program.bundle import load_bundle, role_path
 
-    facts = gpu_models.facts(name, root)
-    if facts is None:
-        return Seen(f"left out: {name} was not compiled", bad=True)
-    return {role: load_bundle(role_path(root / name, role), role) for role in ROLES}, facts
+    return {role: load_bundle(role_path(root / name, role), role) for role in ROLES}
 
 
-def guarded_model(name: str, root: Path, device: str) -> Iterator[Seen]:
+@of_model
+def guarded_model(facts: Facts, name: str, root: Path, device: str) -> Iterator[Seen]:
     """A prompt and a decode step of a model, in a guard."""
-    found = loaded(name, root)
-    if isinstance(found, Seen):
-        yield found
-        return
-    programs, facts = found
+    programs = loaded(name, root)
     ids = gpu_models.tokens(facts["vocabulary"], GUARDED + 1)
     steps = (ids[:GUARDED], 0), (ids[GUARDED:], GUARDED)
     (same,) = same_logits(programs, steps, [device])
@@ -193,16 +204,13 @@ def fits(parameters: int, free: int) -> str:
     )
 
 
+@of_model
 def demo(
-    name: str, root: Path, device: str, length: int = 64, answered: int = 16
+    facts: Facts, name: str, root: Path, device: str, length: int = 64, answered: int = 16
 ) -> Iterator[Seen]:
     """Three processes answer, as in `mergec demo`, and the answer is compared with plaintext."""
     from mergec.compiler.program import Program
 
-    facts = gpu_models.facts(name, root)
-    if facts is None:
-        yield Seen(f"left out: {name} was not compiled", bad=True)
-        return
     yield Seen(f"the model: {facts['what']}")
     program = Program.load(root / name)
     prompt: Any = "What is multi-party computation? Answer in one sentence."
@@ -221,14 +229,11 @@ def demo(
     yield Seen(f"beside plaintext: {plain.verdict(answer)}", not close)
 
 
-def local(name: str, root: Path, device: str, length: int) -> Iterator[Seen]:
+@of_model
+def local(facts: Facts, name: str, root: Path, device: str, length: int) -> Iterator[Seen]:
     """A prompt and decode steps of three processes over inherited sockets."""
     from mergec.runtime.roles.local import run_local
 
-    facts = gpu_models.facts(name, root)
-    if facts is None:
-        yield Seen(f"left out: {name} was not compiled", bad=True)
-        return
     yield Seen(f"the model: {facts['what']}")
     ids = gpu_models.tokens(facts["vocabulary"], length)
     with Memory() as memory:
@@ -278,18 +283,15 @@ class Service:
         self._said.close()
 
 
+@of_model
 def loopback(
-    name: str, root: Path, device: str, prompts: Sequence[int] = (64, 256)
+    facts: Facts, name: str, root: Path, device: str, prompts: Sequence[int] = (64, 256)
 ) -> Iterator[Seen]:
     """Prompts and decode steps of a client with a server and a dealer, over TCP of loopback."""
     from mergec.runtime.roles.client import Connection
     from mergec.runtime.transport.address import Address
     from mergec.runtime.transport.connect import Security
 
-    facts = gpu_models.facts(name, root)
-    if facts is None:
-        yield Seen(f"left out: {name} was not compiled", bad=True)
-        return
     yield Seen(f"the model: {facts['what']}")
     ids = gpu_models.tokens(facts["vocabulary"], max(prompts))
     services, on = [], ("--device", device)
@@ -330,17 +332,14 @@ def _asked(name: str, connection: Any, prompt: list[int]) -> Iterator[Seen]:
     yield Seen(f"after {len(prompt)} tokens, {timed(name, 'decode', min(decoded))}")
 
 
+@of_model
 def profiled_steps(
-    name: str, root: Path, device: str, prompts: Sequence[int] = (64, 256)
+    facts: Facts, name: str, root: Path, device: str, prompts: Sequence[int] = (64, 256)
 ) -> Iterator[Seen]:
     """Prompts and a decode step after each in one process, and where their time goes."""
     from gpu_profile import profiled
 
-    found = loaded(name, root)
-    if isinstance(found, Seen):
-        yield found
-        return
-    programs, facts = found
+    programs = loaded(name, root)
     yield Seen(f"the model: {facts['what']}")
     ids = gpu_models.tokens(facts["vocabulary"], max(prompts) + 8)
     with Session(programs, device) as running:
@@ -363,14 +362,11 @@ def _taken(running: InProcessSession, ids: Sequence[int], past: int) -> float:
     return time.perf_counter() - began
 
 
-def stock(name: str, root: Path, device: str) -> Iterator[Seen]:
+@of_model
+def stock(facts: Facts, name: str, root: Path, device: str) -> Iterator[Seen]:
     """A prompt and two tokens by CrypTen's stock protocols."""
     from mergec.runtime.roles.local import run_local
 
-    facts = gpu_models.facts(name, root)
-    if facts is None:
-        yield Seen(f"left out: {name} was not compiled", bad=True)
-        return
     yield Seen(f"the model: {facts['what']}")
     began = time.perf_counter()
     prompt = gpu_models.tokens(facts["vocabulary"], 4)

@@ -19,7 +19,7 @@ from typing import Protocol as Interface
 import torch
 
 from mergec.runtime.core.draw import Draw
-from mergec.runtime.core.memory import mapped_words
+from mergec.runtime.core.memory import mapped_words, returned_words
 from mergec.runtime.core.messages import Message
 from mergec.runtime.core.spec import CLIENT, DEALER, FRACTIONAL_BITS, SERVER
 from mergec.runtime.core.values import Expanded
@@ -186,7 +186,8 @@ class Context(ABC):
         if like.is_meta:
             return ghost(shape, dtype=like.dtype)
         if self.ranks is None or len(shape) != 4:
-            return like.new_empty(tuple(shape))
+            # What it outgrows is returned: kept, it would be twice as much as the cache.
+            return returned_words(shape, like)
         return self.ranks.room(shape, like.dtype, 1)
 
     def keep_cache(self, words: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def returned_words(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     tensors, and those that are not in memory, are those of `new_empty`.
     """
     size = math.prod(shape) * like.itemsize
-    if like.is_meta or like.device.type != "cpu" or size < _OWN_PAGES:
+    if like.device.type != "cpu" or size < _OWN_PAGES:
         return like.new_empty(tuple(shape))
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(tuple(shape))

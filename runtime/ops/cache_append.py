@@ -8,7 +8,6 @@ import torch
 
 from mergec.runtime.core.cases import Case, Sampler
 from mergec.runtime.core.context import Context
-from mergec.runtime.core.memory import returned_words
 from mergec.runtime.core.messages import Protocol
 from mergec.runtime.core.op import Kind, Op
 from mergec.runtime.core.spec import Cost
@@ -90,8 +89,6 @@ def make_room(ctx: Context, cache: Masked | Sent, new: int) -> Room:
 
 def _longer(ctx: Context, part: torch.Tensor, rows: int) -> torch.Tensor:
     """A tensor of so many rows that begins with `part`; without data where that has none."""
-    shape = (*part.shape[:-2], rows, part.shape[-1])
-    # What it outgrows is returned: kept, it would be twice as much as the cache.
-    longer = returned_words(shape, part) if ctx.ranks is None else ctx.cache_room(shape, part)
+    longer = ctx.cache_room((*part.shape[:-2], rows, part.shape[-1]), part)
     copy_rows(part, longer)
     return longer

@@ -151,7 +151,6 @@ def values(
         _stem, triton.cdiv(count, block), opened, roots, corrections, ciphers, stem, count, halves,
         words, tables, spec.depth, spec.base, party, OCTAVES=spec.per_table, BLOCK=block,
     )  # fmt: skip
-    block = threads(1)
     launch(
         _tables, triton.cdiv(parts.numel(), block), opened, stem, corrections,
         spec.factors(device), spec.starts(device), ciphers, parts, parts.numel(), halves, words,
