@@ -12,6 +12,7 @@ from mergec.runtime.core.errors import PartyError
 from mergec.runtime.core.spec import ROLES
 from mergec.runtime.session.hello import PROTOCOL_VERSION, Hello, compare
 from mergec.runtime.transport.address import Address
+from mergec.runtime.transport.dealer_link import BLOCK_BYTES, FIRST_BYTES, DealerSender
 from mergec.runtime.transport.lines import Lines
 from mergec.runtime.transport.loopback import dealer_pair, link_pair
 from mergec.runtime.transport.traffic import Traffic
@@ -126,6 +127,35 @@ def test_dealer_stream_small_writes_wait_for_a_block() -> None:
     assert receiver.received == 0
     sender.write(flat(4, 5, 6, 7, 8))
     assert receiver.read(8).tolist() == list(range(1, 9))
+
+
+class _Blocks:
+    """Notes how large each block is."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def put(self, block: torch.Tensor) -> None:
+        self.sizes.append(block.numel())
+
+    def end(self) -> None:
+        raise AssertionError
+
+
+def test_a_steps_first_blocks_are_small_because_parties_wait_for_them() -> None:
+    few, many = _Blocks(), _Blocks()
+    sender, beside = DealerSender(few), DealerSender(many)
+    sender.keep_pace(beside)
+    count = 4 * BLOCK_BYTES // FIRST_BYTES
+    for _ in range(2):
+        for _ in range(count):
+            sender.write(torch.zeros(1, dtype=torch.uint8))
+            beside.write(torch.zeros(FIRST_BYTES, dtype=torch.uint8))
+        sender.flush()
+    step = [1, 2, 4, 8, 16, 32, 64, 128, 128, 128, 1]
+    assert sum(step) == count
+    assert few.sizes == 2 * step
+    assert many.sizes == [FIRST_BYTES * size for size in few.sizes]
 
 
 def test_dealer_runs_ahead_up_to_the_limit() -> None:

@@ -19,6 +19,10 @@ from mergec.runtime.transport.spool import Spool, Spooled
 BLOCK_BYTES = 1 << 20
 """Small writes are combined into blocks of at least this size."""
 
+FIRST_BYTES = 1 << 13
+"""The same for the first block after a flush, for which the parties wait. Each is twice as large as
+the one before, up to `BLOCK_BYTES`."""
+
 AHEAD_BYTES = 256 << 20
 """Bytes that a party receives from the dealer ahead of their use."""
 
@@ -57,9 +61,10 @@ class DealerSender:
         self.sent = 0
         self._blocks = blocks
         self._block_bytes = block_bytes
+        self._due = min(FIRST_BYTES, block_bytes)
         self._gathered: list[torch.Tensor] = []
         self._size = 0
-        self._beside: DealerSender | None = None
+        self._streams = [self]
 
     def keep_pace(self, other: DealerSender) -> None:
         """Let each of two streams send what it has gathered whenever the other sends a block.
@@ -67,7 +72,7 @@ class DealerSender:
         The parties use both at the same time. One that is sent little would wait for its words
         until the other was sent all of a step.
         """
-        self._beside, other._beside = other, self
+        self._streams, other._streams = [self, other], [other, self]
 
     def write(self, data: torch.Tensor) -> None:
         """Append bytes (1-D uint8 on the CPU) to the stream."""
@@ -77,21 +82,26 @@ class DealerSender:
             return
         self.sent += size
         if size >= self._block_bytes:
-            self.flush()
+            self._send()
             self._blocks.put(data.contiguous())
             return
         self._gathered.append(data)
         self._size += size
-        if self._size >= self._block_bytes:
-            self.flush()
+        if self._size >= self._due:
+            self._due = min(2 * self._due, self._block_bytes)
+            self._send()
 
     def flush(self) -> None:
         """Send the bytes gathered so far: the party may be waiting for them."""
-        self._send()
-        if self._beside is not None:
-            self._beside._send()
+        for stream in self._streams:
+            stream._put()
+            stream._due = min(FIRST_BYTES, stream._block_bytes)
 
     def _send(self) -> None:
+        for stream in self._streams:
+            stream._put()
+
+    def _put(self) -> None:
         if self._gathered:
             block = torch.cat(self._gathered)
             self._gathered, self._size = [], 0
