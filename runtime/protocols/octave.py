@@ -315,8 +315,8 @@ def columns(ctx: Context, share: torch.Tensor, spec: Octaves, wide: bool = False
 
     In: additive share [n] of the integer V in [2**low, 2**(high + 1)). From 0 to 2**low the value
     is about that at 2**low. Other values return that of another number, or zero. Out: shares modulo
-    2**64 with `spec.frac` fractional bits; the other columns are exactly zero. Relative error of the
-    cubics 2**-19 for reciprocals and 2**-20 for their roots, plus one unit of V of 2**-18.
+    2**64 with `spec.frac` fractional bits; the other columns are exactly zero. Relative error:
+    that of the cubics, 2**-19 for reciprocals and 2**-20 for their roots, and a unit of V, 2**-18.
 
     With `wide` shares are modulo 2**128, as two words of 64 bits [n, spec.columns, 2], the lower
     one first, so that a party may drop bits of its own. Not for exact rounding.
