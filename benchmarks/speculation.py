@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ HEAD = (
     "| task | drafts | tokens a step | right | rounds | online | dealt | waited, loopback | "
     "waited, wan | loopback, measured | wan, measured |"
 )
+
+NEAR = 0.05
+"""Bytes of a measured step may differ by so much: bounds of gates follow from calibration text."""
 
 TARGET = ROOT / "docs" / "speculation.md"
 
@@ -107,10 +111,10 @@ computation.{measured} `retrieve` drafts from a datastore of {size:,} tokens, th
 pages and sources. Made by `make speculation`; [the guide](guides/speculation.md) explains the \
 drafters."""
 
-OF_MEASURED = """ *Measured* are whole steps, as `make bench-wan` last ran each length on this \
-page's program: client, server, dealer and their work on one machine, over loopback and on \
-emulated links like those of `wan`. They are weighed by how many steps of each length the answer \
-takes."""
+OF_MEASURED = """ *Measured* are whole steps, as `make bench-wan` last ran each length, by a \
+program that was calibrated on other text and takes the same rounds, and bytes within {near:.0%}: \
+client, server, dealer and their work on one machine, over loopback and on emulated links like \
+those of `wan`. They are weighed by how many steps of each length the answer takes."""
 
 OF_HEADS = """ `medusa` drafts by {count} heads, trained beside the model as it is; its program \
 reveals what they say, too, so its steps cost more."""
@@ -199,7 +203,7 @@ def shape_of(most: int | None, tree: bool) -> str:
 def costs(program: Program) -> dict[str, dict[int, float]]:
     """Of a step by its new tokens: rounds, online and dealt bytes, and seconds by network.
 
-    Those of `MEASURED` are empty unless network.py measured all these steps of this program.
+    Those of `MEASURED` are empty unless network.py measured all these steps of a program like this.
     """
     names = ("rounds", "online", "dealt", "loopback", "wan", *MEASURED)
     found: dict[str, dict[int, float]] = {name: {} for name in names}
@@ -211,9 +215,12 @@ def costs(program: Program) -> dict[str, dict[int, float]]:
         found["dealt"][new] = total.offline
         for name in ("loopback", "wan"):
             found[name][new] = step.waiting(NETWORKS[name]).total
-    counted = {new: (found["rounds"][new], found["online"][new]) for new in found["rounds"]}
     rows = {row.new: row for row in stored(RESULTS / STORED) if known(row)}
-    if {new: (row.rounds, row.online_bytes) for new, row in rows.items()} == counted:
+    if {new: row.rounds for new, row in rows.items()} == found["rounds"] and all(
+        isclose(row.online_bytes, found["online"][new], rel_tol=NEAR)
+        and isclose(row.to_client_bytes + row.to_server_bytes, found["dealt"][new], rel_tol=NEAR)
+        for new, row in rows.items()
+    ):
         for name, of in MEASURED.items():
             found[name] = {new: getattr(row, of) for new, row in rows.items()}
     return found
@@ -262,7 +269,7 @@ def page(
     measured: bool,
 ) -> str:
     more = OF_HEADS.format(count=heads) if heads else ""
-    told = OF_MEASURED if measured else ""
+    told = OF_MEASURED.format(near=NEAR) if measured else ""
     return "\n".join(
         [
             "# Several tokens a step",

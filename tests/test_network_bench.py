@@ -76,7 +76,7 @@ def test_rows_of_another_form_are_left(network: Any, row: Any, tmp_path: Path) -
     assert network.stored(path) == [row]
 
 
-def test_drafts_take_seconds_of_their_own_program_alone(
+def test_drafts_take_seconds_of_a_program_like_theirs_alone(
     network: Any, speculation: Any, row: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculation, "PAST", 8)
@@ -88,7 +88,8 @@ def test_drafts_take_seconds_of_their_own_program_alone(
     rows = [
         replace(
             row, part="drafts", new=new, past=8, rounds=by["rounds"][new],
-            online_bytes=by["online"][new], local=0.5 + new, measured=12.0 + new,
+            online_bytes=by["online"][new], to_client_bytes=0, to_server_bytes=by["dealt"][new],
+            local=0.5 + new, measured=12.0 + new,
         )
         for new in by["rounds"]
     ]  # fmt: skip
@@ -99,6 +100,14 @@ def test_drafts_take_seconds_of_their_own_program_alone(
     assert {name: found[name] for name in ("rounds", "wan")} == {
         name: by[name] for name in ("rounds", "wan")
     }
-    for changed in (rows[:-1], [replace(rows[0], rounds=rows[0].rounds + 1), *rows[1:]]):
+    dealt = rows[0].to_server_bytes
+    network.write([replace(rows[0], to_server_bytes=round(1.04 * dealt)), *rows[1:]], tmp_path)
+    assert speculation.costs(program)["wan, measured"] == found["wan, measured"]
+    for changed in (
+        rows[:-1],
+        [replace(rows[0], rounds=rows[0].rounds + 1), *rows[1:]],
+        [replace(rows[0], online_bytes=round(1.06 * rows[0].online_bytes)), *rows[1:]],
+        [replace(rows[0], to_server_bytes=round(1.06 * dealt)), *rows[1:]],
+    ):
         network.write(changed, tmp_path)
         assert speculation.costs(program)["wan, measured"] == {}
