@@ -87,7 +87,8 @@ its two links. *seconds*: what the step waits for the network, while the dealer'
 The parties' own work comes on top. On loopback it takes nearly all of the time: *measured* is
 what the last [benchmark](benchmark.md) measured there, dealer included, where it ran that step.
 `make bench-wan` runs decode steps on emulated networks and compares the predictions with what it
-measures.
+measures. Bounds are calibrated on token numbers here. A model that is compiled with its tokenizer
+is calibrated on text, so some bounds are others, and bytes may differ by a few per cent.
 
 | network | between client and server | dealer to client | dealer to server |
 | --- | --- | --- | --- |

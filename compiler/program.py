@@ -24,6 +24,7 @@ from mergec.runtime.program.bundle import (
     GRAPH,
     MANIFEST,
     TOKENIZER,
+    check_alike,
     complete,
     expect,
     load_bundle,
@@ -141,13 +142,8 @@ class Program:
         for role in wanted:
             check.choice("a role", role, ROLES)
         check_whole(place)
+        check_alike(place)
         programs = {role: load_bundle(role_path(place, role), role) for role in wanted}
-        hashes = {role: p.manifest.program_hash for role, p in programs.items()}
-        if len(set(hashes.values())) > 1:
-            listed = ", ".join(f"{role} {value[:12]}" for role, value in hashes.items())
-            raise BundleError(
-                f"{place}: the bundles are of different programs ({listed}); compile again"
-            )
         folder = role_path(place, "client") / TOKENIZER
         files = {
             file.relative_to(folder).as_posix(): file.read_bytes()

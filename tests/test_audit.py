@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from mergec.runtime.engine.audit import Watch, audit
 from mergec.runtime.engine.audit_report import FRESH, HIGH, NONE, OWN, Audit
 from mergec.runtime.engine.rehearsal import drive, form
 from mergec.runtime.engine.simulate import Simulation
+from mergec.runtime.program.bundle import save_bundle
 from mergec.runtime.program.program import Instruction, Ref, RoleProgram
 from mergec.runtime.protocols.opening import open_masked
 from mergec.runtime.roles.inprocess import InProcessSession
 from tests import decoder
 from tests.conftest import Golden
 from tests.decoder import VOCAB, WIDTH
+from tests.fixtures import tiny
 from tests.ops.test_every_op import CASES, FIXED, arguments
 from tests.roles import environment
 from tests.session import compiled
@@ -286,6 +289,17 @@ def test_the_command(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["extraction"]["queries"] == 7
     assert run(["audit", str(bundles / "nothing")]) == 1
     assert "no such bundle" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_refuses_a_folder_of_two_programs(
+    bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundles, tmp_path / "mixed")
+    save_bundle(tiny("dealer"), tmp_path / "mixed" / "dealer")
+    assert run(["audit", str(tmp_path / "mixed")]) == 1
+    shown = capsys.readouterr()
+    assert "are of different programs" in " ".join(shown.err.split())
+    assert not shown.out
 
 
 @pytest.mark.slow

@@ -70,8 +70,9 @@ def test_save_load_save(program: Program, tmp_path: Path) -> None:
 def test_bundles_of_two_programs(program: Program, tmp_path: Path) -> None:
     program.save(tmp_path / "a")
     save_bundle(tiny("dealer"), tmp_path / "a" / "dealer")
-    with pytest.raises(BundleError, match="are of different programs"):
-        Program.load(tmp_path / "a")
+    for roles in (ROLES, ["client"]):
+        with pytest.raises(BundleError, match="are of different programs"):
+            Program.load(tmp_path / "a", roles)
 
 
 def test_only_what_was_loaded_can_be_saved(program: Program, tmp_path: Path) -> None:

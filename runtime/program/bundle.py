@@ -259,6 +259,24 @@ def expect(manifest: Manifest, wanted: str, own_tokenizer: bool = False) -> None
         )
 
 
+def check_alike(path: str | Path) -> None:
+    """Compare the programs of all bundles in a folder, as one of them is shown for all.
+
+    Raises BundleError if they differ.
+    """
+    folders = {role: role_path(path, role) for role in ROLES}
+    hashes = {
+        role: read_manifest(folder, role).program_hash
+        for role, folder in folders.items()
+        if (folder / MANIFEST).is_file()
+    }
+    if len(set(hashes.values())) > 1:
+        listed = ", ".join(f"{role} {value[:12]}" for role, value in hashes.items())
+        raise BundleError(
+            f"{path}: the bundles are of different programs ({listed}); compile again"
+        )
+
+
 def read_manifest(path: str | Path, role: str | None = None) -> Manifest:
     """The manifest of the bundle at `path`, checked without reading the other files.
 

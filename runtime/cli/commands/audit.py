@@ -27,8 +27,9 @@ def audit_command(
     """
     from mergec.runtime.core.spec import ROLES
     from mergec.runtime.engine.audit import audit
-    from mergec.runtime.program.bundle import load_bundle, read_manifest, role_path
+    from mergec.runtime.program.bundle import check_alike, load_bundle, read_manifest, role_path
 
+    check_alike(bundle)
     inner = [role_path(bundle, role) for role in ROLES if role_path(bundle, role).is_dir()]
     folder = inner[0] if inner else bundle
     found = audit(load_bundle(folder, read_manifest(folder).role), queries)
