@@ -9,7 +9,8 @@ Writes latest.json, latest.md and two plots to benchmarks/results, row by row. `
 an interrupted run on the same machine. A failure is a row of the table, too.
 `--quick` measures one decode step in three settings. `--small` measures a prompt and a decode step
 of two decoders with two layers, without extrapolation, and writes docs/side-by-side.md.
-Usage: python benchmarks/bench.py [--quick | --small] [--resume] [--results DIR]
+`--logit-noise 0` leaves out the noise that the server adds, so that errors are those of protocols.
+Usage: python benchmarks/bench.py [--quick | --small] [--resume] [--results DIR] [--logit-noise S]
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from rich.console import Console
 from torch import nn
 
 from mergec import CompileConfig, Program, compile_decoder
+from mergec.compiler.config import DEFAULT_NOISE
 from mergec.compiler.frontend.capture import Captured, capture
 from mergec.compiler.frontend.load import load_model
 from mergec.runtime.engine.plain import PlainExecutor
@@ -232,9 +234,11 @@ def errors_of(
 class Bench:
     """The rows of a run, written to `folder` as they are measured."""
 
-    def __init__(self, plan: Plan, folder: Path, resume: bool) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, resume: bool, noise: float = DEFAULT_NOISE
+    ) -> None:
         self.rows: list[Row] = []
-        self._plan, self._folder = plan, folder
+        self._plan, self._folder, self._noise = plan, folder, noise
         self._console = Console(stderr=True)
         self._captured: dict[str, Captured] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -316,7 +320,12 @@ class Bench:
             self._captured[key] = capture(model)
         # Text for a lossy pass to observe: of the same kind, but not fed to any step.
         observed = (tuple(tokens[-OBSERVED:]),) if setting.preset != "exact" else ()
-        config = CompileConfig(preset=setting.preset, weights=setting.weights, calibration=observed)
+        config = CompileConfig(
+            preset=setting.preset,
+            weights=setting.weights,
+            calibration=observed,
+            logit_noise=self._noise,
+        )
         program = compile_decoder(model, config=config, captured=self._captured[key])
         ahead = REPEATS if setting.mode == "mergec" else 0
         steps = steps_of(program, tokens, shapes, REPEATS, ahead)
@@ -393,10 +402,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size.add_argument("--small", action="store_true", help="decoders of two layers")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--results", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--logit-noise", type=float, default=DEFAULT_NOISE, help="standard deviation; 0: none"
+    )
     options = parser.parse_args(arguments)
     plan = SMALL if options.small else QUICK if options.quick else FULL
     folder = options.results or (RESULTS / "small" if options.small else RESULTS)
-    bench = Bench(plan, folder, options.resume)
+    bench = Bench(plan, folder, options.resume, options.logit_noise)
     bench.run()
     if options.small:
         text = side_by_side(bench.rows)
