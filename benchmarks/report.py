@@ -119,8 +119,8 @@ settings, in three processes on loopback. `crypten` runs every op with CrypTen's
 secret-shared weights and its trusted third party; `exact` is the default. Rounds and bytes are
 counted at the transport, both directions together. The × columns say how many times less than
 `crypten` in the same run a row takes. An error of `exact` is nearly all noise, which the server
-adds to logits (2^-8 standard deviation); without it (`--logit-noise 0`) it was 0.0003 for the Llama.
-Made by `python benchmarks/bench.py --small`.
+adds to logits (2^-8 standard deviation). Without it (`--logit-noise 0`) it was 0.0003 for the
+Llama. Made by `python benchmarks/bench.py --small`.
 """
 
 
