@@ -440,8 +440,8 @@ first {first} tokens in one step, and then a step for each token.
 
 On `wan` latencies are what is waited for, not the dealer. There a client feeds such a prompt as a
 whole, and what was dealt is thrown away. On `loopback` it is computation, which this table leaves
-out: a token that takes a step of its own takes longer than one of a prompt (0.40 and 0.06 s,
-[measured](costs.md) with the dealer), so there only the answer gains. It pays where the dealer's
+out: a token that takes a step of its own takes longer than one of a prompt
+([measured](costs.md) with the dealer), so there only the answer gains. It pays where the dealer's
 link is slow for what it carries, as on `lan`. A client notes what steps take, and feeds a prompt
 accordingly.
 {measured}"""

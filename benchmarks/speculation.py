@@ -216,14 +216,20 @@ def costs(program: Program) -> dict[str, dict[int, float]]:
         for name in ("loopback", "wan"):
             found[name][new] = step.waiting(NETWORKS[name]).total
     rows = {row.new: row for row in stored(RESULTS / STORED) if known(row)}
-    if {new: row.rounds for new, row in rows.items()} == found["rounds"] and all(
-        isclose(row.online_bytes, found["online"][new], rel_tol=NEAR)
-        and isclose(row.to_client_bytes + row.to_server_bytes, found["dealt"][new], rel_tol=NEAR)
-        for new, row in rows.items()
-    ):
+    if rows.keys() == found["rounds"].keys() and all(alike(row, found) for row in rows.values()):
         for name, of in MEASURED.items():
             found[name] = {new: getattr(row, of) for new, row in rows.items()}
     return found
+
+
+def alike(row: Row, found: Mapping[str, Mapping[int, float]]) -> bool:
+    """Whether a measured step takes the rounds that were found for its length, and such bytes."""
+    dealt = row.to_client_bytes + row.to_server_bytes
+    return (
+        row.rounds == found["rounds"][row.new]
+        and isclose(row.online_bytes, found["online"][row.new], rel_tol=NEAR)
+        and isclose(dealt, found["dealt"][row.new], rel_tol=NEAR)
+    )
 
 
 def known(row: Row) -> bool:

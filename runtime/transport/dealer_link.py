@@ -61,7 +61,7 @@ class DealerSender:
         self.sent = 0
         self._blocks = blocks
         self._block_bytes = block_bytes
-        self._due = min(FIRST_BYTES, block_bytes)
+        self._due = self._first = min(FIRST_BYTES, block_bytes)
         self._gathered: list[torch.Tensor] = []
         self._size = 0
         self._streams = [self]
@@ -93,9 +93,9 @@ class DealerSender:
 
     def flush(self) -> None:
         """Send the bytes gathered so far: the party may be waiting for them."""
+        self._send()
         for stream in self._streams:
-            stream._put()
-            stream._due = min(FIRST_BYTES, stream._block_bytes)
+            stream._due = stream._first
 
     def _send(self) -> None:
         for stream in self._streams:

@@ -44,14 +44,25 @@ def corrected(share: torch.Tensor, mask: torch.Tensor, table: Any) -> None:
     )  # fmt: skip
 
 
+@triton.jit
+def _entry(  # type: ignore[no-untyped-def]
+    dealt, entries, mantissas, places, place, inside, row, halves
+):
+    """The word of each element's table that is read, its factor, and where the product begins: a
+    half, and a bit of it."""
+    word = dealt + place * row + tl.load(entries + place, mask=inside, other=0) * halves
+    mantissa = tl.load(mantissas + place, mask=inside, other=0)
+    begin = tl.load(places + place, mask=inside, other=0)
+    return word, mantissa, begin >> 5, begin & 31
+
+
 @kernel
 def _values(dealt, entries, mantissas, places, out, count, row, halves, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
-    word = dealt + place * row + tl.load(entries + place, mask=inside, other=0) * halves
-    mantissa = tl.load(mantissas + place, mask=inside, other=0)
-    begin = tl.load(places + place, mask=inside, other=0)
-    first, off = begin >> 5, begin & 31
+    word, mantissa, first, off = _entry(
+        dealt, entries, mantissas, places, place, inside, row, halves
+    )
     found, carry = place * 0, place * 0
     for half in range(halves):
         product = (tl.load(word + half, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF) * mantissa
@@ -81,10 +92,9 @@ def _sums(  # type: ignore[no-untyped-def]
 ):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < count
-    word = dealt + place * row + tl.load(entries + place, mask=inside, other=0) * halves
-    mantissa = tl.load(mantissas + place, mask=inside, other=0)
-    begin = tl.load(places + place, mask=inside, other=0)
-    first, off = begin >> 5, begin & 31
+    word, mantissa, first, off = _entry(
+        dealt, entries, mantissas, places, place, inside, row, halves
+    )
     target = out + tl.load(rows + place, mask=inside, other=0) * width
     over, below = place * 0, place * 0
     # With a half of zeros above the word, which shifts its highest one out.
